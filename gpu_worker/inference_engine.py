@@ -23,7 +23,6 @@ class Capabilities:
     strategies: frozenset[str] = frozenset(STRATEGIES)
     logprobs: bool = True
     structured_output: bool = False  # answers that follow a grammar
-    prompt_logprobs: bool = False  # log probabilities of the prompt's tokens
     prefix_cache: bool = False  # prompts with the same plan share computed blocks
     quantized_base: bool = False
     tensor_parallel: bool = False

@@ -56,7 +56,7 @@ class NativeEngine(InferenceEngine):
     @property
     def capabilities(self) -> Capabilities:
         prefix_cache = self._engine.config.prefix_cache
-        return Capabilities(engine="native", structured_output=True, prompt_logprobs=True, prefix_cache=prefix_cache)
+        return Capabilities(engine="native", structured_output=True, prefix_cache=prefix_cache)
 
     @property
     def memory(self) -> EngineMemory:

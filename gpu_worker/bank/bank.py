@@ -17,17 +17,17 @@ _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class InputBank:
     """The A matrices of M modules that read the same input. Dims: C bank rows, P active rows, I in.
 
-    `a` (P · M, I) is a view of the active prefix. Its row p · M + m is rank row p of module m.
+    `a` (P · M, I) is a view of the active prefix of `all_a` (C · M, I). Its row p · M + m is rank row p of module m.
     """
 
     def __init__(self, a: Tensor, num_modules: int) -> None:
         self.num_modules = num_modules
         self._by_row = a.view(len(a), num_modules, -1)  # (C, M, I)
-        self._flat = a.view(len(a) * num_modules, -1)
+        self.all_a = a.view(len(a) * num_modules, -1)
         self.set_active(0)
 
     def set_active(self, num_rows: int) -> None:
-        self.a = self._flat[: num_rows * self.num_modules]
+        self.a = self.all_a[: num_rows * self.num_modules]
 
     def write(self, rows: slice | Tensor, index: int, a: Tensor) -> None:
         self._by_row[rows, index] = a.to(self._by_row.device, non_blocking=True)
@@ -36,12 +36,13 @@ class InputBank:
 class ModuleBank:
     """The bank of one module: its index within its InputBank, and its B matrices. Dims: P active rows, O out.
 
-    `bt` (P, O) is a view of the active prefix and includes the scaling. `is_used`: an active adapter has this module.
+    `bt` (P, O) is a view of the active prefix of `all_bt` (C, O) and includes the scaling. `is_used`: an active adapter
+    has this module.
     """
 
     def __init__(self, inputs: InputBank, index: int, bt: Tensor) -> None:
         self.inputs, self.index = inputs, index
-        self._bt = bt  # (C, O)
+        self.all_bt = bt
         self.set_active(0, is_used=False)
 
     @property
@@ -50,11 +51,11 @@ class ModuleBank:
         return self.inputs.a[self.index :: self.inputs.num_modules]
 
     def set_active(self, num_rows: int, *, is_used: bool) -> None:
-        self.bt, self.is_used = self._bt[:num_rows], is_used
+        self.bt, self.is_used = self.all_bt[:num_rows], is_used
 
     def write(self, rows: slice | Tensor, module: DeviceModule) -> None:
         self.inputs.write(rows, self.index, module.a)
-        self._bt[rows] = module.bt.to(self._bt.device, non_blocking=True)
+        self.all_bt[rows] = module.bt.to(self.all_bt.device, non_blocking=True)
 
 
 class LoraBank:

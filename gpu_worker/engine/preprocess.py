@@ -57,8 +57,8 @@ class RequestPreprocessor:
     """The thread-safe preprocessor of an engine. `clock`: the engine's clock, which deadlines refer to.
 
     `max_new_tokens`: of jobs without `max_tokens`; None: what the context has left. Without `grammars`, jobs with
-    structured output are refused, and without `scores_prompts` those with log probabilities of the prompt.
-    `tool_parser`: the form of tool calls with the chat template, `auto` for the one that it shows.
+    structured output are refused. `tool_parser`: the form of tool calls with the chat template, `auto`
+    for the one that it shows.
     """
 
     def __init__(
@@ -70,10 +70,9 @@ class RequestPreprocessor:
         grammars: GrammarCompiler | None = None,
         tool_parser: ToolParser = "auto",
         max_new_tokens: int | None = None,
-        scores_prompts: bool = True,
     ) -> None:
         self._base, self._max_len, self._clock = base, max_len, clock
-        self._grammars, self._scores_prompts = grammars, scores_prompts
+        self._grammars = grammars
         self._max_unasked = max_len if max_new_tokens is None else max_new_tokens
         self._tool_style = find_style(base.tokenizer, tool_parser)
         self._visible = visible_tokens(base, self._tool_style)
@@ -89,8 +88,6 @@ class RequestPreprocessor:
         max_len: int,
         grammars: GrammarCompiler,
         clock: Clock = time.monotonic,
-        *,
-        scores_prompts: bool = True,
     ) -> Self:
         """Return the preprocessor of an engine with these settings."""
         return cls(
@@ -100,7 +97,6 @@ class RequestPreprocessor:
             grammars=grammars,
             tool_parser=config.tool_parser,
             max_new_tokens=config.max_new_tokens,
-            scores_prompts=scores_prompts,
         )
 
     def __call__(
@@ -186,11 +182,6 @@ class RequestPreprocessor:
     def _prompt_offsets(self, job: Job, tokens: list[int]) -> Sequence[int]:
         if job.sampling.prompt_logprobs is None:
             return ()
-        if not self._scores_prompts:
-            message = (
-                "prompt_logprobs: this engine has no log probabilities of prompts; remove it, and logprobs with echo"
-            )
-            raise SamplingInvalid(message, "prompt_logprobs")
         return text_offsets(self._base.backend_tokenizer, tokens)
 
     def _grammar_state(self, grammar: Grammar, tenant: str, tokens: list[int]) -> GrammarState:

@@ -30,6 +30,7 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.delta_stream import Events, deltas
 from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine.next_tokens import failure_of
 from gpu_worker.engine.offline import generate_all
 from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.probe import Prober
@@ -45,7 +46,7 @@ from gpu_worker.vllm.plan_path import path_of
 from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
-from gpu_worker.vllm.sampling import probed_ids, sampling_params, scored
+from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
 from gpu_worker.vllm.settings import check_version
 
 
@@ -69,7 +70,7 @@ class VllmEngine(InferenceEngine):
         # It checks each grammar, so that vLLM gets none that it cannot compile.
         self._grammars = grammar_compiler(model, config.tool_parser)
         max_len = max_len_of(config, model)
-        self._preprocess = RequestPreprocessor.of(config, model, max_len, self._grammars, scores_prompts=False)
+        self._preprocess = RequestPreprocessor.of(config, model, max_len, self._grammars)
         cache = llm.vllm_config.cache_config
         self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         loader = AdapterLoader(
@@ -242,6 +243,10 @@ class VllmEngine(InferenceEngine):
             async with aclosing(self._llm.generate(prompt, params, name, lora_request=request)) as outputs:
                 async for output in outputs:
                     row.num_cached_tokens = output.num_cached_tokens or 0
+                    if output.prompt_logprobs is not None and len(row.prompt) == 1:
+                        row.add_prompt_scores(prompt_scores(row, output.prompt_logprobs))
+                    if row.has_unsound_prompt:
+                        raise failure_of(row)
                     yield self._new_tokens(row, output.outputs[0])
         except EngineDeadError as exc:
             self._fail(exc)

@@ -26,7 +26,8 @@ def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, i
     vllm_config = _engine_args(config, model, free_fill, is_compiled).create_engine_config(UsageContext.ENGINE_CONTEXT)
     compilation = vllm_config.compilation_config
     if config.device == "cuda":
-        compilation.cudagraph_mode = CUDAGraphMode.NONE  # a captured graph would replay one step's plans
+        if config.lora_products == "torch":
+            compilation.cudagraph_mode = CUDAGraphMode.NONE  # a captured graph would replay one step's plans
     elif is_compiled:
         # vLLM's CPU platform turns compilation off for every engine with LoRA. The plans are one opaque operation.
         compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
@@ -86,6 +87,7 @@ def _set_environment(config: WorkerConfig) -> None:
     """Set what vLLM reads from the environment only, before it starts its processes."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has no `load_lora_model`
+    os.environ["VLLM_LORA_ENABLE_DUAL_STREAM"] = "0"  # the other stream would call the layers in another way
     if config.device == "cpu":
         os.environ.update(thread_variables(config, sorted(os.sched_getaffinity(0))))
 

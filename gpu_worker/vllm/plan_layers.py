@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,13 @@ class Share:
         return DeviceModule(module.a[:, self.inputs], module.bt[:, self.outputs])
 
 
+class StepTables(Composition, Protocol):
+    """A composition that is used for every step, and filled with the step's plans before it."""
+
+    def fill(self, plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency) -> None: ...
+    def warm_up(self, bank: LoraBank) -> None: ...
+
+
 class PlanLinear:
     """Adds the plans of a step to the output of one vLLM layer, whose slices read the same input.
 
@@ -71,11 +78,15 @@ class PlanLinear:
         """Called by vLLM's layer, within compiled graphs too."""
         torch.ops.loraretriever.add_plans(y, x, self.place)
 
-    def add(self, y: Tensor, x: Tensor, step: Composition, num_tokens: int) -> None:
-        """Add to y (N', O). Only the first N tokens are the step's; a padded step has more rows."""
+    def add(self, y: Tensor, x: Tensor, step: Composition, num_tokens: int | None) -> None:
+        """Add to y (N', O). Only the first N tokens are the step's; a padded step has more rows.
+
+        `num_tokens`: None if the composition knows them itself. A graph then replays its launches for later steps, so
+        they depend on nothing of this one.
+        """
         x = x[:num_tokens]
         for bank, columns in self._banks:
-            if bank.is_used:
+            if num_tokens is None or bank.is_used:
                 step.add(x, y[:num_tokens, columns], bank)
 
 
@@ -90,9 +101,11 @@ class PlanLayers:
         num_rows: int,
         device: torch.device,
         kernel: LoraKernel | None,
+        tiles: StepTables | None = None,
         free_fill: float = 0.0,
     ) -> None:
-        self._device, self._kernel = device, kernel
+        """`kernel`: for the products on the CPU. `tiles`: those on a GPU. Without both, torch computes them."""
+        self._device, self._kernel, self._tiles = device, kernel, tiles
         layers = dict(_wrapped(model, lora_config))
         packed = process_packed_modules_mapping(model)
         names = {path: _slice_names(path, layer, packed) for path, layer in layers.items()}
@@ -110,10 +123,12 @@ class PlanLayers:
             layer.set_mapping(self._linears[-1])
             layer.lora_a_stacked = layer.lora_b_stacked = ()  # vLLM's own, which nothing reads now
         self._step: Composition | None = None
-        self._num_tokens = 0
+        self._num_tokens: int | None = None
         self._plans: dict[str, Plan] = {}
         self._last: object = None
         self._library = _register(self._add)
+        if tiles is not None:
+            tiles.warm_up(self.bank)
 
     @property
     def has_kernel(self) -> bool:
@@ -148,8 +163,13 @@ class PlanLayers:
         starts = np.flatnonzero(np.diff(ids, prepend=-1))
         num_tokens = np.diff(starts, append=len(ids)).tolist()
         plans = [self._plans[paths[plan_id]] if plan_id in paths else BASE_PLAN for plan_id in ids[starts].tolist()]
-        self._step = composition(plans, num_tokens, self.residency, self.bank.dtype, self._kernel, self._device)
-        self._num_tokens, self._last = len(ids), state
+        self._last = state
+        if self._tiles is None:
+            self._step = composition(plans, num_tokens, self.residency, self.bank.dtype, self._kernel, self._device)
+            self._num_tokens = len(ids)
+            return
+        self._tiles.fill(plans, num_tokens, self.residency)
+        self._step = self._tiles if ids.any() else None  # a warm-up's requests have no plans, and their launches count
 
     def add_adapter(self, request: Any) -> bool:
         return True  # a plan's adapters are in the bank before its request arrives

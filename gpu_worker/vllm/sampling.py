@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm import SamplingParams
@@ -30,6 +32,7 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
         repetition_penalty=given.repetition_penalty,
         logit_bias=dict(given.logit_bias) or None,
         logprobs=given.logprobs,
+        prompt_logprobs=given.prompt_logprobs,
         logprob_token_ids=probed_ids(vocab_size) if row.capture_first_logits else None,
         seed=given.seed,
         stop_token_ids=sorted(row.end_ids),
@@ -61,6 +64,17 @@ def scored(token: int, found: Mapping[int, Any], num_top: int) -> Scored:
     ranked = sorted((entry.rank, token_id) for token_id, entry in found.items())
     top = [token_id for rank, token_id in ranked if rank <= num_top][:num_top]
     return Scored.of(found[token].logprob, top, [found[token_id].logprob for token_id in top])
+
+
+def prompt_scores(row: Row, found: Sequence[Mapping[int, Any] | None]) -> list[Scored | None]:
+    """Return the score of each token of the prompt after the first one; None for one that is not a number."""
+    num_top = row.sampling.prompt_logprobs or 0
+    scores: list[Scored | None] = []
+    for token, entries in zip(row.tokens[1 : row.num_prompt_tokens], found[1:], strict=True):
+        assert entries is not None, "only the first token has no log probability"
+        is_number = not math.isnan(entries[token].logprob)
+        scores.append(replace(scored(token, entries, num_top), rank=entries[token].rank) if is_number else None)
+    return scores
 
 
 def probed_ids(vocab_size: int) -> list[int]:

@@ -12,7 +12,7 @@ from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
 from gpu_worker.lora.lora_kernel import load_lora_kernel
-from gpu_worker.vllm.plan_layers import PlanLayers
+from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
 from gpu_worker.vllm.settings import PluginSettings, check_version
 
@@ -41,12 +41,24 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             raise ValueError(f"{type(model).__name__} does not support LoRA in vLLM")
         settings = PluginSettings.of(vllm_config.additional_config)
         is_cpu = device.type == "cpu"
+        tiles: StepTables | None = None
+        if not is_cpu and settings.use_kernel:
+            from gpu_worker.vllm.tiled_plans import TiledPlans  # imports Triton, which a CPU does not need
+
+            scheduler = vllm_config.scheduler_config
+            tiles = TiledPlans(
+                most_tokens=scheduler.max_num_batched_tokens,
+                most_plans=scheduler.max_num_seqs,
+                num_rows=settings.bank_rank_rows,
+                device=device,
+            )
         self.plan_layers = PlanLayers(
             model,
             vllm_config.lora_config,
             num_rows=settings.bank_rank_rows,
             device=device,
             kernel=load_lora_kernel(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,
+            tiles=tiles,
             free_fill=settings.free_fill,
         )
         self.model_runner.lora_manager = self.plan_layers

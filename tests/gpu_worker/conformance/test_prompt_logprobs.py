@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpu_worker.errors import PromptInvalid, PromptTooLong, SamplingInvalid
+from gpu_worker.errors import PromptInvalid, PromptTooLong
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Completion, Job, TokenIds
 from lora_store.adapter import AdapterWeights
@@ -19,12 +19,6 @@ from tests.tiny import plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
 SCORED = replace(GREEDY, max_tokens=3, prompt_logprobs=4)
-
-
-@pytest.fixture
-def scores_prompts(hosted: HostedEngine) -> None:
-    if not hosted.engine.capabilities.prompt_logprobs:
-        pytest.skip("this engine refuses them, which has a test of its own")
 
 
 def assert_scores(answer: Completion, asked: Job, reference: Reference, hosted: HostedEngine, tolerance: float) -> None:
@@ -50,7 +44,6 @@ def assert_scores(answer: Completion, asked: Job, reference: Reference, hosted: 
     assert [entry.text_offset for entry in others] == list(range(len(text))), "the tokenizer has a token for each byte"
 
 
-@pytest.mark.usefixtures("scores_prompts")
 def test_each_row_of_a_batch_is_scored_as_by_the_slow_model_with_its_own_adapters(
     hosted: HostedEngine, adapter: MakeAdapter, reference: Reference, tolerance: float
 ) -> None:
@@ -75,7 +68,6 @@ def test_each_row_of_a_batch_is_scored_as_by_the_slow_model_with_its_own_adapter
     assert_same(together[: len(scored)], hosted.answers(*unscored), tolerance)
 
 
-@pytest.mark.usefixtures("scores_prompts")
 def test_without_new_tokens_only_the_prompt_is_computed(
     hosted: HostedEngine, adapter: MakeAdapter, reference: Reference, tolerance: float
 ) -> None:
@@ -86,14 +78,6 @@ def test_without_new_tokens_only_the_prompt_is_computed(
     assert_scores(answer, asked, reference, hosted, tolerance)
     [empty] = hosted.answers(job("no scores", sampling=replace(GREEDY, max_tokens=0)))
     assert (empty.text, empty.num_new_tokens, empty.prompt) == ("", 0, ())
-
-
-def test_an_engine_without_scores_of_prompts_refuses_them_by_name(hosted: HostedEngine) -> None:
-    if hosted.engine.capabilities.prompt_logprobs:
-        assert isinstance(hosted.outcomes(job("fine", sampling=SCORED))[0], Completion)
-        return
-    error = hosted.error(job("no", sampling=SCORED))
-    assert isinstance(error, SamplingInvalid) and error.param == "prompt_logprobs"
 
 
 def test_token_ids_are_the_prompt_as_they_are(hosted: HostedEngine, reference: Reference, tolerance: float) -> None:

@@ -4,6 +4,5 @@ from __future__ import annotations
 
 import importlib.util
 
-collect_ignore = (
-    [] if importlib.util.find_spec("vllm") else ["test_engine_args.py", "test_plan_layers.py", "test_sampling.py"]
-)
+_NEED_VLLM = ["test_engine_args.py", "test_plan_layers.py", "test_sampling.py", "test_tiled_plans.py"]
+collect_ignore = [] if importlib.util.find_spec("vllm") else _NEED_VLLM

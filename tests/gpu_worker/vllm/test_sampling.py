@@ -10,7 +10,7 @@ from gpu_worker.engine.preprocess import RequestPreprocessor
 from gpu_worker.engine.row import Row
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job, SamplingParams
-from gpu_worker.vllm.sampling import probed_ids, sampling_params, scored
+from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
 
 GIVEN = SamplingParams(
     max_tokens=9,
@@ -73,3 +73,26 @@ def test_the_most_likely_ids_are_listed_best_first_without_the_chosen_one_beyond
     assert (result.logprob, result.top) == (-9.0, ((7, -0.1), (9, -2.0), (3, -3.0)))
     assert scored(7, {7: Entry(float("-inf"), 1)}, 0).top == ()
     assert scored(7, {7: Entry(float("-inf"), 1)}, 0).logprob == -9999.0
+
+
+def test_each_token_of_the_prompt_but_the_first_has_its_score_and_rank(tiny_base: Callable[..., BaseModel]) -> None:
+    row = row_of(tiny_base(), replace(GIVEN, prompt_logprobs=1))
+    tokens = row.tokens
+    found = [None, *[{token: Entry(-3.0 - n, 40 + n), 290 + n: Entry(-0.5, 1)} for n, token in enumerate(tokens[1:])]]
+    assert sampling_params(row, 300).prompt_logprobs == 1
+    row.add_prompt_scores(prompt_scores(row, found))
+    assert [entry.token_id for entry in row.prompt] == tokens
+    assert [(entry.logprob, entry.rank) for entry in row.prompt[1:]] == [
+        (-3.0 - n, 40 + n) for n in range(len(tokens) - 1)
+    ]
+    assert [[token for token, _, _ in entry.top] for entry in row.prompt[1:]] == [
+        [290 + n] for n in range(len(tokens) - 1)
+    ]
+    assert not row.has_unsound_prompt
+
+
+def test_a_prompt_whose_scores_are_no_numbers_is_unsound(tiny_base: Callable[..., BaseModel]) -> None:
+    row = row_of(tiny_base(), replace(GIVEN, prompt_logprobs=0))
+    found = [None, *[{token: Entry(float("nan"), 1)} for token in row.tokens[1:]]]
+    row.add_prompt_scores(prompt_scores(row, found))
+    assert row.has_unsound_prompt

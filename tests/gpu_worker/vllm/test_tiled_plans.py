@@ -1,0 +1,102 @@
+"""The Triton products compared with a loop over every token, through Triton's interpreter. Needs Triton."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_worker.bank.residency import Residency
+from lora_store.plan import BASE_PLAN, Plan
+from tests.gpu_worker.slow_lora import CPU, WIDTHS, assert_adds_as_the_loop, pool_of, random_plans, settled
+from tests.tiny import plan_of
+
+
+@pytest.fixture(scope="module")
+def tiled() -> Iterator[ModuleType]:
+    """Import the kernels for Triton's interpreter, which computes bfloat16 wrongly, so they run in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield importlib.import_module("gpu_worker.vllm.tiled_plans")
+
+
+def filled(
+    tiled: ModuleType,
+    plans: Sequence[Plan],
+    counts: Sequence[int],
+    residency: Residency,
+    rows: int,
+    most_plans: int = 9,
+) -> Any:
+    found = tiled.TiledPlans(most_tokens=sum(counts), most_plans=most_plans, num_rows=rows, device=CPU)
+    found.fill(plans, counts, residency)
+    return found
+
+
+@pytest.mark.parametrize("num_in", [1, 300], ids=lambda width: f"in{width}")
+def test_the_products_equal_a_loop_over_tokens(num_in: int, tiled: ModuleType) -> None:
+    """Plans of several rank blocks, rows of several tiles, and modules that adapters lack."""
+    pool = pool_of([4, 1, 7, 8, 3, 18], num_in, WIDTHS)
+    bank, residency = settled(pool, num_in, WIDTHS, torch.float32)
+    plans, counts = random_plans(pool, 6), [1, 18, 1, 3, 1, 2]
+    assert_adds_as_the_loop(filled(tiled, plans, counts, residency, bank.num_rows), bank, pool, plans, counts)
+
+
+def test_large_steps_do_not_divide_the_input_and_give_the_same(
+    tiled: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of([4, 3], 300, WIDTHS)
+    bank, residency = settled(pool, 300, WIDTHS, torch.float32)
+    plans = [plan_of("fusion", (pool[0], 0.5), (pool[1], 2.0)), BASE_PLAN]
+    monkeypatch.setattr(tiled, "_ENOUGH_PROGRAMS", 1)
+    assert_adds_as_the_loop(filled(tiled, plans, [20, 2], residency, bank.num_rows), bank, pool, plans, [20, 2])
+
+
+class Captured:
+    """Keeps the launches of a kernel in place of running them, as the capture of a CUDA graph does."""
+
+    def __init__(self, kernel: Any, graph: list[Callable[[], None]]) -> None:
+        self._kernel, self._graph = kernel, graph
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: object, **sizes: int) -> None:
+            self._graph.append(lambda: self._kernel[grid](*arguments, **sizes))
+
+        return launch
+
+
+def test_launches_that_were_captured_without_plans_compute_those_of_later_steps(
+    tiled: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of([4, 1, 9, 8], 40, WIDTHS)
+    bank, residency = settled(pool, 40, WIDTHS, torch.float32)
+    x, modules = torch.randn(24, 40), bank.modules.values()
+    outputs = [torch.zeros(24, len(module.bt[0])) for module in modules]
+    replayed = filled(tiled, [BASE_PLAN], [24], residency, bank.num_rows, most_plans=6)
+    graph: list[Callable[[], None]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tiled, "is_capturing", lambda device: True)
+        for name in ("_shrink", "_expand"):
+            patch.setattr(tiled, name, Captured(getattr(tiled, name), graph))
+        for output, module in zip(outputs, modules, strict=True):
+            replayed.add(x, output, module)
+    assert len(graph) == 1 + len(outputs), "modules that read the same input share a launch"
+    for seed, counts in enumerate(([1, 17, 2], [1, 1, 1, 1])):
+        plans = random_plans(pool, 9)[4 * seed : 4 * seed + len(counts)]
+        replayed.fill(plans, counts, residency)
+        expected = [torch.zeros_like(output) for output in outputs]
+        direct = filled(tiled, plans, counts, residency, bank.num_rows)
+        num_tokens, part = sum(counts), x[: sum(counts)]
+        for output, module in zip(expected, modules, strict=True):
+            direct.add(part, output[:num_tokens], module)
+        for output in outputs:
+            output.zero_()
+        for launch in graph:
+            launch()
+        for found, known in zip(outputs, expected, strict=True):
+            assert known.any()
+            torch.testing.assert_close(found, known)
