@@ -56,6 +56,19 @@ def test_large_steps_do_not_divide_the_input_and_give_the_same(
     assert_adds_as_the_loop(filled(tiled, plans, [20, 2], residency, bank.num_rows), bank, pool, plans, [20, 2])
 
 
+def test_an_adapter_that_is_not_finite_changes_only_its_own_rows(tiled: ModuleType) -> None:
+    pool = pool_of([3, 2], 16, {"m": 16})
+    bank, residency = settled(pool, 16, {"m": 16}, torch.float32)
+    module, spoilt = bank.modules["m"], residency.rows("0")
+    assert 0 in spoilt, "places without a rank row are masked, and would read row 0"
+    module.all_bt[spoilt] = module.inputs.all_a[spoilt] = float("nan")
+    plans = [plan_of("selection", (pool[1], 1.0)), BASE_PLAN, plan_of("fusion", (pool[0], 1.0))]
+    y = torch.zeros(3, 16)
+    filled(tiled, plans, [1, 1, 1], residency, bank.num_rows).add(torch.ones(3, 16), y, module)
+    assert y.isfinite().all(dim=1).tolist() == [True, True, False]
+    assert y[0].any() and not y[1].any()
+
+
 class Captured:
     """Keeps the launches of a kernel in place of running them, as the capture of a CUDA graph does."""
 
