@@ -1,17 +1,41 @@
-"""The settings that travel to vLLM's worker processes in `additional_config`."""
+"""The settings that travel to vLLM's worker processes, and the check that vLLM is as this plug-in expects it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm import __version__
+from vllm.lora import utils as lora_utils
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from gpu_worker.errors import WorkerConfigInvalid
 
 KEY = "loraretriever"
-TESTED_VERSION = "0.32."  # the plug-in imports names of vLLM that are not public; see `check_version`
+TESTED_VERSION = "0.32."
+ExtensionPoint = tuple[Any, str, tuple[str, ...]]
+"""An object of vLLM, the name of one of its functions, and that function's parameters."""
+EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
+    (lora_utils, "from_layer", ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config")),
+    (lora_utils, "replace_submodule", ("model", "module_name", "new_module")),
+    (lora_utils, "get_supported_lora_modules", ("model",)),
+    (lora_utils, "is_supported_lora_module", ("module_name", "module", "supported_lora_modules")),
+    (lora_utils, "process_packed_modules_mapping", ("model", "force_2d_moe", "enable_moe_shared_loras")),
+    (BaseLinearLayerWithLoRA, "set_mapping", ("self", "punica_wrapper")),
+    (BaseLinearLayerWithLoRA, "_apply_lora_to_output", ("self", "x", "output")),
+    (GPUModelRunner, "load_lora_model", ("self", "model", "vllm_config", "device")),
+    (
+        GPUModelRunner,
+        "_set_active_loras",
+        ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type"),
+    ),
+)
+"""The functions that are not public and that the plug-in calls, replaces or is called by."""
+MAPPING_FIELDS = {"index_mapping"}  # of LoRAMapping, the argument of `PlanLayers.set_active_adapters`
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +59,24 @@ class PluginSettings:
         return cls(**additional_config[KEY])
 
 
-def check_version() -> None:
-    """Raise WorkerConfigInvalid unless the tested version of vLLM is installed."""
-    if not __version__.startswith(TESTED_VERSION):
+def check_vllm(version: str = __version__, points: Iterable[ExtensionPoint] = EXTENSION_POINTS) -> None:
+    """Raise WorkerConfigInvalid unless the tested version of vLLM is installed and has all extension points."""
+    problems = [text for point in points if (text := _difference(*point))]
+    problems += [
+        f"LoRAMapping has no {name}" for name in MAPPING_FIELDS - set(inspect.signature(LoRAMapping).parameters)
+    ]
+    if not version.startswith(TESTED_VERSION):
+        problems.insert(0, f"version {TESTED_VERSION}* is needed, found {version}")
+    if problems:
         raise WorkerConfigInvalid(
-            f"the vLLM engine needs vLLM {TESTED_VERSION}*, found {__version__}; install it as"
-            " docs/how-to/install.md says"
+            f"this vLLM does not fit the engine: {'; '.join(problems)}. Install vLLM as docs/how-to/install.md says"
         )
+
+
+def _difference(owner: Any, name: str, expected: tuple[str, ...]) -> str | None:
+    """Return how the function differs from what is expected."""
+    function = getattr(owner, name, None)
+    if not callable(function):
+        return f"{owner.__name__} has no {name}"
+    found = tuple(inspect.signature(function).parameters)
+    return None if found == expected else f"{name} takes {', '.join(found)} instead of {', '.join(expected)}"

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from gpu_worker.lora.lora_kernel import load_lora_kernel
 from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
-from gpu_worker.vllm.settings import PluginSettings, check_version
+from gpu_worker.vllm.settings import PluginSettings, check_vllm
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
@@ -28,7 +28,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
     plan_layers: PlanLayers
 
     def load_model(self, **kwargs: Any) -> None:
-        check_version()
+        check_vllm()
         end_with(PluginSettings.of(self.vllm_config.additional_config).front_pid)
         runner = self.model_runner
         if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:

@@ -1,0 +1,29 @@
+"""A vLLM that differs from the tested one is refused at the start, with each difference. Needs vLLM."""
+
+from __future__ import annotations
+
+import pytest
+from vllm.lora import utils
+
+from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.vllm.settings import EXTENSION_POINTS, PluginSettings, check_vllm
+
+
+def test_the_installed_vllm_has_every_extension_point() -> None:
+    assert len(EXTENSION_POINTS) == 9
+    check_vllm()
+
+
+def test_each_difference_is_named_with_the_remedy() -> None:
+    points = [(utils, "from_layer", ("layer", "max_loras")), (utils, "to_layer", ("layer",))]
+    with pytest.raises(WorkerConfigInvalid) as found:
+        check_vllm("0.33.1", points)
+    message = str(found.value)
+    assert "version 0.32.* is needed, found 0.33.1" in message
+    assert "from_layer takes layer, max_loras, lora_config" in message and "instead of layer, max_loras" in message
+    assert "vllm.lora.utils has no to_layer" in message and "docs/how-to/install.md" in message
+
+
+def test_settings_reach_the_workers_unchanged() -> None:
+    sent = PluginSettings(bank_rank_rows=8, front_pid=1, cache_dir="/cache", use_kernel=False, free_fill=0.5)
+    assert PluginSettings.of(sent.as_additional_config()) == sent
