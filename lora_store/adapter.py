@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCAL_TENANT = "local"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_store.errors import FileRefused
-from lora_store.safetensors_layout import PREFIX_BYTES, tensors_in
+from lora_store.safetensors_layout import PREFIX_BYTES, StoredTensor, tensors_in
 
 ALLOWED_DTYPES = ("F32", "F16", "BF16")
 _WEIGHTS_REMEDY = ": float32 weights saved as bfloat16 take half as much"
@@ -71,7 +71,7 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         raise FileRefused(path.name, [f"is not valid JSON: {exc}"]) from exc
 
 
-def read_tensors(path: Path, limits: Limits) -> dict[str, Tensor]:
+def read_tensors(path: Path, limits: Limits) -> dict[str, StoredTensor]:
     """Return every tensor of a safetensors file by its key. Check the header before reading the data.
 
     The tensors share one buffer of the file's size; nothing is copied.
@@ -94,11 +94,11 @@ def read_tensors(path: Path, limits: Limits) -> dict[str, Tensor]:
         raise FileRefused(path.name, [f"is not a valid safetensors file: {exc}"]) from exc
 
 
-def _read_rest(file: BinaryIO, max_bytes: int) -> Tensor:
-    """Read the rest of the file into a new (N,) uint8 tensor, without a second copy."""
+def _read_rest(file: BinaryIO, max_bytes: int) -> NDArray[np.uint8]:
+    """Read the rest of the file into a new (N,) uint8 array, without a second copy."""
     num_bytes = min(os.fstat(file.fileno()).st_size - file.tell(), max_bytes)
-    data = torch.empty(max(num_bytes, 0), dtype=torch.uint8)
-    view = data.numpy().data
+    data = np.empty(max(num_bytes, 0), np.uint8)
+    view = data.data
     filled = 0
     while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
         filled += count

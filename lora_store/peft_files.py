@@ -8,10 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lora_store.adapter import ModuleWeights, Sample
 from lora_store.bounded_files import Limits, read_tensors
@@ -19,10 +16,14 @@ from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 Side = Literal["lora_a", "lora_b"]
+T = TypeVar("T")
 _SIDES: dict[str, Side] = {"A": "lora_a", "B": "lora_b"}
 _KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.lora_([AB])\.weight")
 
@@ -51,7 +52,8 @@ def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
     try:
         config = read_config(folder, limits)
         tensors = read_tensors(folder / WEIGHTS_FILE, limits)
-        return PeftFolder(config, tensors, read_samples(folder, limits), read_description(folder, limits))
+        read = {key: tensor.tensor() for key, tensor in tensors.items()}
+        return PeftFolder(config, read, read_samples(folder, limits), read_description(folder, limits))
     except FileRefused as exc:
         raise AdapterRefused(folder.name, [f"{exc.file}: {problem}" for problem in exc.problems]) from exc
 
@@ -70,6 +72,8 @@ def write_peft_folder(
     The most common rank and lora_alpha become the defaults; every other module gets its own pattern. Reading the folder
     returns the scalings to within one rounding.
     """
+    from safetensors.torch import save_file  # imported here, since torch takes seconds
+
     folder.mkdir(parents=True, exist_ok=True)
     config = _config_of(weights) | {"base_model_name_or_path": base_model, "task_type": task_type}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -90,9 +94,9 @@ def split_key(key: str) -> tuple[str, Side] | None:
     return (match[1], _SIDES[match[2]]) if match else None
 
 
-def pairs_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[Side, Tensor]]:
+def pairs_of(tensors: Mapping[str, T]) -> dict[str, dict[Side, T]]:
     """Return the LoRA tensors by module path and side, sorted by module. Ignore other tensors."""
-    pairs: dict[str, dict[Side, Tensor]] = {}
+    pairs: dict[str, dict[Side, T]] = {}
     for key in sorted(tensors):
         if split := split_key(key):
             pairs.setdefault(split[0], {})[split[1]] = tensors[key]

@@ -9,40 +9,81 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX_BYTES = 8
+# The largest finite number and the bytes of each dtype, in the order in which files store them.
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}  # in the order in which files store them
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+    "F64": (float(np.finfo(np.float64).max), 8),
+    "F32": (float(np.finfo(np.float32).max), 4),
+    "BF16": (float.fromhex("0x1.fep+127"), 2),
+    "F16": (float(np.finfo(np.float16).max), 2),
+}
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
 _ALIGNMENT = 8
+_NUMBERS_AT_ONCE = 1 << 20
 
 
-def tensors_in(entries: Mapping[str, Any], data: Tensor) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a file. Dims: data (N,) uint8, a view of the file's bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def largest_finite(self) -> float:
+        """The largest number that its dtype holds."""
+        return _DTYPES[self.dtype][0]
+
+    def numbers(self) -> Iterator[NDArray[np.floating[Any]]]:
+        """Yield the numbers in parts, since masks and conversions of a large tensor are large too."""
+        size = _DTYPES[self.dtype][1]
+        step = _NUMBERS_AT_ONCE * size
+        for start in range(0, len(self.data), step):
+            part = self.data[start : start + step]
+            if self.dtype == "BF16":  # the upper half of a float32
+                yield (part.view("<u2").astype("<u4") << 16).view("<f4")
+            else:
+                yield part.view(f"<f{size}")
+
+    def tensor(self) -> Tensor:
+        """Return it for torch: a view of the file's bytes, or a copy where they are not aligned."""
+        import torch  # imported here, since it takes seconds
+
+        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[self.dtype])
+        data = self.data if self.data.ctypes.data % dtype.itemsize == 0 else self.data.copy()
+        return torch.from_numpy(data).view(dtype).reshape(self.shape)
+
+
+def tensors_in(entries: Mapping[str, Any], data: NDArray[np.uint8]) -> dict[str, StoredTensor]:
     """Return each tensor of a header's `entries` as a view of `data`, the bytes after the header.
 
     Dims: data (N,) uint8. Raises: ValueError if a tensor contradicts its entry, or if bytes are missing or left over.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: _offsets_of(*item)):
         begin, stop = _offsets_of(name, entry)
-        dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
-        if dtype is None or not _is_shape(shape):
+        dtype, shape = str(entry.get("dtype")), entry.get("shape")
+        if dtype not in _DTYPES or not _is_shape(shape):
             raise ValueError(f"tensor {name[:200]!r} has no valid dtype and shape")
-        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
+        if begin != end or stop - begin != math.prod(shape) * _DTYPES[dtype][1] or stop > len(data):
             raise ValueError(f"tensor {name[:200]!r} does not match the offsets in the header")
-        part = data[begin:stop]
-        part = part if begin % dtype.itemsize == 0 else part.clone()
-        found[name], end = part.view(dtype).reshape(shape), stop
+        found[name], end = StoredTensor(dtype, tuple(shape), data[begin:stop]), stop
     if end != len(data):
         raise ValueError(f"it has {len(data)} bytes of tensors, but its header declares {end}")
     return found
@@ -53,13 +94,17 @@ def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
 
     `metadata` must have one item: safetensors writes several in no fixed order.
     """
-    order = sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
+    import torch  # imported here, since it takes seconds
+
+    names = {getattr(torch, name): key for key, name in _TORCH_NAMES.items()}
+    dtypes = {name: names[tensor.dtype] for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (_RANKS[dtypes[name]], name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         begin, end = end, end + tensors[name].nbytes
         shape = list(tensors[name].shape)
-        entries[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+        entries[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     yield memoryview(len(header).to_bytes(PREFIX_BYTES, "little") + header)

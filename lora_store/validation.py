@@ -10,8 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lora_store.adapter import LOCAL_TENANT, ModuleWeights, Sample, is_valid_name
 from lora_store.bounded_files import Limits, read_tensors
@@ -19,16 +18,16 @@ from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE, Side, pair_modules, pairs_of, split_key
 from lora_store.records import VISIBILITIES, Visibility
+from lora_store.safetensors_layout import StoredTensor
 from lora_store.sample_files import read_description, read_samples
 
 TEMPLATES = ("alpaca", "chat")
 MAX_TAGS = 32
-_NUMBERS_AT_ONCE = 1 << 20
 _SHOWN_FOLDERS = 5
 _QUANTISED = re.compile(r"[48]-?bit|gptq|awq", re.IGNORECASE)
 
 Shapes = Mapping[str, tuple[int, int]]
-Pairs = Mapping[str, dict[Side, Tensor]]
+Pairs = Mapping[str, dict[Side, StoredTensor]]
 T = TypeVar("T")
 
 
@@ -62,9 +61,16 @@ class Label:
 class CheckedFolder:
     """The content of a valid folder. Without samples, a description is the only sample."""
 
-    modules: dict[str, ModuleWeights]
+    config: PeftConfig
+    pairs: Pairs
     samples: tuple[Sample, ...]
     base_model: str
+
+    @property
+    def modules(self) -> dict[str, ModuleWeights]:
+        """The LoRA pairs by module path, as tensors of torch."""
+        tensors = {name: {side: item.tensor() for side, item in pair.items()} for name, pair in self.pairs.items()}
+        return pair_modules(self.config, tensors)
 
 
 def check_folder(
@@ -99,7 +105,7 @@ def check_folder(
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
-    return CheckedFolder(pair_modules(config, pairs), samples or described, config.base_model or "")
+    return CheckedFolder(config, pairs, samples or described, config.base_model or "")
 
 
 def _suggestion(name: str) -> str:
@@ -178,7 +184,7 @@ def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
 
 
 def _tensor_problems(
-    tensors: Mapping[str, Tensor], pairs: Pairs, shapes: Shapes | None, limits: Limits
+    tensors: Mapping[str, StoredTensor], pairs: Pairs, shapes: Shapes | None, limits: Limits
 ) -> Iterator[str]:
     if not tensors:
         yield f"{WEIGHTS_FILE}: has no tensors"
@@ -193,19 +199,13 @@ def _tensor_problems(
         yield "every lora_B is zero, so the adapter would change nothing: was it trained?"
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether every number is finite. Check in parts, since the mask of a large tensor is large too."""
-    return all(bool(torch.isfinite(part).all()) for part in _parts(tensor))
+def _is_finite(tensor: StoredTensor) -> bool:
+    return all(bool(np.isfinite(part).all()) for part in tensor.numbers())
 
 
-def _largest(tensor: Tensor) -> float:
-    """Return the largest absolute value, 0 for an empty tensor."""
-    return max((float(part.abs().max()) for part in _parts(tensor)), default=0.0)
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    numbers = tensor.flatten()
-    yield from (numbers[start : start + _NUMBERS_AT_ONCE] for start in range(0, len(numbers), _NUMBERS_AT_ONCE))
+def _largest(tensor: StoredTensor) -> float:
+    """Return the largest absolute value, 0 for an empty tensor; NaN for a tensor with NaN."""
+    return max((float(np.abs(part).max()) for part in tensor.numbers()), default=0.0)
 
 
 def _unsupported_kind(key: str) -> str:
@@ -220,13 +220,15 @@ def _unsupported_kind(key: str) -> str:
     return "is not a LoRA tensor of a linear layer"
 
 
-def _pair_problems(module: str, pair: Mapping[Side, Tensor], shapes: Shapes | None, limits: Limits) -> Iterator[str]:
+def _pair_problems(
+    module: str, pair: Mapping[Side, StoredTensor], shapes: Shapes | None, limits: Limits
+) -> Iterator[str]:
     if shapes is not None and module not in shapes:
         yield f"is not a linear layer of the base model that can be adapted (tensors {', '.join(sorted(pair))})"
     if len(pair) < 2:
         yield "has lora_A but no lora_B" if "lora_a" in pair else "has lora_B but no lora_A"
         return
-    a, b = tuple(pair["lora_a"].shape), tuple(pair["lora_b"].shape)
+    a, b = pair["lora_a"].shape, pair["lora_b"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         yield f"has lora_A {a} and lora_B {b}; their shapes must be (rank, in) and (out, rank)"
         return
@@ -244,7 +246,7 @@ def _scaling_problems(config: PeftConfig, pairs: Pairs) -> Iterator[str]:
         if rank != wanted:
             yield f"module {name[:200]!r} has rank {rank}, but {CONFIG_FILE} gives it {wanted}"
         largest = _largest(pair["lora_b"])
-        if not abs(config.scaling_of(name, rank)) * largest <= torch.finfo(pair["lora_b"].dtype).max:
+        if not abs(config.scaling_of(name, rank)) * largest <= pair["lora_b"].largest_finite:
             yield f"module {name[:200]!r} overflows its dtype once scaled by lora_alpha / rank"
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.errors import BlobCorrupted
@@ -71,9 +70,9 @@ def decode_weights(digest: str, data: bytes | npt.NDArray[np.uint8]) -> AdapterW
     start = PREFIX_BYTES + int.from_bytes(view[:PREFIX_BYTES], "little")
     entries = json.loads(bytes(view[PREFIX_BYTES:start]))
     metadata = entries.pop("__metadata__")
-    own = torch.empty(len(view) - start, dtype=torch.uint8)
-    own.numpy().data[:] = view[start:]
-    tensors = tensors_in(entries, own)
+    own = np.empty(len(view) - start, np.uint8)
+    own.data[:] = view[start:]
+    tensors = {name: stored.tensor() for name, stored in tensors_in(entries, own).items()}
     modules = {
         name: ModuleWeights(tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], scaling)
         for name, scaling in sorted(json.loads(metadata[_METADATA_KEY])["scaling"].items())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
@@ -83,6 +82,8 @@ class Encoder:
         max_cached_texts: int = 2048,
     ) -> None:
         if num_threads is not None:
+            import torch  # imported here, since it takes seconds
+
             torch.set_num_threads(num_threads)
         folder = model_folder(model)
         self._model = load_model(folder, max_tokens)

@@ -7,8 +7,6 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from retriever_svc.errors import EncoderUnusable
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -71,6 +69,8 @@ def model_files(folder: Path, model: str) -> list[Path]:
 def _named_model(name: str) -> Path:
     if name == DEFAULT_MODEL and (packaged := _packaged_folder()) is not None:
         return packaged
+    from huggingface_hub import snapshot_download  # imported here, since it takes a third of a second
+
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError) as exc:

@@ -55,7 +55,7 @@ def _num_lines(folder: Path) -> int:
 
 def _summary(admitted: CheckedFolder, num_lines: int) -> str:
     num_samples = len(admitted.samples)
-    parts = [f"{len(admitted.modules)} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
+    parts = [f"{len(admitted.pairs)} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
     if num_lines > num_samples:
         parts[-1] += f" of {num_lines}, spread over the file"
     hint = ""

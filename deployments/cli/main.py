@@ -172,7 +172,7 @@ def check(
     parity: Annotated[bool, typer.Option(help="compare the logits of each strategy with those of PEFT")] = False,
 ) -> None:
     """Check an adapter folder without a server. Publishing also checks what needs the base model."""
-    from deployments.cli.check_adapter import check_adapter  # torch takes seconds to import
+    from deployments.cli.check_adapter import check_adapter  # the store's libraries take most of a second to import
 
     _exit_with(check_adapter(folder, config, parity))
 

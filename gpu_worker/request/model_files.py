@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import try_to_load_from_cache
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -71,6 +70,8 @@ def _file(base_model: str, name: str) -> Path | None:
         return path if path.is_file() else None
     if base_model.count("/") != 1 or base_model.startswith(("/", ".", "~")):
         return None
+    from huggingface_hub import try_to_load_from_cache  # imported here, since it takes a third of a second
+
     found = try_to_load_from_cache(base_model, name)
     return Path(found) if isinstance(found, str) else None
 

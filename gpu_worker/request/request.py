@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.request.grammar import Grammar
@@ -14,6 +12,9 @@ from gpu_worker.request.prompts import Message
 from gpu_worker.request.tools import ToolCall, ToolCallPiece, Tools, joined_calls
 from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import BASE_PLAN, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 EXPECTED_NEW_TOKENS = 256  # of an answer without `max_tokens`, where its work is estimated
@@ -181,7 +182,7 @@ class Delta:
     num_prompt_tokens: int
     num_new_tokens: int  # so far, including this delta
     finish_reason: FinishReason | None = None
-    first_logits: torch.Tensor | None = None  # (V,) float32 after the prompt, if requested by a probe
+    first_logits: Tensor | None = None  # (V,) float32 after the prompt, if requested by a probe
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, if requested
     queued_s: float = 0.0  # time in the engine's queue
     prompt: tuple[PromptToken, ...] = ()  # in the first delta, if requested

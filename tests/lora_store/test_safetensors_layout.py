@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lora_store.safetensors_layout import PREFIX_BYTES, pieces_of, tensors_in
+from lora_store.safetensors_layout import PREFIX_BYTES, StoredTensor, pieces_of, tensors_in
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,9 +31,8 @@ def _read(data: bytes) -> dict[str, torch.Tensor]:
     start = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES], "little")
     entries = json.loads(data[PREFIX_BYTES:start])
     entries.pop("__metadata__", None)
-    return tensors_in(
-        entries, torch.frombuffer(bytearray(data[start:]) or bytearray(1), dtype=torch.uint8)[: len(data) - start]
-    )
+    rest = np.frombuffer(bytearray(data[start:]) or bytearray(1), np.uint8)[: len(data) - start]
+    return {name: stored.tensor() for name, stored in tensors_in(entries, rest).items()}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -93,3 +93,21 @@ def test_unaligned_numbers_are_read() -> None:
     data = _file({"a": _entry("F16", [1], 0, 2), "b": _entry("F32", [1], 2, 6)}, 6)
     found = _read(data[:-4] + torch.tensor([2.5]).numpy().tobytes())
     assert (found["a"].tolist(), found["b"].tolist()) == ([0.0], [2.5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_and_the_largest_finite_one_equal_torchs(dtype: torch.dtype) -> None:
+    numbers = torch.cat([torch.randn(1000).to(dtype), torch.tensor([torch.finfo(dtype).max, torch.inf, torch.nan])])
+    data = b"".join(pieces_of({"x": numbers.to(dtype)}, {"m": "v"}))
+    start = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES], "little")
+    entries = json.loads(data[PREFIX_BYTES:start])
+    stored = tensors_in({"x": entries["x"]}, np.frombuffer(bytearray(data[start:]), np.uint8))["x"]
+    found = np.concatenate(list(stored.numbers()))
+    assert np.array_equal(found, numbers.to(dtype).double().numpy(), equal_nan=True)
+    assert stored.largest_finite == torch.finfo(dtype).max
+
+
+def test_a_large_tensor_is_read_in_parts() -> None:
+    numbers = np.arange((1 << 20) + 5, dtype="<f4")
+    [first, rest] = StoredTensor("F32", (len(numbers),), numbers.view(np.uint8)).numbers()
+    assert len(rest) == 5 and np.array_equal(np.concatenate([first, rest]), numbers)

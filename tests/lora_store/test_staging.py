@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_store import AdapterRef, ModuleWeights, Sample
+from lora_store import AdapterRef, Sample, write_peft_folder
 from lora_store.records import Visibility
 from lora_store.staging import Staged, staged_record, version_digest
-from lora_store.validation import CheckedFolder, Label
+from lora_store.validation import CheckedFolder, Label, check_folder
 from tests.lora_store.builders import MakeWeights
 
 LABEL = Label("poet", "acme", ("fun",), "chat", "public")
@@ -46,9 +47,10 @@ def test_the_name_the_tenant_and_the_visibility_are_not_part_of_the_version(chan
 
 
 @pytest.fixture
-def checked(make_weights: MakeWeights) -> CheckedFolder:
-    modules: dict[str, ModuleWeights] = make_weights()  # two of rank 4 and one of rank 2
-    return CheckedFolder(modules=modules, samples=(Sample("Rhyme."), Sample("Sing.")), base_model="tiny")
+def checked(make_weights: MakeWeights, tmp_path: Path) -> CheckedFolder:
+    modules = make_weights()  # two of rank 4 and one of rank 2
+    write_peft_folder(tmp_path, modules, base_model="tiny", samples=[Sample("Rhyme."), Sample("Sing.")])
+    return check_folder(tmp_path, LABEL, accepts_base={"tiny"}, module_shapes=None)
 
 
 @pytest.mark.parametrize("visibility", ["public", "private"])
