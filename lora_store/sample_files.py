@@ -13,7 +13,7 @@ from lora_store.errors import FileRefused
 
 SAMPLES_FILE = "lora_samples.jsonl"
 DESCRIPTION_FILE = "description.txt"
-_INPUT_KEYS = ("input", "prompt", "instruction", "text", "question")  # the first one that a line has
+INPUT_KEYS = ("input", "prompt", "instruction", "text", "question")  # the first one that a line has
 
 
 def read_samples(folder: Path, limits: Limits) -> tuple[Sample, ...]:
@@ -73,7 +73,7 @@ def _parse_sample(line: bytes, max_bytes: int) -> Sample:
         raw = parse_json_object(line)
     except ValueError as exc:
         raise ValueError(f"is not valid JSON: {exc}") from exc
-    key = next((key for key in _INPUT_KEYS if key in raw), "input")
+    key = next((key for key in INPUT_KEYS if key in raw), "input")
     text, output = raw.get(key), raw.get("output")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'needs a text "{key}" that is not blank')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ MAX_TAGS = 32
 MAX_TAG_CHARS = 256
 Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store checks the value
 Name = Annotated[str, Field(min_length=1, max_length=129)]  # `name`, or `tenant/name`
+
+_SOURCE = re.compile(r"[a-z0-9]+://|(?:runs|models):/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,19 @@ class PublishItem:
         """The name to publish under; "" for files without a name, which validation refuses."""
         if self.name is not None:
             return self.name
-        return (self.source or "").rstrip("/").rpartition("/")[2] if self.path is None else self.path.name
+        return _name_of(self.source or "") if self.path is None else self.path.name
 
     @property
     def origin(self) -> str:
         """The origin that the catalogue records."""
         return self.source if self.source is not None else self.adapter_name
+
+
+def _name_of(source: str) -> str:
+    """Return the last part of a URI without its revision, for `models:/NAME/…` the model's name."""
+    if source.startswith("models:/"):
+        return source.removeprefix("models:/").partition("/")[0].partition("@")[0]
+    return source.rstrip("/").rpartition("/")[2].partition("@")[0]
 
 
 class AdapterLabel(ApiRequest):
@@ -124,7 +134,7 @@ class LoadAdapterRequest(ApiRequest):
     is_3d_lora_weight: Literal[False] = False  # for fused expert layers, which no adapter here has
 
     def upload(self) -> PublishItem:
-        if "://" in self.lora_path:
+        if _SOURCE.match(self.lora_path):
             return PublishItem(name=self.lora_name, source=self.lora_path)
         return PublishItem(Path(self.lora_path), self.lora_name)
 

@@ -187,8 +187,8 @@ def replicas_object(change: Published | Removed | Settled) -> Replicas:
 
 
 def status_of(published: Published) -> int:
-    """Return 201, or 202 while a Retriever replica does not route to it yet."""
-    return 202 if published.behind else 201
+    """Return 201, 202 while a Retriever replica does not route to it yet, or 200 if it was only validated."""
+    return 202 if published.behind else 201 if published.generation else 200
 
 
 def batch_object(outcomes: Sequence[Published | Exception]) -> BatchAnswer:

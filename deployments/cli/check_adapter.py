@@ -41,9 +41,9 @@ def folder_problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"{folder}: is a file; give the folder that contains it"
     found = adapter_folders(folder)
-    if found == [folder]:
+    if [item.path for item in found] == [folder]:
         return None
-    hint = f"; found adapters in {', '.join(path.name for path in found)}" if found else ""
+    hint = f"; found adapters in {', '.join(str(item.path.relative_to(folder)) for item in found)}" if found else ""
     return f"{folder}: no adapter here, adapter_config.json is missing{hint}"
 
 

@@ -1,19 +1,20 @@
-"""`loraretriever publish`: send many folders in few requests, and retry those that the server had no room for."""
+"""`loraretriever publish`: send many adapters in few requests, and retry those that the server had no room for."""
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import httpx
 import typer
-from rich.progress import track
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
 
 from deployments.cli.client import (
     DEFAULT_URL,
@@ -30,63 +31,97 @@ from deployments.cli.client import (
     show_error,
 )
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import adapter_files, adapter_folders, linked_files, open_plain
+from deployments.publishing.adapter_folders import (
+    adapter_files,
+    adapter_folders,
+    folder_bytes,
+    linked_files,
+    open_without_links,
+)
 
 commands = typer.Typer()
 _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
-_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # the name that transformers' Trainer gives
-Answered = tuple[Path, JsonObject]  # a folder, and the status with the error or the result
+_SAMPLES_FILE = "lora_samples.jsonl"
+_SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
 
 @dataclass(frozen=True, slots=True)
-class FolderPublisher:
-    """Publishes folders through one client. `fields`: the name, tags, template and visibility that were given."""
+class Item:
+    """One adapter to publish: a folder, or a URI that the server reads. `name`: if it is not the server's default."""
+
+    place: Path | str
+    name: str | None = None
+
+    @property
+    def is_source(self) -> bool:
+        return isinstance(self.place, str)
+
+    def as_json(self) -> JsonObject:
+        where = {"source": self.place} if isinstance(self.place, str) else {"path": str(self.place.resolve())}
+        return where if self.name is None else where | {"name": self.name}
+
+
+Answered = tuple[Item, JsonObject]  # an item, and the status with the error or the result
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPublisher:
+    """Publishes adapters through one client.
+
+    `fields`: the name, tags, template and visibility that were given. `params`: of every request. `samples`: the
+    content of a samples file that is uploaded in place of the folder's own. `sent`: is called with the size of each
+    part of a file as it is uploaded.
+    """
 
     client: httpx.Client
     fields: JsonObject
+    params: dict[str, str]
+    samples: bytes | None = None
+    sent: Callable[[int], object] = lambda _: None
     sleep: Callable[[float], None] = time.sleep
 
-    def by_path(self, folders: Sequence[Path]) -> Iterator[Answered]:
-        """Let the server read the folders, many per commit, with up to two requests at once."""
-        batches = [folders[start : start + _BATCH] for start in range(0, len(folders), _BATCH)]
+    def by_path(self, items: Sequence[Item]) -> Iterator[Answered]:
+        """Let the server read the folders and sources, many per commit, with up to two requests at once."""
+        batches = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
         pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         try:
-            for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_paths)), batches):
+            for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_places)), batches):
                 yield from answered
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupted command stops sending
 
-    def by_upload(self, folders: Sequence[Path]) -> Iterator[Answered]:
-        """Send the files of the folders, one folder per request."""
-        for folder in folders:
-            yield from self._until_done([folder], self._post_files)
+    def by_upload(self, items: Sequence[Item]) -> Iterator[Answered]:
+        """Send the files of the folders, one folder per request. The server reads sources itself."""
+        for item in items:
+            yield from self._until_done([item], self._post_places if item.is_source else self._post_files)
 
     def _until_done(
-        self, folders: Sequence[Path], post: Callable[[Sequence[Path]], Sequence[JsonObject]]
+        self, items: Sequence[Item], post: Callable[[Sequence[Item]], Sequence[JsonObject]]
     ) -> Iterator[Answered]:
-        """Yield the last answer for every folder. Folders that got a 503 are sent again after a pause."""
+        """Yield the last answer for every item. Items that got a 503 are sent again after a pause."""
         for pause_s in (*_PAUSES_S, None):
-            answered = list(zip(folders, post(folders), strict=True))
-            again = [folder for folder, answer in answered if answer["status"] == _UNAVAILABLE and pause_s is not None]
-            yield from ((folder, answer) for folder, answer in answered if folder not in again)
+            answered = list(zip(items, post(items), strict=True))
+            again = [item for item, answer in answered if answer["status"] == _UNAVAILABLE and pause_s is not None]
+            yield from ((item, answer) for item, answer in answered if item not in again)
             if not again or pause_s is None:
                 return
             self.sleep(pause_s)
-            folders = again
+            items = again
 
-    def _post_paths(self, folders: Sequence[Path]) -> list[JsonObject]:
-        adapters = [{"path": str(folder.resolve()), **self.fields} for folder in folders]
-        response = self.client.post("/v1/loras", json={"adapters": adapters})
+    def _post_places(self, items: Sequence[Item]) -> list[JsonObject]:
+        adapters = [item.as_json() | self.fields for item in items]
+        response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
         if response.is_error:
-            return [_refusal(response)] * len(folders)
+            return [_refusal(response)] * len(items)
         answers: list[JsonObject] = response.json()["data"]
         return answers
 
-    def _post_files(self, folders: Sequence[Path]) -> list[JsonObject]:
-        [folder] = folders
+    def _post_files(self, items: Sequence[Item]) -> list[JsonObject]:
+        [item] = items
+        folder = Path(item.place)
         if links := linked_files(folder):
             return [{"status": 400, "error": {"message": _link_message(links[0])}}]
         paths = adapter_files(folder)
@@ -95,83 +130,156 @@ class FolderPublisher:
                 {"status": 404, "error": {"message": "no adapter here: a folder with adapter_config.json is needed"}}
             ]
         with ExitStack() as opened:
-            files = [("files", (path.name, opened.enter_context(open_plain(path)))) for path in paths]
-            data = {"name": folder.resolve().name, **self.fields}
-            response = self.client.post("/v1/loras", files=files, data=data)
+            files = {path.name: opened.enter_context(_Counted(path, self.sent)) for path in paths}
+            parts: list[tuple[str, tuple[str, BinaryIO]]] = [("files", (name, file)) for name, file in files.items()]
+            if self.samples is not None:
+                parts = [part for part in parts if part[1][0] != _SAMPLES_FILE]
+                parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
+            data = {"name": item.name or folder.resolve().name, **self.fields}
+            response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
+
+
+class _Counted(io.FileIO):
+    """A file that reports how much of it was read. It follows no link."""
+
+    def __init__(self, path: Path, sent: Callable[[int], object]) -> None:
+        super().__init__(path, opener=open_without_links)
+        self._sent = sent
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size) or b""
+        self._sent(len(data))
+        return data
 
 
 @commands.command()
 def publish(
-    folders: Annotated[list[Path], typer.Argument(help="adapter folders, or folders of adapter folders")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PLACES...",
+            help="adapter folders, folders of them, outputs of training runs, or URIs that the server may read: "
+            "s3://, gs://, hf://OWNER/REPOSITORY@REVISION, runs:/RUN/FOLDER, models:/NAME/VERSION",
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="name of the adapter; default: name of its folder")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable")] = None,
     template: Annotated[str | None, typer.Option(help="prompt template: alpaca or chat")] = None,
     public: Annotated[
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
     ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="take the samples for auto from this training file: Alpaca, ShareGPT or messages"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="let the server check everything, publish nothing")
+    ] = False,
     upload: Annotated[bool, typer.Option(help="upload the files even if the server is on this machine")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Publish adapters to a running server."""
-    adapters = [adapter for folder in folders for adapter in _adapters_in(folder)]
-    if name is not None and len(adapters) != 1:
-        raise typer.BadParameter(f"one name cannot be used for {len(adapters)} adapters", param_hint="--name")
+    items = [item for place in places for item in _items_of(place)]
+    if name is not None and len(items) != 1:
+        raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
+    if samples is not None and (len(items) != 1 or items[0].is_source):
+        raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
     visibility = None if public is None else "public" if public else "private"
     given = {"name": name, "tags": tag, "template": template, "visibility": visibility}
-    with client_of(url) as client:
-        publisher = FolderPublisher(client, {key: value for key, value in given.items() if value})
+    fields = {key: value for key, value in given.items() if value}
+    params = {"dry_run": "true"} if dry_run else {}
+    content = None if samples is None else _samples_from(samples)
+    with client_of(url) as client, _upload_progress(items) as sent:
+        publisher = AdapterPublisher(client, fields, params, content, sent)
         # A server with keys does not read local paths by default.
-        by_path = is_this_machine(url) and not upload and not has_key()
+        by_path = is_this_machine(url) and not upload and not has_key() and content is None
         send = publisher.by_path if by_path else publisher.by_upload
-        failed = (_report_json if as_json else _report)(send(adapters), len(adapters))
+        failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
 
 
-def _adapters_in(folder: Path) -> list[Path]:
-    """Return the adapters in `folder`, or `folder` itself. Exit if they are checkpoints, which would compete."""
-    found = adapter_folders(folder)
-    steps = {path: _CHECKPOINT.fullmatch(path.name) for path in found if path != folder}
-    if not steps or not all(steps.values()):
-        return found or [folder]
-    last = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
-    what = "a checkpoint" if len(found) == 1 else f"{len(found)} checkpoints"
-    fail(
-        f"{folder}: contains {what} of one training run; publish one under a name of its own: "
-        f"loraretriever publish {last} --name {folder.resolve().name}"
-    )
+def _items_of(place: str) -> list[Item]:
+    """Return the adapters at `place`. A folder without any is sent as it is, so that the server says what it lacks."""
+    if _SOURCE.match(place):
+        return [Item(place)]
+    found = [Item(adapter.path, adapter.new_name) for adapter in adapter_folders(Path(place))]
+    return found or [Item(Path(place))]
 
 
-def _report_json(answers: Iterable[Answered], total: int) -> int:
-    """Print the outcome for all folders as JSON. Return the number of failures."""
-    rows = [{"folder": str(folder), **answer} for folder, answer in answers]
+def _samples_from(file: Path) -> bytes:
+    """Return the samples of a training file as a samples file. Exit if there are none."""
+    from lora_store import FileRefused, Limits  # torch takes seconds to import
+    from lora_store.sample_files import write_samples
+    from lora_store.training_files import training_samples
+
+    try:
+        return write_samples(training_samples(file, Limits()))
+    except FileRefused as exc:
+        fail(f"{file}: {exc.problems[0]}")
+
+
+@contextmanager
+def _upload_progress(items: Sequence[Item]) -> Iterator[Callable[[int], object]]:
+    """Yield a function that adds bytes to a progress bar, which appears with the first upload of a single adapter."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    if len(items) != 1 or items[0].is_source:
+        yield lambda _: None
+        return
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("uploading", total=folder_bytes(Path(items[0].place)), visible=False)
+        yield lambda num_bytes: progress.update(task, advance=num_bytes, visible=True)
+
+
+def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
+    """Print the outcome for all adapters as JSON. Return the number of failures."""
+    rows: list[JsonObject] = []
+    for item, answer in answers:
+        rows.append({"source" if item.is_source else "folder": str(item.place), **answer})
     print_json({"data": rows})
     return sum("error" in row for row in rows)
 
 
-def _report(answers: Iterable[Answered], total: int) -> int:
-    """Print the outcome for each folder. Return the number of failures."""
-    failed = 0
-    for folder, answer in track(answers, "publishing", total, console=err, transient=True, disable=total == 1):
+def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
+    """Print the outcome for each adapter, and a summary of several. Return the number of failures."""
+    refused: list[str] = []
+    started, by_name = time.monotonic(), 0
+    for item, answer in track(answers, "publishing", total, console=err, transient=True, disable=total == 1):
         if "error" in answer:
-            failed += 1
-            show_error(_named(folder, answer["error"]["message"]))
+            refused.append(str(item.place) if item.is_source else Path(item.place).name)
+            show_error(_named(item, answer["error"]["message"]))
             continue
-        notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
-        if behind := answer["replicas"]["behind"]:
-            notes.append(f"{behind} replicas are not up to date yet")
-        note = f" ({'; '.join(notes)})" if notes else ""
-        out.print(f"{answer['name']} is live at generation {answer['generation']}{note}", markup=False)
-    if total > 1 and failed:
-        err.print(f"{total - failed} live, {failed} refused", highlight=False)
-    return failed
+        by_name += not answer["found_by_auto"]
+        out.print(_outcome(answer, is_dry), markup=False)
+    if total > 1:
+        good = "fit to publish" if is_dry else "live"
+        only = f" ({by_name} by name only)" if by_name else ""
+        err.print(
+            f"{total - len(refused)} {good}{only}, {len(refused)} refused, {time.monotonic() - started:.0f} s",
+            highlight=False,
+        )
+        if refused:
+            err.print(f"refused: {', '.join(refused)}", markup=False, highlight=False, soft_wrap=True)
+    return len(refused)
 
 
-def _named(folder: Path, message: str) -> str:
-    """Return the message with the folder in front, unless it names the adapter already."""
-    return message if f"adapter {folder.resolve().name!r}" in message else f"{folder}: {message}"
+def _outcome(answer: JsonObject, is_dry: bool) -> str:
+    notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
+    if is_dry:
+        notes += [f"nearest is {near['name']} at {near['score']:.2f}" for near in answer.get("neighbours", ())[:1]]
+    elif behind := answer["replicas"]["behind"]:
+        notes.append(f"{behind} replicas are not up to date yet")
+    note = f" ({'; '.join(notes)})" if notes else ""
+    done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
+    return f"{answer['name']} {done}{note}"
+
+
+def _named(item: Item, message: str) -> str:
+    """Return the message with the place in front, unless it names the adapter or the source already."""
+    name = item.name or (item.place if isinstance(item.place, str) else item.place.resolve().name)
+    return message if f"adapter {name!r}" in message or str(item.place) in message else f"{item.place}: {message}"
 
 
 def _link_message(link: Path) -> str:

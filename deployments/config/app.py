@@ -107,8 +107,8 @@ class AppConfig(_Settings):
     encoders: tuple[str, ...] = ()  # with keys: encoders that a reindex may name, besides retrieval.encoder
     owner_names: bool = False  # other tenants' adapters are owner/name only; default with keys: true
     allow_self_approval: bool = False  # with keys: whether admins may approve their own tenant's adapters
-    # s3://, gs:// or file:// prefixes of URIs that adapters may be published from, by tenant; "*" means every tenant. A
-    # plain list applies to every tenant and is refused with keys.
+    # Prefixes of URIs that adapters may be published from, by tenant; "*" means every tenant. They begin with s3://,
+    # gs://, file://, hf://, runs:/ or models:/. A plain list applies to every tenant and is refused with keys.
     source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
     max_upload_bytes: int = Field(default=512 << 20, ge=1)  # files of one adapter, uploaded or copied from a source
     # All uploads in one Ingress replica at once. With keys, a tenant above `max_upload_bytes` may use at most as

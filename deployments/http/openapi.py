@@ -77,6 +77,7 @@ PUBLISH_ANSWERS = answers(
     404,
     409,
     422,
+    s200=responses.PublishedAdapter | responses.BatchAnswer,
     s201=responses.PublishedAdapter | responses.BatchAnswer,
     s202=responses.PublishedAdapter | responses.BatchAnswer,
     s207=responses.BatchAnswer,

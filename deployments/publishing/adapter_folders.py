@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,13 +17,47 @@ ADAPTER_FILES = (
     "description.txt",
     "adapter_model.bin",
 )
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # the name that transformers' Trainer gives
 
 
-def adapter_folders(path: Path) -> list[Path]:
-    """Return `path` itself if it is an adapter, otherwise the adapters in it, sorted."""
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """An adapter's folder, and its name: the folder's, or for a checkpoint that of the training run around it."""
+
+    path: Path
+    name: str
+
+    @classmethod
+    def of(cls, path: Path) -> AdapterFolder:
+        whole = path.resolve()
+        return cls(path, whole.parent.name if _CHECKPOINT.fullmatch(whole.name) else whole.name)
+
+    @property
+    def new_name(self) -> str | None:
+        """Its name if it differs from the folder's."""
+        return None if self.name == self.path.resolve().name else self.name
+
+
+def adapter_folders(path: Path) -> list[AdapterFolder]:
+    """Return `path` itself if it is an adapter or a training run's output, otherwise those in it, sorted.
+
+    Of a training run this is the last checkpoint, unless the output folder holds the final adapter itself.
+    """
+    if found := _adapter_at(path):
+        return [found]
+    children = sorted(path.glob("*"))
+    return [found for child in children if (found := _adapter_at(child))]
+
+
+def _adapter_at(path: Path) -> AdapterFolder | None:
     if (path / CONFIG_FILE).exists():
-        return [path]
-    return sorted(config.parent for config in path.glob(f"*/{CONFIG_FILE}"))
+        return AdapterFolder.of(path)
+    checkpoints = {
+        int(step[1]): config.parent
+        for config in path.glob(f"checkpoint-*/{CONFIG_FILE}")
+        if (step := _CHECKPOINT.fullmatch(config.parent.name))
+    }
+    return AdapterFolder.of(checkpoints[max(checkpoints)]) if checkpoints else None
 
 
 def linked_files(folder: Path) -> list[Path]:
@@ -31,7 +67,12 @@ def linked_files(folder: Path) -> list[Path]:
 
 def open_plain(path: Path) -> BinaryIO:
     """Open a file without following a symbolic link in its place. Raises: OSError."""
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
+    return open(path, "rb", opener=open_without_links)
+
+
+def open_without_links(path: str, flags: int) -> int:
+    """Open as `os.open`, but follow no symbolic link. Raises: OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def adapter_files(folder: Path) -> list[Path]:

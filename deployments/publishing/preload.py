@@ -50,9 +50,9 @@ class Preload:
 
     async def _publish(self) -> dict[str, str]:
         refused = {}
-        folders = [folder for path in self._paths for folder in adapter_folders(path)]
+        folders = [found for path in self._paths for found in adapter_folders(path)]
         for start in range(0, len(folders), _BATCH):
-            batch = [PublishItem(folder) for folder in folders[start : start + _BATCH]]
+            batch = [PublishItem(found.path, found.name) for found in folders[start : start + _BATCH]]
             lacking = await self._publisher.lacking(
                 batch
             )  # versions that were updated or rolled back since are not changed

@@ -50,13 +50,14 @@ class Change:
     """The author of a change, and its limits.
 
     `quota`: the tenant's; `precondition`: on the versions just before the commit; `charge`: receives the number of
-    tokens that the encoder is about to read.
+    tokens that the encoder is about to read; `is_dry`: validate and commit nothing.
     """
 
     actor: str
     quota: TenantQuota | None = None
     precondition: Precondition = "any"
     charge: Charge = free_of_charge
+    is_dry: bool = False
 
 
 def live_already(
@@ -131,14 +132,18 @@ class Publisher:
         quota: TenantQuota | None = None,
         charge: Charge = free_of_charge,
         held: AbstractContextManager[object] | None = None,
+        *,
+        is_dry: bool = False,
     ) -> list[Published | Exception]:
         """Publish every valid upload in one commit; return one result or error per upload, in order.
 
         Versions that are live already do not change. `held` is left at the end, even if the caller has left before.
+        `is_dry`: only validate, at generation 0, and store nothing. The quota and public names are not checked then.
         Raises, without any change: the error of the Retriever or the Store for the whole batch; QuotaExceeded;
         WorkerStarting; the error of `charge`.
         """
-        return await self._run("publish", self._publish(uploads, Change(actor, quota, charge=charge), held))
+        change = Change(actor, quota, charge=charge, is_dry=is_dry)
+        return await self._run("dry_run" if is_dry else "publish", self._publish(uploads, change, held))
 
     async def rollback(self, key: Key, digest: str | None, actor: str, charge: Charge = free_of_charge) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
@@ -248,6 +253,8 @@ class Publisher:
             older = await self._store.versions([(item.ref.tenant, item.ref.name) for item in held])
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
+            if change.is_dry:
+                return [published_of(outcome, 0, 0, 0) for outcome in outcomes]
             is_unsure = True
             generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False

@@ -1,25 +1,23 @@
-"""Read adapters from a bucket or a shared folder: check the URI, and copy the files."""
+"""Read adapters from a bucket, a shared folder, a model hub or MLflow: check the URI, and copy the files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSystem
 
-from deployments.config.source_prefixes import SourcePrefix, SourceUri
+from deployments.config.source_prefixes import OVER_HTTP, SourcePrefix, SourceUri
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.publishing.adapter_folders import ADAPTER_FILES, folder_bytes
+from deployments.publishing.http_sources import CHUNK_BYTES, BoundedCopy, TakeBytes, copy_over_http
 from deployments.publishing.ssrf_guard import pin_public_address
-from lora_store import AdapterRefused
-
-_CHUNK_BYTES = 1 << 20
 
 
 def folder_of_source(
-    uri: str, prefixes: Sequence[str], work: Path, max_bytes: int, take: Callable[[int], object] = lambda _: None
+    uri: str, prefixes: Sequence[str], work: Path, max_bytes: int, take: TakeBytes = lambda _: None
 ) -> Path:
     """Return the folder at `uri`: itself if it is local, otherwise a copy of its adapter's files below `work`.
 
@@ -32,6 +30,9 @@ def folder_of_source(
         folder = _local_folder(uri, Path("/", *prefix.uri.parts), inner)
         take(folder_bytes(folder))
         return folder
+    if place.scheme in OVER_HTTP:
+        return copy_over_http(uri, place, work, max_bytes, take)
+    assert prefix.location is not None, "only sources over HTTP have no location"
     try:
         files, root = pin_public_address(uri, prefix.location).filesystem()
         return _copy(uri, files, "/".join((root, *inner)), work, max_bytes, take)
@@ -62,18 +63,15 @@ def _local_folder(uri: str, prefix: Path, inner: Sequence[str]) -> Path:
     return folder
 
 
-def _copy(uri: str, files: FileSystem, root: str, work: Path, max_bytes: int, take: Callable[[int], object]) -> Path:
+def _copy(uri: str, files: FileSystem, root: str, work: Path, max_bytes: int, take: TakeBytes) -> Path:
     infos: list[FileInfo] = files.get_file_info([f"{root}/{name}" for name in ADAPTER_FILES])
     found = [info for info in infos if info.is_file]
     if not found:
         raise SourceMissing(uri)
     take(min(sum(info.size or 0 for info in found), max_bytes))
-    left = max_bytes
+    copy = BoundedCopy(root.rpartition("/")[2], max_bytes)
     for info in found:
         with files.open_input_stream(info.path) as stream, (work / info.base_name).open("wb") as target:
-            while chunk := stream.read(_CHUNK_BYTES):
-                left -= len(chunk)
-                if left < 0:
-                    raise AdapterRefused(root.rpartition("/")[2], [f"its files have more than {max_bytes} bytes"])
-                target.write(chunk)
+            while chunk := stream.read(CHUNK_BYTES):
+                copy.write(target, chunk)
     return work

@@ -105,21 +105,27 @@ async def loras(
     dependencies=[MAY_CHANGE],
     openapi_extra={"requestBody": {"required": True, "content": _BODY}},
 )
-async def publish(caller: PublishCaller, services: AnyServices, http: Request) -> JSONResponse:
+async def publish(
+    caller: PublishCaller,
+    services: AnyServices,
+    http: Request,
+    dry_run: Annotated[bool, Query(description="check everything and publish nothing")] = False,
+) -> JSONResponse:
     """Publish uploaded files, a server folder, a source URI, or a batch of the latter two in one commit.
 
-    201 when every Retriever replica routes to it, 202 while one is behind, 207 when a part of a batch failed.
+    201 when every Retriever replica routes to it, 202 while one is behind, 207 when a part of a batch failed. With
+    `dry_run` 200: the adapter is fit to publish, and nothing is live or stored.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _publish_files(services, caller, http)
+        return await _publish_files(services, caller, http, is_dry=dry_run)
     if kind != "application/json":
         raise RequestInvalid(f"content-type must be application/json or multipart/form-data, got {kind[:100]!r}")
     body = _parse(await http.json())
     if isinstance(body, AdapterSource):
-        return await _publish_one(services, caller, item_of(services, body.upload(), caller, http))
+        return await _publish_one(services, caller, item_of(services, body.upload(), caller, http), is_dry=dry_run)
     items = [item_of(services, adapter.upload(), caller, http) for adapter in body.adapters]
-    outcomes = await publish_items(services, caller, items)
+    outcomes = await publish_items(services, caller, items, is_dry=dry_run)
     answer = batch_object(outcomes)
     failed = any(isinstance(outcome, Exception) for outcome in outcomes)
     return JSONResponse(answer, 207 if failed else max(item["status"] for item in answer["data"]))
@@ -188,28 +194,36 @@ async def publish_items(
     caller: Caller,
     items: Sequence[PublishItem],
     held: AbstractContextManager[object] | None = None,
+    *,
+    is_dry: bool = False,
 ) -> Sequence[Published | Exception]:
     """Publish `items` in one commit, within the quota of the caller's tenant. Return one outcome per item.
 
     `held` is left when they are published or refused, even if the client has left before.
     """
     charge = charge_to(services, caller)
-    return await services.publisher.publish(items, caller.key_id, caller.limits.tenant_quota, charge, held)
+    quota = caller.limits.tenant_quota
+    return await services.publisher.publish(items, caller.key_id, quota, charge, held, is_dry=is_dry)
 
 
-async def _publish_files(services: Services, caller: Caller, http: Request) -> JSONResponse:
+async def _publish_files(services: Services, caller: Caller, http: Request, *, is_dry: bool) -> JSONResponse:
     """Publish an upload. It counts against the budget until it is published, even if the client has left before."""
     with ExitStack() as stack:
         counted = stack.enter_context(services.uploads.reading(http, caller.tenant))
         item = item_of(services, await read_upload(counted), caller, http)
         held = stack.pop_all()
-    return await _publish_one(services, caller, item, held)
+    return await _publish_one(services, caller, item, held, is_dry=is_dry)
 
 
 async def _publish_one(
-    services: Services, caller: Caller, item: PublishItem, held: AbstractContextManager[object] | None = None
+    services: Services,
+    caller: Caller,
+    item: PublishItem,
+    held: AbstractContextManager[object] | None = None,
+    *,
+    is_dry: bool,
 ) -> JSONResponse:
-    [outcome] = await publish_items(services, caller, [item], held)
+    [outcome] = await publish_items(services, caller, [item], held, is_dry=is_dry)
     if isinstance(outcome, Exception):
         raise outcome
     return JSONResponse(published_object(outcome), status_of(outcome))

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from deployments.cli.client import is_this_machine
-from deployments.cli.publish import FolderPublisher
+from deployments.cli.publish import AdapterPublisher, Item
 from deployments.publishing.adapter_folders import open_plain
 from tests.deployments.scripted import refusal, run, scripted, words
 
@@ -57,22 +57,112 @@ def test_the_description_of_the_adapter_is_sent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("checkpoint-9",), ("checkpoint-9", "checkpoint-100", "checkpoint-20")])
-def test_a_folder_of_checkpoints_is_refused_with_the_command_for_the_last(
+def test_a_training_run_publishes_its_last_checkpoint_under_its_own_name(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     adapters(tmp_path / "my-task", *names)
-    with scripted((500, {})) as server:
-        result = run("publish", tmp_path / "my-task", "--url", server.url)
-    assert (result.exit_code, server.asked) == (1, [])
     last = tmp_path / "my-task" / max(names, key=len)
-    assert words(result.stderr).endswith(f"loraretriever publish {last} --name my-task")
+    for place in (tmp_path / "my-task", last):
+        with scripted((201, batch(answer("my-task")))) as server:
+            assert run("publish", place, "--url", server.url).exit_code == 0
+        assert server.sent == [{"adapters": [{"path": str(last), "name": "my-task"}]}]
 
 
-def test_a_checkpoint_that_is_named_is_published(tmp_path: Path) -> None:
+def test_a_checkpoint_takes_the_name_that_is_given(tmp_path: Path) -> None:
     [last] = adapters(tmp_path / "my-task", "checkpoint-100")
-    with scripted((201, batch(answer("my-task")))) as server:
-        assert run("publish", last, "--name", "my-task", "--url", server.url).exit_code == 0
-    assert server.sent == [{"adapters": [{"path": str(last), "name": "my-task"}]}]
+    with scripted((201, batch(answer("bard")))) as server:
+        assert run("publish", last, "--name", "bard", "--url", server.url).exit_code == 0
+    assert server.sent == [{"adapters": [{"path": str(last), "name": "bard"}]}]
+
+
+def test_a_folder_of_training_runs_publishes_each_of_them(tmp_path: Path) -> None:
+    adapters(tmp_path / "first", "checkpoint-1", "checkpoint-2")
+    adapters(tmp_path, "second")
+    with scripted((201, batch(answer("first"), answer("second")))) as server:
+        assert run("publish", tmp_path, "--url", server.url).exit_code == 0
+    expected = [{"path": str(tmp_path / "first" / "checkpoint-2"), "name": "first"}, {"path": str(tmp_path / "second")}]
+    assert server.sent == [{"adapters": expected}]
+
+
+@pytest.mark.parametrize("uri", ["hf://acme/sql@v2", "runs:/r1/peft", "models:/sql/3", "s3://bucket/poet"])
+@pytest.mark.parametrize("upload", [False, True])
+def test_a_source_is_sent_as_its_uri(uri: str, upload: bool) -> None:
+    with scripted((201, batch(answer("sql")))) as server:
+        result = run("publish", uri, "--tag", "db", *(["--upload"] if upload else []), "--url", server.url)
+    assert result.exit_code == 0
+    assert server.sent == [{"adapters": [{"source": uri, "tags": ["db"]}]}]
+
+
+def test_a_refused_source_is_named_once() -> None:
+    with scripted((207, batch(refused(403, "the source 'hf://acme/sql' is not below a source prefix")))) as server:
+        result = run("publish", "hf://acme/sql", "--url", server.url)
+    assert (result.exit_code, words(result.stderr).count("hf://acme/sql")) == (1, 1)
+
+
+def test_samples_of_a_training_file_are_uploaded_in_place_of_the_folders_own(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    (poet / "lora_samples.jsonl").write_text("own samples")
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"messages": [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]}')
+    with scripted((201, answer("poet"))) as server:
+        assert run("publish", poet, "--samples", train, "--url", server.url).exit_code == 0
+    [body] = server.bodies
+    assert b'{"input": "Sing.", "output": "La."}' in body
+    assert b"own samples" not in body and body.count(b'filename="lora_samples.jsonl"') == 1
+
+
+def test_a_training_file_without_samples_stops_the_command(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"label": 1}')
+    with scripted((500, {})) as server:
+        result = run("publish", poet, "--samples", train, "--url", server.url)
+    assert (result.exit_code, server.asked) == (1, [])
+    assert "known forms are Alpaca" in words(result.stderr)
+
+
+def test_one_training_file_cannot_be_used_for_two_adapters(tmp_path: Path) -> None:
+    adapters(tmp_path, "one", "two")
+    with scripted((500, {})) as server:
+        result = run("publish", tmp_path, "--samples", "train.jsonl", "--url", server.url)
+    assert (result.exit_code, server.asked) == (2, [])
+    assert "one training file goes with one adapter folder" in words(result.stderr)
+
+
+def test_a_dry_run_says_what_would_be_published(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    near = [{"name": "bard", "digest": "d", "score": 0.987}]
+    for upload in ((), ("--upload",)):
+        row = answer("poet", status=200, generation=0, neighbours=near)
+        with scripted((200, row if upload else batch(row))) as server:
+            result = run("publish", poet, "--dry-run", *upload, "--url", server.url)
+        assert words(result.stdout) == "poet is fit to publish (nearest is bard at 0.99)"
+        assert server.asked == [("POST", "/v1/loras?dry_run=true")]
+
+
+def test_the_summary_of_a_batch_counts_and_names_the_refused(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, *[f"a{number:03}" for number in range(300)])
+    bad = {folder.name for folder in folders[::22]}
+
+    def outcome(sent: dict[str, Any]) -> dict[str, Any]:
+        names = [Path(adapter["path"]).name for adapter in sent["adapters"]]
+        return batch(*[refused(400, "bad") if n in bad else answer(n, found_by_auto=n != "a001") for n in names])
+
+    with scripted((207, outcome)) as server:
+        result = run("publish", tmp_path, "--url", server.url)
+    assert (result.exit_code, len(bad)) == (1, 14)
+    assert "286 live (1 by name only), 14 refused" in words(result.stderr)
+    assert words(result.stderr).endswith(f"refused: {', '.join(sorted(bad))}")
+
+
+def test_the_upload_of_one_adapter_reports_every_byte(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    (poet / "adapter_model.safetensors").write_bytes(b"w" * 200_000)
+    sent: list[int] = []
+    with scripted((201, answer("poet"))) as server, httpx.Client(base_url=server.url) as client:
+        list(AdapterPublisher(client, {}, {}, sent=sent.append).by_upload([Item(poet)]))
+    assert sum(sent) == 200_000 + len("config of poet")
+    assert len(sent) > 3
 
 
 def test_the_outcome_of_every_folder_is_printed_as_json(tmp_path: Path) -> None:
@@ -147,7 +237,7 @@ class Pauses:
     def __init__(self, url: str, **fields: Any) -> None:
         self.waits: list[float] = []
         self.client = httpx.Client(base_url=url)
-        self.publishing = FolderPublisher(self.client, fields, sleep=self.waits.append)
+        self.publishing = AdapterPublisher(self.client, fields, {}, sleep=self.waits.append)
 
 
 def test_only_folders_that_got_a_503_are_sent_again(tmp_path: Path) -> None:
@@ -158,9 +248,9 @@ def test_only_folders_that_got_a_503_are_sent_again(tmp_path: Path) -> None:
         (207, first), (503, refusal("overloaded")), (207, batch(answer("two"), refused(400, "bad")))
     ) as server:
         pauses = Pauses(server.url)
-        answers = list(pauses.publishing.by_path([one, two, three]))
+        answers = list(pauses.publishing.by_path([Item(one), Item(two), Item(three)]))
         pauses.client.close()
-    assert [(folder, row["status"]) for folder, row in answers] == [(one, 201), (two, 201), (three, 400)]
+    assert [(item.place, row["status"]) for item, row in answers] == [(one, 201), (two, 201), (three, 400)]
     assert [len(body["adapters"]) for body in server.sent] == [3, 2, 2]
     assert pauses.waits == [1.0, 2.0]
 
@@ -169,9 +259,9 @@ def test_a_server_that_is_always_overloaded_is_given_up(tmp_path: Path) -> None:
     [one] = adapters(tmp_path, "one")
     with scripted((207, batch(refused(503, "the store is down")))) as server:
         pauses = Pauses(server.url)
-        [(folder, row)] = pauses.publishing.by_path([one])
+        [(item, row)] = pauses.publishing.by_path([Item(one)])
         pauses.client.close()
-    assert (folder, row["error"]["message"]) == (one, "the store is down")
+    assert (item.place, row["error"]["message"]) == (one, "the store is down")
     assert (len(server.asked), pauses.waits) == (4, [1.0, 2.0, 4.0])
 
 
@@ -200,7 +290,7 @@ def test_an_upload_is_also_sent_again(tmp_path: Path) -> None:
     [one] = adapters(tmp_path, "one")
     with scripted((503, refusal("overloaded")), (202, answer("one"))) as server:
         pauses = Pauses(server.url, name="singer")
-        [(_, row)] = pauses.publishing.by_upload([one])
+        [(_, row)] = pauses.publishing.by_upload([Item(one)])
         pauses.client.close()
     assert (row["name"], pauses.waits) == ("one", [1.0])
     assert [b"config of one" in body and b"singer" in body for body in server.bodies] == [True, True]
@@ -234,9 +324,9 @@ def test_paths_are_sent_only_to_a_local_server(url: str, kind: str, tmp_path: Pa
         return httpx.Response(201, json=row if kind != "application/json" else batch(row))
 
     with httpx.Client(base_url=url, transport=httpx.MockTransport(reply)) as client:
-        publishing = FolderPublisher(client, {})
+        publishing = AdapterPublisher(client, {}, {})
         send = publishing.by_path if is_this_machine(url) else publishing.by_upload
-        assert [row["name"] for _, row in send([one])] == ["one"]
+        assert [row["name"] for _, row in send([Item(one)])] == ["one"]
     assert seen == [kind]
 
 

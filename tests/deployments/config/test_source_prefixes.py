@@ -15,6 +15,10 @@ from deployments.config.source_prefixes import SourcePrefix, SourceUri
         ("file:///data/pool", ("data", "pool")),
         ("file:///", ()),
         ("s3://bucket/..x/x..", ("bucket", "..x", "x..")),
+        ("hf://acme/sql/a b", ("acme", "sql", "a b")),
+        ("hf://", ()),
+        ("runs:/0af3/model/peft", ("0af3", "model", "peft")),
+        ("models:/", ()),
     ],
 )
 def test_a_uri_is_read_part_by_part(uri: str, parts: tuple[str, ...]) -> None:
@@ -45,6 +49,16 @@ def test_a_uri_is_read_part_by_part(uri: str, parts: tuple[str, ...]) -> None:
         "file://host/data",
         "file://data",
         "file:///data/../etc",
+        "hf:/acme/sql",
+        "hf://acme/sql@",
+        "hf://acme/../sql",
+        "hf://acme@x/sql",
+        "hf://user:secret@host/sql",
+        "hf://acme/sql%2e",
+        "runs://0af3",
+        "runs:/../x",
+        "models:/sql/latest",
+        "models:/sql@a?b",
     ],
 )
 def test_an_ambiguous_uri_is_refused(uri: str) -> None:
@@ -66,6 +80,15 @@ def test_an_ambiguous_uri_is_refused(uri: str) -> None:
         ("file:///data/adapters-evil", "file:///data/adapters", False),
         ("s3://bucket/Adapters/poet", "s3://bucket/adapters", False),
         ("s3://bucket/%61dapters/poet", "s3://bucket/adapters", False),
+        ("hf://acme/sql@v2", "hf://acme", True),
+        ("hf://acme/sql@v2", "hf://", True),
+        ("hf://acme/sql@v2", "hf://acme/sql@v2", True),
+        ("hf://acme/sql@v3", "hf://acme/sql@v2", False),
+        ("hf://acme-evil/sql", "hf://acme", False),
+        ("models:/sql/3", "models:/sql", True),
+        ("models:/sql@champion/peft", "models:/sql", True),
+        ("models:/sql-evil/3", "models:/sql", False),
+        ("runs:/sql", "models:/sql", False),
     ],
 )
 def test_prefixes_are_compared_part_by_part(uri: str, prefix: str, expected: bool) -> None:
@@ -80,9 +103,25 @@ def test_an_invalid_prefix_is_quoted_in_the_refusal() -> None:
 def test_the_query_of_a_prefix_belongs_only_to_its_location() -> None:
     prefix = SourcePrefix.parse("s3://bucket/pool?endpoint_override=localhost:9000&scheme=http")
     assert prefix.uri == SourceUri("s3", ("bucket", "pool"))
-    assert "endpoint_override=localhost:9000" in prefix.location.uri
+    assert prefix.location is not None and "endpoint_override=localhost:9000" in prefix.location.uri
 
 
-def test_a_model_hub_is_refused_with_the_command_that_downloads_from_it() -> None:
-    with pytest.raises(ValueError, match=r"s3://, gs://, file://; download it with `hf download REPOSITORY"):
-        SourceUri.parse("hf://team/adapter")
+@pytest.mark.parametrize(
+    ("uri", "revision"),
+    [
+        ("hf://acme/sql", ""),
+        ("hf://acme/sql@v2", "v2"),
+        ("hf://acme/sql@v2/deep", "v2"),
+        ("models:/sql/3/peft", "3"),
+        ("models:/sql@champion", "champion"),
+        ("models:/sql", ""),
+    ],
+)
+def test_a_revision_is_not_part_of_the_place(uri: str, revision: str) -> None:
+    parsed = SourceUri.parse(uri)
+    assert parsed.revision == revision
+    assert "@" not in "".join(parsed.parts) and "3" not in parsed.parts
+
+
+def test_the_hub_and_mlflow_have_no_location() -> None:
+    assert [SourcePrefix.parse(prefix).location for prefix in ("hf://acme", "runs:/", "models:/sql")] == [None] * 3

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from deployments.publishing.adapter_folders import (
     ADAPTER_FILES,
+    AdapterFolder,
     adapter_files,
     adapter_folders,
     folder_bytes,
     linked_files,
-    open_plain,
+    open_without_links,
 )
 from lora_store.peft_config import CONFIG_FILE
 from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE
@@ -30,9 +32,22 @@ def test_an_adapter_is_its_own_folder_and_a_folder_of_them_is_sorted(tmp_path: P
         (tmp_path / name / "adapter_config.json").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()
-    assert adapter_folders(tmp_path) == [tmp_path / name for name in "abcd"]
-    assert adapter_folders(tmp_path / "a") == [tmp_path / "a"]
+    assert adapter_folders(tmp_path) == [AdapterFolder(tmp_path / name, name) for name in "abcd"]
+    assert adapter_folders(tmp_path / "a") == [AdapterFolder(tmp_path / "a", "a")]
     assert adapter_folders(tmp_path / "empty") == []
+
+
+def test_the_last_checkpoint_stands_for_a_training_run(tmp_path: Path) -> None:
+    for name in ("run/checkpoint-9", "run/checkpoint-100", "run/checkpoint-x", "done/checkpoint-1", "done"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / CONFIG_FILE).touch()
+    (tmp_path / "run" / "checkpoint-200").mkdir()  # interrupted while it was written
+    last = AdapterFolder(tmp_path / "run" / "checkpoint-100", "run")
+    assert adapter_folders(tmp_path / "run") == [last]
+    assert adapter_folders(tmp_path) == [AdapterFolder(tmp_path / "done", "done"), last]
+    assert adapter_folders(tmp_path / "run" / "checkpoint-9") == [
+        AdapterFolder(tmp_path / "run" / "checkpoint-9", "run")
+    ]
 
 
 def test_links_are_listed_and_count_with_their_own_size(tmp_path: Path) -> None:
@@ -47,7 +62,7 @@ def test_links_are_listed_and_count_with_their_own_size(tmp_path: Path) -> None:
 def test_a_link_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"12345")
     (tmp_path / "link").symlink_to(tmp_path / "plain")
-    with open_plain(tmp_path / "plain") as file:
+    with open(tmp_path / "plain", "rb", opener=open_without_links) as file:
         assert file.read() == b"12345"
     with pytest.raises(OSError, match="symbolic links"):
-        open_plain(tmp_path / "link")
+        open_without_links(str(tmp_path / "link"), os.O_RDONLY)

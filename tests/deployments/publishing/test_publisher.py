@@ -273,3 +273,14 @@ def test_uploads_reach_the_store_through_rays_object_store() -> None:
     publishing("poet")
     by_object_store = {call.name for call in publishing.store.calls if call.by_reference}
     assert by_object_store == {"stage"}
+
+
+def test_a_dry_run_validates_and_leaves_nothing() -> None:
+    publishing = Publishing()
+    uploads = [PublishItem(Path("folders", name)) for name in ("bad", "poet", "mute", "bare")]
+    outcomes = publishing.run(lambda publisher: publisher.publish(uploads, "tester", is_dry=True))
+    kinds = [AdapterRefused, Published, AdapterRefused, Published]
+    assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * 4
+    assert [(p.generation, p.found_by_auto, len(p.neighbours)) for p in live(outcomes)] == [(0, True, 1), (0, False, 0)]
+    assert (publishing.pool.live, publishing.pool.held, publishing.pool.generation) == ({}, [], 7)
+    assert publishing.store.called("commit") == publishing.retriever.called("catch_up") == []

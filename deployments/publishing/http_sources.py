@@ -1,0 +1,192 @@
+"""Read adapters from a model hub or an MLflow server over HTTP, with the credentials in the server's environment.
+
+Bytes come from these two servers alone: a model version that was registered with another place, such as a file of this
+machine, is read through MLflow's own download route or not at all. No file is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+from huggingface_hub import constants, hf_hub_url
+
+from deployments.config.source_prefixes import HUB, RUNS, SourceUri
+from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
+from deployments.json_types import JsonObject
+from deployments.publishing.adapter_folders import ADAPTER_FILES
+from lora_store import AdapterRefused
+
+CHUNK_BYTES = 1 << 20
+_TIMEOUT = httpx.Timeout(10.0, read=30.0)  # between two pieces, not of a whole file
+_MAX_LIST_BYTES = 16 << 20
+_REFUSED, _MISSING = (401, 403), (404,)
+TakeBytes = Callable[[int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of an adapter. `num_bytes`: as the server announces it, 0 if it does not."""
+
+    name: str
+    url: str
+    params: Mapping[str, str]
+    num_bytes: int
+
+
+class BoundedCopy:
+    """Writes files into a folder, of at most `max_bytes` together."""
+
+    def __init__(self, name: str, max_bytes: int) -> None:
+        self._name, self._max_bytes, self._left = name, max_bytes, max_bytes
+
+    def write(self, target: BinaryIO, chunk: bytes) -> None:
+        """Write `chunk`. Raises: AdapterRefused above the bound."""
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise AdapterRefused(self._name, [f"its files have more than {self._max_bytes} bytes"])
+        target.write(chunk)
+
+
+def copy_over_http(
+    uri: str, place: SourceUri, work: Path, max_bytes: int, take: TakeBytes, environment: Mapping[str, str] = os.environ
+) -> Path:
+    """Copy the adapter's files at `place` to `work`, and return it.
+
+    `take` is called with the number of bytes before files are copied, and may wait.
+    Raises: SourceRefused, SourceMissing, SourceUnavailable; AdapterRefused above `max_bytes`.
+    """
+    server = _hub(environment) if place.scheme == HUB else _mlflow(uri, environment)
+    with _errors_of(uri), server as client:
+        list_files = _hub_files if place.scheme == HUB else _mlflow_files
+        files = list_files(uri, place, client, environment)
+        if not files:
+            raise SourceMissing(uri)
+        take(min(sum(file.num_bytes for file in files), max_bytes))
+        copy = BoundedCopy(place.parts[-1], max_bytes)
+        for file in files:
+            with client.stream("GET", file.url, params=file.params) as answer, (work / file.name).open("wb") as target:
+                answer.raise_for_status()
+                for chunk in answer.iter_bytes(CHUNK_BYTES):
+                    copy.write(target, chunk)
+    return work
+
+
+@contextmanager
+def _errors_of(uri: str) -> Iterator[None]:
+    """Translate errors of HTTP."""
+    try:
+        yield
+    except httpx.HTTPStatusError as exc:
+        if exc.response.status_code in _MISSING:
+            raise SourceMissing(uri) from exc
+        if exc.response.status_code in _REFUSED:
+            raise SourceRefused(uri, "cannot be read with this server's credentials") from exc
+        raise SourceUnavailable(uri, str(exc)) from exc
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, KeyError, TypeError) as exc:
+        raise SourceUnavailable(uri, f"{type(exc).__name__}: {exc}") from exc
+
+
+def _hub(environment: Mapping[str, str]) -> httpx.Client:
+    """Return a client of the hub. It follows redirects to the hub's file servers, without the token."""
+    token = environment.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.Client(headers=headers, timeout=_TIMEOUT, follow_redirects=True)
+
+
+def _hub_files(
+    uri: str, place: SourceUri, client: httpx.Client, environment: Mapping[str, str]
+) -> Sequence[RemoteFile]:
+    """Return the adapter's files in the repository, all of one commit."""
+    if len(place.parts) < 2:
+        raise SourceRefused(uri, "must name a repository, as hf://owner/repository")
+    endpoint = environment.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    repository, folder = "/".join(place.parts[:2]), "".join(f"{part}/" for part in place.parts[2:])
+    revision = place.revision or "main"
+    listed = _json(client, f"{endpoint}/api/models/{repository}/revision/{revision}", {"blobs": "true"})
+    sizes = {item["rfilename"]: int(item.get("size") or 0) for item in listed["siblings"]}
+    return [
+        RemoteFile(
+            name,
+            hf_hub_url(repository, folder + name, revision=listed["sha"], endpoint=endpoint),
+            {},
+            sizes[folder + name],
+        )
+        for name in ADAPTER_FILES
+        if folder + name in sizes
+    ]
+
+
+def _mlflow(uri: str, environment: Mapping[str, str]) -> httpx.Client:
+    """Return a client of the MLflow server. It follows no redirect. Raises: SourceRefused."""
+    address = environment.get("MLFLOW_TRACKING_URI", "")
+    if not address.startswith(("http://", "https://")):
+        raise SourceRefused(uri, "needs an MLflow server: the operator sets MLFLOW_TRACKING_URI to its http(s) address")
+    token, user = environment.get("MLFLOW_TRACKING_TOKEN"), environment.get("MLFLOW_TRACKING_USERNAME")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    auth = (user, environment.get("MLFLOW_TRACKING_PASSWORD", "")) if user and not token else None
+    return httpx.Client(base_url=address.rstrip("/"), headers=headers, auth=auth, timeout=_TIMEOUT)
+
+
+def _mlflow_files(
+    uri: str, place: SourceUri, client: httpx.Client, environment: Mapping[str, str]
+) -> Sequence[RemoteFile]:
+    """Return the adapter's files among the artifacts of a run, or of a version of a registered model."""
+    if not place.parts:
+        raise SourceRefused(uri, "must name a run, as runs:/RUN/FOLDER, or a model, as models:/NAME/VERSION")
+    if place.scheme == RUNS:
+        return _run_files(client, place.parts[0], "/".join(place.parts[1:]))
+    if not place.revision:
+        raise SourceRefused(uri, "must name a version or an alias, as models:/NAME/3 or models:/NAME@champion")
+    return _model_files(client, place)
+
+
+def _run_files(client: httpx.Client, run: str, folder: str) -> Sequence[RemoteFile]:
+    listed = _json(client, "/api/2.0/mlflow/artifacts/list", {"run_id": run} | ({"path": folder} if folder else {}))
+    sizes = {item["path"]: int(item.get("file_size") or 0) for item in listed.get("files", ()) if not item["is_dir"]}
+    paths = {name: f"{folder}/{name}".lstrip("/") for name in ADAPTER_FILES}
+    return [
+        RemoteFile(name, "/get-artifact", {"run_uuid": run, "path": path}, sizes[path])
+        for name, path in paths.items()
+        if path in sizes
+    ]
+
+
+def _model_files(client: httpx.Client, place: SourceUri) -> Sequence[RemoteFile]:
+    """Return the files of a version. MLflow lists none, so files that do not exist are left out by `_is_there`."""
+    name, version = place.parts[0], place.revision
+    if not version.isdecimal():
+        path = "/api/2.0/mlflow/registered-models/alias"
+        version = _json(client, path, {"name": name, "alias": version})["model_version"]["version"]
+    folder = "".join(f"{part}/" for part in place.parts[1:])
+    files = [
+        RemoteFile(file, "/model-versions/get-artifact", {"name": name, "version": version, "path": folder + file}, 0)
+        for file in ADAPTER_FILES
+    ]
+    return [file for file in files if _is_there(client, file)]
+
+
+def _is_there(client: httpx.Client, file: RemoteFile) -> bool:
+    with client.stream("GET", file.url, params=file.params) as answer:
+        if answer.status_code not in _MISSING:
+            answer.raise_for_status()
+        return answer.is_success
+
+
+def _json(client: httpx.Client, url: str, params: Mapping[str, str]) -> JsonObject:
+    """Return the JSON object at `url`. Raises: httpx.HTTPError; ValueError."""
+    with client.stream("GET", url, params=params) as answer:
+        answer.raise_for_status()
+        data = bytearray()
+        for chunk in answer.iter_bytes(CHUNK_BYTES):
+            data += chunk
+            if len(data) > _MAX_LIST_BYTES:
+                raise ValueError(f"the server's list has more than {_MAX_LIST_BYTES} bytes")
+    listed: JsonObject = json.loads(data)
+    return listed

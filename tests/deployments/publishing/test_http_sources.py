@@ -1,0 +1,145 @@
+"""Sources of a model hub and of MLflow, read from servers on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deployments.cli.client import free_port
+from deployments.config.source_prefixes import SourceUri
+from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
+from deployments.publishing.http_sources import copy_over_http
+from lora_store import AdapterRefused
+from tests.deployments.publishing.local_hub import COMMIT, LocalHub, local_hub
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 100, "lora_samples.jsonl": b"s"}
+OTHER = {"optimizer.pt": b"o" * 5000, "README.md": b"r"}
+MAX_BYTES = 1000
+
+
+def inside(folder: str) -> dict[str, bytes]:
+    return {f"{folder}/{name}": data for name, data in (FILES | OTHER).items()}
+
+
+def copied(hub: LocalHub, uri: str, work: Path, max_bytes: int = MAX_BYTES, **more: str) -> dict[str, bytes]:
+    work.mkdir()
+    copy_over_http(uri, SourceUri.parse(uri), work, max_bytes, lambda _: None, hub.environment | more)
+    return {path.name: path.read_bytes() for path in work.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hf://acme/sql",
+        "hf://acme/sql@v2",
+        "hf://acme/many/a b/checkpoint-20",
+        "runs:/r1",
+        "runs:/r1/model/peft",
+        "models:/sql/3",
+        "models:/sql@champion",
+        "models:/sql@champion/peft",
+    ],
+)
+def test_an_adapters_files_are_copied_and_no_others(tmp_path: Path, uri: str) -> None:
+    flat = FILES | OTHER
+    with local_hub(
+        repositories={
+            "acme/sql@main": flat,
+            "acme/sql@v2": flat,
+            "acme/many@main": inside("a b/checkpoint-20"),
+        },
+        runs={"r1": flat | inside("model/peft")},
+        models={"sql/3": flat | inside("peft")},
+        aliases={"sql@champion": "3"},
+    ) as hub:
+        assert copied(hub, uri, tmp_path / "work") == FILES
+
+
+def test_all_files_of_a_repository_are_of_the_commit_that_was_listed(tmp_path: Path) -> None:
+    with local_hub(repositories={"acme/sql@main": FILES}) as hub:
+        copied(hub, "hf://acme/sql", tmp_path / "work")
+    assert [path for path in hub.asked if "/resolve/" in path] == [
+        f"/acme/sql/resolve/{COMMIT}/{name}" for name in FILES
+    ]
+
+
+@pytest.mark.parametrize("uri", ["hf://acme/sql", "runs:/r1", "models:/sql/3"])
+def test_the_size_of_a_copy_is_bounded_whatever_the_server_announces(tmp_path: Path, uri: str) -> None:
+    with local_hub(repositories={"acme/sql@main": FILES}, runs={"r1": FILES}, models={"sql/3": FILES}) as hub:
+        size = sum(map(len, FILES.values()))
+        assert copied(hub, uri, tmp_path / "enough", size) == FILES
+        with pytest.raises(AdapterRefused, match=f"more than {size - 1} bytes"):
+            copied(hub, uri, tmp_path / "less", size - 1)
+
+
+def test_room_is_taken_before_the_copy(tmp_path: Path) -> None:
+    taken: list[int] = []
+    with local_hub(repositories={"acme/sql@main": FILES}) as hub:
+        place = SourceUri.parse("hf://acme/sql")
+        copy_over_http("hf://acme/sql", place, tmp_path, MAX_BYTES, taken.append, hub.environment)
+    assert taken == [sum(map(len, FILES.values()))]
+
+
+def test_the_token_goes_to_the_hub_and_not_to_its_file_servers(tmp_path: Path) -> None:
+    with local_hub(repositories={"acme/sql@main": FILES}, token="secret") as hub:
+        assert copied(hub, "hf://acme/sql", tmp_path / "with", HF_TOKEN="secret") == FILES
+        assert hub.seen_tokens == [""] * len(FILES)
+        with pytest.raises(SourceRefused, match="cannot be read with this server's credentials"):
+            copied(hub, "hf://acme/sql", tmp_path / "without")
+
+
+def test_mlflow_gets_its_token(tmp_path: Path) -> None:
+    with local_hub(runs={"r1": FILES}, token="secret") as hub:
+        assert copied(hub, "runs:/r1", tmp_path / "with", MLFLOW_TRACKING_TOKEN="secret") == FILES
+        with pytest.raises(SourceRefused, match="credentials"):
+            copied(hub, "runs:/r1", tmp_path / "without", MLFLOW_TRACKING_USERNAME="me")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hf://acme/none",
+        "hf://acme/sql@gone",
+        "hf://acme/sql/empty",
+        "runs:/r2",
+        "runs:/r1/none",
+        "models:/sql/4",
+        "models:/sql@gone",
+    ],
+)
+def test_a_missing_adapter_is_reported(tmp_path: Path, uri: str) -> None:
+    known = {"repositories": {"acme/sql@main": FILES}, "runs": {"r1": FILES}, "models": {"sql/3": FILES}}
+    with local_hub(**known) as hub, pytest.raises(SourceMissing) as caught:
+        copied(hub, uri, tmp_path / "work")
+    assert caught.value.place == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("hf://acme", "must name a repository"),
+        ("runs:/", "must name a run"),
+        ("models:/sql", "must name a version or an alias"),
+    ],
+)
+def test_a_uri_that_names_no_adapter_is_refused(tmp_path: Path, uri: str, says: str) -> None:
+    with local_hub() as hub, pytest.raises(SourceRefused, match=says):
+        copied(hub, uri, tmp_path / "work")
+    assert hub.asked == []
+
+
+def test_mlflow_must_be_a_server(tmp_path: Path) -> None:
+    """A tracking folder would be read from this machine's disk."""
+    place = SourceUri.parse("runs:/r1")
+    for address in ({}, {"MLFLOW_TRACKING_URI": f"file://{tmp_path}"}):
+        with pytest.raises(SourceRefused, match="MLFLOW_TRACKING_URI"):
+            copy_over_http("runs:/r1", place, tmp_path, MAX_BYTES, lambda _: None, address)
+
+
+@pytest.mark.parametrize("uri", ["hf://acme/sql", "runs:/r1", "models:/sql/3"])
+def test_an_unreachable_server_is_reported(tmp_path: Path, uri: str) -> None:
+    hub = LocalHub(url=f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    with pytest.raises(SourceUnavailable) as caught:
+        copied(hub, uri, tmp_path / "work")
+    assert uri in str(caught.value)
