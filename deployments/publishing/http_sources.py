@@ -1,7 +1,7 @@
 """Read adapters from a model hub or an MLflow server over HTTP, with the credentials in the server's environment.
 
 Bytes come from these two servers alone: a model version that was registered with another place, such as a file of this
-machine, is read through MLflow's own download route or not at all. No file is ever unpickled.
+machine, is never opened. No file is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 import httpx
 from huggingface_hub import constants, hf_hub_url
@@ -26,7 +27,8 @@ from lora_store import AdapterRefused
 CHUNK_BYTES = 1 << 20
 _TIMEOUT = httpx.Timeout(10.0, read=30.0)  # between two pieces, not of a whole file
 _MAX_LIST_BYTES = 16 << 20
-_REFUSED, _MISSING = (401, 403), (404,)
+_API, _ARTIFACTS = "/api/2.0/mlflow", "/api/2.0/mlflow-artifacts/artifacts"
+_REFUSED, _MISSING = (401, 403), (400, 404)  # MLflow 3 answers 400 for an unknown alias
 TakeBytes = Callable[[int], object]
 
 
@@ -144,11 +146,11 @@ def _mlflow_files(
         return _run_files(client, place.parts[0], "/".join(place.parts[1:]))
     if not place.revision:
         raise SourceRefused(uri, "must name a version or an alias, as models:/NAME/3 or models:/NAME@champion")
-    return _model_files(client, place)
+    return _model_files(uri, client, place)
 
 
 def _run_files(client: httpx.Client, run: str, folder: str) -> Sequence[RemoteFile]:
-    listed = _json(client, "/api/2.0/mlflow/artifacts/list", {"run_id": run} | ({"path": folder} if folder else {}))
+    listed = _json(client, f"{_API}/artifacts/list", {"run_id": run} | ({"path": folder} if folder else {}))
     sizes = {item["path"]: int(item.get("file_size") or 0) for item in listed.get("files", ()) if not item["is_dir"]}
     paths = {name: f"{folder}/{name}".lstrip("/") for name in ADAPTER_FILES}
     return [
@@ -158,25 +160,29 @@ def _run_files(client: httpx.Client, run: str, folder: str) -> Sequence[RemoteFi
     ]
 
 
-def _model_files(client: httpx.Client, place: SourceUri) -> Sequence[RemoteFile]:
-    """Return the files of a version. MLflow lists none, so files that do not exist are left out by `_is_there`."""
+def _model_files(uri: str, client: httpx.Client, place: SourceUri) -> Sequence[RemoteFile]:
+    """Return the files of a version, which MLflow serves as those of a run, or by their path in its own store."""
     name, version = place.parts[0], place.revision
-    if not version.isdecimal():
-        path = "/api/2.0/mlflow/registered-models/alias"
-        version = _json(client, path, {"name": name, "alias": version})["model_version"]["version"]
-    folder = "".join(f"{part}/" for part in place.parts[1:])
-    files = [
-        RemoteFile(file, "/model-versions/get-artifact", {"name": name, "version": version, "path": folder + file}, 0)
+    by_version = ("model-versions/get", {"name": name, "version": version})
+    by_alias = ("registered-models/alias", {"name": name, "alias": version})
+    route, params = by_version if version.isdecimal() else by_alias
+    source = _json(client, f"{_API}/{route}", params)["model_version"]["source"]
+    if source.startswith("models:/"):  # MLflow 3 gives a logged model an id of its own
+        logged = _json(client, f"{_API}/logged-models/{source.removeprefix('models:/')}", {})
+        source = logged["model"]["info"]["artifact_uri"]
+    kind, _, path = "/".join((source.rstrip("/"), *place.parts[1:])).partition(":/")
+    if kind == RUNS:
+        run, _, folder = path.partition("/")
+        return _run_files(client, run, folder)
+    if kind != "mlflow-artifacts":
+        raise SourceRefused(uri, "was registered from a place that the MLflow server itself does not serve")
+    listed = _json(client, _ARTIFACTS, {"path": path})
+    sizes = {item["path"].rpartition("/")[2]: item for item in listed.get("files", ()) if not item["is_dir"]}
+    return [
+        RemoteFile(file, f"{_ARTIFACTS}/{quote(path)}/{file}", {}, int(sizes[file].get("file_size") or 0))
         for file in ADAPTER_FILES
+        if file in sizes
     ]
-    return [file for file in files if _is_there(client, file)]
-
-
-def _is_there(client: httpx.Client, file: RemoteFile) -> bool:
-    with client.stream("GET", file.url, params=file.params) as answer:
-        if answer.status_code not in _MISSING:
-            answer.raise_for_status()
-        return answer.is_success
 
 
 def _json(client: httpx.Client, url: str, params: Mapping[str, str]) -> JsonObject:

@@ -20,7 +20,9 @@ class LocalHub:
 
     repositories: dict[str, Files] = field(default_factory=dict)  # by `owner/repository@revision`
     runs: dict[str, Files] = field(default_factory=dict)
-    models: dict[str, Files] = field(default_factory=dict)  # by `name/version`
+    artifacts: dict[str, Files] = field(default_factory=dict)  # of MLflow's own store, by folder
+    models: dict[str, str] = field(default_factory=dict)  # `name/version` to the source that was registered
+    logged: dict[str, str] = field(default_factory=dict)  # id of a logged model to its artifact URI
     aliases: dict[str, str] = field(default_factory=dict)  # `name@alias` to version
     token: str = ""
     url: str = ""
@@ -61,13 +63,19 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "2.0", "mlflow", "artifacts", "list"]:
                 self._artifacts(hub.runs.get(query["run_id"]), query.get("path", ""))
             case ["api", "2.0", "mlflow", "registered-models", "alias"]:
-                version = hub.aliases.get(f"{query['name']}@{query['alias']}")
-                body = json.dumps({"model_version": {"name": query["name"], "version": version}}).encode()
-                self._answer(404 if version is None else 200, body)
+                version = hub.aliases.get(f"{query['name']}@{query['alias']}", "none")
+                self._version(f"{query['name']}/{version}", 400)
+            case ["api", "2.0", "mlflow", "model-versions", "get"]:
+                self._version(f"{query['name']}/{query['version']}", 404)
+            case ["api", "2.0", "mlflow", "logged-models", model]:
+                body = {"model": {"info": {"model_id": model, "artifact_uri": hub.logged[model]}}}
+                self._answer(200, json.dumps(body).encode())
+            case ["api", "2.0", "mlflow-artifacts", "artifacts"]:
+                self._artifacts(hub.artifacts.get(query["path"], {}), "")
+            case ["api", "2.0", "mlflow-artifacts", "artifacts", *folder, name]:
+                self._download(hub.artifacts.get("/".join(folder)), name)
             case ["get-artifact"]:
                 self._download(hub.runs.get(query["run_uuid"]), query["path"])
-            case ["model-versions", "get-artifact"]:
-                self._download(hub.models.get(f"{query['name']}/{query['version']}"), query["path"])
             case _:
                 self._answer(404, b"{}")
 
@@ -84,6 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         listed = [{"path": path, "is_dir": False, "file_size": len(data)} for path, data in below.items()]
         listed += [{"path": "other", "is_dir": True}]
         self._answer(404 if files is None else 200, json.dumps({"root_uri": "x", "files": listed}).encode())
+
+    def _version(self, key: str, missing: int) -> None:
+        body = {"model_version": {"name": key, "source": self.hub.models.get(key)}}
+        self._answer(200 if key in self.hub.models else missing, json.dumps(body).encode())
 
     def _download(self, files: Files | None, path: str) -> None:
         data = (files or {}).get(path)

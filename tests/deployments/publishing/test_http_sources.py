@@ -39,6 +39,9 @@ def copied(hub: LocalHub, uri: str, work: Path, max_bytes: int = MAX_BYTES, **mo
         "models:/sql/3",
         "models:/sql@champion",
         "models:/sql@champion/peft",
+        "models:/sql/4",
+        "models:/sql/5",
+        "models:/sql/5/peft",
     ],
 )
 def test_an_adapters_files_are_copied_and_no_others(tmp_path: Path, uri: str) -> None:
@@ -49,8 +52,10 @@ def test_an_adapters_files_are_copied_and_no_others(tmp_path: Path, uri: str) ->
             "acme/sql@v2": flat,
             "acme/many@main": inside("a b/checkpoint-20"),
         },
-        runs={"r1": flat | inside("model/peft")},
-        models={"sql/3": flat | inside("peft")},
+        runs={"r1": flat | inside("model/peft") | inside("model")},
+        artifacts={"0/m-1/artifacts": flat, "0/m-1/artifacts/peft": flat},
+        models={"sql/3": "runs:/r1/model", "sql/4": "mlflow-artifacts:/0/m-1/artifacts", "sql/5": "models:/m-1"},
+        logged={"m-1": "mlflow-artifacts:/0/m-1/artifacts"},
         aliases={"sql@champion": "3"},
     ) as hub:
         assert copied(hub, uri, tmp_path / "work") == FILES
@@ -66,7 +71,9 @@ def test_all_files_of_a_repository_are_of_the_commit_that_was_listed(tmp_path: P
 
 @pytest.mark.parametrize("uri", ["hf://acme/sql", "runs:/r1", "models:/sql/3"])
 def test_the_size_of_a_copy_is_bounded_whatever_the_server_announces(tmp_path: Path, uri: str) -> None:
-    with local_hub(repositories={"acme/sql@main": FILES}, runs={"r1": FILES}, models={"sql/3": FILES}) as hub:
+    models = {"sql/3": "mlflow-artifacts:/m"}
+    known = {"repositories": {"acme/sql@main": FILES}, "runs": {"r1": FILES}, "artifacts": {"m": FILES}}
+    with local_hub(**known, models=models) as hub:
         size = sum(map(len, FILES.values()))
         assert copied(hub, uri, tmp_path / "enough", size) == FILES
         with pytest.raises(AdapterRefused, match=f"more than {size - 1} bytes"):
@@ -104,12 +111,13 @@ def test_mlflow_gets_its_token(tmp_path: Path) -> None:
         "hf://acme/sql/empty",
         "runs:/r2",
         "runs:/r1/none",
+        "models:/sql/3",
         "models:/sql/4",
         "models:/sql@gone",
     ],
 )
 def test_a_missing_adapter_is_reported(tmp_path: Path, uri: str) -> None:
-    known = {"repositories": {"acme/sql@main": FILES}, "runs": {"r1": FILES}, "models": {"sql/3": FILES}}
+    known = {"repositories": {"acme/sql@main": FILES}, "runs": {"r1": FILES}, "models": {"sql/3": "runs:/r2"}}
     with local_hub(**known) as hub, pytest.raises(SourceMissing) as caught:
         copied(hub, uri, tmp_path / "work")
     assert caught.value.place == uri
@@ -143,3 +151,10 @@ def test_an_unreachable_server_is_reported(tmp_path: Path, uri: str) -> None:
     with pytest.raises(SourceUnavailable) as caught:
         copied(hub, uri, tmp_path / "work")
     assert uri in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["file:///etc", "/etc", "s3://bucket/key", "http://127.0.0.1/x", "dbfs:/x"])
+def test_a_version_from_elsewhere_is_not_opened_by_this_server(tmp_path: Path, source: str) -> None:
+    with local_hub(models={"sql/3": source}) as hub, pytest.raises(SourceRefused, match="does not serve"):
+        copied(hub, "models:/sql/3", tmp_path / "work")
+    assert len(hub.asked) == 1
