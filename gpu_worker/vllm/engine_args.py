@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm import AsyncEngineArgs
-from vllm.config import CompilationMode, CUDAGraphMode, StructuredOutputsConfig, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, StructuredOutputsConfig, VllmConfig
 from vllm.usage.usage_lib import UsageContext
 
 from gpu_worker.config import WorkerConfig
@@ -24,14 +24,17 @@ def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, i
     """Return vLLM's configuration of the engine."""
     _set_environment(config)
     vllm_config = _engine_args(config, model, free_fill, is_compiled).create_engine_config(UsageContext.ENGINE_CONTEXT)
-    compilation = vllm_config.compilation_config
-    if config.device == "cuda":
-        if config.lora_products == "torch":
-            compilation.cudagraph_mode = CUDAGraphMode.NONE  # a captured graph would replay one step's plans
-    elif is_compiled:
+    set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
+    return vllm_config
+
+
+def set_compilation(compilation: CompilationConfig, config: WorkerConfig, *, is_compiled: bool) -> None:
+    """Change what vLLM compiles and captures to what the products of the plans allow."""
+    if config.device == "cuda" and config.lora_products == "torch":
+        compilation.cudagraph_mode = CUDAGraphMode.NONE  # a captured graph would replay one step's plans
+    if config.device == "cpu" and is_compiled:
         # vLLM's CPU platform turns compilation off for every engine with LoRA. The plans are one opaque operation.
         compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
-    return vllm_config
 
 
 def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_compiled: bool) -> AsyncEngineArgs:
