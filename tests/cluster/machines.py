@@ -26,10 +26,10 @@ from ray.cluster_utils import Cluster
 
 from deployments.cli.client import free_port
 from tests.e2e.live import eventually
+from tests.served_engine import START_S
 
 APP = "loraretriever"
 _ADDRESS = "127.0.0.{}"  # one per node; Ray 2.60 replaces 127.0.0.1 by the machine's external address
-START_S = 240.0
 _FILE = Path(__file__).with_name("serve.yaml")
 _NODES: tuple[dict[str, Any], ...] = (
     {"num_cpus": 8},

@@ -22,11 +22,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from deployments.cli.client import free_port
 from tests.cluster.machines import Machines, own_ray
-from tests.served_engine import HEAD_DIM, WORKER
+from tests.served_engine import HEAD_DIM, START_S, WORKER
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 BASE = "tiny"
-START_S = 240.0
 CONTEXT = 4096
 NUM_ASCII = 94  # the byte tokenizer's first ids, one letter each
 TARGET_REQUESTS = 8  # per worker

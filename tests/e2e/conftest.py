@@ -20,10 +20,8 @@ from gpu_worker.model.base_model import load_base_model
 from tests.e2e.live import APP, BASE, Live, eventually
 from tests.e2e.starter_pool import EXAMPLES, POOL, Heldout
 from tests.s3 import S3Endpoint
-from tests.served_engine import WORKER, save_served_model
+from tests.served_engine import START_S, WORKER, save_served_model
 from tests.tiny import linear_shapes, tiny_config
-
-READY_TIMEOUT_S = 300.0
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +40,7 @@ def url(config: AppConfig) -> Iterator[str]:
     with tell_often(), Server(config, port=0, num_cpus=8) as server:
         server.prepare(print)
         address = server.start()
-        ready = server.wait_ready(timeout_s=READY_TIMEOUT_S)
+        ready = server.wait_ready(timeout_s=START_S)
         assert ready["num_adapters"] == len(list(POOL.glob("*/adapter_config.json")))
         yield address
 
@@ -103,6 +101,6 @@ def live(
     serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config=logging_config)
     shapes = linear_shapes(load_base_model(tiny_config(model)))
     running = Live(f"{url}/{APP}", config, s3_endpoint, shapes, tmp_path_factory.mktemp("live-adapters"))
-    eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=READY_TIMEOUT_S)
+    eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=START_S)
     yield running
     serve.delete(APP)
