@@ -50,18 +50,20 @@ NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_store_,cras
 quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3" $(QUICK_TESTS) $(NOT_QUICK)
 
-# LlamaIndex needs an older transformers than the server, so it has an environment of its own.
+# LlamaIndex needs an older transformers than the server, so it has an environment of its own. The source distribution of
+# `jsonschema` contains JSON Schema's own test suite.
 CLIENTS_READY := $(VENV)/.clients-ready
 $(CLIENTS_READY): $(READY) tests/clients/package.json tests/clients/llama_index.txt
 	$(BIN)/python -m pip install --progress-bar off --no-compile -c constraints.txt -e '.[clients]'
 	$(PYTHON) -m venv $(VENV)/llama-index
 	$(VENV)/llama-index/bin/python -m pip install --progress-bar off --no-compile -r tests/clients/llama_index.txt
+	$(BIN)/python -m pip download --progress-bar off -c constraints.txt --no-deps --no-binary jsonschema -d $(VENV)/json-schema jsonschema
 	mkdir -p $(VENV)/node && cp tests/clients/package.json $(VENV)/node
 	if command -v npm; then cd $(VENV)/node && npm install --no-package-lock --ignore-scripts; fi
 	touch $(CLIENTS_READY)
 
 test-clients: $(CLIENTS_READY) ## run other projects' clients against the server
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients tests/gpu_worker/conformance/test_schema_suite.py $(ARGS)
 
 DOCS_READY := $(VENV)/.docs-ready
 $(DOCS_READY): $(READY)

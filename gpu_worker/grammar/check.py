@@ -12,13 +12,13 @@ import json
 import random
 import resource
 import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.grammar.schema import subschemas
 from gpu_worker.request.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ MAX_BYTES = 1 << 31  # of address space
 _NUM_STEPS = 48
 _MAX_SUBSCHEMAS = 500
 _END = 256
-_MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
 
 
 def check(grammar: Grammar) -> None:
@@ -90,29 +87,13 @@ def _place_of(error: str, text: str, vocabulary: LLTokenizer) -> str:
     if not isinstance(root, dict):
         return ""
     shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
-    for number, (pointer, schema) in enumerate(_subschemas(root, "")):
+    for number, (pointer, schema) in enumerate(subschemas(root)):
         if number == _MAX_SUBSCHEMAS:
             break
         alone = Grammar("json_schema", json.dumps(shared | schema if pointer else schema))
         if _error_of(alone, vocabulary) == error:
             return pointer
     return ""
-
-
-def _subschemas(schema: Mapping[str, Any], pointer: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every schema inside this one with its pointer, innermost first, and then this one."""
-    inner: list[tuple[str, Any]] = []
-    for name in _MAPS:
-        if isinstance(found := schema.get(name), dict):
-            inner += [(f"{name}/{key.replace('~', '~0').replace('/', '~1')}", part) for key, part in found.items()]
-    for name in _LISTS:
-        if isinstance(found := schema.get(name), list):
-            inner += [(f"{name}/{place}", part) for place, part in enumerate(found)]
-    inner += [(name, schema[name]) for name in _SINGLE if name in schema]
-    for path, part in inner:
-        if isinstance(part, dict):
-            yield from _subschemas(part, f"{pointer}/{path}")
-    yield pointer, dict(schema)
 
 
 def main() -> None:

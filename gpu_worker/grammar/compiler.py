@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gpu_worker.errors import EngineFull, GrammarInvalid
@@ -24,9 +27,12 @@ if TYPE_CHECKING:
 
 MAX_GRAMMARS = 64
 MAX_PENDING = 64
+MAX_REFUSED = 1024
 _NUM_THREADS = 2
 _LONGEST_CHECK_S = 20.0  # the process limits its own CPU time; this is for a machine that gives it none
 _TOO_COMPLEX = "it needs too much time or memory; make it simpler"
+_TOO_SLOW = "an earlier answer failed because the next token took too long to find; make it simpler"
+_SLOW_FOR_S = 600.0  # how long a slow grammar is refused; the machine may have been busy
 
 
 class CheckProcess:
@@ -76,6 +82,7 @@ class _Entry:
     check: CheckProcess
     compiled: Future[LLMatcher] = field(default_factory=Future)
     num_waiting: int = 0
+    is_abandoned: bool = False
 
 
 class GrammarCompiler:
@@ -83,6 +90,9 @@ class GrammarCompiler:
 
     The tenant is part of the key, because a fast answer would reveal another tenant's grammars. Concurrent requests
     with one grammar compile it once. When the last of them leaves, the check is killed.
+
+    Refused grammars are remembered, so that a repeated one costs nothing: invalid ones until `max_refused` others came
+    later, and those that were too slow, also while an answer was generated, for ten minutes.
     """
 
     def __init__(
@@ -91,13 +101,17 @@ class GrammarCompiler:
         *,
         max_grammars: int = MAX_GRAMMARS,
         max_pending: int = MAX_PENDING,
+        max_refused: int = MAX_REFUSED,
+        clock: Callable[[], float] = time.monotonic,
         new_check: Callable[[], CheckProcess] = CheckProcess,
     ) -> None:
         """`make_vocabulary` is called before the first grammar is compiled, because it takes about a second."""
         self._make_vocabulary, self._new_check = make_vocabulary, new_check
-        self._max_grammars, self._max_pending = max_grammars, max_pending
+        self._max_grammars, self._max_pending, self._max_refused = max_grammars, max_pending, max_refused
+        self._clock = clock
         self._vocabulary: LLTokenizer | None = None
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._refused: OrderedDict[bytes, tuple[float, GrammarInvalid]] = OrderedDict()  # until when, and why
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
         self._executor = ThreadPoolExecutor(_NUM_THREADS, "grammar-compiler")
@@ -121,7 +135,9 @@ class GrammarCompiler:
         """Return the grammar's state for a row. Wait for the compiler if needed. Raises: GrammarInvalid, EngineFull."""
         key, entry = self._entry(grammar, tenant)
         try:
-            return GrammarState(entry.compiled.result().deep_copy(), tokens, num_prompt_tokens, vocabulary)
+            matcher = entry.compiled.result().deep_copy()
+            slow = partial(self._refuse, key, entry, GrammarInvalid(_TOO_SLOW), _SLOW_FOR_S)
+            return GrammarState(matcher, tokens, num_prompt_tokens, vocabulary, when_slow=slow)
         except GrammarInvalid as exc:
             raise GrammarInvalid(exc.message, exc.pointer, grammar.param) from None
         finally:
@@ -140,15 +156,19 @@ class GrammarCompiler:
         return len(self._entries)
 
     def _entry(self, grammar: Grammar, tenant: str) -> tuple[bytes, _Entry]:
-        """Return the grammar's entry, for one more waiting request. Raises: EngineFull."""
+        """Return the grammar's entry, for one more waiting request.
+
+        Raises: EngineFull; GrammarInvalid for a grammar that was refused before.
+        """
         key = _key_of(grammar, tenant)
         with self._lock:
+            self._raise_if_refused(key, grammar.param)
             entry = self._entries.get(key)
             if entry is None:
                 if sum(not other.compiled.done() for other in self._entries.values()) >= self._max_pending:
                     raise EngineFull(f"{self._max_pending} grammars are waiting for the compiler; retry later")
                 entry = self._entries[key] = _Entry(self._new_check())
-                self._executor.submit(self._compile, grammar, entry)
+                self._executor.submit(self._compile, key, grammar, entry)
                 self._drop_oldest()
             self._entries.move_to_end(key)
             entry.num_waiting += 1
@@ -163,19 +183,42 @@ class GrammarCompiler:
     def _leave(self, key: bytes, entry: _Entry) -> None:
         with self._lock:
             entry.num_waiting -= 1
-            is_abandoned = not entry.num_waiting and not entry.compiled.done()
-            if is_abandoned and self._entries.get(key) is entry:
+            entry.is_abandoned = not entry.num_waiting and not entry.compiled.done()
+            if entry.is_abandoned and self._entries.get(key) is entry:
                 del self._entries[key]
-        if is_abandoned:
+        if entry.is_abandoned:
             entry.check.kill()
 
-    def _compile(self, grammar: Grammar, entry: _Entry) -> None:
+    def _raise_if_refused(self, key: bytes, param: str) -> None:
+        until, error = self._refused.get(key, (0.0, None))
+        if error is None:
+            return
+        if self._clock() >= until:
+            del self._refused[key]
+            return
+        self._refused.move_to_end(key)
+        raise GrammarInvalid(error.message, error.pointer, param)
+
+    def _refuse(self, key: bytes, entry: _Entry, error: GrammarInvalid, for_s: float) -> None:
+        """Refuse the grammar for some time, unless all its requests have left, whose check was killed."""
+        with self._lock:
+            if entry.is_abandoned:
+                return
+            self._refused[key] = (self._clock() + for_s, error)
+            if len(self._refused) > self._max_refused:
+                self._refused.popitem(last=False)
+            if self._entries.get(key) is entry:
+                del self._entries[key]
+
+    def _compile(self, key: bytes, grammar: Grammar, entry: _Entry) -> None:
         try:
             entry.check.run(grammar)
             matcher = matcher_of(grammar, self._known_vocabulary())
             if matcher.is_error():
                 raise GrammarInvalid(_TOO_COMPLEX)
         except Exception as exc:
+            if isinstance(exc, GrammarInvalid):
+                self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
             entry.compiled.set_exception(exc)
         else:
             entry.compiled.set_result(matcher)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpu_worker.grammar.schema import parse_schema, prepared
 from gpu_worker.request.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _JSON_OPTIONS = {
     "whitespace_pattern": _WHITE_SPACE,
     "coerce_one_of": False,
     "lenient": False,
+    "json_allowed_escapes": '"\\nrbtf',  # without \\uXXXX each name has one spelling, so none escapes its schema
 }
 
 
@@ -40,7 +42,7 @@ def matcher_of(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
     from llguidance import LLMatcher, grammar_from
 
     if grammar.kind == "json_schema":
-        source = LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
+        source = LLMatcher.grammar_from_json_schema(json.dumps(parse_schema(grammar.text)), overrides=_JSON_OPTIONS)
     elif grammar.kind == "tool_calls":
         source = LLMatcher.grammar_from_lark(lark_of_calls(grammar.text))
     else:
@@ -52,13 +54,13 @@ def lark_of_calls(text: str) -> str:
     """Return the rules of a grammar of calls with its schemas, each with the same options as a schema alone."""
     parts: dict[str, Any] = json.loads(text)
     rules: str = parts["rules"]
-    schemas = [json.dumps({**schema, "x-guidance": _JSON_OPTIONS}) for schema in parts["schemas"].values()]
+    schemas = [json.dumps({**prepared(schema), "x-guidance": _JSON_OPTIONS}) for schema in parts["schemas"].values()]
     return rules + "".join(f"schema_{place}: %json {schema}\n" for place, schema in enumerate(schemas))
 
 
 def with_json_options(schema: str) -> str:
     """Return the JSON schema with the options of this project inside, for a program that gives the library none."""
-    root = json.loads(schema)
+    root = parse_schema(schema)
     fields = root if isinstance(root, dict) else {"allOf": [root]}
     return json.dumps(fields | {"x-guidance": _JSON_OPTIONS})
 

@@ -59,7 +59,7 @@ class MaskThread:
 
     def _give_up(self, slow: GrammarState) -> None:
         """Fail this grammar, and update the others on a new thread."""
-        slow.error = f"it took more than {self._longest_s:g} s to find the tokens that may follow"
+        slow.give_up(f"it took more than {self._longest_s:g} s to find the tokens that may follow")
         self._abandoned.set()
         self.close()
         self._executor, self._abandoned = None, threading.Event()

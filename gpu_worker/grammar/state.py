@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,12 +25,26 @@ class GrammarState:
     `update` runs on another thread than the rest, never concurrently with it: see `MaskThread`.
     """
 
-    def __init__(self, matcher: LLMatcher, tokens: Sequence[int], num_prompt_tokens: int, vocabulary: int) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        tokens: Sequence[int],
+        num_prompt_tokens: int,
+        vocabulary: int,
+        when_slow: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`when_slow` is called once if an update takes too long."""
         self._matcher, self._tokens, self._start = matcher, tokens, num_prompt_tokens
         self._num_consumed = 0
         self._mask_at = -1  # number of consumed tokens that `allowed` is valid for
         self.allowed: NDArray[np.uint32] = np.zeros(num_words(vocabulary), np.uint32)
         self.error: str | None = None
+        self._when_slow = when_slow
+
+    def give_up(self, error: str) -> None:
+        """Fail because an update, which still runs, takes too long."""
+        self.error = error
+        self._when_slow()
 
     @property
     def is_current(self) -> bool:

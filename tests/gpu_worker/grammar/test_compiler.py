@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from llguidance import LLTokenizer
@@ -63,7 +64,7 @@ def checks() -> Checks:
 def make(checks: Checks) -> Iterator[Callable[..., GrammarCompiler]]:
     made: list[GrammarCompiler] = []
 
-    def build(**changes: int) -> GrammarCompiler:
+    def build(**changes: Any) -> GrammarCompiler:
         made.append(GrammarCompiler(checks.vocabulary, new_check=checks, **changes))
         return made[-1]
 
@@ -139,6 +140,49 @@ def test_a_refusal_is_remembered_and_names_the_field_of_each_request(
         assert (refused.value.param, refused.value.pointer) == (param, "/properties/bad")
         assert str(refused.value) == f"{param} at /properties/bad cannot be compiled: no"
     assert checks.checked == ["bad"]
+
+
+def test_many_refusals_are_remembered_apart_from_compiled_grammars(
+    make: Callable[..., GrammarCompiler], checks: Checks
+) -> None:
+    compiler = make(max_grammars=1, max_refused=2)
+    checks.released.set()
+    for text in ("bad 1", "bad 2", "a", "b", "bad 1", "bad 3", "bad 1", "bad 2"):
+        try:
+            use(compiler, Grammar("regex", text))
+        except GrammarInvalid as refused:
+            assert text.startswith("bad") and refused.pointer == "/properties/bad"
+    assert checks.checked == ["bad 1", "bad 2", "a", "b", "bad 3", "bad 2"], "the second was forgotten for the third"
+
+
+def test_a_slow_grammar_is_refused_for_a_while(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    now = [100.0]
+    compiler = make(clock=lambda: now[0])
+    checks.released.set()
+    state = compiler.state(GOOD, "a", [], 0, len(TOKENS))
+    state.give_up("it took more than 2 s")
+    with pytest.raises(
+        GrammarInvalid, match=r"grammar cannot be compiled: an earlier answer failed .* make it simpler"
+    ):
+        use(compiler)
+    assert use(compiler, tenant="b") == [ord("a")], "other tenants know nothing of it"
+    now[0] += 600
+    assert use(compiler) == [ord("a")] and checks.checked == ["ab", "ab", "ab"]
+
+
+def test_a_check_that_was_killed_refuses_nothing(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    """its error is the result of the kill, and a later request may have the time"""
+    compiler = make()
+
+    async def leave() -> None:
+        waiting = asyncio.ensure_future(compiler.compile(Grammar("regex", "ab"), "a"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(leave())
+    checks.released.set()
+    assert use(compiler) == [ord("a")]
 
 
 def test_the_oldest_unused_grammars_are_dropped(make: Callable[..., GrammarCompiler], checks: Checks) -> None:

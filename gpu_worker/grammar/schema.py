@@ -1,0 +1,113 @@
+"""JSON schemas as the grammar library needs them: every text that it then allows is valid for the client's schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_MAPS = ("$defs", "definitions", "properties", "patternProperties", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
+# The formats of the specification. The library enforces most of them, and refuses the others.
+_STANDARD_FORMATS = frozenset(
+    {
+        *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6"),
+        *("uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer"),
+        *("relative-json-pointer", "regex"),
+    }
+)
+# ECMA-262's white space, which JSON schemas mean by \s; the library's has U+0085 too.
+_SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+
+
+def subschemas(schema: Mapping[str, Any], pointer: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every schema inside this one with its JSON pointer, innermost first, and then this one."""
+    for path, part in _inner(schema):
+        if isinstance(part, dict):
+            yield from subschemas(part, f"{pointer}/{path}")
+    yield pointer, dict(schema)
+
+
+def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in _MAPS:
+        if isinstance(found := schema.get(name), dict):
+            yield from ((f"{name}/{key.replace('~', '~0').replace('/', '~1')}", part) for key, part in found.items())
+    for name in _LISTS:
+        if isinstance(found := schema.get(name), list):
+            yield from ((f"{name}/{place}", part) for place, part in enumerate(found))
+    yield from ((name, schema[name]) for name in _SINGLE if name in schema)
+
+
+def parse_schema(text: str) -> Any:
+    """Return the schema of a client in the form for the library. Raises: ValueError with what to change."""
+    try:
+        return prepared(json.loads(text))
+    except json.JSONDecodeError as exc:
+        raise ValueError(f"it is not valid JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise ValueError("it is nested too deeply") from exc
+
+
+def prepared(schema: Any) -> Any:
+    """Return the schema, and those in it, in the form for the library.
+
+    - Formats that the specification does not know are annotations, so they are left out.
+    - `propertyNames` that every name fulfils is left out. Names from a list become `properties`.
+    - `\\s` in patterns is ECMA-262's.
+
+    Raises: ValueError for `minProperties` where equal names could be counted.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for name in _MAPS:
+        if isinstance(found.get(name), dict):
+            found[name] = {key: prepared(part) for key, part in found[name].items()}
+    for name in _LISTS:
+        if isinstance(found.get(name), list):
+            found[name] = [prepared(part) for part in found[name]]
+    found |= {name: prepared(found[name]) for name in _SINGLE if name in found}
+    if isinstance(found.get("format"), str) and found["format"] not in _STANDARD_FORMATS:
+        del found["format"]
+    if isinstance(found.get("pattern"), str):
+        found["pattern"] = with_ecma_spaces(found["pattern"])
+    if isinstance(found.get("patternProperties"), dict):
+        patterns = found["patternProperties"].items()
+        found["patternProperties"] = {with_ecma_spaces(pattern): part for pattern, part in patterns}
+    found = _without_property_names(found)
+    _require_distinct_names(found)
+    return found
+
+
+def with_ecma_spaces(pattern: str) -> str:
+    """Return the pattern with ECMA-262's white space written out. A class may be part of another class."""
+    classes = {"s": f"[{_SPACES}]", "S": f"[^{_SPACES}]"}
+    return _ESCAPE.sub(lambda found: classes.get(found[1], found[0]), pattern)
+
+
+def _without_property_names(schema: dict[str, Any]) -> dict[str, Any]:
+    names = schema.get("propertyNames")
+    rest = {key: part for key, part in schema.items() if key != "propertyNames"}
+    if names in (True, {}, {"type": "string"}):
+        return rest
+    allowed = names.get("enum") if isinstance(names, dict) and names.keys() <= {"enum", "type"} else None
+    is_alone = not schema.keys() & {"properties", "patternProperties"}
+    if not isinstance(allowed, list) or not is_alone or not all(isinstance(name, str) for name in allowed):
+        return schema
+    value = schema.get("additionalProperties", {})
+    return rest | {"properties": dict.fromkeys(allowed, value), "additionalProperties": False}
+
+
+def _require_distinct_names(schema: Mapping[str, Any]) -> None:
+    """Refuse `minProperties` that equal names could fulfil: only declared names are never repeated."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    is_open = schema.get("additionalProperties") is not False or bool(schema.get("patternProperties"))
+    num_required = len(required) if isinstance(required, list) else 0
+    if is_open and isinstance(least, int | float) and least > num_required + 1:
+        raise ValueError(
+            f"minProperties {least} cannot be guaranteed: name the properties in `required`, or lower it to"
+            f" {num_required + 1}"
+        )
