@@ -47,7 +47,7 @@ class StoreDeployment:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
-        self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+        self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases, templates=config.known_templates)
         self._store.check_writes(os.environ)
         # Separate threads: a batch from a slow source must not block the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")

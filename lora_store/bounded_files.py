@@ -31,6 +31,7 @@ class Limits:
     max_weights_bytes: int = 1 << 29
     max_header_bytes: int = 1 << 22
     max_tensors: int = 20_000
+    max_template_bytes: int = 1 << 18
     max_samples: int = 200
     max_sample_bytes: int = 8192
     max_rank: int = 256

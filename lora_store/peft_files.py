@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lora_store.adapter import ModuleWeights, Sample
-from lora_store.bounded_files import Limits, read_tensors
+from lora_store.bounded_files import Limits, read_bytes, read_tensors
 from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+TEMPLATE_FILE = "chat_template.jinja"
 
 Side = Literal["lora_a", "lora_b"]
 T = TypeVar("T")
@@ -86,6 +89,22 @@ def write_peft_folder(
         (folder / SAMPLES_FILE).write_bytes(write_samples(samples))
     if description is not None:
         (folder / DESCRIPTION_FILE).write_text(description)
+
+
+def template_digest(source: str) -> str:
+    """Return the sha256 of a Jinja template. Line endings and the last one do not count, as Jinja ignores both."""
+    text = source.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_template(folder: Path, limits: Limits) -> str | None:
+    """Return the digest of the folder's chat template, None if there is none. Raises: FileRefused."""
+    if not os.path.lexists(folder / TEMPLATE_FILE):
+        return None
+    try:
+        return template_digest(read_bytes(folder / TEMPLATE_FILE, limits.max_template_bytes).decode())
+    except UnicodeDecodeError as exc:
+        raise FileRefused(TEMPLATE_FILE, ["is not UTF-8"]) from exc
 
 
 def split_key(key: str) -> tuple[str, Side] | None:

@@ -61,11 +61,13 @@ class LoraStore:
         uri: str,
         *,
         accepts_base: Collection[str],
+        templates: Mapping[str, str] | None = None,
         limits: Limits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._accepts_base, self._limits = frozenset(accepts_base), limits
+        """`templates`: the names of the known chat templates, by digest; None accepts any and ignores it."""
+        self._accepts_base, self._templates, self._limits = frozenset(accepts_base), templates, limits
         self._now = now
         self._location = location = Location(uri)
         self._blobs = BlobStore(location.child("blobs"))
@@ -103,8 +105,10 @@ class LoraStore:
             label,
             accepts_base=self._accepts_base,
             module_shapes=module_shapes,
+            templates=self._templates,
             limits=self._limits,
         )
+        label = replace(label, template=checked.template)
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples else None

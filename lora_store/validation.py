@@ -16,7 +16,16 @@ from lora_store.adapter import LOCAL_TENANT, ModuleWeights, Sample, is_valid_nam
 from lora_store.bounded_files import Limits, read_tensors
 from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
-from lora_store.peft_files import PICKLE_FILE, WEIGHTS_FILE, Side, pair_modules, pairs_of, split_key
+from lora_store.peft_files import (
+    PICKLE_FILE,
+    TEMPLATE_FILE,
+    WEIGHTS_FILE,
+    Side,
+    pair_modules,
+    pairs_of,
+    read_template,
+    split_key,
+)
 from lora_store.records import VISIBILITIES, Visibility
 from lora_store.safetensors_layout import StoredTensor
 from lora_store.sample_files import read_description, read_samples
@@ -65,6 +74,7 @@ class CheckedFolder:
     pairs: Pairs
     samples: tuple[Sample, ...]
     base_model: str
+    template: str | None = None  # named by the publisher, or the known one that the folder's chat template equals
 
     @property
     def modules(self) -> dict[str, ModuleWeights]:
@@ -79,11 +89,13 @@ def check_folder(
     *,
     accepts_base: Collection[str],
     module_shapes: Shapes | None,
+    templates: Mapping[str, str] | None = None,
     limits: Limits | None = None,
 ) -> CheckedFolder:
     """Read and validate the folder's adapter.
 
     `module_shapes`: (out, in) of each linear layer that an adapter may change; None skips this check.
+    `templates`: the names of the known chat templates, by digest; None skips this check.
     Raises: AdapterRefused, which lists every reason found.
     """
     label, limits = label or Label(folder.name), limits or Limits()
@@ -94,6 +106,7 @@ def check_folder(
     tensors = _attempt(reasons, lambda: read_tensors(folder / WEIGHTS_FILE, limits))
     samples = _attempt(reasons, lambda: read_samples(folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
+    template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))
     if config is not None:
         reasons += _config_problems(config, accepts_base)
     pairs = pairs_of(tensors or {})
@@ -105,7 +118,22 @@ def check_folder(
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
-    return CheckedFolder(config, pairs, samples or described, config.base_model or "")
+    return CheckedFolder(config, pairs, samples or described, config.base_model or "", template)
+
+
+def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
+    """Return the publisher's template, or the known one that the folder brings. Raises: FileRefused."""
+    digest = read_template(folder, limits)
+    if label.template is not None or digest is None or templates is None:
+        return label.template
+    if digest not in templates:
+        problem = (
+            f"is not the chat template that this server uses, and uploaded templates never run (sha256 {digest[:12]}):"
+            " publish with template 'chat' to use the base model's own, or 'alpaca', or let the operator set"
+            " chat_template to this file"
+        )
+        raise FileRefused(TEMPLATE_FILE, [problem])
+    return templates[digest]
 
 
 def _suggestion(name: str) -> str:

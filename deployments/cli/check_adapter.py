@@ -25,7 +25,12 @@ def check_adapter(folder: Path, config: Path | None, parity: bool) -> int:
         return _fail(problem)
     try:
         settings = load_config(config)
-        admitted = check_folder(folder.resolve(), accepts_base=settings.accepted_bases, module_shapes=None)
+        admitted = check_folder(
+            folder.resolve(),
+            accepts_base=settings.accepted_bases,
+            module_shapes=None,
+            templates=settings.known_templates,
+        )
     except AdapterRefused as exc:
         return _fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
     except (ValueError, OSError) as exc:

@@ -24,10 +24,16 @@ from gpu_worker.config import (
     ToolParser,
     WorkerConfig,
 )
-from gpu_worker.request.model_files import read_chat_template, sampling_defaults_of_files, template_of_files
+from gpu_worker.request.model_files import (
+    chat_templates_of_files,
+    read_chat_template,
+    sampling_defaults_of_files,
+    template_of_files,
+)
 from gpu_worker.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
+from lora_store.peft_files import template_digest
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
 from retriever_svc.route import Weighting
@@ -314,6 +320,18 @@ class AppConfig(_Settings):
         if self.chat_template is not None:
             return "chat"
         return "alpaca" if self.base_model == PACKAGED_MODEL else template_of_files(self.base_model)
+
+    @cached_property
+    def known_templates(self) -> dict[str, str] | None:
+        """The template `chat` by the digests of its files: the operator's, and the base model's own.
+
+        None where the base model's files are not on this machine, so that an adapter's file cannot be compared.
+        """
+        own = () if self.base_model == PACKAGED_MODEL else chat_templates_of_files(self.base_model)
+        if own is None:
+            return None
+        named = () if self.chat_template is None else (read_chat_template(self.chat_template),)
+        return {template_digest(source): "chat" for source in (*named, *own)}
 
     @cached_property
     def sampling_defaults(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ ADAPTER_FILES = (
     "adapter_model.safetensors",
     "lora_samples.jsonl",
     "description.txt",
+    "chat_template.jinja",
     "adapter_model.bin",
 )
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # the name that transformers' Trainer gives

@@ -16,6 +16,7 @@ _FOLDER_TEXTS = {
     "max_weights_bytes": "bytes of `adapter_model.safetensors`; no setting changes it",
     "max_header_bytes": "bytes of the weights file's header",
     "max_tensors": "tensors in the weights file",
+    "max_template_bytes": "bytes of `chat_template.jinja`",
     "max_samples": "lines of `lora_samples.jsonl` that are read, spread evenly over more",
     "max_sample_bytes": "bytes of one sample's input, which is cut there, of its output, and of `description.txt`",
     "max_rank": "rank of a module",

@@ -25,16 +25,25 @@ def template_of_files(base_model: str) -> Literal["alpaca", "chat", "auto"]:
 
     The files of a model hub are only looked up in the local cache.
     """
+    found = chat_templates_of_files(base_model)
+    if found is None:
+        return "auto"
+    return "chat" if found else "alpaca"
+
+
+def chat_templates_of_files(base_model: str) -> tuple[str, ...] | None:
+    """Return the chat templates of this folder or model hub id, None where its files are not on this machine."""
     template, config = _file(base_model, TEMPLATE_FILE), _file(base_model, _CONFIG_FILE)
     if template is not None:
-        return "chat"
+        return (template.read_text(encoding="utf-8"),)
     if config is None:
-        return "auto"
+        return None
     try:
-        has_template = bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+        declared = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
     except ValueError:
-        return "auto"  # the worker reports a broken file when it loads the model
-    return "chat" if has_template else "alpaca"
+        return None  # the worker reports a broken file when it loads the model
+    named = declared if isinstance(declared, list) else [{"template": declared}] if declared else []
+    return tuple(str(item["template"]) for item in named)
 
 
 def sampling_defaults_of_files(base_model: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ from lora_store import (
 )
 from lora_store.files import Files
 from lora_store.leases import Leases
+from lora_store.peft_files import TEMPLATE_FILE, template_digest
 from tests.lora_store.builders import BASE, FakeClock, MakeFolder, MakeWeights, OpenStore, Stored, embedding
 from tests.s3 import S3Endpoint
 
@@ -47,6 +48,15 @@ def test_a_staged_adapter_is_seen_only_after_commit(
     assert (record.actor, record.source, record.generation) == ("tester", "poet", 1)
     assert record.created_at == clock.at
     assert record.num_bytes == len(store.load(record.weights_digest))
+
+
+def test_the_template_that_the_folder_brings_is_recorded(make_folder: MakeFolder, folder_uri: str) -> None:
+    folder, source = make_folder(), "{{ messages }}"
+    (folder / TEMPLATE_FILE).write_text(source)
+    store = LoraStore(folder_uri, accepts_base=[BASE], templates={template_digest(source): "chat"})
+    _commit(store, brought := store.stage(folder))
+    assert store.snapshot().resolve("local", "poet").template == "chat"
+    assert store.stage(folder, template="chat").ref == brought.ref, "a named one and a brought one are the same version"
 
 
 def test_weights_and_samples_load_as_published(

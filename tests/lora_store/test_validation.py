@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lora_store import AdapterRefused, Label, Limits, check_folder
+from lora_store.peft_files import TEMPLATE_FILE, template_digest
 from tests.bad_uploads import add, config, remove, rename, samples, tensors, write
-from tests.lora_store.builders import MakeFolder, OpenStore
+from tests.lora_store.builders import BASE, MakeFolder, OpenStore
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 UP0 = "base_model.model.model.layers.0.mlp.up_proj"
@@ -155,3 +156,40 @@ def test_a_bad_name_comes_with_a_valid_one(make_folder: MakeFolder) -> None:
     with pytest.raises(AdapterRefused) as caught:
         check_folder(make_folder(), Label("my adapter (v2)"), accepts_base={"tiny-base"}, module_shapes=None)
     assert caught.value.reasons[0].endswith(", such as 'my-adapter-v2'")
+
+
+SOURCE = "{% for m in messages %}\n{{ m.content }}\n{% endfor %}\n"
+
+
+@pytest.mark.parametrize("source", [SOURCE, SOURCE.removesuffix("\n"), SOURCE.replace("\n", "\r\n")])
+def test_a_known_chat_template_names_the_adapters_template(source: str, make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    (folder / TEMPLATE_FILE).write_bytes(source.encode())
+    checked = check_folder(folder, accepts_base={BASE}, module_shapes=None, templates={template_digest(SOURCE): "chat"})
+    assert checked.template == "chat"
+
+
+def test_an_unknown_chat_template_is_refused_unless_the_publisher_names_one(make_folder: MakeFolder) -> None:
+    folder, known = make_folder(), {template_digest(SOURCE): "chat"}
+    (folder / TEMPLATE_FILE).write_text(SOURCE + "\n")
+    with pytest.raises(AdapterRefused) as caught:
+        check_folder(folder, accepts_base={BASE}, module_shapes=None, templates=known)
+    [reason] = caught.value.reasons
+    wanted = [TEMPLATE_FILE, "uploaded templates never run", "publish with template 'chat'", "set chat_template"]
+    assert [part for part in wanted if part not in reason] == []
+    named = check_folder(
+        folder, Label("poet", template="alpaca"), accepts_base={BASE}, module_shapes=None, templates=known
+    )
+    assert named.template == "alpaca"
+    unjudged = check_folder(folder, accepts_base={BASE}, module_shapes=None, templates=None)
+    assert unjudged.template is None
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b"\xff\xfe", "is not UTF-8"), (b"x" * ((1 << 18) + 1), "at most 262144 bytes")]
+)
+def test_a_chat_template_that_cannot_be_read_is_refused(content: bytes, problem: str, make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    (folder / TEMPLATE_FILE).write_bytes(content)
+    with pytest.raises(AdapterRefused, match=problem):
+        check_folder(folder, accepts_base={BASE}, module_shapes=None, templates={})

@@ -13,6 +13,7 @@ from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import WorkerScaling
 from gpu_worker.config import PACKAGED_ALIASES, EngineSettings
 from gpu_worker.errors import WorkerConfigInvalid
+from lora_store.peft_files import template_digest
 
 
 @pytest.mark.parametrize(
@@ -309,6 +310,16 @@ def test_an_operators_chat_template_reaches_the_workers(tmp_path: Path) -> None:
     assert config.worker_config().chat_template == "{{ messages }}"
     assert (config.template, config.template_in_use) == ("auto", "chat")
     assert AppConfig().worker_config().chat_template is None
+
+
+def test_templates_of_the_operator_and_of_the_base_model_are_known(tmp_path: Path) -> None:
+    own, given = "{{ messages[0] }}", tmp_path / "own.jinja"
+    (tmp_path / "chat_template.jinja").write_text(own)
+    given.write_text("{{ messages }}")
+    config = AppConfig(base_model=str(tmp_path), chat_template=given)
+    assert config.known_templates == {template_digest(own): "chat", template_digest("{{ messages }}"): "chat"}
+    assert AppConfig().known_templates == {}
+    assert AppConfig(base_model="nobody/not-on-this-machine", chat_template=given).known_templates is None
 
 
 @pytest.mark.parametrize("source", [None, "{% for %}"])

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from gpu_worker.request.model_files import read_chat_template, sampling_defaults_of_files, template_of_files
+from gpu_worker.request.model_files import (
+    chat_templates_of_files,
+    read_chat_template,
+    sampling_defaults_of_files,
+    template_of_files,
+)
 from gpu_worker.request.prompts import resolve_template
 from tests.tiny import byte_tokenizer
 
@@ -29,6 +34,14 @@ def test_a_saved_tokenizer_means_what_it_means_when_it_is_loaded(
 def test_a_template_within_the_tokenizers_config_is_found(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": SOURCE}))
     assert template_of_files(str(tmp_path)) == "chat"
+    assert chat_templates_of_files(str(tmp_path)) == (SOURCE,)
+
+
+def test_all_of_several_named_templates_are_found(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": SOURCE}, {"name": "tool_use", "template": "{{ tools }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert template_of_files(str(tmp_path)) == "chat"
+    assert chat_templates_of_files(str(tmp_path)) == (SOURCE, "{{ tools }}")
 
 
 @pytest.mark.parametrize("base_model", ["nobody/never-fetched", "/no/such/folder", "no-such-name"])
