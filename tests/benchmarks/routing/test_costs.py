@@ -29,6 +29,12 @@ def test_a_refit_reads_the_samples_of_the_pool(data: Data) -> None:
     assert figures["refit_s"] > 0
 
 
-def test_ratios_compare_what_is_measured_twice() -> None:
-    found = ratios({"search_plain_ms": 2.0, "search_projected_ms": 3.0, "project_ms": 1.0, "refit_s": 9.0})
-    assert found == {"search_ratio": 1.5}
+def test_ratios_compare_the_projection_with_none_and_with_an_older_tree() -> None:
+    measured = {
+        "search_plain_ms": 2.0,
+        "search_projected_ms": 3.0,
+        "search_older_ms": 1.0,
+        "project_ms": 1.0,
+        "refit_s": 9.0,
+    }
+    assert ratios(measured) == {"search_over_plain": 1.5, "search_over_older": 3.0}
