@@ -39,7 +39,7 @@ class EncoderRegistry:
         """Return the encoder of a generation; load it if necessary. Use it from one thread.
 
         `embedded_by`: the identity of the encoder of some embedding in the pool. A pool that was embedded without a
-        projection stays so until a reindex.
+        projection, or with the packaged one of an earlier version, stays so until a reindex.
         Raises: EncoderUnusable if it cannot be loaded, or if its model has changed since; ProjectionUnusable.
         """
         if active is None:
@@ -50,13 +50,22 @@ class EncoderRegistry:
 
     def _default(self, embedded_by: str | None) -> Encoder:
         encoder = self._load(self._default_model)
-        return encoder if embedded_by == encoder.identity else self._with_default(encoder, self._projection)
+        if embedded_by == encoder.identity:
+            return encoder
+        if embedded_by is not None and self._files is not None and self._projection == "auto":
+            earlier = self._files.embedded_with(embedded_by, encoder.identity)
+            if earlier is not None:
+                return encoder.projected(earlier)
+        return self._with_default(encoder, self._projection)
 
     def _with_default(self, encoder: Encoder, projection: str) -> Encoder:
         if projection == "none" or self._files is None:
             return encoder
         shipped = self._files.shipped(encoder.identity)
-        return encoder if shipped is None else encoder.projected(shipped)
+        if shipped is None:
+            return encoder
+        self._files.keep(shipped)
+        return encoder.projected(shipped)
 
     def _activated(self, active: ActiveEncoder) -> Encoder:
         prepared, self._prepared = self._prepared, None

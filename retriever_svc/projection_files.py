@@ -46,11 +46,29 @@ class ProjectionFiles:
         shipped = self.shipped(encoder)
         if shipped is not None and shipped.identity == identity:
             return shipped
-        data = None if self._files is None else self._files.read(_name_of(identity))
-        found = None if data is None else Whitening.from_bytes(data)
+        found = self._stored(identity)
         if found is None or found.identity != identity:
             raise ProjectionUnusable(f"the projection {identity} is missing next to the catalogue: reindex")
         return found
+
+    def embedded_with(self, identity: str, encoder: str) -> Whitening | None:
+        """Return the projection with which an earlier version embedded the pool, if it is stored and of `encoder`."""
+        try:
+            return self.find(identity) if split_identity(identity)[0] == encoder else None
+        except (ProjectionUnusable, StoreUnavailable):
+            return None
+
+    def keep(self, projection: Whitening) -> None:
+        """Store a packaged projection unless it is stored, for later versions, which may come with another one."""
+        try:
+            if self._stored(projection.identity) is None:
+                self.save(projection)
+        except (ProjectionUnusable, StoreUnavailable) as exc:
+            logger.warning("cannot store the packaged projection; the next replica tries again: %s", exc)
+
+    def _stored(self, identity: str) -> Whitening | None:
+        data = None if self._files is None else self._files.read(_name_of(identity))
+        return None if data is None else Whitening.from_bytes(data)
 
     def save(self, projection: Whitening) -> None:
         """Write the projection next to the catalogue. Raises: StoreUnavailable."""

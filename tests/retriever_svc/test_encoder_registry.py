@@ -118,6 +118,27 @@ def test_a_pool_embedded_without_a_projection_stays_so_until_a_reindex() -> None
     assert projectable("default").encoder_of(None, embedded_by="older").projection is Shipped.packaged
 
 
+class Later(Shipped):
+    """The files of a later version, with another packaged projection."""
+
+    packaged = fit_whitening("default", world(seed=9))
+
+
+def test_a_later_version_serves_a_pool_with_the_projection_that_embedded_it(tmp_path: Path) -> None:
+    stored = Files(Location(str(tmp_path)).child("projections"))
+
+    def version(files: ProjectionFiles, model: str = "default") -> EncoderRegistry:
+        return EncoderRegistry(lambda _: Projectable({}, identity=model), "model", files)
+
+    earlier = version(Shipped(stored)).encoder_of(None).identity
+    assert version(Later(stored)).encoder_of(None, embedded_by=earlier).identity == earlier
+    assert version(Later(stored)).encoder_of(ActiveEncoder("model", earlier)).identity == earlier
+    assert version(Later(stored)).encoder_of(None).identity == Later.packaged.identity  # a new pool
+    assert version(Later(stored)).prepare("model").identity == Later.packaged.identity  # a reindex
+    assert version(Later(), "default").encoder_of(None, embedded_by=earlier).identity == Later.packaged.identity
+    assert version(Later(stored), "another").encoder_of(None, embedded_by=earlier).identity == "another"
+
+
 def test_an_identity_with_a_projection_is_activated_with_it(tmp_path: Path) -> None:
     fitted = fit_whitening("default", world(seed=3))
     files = Shipped(Files(Location(str(tmp_path)).child("projections")))

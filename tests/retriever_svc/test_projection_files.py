@@ -108,3 +108,22 @@ def test_a_damaged_file_or_a_store_that_is_down_costs_one_encoding(tmp_path: Pat
 def test_a_projection_keeps_its_dimension() -> None:
     fitted = Whitening.from_bytes(fit_whitening("another", world()).to_bytes())
     assert fitted.project(world()[0]).shape == (20, DIM)
+
+
+def test_a_store_that_is_down_does_not_stop_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    fitted = fit_whitening(PACKAGED, world())
+    files = ProjectionFiles(Down(Location("unused")))
+    files.keep(fitted)
+    assert "cannot store the packaged projection" in caplog.text
+    assert files.embedded_with(fitted.identity, PACKAGED) is None
+
+
+def test_a_packaged_projection_is_stored_once(tmp_path: Path) -> None:
+    fitted, files = fit_whitening(PACKAGED, world()), ProjectionFiles(files_in(tmp_path))
+    files.keep(fitted)
+    [stored] = tmp_path.rglob("*.safetensors")
+    before = stored.stat().st_mtime_ns
+    files.keep(fitted)
+    assert stored.stat().st_mtime_ns == before
+    assert files.embedded_with(fitted.identity, PACKAGED).identity == fitted.identity
+    assert files.embedded_with(fitted.identity, "another") is None
