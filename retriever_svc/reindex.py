@@ -17,8 +17,8 @@ from retriever_svc.whitening import Whitening, fit_whitening
 _BATCH = 32
 MAX_FITTED = 1024  # adapters that a projection is fitted to
 _FITTED_SAMPLES = 32  # of one adapter, so that none counts for many
-# All texts: 20 for each of 384 dimensions, three times as many as made the packaged projection. The encoder reads them
-# in less than a minute on two cores.
+# All texts: 20 for each of 384 dimensions, more than made the packaged projection. The encoder reads them in less than
+# a minute on two cores.
 _FITTED_TEXTS = 8192
 
 

@@ -14,6 +14,8 @@ from retriever_svc.errors import RouteInvalid
 RoutedStrategy = Literal["selection", "mixture", "fusion"]
 Weighting = Literal["evidence", "uniform", "softmax"]
 Fallback = Literal["base", "error"]
+# With it 96 % of the turns about the same task keep their adapter, and 1 % of those about another task wrongly do:
+# `python -m benchmarks.routing.margins`.
 STICKY_MARGIN = 0.1
 Reason = Literal["fits", "below_threshold", "no_candidates"]
 

@@ -21,8 +21,9 @@ from deployments.api.completions import ChatCompletionRequest
 from deployments.batch.planning import BatchRouting
 from deployments.config.app import AppConfig
 from deployments.generation.planner import Planner
+from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import LoraStore
-from retriever_svc import Encoder, LivePool, Retriever
+from retriever_svc import Retriever
 
 CASES = Path(__file__).with_name("conversations.jsonl")
 BASE = "gemma-3-270m"
@@ -44,15 +45,19 @@ def read_cases() -> list[Case]:
     return [Case(row["kind"], row["expected"], tuple(row["messages"])) for row in rows]
 
 
-def starter_retriever(folder: Path) -> Retriever:
-    """Publish the starter pool into a new store below `folder` and return a Retriever over it."""
-    store, encoder = LoraStore(str(folder), accepts_base=[BASE]), Encoder()
-    staged = [store.stage(path) for path in sorted(POOL.iterdir()) if path.is_dir()]
-    pools = LivePool(lambda _: encoder, store.snapshot)
+def starter_retriever(folder: Path, adapters: Sequence[Path] | None = None) -> Retriever:
+    """Publish these adapters, by default the starter pool, into a new store in `folder`.
+
+    Return a Retriever over it with the server's defaults.
+    """
+    paths = adapters or [path for path in sorted(POOL.iterdir()) if path.is_dir()]
+    config, store = AppConfig(store_uri=str(folder)), LoraStore(str(folder), accepts_base=[BASE])
+    staged = [store.stage(path) for path in paths]
+    pools = live_pool(config, store.snapshot)
     embeddings = Retriever(pools).embed_groups([item.samples for item in staged])
     store.commit(staged, embeddings, [None] * len(staged), _ACTOR)
     pools.catch_up()
-    return Retriever(pools)
+    return retriever_over(pools, config)
 
 
 async def chosen(planner: Planner, case: Case, *, whole: bool) -> str | None:

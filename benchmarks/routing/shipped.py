@@ -1,28 +1,32 @@
 """Make the files that ship with the packaged encoder: its projection, and its vectors of the ordinary prompts.
 
 `python -m benchmarks.routing.shipped` downloads BIG-bench (358 MB, once) and writes into `retriever_svc/data`. The
-projection is fitted to tasks of families that neither the study nor the starter pool has a task of.
+projection is fitted to tasks of families that neither the study nor the starter pool has a task of. Inputs are shown as
+clients send them: with their options, if they have some. The number of samples and the shrinkage were chosen on the
+`choice` part of the study.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace, fetch_archive
-from benchmarks.training.bigbench_tasks import read_specs, task_rng
+from benchmarks.training.bigbench_tasks import read_specs
 from retriever_svc import BulkEncoding, Encoder, Whitening, fit_whitening
 from retriever_svc.ordinary_prompts import ordinary_prompts
 from retriever_svc.projection_files import ordinary_file, shipped_file
 
-NUM_SAMPLES = 20
+NUM_SAMPLES = 40
 MIN_EXAMPLES = 10
 MAX_OF_FAMILY = 8  # tasks; two families have hundreds of near copies
 MAX_CHARS = 4000
@@ -44,20 +48,19 @@ def family_of(path: str) -> str:
 
 def other_tasks(archive: Path) -> dict[str, list[str]]:
     """Return some inputs of each task outside the known families, by name."""
-    families, inputs = {family_of(path) for path in known_paths()}, dict(sorted(_read_inputs(archive)))
+    families, examples = {family_of(path) for path in known_paths()}, dict(sorted(_read_examples(archive)))
     counts: Counter[str] = Counter()
     chosen = {}
-    for name, texts in inputs.items():
+    for name, own in examples.items():
         family = family_of(name)
         counts[family] += 1
         if family not in families and counts[family] <= MAX_OF_FAMILY:
-            task_rng(name).shuffle(texts)
-            chosen[name] = [text.strip()[:MAX_CHARS] for text in texts[:NUM_SAMPLES]]
+            chosen[name] = inputs_of(name, own)[:NUM_SAMPLES]
     return chosen
 
 
-def _read_inputs(archive: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (name, distinct inputs) of every task of enough examples in the source distribution."""
+def _read_examples(archive: Path) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield (name, examples with a text as input) of every task of enough inputs in the source distribution."""
     with tarfile.open(archive) as source:
         for member in source:
             path = member.name.partition("/")[2]
@@ -65,10 +68,24 @@ def _read_inputs(archive: Path) -> Iterator[tuple[str, list[str]]]:
                 continue
             stream = source.extractfile(member)
             assert stream is not None
-            inputs = [example["input"] for example in json.load(stream).get("examples", [])]
-            texts = list(dict.fromkeys(text for text in inputs if isinstance(text, str) and text.strip()))
+            examples = json.load(stream).get("examples", [])
+            texts = {e["input"] for e in examples if isinstance(e.get("input"), str) and e["input"].strip()}
             if len(texts) >= MIN_EXAMPLES:
-                yield path.removeprefix(_PREFIX).removesuffix(_SUFFIX), texts
+                yield path.removeprefix(_PREFIX).removesuffix(_SUFFIX), examples
+
+
+def inputs_of(name: str, examples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the distinct inputs in a random order that depends on the task's name, with their options in another."""
+    rng, mixed = random.Random(name), list(examples)
+    rng.shuffle(mixed)
+    texts = []
+    for example in mixed:
+        text, options = example.get("input"), list(example.get("target_scores") or {})
+        if isinstance(text, str) and text.strip():
+            rng.shuffle(options)
+            shown = "".join(f"\n- {option}" for option in options)
+            texts.append((f"{text.strip()}\nOPTIONS:{shown}" if options else text.strip()).strip()[:MAX_CHARS])
+    return list(dict.fromkeys(texts))
 
 
 def fit(encoder: Encoder, tasks: dict[str, list[str]]) -> Whitening:

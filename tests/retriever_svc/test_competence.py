@@ -76,6 +76,12 @@ def test_a_region_has_near_adapters_and_those_without_samples() -> None:
     assert len(first.examples) == 20
 
 
+@pytest.mark.parametrize(("cosine", "is_near"), [(0.64, True), (0.56, False)])
+def test_as_near_as_two_adapters_of_one_task_is_near_enough_to_compete(cosine: float, is_near: bool) -> None:
+    [first, _] = regions(adapter("a"), adapter("b", (cosine, (1 - cosine**2) ** 0.5)))
+    assert (len(first.candidates) == 2) == is_near
+
+
 def test_only_adapters_with_outputs_have_a_region_and_examples_are_bounded() -> None:
     many = [Sample(f"question {number}", "yes") for number in range(100)]
     given = {"plain": [Sample("question", None)] * 20, "few": SAMPLES[:3], "many": many}

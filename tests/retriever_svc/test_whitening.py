@@ -95,13 +95,17 @@ def test_without_folds_own_scores_are_those_of_the_projected_rows() -> None:
     np.testing.assert_array_equal(fitted.own_scores(groups[0], ["any"] * SAMPLES), expected)
 
 
-def test_a_prior_matters_less_the_more_samples_there_are() -> None:
-    prior = fit_whitening("plain", world(seed=7))
-    for count, bound in ((10, 0.6), (400, 0.1)):
-        groups = world(count=count)
-        alone, blended = fit_whitening("plain", groups), fit_whitening("plain", groups, prior=prior)
-        distances = [np.linalg.norm(fitted.matrix - alone.matrix) for fitted in (blended, prior)]
-        assert 0 < distances[0] < bound * distances[1]
+@pytest.mark.parametrize("count", [10, 100])
+def test_with_a_prior_the_covariance_is_shrunk_towards_that_of_the_prior_alone(count: int) -> None:
+    groups, prior = world(count=count), fit_whitening("plain", world(seed=7))
+    fitted = fit_whitening("plain", groups, prior=prior)
+    centred = np.concatenate([rows - rows.mean(axis=0) for rows in groups]).astype(np.float64)
+    of_prior = np.linalg.inv(prior.matrix.astype(np.float64) @ prior.matrix.T)
+    within = (centred.T @ centred + 200 * of_prior) / (TASKS * (count - 1) + 200)
+    mean = np.mean([rows.mean(axis=0) for rows in groups], axis=0)
+    mean = (TASKS * count * mean + 200 * prior.mean) / (TASKS * count + 200)
+    expected = unit_rows((groups[3] - mean) @ np.linalg.cholesky(np.linalg.inv(within)))
+    np.testing.assert_allclose(fitted.project(groups[3]), expected, atol=5e-3)
 
 
 def test_a_projection_is_read_as_it_was_written_and_named_by_its_content() -> None:

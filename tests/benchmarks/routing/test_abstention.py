@@ -15,7 +15,7 @@ SAMPLES = {
     "sums": [f"What is {number} plus {number + 3}?" for number in range(8)],
     "german": [f"Translate to German: the {thing} is old" for thing in ("cat", "dog", "house", "car", "tree", "boat")],
 }
-OWN = [("What is 40 plus 2?", "sums"), ("Translate to German: the lamp is old", "german")]
+OWN = [("What is 9 plus 12?", "sums"), ("Translate to German: the street is old", "german")]
 
 
 def test_the_starter_pool_is_measured_with_its_held_out_prompts() -> None:

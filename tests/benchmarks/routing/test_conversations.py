@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-from benchmarks.routing.conversations import read_cases, table_of
+from pathlib import Path
+
+from benchmarks.routing.conversations import read_cases, starter_retriever, table_of
 from benchmarks.starter_pool import POOL
+from retriever_svc import Route, RouteRequest
 
 
 def test_every_case_ends_with_a_user_turn_and_expects_a_task_of_the_pool_or_the_base() -> None:
@@ -11,6 +14,17 @@ def test_every_case_ends_with_a_user_turn_and_expects_a_task_of_the_pool_or_the_
     assert all(case.messages[-1]["role"] == "user" for case in cases)
     assert {case.expected for case in cases} - {None} <= tasks
     assert all(case.expected is None for case in cases if case.kind in {"everyday", "housekeeping"})
+
+
+def test_the_pool_is_searched_with_the_projection_and_the_thresholds_of_the_server(tmp_path: Path) -> None:
+    retriever = starter_retriever(tmp_path, [POOL / "past_tense"])
+    [own, everyday] = retriever.route([RouteRequest("Today I jump. Yesterday I"), RouteRequest("Tell me a joke.")])
+    assert isinstance(own, Route)
+    assert isinstance(everyday, Route)
+    assert (own.candidates[0].ref.name, own.abstained, everyday.abstained) == ("past_tense", False, True)
+    record = retriever.resolve("local", "past_tense")
+    assert record.encoder is not None
+    assert "+" in record.encoder  # a projection
 
 
 def test_the_table_counts_right_choices_by_kind_and_in_all() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.routing.shipped import MAX_OF_FAMILY, NUM_SAMPLES, family_of, fit, known_paths, other_tasks
+from benchmarks.routing.shipped import MAX_OF_FAMILY, NUM_SAMPLES, family_of, fit, inputs_of, known_paths, other_tasks
 from retriever_svc.encoder import unit_rows
 from tests.benchmarks.bigbench import write_archive
 from tests.retriever_svc.pool_fakes import FakeEncoder
@@ -13,7 +13,7 @@ from tests.retriever_svc.pool_fakes import FakeEncoder
 TASKS = "bigbench/benchmark_tasks"
 
 
-def examples(prefix: str, count: int = 40) -> list[dict[str, Any]]:
+def examples(prefix: str, count: int = 60) -> list[dict[str, Any]]:
     return [{"input": f"{prefix} {number}"} for number in range(count)]
 
 
@@ -32,6 +32,20 @@ def test_tasks_come_from_unknown_families_and_no_family_has_many(tmp_path: Path)
     assert len(set(chosen["alone"])) == NUM_SAMPLES  # no text twice
     assert all(text.startswith("alone ") for text in chosen["alone"])
     assert other_tasks(tmp_path / "archive.tar.gz") == chosen  # the same draw each time
+
+
+def test_an_input_is_shown_with_its_options_in_a_random_order() -> None:
+    options = {option: 0 for option in "abcdefgh"}
+    given = [{"input": f" Which letter, {number}? ", "target_scores": options} for number in range(30)]
+    texts = inputs_of("letters", [*given, {"input": "No options."}, {"input": 3, "target_scores": options}])
+    assert texts != sorted(texts)
+    assert texts == inputs_of("letters", [*given, {"input": "No options."}, {"input": 3, "target_scores": options}])
+    assert "No options." in texts
+    shown = [text.split("\nOPTIONS:\n- ") for text in texts if text != "No options."]
+    assert sorted(first for first, _ in shown) == sorted(f"Which letter, {number}?" for number in range(30))
+    orders = [rest.split("\n- ") for _, rest in shown]
+    assert {tuple(sorted(order)) for order in orders} == {tuple("abcdefgh")}
+    assert len(set(map(tuple, orders))) > 20
 
 
 def test_no_task_of_a_pool_or_a_test_is_left_out() -> None:
