@@ -44,7 +44,7 @@ from retriever_svc import Encoder, Region, Retriever, Scorer
 from retriever_svc.competence import FIRST_ROUND, evaluate
 
 ROWS, TWINS = "competence.parquet", "competence_twins.parquet"
-NUM_TASKS = 4
+NUM_TASKS, NUM_TWINS = 9, 4  # nine tasks of the pool have a closed set of answers
 TWIN = ".twin"
 
 
@@ -92,7 +92,7 @@ class Competence:
     """The study's pool with further adapters of `tasks`, which must have been trained."""
 
     def __init__(self, loaded: Loaded, tasks: Sequence[TaskSpec], copies: dict[str, Parts], encoder: Encoder) -> None:
-        """Set up the pools. `copies`: the further adapters by name, one flipped copy and one half for each task."""
+        """Set up the pools. `copies`: the further adapters by name: a flipped copy for each task, halves for some."""
         self._bench, self._tasks, self._encoder = loaded.bench, {spec.name: spec for spec in tasks}, encoder
         self._copies = copies
         publish_lacking(loaded.store, self.workspace, list(copies), loaded.bench.asker.engine.bank)
@@ -115,13 +115,14 @@ class Competence:
 
     def twin_rows(self, per_task: int) -> pa.Table:
         """Return a row per question: the adapter chosen once the original is withdrawn. Its twin has no samples."""
-        names = [f"{task}{TWIN}" for task in self._tasks]
-        for task, name in zip(self._tasks, names, strict=True):
+        tasks = [task for task in self._tasks if f"{task}{HALVES[0]}" in self._copies]
+        names = [f"{task}{TWIN}" for task in tasks]
+        for task, name in zip(tasks, names, strict=True):
             self._strip(f"{task}{HALVES[0]}", name)
         pool = self.measured("competence-twins", [], names)
-        pool.store.withdraw(LOCAL_TENANT, list(self._tasks), actor=ACTOR)
+        pool.store.withdraw(LOCAL_TENANT, tasks, actor=ACTOR)
         retriever = retriever_over(pool.store, self._encoder)
-        questions = [q for q in self._bench.study.questions("test", per_task) if q.task in self._tasks]
+        questions = [q for q in self._bench.study.questions("test", per_task) if q.task in tasks]
         plans = Auto("selection").plans(retriever, questions)
         rows = [
             {"task": q.task, "number": q.number, "chosen": plan.adapters[0].ref.name if plan.adapters else ""}
@@ -229,7 +230,8 @@ def write_tables(folder: Path) -> None:
 
 def main(
     per_task: PerTask = NUM_TEST,
-    num_tasks: Annotated[int, typer.Option(help="tasks with further adapters")] = NUM_TASKS,
+    num_tasks: Annotated[int, typer.Option(help="tasks with a flipped copy")] = NUM_TASKS,
+    num_twins: Annotated[int, typer.Option(help="tasks with an adapter without samples")] = NUM_TWINS,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the further adapters, evaluate the pools, answer the questions, write rows and the section."""
@@ -237,9 +239,9 @@ def main(
     loaded = load_loaded(workspace, encoder, out)
     study = loaded.bench.study
     tasks = chosen_tasks(list(study.specs.values()), num_tasks)
-    ends = (FLIPPED, HALVES[0])
-    copies = {f"{s.name}{end}": copies_of(study.parts[s.name])[end] for s in tasks for end in ends}
-    recipes = {f"{spec.name}{end}": recipe_of(spec) for spec in tasks for end in ends}
+    further = [(spec, FLIPPED) for spec in tasks] + [(spec, HALVES[0]) for spec in tasks[:num_twins]]
+    copies = {f"{spec.name}{end}": copies_of(study.parts[spec.name])[end] for spec, end in further}
+    recipes = {f"{spec.name}{end}": recipe_of(spec) for spec, end in further}
     with Progress() as progress:
         train_on(copies, recipes, workspace, Path(model_source(loaded.bench.asker.engine.config)), progress)
     competence = Competence(loaded, tasks, copies, encoder)
