@@ -1,4 +1,4 @@
-"""Bootstrap intervals of a share, over the queries of each task and over repeated runs."""
+"""Bootstrap intervals of a share, over the queries of each task, over tasks, and over repeated runs."""
 
 from __future__ import annotations
 
@@ -26,31 +26,35 @@ class Interval(NamedTuple):
         return f"{100 * self.low:.1f} to {100 * self.high:.1f}"
 
 
-def bootstrap(values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0) -> Interval:
+def bootstrap(
+    values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0, *, resamples_tasks: bool = False
+) -> Interval:
     """Return the interval of the mean of `values` (runs, tasks, queries). Every task of a run has equal weight.
 
     Every run has equal weight too. Queries are resampled within their task, the same ones in every run, and runs as a
-    whole. Tasks are not resampled, because they are the pool. `counts` (runs, tasks): the tasks of each run that count.
+    whole. `resamples_tasks`: resample the tasks too, the same ones in every run. The interval is then for other tasks
+    of this kind; without it, for these tasks. A task that is drawn twice gets different queries each time.
+    `counts` (runs, tasks): the tasks of each run that count. A resample without any of them is left out.
     """
     runs, tasks, queries = values.shape
     counts = np.ones((runs, tasks), bool) if counts is None else counts
     by_task = values.transpose(1, 0, 2) @ _resampled(tasks, queries, seed)  # (tasks, runs, resamples)
-    by_run = (by_task * counts.T[:, :, np.newaxis]).sum(axis=0) / counts.sum(axis=1)[:, np.newaxis]
+    counted = counts.T[:, :, np.newaxis].astype(float)  # (tasks, runs, 1 or resamples)
+    if resamples_tasks:
+        rng, shape = np.random.default_rng(seed + 1), (tasks, NUM_RESAMPLES)
+        drawn, resample = rng.integers(0, tasks, shape), rng.integers(0, NUM_RESAMPLES, shape)
+        by_task = by_task[drawn, :, resample].transpose(0, 2, 1)
+        counted = counts.T[drawn].transpose(0, 2, 1).astype(float)
+    num_counted = np.broadcast_to(counted.sum(axis=0), (runs, NUM_RESAMPLES))
+    by_run = (by_task * counted).sum(axis=0) / np.maximum(num_counted, 1)
     chosen = np.random.default_rng(seed).integers(0, runs, (runs, NUM_RESAMPLES))
-    means = np.take_along_axis(by_run, chosen, axis=0).mean(axis=0)
+    has_tasks = np.take_along_axis(num_counted > 0, chosen, axis=0)
+    sums = (np.take_along_axis(by_run, chosen, axis=0) * has_tasks).sum(axis=0)
+    num_runs = has_tasks.sum(axis=0)
+    means = sums[num_runs > 0] / num_runs[num_runs > 0]
     low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     mean = ((values.mean(axis=2) * counts).sum(axis=1) / counts.sum(axis=1)).mean()
     return Interval(float(mean), float(low), float(high))
-
-
-def bootstrap_tasks(values: np.ndarray, seed: int = 0) -> Interval:
-    """Return the interval of the mean of `values` (tasks, queries) for other tasks of this kind: resample tasks too."""
-    tasks, queries = values.shape
-    by_task = (values[:, np.newaxis] @ _resampled(tasks, queries, seed))[:, 0]  # (tasks, resamples)
-    rng, shape = np.random.default_rng(seed + 1), (tasks, NUM_RESAMPLES)
-    means = by_task[rng.integers(0, tasks, shape), rng.integers(0, NUM_RESAMPLES, shape)].mean(axis=0)
-    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
 
 
 @lru_cache(maxsize=4)

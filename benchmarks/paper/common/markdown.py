@@ -16,5 +16,5 @@ def percent(share: float) -> str:
 
 
 def plot(name: str, words: str) -> str:
-    """Return the report's reference to the plot `name` of results/."""
-    return f"![{words}](../results/paper/{name}.svg)\n"
+    """Return the reference of a section in results/paper to the plot `name` there."""
+    return f"![{words}]({name}.svg)\n"

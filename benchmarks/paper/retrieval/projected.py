@@ -232,5 +232,5 @@ def unseen_gains(rows: pd.DataFrame, seen: Mapping[str, set[str]]) -> dict[tuple
     for trained in found.projections(encoders):
         for untrained in found.projections([UNTRAINED]):
             more = found.hits(encoders, trained) - found.hits([UNTRAINED], untrained)
-            gains[trained, untrained] = bootstrap(more, counts)
+            gains[trained, untrained] = bootstrap(more, counts, resamples_tasks=True)
     return gains

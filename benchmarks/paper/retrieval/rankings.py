@@ -65,7 +65,7 @@ class Rankings:
     def gain(self, encoders: Sequence[str], score: str, depth: int, among: str = "unseen") -> Interval | None:
         """Return the difference to the untrained encoder's share of hits, on the same queries."""
         more = self.hits(encoders, score, depth) - self.hits([UNTRAINED], score, depth)
-        return _interval(more, self._among(encoders, among))
+        return _interval(more, self._among(encoders, among), resamples_tasks=True)
 
     def _among(self, encoders: Sequence[str], among: str) -> np.ndarray:
         seen = self.seen(encoders)
@@ -86,5 +86,5 @@ class Rankings:
         return rows
 
 
-def _interval(values: np.ndarray, counts: np.ndarray) -> Interval | None:
-    return bootstrap(values, counts) if counts.any(axis=1).all() else None
+def _interval(values: np.ndarray, counts: np.ndarray, *, resamples_tasks: bool = False) -> Interval | None:
+    return bootstrap(values, counts, resamples_tasks=resamples_tasks) if counts.any(axis=1).all() else None

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.paper.common.expert_draws import hub_tasks, one_a_cluster
-from benchmarks.paper.common.intervals import Interval, bootstrap, bootstrap_tasks
+from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.pool.choose import read_pool
 from benchmarks.results_file import write_part
 
 ROWS, BASELINES = "answers.parquet", "baselines.parquet"
-_ROUTED = ("moe_top1", "moe_top3", "moe_soft", "smear")
-_OTHERS = (*_ROUTED, "adaptersoup", "lorahub")
+ROUTED = ("moe_top1", "moe_top3", "moe_soft", "smear")
+_HUBS = ("lorahub", "lorahub_uniform_start")
+_OTHERS = (*ROUTED, "adaptersoup", *_HUBS)
+_FEW = "clusters of one task"
 COMPARED = [
     ("perfect", "base"),
     ("perfect", "majority"),
@@ -33,7 +36,7 @@ class Answers:
     """The scores of every run, by task. `clusters`: task -> its cluster."""
 
     def __init__(self, rows: pd.DataFrame, clusters: Mapping[str, str]) -> None:
-        self._clusters = dict(clusters)
+        self._clusters = _without_single_ones(clusters, set(rows["task"]))
         self._scores = {
             str(run): own.pivot(index="task", columns="number", values="score") for run, own in rows.groupby("run")
         }
@@ -54,16 +57,30 @@ class Answers:
         return bootstrap(self.scores(run, cluster).to_numpy()[np.newaxis])
 
     def difference(self, one: str, other: str) -> Interval:
-        """Return the interval of the difference of two runs on the same questions."""
-        return bootstrap((self.scores(one) - self.scores(other)).to_numpy()[np.newaxis])
+        """Return the interval of the difference of two runs on the same questions. Resample questions and tasks."""
+        return self.difference_on(one, other, lambda _: True)
 
-    def difference_of_tasks(self, one: str, other: str) -> Interval:
-        """Return the same interval for other tasks of this kind."""
-        return bootstrap_tasks((self.scores(one) - self.scores(other)).to_numpy())
+    def difference_on(self, one: str, other: str, is_task: Callable[[str], bool]) -> Interval:
+        """Return the same interval over some of the tasks."""
+        own = [task for task in self.scores(one).index if is_task(task)]
+        more = (self.scores(one) - self.scores(other)).loc[own]
+        return bootstrap(more.to_numpy()[np.newaxis], resamples_tasks=True)
+
+    def difference_here(self, one: str, other: str) -> Interval:
+        """Return the interval for these tasks alone: resample the questions of each."""
+        return bootstrap((self.scores(one) - self.scores(other)).to_numpy()[np.newaxis])
 
     def of_task(self, task: str, one: str, other: str) -> Interval:
         """Return the interval of the difference on one task's questions."""
         return bootstrap((self.scores(one) - self.scores(other)).loc[[task]].to_numpy()[np.newaxis])
+
+
+def _without_single_ones(clusters: Mapping[str, str], tasks: Collection[str]) -> dict[str, str]:
+    """Return the tasks' clusters. Tasks that are alone in theirs are put together: one task is not a cluster."""
+    own = {task: cluster for task, cluster in clusters.items() if task in tasks}
+    sizes = Counter(own.values())
+    single = [task for task, cluster in own.items() if sizes[cluster] == 1]
+    return own | (dict.fromkeys(single, _FEW) if len(single) > 1 else {})
 
 
 def main_table(answers: Answers) -> str:
@@ -94,13 +111,13 @@ def differences(answers: Answers, pairs: Sequence[tuple[str, str]] = COMPARED) -
         [
             f"{one} − {other}".replace("_", " "),
             answers.difference(one, other).in_percent(),
-            answers.difference_of_tasks(one, other).bounds_in_percent(),
+            answers.difference_here(one, other).bounds_in_percent(),
             _ahead(answers, one, other),
         ]
         for one, other in pairs
         if {one, other} <= set(answers.runs)
     ]
-    header = ["difference", "points (95 % interval)", "other tasks of this kind", "tasks with more / less"]
+    header = ["difference", "points (95 % interval)", "for these tasks alone", "tasks with more / less"]
     return table(header, rows)
 
 
@@ -119,21 +136,19 @@ def own_adapters(answers: Answers) -> str:
     return table(["task", "own adapter", "base", "guesses", "own − base", "own − guesses"], rows)
 
 
-def without_own(rows: pd.DataFrame, held: Mapping[str, Collection[str]]) -> str:
-    """Compare each run with the others on the tasks that are out of distribution for both sides.
+def by_coverage(rows: pd.DataFrame, held: Mapping[str, Collection[str]], *, has_own: bool) -> str:
+    """Compare selection and mixture with each baseline, on the tasks whose adapter it has or on the others.
 
-    These are the tasks whose adapter the run does not hold. `held`: run -> tasks whose adapters it holds.
+    On the others the retrieved methods are out of distribution too. `held`: run -> tasks whose adapters it has.
     """
+    pool = "iid" if has_own else "ood"
     lines = []
     for run in (run for run in held if run in set(rows["run"])):
-        answers = Answers(rows[~rows["task"].isin(held[run])], {})
+        answers = Answers(rows[rows["task"].isin(held[run]) == has_own], {})
         line = [run.replace("_", " "), str(len(answers.scores(run))), answers.interval(run).in_percent()]
-        for way in ("selection_ood", "mixture_ood"):
-            line.append(answers.difference(way, run).in_percent())
-            line.append(answers.difference_of_tasks(way, run).bounds_in_percent())
+        line += [answers.difference(f"{way}_{pool}", run).in_percent() for way in ("selection", "mixture")]
         lines.append(line)
-    others = "other tasks of this kind"
-    return table(["run", "tasks", "score", "selection ood −", others, "mixture ood −", others], lines)
+    return table(["run", "tasks", "score", f"selection {pool} −", f"mixture {pool} −"], lines)
 
 
 def figures(answers: Answers) -> dict[str, float]:
@@ -152,7 +167,7 @@ def write_tables(folder: Path, encoder: str) -> None:
     rows, listed = pd.concat(found), read_task_list().by_name
     answers = Answers(rows, {name: spec.cluster for name, spec in listed.items()})
     pool = [listed[name] for name in read_pool()]
-    held = dict.fromkeys(_ROUTED, one_a_cluster(pool)) | {"lorahub": hub_tasks(pool)}
+    held = dict.fromkeys(ROUTED, one_a_cluster(pool)) | dict.fromkeys(_HUBS, hub_tasks(pool))
     num_rows = answers.scores(answers.runs[0]).shape
     parts = [
         "## Answers\n",
@@ -160,13 +175,17 @@ def write_tables(folder: Path, encoder: str) -> None:
         "match, ROUGE-L for free text. `iid`: every adapter can be chosen, `ood`: the question's own is masked.\n",
         "MoE and SMEAR: a router over the adapters of one task per cluster, which reads the encoder's vector of the",
         "prompt once (the paper's reads every layer's input), 120 steps of 8 on the samples of all tasks. LoRAHub: one",
-        "set of weights for 20 adapters, the best of 20 attempts of a (1+1) evolution strategy on 192 samples.",
+        "set of weights for 20 adapters, from zeros, 40 attempts of COBYLA on all samples. `lorahub uniform start`: an",
+        "earlier search, from equal weights, 20 attempts of a (1+1) evolution strategy on 192 samples.",
         "AdapterSoup: the three nearest to the mean of the questions' vectors.\n",
         main_table(answers),
-        "Intervals resample the questions of each task; those for `other tasks of this kind` resample the tasks too.\n",
+        "Intervals of differences resample the questions of each task and the tasks; those of scores, and those for",
+        "`these tasks alone`, the questions only. Tasks that are alone in their cluster are in one row.\n",
         differences(answers),
-        "### Tasks whose adapter the baseline does not have either\n",
-        without_own(rows, held),
+        "### Tasks whose adapter the baseline has, in distribution\n",
+        by_coverage(rows, held, has_own=True),
+        "### Tasks whose adapter the baseline does not have, out of distribution\n",
+        by_coverage(rows, held, has_own=False),
         "### Intervals by cluster\n",
         cluster_intervals(answers),
         "### Own adapters, task by task\n",

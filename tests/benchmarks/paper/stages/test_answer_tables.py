@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from benchmarks.paper.stages.ablations import methods_of, numbers_table, weights_table
-from benchmarks.paper.stages.answer_tables import Answers, differences, figures, main_table, own_adapters, without_own
-from benchmarks.paper.stages.report import SECTIONS, report_of
+from benchmarks.paper.stages.answer_tables import Answers, by_coverage, differences, figures, main_table, own_adapters
 
 CLUSTERS = {"a": "first", "b": "first", "c": "second"}
 
@@ -50,18 +47,28 @@ def test_a_difference_is_paired_by_question(answers: Answers) -> None:
     assert "perfect − base | 83.3" in differences(answers, [("perfect", "base"), ("perfect", "absent")])
 
 
-def test_a_baseline_is_also_compared_on_tasks_whose_adapter_it_lacks() -> None:
-    """The baseline is right on a and b, whose adapters it holds, and wrong elsewhere."""
-    shares = {"moe_soft": {"a": 1, "b": 1, "c": 0}, "mixture_ood": {"a": 0, "b": 0, "c": 1}}
+@pytest.mark.parametrize(
+    ("has_own", "cells"), [(True, ["2", "100.0", "0.0", "-50.0"]), (False, ["1", "0.0", "0.0", "100.0"])]
+)
+def test_a_baseline_is_compared_with_and_without_the_tasks_whose_adapter_it_has(
+    has_own: bool, cells: list[str]
+) -> None:
+    """The baseline is right on a and b, whose adapters it has, and wrong elsewhere."""
+    shares = {
+        "moe_soft": {"a": 1, "b": 1, "c": 0},
+        "mixture_ood": {"a": 0, "b": 0, "c": 1},
+        "mixture_iid": {"a": 1, "b": 0, "c": 0},
+        "selection_iid": {"a": 1, "b": 1, "c": 1},
+    }
     rows = [
         {"run": run, "task": task, "number": number, "score": float(right)}
         for run, tasks in (shares | {"selection_ood": dict.fromkeys("abc", 0)}).items()
         for task, right in tasks.items()
         for number in range(3)
     ]
-    [line] = without_own(pd.DataFrame(rows), {"moe_soft": ["a", "b"], "smear": ["a", "b"]}).splitlines()[2:3]
-    cells = [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")]
-    assert cells == ["moe", "1", "0.0", "0.0", "0.0", "100.0", "100.0"]
+    held = {"moe_soft": ["a", "b"], "smear": ["a", "b"]}
+    [line] = by_coverage(pd.DataFrame(rows), held, has_own=has_own).splitlines()[2:]
+    assert [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")] == ["moe", *cells]
 
 
 def test_every_tasks_adapter_is_compared_with_base_and_guesses() -> None:
@@ -97,12 +104,17 @@ def test_results_are_shares_of_one_with_bounds(answers: Answers) -> None:
     assert found["score_mixture_ood"] == 0.25 and found["score_mixture_ood_lo"] < 0.25 < found["score_mixture_ood_hi"]
 
 
-def test_the_report_lists_missing_sections(tmp_path: Path) -> None:
-    (tmp_path / "answers.md").write_text("## Answers\n\nall right\n")
-    report = report_of(tmp_path, "# Report\n")
-    assert report.startswith("# Report\n\n## Answers\n\nall right\n")
-    missing = [name.removesuffix(".md") for name in SECTIONS if name != "answers.md"]
-    assert report.endswith(f"Not measured yet: {', '.join(missing)}.\n")
+def test_tasks_that_are_alone_in_their_cluster_are_shown_together() -> None:
+    clusters = {"a": "first", "b": "first", "c": "second", "d": "third", "elsewhere": "second"}
+    rows = [{"run": "own", "task": task, "number": 0, "score": 1.0} for task in "abcd"]
+    names = [line.split(" | ")[0] for line in main_table(Answers(pd.DataFrame(rows), clusters)).splitlines()[2:4]]
+    assert names == ["| first (2)", "| clusters of one task (2)"]
+
+
+def test_the_interval_of_a_difference_covers_other_tasks(answers: Answers) -> None:
+    """Tasks a and b differ by three quarters and c by a quarter, so the tasks drawn decide."""
+    wide, here = answers.difference("perfect", "mixture_ood"), answers.difference_here("perfect", "mixture_ood")
+    assert wide.mean == here.mean and wide.high - wide.low > 1.5 * (here.high - here.low)
 
 
 def test_the_ablation_has_a_row_per_number_and_compares_the_weights() -> None:
