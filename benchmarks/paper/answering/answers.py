@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store import AdapterWeights, Plan
 
 _CHUNK = 192  # rows saved together; an interruption loses at most these
+_NO_TOKENS = -100.0  # the log probability of an answer without tokens, which is never a good answer
 Fetch = Callable[[str], AdapterWeights]
 """Return the weights of a digest."""
 
@@ -41,10 +43,15 @@ Asked = tuple[Question, Plan]
 class Asker:
     """Answers (question, plan) pairs through an Engine. Equal pairs are computed once, also in later runs."""
 
-    def __init__(self, engine: Engine, kept: Path) -> None:
-        """Open `kept`, the file of all answers so far, with one JSON object per line. Chunks are appended to it."""
-        self.engine, self._kept = engine, kept
-        self._known = {row["key"]: row["text"] for row in _lines(kept)}
+    def __init__(self, engine: Engine, kept: Path, *, with_logprobs: bool = False) -> None:
+        """Open `kept`, the file of all answers so far, with one JSON object per line. Chunks are appended to it.
+
+        `with_logprobs`: keep each answer's mean log probability too, in a file of its own.
+        """
+        self.engine, self._kept, self._with_logprobs = engine, kept, with_logprobs
+        rows = list(_lines(kept))
+        self._known = {row["key"]: row["text"] for row in rows}
+        self._logprobs = {row["key"]: float(row["logprob"]) for row in rows if with_logprobs}
 
     def answers(self, asked: Sequence[Asked], out: Console, name: str) -> list[str]:
         """Return the text of each answer, in order. Log to `out`: the number of new ones, the time, the progress."""
@@ -62,42 +69,62 @@ class Asker:
         """Return how many different pairs are not known yet."""
         return len({self._key(*pair) for pair in asked} - self._known.keys())
 
+    def logprob(self, question: Question, plan: Plan) -> float:
+        """Return the mean log probability of a known answer's tokens."""
+        return self._logprobs[self._key(question, plan)]
+
     def _key(self, question: Question, plan: Plan) -> str:
-        parts = [[adapter.weights_digest, round(adapter.weight, 6)] for adapter in plan.adapters]
-        strategy = "selection" if [weight for _, weight in parts] == [1.0] else plan.strategy
-        what = [strategy, parts, question.item.input, question.max_tokens, str(self.engine.base.dtype)]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+        return answer_key(question, plan, str(self.engine.base.dtype))
 
     def _compute(self, pairs: Mapping[str, Asked]) -> None:
-        reported: dict[str, str] = {}
+        reported: dict[str, list[Delta]] = {key: [] for key in pairs}
         failures: list[Exception] = []
         for key, (question, plan) in pairs.items():
-            self.engine.submit(self._row(key, question, plan, reported, failures))
+            self.engine.submit(self._row(key, question, plan, reported[key], failures))
         self.engine.run_until_idle()
         if failures:
             raise failures[0]  # before any answer of the chunk is saved
+        rows = [{"key": key, "text": "".join(delta.text for delta in deltas)} for key, deltas in reported.items()]
+        if self._with_logprobs:
+            self._logprobs |= {key: _mean_logprob(deltas) for key, deltas in reported.items()}
+            rows = [row | {"logprob": self._logprobs[row["key"]]} for row in rows]
         self._kept.parent.mkdir(parents=True, exist_ok=True)
         with self._kept.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"key": key, "text": reported[key]}, ensure_ascii=False) + "\n" for key in pairs)
-        self._known |= reported
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._known |= {row["key"]: row["text"] for row in rows}
 
-    def _row(
-        self, key: str, question: Question, plan: Plan, reported: dict[str, str], failures: list[Exception]
-    ) -> Row:
-        reported[key] = ""
-
+    def _row(self, key: str, question: Question, plan: Plan, reported: list[Delta], failures: list[Exception]) -> Row:
         def take(event: Delta | Exception) -> None:
             if isinstance(event, Exception):
                 failures.append(event)
             else:
-                reported[key] += event.text
+                reported.append(event)
 
-        sampling = SamplingParams(max_tokens=question.max_tokens, temperature=0)
+        logprobs = 0 if self._with_logprobs else None
+        sampling = SamplingParams(max_tokens=question.max_tokens, temperature=0, logprobs=logprobs)
         job = Job(key, (Message("user", question.item.input),), replace(plan, template=None), sampling)
         return self.engine.prepare(job, take)
 
 
-def _lines(path: Path) -> Iterator[dict[str, str]]:
+def answer_key(question: Question, plan: Plan, dtype: str) -> str:
+    """Return the name of an answer: equal questions under equal compositions in one dtype have equal answers."""
+    parts = [[adapter.weights_digest, round(adapter.weight, 6)] for adapter in plan.adapters]
+    strategy = "selection" if [weight for _, weight in parts] == [1.0] else plan.strategy
+    what = [strategy, parts, question.item.input, question.max_tokens, dtype]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+
+
+def known_answers(kept: Path) -> dict[str, str]:
+    """Return all answers of the file, by key."""
+    return {row["key"]: row["text"] for row in _lines(kept)}
+
+
+def _mean_logprob(deltas: Sequence[Delta]) -> float:
+    values = [entry.logprob for delta in deltas for entry in delta.logprobs]
+    return sum(values) / len(values) if values else _NO_TOKENS
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Return the complete lines of `path`; the last one may be cut off."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.split("\n")[:-1]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from benchmarks.training.bigbench_tasks import Item, TaskSpec, is_right
 
 _WORD = re.compile(r"[a-z0-9]+")
+_OPTIONS = "\nOPTIONS:\n"
 
 
 def score(spec: TaskSpec, item: Item, generated: str) -> float:
@@ -16,6 +17,13 @@ def score(spec: TaskSpec, item: Item, generated: str) -> float:
     if spec.metric != "rouge_l":
         return float(is_right(item, generated))
     return max(rouge_l(generated.strip().partition("\n")[0], answer) for answer in item.answers)
+
+
+def shown_options(item: Item) -> list[str]:
+    """Return the options that the input shows, in their order; none for open answers."""
+    _, _, options = item.input.rpartition(_OPTIONS)
+    is_shown = _OPTIONS in item.input
+    return [line.removeprefix("- ") for line in options.split("\n") if line.startswith("- ")] if is_shown else []
 
 
 def rouge_l(said: str, wanted: str) -> float:

@@ -1,0 +1,249 @@
+"""Class wrong answers, and score without full stops, from known answers: `python -m benchmarks.paper.stages.errors`.
+
+No model is loaded. A row whose answer is not in the study's cache is left out, so the stage covers the runs whose
+weights the rows determine: one adapter alone, or equal weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import typer
+
+from benchmarks.paper.answering.answers import Question, answer_key, known_answers
+from benchmarks.paper.answering.stores import open_store
+from benchmarks.paper.answering.study import Study, load_study, worker_config
+from benchmarks.paper.common.intervals import bootstrap
+from benchmarks.paper.common.markdown import percent, table
+from benchmarks.paper.common.options import Root
+from benchmarks.paper.common.resumable import write_parquet
+from benchmarks.paper.common.scoring import score, shown_options
+from benchmarks.paper.common.tasks import NUM_TEST, read_task_list
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.pool.choose import read_pool
+from benchmarks.training.bigbench_tasks import Item, TaskSpec
+from gpu_worker.model.base_model import resolve_dtype
+from lora_store import LOCAL_TENANT, AdapterNotFound, AdapterRef, Plan, PlannedAdapter, Snapshot
+
+ROWS = "errors.parquet"
+SOURCES = ("answers.parquet", "auto.parquet")
+RIGHT, COMPANION, FORM, OTHER = "right", "another adapter's answer", "wrong form", "other"
+CLASSES = (RIGHT, COMPANION, FORM, OTHER)
+_MIXTURES, _OWN = ("mixture_iid", "uniform_iid_always"), ("perfect", "own")  # in the rows of either stage
+_NOT_YET = "Wrong answers were not classed yet."
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form of a task's answers: closed options, or the number of words and the kinds of characters."""
+
+    closed: frozenset[str]
+    words: range
+    kinds: frozenset[str]
+
+    @classmethod
+    def of(cls, spec: TaskSpec, train: Sequence[Item]) -> Form:
+        texts = [item.answers[0] for item in train]
+        counts = [len(text.split()) for text in texts]
+        kinds = frozenset(kind for text in texts for kind in _kinds(text))
+        return cls(frozenset(map(_plain, spec.labels)), range(min(counts), max(counts) + 1), kinds)
+
+    def fits(self, item: Item, text: str) -> bool:
+        """Return whether `text` could be an answer to the item, right or wrong."""
+        options, plain = self.closed or frozenset(map(_plain, shown_options(item))), _plain(text)
+        return plain in options if options else len(plain.split()) in self.words and _kinds(plain) <= self.kinds
+
+
+def _kinds(text: str) -> frozenset[str]:
+    return frozenset("a" if c.isalpha() else "0" if c.isdigit() else c for c in text if not c.isspace())
+
+
+def _plain(text: str) -> str:
+    """Return the first line in lower case without full stops."""
+    return text.strip().partition("\n")[0].strip().lower().replace(".", "")
+
+
+def error_class(form: Form, item: Item, text: str, is_right: bool, alone: Sequence[str]) -> str:
+    """Return the class of an answer. `alone`: the answers of the plan's other adapters alone, as far as known."""
+    if is_right:
+        return RIGHT
+    if _plain(text) in map(_plain, alone):
+        return COMPANION
+    return OTHER if form.fits(item, text) else FORM
+
+
+class Known:
+    """The answers in the study's cache, for questions under plans."""
+
+    def __init__(self, texts: Mapping[str, str], snapshot: Snapshot, dtype: str) -> None:
+        self._texts, self._snapshot, self._dtype = texts, snapshot, dtype
+
+    def answer(self, question: Question, strategy: str, names: Sequence[str], weights: Sequence[float]) -> str | None:
+        """Return the text, or None if it is not known or an adapter of another name is now in the store."""
+        try:
+            records = [self._snapshot.resolve(LOCAL_TENANT, name) for name in names]
+        except AdapterNotFound:
+            return None
+        parts = [
+            PlannedAdapter(AdapterRef(LOCAL_TENANT, r.ref.name, r.ref.digest), r.weights_digest, weight)
+            for r, weight in zip(records, weights, strict=True)
+        ]
+        plan = Plan(strategy, tuple(parts))  # type: ignore[arg-type]
+        return self._texts.get(answer_key(question, plan, self._dtype))
+
+    def alone(self, question: Question, name: str) -> str | None:
+        return self.answer(question, "selection", [name], [1.0])
+
+
+def _exact(weights: Sequence[float]) -> list[float]:
+    """Return the weights before they were rounded for the rows, if they are equal."""
+    is_equal = len(weights) > 0 and np.allclose(weights, 1 / len(weights), atol=1e-3)
+    return [1 / len(weights)] * len(weights) if is_equal else [float(weight) for weight in weights]
+
+
+def classed_rows(rows: pd.DataFrame, study: Study, known: Known) -> pa.Table:
+    """Return a row per known answer: run, task, number, class, score, and the score without full stops.
+
+    Tasks with free text are left out, and runs of which fewer than nine tenths of the answers are known.
+    """
+    exact = [spec for spec in study.specs.values() if spec.metric != "rouge_l"]
+    forms = {spec.name: Form.of(spec, study.parts[spec.name].train) for spec in exact}
+    questions = {(q.task, q.number): q for q in study.questions("test", NUM_TEST)}
+
+    def classed() -> Iterator[dict[str, object]]:
+        for row in rows[(rows["run"] != "majority") & rows["task"].isin(forms)].itertuples():
+            question = questions[row.task, row.number]
+            names = list(row.adapters)
+            text = known.answer(question, row.strategy, names, _exact(row.weights))
+            if text is None:
+                continue
+            others = [known.alone(question, name) for name in names if name != row.task]
+            spec, item = study.specs[row.task], question.item
+            value = score(spec, item, text)
+            alone = [other for other in others if other is not None]
+            found = error_class(forms[row.task], item, text, value == 1, alone)
+            dots = float(_plain(text) in map(_plain, item.answers))
+            yield {
+                "run": row.run,
+                "task": row.task,
+                "number": row.number,
+                "class": found,
+                "score": value,
+                "without_dots": dots,
+            }
+
+    wanted = rows[rows["task"].isin(forms)].groupby("run").size()
+    found = list(classed())
+    known_share = Counter(str(row["run"]) for row in found)
+    return pa.Table.from_pylist([row for row in found if known_share[str(row["run"])] >= 0.9 * wanted[row["run"]]])
+
+
+def rows_in(folder: Path) -> pd.DataFrame:
+    """Return the rows of all sources. Runs of `auto` that have a name of another source are marked by it."""
+    found = {name: pd.read_parquet(folder / name) for name in SOURCES if (folder / name).exists()}
+    taken: set[str] = set()
+    for name, rows in found.items():
+        names = set(rows["run"])
+        rows["run"] = [f"{run} ({Path(name).stem})" if run in taken else run for run in rows["run"]]
+        taken |= names
+    return pd.concat(found.values())
+
+
+def section(rows: pd.DataFrame) -> str:
+    """Return the appendix: classes by run, then the effect of full stops."""
+    lines = []
+    for run, own in rows.groupby("run", sort=False):
+        shares = own["class"].value_counts(normalize=True)
+        lines.append([_words(run), str(own["task"].nunique()), str(len(own))])
+        lines[-1] += [percent(shares.get(name, 0.0)) for name in CLASSES]
+    words = (
+        f"`{COMPANION}`: equal to the answer of another adapter of the plan alone, as far as that answer is known."
+        f" `{FORM}`: not one of the task's options, or for open answers another number of words or other kinds of"
+        " characters than any training answer. Tasks with free text are left out.\n"
+    )
+    dots = [[_words(run), _dots(own)] for run, own in rows.groupby("run", sort=False)]
+    return "\n".join(
+        [
+            "## Wrong answers by class\n",
+            words,
+            table(["run", "tasks", "answers", *CLASSES], lines),
+            "### Exact match with full stops dropped, as in the paper\n",
+            "Points more than with full stops; the interval resamples questions and tasks.\n",
+            table(["run", "points (95 % interval)"], dots),
+        ]
+    )
+
+
+def _words(run: object) -> str:
+    return str(run).replace("_", " ")
+
+
+def _dots(own: pd.DataFrame) -> str:
+    more = (own["without_dots"] - own["score"]).to_frame("more").assign(task=own["task"], number=own["number"])
+    grid = more.pivot(index="task", columns="number", values="more").dropna(axis="columns")
+    if grid.empty:
+        return "–"
+    return bootstrap(grid.to_numpy()[np.newaxis], resamples_tasks=True).in_percent()
+
+
+def sentence(folder: Path) -> str:
+    """Return which classes the equal mixture's wrong answers are of, against those of the own adapter."""
+    rows, own = _of_runs(folder, _MIXTURES), _of_runs(folder, _OWN)
+    if rows is None or own is None:
+        return _NOT_YET
+    lost, companion, form, other = (_change(own, rows, name) for name in CLASSES)
+    return (
+        f"Against own adapters, equal mixing changes right answers by {lost} points: answers of a companion alone,"
+        f" word for word, by at least {companion}, answers of a wrong form by {form}, others by {other}"
+        f" ({len(rows)} questions with exact match)."
+    )
+
+
+def _change(own: pd.DataFrame, mixed: pd.DataFrame, name: str) -> str:
+    """Return the points by which the share of a class changes, with questions and tasks resampled."""
+    grids = [
+        found.assign(found=found["class"] == name).pivot(index="task", columns="number", values="found").astype(float)
+        for found in (own, mixed)
+    ]
+    more = (grids[1] - grids[0]).dropna(axis="columns").to_numpy()
+    return bootstrap(more[np.newaxis], resamples_tasks=True).in_percent()
+
+
+def dots_sentence(folder: Path) -> str:
+    """Return the effect of full stops on the equal mixture."""
+    rows = _of_runs(folder, _MIXTURES)
+    return "" if rows is None else f"On the equal mixture that is {_dots(rows)} points."
+
+
+def _of_runs(folder: Path, names: Sequence[str]) -> pd.DataFrame | None:
+    """Return the rows of the first of the runs that was classed."""
+    rows = pd.read_parquet(folder / ROWS) if (folder / ROWS).exists() else pd.DataFrame({"run": []})
+    present = [name for name in names if (rows["run"] == name).any()]
+    return rows[rows["run"] == present[0]] if present else None
+
+
+def main(root: Root = DEFAULT_ROOT) -> None:
+    """Class every known answer, write rows and the appendix."""
+    workspace, listed, names = Workspace(root), read_task_list().by_name, read_pool()
+    config = worker_config(len(names))
+    study = load_study([listed[name] for name in names], workspace, config)
+    snapshot = open_store(workspace.store_uri("candidates")).snapshot()
+    dtype = str(resolve_dtype(config.dtype, config.device))
+    known = Known(known_answers(workspace.root / "answers.jsonl"), snapshot, dtype)
+    write_parquet(PAPER_RESULTS / ROWS, classed_rows(rows_in(PAPER_RESULTS), study, known))
+    write_tables(PAPER_RESULTS)
+
+
+def write_tables(folder: Path) -> None:
+    """Write the appendix from the rows in `folder`."""
+    (folder / "errors.md").write_text(section(pd.read_parquet(folder / ROWS)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,89 @@
+"""Classes of wrong answers, from known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.paper.answering.answers import Asker, known_answers
+from benchmarks.paper.answering.methods import MAIN
+from benchmarks.paper.answering.runs import Bench, run_all
+from benchmarks.paper.answering.study import Weights
+from benchmarks.paper.stages import errors
+from benchmarks.paper.stages.errors import COMPANION, FORM, OTHER, RIGHT, Form, error_class
+from benchmarks.training.bigbench_tasks import Item, TaskSpec
+from lora_store import LoraStore
+
+
+def form_of(labels: Sequence[str], *answers: str) -> Form:
+    spec = TaskSpec("t", "t", "c", "{x}", "em", tuple(labels))
+    return Form.of(spec, [Item("", (answer,)) for answer in answers])
+
+
+@pytest.mark.parametrize(
+    ("labels", "text", "fits"),
+    [
+        (["yes", "no"], "No.", True),
+        (["yes", "no"], "maybe", False),
+        ([], "a word", True),
+        ([], "three plain words", False),
+        ([], "42", False),
+        ([], "two\nlines of text", True),
+    ],
+)
+def test_an_answer_fits_options_or_the_words_and_characters_of_the_training(
+    labels: list[str], text: str, fits: bool
+) -> None:
+    assert form_of(labels, "one", "or two").fits(Item("", ("one",)), text.partition("\n")[0]) is fits
+
+
+def test_options_that_the_input_shows_are_the_form() -> None:
+    shown = Item("Which?\nOPTIONS:\n- red\n- dark blue", ("red",))
+    assert form_of([], "red").fits(shown, "dark blue") and not form_of([], "red").fits(shown, "green")
+
+
+def test_a_wrong_answer_has_one_class() -> None:
+    form, item = form_of(["yes", "no"], "yes"), Item("", ("yes",))
+    assert error_class(form, item, "yes", True, ["yes"]) == RIGHT
+    assert error_class(form, item, "Oslo", False, ["oslo."]) == COMPANION
+    assert error_class(form, item, "Oslo", False, ["Rome"]) == FORM
+    assert error_class(form, item, "no", False, []) == OTHER
+
+
+def test_rows_are_classed_from_the_cache_without_the_model(
+    bench: Bench, asked: tuple[Asker, LoraStore, Weights], tmp_path: Path
+) -> None:
+    """The tiny adapters answer their task's word, so a wrong adapter's answer is known to be that adapter's."""
+    methods = {name: MAIN[name] for name in ("perfect", "base", "selection_ood", "mixture_iid")}
+    rows = run_all(bench, methods, 3, tmp_path).to_pandas()
+    before = bench.asker.engine.counters.num_requests
+    texts = known_answers(bench.study.workspace.root / "answers.jsonl")
+    known = errors.Known(texts, asked[1].snapshot(), str(bench.asker.engine.base.dtype))
+    found = errors.classed_rows(rows, bench.study, known).to_pandas()
+    assert bench.asker.engine.counters.num_requests == before
+    exact = [name for name, spec in bench.study.specs.items() if spec.metric != "rouge_l"]
+    assert set(found["task"]) == set(exact)
+    assert found.groupby("run").size().eq(3 * len(exact)).all()
+    assert set(found[found["run"] == "perfect"]["class"]) == {RIGHT}
+    assert set(found[found["run"] == "selection_ood"]["class"]) == {COMPANION}
+    assert (found["score"] == found["without_dots"]).all()
+    found.to_parquet(tmp_path / errors.ROWS)
+    errors.write_tables(tmp_path)
+    text = (tmp_path / "errors.md").read_text()
+    assert "| selection ood | 2 | 6 | 0.0 | 100.0 | 0.0 | 0.0 |" in text
+    assert "of a companion alone" in errors.sentence(tmp_path) and "6 questions" in errors.sentence(tmp_path)
+
+
+def test_full_stops_are_counted_and_unknown_answers_are_left_out(bench: Bench) -> None:
+    questions = {(q.task, q.number): q for q in bench.study.questions("test", 1)}
+    task = "animals"
+    row = {"run": "base", "task": task, "number": 0, "strategy": "base", "adapters": [], "weights": []}
+    key = errors.answer_key(questions[task, 0], errors.Plan("base"), "float32")
+    answer = f"{questions[task, 0].item.answers[0]}."
+    for texts, count in (({key: answer}, 1), ({}, 0)):
+        known = errors.Known(texts, None, "float32")  # type: ignore[arg-type]
+        found = errors.classed_rows(pd.DataFrame([row]), bench.study, known).to_pylist()
+        assert [(r["score"], r["without_dots"], r["class"]) for r in found] == [(0.0, 1.0, OTHER)] * count
