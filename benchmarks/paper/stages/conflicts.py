@@ -23,6 +23,7 @@ from benchmarks.paper.answering.study import Study, publish_lacking
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
+from benchmarks.paper.common.scoring import shown_options
 from benchmarks.paper.common.tasks import NUM_CHOICE, NUM_SAMPLES, NUM_TEST, Parts
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.pool.train_pool import in_turns, recipe_of, train_on
@@ -35,28 +36,35 @@ from retriever_svc import Encoder, Retriever
 from retriever_svc.encoder_files import DEFAULT_MODEL
 
 ROWS = "conflicts.parquet"
-NUM_TASKS = 4
+NUM_TASKS = 12
 HALVES, FLIPPED = (".half1", ".half2"), ".flipped"
 FLIPPED_SHARES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75)
 _CHOICE_PER_TASK = 20
 
 
 def chosen_tasks(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
-    """Return tasks with a closed set of answers, from as many clusters as possible."""
-    return in_turns([spec for spec in specs if spec.labels])[:NUM_TASKS]
+    """Return tasks with a closed set of answers, then tasks that show options, from as many clusters as possible."""
+    labelled = in_turns([spec for spec in specs if spec.labels])
+    shown = in_turns([spec for spec in specs if spec.shows_options and not spec.labels])
+    return [*labelled, *shown][:NUM_TASKS]
 
 
 def copies_of(parts: Parts) -> dict[str, Parts]:
     """Return the training items of each further adapter of a task, by its name's ending."""
     answers = sorted({item.answers[0] for item in parts.train})
-    other = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
-    flipped = tuple(replace(item, answers=(other[item.answers[0]],)) for item in parts.train)
+    flipped = tuple(replace(item, answers=(_exchanged(item, answers),)) for item in parts.train)
     trains: dict[str, tuple[Item, ...]] = {
         HALVES[0]: parts.train[0::2],
         HALVES[1]: parts.train[1::2],
         FLIPPED: flipped,
     }
     return {end: replace(parts, train=train, samples=train[:NUM_SAMPLES]) for end, train in trains.items()}
+
+
+def _exchanged(item: Item, answers: Sequence[str]) -> str:
+    """Return a wrong answer: the next of the options that the input shows, or else of the task's answers."""
+    options = shown_options(item) or list(answers)
+    return options[(options.index(item.answers[0]) + 1) % len(options)]
 
 
 @dataclass(frozen=True, slots=True)

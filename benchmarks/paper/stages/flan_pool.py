@@ -1,0 +1,102 @@
+"""Test the paper's relation where neighbours share function: `python -m benchmarks.paper.stages.flan_pool`.
+
+The pool is made as Flan is: one set of labels over several sources and languages. Its tasks are those of BIG-bench's
+multiemo, four sentiments in reviews of several domains and eight languages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.paper.answering.auto import Auto
+from benchmarks.paper.answering.methods import MAIN
+from benchmarks.paper.answering.runs import Bench, Method, pool_retriever, run_all
+from benchmarks.paper.answering.study import load_asker, load_study, worker_config
+from benchmarks.paper.common.options import EncoderName, PerTask, Root
+from benchmarks.paper.common.resumable import write_parquet
+from benchmarks.paper.common.tasks import NUM_TEST, read_task_list
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.pool.train_pool import train_all
+from benchmarks.paper.stages.answer_tables import Answers, differences, main_table
+from benchmarks.training.bigbench_tasks import TaskSpec
+from gpu_worker.model.base_model import model_source
+from retriever_svc import Encoder
+from retriever_svc.encoder_files import DEFAULT_MODEL
+
+ROWS = "flan_pool.parquet"
+NUM_TASKS = 12
+_STEP = 7
+_UNION = "/all_"  # its texts are those of the other sources
+PAIRS = [
+    ("mixture_iid", "selection_iid"),
+    ("mixture_ood", "selection_ood"),
+    ("mixture_ood", "majority"),
+    ("mixture_iid", "fusion_iid"),
+    ("mixture_ood", "fusion_ood"),
+    ("auto_iid", "selection_iid"),
+    ("auto_ood", "selection_ood"),
+    ("auto_ood", "mixture_ood"),
+]
+
+
+def chosen_tasks(specs: Sequence[TaskSpec], number: int = NUM_TASKS) -> list[TaskSpec]:
+    """Return tasks of the set of labels that most tasks share, of as many sources and languages as possible.
+
+    Sorted names are sources, and within them languages, so steps of a prime visit all of both.
+    """
+    sets = Counter(frozenset(spec.labels) for spec in specs if spec.labels)
+    labels = sets.most_common(1)[0][0]
+    own = [spec for spec in specs if frozenset(spec.labels) == labels and _UNION not in spec.path]
+    sharing = sorted(own, key=lambda spec: spec.name)
+    return [sharing[place * _STEP % len(sharing)] for place in range(number)]
+
+
+def methods() -> dict[str, Method]:
+    """Return the paper's methods and the server's default, without abstention."""
+    autos = {f"auto_{pool}": Auto(abstains=False, masks_own=pool == "ood") for pool in ("iid", "ood")}
+    return {**MAIN, **autos}
+
+
+def section(rows: pd.DataFrame) -> str:
+    """Return the appendix."""
+    answers = Answers(rows, {name: spec.cluster for name, spec in read_task_list().by_name.items()})
+    tasks, questions = answers.scores("perfect").shape
+    return "\n".join(
+        [
+            "## A pool whose tasks share their labels\n",
+            f"{tasks} tasks of one set of labels, over several sources and languages; {questions} questions each.\n",
+            main_table(answers),
+            differences(answers, PAIRS),
+        ]
+    )
+
+
+def measure(bench: Bench, folder: Path, per_task: int) -> None:
+    """Answer under every method, write rows and the appendix. Known answers are not computed again."""
+    rows = run_all(bench, methods(), per_task, bench.study.workspace.rows / "flan_pool")
+    write_parquet(folder / ROWS, pa.concat_tables([rows, bench.majority(per_task)]))
+    (folder / "flan_pool.md").write_text(section(pd.read_parquet(folder / ROWS)), encoding="utf-8")
+
+
+def main(per_task: PerTask = NUM_TEST, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+    """Train the pool's adapters, then measure."""
+    workspace, specs = Workspace(root), chosen_tasks(list(read_task_list().by_name.values()))
+    config = worker_config(len(specs))
+    with Progress() as progress:
+        train_all(specs, workspace, Path(model_source(config)), progress)
+    study = load_study(specs, workspace, config)
+    asker, _, _ = load_asker(workspace, config, [spec.name for spec in specs])
+    retriever = pool_retriever(study, asker, Encoder(encoder), "flan")
+    measure(Bench(study, asker, retriever, Console(width=120)), PAPER_RESULTS, per_task)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,36 @@
+"""A pool whose tasks share their labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.paper.answering.runs import Bench, pool_retriever
+from benchmarks.paper.answering.stores import packaged_encoder
+from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.stages import flan_pool
+
+
+def test_the_tasks_have_one_set_of_labels_and_several_sources_and_languages() -> None:
+    specs = flan_pool.chosen_tasks(list(read_task_list().by_name.values()))
+    assert len({spec.name for spec in specs}) == flan_pool.NUM_TASKS == 12
+    assert {frozenset(spec.labels) for spec in specs} == {frozenset(["positive", "negative", "neutral", "ambivalent"])}
+    sources = Counter(spec.path.split("/")[3].split("_")[0] for spec in specs)
+    languages = Counter(spec.path.split("/")[3].rpartition("_")[2] for spec in specs)
+    assert len(sources) == 4 and len(languages) == 8 and "all" not in sources
+
+
+def test_the_stage_compares_the_papers_methods_with_the_default(bench: Bench, tmp_path: Path) -> None:
+    retriever = pool_retriever(bench.study, bench.asker, packaged_encoder(), "flan")
+    own = replace(bench, retriever=retriever)
+    flan_pool.measure(own, tmp_path, 2)
+    before = bench.asker.engine.counters.num_requests
+    flan_pool.measure(own, tmp_path, 2)
+    assert bench.asker.engine.counters.num_requests == before
+    rows = pd.read_parquet(tmp_path / flan_pool.ROWS)
+    assert set(rows["run"]) == {*flan_pool.methods(), "majority"}
+    text = (tmp_path / "flan_pool.md").read_text()
+    assert all(f"{one} − {other}".replace("_", " ") in text for one, other in flan_pool.PAIRS)
