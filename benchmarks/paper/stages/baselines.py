@@ -27,7 +27,7 @@ from benchmarks.paper.stages.main_table import Loaded, load_bench
 from benchmarks.paper.training.experts import ExpertModel, Sum
 from benchmarks.paper.training.routers import Router, RouterKind, search_weights, train_router
 from benchmarks.training.adapter_files import load_base
-from benchmarks.training.bigbench_tasks import Item, task_rng
+from benchmarks.training.bigbench_tasks import Item
 from benchmarks.training.lora_training import AnswerLoss, Example, Padded, Recipe, tokenize
 from gpu_worker.model.base_model import model_source
 from lora_store import AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter
@@ -40,7 +40,7 @@ ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
     "moe_soft": ("mixture", RouterKind()),
     "smear": ("fusion", RouterKind()),
 }
-HUB_SAMPLES, HUB_STEPS = 192, 20
+HUB_STEPS = 40
 _NOTHING = 1e-4  # smaller weights are left out of a plan
 
 
@@ -80,15 +80,12 @@ class Routers:
         save_file(router.state_dict(), path)
         return router
 
-    def hub_weights(
-        self, experts: Sequence[Expert], out: Console, num_steps: int = HUB_STEPS, num_samples: int = HUB_SAMPLES
-    ) -> Tensor:
-        """Search LoRAHub's weights, one per adapter (P,), on `num_samples` examples drawn from all tasks."""
-        path = self._kept("lorahub", experts, num_steps, num_samples)
+    def hub_weights(self, experts: Sequence[Expert], out: Console, num_steps: int = HUB_STEPS) -> Tensor:
+        """Search LoRAHub's weights, one per adapter (P,), on the samples of all tasks."""
+        path = self._kept("lorahub", experts, num_steps, "COBYLA from zeros")
         if not path.exists():
             model = ExpertModel(self._base, [expert.weights for expert in experts], "fusion")
-            chosen = task_rng("lorahub").sample(self._examples, min(num_samples, len(self._examples)))
-            loss_of = _loss_on(model, chosen, self._loss_of, out)
+            loss_of = _loss_on(model, self._examples, self._loss_of, out)
             weights, _ = search_weights(loss_of, len(experts), num_steps)
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({"weights": weights}, path)

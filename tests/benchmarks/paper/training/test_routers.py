@@ -131,3 +131,17 @@ def test_weights_are_found_without_gradients_and_stay_bounded() -> None:
     assert (best - target).abs().max() < 0.2 and lowest < 0.15
     far, _ = search_weights(lambda w: float((w - 9).square().sum()), 2, num_steps=200)
     assert far.abs().max() <= 1.5
+
+
+def test_the_search_starts_from_the_base_model_and_makes_as_many_attempts_as_allowed() -> None:
+    tried: list[torch.Tensor] = []
+
+    def loss_of(weights: torch.Tensor) -> float:
+        tried.append(weights)
+        return float((weights - 1).square().sum())
+
+    best, lowest = search_weights(loss_of, 20, num_steps=40)
+    assert torch.equal(tried[0], torch.zeros(20)) and len(tried) == 40
+    assert any(best is weights for weights in tried) and lowest < 20
+    still, _ = search_weights(lambda w: float(w.abs().sum()), 20, num_steps=40)
+    assert torch.equal(still, torch.zeros(20))
