@@ -11,7 +11,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks.paper.__main__ import STAGES, Stage, run_stages
+from benchmarks.paper.__main__ import QUICK, QUICK_TASKS, STAGES, Stage, run_stages
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.pool.choose import Verdict, choose_pool, read_pool, read_rounds, write_pool
 from benchmarks.paper.stages.report import SECTIONS
@@ -100,7 +100,15 @@ def test_the_estimated_time_is_printed_first(pool_file: Path) -> None:
     assert f"about {sum(stage.minutes for stage in STAGES)} minutes" in out.export_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_quick_run_takes_ten_minutes_over_tasks_of_the_list() -> None:
+    """Its adapters are trained under the names of the whole study, which then finds them."""
+    assert set(QUICK_TASKS) <= read_task_list().by_name.keys()
+    assert sum(stage.minutes for stage in QUICK) <= 10
+    assert {stage.name for stage in QUICK} <= {stage.name for stage in STAGES}
+    assert all(stage.arguments.count("--only") == len(QUICK_TASKS) == 8 for stage in QUICK)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *QUICK], ids=lambda stage: stage.name)
 def test_a_stage_takes_the_arguments_it_is_given(stage: Stage) -> None:
     module = importlib.import_module(stage.module)
     if hasattr(module, "main"):

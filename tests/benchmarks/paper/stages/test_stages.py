@@ -25,7 +25,6 @@ from benchmarks.paper.common.workspace import Workspace
 from benchmarks.paper.pool.train_pool import train_on
 from benchmarks.paper.stages import ablations, answer_tables, conflicts, gate, mixed_pool, shares, speed
 from benchmarks.paper.stages.main_table import Loaded
-from benchmarks.paper.stages.report import report_of
 from benchmarks.paper.training.ramole import GatedModel, GateRecipe
 from benchmarks.training.adapter_files import load_base
 from benchmarks.training.bigbench_tasks import Item
@@ -151,8 +150,8 @@ def test_stages_continue_after_a_failure_and_ask_nothing_twice(
     before = counters.num_requests
     run_stages(chosen[-1:], stages, Console(quiet=True))
     assert before == counters.num_requests > 0
-    report = report_of(tmp_path, "# Report\n")
-    assert report.count("\n## ") == len(chosen)
+    written = {path.stem for path in tmp_path.glob("*.md")}
+    assert written == {"answers" if stage.name == "main_table" else stage.name for stage in chosen}
     check_conflicts(stages.rows)
     check_mixed_pool(loaded.bench.study.workspace.root / "mixed_pool" / "adapters")
     check_gate(pd.read_parquet(tmp_path / gate.ROWS))
