@@ -1,12 +1,23 @@
-"""Write REPORT.md: the reading of the results, then every measured section."""
+"""Write REPORT.md: `reading.md` with its placeholders filled from the rows. The stages' sections are its appendices."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 import typer
 
+from benchmarks.paper.common.intervals import Interval
+from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.workspace import PAPER_RESULTS
+from benchmarks.paper.stages import companions, errors, rerank
+from benchmarks.paper.stages.answer_tables import ROUTED, Answers
+from benchmarks.paper.stages.claim_list import BEYOND, PAPERS, of_file
+from benchmarks.paper.stages.claims import Claim, Results, claims_table
 
 _PAPER = Path(__file__).parents[1]
 REPORT = _PAPER / "REPORT.md"
@@ -17,10 +28,15 @@ SECTIONS = (
     "answers.md",
     "ablations.md",
     "shares.md",
+    "errors.md",
+    "companions.md",
     "speed.md",
     "auto.md",
+    "rerank.md",
     "conflicts.md",
+    "natural.md",
     "competence.md",
+    "flan_pool.md",
     "gate.md",
     "kinds.md",
     "mixed_pool.md",
@@ -28,15 +44,228 @@ SECTIONS = (
     "served_study.md",
     "served_starter.md",
 )
+_SENTIMENT = "senti_"
+_NOT_MEASURED = "not measured yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Better:
+    """A method besides the paper's. `file`: its only file. `rows`: the file that `gain` reads."""
+
+    name: str
+    source: str
+    file: str
+    compared: str
+    rows: str
+    gain: Callable[[Results], Interval]
+    per_request: str
+    per_publish: str
+
+
+def _beyond(*words: str) -> Claim:
+    """Return the only claim beyond the paper that has these words."""
+    [found] = [claim for claim in BEYOND if all(word in claim.text for word in words)]
+    return found
+
+
+def _reranked(run: str) -> tuple[str, Callable[[Results], Interval]]:
+    return rerank.ROWS, of_file(rerank.ROWS, f"{run}_iid", "first_iid")
+
+
+BETTER = (
+    Better(
+        "projection (whitening)",
+        "within-class covariance, as in linear discriminant analysis",
+        "retriever_svc/whitening.py",
+        "top-1, refit − none",
+        _beyond("A projection").rows[0],
+        _beyond("A projection").difference,
+        "one product of 384 × 384",
+        "a refit after many publishes",
+    ),
+    Better(
+        "softmax weights",
+        "this server",
+        "retriever_svc/planning.py",
+        "right answers iid, softmax − equal",
+        _beyond("Softmax").rows[0],
+        _beyond("Softmax").difference,
+        "none",
+        "none",
+    ),
+    Better(
+        "companions limited to a third of the lead",
+        "this server; section 4",
+        "retriever_svc/evidence_weights.py",
+        "right answers iid, `auto` − equal",
+        _beyond("`auto` is better").rows[0],
+        _beyond("`auto` is better").difference,
+        "none",
+        "outputs of the samples, embedded",
+    ),
+    Better(
+        "abstention by a confidence for each adapter",
+        "calibrated fit",
+        "retriever_svc/calibration.py",
+        "right answers ood, `auto` − selection",
+        _beyond("The server's default", "out of").rows[0],
+        _beyond("The server's default", "out of").difference,
+        "one comparison",
+        "scores of the own samples",
+    ),
+    Better(
+        "competence by successive halving",
+        "LORAUTER (arXiv 2601.21795)",
+        "retriever_svc/competence.py",
+        "right answers among flipped copies, measured − not",
+        _beyond("Evaluation").rows[0],
+        _beyond("Evaluation").difference,
+        "none",
+        "some answers to samples of near adapters",
+    ),
+    Better(
+        "the model's log probability of the answer",
+        "reranking",
+        "benchmarks/paper/answering/likelihood.py",
+        "right answers iid, reranked − first",
+        *_reranked("likelihood"),
+        "three answers in place of one",
+        "none",
+    ),
+    Better(
+        "the same, calibrated for each adapter",
+        "reranking",
+        "benchmarks/paper/answering/likelihood.py",
+        "right answers iid, reranked − first",
+        *_reranked("likelihood_calibrated"),
+        "three answers in place of one",
+        "answers to a few prompts of others",
+    ),
+    Better(
+        "Arrow, then SpectR (LAG)",
+        "arXiv 2405.11157, 2504.03454",
+        "benchmarks/paper/answering/spectral.py",
+        "right answers iid, reranked − first",
+        *_reranked("spectr_calibrated"),
+        "one more pass over the prompt",
+        "a QR and an SVD of rank 6 for each layer",
+    ),
+    Better(
+        "norm at the last token (LoGo)",
+        "arXiv 2511.07129",
+        "benchmarks/paper/answering/spectral.py",
+        "right answers iid, reranked − first",
+        *_reranked("norm_calibrated"),
+        "one more pass over the prompt",
+        "as above",
+    ),
+)
 
 
 def report_of(folder: Path, reading: str) -> str:
-    """Return the handwritten reading, the existing sections, and the names of the missing ones."""
-    found = [folder / name for name in SECTIONS if (folder / name).exists()]
+    """Return the reading with every placeholder filled. Rows that do not exist are named as not measured yet."""
+    results = Results(folder)
+    filled = Template(reading).substitute(values_of(folder, results))
+    return filled.replace(CONTENTS, contents_of(filled))
+
+
+CONTENTS = "<!-- contents -->"
+
+
+def contents_of(text: str) -> str:
+    """Return a list of links to the headings of the second level, but for its own."""
+    headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    return "\n".join(f"- [{heading}](#{_anchor(heading)})" for heading in headings if heading != "Contents")
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+
+
+def values_of(folder: Path, results: Results) -> dict[str, str]:
+    """Return the text of every placeholder."""
     missing = [name.removesuffix(".md") for name in SECTIONS if not (folder / name).exists()]
-    parts = [reading.rstrip(), *[path.read_text(encoding="utf-8").rstrip() for path in found]]
-    parts += [f"Not measured yet: {', '.join(missing)}."] if missing else []
-    return "\n\n".join(parts) + "\n"
+    scores = {run: percent(results.main.interval(run).mean) for run in results.main.runs}
+    return {
+        **scores,
+        **_of_experts(results),
+        "contents": CONTENTS,
+        "claims": claims_table(PAPERS, results),
+        "beyond": claims_table(BEYOND, results),
+        "methods": methods_table(results),
+        "zeros": str(_num_zeros(results.main)),
+        "sentiment": _on_sentiment(results.main).in_percent(),
+        "mixture_k5": _ablation(results, "mixture_k5_iid"),
+        "mixture_k15": _ablation(results, "mixture_k15_iid"),
+        "errors": errors.sentence(folder),
+        "dots": errors.dots_sentence(folder),
+        "companions": companions.sentence(folder),
+        "lorahub": _of_lorahub(results),
+        "missing": f"Stages without results: {', '.join(missing)}." if missing else "",
+        "appendices": appendices_of(folder),
+    }
+
+
+def _ablation(results: Results, run: str) -> str:
+    if not results.has(["ablations.parquet"]):
+        return _NOT_MEASURED
+    return percent(results.answers("ablations.parquet").interval(run).mean)
+
+
+def _of_experts(results: Results) -> dict[str, str]:
+    """Return the scores on the tasks with an expert of their own."""
+    tasks = [task for task in results.main.scores("perfect").index if task in results.experts]
+    means = {
+        run: float(results.main.scores(run).loc[tasks].to_numpy().mean())
+        for run in (*ROUTED, "selection_iid", "mixture_iid")
+    }
+    best = max(ROUTED, key=means.__getitem__)
+    return {
+        "best_router": best.replace("_", " "),
+        "router_expert": percent(means[best]),
+        "selection_expert": percent(means["selection_iid"]),
+        "mixture_expert": percent(means["mixture_iid"]),
+    }
+
+
+def _on_sentiment(answers: Answers) -> Interval:
+    return answers.difference_on("mixture_iid", "selection_iid", lambda task: task.startswith(_SENTIMENT))
+
+
+def _num_zeros(answers: Answers) -> int:
+    """Return the number of tasks on which no retrieved composition is ever right out of distribution."""
+    means = [answers.scores(f"{way}_ood").mean(axis=1) for way in ("selection", "mixture", "fusion")]
+    return int((sum(means) == 0).sum())
+
+
+def _of_lorahub(results: Results) -> str:
+    found, runs = results.main, results.main.runs
+    words = f"It has {found.interval('lorahub').in_percent()} %." if "lorahub" in runs else "That was not measured yet."
+    if "lorahub_uniform_start" not in runs:
+        return words
+    score = percent(found.interval("lorahub_uniform_start").mean)
+    return f"{words} An earlier search, from equal weights with 20 attempts on 192 samples, has {score} %."
+
+
+def methods_table(results: Results) -> str:
+    """Return a row per better method: its gain and its costs."""
+    rows = []
+    for method in BETTER:
+        gain = method.gain(results).in_percent() if results.has([method.rows]) else _NOT_MEASURED
+        file = f"`{method.file}`"
+        rows.append([method.name, method.source, file, f"{method.compared}: {gain}", method.per_request])
+        rows[-1].append(method.per_publish)
+    return table(["method", "source", "file", "points", "cost per request", "cost per publish"], rows)
+
+
+def appendices_of(folder: Path) -> str:
+    """Return a list of links to the sections that exist, by their titles."""
+    lines = []
+    for path in (folder / name for name in SECTIONS):
+        if path.exists():
+            title = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+            lines.append(f"- [{title}]({os.path.relpath(path, REPORT.parent)})")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.paper.answering.runs import Bench, pool_retriever
-from benchmarks.paper.answering.stores import packaged_encoder
+from benchmarks.paper.answering.runs import Bench
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.stages import flan_pool
 
@@ -24,11 +22,9 @@ def test_the_tasks_have_one_set_of_labels_and_several_sources_and_languages() ->
 
 
 def test_the_stage_compares_the_papers_methods_with_the_default(bench: Bench, tmp_path: Path) -> None:
-    retriever = pool_retriever(bench.study, bench.asker, packaged_encoder(), "flan")
-    own = replace(bench, retriever=retriever)
-    flan_pool.measure(own, tmp_path, 2)
+    flan_pool.measure(bench, tmp_path, 2)
     before = bench.asker.engine.counters.num_requests
-    flan_pool.measure(own, tmp_path, 2)
+    flan_pool.measure(bench, tmp_path, 2)
     assert bench.asker.engine.counters.num_requests == before
     rows = pd.read_parquet(tmp_path / flan_pool.ROWS)
     assert set(rows["run"]) == {*flan_pool.methods(), "majority"}

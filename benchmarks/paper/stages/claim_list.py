@@ -1,0 +1,321 @@
+"""The paper's claims and what goes beyond them: which difference shows each, and why it came out as it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.paper.common.intervals import Interval, bootstrap
+from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT
+from benchmarks.paper.retrieval.study import UNTRAINED
+from benchmarks.paper.stages.answer_tables import BASELINES, ROUTED, ROWS
+from benchmarks.paper.stages.claims import Claim, Results
+
+_TRAINED = "40 %"
+
+
+def of_main(one: str, other: str) -> Callable[[Results], Interval]:
+    return lambda results: results.main.difference(one, other)
+
+
+def of_file(name: str, one: str, other: str) -> Callable[[Results], Interval]:
+    return lambda results: results.answers(name).difference(one, other)
+
+
+def _kept_by_selection(results: Results) -> Interval:
+    scores = results.main.scores("selection_iid") - 0.9 * results.main.scores("perfect")
+    return bootstrap(scores.to_numpy()[np.newaxis], resamples_tasks=True)
+
+
+def _by_projection(results: Results) -> Interval:
+    hits = [results.projections.hits([UNTRAINED], projection) for projection in ("refit", "none")]
+    return bootstrap(hits[0] - hits[1], resamples_tasks=True)
+
+
+def _by_cosine(results: Results) -> Interval:
+    hits = [results.rankings.hits([UNTRAINED], score, 1) for score in (COSINE, PRODUCT)]
+    return bootstrap(hits[0] - hits[1], resamples_tasks=True)
+
+
+def _by_training(results: Results) -> Interval:
+    found = results.rankings.gain(results.rankings.groups()[_TRAINED], COSINE, 1)
+    assert found is not None
+    return found
+
+
+_MAIN = (ROWS, BASELINES)
+PAPERS = (
+    Claim(
+        "Selection by retrieval keeps at least nine tenths of the own adapter's score.",
+        "54.1 of 58.1; 61.8 of 66.1",
+        "main_table",
+        _MAIN,
+        "above",
+        _kept_by_selection,
+        "The lost answers are in clusters with several tasks of similar inputs.",
+    ),
+    Claim(
+        "In distribution the mixture is as good as selection.",
+        "52.4 and 54.1; 61.5 and 61.8",
+        "main_table",
+        _MAIN,
+        "equal",
+        of_main("mixture_iid", "selection_iid"),
+        "Two companions with another function have two thirds of the weight (section 4).",
+    ),
+    Claim(
+        "Out of distribution the mixture is better than selection.",
+        "47.3 and 44.4; 54.8 and 49.2",
+        "main_table",
+        _MAIN,
+        "above",
+        of_main("mixture_ood", "selection_ood"),
+        "The lead comes from the three ambiguous bbq tasks; on the other 43 tasks there is none.",
+    ),
+    Claim(
+        "In distribution the mixture is better than fusion.",
+        "52.4 and 44.0; 61.5 and 53.9",
+        "main_table",
+        _MAIN,
+        "above",
+        of_main("mixture_iid", "fusion_iid"),
+        "Both lose most of the own adapter's answers, so little is left to differ.",
+    ),
+    Claim(
+        "Out of distribution the mixture is better than fusion.",
+        "47.3 and 41.7; 54.8 and 50.0",
+        "main_table",
+        _MAIN,
+        "above",
+        of_main("mixture_ood", "fusion_ood"),
+        "As for selection: the bbq tasks.",
+    ),
+    Claim(
+        "Selection is better than the trained mixtures of experts, where they have the task's adapter.",
+        "54.1 and 42.9; 61.8 and 52.2, of all tasks",
+        "baselines",
+        _MAIN,
+        "above",
+        lambda results: results.of_tasks("selection_iid", ROUTED, with_expert=True),
+        "11 tasks. The router chooses among 11 adapters, retrieval among 46.",
+    ),
+    Claim(
+        "The mixture is better than the trained mixtures of experts, where they have the task's adapter.",
+        "52.4 and 42.9; 61.5 and 52.2, of all tasks",
+        "baselines",
+        _MAIN,
+        "above",
+        lambda results: results.of_tasks("mixture_iid", ROUTED, with_expert=True),
+        "11 tasks. A router that is sure of the own adapter gives it nearly all of the weight.",
+    ),
+    Claim(
+        "The mixture is better than the trained mixtures of experts on tasks without an adapter in either.",
+        "47.3 and 42.9; 54.8 and 52.2, of all tasks",
+        "baselines",
+        _MAIN,
+        "above",
+        lambda results: results.of_tasks("mixture_ood", ROUTED, with_expert=False),
+        "35 tasks. The routers here read the prompt once, not at every layer, and may be trained too little.",
+    ),
+    Claim(
+        "Out of distribution the mixture is better than AdapterSoup.",
+        "47.3 and 30.8; 54.8 and 33.0",
+        "main_table",
+        _MAIN,
+        "above",
+        of_main("mixture_ood", "adaptersoup"),
+        "One set of three adapters serves the whole stream; it fits one cluster.",
+    ),
+    Claim(
+        "Three adapters in a mixture are at least as good as one, in distribution.",
+        "63.2 and 61.3 (RAMoLE, plot 7a)",
+        "ablations",
+        ("ablations.parquet",),
+        "at least",
+        of_file("ablations.parquet", "mixture_k3_iid", "mixture_k1_iid"),
+        "As for the mixture against selection.",
+    ),
+    Claim(
+        "Three adapters in a mixture are better than one, out of distribution.",
+        "57.7 and 52.0 (RAMoLE, plot 7a)",
+        "ablations",
+        ("ablations.parquet",),
+        "above",
+        of_file("ablations.parquet", "mixture_k3_ood", "mixture_k1_ood"),
+        "The bbq tasks again.",
+    ),
+    Claim(
+        "With fifteen adapters fusion is worse than the mixture, in distribution.",
+        "17.5 and 52.6 (RAMoLE, plot 7a)",
+        "ablations",
+        ("ablations.parquet",),
+        "above",
+        of_file("ablations.parquet", "mixture_k15_iid", "fusion_k15_iid"),
+        "The mixture falls as far as fusion does.",
+    ),
+    Claim(
+        "An encoder trained on 40 % of the tasks finds adapters of unseen tasks better (top-1).",
+        "63.2 and 60.8, of all tasks",
+        "retrieval",
+        ("retrieval_ranks.parquet", "retrieval_draws.parquet"),
+        "above",
+        _by_training,
+        "A closed form without training gains as much: see the projection below.",
+    ),
+    Claim(
+        "The trained encoder gives better answers: selection, in distribution.",
+        "62.4 and 58.0",
+        "shares",
+        ("shares.parquet",),
+        "above",
+        of_file("shares.parquet", "40% selection_iid", "nothing selection_iid"),
+        "One encoder for each share.",
+    ),
+    Claim(
+        "The trained encoder gives better answers: mixture, in distribution.",
+        "63.5 and 62.2",
+        "shares",
+        ("shares.parquet",),
+        "above",
+        of_file("shares.parquet", "40% mixture_iid", "nothing mixture_iid"),
+        "Two thirds of the weight are on companions.",
+    ),
+    Claim(
+        "RAMoLE's learned gate is better than equal weights, in distribution.",
+        "51.8 and 49.8; 59.6 and 58.8",
+        "gate",
+        ("gate.parquet",),
+        "above",
+        of_file("gate.parquet", "gate_iid", "uniform_iid"),
+        "150 steps on 720 questions; whether it converged was not measured.",
+    ),
+    Claim(
+        "RAMoLE's learned gate is better than equal weights, out of distribution.",
+        "47.7 and 45.6; 53.7 and 53.5",
+        "gate",
+        ("gate.parquet",),
+        "above",
+        of_file("gate.parquet", "gate_ood", "uniform_ood"),
+        "As above.",
+    ),
+)
+BEYOND = (
+    Claim(
+        "Cosine finds the own adapter more often than the inner product with means that are not normalised.",
+        "The text has cosine, the released code the inner product",
+        "retrieval",
+        ("retrieval_ranks.parquet", "retrieval_draws.parquet"),
+        "above",
+        _by_cosine,
+        "Untrained encoder. Tasks with diverse samples have short means.",
+    ),
+    Claim(
+        "A projection fitted to the pool's samples finds the own adapter more often.",
+        "–",
+        "retrieval",
+        ("retrieval_projections.parquet",),
+        "above",
+        _by_projection,
+        "Whitening: no training, one product of 384 × 384 for each prompt.",
+    ),
+    Claim(
+        "Softmax weights are better than equal ones, in distribution.",
+        "–",
+        "ablations",
+        ("ablations.parquet",),
+        "above",
+        of_file("ablations.parquet", "softmax_iid", "mixture_k3_iid"),
+        "The ratio of the own adapter's weight to the others' matters.",
+    ),
+    Claim(
+        "The server's default `auto` is at least as good as selection, in distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "at least",
+        of_file("auto.parquet", "auto_iid", "selection_iid"),
+        "8 questions a task, with abstention, as served.",
+    ),
+    Claim(
+        "The server's default `auto` is at least as good as selection, out of distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "at least",
+        of_file("auto.parquet", "auto_ood", "selection_ood"),
+        "As above.",
+    ),
+    Claim(
+        "`auto` is better than the paper's mixture, in distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "above",
+        of_file("auto.parquet", "auto_iid_always", "uniform_iid_always"),
+        "Both without abstention.",
+    ),
+    Claim(
+        "`auto` is at least as good as the paper's mixture, out of distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "at least",
+        of_file("auto.parquet", "auto_ood_always", "uniform_ood_always"),
+        "Both without abstention.",
+    ),
+    Claim(
+        "Out of distribution the mixture is better than guessing.",
+        "–",
+        "main_table",
+        _MAIN,
+        "above",
+        of_main("mixture_ood", "majority"),
+        "Where answers have a form of their own, no other adapter gives them.",
+    ),
+    Claim(
+        "A quarter of the weight on a copy that was trained on exchanged answers does no harm.",
+        "–",
+        "conflicts",
+        ("conflicts.parquet",),
+        "at least",
+        of_file("conflicts.parquet", "own_flipped_0.25", "own"),
+        "4 tasks. From half of the weight on, the copy decides.",
+    ),
+    Claim(
+        "A copy that was trained on exchanged answers does not harm selection.",
+        "–",
+        "conflicts",
+        ("conflicts.parquet",),
+        "at least",
+        of_file("conflicts.parquet", "flipped_selection", "plain_selection"),
+        "4 tasks. Both have samples of the same kind, so retrieval cannot distinguish them.",
+    ),
+    Claim(
+        "Evaluation by the server brings selection back over such copies.",
+        "–",
+        "competence",
+        ("competence.parquet",),
+        "above",
+        of_file("competence.parquet", "measured_selection", "flipped_selection"),
+        "4 tasks of 25 questions.",
+    ),
+    Claim(
+        "Two halves of a task's examples mix as well as the whole.",
+        "–",
+        "conflicts",
+        ("conflicts.parquet",),
+        "at least",
+        of_file("conflicts.parquet", "halves_mixture", "own"),
+        "4 tasks: too few to say.",
+    ),
+    Claim(
+        "A mixture of different ranks, modules and scalings is as good as one of equal adapters.",
+        "–",
+        "mixed_pool",
+        ("mixed_pool.parquet",),
+        "at least",
+        of_file("mixed_pool.parquet", "mixed_mixture_iid", "uniform_mixture_iid"),
+        "12 tasks. Rank and modules differ together with the task.",
+    ),
+)

@@ -1,0 +1,116 @@
+"""Judge the paper's claims, and what goes beyond them, by the rows of the stages.
+
+A claim is a difference between two methods on the same questions. Its interval resamples questions and tasks, so a
+verdict is about other tasks of this kind. The verdict follows from the interval alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.paper.common.expert_draws import hub_tasks, one_a_cluster
+from benchmarks.paper.common.intervals import Interval, bootstrap
+from benchmarks.paper.common.markdown import table
+from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.pool.choose import read_pool
+from benchmarks.paper.retrieval.projected import KIND, Projections
+from benchmarks.paper.retrieval.rankings import Rankings
+from benchmarks.paper.stages.answer_tables import BASELINES, ROWS, Answers
+
+TIE = 0.03  # two methods that differ by less are equal
+Expected = Literal["above", "equal", "at least"]
+
+
+class Results:
+    """The rows of every stage in `folder`, read when a claim needs them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._answers: dict[tuple[str, ...], Answers] = {}
+
+    def has(self, names: Sequence[str]) -> bool:
+        return all((self._folder / name).exists() for name in names)
+
+    def answers(self, *names: str) -> Answers:
+        """Return the scores in these files together."""
+        if names not in self._answers:
+            rows = pd.concat([pd.read_parquet(self._folder / name) for name in names])
+            self._answers[names] = Answers(rows, {})
+        return self._answers[names]
+
+    @property
+    def main(self) -> Answers:
+        return self.answers(ROWS, BASELINES)
+
+    @cached_property
+    def rankings(self) -> Rankings:
+        return Rankings(self._folder)
+
+    @cached_property
+    def projections(self) -> Projections:
+        return Projections(pd.read_parquet(self._folder / f"retrieval_{KIND}.parquet"), "test")
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """The tasks whose adapters the trained mixtures of experts have."""
+        listed = read_task_list().by_name
+        return one_a_cluster([listed[name] for name in read_pool()])
+
+    @cached_property
+    def hub(self) -> list[str]:
+        """The tasks whose adapters LoRAHub sums."""
+        listed = read_task_list().by_name
+        return hub_tasks([listed[name] for name in read_pool()])
+
+    def of_tasks(self, one: str, others: Sequence[str], *, with_expert: bool) -> Interval:
+        """Return `one` minus the best of `others`, on the tasks with or without an expert of their own."""
+        names = [name for name in self.main.scores(one).index if (name in self.experts) == with_expert]
+        scores = {run: self.main.scores(run).loc[names].to_numpy() for run in (one, *others)}
+        best = max(others, key=lambda run: float(scores[run].mean()))
+        return bootstrap((scores[one] - scores[best])[np.newaxis], resamples_tasks=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A difference, and what it should be. `rows`: the files that it is computed from.
+
+    `paper`: the paper's numbers, of the 7B and the 13B model. `stage`: the command's stage. `difference`: in shares.
+    """
+
+    text: str
+    paper: str
+    stage: str
+    rows: tuple[str, ...]
+    expected: Expected
+    difference: Callable[[Results], Interval]
+    why: str
+
+
+def verdict(expected: Expected, found: Interval) -> str:
+    """Return `holds` or `fails` if the whole interval says so, else `open`."""
+    _, low, high = found
+    if expected == "above":
+        return "holds" if low > 0 else "fails" if high < 0 else "open"
+    if expected == "at least":
+        return "holds" if low > -TIE else "fails" if high < -TIE else "open"
+    return "holds" if low > -TIE and high < TIE else "fails" if high < -TIE or low > TIE else "open"
+
+
+def claims_table(claims: Sequence[Claim], results: Results) -> str:
+    """Return a row per claim, judged by its interval."""
+    rows = []
+    for claim in claims:
+        if results.has(claim.rows):
+            found = claim.difference(results)
+            judged = [found.in_percent(), f"**{verdict(claim.expected, found)}**"]
+        else:
+            judged = ["not measured yet", "–"]
+        rows.append([claim.text, claim.paper, *judged, claim.why, f"`{claim.stage}`"])
+    return table(["claim", "paper", "here, points", "verdict", "why", "stage"], rows)

@@ -1,0 +1,70 @@
+"""Verdicts, and the claims over the committed rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.paper.common.intervals import Interval
+from benchmarks.paper.stages import claims
+from benchmarks.paper.stages.answer_tables import BASELINES, ROUTED, ROWS
+from benchmarks.paper.stages.claim_list import of_file
+from benchmarks.paper.stages.claims import Claim, Results, claims_table, verdict
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "found"),
+    [
+        ("above", 0.01, 0.2, "holds"),
+        ("above", -0.01, 0.2, "open"),
+        ("above", -0.2, -0.01, "fails"),
+        ("at least", -0.02, 0.2, "holds"),
+        ("at least", -0.04, 0.2, "open"),
+        ("at least", -0.2, -0.04, "fails"),
+        ("at least", -0.2, -0.02, "open"),
+        ("equal", -0.02, 0.02, "holds"),
+        ("equal", -0.02, 0.05, "open"),
+        ("equal", 0.04, 0.05, "fails"),
+        ("equal", -0.05, -0.04, "fails"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(expected: claims.Expected, low: float, high: float, found: str) -> None:
+    assert verdict(expected, Interval((low + high) / 2, low, high)) == found
+
+
+def rows_of(scores: dict[str, dict[str, float]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"run": run, "task": task, "number": number, "score": value}
+            for run, tasks in scores.items()
+            for task, value in tasks.items()
+            for number in range(3)
+        ]
+    )
+
+
+def test_the_best_router_is_the_one_that_is_best_on_the_tasks_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routers = {run: {"a": 0.0, "b": 0.5} for run in ROUTED} | {"moe_top1": {"a": 1.0, "b": 0.0}}
+    rows_of({"mixture_iid": {"a": 0.5, "b": 0.0}, "mixture_ood": {"a": 0.0, "b": 1.0}}).to_parquet(tmp_path / ROWS)
+    rows_of(routers).to_parquet(tmp_path / BASELINES)
+    monkeypatch.setattr(Results, "experts", ["a"])
+    results = Results(tmp_path)
+    assert results.of_tasks("mixture_iid", ROUTED, with_expert=True) == (-0.5, -0.5, -0.5)
+    assert results.of_tasks("mixture_ood", ROUTED, with_expert=False) == (0.5, 0.5, 0.5)
+
+
+def test_a_claim_without_rows_is_not_judged(tmp_path: Path) -> None:
+    rows_of({"one": {"a": 1.0, "b": 1.0}, "other": {"a": 0.0, "b": 0.0}}).to_parquet(tmp_path / "r.parquet")
+    made = [
+        Claim("It helps.", "1 and 0", "auto", (name,), "above", of_file("r.parquet", "one", "other"), "Because.")
+        for name in ("r.parquet", "absent.parquet")
+    ]
+    lines = claims_table(made, Results(tmp_path)).splitlines()[2:]
+    assert lines == [
+        "| It helps. | 1 and 0 | 100.0 (100.0 to 100.0) | **holds** | Because. | `auto` |",
+        "| It helps. | 1 and 0 | not measured yet | – | Because. | `auto` |",
+    ]
