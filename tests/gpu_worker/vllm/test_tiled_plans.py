@@ -1,16 +1,21 @@
-"""The Triton products compared with a loop over every token, through Triton's interpreter. Needs Triton."""
+"""The Triton products, compiled for a GPU, and by the interpreter against a loop over tokens. Needs Triton."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from gpu_worker.bank.residency import Residency
+from gpu_worker.vllm import tiled_plans
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.slow_lora import CPU, WIDTHS, assert_adds_as_the_loop, pool_of, random_plans, settled
 from tests.tiny import plan_of
@@ -18,10 +23,32 @@ from tests.tiny import plan_of
 
 @pytest.fixture(scope="module")
 def tiled() -> Iterator[ModuleType]:
-    """Import the kernels for Triton's interpreter, which computes bfloat16 wrongly, so they run in float32."""
+    """Load the kernels for Triton's interpreter, which computes bfloat16 wrongly, so they run in float32."""
+    spec = importlib.util.spec_from_file_location("interpreted_tiled_plans", tiled_plans.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("gpu_worker.vllm.tiled_plans")
+        spec.loader.exec_module(module)
+        patch.setattr(module, "_MOST_PARTS", 2)  # the interpreter takes a millisecond for each part of each tile
+        yield module
+
+
+@pytest.mark.parametrize("name", ["_shrink", "_expand"])
+def test_the_kernels_compile_for_a_gpu_and_use_its_matrix_units(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles for a GPU, here an H100, without having one."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(tiled_plans, name)
+    types = dict.fromkeys(("x", "a", "bt", "y"), "*bf16") | dict.fromkeys(("h", "plan_weights"), "*fp32")
+    types |= dict.fromkeys(("tiles", "plan_rows", "plan_sizes", "plan_ranks", "plan_fusions"), "*i32")
+    sizes = {"PARTS": 8, "TILE": 16, "RANKS": 16, "INPUTS": 128, "OUTPUTS": 128}
+    constants = {(each.num,): sizes[each.name] for each in kernel.params if each.is_constexpr}
+    signature = {each.name: "constexpr" if each.is_constexpr else types.get(each.name, "i32") for each in kernel.params}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"] and "mma" in compiled.asm["ptx"]
+    assert compiled.metadata.shared < 100 << 10, "two blocks fit a multiprocessor"
 
 
 def filled(
