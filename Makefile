@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtual environment with pinned packages, and the base model in the cache folder.
 .DEFAULT_GOAL := help
-PYTHON ?= python3.11
+# Any Python from 3.11 on; the first of these that there is.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(if $(shell command -v $(name)),$(name))) python3.11)
 ENGINE ?= native
 VENV := $(if $(filter vllm,$(ENGINE)),.venv-vllm,.venv)
 BIN := $(VENV)/bin

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deployments.cli.client import out, show_error
+from deployments.cli.client import out, print_json, show_error
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.publishing.adapter_folders import adapter_folders
@@ -16,10 +16,10 @@ from lora_store.sample_files import SAMPLES_FILE, sample_lines
 _ENOUGH_SAMPLES = 20  # more improve routing little
 
 
-def check_adapter(folder: Path, config: Path | None, parity: bool) -> int:
+def check_adapter(folder: Path, config: Path | None, parity: bool, *, as_json: bool = False) -> int:
     """Print whether the folder can be published, or every reason why not. Return the exit code.
 
-    `parity`: also compare the logits with those of PEFT.
+    `parity`: also compare the logits with those of PEFT. `as_json`: print an object for scripts.
     """
     if problem := folder_problem(folder):
         return _fail(problem)
@@ -32,9 +32,16 @@ def check_adapter(folder: Path, config: Path | None, parity: bool) -> int:
             templates=settings.known_templates,
         )
     except AdapterRefused as exc:
+        if as_json:
+            print_json({"name": folder.resolve().name, "is_fit": False, "reasons": list(exc.reasons)})
+            return 1
         return _fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
     except (ValueError, OSError) as exc:
         return _fail(str(exc))
+    if as_json:
+        counted = {"num_modules": len(admitted.modules), "num_samples": len(admitted.samples)}
+        print_json({"name": folder.resolve().name, "is_fit": True, **counted})
+        return 0
     out.print(f"{folder.resolve().name}: {_summary(admitted, _num_lines(folder))}", markup=False, highlight=False)
     return _check_parity(folder.resolve(), settings) if parity else 0
 

@@ -99,7 +99,12 @@ def _note_ignored_key() -> Callable[[httpx.Response], None]:
 
 
 def call(
-    url: str, method: str, path: str, *, json: JsonObject | None = None, params: Mapping[str, str] | None = None
+    url: str,
+    method: str,
+    path: str,
+    *,
+    json: JsonObject | None = None,
+    params: Mapping[str, str | list[str]] | None = None,
 ) -> JsonObject:
     """Return the JSON answer of the server. On an error, print the server's message and exit."""
     with client_of(url) as client:

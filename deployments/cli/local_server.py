@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -45,15 +46,18 @@ class Server:
         port: int = 8000,
         num_cpus: int | None = None,
         metrics_port: int | None = None,
+        is_verbose: bool = True,
     ) -> None:
         """Prepare a server.
 
         `num_cpus`: logical CPUs for replicas; None = as many as the settings may need.
         `metrics_port`: port of the Prometheus metrics; None = any free port.
+        `is_verbose`: Ray reports what it starts, otherwise errors only.
         """
         self._config, self._host = _allowing_host(config, host), host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
+        self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
     def url(self) -> str:
@@ -86,10 +90,12 @@ class Server:
             num_cpus=self._num_cpus,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=self.ray_log_level,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(sessions),
             _metrics_export_port=self._metrics_port,
         )
+        logging.getLogger("ray.serve").setLevel(self.ray_log_level)
         serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
         serve.run(build_app(self._config), name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         return self.url

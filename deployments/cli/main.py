@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -78,13 +79,34 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(help="port of the Prometheus metrics; default: a free port")
     ] = None,
+    base_model: Annotated[str | None, typer.Option(help="model hub id or folder; overrides the settings")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; overrides the settings")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, alpaca or chat; overrides the settings")] = None,
+    store: Annotated[str | None, typer.Option(help="folder or URI of the pool; overrides the settings")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="log what the start does")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print the settings in use as YAML, and start nothing")
+    ] = False,
 ) -> None:
     """Start the server on this machine and run it until interrupted."""
+    given = {
+        "base_model": base_model,
+        "template": template,
+        "store_uri": store,
+        "preload": preload,
+        "worker": None if device is None else {"device": device},
+    }
+    changes = {name: value for name, value in given.items() if value}
+    if print_config:
+        from deployments.cli.run_server import print_settings
+
+        _exit_with(print_settings(config, changes))
+        return
     if port:
         _require_free(host, port)
     from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
 
-    _exit_with(run_server(config, preload or [], host, port, metrics_port))
+    _exit_with(run_server(config, changes, host, port, metrics_port, is_verbose=verbose))
 
 
 @cli.command()
@@ -112,12 +134,55 @@ def ask(
     if as_json:
         print_json(call(url, "POST", _CHAT, json=body))
     else:
-        _stream(url, body | {"stream": True})
+        _stream(url, body)
 
 
-def _stream(url: str, body: JsonObject) -> None:
+@cli.command()
+def chat(
+    model: Annotated[str, typer.Option(help="auto, the base model, or an adapter")] = "auto",
+    temperature: Annotated[float, typer.Option(help="0 always picks the most likely token")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="upper bound of each answer's tokens")] = 256,
+    abstain: Abstain = None,
+    system: Annotated[str | None, typer.Option(help="system message before the first prompt")] = None,
+    strategy: Strategy = None,
+    k: NumAdapters = None,
+    as_json: Annotated[bool, typer.Option("--json", help="at the end, print all messages as JSON")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Talk in several turns, one prompt a line. /new starts again; /exit or the end of the input ends it."""
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[JsonObject] = list(opening)
+    options = _options_of(abstain=abstain, strategy=strategy, k=k)
+    body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **options}
+    if sys.stdin.isatty():
+        err.print("one prompt a line; /new starts again, /exit ends", style="dim", highlight=False)
+    for line in _lines():
+        if line in ("/exit", "/quit"):
+            break
+        if line == "/new":
+            messages = list(opening)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = _stream(url, {**body, "messages": messages}, is_quiet=as_json)
+            messages.append({"role": "assistant", "content": answer})
+    if as_json:
+        print_json({"messages": messages})
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines that a person or a pipe enters, without surrounding space."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _stream(url: str, body: JsonObject, *, is_quiet: bool = False) -> str:
+    """Print the answer as it arrives, then its adapters. Return the answer. `is_quiet`: print nothing."""
     lora: JsonObject = {}
-    with client_of(url) as client, client.stream("POST", _CHAT, json=body) as response:
+    parts: list[str] = []
+    with client_of(url) as client, client.stream("POST", _CHAT, json=body | {"stream": True}) as response:
         check_answer(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
@@ -127,9 +192,13 @@ def _stream(url: str, body: JsonObject) -> None:
                 fail(event["error"]["message"])
             lora = event.get("lora", lora)
             for choice in event["choices"]:
-                out.print(choice["delta"].get("content", ""), end="", markup=False, highlight=False)
-    out.print()
-    err.print(_plan_line(lora), style="dim")
+                parts.append(choice["delta"].get("content") or "")
+                if not is_quiet:
+                    out.print(parts[-1], end="", markup=False, highlight=False)
+    if not is_quiet:
+        out.print()
+        err.print(_plan_line(lora), style="dim")
+    return "".join(parts)
 
 
 @cli.command()
@@ -170,11 +239,12 @@ def check(
     folder: Annotated[Path, typer.Argument(help="the adapter folder")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
     parity: Annotated[bool, typer.Option(help="compare the logits of each strategy with those of PEFT")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON; not with --parity")] = False,
 ) -> None:
     """Check an adapter folder without a server. Publishing also checks what needs the base model."""
     from deployments.cli.check_adapter import check_adapter  # the store's libraries take most of a second to import
 
-    _exit_with(check_adapter(folder, config, parity))
+    _exit_with(check_adapter(folder, config, parity, as_json=as_json))
 
 
 def _options_of(**options: object) -> JsonObject:

@@ -29,13 +29,16 @@ Name = Annotated[str, typer.Argument(help="name of the adapter")]
 @commands.command("list")
 def list_adapters(
     search: Annotated[str, typer.Option(help="show adapters that match all of these words")] = "",
+    tag: Annotated[list[str] | None, typer.Option(help="show adapters with this tag; repeatable")] = None,
+    owner: Annotated[str | None, typer.Option(help="show adapters of this tenant only")] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """List the adapters of the pool."""
     rows: list[JsonObject] = []
     answer: JsonObject = {"has_more": True, "last_id": ""}
-    wanted = {"search": search} if search else {}
+    given = {"search": search or None, "owner": owner, "tag": tag}
+    wanted = {name: value for name, value in given.items() if value}
     while answer["has_more"]:
         answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"], **wanted})
         rows += answer["data"]
@@ -77,19 +80,28 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
 
 @commands.command()
 def withdraw(
-    names: Annotated[list[str], typer.Argument(help="adapters to remove from the pool")], url: Url = DEFAULT_URL
+    names: Annotated[list[str], typer.Argument(help="adapters to remove from the pool")],
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
 ) -> None:
     """Remove adapters with all their versions from the pool."""
-    failed = 0
+    rows: list[JsonObject] = []
     with client_of(url) as client:
         for name in names:
             response = client.delete(f"/v1/loras/{quote(name, safe='')}")
-            if response.is_error:
-                failed += 1
-                show_error(f"{name}: {message_of(response)}")
+            is_gone = not response.is_error
+            rows.append(
+                {"name": name, **(response.json() if is_gone else {"error": {"message": message_of(response)}})}
+            )
+            if as_json:
+                continue
+            if is_gone:
+                out.print(f"{name} was withdrawn at generation {rows[-1]['generation']}", markup=False)
             else:
-                out.print(f"{name} was withdrawn at generation {response.json()['generation']}", markup=False)
-    if failed:
+                show_error(f"{name}: {message_of(response)}")
+    if as_json:
+        print_json({"data": rows})
+    if any("error" in row for row in rows):
         raise typer.Exit(1)
 
 
@@ -99,10 +111,14 @@ def rollback(
     to: Annotated[
         str | None, typer.Option(help="digest of a kept version, or its beginning; default: the previous version")
     ] = None,
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Make an earlier version of an adapter live again."""
     answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/rollback", json={} if to is None else {"digest": to})
+    if as_json:
+        print_json(answer)
+        return
     out.print(
         f"{answer['name']} is back at {answer['digest'][:12]} since generation {answer['generation']}", markup=False
     )
@@ -112,10 +128,14 @@ def rollback(
 def visibility(
     name: Name,
     wanted: Annotated[str, typer.Argument(help="public or private", metavar="VISIBILITY")],
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Set whether all tenants may use an adapter, or only its own."""
     answer = call(url, "PATCH", f"/v1/loras/{quote(name, safe='')}", json={"visibility": wanted})
+    if as_json:
+        print_json(answer)
+        return
     out.print(f"{answer['name']} is {answer['visibility']} at generation {answer['generation']}", markup=False)
 
 
@@ -123,6 +143,7 @@ def visibility(
 def approve(
     name: Name,
     digest: Annotated[str | None, typer.Option(help="full digest of the version that you have reviewed")] = None,
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
@@ -130,6 +151,9 @@ def approve(
     if digest is None:
         digest = _confirmed(call(url, "GET", path))
     answer = call(url, "POST", f"{path}/approve", json={"digest": digest})
+    if as_json:
+        print_json(answer)
+        return
     out.print(
         f"{answer['name']} {answer['digest'][:12]} is approved at generation {answer['generation']}", markup=False
     )
@@ -161,10 +185,14 @@ def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
 @commands.command()
 def gc(
     retention: Annotated[float, typer.Option(help="seconds; blobs written more recently are kept")] = 86_400,
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Delete stored blobs that no version refers to, and projections that no embedding is of."""
     answer = call(url, "POST", "/v1/pool/gc", json={"retention_s": retention})
+    if as_json:
+        print_json(answer)
+        return
     out.print(
         f"removed {answer['num_blobs']} blobs and {answer['num_projections']} projections, {answer['num_bytes']} bytes"
     )
@@ -176,10 +204,14 @@ def reindex(
     projection: Annotated[
         str, typer.Option(help="auto: the packaged one, if any; none; refit: fit one to the pool's samples")
     ] = "auto",
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Embed the pool with another encoder, then switch to it. The old index serves until then."""
     result = follow(url, "/v1/pool/reindex", {"encoder": encoder, "projection": projection}, "embedding")
+    if as_json:
+        print_json(result)
+        return
     behind = result["replicas"]["behind"]
     note = f" ({behind} replicas are not up to date yet)" if behind else ""
     out.print(f"the pool uses {encoder} since generation {result['generation']}{note}", markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -21,6 +21,7 @@ from deployments.json_types import JsonObject
 commands = typer.Typer()
 _RANKS = (1, 3, 5, 8)
 _BATCH = 32
+_AUROC = "AUROC of the confidence"
 _POINTS = (0.01, 0.03, 0.08, 0.15, 0.25)
 
 
@@ -37,6 +38,7 @@ def eval_routing(
     file: Annotated[
         Path, typer.Argument(help='JSON lines {"input" or "prompt": text, "adapter": name, list of names, or null}')
     ],
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Measure how often `auto` finds a correct adapter, and how often it abstains where none is correct.
@@ -49,7 +51,11 @@ def eval_routing(
         routed = [Routed.of(row, plan) for row, plan in tracked]
     inside = [item for item in routed if item.is_inside]
     outside = [item for item in routed if not item.is_inside]
-    out.print(_measures(inside, outside))
+    measures = _measures(inside, outside)
+    if as_json:
+        print_json({"num_inside": len(inside), "num_outside": len(outside), "measures": measures})
+        return
+    out.print(_table_of(measures, f"{len(inside)} prompts of adapters, {len(outside)} others"))
     if inside and outside:
         out.print(_operating_points(inside, outside))
 
@@ -78,17 +84,23 @@ def auroc(inside: Sequence[float], outside: Sequence[float]) -> float:
     return above / (2 * len(inside) * len(outside))
 
 
-def _measures(inside: Sequence[Routed], outside: Sequence[Routed]) -> Table:
-    table = Table("measure", "value", title=f"{len(inside)} prompts of adapters, {len(outside)} others")
+def _measures(inside: Sequence[Routed], outside: Sequence[Routed]) -> dict[str, float]:
+    measures: dict[str, float] = {}
     if inside:
-        for rank in _RANKS:
-            table.add_row(f"hit@{rank}", f"{_share(item.rank < rank for item in inside):.1%}")
-        table.add_row("answered by adapters", f"{_share(not item.abstained for item in inside):.1%}")
+        measures |= {f"hit@{rank}": _share(item.rank < rank for item in inside) for rank in _RANKS}
+        measures["answered by adapters"] = _share(not item.abstained for item in inside)
     if outside:
-        table.add_row("others answered by the base model", f"{_share(item.abstained for item in outside):.1%}")
+        measures["others answered by the base model"] = _share(item.abstained for item in outside)
     if inside and outside:
-        value = auroc([item.confidence for item in inside], [item.confidence for item in outside])
-        table.add_row("AUROC of the confidence", f"{value:.3f}")
+        values = ([item.confidence for item in group] for group in (inside, outside))
+        measures[_AUROC] = auroc(*values)
+    return measures
+
+
+def _table_of(measures: Mapping[str, float], title: str) -> Table:
+    table = Table("measure", "value", title=title)
+    for name, value in measures.items():
+        table.add_row(name, f"{value:.3f}" if name == _AUROC else f"{value:.1%}")
     return table
 
 

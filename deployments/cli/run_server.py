@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from deployments.auth.key_file import keys_of
 from deployments.cli.check_adapter import folder_problem
-from deployments.cli.client import ServerFailed, out, show_error
+from deployments.cli.client import DEFAULT_URL, ServerFailed, out, show_error
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.errors import ProxyUnsafe
+from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
 
 _READY_TIMEOUT_S = 600.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def run_server(config: Path | None, preload: list[Path], host: str, port: int, metrics_port: int | None = None) -> int:
-    """Run the server until interrupted. Return the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+def run_server(
+    config: Path | None,
+    changes: JsonObject,
+    host: str,
+    port: int,
+    metrics_port: int | None = None,
+    *,
+    is_verbose: bool = False,
+) -> int:
+    """Run the server until interrupted. `changes` override the settings of the file. Return the exit code."""
+    level = logging.INFO if is_verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # polls of /ready are not worth a line
     try:
-        settings = load_config(config, **({"preload": preload} if preload else {}))
+        settings = load_config(config, **changes)
         for path in settings.preload:
             if not adapter_folders(path):
                 return _fail(f"preload: {folder_problem(path)}")
         keys_of(settings)  # an unusable keys file stops the start here
-        _serve(Server(settings, host=host, port=port, metrics_port=metrics_port), settings, host)
+        server = Server(settings, host=host, port=port, metrics_port=metrics_port, is_verbose=is_verbose)
+        _serve(server, settings, host)
     except (ServerFailed, ProxyUnsafe, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
@@ -50,7 +64,30 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         out.print(template_note(settings), markup=False)
         out.print(access_note(settings, host), markup=False)
         out.print(ports_note(settings), markup=False)
+        for line in next_steps(url, settings):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
         server.wait_for_interrupt()
+
+
+def print_settings(config: Path | None, changes: JsonObject) -> int:
+    """Print the settings in use as YAML. A secret is masked. Return the exit code."""
+    try:
+        settings = load_config(config, **changes)
+    except (ValueError, OSError) as exc:
+        return _fail(str(exc))
+    sys.stdout.write(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return 0
+
+
+def next_steps(url: str, settings: AppConfig) -> list[str]:
+    """Return three lines that say what to do with a server that just started."""
+    options = "" if url == DEFAULT_URL else f" --url {url}"
+    options += " --key KEY" if settings.has_keys else ""
+    return [
+        f"console:  {url}",
+        f'ask:      loraretriever ask "a prompt"{options}',
+        f"publish:  loraretriever publish FOLDER{options}",
+    ]
 
 
 def template_note(settings: AppConfig) -> str:

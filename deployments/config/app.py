@@ -158,6 +158,7 @@ class AppConfig(_Settings):
         """Refuse old names. With keys, protect tenants: a publisher could attract the `auto` requests of others."""
         if isinstance(settings, dict):
             refuse_renamed(settings)
+            settings = settings | _scaling_groups(cls, settings)
         if isinstance(settings, dict) and settings.get("keys_file") is not None:
             return {"public_requires_approval": True, "owner_names": True} | settings
         return settings
@@ -277,6 +278,11 @@ class AppConfig(_Settings):
             raise ValueError(f"{path}: cannot be read: {exc.strerror}") from exc
         return path
 
+    @field_validator("cache_dir")
+    @classmethod
+    def _with_home(cls, path: Path) -> Path:
+        return path.expanduser()
+
     @field_validator("keys_file")
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
@@ -391,3 +397,15 @@ class AppConfig(_Settings):
             device_share=share,
             **settings,
         )
+
+
+def _scaling_groups(model: type[AppConfig], settings: JsonObject) -> JsonObject:
+    """Return the scaling groups with the defaults that they leave. `device: cuda` implies the GPUs of a worker."""
+    defaults = {name: field.default for name, field in model.model_fields.items()}
+    groups = {name: default for name, default in defaults.items() if isinstance(default, ScalingSettings)}
+    given = {name: settings.get(name, {}) for name in groups}
+    found = {name: groups[name].changed(group) for name, group in given.items() if isinstance(group, dict)}
+    worker = settings.get("worker")
+    if isinstance(worker, dict) and worker.get("device") == "cuda" and "worker_scaling" in found:
+        found["worker_scaling"].setdefault("num_gpus", worker.get("tensor_parallel_size", 1))
+    return found

@@ -14,15 +14,24 @@ from deployments.json_types import JsonObject
 
 
 def load_config(path: Path | None, **changes: Any) -> AppConfig:
-    """Return the settings of the YAML file, overridden by `changes`.
+    """Return the settings of the YAML file, overridden by `changes`. A change of a group leaves its other settings.
 
     Raises: SettingsInvalid, a ValueError with one line for each mistake; OSError.
     """
     settings = {} if path is None else _read_yaml(path)
     try:
-        return AppConfig.model_validate(settings | changes)
+        return AppConfig.model_validate(_merged(settings, changes))
     except ValidationError as exc:
         raise settings_error(path, AppConfig, exc) from exc
+
+
+def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:
+    groups = {name: old | changes[name] for name, old in settings.items() if _are_groups(old, changes.get(name))}
+    return settings | changes | groups
+
+
+def _are_groups(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _read_yaml(path: Path) -> JsonObject:

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from deployments.json_types import JsonObject
+from deployments.json_types import JsonMapping, JsonObject
 
 
 class ScalingSettings(BaseModel):
@@ -35,6 +35,10 @@ class ScalingSettings(BaseModel):
     metrics_interval_s: float = Field(default=5, gt=0)  # maximum age of a load report
     health_check_period_s: float = Field(default=10, gt=0)  # maximum delay before Serve replaces a dead replica
     graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # time for a removed replica to end its streams
+
+    def changed(self, given: JsonMapping) -> JsonObject:
+        """Return the settings that differ from the class's defaults, overridden by `given`."""
+        return {name: getattr(self, name) for name in self.model_fields_set} | dict(given)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

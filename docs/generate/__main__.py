@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import filled, pages_with_blocks
+from docs.generate.settings_files import example, schema
 
 DOCS = Path(__file__).parent.parent
+FILES: Mapping[Path, Callable[[], str]] = {
+    DOCS.parent / "examples" / "settings.example.yaml": example,
+    DOCS / "reference" / "settings.schema.json": schema,
+}
 
 
 def stale_pages(*, write: bool) -> list[Path]:
-    """Return the pages whose generated blocks differ from the code. With `write` they are updated."""
+    """Return the generated files, and the pages whose generated blocks differ from the code. `write`: update them."""
     stale = []
-    for path in pages_with_blocks(DOCS):
-        page = path.read_text(encoding="utf-8")
-        wanted = filled(page, BLOCKS)
+    for path in [*pages_with_blocks(DOCS), *FILES]:
+        page = path.read_text(encoding="utf-8") if path.exists() else ""
+        wanted = FILES[path]() if path in FILES else filled(page, BLOCKS)
         if wanted != page:
             stale.append(path)
             if write:

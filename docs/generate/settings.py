@@ -11,10 +11,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deployments.config.app import AppConfig
+from pydantic import TypeAdapter
+
+from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.scaling.settings import ScalingSettings
 from docs.generate.markdown import code, table
 from docs.generate.texts import load
 
+_KINDS: Mapping[type, str] = {
+    AppConfig: "top",
+    WorkerSettings: "worker",
+    RetrievalSettings: "retrieval",
+    ScalingSettings: "scaling",
+}
 _HEAD = ("setting", "allowed", "default", "meaning")
 
 
@@ -29,15 +38,14 @@ def settings() -> str:
             top.append(name)
         else:
             groups.setdefault(reference, []).append(name)
-    parts = ["### Top level\n\n" + _table(AppConfig, "top", schema, top, schema)]
+    parts = ["### Top level\n\n" + _table(AppConfig, schema, top, schema)]
     for names in groups.values():
         model = AppConfig.model_fields[names[0]].annotation
         assert model is not None
         part = schema["$defs"][_reference(schema["properties"][names[0]])]
         title = ", ".join(map(code, names))
         text = textwrap.dedent(inspect.getdoc(model) or "").strip()
-        kind = names[0] if len(names) == 1 else "scaling"
-        rows = _table(model, kind, part, list(part["properties"]), schema)
+        rows = _table(model, part, list(part["properties"]), schema)
         parts.append(f"### {title}\n\n{text}\n\n{rows}{_changed(names)}")
     return "\n".join(parts)
 
@@ -51,23 +59,34 @@ def _changed(names: list[str]) -> str:
         if given:
             said = ", ".join(f"`{field}: {_shown(value)}`" for field, value in sorted(given.items()))
             lines.append(f"- Defaults of `{name}` that differ from the table: {said}.")
-    note = "\nA group in the settings file replaces these defaults as a whole.\n" if lines else ""
+    note = "\nA group in the settings file changes only the settings that it names.\n" if lines else ""
     return ("\n" + "\n".join(lines) + "\n" if lines else "") + note
 
 
-def _table(model: type, kind: str, part: Mapping[str, Any], names: list[str], schema: Mapping[str, Any]) -> str:
-    comments, texts = comments_of(model), load("settings")[kind]
+def _table(model: type, part: Mapping[str, Any], names: list[str], schema: Mapping[str, Any]) -> str:
+    meanings = meanings_of(model)
     properties = part["properties"]
     rows = [
         (
             code(name),
             _allowed(properties[name], schema),
             _default(properties[name], name in part.get("required", ())),
-            properties[name].get("description") or comments.get(name) or texts[name],
+            meanings[name],
         )
         for name in names
     ]
     return table(_HEAD, rows)
+
+
+def meanings_of(model: type) -> dict[str, str]:
+    """Return the meaning of each setting that is no group: a description, comments in the source, or a separate text.
+
+    Raises: KeyError for a setting without any.
+    """
+    comments, texts = comments_of(model), load("settings")[_KINDS[model]]
+    described = TypeAdapter(model).json_schema()["properties"]
+    single = {name: field for name, field in described.items() if _reference(field) is None}
+    return {name: field.get("description") or comments.get(name) or texts[name] for name, field in single.items()}
 
 
 def comments_of(model: type) -> dict[str, str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.api.responses_request import ResponsesRequest
 from deployments.config.app import AppConfig
-from docs.generate import clients, error_codes, metrics, request_fields
+from docs.generate import clients, error_codes, metrics, request_fields, settings_files
 from docs.generate.__main__ import DOCS, stale_pages
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import block_names, filled, pages_with_blocks, table
@@ -19,7 +22,7 @@ from docs.generate.texts import load
 
 
 def test_no_generated_page_is_out_of_date() -> None:
-    stale = [str(path.relative_to(DOCS)) for path in stale_pages(write=False)]
+    stale = [str(path.relative_to(DOCS.parent)) for path in stale_pages(write=False)]
     assert not stale, "run python -m docs.generate"
 
 
@@ -91,3 +94,24 @@ def test_a_test_of_a_client_without_a_docstring_is_refused(tmp_path: Path) -> No
     path.write_text('"""X"""\ndef test_chat() -> None: ...\n')
     with pytest.raises(ValueError, match="test_chat needs a docstring"):
         clients._row(path)
+
+
+def test_the_example_holds_every_default(tmp_path: Path) -> None:
+    text = settings_files.example()
+    assert yaml.safe_load(text) is None
+    lines = [line.removeprefix("# ") for line in text.splitlines()[3:] if line.startswith("# ")]
+    settings = yaml.safe_load("\n".join(lines).replace("~/", f"{Path.home()}/"))
+    assert settings.keys() == AppConfig.model_fields.keys()
+    assert AppConfig.model_validate(settings) == AppConfig()
+    assert len([line for line in text.splitlines() if line.startswith("## ")]) > 90
+
+
+def test_the_schema_accepts_the_defaults_and_refuses_unknown_settings() -> None:
+    schema = json.loads(settings_files.schema())
+    check = jsonschema.Draft202012Validator(schema)
+    assert str(Path.home()) not in json.dumps(schema)
+    assert check.is_valid({"worker": {"device": "cuda"}, "worker_scaling": {"num_gpus": 1}, "retrieval": {"k": 2}})
+    assert not check.is_valid({"wroker": {}})
+    assert not check.is_valid({"worker": {"max_batch": 8}})
+    assert not check.is_valid({"retrieval": {"k": 99}})
+    assert all("description" in setting for setting in schema["$defs"]["WorkerSettings"]["properties"].values())

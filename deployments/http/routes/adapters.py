@@ -86,12 +86,14 @@ async def loras(
     services: AnyServices,
     caller: AnyCaller,
     search: Annotated[str, Query(max_length=256)] = "",
+    tag: Annotated[list[str] | None, Query(max_length=MAX_TAGS, description="has all of these tags")] = None,
+    owner: Annotated[str | None, Query(max_length=64, description="belongs to this tenant")] = None,
     after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
 ) -> AdapterList:
-    """Return a page of the adapters that the caller may use and that match all words of `search`, and their number."""
-    wanted = PageRequest(limit, after, words=search)
+    """Return a page of the adapters that the caller may use and that pass the filters, and their number."""
+    wanted = PageRequest(limit, after, owner=owner, tags=tuple(tag or ()), words=search)
     page = await services.retriever.page(caller.tenant, wanted, min_generation)
     records = [record for _, record in page.rows]
     counted = {"generation": page.generation, "total": page.num_found}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.deployments.listening import listener
 from tests.deployments.scripted import run, scripted, words
@@ -175,3 +176,45 @@ def test_the_commands_start_without_the_servers_packages() -> None:
     script = f"import sys, deployments.cli.main; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_chat_sends_every_turn_and_starts_again_on_demand() -> None:
+    lora = {"strategy": "base", "adapters": []}
+    answers = [(200, events_of(delta("", lora=lora), delta(text))) for text in ("Hello", "Two", "Anew")]
+    with scripted(*answers) as server:
+        typed = "Hi\n\nMore\n/new\nAgain\n/exit\nnever sent\n"
+        result = run("chat", "--system", "Be brief.", "--k", 2, "--url", server.url, input=typed)
+    assert (result.exit_code, result.stdout) == (0, "Hello\nTwo\nAnew\n")
+    said = [[message["content"] for message in sent["messages"]] for sent in server.sent]
+    assert said == [["Be brief.", "Hi"], ["Be brief.", "Hi", "Hello", "More"], ["Be brief.", "Again"]]
+    assert [sent["lora"] for sent in server.sent] == [{"k": 2}] * 3
+
+
+def test_chat_prints_all_messages_as_json_at_the_end() -> None:
+    lora = {"strategy": "base", "adapters": []}
+    with scripted((200, events_of(delta("", lora=lora), delta("Hello")))) as server:
+        result = run("chat", "--json", "--url", server.url, input="Hi\n")
+    assert [m["content"] for m in json.loads(result.stdout)["messages"]] == ["Hi", "Hello"]
+
+
+def test_serve_prints_the_settings_in_use(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("api_key: a-long-secret\nworker: {max_batch_size: 8}\nretrieval: {k: 2}\n")
+    options = ("--base-model", "far/model", "--device", "cuda", "--template", "chat", "--store", tmp_path / "pool")
+    result = run("serve", "--config", file, *options, "--print-config")
+    printed = yaml.safe_load(result.stdout)
+    assert (printed["base_model"], printed["template"]) == ("far/model", "chat")
+    assert printed["store_uri"].endswith(f"{tmp_path}/pool")
+    assert (printed["worker"]["device"], printed["worker"]["max_batch_size"]) == ("cuda", 8)
+    assert (printed["worker_scaling"]["num_gpus"], printed["worker_scaling"]["max_ongoing_requests"]) == (1, 2112)
+    assert "a-long-secret" not in result.stdout
+    assert run("serve", "--template", "jinja", "--print-config").exit_code == 1
+
+
+def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
+    found = run("check", folder, "--config", config, "--json")
+    assert json.loads(found.stdout) == {"name": "poet", "is_fit": True, "num_modules": 1, "num_samples": 2}
+    (folder / "adapter_model.safetensors").unlink()
+    refused = run("check", folder, "--config", config, "--json")
+    outcome = json.loads(refused.stdout)
+    assert (refused.exit_code, outcome["is_fit"], len(outcome["reasons"])) == (1, False, 1)

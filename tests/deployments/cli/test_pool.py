@@ -144,3 +144,32 @@ def test_a_failing_job_prints_the_reason(command: tuple[str, ...], status: int, 
         result = run(*command, "--url", server.url)
     assert result.exit_code == 1
     assert said in words(result.stderr)
+
+
+def test_list_sends_its_filters() -> None:
+    page = {"generation": 4, "data": [ROW], "last_id": "poet", "has_more": False}
+    with scripted((200, page)) as server:
+        result = run("list", "--tag", "fun", "--tag", "short", "--owner", "acme", "--url", server.url)
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras?after=&owner=acme&tag=fun&tag=short")])
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (("rollback", "poet"), {"name": "poet", "digest": "d" * 64, "generation": 5}),
+        (("visibility", "poet", "private"), {"name": "poet", "visibility": "private", "generation": 5}),
+        (("approve", "poet", "--digest", "d" * 64), {"name": "poet", "digest": "d" * 64, "generation": 5}),
+        (("gc",), {"num_blobs": 1, "num_projections": 0, "num_bytes": 9}),
+    ],
+)
+def test_changes_print_the_answer_as_json(said: tuple[str, ...], answer: dict[str, Any]) -> None:
+    with scripted((200, answer)) as server:
+        result = run(*said, "--json", "--url", server.url)
+    assert (result.exit_code, json.loads(result.stdout)) == (0, answer)
+
+
+def test_withdraw_prints_every_outcome_as_json() -> None:
+    with scripted((404, refusal("no poet")), (200, {"generation": 5})) as server:
+        result = run("withdraw", "poet", "bard", "--json", "--url", server.url)
+    rows = [{"name": "poet", "error": {"message": "no poet"}}, {"name": "bard", "generation": 5}]
+    assert (result.exit_code, json.loads(result.stdout)) == (1, {"data": rows})

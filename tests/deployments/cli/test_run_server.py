@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from deployments.cli.run_server import access_note, ports_note, run_server, template_note
+from deployments.cli.local_server import Server
+from deployments.cli.run_server import access_note, next_steps, ports_note, run_server, template_note
 from deployments.config.app import AppConfig
 
 
@@ -57,5 +59,21 @@ def test_an_unusable_keys_file_stops_the_start(
     if content is not None:
         keys.write_text(content)
     settings.write_text(yaml.safe_dump({"keys_file": str(keys)}))
-    assert run_server(settings, [], "127.0.0.1", 0) == 1
+    assert run_server(settings, {}, "127.0.0.1", 0) == 1
     assert "keys.yaml" in "".join(capsys.readouterr().err.split())
+
+
+def test_the_start_ends_with_three_next_steps() -> None:
+    assert next_steps("http://127.0.0.1:8000", AppConfig()) == [
+        "console:  http://127.0.0.1:8000",
+        'ask:      loraretriever ask "a prompt"',
+        "publish:  loraretriever publish FOLDER",
+    ]
+    elsewhere = next_steps("http://127.0.0.1:9000", AppConfig(api_key="one-secret"))
+    assert elsewhere[1] == 'ask:      loraretriever ask "a prompt" --url http://127.0.0.1:9000 --key KEY'
+
+
+def test_a_quiet_start_keeps_rays_reports_to_itself() -> None:
+    server = Server(AppConfig(), port=1, is_verbose=False)
+    assert server.ray_log_level == logging.ERROR
+    assert Server(AppConfig(), port=1).ray_log_level == logging.INFO

@@ -329,3 +329,18 @@ def test_a_chat_template_that_cannot_be_used_stops_the_start(tmp_path: Path, sou
         path.write_text(source)
     with pytest.raises(ValueError, match=r"chat_template\n.*own\.jinja"):
         AppConfig(chat_template=path)
+
+
+def test_a_scaling_group_changes_only_what_it_names() -> None:
+    config = AppConfig.model_validate({"worker_scaling": {"max_replicas": 3}, "store_scaling": {"num_cpus": 2}})
+    default = AppConfig().worker_scaling
+    assert config.worker_scaling == default.model_copy(update={"max_replicas": 3})
+    assert (config.store_scaling.num_cpus, config.store_scaling.max_ongoing_requests) == (2, 64)
+
+
+def test_cuda_implies_the_gpus_of_a_worker() -> None:
+    assert AppConfig.model_validate({"worker": {"device": "cuda"}}).worker_scaling.num_gpus == 1
+    two = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}
+    assert AppConfig.model_validate({"worker": two}).worker_scaling.num_gpus == 2
+    half = {"worker": {"device": "cuda"}, "worker_scaling": {"num_gpus": 0.5}}
+    assert AppConfig.model_validate(half).worker_scaling.num_gpus == 0.5
