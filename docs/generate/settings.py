@@ -79,7 +79,7 @@ def _table(model: type, part: Mapping[str, Any], names: list[str], schema: Mappi
 
 
 def meanings_of(model: type) -> dict[str, str]:
-    """Return the meaning of each setting that is not a group: a description, comments in the source, or a separate text.
+    """Return the meaning of each setting that is not a group: a description, comments in the source, or a text.
 
     Raises: KeyError for a setting without any.
     """
