@@ -94,7 +94,7 @@ class Ingress:
         with self.services.metrics.record_call(RequestContext(uuid.uuid4().hex, "stream")) as context:
             request, completions = parse(request), self.services.completions
             started = await completions.start(request, caller, context)
-            async with aclosing(completions.stream(started, include_usage=request.include_usage)) as chunks:
+            async with aclosing(completions.stream(started)) as chunks:
                 async for chunk in chunks:
                     if chunk is not None:
                         yield chunk

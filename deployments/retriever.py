@@ -118,7 +118,9 @@ class RetrieverDeployment:
             self._metrics.record_route(answer)
         if failed := [answer for answer in answers if isinstance(answer, RetrieverError)]:
             raise failed[0]
-        return await self._explained(requests, encoded, [answer for answer in answers if isinstance(answer, Route)])
+        routes = [answer for answer in answers if isinstance(answer, Route)]
+        wants_samples = any(request.shows_samples for request in requests)
+        return await self._explained(requests, encoded, routes) if wants_samples else routes
 
     async def _explained(
         self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded], routes: list[Route]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.errors import RequestInvalid
 from deployments.field_problems import did_you_mean
+from deployments.json_types import JsonMapping
 from retriever_svc import Abstain, PinnedAdapter, Weighting
 
 MAX_TEXT_CHARS = 4 << 20  # characters of any text, prompts included; no body is larger
@@ -98,6 +99,7 @@ HARMLESS: Passing = {
     "typical_p": (1, 1.0),
     "verbosity": ("medium",),
 }
+TOOLS_AND_CHOICES = {"tools": "tool_choice", "functions": "function_call"}
 _WHAT = {
     "functions": "functions: use tools",
     "function_call": "function_call: use tools and tool_choice, and tool_calls in messages",
@@ -283,13 +285,17 @@ def options_of_path(path: str | None, asked: LoraOptions) -> LoraOptions:
     return asked.model_copy(update={"adapters": [AdapterChoice(name=path)], "strategy": "selection"})
 
 
-def without_unserved(data: object, known: Mapping[str, tuple[object, ...]]) -> object:
+def without_declined(data: JsonMapping, choices: Mapping[str, str]) -> JsonMapping:
+    """Return `data` without lists that are empty or declined: by `none` in the other field of `choices`."""
+    declined = {name for name, choice in choices.items() if data.get(choice) == "none" or data.get(name) == []}
+    return {name: value for name, value in data.items() if name not in declined} if declined else data
+
+
+def without_unserved(data: JsonMapping, known: Passing) -> JsonMapping:
     """Return `data` without the fields that request nothing.
 
     Raises: PydanticCustomError for the first field of `known` that requests more.
     """
-    if not isinstance(data, dict):
-        return data
     for name, nothing in known.items():
         if name in data and data[name] is not None and not _asks_nothing(data[name], nothing):
             raise unsupported(name, _WHAT.get(name, "it"))
@@ -314,15 +320,21 @@ class TolerantRequest(ApiRequest):
 
     Clients of the OpenAI API send fields of other servers and of their own. Values are dropped at once; of each object
     a bounded number of names is kept, and each is cut to a bounded length.
+    `not_served`: fields that are refused; see `without_unserved`. `declines`: see `without_declined`.
     """
 
     model_config = ConfigDict(extra="allow")
+    not_served: ClassVar[Passing | None] = None
+    declines: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _within_bounds(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
+        data = without_declined(data, cls.declines)
+        if cls.not_served is not None:
+            data = without_unserved(data, cls.not_served)
         given = {key: value for key, value in data.items() if value is not None}
         keys = cls.keys()
         unknown = [_shown(key) for key in given if key not in keys]

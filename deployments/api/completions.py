@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from deployments.api import error_table
 from deployments.api.base import (
@@ -15,6 +15,7 @@ from deployments.api.base import (
     MAX_TEXT_CHARS,
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
+    TOOLS_AND_CHOICES,
     AdapterName,
     ApiRequest,
     LoraOptions,
@@ -24,24 +25,22 @@ from deployments.api.base import (
     at_most,
     options_of_path,
     problem,
-    without_unserved,
 )
 from deployments.api.messages import (
     MAX_TOOLS,
     ChatMessage,
     Tool,
     ToolChoice,
-    as_choice,
     check_results,
     check_tools,
+    question_text,
     tools_of,
     turns_of,
-    without_declined,
+    word_or,
 )
 from deployments.api.structured import ResponseFormat, StructuredOutputs
 from deployments.json_types import JsonMapping
 from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import (
     MAX_BIASED_IDS,
     MAX_LOGPROBS,
@@ -91,6 +90,7 @@ class Question:
 
     `text`: the text that retrieves them; None for token ids, whose text is known after a Worker has decoded them.
     `alias`: the field of another server's API that named adapters; with it `model` may be the base model.
+    `tools`: the functions that its answer may call.
     """
 
     prompt: AnyPrompt
@@ -98,6 +98,7 @@ class Question:
     model: str
     lora: LoraOptions
     alias: str | None = None
+    tools: Tools | None = None
 
 
 def _as_list(value: object) -> object:
@@ -122,8 +123,6 @@ class StreamOptions(TolerantRequest):
 
 class GenerationRequest(TolerantRequest):
     """Shared fields of chat and text completions."""
-
-    not_served: ClassVar[Passing]
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     lora: LoraOptions = LoraOptions()
@@ -156,18 +155,15 @@ class GenerationRequest(TolerantRequest):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: object) -> object:
-        return without_unserved(data, cls.not_served)
-
     @model_validator(mode="after")
     def _one_way_to_name_adapters(self) -> Self:
         aliases = [name for name in ("merged_adapters", "lora_path") if getattr(self, name) is not None]
+        if not aliases:
+            return self
         ways = [*aliases, *([f"lora.{self.lora.names_adapters}"] if self.lora.names_adapters else [])]
         if len(ways) > 1:
             raise problem(ways[0], f"{ways[1]} names the adapters too")
-        if aliases and self.lora.strategy is not None:
+        if self.lora.strategy is not None:
             raise problem("lora.strategy", f"{aliases[0]} has a strategy of its own")
         return self
 
@@ -238,14 +234,14 @@ class GenerationRequest(TolerantRequest):
     def questions(self) -> list[Question]:
         """Return one question per prompt, in order."""
 
-    def _question(self, place: int, prompt: AnyPrompt, text: str | None) -> Question:
+    def _options(self, place: int) -> tuple[LoraOptions, str | None]:
+        """Return the options of the prompt at `place`, and the field of another API that they come from."""
         if self.merged_adapters is not None:
-            options = self.merged_adapters.options(self.lora)
-            return Question(prompt, text, self.model, options, "merged_adapters")
+            return self.merged_adapters.options(self.lora), "merged_adapters"
         if self.lora_path is not None:
             path = self.lora_path if isinstance(self.lora_path, str) else self.lora_path[place]
-            return Question(prompt, text, self.model, options_of_path(path, self.lora), "lora_path")
-        return Question(prompt, text, self.model, self.lora)
+            return options_of_path(path, self.lora), "lora_path"
+        return self.lora, None
 
     def _check_paths(self, num_prompts: int) -> None:
         if isinstance(self.lora_path, list) and len(self.lora_path) != num_prompts:
@@ -256,32 +252,26 @@ class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`"""
 
     not_served: ClassVar[Passing] = NOT_SERVED_IN_CHAT
+    declines: ClassVar[Mapping[str, str]] = TOOLS_AND_CHOICES
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage],
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
+        AfterValidator(check_results),
+    ]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
-    tool_choice: (
-        Annotated[
-            ToolChoice,
-            BeforeValidator(as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice),
-        ]
-        | None
-    ) = None
+    tool_choice: Annotated[ToolChoice, word_or(ToolChoice)] | None = None
     parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_declined(cls, data: object) -> object:
-        return without_declined(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise problem("top_logprobs", "goes with logprobs: true only")
-        check_results(self.messages)
-        check_tools([tool.function.name for tool in self.tools or ()], self.tool_choice)
+        if self.tools is not None or self.tool_choice is not None:
+            check_tools([tool.function.name for tool in self.tools or ()], self.tool_choice)
         self._check_paths(1)
         return self
 
@@ -301,13 +291,9 @@ class ChatCompletionRequest(GenerationRequest):
 
     def questions(self) -> list[Question]:
         """Return the conversation as one question."""
+        (options, alias), tools = self._options(0), self.used_tools()
         turns = turns_of(self.messages)
-        return [self._question(0, turns, question_text(turns))]
-
-
-def question_text(turns: Sequence[Message]) -> str:
-    """Return the last user message of a conversation, or its last message if no user speaks in it."""
-    return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
+        return [Question(turns, question_text(turns), self.model, options, alias, tools)]
 
 
 class CompletionRequest(GenerationRequest):
@@ -344,12 +330,14 @@ class CompletionRequest(GenerationRequest):
         return self.prompt_logprobs if echoed is None else max(echoed, self.prompt_logprobs or 0)
 
     def questions(self) -> list[Question]:
-        return [
-            self._question(place, prompt, prompt)
-            if isinstance(prompt, str)
-            else self._question(place, TokenIds(tuple(prompt)), None)
-            for place, prompt in enumerate(self.prompt)
-        ]
+        questions = []
+        for place, prompt in enumerate(self.prompt):
+            options, alias = self._options(place)
+            if isinstance(prompt, str):
+                questions.append(Question(prompt, prompt, self.model, options, alias))
+            else:
+                questions.append(Question(TokenIds(tuple(prompt)), None, self.model, options, alias))
+        return questions
 
 
 class RouteQuery(ApiRequest):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from typing_extensions import TypedDict
 
 from deployments.api.base import (
@@ -17,7 +17,6 @@ from deployments.api.base import (
     Passing,
     TolerantRequest,
     unsupported,
-    without_unserved,
 )
 
 MAX_INPUTS = 256
@@ -35,6 +34,8 @@ def _as_texts(value: object) -> object:
 class EmbeddingsRequest(TolerantRequest):
     """`POST /v1/embeddings`"""
 
+    not_served: ClassVar[Passing] = NOT_SERVED_IN_EMBEDDINGS
+
     model: str = Field(min_length=1, max_length=256)
     input: Annotated[
         list[Text],
@@ -43,11 +44,6 @@ class EmbeddingsRequest(TolerantRequest):
     ]
     encoding_format: Literal["float", "base64"] = "float"
     user: Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: object) -> object:
-        return without_unserved(data, NOT_SERVED_IN_EMBEDDINGS)
 
 
 class EmbeddingObject(TypedDict):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from deployments.api.base import (
     MAX_LABEL_CHARS,
@@ -14,10 +14,10 @@ from deployments.api.base import (
     NOT_SERVED_IN_MESSAGES,
     PARTS,
     ROLES,
+    Passing,
     TolerantRequest,
     problem,
     unsupported,
-    without_unserved,
 )
 from deployments.api.structured import Schema
 from deployments.field_problems import did_you_mean
@@ -66,6 +66,8 @@ class ToolCallGiven(TolerantRequest):
 
 
 class ChatMessage(TolerantRequest):
+    not_served: ClassVar[Passing] = NOT_SERVED_IN_MESSAGES
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[TextPart],
@@ -81,7 +83,7 @@ class ChatMessage(TolerantRequest):
     def _supported(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("role") in ROLES:
             raise unsupported("role", f"messages of role {data['role']!r}: use role 'tool'")
-        return without_unserved(data, NOT_SERVED_IN_MESSAGES)
+        return data
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -105,13 +107,14 @@ class ChatMessage(TolerantRequest):
         return Message(role, self.text, tuple(calls))
 
 
-def check_results(messages: Sequence[ChatMessage]) -> None:
+def check_results(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Refuse a result without its call. Raises: PydanticCustomError."""
     known: set[str] = set()
     for place, message in enumerate(messages):
         if message.tool_call_id is not None and message.tool_call_id not in known:
-            raise problem(f"messages.{place}.tool_call_id", "no message before this one has a call with this id")
+            raise problem(f"{place}.tool_call_id", "no message before this one has a call with this id")
         known |= {call.id for call in message.tool_calls or ()}
+    return messages
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
@@ -123,6 +126,11 @@ def turns_of(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
             turns[place] = Message("tool", message.text, (), call_id, names.get(call_id, ""))
         names |= {call.id: call.name for call in turns[place].tool_calls}
     return tuple(turns)
+
+
+def question_text(turns: Sequence[Message]) -> str:
+    """Return the last user message of a conversation, or its last message if no user speaks in it."""
+    return next((turn.content for turn in reversed(turns) if turn.role == "user"), turns[-1].content)
 
 
 class FunctionDefinition(TolerantRequest):
@@ -151,9 +159,13 @@ class ChosenFunction(TolerantRequest):
     name: Label
 
 
-def as_choice(value: object) -> object:
-    """Return a choice that is a word as an object."""
-    return {"type": value} if isinstance(value, str) else value
+def word_or(choice: type[BaseModel]) -> BeforeValidator:
+    """Accept a word in place of a `choice` of this type without a function."""
+
+    def as_choice(value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+    return BeforeValidator(as_choice, json_schema_input_type=Literal["none", "auto", "required"] | choice)
 
 
 class ToolChoice(TolerantRequest):
@@ -167,13 +179,6 @@ class ToolChoice(TolerantRequest):
         if (self.function is not None) != (self.type == "function"):
             raise problem("function", f"goes with type 'function', and with it only; type is {self.type!r}")
         return self
-
-
-def without_declined(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request without the tools that it declines, and without an empty list of tools."""
-    pairs = (("tools", "tool_choice"), ("functions", "function_call"))
-    declined = {name for name, choice in pairs if data.get(choice) == "none" or data.get(name) == []}
-    return {name: value for name, value in data.items() if name not in declined}
 
 
 def check_tools(names: Sequence[str], choice: ToolChoice | None, field: str = "function.name") -> None:

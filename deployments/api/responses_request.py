@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -12,18 +12,13 @@ from deployments.api.base import (
     INPUT_PARTS,
     ITEMS,
     NOT_SERVED_IN_RESPONSES,
+    TOOLS_AND_CHOICES,
     Passing,
     TolerantRequest,
     problem,
     unsupported,
-    without_unserved,
 )
-from deployments.api.completions import (
-    MAX_MESSAGES,
-    GenerationRequest,
-    Question,
-    question_text,
-)
+from deployments.api.completions import MAX_MESSAGES, GenerationRequest, Question
 from deployments.api.messages import (
     MAX_PARTS,
     MAX_TOOLS,
@@ -33,10 +28,10 @@ from deployments.api.messages import (
     Label,
     Text,
     ToolChoice,
-    as_choice,
     check_tools,
+    question_text,
     tools_of,
-    without_declined,
+    word_or,
 )
 from deployments.api.structured import TextFormat
 from deployments.json_types import JsonMapping, JsonObject
@@ -186,18 +181,16 @@ Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class TextOptions(TolerantRequest):
-    format: TextFormat | None = None
+    not_served: ClassVar[Passing] = {}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: object) -> object:
-        return without_unserved(data, {})
+    format: TextFormat | None = None
 
 
 class ResponsesRequest(GenerationRequest):
     """`POST /v1/responses`"""
 
     not_served: ClassVar[Passing] = NOT_SERVED_IN_RESPONSES
+    declines: ClassVar[Mapping[str, str]] = TOOLS_AND_CHOICES
 
     input: Annotated[
         list[InputItem],
@@ -212,19 +205,8 @@ class ResponsesRequest(GenerationRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     n: Literal[1] = 1
     tools: Annotated[list[ResponsesTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
-    tool_choice: (
-        Annotated[
-            ResponsesChoice,
-            BeforeValidator(as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ResponsesChoice),
-        ]
-        | None
-    ) = None
+    tool_choice: Annotated[ResponsesChoice, word_or(ResponsesChoice)] | None = None
     parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_declined(cls, data: object) -> object:
-        return without_declined(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -235,6 +217,11 @@ class ResponsesRequest(GenerationRequest):
         check_tools([tool.name for tool in self.tools or ()], self._choice, "name")
         self._check_paths(1)
         return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage: the last event of a response has it always."""
+        return True
 
     @property
     def _choice(self) -> ToolChoice | None:
@@ -288,4 +275,5 @@ class ResponsesRequest(GenerationRequest):
         turns = turns_of_items(self.input)
         if self.instructions is not None:
             turns = (Message("system", self.instructions), *turns)
-        return [self._question(0, turns, question_text(turns))]
+        options, alias = self._options(0)
+        return [Question(turns, question_text(turns), self.model, options, alias, self.used_tools())]

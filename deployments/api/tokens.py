@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
-from deployments.api.base import LoraOptions, Passing, TolerantRequest, problem, without_unserved
+from deployments.api.base import LoraOptions, Passing, TolerantRequest, problem
 from deployments.api.completions import MAX_MESSAGES, Ids, Question, Text
 from deployments.api.messages import ChatMessage
 from gpu_worker.request.request import Tokenized
@@ -23,16 +23,13 @@ NOT_SERVED_IN_TOKENIZE: Passing = {
 class TokenizeRequest(TolerantRequest):
     """`POST /tokenize`: a text or a conversation."""
 
+    not_served: ClassVar[Passing] = NOT_SERVED_IN_TOKENIZE
+
     model: str = Field(default="auto", min_length=1, max_length=256)
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data: object) -> object:
-        return without_unserved(data, NOT_SERVED_IN_TOKENIZE)
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:

@@ -58,11 +58,10 @@ class PartPlanner:
         config, tenant = self._settings.config, self._settings.tenant
         try:
             request = request_of(body)
-            questions = request.questions()
-            request.sampling()
+            sampling, questions = request.sampling(), request.questions()
             check_limits(request, questions, config)
             planned = await self._planner.plan(questions[0], tenant)
-            [job] = jobs_of(f"row-{number}", request, questions, [planned], config.template)
+            [job] = jobs_of(f"row-{number}", sampling, questions, [planned], config.template)
         except Exception as exc:
             return Asked(error=error_table.describe(exc)[1]["error"])
         return Asked(planned, replace(job, tenant=tenant))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -24,12 +24,11 @@ from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Wo
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.app import AppConfig
-from deployments.generation.planner import AUTO, Planner, check_limits, check_prompt, prompt_tokens, work_of
+from deployments.generation.planner import AUTO, Planner, check_limits, check_prompt, prompt_tokens
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
-from deployments.observability.tracing import tracer
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
-from gpu_worker.request.request import Completion, Delta, Job, TokenIds, Tokenized
+from gpu_worker.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 from retriever_svc.encoder import tokens_read
 
 WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
@@ -78,6 +77,7 @@ class RowStream:
     """One row of a request: its job, its charge, and its time limit."""
 
     worker: WorkerClient
+    gate: WorkerGate
     job: Job
     index: int  # index of the row in the answer
     question: int  # index of the prompt in the request
@@ -86,89 +86,73 @@ class RowStream:
     deadline: float
     limits: StreamLimits
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta | None]]:
+    async def deltas(self, restart: Callable[[], None] | None = None) -> AsyncGenerator[tuple[int, Delta | None]]:
         """Yield (index, delta), and (index, None) for each heartbeat. Leaving cancels the job at the Worker.
 
-        A job whose Worker died is sent again, unless a delta was yielded already.
-        Raises: PoisonRequest after the third Worker died, DeadlineExceeded, and what a Worker raises.
+        A job whose Worker died is sent again, and charged in place of the first. Once a delta was yielded, that needs
+        `restart`, which is called before the first delta is yielded again.
+        Raises: PoisonRequest after the third Worker died, DeadlineExceeded, WorkerStarting, and what a Worker raises.
         """
-        failures, has_yielded = AttemptCounter(), False
+        failures, usage, name = AttemptCounter(), self.usage, self.job.request_id
+        last: Delta | None = None
         while True:
-            attempt = _Attempt(self)
+            stream: DeltaStream | None = None
+            has_ended = False
             try:
-                while not isinstance(delta := await attempt.next(), StreamEnd):
-                    has_yielded = has_yielded or delta is not None
+                usage.sent(name, self.question, prompt_tokens(self.job.prompt))
+                async with within(self.deadline):
+                    await self.gate.ready()
+                stream = self.worker.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
+                until = self.deadline + self.limits.grace_s  # the Worker keeps the deadline unless it hangs
+                while not isinstance(delta := await stream.next(until), StreamEnd):
+                    if delta is not None:
+                        last = delta
+                        self.context.record_delta(self.index, delta)
                     yield self.index, delta
+                has_ended = True
                 return
             except Exception as exc:
-                if has_yielded:
+                if isinstance(exc, NO_ROOM):
+                    usage.not_started(name)
+                if last is not None and restart is None:
                     raise
                 failures.add(exc)
+                if restart is not None:
+                    restart()
             finally:
-                attempt.cancel()
+                if stream is None:
+                    usage.not_started(name)
+                elif not has_ended:
+                    stream.cancel()
+                if last is not None:
+                    usage.saw(name, self.question, last.num_prompt_tokens, last.num_new_tokens)
 
     async def collect(self) -> list[Delta]:
         """Return all deltas. A job whose Worker died is sent again, wherever that happened. Raises: as `deltas`."""
-        failures = AttemptCounter()
-        while True:
-            attempt, kept = _Attempt(self), list[Delta]()
-            try:
-                while not isinstance(delta := await attempt.next(), StreamEnd):
-                    if delta is not None:
-                        kept.append(delta)
-                return kept
-            except Exception as exc:
-                failures.add(exc)
-            finally:
-                attempt.cancel()
-
-
-class _Attempt:
-    """One call to a Worker. A repeated call is charged in place of the first."""
-
-    def __init__(self, row: RowStream) -> None:
-        self._row = row
-        self._stream: DeltaStream | None = None
-
-    def cancel(self) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
-
-    async def next(self) -> Delta | StreamEnd | None:
-        """Return the next delta, None for a heartbeat, or the end. Charge and record a delta."""
-        row = self._row
-        if self._stream is None:
-            job = replace(row.job, time_left_s=seconds_until(row.deadline))
-            row.usage.sent(job.request_id, row.question, prompt_tokens(job.prompt))
-            self._stream = row.worker.stream(job)
-        try:
-            delta = await self._stream.next(
-                row.deadline + row.limits.grace_s
-            )  # the Worker keeps the deadline unless it hangs
-        except NO_ROOM:
-            row.usage.not_started(row.job.request_id)
-            raise
-        if isinstance(delta, Delta):
-            row.usage.saw(row.job.request_id, row.question, delta.num_prompt_tokens, delta.num_new_tokens)
-            row.context.record_delta(row.index, delta)
-        return delta
+        kept: list[Delta] = []
+        async with aclosing(self.deltas(restart=kept.clear)) as deltas:
+            async for _, delta in deltas:
+                if delta is not None:
+                    kept.append(delta)
+        return kept
 
 
 def jobs_of(
-    request_id: str, request: GenerationRequest, questions: Sequence[Question], plans: Sequence[Planned], template: str
+    request_id: str,
+    sampling: SamplingParams,
+    questions: Sequence[Question],
+    plans: Sequence[Planned],
+    template: str,
+    num_choices: int = 1,
 ) -> list[Job]:
-    """Return one job per choice: `n` for each prompt, in order. `template` applies where a plan names none.
-
-    Raises: SamplingInvalid.
-    """
-    sampling, tools = request.sampling(), request.used_tools()
+    """Return one job per choice of each question, in order. `template` applies where a plan names none."""
     jobs: list[Job] = []
     for question, planned in zip(questions, plans, strict=True):
-        for choice in range(request.n):
+        for choice in range(num_choices):
             own = sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, choice))
             name = request_id if not jobs else f"{request_id}-{len(jobs)}"
             chosen = planned.plan.template or template
-            jobs.append(Job(name, question.prompt, planned.plan, own, chosen, tools=tools))
+            jobs.append(Job(name, question.prompt, planned.plan, own, chosen, tools=question.tools))
     return jobs
 
 
@@ -217,7 +201,7 @@ class StartedCompletion:
 
     answer: Answer
     rows: Sequence[RowStream]
-    usage: TokenUsage
+    include_usage: bool  # at the end of a stream
     held: ExitStack
 
 
@@ -237,37 +221,39 @@ class CompletionService:
         self._gate, self._worker, self._limits = gate, worker, limits
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
-        """Check and plan the request, and wait for a Worker. Its answer must be collected or streamed afterwards."""
+        """Check and plan the request. Its answer must be collected or streamed afterwards."""
         deadline = deadline_of(context.arrived_at, request.timeout_s, self._config.max_request_s)
-        if self._config.strict_fields:
-            refuse_ignored(request)
-        context.ignored = ignored_fields(request)
-        questions: Sequence[Question] = request.questions()
-        request.sampling()  # refuse invalid sampling before any call
-        check_limits(request, questions, self._config)
-        questions = await self._with_texts(request, questions, deadline)
-        with ExitStack() as stack:
-            texts = [text for question in questions for text in self._planner.texts_read(question)]
-            usage = stack.enter_context(self._authenticator.running(caller, work_of(request, questions, texts)))
-            plans = await self._plan(questions, caller, context, deadline)
-            answer = _answer_to(request, questions, plans, caller, context)
-            jobs = jobs_of(answer.request_id, request, questions, plans, self._config.template)
-            async with within(deadline):
-                await self._gate.ready()
-            rows = [
-                RowStream(
-                    worker=self._worker,
-                    job=replace(job, tenant=caller.tenant),
-                    index=index,
-                    question=index // request.n,
-                    usage=usage,
-                    context=context,
-                    deadline=deadline,
-                    limits=self._limits,
-                )
-                for index, job in enumerate(jobs)
-            ]
-            return StartedCompletion(answer, rows, usage, stack.pop_all())
+        async with within(deadline):
+            if self._config.strict_fields:
+                refuse_ignored(request)
+            context.ignored = ignored_fields(request)
+            sampling, include_usage = request.sampling(), request.include_usage
+            questions: Sequence[Question] = request.questions()
+            check_limits(request, questions, self._config)
+            if any(question.text is None for question in questions):
+                questions = await self._with_texts(request, questions)
+            with ExitStack() as stack:
+                work = self._planner.work_of(request, questions)
+                usage = stack.enter_context(self._authenticator.running(caller, work))
+                plans = await self._planner.plan_all(questions, caller.tenant, context)
+                answer = _answer_to(request, questions, plans, caller, context)
+                template = self._config.template
+                jobs = jobs_of(answer.request_id, sampling, questions, plans, template, request.n)
+                rows = [
+                    RowStream(
+                        worker=self._worker,
+                        gate=self._gate,
+                        job=replace(job, tenant=caller.tenant),
+                        index=index,
+                        question=index // request.n,
+                        usage=usage,
+                        context=context,
+                        deadline=deadline,
+                        limits=self._limits,
+                    )
+                    for index, job in enumerate(jobs)
+                ]
+                return StartedCompletion(answer, rows, include_usage, stack.pop_all())
 
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
         """Return the tokens of a text, or of a conversation as a chat would render it."""
@@ -296,7 +282,8 @@ class CompletionService:
         """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
         if question.model == AUTO and not isinstance(question.prompt, tuple):
             return self._config.template  # without messages no template applies
-        [planned] = await self._plan([question], caller, context, deadline)
+        async with within(deadline):
+            [planned] = await self._planner.plan_all([question], caller.tenant, context)
         return planned.plan.template or self._config.template
 
     async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
@@ -311,7 +298,7 @@ class CompletionService:
                 await asyncio.gather(*tasks, return_exceptions=True)
         return started.answer.whole([Completion.joined(deltas) for deltas in parts])
 
-    async def stream(self, started: StartedCompletion, *, include_usage: bool) -> AsyncGenerator[JsonObject | None]:
+    async def stream(self, started: StartedCompletion) -> AsyncGenerator[JsonObject | None]:
         """Yield the chunks: the plans with the first text, text as it arrives, then the usage. None is a heartbeat.
 
         An error before the first text is raised before anything is yielded.
@@ -333,33 +320,20 @@ class CompletionService:
                         with_text.add(index)
                     is_empty = delta.finish_reason is not None and index not in with_text
                     yield started.answer.chunk(index, delta, is_first=is_first, is_empty=is_empty)
-        if include_usage:
+        if started.include_usage:
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 
-    async def _with_texts(
-        self, request: GenerationRequest, questions: Sequence[Question], deadline: float
-    ) -> Sequence[Question]:
+    async def _with_texts(self, request: GenerationRequest, questions: Sequence[Question]) -> Sequence[Question]:
         """Return the questions with the texts of token ids, where the encoder or the answer needs them.
 
         Raises: PromptInvalid for an id outside the vocabulary; the errors of starting a Worker.
         """
-        prompts = [question.prompt for question in questions if isinstance(question.prompt, TokenIds)]
-        if not prompts or not (_echoes(request) or any(map(self._planner.reads, questions))):
+        if not (_echoes(request) or any(map(self._planner.reads, questions))):
             return questions
-        async with within(deadline):
-            await self._gate.ready()
-            texts = iter(await self._worker.detokenize(prompts, True))
+        prompts = [question.prompt for question in questions if isinstance(question.prompt, TokenIds)]
+        await self._gate.ready()
+        texts = iter(await self._worker.detokenize(prompts, True))
         return [replace(question, text=next(texts)) if question.text is None else question for question in questions]
-
-    async def _plan(
-        self, questions: Sequence[Question], caller: Caller, context: RequestContext, deadline: float
-    ) -> Sequence[Planned]:
-        began = time.monotonic()
-        with tracer.start_as_current_span("plan"):
-            async with within(deadline):
-                plans = await self._planner.plan_all(questions, caller.tenant)
-        context.record_plans(plans, time.monotonic() - began)
-        return plans
 
 
 def _echoes(request: GenerationRequest) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.app import AppConfig
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.conversation import Reading, reading_of
+from deployments.observability.request_metrics import RequestContext
+from deployments.observability.tracing import tracer
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
@@ -32,7 +35,7 @@ def check_limits(request: GenerationRequest, questions: Sequence[Question], conf
     Raises: PromptTooLong, RequestInvalid.
     """
     for question in questions:
-        check_prompt(question.prompt, config, _num_tool_chars(request))
+        check_prompt(question.prompt, config, _num_tool_chars(question))
     wanted = request.token_limit
     if wanted is not None and wanted > config.max_new_tokens:
         raise RequestInvalid(f"max_tokens: at most {config.max_new_tokens}, got {wanted}", "max_tokens")
@@ -52,30 +55,13 @@ def refuse_stream_options(request: GenerationRequest) -> None:
         raise RequestInvalid("stream_options applies to streams only; set stream: true or remove it", "stream_options")
 
 
-def _num_tool_chars(request: GenerationRequest) -> int:
-    tools = request.used_tools()
-    return 0 if tools is None else tools.num_chars
+def _num_tool_chars(question: Question) -> int:
+    return 0 if question.tools is None else question.tools.num_chars
 
 
 def prompt_tokens(prompt: Prompt) -> int:
     """Return how many tokens a prompt has: of text about a quarter of its characters, rounded up."""
     return len(prompt.ids) if isinstance(prompt, TokenIds) else math.ceil(_num_chars(prompt) / _CHARS_PER_TOKEN)
-
-
-def work_of(request: GenerationRequest, questions: Sequence[Question], texts_read: Iterable[str]) -> Work:
-    """Return how much a request asks for whose adapters the encoder finds by `texts_read`.
-
-    An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
-    """
-    num_tool_tokens = math.ceil(_num_tool_chars(request) / _CHARS_PER_TOKEN)
-    num_new = EXPECTED_NEW_TOKENS if request.token_limit is None else request.token_limit
-    return Work(
-        num_rows=len(questions) * request.n,
-        num_tokens=sum(num_tool_tokens + prompt_tokens(item.prompt) + request.n * num_new for item in questions),
-        num_read=sum(map(tokens_read, texts_read)),
-        rows_field="n" if request.n > 1 else "prompt",
-        tokens_field="max_tokens",
-    )
 
 
 def _check_chars(num_chars: int, config: AppConfig) -> None:
@@ -103,29 +89,53 @@ class Planner:
     def __init__(self, config: AppConfig, retriever: RoutingClient) -> None:
         self._config, self._retriever = config, retriever
 
+    def work_of(self, request: GenerationRequest, questions: Sequence[Question]) -> Work:
+        """Return how much the request asks for. Raises: ModelNotFound.
+
+        An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
+        """
+        num_new = EXPECTED_NEW_TOKENS if request.token_limit is None else request.token_limit
+        num_tools = [math.ceil(_num_tool_chars(item) / _CHARS_PER_TOKEN) for item in questions]
+        num_tokens = sum(prompt_tokens(item.prompt) + request.n * num_new for item in questions)
+        return Work(
+            num_rows=len(questions) * request.n,
+            num_tokens=sum(num_tools) + num_tokens,
+            num_read=sum(tokens_read(text) for item in questions for text in self.texts_read(item)),
+            rows_field="n" if request.n > 1 else "prompt",
+            tokens_field="max_tokens",
+        )
+
     async def plan(self, question: Question, tenant: str) -> Planned:
         """Return the plan of one question. Raises: the errors of `plan_all`."""
         [planned] = await self.plan_all([question], tenant)
         return planned
 
-    async def plan_all(self, questions: Sequence[Question], tenant: str) -> list[Planned]:
+    async def plan_all(
+        self, questions: Sequence[Question], tenant: str, context: RequestContext | None = None
+    ) -> list[Planned]:
         """Return one plan per question, in order. Questions with the same model and options share one call.
 
+        The plans and the time are recorded in `context`.
         Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone, StaleIndex,
         EncoderBusy.
         """
+        began = time.monotonic()
         groups: dict[tuple[str, str | None, str], list[int]] = {}
         options = {id(question.lora): question.lora.model_dump_json() for question in questions}
         for place, question in enumerate(questions):
             groups.setdefault((question.model, question.alias, options[id(question.lora)]), []).append(place)
         alike = [[questions[place] for place in places] for places in groups.values()]
-        plans = await asyncio.gather(*[self._plan_alike(group, tenant) for group in alike])
+        with tracer.start_as_current_span("plan"):
+            plans = await asyncio.gather(*[self._plan_alike(group, tenant) for group in alike])
         found = {
             place: plan
             for places, own in zip(groups.values(), plans, strict=True)
             for place, plan in zip(places, own, strict=True)
         }
-        return [found[place] for place in range(len(questions))]
+        planned = [found[place] for place in range(len(questions))]
+        if context is not None:
+            context.record_plans(planned, time.monotonic() - began)
+        return planned
 
     async def _plan_alike(self, questions: Sequence[Question], tenant: str) -> Sequence[Planned]:
         """Plan questions of one model and the same options."""
@@ -134,7 +144,7 @@ class Planner:
         options = question.lora
         if question.alias is not None and name is None:
             name = AUTO  # other servers expect the base's name together with adapters
-        if options.names_adapters is not None and name != AUTO:
+        if name != AUTO and options.names_adapters is not None:
             field = question.alias or f"lora.{options.names_adapters}"
             raise RequestInvalid(f"{field} requires model 'auto'", field)
         if name == AUTO:
@@ -271,7 +281,7 @@ def text_read(text: str, options: LoraOptions) -> str | None:
 
 def _is_read(options: LoraOptions) -> bool:
     """Return whether a conversation's own text finds its adapters: the options neither name them nor give a text."""
-    return options.query is None and options.names_adapters is None
+    return options.query is None and options.plan is None and options.adapters is None
 
 
 def _refuse_retrieval(options: LoraOptions) -> None:

@@ -145,8 +145,9 @@ class Admission:
 
     def _admit(self, scope: Scope) -> str | None:
         """Return the tenant that holds a place for this request, None for a probe. Raises: the refusal."""
-        headers, context, path = Headers(scope=scope), context_of(scope), path_of(scope)
+        headers = Headers(scope=scope)
         check_origin(headers, self._config)  # before a key is read
+        context, path = context_of(scope), path_of(scope)
         if path.startswith(_GUARDED):
             authorization = headers.get("authorization")
             context.ignores_key = authorization is not None and not self._config.has_keys

@@ -172,7 +172,7 @@ def test_a_silent_worker_counts_as_dead(num_said: int) -> None:
         served = serve_plainly(worker=Vanishing(num_said), silence_s=0.5)
         answer = await asyncio.wait_for(served.ingress.generate(CHAT), 5)
         assert answer["choices"][0]["message"]["content"] == "Hello"
-        assert [response.num_cancels for response in served.worker.responses] == [1, 1]
+        assert [response.num_cancels for response in served.worker.responses] == [1, 0], "the second one has ended"
         assert [call.by_reference for call in served.worker.calls] == [False, False], "tokens go over gRPC"
 
     asyncio.run(run())
@@ -200,7 +200,7 @@ def test_a_whole_answer_survives_the_death_of_two_workers() -> None:
         started = await completions.start(ChatCompletionRequest.model_validate(CHAT), LOCAL_CALLER, context)
         answer = await completions.collect(started)
         assert answer["choices"][0]["message"]["content"] == "Hello"
-        assert answer["usage"]["total_tokens"] == started.usage.num_tokens == 8, "metered once"
+        assert answer["usage"]["total_tokens"] == started.rows[0].usage.num_tokens == 8, "metered once"
         jobs = jobs_of(served)
         assert jobs == jobs[:1] * 3 and answer["id"] == f"chatcmpl-{jobs[0].request_id}"
         assert len(served.retriever.called("route")) == 1

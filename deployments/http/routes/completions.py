@@ -82,15 +82,15 @@ async def _respond(
     if not request.stream:
         refuse_stream_options(request)
     started = await services.completions.start(request, caller, context)
-    headers = started.answer.headers()
     if not request.stream:
         answer = await services.completions.collect(started)
-        return JSONResponse(answer if form is None else form.whole(answer), headers=headers)
-    chunks = services.completions.stream(started, include_usage=form is not None or request.include_usage)
+        return JSONResponse(answer if form is None else form.whole(answer), headers=started.answer.headers())
+    chunks = services.completions.stream(started)
     chunks = chunks if form is None else form.events(chunks)
     opening = await anext(chunks)  # an error before the first token becomes a status
+    headers = _STREAM_HEADERS | started.answer.headers()
     body = events(opening, chunks, context, form=form, keep_alive_s=services.keep_alive_s)
-    return StreamingResponse(body, media_type="text/event-stream", headers=_STREAM_HEADERS | headers)
+    return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
 
 async def events(

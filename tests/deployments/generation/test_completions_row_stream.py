@@ -17,8 +17,8 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.authenticator import TokenUsage
-from deployments.calls.worker_client import ServeWorker
-from deployments.errors import PoisonRequest
+from deployments.calls.worker_client import ServeWorker, WorkerGate
+from deployments.errors import PoisonRequest, WorkerStarting
 from deployments.generation.completions import NO_ROOM, RowStream, StreamLimits
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
@@ -93,11 +93,19 @@ class Case:
             return [exc]
 
 
-def case_of(*script: Sequence[Any], silence_s: float = 30.0, time_s: float = 60.0, grace_s: float = 5.0) -> Case:
+def case_of(
+    *script: Sequence[Any],
+    silence_s: float = 30.0,
+    time_s: float = 60.0,
+    grace_s: float = 5.0,
+    gate: WorkerGate | None = None,
+) -> Case:
     worker, usage = Scripted(script), TokenUsage()
     handle, context = FakeHandle(worker), RequestContext("r", "none")
+    client = ServeWorker(handle, heartbeat_timeout_s=silence_s)
     row = RowStream(
-        ServeWorker(handle, heartbeat_timeout_s=silence_s),
+        client,
+        gate or WorkerGate(client, None),
         Job("r-3", "x" * 12),
         index=3,
         question=1,
@@ -130,7 +138,7 @@ def test_a_job_whose_worker_died_before_its_first_delta_is_sent_again(failure: B
     case = case_of((failure,), (None, failure), (A, B))
     assert [delta for delta in run(way, case) if delta is not None] == [A, B]
     assert len(case.worker.jobs) == 3
-    assert [response.num_cancels for response in case.handle.responses] == [1, 1, 1]
+    assert [response.num_cancels for response in case.handle.responses] == [1, 1, 0], "the last one has ended"
     assert case.usage.num_tokens == 4 + 2, "charged once"
 
 
@@ -228,5 +236,34 @@ def test_leaving_cancels_the_job_at_once() -> None:
         assert case.handle.responses[0].num_cancels == 0
         await deltas.aclose()
         assert case.handle.responses[0].num_cancels == 1
+
+    asyncio.run(main())
+
+
+class ClosedGate(WorkerGate):
+    """No worker starts in time."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def ready(self) -> None:
+        raise WorkerStarting(1.0)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+def test_without_a_worker_nothing_is_sent_or_charged(way: Way) -> None:
+    case = case_of((A, B), gate=ClosedGate())
+    [error] = run(way, case)
+    assert isinstance(error, WorkerStarting)
+    assert (case.worker.jobs, case.usage.num_tokens) == ([], 0)
+
+
+def test_the_tokens_of_a_cancelled_row_are_charged() -> None:
+    async def main() -> None:
+        case = case_of((A, B, FOREVER))
+        deltas = case.row.deltas()
+        assert [await anext(deltas) for _ in range(2)] == [(3, A), (3, B)]
+        await deltas.aclose()
+        assert case.usage.num_tokens == 4 + 2
 
     asyncio.run(main())
