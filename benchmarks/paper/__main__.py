@@ -67,6 +67,7 @@ STAGES = (
     Stage("rerank", 25, _TRAINED),
     Stage("natural", 20, _TRAINED),
     Stage("flan_pool", 40, _TRAINED),
+    Stage("recipes", 45, _TRAINED),
     Stage("competence", 20),
     Stage("mixed_pool", 30, _TRAINED),
     Stage("arrivals", 35),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import typer
@@ -104,17 +105,20 @@ def sharing_tasks(study: Study, companions: Mapping[str, Sequence[str]]) -> list
     ]
 
 
-def methods_of(companions: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, Method]:
+def methods_of(
+    companions: Mapping[str, Mapping[str, Sequence[str]]], ratios: Sequence[int] = RATIOS
+) -> dict[str, Method]:
     """Return every kind at every ratio, and the own adapter alone whole and at a third."""
     found: dict[str, Method] = {"own": Alone(1.0), "own_third": Alone(1 / 3)}
-    return found | {f"{kind}_{ratio}": Accompanied(ratio, companions.get(kind)) for kind in KINDS for ratio in RATIOS}
+    return found | {f"{kind}_{ratio}": Accompanied(ratio, companions.get(kind)) for kind in KINDS for ratio in ratios}
 
 
 def section(rows: pd.DataFrame, sharing: Sequence[str]) -> str:
     """Return the appendix. `sharing`: the tasks whose companions of the same labels share them."""
     answers = Answers(rows, {})
+    ratios = [ratio for ratio in RATIOS if f"{NEAREST}_{ratio}" in answers.runs]
     lines = [
-        [kind.replace("_", " "), *[answers.interval(f"{kind}_{ratio}").in_percent() for ratio in RATIOS]]
+        [kind.replace("_", " "), *[answers.interval(f"{kind}_{ratio}").in_percent() for ratio in ratios]]
         for kind in KINDS
     ]
     alone = [[run.replace("_", " "), answers.interval(run).in_percent()] for run in ("own", "own_third")]
@@ -124,7 +128,7 @@ def section(rows: pd.DataFrame, sharing: Sequence[str]) -> str:
         "## Companions and weights\n",
         f"{answers.scores('own').shape[0]} tasks, {answers.scores('own').shape[1]} questions each; percent with 95 %",
         "intervals. Columns: the own adapter's weight to that of each of two companions; weights add up to 1.\n",
-        table(["companions", *[f"{ratio} : 1" for ratio in RATIOS]], lines),
+        table(["companions", *[f"{ratio} : 1" for ratio in ratios]], lines),
         "The own adapter alone:\n",
         table(["", "percent"], alone),
         differences(answers, pairs),
@@ -151,18 +155,24 @@ def sentence(folder: Path) -> str:
     )
 
 
-def measure(bench: Bench, folder: Path, per_task: int) -> None:
+def measure(bench: Bench, folder: Path, per_task: int, ratios: Sequence[int] = RATIOS) -> None:
     """Answer under every kind and ratio, write rows and the appendix. Known answers are not computed again."""
     companions = companions_of(bench.study, bench.retriever)
-    rows = run_all(bench, methods_of(companions), per_task, bench.study.workspace.rows / "companions")
+    rows = run_all(bench, methods_of(companions, ratios), per_task, bench.study.workspace.rows / "companions")
     write_parquet(folder / ROWS, rows)
     text = section(rows.to_pandas(), sharing_tasks(bench.study, companions["same_labels"]))
     (folder / "companions.md").write_text(text, encoding="utf-8")
 
 
-def main(per_task: PerTask = _PER_TASK, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(
+    per_task: PerTask = _PER_TASK,
+    encoder: EncoderName = DEFAULT_MODEL,
+    root: Root = DEFAULT_ROOT,
+    ratio: Annotated[list[int] | None, typer.Option(help="this ratio only; may be given again")] = None,
+) -> None:
     """Run the experiment over the pool."""
-    measure(load_bench(Workspace(root), encoder, Console(width=120)).bench, PAPER_RESULTS, per_task)
+    bench = load_bench(Workspace(root), encoder, Console(width=120)).bench
+    measure(bench, PAPER_RESULTS, per_task, ratio or RATIOS)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ SECTIONS = (
     "natural.md",
     "competence.md",
     "flan_pool.md",
+    "recipes.md",
     "gate.md",
     "kinds.md",
     "mixed_pool.md",

@@ -56,3 +56,6 @@ def test_the_stage_asks_nothing_twice(bench: Bench, tmp_path: Path) -> None:
     assert set(rows["run"]) == {"own", "own_third"} | {f"{kind}_{ratio}" for kind in KINDS for ratio in RATIOS}
     assert "| same labels |" in (tmp_path / "companions.md").read_text()
     assert "points" in companions.sentence(tmp_path)
+    companions.measure(bench, tmp_path, 1, ratios=(1,))
+    assert bench.asker.engine.counters.num_requests == before
+    assert "| companions | 1 : 1 |\n" in (tmp_path / "companions.md").read_text()
