@@ -1,19 +1,33 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
+from benchmarks.paper.retrieval.projected import EVERYDAY
 from benchmarks.routing.conversations import read_cases, starter_retriever, table_of
-from benchmarks.starter_pool import POOL
+from benchmarks.starter_pool import HELD_OUT, POOL
 from retriever_svc import Route, RouteRequest
+from retriever_svc.ordinary_prompts import ordinary_prompts
 
 
-def test_every_case_ends_with_a_user_turn_and_expects_a_task_of_the_pool_or_the_base() -> None:
-    cases = read_cases()
+@pytest.mark.parametrize(("name", "count"), [("conversations", 35), ("unseen_prompts", 160)])
+def test_every_case_ends_with_a_user_turn_and_expects_a_task_of_the_pool_or_the_base(name: str, count: int) -> None:
+    cases = read_cases(name)
     tasks = {path.name for path in POOL.iterdir() if path.is_dir()}
-    assert len(cases) == 35
+    assert len(cases) == count
     assert all(case.messages[-1]["role"] == "user" for case in cases)
     assert {case.expected for case in cases} - {None} <= tasks
     assert all(case.expected is None for case in cases if case.kind in {"everyday", "housekeeping"})
+
+
+def test_unseen_prompts_are_neither_samples_nor_held_out_prompts_nor_ordinary_ones() -> None:
+    files = [*POOL.glob("*/lora_samples.jsonl"), *HELD_OUT.glob("*.jsonl"), EVERYDAY]
+    known = {json.loads(line)["input"] for file in files for line in file.read_text(encoding="utf-8").splitlines()}
+    known |= set(ordinary_prompts())
+    assert len(known) > 900
+    assert not known & {case.messages[-1]["content"] for case in read_cases("unseen_prompts")}
 
 
 def test_the_pool_is_searched_with_the_projection_and_the_thresholds_of_the_server(tmp_path: Path) -> None:
