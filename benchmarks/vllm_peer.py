@@ -68,6 +68,7 @@ def plans(settings: dict[str, Any]) -> Answer:
         bank_rank_rows=settings["rank"] * settings["num_adapters"],
         max_batch_size=settings["num_rows"],
         max_model_len=settings["max_model_len"],
+        prefix_cache=False,  # as in the other engines
     )
 
     async def start() -> VllmEngine:
