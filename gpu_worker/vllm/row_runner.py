@@ -203,6 +203,7 @@ class RowRunner:
         for token, scored in tokens:
             if row.num_new_tokens == 0:
                 self._counters.num_prompt_tokens += row.num_prompt_tokens
+                self._counters.num_cached_tokens += row.num_cached_tokens
             delta = row.append_token(token, scored)
             self._counters.num_new_tokens += 1
             if delta is not None and delta.finish_reason is not None:

@@ -15,8 +15,11 @@ import ray
 from deployments.auth.private_files import sessions_folder
 from tests.e2e.live import APP, Live, completion, eventually, eventually_equal
 from tests.prometheus import Promtool, Scrape, dashboard_queries, series_in
+from tests.served_engine import ENGINE
 
 _KEPT = re.compile(r"ray_(loraretriever|serve_deployment_replica)_")
+# vLLM does not report its steps, and finds no prompt again that is shorter than its blocks of 128 tokens.
+_NATIVE_ONLY = ("loraretriever_steps_total", "loraretriever_prefix_cache_hit_tokens_total")
 _OURS = re.compile(r"(# (HELP|TYPE) )?ray_loraretriever_")
 
 
@@ -36,9 +39,15 @@ def num_refused() -> float:
     return sum(value for name, value in counted if "ray_loraretriever_requests_total" in name and '"422"' in name)
 
 
+def queries() -> list[str]:
+    """Return the dashboard's queries that have an answer with this engine."""
+    missing = () if ENGINE == "native" else _NATIVE_ONLY
+    return [expr for _, expr in dashboard_queries() if not any(name in expr for name in missing)]
+
+
 def names_asked_for() -> set[str]:
     """Return the metrics without which a query has no answer."""
-    exprs = [expr for _, expr in dashboard_queries() if "or vector(0)" not in expr]
+    exprs = [expr for expr in queries() if "or vector(0)" not in expr]
     return {name for expr in exprs for name in re.findall(r"ray_\w+", expr)}
 
 
@@ -80,8 +89,9 @@ def test_every_query_of_the_dashboard_has_an_answer(live: Live, promtool: Promto
     eventually_equal(lambda: num_refused() - before, 2)
     text = scraped()
     promtool.check_metrics("\n".join(line for line in text.splitlines() if _OURS.match(line)) + "\n")
-    queries = [expr for _, expr in dashboard_queries()]
-    eventually_equal(lambda: promtool.unanswered(queries, first, look_back()), "")  # replicas report at different times
+    eventually_equal(
+        lambda: promtool.unanswered(queries(), first, look_back()), ""
+    )  # replicas report at different times
 
 
 def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:

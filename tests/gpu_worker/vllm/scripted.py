@@ -56,6 +56,7 @@ class Workers:
                 await self.may_go_on.wait()
                 await asyncio.sleep(0)
                 assert self.held.issuperset(row.weights_digests), "a row runs without its adapters"
+                row.num_cached_tokens = 1
                 yield [(LETTER, None)]
         finally:
             await asyncio.sleep(0)  # as the abort takes a moment

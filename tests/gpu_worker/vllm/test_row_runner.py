@@ -61,6 +61,7 @@ def test_rows_run_with_their_adapters_and_never_more_than_the_batch_has_places(s
         assert bench.workers.held == status.resident
         assert (status.active_rows, status.occupied_rows, status.free_kv_rows) == (0, 8, 2)
         assert (status.counters.num_requests, status.counters.num_new_tokens) == (10, 30)
+        assert status.counters.num_cached_tokens == 10, "once for each row"
 
     serve(main)
 
