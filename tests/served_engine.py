@@ -28,6 +28,10 @@ def save_served_model(tiny_folders: Mapping[str, Path], target: Path) -> Path:
         return save_talkative(tiny_folders["gemma3"], target)
     torch.manual_seed(0)
     folder = target / "wide"
-    gemma3_with_wide_heads().save_pretrained(folder)
+    model = gemma3_with_wide_heads()
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight  # tied to the head
+        embeddings /= 8  # otherwise the model repeats the last token, and different plans give equal answers
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return save_talkative(folder, target / "talkative")
