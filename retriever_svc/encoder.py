@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retriever_svc.bfloat16_linear import has_bfloat16_products, use_bfloat16
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.vector_cache import OwnedText, VectorCache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Vectors = NDArray[np.float32]
+EncoderDtype = Literal["auto", "float32"]  # of the linear layers; auto: bfloat16 where the processor multiplies it
 INSTRUCTION = "Represent the sentence for similar task retrieval: "
 MAX_TOKENS = 256  # read from each text, including the instruction
 _CHARS_PER_TOKEN = 64  # limits the tokenizer's work on long texts
@@ -67,6 +69,7 @@ class Encoder:
 
     It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
     surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process.
+    With `dtype` auto a vector also depends slightly on the texts that are encoded with it, as bfloat16 is rounded.
     `max_cached_texts`: the number of cached vectors for each owner of texts.
     `projection` follows the model, if one is set with `projected`.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
@@ -80,6 +83,7 @@ class Encoder:
         instruction: str = INSTRUCTION,
         max_tokens: int = MAX_TOKENS,
         max_cached_texts: int = 2048,
+        dtype: EncoderDtype = "auto",
     ) -> None:
         if num_threads is not None:
             import torch  # imported here, since it takes seconds
@@ -95,6 +99,8 @@ class Encoder:
         self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
         self.projection: Whitening | None = None
+        if dtype == "auto" and has_bfloat16_products():
+            use_bfloat16(self._model, self._compute)
 
     def projected(self, projection: Whitening | None) -> Encoder:
         """Return this encoder with another projection, or without one. Both share the model, its thread and cache.

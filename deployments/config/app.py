@@ -35,6 +35,7 @@ from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
 from lora_store.peft_files import template_digest
 from retriever_svc.calibration import Abstain
+from retriever_svc.encoder import EncoderDtype
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
 from retriever_svc.route import Weighting
 
@@ -63,6 +64,7 @@ class RetrievalSettings(_Settings):
 
     encoder: str = DEFAULT_ENCODER
     encoder_threads: int | None = Field(default=None, ge=1)
+    encoder_dtype: EncoderDtype = "auto"  # of its linear layers; auto: bfloat16 where the processor multiplies it
     strategy: Literal["selection", "mixture", "fusion"] = "mixture"
     k: int = Field(default=3, ge=1, le=16)
     weights: Weighting = "evidence"  # companions of another function get at most a third of the best adapter's weight

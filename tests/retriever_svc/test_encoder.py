@@ -27,7 +27,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder(num_threads=torch.get_num_threads())
+    """Return an encoder whose vectors do not depend on the batch."""
+    return Encoder(num_threads=torch.get_num_threads(), dtype="float32")
 
 
 def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
@@ -44,7 +45,7 @@ def test_rows_are_unit_for_any_model(encoder: Encoder, tmp_path: Path) -> None:
     shutil.copytree(model_folder("all-MiniLM-L6-v2"), raw)
     modules = json.loads((raw / "modules.json").read_text())
     (raw / "modules.json").write_text(json.dumps(modules[:2]))  # without its Normalize module
-    np.testing.assert_allclose(Encoder(raw).encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(Encoder(raw, dtype="float32").encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
 
 
 def test_no_texts_give_no_rows(encoder: Encoder) -> None:
@@ -84,7 +85,7 @@ def test_no_chunk_is_empty_and_one_text_is_one_chunk() -> None:
 
 
 def test_the_instruction_changes_vectors_and_identity(encoder: Encoder) -> None:
-    plain = Encoder(instruction="")
+    plain = Encoder(instruction="", dtype="float32")
     assert np.abs(plain.encode(TEXTS[:1]) - encoder.encode(TEXTS[:1])).max() > 1e-2
     assert plain.identity != encoder.identity
 
@@ -101,7 +102,7 @@ def test_identity_follows_weights_and_length_not_the_folder(encoder: Encoder, tm
 
 
 def test_texts_are_read_up_to_max_tokens() -> None:
-    short = Encoder(max_tokens=16)
+    short = Encoder(max_tokens=16, dtype="float32")
     head, tail = "one two three four five six seven", " eight nine ten eleven twelve thirteen"
     long, longer = short.encode([head + tail, head + tail + " and something else altogether"])
     np.testing.assert_allclose(long, longer, atol=1e-5)
@@ -109,7 +110,7 @@ def test_texts_are_read_up_to_max_tokens() -> None:
 
 
 def test_texts_are_read_up_to_64_characters_per_token() -> None:
-    short = Encoder(max_tokens=16)
+    short = Encoder(max_tokens=16, dtype="float32")
     np.testing.assert_array_equal(*short.encode([" " * 1024 + "never read", " " * 1024 + "nor this"]))
     assert np.abs(np.diff(short.encode([" " * 1000 + "read", " " * 1000 + "this too"]), axis=0)).max() > 1e-2
 
@@ -117,7 +118,7 @@ def test_texts_are_read_up_to_64_characters_per_token() -> None:
 def test_threads_share_an_encoder(encoder: Encoder) -> None:
     batches = [[f"{text} {number}" for text in TEXTS[:4]] for number in range(6)]
     expected = [encoder.encode(batch) for batch in batches]
-    small, owners = Encoder(max_cached_texts=8), [["me"] * len(batch) for batch in batches]
+    small, owners = Encoder(max_cached_texts=8, dtype="float32"), [["me"] * len(batch) for batch in batches]
     with ThreadPoolExecutor(6) as pool:
         for rows, alone in zip(pool.map(small.encode, batches, owners), expected, strict=True):
             np.testing.assert_allclose(rows, alone, atol=1e-5)
