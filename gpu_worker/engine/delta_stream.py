@@ -4,26 +4,64 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import replace
 
+from gpu_worker.device.cpu_count import usable_cpus
 from gpu_worker.request.request import Delta
 
-Events = asyncio.Queue[Delta | Exception]
+MESSAGES_S_PER_CPU = 64  # a message takes one to two milliseconds of CPU time on its way to the client
 
 
-async def deltas(events: Events, interval_s: float, heartbeat_interval_s: float | None) -> AsyncGenerator[Delta | None]:
-    """Yield the first delta at once, then all deltas of each interval merged into one, until the last one.
+class Events(asyncio.Queue[Delta | Exception]):
+    """The events of one request, in order. `has_last` is set once the last one is in the queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_last = asyncio.Event()
+
+    def put_nowait(self, item: Delta | Exception) -> None:
+        super().put_nowait(item)
+        if isinstance(item, Exception) or item.finish_reason is not None:
+            self.has_last.set()
+
+
+class StreamPace:
+    """The shortest time between two deltas of a stream. It grows with the number of streams that an engine sends.
+
+    All streams together send at most `messages_s` deltas a second, not counting first and last ones.
+    With an interval of 0 every delta is sent at once.
+    """
+
+    def __init__(self, interval_ms: float, messages_s: float | None = None) -> None:
+        self._shortest_s = interval_ms / 1000
+        self._messages_s = messages_s or MESSAGES_S_PER_CPU * usable_cpus()
+        self.sending: set[Events] = set()  # those that have sent their first delta
+
+    @property
+    def interval_s(self) -> float:
+        return max(self._shortest_s, len(self.sending) / self._messages_s) if self._shortest_s else 0.0
+
+
+async def deltas(events: Events, pace: StreamPace, heartbeat_interval_s: float | None) -> AsyncGenerator[Delta | None]:
+    """Yield the first delta at once, then all deltas of each interval merged into one, and the last one at once.
 
     Yield None as a heartbeat after `heartbeat_interval_s` without a delta. Raises: the exception among the events.
     """
-    while True:
-        while (event := await next_event(events, heartbeat_interval_s)) is None:
-            yield None
-        delta = merged(event, events)
-        yield delta
-        if delta.finish_reason is not None:
-            return
-        await asyncio.sleep(interval_s)
+    try:
+        while True:
+            while (event := await next_event(events, heartbeat_interval_s)) is None:
+                yield None
+            delta = merged(event, events)
+            yield delta
+            if delta.finish_reason is not None:
+                return
+            pace.sending.add(events)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pace.interval_s):
+                    await events.has_last.wait()
+    finally:
+        pace.sending.discard(events)
 
 
 async def next_event(events: Events, within_s: float | None) -> Delta | Exception | None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from gpu_worker.device.openmp import thread_team_releaser
-from gpu_worker.engine.delta_stream import Events, deltas
+from gpu_worker.engine.delta_stream import Events, StreamPace, deltas
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.row import Row, Sink
@@ -39,7 +39,7 @@ class EngineThread:
     def __init__(self, engine: Engine, *, stream_interval_ms: float = 25.0, niceness: int = 0) -> None:
         self.engine = engine
         self._niceness = niceness
-        self._interval_s = stream_interval_ms / 1000
+        self._pace = StreamPace(stream_interval_ms)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # orders the last command before the end of the thread
         self._is_closed = False
@@ -69,7 +69,7 @@ class EngineThread:
         yield None
         [(row, events)] = await self._submit_all([job], arrived=arrived)
         try:
-            async with aclosing(deltas(events, self._interval_s, heartbeat_interval_s)) as stream:
+            async with aclosing(deltas(events, self._pace, heartbeat_interval_s)) as stream:
                 async for delta in stream:
                     yield delta
         finally:
@@ -149,7 +149,7 @@ class EngineThread:
     ) -> list[tuple[Row, Events]]:
         """Queue all jobs between the same two steps. Return each job's row and its queue of events."""
         loop = asyncio.get_running_loop()
-        queues: list[Events] = [asyncio.Queue() for _ in jobs]
+        queues = [Events() for _ in jobs]
 
         def prepare(job: Job, events: Events) -> Row:
             def sink(event: Delta | Exception) -> None:

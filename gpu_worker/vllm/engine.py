@@ -28,7 +28,7 @@ from gpu_worker.bank.device_layout import to_device_layout
 from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor
-from gpu_worker.engine.delta_stream import Events, deltas
+from gpu_worker.engine.delta_stream import Events, StreamPace, deltas
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.next_tokens import failure_of
 from gpu_worker.engine.offline import generate_all
@@ -64,7 +64,7 @@ class VllmEngine(InferenceEngine):
         stream_interval_ms: float,
     ) -> None:
         self._llm, self._model, self._config = llm, model, config
-        self._interval_s = stream_interval_ms / 1000
+        self._pace = StreamPace(stream_interval_ms)
         self._loop = asyncio.get_running_loop()
         self._executor = executor or load_executor(config.load_threads)
         # It checks each grammar, so that vLLM gets none that it cannot compile.
@@ -145,13 +145,13 @@ class VllmEngine(InferenceEngine):
     async def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
         arrived = time.monotonic()
         yield None
-        events: Events = asyncio.Queue()
+        events = Events()
         if (grammar := self._preprocess.grammar_of(job)) is not None:
             await self._grammars.compile(grammar, job.tenant)
         row = await asyncio.to_thread(self._preprocess, job, events.put_nowait, arrived=arrived)
         self._rows.submit([row])
         try:
-            async with aclosing(deltas(events, self._interval_s, heartbeat_interval_s)) as found:
+            async with aclosing(deltas(events, self._pace, heartbeat_interval_s)) as found:
                 async for delta in found:
                     yield delta
         finally:
@@ -218,7 +218,7 @@ class VllmEngine(InferenceEngine):
 
     async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
         """Return the log probabilities of some ids after each job's prompt, or its error."""
-        queues: list[Events] = [asyncio.Queue() for _ in jobs]
+        queues = [Events() for _ in jobs]
         rows = [
             self._preprocess(job, events.put_nowait, capture_first_logits=True)
             for job, events in zip(jobs, queues, strict=True)

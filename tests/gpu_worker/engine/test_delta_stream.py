@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gpu_worker.engine.delta_stream import Events, deltas, merged
+from gpu_worker.engine.delta_stream import Events, StreamPace, deltas, merged
 from gpu_worker.errors import EngineStopped
 from gpu_worker.request.request import Delta
 from gpu_worker.request.tools import ToolCallPiece
@@ -30,9 +30,10 @@ def streamed(
     script: Sequence[tuple[float, Delta | Exception]], interval_s: float, heartbeat_interval_s: float | None = None
 ) -> list[str | None]:
     async def main() -> list[str | None]:
-        events: Events = asyncio.Queue()
+        events, pace = Events(), StreamPace(1000 * interval_s)
         feeding = asyncio.create_task(feed(events, script))
-        found = [one and one.text async for one in deltas(events, interval_s, heartbeat_interval_s)]
+        found = [one and one.text async for one in deltas(events, pace, heartbeat_interval_s)]
+        assert not pace.sending
         await feeding
         return found
 
@@ -56,7 +57,7 @@ def test_an_error_among_the_events_is_raised_after_the_text_before_the_interval(
 
 
 def test_merging_keeps_the_last_counts_and_all_text() -> None:
-    events: Events = asyncio.Queue()
+    events = Events()
     events.put_nowait(delta("b", 2))
     events.put_nowait(delta("c", 3, is_last=True))
     whole = merged(delta("a", 1), events)
@@ -65,6 +66,61 @@ def test_merging_keeps_the_last_counts_and_all_text() -> None:
 
 def test_merging_keeps_the_pieces_of_calls_in_order() -> None:
     begun, more = ToolCallPiece(0, "", "c1", "f"), ToolCallPiece(0, "{}")
-    events: Events = asyncio.Queue()
+    events = Events()
     events.put_nowait(replace(delta("", 2), tool_calls=(more,)))
     assert merged(replace(delta("", 1), tool_calls=(begun,)), events).tool_calls == (begun, more)
+
+
+def test_the_last_delta_is_sent_at_once() -> None:
+    async def main() -> list[tuple[float, str]]:
+        events, loop = Events(), asyncio.get_running_loop()
+        script = [(0.0, delta("a", 1)), (0.1, delta("b", 2)), (0.1, delta("c", 3, is_last=True))]
+        feeding = asyncio.create_task(feed(events, script))
+        found = [(loop.time(), one.text) async for one in deltas(events, StreamPace(5000.0), None) if one is not None]
+        await feeding
+        return found
+
+    (first_at, first), (last_at, last) = run_in_virtual_time(main())
+    assert (first, last) == ("a", "bc")
+    assert last_at - first_at == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize(("num_streams", "num_sent"), [(1, 10), (4, 10), (8, 5), (20, 2)])
+def test_many_streams_send_less_often_but_their_first_text_at_once(num_streams: int, num_sent: int) -> None:
+    """40 messages a second, an interval of 100 ms, and a token every 10 ms for a second."""
+
+    async def main() -> list[list[float]]:
+        pace, loop = StreamPace(100.0, messages_s=40), asyncio.get_running_loop()
+        queues = [Events() for _ in range(num_streams)]
+        script = [(0.01, delta("a", number)) for number in range(1, 101)] + [(0.0, delta("a", 101, is_last=True))]
+
+        async def sent(events: Events) -> list[float]:
+            return [loop.time() async for _ in deltas(events, pace, None)]
+
+        feeding = [asyncio.create_task(feed(events, script)) for events in queues]
+        started = loop.time()
+        times = await asyncio.gather(*[sent(events) for events in queues])
+        await asyncio.gather(*feeding)
+        return [[at - started for at in of_stream] for of_stream in times]
+
+    for times in run_in_virtual_time(main()):
+        assert times[0] < 0.02
+        assert len(times) - 2 == pytest.approx(num_sent, abs=1)  # besides the first and the last
+
+
+def test_streams_without_text_yet_do_not_slow_others() -> None:
+    async def main() -> float:
+        pace, waiting = StreamPace(100.0, messages_s=10), [Events() for _ in range(50)]
+        tasks = [asyncio.create_task(anext(deltas(events, pace, None))) for events in waiting]
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        return pace.interval_s
+
+    assert run_in_virtual_time(main()) == pytest.approx(0.1)
+
+
+def test_without_an_interval_every_delta_is_sent_at_once() -> None:
+    pace = StreamPace(0.0, messages_s=1)
+    pace.sending.update(Events() for _ in range(100))
+    assert pace.interval_s == 0
