@@ -1,21 +1,41 @@
-"""Replace the model's normalisation and gated MLP by `fused.cpp`: one pass instead of ten and three operations.
+"""Replace small operations of the model by the passes of `fused.cpp`: normalisation, gated MLP, rotated heads.
 
-A decode step of Gemma-3-270M has 109 small normalisations, whose cost is the overhead of torch's operations.
+Their cost is the overhead of torch's operations: a decode step of Gemma-3-270M has 109 small normalisations, and 18
+rotations of queries and keys in about twenty operations each.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.native.kernel_loading import functions, load_library
+from gpu_worker.step.attention_plan import AttentionPlan
+from gpu_worker.step.step_context import StepContext
 
 _PROBE_ROWS = 8
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("num_heads", c_int64),
+        ("weight", c_void_p),
+        ("eps", c_float),
+        ("rounds_first", c_int32),
+    )
+
+
+class _Angles(ctypes.Structure):
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("width", c_int64))
 
 
 class FusedKernel:
@@ -25,6 +45,7 @@ class FusedKernel:
         norm_types = c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32, c_void_p, c_int32
         self._rms_norm = functions(library, "rms_norm", *norm_types)
         self._gated = functions(library, "gated", c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32)
+        self._rotate = functions(library, "rotate", *[c_void_p] * 3, c_int64, c_int64, c_int32)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, rounds_first: bool) -> Tensor:
         """Return x / sqrt(mean(x²) + eps) · weight over the last dim. x (..., W), weight (W,) float32.
@@ -45,16 +66,38 @@ class FusedKernel:
         self._gated[gate.dtype](*pointers, gate.numel(), is_silu, y.data_ptr(), torch.get_num_threads())
         return y
 
+    def rotate(
+        self,
+        query: Tensor,
+        key: Tensor,
+        norms: Sequence[FusedRmsNorm | None],
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """Normalise each head of query and key, where it has a norm, and rotate its first W values, in place.
+
+        x <- x cos + rotate_half(x) sin. query (1, N, Q, D), key (1, N, H, D), cos and sin (1, N, W) of the same dtype.
+        """
+        num_tokens, head_dim = query.shape[1], query.shape[3]
+        assert query.is_contiguous() and key.is_contiguous() and key.shape[3] == head_dim, "heads must be contiguous"
+        assert cos.shape == sin.shape == (1, num_tokens, cos.shape[2]), f"angles have shape {tuple(cos.shape)}"
+        assert cos.shape[2] <= head_dim and cos.dtype == sin.dtype == query.dtype == key.dtype, "angles do not fit"
+        cos, sin = cos.contiguous(), sin.contiguous()
+        heads = [_heads(part, norm) for part, norm in zip((query, key), norms, strict=True)]
+        parts = *heads, _Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[2])
+        pointers = [ctypes.addressof(part) for part in parts]
+        self._rotate[query.dtype](*pointers, num_tokens, head_dim, torch.get_num_threads())
+
 
 class FusedRmsNorm(nn.Module):
     """An RMSNorm. `weight` (W,) float32 is the final factor: for Gemma 1 + its parameter."""
 
     def __init__(self, kernel: FusedKernel, weight: Tensor, eps: float, rounds_first: bool) -> None:
         super().__init__()
-        self._kernel, self._weight, self._eps, self._rounds_first = kernel, weight, eps, rounds_first
+        self._kernel, self.weight, self.eps, self.rounds_first = kernel, weight, eps, rounds_first
 
     def forward(self, x: Tensor) -> Tensor:  # (..., W) -> (..., W)
-        return self._kernel.rms_norm(x, self._weight, self._eps, rounds_first=self._rounds_first)
+        return self._kernel.rms_norm(x, self.weight, self.eps, rounds_first=self.rounds_first)
 
 
 class FusedMlp(nn.Module):
@@ -70,6 +113,36 @@ class FusedMlp(nn.Module):
         return y
 
 
+class FusedAttention(nn.Module):
+    """Self-attention over the model's own linear layers. `norms`: of the heads of query and key, if it has them."""
+
+    def __init__(self, kernel: FusedKernel, own: Any, norms: Sequence[FusedRmsNorm | None]) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = own.q_proj, own.k_proj, own.v_proj, own.o_proj
+        self.q_norm, self.k_norm = norms
+        self.config, self.layer_idx, self.is_causal = own.config, own.layer_idx, getattr(own, "is_causal", True)
+        self.num_key_value_groups = getattr(own, "num_key_value_groups", 1)  # read by transformers' own functions
+        self._head_dim, self._scaling = own.head_dim, own.scaling
+        self._sliding_window = getattr(own, "sliding_window", None)
+        self._kernel = kernel
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # (1, N, H) -> (1, N, H)
+        shape = (*hidden_states.shape[:2], -1, self._head_dim)
+        query, key, value = (part(hidden_states).view(shape) for part in (self.q_proj, self.k_proj, self.v_proj))
+        self._kernel.rotate(query, key, (self.q_norm, self.k_norm), *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, packed_attention)
+        heads = (part.transpose(1, 2) for part in (query, key, value))
+        limits = {"scaling": self._scaling, "sliding_window": self._sliding_window}
+        attended, weights = attend(self, *heads, attention_mask, **limits, **others)
+        return self.o_proj(attended.reshape(*hidden_states.shape[:2], -1)), weights
+
+
 def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
     """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
     library = load_library("fused", cache_dir)
@@ -78,12 +151,12 @@ def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
 
 @torch.inference_mode()
 def fuse(model: nn.Module, kernel: FusedKernel) -> None:
-    """Replace, in place, every normalisation and MLP of `model` that the kernel computes with the same result.
+    """Replace, in place, every normalisation, MLP and attention of `model` that has the same result with the kernel.
 
     Both are run on random input and compared, so other variants of a model family stay as they are.
     """
     for name, module in list(model.named_modules()):
-        fused = _fused_norm(module, kernel) or _fused_mlp(module, kernel)
+        fused = _fused_norm(module, kernel) or _fused_mlp(module, kernel) or _fused_attention(module, kernel)
         if fused is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, fused)
@@ -118,11 +191,82 @@ def _fused_mlp(module: Any, kernel: FusedKernel) -> nn.Module | None:
     return None
 
 
+def _fused_attention(module: Any, kernel: FusedKernel) -> nn.Module | None:
+    parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    head_dim, scaling = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+    if not all(isinstance(part, nn.Linear) for part in parts) or not isinstance(scaling, float):
+        return None
+    if not isinstance(head_dim, int) or head_dim % 4 or not isinstance(getattr(module, "layer_idx", None), int):
+        return None
+    norms = []
+    for own in (getattr(module, "q_norm", None), getattr(module, "k_norm", None)):
+        norm = None if own is None else _fused_norm(own, kernel)
+        if own is not None and (norm is None or norm.weight.shape != (head_dim,)):
+            return None
+        norms.append(norm)
+    fused = FusedAttention(kernel, module, norms)
+    return fused if _attend_alike(fused, module) else None
+
+
+def _attend_alike(fused: FusedAttention, own: Any) -> bool:
+    """Return whether both call the attention function alike, for angles of whole heads and of their first half.
+
+    A model that rotates whole heads cannot be called with fewer angles, and never is.
+    """
+    weight = own.q_proj.weight
+    hidden = _probe(weight.shape[1], weight.dtype)[None]
+    for width in (own.head_dim, own.head_dim // 2):
+        try:
+            expected = _attended(own, hidden, width)
+        except (RuntimeError, TypeError, ValueError):
+            if width == own.head_dim:
+                return False
+            continue
+        found = _attended(fused, hidden, width)
+        if expected is None or found is None or found[1:3] != expected[1:3]:
+            return False
+        if not all(_agree(*pair) for pair in zip(found[3:], expected[3:], strict=True)):
+            return False
+        if not _agree(found[0], expected[0], most_unequal=1.0):
+            return False
+    return True
+
+
+class _Recorder(AttentionPlan):
+    """Records the arguments of one call, and returns the query."""
+
+    def __init__(self) -> None:
+        self.seen: tuple[float, int | None, Tensor, Tensor, Tensor] | None = None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None
+    ) -> Tensor:
+        self.seen = scaling, sliding_window, query, key, value
+        return query.transpose(0, 1)
+
+
+def _attended(module: nn.Module, hidden: Tensor, width: int) -> tuple[Any, ...] | None:
+    """Return the output for random angles (1, N, width), and the arguments of the attention function if called."""
+    angles = torch.rand(hidden.shape[1], width // 2, generator=torch.Generator().manual_seed(1)) * 6
+    both = torch.cat([angles, angles], dim=-1)[None]
+    recorder, step = _Recorder(), StepContext()
+    step.fill(None, recorder)
+    rotation = both.cos().to(hidden.dtype), both.sin().to(hidden.dtype)
+    output, _ = module(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, step=step)
+    return None if recorder.seen is None else (output, *recorder.seen)
+
+
 def _probe(width: int, dtype: torch.dtype, *, count: int = 0) -> Tensor:
     """Return random input (N, W), or `count` of them, with the magnitudes of activations."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, _PROBE_ROWS, width) if count else (_PROBE_ROWS, width)
     return (4 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def _heads(x: Tensor, norm: FusedRmsNorm | None) -> _Heads:
+    if norm is None:
+        return _Heads(x.data_ptr(), x.shape[2], None, 0.0, 0)
+    return _Heads(x.data_ptr(), x.shape[2], norm.weight.data_ptr(), norm.eps, norm.rounds_first)
 
 
 def _agree(fused: Tensor, own: Tensor, *, most_unequal: float = 0.01) -> bool:

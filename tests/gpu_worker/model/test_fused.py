@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_interleaved
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
+from gpu_worker.attention.packed_attention import ATTENTION_NAME, packed_attention
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.model.fused import FusedKernel, fuse, load_fused_kernel
+from gpu_worker.model.fused import FusedKernel, FusedRmsNorm, fuse, load_fused_kernel
 from tests.gpu_worker.engine_driver import compiled
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -99,8 +102,83 @@ def test_a_bad_row_does_not_affect_others(kernel: FusedKernel) -> None:
     assert y.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "heads", "head_dim", "width"), [(70, (4, 1), 256, 256), (5, (3, 3), 24, 12)])
+@pytest.mark.parametrize("has_norms", [True, False])
+def test_rotated_heads_equal_those_of_torch(
+    has_norms: bool,
+    num_tokens: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    width: int,
+    dtype: torch.dtype,
+    kernel: FusedKernel,
+) -> None:
+    query, key = (
+        draw(1, num_tokens, num_heads, head_dim, dtype=dtype, seed=num_heads + seed)
+        for seed, num_heads in enumerate(heads)
+    )
+    angles = draw(1, num_tokens, width // 2, dtype=torch.float32, seed=9).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    norms = [FusedRmsNorm(kernel, draw(head_dim, dtype=torch.float32, seed=seed), 1e-6, True) for seed in (5, 6)]
+    normed = [norm(part) if has_norms else part for norm, part in zip(norms, (query, key), strict=True)]
+    turned = apply_rotary_pos_emb(*(part[..., :width] for part in normed), cos, sin, unsqueeze_dim=2)
+    expected = [torch.cat([t, part[..., width:]], dim=-1) for t, part in zip(turned, normed, strict=True)]
+    kernel.rotate(query, key, norms if has_norms else (None, None), cos, sin)
+    assert_same(query, expected[0], atol=1e-5)
+    assert_same(key, expected[1], atol=1e-5)
+
+
+def test_angles_that_do_not_fit_are_refused(kernel: FusedKernel) -> None:
+    query, key = torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 1, 8)
+    for angles in (torch.zeros(1, 2, 8), torch.zeros(1, 3, 16), torch.zeros(1, 3, 8, dtype=torch.bfloat16)):
+        with pytest.raises(AssertionError, match="angles"):
+            kernel.rotate(query, key, (None, None), angles, angles)
+    with pytest.raises(AssertionError, match="contiguous"):
+        kernel.rotate(query.transpose(1, 2), key, (None, None), torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))
+
+
+class Scaled(LlamaAttention):
+    """Scales its queries."""
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **others: Any) -> Any:
+        return super().forward(hidden_states * 2, *arguments, **others)
+
+
+class Clipped(LlamaAttention):
+    """Clips its output."""
+
+    def forward(self, *arguments: Any, **others: Any) -> Any:
+        output, weights = super().forward(*arguments, **others)
+        return output.clamp(-0.01, 0.01), weights
+
+
+class Interleaved(LlamaAttention):
+    """Rotates pairs of neighbours."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **others: Any) -> Any:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        parts = [part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj)]
+        query, key = rotate_interleaved(*parts[:2], *position_embeddings)
+        attended, _ = packed_attention(self, query, key, parts[2], None, scaling=self.scaling, step=others["step"])
+        return self.o_proj(attended.flatten(-2)), None
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(LlamaAttention, "FusedAttention"), *[(kind, kind.__name__) for kind in (Scaled, Clipped, Interleaved)]],
+)
+def test_an_attention_is_replaced_if_it_computes_the_same(
+    family: type[LlamaAttention], name: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
+) -> None:
+    model = nn.Module()
+    model.attention = family(tiny_base("llama").model.config, 0)
+    fuse(model, kernel)
+    assert type(model.attention).__name__ == name
+
+
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
-def test_every_norm_and_mlp_of_a_model_is_fused(
+def test_every_norm_mlp_and_attention_of_a_model_is_fused(
     family: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
 ) -> None:
     model = tiny_base(family).model
@@ -109,10 +187,12 @@ def test_every_norm_and_mlp_of_a_model_is_fused(
     with torch.inference_mode():
         model.set_attn_implementation("sdpa")
         expected = model(ids).logits
+        model.set_attn_implementation(ATTENTION_NAME)
         fuse(model, kernel)
+        model.set_attn_implementation("sdpa")
         assert_same(model(ids).logits, expected, atol=1e-4)
     after = Counter(type(module).__name__ for module in model.modules())
-    assert after["FusedMlp"] == model.config.num_hidden_layers
+    assert after["FusedMlp"] == after["FusedAttention"] == model.config.num_hidden_layers
     assert after["FusedRmsNorm"] == sum(count for name, count in before.items() if name.endswith("RMSNorm")) > 0
 
 
