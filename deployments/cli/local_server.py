@@ -31,6 +31,7 @@ from gpu_worker.model.packaged_model import packaged_folder
 APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
+_NICENESS_VARIABLE = "RAY_worker_niceness"
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
 
@@ -84,6 +85,7 @@ class Server:
         if not self._config.allow_unauthenticated_ray:
             use_token_mode()
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
+        os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
         bypass_http_proxy()
         ray.init(
             "local",  # ignores RAY_ADDRESS

@@ -137,6 +137,9 @@ class AppConfig(_Settings):
     disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # local copy of the weights of a remote store
     # Start without Ray's token authentication: anyone who reaches one of Ray's ports can then run code as this server.
     allow_unauthenticated_ray: bool = False
+    # nice value of the processes of Ray that `loraretriever serve` starts, added to its own. Ray's default is 15, at
+    # which any other busy process takes nearly all of a core that both want. With `ray start`: RAY_worker_niceness.
+    ray_niceness: Annotated[int, Ge(0), Le(19)] = 0
     # Measure adapters on each other's sample outputs after a publish, while the workers are idle; see `loraretriever
     # evaluate`. Off by default: it generates answers and changes which adapters `auto` prefers.
     evaluate_after_publish: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 
@@ -304,3 +306,15 @@ def test_the_readmes_ten_lines_run(url: str) -> None:
     first, second = run.stdout.strip().splitlines()
     assert first.startswith("the chemist has not used my car <- ['sentence_negation'")
     assert second.startswith("do the boys like tea <- ['question_formation'")
+
+
+def test_rays_processes_have_the_niceness_of_the_settings(url: str, config: AppConfig) -> None:
+    """Ray's own default, 15, would give nearly all of a shared core to any other busy process."""
+    replicas = [
+        process for process in psutil.Process().children(recursive=True) if "ray::ServeReplica" in process.cmdline()[0]
+    ]
+    assert len(replicas) == 4
+    assert {process.nice() for process in replicas} == {psutil.Process().nice() + config.ray_niceness}
+    [worker] = [process for process in replicas if "Worker" in process.cmdline()[0]]
+    threads = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in worker.threads()}
+    assert worker.nice() + config.worker.niceness in threads
