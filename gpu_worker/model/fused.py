@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpu_worker.attention.packed_attention import packed_attention
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.native.kernel_loading import functions, load_library
 from gpu_worker.step.attention_plan import AttentionPlan
 from gpu_worker.step.step_context import StepContext
@@ -218,7 +219,7 @@ def _attend_alike(fused: FusedAttention, own: Any) -> bool:
     for width in (own.head_dim, own.head_dim // 2):
         try:
             expected = _attended(own, hidden, width)
-        except (RuntimeError, TypeError, ValueError):
+        except (AttributeError, BaseModelUnsupported, RuntimeError, TypeError, ValueError):
             if width == own.head_dim:
                 return False
             continue
