@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -62,11 +62,13 @@ class Case:
     num_active: int
     literal: bool = False
     sampling: str = "greedy"
+    lookup: int = 0  # tokens guessed at once
 
     @property
     def what(self) -> str:
         kind = "literal einsum" if self.literal else self.strategy
         kind = kind if self.strategy == "base" else f"{kind} {self.num_active}"
+        kind = f"{kind}, prompt lookup" if self.lookup else kind
         return kind if self.sampling == "greedy" else f"{kind}, {self.sampling}"
 
     @property
@@ -88,6 +90,7 @@ CASES = (
     Case(8, "mixture", 8),
     Case(8, "mixture", 8, literal=True),
     Case(1, "base", 0),
+    Case(1, "base", 0, lookup=7),
     Case(1, "selection", 1),
     Case(1, "mixture", 3),
     Case(1, "mixture", 3, literal=True),
@@ -124,7 +127,9 @@ class Bench:
 
     def _run(self, case: Case, prompts: Sequence[Prompt], num_new: int) -> tuple[float, float]:
         asked = plans(case.strategy, case.num_active, case.num_rows)
-        with literal_mixture(self._loaded.engine) if case.literal else nullcontext():
+        engine = self._loaded.engine
+        engine.config = replace(engine.config, prompt_lookup_tokens=case.lookup)
+        with literal_mixture(engine) if case.literal else nullcontext():
             tokens_s, steps = self._loaded.run(asked, prompts, num_new, **SAMPLING[case.sampling])
         return tokens_s, statistics.median(steps)
 
@@ -188,7 +193,7 @@ def plot(medians: Mapping[str, float]) -> None:
     """Plot tokens per second by batch size, for the cases measured at every size."""
     curves = {"generate": [(float(num_rows), medians[f"generate x{num_rows}"]) for num_rows in BATCHES]}
     for strategy, literal in (("base", False), ("selection", False), ("mixture", False), ("mixture", True)):
-        greedy = [case for case in CASES if case.sampling == "greedy" and case.num_active < 9]
+        greedy = [case for case in CASES if case.sampling == "greedy" and case.num_active < 9 and not case.lookup]
         alike = [case for case in greedy if (case.strategy, case.literal) == (strategy, literal)]
         label = "mixture of 3, literal einsum" if literal else "mixture of 3" if strategy == "mixture" else strategy
         curves[label] = [(float(case.num_rows), medians[case.name]) for case in alike]

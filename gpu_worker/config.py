@@ -45,6 +45,9 @@ class EngineSettings:
     prefix_cache_shares_base: bool = False  # tenants share the blocks of prompts without adapters, and so their timing
     max_step_tokens: AtLeastOne = 1024  # prompt and decode tokens in one forward pass
     max_chunk_tokens: AtLeastOne | None = None  # prompt tokens in a step that also decodes; unset: 192 on CPU
+    # Tokens that are guessed from a row's own text and computed in one step while few rows decode; 0: none. Answers
+    # are the same with and without. It pays for answers that repeat their prompt or themselves.
+    prompt_lookup_tokens: Annotated[int, Ge(0), Le(7)] = 0
     max_waiting: AtLeastOne = 2048  # queued requests; above it the answer is 503
     max_wait_s: Annotated[float, Gt(0)] = 90.0  # longest time in the queue, then the answer is 503
     host_cache_bytes: Annotated[int, Ge(0)] = 1 << 30  # adapter weights kept in host memory
@@ -69,6 +72,11 @@ class EngineSettings:
             raise WorkerConfigInvalid(
                 f"max_chunk_tokens is a setting of the native engine, got {self.max_chunk_tokens} with engine 'vllm';"
                 " leave it unset, or lower max_step_tokens"
+            )
+        if self.engine == "vllm" and self.prompt_lookup_tokens:
+            raise WorkerConfigInvalid(
+                f"prompt_lookup_tokens is a setting of the native engine, got {self.prompt_lookup_tokens} with engine"
+                " 'vllm'; leave it 0"
             )
         if self.engine == "native" and self.tensor_parallel_size > 1:
             raise WorkerConfigInvalid(

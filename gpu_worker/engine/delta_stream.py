@@ -80,15 +80,17 @@ def merged(first: Delta | Exception, events: Events) -> Delta:
         if events.empty():
             return result
         event = events.get_nowait()
-        if isinstance(event, Exception):
-            result = event
-        else:
-            result = replace(
-                event,
-                text=result.text + event.text,
-                first_logits=result.first_logits if event.first_logits is None else event.first_logits,
-                logprobs=result.logprobs + event.logprobs,
-                tool_calls=result.tool_calls + event.tool_calls,
-                prompt=result.prompt or event.prompt,
-            )
+        result = event if isinstance(event, Exception) else joined(result, event)
     raise result
+
+
+def joined(first: Delta, second: Delta) -> Delta:
+    """Return both deltas as one."""
+    return replace(
+        second,
+        text=first.text + second.text,
+        first_logits=first.first_logits if second.first_logits is None else second.first_logits,
+        logprobs=first.logprobs + second.logprobs,
+        tool_calls=first.tool_calls + second.tool_calls,
+        prompt=first.prompt or second.prompt,
+    )

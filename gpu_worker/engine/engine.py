@@ -34,6 +34,7 @@ from gpu_worker.engine.model_check import ModelCheck
 from gpu_worker.engine.next_tokens import Chosen, choose, failure_of, grammars_of
 from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
+from gpu_worker.engine.prompt_lookup import guess_all, settle, take
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled, schedule
 from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed, WaitedTooLong
@@ -280,6 +281,7 @@ class Engine:
 
         Raises: EngineStopped after three consecutive steps that fail because of the device.
         """
+        guess_all(self.running, self.config.prompt_lookup_tokens, self.kv_cache)
         scheduled = schedule(self.running, max_tokens, self.config.chunk_tokens)
         outcome = compute_isolated(scheduled, self._attempt)
         for part, chosen in outcome.computed:
@@ -299,14 +301,19 @@ class Engine:
     def _deliver(self, part: Sequence[Scheduled], chosen: Chosen) -> None:
         """Append the new token of each computed row, and send its text to the client."""
         for row, segment in part:
-            row.num_computed += segment.num_tokens
-            self.kv_cache.computed(row.kv_row, row.num_computed)
+            if not row.guess:
+                row.num_computed += segment.num_tokens
+                self.kv_cache.computed(row.kv_row, row.num_computed)
         for row, scores in chosen.prompts:
             row.add_prompt_scores(scores)
-        self.counters.num_new_tokens += sum(row.max_new_tokens > 0 for row in chosen.rows)
         self.counters.num_prompt_tokens += sum(row.num_prompt_tokens for row in chosen.rows if row.num_new_tokens == 0)
-        taken = zip(chosen.rows, chosen.tokens, chosen.scores, chosen.logits, strict=True)
-        made = [(row, self._append_token(row, token, scored, row_logits)) for row, token, scored, row_logits in taken]
+        made = []
+        for row, choices in chosen.by_row():
+            event, num_taken = take(row.guess, choices, partial(self._append_token, row))
+            self.counters.num_new_tokens += num_taken * (row.max_new_tokens > 0)
+            if row.guess:
+                settle(row, num_taken, self.kv_cache)
+            made.append((row, event))
         self._end([(row, event) for row, event in made if event is not None and _is_last(event)])
         texts = [(row, event) for row, event in made if event is not None and not _is_last(event)]
         self._release([row for row, event in texts if not self.send(row, event)])

@@ -49,11 +49,12 @@ class ForwardPass:
     def __call__(self, scheduled: Sequence[Scheduled]) -> Tensor:
         """Return logits (K, V), float32 or the model's dtype.
 
-        First those of the rows whose last token was computed, then those of the positions that score prompt tokens.
+        First those of the rows whose last token was computed, with those of its guesses, then those of the positions
+        that score prompt tokens.
         A step of incomplete prompt chunks may have none: `logits_to_keep` is empty and the head computes nothing.
         """
-        tokens = [token for row, s in scheduled for token in row.tokens[s.context_len : s.total_len]]
-        last = [s.end - 1 for row, s in scheduled if s.total_len == len(row.tokens)]
+        tokens = [token for row, s in scheduled for token in row.step_tokens(s.context_len, s.total_len)]
+        last = [s.start + p - s.context_len for row, s in scheduled for p in range(len(row.tokens) - 1, s.total_len)]
         kept = last + [
             s.start + position - s.context_len
             for row, s in scheduled

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,11 +15,15 @@ from gpu_worker.grammar.state import GrammarState
 from gpu_worker.sampling.logprobs import Scored
 from gpu_worker.sampling.sampling import Sampler
 
+Choice = tuple[int | None, Scored | None, Tensor]
+"""A token, its score, and the logits (V,) it was chosen from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The rows whose last token was computed, with logits, next token and score for each.
 
+    A row with guesses is there once for its last token and once for each guess, in order.
     `prompts`: the rows of which tokens of the prompt were scored, with the scores.
     """
 
@@ -28,17 +33,24 @@ class Chosen:
     scores: list[Scored | None]  # None: not requested
     prompts: list[tuple[Row, list[Scored | None]]] = field(default_factory=list)  # None: see `Sampler.score`
 
+    def by_row(self) -> Iterator[tuple[Row, list[Choice]]]:
+        """Yield each row with its tokens, their scores and logits (V,)."""
+        taken = zip(self.rows, zip(self.tokens, self.scores, self.logits, strict=True), strict=True)
+        for row, pairs in itertools.groupby(taken, key=lambda pair: pair[0]):
+            yield row, [choice for _, choice in pairs]
+
 
 def choose(part: Sequence[Scheduled], logits: Tensor, sampler: Sampler) -> Chosen:
     """Choose the next token of each row that has logits, and score it if the request wants log probabilities.
 
     Dims: logits (K, V), first those of the rows of `part` whose last token was computed: see `ForwardPass`.
     """
-    rows = _rows_with_logits(part)
+    places = _places_with_logits(part)
+    rows = [row for row, _ in places]
     prompts: list[tuple[Row, list[Scored | None]]] = []
     if len(logits) > len(rows):
         prompts, logits = _scored_prompts(part, logits[len(rows) :], sampler), logits[: len(rows)]
-    tokens, scores = sampler(logits, [row.draw() for row in rows])
+    tokens, scores = sampler(logits, [row.draw(ahead) for row, ahead in places])
     tokens = [None if _has_failed_grammar(row) else token for row, token in zip(rows, tokens, strict=True)]
     return Chosen(rows, logits, tokens, scores, prompts)
 
@@ -56,7 +68,7 @@ def _scored_prompts(
 
 def grammars_of(part: Sequence[Scheduled]) -> list[GrammarState]:
     """Return the grammars of the rows whose last token is computed in this step."""
-    return [row.grammar for row in _rows_with_logits(part) if row.grammar is not None]
+    return [row.grammar for row, _ in _places_with_logits(part) if row.grammar is not None]
 
 
 def failure_of(row: Row) -> GrammarFailed | LogitsNotFinite:
@@ -72,5 +84,6 @@ def _has_failed_grammar(row: Row) -> bool:
     return row.grammar is not None and row.grammar.error is not None
 
 
-def _rows_with_logits(part: Sequence[Scheduled]) -> list[Row]:
-    return [row for row, segment in part if segment.total_len == len(row.tokens)]
+def _places_with_logits(part: Sequence[Scheduled]) -> list[tuple[Row, int]]:
+    """Return each row with the number of its guesses before the token to choose."""
+    return [(row, ahead) for row, segment in part for ahead in range(segment.total_len - len(row.tokens) + 1)]

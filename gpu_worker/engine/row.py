@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +29,9 @@ from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
 from gpu_worker.text.token_bytes import TokenBytes
 from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import Plan
+
+if TYPE_CHECKING:
+    from gpu_worker.engine.prompt_lookup import PromptLookup
 
 Sink = Callable[[Delta | Exception], None]
 """Receives a request's deltas, the last with a finish reason, or an exception. Runs on the engine's thread."""
@@ -65,6 +69,8 @@ class Row:
     num_computed: int = 0  # tokens in the KV cache
     skips_prefix_cache: bool = False  # it needs logits of its whole prompt, so nothing of it may be skipped
     prefix: Prefix | None = None  # its keys in the prefix cache; None: it does not use the cache
+    guess: list[int] = field(default_factory=list)  # tokens that the next step computes behind `tokens`
+    lookup: PromptLookup | None = None  # makes the guesses
     has_started: bool = False
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at its first start
     num_passes: int = 0  # times that other rows entered the bank before it
@@ -118,11 +124,17 @@ class Row:
             found = PromptToken(token, self.token_bytes(token), offset, scored.logprob, scored.rank, top)
             self.prompt.append(found)
 
-    def draw(self) -> Draw:
-        """Return the inputs for choosing the next token."""
-        forbidden = tuple(self.end_ids) if self.num_new_tokens < self.sampling.min_tokens else ()
+    def step_tokens(self, start: int, end: int) -> list[int]:
+        """Return the tokens and guesses at the positions [start, end)."""
+        known = self.tokens[start:end]
+        return known + self.guess[: end - start - len(known)]
+
+    def draw(self, ahead: int = 0) -> Draw:
+        """Return the inputs for choosing the next token, or the one `ahead` tokens later if these are the guesses."""
+        forbidden = tuple(self.end_ids) if self.num_new_tokens + ahead < self.sampling.min_tokens else ()
         allowed = None if self.grammar is None or self.grammar.error is not None else self.grammar.allowed
-        return Draw(self.sampling, self.seed, len(self.tokens), forbidden, self.tokens, self.num_prompt_tokens, allowed)
+        position = len(self.tokens) + ahead
+        return Draw(self.sampling, self.seed, position, forbidden, self.tokens, self.num_prompt_tokens, allowed)
 
     def append_token(self, token: int, scored: Scored | None = None) -> Delta | None:
         """Append a token. Return the released text, with the finish reason after the last token, or None.

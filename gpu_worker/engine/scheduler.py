@@ -17,16 +17,18 @@ Scheduled = tuple[Row, Segment]
 def schedule(rows: Sequence[Row], max_step_tokens: int, max_chunk_tokens: int) -> list[Scheduled]:
     """Return the rows of the next step with their segments, decoding rows first.
 
-    Every decoding row takes part. With decoding rows, prompts get at most `max_chunk_tokens`, so that a long prompt
-    does not stall them. All prompts together get at most `MAX_SCORED_TOKENS` tokens that need log probabilities.
+    Every decoding row takes part, with its guesses. With decoding rows, prompts get at most `max_chunk_tokens`, so that
+    a long prompt does not stall them. All prompts together get at most `MAX_SCORED_TOKENS` tokens that need log
+    probabilities.
     """
     decoding = sorted((row for row in rows if _remaining(row) == 1), key=lambda row: row.kv_row)  # the cache's order
     prefilling = [row for row in rows if _remaining(row) > 1]
-    budget = min(max_step_tokens, len(decoding) + max_chunk_tokens) if decoding else max_step_tokens
-    shares = _shares(_computable(prefilling), budget - len(decoding))
+    counts = [1 + len(row.guess) for row in decoding]
+    budget = min(max_step_tokens, sum(counts) + max_chunk_tokens) if decoding else max_step_tokens
+    shares = _shares(_computable(prefilling), budget - sum(counts))
     scheduled: list[Scheduled] = []
     start = 0
-    for row, num_tokens in zip((*decoding, *prefilling), (*[1] * len(decoding), *shares), strict=True):
+    for row, num_tokens in zip((*decoding, *prefilling), (*counts, *shares), strict=True):
         if num_tokens:
             scheduled.append((row, Segment(row.kv_row, start, num_tokens, row.num_computed)))
             start += num_tokens

@@ -44,6 +44,8 @@ def test_an_engine_whose_package_is_missing_is_refused_with_the_remedy() -> None
 def test_a_setting_that_the_vllm_engine_lacks_is_refused_with_the_remedy() -> None:
     with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens is a setting of the native engine, got 64"):
         WorkerConfig(engine="vllm", max_chunk_tokens=64)
+    with pytest.raises(WorkerConfigInvalid, match="prompt_lookup_tokens is a setting of the native engine, got 4"):
+        WorkerConfig(engine="vllm", prompt_lookup_tokens=4)
 
 
 @pytest.mark.parametrize(("name", "value"), [("tensor_parallel_size", 2), ("enforce_eager", True)])

@@ -1,0 +1,113 @@
+"""Guess the next tokens of a row from its own earlier tokens, so that one step can compute several of them.
+
+The engine computes the guesses behind the row's last token, chooses a token after each, and keeps those up to the first
+that differs from its guess. A choice depends on the logits, the seed and the position alone, so the answer is the same
+as without guesses, greedy or sampled, under any plan.
+Source: prompt lookup decoding, a draft without a model for speculative decoding (Leviathan et al., ICML 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gpu_worker.attention.kv_cache import KvCache
+from gpu_worker.engine.delta_stream import joined
+from gpu_worker.engine.next_tokens import Choice
+from gpu_worker.engine.row import Row
+from gpu_worker.request.request import Delta
+
+Event = Delta | Exception
+
+MOST_STEP_TOKENS = 8  # tokens of a step with guesses: up to so many cost little more than one
+_NGRAM = 3
+_LONGEST_PAUSE = 64  # tokens without a guess, after guesses that were all wrong
+
+
+class PromptLookup:
+    """The guesses of one row. `most`: tokens guessed at once; fewer after wrong guesses."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._num_wanted = most
+        self._places: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
+        self._num_read = 0  # tokens whose n-grams are in `_places`
+        self._pause = self._num_misses = 0
+
+    def guess(self, tokens: Sequence[int], room: int) -> list[int]:
+        """Return up to `room` tokens that followed the last n-gram when it occurred before; none during a pause."""
+        end = len(tokens)
+        for index in range(max(self._num_read, _NGRAM), end):
+            self._places[tuple(tokens[index - _NGRAM : index])] = index
+        self._num_read = end
+        place = self._places.get(tuple(tokens[-_NGRAM:]))
+        if self._pause:
+            self._pause -= 1
+        elif place is not None:
+            period = end - place
+            return [tokens[place + index % period] for index in range(min(room, self._num_wanted))]
+        return []
+
+    def judge(self, num_guessed: int, num_right: int) -> None:
+        """Guess more after right guesses, fewer after wrong ones, and pause if all were wrong."""
+        if num_right == num_guessed:
+            self._num_wanted = min(self._most, 2 * self._num_wanted)
+        else:
+            self._num_wanted = max(1, num_right)
+        self._num_misses = 0 if num_right else self._num_misses + 1
+        self._pause = min(_LONGEST_PAUSE, 2**self._num_misses) if self._num_misses else 0
+
+
+def may_guess(row: Row) -> bool:
+    """Return whether the row's choices need no more than logits, seed and position."""
+    return (
+        row.grammar is None
+        and not row.sampling.adjusts_logits
+        and row.sampling.prompt_logprobs is None
+        and not row.capture_first_logits
+    )
+
+
+def guess_all(rows: Sequence[Row], most: int, kv_cache: KvCache) -> None:
+    """Set the guesses of the next step, as far as there is KV: none while prompts are computed or many rows decode.
+
+    `most`: tokens per row.
+    """
+    for row in rows:
+        row.guess = []
+    room = MOST_STEP_TOKENS - len(rows)
+    if most == 0 or room <= 0 or any(len(row.tokens) - row.num_computed != 1 for row in rows):
+        return
+    for row in rows:
+        left = min(room, row.max_new_tokens - row.num_new_tokens - 1)
+        if left > 0 and may_guess(row):
+            row.lookup = row.lookup or PromptLookup(most)
+            guess = row.lookup.guess(row.tokens, left)
+            if guess and kv_cache.grow(row.kv_row, len(row.tokens) + len(guess)):
+                row.guess = guess
+                room -= len(guess)
+
+
+def take(
+    guess: Sequence[int], choices: Sequence[Choice], append: Callable[..., Event | None]
+) -> tuple[Event | None, int]:
+    """Append a row's tokens up to the first that differs from its guess, or that ends the row.
+
+    Return their events as one, and the number of tokens. `append` takes a choice and returns its event.
+    """
+    whole: Event | None = None
+    num_taken = 0
+    for choice in choices:
+        event = append(*choice)
+        whole = joined(whole, event) if isinstance(whole, Delta) and isinstance(event, Delta) else event or whole
+        num_taken += 1
+        has_ended = isinstance(event, Exception) or (event is not None and event.finish_reason is not None)
+        if has_ended or num_taken > len(guess) or choice[0] != guess[num_taken - 1]:
+            break
+    return whole, num_taken
+
+
+def settle(row: Row, num_taken: int, kv_cache: KvCache) -> None:
+    """Count the computed tokens of a row with guesses: its last token and the right guesses."""
+    row.num_computed += num_taken
+    kv_cache.computed(row.kv_row, row.num_computed)
+    if row.lookup is not None:
+        row.lookup.judge(len(row.guess), num_taken - 1)
