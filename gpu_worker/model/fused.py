@@ -157,13 +157,15 @@ def fuse(model: nn.Module, kernel: FusedKernel) -> None:
     Both are run on random input and compared, so other variants of a model family stay as they are.
     """
     for name, module in list(model.named_modules()):
-        fused = _fused_norm(module, kernel) or _fused_mlp(module, kernel) or _fused_attention(module, kernel)
+        fused: nn.Module | None = (
+            _fused_norm(module, kernel) or _fused_mlp(module, kernel) or _fused_attention(module, kernel)
+        )
         if fused is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, fused)
 
 
-def _fused_norm(module: Any, kernel: FusedKernel) -> nn.Module | None:
+def _fused_norm(module: Any, kernel: FusedKernel) -> FusedRmsNorm | None:
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float) or not isinstance(weight, Tensor):
