@@ -1,4 +1,4 @@
-"""Measure the encoder alone and beside a decoding worker: `python -m benchmarks.encoder`.
+"""Measure the encoder alone and next to a decoding worker: `python -m benchmarks.encoder`.
 
 A worker in a process of its own decodes 32 rows with a mixture of three adapters, on all cores and with the niceness of
 the settings. The encoder has one thread, as in the server, and reads new texts of 40 tokens, with bfloat16 and with
@@ -98,7 +98,7 @@ def found_first(encoders: Mapping[str, Encoder]) -> dict[str, float]:
 
 
 def main(
-    count: Annotated[int, typer.Option(help="texts of each kind, alone and beside a worker")] = 200,
+    count: Annotated[int, typer.Option(help="texts of each kind, alone and next to a worker")] = 200,
     quick: Quick = False,
 ) -> None:
     """Measure the packaged encoder."""
@@ -108,21 +108,21 @@ def main(
     alone = milliseconds(encoders, texts, count)
     batch = milliseconds(encoders, texts, max(count // 20, 1), NUM_BATCH)
     with decoding_worker():
-        beside = milliseconds(encoders, texts, count)
+        busy = milliseconds(encoders, texts, count)
     shares = found_first(encoders)
-    table = table_of("products", "p50 alone ms", "p50 beside a worker ms", "p90 ms", "32 texts ms", "own adapter first")
+    table = table_of("products", "p50 alone ms", "p50 next to a worker ms", "p90 ms", "32 texts ms", "own adapter first")
     figures: dict[str, float] = {}
     for name in encoders:
-        p50, p90 = statistics.median(beside[name]), float(np.quantile(beside[name], 0.9))
+        p50, p90 = statistics.median(busy[name]), float(np.quantile(busy[name], 0.9))
         cells = statistics.median(alone[name]), p50, p90, statistics.median(batch[name])
         table.add_row(name, *(f"{value:.1f}" for value in cells), f"{100 * shares[name]:.1f} %")
-        figures[f"encoder_{name}_alone_p50_ms"], figures[f"encoder_{name}_beside_worker_p50_ms"] = cells[:2]
+        figures[f"encoder_{name}_alone_p50_ms"], figures[f"encoder_{name}_next_to_worker_p50_ms"] = cells[:2]
         figures[f"encoder_{name}_own_adapter_first"] = shares[name]
     text = shown(table)
     if quick:
         console.print("a trial run: nothing is written")
         return
-    write_results("encoder", figures=figures, table=text, runs=[{"alone": alone, "beside": beside, "batch": batch}])
+    write_results("encoder", figures=figures, table=text, runs=[{"alone": alone, "busy": busy, "batch": batch}])
 
 
 if __name__ == "__main__":

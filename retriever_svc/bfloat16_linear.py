@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _STEP_ROWS = 64  # oneDNN chooses the layout of the weight for this number of tokens; other numbers work too
 _LEAST_COSINE = 0.999  # to the float32 vectors
-_PROBES = ("Is it so?", "Translate to French: the cat sleeps on the old sofa, and nobody knows why.", "2 + 2 = ")
+_PROBES = ("Is it so?", "Translate to French: the cat sleeps on the old sofa in the kitchen.", "2 + 2 = ")
 
 
 class Bfloat16Linear(nn.Module):
