@@ -110,7 +110,9 @@ def main(
     with decoding_worker():
         busy = milliseconds(encoders, texts, count)
     shares = found_first(encoders)
-    table = table_of("products", "p50 alone ms", "p50 next to a worker ms", "p90 ms", "32 texts ms", "own adapter first")
+    table = table_of(
+        "products", "p50 alone ms", "p50 next to a worker ms", "p90 ms", "32 texts ms", "own adapter first"
+    )
     figures: dict[str, float] = {}
     for name in encoders:
         p50, p90 = statistics.median(busy[name]), float(np.quantile(busy[name], 0.9))
