@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo quick test test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo bench quick test test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -28,6 +28,9 @@ serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:80
 
 demo: $(READY) ## answer the starter pool's held-out prompts with every strategy, print the table, stop
 	$(BIN)/python -m examples.demo $(ARGS)
+
+bench: $(READY) ## other projects' load clients against this server and vLLM; ARGS="--vllm-python … --guidellm …"
+	$(BIN)/python -m benchmarks.load $(ARGS)
 
 # Coverage is printed and not a gate.
 test: $(READY) ## run every test: two at a time, then those that share one running application; print the coverage

@@ -36,13 +36,13 @@ _READY_TIMEOUT_S = 600.0
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def questions(folder: Path) -> list[dict[str, Any]]:
-    """Return the held-out prompts of all tasks. `choices`: the answers to choose from, where a task has few."""
+def questions(folder: Path, per_task: int) -> list[dict[str, Any]]:
+    """Return the first held-out prompts of each task. `choices`: the answers to choose from, where a task has few."""
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.jsonl")):
         own = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         outputs = sorted({row["output"] for row in own})
-        for row in own:
+        for row in own[:per_task]:
             choices = row.get("labels") or (outputs if len(outputs) <= _MAX_CHOICES else [])
             prompt = {"prompt": alpaca_prompt(row["input"]), "message": row["input"]}
             rows.append(prompt | {"answer": row["output"], "choices": choices, "task": path.stem})
@@ -128,10 +128,11 @@ def of_transformers(python: Path, folder: Path, base: Path, adapter: Path | None
 def main(
     python: Annotated[Path, typer.Option(help="Python of an environment with lm-eval[hf,api] and peft")],
     adapter: Annotated[str, typer.Option(help="the adapter of the starter pool")] = "senti_hotels",
+    per_task: Annotated[int, typer.Option(help="held-out prompts of each of the 12 tasks, at most 12")] = 12,
 ) -> None:
     """Compare the scores, print a table, write the results. Fail where one differs by more than a question."""
     out = Console(width=120)
-    rows = questions(HELD_OUT)
+    rows = questions(HELD_OUT, per_task)
     asked = {CHOICE: sum(bool(row["choices"]) for row in rows), TEXT: len(rows), CHAT: len(rows)}
     found: dict[str, dict[str, dict[str, int]]] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""The cost of structured output: tokens per second with one shared schema, and the seconds of a new schema.
+"""The cost of structured output: tokens per second with one shared schema or tool, and the seconds of a new schema.
 
 `python -m benchmarks.structured_output`. Rounds with and without the schema alternate, so that both meet the same
 machine. The schema cannot end within the measured tokens.
@@ -15,7 +15,9 @@ import typer
 
 from benchmarks.engine_cases import NUM_NEW, NUM_ROWS, Loaded, Quick, plans, shown, table_of
 from benchmarks.results_file import write_results
+from gpu_worker.grammar.tool_grammar import tool_grammar
 from gpu_worker.request.grammar import Grammar
+from gpu_worker.request.tools import HERMES, Function, Tools
 
 ROUNDS, NEW_SCHEMAS = 5, 20
 SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 1": {"temperature": 1.0, "seed": 3}}
@@ -26,6 +28,15 @@ def people(number: int = 0) -> Grammar:
     fields = {"name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 150}}
     person = {"type": "object", "properties": fields, "required": ["name", "age"], "additionalProperties": False}
     return Grammar("json_schema", json.dumps({"type": "array", "items": person, "minItems": 1000 + number}))
+
+
+def call() -> Grammar:
+    """Return the grammar of a required call of a function that takes such a list."""
+    list_of_people = {"type": "object", "properties": {"people": json.loads(people().text)}, "required": ["people"]}
+    tools = Tools((Function("save", parameters=json.dumps(list_of_people)),), required=True)
+    grammar = tool_grammar(tools, HERMES, None)
+    assert grammar is not None
+    return grammar
 
 
 def seconds_to_compile(loaded: Loaded, number: int) -> float:
@@ -42,10 +53,12 @@ def main(quick: Quick = False) -> None:
     rows = loaded.prompts(1, NUM_ROWS)
     first = seconds_to_compile(loaded, 0)
     compiled = [seconds_to_compile(loaded, number) for number in range(1, 3 if quick else NEW_SCHEMAS + 1)]
-    table = table_of("", "free tokens/s", "with a schema", "lost")
+    table = table_of("", "free tokens/s", "with a grammar", "lost")
     figures, runs = {"first_schema_s": first, "new_schema_ms": 1000 * statistics.median(compiled)}, []
-    for name, settings in SAMPLINGS.items():
-        bound = settings | {"ignore_eos": False, "grammar": people()}
+    cases = {name: (settings, people()) for name, settings in SAMPLINGS.items()}
+    cases["a required tool, temperature 1"] = SAMPLINGS["temperature 1"], call()
+    for name, (settings, grammar) in cases.items():
+        bound = settings | {"ignore_eos": False, "grammar": grammar}
         loaded.run(plans("mixture", 8), rows, 4, **bound)
         found: list[tuple[float, float]] = []
         for _ in range(num_rounds):
@@ -55,7 +68,7 @@ def main(quick: Quick = False) -> None:
         lost = statistics.median(1 - structured / free for free, structured in found)
         medians = [statistics.median(column) for column in zip(*found, strict=True)]
         table.add_row(name, f"{medians[0]:.0f}", f"{medians[1]:.0f}", f"{100 * lost:.1f} %")
-        figures[f"lost_{name.replace(' ', '_')}"] = lost
+        figures[f"lost_{name.replace(', ', '_').replace(' ', '_')}"] = lost
         runs.append({"sampling": name, "tokens_per_s": found})
     table.add_row("new schema, ms", "", f"{figures['new_schema_ms']:.0f}", "")
     table.add_row("first schema, s", "", f"{first:.1f}", "")

@@ -49,7 +49,7 @@ class Vllm:
                 stdout=out,
                 stderr=out,
                 pass_fds=[writing],
-                env=_environment(python),
+                env=environment_of(python),
                 text=True,
                 process_group=0,  # one group, to stop all of its processes together
             )
@@ -97,7 +97,7 @@ class Vllm:
         os.killpg(self._process.pid, number)
 
 
-def _environment(python: Path) -> dict[str, str]:
+def environment_of(python: Path) -> dict[str, str]:
     """Return the environment that vLLM's guide for CPUs recommends."""
     cores = os.cpu_count() or 1
     openmp = python.parent.parent / "lib" / "libiomp5.so"

@@ -18,9 +18,10 @@ from deployments.api.base import (
     TolerantRequest,
     unsupported,
 )
+from deployments.errors import Unsupported
 
 MAX_INPUTS = 256
-NOT_SERVED_IN_EMBEDDINGS: Passing = {"dimensions": (), "input_type": ("query", "passage", "document")}
+NOT_SERVED_IN_EMBEDDINGS: Passing = {"input_type": ("query", "passage", "document")}
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
 
@@ -43,6 +44,7 @@ class EmbeddingsRequest(TolerantRequest):
         BeforeValidator(_as_texts, json_schema_input_type=Text | Texts),
     ]
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1, lt=2**31)  # those of the encoder, or refused
     user: Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None = None
 
 
@@ -69,7 +71,13 @@ class EmbeddingsAnswer(TypedDict):
 def embeddings_answer(
     request: EmbeddingsRequest, vectors: Sequence[NDArray[np.float32]], num_tokens: int
 ) -> EmbeddingsAnswer:
-    """Return the answer. `vectors`: one (D,) float32 of length 1 for each input."""
+    """Return the answer. `vectors`: one (D,) float32 of length 1 for each input.
+
+    Raises: Unsupported for other `dimensions` than D.
+    """
+    num_dimensions = len(vectors[0])
+    if request.dimensions not in (None, num_dimensions):
+        raise Unsupported("dimensions", f"other vectors than those of {num_dimensions} dimensions")
     as_base64 = request.encoding_format == "base64"
     data: list[EmbeddingObject] = [
         {"object": "embedding", "index": index, "embedding": _base64(vector) if as_base64 else vector.tolist()}

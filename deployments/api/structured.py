@@ -28,6 +28,14 @@ class JsonSchemaFormat(TolerantRequest):
     strict: bool | None = None
 
 
+def _check_schema(name: str, is_given: bool, kind: str) -> None:
+    """Refuse a missing schema, and one of a format without any. Raises: PydanticCustomError."""
+    if kind == "json_schema" and not is_given:
+        raise problem(name, "is missing; type 'json_schema' needs it")
+    if kind != "json_schema" and is_given:
+        raise problem(name, f"goes with type 'json_schema' only; type is {kind!r}")
+
+
 class ResponseFormat(TolerantRequest):
     """The format of a chat's answer."""
 
@@ -36,8 +44,7 @@ class ResponseFormat(TolerantRequest):
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
-        if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise problem("json_schema", f"goes with type 'json_schema', and with it only; type is {self.type!r}")
+        _check_schema("json_schema", self.json_schema is not None, self.type)
         return self
 
     def grammar(self) -> Grammar | None:
@@ -55,8 +62,7 @@ class TextFormat(JsonSchemaFormat):
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
-        if (self.schema_ is not None) != (self.type == "json_schema"):
-            raise problem("schema", f"goes with type 'json_schema', and with it only; type is {self.type!r}")
+        _check_schema("schema", self.schema_ is not None, self.type)
         return self
 
     def grammar(self) -> Grammar | None:

@@ -37,6 +37,12 @@ def test_both_encodings_hold_the_same_numbers() -> None:
     CreateEmbeddingResponse.model_validate(plain, strict=True)
 
 
+def test_the_encoders_own_dimensions_are_served_and_others_refused() -> None:
+    assert len(embeddings_answer(request_of(dimensions=2), VECTORS, 7)["data"]) == 2
+    with pytest.raises(Unsupported, match=r"dimensions: .* than those of 2 dimensions"):
+        embeddings_answer(request_of(dimensions=3), VECTORS, 7)
+
+
 def test_one_text_is_a_list_of_one() -> None:
     assert request_of(input="a").input == ["a"]
 
@@ -57,7 +63,7 @@ def test_a_value_out_of_its_range_is_refused_by_its_path(fields: dict[str, Any],
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"dimensions": 64}, "dimensions"), ({"input": [1, 2]}, "input"), ({"input": [[1], [2]]}, "input")],
+    [({"input": [1, 2]}, "input"), ({"input": [[1], [2]]}, "input")],
 )
 def test_unsupported_fields_and_inputs_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
     error = refusal(**fields)

@@ -93,3 +93,12 @@ def test_a_large_or_deep_schema_is_refused_before_it_is_sent_to_a_worker() -> No
 def test_the_grammar_alone_ends_the_answer(name: str) -> None:
     with pytest.raises(SamplingInvalid, match=name):
         asked(**{name: 1 if name == "min_tokens" else True, "structured_outputs": {"regex": "a"}})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"type": "json_schema"}, "is missing"), ({"type": "text", "json_schema": {"schema": {}}}, "'json_schema' only")],
+)
+def test_a_schema_and_its_type_belong_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestInvalid, match=message):
+        parse(CHAT | {"response_format": given})
