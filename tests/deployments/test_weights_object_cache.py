@@ -40,6 +40,19 @@ def get(loads: Loads, *digests: str) -> None:
     asyncio.run(run())
 
 
+async def held(gate: threading.Event, num_callers: int) -> tuple[Loads, list[asyncio.Task[tuple[int, ...]]]]:
+    """Return a cache whose loads wait for the gate, and callers that wait for one."""
+
+    def load(digest: str) -> bytes:
+        assert gate.wait(10)
+        return BLOBS[digest]
+
+    loads = Loads(100, load)
+    callers = [asyncio.create_task(loads.cache.get("a")) for _ in range(num_callers)]
+    await asyncio.sleep(0)
+    return loads, callers
+
+
 def test_a_kept_buffer_is_put_once_and_is_read_only_bytes() -> None:
     loads = Loads(100)
     get(loads, "a", "b", "a")
@@ -71,16 +84,8 @@ def test_a_buffer_larger_than_the_budget_evicts_nothing() -> None:
 
 
 def test_concurrent_callers_share_one_load_that_survives_a_caller_leaving() -> None:
-    gate = threading.Event()
-
-    def load(digest: str) -> bytes:
-        assert gate.wait(10)
-        return BLOBS[digest]
-
     async def run() -> None:
-        loads = Loads(100, load)
-        callers = [asyncio.create_task(loads.cache.get("a")) for _ in range(3)]
-        await asyncio.sleep(0)
+        loads, callers = await held(gate := threading.Event(), 3)
         callers[0].cancel()
         await asyncio.wait([callers[0]])
         gate.set()
@@ -117,16 +122,8 @@ def test_released_buffers_are_loaded_again() -> None:
 
 
 def test_a_buffer_released_during_its_load_is_not_kept() -> None:
-    gate = threading.Event()
-
-    def load(digest: str) -> bytes:
-        assert gate.wait(10)
-        return BLOBS[digest]
-
     async def run() -> None:
-        loads = Loads(100, load)
-        caller = asyncio.create_task(loads.cache.get("a"))
-        await asyncio.sleep(0)
+        loads, [caller] = await held(gate := threading.Event(), 1)
         await asyncio.sleep(0)
         loads.cache.release(["a"])
         gate.set()

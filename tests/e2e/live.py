@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +58,16 @@ class Live:
         assert response.status_code == 201, response.text
         answer: dict[str, Any] = response.json()
         return answer
+
+    def publish_all(self, folders: Sequence[Path]) -> None:
+        """Publish these folders in one commit."""
+        response = self.call("POST", "/v1/loras", json={"adapters": [{"path": str(folder)} for folder in folders]})
+        assert {row["status"] for row in response.json()["data"]} == {201}, response.text
+
+    def withdraw_all(self, names: Iterable[str]) -> None:
+        with ThreadPoolExecutor(8) as threads:
+            answers = threads.map(lambda name: self.call("DELETE", f"/v1/loras/{name}"), names)
+        assert {answer.status_code for answer in answers} == {200}
 
     def upload(self, folder: Path) -> httpx.Response:
         files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]

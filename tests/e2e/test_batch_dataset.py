@@ -33,11 +33,9 @@ BAD: dict[int, dict[str, Any]] = {
 def adapters(live: Live) -> Iterator[None]:
     """Publish an adapter for each topic except the last, which no prompt is about."""
     names = [topic.replace(" ", "-") for topic in TOPICS[:5]]
-    for seed, (name, topic) in enumerate(zip(names, TOPICS[:5], strict=True)):
-        live.publish(live.folder(name, 900 + seed, topic))
+    live.publish_all([live.folder(name, 900 + seed, TOPICS[seed]) for seed, name in enumerate(names)])
     yield
-    for name in names:
-        assert live.call("DELETE", f"/v1/loras/{name}").status_code == 200
+    live.withdraw_all(names)
 
 
 def batch(live: Live, folder: Path, part_rows: int) -> subprocess.Popen[str]:

@@ -136,8 +136,7 @@ def test_a_dead_endpoint_affects_only_operations_that_need_it(
     live: Live, resident: str, seed: int, scale: Scale
 ) -> None:
     others = [live.folder(f"other-{n}", seed + 1 + n, f"subject {n}") for n in range(2 * _BANK_ADAPTERS)]
-    for folder in others:
-        live.publish(folder)
+    live.publish_all(others)
     eventually(lambda: _in_every_bank(live, resident))
     whole = live.text(resident)
     cold = [f.name for f in others if not _is_resident(live, f.name)]
@@ -158,8 +157,7 @@ def test_a_dead_endpoint_affects_only_operations_that_need_it(
         live.endpoint.start()
     eventually(lambda: live.ask(cold[0]).status_code == 200)
     eventually(lambda: live.upload(live.folder("late", seed + 99, "lateness")).status_code == 201)
-    for name in ("late", *[folder.name for folder in others]):
-        assert live.call("DELETE", f"/v1/loras/{name}").status_code == 200
+    live.withdraw_all(["late", *[folder.name for folder in others]])
 
 
 def _is_resident(live: Live, name: str) -> bool:
@@ -169,14 +167,13 @@ def _is_resident(live: Live, name: str) -> bool:
 
 def test_a_dead_store_replica_fails_no_request(live: Live, seed: int) -> None:
     folders = [live.folder(f"star-{n}", seed + n, f"star {n}") for n in range(2 * _BANK_ADAPTERS)]
-    for folder in folders:
-        live.publish(folder)
-    texts = {folder.name: live.text(folder.name) for folder in folders}
+    live.publish_all(folders)
+    names = [folder.name for folder in folders]
+    texts = {name: text for name, (text, _) in zip(names, asyncio.run(stream_texts(live, names, 24)), strict=True)}
     assert live.kill_replicas("Store") == 1
     again = asyncio.run(stream_texts(live, list(texts), 24))
     assert [text for text, _ in again] == list(texts.values())
-    for name in texts:
-        assert live.call("DELETE", f"/v1/loras/{name}").status_code == 200
+    live.withdraw_all(names)
 
 
 class _DyingStore:

@@ -49,6 +49,8 @@ except RuntimeError:
         print(name, deployment.status.value, "RayUnauthenticated: Ray runs without" in deployment.message)
 """
 
+ONE_TRY = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # of each replica; the controller reads it
+
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
@@ -127,7 +129,7 @@ def test_replicas_refuse_to_start_on_a_cluster_without_token_mode(folder: Path) 
     command = [sys.executable, "-c", OPEN_CLUSTER]
     outlet = subprocess.PIPE
     with subprocess.Popen(
-        command, stdin=outlet, stdout=outlet, text=True, env=environment(folder, "disabled")
+        command, stdin=outlet, stdout=outlet, text=True, env=environment(folder, "disabled") | ONE_TRY
     ) as cluster:
         assert cluster.stdout is not None
         address = cluster.stdout.readline().strip()

@@ -13,7 +13,6 @@ import pytest
 from deployments.api.adapters import PublishItem
 from deployments.calls.worker_client import ServeWorker
 from deployments.observability.request_metrics import ChangeMetrics
-from deployments.publishing import idle_evaluation
 from deployments.publishing.idle_evaluation import MAX_REGIONS, POLL_S, QUIET_S, IdleEvaluations, IdleScorer
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.request.request import Delta, Job
@@ -26,6 +25,7 @@ from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
+from tests.virtual_time import run_in_virtual_time
 
 POET, CODER = POOL
 EXAMPLES = tuple(Sample(f"prompt {number}", "Yes.") for number in range(4))
@@ -81,10 +81,10 @@ def test_without_a_worker_it_waits_and_starts_none(num_silent: int) -> None:
 
     async def run() -> None:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await IdleScorer(Ones(), ServeWorker(handle), Sleeper()).scores(POET, EXAMPLES)
+            async with asyncio.timeout(1000 * POLL_S):
+                await IdleScorer(Ones(), ServeWorker(handle)).scores(POET, EXAMPLES)
 
-    asyncio.run(run())
+    run_in_virtual_time(run())
     assert handle.called("module_shapes") == handle.called("stream") == []
 
 
@@ -105,13 +105,7 @@ def run_served(
         await served.services.background.idle()
         return served
 
-    return asyncio.run(main())
-
-
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the time between a publish and its evaluation pass at once: the Ingress builds the parts itself."""
-    monkeypatch.setattr(idle_evaluation, "QUIET_S", 0.0)
+    return run_in_virtual_time(main())
 
 
 def test_several_publishes_of_two_tenants_are_followed_by_one_evaluation_each() -> None:
@@ -157,7 +151,7 @@ def test_an_evaluation_that_fails_is_logged_and_shown() -> None:
     run_served(work, evaluate_after_publish=False, store=store)
 
 
-def test_an_evaluation_after_a_publish_is_counted_and_shown(soon: None) -> None:
+def test_an_evaluation_after_a_publish_is_counted_and_shown() -> None:
     kinds = FakeMetrics()
     shown: list[Any] = []
 
@@ -176,7 +170,7 @@ def test_an_evaluation_after_a_publish_is_counted_and_shown(soon: None) -> None:
     assert kinds["pool_changes_total"].counts["evaluate", "ok"] == len(served.store.called("rank"))
 
 
-def test_by_default_nothing_is_evaluated_after_a_publish(soon: None) -> None:
+def test_by_default_nothing_is_evaluated_after_a_publish() -> None:
     async def work(served: Served) -> None:
         await publish(served)
         async with http_of(served) as client:
@@ -186,8 +180,7 @@ def test_by_default_nothing_is_evaluated_after_a_publish(soon: None) -> None:
 
 
 @pytest.mark.parametrize("num_regions", [0, MAX_REGIONS + 1])
-def test_no_regions_and_too_many_store_nothing(num_regions: int, soon: None) -> None:
+def test_no_regions_and_too_many_store_nothing(num_regions: int) -> None:
     served = run_served(publish, regions=[REGION] * num_regions)
     assert served.store.called("rank") == []
     assert served.worker.called("stream") == []
-    assert QUIET_S > 0
