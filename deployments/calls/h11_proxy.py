@@ -23,6 +23,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import h11
@@ -149,6 +151,10 @@ class BoundedProtocol(H11Protocol):
         self._forget()
         super().connection_lost(exc)
 
+    def start_timer(self, seconds: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call `act` after these seconds, unless the handle is cancelled. Tests let the time pass themselves."""
+        return self.loop.call_later(seconds, act)
+
     def give_way(self) -> None:
         """Abort this connection, which waits for a head, in favour of a newer one of the same address.
 
@@ -169,7 +175,7 @@ class BoundedProtocol(H11Protocol):
             return
         self.book.waits(self._address, self)
         if with_deadline and self._deadline is None:
-            self._deadline = self.loop.call_later(self.limits.head_timeout_s, self._head_is_late)
+            self._deadline = self.start_timer(self.limits.head_timeout_s, self._head_is_late)
 
     def _head_is_here(self) -> None:
         self._has_begun = False
@@ -191,7 +197,7 @@ class BoundedProtocol(H11Protocol):
         """Start the deadline by which the client must read part of the unsent answer, if there is one."""
         unsent = self.transport.get_write_buffer_size()
         if unsent and self._reading is None:
-            self._reading = self.loop.call_later(self.limits.unread_timeout_s, self._check_reading, unsent)
+            self._reading = self.start_timer(self.limits.unread_timeout_s, partial(self._check_reading, unsent))
 
     def _check_reading(self, unsent: int) -> None:
         self._reading = None

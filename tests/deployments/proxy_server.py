@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,10 +24,54 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"hello"})
 
 
+class Timer(asyncio.TimerHandle):
+    """A timer of `Timers`; the event loop does not know it."""
+
+    def __init__(self, when: float, act: Callable[[], None]) -> None:
+        super().__init__(when, act, (), asyncio.get_running_loop())
+
+
+class Timers:
+    """The timers of a server's connections. Time passes only in `advance`."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self._waiting: list[Timer] = []
+
+    def start(self, seconds: float, act: Callable[[], None]) -> Timer:
+        self._waiting.append(Timer(self._now_s + seconds, act))
+        return self._waiting[-1]
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(not timer.cancelled() for timer in self._waiting)
+
+    async def advance(self, seconds: float) -> None:
+        """Let the server read what has arrived, then let this time pass."""
+        await let_arrive()
+        self._now_s += seconds
+        due = [timer for timer in self._waiting if timer.when() <= self._now_s]
+        self._waiting = [timer for timer in self._waiting if timer not in due]
+        for timer in due:
+            if not timer.cancelled():
+                timer._run()
+        await let_arrive()
+
+
+async def let_arrive() -> None:
+    """Let bytes that were written on loopback reach the other side of this event loop."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 @asynccontextmanager
-async def server_of(limits: ProxyLimits, app: Any = hello, **settings: Any) -> AsyncIterator[tuple[int, AddressBook]]:
-    """Return the port of a server with these limits, and its address book."""
+async def server_of(
+    limits: ProxyLimits, app: Any = hello, *, timers: Timers | None = None, **settings: Any
+) -> AsyncIterator[tuple[int, AddressBook]]:
+    """Return the port of a server with these limits, and its address book. Its timers run by `timers`, if given."""
     protocol = protocol_within(limits)
+    if timers is not None:
+        protocol.start_timer = staticmethod(timers.start)  # type: ignore[method-assign,assignment]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, log_level="critical", lifespan="off", http=protocol, backlog=1024, **settings)

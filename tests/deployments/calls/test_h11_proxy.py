@@ -18,7 +18,7 @@ from deployments.calls.h11_proxy import (
     bound_headers,
 )
 from deployments.calls.proxy_limits import TRACEPARENT_VARIABLE, ProxyLimits
-from tests.deployments.proxy_server import connect, hello, server_of
+from tests.deployments.proxy_server import Timers, connect, hello, let_arrive, server_of
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 
@@ -92,18 +92,16 @@ def code_of(answer: bytes) -> str:
 @pytest.mark.parametrize("start", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\n"])
 def test_a_head_that_is_not_complete_in_time_is_refused(start: bytes) -> None:
     async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=0.3)) as (port, book):
+        async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, book):
             reader, writer = await connect(port)
             writer.write(start)
-
-            async def trickle() -> None:
-                while True:
-                    await asyncio.sleep(0.05)
-                    writer.write(b"X: y\r\n" if start.endswith(b"x\r\n") else b"")
-
-            trickling = asyncio.create_task(trickle())
+            for _ in range(9):
+                await timers.advance(1)
+                writer.write(b"X: y\r\n" if start.endswith(b"x\r\n") else b"")
+            assert book.num_connections == 1
+            await timers.advance(1)
             answer = await until_closed(reader)
-            trickling.cancel()
+            await let_arrive()
             assert book.num_connections == 0
             return answer
 
@@ -114,8 +112,11 @@ def test_a_head_that_is_not_complete_in_time_is_refused(start: bytes) -> None:
 
 def test_a_connection_without_a_byte_is_closed_silently() -> None:
     async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=0.1)) as (port, _):
+        async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, book):
             reader, _ = await connect(port)
+            await timers.advance(9)
+            assert book.num_connections == 1
+            await timers.advance(1)
             return await until_closed(reader)
 
     assert asyncio.run(run()) == b""
@@ -123,13 +124,16 @@ def test_a_connection_without_a_byte_is_closed_silently() -> None:
 
 def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadline() -> None:
     async def run() -> tuple[bytes, bytes]:
-        async with server_of(ProxyLimits(head_timeout_s=0.2), timeout_keep_alive=30) as (port, _):
+        limits, timers = ProxyLimits(head_timeout_s=10), Timers()
+        async with server_of(limits, timers=timers, timeout_keep_alive=30) as (port, _):
             reader, writer = await connect(port)
-            for pause_s in (0.0, 0.5):
-                await asyncio.sleep(pause_s)
+            for pause_s in (0, 25):
+                await timers.advance(pause_s)
                 writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
                 answer = await asyncio.wait_for(reader.readuntil(b"hello"), 20)
             writer.write(b"GET / HT")
+            await timers.advance(0)
+            await timers.advance(10)
             return answer, await until_closed(reader)
 
     answer, late = asyncio.run(run())
@@ -139,21 +143,24 @@ def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadli
 
 def test_a_partial_head_after_a_request_has_a_deadline_too() -> None:
     async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=0.2), timeout_keep_alive=30) as (port, _):
+        limits, timers = ProxyLimits(head_timeout_s=10), Timers()
+        async with server_of(limits, timers=timers, timeout_keep_alive=30) as (port, _):
             reader, writer = await connect(port)
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
-            return await until_closed(reader)
+            answer = await reader.readuntil(b"hello")
+            await timers.advance(10)
+            return answer + await until_closed(reader)
 
     answer = asyncio.run(run())
-    assert answer.startswith(b"HTTP/1.1 200") and b"hello" in answer
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"hello")
 
 
 def test_a_body_may_take_longer_than_a_head() -> None:
     async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=0.1)) as (port, _):
+        async with server_of(ProxyLimits(head_timeout_s=10), timers=(timers := Timers())) as (port, _):
             reader, writer = await connect(port)
             writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\na")
-            await asyncio.sleep(0.4)
+            await timers.advance(40)
             writer.write(b"b")
             return await until_closed(reader)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deployments.calls.proxy_limits import ProxyLimits
-from tests.deployments.proxy_server import connect, server_of
+from tests.deployments.proxy_server import Timers, connect, let_arrive, server_of
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LARGE = b"x" * (16 << 20)  # more than the kernel buffers for a client that does not read
@@ -76,10 +76,13 @@ def test_clients_that_do_not_read_have_at_most_the_allowed_connections() -> None
 )
 def test_a_client_that_does_not_read_is_disconnected(app: Any, request_: bytes, bound: int | None) -> None:
     async def run() -> None:
-        limits = ProxyLimits(head_timeout_s=0.3, unread_timeout_s=0.3, connections_per_address=bound)
-        async with server_of(limits, app, timeout_keep_alive=1) as (port, book):
+        limits = ProxyLimits(head_timeout_s=10, unread_timeout_s=60, connections_per_address=bound)
+        async with server_of(limits, app, timers=(timers := Timers()), timeout_keep_alive=1) as (port, book):
             before, client = num_files(), unread(port, request_)
             await until(lambda: book.num_connections == 1)
+            await until(lambda: timers.num_waiting > 0)
+            for _ in range(3):  # a read restarts the time for the rest
+                await timers.advance(60)
             await until(lambda: book.num_connections == 0)
             await until(lambda: num_files() == before + 1)
             client.close()
@@ -89,14 +92,14 @@ def test_a_client_that_does_not_read_is_disconnected(app: Any, request_: bytes, 
 
 def test_a_client_that_reads_slowly_gets_its_whole_answer() -> None:
     async def run() -> int:
-        limits = ProxyLimits(unread_timeout_s=0.4)
-        async with server_of(limits, large, timeout_keep_alive=1) as (port, _):
+        timers = Timers()
+        async with server_of(ProxyLimits(unread_timeout_s=60), large, timers=timers, timeout_keep_alive=1) as (port, _):
             reader, writer = await connect(port)
             writer.write(GET)
             num_bytes = 0
             while piece := await reader.read(1 << 20):
                 num_bytes += len(piece)
-                await asyncio.sleep(0.02)
+                await timers.advance(1)
             return num_bytes
 
     assert asyncio.run(asyncio.wait_for(run(), 30)) > len(LARGE)
@@ -121,12 +124,15 @@ async def answered_early(port: int) -> tuple[asyncio.StreamReader, asyncio.Strea
 @pytest.mark.parametrize("more", [b"", b"y"], ids=["silent", "trickling"])
 def test_a_body_that_continues_after_the_answer_has_a_deadline(bound: int | None, more: bytes) -> None:
     async def run() -> None:
-        limits = ProxyLimits(head_timeout_s=0.4, connections_per_address=bound)
-        async with server_of(limits, refuse, timeout_keep_alive=60) as (port, book):
+        limits, timers = ProxyLimits(head_timeout_s=10, connections_per_address=bound), Timers()
+        async with server_of(limits, refuse, timers=timers, timeout_keep_alive=60) as (port, book):
             _, writer = await answered_early(port)
-            while book.num_connections:
+            for _ in range(9):
                 writer.write(more)
-                await asyncio.sleep(0.05)
+                await timers.advance(1)
+            assert book.num_connections == 1
+            await timers.advance(1)
+            await until(lambda: book.num_connections == 0)
 
     asyncio.run(asyncio.wait_for(run(), 10))
 
@@ -139,7 +145,7 @@ def test_a_connection_that_was_answered_early_makes_room_for_another() -> None:
             for _ in range(6):
                 clients.append(await answered_early(port))
                 clients[-1][1].write(b"y")
-                await asyncio.sleep(0.05)
+                await let_arrive()
             assert book.num_connections == 3
 
     asyncio.run(asyncio.wait_for(run(), 10))
@@ -150,7 +156,7 @@ def test_a_client_that_sends_its_whole_body_reads_the_early_answer_and_asks_agai
         async with server_of(ProxyLimits(head_timeout_s=5), refuse, timeout_keep_alive=60) as (port, _):
             reader, writer = await connect(port)
             writer.write(POST)
-            await asyncio.sleep(0.1)
+            await let_arrive()
             writer.write(b"x" * 999_999)
             await writer.drain()
             writer.write(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
@@ -166,10 +172,11 @@ def test_a_request_in_progress_behind_another_has_no_deadline_for_its_body() -> 
         await refuse(scope, receive, send)
 
     async def run() -> bytes:
-        async with server_of(ProxyLimits(head_timeout_s=0.1), slow, timeout_keep_alive=60) as (port, _):
+        limits, timers = ProxyLimits(head_timeout_s=10), Timers()
+        async with server_of(limits, slow, timers=timers, timeout_keep_alive=60) as (port, _):
             reader, writer = await connect(port)
             writer.write(GET + POST)
-            await asyncio.sleep(0.5)
+            await timers.advance(50)
             writer.write(b"x" * 999_999)
             return await reader.readuntil(b"no") + await reader.readuntil(b"no")
 
