@@ -187,6 +187,14 @@ class RetrieverDeployment:
         generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
         return generation, [_as_seen_by(tenant, record) for record in versions]
 
+    async def samples(self, tenant: str, name: str) -> list[Sample]:
+        """Return the samples of the adapter's live version; none of another tenant's adapter.
+
+        Raises: AdapterNotFound, StoreUnavailable.
+        """
+        _, [record, *_] = await self.record(tenant, name)
+        return list(await asyncio.to_thread(self._samples, record)) if record.ref.tenant == tenant else []
+
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         """Return one embedding per group of samples, with the neighbours its tenant sees now; None without samples.
 

@@ -76,11 +76,17 @@ class AdapterVersion(TypedDict):
     actor: str
 
 
+class ShownSample(TypedDict):
+    input: str
+    output: str | None
+
+
 class AdapterShown(Adapter):
-    """`versions`: the kept versions of the name, the live one first."""
+    """`versions`: the kept versions of the name, the live one first. `samples`: if the query asks for some."""
 
     versions: list[AdapterVersion]
     catalogue_generation: int
+    samples: NotRequired[list[ShownSample]]
 
 
 class CollectedBlobs(TypedDict):

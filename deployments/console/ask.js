@@ -1,46 +1,73 @@
-// Sends a prompt, shows the chosen adapters, and streams the answer.
+// The conversation: sends prompts, streams answers, and keeps the turns.
 
-import { ApiError, events, read, send } from "./api.js";
-import { byId, element, say, sayOrHide, soon, whole } from "./dom.js";
+import { ApiError, read } from "./api.js";
+import { adapterTags, messagesOf, newTiming, optionsOf, stream, summary } from "./answers.js";
+import { ago, byId, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
+import * as history from "./history.js";
+import { showPlan } from "./plan.js";
+import { showCode } from "./snippets.js";
 
-const NUM_EARLIER = 5;
-let running = null; // the request's AbortController
+const NUM_EXAMPLES = 6;
+const WHY_NOTE = "Shows which adapters answer, and why.";
+let chat = newChat();
+let running = null; // the AbortController of the streaming answer
+let explained = null; // the turn whose plan is shown
 let onPlan = () => {};
 
+function newChat() {
+  return { id: `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`, at: Date.now(), system: "", turns: [] };
+}
+
+/** Connects the form. `onPlan(prompt, plan)` follows the turn that is explained; both are null if there is none. */
 export function start(callbacks) {
   onPlan = callbacks.onPlan;
-  byId("ask-form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+  byId("ask-form").addEventListener("submit", (event) => { event.preventDefault(); ask(byId("prompt").value); });
   byId("stop-button").addEventListener("click", () => running?.abort());
   byId("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-      event.preventDefault();
-      byId("ask-form").requestSubmit();
-    }
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    byId("ask-form").requestSubmit();
   });
   byId("model").addEventListener("input", updateOptions);
   byId("model").addEventListener("input", soon(suggest));
+  byId("new-chat").addEventListener("click", () => { open(newChat()); history.leave(); byId("prompt").focus(); });
+  byId("show-code").addEventListener("click", () => showCode(nextRequest()));
+  byId("history-clear").addEventListener("click", clearHistory);
+  byId("history-export").addEventListener("click", exportHistory);
   updateOptions();
+  open(history.last() ?? newChat());
+}
+
+/** Loads the suggestions and examples of the pool. */
+export function refresh() {
   suggest();
+  showExamples();
 }
 
-/** Selects this adapter for the next prompt. */
-export function useModel(name) {
-  byId("model").value = name;
+/** Sets the model and the prompt. */
+export function prepare(model, prompt = "") {
+  byId("model").value = model;
   updateOptions();
-  byId("prompt").focus();
+  if (prompt) byId("prompt").value = prompt;
 }
 
-/** Disables the retrieval options unless the model is `auto`. */
+/** Sends the last prompt once more, to this model. */
+export function askAgain(model) {
+  const turn = explained ?? chat.turns.at(-1);
+  prepare(model);
+  if (turn) ask(turn.prompt);
+}
+
+/** Disables the options of retrieval unless the model is `auto`. */
 function updateOptions() {
   const isAuto = byId("model").value.trim() === "auto";
-  byId("strategy").disabled = byId("k").disabled = !isAuto;
+  for (const id of ["strategy", "k", "abstain", "filter-tags"]) byId(id).disabled = !isAuto;
 }
 
 async function suggest() {
   const typed = byId("model").value.trim();
-  const search = typed === "auto" ? "" : typed;
   try {
-    const found = await read(`v1/loras?limit=20&search=${encodeURIComponent(search)}`, { quietly: true });
+    const found = await read(`v1/loras?limit=20&search=${encodeURIComponent(typed === "auto" ? "" : typed)}`, { quietly: true });
     const names = ["auto", byId("base-model").textContent, ...found.data.map((adapter) => adapter.id)];
     byId("models").replaceChildren(...names.filter(Boolean).map((name) => element("option", { value: name })));
   } catch {
@@ -48,155 +75,188 @@ async function suggest() {
   }
 }
 
-function body(prompt) {
-  const model = byId("model").value.trim();
-  const lora = { explain: true };
-  if (model === "auto" && byId("strategy").value) lora.strategy = byId("strategy").value;
-  if (model === "auto" && byId("k").value) lora.k = Number(byId("k").value);
+/** Offers a sample of some adapters as prompts. Only the caller's own adapters show samples. */
+async function showExamples() {
+  try {
+    const { data } = await read("v1/loras?limit=200", { quietly: true });
+    const own = data.filter((adapter) => adapter.found_by_auto && adapter.id === adapter.name);
+    const step = Math.max(1, own.length / NUM_EXAMPLES);
+    const some = Array.from({ length: Math.min(NUM_EXAMPLES, own.length) }, (_, i) => own[Math.floor(i * step)]);
+    const shown = await Promise.all(some.map(({ id }) => read(`v1/loras/${encodeURIComponent(id)}?samples=1`, { quietly: true })));
+    byId("examples").replaceChildren(...shown.flatMap(({ id, samples }) => samples.map(({ input }) => example(id, input))));
+    sayOrHide("examples-note", shown.length ? "" : "The pool has no samples of yours yet. Publish an adapter, or ask the base model.");
+  } catch (error) {
+    sayOrHide("examples-note", `No examples: ${error.message}`);
+  }
+}
+
+function example(name, input) {
+  const send = () => { prepare("auto"); ask(input); };
+  return element("li", {}, element("button", { type: "button", class: "example", onclick: send }, element("span", {}, input), element("small", {}, name)));
+}
+
+/** Returns the request that the form would send. */
+function nextRequest() {
+  const typed = byId("prompt").value.trim();
+  const turns = typed ? chat.turns : chat.turns.slice(0, -1);
+  return { ...optionsOf(), messages: messagesOf(turns, typed || chat.turns.at(-1)?.prompt || "Hello") };
+}
+
+async function ask(prompt) {
+  if (!prompt.trim()) return;
+  running?.abort();
+  const mine = (running = new AbortController());
+  const request = { ...optionsOf(), messages: messagesOf(chat.turns, prompt) };
+  const turn = { prompt, model: request.model, answer: "", plan: null, note: "", error: "" };
+  const own = chat;
+  own.system = byId("system").value.trim();
+  own.turns.push(turn);
+  byId("prompt").value = "";
+  const view = show(turn);
+  explain(turn, "Choosing…");
+  byId("stop-button").disabled = false;
+  say("ask-status", "choosing adapters…");
+  await answer(request, turn, view, mine);
+  if (!history.keep(own)) say("ask-status", "this browser has no room to keep the conversation");
+  if (own === chat) history.enter(own.id);
+  showHistory();
+}
+
+async function answer(request, turn, view, mine) {
+  const timing = newTiming();
+  const isCurrent = () => mine === running;
+  const onText = (piece) => {
+    turn.answer += piece;
+    view.append(piece);
+    if (isCurrent()) say("ask-status", "answering…");
+  };
+  const planned = (plan) => {
+    turn.plan = plan;
+    view.showTags();
+    if (isCurrent()) explain(turn);
+  };
+  try {
+    await stream(request, timing, { signal: mine.signal, onPlan: planned, onText });
+    turn.note = [summary(timing), turn.answer ? "" : "the model generated no text"].filter(Boolean).join(" · ");
+  } catch (error) {
+    fail(error, turn, timing);
+  }
+  view.finish();
+  if (!isCurrent()) return;
+  if (!turn.plan) explain(turn);
+  running = null;
+  byId("stop-button").disabled = true;
+  say("ask-status", turn.error ? "" : "the answer is complete");
+}
+
+function fail(error, turn, timing) {
+  if (error.name === "AbortError") {
+    turn.note = [summary(timing), "stopped"].filter(Boolean).join(" · ");
+    return;
+  }
+  turn.error = error instanceof ApiError ? error.message : `cannot read the answer: ${error.message}`;
+  if (!byId("prompt").value) byId("prompt").value = turn.prompt; // to be corrected and sent again
+}
+
+/** Shows why these adapters answer the turn, on the panel and on the map; `note` while there is no plan. */
+function explain(turn, note = "") {
+  explained = turn;
+  for (const node of byId("turns").children) node.classList.toggle("explained", node.turn === turn);
+  const text = note || (turn?.error ? "The request failed, so no adapter was chosen." : turn ? "" : WHY_NOTE);
+  showPlan(turn?.plan ?? null, text);
+  onPlan(turn?.plan ? turn.prompt : null, turn?.plan ?? null);
+}
+
+/** Adds the turn to the page. Returns functions that update it. */
+function show(turn) {
+  byId("welcome").hidden = true;
+  const text = element("p", { class: "text" }, turn.answer);
+  const by = element("p", { class: "by" });
+  const end = element("div", { class: "turn-end" });
+  const node = element("li", { class: "turn" },
+    element("p", { class: "asked" }, element("span", { class: "spoken" }, "You: "), turn.prompt),
+    element("div", { class: "answer" }, by, text, end));
+  node.turn = turn;
+  byId("turns").append(node);
+  const box = byId("conversation");
+  box.scrollTop = box.scrollHeight;
   return {
-    model,
-    lora,
-    messages: [{ role: "user", content: prompt }],
-    max_tokens: Number(byId("max-tokens").value),
-    temperature: Number(byId("temperature").value),
-    stream: true,
-    stream_options: { include_usage: true },
+    append(piece) {
+      const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 40; // unless the user has scrolled back
+      text.append(piece);
+      if (follows) box.scrollTop = box.scrollHeight;
+    },
+    showTags: () => by.replaceChildren(...adapterTags(turn.plan), element("small", {}, turn.plan.strategy)),
+    finish: () => {
+      end.replaceChildren(...endOf(turn));
+      box.scrollTop = box.scrollHeight;
+    },
   };
 }
 
-async function ask() {
+function endOf(turn) {
+  const button = (label, title, onclick) => element("button", { type: "button", class: "small", title, onclick }, label);
+  return [
+    turn.error ? element("p", { class: "error", role: "alert" }, turn.error) : null,
+    turn.note ? element("p", { class: "muted note" }, turn.note) : null,
+    element("span", { class: "buttons" },
+      turn.plan ? button("Why", "Show why these adapters answered", () => explain(turn)) : null,
+      turn.answer ? button("Copy", "Copy the answer", () => navigator.clipboard?.writeText(turn.answer)) : null,
+      button("Again", "Send this prompt once more, with the present options", () => again(turn))),
+  ].filter(Boolean);
+}
+
+/** Takes the turn and those after it out, and sends its prompt again. */
+function again(turn) {
+  const place = chat.turns.indexOf(turn);
+  chat.turns.splice(place);
+  for (const node of [...byId("turns").children].slice(place)) node.remove();
+  ask(turn.prompt);
+}
+
+/** Shows a kept or new conversation. */
+function open(other) {
   running?.abort();
-  const mine = (running = new AbortController());
-  const prompt = byId("prompt").value;
-  const text = document.createTextNode("");
-  byId("answer").replaceChildren(text);
-  byId("answer").setAttribute("aria-busy", "true");
-  byId("stop-button").disabled = false;
-  sayOrHide("answer-error", "");
-  say("answer-metrics", "choosing adapters…");
-  showPlan(null, "Choosing…");
-  const timing = { began: performance.now(), first: 0, last: 0, usage: null, reason: "" };
-  try {
-    const response = await send("POST", "v1/chat/completions", { body: body(prompt), signal: mine.signal });
-    for await (const event of events(response)) {
-      if (mine !== running) return;
-      showEvent(event, text, timing, prompt);
-    }
-    say("answer-metrics", summary(timing));
-  } catch (error) {
-    if (mine === running) fail(error, timing);
-  } finally {
-    if (mine === running) {
-      byId("stop-button").disabled = true;
-      byId("answer").setAttribute("aria-busy", "false");
-      running = null;
-    }
+  running = null;
+  byId("stop-button").disabled = true;
+  chat = other;
+  byId("turns").replaceChildren();
+  byId("system").value = chat.system;
+  byId("welcome").hidden = chat.turns.length > 0;
+  for (const turn of chat.turns) {
+    const view = show(turn);
+    if (turn.plan) view.showTags();
+    view.finish();
   }
+  explain(chat.turns.at(-1) ?? null);
+  showHistory();
 }
 
-function showEvent(event, text, timing, prompt) {
-  if (event.lora) {
-    showPlan(event.lora);
-    remember(prompt, event.lora);
-    say("answer-metrics", "waiting for the first token…");
-    onPlan(prompt, event.lora);
-  }
-  if (event.usage) timing.usage = event.usage;
-  const [choice] = event.choices;
-  if (!choice) return;
-  if (choice.finish_reason) timing.reason = choice.finish_reason;
-  if (!choice.delta.content && !choice.finish_reason) return;
-  timing.last = performance.now();
-  if (!timing.first) {
-    timing.first = timing.last;
-    say("answer-metrics", `first token after ${Math.round(timing.first - timing.began)} ms`);
-  }
-  const box = byId("answer");
-  const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 20; // unless the user has scrolled back
-  text.appendData(choice.delta.content ?? "");
-  if (follows) box.scrollTop = box.scrollHeight;
+function showHistory() {
+  const kept = history.conversations();
+  byId("history").hidden = !kept.length;
+  say("history-count", `${whole(kept.length)} kept in this browser`);
+  byId("history-list").replaceChildren(...kept.map(historyRow));
 }
 
-function fail(error, timing) {
-  if (!byId("plan-strategy").textContent) showPlan(null);
-  if (error.name === "AbortError") {
-    say("answer-metrics", [...summaryParts(timing), "stopped"].join(" · "));
-    return;
-  }
-  say("answer-metrics", "");
-  sayOrHide("answer-error", error instanceof ApiError ? error.message : `cannot read the answer: ${error.message}`);
+function historyRow(other) {
+  const [first] = other.turns;
+  const again = () => { history.enter(other.id); open(other); byId("prompt").focus(); };
+  const remove = () => { history.remove(other.id); if (other.id === chat.id) open(newChat()); else showHistory(); };
+  return element("li", {},
+    element("button", { type: "button", class: "earlier", title: first?.prompt, onclick: again, "aria-current": other.id === chat.id ? "true" : null }, first?.prompt ?? "empty"),
+    element("small", {}, `${other.turns.length} ${other.turns.length === 1 ? "turn" : "turns"}, ${ago(other.at)}`),
+    element("button", { type: "button", class: "small", "aria-label": `Delete the conversation: ${first?.prompt ?? "empty"}`, onclick: remove }, "Delete"));
 }
 
-function summaryParts({ began, first, last, usage }) {
-  const parts = first ? [`first token after ${whole(Math.round(first - began))} ms`] : [];
-  if (!usage) return parts;
-  const later = usage.completion_tokens - 1;
-  if (later > 0 && last > first) parts.push(`${((1000 * later) / (last - first)).toFixed(1)} tokens/s`);
-  return [...parts, `${whole(usage.completion_tokens)} tokens`, `prompt ${whole(usage.prompt_tokens)}`];
+async function clearHistory() {
+  if (!(await confirmed("Clear the history?", "This deletes every conversation that this browser keeps.", "Clear"))) return;
+  history.clear();
+  open(newChat());
 }
 
-function summary(timing) {
-  const end = timing.reason === "length" ? ["stopped at the token limit"] : [];
-  const nothing = byId("answer").textContent ? [] : ["the model generated no text"];
-  return [...summaryParts(timing), ...end, ...nothing].join(" · ");
-}
-
-/** Adds the prompt to the list of earlier prompts, newest first. */
-function remember(prompt, plan) {
-  const list = byId("earlier-list");
-  for (const item of [...list.children]) {
-    if (item.firstChild.title === prompt) item.remove();
-  }
-  const again = () => { byId("prompt").value = prompt; byId("prompt").focus(); };
-  const button = element("button", { type: "button", title: prompt, onclick: again }, prompt);
-  list.prepend(element("li", {}, button, element("small", {}, plan.adapters[0]?.name ?? "base model")));
-  while (list.children.length > NUM_EARLIER) list.lastChild.remove();
-  byId("earlier").hidden = false;
-}
-
-/** Shows the plan, or `note` while there is none. */
-function showPlan(plan, note = "") {
-  const used = plan ? plan.adapters : [];
-  say("plan-strategy", plan ? plan.strategy : "");
-  byId("plan").replaceChildren(...used.map(planRow));
-  sayOrHide("plan-note", plan ? planNote(plan) : note);
-  byId("plan-note").classList.toggle("notice", Boolean(plan?.abstained));
-  const names = new Set(used.map((adapter) => adapter.digest));
-  const rest = (plan?.candidates ?? []).filter((candidate) => !names.has(candidate.digest));
-  byId("considered").hidden = rest.length === 0;
-  byId("considered-list").replaceChildren(
-    ...rest.map((candidate) => element("li", {}, element("span", { class: "name" }, candidate.name), `${candidate.score.toFixed(3)} of ${candidate.threshold.toFixed(3)}`)),
-  );
-  showNearest(plan?.candidates ?? []);
-}
-
-/** Shows the samples that the prompt is nearest to, of the key's own adapters. */
-function showNearest(candidates) {
-  const rows = candidates.flatMap(({ name, samples = [] }) => samples.map((sample) => ({ name, ...sample })));
-  byId("nearest").hidden = rows.length === 0;
-  byId("nearest-list").replaceChildren(
-    ...rows.map(({ name, input, score }) => element("li", {}, element("span", { class: "name" }, name), `${score.toFixed(3)} ${input}`)),
-  );
-}
-
-function planNote(plan) {
-  if (plan.abstained) {
-    return plan.why ?? "No adapter fits this prompt, so the base model answers.";
-  }
-  return plan.why ?? (plan.adapters.length ? "" : "The base model answers, as requested.");
-}
-
-function planRow(adapter, place) {
-  const bar = element("i", {});
-  bar.style.setProperty("--share", Math.min(1, Math.abs(adapter.weight)));
-  const score = adapter.score === null ? "named" : adapter.score.toFixed(3);
-  return element(
-    "li",
-    { class: `chosen rank-${Math.min(place, 3)}` },
-    element("span", { class: "badge", "aria-hidden": "true" }, String(place + 1)),
-    element("span", { class: "name", title: adapter.digest.slice(0, 12) }, adapter.name),
-    element("span", { class: "value score" }, element("small", {}, "score "), score),
-    element("span", { class: "value weight" }, element("small", {}, "weight "), adapter.weight.toFixed(2)),
-    element("span", { class: "meter", "aria-hidden": "true" }, bar),
-  );
+function exportHistory() {
+  const url = URL.createObjectURL(new Blob([JSON.stringify(history.conversations(), null, 2)], { type: "application/json" }));
+  element("a", { href: url, download: "conversations.json" }).click();
+  URL.revokeObjectURL(url);
 }

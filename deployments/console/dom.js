@@ -55,15 +55,21 @@ export function soon(work, ms = 200) {
   return () => { clearTimeout(timer); timer = setTimeout(work, ms); };
 }
 
-/** Asks for confirmation. Resolves to whether the user confirmed. */
-export function confirmed(title, text, yes) {
-  const dialog = byId("confirm-dialog");
+/** Asks for confirmation, if `typed` is given by typing it. Resolves to whether the user confirmed. */
+export function confirmed(title, text, yes, typed = "") {
+  const dialog = byId("confirm-dialog"), field = byId("confirm-typed");
   say("confirm-title", title);
   say("confirm-text", text);
   say("confirm-yes", yes);
+  byId("confirm-typing").hidden = !typed;
+  field.value = "";
+  const check = () => { byId("confirm-yes").disabled = field.value !== typed; };
+  field.addEventListener("input", check);
+  check();
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+    const close = () => { field.removeEventListener("input", check); resolve(dialog.returnValue === "yes"); };
+    dialog.addEventListener("close", close, { once: true });
   });
 }

@@ -1,13 +1,17 @@
-// Connects the parts of the page.
+// Connects the parts of the page, and shows the view that the address names.
 
+import * as adapter from "./adapter.js";
 import * as ask from "./ask.js";
+import * as compare from "./compare.js";
 import { byId } from "./dom.js";
 import * as key from "./key.js";
 import * as map from "./map.js";
+import * as plan from "./plan.js";
 import * as pool from "./pool.js";
 import * as publish from "./publish.js";
 import * as stats from "./stats.js";
 
+const VIEWS = ["ask", "compare", "adapters", "adapter", "publish", "status"];
 let generation = 0; // the newest generation shown
 
 /** Reloads the pool at generation `wanted` or later. */
@@ -22,6 +26,7 @@ function follow(wanted) {
 function showAll() {
   map.load(0);
   pool.load(0);
+  ask.refresh();
 }
 
 /** Notes that this generation is shown, so that it is not loaded again. */
@@ -29,14 +34,48 @@ function seen(shown) {
   generation = Math.max(generation, shown);
 }
 
-ask.start({ onPlan: (prompt, plan) => map.place(prompt, plan.adapters.map((adapter) => adapter.name), follow) });
-map.start({ onChoose: pool.search });
-pool.start({ onAsk: ask.useModel, onChange: follow, onShown: seen });
-publish.start({ onChange: follow });
+/** Shows the view of the address, such as `#compare` or `#adapter/NAME`. */
+function show() {
+  const [view, ...rest] = location.hash.slice(1).split("/");
+  if (view && !VIEWS.includes(view)) return; // a place on the page
+  const current = view || "ask";
+  for (const name of VIEWS) byId(`view-${name}`).hidden = name !== current;
+  for (const link of document.querySelectorAll("nav a")) {
+    const isCurrent = link.hash === `#${current === "adapter" ? "adapters" : current}`;
+    if (isCurrent) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const title = current === "adapter" ? decodeURIComponent(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
+  document.title = `${title} · LoraRetriever`;
+  if (current === "adapter") adapter.open(title);
+}
+
+/** Shows the view `ask` with this model and prompt. */
+function use(model, prompt) {
+  ask.prepare(model, prompt);
+  location.hash = "ask";
+  byId("view-ask").hidden = false; // the address changes later
+  byId("prompt").focus();
+}
+
+plan.start({ onAsk: ask.askAgain });
+map.start({ onChoose: (name) => { location.hash = `adapter/${encodeURIComponent(name)}`; } });
+ask.start({ onPlan: (prompt, chosen) => map.place(prompt, chosen?.adapters.map((one) => one.name) ?? [], follow) });
+compare.start();
+pool.start({ onShown: seen });
+adapter.start({ onAsk: use, onChange: follow });
+publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
 stats.start({ onGeneration: follow });
 key.start(() => {
   showAll();
   stats.refresh();
 });
+addEventListener("hashchange", () => {
+  show();
+  const heading = document.querySelector(".view:not([hidden]) h2");
+  if (location.hash === "#ask") byId("prompt").focus();
+  else if (location.hash !== "#main") heading?.focus(); // so that the keyboard goes on from the new view
+});
+show();
 showAll();
-byId("prompt").focus({ preventScroll: true });
+if (!byId("view-ask").hidden) byId("prompt").focus({ preventScroll: true });

@@ -41,12 +41,13 @@ export async function load(generation) {
   }
 }
 
-/** Marks the prompt and its adapters. Calls `follow` if the server has a newer generation. */
+/** Marks the prompt and its adapters; none if `text` is null. Calls `follow` if the server has a newer generation. */
 export async function place(text, names, follow) {
-  asked = { text, names };
+  asked = text === null ? null : { text, names };
   prompt = null;
   chosen = [];
   draw();
+  if (!asked) return;
   try {
     const generation = await locatePrompt();
     draw();
@@ -71,7 +72,7 @@ async function locatePrompt() {
 function note(problem) {
   const { num_adapters, points, shown_variance } = drawn;
   const some = points.length < num_adapters ? `${whole(points.length)} of ${whole(num_adapters)} adapters` : `${whole(num_adapters)} adapters`;
-  say("map-note", problem || (num_adapters ? `${some}; the map shows ${percent(shown_variance)} of their variance` : "no adapters yet"));
+  say("map-note", problem || (num_adapters ? `${some}, ${percent(shown_variance)} of their variance.` : "There are no adapters yet."));
 }
 
 /** Returns every adapter to draw, the chosen ones last so that they are on top. */

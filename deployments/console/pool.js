@@ -1,28 +1,23 @@
-// The table of adapters: search, paging, roll back, withdraw.
+// The table of adapters: search and paging. Arrow keys move between the rows, which are one tab stop.
 
-import { post, read, send } from "./api.js";
-import { ago, byId, bytes, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
+import { read } from "./api.js";
+import { ago, byId, bytes, element, say, sayOrHide, soon, whole } from "./dom.js";
+import { adapterLink } from "./plan.js";
 
 const PAGE = 15;
 let before = []; // the last id of each previous page
 let lastId = null; // of the current page
 let generation = 0;
 let numLoads = 0;
-let handlers = { onAsk: () => {}, onChange: () => {}, onShown: () => {} };
+let onShown = () => {};
 
 export function start(callbacks) {
-  handlers = callbacks;
+  onShown = callbacks.onShown;
   byId("search").addEventListener("input", soon(() => { before = []; load(); }));
   byId("page-back").addEventListener("click", () => { before.pop(); load(); });
   byId("page-on").addEventListener("click", () => { before.push(lastId); load(); });
-}
-
-/** Searches for adapters with these words in their name or tags. */
-export function search(words) {
-  byId("search").value = words;
-  before = [];
-  load();
-  byId("search").scrollIntoView({ block: "nearest" });
+  byId("pool-rows").addEventListener("keydown", step);
+  byId("pool-rows").addEventListener("focusin", ({ target }) => { for (const link of links()) link.tabIndex = link === target ? 0 : -1; });
 }
 
 /** Shows the page at generation `wanted` or later. */
@@ -35,7 +30,7 @@ export async function load(wanted = 0) {
     if (number !== numLoads) return; // a newer load has started
     if (!page.data.length && before.length) { before.pop(); load(); return; }
     show(page);
-    handlers.onShown(page.generation);
+    onShown(page.generation);
     sayOrHide("pool-error", "");
   } catch (error) {
     if (number === numLoads) sayOrHide("pool-error", error.message);
@@ -51,62 +46,36 @@ function show({ data, total, last_id, has_more }) {
   byId("page-on").disabled = !has_more;
 }
 
-function row(adapter) {
-  const number = (text, more = "") => element("td", { class: `number ${more}` }, text);
-  const button = (text, title, onclick) =>
-    element("button", { type: "button", "aria-label": `${text} ${adapter.id}`, title, onclick }, text);
-  const changes = adapter.id !== adapter.name ? [] : [ // only its own tenant may change an adapter
-    button("Roll back", "Make the previous version live again", () => rollback(adapter.id)),
-    button("Withdraw", "Remove from the pool", () => withdraw(adapter.id)),
-  ];
+function row(adapter, place) {
+  const number = (text) => element("td", { class: "number wide" }, text);
+  const link = adapterLink(adapter.id, `version ${adapter.digest.slice(0, 12)}`);
+  link.tabIndex = place ? -1 : 0;
   const note = adapter.found_by_auto ? null : element("span", { class: "tag plain", title: "Without samples, auto cannot find it" }, "by name only");
   return element(
     "tr",
     {},
     element(
       "th",
-      { scope: "row", title: `version ${adapter.digest.slice(0, 12)}` },
-      element("span", { class: "name" }, adapter.id),
-      element("small", { class: "narrow" }, `${bytes(adapter.num_bytes)} `),
+      { scope: "row" },
+      link,
+      element("small", { class: "narrow" }, `${bytes(adapter.num_bytes)}, ${whole(adapter.num_samples)} samples`),
       note,
       ...adapter.tags.map((tag) => element("span", { class: "tag" }, tag)),
     ),
-    number(adapter.ranks.join(", "), "wide"),
-    number(bytes(adapter.num_bytes), "wide"),
-    number(whole(adapter.num_samples), "wide"),
-    number(whole(adapter.generation), "wide"),
+    number(adapter.ranks.join(", ")),
+    number(bytes(adapter.num_bytes)),
+    number(whole(adapter.num_samples)),
     element("td", { class: "number wide", title: adapter.created_at }, ago(adapter.created_at)),
-    element(
-      "td",
-      { class: "actions" },
-      button("Ask", "Use this adapter for the next prompt", () => handlers.onAsk(adapter.id)),
-      ...changes,
-    ),
   );
 }
 
-async function rollback(name) {
-  sayOrHide("pool-error", "");
-  const path = `v1/loras/${encodeURIComponent(name)}`;
-  try {
-    const [, older] = (await read(path)).versions;
-    if (!older) { sayOrHide("pool-error", `${name} has no older version`); return; }
-    const text = `Version ${older.digest.slice(0, 12)}, published ${ago(older.created_at)}, becomes live for the next request. The current version is kept.`;
-    if (!(await confirmed(`Roll back ${name}?`, text, "Roll back"))) return;
-    handlers.onChange((await post(`${path}/rollback`, { digest: older.digest })).generation);
-  } catch (error) {
-    sayOrHide("pool-error", error.message);
-  }
-}
+const links = () => [...byId("pool-rows").querySelectorAll("th a")];
 
-async function withdraw(name) {
-  const text = "This removes the adapter and all its versions. Running requests finish unchanged.";
-  if (!(await confirmed(`Withdraw ${name}?`, text, "Withdraw"))) return;
-  sayOrHide("pool-error", "");
-  try {
-    const response = await send("DELETE", `v1/loras/${encodeURIComponent(name)}`);
-    handlers.onChange((await response.json()).generation);
-  } catch (error) {
-    sayOrHide("pool-error", error.message);
-  }
+function step(event) {
+  const all = links(), at = all.indexOf(event.target);
+  const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 }[event.key];
+  if (event.key === "/") byId("search").focus();
+  else if (to !== undefined) all[Math.max(0, Math.min(all.length - 1, to))]?.focus();
+  else return;
+  event.preventDefault();
 }

@@ -1,126 +1,185 @@
-// Publishes dropped or chosen folders one by one.
+// Previews dropped or chosen folders, and publishes those that stay ticked, one by one.
 
-import { read, upload } from "./api.js";
-import { byId, bytes, confirmed, element, percent, whole } from "./dom.js";
+import { post, read, upload } from "./api.js";
+import { listed } from "./answers.js";
+import { byId, bytes, element, percent, say, sayOrHide, soon, whole } from "./dom.js";
+import { chosenFolders, droppedFolders, inspected, samplesFile, suggested } from "./folders.js";
+import { adapterLink } from "./plan.js";
 
-const CONFIG = "adapter_config.json";
-const MAX_DEPTH = 3; // folders of folders of adapters
-let onChange = () => {};
-let queue = Promise.resolve();
+const NUM_SHOWN = 3; // samples of a folder
+const NEAR = 0.9; // a cosine that suggests another version of the same adapter
+let cards = [];
+let handlers = { onChange: () => {}, onDrop: () => {}, onTry: () => {} };
 
 export function start(callbacks) {
-  onChange = callbacks.onChange;
+  handlers = callbacks;
   const drop = byId("drop");
   for (const name of ["dragenter", "dragover"]) {
     document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
   }
   document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
-  document.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); publishDropped(event.dataTransfer); });
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    drop.classList.remove("over");
+    previewDropped([...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean)); // only readable during this event
+  });
   byId("folder").addEventListener("change", (event) => {
-    const folders = grouped([...event.target.files]);
+    preview(chosenFolders([...event.target.files]), "the folder is empty");
     event.target.value = "";
-    if (folders.length) folders.forEach(enqueue);
-    else refuse("the folder", "the folder is empty");
   });
+  byId("publish-form").addEventListener("submit", (event) => { event.preventDefault(); publishTicked(); });
+  byId("preview-clear").addEventListener("click", () => { cards = []; byId("previews").replaceChildren(); follow(); });
 }
 
-async function publishDropped(transfer) {
-  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean); // only readable during this event
-  const folders = (await Promise.all(entries.filter((entry) => entry.isDirectory).map((entry) => walked(entry, 0)))).flat();
-  if (folders.length) folders.forEach(enqueue);
-  else refuse(entries[0]?.name ?? "dropped item", "drop the folder of the adapter; its name becomes the name of the adapter");
+async function previewDropped(entries) {
+  handlers.onDrop();
+  await preview(await droppedFolders(entries), "drop the folder of the adapter, not its files");
 }
 
-/** Returns the adapter folders in a directory: itself or those below it. */
-async function walked(directory, depth) {
-  const entries = await allEntries(directory);
-  const files = entries.filter((entry) => entry.isFile && !entry.name.startsWith("."));
-  const below = entries.filter((entry) => entry.isDirectory && !entry.name.startsWith("."));
-  const isAdapter = files.some((entry) => entry.name === CONFIG);
-  if (!isAdapter && below.length && depth < MAX_DEPTH) {
-    const found = (await Promise.all(below.map((entry) => walked(entry, depth + 1)))).flat();
-    if (found.length) return found;
+async function preview(folders, whyNone) {
+  sayOrHide("publish-error", folders.length ? "" : whyNone);
+  for (const folder of suggested(folders)) {
+    const card = cardOf(folder, await inspected(folder));
+    cards.push(card);
+    byId("previews").append(card.node);
+    check(card);
   }
-  if (!isAdapter && depth > 0) return [];
-  const contents = await Promise.all(files.map((entry) => new Promise((resolve, reject) => entry.file(resolve, reject))));
-  return [{ name: directory.name, files: contents }];
+  follow();
 }
 
-async function allEntries(directory) {
-  const reader = directory.createReader(), entries = [];
-  while (true) {
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // at most 100 at a time
-    if (!some.length) return entries;
-    entries.push(...some);
+/** Shows the number of ticked folders, and whether there is anything to publish. */
+function follow() {
+  const count = cards.filter((card) => card.tick.checked && !card.done).length;
+  byId("publish-form").hidden = !cards.length;
+  byId("publish-button").disabled = !count;
+  say("publish-button", count === 1 ? "Publish 1 adapter" : `Publish ${count} adapters`);
+}
+
+function cardOf(folder, info) {
+  const { size, problems, samples, base, rank, modules } = info;
+  const tick = element("input", { type: "checkbox", checked: folder.ticked && !problems.length, disabled: problems.length > 0, onchange: follow, "aria-label": `Publish ${folder.name}` });
+  const name = element("input", { value: folder.as, maxlength: 64, autocomplete: "off", spellcheck: "false", required: true });
+  const typed = element("textarea", { rows: 2, placeholder: "Turn the sentence into the past tense: she sings" });
+  const notes = element("ul", { class: "notes", "aria-label": `Checks of ${folder.name}` });
+  const state = element("p", { class: "state", role: "status" });
+  const card = { folder, info, tick, name, typed, notes, state, done: false };
+  const facts = [base, rank ? `rank ${rank}` : "", Array.isArray(modules) ? `${modules.length} kinds of modules` : "", bytes(size),
+    `${folder.files.length} files`, `${whole(samples.length)} ${samples.length === 1 ? "sample" : "samples"}`];
+  name.addEventListener("input", soon(() => check(card), 400));
+  const body = [
+    element("p", { class: "hint" }, facts.filter(Boolean).join(" · ")),
+    samples.length
+      ? element("ul", { class: "near" }, ...samples.slice(0, NUM_SHOWN).map((sample) => element("li", {}, sample.slice(0, 200))))
+      : element("label", { class: "stacked" }, "Sample prompts, one per line, so that auto finds it (optional)", typed),
+    notes,
+  ];
+  card.node = element("li", { class: problems.length ? "preview bad" : "preview" },
+    element("div", { class: "preview-head" }, tick, element("label", { class: "grow" }, element("span", { class: "spoken" }, `Name of ${folder.name} `), name)),
+    ...body, state);
+  return card;
+}
+
+/** Shows what publishing the card would do. Nothing is sent but its samples, which are routed as prompts. */
+async function check(card) {
+  const { info, notes, name } = card;
+  const wanted = name.value.trim();
+  const lines = info.problems.map((problem) => element("li", { class: "problem" }, problem));
+  if (!info.samples.length) lines.push(element("li", {}, "without samples it is used by name only"));
+  if (!info.problems.length) {
+    try {
+      const live = await liveVersion(wanted);
+      lines.push(element("li", {}, live ? `new version of ${wanted}; the present one is kept for a rollback` : "a new name in the pool"));
+      if (info.samples.length) lines.push(...(await neighbours(card, Boolean(live))));
+    } catch (error) {
+      lines.push(element("li", {}, `not compared with the pool: ${error.message}`));
+    }
   }
+  if (wanted === name.value.trim()) notes.replaceChildren(...lines);
 }
 
-/** Returns the adapter folders of a chosen folder, whose files have relative paths. */
-function grouped(files) {
-  const folders = new Map();
-  for (const file of files.filter((candidate) => !candidate.webkitRelativePath.split("/").some((part) => part.startsWith(".")))) {
-    const path = file.webkitRelativePath.split("/").slice(0, -1);
-    const key = path.join("/");
-    if (!folders.has(key)) folders.set(key, { name: path.at(-1), files: [], depth: path.length });
-    folders.get(key).files.push(file);
-  }
-  const all = [...folders.values()];
-  const adapters = all.filter((folder) => folder.files.some((file) => file.name === CONFIG));
-  return adapters.length ? adapters : all.filter((folder) => folder.depth === 1);
-}
-
-function enqueue(folder) {
-  const tags = byId("tags").value.split(",").map((tag) => tag.trim()).filter(Boolean);
-  const size = folder.files.reduce((sum, file) => sum + file.size, 0);
-  const row = listed(folder.name, `${folder.files.length} files, ${bytes(size)}: waiting`);
-  queue = queue.then(() => publish(folder, tags, row)).catch((error) => row.end(error.message, "bad"));
-}
-
-function refuse(name, why) {
-  listed(name, "").end(why, "bad");
-}
-
-function listed(name, note) {
-  const state = element("span", { class: "state", role: "status" }, note);
-  const progress = element("progress", { max: 1, value: 0, "aria-label": `Upload of ${name}` });
-  const node = element("li", {}, element("span", { class: "name" }, name), progress, state);
-  byId("uploads").prepend(node);
-  return {
-    say: (text, share) => { state.textContent = text; if (share !== undefined) progress.value = share; },
-    end: (text, mood) => { state.textContent = text; progress.remove(); node.className = mood; },
-  };
-}
-
-async function publish(folder, tags, row) {
-  if (await isLive(folder.name)) {
-    const text = "The new version becomes live. The previous version is kept.";
-    if (!(await confirmed(`Publish a new version of ${folder.name}?`, text, "Publish"))) { row.end("not published", ""); return; }
-  }
-  const form = new FormData();
-  form.append("name", folder.name);
-  for (const tag of tags) form.append("tags", tag);
-  for (const file of folder.files) form.append("files", file, file.name);
-  const made = await upload("v1/loras", form, (share) => {
-    row.say(share < 1 ? `uploading, ${percent(share)}` : "validating and publishing…", share);
-  });
-  row.end(outcome(made), "good");
-  onChange(made.generation);
-}
-
-/** Returns whether the caller's tenant has an adapter of this name. */
-async function isLive(name) {
+/** Returns the caller's own live adapter of this name, or null. */
+async function liveVersion(name) {
   try {
-    return (await read(`v1/loras/${encodeURIComponent(name)}`)).id === name;
+    const found = await read(`v1/loras/${encodeURIComponent(name)}`);
+    return found.id === name ? found : null;
   } catch (error) {
-    if (error.status === 404) return false;
+    if (error.status === 404) return null;
     throw error;
   }
 }
 
-function outcome({ generation, replicas, found_by_auto, neighbours }) {
+/** Returns lines about the adapters that its first samples find today. */
+async function neighbours({ info, name }, isVersion) {
+  const { data } = await post("v1/route", { prompt: info.samples.slice(0, NUM_SHOWN), lora: { fallback: "base" } }, { quietly: true });
+  const found = data.flatMap((plan) => plan.candidates ?? []).sort((a, b) => b.score - a.score);
+  if (!found.length) return [];
+  const [best] = found;
+  const line = element("li", {}, "most similar now: ", adapterLink(best.name), ` (cosine ${best.score.toFixed(2)})`);
+  const suggests = !isVersion && best.score >= NEAR && !best.name.includes("/");
+  if (suggests) {
+    const use = () => { name.value = best.name; name.dispatchEvent(new Event("input")); };
+    line.append(" ", element("button", { type: "button", class: "small", onclick: use }, `Publish as a new version of ${best.name}`));
+  }
+  return [line];
+}
+
+async function publishTicked() {
+  byId("publish-button").disabled = true;
+  for (const card of cards.filter((one) => one.tick.checked && !one.done)) {
+    try {
+      await publish(card);
+    } catch (error) {
+      card.state.textContent = error.message;
+      card.node.className = "preview bad";
+    }
+  }
+  cards = cards.filter((card) => !card.done);
+  follow();
+  byId("publish-form").hidden = !byId("previews").children.length;
+}
+
+async function publish(card) {
+  const { folder, info, node, name, typed, state } = card;
+  const progress = element("progress", { max: 1, value: 0, "aria-label": `Upload of ${name.value}` });
+  state.before(progress);
+  node.className = "preview";
+  try {
+    const made = await upload("v1/loras", formOf(folder, name.value.trim(), typed.value), (share) => {
+      progress.value = share;
+      state.textContent = share < 1 ? `uploading, ${percent(share)} of ${bytes(info.size)}` : "validating and publishing…";
+    });
+    card.done = true;
+    node.className = "preview good";
+    for (const part of node.querySelectorAll("input, textarea, button")) part.disabled = true;
+    state.replaceChildren(outcome(made), " ", ...next(made, info.samples[0]));
+    handlers.onChange(made.generation);
+  } finally {
+    progress.remove();
+  }
+}
+
+function formOf(folder, name, typedSamples) {
+  const form = new FormData();
+  form.append("name", name);
+  for (const tag of listed(byId("tags").value)) form.append("tags", tag);
+  for (const field of ["template", "visibility"]) {
+    if (byId(`publish-${field}`).value) form.append(field, byId(`publish-${field}`).value);
+  }
+  const typed = samplesFile(typedSamples);
+  for (const file of [...folder.files, ...(typed ? [typed] : [])]) form.append("files", file, file.name);
+  return form;
+}
+
+function outcome({ generation, replicas, found_by_auto, neighbours: near }) {
   const parts = [`live at generation ${whole(generation)}`];
   if (replicas.behind) parts.push("some replicas are not up to date yet");
   if (!found_by_auto) parts.push("without samples it is used by name only");
-  else if (neighbours.length) parts.push(`most similar: ${neighbours[0].name} (${neighbours[0].score.toFixed(2)})`);
+  else if (near.length) parts.push(`most similar: ${near[0].name} (${near[0].score.toFixed(2)})`);
   return parts.join("; ");
+}
+
+/** Returns links to the adapter, and to a first prompt for it. */
+function next({ name, found_by_auto }, sample) {
+  const tryIt = () => handlers.onTry(found_by_auto ? "auto" : name, sample ?? "");
+  return [element("button", { type: "button", class: "small", onclick: tryIt }, "Try it"), " ", adapterLink(name)];
 }

@@ -66,7 +66,9 @@ function showWorkers(workers) {
 function showHits({ bank_hits, host_hits, fetches }) {
   const all = bank_hits + host_hits + fetches;
   const share = (part) => (all ? part / all : 0);
-  say("metric-hits", all ? `bank ${percent(share(bank_hits))} · host ${percent(share(host_hits))} · fetched ${percent(share(fetches))}` : "no requests yet");
+  const parts = { device: bank_hits, memory: host_hits, store: fetches };
+  const texts = Object.entries(parts).map(([place, count]) => element("span", { class: "part" }, `${place} ${percent(share(count))} `));
+  byId("metric-hits").replaceChildren(...(all ? texts : ["no requests yet"]));
   fill("part-bank", share(bank_hits));
   fill("part-host", share(host_hits));
   fill("part-fetched", share(fetches));

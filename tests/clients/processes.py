@@ -32,11 +32,24 @@ def run_node(script: str, url: str) -> dict[str, Any]:
 
     Node reads the script from standard input, and so looks for packages in the folder where it runs.
     """
-    node, packages = shutil.which("node"), _INSTALLED / "node" / "node_modules"
-    if node is None or not packages.exists():
-        _absent("Node is not installed" if node is None else "the packages for Node are not installed")
+    node, packages = shutil.which("node"), _packages()
+    if node is None:
+        _absent("Node is not installed")
     source = (_FOLDER / script).read_text(encoding="utf-8") + _RUN_CASES
     return _run([node, "--input-type=module", "-", url], packages.parent, source)
+
+
+def node_file(name: str) -> Path:
+    """Return a file of the packages for Node."""
+    return _packages() / name
+
+
+def _packages() -> Path:
+    """Return the folder of the packages for Node."""
+    packages = _INSTALLED / "node" / "node_modules"
+    if not packages.exists():
+        _absent("the packages for Node are not installed")
+    return packages
 
 
 def run_llama_index(script: str, url: str) -> dict[str, Any]:

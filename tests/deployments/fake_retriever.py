@@ -76,6 +76,11 @@ class FakeRetriever:
         record = self._snapshot.resolve(tenant, name)
         return 7, [record, adapter(record.ref.name, version="older", generation=0)]
 
+    async def samples(self, tenant: str, name: str) -> list[Sample]:
+        record = self._snapshot.resolve(tenant, name)
+        is_own = record.ref.tenant == tenant and record.num_samples > 0
+        return [Sample(f"A sample of {name}."), Sample("Another one.", "Its output.")] if is_own else []
+
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
         raise NotImplementedError
 

@@ -1,12 +1,13 @@
-"""Open the console in a real Chromium and use it: prompts, and a dropped folder."""
+"""Open the console in a real Chromium and use it: prompts, views, and a dropped folder."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Page
+from playwright.async_api import Locator, Page
 
 from tests.browsing import Browsing, address_of
 from tests.deployments.app_fakes import Served, serve_plainly
@@ -28,14 +29,30 @@ def look(browsing: Browsing, question: Look, *, context: dict[str, Any] | None =
 
 
 async def ask(page: Page, prompt: str = "A verse, please.") -> None:
-    await page.get_by_label("Prompt").fill(prompt)
+    await page.get_by_label("Prompt", exact=True).fill(prompt)
     await page.get_by_role("button", name="Ask", exact=True).click()
 
 
-def folder_of(parent: Path, name: str) -> Path:
+def last_turn(page: Page, part: str = "") -> Locator:
+    """Return the last turn of the conversation, or a part of it."""
+    return page.locator(f"#turns > li:last-child {part}")
+
+
+async def go(page: Page, view: str) -> None:
+    await page.get_by_role("navigation").get_by_role("link", name=view, exact=True).click()
+
+
+async def show_options(page: Page) -> None:
+    await page.get_by_text("System prompt and more options").click()
+
+
+def folder_of(parent: Path, name: str, samples: Sequence[str] = (), config: str = '{"r": 8}') -> Path:
     folder = parent / name
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").write_text(config)
     (folder / "adapter_model.safetensors").write_bytes(b"12345")
     (folder / ".hidden").write_text("of the file manager")
+    if samples:
+        lines = [json.dumps({"input": text}) for text in samples]
+        (folder / "lora_samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,11 @@ from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_worker import DELTAS
-from tests.deployments.looking import ask, folder_of, look
+from tests.deployments.looking import ask, folder_of, go, last_turn, look, show_options
 
 pytestmark = pytest.mark.browser
 
 HOSTILE = '<img src=x onerror="document.title=\'taken\'"><script>document.title="taken"</script>'
-WIDTHS = {"narrow": {"width": 390, "height": 844}, "wide": {"width": 1440, "height": 900}}
 
 
 def adapters_of(names: Sequence[str]) -> list[AdapterRecord]:
@@ -36,15 +36,17 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
 
     async def question(page: Page, served: Served) -> None:
         await ask(page)
-        await expect(page.locator("#answer")).to_have_text("Hel")
+        await expect(last_turn(page, ".text")).to_have_text("Hel")
         await expect(page.locator("#plan li .name")).to_have_text(["poet", "coder"])
-        await expect(page.locator("#plan li").first).to_contain_text("score 1.000")
         await expect(page.locator("#plan li").first).to_contain_text("weight 0.50")
-        await expect(page.locator("#answer-metrics")).to_contain_text("first token after")
+        await expect(page.locator("#considered-list li").first).to_contain_text("cosine 1.000")
+        await expect(page.locator("#ask-status")).to_have_text("answering…")
         goes_on.set()
-        await expect(page.locator("#answer")).to_have_text("Hello")
-        await expect(page.locator("#answer-metrics")).to_contain_text("3 tokens · prompt 5")
-        await expect(page.locator("#answer-metrics")).to_contain_text("tokens/s")
+        await expect(last_turn(page, ".text")).to_have_text("Hello")
+        await expect(last_turn(page, ".by .tag")).to_have_text(["poet × 0.50", "coder × 0.50"])
+        await expect(last_turn(page, ".note")).to_contain_text("3 tokens · prompt 5")
+        await expect(last_turn(page, ".note")).to_contain_text(re.compile("first token after .* tokens/s"))
+        await expect(page.locator("#ask-status")).to_have_text("the answer is complete")
         await expect(page.locator("#map .spot.chosen")).to_have_count(2)
         await expect(page.locator("#map .prompt")).to_have_count(1)
         await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
@@ -55,27 +57,36 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
 
 def test_the_controls_determine_the_request(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
+        await show_options(page)
         await page.get_by_label("Strategy").select_option("fusion")
-        await page.get_by_label("k", exact=True).fill("5")
-        await page.get_by_label("Tokens", exact=True).fill("17")
+        await page.get_by_label("Most adapters (k)").fill("5")
+        await page.get_by_label("Abstain").select_option("strict")
+        await page.get_by_label("Only with tags").fill("one, two")
+        await page.get_by_label("Longest answer, tokens").fill("17")
         await page.get_by_label("Temperature").fill("0.5")
-        await page.get_by_label("Prompt").fill("line")
-        await page.get_by_label("Prompt").press("Shift+Enter")
-        await page.get_by_label("Prompt").press("x")
-        await page.get_by_label("Prompt").press("Enter")
-        await expect(page.locator("#answer")).to_have_text("Hello")
+        await page.get_by_label("Top p").fill("0.9")
+        await page.get_by_label("Seed").fill("7")
+        prompt = page.get_by_label("Prompt", exact=True)
+        await prompt.fill("line")
+        await prompt.press("Shift+Enter")
+        await prompt.press("x")
+        await prompt.press("Enter")
+        await expect(last_turn(page, ".text")).to_have_text("Hello")
         [([request],)] = served.retriever.called("route")
         assert (request.text, request.strategy, request.top_k) == ("line\nx", "fusion", 5)
-        assert (served.job.sampling.max_tokens, served.job.sampling.temperature) == (17, 0.5)
+        assert (request.abstain, request.tags) == ("strict", ("one", "two"))
+        sampling = served.job.sampling
+        assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (17, 0.5, 0.9, 7)
 
     look(browsing, question)
 
 
 def test_a_named_model_disables_the_retrieval_options(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
-        await page.get_by_role("button", name="Ask coder").click()
-        await expect(page.get_by_label("Model")).to_have_value("coder")
-        await expect(page.get_by_label("k", exact=True)).to_be_disabled()
+        await page.get_by_label("Model").fill("coder")
+        await show_options(page)
+        for option in ("Strategy", "Most adapters (k)", "Abstain", "Only with tags"):
+            await expect(page.get_by_label(option)).to_be_disabled()
         await ask(page)
         await expect(page.locator("#plan li .name")).to_have_text(["coder"])
         assert served.retriever.called("route") == []
@@ -89,10 +100,10 @@ def test_a_named_model_disables_the_retrieval_options(browsing: Browsing) -> Non
 def test_stop_ends_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await ask(page)
-        await expect(page.locator("#answer")).to_have_text("Hel")
+        await expect(last_turn(page, ".text")).to_have_text("Hel")
         await page.get_by_role("button", name="Stop").click()
-        await expect(page.locator("#answer-metrics")).to_contain_text("stopped")
-        await expect(page.locator("#answer")).to_have_text("Hel")
+        await expect(last_turn(page, ".note")).to_contain_text("stopped")
+        await expect(last_turn(page, ".text")).to_have_text("Hel")
         [response] = [r for r in served.worker.responses if hasattr(r.answer, "__aiter__")]
         async with asyncio.timeout(10):
             while not response.num_cancels:
@@ -101,18 +112,17 @@ def test_stop_ends_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) 
     look(browsing, question, worker=CountingWorker(goes_on=asyncio.Event()))
 
 
-def test_a_second_prompt_replaces_the_first(browsing: Browsing) -> None:
+def test_a_second_prompt_stops_the_first(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
 
     async def question(page: Page, served: Served) -> None:
         await ask(page, "first")
-        await expect(page.locator("#answer")).to_have_text("Hel")
+        await expect(last_turn(page, ".text")).to_have_text("Hel")
         await ask(page, "second")
+        await expect(page.locator("#turns .note").first).to_have_text(re.compile("stopped$"))
         goes_on.set()
-        await expect(page.locator("#answer-metrics")).to_contain_text("3 tokens")
-        await expect(page.locator("#answer")).to_have_text("Hello")
-        await page.get_by_role("button", name="first").click()
-        await expect(page.get_by_label("Prompt")).to_have_value("first")
+        await expect(last_turn(page, ".note")).to_contain_text("3 tokens")
+        await expect(page.locator("#turns .text")).to_have_text(["Hel", "Hello"])
 
     look(browsing, question, worker=CountingWorker(goes_on=goes_on))
 
@@ -130,11 +140,30 @@ def test_an_error_is_shown_after_the_text_so_far(
 ) -> None:
     async def question(page: Page, served: Served) -> None:
         await ask(page)
-        await expect(page.locator("#answer-error")).to_have_text(shown)
-        await expect(page.locator("#answer")).to_have_text(text)
+        await expect(last_turn(page, ".error")).to_have_text(shown)
+        await expect(last_turn(page, ".text")).to_have_text(text)
         await expect(page.locator("#plan-note")).not_to_contain_text("Choosing")
+        await expect(page.get_by_label("Prompt", exact=True)).to_have_value("A verse, please.")  # to be sent again
 
     look(browsing, question, worker=CountingWorker(events))
+
+
+def test_a_refused_prompt_leaves_no_plan_of_an_earlier_one(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(page.locator("#map .spot.chosen")).to_have_count(2)
+        await expect(page.locator("#map .prompt")).to_have_count(1)
+        await page.get_by_label("Model").fill("nosuch")
+        await ask(page)
+        await expect(last_turn(page, ".error")).to_contain_text("nosuch")
+        await expect(page.locator("#plan-note")).to_have_text("The request failed, so no adapter was chosen.")
+        for part in ("#plan li", "#considered:visible", "#map .spot.chosen", "#map .prompt"):
+            await expect(page.locator(part)).to_have_count(0)
+        await page.locator("#turns > li").first.get_by_role("button", name="Why").click()
+        await expect(page.locator("#plan li")).to_have_count(2)
+        await expect(page.locator("#map .spot.chosen")).to_have_count(2)
+
+    look(browsing, question)
 
 
 def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> None:
@@ -143,6 +172,7 @@ def test_an_abstention_says_that_the_base_model_answers(browsing: Browsing) -> N
         await expect(page.locator("#plan-note")).to_contain_text("No adapter fits, so the base model answers")
         await expect(page.locator("#plan-note")).to_contain_text("poet is the nearest, with a score of 1.000")
         await expect(page.locator("#considered-list .name")).to_have_text(["poet", "coder"])
+        await expect(page.locator("#changes-list")).to_contain_text("Abstain never")
         await expect(page.locator("#plan li")).to_have_count(0)
 
     look(browsing, question, retriever=MappedRetriever(abstains=True))
@@ -154,14 +184,17 @@ def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
 
     async def question(page: Page, served: Served) -> None:
         await ask(page)
-        await expect(page.locator("#answer")).to_have_text(HOSTILE)
+        await expect(last_turn(page, ".text")).to_have_text(HOSTILE)
         await expect(page.locator("#plan li .name")).to_have_text([HOSTILE])
-        await expect(page.locator("#nearest-list li")).to_have_text([f"{HOSTILE}0.500 {HOSTILE}"])
+        await expect(page.locator("#considered-list .near li")).to_have_text([f"0.500 {HOSTILE}"])
         await expect(page.locator("#pool-rows .tag")).to_have_text([HOSTILE])
         await expect(page.locator("#map .label.chosen")).to_have_text([HOSTILE])
-        await page.get_by_role("button", name="Withdraw", exact=False).click()
+        await go(page, "Adapters")
+        await page.locator("#pool-rows a").click()
+        await expect(page.locator("#adapter-title")).to_have_text(HOSTILE)
+        await page.get_by_role("button", name="Withdraw").click()
         await expect(page.locator("#confirm-title")).to_contain_text(HOSTILE)
-        assert await page.title() == "LoraRetriever console"
+        assert await page.title() == f"{HOSTILE} · LoraRetriever"
         assert await page.locator("img, body script").count() == 0
 
     worker = CountingWorker([Delta(HOSTILE, 1, 1, "stop")])
@@ -170,6 +203,7 @@ def test_nothing_the_server_sends_becomes_markup(browsing: Browsing) -> None:
 
 def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
+        await go(page, "Adapters")
         await expect(page.locator("#pool-count")).to_have_text("1–15 of 40")
         await page.get_by_role("button", name="Next page").click()
         await expect(page.locator("#pool-count")).to_have_text("16–30 of 40")
@@ -207,14 +241,15 @@ def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing,
         await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
         await page.get_by_label("API key", exact=True).fill("of good news")
         await page.get_by_role("button", name="Use", exact=True).click()
-        await expect(page.locator("#pool-count")).to_have_text("1–2 of 2")
         await ask(page)
-        await expect(page.locator("#answer")).to_have_text("Hello")
+        await expect(last_turn(page, ".text")).to_have_text("Hello")
         await drop_folder(page, folder)
-        await expect(page.locator("#uploads .good")).to_have_count(1)
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        await expect(page.locator("#previews .good")).to_have_count(1)
         expected = {"GET stats", "GET loras", "GET pool/map", "POST pool/map", "POST chat/completions", "POST loras"}
         assert expected <= set(seen)
-        assert await page.evaluate("localStorage.length + document.cookie.length") == 0
+        stored = await page.evaluate("JSON.stringify(localStorage) + document.cookie")
+        assert "A verse, please." in stored and "good news" not in stored
         await page.locator("#key-button").click()
         await page.get_by_role("button", name="Forget").click()
         await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
@@ -226,10 +261,11 @@ def test_the_metrics_are_live(browsing: Browsing) -> None:
     worker = CountingWorker()
 
     async def question(page: Page, served: Served) -> None:
+        await go(page, "Status")
         await expect(page.locator("#metric-running")).to_have_text("3 of 32")
         await expect(page.locator("#metric-waiting")).to_have_text("2")
         await expect(page.locator("#metric-bank")).to_have_text("16 of 256")
-        await expect(page.locator("#metric-hits")).to_have_text("bank 60 % · host 30 % · fetched 10 %")
+        await expect(page.locator("#metric-hits")).to_have_text("device 60 % memory 30 % store 10 %")
         await expect(page.locator("#metric-generation")).to_have_text("7")
         await expect(page.locator("#connection")).to_have_text("live")
         counters = replace(worker.holdings.counters, num_new_tokens=500)  # type: ignore[union-attr]
@@ -255,41 +291,6 @@ def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
         await page.keyboard.press("ArrowRight")
         await expect(page.locator("#map-spoken")).to_have_text("poet")
         await page.keyboard.press("Enter")
-        await expect(page.get_by_label("Search")).to_have_value("poet")
-        await expect(page.locator("#pool-count")).to_have_text("1–1 of 1")
-
-    look(browsing, question)
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_overflows_the_screen(browsing: Browsing, width: str) -> None:
-    long = replace(adapter("x" * 64), tags=("y" * 64, "z" * 64))
-
-    async def question(page: Page, served: Served) -> None:
-        await ask(page, "w" * 200)
-        await expect(page.locator("#plan li")).to_have_count(2)
-        await expect(page.locator("#answer-metrics")).to_contain_text("tokens")
-        inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-        assert inside <= outside
-
-    worker = CountingWorker([Delta("v" * 500, 5, 1, "stop")])
-    retriever = MappedRetriever([long, adapter("poet")])
-    look(browsing, question, context={"viewport": WIDTHS[width]}, worker=worker, retriever=retriever)
-
-
-def test_every_control_has_a_name_and_is_reachable(browsing: Browsing) -> None:
-    async def question(page: Page, served: Served) -> None:
-        await expect(page.locator("#pool-rows tr")).to_have_count(2)
-        nameless = """() => [...document.querySelectorAll('button, input, select, textarea')]
-            .filter((node) => !node.closest('dialog:not([open])'))
-            .filter((node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim())
-            .map((node) => node.id)"""
-        assert await page.evaluate(nameless) == []
-        wanted = {"prompt", "model", "ask-button", "map", "search", "folder", "tags", "key-button"}
-        await page.evaluate("document.activeElement.blur()")
-        for _ in range(30):
-            await page.keyboard.press("Tab")
-            wanted.discard(await page.evaluate("document.activeElement.id"))
-        assert wanted == set()
+        await expect(page.locator("#adapter-title")).to_have_text("poet")
 
     look(browsing, question)

@@ -1,36 +1,96 @@
-"""Changes of the pool in the console, in a real Chromium, over an Ingress with fakes."""
+"""Adapters in the console, in a real Chromium, over an Ingress with fakes: the table, their pages, and publishing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_store import FakeStore
-from tests.deployments.looking import ask, folder_of, look
+from tests.deployments.looking import ask, folder_of, go, look
 
 pytestmark = pytest.mark.browser
 
 
-def test_withdrawing_needs_confirmation(browsing: Browsing) -> None:
+async def open_adapter(page: Page, name: str) -> None:
+    await go(page, "Adapters")
+    await page.locator("#pool-rows").get_by_role("link", name=name, exact=True).click()
+    await expect(page.locator("#adapter-title")).to_have_text(name)
+    await expect(page.locator("#adapter-code pre")).to_have_count(2)
+
+
+def test_the_table_is_one_tab_stop_with_arrow_keys(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
-        withdraw = page.get_by_role("button", name="Withdraw poet")
+        await go(page, "Adapters")
+        link = page.locator("#pool-rows").get_by_role("link")
+        await expect(link).to_have_text(["coder", "novelist", "poet"])
+        await link.first.focus()
+        await page.keyboard.press("ArrowDown")
+        await expect(link.nth(1)).to_be_focused()
+        await page.keyboard.press("End")
+        await expect(link.nth(2)).to_be_focused()
+        await page.keyboard.press("Tab")
+        assert await page.evaluate("document.activeElement.closest('#pool-rows')") is None
+        await page.keyboard.press("Shift+Tab")
+        await expect(link.nth(2)).to_be_focused()
+        await page.keyboard.press("/")
+        await expect(page.get_by_label("Search")).to_be_focused()
+        await link.nth(1).focus()
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#adapter-title")).to_have_text("novelist")
+
+    held = [adapter("poet"), adapter("coder"), adapter("novelist")]
+    look(browsing, question, retriever=MappedRetriever(held))
+
+
+def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await open_adapter(page, "poet")
+        facts = page.locator("#adapter-facts")
+        for fact in ("Rank2, 4", "Size9 B", "Found by autoyes, by 2 samples", "Visibilitypublic"):
+            await expect(facts).to_contain_text(fact)
+        await expect(page.locator("#adapter-versions tr")).to_have_count(2)
+        await expect(page.locator("#adapter-similar li")).to_have_text(["coder0.500"])
+        await expect(page.get_by_label("curl code")).to_contain_text('"model": "poet"')
+        await expect(page.get_by_label("Python code")).to_contain_text('model="poet"')
+        await page.locator("#adapter-samples button").click()
+        await expect(page.get_by_label("Prompt", exact=True)).to_have_value("A sample of poet.")
+        await expect(page.get_by_label("Model")).to_have_value("auto")
+        await open_adapter(page, "poet")
+        await page.get_by_role("button", name="Ask it").click()
+        await expect(page.get_by_label("Model")).to_have_value("poet")
+        await page.goto(page.url.partition("#")[0] + "#adapter/nosuch")
+        await expect(page.locator("#adapter-error")).to_contain_text("nosuch")
+        await expect(page.locator("#adapter-body")).to_be_hidden()
+
+    look(browsing, question)
+
+
+def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await open_adapter(page, "poet")
+        withdraw = page.get_by_role("button", name="Withdraw…")
         await withdraw.click()
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         await withdraw.click()
         await page.keyboard.press("Escape")
-        assert served.store.called("withdraw") == []
         await withdraw.click()
+        await expect(page.locator("#confirm-yes")).to_be_disabled()
+        await page.get_by_label("Type the name to confirm").fill("coder")
+        await expect(page.locator("#confirm-yes")).to_be_disabled()
+        assert served.store.called("withdraw") == []
+        await page.get_by_label("Type the name to confirm").fill("poet")
         async with page.expect_response(lambda answer: answer.request.method == "DELETE") as answered:
             await page.locator("#confirm-yes").click()
         assert (await answered.value).status == 200
         [(*withdrawn, _)] = served.store.called("withdraw")
         assert withdrawn == ["local", ["poet"], "local"]
+        await expect(page.locator("#view-adapters")).to_be_visible()
 
     look(browsing, question)
 
@@ -39,13 +99,14 @@ def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsin
     live, older = adapter("poet"), adapter("poet", version="older", generation=0)
 
     async def question(page: Page, served: Served) -> None:
-        await page.get_by_role("button", name="Roll back poet").click()
+        await open_adapter(page, "poet")
+        await page.get_by_role("button", name=f"Make version {older.ref.digest[:12]} live").click()
         await expect(page.locator("#confirm-title")).to_have_text("Roll back poet?")
         await expect(page.locator("#confirm-text")).to_contain_text(f"Version {older.ref.digest[:12]}")
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         assert served.store.called("restage") == []
-        await page.get_by_role("button", name="Roll back poet").click()
-        async with page.expect_response(lambda answer: answer.request.method == "POST") as answered:
+        await page.get_by_role("button", name="Make version").click()
+        async with page.expect_response(lambda answer: answer.request.url.endswith("/rollback")) as answered:
             await page.locator("#confirm-yes").click()
         assert (await answered.value).status == 201
         assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
@@ -53,53 +114,129 @@ def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsin
     look(browsing, question, store=FakeStore(pool_of(live, older)))
 
 
+def test_only_a_kept_version_can_be_made_live(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.route("**/v1/loras/poet?*", _without_older_versions)
+        await open_adapter(page, "poet")
+        await expect(page.locator("#adapter-versions tr")).to_have_count(1)
+        await expect(page.get_by_role("button", name="Make version")).to_have_count(0)
+
+    look(browsing, question)
+
+
+async def _without_older_versions(route: Route) -> None:
+    answer = await (await route.fetch()).json()
+    await route.fulfill(json={**answer, "versions": answer["versions"][:1]})
+
+
 def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:
     held = [adapter("poet"), adapter("poet", version="theirs", tenant="them")]
 
     async def question(page: Page, served: Served) -> None:
-        await expect(page.locator("#pool-rows .name")).to_have_text(["poet", "them/poet"])
-        for what in ("Withdraw", "Roll back"):
-            await expect(page.get_by_role("button", name=what)).to_have_count(1)
-        await page.get_by_role("button", name="Ask them/poet").click()
+        await open_adapter(page, "them/poet")
+        for what in ("Withdraw", "Make version"):
+            await expect(page.get_by_role("button", name=what)).to_have_count(0)
+        await expect(page.locator("#adapter-samples-note")).to_have_text("Only its owner sees its samples.")
+        await page.get_by_role("button", name="Ask it").click()
         await ask(page)
         await expect(page.locator("#plan li .name")).to_have_text(["them/poet"])
         [row] = served.job.plan.adapters
         assert row.ref == held[1].ref
+        await open_adapter(page, "poet")
+        await expect(page.get_by_role("button", name="Withdraw")).to_have_count(1)
 
     look(browsing, question, retriever=MappedRetriever(held))
 
 
 @pytest.mark.parametrize("how", ["drop", "choose"])
-def test_folders_are_published_one_after_the_other(browsing: Browsing, tmp_path: Path, how: str) -> None:
-    folders = [folder_of(tmp_path / "many", name) for name in ("verse", "bad-one")]
+def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing, tmp_path: Path, how: str) -> None:
+    parent = tmp_path / "many"
+    config = '{"r": 16, "base_model_name_or_path": "tiny-base", "target_modules": ["q_proj", "v_proj"]}'
+    folders = [folder_of(parent, "verse", ["Write a verse.", "Rhyme!"], config)]
+    folders += [folder_of(parent, name) for name in ("bad-one", "left-out")]
+    (folder_of(parent, "pickled") / "adapter_model.safetensors").rename(parent / "pickled" / "adapter_model.bin")
 
     async def question(page: Page, served: Served) -> None:
-        await page.get_by_label("Tags for the next uploads").fill("one, two")
         if how == "drop":
-            await drop_folder(page, folders[0].parent)
+            await drop_folder(page, parent)
         else:
-            await page.locator("#folder").set_input_files(folders[0].parent)
-        await expect(page.locator("#uploads .good .state")).to_contain_text("live at generation 8; most similar: poet")
-        await expect(page.locator("#uploads .bad .state")).to_contain_text("it is bad")
+            await go(page, "Publish")
+            await page.locator("#folder").set_input_files(parent)
+        cards = page.locator("#previews > li")
+        await expect(cards).to_have_count(4)
+        verse = cards.filter(has=page.get_by_label("Publish verse"))
+        for fact in (
+            "tiny-base · rank 16 · 2 kinds of modules",
+            "2 samples",
+            "Write a verse.",
+            "a new name in the pool",
+        ):
+            await expect(verse).to_contain_text(fact)
+        await expect(verse).to_contain_text("most similar now: poet (cosine 1.00)")
+        await expect(page.locator(".problem")).to_contain_text("pickle files are never opened")
+        await expect(page.get_by_label("Publish pickled")).to_be_disabled()
+        assert served.store.called("stage") == [], "a preview sends no file"
+        await page.get_by_label("Publish left-out").uncheck()
+        await page.get_by_label("Tags of all").fill("one, two")
+        await page.get_by_label("Visibility").select_option("private")
+        await page.get_by_role("button", name="Publish 2 adapters").click()
+        await expect(page.locator("#previews .good .state")).to_contain_text("live at generation 8; most similar: poet")
+        await expect(page.locator("#previews .bad .state").filter(has_text="it is bad")).to_have_count(1)
         uploads = {args[0].name: args[0] for args in served.store.called("stage")}
         assert uploads.keys() == {"verse", "bad-one"}
-        assert dict(uploads["verse"].files) == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"12345"}
-        assert uploads["verse"].tags == ("one", "two")
+        assert set(uploads["verse"].files) == {"adapter_config.json", "adapter_model.safetensors", "lora_samples.jsonl"}
+        assert uploads["verse"].files["adapter_model.safetensors"] == b"12345"
+        assert (uploads["verse"].tags, uploads["verse"].visibility) == (("one", "two"), "private")
+        await page.get_by_role("button", name="Try it").click()
+        await expect(page.get_by_label("Prompt", exact=True)).to_have_value("Write a verse.")
 
     look(browsing, question)
 
 
-def test_a_live_name_is_replaced_only_after_confirmation(browsing: Browsing, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, "poet")
+def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "verses", ["Write a verse."])
 
     async def question(page: Page, served: Served) -> None:
         await drop_folder(page, folder)
-        await expect(page.locator("#confirm-title")).to_have_text("Publish a new version of poet?")
-        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
-        await expect(page.locator("#uploads .state")).to_have_text("not published")
-        assert served.store.called("stage") == []
-        await drop_folder(page, folder)
-        await page.locator("#confirm-yes").click()
-        await expect(page.locator("#uploads .good")).to_have_count(1)
+        notes = page.get_by_label("Checks of verses")
+        await expect(notes).to_contain_text("a new name in the pool")
+        await page.get_by_role("button", name="Publish as a new version of poet").click()
+        await expect(page.get_by_label("Name of verses")).to_have_value("poet")
+        await expect(notes).to_contain_text("new version of poet; the present one is kept")
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        await expect(page.locator("#previews .good")).to_have_count(1)
+        [(upload, _)] = served.store.called("stage")
+        assert upload.name == "poet"
+
+    look(browsing, question)
+
+
+def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Browsing, tmp_path: Path) -> None:
+    for step in (50, 100, 1000):
+        folder_of(tmp_path / "my-run", f"checkpoint-{step}")
+
+    async def question(page: Page, served: Served) -> None:
+        await drop_folder(page, tmp_path / "my-run")
+        for step, ticked in ((50, False), (100, False), (1000, True)):
+            await expect(page.get_by_label(f"Publish checkpoint-{step}", exact=True)).to_be_checked(checked=ticked)
+        for samples in await page.get_by_label("Sample prompts").all():
+            await samples.fill("First prompt\n\nSecond prompt")
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        await expect(page.locator("#previews .good")).to_have_count(1)
+        [(upload, _)] = served.store.called("stage")
+        assert upload.name == "my-run"
+        assert upload.files["lora_samples.jsonl"] == b'{"input":"First prompt"}\n{"input":"Second prompt"}\n'
+
+    look(browsing, question)
+
+
+def test_a_dropped_file_is_refused_with_the_remedy(browsing: Browsing, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"12345")
+
+    async def question(page: Page, served: Served) -> None:
+        await drop_folder(page, file)
+        await expect(page.locator("#publish-error")).to_have_text("drop the folder of the adapter, not its files")
+        await expect(page.locator("#publish-form")).to_be_hidden()
 
     look(browsing, question)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lora_store import Sample
+from lora_store import AdapterNotFound, Sample
 from retriever_svc import PinnedAdapter, RouteRequest, StaleIndex
 from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS
-from tests.deployments.served_retriever import ALL, Served, run
+from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 
 
 def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
@@ -50,6 +51,20 @@ def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
         assert not any(call.done() for call in waiting)
         goes_on.set()
         assert len(await asyncio.gather(*waiting)) == 120
+
+    run(tmp_path, scenario)
+
+
+def test_samples_are_shown_to_the_tenant_that_published_them(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        [sums] = await here.embedded("sums")
+        theirs = replace(sums, ref=replace(sums.ref, name="theirs", tenant="acme"))
+        await here.replica.catch_up(here.publish(sums, theirs))
+        assert await here.replica.samples("local", "sums") == SAMPLES["sums"]
+        assert await here.replica.samples("acme", "theirs") == SAMPLES["sums"]
+        assert await here.replica.samples("local", "acme/theirs") == []
+        with pytest.raises(AdapterNotFound):
+            await here.replica.samples("local", "theirs")
 
     run(tmp_path, scenario)
 

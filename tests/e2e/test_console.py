@@ -11,6 +11,7 @@ import pytest
 from playwright.async_api import Page, expect
 
 from tests.browsing import Browsing, drop_folder
+from tests.deployments.looking import go, last_turn, show_options
 from tests.e2e.live import Live
 from tests.e2e.starter_pool import POOL
 
@@ -31,10 +32,16 @@ def folder_of(parent: Path, name: str, topic: list[str]) -> Path:
 
 
 async def ask(page: Page, prompt: str) -> None:
-    await page.get_by_label("Prompt").fill(prompt)
-    await page.get_by_label("Tokens", exact=True).fill("16")
+    """Ask in a conversation of its own, for an answer of 16 tokens."""
+    await page.get_by_role("button", name="New conversation").click()
+    await page.get_by_label("Prompt", exact=True).fill(prompt)
     await page.get_by_role("button", name="Ask", exact=True).click()
-    await expect(page.locator("#answer-metrics")).to_contain_text("tokens/s", timeout=SLOW_MS)
+    await expect(last_turn(page, ".note")).to_contain_text("tokens/s", timeout=SLOW_MS)
+
+
+async def limit(page: Page) -> None:
+    await show_options(page)
+    await page.get_by_label("Longest answer, tokens").fill("16")
 
 
 def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_path: Path) -> None:
@@ -43,27 +50,35 @@ def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_p
 
     async def visit() -> None:
         async with browsing.page(f"{url}/") as page:
+            await limit(page)
             await expect(page.locator("#map .spot")).to_have_count(12, timeout=SLOW_MS)
+            await expect(page.locator("#examples button")).to_have_count(6, timeout=SLOW_MS)
             await ask(page, NEGATE)
             await expect(page.locator("#plan li .name")).to_have_count(1)
             await expect(page.locator("#plan li .name").first).to_have_text("sentence_negation")
-            await expect(page.locator("#answer")).to_contain_text("not")
+            await expect(last_turn(page, ".text")).to_contain_text("not")
             await expect(page.locator("#map .prompt")).to_have_count(1)
             await expect(page.locator("#map .spot.chosen")).to_have_count(1)
+            await go(page, "Status")
             await expect(page.locator("#metric-hits")).to_have_text(
-                re.compile(r"bank \d+ % · host \d+ % · fetched \d+ %")
+                re.compile(r"device \d+ % memory \d+ % store \d+ %")
             )
 
             await drop_folder(page, folder)
-            await expect(page.locator("#uploads .good .state")).to_contain_text("live at generation", timeout=SLOW_MS)
-            await expect(page.locator("#pool-rows .name", has_text="pirate_talk")).to_have_count(1)
+            await page.get_by_role("button", name="Publish 1 adapter").click(timeout=SLOW_MS)
+            await expect(page.locator("#previews .good .state")).to_contain_text("live at generation", timeout=SLOW_MS)
+            await go(page, "Ask")
             await expect(page.locator("#map .spot")).to_have_count(13)
             await ask(page, PIRATES)
             await expect(page.locator("#plan li .name").first).to_have_text("pirate_talk")
 
-            await page.get_by_role("button", name="Withdraw pirate_talk").click()
+            await go(page, "Adapters")
+            await page.locator("#pool-rows").get_by_role("link", name="pirate_talk").click()
+            await page.get_by_role("button", name="Withdraw…").click()
+            await page.get_by_label("Type the name to confirm").fill("pirate_talk")
             await page.locator("#confirm-yes").click()
             await expect(page.locator("#pool-rows .name", has_text="pirate_talk")).to_have_count(0, timeout=SLOW_MS)
+            await go(page, "Ask")
             await expect(page.locator("#map .spot")).to_have_count(12)
             await ask(page, PIRATES)
             await expect(page.locator("#plan li .name", has_text="pirate_talk")).to_have_count(0)
@@ -74,7 +89,8 @@ def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_p
 def test_the_page_says_why_the_base_model_or_an_adapter_answers(url: str, browsing: Browsing) -> None:
     async def visit() -> None:
         async with browsing.page(f"{url}/") as page:
-            note, nearest = page.locator("#plan-note"), page.locator("#nearest-list li")
+            note, nearest = page.locator("#plan-note"), page.locator("#considered-list .rank-0 .near li")
+            await limit(page)
             await ask(page, "What is the capital of France?")
             await expect(page.locator("#plan-strategy")).to_have_text("base")
             await expect(page.locator("#plan li")).to_have_count(0)
@@ -83,14 +99,14 @@ def test_the_page_says_why_the_base_model_or_an_adapter_answers(url: str, browsi
                 re.compile(r"comes nearest: it scores [\d.-]+ and needs [\d.]+\. lora\.min_score")
             )
             await expect(page.locator("#considered-list .name")).to_have_count(3)
-            await expect(page.locator("#answer")).not_to_be_empty()
+            await expect(page.locator("#changes-list")).to_contain_text("Answer with")
+            await expect(last_turn(page, ".text")).not_to_be_empty()
 
             await ask(page, NEGATE)
             await expect(page.locator("#plan li .name")).to_have_text(["sentence_negation"])
             await expect(note).to_contain_text(re.compile(r"sentence_negation fits: it scores [\d.]+ and needs [\d.]+"))
-            await expect(nearest.first).to_contain_text("sentence_negation")
             await expect(nearest.first).to_contain_text("Negate the statement:")
-            await expect(page.locator("#answer")).to_contain_text("not")
+            await expect(last_turn(page, ".text")).to_contain_text("not")
 
     browsing.run(visit())
 
@@ -99,7 +115,10 @@ def test_the_console_works_below_a_prefix_and_with_several_replicas(live: Live, 
     async def visit() -> None:
         async with browsing.page(f"{live.url}/") as page:
             await expect(page.locator("#connection")).to_have_text("live", timeout=SLOW_MS)
+            await go(page, "Status")
             await expect(page.locator("#metric-running")).to_have_text("0 of 32")  # two workers of 16 rows
+            await go(page, "Ask")
+            await limit(page)
             await page.get_by_label("Model").fill("tiny")
             await ask(page, "The sea is")
 

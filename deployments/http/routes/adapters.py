@@ -62,6 +62,7 @@ from retriever_svc import PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
 MAX_PAGE = 1000
+MAX_SHOWN_SAMPLES = 200
 _LORAS = "/v1/loras"
 
 _FORM = {
@@ -134,10 +135,22 @@ async def publish(
 
 
 @router.get("/v1/loras/{name:path}", response_model=None, responses=LORA_ANSWERS)
-async def show(name: str, services: AnyServices, caller: AnyCaller) -> AdapterShown:
-    """Return one adapter and its kept versions, the live one first."""
+async def show(
+    name: str,
+    services: AnyServices,
+    caller: AnyCaller,
+    samples: Annotated[int, Query(ge=0, le=MAX_SHOWN_SAMPLES, description="how many samples to include")] = 0,
+) -> AdapterShown:
+    """Return one adapter and its kept versions, the live one first.
+
+    With `samples` also so many samples of the live version. Other tenants' adapters show none.
+    """
     generation, versions = await services.retriever.record(caller.tenant, name)
-    return shown_object(versions, caller.tenant, generation)
+    shown = shown_object(versions, caller.tenant, generation)
+    if samples:
+        found = await services.retriever.samples(caller.tenant, name)
+        shown["samples"] = [{"input": sample.input, "output": sample.output} for sample in found[:samples]]
+    return shown
 
 
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS, dependencies=[MAY_CHANGE])

@@ -87,6 +87,16 @@ def test_one_adapter_is_shown_with_its_kept_versions(name: str) -> None:
     ]
 
 
+def test_samples_are_shown_as_many_as_asked_for() -> None:
+    first = {"input": "A sample of poet.", "output": None}
+    second = {"input": "Another one.", "output": "Its output."}
+    assert get("/v1/loras/poet?samples=1").json()["samples"] == [first]
+    assert get("/v1/loras/poet?samples=200").json()["samples"] == [first, second]
+    assert "samples" not in get("/v1/loras/poet").json()
+    response = get("/v1/loras/poet?samples=201")
+    assert (response.status_code, error_of(response)["param"]) == (400, "samples")
+
+
 @pytest.mark.parametrize("name", ["nobody", "other/poet", "local/nobody", "a/b/c"])
 @pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("DELETE", ""), ("POST", "/rollback")])
 def test_an_unknown_adapter_is_not_found(method: str, suffix: str, name: str) -> None:

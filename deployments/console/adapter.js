@@ -1,0 +1,125 @@
+// The page of one adapter: samples, versions, similar adapters and code; roll back and withdraw.
+
+import { post, read, send } from "./api.js";
+import { ago, byId, bytes, confirmed, element, say, sayOrHide, whole } from "./dom.js";
+import { adapterLink } from "./plan.js";
+import { codeBlocks } from "./snippets.js";
+
+const NUM_SAMPLES = 8;
+let shown = null; // the adapter, as the server describes it
+let handlers = { onAsk: () => {}, onChange: () => {} };
+
+export function start(callbacks) {
+  handlers = callbacks;
+  byId("adapter-ask").addEventListener("click", () => handlers.onAsk(shown.id, ""));
+  byId("adapter-withdraw").addEventListener("click", withdraw);
+}
+
+/** Shows the adapter of this name. */
+export async function open(name) {
+  if (shown?.id !== name) clear(name);
+  try {
+    const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}`);
+    if (byId("adapter-title").textContent !== name) return; // another one was opened meanwhile
+    show(found);
+    await showSimilar(found);
+  } catch (error) {
+    sayOrHide("adapter-error", error.message);
+  }
+}
+
+function clear(name) {
+  shown = null;
+  say("adapter-title", name);
+  sayOrHide("adapter-error", "");
+  byId("adapter-body").hidden = true;
+  byId("adapter-actions").hidden = true;
+}
+
+function show(adapter) {
+  shown = adapter;
+  const isOwn = adapter.id === adapter.name; // only its own tenant may change an adapter
+  sayOrHide("adapter-error", "");
+  byId("adapter-body").hidden = byId("adapter-actions").hidden = false;
+  byId("adapter-withdraw").hidden = !isOwn;
+  byId("adapter-facts").replaceChildren(...factsOf(adapter));
+  byId("adapter-samples").replaceChildren(...adapter.samples.map(sampleRow));
+  const none = adapter.num_samples ? "Only its owner sees its samples." : "It has no samples, so auto cannot find it: use it by name.";
+  sayOrHide("adapter-samples-note", adapter.samples.length ? "" : none);
+  byId("adapter-versions").replaceChildren(...adapter.versions.map((version) => versionRow(version, isOwn)));
+  const prompt = adapter.samples[0]?.input ?? "Hello";
+  const request = { model: adapter.id, messages: [{ role: "user", content: prompt }], max_tokens: 128, temperature: 0 };
+  byId("adapter-code").replaceChildren(...codeBlocks(request));
+}
+
+function factsOf(adapter) {
+  const { tags, visibility, found_by_auto, ranks, num_bytes, num_samples, target_modules, base_model, template, created_at, digest } = adapter;
+  const rows = {
+    Tags: tags.join(", ") || "none",
+    Visibility: visibility,
+    "Found by auto": found_by_auto ? `yes, by ${whole(num_samples)} samples` : "no, by name only",
+    Rank: ranks.join(", "),
+    Size: bytes(num_bytes),
+    Modules: target_modules.join(", "),
+    "Base model": base_model,
+    Template: template ?? "the server's",
+    Published: ago(created_at),
+    Version: digest.slice(0, 12),
+  };
+  return Object.entries(rows).map(([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text)));
+}
+
+function sampleRow({ input, output }) {
+  const ask = () => handlers.onAsk("auto", input);
+  return element("li", {}, element("button", { type: "button", class: "example", title: "Ask this", onclick: ask },
+    element("span", {}, input), output === null ? null : element("small", {}, `→ ${output}`)));
+}
+
+function versionRow({ digest, state, created_at, actor, source }, isOwn) {
+  const isKept = state === "kept";
+  const button = isKept && isOwn
+    ? element("button", { type: "button", class: "small", "aria-label": `Make version ${digest.slice(0, 12)} live`, onclick: () => rollback(digest, created_at) }, "Make live")
+    : null;
+  return element("tr", {},
+    element("th", { scope: "row" }, element("code", {}, digest.slice(0, 12))),
+    element("td", {}, state),
+    element("td", { title: created_at }, ago(created_at)),
+    element("td", { class: "wide" }, [actor, source].filter(Boolean).join(", ")),
+    element("td", { class: "actions" }, button));
+}
+
+/** Shows the adapters that are nearest to its first sample. */
+async function showSimilar(adapter) {
+  const sample = adapter.samples[0]?.input;
+  byId("adapter-similar").replaceChildren();
+  byId("adapter-similar-part").hidden = !sample;
+  if (!sample) return;
+  const { data: [plan] } = await post("v1/route", { prompt: sample, lora: { k: 6, fallback: "base" } }, { quietly: true });
+  const others = (plan.candidates ?? []).filter((candidate) => candidate.name !== adapter.id);
+  const rows = others.map(({ name, score }) => element("li", {}, adapterLink(name), element("span", { class: "value" }, score.toFixed(3))));
+  if (shown === adapter) byId("adapter-similar").replaceChildren(...(rows.length ? rows : [element("li", { class: "muted" }, "no other adapter")]));
+}
+
+const path = () => `v1/loras/${encodeURIComponent(shown.id)}`;
+
+async function rollback(digest, createdAt) {
+  const text = `Version ${digest.slice(0, 12)}, published ${ago(createdAt)}, becomes live for the next request. The current version is kept.`;
+  if (!(await confirmed(`Roll back ${shown.id}?`, text, "Roll back"))) return;
+  await change(async () => (await post(`${path()}/rollback`, { digest })).generation, () => open(shown.id));
+}
+
+async function withdraw() {
+  const text = "This removes the adapter and all its versions. To publish it again you need its folder. Running requests finish unchanged.";
+  if (!(await confirmed(`Withdraw ${shown.id}?`, text, "Withdraw", shown.id))) return;
+  await change(async () => (await (await send("DELETE", path())).json()).generation, () => { location.hash = "adapters"; });
+}
+
+async function change(work, then) {
+  sayOrHide("adapter-error", "");
+  try {
+    handlers.onChange(await work());
+    await then();
+  } catch (error) {
+    sayOrHide("adapter-error", error.message);
+  }
+}

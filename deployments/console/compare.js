@@ -1,0 +1,67 @@
+// Sends one prompt in several ways at once, and shows the answers side by side.
+
+import { ApiError } from "./api.js";
+import { adapterTags, newTiming, optionsOf, stream, summary } from "./answers.js";
+import { byId, element, say } from "./dom.js";
+
+const auto = (lora) => ({ model: "auto", lora });
+let running = null;
+
+/** The ways to answer: their labels, and the model and options of `lora` that they set. */
+const WAYS = {
+  auto: { label: "auto", note: "the server's default", changes: () => auto({ strategy: undefined }) },
+  selection: { label: "selection", note: "the best adapter alone", changes: () => auto({ strategy: "selection" }) },
+  mixture: { label: "mixture", note: "adapters blended by weight", changes: () => auto({ strategy: "mixture" }) },
+  fusion: { label: "fusion", note: "parameters averaged", changes: () => auto({ strategy: "fusion" }) },
+  base: { label: "base model", note: "no adapter", changes: () => ({ model: byId("base-model").textContent, lora: {} }) },
+};
+
+export function start() {
+  const ticks = Object.entries(WAYS).map(([name, { label }]) =>
+    element("label", { class: "tick" }, element("input", { type: "checkbox", name: "way", value: name, checked: true }), label));
+  byId("ways").append(...ticks);
+  byId("compare-form").addEventListener("submit", (event) => { event.preventDefault(); compare(); });
+  byId("compare-stop").addEventListener("click", () => running?.abort());
+  byId("compare-prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    byId("compare-form").requestSubmit();
+  });
+}
+
+async function compare() {
+  running?.abort();
+  const mine = (running = new AbortController());
+  const prompt = byId("compare-prompt").value;
+  const names = [...byId("ways").querySelectorAll("input:checked")].map((tick) => tick.value);
+  const columns = names.map((name) => ({ ...WAYS[name], ...column(WAYS[name]) }));
+  byId("compared").replaceChildren(...columns.map(({ node }) => node));
+  byId("compare-stop").disabled = false;
+  say("compare-status", names.length ? "answering…" : "choose at least one way");
+  await Promise.all(columns.map((one) => fillColumn(one, prompt, mine.signal)));
+  if (mine !== running) return;
+  byId("compare-stop").disabled = true;
+  const texts = new Set(columns.map(({ text }) => text.textContent.trim()));
+  if (names.length) say("compare-status", `${names.length} ways, ${texts.size} different ${texts.size === 1 ? "answer" : "answers"}`);
+}
+
+function column({ label, note }) {
+  const by = element("p", { class: "by" }), text = element("p", { class: "text" }), end = element("p", { class: "muted note" }, "waiting…");
+  const node = element("li", { class: "panel column" }, element("h3", {}, label, " ", element("small", {}, note)), by, text, end);
+  return { node, by, text, end };
+}
+
+async function fillColumn({ changes, by, text, end }, prompt, signal) {
+  const timing = newTiming(), { model, lora } = changes();
+  const { lora: shared, ...options } = optionsOf();
+  const request = { ...options, model, lora: model === "auto" ? { ...shared, ...lora } : {}, messages: [{ role: "user", content: prompt }] };
+  const onPlan = (plan) => by.replaceChildren(...adapterTags(plan));
+  try {
+    await stream(request, timing, { signal, onPlan, onText: (piece) => text.append(piece) });
+    end.textContent = summary(timing);
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    end.textContent = stopped ? "stopped" : error instanceof ApiError ? error.message : `cannot read the answer: ${error.message}`;
+    if (!stopped) end.className = "error";
+  }
+}

@@ -1,0 +1,116 @@
+// Finds adapter folders in what was dropped or chosen, and reads their small files, without a request.
+
+const CONFIG = "adapter_config.json";
+const WEIGHTS = "adapter_model.safetensors";
+const SAMPLES = "lora_samples.jsonl";
+const DESCRIPTION = "description.txt";
+const SAMPLE_KEYS = ["input", "prompt", "instruction", "text", "question"]; // as the server reads them
+const MAX_DEPTH = 3; // folders of folders of adapters
+const MAX_READ_BYTES = 4_000_000; // of one small file
+
+/** Returns the adapter folders among the dropped entries. */
+export async function droppedFolders(entries) {
+  const directories = entries.filter((entry) => entry.isDirectory);
+  return (await Promise.all(directories.map((entry) => walked(entry, 0, "")))).flat();
+}
+
+/** Returns the adapter folders in a directory: itself or those below it. `parent`: the name of the folder above. */
+async function walked(directory, depth, parent) {
+  const entries = await allEntries(directory);
+  const files = entries.filter((entry) => entry.isFile && !entry.name.startsWith("."));
+  const below = entries.filter((entry) => entry.isDirectory && !entry.name.startsWith("."));
+  const isAdapter = files.some((entry) => entry.name === CONFIG);
+  if (!isAdapter && below.length && depth < MAX_DEPTH) {
+    const found = (await Promise.all(below.map((entry) => walked(entry, depth + 1, directory.name)))).flat();
+    if (found.length) return found;
+  }
+  if (!isAdapter && depth > 0) return [];
+  const contents = await Promise.all(files.map((entry) => new Promise((resolve, reject) => entry.file(resolve, reject))));
+  return [{ name: directory.name, parent, files: contents }];
+}
+
+async function allEntries(directory) {
+  const reader = directory.createReader(), entries = [];
+  while (true) {
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // at most 100 at a time
+    if (!some.length) return entries;
+    entries.push(...some);
+  }
+}
+
+/** Returns the adapter folders of a chosen folder, whose files have relative paths. */
+export function chosenFolders(files) {
+  const folders = new Map();
+  for (const file of files.filter((candidate) => !candidate.webkitRelativePath.split("/").some((part) => part.startsWith(".")))) {
+    const path = file.webkitRelativePath.split("/").slice(0, -1);
+    const key = path.join("/");
+    if (!folders.has(key)) folders.set(key, { name: path.at(-1), parent: path.at(-2) ?? "", files: [], depth: path.length });
+    folders.get(key).files.push(file);
+  }
+  const all = [...folders.values()];
+  const adapters = all.filter((folder) => folder.files.some((file) => file.name === CONFIG));
+  return adapters.length ? adapters : all.filter((folder) => folder.depth === 1);
+}
+
+/** Returns the folders with the name and the tick that they start with. Of the checkpoints of one run the last is ticked. */
+export function suggested(folders) {
+  const step = (folder) => Number(/^checkpoint-(\d+)$/.exec(folder.name)?.[1] ?? NaN);
+  const last = (folder) => Math.max(...folders.filter((other) => other.parent === folder.parent).map(step).filter((number) => number >= 0));
+  return folders.map((folder) => {
+    if (!(step(folder) >= 0) || !folder.parent) return { ...folder, as: folder.name, ticked: true };
+    const isLast = step(folder) === last(folder);
+    return { ...folder, as: isLast ? folder.parent : `${folder.parent}-${step(folder)}`, ticked: isLast };
+  });
+}
+
+/** Reads the configuration and the samples of a folder. `problems` prevent a publish, as the server would refuse it. */
+export async function inspected(folder) {
+  const file = (name) => folder.files.find((one) => one.name === name);
+  const size = folder.files.reduce((sum, one) => sum + one.size, 0);
+  const problems = [];
+  const config = await configOf(file(CONFIG), problems);
+  if (!file(WEIGHTS)) {
+    const hasPickle = folder.files.some((one) => /\.(bin|pt|pth)$/.test(one.name));
+    problems.push(`${WEIGHTS} is missing${hasPickle ? "; pickle files are never opened, so save the adapter as safetensors" : ""}`);
+  }
+  const samples = await samplesOf(file(SAMPLES), file(DESCRIPTION));
+  return { size, problems, samples, base: config.base_model_name_or_path, rank: config.r, modules: config.target_modules };
+}
+
+async function configOf(file, problems) {
+  if (!file) {
+    problems.push(`${CONFIG} is missing`);
+    return {};
+  }
+  try {
+    const config = JSON.parse(await readText(file));
+    if (config && typeof config === "object" && !Array.isArray(config)) return config;
+    problems.push(`${CONFIG} is not a JSON object`);
+  } catch (error) {
+    problems.push(`${CONFIG} cannot be read: ${error.message}`);
+  }
+  return {};
+}
+
+/** Returns the texts that `auto` would find the adapter by, as far as the browser can read them. */
+async function samplesOf(lines, description) {
+  if (lines) return (await readText(lines)).split("\n").map(inputOf).filter(Boolean);
+  return description ? [(await readText(description)).trim()].filter(Boolean) : [];
+}
+
+function inputOf(line) {
+  try {
+    const sample = JSON.parse(line);
+    return String(sample[SAMPLE_KEYS.find((key) => sample[key])] ?? "");
+  } catch {
+    return ""; // the server names the line that it cannot read
+  }
+}
+
+const readText = (file) => file.slice(0, MAX_READ_BYTES).text();
+
+/** Returns the file that samples typed on the page are sent as. */
+export function samplesFile(text) {
+  const inputs = text.split("\n").map((line) => line.trim()).filter(Boolean);
+  return inputs.length ? new File([inputs.map((input) => `${JSON.stringify({ input })}\n`).join("")], SAMPLES) : null;
+}

@@ -1,0 +1,127 @@
+"""Take the screenshots of the console that the documentation shows.
+
+    python -m docs.screenshots http://127.0.0.1:8000
+
+The server must have the starter pool, as `make serve` starts it. Needs Debian's package `chromium`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from playwright.async_api import Browser, Page, ViewportSize, async_playwright, expect
+
+FOLDER = Path(__file__).parent / "console"
+STARTER_POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
+QUALITY = 80
+WIDE: ViewportSize = {"width": 1280, "height": 860}
+NARROW: ViewportSize = {"width": 320, "height": 640}
+ANSWER_MS = 120_000
+PROMPTS = ("Negate the statement: the chemist has used my car", "Turn the statement into a question: the boys like tea")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--hide-scrollbars")
+
+
+@asynccontextmanager
+async def opened(
+    browser: Browser, url: str, *, size: ViewportSize = WIDE, theme: Literal["light", "dark"] = "light"
+) -> AsyncIterator[Page]:
+    """Open the console without a history."""
+    async with await browser.new_context(viewport=size, color_scheme=theme) as context:
+        page = await context.new_page()
+        await page.goto(url)
+        await expect(page.locator("#examples button").first).to_be_visible(timeout=ANSWER_MS)
+        yield page
+
+
+async def save(page: Page, folder: Path, name: str, part: str | None = None) -> None:
+    """Write what the window shows, or one element, as WebP."""
+    await page.mouse.move(0, 0)
+    box = None if part is None else await page.locator(part).bounding_box()
+    clip: dict[str, Any] = {"captureBeyondViewport": True, "clip": {**box, "scale": 1}} if box else {}
+    session = await page.context.new_cdp_session(page)
+    shown = await session.send("Page.captureScreenshot", {"format": "webp", "quality": QUALITY, **clip})
+    (folder / f"{name}.webp").write_bytes(base64.b64decode(shown["data"]))
+
+
+async def go(page: Page, view: str) -> None:
+    await page.get_by_role("navigation").get_by_role("link", name=view, exact=True).click()
+
+
+async def ask(page: Page, *prompts: str) -> None:
+    """Ask the prompts in turn, and wait for the answers."""
+    for number, prompt in enumerate(prompts, start=1):
+        await page.get_by_label("Prompt", exact=True).fill(prompt)
+        await page.get_by_role("button", name="Ask", exact=True).click()
+        await expect(page.locator("#turns > li .note")).to_have_count(number, timeout=ANSWER_MS)
+    await expect(page.locator("#map .prompt")).to_have_count(1, timeout=ANSWER_MS)
+
+
+async def of_ask(page: Page, folder: Path) -> None:
+    """Take the screenshots of the view Ask."""
+    await save(page, folder, "examples", "#view-ask .chat")
+    await ask(page, *PROMPTS)
+    await save(page, folder, "ask")
+    await save(page, folder, "why", "#view-ask .plan")
+    await page.get_by_role("button", name="Code").click()
+    await save(page, folder, "code", "#code-dialog")
+    await page.get_by_role("button", name="Close").click()
+
+
+async def of_other_views(page: Page, folder: Path, adapters: Path) -> None:
+    """Take the screenshots of the views Compare, Adapters and Publish. Nothing is published."""
+    await go(page, "Compare")
+    await page.get_by_label("Prompt to compare").fill(PROMPTS[0])
+    await page.get_by_role("button", name="Compare").click()
+    await expect(page.locator("#compare-status")).to_contain_text("different", timeout=ANSWER_MS)
+    await save(page, folder, "compare", "#view-compare")
+    await go(page, "Adapters")
+    await page.get_by_role("link", name="sentence_negation", exact=True).click()
+    await expect(page.locator("#adapter-similar li").first).to_be_visible(timeout=ANSWER_MS)
+    await save(page, folder, "adapter")
+    await go(page, "Publish")
+    await page.locator("#folder").set_input_files(adapters)
+    await expect(page.locator("#previews > li")).to_have_count(3)
+    await expect(page.locator("#previews > li", has_text="cosine")).to_have_count(2, timeout=ANSWER_MS)
+    await save(page, folder, "publish", "#view-publish")
+
+
+def write_adapters(folder: Path) -> None:
+    """Write the folders of the preview: a new version, a copy under another name, and one that cannot be published."""
+    for name, copied in (
+        ("past_tense", "past_tense"),
+        ("negation-v2", "sentence_negation"),
+        ("old-format", "date_format"),
+    ):
+        shutil.copytree(STARTER_POOL / copied, folder / name)
+    (folder / "old-format" / "adapter_model.safetensors").rename(folder / "old-format" / "adapter_model.bin")
+    (folder / "old-format" / "lora_samples.jsonl").unlink()
+
+
+async def take(url: str, folder: Path) -> None:
+    """Write every screenshot of the console at `url` into `folder`."""
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        with tempfile.TemporaryDirectory() as parent:
+            adapters = Path(parent) / "adapters"
+            write_adapters(adapters)
+            async with opened(browser, url) as page:
+                await of_ask(page, folder)
+                await of_other_views(page, folder, adapters)
+        for name, size, theme in (("dark", WIDE, "dark"), ("narrow", NARROW, "light")):
+            async with opened(browser, url, size=size, theme=theme) as page:
+                await ask(page, PROMPTS[0])
+                await page.evaluate("scrollTo(0, 0)")
+                await save(page, folder, name)
+        await browser.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(take(sys.argv[1], FOLDER))

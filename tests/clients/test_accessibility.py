@@ -1,0 +1,88 @@
+"""axe-core: the console has no violation of WCAG 2.2 AA in any view, in both themes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.browsing import Browsing, drop_folder
+from tests.clients.processes import node_file
+from tests.deployments.app_fakes import Served
+from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.looking import ask, folder_of, go, last_turn, look, show_options
+
+pytestmark = pytest.mark.browser
+TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+RUN = """async (tags) => {
+  const found = await axe.run({ runOnly: { type: "tag", values: tags }, rules: { "target-size": { enabled: true } } });
+  const reason = ({ html, failureSummary }) => `${html}: ${failureSummary}`;
+  const shown = (rows) => rows.map(({ id, nodes }) => [id, ...nodes.map(reason)]);
+  return { violations: shown(found.violations), passes: found.passes.length };
+}"""
+
+
+async def check(page: Page, view: str) -> None:
+    """Run the rules on the page as it is shown now."""
+    found: dict[str, Any] = await page.evaluate(RUN, TAGS)
+    assert found["violations"] == [], view
+    assert found["passes"] > 10, view
+
+
+@pytest.mark.parametrize("width", [1280, 320])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Literal["light", "dark"], width: int) -> None:
+    axe = node_file("axe-core/axe.min.js").read_text(encoding="utf-8")
+    good, bad = folder_of(tmp_path / "all", "verse", ["Write a verse."]), folder_of(tmp_path / "all", "pickled")
+    (bad / "adapter_model.safetensors").rename(bad / "adapter_model.bin")
+
+    async def question(page: Page, served: Served) -> None:
+        await page.evaluate(axe)
+        await expect(page.locator("#examples button")).to_have_count(2)
+        await check(page, "examples")
+        await ask(page)
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        await show_options(page)
+        await check(page, "an answer")
+        await page.get_by_label("Model").fill("nosuch")
+        await ask(page)
+        await expect(last_turn(page, ".error")).to_be_visible()
+        await check(page, "an error")
+        await page.get_by_role("button", name="Code").click()
+        await check(page, "code")
+        await page.get_by_role("button", name="Close").click()
+        await page.locator("#key-button").click()
+        await check(page, "key")
+        await page.get_by_role("button", name="Cancel").click()
+        await page.get_by_label("Model").fill("auto")
+        await go(page, "Compare")
+        await page.get_by_label("Prompt to compare").fill("A verse, please.")
+        await page.get_by_role("button", name="Compare").click()
+        await expect(page.locator("#compare-status")).to_contain_text("5 ways")
+        await check(page, "compare")
+        await go(page, "Adapters")
+        await check(page, "adapters")
+        await page.locator("#pool-rows a").first.click()
+        await expect(page.locator("#adapter-code pre")).to_have_count(2)
+        await check(page, "adapter")
+        await page.get_by_role("button", name="Withdraw…").click()
+        await check(page, "withdraw")
+        await page.get_by_role("button", name="Cancel").click()
+        await drop_folder(page, good.parent)
+        await expect(page.locator("#previews > li")).to_have_count(2)
+        await check(page, "preview")
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        await expect(page.locator("#previews .good")).to_have_count(1)
+        await check(page, "published")
+        await go(page, "Status")
+        await check(page, "status")
+        await go(page, "API")
+        await expect(page.locator("#operations section").first).to_be_visible()
+        await page.evaluate(axe)
+        await page.locator("#operations summary").first.click()
+        await check(page, "API")
+
+    context = {"color_scheme": theme, "viewport": {"width": width, "height": 800}, "bypass_csp": True}
+    look(browsing, question, context=context, worker=CountingWorker(), retriever=MappedRetriever())

@@ -1,0 +1,157 @@
+"""Conversations of the console: several turns, examples, the history, and requests as code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+
+import pytest
+from playwright.async_api import Page, expect
+
+from gpu_worker.request.prompts import Message
+from tests.browsing import Browsing
+from tests.deployments.app_fakes import Served
+from tests.deployments.looking import ask, last_turn, look, show_options
+
+pytestmark = pytest.mark.browser
+
+
+def prompts_of(served: Served) -> list[object]:
+    return [job.prompt for (job,) in served.worker.called("stream")]
+
+
+async def answered(page: Page, num_turns: int) -> None:
+    await expect(page.locator("#turns > li .note")).to_have_count(num_turns)
+    await expect(last_turn(page, ".note")).to_contain_text("tokens")
+
+
+def test_a_conversation_sends_its_system_prompt_and_earlier_turns(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await show_options(page)
+        await page.get_by_label("System prompt", exact=True).fill("Rhyme.")
+        for number, prompt in enumerate(["A verse, please.", "Another one."], start=1):
+            await ask(page, prompt)
+            await answered(page, number)
+        system, first = Message("system", "Rhyme."), Message("user", "A verse, please.")
+        second = (system, first, Message("assistant", "Hello"), Message("user", "Another one."))
+        assert prompts_of(served) == [(system, first), second]
+        await page.locator("#turns > li").first.get_by_role("button", name="Again").click()
+        await answered(page, 1)
+        assert prompts_of(served)[2] == (system, first)
+
+    look(browsing, question)
+
+
+def test_an_example_is_a_sample_of_the_pool_and_is_asked_by_a_click(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        examples = page.locator("#examples button")
+        await expect(examples).to_have_text(["A sample of coder.coder", "A sample of poet.poet"])
+        await examples.last.click()
+        await answered(page, 1)
+        await expect(last_turn(page, ".asked")).to_contain_text("A sample of poet.")
+        await expect(page.locator("#welcome")).to_be_hidden()
+
+    look(browsing, question)
+
+
+def test_history_survives_a_reload_and_can_be_deleted(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await ask(page, "first")
+        await answered(page, 1)
+        await page.get_by_role("button", name="New conversation").click()
+        await expect(page.locator("#turns > li")).to_have_count(0)
+        await expect(page.locator("#plan li")).to_have_count(0)
+        await ask(page, "second")
+        await answered(page, 1)
+        await page.reload()
+        await expect(last_turn(page, ".asked")).to_contain_text("second")
+        await expect(last_turn(page, ".text")).to_have_text("Hello")
+        await expect(page.locator("#plan li .name")).to_have_text(["poet", "coder"])
+        await expect(page.locator("#history-list .earlier")).to_have_text(["second", "first"])
+        await page.get_by_role("button", name="first", exact=True).click()
+        await expect(last_turn(page, ".asked")).to_contain_text("first")
+        await ask(page, "more")
+        await answered(page, 2)
+        assert len(prompts_of(served)[-1]) == 3  # type: ignore[arg-type]  # the kept turn is part of the request
+        await page.get_by_role("button", name="Delete the conversation: second").click()
+        await expect(page.locator("#history-list .earlier")).to_have_text(["first"])
+        async with page.expect_download() as download:
+            await page.get_by_role("button", name="Export").click()
+        exported = json.loads((await (await download.value).path()).read_text(encoding="utf-8"))
+        assert [[turn["prompt"] for turn in chat["turns"]] for chat in exported] == [["first", "more"]]
+        await page.get_by_role("button", name="Clear", exact=True).click()
+        await page.locator("#confirm-yes").click()
+        await expect(page.locator("#history")).to_be_hidden()
+        await page.reload()
+        await expect(page.locator("#welcome")).to_be_visible()
+
+    look(browsing, question)
+
+
+@pytest.mark.parametrize("stored", ["{", "[1, null, {}]", '[{"id": "a", "system": "", "turns": [{"prompt": 1}]}]'])
+def test_history_of_another_form_is_left_out(browsing: Browsing, stored: str) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.evaluate("(text) => localStorage.setItem('loraretriever-history', text)", stored)
+        await page.reload()
+        await expect(page.locator("#history")).to_be_hidden()
+        await ask(page)
+        await answered(page, 1)
+        await expect(page.locator("#history-list .earlier")).to_have_text(["A verse, please."])
+
+    look(browsing, question)
+
+
+def test_a_failed_turn_is_not_sent_again_as_history(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_label("Model").fill("nosuch")
+        await ask(page, "lost")
+        await expect(last_turn(page, ".error")).to_be_visible()
+        await page.get_by_label("Model").fill("auto")
+        await ask(page, "found")
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        assert prompts_of(served) == [(Message("user", "found"),)]
+
+    look(browsing, question)
+
+
+def test_requests_as_code_do_what_the_page_does(browsing: Browsing) -> None:
+    """The snippets run as they are shown, quotes and line breaks included."""
+    prompt = 'It\'s "quoted" $HOME `x`\nsecond \\ line é'
+
+    async def question(page: Page, served: Served) -> None:
+        await page.evaluate("sessionStorage.setItem('loraretriever-key', 'top secret')")
+        await show_options(page)
+        await page.get_by_label("Strategy").select_option("fusion")
+        await page.get_by_label("Only with tags").fill("one")
+        await page.get_by_label("Prompt", exact=True).fill(prompt)
+        await page.get_by_role("button", name="Code").click()
+        for title, runner in (("curl", ["bash", "-c"]), ("Python", [sys.executable, "-c"])):
+            code = await page.get_by_label(f"{title} code").inner_text()
+            assert "top secret" not in code and "LORARETRIEVER_KEY" in code
+            process = await asyncio.create_subprocess_exec(
+                *runner, code, stdout=asyncio.subprocess.PIPE, env={**os.environ, "LORARETRIEVER_KEY": "k"}
+            )
+            shown, _ = await asyncio.wait_for(process.communicate(), 60)
+            assert process.returncode == 0 and b"Hello" in shown
+        requests = [request for ([request],) in served.retriever.called("route")]
+        assert [(r.text, r.strategy, r.tags) for r in requests] == [(prompt, "fusion", ("one",))] * 2
+        assert [job.sampling.max_tokens for (job,) in served.worker.called("stream")] == [128, 128]
+
+    look(browsing, question)
+
+
+def test_code_is_copied(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await answered(page, 1)
+        await page.get_by_role("button", name="Code").click()
+        await page.get_by_role("button", name="Copy curl").click()
+        await expect(page.get_by_role("button", name="Copied")).to_be_visible()
+        copied = await page.evaluate("navigator.clipboard.readText()")
+        assert re.match(r"curl http://127\.0\.0\.1:\d+/v1/chat/completions ", copied)
+        assert "A verse, please." in copied
+
+    look(browsing, question, context={"permissions": ["clipboard-read", "clipboard-write"]})

@@ -1,0 +1,153 @@
+"""The views of the console next to the conversation: compare, status, and their layout in several sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from playwright.async_api import Page, expect
+
+from gpu_worker.request.request import Delta, Job
+from tests.browsing import Browsing
+from tests.deployments.adapter_records import adapter
+from tests.deployments.app_fakes import Served
+from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.looking import ask, go, last_turn, look
+
+pytestmark = pytest.mark.browser
+
+VIEWS = ("Ask", "Compare", "Adapters", "Publish", "Status")
+
+
+def jobs_of(served: Served) -> list[Job]:
+    return [job for (job,) in served.worker.called("stream")]
+
+
+def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Compare")
+        await page.get_by_label("Prompt to compare").fill("A verse, please.")
+        await page.get_by_role("button", name="Compare").click()
+        columns = page.locator("#compared > li")
+        await expect(columns).to_have_count(5)
+        await expect(page.locator("#compare-status")).to_have_text("5 ways, 1 different answer")
+        await expect(columns.locator(".text")).to_have_text(["Hello"] * 5)
+        await expect(columns.nth(1)).to_contain_text("poet × 0.50")
+        await expect(columns.nth(4).locator(".by")).to_have_text("base model")
+        await expect(columns.nth(4).locator(".note")).to_contain_text("3 tokens")
+        routed = [request.strategy for ([request],) in served.retriever.called("route")]
+        assert sorted(routed) == ["fusion", "mixture", "mixture", "selection"]
+        assert sorted(len(job.plan.adapters) for job in jobs_of(served)) == [0, 2, 2, 2, 2]
+        boxes = [await columns.nth(number).bounding_box() for number in range(5)]
+        assert all(box is not None for box in boxes)
+        assert len({box["y"] for box in boxes if box}) == 1, "they are side by side"
+
+    look(browsing, question, context={"viewport": {"width": 1440, "height": 900}})
+
+
+def test_one_way_that_fails_does_not_stop_the_others(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Compare")
+        for way in ("selection", "mixture", "fusion"):
+            await page.get_by_label(way, exact=True).uncheck()
+        await page.route(
+            "**/v1/chat/completions",
+            lambda route: (
+                route.fulfill(status=429, json={"error": {"message": "too many requests wait"}})
+                if "tiny-base" in (route.request.post_data or "")
+                else route.continue_()
+            ),
+        )
+        await page.get_by_label("Prompt to compare").fill("A verse, please.")
+        await page.get_by_label("Prompt to compare").press("Enter")
+        await expect(page.locator("#compared > li")).to_have_count(2)
+        await expect(page.locator("#compared .error")).to_have_text("too many requests wait")
+        await expect(page.locator("#compared .text").first).to_have_text("Hello")
+
+    look(browsing, question)
+
+
+@pytest.mark.parametrize("width", [320, 1440])
+def test_nothing_overflows_the_screen(browsing: Browsing, width: int) -> None:
+    long = replace(adapter("x" * 64), tags=("y" * 64, "z" * 64))
+
+    async def question(page: Page, served: Served) -> None:
+        await ask(page, "w" * 200)
+        await expect(page.locator("#plan li")).to_have_count(2)
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        for view in VIEWS:
+            await go(page, view)
+            inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+            assert inside <= outside, view
+        await go(page, "Adapters")
+        await page.locator("#pool-rows a").last.click()
+        await expect(page.locator("#adapter-code pre")).to_have_count(2)
+        inside, outside = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert inside <= outside
+
+    worker = CountingWorker([Delta("v" * 500, 5, 1, "stop")])
+    retriever = MappedRetriever([adapter("poet"), long])
+    look(browsing, question, context={"viewport": {"width": width, "height": 800}}, worker=worker, retriever=retriever)
+
+
+@pytest.mark.parametrize("width", [1024, 1280])
+def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width: int) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(page.locator("#plan li .name").first).to_have_text("question_formation")
+        lines = "(nodes) => nodes.map((node) => node.getClientRects().length)"
+        assert await page.locator("#plan .name, #considered-list .name").evaluate_all(lines) == [1] * 4
+        await go(page, "Adapters")
+        heights = "(nodes) => nodes.map((node) => node.getBoundingClientRect().height)"
+        assert await page.locator("#pool-rows .name").evaluate_all(heights) == [28, 28]
+        await go(page, "Status")
+        await expect(page.locator("#metric-hits .part")).to_have_count(3)
+        tops = "(nodes) => nodes.map((node) => node.getBoundingClientRect().top)"
+        rows = await page.locator("#metrics > div").evaluate_all(tops)
+        assert len({rows.count(top) for top in rows}) == 1, "every row has as many tiles as the others"
+
+    held = [adapter("question_formation"), adapter("pronoun_replacement")]
+    look(browsing, question, context={"viewport": {"width": width, "height": 800}}, retriever=MappedRetriever(held))
+
+
+def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
+    nameless = """(nodes) => nodes.filter((node) => node.checkVisibility())
+        .filter((node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim())
+        .map((node) => node.outerHTML)"""
+    small = """(nodes) => nodes.filter((node) => node.checkVisibility() && !node.closest('.spoken, .skip'))
+        .filter((node) => Math.min(node.offsetHeight, node.offsetWidth) < 24 && node.type !== 'checkbox')
+        .map((node) => node.outerHTML)"""
+
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        for view in VIEWS:
+            await go(page, view)
+            controls = page.locator("button, input, select, textarea")
+            assert await controls.count() > 20
+            assert await controls.evaluate_all(nameless) == []
+            assert await controls.evaluate_all(small) == []
+
+    look(browsing, question)
+
+
+def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.evaluate("document.activeElement.blur()")
+        reached = set()
+        for _ in range(40):
+            await page.keyboard.press("Tab")
+            reached.add(await page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        assert {"Skip to the content", "Compare", "key-button", "prompt", "model", "ask-button", "map"} <= reached
+        for view in VIEWS[1:]:
+            await page.get_by_role("link", name=view, exact=True).first.press("Enter")
+            heading = page.get_by_role("heading", name=view, exact=True)
+            await expect(heading).to_be_focused()
+            assert await page.title() == f"{view} · LoraRetriever"
+            await expect(page.locator("nav [aria-current]")).to_have_text(view)
+        await page.reload()
+        await expect(page.get_by_role("heading", name="Status", exact=True)).to_be_visible()
+        await page.go_back()
+        await expect(page.get_by_role("heading", name="Publish", exact=True)).to_be_visible()
+
+    look(browsing, question)
