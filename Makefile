@@ -66,8 +66,9 @@ $(CLIENTS_READY): $(READY) tests/clients/package.json tests/clients/llama_index.
 	if command -v npm; then cd $(VENV)/node && npm install --no-package-lock --ignore-scripts; fi
 	touch $(CLIENTS_READY)
 
-test-clients: $(CLIENTS_READY) ## run other projects' clients against the server
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients tests/gpu_worker/conformance/test_schema_suite.py $(ARGS)
+test-clients: $(CLIENTS_READY) ## run other projects' clients against the server, and axe-core against the console
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients tests/gpu_worker/conformance/test_schema_suite.py \
+		tests/deployments/test_console_accessibility.py $(ARGS)
 
 DOCS_READY := $(VENV)/.docs-ready
 $(DOCS_READY): $(READY)

@@ -70,7 +70,7 @@ async def of_ask(page: Page, folder: Path) -> None:
     await ask(page, *PROMPTS)
     await save(page, folder, "ask")
     await save(page, folder, "why", "#view-ask .plan")
-    await page.get_by_role("button", name="Code").click()
+    await page.get_by_role("button", name="Code", exact=True).click()
     await save(page, folder, "code", "#code-dialog")
     await page.get_by_role("button", name="Close").click()
 

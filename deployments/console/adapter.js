@@ -78,11 +78,10 @@ function sampleRow({ input, output }) {
 function versionRow({ digest, state, created_at, actor, source }, isOwn) {
   const isKept = state === "kept";
   const button = isKept && isOwn
-    ? element("button", { type: "button", class: "small", "aria-label": `Make version ${digest.slice(0, 12)} live`, onclick: () => rollback(digest, created_at) }, "Make live")
-    : null;
+    ? element("button", { type: "button", class: "small", "aria-label": `Make live: version ${digest.slice(0, 12)}`, onclick: () => rollback(digest, created_at) }, "Make live")
+    : state;
   return element("tr", {},
     element("th", { scope: "row" }, element("code", {}, digest.slice(0, 12))),
-    element("td", {}, state),
     element("td", { title: created_at }, ago(created_at)),
     element("td", { class: "wide" }, [actor, source].filter(Boolean).join(", ")),
     element("td", { class: "actions" }, button));

@@ -115,9 +115,13 @@ async function ask(prompt) {
   const view = show(turn);
   explain(turn, "Choosing…");
   byId("stop-button").disabled = false;
+  byId("ask-status").classList.remove("spoken");
   say("ask-status", "choosing adapters…");
   await answer(request, turn, view, mine);
-  if (!history.keep(own)) say("ask-status", "this browser has no room to keep the conversation");
+  if (!history.keep(own)) {
+    byId("ask-status").classList.remove("spoken");
+    say("ask-status", "this browser has no room to keep the conversation");
+  }
   if (own === chat) history.enter(own.id);
   showHistory();
 }
@@ -146,6 +150,7 @@ async function answer(request, turn, view, mine) {
   if (!turn.plan) explain(turn);
   running = null;
   byId("stop-button").disabled = true;
+  byId("ask-status").classList.add("spoken"); // the turn shows how it ended
   say("ask-status", turn.error ? "" : "the answer is complete");
 }
 

@@ -3,6 +3,7 @@
 import { shape } from "./dom.js";
 
 const CHAR_WIDTH = 6.3; // average character of the map's font, plus a margin
+const BOLD_CHAR_WIDTH = 7.2;
 const HEIGHT = 14;
 
 export class Labels {
@@ -15,7 +16,7 @@ export class Labels {
 
   /** Returns a label next to (x, y), or null if no side is free. `always`: use the side with the least overlap. */
   put(text, x, y, distance, { always, kind }) {
-    const length = text.length * CHAR_WIDTH, half = HEIGHT / 2;
+    const length = text.length * (always ? BOLD_CHAR_WIDTH : CHAR_WIDTH), half = HEIGHT / 2;
     const right = x + distance, left = x - distance - length, middle = x - length / 2;
     const sides = [
       [right, y - half], [left, y - half], [middle, y - distance - HEIGHT], [middle, y + distance],

@@ -17,7 +17,7 @@ export const codeBlocks = (request) => [codeBlock("curl", asCurl(request)), code
 
 function codeBlock(title, code) {
   const text = element("pre", { tabindex: 0, role: "region", "aria-label": `${title} code` }, code);
-  const button = element("button", { type: "button" }, `Copy ${title}`);
+  const button = element("button", { type: "button", class: "small" }, `Copy ${title}`);
   button.addEventListener("click", () => copy(code, text, button));
   return element("div", { class: "code" }, element("div", { class: "code-head" }, element("h3", {}, title), button), text);
 }

@@ -67,7 +67,7 @@ function showHits({ bank_hits, host_hits, fetches }) {
   const all = bank_hits + host_hits + fetches;
   const share = (part) => (all ? part / all : 0);
   const parts = { device: bank_hits, memory: host_hits, store: fetches };
-  const texts = Object.entries(parts).map(([place, count]) => element("span", { class: "part" }, `${place} ${percent(share(count))} `));
+  const texts = Object.entries(parts).flatMap(([place, count]) => [element("span", { class: "part" }, `${place} ${percent(share(count))}`), " "]);
   byId("metric-hits").replaceChildren(...(all ? texts : ["no requests yet"]));
   fill("part-bank", share(bank_hits));
   fill("part-host", share(host_hits));

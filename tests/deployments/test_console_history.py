@@ -106,10 +106,10 @@ def test_history_of_another_form_is_left_out(browsing: Browsing, stored: str) ->
 
 def test_a_failed_turn_is_not_sent_again_as_history(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
-        await page.get_by_label("Model").fill("nosuch")
+        await page.get_by_label("Model", exact=True).fill("nosuch")
         await ask(page, "lost")
         await expect(last_turn(page, ".error")).to_be_visible()
-        await page.get_by_label("Model").fill("auto")
+        await page.get_by_label("Model", exact=True).fill("auto")
         await ask(page, "found")
         await expect(last_turn(page, ".note")).to_contain_text("tokens")
         assert prompts_of(served) == [(Message("user", "found"),)]
@@ -127,7 +127,7 @@ def test_requests_as_code_do_what_the_page_does(browsing: Browsing) -> None:
         await page.get_by_label("Strategy").select_option("fusion")
         await page.get_by_label("Only with tags").fill("one")
         await page.get_by_label("Prompt", exact=True).fill(prompt)
-        await page.get_by_role("button", name="Code").click()
+        await page.get_by_role("button", name="Code", exact=True).click()
         for title, runner in (("curl", ["bash", "-c"]), ("Python", [sys.executable, "-c"])):
             code = await page.get_by_label(f"{title} code").inner_text()
             assert "top secret" not in code and "LORARETRIEVER_KEY" in code
@@ -147,7 +147,7 @@ def test_code_is_copied(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await ask(page)
         await answered(page, 1)
-        await page.get_by_role("button", name="Code").click()
+        await page.get_by_role("button", name="Code", exact=True).click()
         await page.get_by_role("button", name="Copy curl").click()
         await expect(page.get_by_role("button", name="Copied")).to_be_visible()
         copied = await page.evaluate("navigator.clipboard.readText()")

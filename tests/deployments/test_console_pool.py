@@ -58,12 +58,12 @@ def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Bro
         await expect(page.locator("#adapter-similar li")).to_have_text(["coder0.500"])
         await expect(page.get_by_label("curl code")).to_contain_text('"model": "poet"')
         await expect(page.get_by_label("Python code")).to_contain_text('model="poet"')
-        await page.locator("#adapter-samples button").click()
+        await page.locator("#adapter-samples button").first.click()
         await expect(page.get_by_label("Prompt", exact=True)).to_have_value("A sample of poet.")
-        await expect(page.get_by_label("Model")).to_have_value("auto")
+        await expect(page.get_by_label("Model", exact=True)).to_have_value("auto")
         await open_adapter(page, "poet")
         await page.get_by_role("button", name="Ask it").click()
-        await expect(page.get_by_label("Model")).to_have_value("poet")
+        await expect(page.get_by_label("Model", exact=True)).to_have_value("poet")
         await page.goto(page.url.partition("#")[0] + "#adapter/nosuch")
         await expect(page.locator("#adapter-error")).to_contain_text("nosuch")
         await expect(page.locator("#adapter-body")).to_be_hidden()
@@ -100,12 +100,12 @@ def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsin
 
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "poet")
-        await page.get_by_role("button", name=f"Make version {older.ref.digest[:12]} live").click()
+        await page.get_by_role("button", name=f"Make live: version {older.ref.digest[:12]}").click()
         await expect(page.locator("#confirm-title")).to_have_text("Roll back poet?")
         await expect(page.locator("#confirm-text")).to_contain_text(f"Version {older.ref.digest[:12]}")
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         assert served.store.called("restage") == []
-        await page.get_by_role("button", name="Make version").click()
+        await page.get_by_role("button", name="Make live").click()
         async with page.expect_response(lambda answer: answer.request.url.endswith("/rollback")) as answered:
             await page.locator("#confirm-yes").click()
         assert (await answered.value).status == 201
@@ -119,7 +119,7 @@ def test_only_a_kept_version_can_be_made_live(browsing: Browsing) -> None:
         await page.route("**/v1/loras/poet?*", _without_older_versions)
         await open_adapter(page, "poet")
         await expect(page.locator("#adapter-versions tr")).to_have_count(1)
-        await expect(page.get_by_role("button", name="Make version")).to_have_count(0)
+        await expect(page.get_by_role("button", name="Make live")).to_have_count(0)
 
     look(browsing, question)
 
@@ -134,7 +134,7 @@ def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_n
 
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "them/poet")
-        for what in ("Withdraw", "Make version"):
+        for what in ("Withdraw", "Make live"):
             await expect(page.get_by_role("button", name=what)).to_have_count(0)
         await expect(page.locator("#adapter-samples-note")).to_have_text("Only its owner sees its samples.")
         await page.get_by_role("button", name="Ask it").click()

@@ -64,7 +64,7 @@ def test_samples_are_shown_to_the_tenant_that_published_them(tmp_path: Path) -> 
         assert await here.replica.samples("acme", "theirs") == SAMPLES["sums"]
         assert await here.replica.samples("local", "acme/theirs") == []
         with pytest.raises(AdapterNotFound):
-            await here.replica.samples("local", "theirs")
+            await here.replica.samples("local", "nosuch")
 
     run(tmp_path, scenario)
 

@@ -119,7 +119,7 @@ def test_the_console_works_below_a_prefix_and_with_several_replicas(live: Live, 
             await expect(page.locator("#metric-running")).to_have_text("0 of 32")  # two workers of 16 rows
             await go(page, "Ask")
             await limit(page)
-            await page.get_by_label("Model").fill("tiny")
+            await page.get_by_label("Model", exact=True).fill("tiny")
             await ask(page, "The sea is")
 
     browsing.run(visit())
