@@ -21,7 +21,7 @@ from playwright.async_api import Browser, Page, ViewportSize, async_playwright, 
 
 FOLDER = Path(__file__).parent / "console"
 STARTER_POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
-QUALITY = 80
+QUALITY = 70
 WIDE: ViewportSize = {"width": 1280, "height": 860}
 NARROW: ViewportSize = {"width": 320, "height": 640}
 ANSWER_MS = 120_000
@@ -77,6 +77,8 @@ async def of_ask(page: Page, folder: Path) -> None:
 
 async def of_other_views(page: Page, folder: Path, adapters: Path) -> None:
     """Take the screenshots of the views Compare, Adapters and Publish. Nothing is published."""
+    await page.get_by_text("System prompt and more options").click()
+    await page.get_by_label("Longest answer, tokens").fill("24")
     await go(page, "Compare")
     await page.get_by_label("Prompt to compare").fill(PROMPTS[0])
     await page.get_by_role("button", name="Compare").click()
@@ -89,7 +91,7 @@ async def of_other_views(page: Page, folder: Path, adapters: Path) -> None:
     await go(page, "Publish")
     await page.locator("#folder").set_input_files(adapters)
     await expect(page.locator("#previews > li")).to_have_count(3)
-    await expect(page.locator("#previews > li", has_text="cosine")).to_have_count(2, timeout=ANSWER_MS)
+    await expect(page.locator("#previews > li", has_text="auto answers")).to_have_count(2, timeout=ANSWER_MS)
     await save(page, folder, "publish", "#view-publish")
 
 

@@ -44,6 +44,11 @@ export function refresh() {
   showExamples();
 }
 
+/** Loads the examples again if they are shown. */
+export function followPool() {
+  if (!byId("welcome").hidden) showExamples();
+}
+
 /** Sets the model and the prompt. */
 export function prepare(model, prompt = "") {
   byId("model").value = model;

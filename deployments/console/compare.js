@@ -46,7 +46,7 @@ async function compare() {
 }
 
 function column({ label, note }) {
-  const by = element("p", { class: "by" }), text = element("p", { class: "text" }), end = element("p", { class: "muted note" }, "waiting…");
+  const by = element("p", { class: "by" }), text = element("p", { class: "text", tabindex: 0, role: "region", "aria-label": `Answer by ${label}` }), end = element("p", { class: "muted note" }, "waiting…");
   const node = element("li", { class: "panel column" }, element("h3", {}, label, " ", element("small", {}, note)), by, text, end);
   return { node, by, text, end };
 }

@@ -20,6 +20,7 @@ function follow(wanted) {
   generation = wanted;
   map.load(wanted);
   pool.load(wanted);
+  ask.followPool();
 }
 
 /** Reloads the pool at any generation. */

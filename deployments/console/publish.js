@@ -7,7 +7,6 @@ import { chosenFolders, droppedFolders, inspected, samplesFile, suggested } from
 import { adapterLink } from "./plan.js";
 
 const NUM_SHOWN = 3; // samples of a folder
-const NEAR = 0.9; // a cosine that suggests another version of the same adapter
 let cards = [];
 let handlers = { onChange: () => {}, onDrop: () => {}, onTry: () => {} };
 
@@ -108,17 +107,18 @@ async function liveVersion(name) {
   }
 }
 
-/** Returns lines about the adapters that its first samples find today. */
+/** Returns a line about the adapter that answers its first samples today. */
 async function neighbours({ info, name }, isVersion) {
-  const { data } = await post("v1/route", { prompt: info.samples.slice(0, NUM_SHOWN), lora: { fallback: "base" } }, { quietly: true });
-  const found = data.flatMap((plan) => plan.candidates ?? []).sort((a, b) => b.score - a.score);
-  if (!found.length) return [];
-  const [best] = found;
-  const line = element("li", {}, "most similar now: ", adapterLink(best.name), ` (cosine ${best.score.toFixed(2)})`);
-  const suggests = !isVersion && best.score >= NEAR && !best.name.includes("/");
-  if (suggests) {
-    const use = () => { name.value = best.name; name.dispatchEvent(new Event("input")); };
-    line.append(" ", element("button", { type: "button", class: "small", onclick: use }, `Publish as a new version of ${best.name}`));
+  const prompts = info.samples.slice(0, NUM_SHOWN);
+  const { data } = await post("v1/route", { prompt: prompts, lora: { fallback: "base" } }, { quietly: true });
+  const firsts = data.map((plan) => plan.adapters[0]?.name).filter(Boolean);
+  if (!firsts.length) return [element("li", {}, "auto answers its samples with the base model now")];
+  const [most] = firsts;
+  const share = firsts.filter((first) => first === most).length;
+  const line = element("li", {}, `auto answers ${share} of ${prompts.length} of its samples with `, adapterLink(most), " now");
+  if (!isVersion && share === prompts.length && !most.includes("/")) {
+    const use = () => { name.value = most; name.dispatchEvent(new Event("input")); };
+    line.append(" ", element("button", { type: "button", class: "small", onclick: use }, `Publish as a new version of ${most}`));
   }
   return [line];
 }

@@ -172,7 +172,7 @@ def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing,
             "a new name in the pool",
         ):
             await expect(verse).to_contain_text(fact)
-        await expect(verse).to_contain_text("most similar now: poet (cosine 1.00)")
+        await expect(verse).to_contain_text("auto answers 2 of 2 of its samples with poet now")
         await expect(page.locator(".problem")).to_contain_text("pickle files are never opened")
         await expect(page.get_by_label("Publish pickled")).to_be_disabled()
         assert served.store.called("stage") == [], "a preview sends no file"
