@@ -26,7 +26,8 @@ export function start(callbacks) {
     preview(chosenFolders([...event.target.files]), "the folder is empty");
     event.target.value = "";
   });
-  byId("publish-form").addEventListener("submit", (event) => { event.preventDefault(); publishTicked(); });
+  byId("publish-form").addEventListener("submit", (event) => { event.preventDefault(); sendTicked(false); });
+  byId("check-button").addEventListener("click", () => sendTicked(true));
   byId("preview-clear").addEventListener("click", () => { cards = []; byId("previews").replaceChildren(); follow(); });
 }
 
@@ -50,7 +51,7 @@ async function preview(folders, whyNone) {
 function follow() {
   const count = cards.filter((card) => card.tick.checked && !card.done).length;
   byId("publish-form").hidden = !cards.length;
-  byId("publish-button").disabled = !count;
+  byId("publish-button").disabled = byId("check-button").disabled = !count;
   say("publish-button", count === 1 ? "Publish 1 adapter" : `Publish ${count} adapters`);
 }
 
@@ -123,11 +124,12 @@ async function neighbours({ info, name }, isVersion) {
   return [line];
 }
 
-async function publishTicked() {
-  byId("publish-button").disabled = true;
+/** Publishes the ticked cards one by one; if `isDry` the server checks them and publishes nothing. */
+async function sendTicked(isDry) {
+  byId("publish-button").disabled = byId("check-button").disabled = true;
   for (const card of cards.filter((one) => one.tick.checked && !one.done)) {
     try {
-      await publish(card);
+      await send(card, isDry);
     } catch (error) {
       card.state.textContent = error.message;
       card.node.className = "preview bad";
@@ -138,20 +140,25 @@ async function publishTicked() {
   byId("publish-form").hidden = !byId("previews").children.length;
 }
 
-async function publish(card) {
+async function send(card, isDry) {
   const { folder, info, node, name, typed, state } = card;
   const progress = element("progress", { max: 1, value: 0, "aria-label": `Upload of ${name.value}` });
   state.before(progress);
   node.className = "preview";
   try {
-    const made = await upload("v1/loras", formOf(folder, name.value.trim(), typed.value), (share) => {
+    const path = isDry ? "v1/loras?dry_run=true" : "v1/loras";
+    const made = await upload(path, formOf(folder, name.value.trim(), typed.value), (share) => {
       progress.value = share;
-      state.textContent = share < 1 ? `uploading, ${percent(share)} of ${bytes(info.size)}` : "validating and publishing…";
+      state.textContent = share < 1 ? `uploading, ${percent(share)} of ${bytes(info.size)}` : "the server checks it…";
     });
-    card.done = true;
     node.className = "preview good";
+    if (isDry) {
+      state.textContent = outcome(made, "fit to publish");
+      return;
+    }
+    card.done = true;
     for (const part of node.querySelectorAll("input, textarea, button")) part.disabled = true;
-    state.replaceChildren(outcome(made), " ", ...next(made, info.samples[0]));
+    state.replaceChildren(outcome(made, `live at generation ${whole(made.generation)}`), " ", ...next(made, info.samples[0]));
     handlers.onChange(made.generation);
   } finally {
     progress.remove();
@@ -170,8 +177,8 @@ function formOf(folder, name, typedSamples) {
   return form;
 }
 
-function outcome({ generation, replicas, found_by_auto, neighbours: near }) {
-  const parts = [`live at generation ${whole(generation)}`];
+function outcome({ replicas, found_by_auto, neighbours: near }, state) {
+  const parts = [state];
   if (replicas.behind) parts.push("some replicas are not up to date yet");
   if (!found_by_auto) parts.push("without samples it is used by name only");
   else if (near.length) parts.push(`most similar: ${near[0].name} (${near[0].score.toFixed(2)})`);

@@ -179,9 +179,14 @@ def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing,
         await page.get_by_label("Publish left-out").uncheck()
         await page.get_by_label("Tags of all").fill("one, two")
         await page.get_by_label("Visibility").select_option("private")
+        await page.get_by_role("button", name="Dry run").click()
+        await expect(page.locator("#previews .good .state")).to_contain_text("fit to publish")
+        await expect(page.locator("#previews .bad .state").filter(has_text="it is bad")).to_have_count(1)
+        assert served.store.called("commit") == []
         await page.get_by_role("button", name="Publish 2 adapters").click()
         await expect(page.locator("#previews .good .state")).to_contain_text("live at generation 8; most similar: poet")
         await expect(page.locator("#previews .bad .state").filter(has_text="it is bad")).to_have_count(1)
+        assert len(served.store.called("commit")) == 1
         uploads = {args[0].name: args[0] for args in served.store.called("stage")}
         assert uploads.keys() == {"verse", "bad-one"}
         assert set(uploads["verse"].files) == {"adapter_config.json", "adapter_model.safetensors", "lora_samples.jsonl"}
