@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 import uvicorn
-from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
 from deployments.http.api import build_api
 from tests.deployments.app_fakes import Served
@@ -109,6 +109,8 @@ async def drop_folder(page: Page, folder: Path) -> None:
     """Drop a local folder on the page, as a file manager does."""
     session = await page.context.new_cdp_session(page)
     for kind in ("dragEnter", "dragOver", "drop"):
+        if kind == "drop":  # a browser cancels it where the page has not yet accepted what is above it
+            await expect(page.locator("#drop.over")).to_have_count(1)
         data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
         await session.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
     await session.detach()

@@ -79,7 +79,9 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
         await go(page, "Status")
         await check(page, "status")
         await go(page, "API")
-        await expect(page.locator("#operations section").first).to_be_visible()
+        await expect(page.locator("#operations section").first).to_be_visible(
+            timeout=60_000
+        )  # the server builds it once
         await page.evaluate(axe)
         await page.locator("#operations summary").first.click()
         await check(page, "API")
