@@ -8,7 +8,7 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from deployments.json_types import JsonObject
-from lora_store import AdapterRecord, Ranking
+from lora_store import AdapterRecord, Ranking, Sample
 from retriever_svc import Place, Point, PoolMap
 
 
@@ -82,11 +82,11 @@ class ShownSample(TypedDict):
 
 
 class AdapterShown(Adapter):
-    """`versions`: the kept versions of the name, the live one first. `samples`: if the query asks for some."""
+    """`versions`: the kept versions of the name, the live one first. `samples`: as many as the query asks for."""
 
     versions: list[AdapterVersion]
     catalogue_generation: int
-    samples: NotRequired[list[ShownSample]]
+    samples: list[ShownSample]
 
 
 class CollectedBlobs(TypedDict):
@@ -199,12 +199,15 @@ def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
     }
 
 
-def shown_object(versions: Sequence[AdapterRecord], tenant: str, generation: int) -> AdapterShown:
+def shown_object(
+    versions: Sequence[AdapterRecord], tenant: str, generation: int, samples: Sequence[Sample] = ()
+) -> AdapterShown:
     """Return the live version of an adapter, with all kept versions."""
     return {
         **lora_object(versions[0], tenant),
         "versions": versions_object(versions),
         "catalogue_generation": generation,
+        "samples": [{"input": sample.input, "output": sample.output} for sample in samples],
     }
 
 

@@ -66,6 +66,7 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     if as_json:
         print_json(answer)
         return
+    answer.pop("samples", None)  # none was asked for
     versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
         published = row["created_at"][:19].replace("T", " ")  # to the second

@@ -146,11 +146,8 @@ async def show(
     With `samples` also so many samples of the live version. Other tenants' adapters show none.
     """
     generation, versions = await services.retriever.record(caller.tenant, name)
-    shown = shown_object(versions, caller.tenant, generation)
-    if samples:
-        found = await services.retriever.samples(caller.tenant, name)
-        shown["samples"] = [{"input": sample.input, "output": sample.output} for sample in found[:samples]]
-    return shown
+    found = await services.retriever.samples(caller.tenant, name) if samples else []
+    return shown_object(versions, caller.tenant, generation, found[:samples])
 
 
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS, dependencies=[MAY_CHANGE])
