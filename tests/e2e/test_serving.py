@@ -312,11 +312,10 @@ def test_the_readmes_ten_lines_run(url: str) -> None:
 
 def test_rays_processes_have_the_niceness_of_the_settings(url: str, config: AppConfig) -> None:
     """Ray's own default, 15, would give nearly all of a shared core to any other busy process."""
-    replicas = [
-        process for process in psutil.Process().children(recursive=True) if "ray::ServeReplica" in process.cmdline()[0]
-    ]
+    started = psutil.Process().children(recursive=True)
+    replicas = [process for process in started if "ray::ServeReplica:loraretriever:" in " ".join(process.cmdline())]
     assert len(replicas) == 4
     assert {process.nice() for process in replicas} == {psutil.Process().nice() + config.ray_niceness}
-    [worker] = [process for process in replicas if "Worker" in process.cmdline()[0]]
+    [worker] = [process for process in replicas if ":Worker" in " ".join(process.cmdline())]
     threads = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in worker.threads()}
     assert worker.nice() + config.worker.niceness in threads
