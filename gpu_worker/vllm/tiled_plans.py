@@ -77,6 +77,24 @@ def _summed(h, tokens, places, mask, module, num_tokens, h_width, num_modules, P
     return total
 
 
+@triton.jit
+def _fused(
+    h, tokens, is_token, all_ranks, ranks, size, module, num_tokens, h_width, num_modules,
+    PARTS: tl.constexpr, TILE: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Return the sum over the plan's rank rows that have the rank index of each of `ranks`, (TILE, RANKS)."""
+    fused = tl.full((TILE, RANKS), 0.0, tl.float32)
+    for first in range(0, size, RANKS):
+        places = first + tl.arange(0, RANKS)
+        is_place = places < size
+        theirs = tl.load(all_ranks + places, mask=is_place, other=-2)
+        mask = is_token & is_place[None, :]
+        found = _summed(h, tokens, places[None, :], mask, module, num_tokens, h_width, num_modules, PARTS)
+        same = (theirs[:, None] == ranks[None, :]).to(tl.float32)
+        fused += tl.dot(found, same, input_precision="ieee")
+    return fused
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def _expand(
     h, bt, y, tiles, plan_rows, plan_weights, plan_sizes, plan_ranks, plan_fusions,
@@ -104,17 +122,10 @@ def _expand(
         values = _summed(h, tokens, places[None, :], mask, module, num_tokens, h_width, num_modules, PARTS)
         if is_fusion:
             ranks = tl.load(plan_ranks + table + places, mask=is_place, other=-1)
-            fused = tl.full((TILE, RANKS), 0.0, tl.float32)
-            for other in range(0, size, RANKS):
-                others = other + tl.arange(0, RANKS)
-                is_other = others < size
-                theirs = tl.load(plan_ranks + table + others, mask=is_other, other=-2)
-                mask_of_others = is_token & is_other[None, :]
-                found = _summed(
-                    h, tokens, others[None, :], mask_of_others, module, num_tokens, h_width, num_modules, PARTS
-                )
-                same = (theirs[:, None] == ranks[None, :]).to(tl.float32)
-                fused += tl.dot(found, same, input_precision="ieee")
+            fused = _fused(
+                h, tokens, is_token, plan_ranks + table, ranks, size, module, num_tokens, h_width, num_modules,
+                PARTS, TILE, RANKS,
+            )  # fmt: skip
             values = fused * tl.load(plan_weights + table + places, mask=is_place, other=0.0)[None, :]
         rows = tl.load(plan_rows + table + places, mask=is_place, other=0).to(tl.int64)
         bts = tl.load(bt + rows[:, None] * num_out + columns, mask=is_place[:, None] & is_column, other=0.0)
