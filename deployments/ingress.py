@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -35,7 +36,7 @@ from deployments.publishing.evaluation import AnswerScorer, Evaluator
 from deployments.publishing.idle_evaluation import IdleEvaluations, IdleScorer
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
-from deployments.publishing.reclaimer import Reclaimer
+from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
 
 
 class Ingress:
@@ -64,6 +65,8 @@ class Ingress:
             ServeStore(store),
         )
         self.services = _build_services(config, *clients, limits, keep_alive_s, kinds)
+        expire = withdraw_expired(self.services.publisher.expire)
+        self._expiring = asyncio.get_event_loop().create_task(expire)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.services)
@@ -73,6 +76,8 @@ class Ingress:
         if hasattr(self, "services"):  # the constructor may have failed
             self.services.preload.cancel()
             self.services.background.cancel()
+            if not self._expiring.get_loop().is_closed():
+                self._expiring.cancel()
 
     async def generate(
         self, request: TextRequest | JsonMapping, caller: Caller = LOCAL_CALLER

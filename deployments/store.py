@@ -81,6 +81,7 @@ class StoreDeployment:
                 visibility=upload.visibility or upload.default_visibility,
                 keeps_visibility=upload.visibility is None,
                 source=upload.origin,
+                ttl_s=upload.ttl_s,
             )
 
     async def restage(self, record: AdapterRecord) -> Staged:
@@ -118,6 +119,10 @@ class StoreDeployment:
         Raises: AdapterNotFound, StoreUnavailable.
         """
         return await asyncio.to_thread(self._store.withdraw, tenant, names, actor, commit_id)
+
+    async def expire(self, commit_id: str | None = None) -> Withdrawn:
+        """Withdraw the unlisted adapters whose time to live is over. Raises: StoreUnavailable, VersionConflict."""
+        return await asyncio.to_thread(self._store.expire, commit_id)
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, StoreUnavailable."""

@@ -145,6 +145,7 @@ SCHEMA = pa.schema(
         pa.field("output_labels", pa.list_(pa.string())),  # null without a profile of the outputs
         pa.field("output_vector", pa.binary()),  # int8
         pa.field("ranking", pa.string()),  # JSON
+        pa.field("expires_at", pa.timestamp("us", tz="UTC")),  # null: it does not expire
     ]
 )
 _FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
@@ -155,7 +156,7 @@ _FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _COMMIT, _VISIBLE, *_AS_KEPT.values())
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
-    *("num_samples", "template", "probe_shift", "source", "actor", "created_at"),
+    *("num_samples", "template", "probe_shift", "source", "actor", "created_at", "expires_at"),
 )
 _LISTS = ("tags", "ranks", "target_modules", "output_labels")
 _REPEATED = ("event", "tenant", "visibility", "base_model", "template", "encoder", "actor", "created_at", "commit_id")

@@ -61,6 +61,7 @@ class AdapterRecord:
     created_at: datetime  # UTC
     generation: int
     approved: bool = False  # an admin approved this version (not the name)
+    expires_at: datetime | None = None  # UTC, of an unlisted adapter: then it is withdrawn; None: listed and kept
 
     @property
     def encoder(self) -> str | None:
@@ -71,6 +72,15 @@ class AdapterRecord:
     def blobs(self) -> tuple[str, ...]:
         """The digests of its stored blobs."""
         return (self.weights_digest,) if self.samples_digest is None else (self.weights_digest, self.samples_digest)
+
+    @property
+    def is_unlisted(self) -> bool:
+        """Whether only its name finds it: no list shows it, and `auto` never chooses it."""
+        return self.expires_at is not None
+
+    def is_expired(self, now: datetime) -> bool:
+        """Return whether its time to live is over at `now`, in UTC."""
+        return self.expires_at is not None and self.expires_at <= now
 
     def is_visible_to(self, tenant: str) -> bool:
         """Return whether `tenant` may use it by name and see it in lists."""

@@ -8,13 +8,14 @@ from datetime import datetime
 from typing import Literal
 
 from lora_store.adapter import AdapterRef
-from lora_store.errors import AdapterNotFound, EncoderIncomplete, PublicNameTaken
+from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete, PublicNameTaken
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetVisibility, Withdraw
 from lora_store.quota import TenantQuota, check_quota
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 
+EXPIRY = "expiry"  # the author of withdrawals at the end of a time to live
 Precondition = Literal["any", "live", "kept"]
 """The condition for publishing a version: none; "live": skip versions that are not live; "kept": fail for versions
 that are not kept."""
@@ -31,7 +32,8 @@ def publish_events(
     """Return publish events for the records that are not live yet. Check each record against earlier ones as well.
 
     `keeping`: names whose new version takes over the live version's visibility. `quota`: applies to each tenant.
-    Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for a version that must be kept and is not.
+    Raises: PublicNameTaken; AdapterRefused for an unlisted version of a listed adapter; QuotaExceeded; AdapterNotFound
+    for a version that must be kept and is not.
     """
     if precondition == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
@@ -46,6 +48,10 @@ def publish_events(
         current = live.get(key, snapshot.records.get(key))
         if current is not None and key in keeping:
             record = replace(record, visibility=current.visibility)
+        if current is not None and precondition == "kept":
+            record = replace(record, expires_at=current.expires_at)
+        if current is not None and record.is_unlisted and not current.is_unlisted:
+            raise AdapterRefused(name, ["a listed adapter has this name: choose another one for an unlisted adapter"])
         if record.visibility == "public":
             owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
             _check_claim(name, record.ref.tenant, owner)
@@ -84,6 +90,11 @@ def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: dat
             raise AdapterNotFound(key[1])
         events.append(Withdraw(snapshot.records[key].ref, actor, at))
     return events
+
+
+def expire_events(snapshot: Snapshot, at: datetime) -> list[Event]:
+    """Return the withdrawals of the unlisted adapters whose time to live is over."""
+    return [Withdraw(record.ref, EXPIRY, at) for record in snapshot.records.values() if record.is_expired(at)]
 
 
 def visibility_events(snapshot: Snapshot, key: Key, visibility: Visibility, actor: str, at: datetime) -> list[Event]:
@@ -164,6 +175,6 @@ def _is_embedded(snapshot: Snapshot, record: AdapterRecord, identity: str) -> bo
     return record.encoder == identity or (pending is not None and pending.encoder == identity)
 
 
-def _essence(record: AdapterRecord) -> tuple[str, str, str | None]:
+def _essence(record: AdapterRecord) -> tuple[object, ...]:
     """Return the fields whose change makes a publish necessary."""
-    return record.ref.digest, record.visibility, record.encoder
+    return record.ref.digest, record.visibility, record.encoder, record.expires_at

@@ -48,6 +48,7 @@ def staged_record(
     samples_digest: str | None,
     num_bytes: int,
     source: str,
+    expires_at: datetime | None = None,
 ) -> AdapterRecord:
     """Return the record of a validated folder, without the fields that are known at its commit."""
     digest = version_digest(label, weights_digest, samples_digest, checked.base_model)
@@ -69,4 +70,5 @@ def staged_record(
         actor="",
         created_at=datetime.fromtimestamp(0, UTC),
         generation=0,
+        expires_at=expires_at,
     )

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
@@ -15,7 +15,7 @@ from lora_store.bounded_files import Limits
 from lora_store.catalogue import Catalogue
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.errors import AdapterNotFound, StoreUnavailable
-from lora_store.events import Event
+from lora_store.events import Event, Withdraw
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, GarbageCollector
 from lora_store.leases import Leases
@@ -28,6 +28,7 @@ from lora_store.rules import (
     activate_events,
     approve_events,
     embed_events,
+    expire_events,
     publish_events,
     rank_events,
     visibility_events,
@@ -91,13 +92,15 @@ class LoraStore:
         visibility: Visibility = "public",
         keeps_visibility: bool = False,
         source: str | None = None,
+        ttl_s: float | None = None,
         module_shapes: Shapes | None = None,
     ) -> Staged:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
         `name` and `source` default to the folder's name. `module_shapes`: (out, in) of each linear layer that an
         adapter may change; None skips this check. `keeps_visibility`: `visibility` applies to a new name only, and an
-        update keeps the live version's. Raises: AdapterRefused with every reason; nothing is written then.
+        update keeps the live version's. `ttl_s`: the adapter is unlisted and expires after this time; no samples are
+        kept, as `auto` never chooses it. Raises: AdapterRefused with every reason; nothing is written then.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
         checked = check_folder(
@@ -109,6 +112,8 @@ class LoraStore:
             limits=self._limits,
         )
         label = replace(label, template=checked.template)
+        if ttl_s is not None:
+            checked = replace(checked, samples=())
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples else None
@@ -119,6 +124,7 @@ class LoraStore:
             samples_digest=None if samples is None else digest_of(samples),
             num_bytes=weights.num_bytes(),
             source=folder.name if source is None else source,
+            expires_at=None if ttl_s is None else self._now() + timedelta(seconds=ttl_s),
         )
         staged = self._stage_leased(record, lambda: self._write(weights_digest, weights, samples, checked.samples))
         return replace(staged, keeps_visibility=keeps_visibility)
@@ -183,6 +189,25 @@ class LoraStore:
         def events(snapshot: Snapshot) -> list[Event]:
             wanted = withdraw_events(snapshot, keys, actor, at)
             gone[:] = [record for key in dict.fromkeys(keys) for record in snapshot.versions(key)]
+            return wanted
+
+        generation = self._catalogue.commit(events, commit_id)
+        return Withdrawn(generation, tuple(gone))
+
+    def expire(self, commit_id: str | None = None) -> Withdrawn:
+        """Withdraw the unlisted adapters whose time to live is over, as `withdraw` does. Generation 0: there are none.
+
+        A repeated call with the same id returns no records.
+        """
+        at = self._now()
+        gone: list[AdapterRecord] = []
+        if not expire_events(self.snapshot(), at):
+            return Withdrawn(0, ())
+
+        def events(snapshot: Snapshot) -> list[Event]:
+            wanted = expire_events(snapshot, at)
+            keys = [(event.ref.tenant, event.ref.name) for event in wanted if isinstance(event, Withdraw)]
+            gone[:] = [record for key in keys for record in snapshot.versions(key)]
             return wanted
 
         generation = self._catalogue.commit(events, commit_id)

@@ -91,9 +91,14 @@ def _size_of(rows: Rows) -> int:
     return len(rows) + ROWS_OF_A_LIST
 
 
+def listed(records: Iterable[AdapterRecord], tenant: str) -> Iterator[AdapterRecord]:
+    """Return the adapters that `tenant` may use, without those that only their name finds."""
+    return (record for record in records if record.is_visible_to(tenant) and not record.is_unlisted)
+
+
 def _sorted_rows(records: Iterable[AdapterRecord], tenant: str) -> Rows:
     """Return what `tenant` may use, by name. Sort in blocks, since one sort of a large pool would hold the GIL."""
-    named = ((record.ref.name_for(tenant), record) for record in records if record.is_visible_to(tenant))
+    named = ((record.ref.name_for(tenant), record) for record in listed(records, tenant))
     blocks: list[Rows] = []
     while block := list(islice(named, _SORTED_TOGETHER)):
         blocks.append(sorted(block, key=itemgetter(0)))

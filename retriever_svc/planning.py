@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
@@ -81,12 +82,13 @@ def replayed_plan(
 
 def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> AdapterRecord:
     """Return the pinned version of the caller's own adapter, or of the public one if the plan is older than the own."""
+    now = datetime.now(UTC)
     owner, slash, bare = pinned.name.rpartition("/")
     public = snapshot.public.get(pinned.name)
     keys = [(owner, bare)] if slash else [(tenant, pinned.name)]
     keys += [] if public is None else [(public.ref.tenant, public.ref.name)]
     for record in [record for key in keys for record in snapshot.versions(key)]:
-        if record.ref.digest == pinned.digest and record.is_visible_to(tenant):
+        if record.ref.digest == pinned.digest and record.is_visible_to(tenant) and not record.is_expired(now):
             return record
     raise PlanGone(pinned.name, pinned.digest)
 
@@ -103,7 +105,10 @@ def resolve(snapshot: Snapshot, tenant: str, name: str, *, owner_names: bool) ->
 
 
 def _resolve_exactly(snapshot: Snapshot, tenant: str, name: str, *, owner_names: bool) -> AdapterRecord:
-    return snapshot.resolve(tenant, f"{tenant}/{name}" if owner_names and "/" not in name else name)
+    record = snapshot.resolve(tenant, f"{tenant}/{name}" if owner_names and "/" not in name else name)
+    if record.is_expired(datetime.now(UTC)):
+        raise AdapterNotFound(name)
+    return record
 
 
 def _similar_name(snapshot: Snapshot, tenant: str, name: str) -> str:

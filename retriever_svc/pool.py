@@ -15,7 +15,7 @@ from retriever_svc.calibration import MAX_VOTERS, Adapters, Calibration, Nearnes
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
-from retriever_svc.listing import Listings
+from retriever_svc.listing import Listings, listed
 from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
@@ -132,8 +132,8 @@ class Pool:
         return [record] if record.encoder == self.encoder.identity else []
 
     def count(self, tenant: str) -> int:
-        """Return how many adapters `tenant` may use, including those that are reachable by name only."""
-        return self._counts.get((tenant,), lambda: sum(r.is_visible_to(tenant) for r in self.snapshot.records.values()))
+        """Return how many listed adapters `tenant` may use, including those that `auto` cannot find."""
+        return self._counts.get((tenant,), lambda: sum(1 for _ in listed(self.snapshot.records.values(), tenant)))
 
     def nearest(
         self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False

@@ -20,6 +20,7 @@ MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
 MAX_TAGS = 32
 MAX_TAG_CHARS = 256
+MAX_TTL_S = 30 * 86_400
 Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store checks the value
 Name = Annotated[str, Field(min_length=1, max_length=129)]  # `name`, or `tenant/name`
 
@@ -39,6 +40,7 @@ class PublishItem:
     source: str | None = None
     visibility: Visibility | None = None  # None: that of the live version, or for a new name `default_visibility`
     default_visibility: Visibility = "public"
+    ttl_s: float | None = None  # of an unlisted adapter
 
     def __post_init__(self) -> None:
         given = [what for what in (self.path, self.files, self.source) if what is not None]
@@ -72,6 +74,8 @@ class AdapterLabel(ApiRequest):
     tags: list[Tag] = Field(fail_fast=True, default=[], max_length=MAX_TAGS)
     template: Literal["alpaca", "chat"] | None = None
     visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default
+    # Seconds after which the adapter is withdrawn. It is unlisted until then: only its name finds it.
+    ttl_s: float | None = Field(default=None, ge=1, le=MAX_TTL_S, allow_inf_nan=False)
 
 
 class AdapterSource(AdapterLabel):
@@ -95,6 +99,7 @@ class AdapterSource(AdapterLabel):
             template=self.template,
             source=self.source,
             visibility=self.visibility,
+            ttl_s=self.ttl_s,
         )
 
 

@@ -55,6 +55,7 @@ class Adapter(TypedDict):
     source: str
     created_at: str
     generation: int
+    expires_at: str | None
 
 
 class AdapterList(TypedDict):
@@ -196,6 +197,7 @@ def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
         "source": record.source,
         "created_at": record.created_at.isoformat(),
         "generation": record.generation,
+        "expires_at": None if record.expires_at is None else record.expires_at.isoformat(),
     }
 
 

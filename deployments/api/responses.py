@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -107,6 +108,7 @@ class Published:
     found_by_auto: bool  # False: it has no samples and is reachable by name only
     probe_shift: float | None
     neighbours: tuple[Candidate, ...]
+    expires_at: datetime | None = None  # of an unlisted adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class PublishedAdapter(TypedDict):
     found_by_auto: bool
     probe_shift: float | None
     neighbours: list[CandidateRow]
+    expires_at: NotRequired[str]
 
 
 class SettledAdapter(TypedDict):
@@ -171,7 +174,7 @@ class RemovedAdapters(TypedDict):
 
 
 def published_object(published: Published) -> PublishedAdapter:
-    return {
+    answer: PublishedAdapter = {
         "name": published.ref.name,
         "digest": published.ref.digest,
         "generation": published.generation,
@@ -180,6 +183,9 @@ def published_object(published: Published) -> PublishedAdapter:
         "probe_shift": published.probe_shift,
         "neighbours": candidate_rows(published.neighbours, published.ref.tenant),
     }
+    if published.expires_at is not None:
+        answer["expires_at"] = published.expires_at.isoformat()
+    return answer
 
 
 def replicas_object(change: Published | Removed | Settled) -> Replicas:

@@ -81,6 +81,7 @@ class StoreCalls(Protocol):
     async def withdraw(
         self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None
     ) -> Withdrawn: ...
+    async def expire(self, commit_id: str | None = None) -> Withdrawn: ...
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int: ...
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int: ...
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
@@ -164,6 +165,10 @@ class ServeStore(StoreClient):
         calls, withdraw = self._calls, StoreReplica.withdraw
         args = (tenant, names, actor, commit_id)
         return await (calls.once(withdraw, *args) if commit_id is None else calls.retry(withdraw, *args))
+
+    async def expire(self, commit_id: str | None = None) -> Withdrawn:
+        calls = self._calls
+        return await (calls.once if commit_id is None else calls.retry)(StoreReplica.expire, commit_id)
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         return await self._calls.once(StoreReplica.set_visibility, tenant, name, visibility, actor)

@@ -173,6 +173,10 @@ def publish(
         Path | None,
         typer.Option(help="take the samples for auto from this training file: Alpaca, ShareGPT or messages"),
     ] = None,
+    ttl: Annotated[
+        float | None,
+        typer.Option(help="seconds until it is withdrawn; until then it is unlisted: only its name finds it"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="let the server check everything, publish nothing")
     ] = False,
@@ -187,7 +191,7 @@ def publish(
     if samples is not None and (len(items) != 1 or items[0].is_source):
         raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
     visibility = None if public is None else "public" if public else "private"
-    given = {"name": name, "tags": tag, "template": template, "visibility": visibility}
+    given = {"name": name, "tags": tag, "template": template, "visibility": visibility, "ttl_s": ttl}
     fields = {key: value for key, value in given.items() if value}
     params = {"dry_run": "true"} if dry_run else {}
     content = None if samples is None else _samples_from(samples)

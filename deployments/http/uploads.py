@@ -24,7 +24,7 @@ _MAX_DIGITS = 18
 # slow line sends, and a window of ten seconds tolerates a pause.
 _WINDOW_S = 10.0
 _BYTES_PER_WINDOW = 640 << 10
-_MAX_FIELDS = 40  # name, template, visibility and at most 32 tags
+_MAX_FIELDS = 40  # name, template, visibility, ttl_s and at most 32 tags
 _MAX_FIELD_BYTES = 4096
 _FILES = "files"
 _ARRAY_BYTES = 1 << 20
@@ -129,6 +129,7 @@ async def read_upload(http: Request) -> PublishItem:
         template=label.template,
         files=contents,
         visibility=label.visibility,
+        ttl_s=label.ttl_s,
     )
 
 

@@ -67,7 +67,10 @@ def live_already(
     live = {kept[0].ref: kept[0] for kept in older.values() if is_embedded(kept[0], active)}
     for item in staged:
         record = live.get(item.ref)
-        if record is not None and not item.keeps_visibility and record.visibility != item.record.visibility:
+        if record is None:
+            continue
+        is_changed = not item.keeps_visibility and record.visibility != item.record.visibility
+        if is_changed or record.expires_at != item.record.expires_at:
             del live[item.ref]
     return live
 
@@ -94,7 +97,8 @@ def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> 
     if isinstance(outcome, ValidatedAdapter):
         found = outcome.embedded is not None
         neighbours = outcome.embedded.neighbours if outcome.embedded is not None else ()
-        return Published(outcome.staged.ref, generation, ready, behind, found, outcome.shift, neighbours)
+        expires_at = outcome.staged.record.expires_at
+        return Published(outcome.staged.ref, generation, ready, behind, found, outcome.shift, neighbours, expires_at)
     if isinstance(outcome, AdapterRecord):
         found = outcome.encoder is not None
         return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
@@ -158,6 +162,18 @@ class Publisher:
         Raises: AdapterNotFound, VersionConflict, StoreUnavailable.
         """
         return await self._run("withdraw", self._withdraw(tenant, names, actor))
+
+    async def expire(self) -> int:
+        """Withdraw the unlisted adapters whose time to live is over, and free them. Return how many versions they had.
+
+        Raises: StoreUnavailable, VersionConflict.
+        """
+        withdrawn = await self._store.expire(uuid4().hex)
+        if withdrawn.records:
+            self._reclaimer.reclaim(withdrawn.records)
+            await self.catch_up(withdrawn.generation)
+            logger.info("withdrew %d expired versions at generation %d", len(withdrawn.records), withdrawn.generation)
+        return len(withdrawn.records)
 
     async def set_visibility(self, key: Key, visibility: Visibility, actor: str) -> Settled:
         """Make an adapter public or private.

@@ -12,15 +12,28 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.calls.catalogue_clients import StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import WorkerClient
-from lora_store import AdapterRecord, StoreUnavailable
+from lora_store import AdapterRecord, LoraStoreError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 _BROADCAST_TIMEOUT_S = 10.0
 _ROUND_S = 0.5
+_EXPIRE_EVERY_S = 2.0  # an expired adapter is refused at once, and freed within this time
 _PAUSE_S = 5.0  # after an error of a part of the server
 
 Broadcast = Callable[[Collection[str], float], Awaitable[Sequence[bool | BaseException]]]
+
+
+async def withdraw_expired(
+    expire: Callable[[], Awaitable[object]], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> None:
+    """Call `expire` every few seconds for ever, also after an error of a part of the server."""
+    while True:
+        await sleep(_EXPIRE_EVERY_S)
+        try:
+            await expire()
+        except (LoraStoreError, RayActorError, DeploymentUnavailableError) as exc:
+            logger.warning("expired adapters are not withdrawn yet, retrying: %s", exc)
 
 
 class Reclaimer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
 from ray.exceptions import RayActorError
 
@@ -66,7 +67,8 @@ class FakeStore:
         version = upload.tags[0] if upload.tags else ""
         record = adapter(name, version=version, samples=not name.startswith("bare"), tenant=upload.tenant)
         record = replace(record, visibility=upload.visibility or upload.default_visibility)
-        staged = self._hold(replace(record, embedding=None, template=upload.template))
+        expires_at = None if upload.ttl_s is None else datetime.now(UTC) + timedelta(seconds=upload.ttl_s)
+        staged = self._hold(replace(record, embedding=None, template=upload.template, expires_at=expires_at))
         return replace(staged, keeps_visibility=upload.visibility is None)
 
     async def restage(self, record: AdapterRecord) -> Staged:
@@ -118,6 +120,16 @@ class FakeStore:
         self.generation += 1
         records = tuple(old for name in names for old in self.live.pop((tenant, name)))
         return Withdrawn(self._committed("withdraw", commit_id), records)
+
+    async def expire(self, commit_id: str | None = None) -> Withdrawn:
+        self._fail("expire")
+        now = datetime.now(UTC)
+        gone = [key for key, kept in self.live.items() if kept[0].is_expired(now)]
+        if not gone:
+            return Withdrawn(0, ())
+        self.generation += 1
+        records = tuple(old for key in gone for old in self.live.pop(key))
+        return Withdrawn(self._committed("expire", commit_id), records)
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         self._fail("set_visibility")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +18,7 @@ from lora_store import (
     Sample,
     Staged,
     StoreUnavailable,
+    Withdrawn,
     decode_weights,
 )
 from lora_store.files import Files
@@ -24,6 +26,7 @@ from lora_store.leases import Leases
 from lora_store.peft_files import TEMPLATE_FILE, template_digest
 from tests.lora_store.builders import BASE, FakeClock, MakeFolder, MakeWeights, OpenStore, Stored, embedding
 from tests.s3 import S3Endpoint
+from tests.soak import Scale
 
 VECTOR = (0.5, 0.25, -1.0)
 
@@ -262,3 +265,57 @@ def test_a_commit_succeeds_although_its_leases_cannot_be_released(
     store._leases = Stuck(Location("unused"), store._now)
     assert _commit(store, staged) == 1
     assert len(stored("holds")) == 1
+
+
+def test_an_unlisted_adapter_is_withdrawn_once_its_time_is_over(
+    open_store: OpenStore, make_folder: MakeFolder, clock: FakeClock
+) -> None:
+    store = open_store()
+    store.commit([store.stage(make_folder(), name="kept")], [None], [0.5], "tester")
+    brief = store.stage(make_folder(seed=1), name="brief", ttl_s=60)
+    assert (brief.record.num_samples, brief.record.samples_digest, brief.samples) == (0, None, ())
+    assert store.commit([brief], [None], [0.5], "tester") == 2
+    assert open_store().snapshot().resolve("local", "brief").expires_at == clock.at + timedelta(seconds=60)
+    clock.sleep(59)
+    assert store.expire() == Withdrawn(0, ())
+    clock.sleep(1)
+    gone = store.expire("an id")
+    assert (gone.generation, [record.ref for record in gone.records]) == (3, [brief.ref])
+    assert list(open_store().snapshot().records) == [("local", "kept")]
+    assert store.expire("an id") == Withdrawn(0, ())
+    assert store.sweep(gone.records[0].blobs) == [brief.weights_digest]
+
+
+def test_publishing_an_unlisted_adapter_again_gives_it_more_time(
+    open_store: OpenStore, make_folder: MakeFolder, clock: FakeClock
+) -> None:
+    store, folder = open_store(), make_folder()
+    for generation in (1, 2):
+        assert store.commit([store.stage(folder, ttl_s=60)], [None], [0.5], "tester") == generation
+        clock.sleep(50)
+    assert store.expire() == Withdrawn(0, ())
+    assert len(store.snapshot().versions(("local", "poet"))) == 1
+
+
+def test_an_unlisted_adapter_does_not_take_the_name_of_a_listed_one(
+    open_store: OpenStore, make_folder: MakeFolder
+) -> None:
+    store = open_store()
+    _commit(store, store.stage(make_folder()))
+    with pytest.raises(AdapterRefused, match="a listed adapter has this name"):
+        store.commit([store.stage(make_folder(seed=1), ttl_s=60)], [None], [0.5], "tester")
+
+
+def test_cycles_of_unlisted_adapters_leave_nothing(
+    open_store: OpenStore, make_folder: MakeFolder, clock: FakeClock, scale: Scale
+) -> None:
+    store, num_cycles = open_store(), scale.pick("publish and expire cycles", small=5, full=1000)
+    for number in range(num_cycles):
+        staged = store.stage(make_folder(seed=number), name=f"brief-{number}", ttl_s=1)
+        store.commit([staged], [None], [0.5], "tester")
+        clock.sleep(2)
+        store.sweep([digest for record in store.expire().records for digest in record.blobs])
+    state = open_store().snapshot()
+    assert (len(state.records), len(state.previous), state.referenced()) == (0, 0, set())
+    assert store.gc(0).num_blobs == 0
+    scale.record("generations", state.generation)

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
 import pytest
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from retriever_svc.listing import ROWS_OF_A_LIST, Listings, Page, PageRequest
+from retriever_svc.listing import ROWS_OF_A_LIST, Listings, Page, PageRequest, listed
 from tests.retriever_svc.pool_fakes import record_of
 
 TAGS = [(), ("code",), ("code", "fast"), ("prose",)]
@@ -137,3 +138,11 @@ def test_all_lists_together_have_a_bound() -> None:
             lists = [listings._lists.get(query) for query in list(listings._lists.keys())]
             taken = sum(len(rows) + ROWS_OF_A_LIST for rows in lists if rows is not None)
             assert listings._lists.total == taken <= max_rows
+
+
+def test_no_list_shows_an_unlisted_adapter() -> None:
+    brief = replace(record_of("brief", None, tenant="a"), expires_at=datetime.now(UTC) + timedelta(hours=1))
+    other = record_of("other", None, tenant="a")
+    found = Listings(snapshot_of(brief, other)).page("a", PageRequest(limit=9))
+    assert (names(found), found.num_found) == (["other"], 1)
+    assert list(listed([brief, other], "a")) == [other]

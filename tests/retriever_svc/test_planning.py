@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -138,3 +139,16 @@ def test_an_unknown_name_suggests_a_visible_one_that_differs_in_spelling(
     with pytest.raises(AdapterNotFound) as caught:
         resolve(snapshot, tenant, name, owner_names=owner_names)
     assert (caught.value.wanted, caught.value.hint) == (name, hint)
+
+
+def test_an_expired_adapter_is_found_by_no_name_and_no_plan() -> None:
+    now = datetime.now(UTC)
+    gone = replace(record_of("gone", None, tenant="a"), expires_at=now - timedelta(seconds=1))
+    brief = replace(record_of("brief", None, tenant="a"), expires_at=now + timedelta(hours=1))
+    pool = Snapshot(9, {(record.ref.tenant, record.ref.name): record for record in (gone, brief)})
+    assert named_plan(pool, "a", [("brief", 1.0)], "selection").adapters[0].ref == brief.ref
+    assert replayed_plan(pool, "a", "selection", pinned(brief), 9).adapters[0].ref == brief.ref
+    with pytest.raises(AdapterNotFound):
+        named_plan(pool, "a", [("gone", 1.0)], "selection")
+    with pytest.raises(PlanGone):
+        replayed_plan(pool, "a", "selection", pinned(gone), 9)

@@ -14,12 +14,14 @@ from deployments.api import error_table
 from deployments.api.adapters import (
     MAX_TAG_CHARS,
     MAX_TAGS,
+    MAX_TTL_S,
     MAX_UPLOAD_FILES,
     AdapterSource,
     ApproveRequest,
     PublishBatch,
     PublishItem,
     RollbackRequest,
+    Tag,
     VisibilityRequest,
 )
 from deployments.api.pool_responses import AdapterList, AdapterShown, adapter_list, shown_object
@@ -74,6 +76,7 @@ _FORM = {
         "tags": {"type": "array", "items": {"type": "string", "maxLength": MAX_TAG_CHARS}, "maxItems": MAX_TAGS},
         "template": {"type": "string", "enum": ["alpaca", "chat"]},
         "visibility": {"type": "string", "enum": list(VISIBILITIES)},
+        "ttl_s": {"type": "number", "minimum": 1, "maximum": MAX_TTL_S},
     },
 }
 _ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()
@@ -87,7 +90,7 @@ async def loras(
     services: AnyServices,
     caller: AnyCaller,
     search: Annotated[str, Query(max_length=256)] = "",
-    tag: Annotated[list[str] | None, Query(max_length=MAX_TAGS, description="has all of these tags")] = None,
+    tag: Annotated[list[Tag] | None, Query(max_length=MAX_TAGS, description="has all of these tags")] = None,
     owner: Annotated[str | None, Query(max_length=64, description="belongs to this tenant")] = None,
     after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,

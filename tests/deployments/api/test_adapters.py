@@ -83,3 +83,26 @@ def test_a_value_out_of_bounds_is_refused_by_its_field(
 ) -> None:
     with pytest.raises(ValidationError, match=field):
         model.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("s3://bucket/pool/poet/", "poet"),
+        ("hf://acme/sql@v2", "sql"),
+        ("hf://acme/many@v2/sql", "sql"),
+        ("runs:/0af3/model/peft", "peft"),
+        ("models:/sql/3", "sql"),
+        ("models:/sql@champion/peft", "sql"),
+    ],
+)
+def test_a_source_names_its_adapter_without_a_revision(source: str, name: str) -> None:
+    assert PublishItem(source=source).adapter_name == name
+    assert LoadAdapterRequest(lora_name="x", lora_path=source).upload().source == source
+
+
+@pytest.mark.parametrize("ttl_s", [0.5, 31 * 86_400, float("inf"), float("nan")])
+def test_a_time_to_live_has_bounds(ttl_s: float) -> None:
+    assert AdapterSource(path="/a", ttl_s=60).upload().ttl_s == 60
+    with pytest.raises(ValidationError):
+        AdapterSource(path="/a", ttl_s=ttl_s)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
+from pathlib import Path
 
 import pytest
 
+from deployments.api.adapters import PublishItem
 from deployments.api.responses import Removed
 from deployments.errors import VersionNotKept
 from lora_store import AdapterNotFound, Embedding, Sample, Staged, StoreUnavailable
@@ -159,3 +162,16 @@ def test_a_withdrawal_counts_replicas_that_still_route_to_it() -> None:
     late = FakeHandle(FakeRetriever(), FakeRetriever(caught_up=StaleIndex(8, 7)))
     removed = Publishing(adapter("poet"), retriever=late).withdraw("poet")
     assert (removed.ready, removed.behind) == (1, 1)
+
+
+def test_an_unlisted_adapter_is_not_embedded_and_is_freed_after_its_time() -> None:
+    publishing = Publishing()
+    brief = PublishItem(Path("folders", "bare"), ttl_s=1e-6)
+    [published] = publishing.run(lambda publisher: publisher.publish([brief], "tester"))
+    assert (published.found_by_auto, published.expires_at.tzinfo) == (False, UTC)
+    assert publishing.run(lambda publisher: publisher.expire()) == 1
+    assert (publishing.pool.live, publishing.pool.generation) == ({}, 9)
+    assert publishing.pool.swept and publishing.worker.called("forget")
+    assert publishing.retriever.called("catch_up")[-1] == (9,)
+    assert publishing.run(lambda publisher: publisher.expire()) == 0
+    assert publishing.pool.generation == 9

@@ -11,7 +11,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.calls.catalogue_clients import ServeStore
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import ServeWorker
-from deployments.publishing.reclaimer import Reclaimer
+from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
 from lora_store import AdapterRecord, StoreUnavailable
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.fake_store import FakeStore
@@ -136,3 +136,21 @@ def test_a_store_that_stays_down_leaves_the_blobs_to_gc(caplog: pytest.LogCaptur
     reclaiming(OLD, longest_request_s=5)
     assert reclaiming.fake_store.swept == []
     assert caplog.records[-1].levelname == "ERROR"
+
+
+def test_expired_adapters_are_withdrawn_for_ever_also_after_an_error() -> None:
+    waits: list[float] = []
+    outcomes: list[Exception | None] = [None, StoreUnavailable("away"), None]
+
+    async def expire() -> None:
+        if (error := outcomes.pop()) is not None:
+            raise error
+
+    async def sleep(delay_s: float) -> None:
+        if not outcomes:
+            raise asyncio.CancelledError
+        waits.append(delay_s)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(withdraw_expired(expire, sleep))
+    assert (outcomes, len(waits)) == ([], 3)
