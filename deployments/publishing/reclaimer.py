@@ -27,7 +27,7 @@ Broadcast = Callable[[Collection[str], float], Awaitable[Sequence[bool | BaseExc
 async def withdraw_expired(
     expire: Callable[[], Awaitable[object]], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 ) -> None:
-    """Call `expire` every few seconds for ever, also after an error of a part of the server."""
+    """Call `expire` every few seconds until cancelled, also after an error of a part of the server."""
     while True:
         await sleep(_EXPIRE_EVERY_S)
         try:

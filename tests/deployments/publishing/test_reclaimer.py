@@ -138,7 +138,7 @@ def test_a_store_that_stays_down_leaves_the_blobs_to_gc(caplog: pytest.LogCaptur
     assert caplog.records[-1].levelname == "ERROR"
 
 
-def test_expired_adapters_are_withdrawn_for_ever_also_after_an_error() -> None:
+def test_expired_adapters_are_withdrawn_again_after_an_error() -> None:
     waits: list[float] = []
     outcomes: list[Exception | None] = [None, StoreUnavailable("away"), None]
 
