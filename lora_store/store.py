@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
@@ -37,7 +38,7 @@ from lora_store.rules import (
 from lora_store.sample_files import parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
-from lora_store.validation import Label, Shapes, check_folder
+from lora_store.validation import CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,12 @@ class LoraStore:
             templates=self._templates,
             limits=self._limits,
         )
-        label = replace(label, template=checked.template)
         if ttl_s is not None:
             checked = replace(checked, samples=())
+        label, source = replace(label, template=checked.template), folder.name if source is None else source
+        return replace(self._stage_checked(label, checked, source, ttl_s), keeps_visibility=keeps_visibility)
+
+    def _stage_checked(self, label: Label, checked: CheckedFolder, source: str, ttl_s: float | None) -> Staged:
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples else None
@@ -123,11 +127,10 @@ class LoraStore:
             weights_digest=weights_digest,
             samples_digest=None if samples is None else digest_of(samples),
             num_bytes=weights.num_bytes(),
-            source=folder.name if source is None else source,
+            source=source,
             expires_at=None if ttl_s is None else self._now() + timedelta(seconds=ttl_s),
         )
-        staged = self._stage_leased(record, lambda: self._write(weights_digest, weights, samples, checked.samples))
-        return replace(staged, keeps_visibility=keeps_visibility)
+        return self._stage_leased(record, partial(self._write, weights_digest, weights, samples, checked.samples))
 
     def restage(self, record: AdapterRecord) -> Staged:
         """Stage a version that the catalogue keeps: lease its blobs, check that they exist, and read its samples.

@@ -153,30 +153,35 @@ class _Counted(io.FileIO):
         return data
 
 
+Places = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PLACES...",
+        help="adapter folders, folders of them, outputs of training runs, or URIs that the server may read: "
+        "s3://, gs://, hf://OWNER/REPOSITORY@REVISION, runs:/RUN/FOLDER, models:/NAME/VERSION",
+    ),
+]
+TrainingFile = Annotated[
+    Path | None,
+    typer.Option("--samples", help="take the samples for auto from this training file: Alpaca, ShareGPT or messages"),
+]
+TimeToLive = Annotated[
+    float | None,
+    typer.Option("--ttl", help="seconds until it is withdrawn; until then it is unlisted: only its name finds it"),
+]
+
+
 @commands.command()
 def publish(
-    places: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PLACES...",
-            help="adapter folders, folders of them, outputs of training runs, or URIs that the server may read: "
-            "s3://, gs://, hf://OWNER/REPOSITORY@REVISION, runs:/RUN/FOLDER, models:/NAME/VERSION",
-        ),
-    ],
+    places: Places,
     name: Annotated[str | None, typer.Option(help="name of the adapter; default: name of its folder")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable")] = None,
     template: Annotated[str | None, typer.Option(help="prompt template: alpaca or chat")] = None,
     public: Annotated[
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
     ] = None,
-    samples: Annotated[
-        Path | None,
-        typer.Option(help="take the samples for auto from this training file: Alpaca, ShareGPT or messages"),
-    ] = None,
-    ttl: Annotated[
-        float | None,
-        typer.Option(help="seconds until it is withdrawn; until then it is unlisted: only its name finds it"),
-    ] = None,
+    samples: TrainingFile = None,
+    ttl: TimeToLive = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="let the server check everything, publish nothing")
     ] = False,
@@ -186,15 +191,11 @@ def publish(
 ) -> None:
     """Publish adapters to a running server."""
     items = [item for place in places for item in _items_of(place)]
-    if name is not None and len(items) != 1:
-        raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
-    if samples is not None and (len(items) != 1 or items[0].is_source):
-        raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
+    _require_one(items, name, samples)
     visibility = None if public is None else "public" if public else "private"
     given = {"name": name, "tags": tag, "template": template, "visibility": visibility, "ttl_s": ttl}
     fields = {key: value for key, value in given.items() if value}
-    params = {"dry_run": "true"} if dry_run else {}
-    content = None if samples is None else _samples_from(samples)
+    params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
     with client_of(url) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, content, sent)
         # A server with keys does not read local paths by default.
@@ -203,6 +204,14 @@ def publish(
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
+
+
+def _require_one(items: Sequence[Item], name: str | None, samples: Path | None) -> None:
+    """Check that a name or a training file is given for one adapter only. Raises: BadParameter."""
+    if name is not None and len(items) != 1:
+        raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
+    if samples is not None and (len(items) != 1 or items[0].is_source):
+        raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
 
 
 def _items_of(place: str) -> list[Item]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from annotated_types import Ge, Le
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from deployments.config.parts import RetrievalSettings as RetrievalSettings
+from deployments.config.parts import Settings
+from deployments.config.parts import WorkerSettings as WorkerSettings
 from deployments.config.settings_errors import refuse_renamed
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
@@ -34,10 +37,6 @@ from gpu_worker.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import Location
 from lora_store.peft_files import template_digest
-from retriever_svc.calibration import Abstain
-from retriever_svc.encoder import EncoderDtype
-from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
-from retriever_svc.route import Weighting
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
 EVERY_TENANT = "*"  # in source_prefixes
@@ -45,43 +44,7 @@ _ROUTING_STATS_PERIOD_S = 1.0  # how often Serve asks each worker for its adapte
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSettings(EngineSettings):
-    """Settings of one worker replica: those of its engine, of the engine's thread and of the streams."""
-
-    stream_interval_ms: Annotated[float, Ge(0)] = 25
-    step_timeout_s: Annotated[float, Gt(0)] = 120  # a longer step counts as stuck: Serve replaces the replica
-    # nice value of the engine thread, so that HTTP handling gets priority on shared cores
-    niceness: Annotated[int, Ge(0), Le(19)] = 5
-
-
-class RetrievalSettings(_Settings):
-    """Defaults for `model: auto`. The `lora` object of a request overrides them."""
-
-    encoder: str = DEFAULT_ENCODER
-    encoder_threads: int | None = Field(default=None, ge=1)
-    encoder_dtype: EncoderDtype = "auto"  # of its linear layers; auto: bfloat16 where the processor multiplies it
-    strategy: Literal["selection", "mixture", "fusion"] = "mixture"
-    k: int = Field(default=3, ge=1, le=16)
-    weights: Weighting = "evidence"  # companions of another function get at most a third of the best adapter's weight
-    softmax_temperature: float = Field(default=0.05, gt=0)
-    projection: Literal["auto", "none"] = "auto"  # auto: the packaged one, if there is one for the encoder
-    abstain: Abstain = "balanced"
-    min_score: float | None = None  # None: each adapter has a threshold of its own
-    fallback: Literal["base", "error"] = "base"
-    batch_size: int = Field(default=32, ge=1)  # texts; at most about 2,048 tokens together
-    batch_wait_s: float = Field(default=0.0, ge=0)  # texts that arrive during a batch form the next one anyway
-    max_waiting: int = Field(
-        default=4096, ge=256
-    )  # texts in the queue of one replica's encoder, shared fairly by tenants
-    poll_interval_s: float = Field(default=3.0, gt=0)  # how late a replica sees a commit that it was not notified of
-
-
-class AppConfig(_Settings):
+class AppConfig(Settings):
     """All settings of the application. Unknown names and invalid values stop the start."""
 
     base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
