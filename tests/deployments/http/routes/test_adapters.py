@@ -14,7 +14,7 @@ from lora_store import StoreUnavailable
 from retriever_svc import DoctorStep, StaleIndex
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.app_fakes import Served
-from tests.deployments.asking import ask, error_of, get, post, request
+from tests.deployments.asking import ask, error_of, post, request
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 
@@ -35,66 +35,6 @@ def staged_by(question: Callable[[httpx.AsyncClient], Any], **options: Any) -> t
 
 def upload(files: Any = FILES, **data: Any) -> dict[str, Any]:
     return {"files": files, "data": {"name": "singer", **data}}
-
-
-def test_the_pool_is_listed_with_its_generation() -> None:
-    listed = get("/v1/loras").json()
-    assert listed["generation"] == 7
-    assert [row["name"] for row in listed["data"]] == ["coder", "poet"]
-    assert "embedding" not in listed["data"][0]
-
-
-@pytest.mark.parametrize("search", ["", "task-1 even"])
-@pytest.mark.parametrize("limit", [1, 7, 24, 25, 26])
-def test_the_pool_is_paged_as_the_models_are(limit: int, search: str) -> None:
-    held = [adapter(f"task-{number:02}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
-    expected = [
-        record.ref.name
-        for record in held
-        if not search or record.ref.name in ("task-10", "task-12", "task-14", "task-16", "task-18")
-    ]
-
-    async def walk(client: httpx.AsyncClient, served: Served) -> list[str]:
-        seen: list[str] = []
-        has_more = True
-        while has_more:
-            query = {"limit": limit, "search": search, "after": seen[-1] if seen else ""}
-            page = (await client.get("/v1/loras", params=query)).json()
-            assert page["total"] == len(expected)
-            assert len(page["data"]) == limit or not page["has_more"]
-            seen += [row["id"] for row in page["data"]]
-            assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], seen[-1])
-            has_more = page["has_more"]
-        return seen
-
-    assert ask(walk, retriever=FakeRetriever(held)) == expected
-
-
-@pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit")])
-def test_a_page_of_the_pool_is_bounded(query: str, param: str) -> None:
-    response = get(f"/v1/loras?{query}")
-    assert (response.status_code, error_of(response)["param"]) == (400, param)
-
-
-@pytest.mark.parametrize("name", ["poet", "local/poet"])
-def test_one_adapter_is_shown_with_its_kept_versions(name: str) -> None:
-    shown = get(f"/v1/loras/{name}").json()
-    assert (shown["name"], shown["digest"]) == ("poet", adapter("poet").ref.digest)
-    assert shown["weights_digest"] == adapter("poet").weights_digest
-    assert [(row["digest"], row["state"]) for row in shown["versions"]] == [
-        (adapter("poet").ref.digest, "live"),
-        (adapter("poet", version="older").ref.digest, "kept"),
-    ]
-
-
-def test_samples_are_shown_as_many_as_asked_for() -> None:
-    first = {"input": "A sample of poet.", "output": None}
-    second = {"input": "Another one.", "output": "Its output."}
-    assert get("/v1/loras/poet?samples=1").json()["samples"] == [first]
-    assert get("/v1/loras/poet?samples=200").json()["samples"] == [first, second]
-    assert get("/v1/loras/poet").json()["samples"] == []
-    response = get("/v1/loras/poet?samples=201")
-    assert (response.status_code, error_of(response)["param"]) == (400, "samples")
 
 
 @pytest.mark.parametrize("name", ["nobody", "other/poet", "local/nobody", "a/b/c"])
