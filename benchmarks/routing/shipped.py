@@ -2,7 +2,7 @@
 
 `python -m benchmarks.routing.shipped` downloads BIG-bench (358 MB, once) and writes into `retriever_svc/data`. The
 projection is fitted to tasks of families that neither the study nor the starter pool has a task of. Inputs are shown as
-clients send them: with their options, if they have some. The number of samples and the shrinkage were chosen on the
+clients send them: without their options, and with them. The number of samples and the shrinkage were chosen on the
 `choice` part of the study.
 """
 
@@ -21,12 +21,12 @@ from rich.console import Console
 
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace, fetch_archive
-from benchmarks.training.bigbench_tasks import read_specs
+from benchmarks.training.bigbench_tasks import read_specs, task_rng
 from retriever_svc import BulkEncoding, Encoder, Whitening, fit_whitening
 from retriever_svc.ordinary_prompts import ordinary_prompts
 from retriever_svc.projection_files import ordinary_file, shipped_file
 
-NUM_SAMPLES = 40
+NUM_PLAIN, NUM_SHOWN = 20, 40  # inputs of each task, without their options and with them
 MIN_EXAMPLES = 10
 MAX_OF_FAMILY = 8  # tasks; two families have hundreds of near copies
 MAX_CHARS = 4000
@@ -47,7 +47,7 @@ def family_of(path: str) -> str:
 
 
 def other_tasks(archive: Path) -> dict[str, list[str]]:
-    """Return some inputs of each task outside the known families, by name."""
+    """Return inputs of each task outside the known families: two groups, without options and with them."""
     families, examples = {family_of(path) for path in known_paths()}, dict(sorted(_read_examples(archive)))
     counts: Counter[str] = Counter()
     chosen = {}
@@ -55,7 +55,8 @@ def other_tasks(archive: Path) -> dict[str, list[str]]:
         family = family_of(name)
         counts[family] += 1
         if family not in families and counts[family] <= MAX_OF_FAMILY:
-            chosen[name] = inputs_of(name, own)[:NUM_SAMPLES]
+            chosen[f"{name}, plain"] = plain_inputs(name, own)[:NUM_PLAIN]
+            chosen[f"{name}, shown"] = shown_inputs(name, own)[:NUM_SHOWN]
     return chosen
 
 
@@ -74,7 +75,15 @@ def _read_examples(archive: Path) -> Iterator[tuple[str, list[Mapping[str, Any]]
                 yield path.removeprefix(_PREFIX).removesuffix(_SUFFIX), examples
 
 
-def inputs_of(name: str, examples: Sequence[Mapping[str, Any]]) -> list[str]:
+def plain_inputs(name: str, examples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the distinct inputs in a random order that depends on the task's name."""
+    inputs = [example.get("input") for example in examples]
+    texts = list(dict.fromkeys(text for text in inputs if isinstance(text, str) and text.strip()))
+    task_rng(name).shuffle(texts)
+    return [text.strip()[:MAX_CHARS] for text in texts]
+
+
+def shown_inputs(name: str, examples: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the distinct inputs in a random order that depends on the task's name, with their options in another."""
     rng, mixed = random.Random(name), list(examples)
     rng.shuffle(mixed)
@@ -101,7 +110,8 @@ def main(root: Path = DEFAULT_ROOT) -> None:
     shipped_file(encoder.identity).write_bytes(fitted.to_bytes())
     vectors = BulkEncoding(encoder, ordinary_prompts()).encode_all()
     shipped_file(f"{encoder.identity}.ordinary").write_bytes(ordinary_file(vectors))
-    out.print(f"{len(tasks)} tasks of {len({family_of(name) for name in tasks})} families: {', '.join(tasks)}")
+    names = [name.removesuffix(", plain") for name in tasks if name.endswith(", plain")]
+    out.print(f"{len(names)} tasks of {len({family_of(name) for name in names})} families: {', '.join(names)}")
     out.print(f"projection {fitted.identity}")
 
 

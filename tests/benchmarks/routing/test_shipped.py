@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.routing.shipped import MAX_OF_FAMILY, NUM_SAMPLES, family_of, fit, inputs_of, known_paths, other_tasks
+from benchmarks.routing.shipped import (
+    MAX_OF_FAMILY,
+    NUM_PLAIN,
+    NUM_SHOWN,
+    family_of,
+    fit,
+    known_paths,
+    other_tasks,
+    shown_inputs,
+)
 from retriever_svc.encoder import unit_rows
 from tests.benchmarks.bigbench import write_archive
 from tests.retriever_svc.pool_fakes import FakeEncoder
@@ -27,19 +36,20 @@ def test_tasks_come_from_unknown_families_and_no_family_has_many(tmp_path: Path)
     tasks["bigbench/other/task.json"] = examples("elsewhere")
     write_archive(tmp_path / "archive.tar.gz", tasks)
     chosen = other_tasks(tmp_path / "archive.tar.gz")
-    assert list(chosen) == ["alone", *[f"big/part_{n:02}" for n in range(MAX_OF_FAMILY)]]
-    assert {len(texts) for texts in chosen.values()} == {NUM_SAMPLES}
-    assert len(set(chosen["alone"])) == NUM_SAMPLES  # no text twice
-    assert all(text.startswith("alone ") for text in chosen["alone"])
+    names = ["alone", *[f"big/part_{n:02}" for n in range(MAX_OF_FAMILY)]]
+    assert list(chosen) == [f"{name}, {way}" for name in names for way in ("plain", "shown")]
+    assert [len(texts) for texts in chosen.values()] == [NUM_PLAIN, NUM_SHOWN] * len(names)
+    assert len(set(chosen["alone, plain"])) == NUM_PLAIN  # no text twice
+    assert all(text.startswith("alone ") for text in chosen["alone, plain"])
     assert other_tasks(tmp_path / "archive.tar.gz") == chosen  # the same draw each time
 
 
 def test_an_input_is_shown_with_its_options_in_a_random_order() -> None:
     options = {option: 0 for option in "abcdefgh"}
     given = [{"input": f" Which letter, {number}? ", "target_scores": options} for number in range(30)]
-    texts = inputs_of("letters", [*given, {"input": "No options."}, {"input": 3, "target_scores": options}])
+    texts = shown_inputs("letters", [*given, {"input": "No options."}, {"input": 3, "target_scores": options}])
     assert texts != sorted(texts)
-    assert texts == inputs_of("letters", [*given, {"input": "No options."}, {"input": 3, "target_scores": options}])
+    assert texts == shown_inputs("letters", [*given, {"input": "No options."}, {"input": 3, "target_scores": options}])
     assert "No options." in texts
     shown = [text.split("\nOPTIONS:\n- ") for text in texts if text != "No options."]
     assert sorted(first for first, _ in shown) == sorted(f"Which letter, {number}?" for number in range(30))
