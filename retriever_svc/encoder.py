@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from retriever_svc.bfloat16_linear import has_bfloat16_products, use_bfloat16
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.vector_cache import OwnedText, VectorCache
@@ -99,8 +98,11 @@ class Encoder:
         self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
         self.projection: Whitening | None = None
-        if dtype == "auto" and has_bfloat16_products():
-            use_bfloat16(self._model, self._compute)
+        if dtype == "auto":
+            from retriever_svc.bfloat16_linear import has_bfloat16_products, use_bfloat16  # torch takes seconds
+
+            if has_bfloat16_products():
+                use_bfloat16(self._model, self._compute)
 
     def projected(self, projection: Whitening | None) -> Encoder:
         """Return this encoder with another projection, or without one. Both share the model, its thread and cache.

@@ -13,7 +13,8 @@ import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+
+import typer
 
 _RESULT = "result "
 
@@ -22,7 +23,7 @@ class OlderTree:
     """A process that measures an older tree. `tree`: a checkout with its virtual environment `.venv`."""
 
     def __init__(self, tree: Path, *arguments: str) -> None:
-        """Start the process; it loads its data. `arguments`: those of `main`."""
+        """Start the process; it loads its data. `arguments`: `search COUNT QUERIES` or `publish ROUNDS`."""
         tree = tree.resolve()
         command = [str(tree / ".venv" / "bin" / "python"), str(Path(__file__).resolve()), *arguments]
         env = os.environ | {"PYTHONPATH": str(tree)}
@@ -98,11 +99,8 @@ def _report(values: list[float]) -> None:
     print(f"{_RESULT}{json.dumps(values)}", flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Run `search COUNT QUERIES` or `publish ROUNDS`."""
-    work: dict[str, Any] = {"search": answer_searches, "publish": measure_publishes}
-    work[arguments[0]](*map(int, arguments[1:]))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    commands = typer.Typer(help=__doc__)
+    commands.command("search")(answer_searches)
+    commands.command("publish")(measure_publishes)
+    commands()

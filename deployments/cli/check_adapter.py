@@ -11,6 +11,7 @@ from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.publishing.adapter_folders import adapter_folders
 from lora_store import AdapterRefused, CheckedFolder, check_folder
+from lora_store.peft_files import TEMPLATE_FILE
 from lora_store.sample_files import SAMPLES_FILE, sample_lines
 
 _ENOUGH_SAMPLES = 20  # more improve routing little
@@ -25,11 +26,12 @@ def check_adapter(folder: Path, config: Path | None, parity: bool, *, as_json: b
         return _fail(problem)
     try:
         settings = load_config(config)
+        has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
         admitted = check_folder(
             folder.resolve(),
             accepts_base=settings.accepted_bases,
             module_shapes=None,
-            templates=settings.known_templates,
+            templates=settings.known_templates if has_template else None,
         )
     except AdapterRefused as exc:
         if as_json:

@@ -154,9 +154,12 @@ def load_fused_kernel(cache_dir: Path) -> FusedKernel | None:
 def fuse(model: nn.Module, kernel: FusedKernel) -> None:
     """Replace, in place, every normalisation, MLP and attention of `model` that has the same result with the kernel.
 
-    Both are run on random input and compared, so other variants of a model family stay as they are.
+    Both are run on random input and compared, so other variants of a model family stay as they are. So does a module
+    with hooks, which its replacement would not run.
     """
     for name, module in list(model.named_modules()):
+        if module._forward_hooks or module._forward_pre_hooks:
+            continue
         fused: nn.Module | None = (
             _fused_norm(module, kernel) or _fused_mlp(module, kernel) or _fused_attention(module, kernel)
         )
