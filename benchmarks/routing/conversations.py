@@ -2,8 +2,8 @@
 
 Compares the rule of `deployments.generation.conversation` with the last user turn alone, on hand-written conversations
 about the starter pool's tasks, with the packaged encoder. Nothing is generated. `unseen_prompts.jsonl` has everyday
-prompts, and prompts of the pool's tasks and of other tasks. They were written after all rules and thresholds were set,
-and changed none.
+prompts, and prompts of the pool's tasks and of other tasks. They were written after all rules and thresholds were set.
+In the pool of 46 adapters they had a part in choosing the packaged projection; they changed nothing else.
 """
 
 from __future__ import annotations
