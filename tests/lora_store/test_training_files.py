@@ -33,12 +33,12 @@ MESSAGES = [
             {"role": "user", "content": [{"type": "text", "text": "Two"}, {"type": "text", "text": "parts"}]},
         ]
     },
-    {"prompt": [{"role": "user", "content": "Ask."}], "completion": [{"role": "assistant", "content": "Told."}]},
+    {"prompt": [{"role": "user", "content": "Ask."}], "completion": [{"role": "assistant", "content": "Answer."}]},
 ]
 EXPECTED = {
     "alpaca": (Sample("Name the capital.\n\nFrance", "Paris"), Sample("Name a colour.", "red")),
     "sharegpt": (Sample("Hello?", "Hi."), Sample("No answer follows")),
-    "messages": (Sample("Sing.", "La."), Sample("Two\nparts"), Sample("Ask.", "Told.")),
+    "messages": (Sample("Sing.", "La."), Sample("Two\nparts"), Sample("Ask.", "Answer.")),
     "fields": (Sample("a", "b"), Sample("c", "d")),
 }
 ROWS: dict[str, list[dict[str, Any]]] = {

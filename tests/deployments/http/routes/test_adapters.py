@@ -87,6 +87,22 @@ def test_a_batch_is_one_commit_with_a_result_for_each_adapter() -> None:
     ask(run)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [{"json": {"path": "/a/one"}}, upload(), {"json": {"adapters": [{"path": "/a/one"}, {"path": "/a/two"}]}}],
+    ids=["source", "files", "batch"],
+)
+def test_a_dry_run_is_200_and_commits_nothing(sent: dict[str, Any]) -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post("/v1/loras", params={"dry_run": True}, **sent)
+        assert response.status_code == 200, response.text
+        assert served.store.called("commit") == []
+        num_staged = len(served.store.called("stage"))
+        assert num_staged == sum(len(staged) for (staged,) in served.store.called("discard")) > 0
+
+    ask(run)
+
+
 @pytest.mark.parametrize(("retriever", "status"), [(FakeRetriever(), 201), (LATE, 202)])
 def test_a_batch_without_errors_has_the_status_of_one_publish(retriever: FakeRetriever, status: int) -> None:
     response = post("/v1/loras", {"adapters": [{"path": "/a/one"}, {"path": "/a/two"}]}, retriever=retriever)
