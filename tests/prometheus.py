@@ -44,9 +44,12 @@ class Promtool:
         self._run(["test", "rules", self._write("test.yaml", case)])
 
     def unanswered(self, expressions: Sequence[str], first: Scrape, second: Scrape) -> str:
-        """Return promtool's output on expressions without a result over two scrapes a minute apart, or ""."""
+        """Return promtool's output on expressions without a result over two scrapes a minute apart, or "".
+
+        Counters that appear between the scrapes count from 0: a replica may answer its first prompt there.
+        """
         series = [
-            {"series": name, "values": f"{_value(first, name)} {_value(second, name)}"}
+            {"series": name, "values": f"{_value(first, name, missing=_at_start(name))} {_value(second, name)}"}
             for name in sorted(first | second)
         ]
         asked = [
@@ -115,5 +118,10 @@ def series_in(text: str, keep: re.Pattern[str]) -> Scrape:
     return found
 
 
-def _value(scrape: Scrape, name: str) -> str:
-    return repr(float(scrape[name])) if name in scrape else "_"
+def _at_start(name: str) -> str:
+    """Return the value before the first count; a gauge has none."""
+    return "0" if name.partition("{")[0].endswith(("_total", "_bucket", "_sum", "_count")) else "_"
+
+
+def _value(scrape: Scrape, name: str, missing: str = "_") -> str:
+    return repr(float(scrape[name])) if name in scrape else missing

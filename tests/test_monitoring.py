@@ -161,3 +161,11 @@ def test_every_alert_fires_where_it_should_and_nowhere_else(promtool: Promtool) 
         held = [{"series": name, "values": values} for name, values in (QUIET | series).items()]
         tests.append({"interval": "1m", "input_series": held, "promql_expr_test": checks, "name": firing})
     promtool.test_rules(rules(), tests)
+
+
+def test_a_query_is_answered_by_a_series_that_appears_between_two_scrapes(promtool: Promtool) -> None:
+    query = "histogram_quantile(0.5, sum by (le) (rate(seconds_bucket[5m])))"
+    idle = {'seconds_bucket{le="1",replica="a"}': 2.0, 'seconds_bucket{le="+Inf",replica="a"}': 2.0}
+    new = {'seconds_bucket{le="1",replica="b"}': 3.0, 'seconds_bucket{le="+Inf",replica="b"}': 3.0}
+    assert promtool.unanswered([query], idle, idle | new) == ""
+    assert "got: nil" in promtool.unanswered([query], idle, idle)
