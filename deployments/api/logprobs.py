@@ -47,10 +47,11 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """Return one object per token. The text of a partial character is U+FFFD; its bytes are exact."""
+    """Return one object per token of the text. A partial character's text is U+FFFD; its bytes are exact."""
     content: list[ChatToken] = [
         {**_entry(entry.token, entry.logprob), "top_logprobs": [_entry(*alternative) for alternative in entry.top]}
         for entry in entries
+        if not entry.is_end
     ]
     return {"content": content, "refusal": None}
 
@@ -60,6 +61,8 @@ def text_logprobs(
 ) -> TextLogprobs:
     """Return parallel lists. A token is always in its own `top_logprobs`, as an additional one if necessary.
 
+    The id that ended the answer is the last token, so that there are as many as the usage counts: programs that score
+    a prompt drop the last one, which they asked for with `max_tokens: 1`.
     `prompt`: the tokens before the answer, each with `num_top` alternatives; their text has `num_chars` characters.
     """
     known: list[tuple[bytes, float | None, dict[str, float] | None, int]] = [

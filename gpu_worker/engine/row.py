@@ -143,7 +143,7 @@ class Row:
         """
         if self.max_new_tokens == 0:
             return self._delta("", "length")
-        if scored is not None and token not in self.end_ids:
+        if scored is not None:
             self.pending_logprobs.append(self._logprob(token, scored))
         self.tokens.append(token)
         reason: FinishReason | None = None
@@ -175,7 +175,8 @@ class Row:
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)
-        return TokenLogprob(self.token_bytes(token), scored.logprob, top, self.detokenizer.num_chars)
+        offset, is_end = self.detokenizer.num_chars, token in self.end_ids
+        return TokenLogprob(self.token_bytes(token), scored.logprob, top, offset, is_end)
 
     def _released_logprobs(self) -> tuple[TokenLogprob, ...]:
         """Return the pending log probabilities, except for tokens that a stop string removed completely."""

@@ -148,13 +148,14 @@ class TokenLogprob:
     """One token of an answer and the most likely alternatives, best first.
 
     Tokens are bytes, because some are part of a character. Log probabilities are those of the model, before
-    temperature, penalties and bias.
+    temperature, penalties and bias. `is_end`: the id that ended the answer, outside its text.
     """
 
     token: bytes
     logprob: float
     top: tuple[tuple[bytes, float], ...]
     text_offset: int  # characters of the answer before this token
+    is_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)

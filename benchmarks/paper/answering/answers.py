@@ -120,7 +120,7 @@ def known_answers(kept: Path) -> dict[str, str]:
 
 
 def _mean_logprob(deltas: Sequence[Delta]) -> float:
-    values = [entry.logprob for delta in deltas for entry in delta.logprobs]
+    values = [entry.logprob for delta in deltas for entry in delta.logprobs if not entry.is_end]
     return sum(values) / len(values) if values else _NO_TOKENS
 
 

@@ -44,6 +44,17 @@ def test_text_logprobs_are_parallel_lists_with_the_token_in_its_own_alternatives
     Logprobs.model_validate(reported)
 
 
+def test_the_id_that_ends_an_answer_is_a_token_of_completions_and_not_of_chats() -> None:
+    end = TokenLogprob(b"<eos>", -0.125, (), 1, is_end=True)
+    assert chat_logprobs((end,)) == {"content": [], "refusal": None}
+    reported = text_logprobs((TokenLogprob(b"b", -2.0, (), 0), end))
+    assert (reported["tokens"], reported["token_logprobs"], reported["text_offset"]) == (
+        ["b", "<eos>"],
+        [-2, -0.125],
+        [0, 1],
+    )
+
+
 def test_an_echoed_prompt_comes_first_and_shifts_the_answers_offsets() -> None:
     prompt = (PromptToken(7, b"a", 0), PromptToken(8, b"bc", 1, -1.5, 2, ((9, b"x", -0.5), (8, b"bc", -1.5))))
     reported = text_logprobs((TokenLogprob(b"d", -2.0, (), 0),), prompt, 1, 3)

@@ -32,10 +32,11 @@ def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
 
 def test_tokens_join_to_the_text_and_have_its_offsets() -> None:
     deltas = taken(answering(), "né🙂", end=END)
-    entries = [entry for delta in deltas for entry in delta.logprobs]
+    *entries, end = [entry for delta in deltas for entry in delta.logprobs]
     assert b"".join(entry.token for entry in entries).decode() == "né🙂" == "".join(delta.text for delta in deltas)
     assert [entry.text_offset for entry in entries] == [0, 1, 1, 2, 2, 2, 2]
-    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 0], (
+    assert not any(entry.is_end for entry in entries) and end.is_end
+    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 1], (
         "each token is reported with the text that it completes"
     )
 
@@ -63,9 +64,15 @@ def test_only_the_last_delta_has_the_reason(text: str, end: int | None, reason: 
     assert {delta.finish_reason for delta in others} == {None}
 
 
-def test_an_end_id_adds_no_text_and_no_log_probability() -> None:
+def test_an_end_id_adds_no_text_and_has_its_log_probability() -> None:
     [_, last] = taken(answering(), "a", end=END)
-    assert (last.text, last.logprobs) == ("", ())
+    [entry] = last.logprobs
+    assert (last.text, entry.token, entry.text_offset, entry.is_end) == ("", b"<eos>", 1, True)
+
+
+def test_each_new_token_has_a_log_probability_also_where_the_answer_is_its_end_alone() -> None:
+    [only] = taken(answering(max_new=1), "", end=END)
+    assert (only.finish_reason, only.num_new_tokens, len(only.logprobs)) == ("stop", 1, 1)
 
 
 def test_end_ids_are_forbidden_until_min_tokens_are_generated() -> None:

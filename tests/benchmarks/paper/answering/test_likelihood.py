@@ -50,7 +50,7 @@ def test_the_log_probability_is_the_mean_of_the_answers_tokens(bench: Bench, tmp
     engine.submit(engine.prepare(job, deltas.append))  # type: ignore[arg-type]
     engine.run_until_idle()
     whole = Completion.joined(deltas)
-    values = [entry.logprob for entry in whole.logprobs]
+    values = [entry.logprob for entry in whole.logprobs if not entry.is_end]
     assert text == whole.text and values
     assert scored.logprob(questions[0], plan) == pytest.approx(sum(values) / len(values), abs=1e-4)
 
