@@ -35,6 +35,16 @@ _TOO_SLOW = "an earlier answer failed because the next token took too long to fi
 _SLOW_FOR_S = 600.0  # how long a slow grammar is refused; the machine may have been busy
 
 
+def _start() -> subprocess.Popen[str]:
+    """Start a check. Raises: EngineFull if the machine has no room for another process."""
+    command = [sys.executable, "-m", "gpu_worker.grammar.check"]
+    pipe = subprocess.PIPE
+    try:
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    except OSError as exc:
+        raise EngineFull(f"no process could be started to check the grammar ({exc.strerror}); retry later") from exc
+
+
 class CheckProcess:
     """The process that checks one grammar. `kill` may be called from any thread, also before `run`."""
 
@@ -44,17 +54,11 @@ class CheckProcess:
         self._is_killed = False
 
     def run(self, grammar: Grammar) -> None:
-        """Return if the grammar is good. Raises: GrammarInvalid."""
+        """Return if the grammar is good. Raises: GrammarInvalid, EngineFull."""
         with self._lock:
             if self._is_killed:
                 raise GrammarInvalid("the request was cancelled")
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "gpu_worker.grammar.check"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
+            self._process = _start()
         with self._process as process:
             try:
                 output, _ = process.communicate(
@@ -184,8 +188,8 @@ class GrammarCompiler:
         with self._lock:
             entry.num_waiting -= 1
             entry.is_abandoned = not entry.num_waiting and not entry.compiled.done()
-            if entry.is_abandoned and self._entries.get(key) is entry:
-                del self._entries[key]
+            if entry.is_abandoned:
+                self._forget(key, entry)
         if entry.is_abandoned:
             entry.check.kill()
 
@@ -207,8 +211,11 @@ class GrammarCompiler:
             self._refused[key] = (self._clock() + for_s, error)
             if len(self._refused) > self._max_refused:
                 self._refused.popitem(last=False)
-            if self._entries.get(key) is entry:
-                del self._entries[key]
+            self._forget(key, entry)
+
+    def _forget(self, key: bytes, entry: _Entry) -> None:
+        if self._entries.get(key) is entry:
+            del self._entries[key]
 
     def _compile(self, key: bytes, grammar: Grammar, entry: _Entry) -> None:
         try:
@@ -219,6 +226,8 @@ class GrammarCompiler:
         except Exception as exc:
             if isinstance(exc, GrammarInvalid):
                 self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
+            with self._lock:  # another failure may not come again
+                self._forget(key, entry)
             entry.compiled.set_exception(exc)
         else:
             entry.compiled.set_result(matcher)

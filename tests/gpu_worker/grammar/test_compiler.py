@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,7 +66,7 @@ def make(checks: Checks) -> Iterator[Callable[..., GrammarCompiler]]:
     made: list[GrammarCompiler] = []
 
     def build(**changes: Any) -> GrammarCompiler:
-        made.append(GrammarCompiler(checks.vocabulary, new_check=checks, **changes))
+        made.append(GrammarCompiler(checks.vocabulary, **{"new_check": checks, **changes}))
         return made[-1]
 
     yield build
@@ -182,6 +183,18 @@ def test_a_check_that_was_killed_refuses_nothing(make: Callable[..., GrammarComp
 
     run(leave())
     checks.released.set()
+    assert use(compiler) == [ord("a")]
+
+
+def test_a_failure_of_the_machine_is_not_remembered(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler, limits = make(new_check=CheckProcess), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # a process needs pipes
+    try:
+        with pytest.raises(EngineFull, match="Too many open files"):
+            use(compiler)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert compiler.num_grammars == 0
     assert use(compiler) == [ord("a")]
 
 
