@@ -110,6 +110,7 @@ def of_server(python: Path, folder: Path, url: str, model: str, tokenizer: Path)
         "tokenizer_backend": "huggingface",
         "tokenizer": str(tokenizer),
         "tokenized_requests": "True",
+        "add_bos_token": "True",  # as its model `hf` does for this tokenizer
     }
     by_chat = shared | {"base_url": f"{url}/v1/chat/completions", "tokenizer_backend": "None"}
     found = right_answers(evaluate(python, folder, "local-completions", by_ids, [CHOICE, TEXT]))
