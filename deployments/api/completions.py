@@ -60,6 +60,8 @@ MAX_MESSAGES = 1024
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16
 MAX_TOKEN_IDS = 16_384  # of one prompt
+_LEAST_TOP_P = 1e-6  # below the largest probability of any vocabulary, so that one id remains
+_ANY_SEED = -1  # of clients of other servers
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -131,14 +133,14 @@ class GenerationRequest(TolerantRequest):
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1, lt=2**31)
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     logit_bias: LogitBias = Field(default={})
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopStrings = Field(default=[])
     stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=64)] | None = None
     ignore_eos: bool = False
@@ -190,7 +192,7 @@ class GenerationRequest(TolerantRequest):
             max_tokens=self.token_limit,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
-            top_p=self.top_p,
+            top_p=self.top_p or _LEAST_TOP_P,
             top_k=max(self.top_k, 0),  # vLLM's clients send -1 for all ids
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
@@ -199,7 +201,7 @@ class GenerationRequest(TolerantRequest):
             logit_bias=tuple(sorted(self.logit_bias.items())),
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
-            seed=self.seed,
+            seed=None if self.seed in (None, _ANY_SEED) else self.seed % 2**63,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,

@@ -95,9 +95,10 @@ def test_an_unknown_key_is_refused_by_its_path(kind: Any, body: dict[str, Any], 
         ({"stop": [1]}, "stop.0"),
         ({"stop": {}}, "stop"),
         ({"temperature": 2.5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
         ({"lora": {"k": 17}}, "lora.k"),
@@ -171,6 +172,15 @@ def test_prompts_are_texts_or_token_ids_one_or_several(prompt: Any, expected: li
 
 def test_one_stop_string_is_a_list_of_one() -> None:
     assert chat(stop="END").sampling().stop == ("END",)
+
+
+@pytest.mark.parametrize(("given", "seed"), [(-1, None), (-2, 2**63 - 2), (-(2**63), 0), (2**63 - 1, 2**63 - 1)])
+def test_any_seed_of_the_openai_api_is_taken_and_minus_one_means_none(given: int, seed: int | None) -> None:
+    assert chat(seed=given).sampling().seed == seed
+
+
+def test_top_p_of_0_leaves_one_id_of_any_vocabulary() -> None:
+    assert 0 < chat(top_p=0).sampling().top_p < 1 / 2**19
 
 
 def test_top_k_minus_one_means_all() -> None:
