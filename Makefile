@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo bench quick test test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,11 +32,12 @@ demo: $(READY) ## answer the starter pool's held-out prompts with every strategy
 bench: $(READY) ## other projects' load clients against this server and vLLM; ARGS="--vllm-python … --guidellm …"
 	$(BIN)/python -m benchmarks.load $(ARGS)
 
-# Coverage is printed and not a gate.
-test: $(READY) ## run every test: two at a time, then those that share one running application; print the coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov --cov-report=
+test: $(READY) ## run every test: two at a time, then those that share one running application
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e"
 	$(BIN)/python -m pytest -m e2e
-	$(BIN)/python -m coverage report
+
+coverage: $(READY) ## run the tests without a running application and print which lines they reach
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov
 
 test-e2e: $(READY) ## run the tests that start a server, with ENGINE=native or ENGINE=vllm
 	ENGINE=$(ENGINE) $(BIN)/python -m pytest -m e2e $(ARGS)

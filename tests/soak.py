@@ -58,13 +58,13 @@ class SoakReport:
         folder = RESULTS / "soak"
         folder.mkdir(parents=True, exist_ok=True)
         written = []
-        head = {"machine": machine(), "command": "make soak"}
-        now = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        now = {"commit": commit(), "date": date, "machine": machine()}
         for area, checks in self.checks.items():
             path = folder / f"{area}.json"
             before = json.loads(path.read_text(encoding="utf-8"))["checks"] if path.exists() else {}
             found = before | {name: check | now for name, check in checks.items()}
-            path.write_text(json.dumps({**head, "checks": found}, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps({"command": "make soak", "checks": found}, indent=1) + "\n", encoding="utf-8")
             written.append(path.name)
         return written
 

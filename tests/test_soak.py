@@ -28,4 +28,4 @@ def test_a_repeated_check_replaces_its_own_entry(tmp_path: Path, monkeypatch: py
     checks = json.loads((tmp_path / "soak" / "door.json").read_text())["checks"]
     seen = {name: (check["outcome"], check["counts"]["requests"], check["seconds"]) for name, check in checks.items()}
     assert seen == {"test_a": ("passed", 10, 1.3), "test_b": ("passed", 30, 1.3)}
-    assert all(check["commit"] and check["date"] for check in checks.values())
+    assert all(check["commit"] and check["date"] and check["machine"] for check in checks.values())

@@ -18,6 +18,11 @@ _STANDARD_FORMATS = frozenset(
         *("relative-json-pointer", "regex"),
     }
 )
+_LEAP_YEAR = r"(\d\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)"
+_DATE = rf"^(\d{{4}}-(0[13-9]|1[0-2])|\d{{4}}-02-([01]\d|2[0-8])|{_LEAP_YEAR}-02-29)"
+_TIME = r":\d\d:[0-5]\d([.+\-Zz]|$)"
+# The library allows 29 February in every year, and second 60 at every minute.
+_STRICTER = {"date": (_DATE,), "time": (_TIME,), "date-time": (_DATE, _TIME)}
 # ECMA-262's white space, which JSON schemas mean by \s; the library's has U+0085 too.
 _SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
@@ -54,7 +59,7 @@ def parse_schema(text: str) -> Any:
 def prepared(schema: Any) -> Any:
     """Return the schema, and those in it, in the form for the library.
 
-    - Formats that the specification does not know are annotations, so they are left out.
+    - Formats that the specification does not know are annotations: they are left out. Dates and times are made exact.
     - `propertyNames` that every name fulfils is left out. Names from a list become `properties`.
     - `\\s` in patterns is ECMA-262's.
 
@@ -72,11 +77,13 @@ def prepared(schema: Any) -> Any:
     found |= {name: prepared(found[name]) for name in _SINGLE if name in found}
     if isinstance(found.get("format"), str) and found["format"] not in _STANDARD_FORMATS:
         del found["format"]
+    if isinstance(parts := found.get("allOf", []), list) and (stricter := _STRICTER.get(str(found.get("format")))):
+        found["allOf"] = [*parts, *({"pattern": pattern} for pattern in stricter)]
     if isinstance(found.get("pattern"), str):
         found["pattern"] = with_ecma_spaces(found["pattern"])
     if isinstance(found.get("patternProperties"), dict):
-        patterns = found["patternProperties"].items()
-        found["patternProperties"] = {with_ecma_spaces(pattern): part for pattern, part in patterns}
+        parts = found["patternProperties"].items()
+        found["patternProperties"] = {with_ecma_spaces(pattern): part for pattern, part in parts}
     found = _without_property_names(found)
     _require_distinct_names(found)
     return found

@@ -43,6 +43,9 @@ def allows(schema: Any, text: str) -> bool:
         ),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "password"}}}, '{"a":"x"}', '{"a":1}'),
         ({"type": "string", "format": "date"}, '"2024-02-29"', '"2024-02-31"'),
+        ({"format": "date", "allOf": [{"pattern": "9$"}]}, '"2000-02-29"', '"1900-02-29"'),
+        ({"format": "time"}, '"22:48:59.60+01:30"', '"22:48:60Z"'),
+        ({"format": "date-time"}, '"2024-02-29T22:48:59Z"', '"2239-04-05t22:48:60z"'),
     ],
 )
 def test_a_grammar_allows_what_its_schema_allows(schema: Any, valid: str, invalid: str) -> None:
