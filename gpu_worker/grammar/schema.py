@@ -25,6 +25,8 @@ _TIME = r":\d\d:[0-5]\d([.+\-Zz]|$)"
 _STRICTER = {"date": (_DATE,), "time": (_TIME,), "date-time": (_DATE, _TIME)}
 # ECMA-262's white space, which JSON schemas mean by \s; the library's has U+0085 too.
 _SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# The library leaves these out of the strings of `enum` and `const`, as JSON has no short escape for them.
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
@@ -63,7 +65,7 @@ def prepared(schema: Any) -> Any:
     - `propertyNames` that every name fulfils is left out. Names from a list become `properties`.
     - `\\s` in patterns is ECMA-262's.
 
-    Raises: ValueError for `minProperties` where equal names could be counted.
+    Raises: ValueError for `minProperties` where equal names could be counted, and for values that cannot be written.
     """
     if not isinstance(schema, dict):
         return schema
@@ -86,6 +88,7 @@ def prepared(schema: Any) -> Any:
         found["patternProperties"] = {with_ecma_spaces(pattern): part for pattern, part in parts}
     found = _without_property_names(found)
     _require_distinct_names(found)
+    _require_writable([found.get("enum"), found.get("const")])
     return found
 
 
@@ -118,3 +121,12 @@ def _require_distinct_names(schema: Mapping[str, Any]) -> None:
             f"minProperties {least} cannot be guaranteed: name the properties in `required`, or lower it to"
             f" {num_required + 1}"
         )
+
+
+def _require_writable(value: Any) -> None:
+    """Refuse control characters anywhere in a fixed value."""
+    if isinstance(value, str) and (found := _UNWRITABLE.search(value)):
+        raise ValueError(f"the control character {found[0]!r} in `enum` or `const` is not supported")
+    if isinstance(value, list | dict):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _require_writable(part)

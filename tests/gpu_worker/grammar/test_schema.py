@@ -60,6 +60,8 @@ def test_a_grammar_allows_what_its_schema_allows(schema: Any, valid: str, invali
         ({"minProperties": 3, "required": ["a"], "properties": {"a": NUMBER}}, "", "lower it to 2"),
         ({"items": {"propertyNames": {"pattern": "^a"}}}, "/items", "propertyNames"),
         ({"items": {"format": "json-pointer"}}, "/items", "json-pointer"),
+        ({"properties": {"a": {"enum": ["a\x00b"]}}}, "/properties/a", r"control character '\\x00'"),
+        ({"items": {"const": [{"a": {"b\x7f": "x"}}]}}, "/items", r"control character '\\x7f'"),
     ],
 )
 def test_a_schema_that_could_give_invalid_texts_is_refused(schema: Any, pointer: str, message: str) -> None:
