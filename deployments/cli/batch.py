@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from deployments.cli.client import JsonOutcome
+
 commands = typer.Typer()
 
 
@@ -28,6 +30,7 @@ def batch(
     concurrency: Annotated[int, typer.Option(min=1, help="number of engines")] = 1,
     part_rows: Annotated[int, typer.Option(min=1, help="rows per output part")] = 256,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: this machine only")] = None,
+    as_json: JsonOutcome = False,
 ) -> None:
     """Answer every row of a parquet file as the server would. A second run resumes an interrupted one."""
     from deployments.batch.run import BatchSettings
@@ -41,5 +44,5 @@ def batch(
         raise typer.Exit(fail(str(exc))) from exc
     given = {name: value for name, value in defaults.items() if value is not None}
     run = BatchSettings(settings, source, target, part_rows, tenant, given)
-    if code := run_batch(run, address=address, concurrency=concurrency):
+    if code := run_batch(run, address=address, concurrency=concurrency, as_json=as_json):
         raise typer.Exit(code)

@@ -37,6 +37,7 @@ def server_url(given: str) -> str:
 Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, callback=server_url, help="address of the server")]
 Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; before or after the command")]
 Json = Annotated[bool, typer.Option("--json", help="print the server's answer as JSON")]
+JsonOutcome = Annotated[bool, typer.Option("--json", help="print the outcome as JSON")]
 _key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import err, fail, out
+from deployments.cli.client import JsonOutcome, err, fail, out, print_json
 
 commands = typer.Typer(no_args_is_help=True, help="Create API keys for a server's keys file.")
 Limit = Annotated[int | None, typer.Option(min=0)]
@@ -26,6 +26,7 @@ def new(
     concurrent_requests: Limit = None,
     max_adapters: Limit = None,
     max_bytes: Limit = None,
+    as_json: JsonOutcome = False,
 ) -> None:
     """Create a key and print it once; the file keeps only its hash. A running server reloads the file."""
     limits = {
@@ -43,6 +44,9 @@ def new(
             add_entry(file, entry)
     except (OSError, ValueError) as exc:
         fail(str(exc) if file is None else f"{file}: {exc}")
+    if as_json:
+        print_json({"key": key, "entry": entry})
+        return
     if file is None:
         err.print("entry for the keys file, then the key, which is not shown again:", style="dim")
         out.print(block_of(entry), end="", markup=False, highlight=False, soft_wrap=True)

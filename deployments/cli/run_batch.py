@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deployments.batch.dataset import answer_parts, cluster
 from deployments.batch.run import BatchRun, BatchSettings, begin
-from deployments.cli.client import err, out, show_error
+from deployments.cli.client import err, out, print_json, show_error
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.config.settings_errors import settings_error
@@ -20,18 +20,30 @@ from deployments.json_types import JsonObject
 from lora_store import LoraStoreError
 
 
-def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int) -> int:
-    """Answer all rows. Return the exit code: 0 once every part is written, even if rows have errors."""
+def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int, as_json: bool = False) -> int:
+    """Answer all rows. Return the exit code: 0 once every part is written, even if rows have errors.
+
+    `as_json`: print an object for scripts at the end.
+    """
+    started, num_errors = time.monotonic(), 0
     try:
         run = begin(settings)
-        out.print(_summary(run), markup=False)
+        if not as_json:
+            out.print(_summary(run), markup=False)
         if run.parts:
             with cluster(settings.config, address, concurrency):
-                out.print(_answer(run, concurrency), markup=False)
+                num_errors = _answer(run, concurrency)
     except (BatchRefused, LoraStoreError, ConnectionError, RayError) as exc:
         return fail(str(exc))
     except KeyboardInterrupt:
         return fail("interrupted: run the same command again to resume")
+    took_s = time.monotonic() - started
+    if as_json:
+        counted = {"rows": run.source.num_rows, "answered": run.num_rows_left, "errors": num_errors}
+        print_json({"output": settings.output_uri, "generation": run.generation, **counted, "seconds": round(took_s, 1)})
+        return 0
+    if run.parts:
+        out.print(f"{run.num_rows_left} rows in {took_s:.0f} s, {num_errors} of them with errors", markup=False)
     out.print(f"wrote all {run.source.num_rows} rows to {settings.output_uri}", markup=False)
     return 0
 
@@ -58,14 +70,13 @@ def _summary(run: BatchRun) -> str:
     return f"{parts}; {run.num_adapters} adapters at generation {run.generation}"
 
 
-def _answer(run: BatchRun, concurrency: int) -> str:
-    """Answer the remaining rows with a progress bar. Return a summary."""
+def _answer(run: BatchRun, concurrency: int) -> int:
+    """Answer the remaining rows with a progress bar. Return the number of rows with errors."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    started, num_errors = time.monotonic(), 0
+    num_errors = 0
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("rows", total=run.num_rows_left)
         for part in answer_parts(run, concurrency):
             num_errors += part["num_errors"]
             progress.update(task, advance=part["num_rows"], description=f"rows, {num_errors} with errors")
-    took_s = time.monotonic() - started
-    return f"{run.num_rows_left} rows in {took_s:.0f} s, {num_errors} of them with errors"
+    return num_errors

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deployments.cli.client import err, out, show_error
+from deployments.cli.client import err, out, print_json, show_error
 from deployments.config.loading import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
@@ -33,8 +33,8 @@ class TrainingJob:
     epochs: int
 
 
-def run_training(job: TrainingJob) -> int:
-    """Train the encoder. Return the exit code."""
+def run_training(job: TrainingJob, *, as_json: bool = False) -> int:
+    """Train the encoder. Return the exit code. `as_json`: print an object for scripts."""
     try:
         texts = _texts_of(job)
         started = time.monotonic()
@@ -43,6 +43,9 @@ def run_training(job: TrainingJob) -> int:
         show_error(str(exc))
         return 1
     took_s = time.monotonic() - started
+    if as_json:
+        print_json({"encoder": str(job.target), "tasks": sorted(texts), "seconds": round(took_s, 1)})
+        return 0
     out.print(f"trained {job.target} on {len(texts)} tasks in {took_s:.0f} s", markup=False, soft_wrap=True)
     return 0
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import fail
+from deployments.cli.client import JsonOutcome, fail
 
 commands = typer.Typer()
 
@@ -24,6 +24,7 @@ def train_retriever(
     seed: Annotated[int, typer.Option(help="random seed of the share, the pairs and their order")] = 0,
     encoder: Annotated[str | None, typer.Option(help="encoder to start from; default: the standard encoder")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="number of passes over the samples")] = 3,
+    as_json: JsonOutcome = False,
 ) -> None:
     """Train an encoder as in the paper. Use `reindex` to switch a running server to it."""
     if (store is None) == (samples is None):
@@ -31,5 +32,5 @@ def train_retriever(
     from deployments.cli.run_training import TrainingJob, run_training  # torch takes seconds to import
 
     job = TrainingJob(target, store, tenant, samples, share, seed, encoder, epochs)
-    if code := run_training(job):
+    if code := run_training(job, as_json=as_json):
         raise typer.Exit(code)

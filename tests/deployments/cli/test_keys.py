@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ def test_a_key_is_shown_once_with_its_entry() -> None:
     limits = KeyLimits(requests_per_minute=60, max_adapters=0)
     expected = Caller("acme", frozenset({"infer", "publish"}), "ci", limits)
     assert KeySet(parse_entries("\n".join(block))).find(key) == expected
+
+
+def test_a_key_and_its_entry_are_printed_as_json_on_request(tmp_path: Path) -> None:
+    printed = json.loads(new("--json", "--id", "ci", "--file", tmp_path / "keys.yaml").stdout)
+    [entry] = parse_entries((tmp_path / "keys.yaml").read_text())
+    assert printed["entry"]["id"] == entry.id == "ci"
+    assert printed["entry"]["sha256"] == entry.sha256 == hash_of(printed["key"])
 
 
 def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,6 +32,16 @@ def test_a_complete_run_starts_nothing(settings: BatchSettings, capsys: pytest.C
     said = words(capsys.readouterr().out)
     assert "5 rows in 3 parts, 3 of them already done; 0 adapters at generation 0" in said
     assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
+
+
+def test_the_outcome_is_one_json_object_on_request(
+    settings: BatchSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in begin(settings).parts:
+        BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
+    assert run_batch(settings, address="no cluster is there", concurrency=1, as_json=True) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["output"], printed["rows"], printed["answered"]) == (settings.output_uri, 5, 0)
 
 
 def test_a_run_that_cannot_begin_is_refused_with_the_reason(

@@ -46,7 +46,8 @@ def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Pa
 def test_an_encoder_is_trained_on_the_adapters_that_a_tenant_sees(tiny: Path, tmp_path: Path) -> None:
     store = store_of(tmp_path, TEXTS)
     options = ("--store", store, "--encoder", tiny, "--epochs", 1)
-    assert run("train-retriever", tmp_path / "local", *options).exit_code == 0
+    printed = json.loads(run("train-retriever", tmp_path / "local", *options, "--json").stdout)
+    assert (printed["encoder"], printed["tasks"]) == (str(tmp_path / "local"), ["cake", "debt", "goat"])
     assert record_of(tmp_path / "local")["num_texts_of_task"] == {"cake": 3, "debt": 3, "goat": 3}
     assert run("train-retriever", tmp_path / "other", *options, "--tenant", "other").exit_code == 0
     assert record_of(tmp_path / "other")["num_texts_of_task"] == {
