@@ -19,7 +19,7 @@ from lora_store.errors import (
     StoreUnavailable,
     VersionConflict,
 )
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetVisibility, Withdraw
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetTrial, SetVisibility, Withdraw
 from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
 from lora_store.peft_config import PeftConfig
@@ -32,6 +32,7 @@ from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Staged
 from lora_store.store import LoraStore, Withdrawn
+from lora_store.trials import Trial, TrialVersion
 from lora_store.validation import TEMPLATES, CheckedFolder, Label, check_folder
 from lora_store.weights_blob import decode_weights, digest_of, encode_weights
 
@@ -85,12 +86,15 @@ __all__ = [
     "RankedAdapter",
     "Ranking",
     "Sample",
+    "SetTrial",
     "SetVisibility",
     "Snapshot",
     "Staged",
     "StoreUnavailable",
     "Strategy",
     "TenantQuota",
+    "Trial",
+    "TrialVersion",
     "VersionConflict",
     "Visibility",
     "Withdraw",

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Annotated, Any, BinaryIO, ClassVar
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
 
 from lora_store.errors import FileRefused
 from lora_store.safetensors_layout import PREFIX_BYTES, StoredTensor, tensors_in
 
 ALLOWED_DTYPES = ("F32", "F16", "BF16")
-_WEIGHTS_REMEDY = ": float32 weights saved as bfloat16 take half as much"
+AtLeastOne = Annotated[int, Ge(1)]
+_WEIGHTS_REMEDY = " (admission.max_weights_bytes): float32 weights saved as bfloat16 take half as much"
+_MAPPED_BYTES = 16 << 20  # larger data are mapped from a file, so that they need not stay in memory
+_COPIED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits on what is read of an uploaded folder, and on the ranks that a worker supports."""
+    """The limits on an adapter's folder. Each bounds what a check costs, so raise them for publishers that you trust."""
 
-    max_files: int = 1000
-    max_config_bytes: int = 1 << 20
-    max_weights_bytes: int = 1 << 29
-    max_header_bytes: int = 1 << 22
-    max_tensors: int = 20_000
-    max_template_bytes: int = 1 << 18
-    max_samples: int = 200
-    max_sample_bytes: int = 8192
-    max_rank: int = 256
-    max_patterns: int = 1024
-    max_reasons: int = 50
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a settings file, which pydantic reads
+
+    max_files: AtLeastOne = 1000  # files in the folder
+    max_config_bytes: AtLeastOne = 1 << 20  # bytes of `adapter_config.json`
+    max_weights_bytes: AtLeastOne = 1 << 30  # bytes of `adapter_model.safetensors`
+    max_header_bytes: AtLeastOne = 1 << 22  # bytes of the weights file's header
+    max_tensors: AtLeastOne = 20_000  # tensors in the weights file
+    max_template_bytes: AtLeastOne = 1 << 18  # bytes of `chat_template.jinja`
+    max_samples: AtLeastOne = 200  # lines of `lora_samples.jsonl` that are read, spread evenly over more
+    # bytes of one sample's input, which is cut there, of its output, and of `description.txt`
+    max_sample_bytes: AtLeastOne = 8192
+    max_rank: AtLeastOne = 256  # rank of a module; it must also fit `worker.bank_rank_rows`
+    max_patterns: AtLeastOne = 1024  # entries of `rank_pattern` and of `alpha_pattern`
+    max_reasons: AtLeastOne = 50  # reasons that one refusal names
 
     @property
     def max_samples_bytes(self) -> int:
@@ -72,10 +81,11 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         raise FileRefused(path.name, [f"is not valid JSON: {exc}"]) from exc
 
 
-def read_tensors(path: Path, limits: Limits) -> dict[str, StoredTensor]:
+def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dict[str, StoredTensor]:
     """Return every tensor of a safetensors file by its key. Check the header before reading the data.
 
-    The tensors share one buffer of the file's size; nothing is copied.
+    The tensors share one buffer. Large data are mapped: from the file itself if `is_private`, so that nobody else can
+    change it meanwhile, otherwise from a copy that is deleted with the tensors.
     Raises: FileRefused, which lists every tensor whose dtype is not allowed.
     """
     with _open_regular(path, limits.max_weights_bytes, _WEIGHTS_REMEDY) as file:
@@ -87,7 +97,7 @@ def read_tensors(path: Path, limits: Limits) -> dict[str, StoredTensor]:
         problems = _header_problems(header, limits)
         if problems:
             raise FileRefused(path.name, problems)
-        data = _read_rest(file, limits.max_weights_bytes)
+        data = _rest_of(file, limits.max_weights_bytes, is_private=is_private)
     entries = {key: entry for key, entry in parse_json_object(header).items() if key != "__metadata__"}
     try:
         return tensors_in(entries, data)
@@ -95,10 +105,43 @@ def read_tensors(path: Path, limits: Limits) -> dict[str, StoredTensor]:
         raise FileRefused(path.name, [f"is not a valid safetensors file: {exc}"]) from exc
 
 
-def _read_rest(file: BinaryIO, max_bytes: int) -> NDArray[np.uint8]:
-    """Read the rest of the file into a new (N,) uint8 array, without a second copy."""
-    num_bytes = min(os.fstat(file.fileno()).st_size - file.tell(), max_bytes)
-    data = np.empty(max(num_bytes, 0), np.uint8)
+def _rest_of(file: BinaryIO, max_bytes: int, *, is_private: bool) -> NDArray[np.uint8]:
+    """Return the rest of the file as an (N,) uint8 array."""
+    start = file.tell()
+    num_bytes = max(min(os.fstat(file.fileno()).st_size - start, max_bytes), 0)
+    if num_bytes < _MAPPED_BYTES:
+        return _read_rest(file, num_bytes)
+    if is_private and start % PREFIX_BYTES == 0:  # tensors must be aligned
+        return _mapped(file, start, num_bytes)
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(_Bounded(file, num_bytes), copy, _COPIED_AT_ONCE)
+        copy.flush()
+        return _mapped(copy, 0, copy.tell())
+
+
+def _mapped(file: IO[bytes], start: int, num_bytes: int) -> NDArray[np.uint8]:
+    """Return these bytes of the file as an array over it. Changes of the array do not reach the file."""
+    if not num_bytes:
+        return np.empty(0, np.uint8)
+    return np.asarray(np.memmap(file, np.uint8, "c", offset=start, shape=(num_bytes,)))
+
+
+@dataclass(slots=True)
+class _Bounded:
+    """Reads at most `num_left` bytes of a file, which may grow meanwhile."""
+
+    file: BinaryIO
+    num_left: int
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(min(size, self.num_left))
+        self.num_left -= len(data)
+        return data
+
+
+def _read_rest(file: BinaryIO, num_bytes: int) -> NDArray[np.uint8]:
+    """Read the next bytes of the file into a new (N,) uint8 array, without a second copy."""
+    data = np.empty(num_bytes, np.uint8)
     view = data.data
     filled = 0
     while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]

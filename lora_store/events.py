@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 from lora_store.adapter import AdapterRef
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, OutputProfile, Visibility
+from lora_store.trials import Trial
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """A version becomes the live one of its name. The commit that writes the event sets its generation."""
+    """A version becomes the live one of its name. The commit that writes the event sets its generation.
+
+    A version that `is_offered` is kept beside the live one, which gets the trial of the record.
+    """
 
     record: AdapterRecord
 
@@ -75,6 +79,16 @@ class Approve:
 
 
 @dataclass(frozen=True, slots=True)
+class SetTrial:
+    """The live version of a name gets this trial, or none."""
+
+    ref: AdapterRef
+    trial: Trial | None
+    actor: str
+    at: datetime  # UTC
+
+
+@dataclass(frozen=True, slots=True)
 class Rank:
     """A tenant's `auto` uses this ranking. `is_first`: the tenant's earlier rankings are no longer used."""
 
@@ -112,7 +126,8 @@ class VisibleChange:
     generation: int
 
 
-Event = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | Rank | Fold | Keep | VisibleChange
+Change = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | SetTrial | Rank
+Event = Change | Fold | Keep | VisibleChange
 
 SCHEMA = pa.schema(
     [
@@ -146,8 +161,10 @@ SCHEMA = pa.schema(
         pa.field("output_vector", pa.binary()),  # int8
         pa.field("ranking", pa.string()),  # JSON
         pa.field("expires_at", pa.timestamp("us", tz="UTC")),  # null: it does not expire
+        pa.field("trial", pa.string()),  # JSON; of a kept version that was never live: "offered"
     ]
 )
+_OFFERED = "offered"
 _FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
 _VISIBLE = "keep_shown"
 _FIRST_RANK, _RANK = "rank_first", "rank"
@@ -240,7 +257,11 @@ def _row_of(event: Event) -> dict[str, Any]:
     match event:
         case Publish(record):
             columns = {column: getattr(record, column) for column in _COLUMNS}
-            return {"event": "publish", **_ref_row(record.ref), **columns, **_embedding_row(record.embedding)}
+            columns |= {"event": "offer" if record.is_offered else "publish", "trial": _json_of(record.trial)}
+            return {**_ref_row(record.ref), **columns, **_embedding_row(record.embedding)}
+        case SetTrial(ref, trial, actor, at):
+            columns = {"trial": _json_of(trial), "actor": actor, "created_at": at}
+            return {"event": "set_trial", **_ref_row(ref), **columns}
         case Withdraw(ref, actor, at):
             return {"event": "withdraw", **_ref_row(ref), "actor": actor, "created_at": at}
         case SetVisibility(ref, visibility, actor, at):
@@ -256,6 +277,7 @@ def _row_of(event: Event) -> dict[str, Any]:
             return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
         case Keep(record, is_live):
             own = {"published_in": record.generation, "approved": record.approved}
+            own |= {"trial": _OFFERED} if record.is_offered else {}
             return _row_of(Publish(record)) | own | {"event": _LIVE if is_live else _OLDER}
         case Fold(model, identity):
             return {"event": _FOLD, "source": model, "encoder": identity}
@@ -279,6 +301,10 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
     match row["event"]:
         case "publish":
             return Publish(_record_of(row, embedding, row["generation"]))
+        case "offer":
+            return Publish(replace(_record_of(row, embedding, row["generation"]), is_offered=True))
+        case "set_trial":
+            return SetTrial(_ref_of(row), _trial_of(row), row["actor"], row["created_at"])
         case "withdraw":
             return Withdraw(_ref_of(row), row["actor"], row["created_at"])
         case "set_visibility":
@@ -306,7 +332,16 @@ def _record_of(
     row: dict[str, Any], embedding: Embedding | None, generation: int, *, approved: bool = False
 ) -> AdapterRecord:
     values = {column: row[column] for column in _COLUMNS}
-    return AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=generation, approved=approved, **values)
+    values |= {"approved": approved, "trial": _trial_of(row), "is_offered": row["trial"] == _OFFERED}
+    return AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=generation, **values)
+
+
+def _json_of(trial: Trial | None) -> str | None:
+    return None if trial is None else trial.to_json()
+
+
+def _trial_of(row: dict[str, Any]) -> Trial | None:
+    return None if row["trial"] in (None, _OFFERED) else Trial.from_json(row["trial"])
 
 
 def _ref_row(ref: AdapterRef) -> dict[str, str]:

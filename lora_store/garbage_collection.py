@@ -15,12 +15,14 @@ from lora_store.errors import AdapterNotFound, BlobCorrupted
 from lora_store.files import Files, StoredFile
 from lora_store.leases import Leases
 from lora_store.snapshot import Snapshot
+from lora_store.uploads import Uploads
 
 _NUM_READERS = 8
 _CHECKED_TOGETHER = 64
 TABLE_RETENTION_S = 3600.0
 PROJECTIONS = "projections"  # the folder of the encoders' projections and of what belongs to them
 PROJECTION_RETENTION_S = 3600.0
+UPLOAD_RETENTION_S = 3600.0  # longer than an upload may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,11 @@ class GarbageCollector:
         leases: Leases,
         catalogue: Catalogue,
         projections: Files,
+        uploads: Uploads,
         now: Callable[[], datetime],
     ) -> None:
         self._blobs, self._leases, self._catalogue, self._now = blobs, leases, catalogue, now
-        self._projections = projections
+        self._projections, self._uploads = projections, uploads
 
     def sweep(self, digests: Collection[str]) -> list[str]:
         """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted."""
@@ -74,11 +77,12 @@ class GarbageCollector:
     def gc(self, retention_s: float) -> Collected:
         """Delete unused blobs and files older than `retention_s`, as crashes and rival writers leave them.
 
-        Keep the table's own files and projections for at least an hour: a rival may have written one that it has not
-        committed yet.
+        Keep the table's own files, projections and parts of uploads for at least an hour: a rival may have written one
+        that it has not committed yet.
         """
         now = self._now()
         self._leases.delete_expired()
+        self._uploads.delete_old(now - timedelta(seconds=max(retention_s, UPLOAD_RETENTION_S)))
         old = [file for file in self._blobs.files() if file.written_at <= now - timedelta(seconds=retention_s)]
         needed = self._referenced()
         whole = [file for file in old if file.is_whole and file.digest not in needed]

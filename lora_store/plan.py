@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import PlanInvalid
+from lora_store.trials import TrialVersion
 
 Strategy = Literal["base", "selection", "mixture", "fusion"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -33,6 +35,7 @@ class Plan:
     adapters: tuple[PlannedAdapter, ...] = ()
     generation: int = 0
     template: str | None = None  # the prompt template that all its adapters name, None for the server's default
+    trials: tuple[TrialVersion, ...] = ()  # versions that may answer in place of some; resolved before a plan runs
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -53,6 +56,18 @@ class Plan:
             if not math.isfinite(adapter.weight) or abs(adapter.weight) > MAX_ABS_WEIGHT:
                 limits = f"must be finite and within ±{MAX_ABS_WEIGHT}, got {adapter.weight}"
                 raise PlanInvalid(f"the weight of {adapter.ref.name!r} {limits}")
+
+
+    def with_versions(self, chosen: Collection[TrialVersion]) -> Plan:
+        """Return the plan with these versions in place of the live ones, and no trials."""
+        by_live = {version.live: version for version in chosen}
+        rows = [
+            replace(row, ref=version.ref, weights_digest=version.weights_digest)
+            if (version := by_live.get(row.ref)) is not None
+            else row
+            for row in self.adapters
+        ]
+        return replace(self, adapters=tuple(rows), trials=())
 
 
 BASE_PLAN = Plan(strategy="base")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
+from lora_store.trials import Trial
 
 Visibility = Literal["public", "private"]
 VISIBILITIES: tuple[str, ...] = get_args(Visibility)
@@ -62,6 +63,8 @@ class AdapterRecord:
     generation: int
     approved: bool = False  # an admin approved this version (not the name)
     expires_at: datetime | None = None  # UTC, of an unlisted adapter: then it is withdrawn; None: listed and kept
+    trial: Trial | None = None  # of a live version: another one answers a share of its requests
+    is_offered: bool = False  # it was never live: it only took part in a trial
 
     @property
     def encoder(self) -> str | None:

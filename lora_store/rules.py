@@ -9,11 +9,12 @@ from typing import Literal
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete, PublicNameTaken
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetVisibility, Withdraw
+from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetTrial, SetVisibility, Withdraw
 from lora_store.quota import TenantQuota, check_quota
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
+from lora_store.trials import Trial
 
 EXPIRY = "expiry"  # the author of withdrawals at the end of a time to live
 Precondition = Literal["any", "live", "kept"]
@@ -31,7 +32,8 @@ def publish_events(
 ) -> list[Event]:
     """Return publish events for the records that are not live yet. Check each record against earlier ones as well.
 
-    `keeping`: names whose new version takes over the live version's visibility. `quota`: applies to each tenant.
+    `keeping`: names whose new version takes over the live version's visibility, as every offered version does.
+    `quota`: applies to each tenant.
     Raises: PublicNameTaken; AdapterRefused for an unlisted version of a listed adapter; QuotaExceeded; AdapterNotFound
     for a version that must be kept and is not.
     """
@@ -46,8 +48,12 @@ def publish_events(
     for record in records:
         key, name = (record.ref.tenant, record.ref.name), record.ref.name
         current = live.get(key, snapshot.records.get(key))
-        if current is not None and key in keeping:
+        if current is not None and (key in keeping or record.is_offered):
             record = replace(record, visibility=current.visibility)
+        if record.is_offered:
+            _check_offer(record, current)
+        elif current is not None and current.ref == record.ref:
+            record = replace(record, trial=current.trial)
         if current is not None and precondition == "kept":
             record = replace(record, expires_at=current.expires_at)
         if current is not None and record.is_unlisted and not current.is_unlisted:
@@ -55,12 +61,33 @@ def publish_events(
         if record.visibility == "public":
             owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
             _check_claim(name, record.ref.tenant, owner)
-        if current is None or _essence(current) != _essence(record):
+        if record.is_offered:
+            events.append(Publish(record))
+        elif current is None or _essence(current) != _essence(record):
             live[key] = record
             events.append(Publish(record))
     if quota is not None:
         check_quota(snapshot, [event.record for event in events if isinstance(event, Publish)], quota)
     return events
+
+
+def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:
+    """Raises: AdapterRefused if this version cannot take a share of the live one's requests."""
+    name = record.ref.name
+    if live is None:
+        raise AdapterRefused(name, ["no version is live that could share its requests: publish it without a share"])
+    if live.ref == record.ref:
+        raise AdapterRefused(name, ["this version is live already: a share goes to another version"])
+    if live.is_unlisted or record.is_unlisted:
+        raise AdapterRefused(name, ["an unlisted adapter cannot share its requests"])
+    if live.template != record.template:
+        raise AdapterRefused(
+            name,
+            [
+                f"the live version has the template {live.template or 'of the server'!r} and this one"
+                f" {record.template or 'of the server'!r}: versions that share requests need the same one"
+            ],
+        )
 
 
 def _owner(snapshot: Snapshot, name: str, claimant: str) -> str:
@@ -108,6 +135,22 @@ def visibility_events(snapshot: Snapshot, key: Key, visibility: Visibility, acto
     if all(version.visibility == visibility for version in kept):
         return []
     return [SetVisibility(record.ref, visibility, actor, at)]
+
+
+def trial_events(snapshot: Snapshot, key: Key, trial: Trial | None, actor: str, at: datetime) -> list[Event]:
+    """Return the event that starts, changes or ends the trial of a name; nothing if it is so already.
+
+    Raises: AdapterNotFound for a name that is not live, or a version that is not kept; AdapterRefused.
+    """
+    live = snapshot.records.get(key)
+    if live is None:
+        raise AdapterNotFound(key[1])
+    if trial is not None:
+        kept = [record for record in snapshot.versions(key) if record.ref.digest == trial.digest]
+        if not kept:
+            raise AdapterNotFound(f"{key[1]}@{trial.digest[:12]}")
+        _check_offer(kept[0], live)
+    return [] if live.trial == trial else [SetTrial(live.ref, trial, actor, at)]
 
 
 def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, at: datetime) -> list[Event]:

@@ -18,6 +18,7 @@ from lora_store.events import (
     Keep,
     Publish,
     Rank,
+    SetTrial,
     SetVisibility,
     VisibleChange,
     Withdraw,
@@ -25,6 +26,7 @@ from lora_store.events import (
 from lora_store.persistent_map import MapEditor, PersistentMap
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.tallies import Tallies, TalliesEditor
+from lora_store.trials import Trial
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -199,7 +201,7 @@ class _State:
     def note_visibility(self, event: Event, generation: int) -> None:
         """Record who can see the event's change. An embedding becomes visible when its encoder is activated."""
         match event:
-            case Publish(AdapterRecord(ref=ref)) | Withdraw(ref) | SetVisibility(ref) | Approve(ref):
+            case Publish(AdapterRecord(ref=ref)) | Withdraw(ref) | SetVisibility(ref) | Approve(ref) | SetTrial(ref):
                 live = self.records.get((ref.tenant, ref.name))
                 after = event.record.visibility if isinstance(event, Publish) else getattr(event, "visibility", None)
                 is_open = after == "public" or (live is not None and _is_public(live))
@@ -214,6 +216,8 @@ class _State:
     def apply(self, event: Event) -> None:
         """Change the state as the event says."""
         match event:
+            case Publish(record) if record.is_offered:
+                self._offer(record)
             case Publish(record):
                 self._publish(record)
             case Withdraw(ref):
@@ -222,6 +226,8 @@ class _State:
                 self._set_visibility((ref.tenant, ref.name), visibility)
             case Approve(ref):
                 self._approve(ref)
+            case SetTrial(ref, trial):
+                self._set_trial(ref, trial)
             case Embed(ref, embedding):
                 if self._is_live(ref):
                     self.pending[ref] = embedding
@@ -243,6 +249,21 @@ class _State:
         for old in older:
             if old.ref != record.ref:
                 self.pending.pop(old.ref)
+
+    def _offer(self, record: AdapterRecord) -> None:
+        """Keep a version for a trial of the live one, in place of others that were never live."""
+        key = (record.ref.tenant, record.ref.name)
+        if key in self.records:
+            live, *older = self._versions(key)
+            was_live = any(old.ref == record.ref and not old.is_offered for old in older)
+            kept = [old for old in older if old.ref != record.ref and not old.is_offered][: KEPT_VERSIONS - 2]
+            offered = replace(record, trial=None, is_offered=not was_live)
+            self._keep(key, (replace(live, trial=record.trial), *kept, offered))
+
+    def _set_trial(self, ref: AdapterRef, trial: Trial | None) -> None:
+        if self._is_live(ref):
+            live, *older = self._versions((ref.tenant, ref.name))
+            self._keep((ref.tenant, ref.name), (replace(live, trial=trial), *older))
 
     def _withdraw(self, key: Key) -> None:
         record = self.records.get(key)

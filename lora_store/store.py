@@ -32,12 +32,15 @@ from lora_store.rules import (
     expire_events,
     publish_events,
     rank_events,
+    trial_events,
     visibility_events,
     withdraw_events,
 )
 from lora_store.sample_files import parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
+from lora_store.trials import Trial
+from lora_store.uploads import Uploads
 from lora_store.validation import CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
@@ -75,8 +78,11 @@ class LoraStore:
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
         self._catalogue = Catalogue(location.child("catalogue"), sleep)
+        self.uploads = Uploads(location.child("uploads"))
         projections = Files(location.child(PROJECTIONS))
-        self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, now)
+        self._collector = GarbageCollector(
+            self._blobs, self._leases, self._catalogue, projections, self.uploads, now
+        )
 
     def check_writes(self, environment: Mapping[str, str]) -> None:
         """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""
@@ -94,14 +100,19 @@ class LoraStore:
         keeps_visibility: bool = False,
         source: str | None = None,
         ttl_s: float | None = None,
+        share: float | None = None,
+        is_shadow: bool = False,
         module_shapes: Shapes | None = None,
+        is_private: bool = False,
     ) -> Staged:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
         `name` and `source` default to the folder's name. `module_shapes`: (out, in) of each linear layer that an
         adapter may change; None skips this check. `keeps_visibility`: `visibility` applies to a new name only, and an
         update keeps the live version's. `ttl_s`: the adapter is unlisted and expires after this time; no samples are
-        kept, as `auto` never chooses it. Raises: AdapterRefused with every reason; nothing is written then.
+        kept, as `auto` never chooses it. `share`: the commit keeps it for a trial of the live version, with this share.
+        `is_private`: nobody else can change the folder meanwhile.
+        Raises: AdapterRefused with every reason; nothing is written then.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
         checked = check_folder(
@@ -111,11 +122,16 @@ class LoraStore:
             module_shapes=module_shapes,
             templates=self._templates,
             limits=self._limits,
+            is_private=is_private,
         )
         if ttl_s is not None:
             checked = replace(checked, samples=())
         label, source = replace(label, template=checked.template), folder.name if source is None else source
-        return replace(self._stage_checked(label, checked, source, ttl_s), keeps_visibility=keeps_visibility)
+        staged = self._stage_checked(label, checked, source, ttl_s)
+        if share is not None:
+            trial = Trial(staged.ref.digest, share, is_shadow)
+            staged = replace(staged, record=replace(staged.record, trial=trial, is_offered=True))
+        return replace(staged, keeps_visibility=keeps_visibility)
 
     def _stage_checked(self, label: Label, checked: CheckedFolder, source: str, ttl_s: float | None) -> Staged:
         weights = WeightsBlob(checked.modules)
@@ -138,7 +154,8 @@ class LoraStore:
         The commit keeps the name's current visibility, whatever the visibility of this version was.
         Raises: AdapterNotFound if its blobs were deleted; BlobCorrupted.
         """
-        bare = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
+        unknown = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
+        bare = replace(unknown, trial=None, is_offered=False)
         return replace(self._stage_leased(bare, lambda: self._find(record)), keeps_visibility=True)
 
     def commit(
@@ -220,6 +237,14 @@ class LoraStore:
         """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, VersionConflict."""
         at = self._now()
         return self._catalogue.commit(lambda snap: visibility_events(snap, (tenant, name), visibility, actor, at))
+
+    def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
+        """Let a kept version answer a share of the name's requests, or none, and return the generation.
+
+        Raises: AdapterNotFound, AdapterRefused, VersionConflict.
+        """
+        at = self._now()
+        return self._catalogue.commit(lambda snapshot: trial_events(snapshot, (tenant, name), trial, actor, at))
 
     def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
         """Let `auto` choose these public versions for every tenant, and return the generation.

@@ -91,8 +91,9 @@ def check_folder(
     module_shapes: Shapes | None,
     templates: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    is_private: bool = False,
 ) -> CheckedFolder:
-    """Read and validate the folder's adapter.
+    """Read and validate the folder's adapter. `is_private`: nobody else can change the folder meanwhile.
 
     `module_shapes`: (out, in) of each linear layer that an adapter may change; None skips this check.
     `templates`: the names of the known chat templates, by digest; None skips this check.
@@ -103,7 +104,7 @@ def check_folder(
         raise AdapterRefused(label.name[:100], [*label.problems(), wrong_place])
     reasons = [*label.problems(), *_folder_problems(folder, limits)]
     config = _attempt(reasons, lambda: read_config(folder, limits))
-    tensors = _attempt(reasons, lambda: read_tensors(folder / WEIGHTS_FILE, limits))
+    tensors = _attempt(reasons, lambda: read_tensors(folder / WEIGHTS_FILE, limits, is_private=is_private))
     samples = _attempt(reasons, lambda: read_samples(folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
     template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))

@@ -81,6 +81,11 @@ class AdapterIndex:
         self._lists, self._settings = lists, settings
         self.num_live = int(alive.sum())
 
+    @property
+    def requires_approval(self) -> bool:
+        """Whether other tenants find a public adapter only if it is approved."""
+        return self._settings.requires_approval
+
     @classmethod
     def of(
         cls,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
@@ -12,6 +13,7 @@ from lora_store.errors import AdapterNotFound
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
+from lora_store.trials import TrialVersion
 from retriever_svc.errors import PlanGone
 from retriever_svc.evidence_weights import CLOSE_SCORES, limited_weights
 from retriever_svc.index import Match
@@ -62,7 +64,31 @@ def named_plan(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
     )
-    return Plan(strategy, rows, snapshot.generation_for(tenant), _common_template(records))
+    plan = Plan(strategy, rows, snapshot.generation_for(tenant), _common_template(records))
+    live = {record.ref for record, (name, _) in zip(records, choices, strict=True) if "@" not in name}
+    return with_trials(plan, snapshot, tenant, live)
+
+
+def with_trials(
+    plan: Plan, snapshot: Snapshot, tenant: str, live: Collection[AdapterRef], *, requires_approval: bool = False
+) -> Plan:
+    """Return the plan with the versions that may answer in place of those in `live`, which no client pinned.
+
+    `requires_approval`: other tenants get approved versions alone.
+    """
+    digests = {row.weights_digest for row in plan.adapters}
+    found: list[TrialVersion] = []
+    for row in plan.adapters:
+        versions = snapshot.versions((row.ref.tenant, row.ref.name)) if row.ref in live else ()
+        if not versions or (trial := versions[0].trial) is None or versions[0].ref != row.ref:
+            continue
+        for record in versions[1:]:
+            is_open = row.ref.tenant == tenant or record.is_open(requires_approval=requires_approval)
+            is_other = record.weights_digest not in digests - {row.weights_digest}  # a plan has no weights twice
+            if record.ref.digest == trial.digest and is_open and is_other:
+                found.append(TrialVersion(row.ref, record.ref, record.weights_digest, trial))
+                digests.add(record.weights_digest)
+    return replace(plan, trials=tuple(found)) if found else plan
 
 
 def replayed_plan(

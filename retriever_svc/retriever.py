@@ -23,7 +23,7 @@ from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
-from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve_version, routed_plan
+from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve_version, routed_plan, with_trials
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
@@ -143,6 +143,9 @@ class Retriever:
         if fitting := [match for match in matches if match.fits]:
             planned = led_by(request.preferred, fitting)
             plan = routed_plan(request, planned, generation, self._temperature)
+            live = {row.ref for row in plan.adapters}
+            approval = pool.index.requires_approval
+            plan = with_trials(plan, pool.snapshot, request.tenant, live, requires_approval=approval)
             return Route(plan, candidates, generation, abstained=False)
         if request.fallback == "error":
             best = matches[0] if matches else None

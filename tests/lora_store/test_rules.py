@@ -9,17 +9,21 @@ import pytest
 
 from lora_store import (
     AdapterNotFound,
+    AdapterRefused,
     BlobCorrupted,
     EncoderIncomplete,
     Location,
     LoraStore,
     Staged,
+    Trial,
     Withdraw,
     Withdrawn,
 )
+from lora_store.events import dated_events_of, fold_table_of
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
 from lora_store.rules import withdraw_events
+from lora_store.snapshot import Snapshot
 from tests.lora_store.builders import FakeClock, MakeFolder, OpenStore, Stored, embedding
 
 
@@ -209,3 +213,97 @@ def test_a_publish_with_precondition_kept_is_refused_after_a_withdrawal(
         store.commit([again], [embedding()], [1.0], "me", "kept")
     assert dict(store.snapshot().records) == {}
     store.discard([again])
+
+
+def states(store: LoraStore) -> list[tuple[str, bool]]:
+    """Return the kept versions of the poet, the live one first, and whether each was never live."""
+    return [(record.ref.digest, record.is_offered) for record in store.snapshot().versions(("local", "poet"))]
+
+
+def test_an_offered_version_is_kept_beside_the_live_one_with_its_share(
+    store: LoraStore, publish: Callable[..., Staged]
+) -> None:
+    older, live = publish(seed=0), publish(seed=1)
+    offered = publish(seed=2, share=0.1)
+    assert store.snapshot().records["local", "poet"].trial == Trial(offered.ref.digest, 0.1)
+    assert states(store) == [(live.ref.digest, False), (older.ref.digest, False), (offered.ref.digest, True)]
+    again = publish(seed=3, share=0.2, is_shadow=True)  # in place of the first, so that no live version is forgotten
+    assert states(store)[1:] == [(older.ref.digest, False), (again.ref.digest, True)]
+    assert store.snapshot().records["local", "poet"].trial == Trial(again.ref.digest, 0.2, is_shadow=True)
+
+
+@pytest.mark.parametrize("change", ["share", "publish", "promote", "withdraw"])
+def test_a_trial_ends(change: str, store: LoraStore, publish: Callable[..., Staged]) -> None:
+    live = publish(seed=0)
+    offered = publish(seed=1, share=0.1)
+    if change == "share":
+        store.set_trial("local", "poet", None, "me")
+        assert states(store) == [(live.ref.digest, False), (offered.ref.digest, True)]
+    elif change == "publish":
+        publish(seed=2)
+    elif change == "promote":
+        kept = store.snapshot().versions(("local", "poet"))[1]
+        store.commit([store.restage(kept)], [embedding()], [1.0], "me", "kept")
+        assert states(store) == [(offered.ref.digest, False), (live.ref.digest, False)]
+    else:
+        store.withdraw("local", ["poet"], "me")
+    assert [record.trial for record in store.snapshot().records.values()] == ([] if change == "withdraw" else [None])
+
+
+def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
+    store: LoraStore, publish: Callable[..., Staged]
+) -> None:
+    first, live = publish(seed=0), publish(seed=1)
+    trial = Trial(first.ref.digest, 0.25)
+    generation = store.set_trial("local", "poet", trial, "me")
+    assert store.snapshot().records["local", "poet"].trial == trial
+    assert store.set_trial("local", "poet", trial, "me") == generation
+    assert states(store) == [(live.ref.digest, False), (first.ref.digest, False)]
+    publish(seed=0, share=0.5)  # it was live once, so a roll back may choose it
+    assert states(store)[1:] == [(first.ref.digest, False)]
+
+
+def test_publishing_the_live_version_again_leaves_its_trial(store: LoraStore, publish: Callable[..., Staged]) -> None:
+    publish(seed=0)
+    offered = publish(seed=1, share=0.1)
+    publish(seed=0, encoder="other", visibility="private")
+    assert store.snapshot().records["local", "poet"].trial == Trial(offered.ref.digest, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "label", "says"),
+    [
+        (0, {"name": "novel"}, "no version is live"),
+        (0, {}, "is live already"),
+        (1, {"ttl_s": 60.0}, "unlisted adapter"),
+        (1, {"template": "chat"}, "versions that share requests need the same one"),
+    ],
+)
+def test_a_version_that_cannot_take_a_share_is_refused(
+    seed: int, label: dict[str, Any], says: str, store: LoraStore, publish: Callable[..., Staged]
+) -> None:
+    publish(seed=0)
+    with pytest.raises(AdapterRefused, match=says):
+        publish(seed=seed, share=0.1, **label)
+    assert len(states(store)) == 1
+
+
+@pytest.mark.parametrize(("name", "digest"), [("nobody", "a" * 64), ("poet", "a" * 64)])
+def test_a_trial_needs_a_live_name_and_a_kept_version(
+    name: str, digest: str, store: LoraStore, publish: Callable[..., Staged]
+) -> None:
+    publish()
+    with pytest.raises(AdapterNotFound):
+        store.set_trial("local", name, Trial(digest, 0.1), "me")
+
+
+def test_a_trial_survives_a_fold(store: LoraStore, publish: Callable[..., Staged]) -> None:
+    publish(seed=0)
+    publish(seed=1, share=0.1)
+    before = store.snapshot()
+    events = list(before.folded())
+    rows = fold_table_of(events, before.generation, {})
+    after = Snapshot(0, {}).after_dated(dated_events_of(rows, after=0), before.generation)
+    key = ("local", "poet")
+    assert after.versions(key) == before.versions(key)
+    assert after.records[key].trial is not None and after.versions(key)[1].is_offered

@@ -12,8 +12,9 @@ from lora_store.errors import AdapterNotFound, PlanInvalid
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
+from lora_store.trials import Trial
 from retriever_svc import PinnedAdapter, PlanGone, Retriever, StaleIndex
-from retriever_svc.planning import named_plan, replayed_plan, resolve
+from retriever_svc.planning import named_plan, replayed_plan, resolve, with_trials
 from tests.retriever_svc.pool_fakes import record_of
 
 NEW, OLD, GONE = (record_of("n", None, tenant="a", version=version, template="chat") for version in ("3", "2", "1"))
@@ -152,3 +153,41 @@ def test_an_expired_adapter_is_found_by_no_name_and_no_plan() -> None:
         named_plan(pool, "a", [("gone", 1.0)], "selection")
     with pytest.raises(PlanGone):
         replayed_plan(pool, "a", "selection", pinned(gone), 9)
+
+
+def trial_pool(offered: AdapterRecord, *others: AdapterRecord) -> Snapshot:
+    """Return a pool in which a version of `n` takes a share of its requests."""
+    live = replace(NEW, trial=Trial(offered.ref.digest, 0.5))
+    return Snapshot(9, {(r.ref.tenant, r.ref.name): r for r in (live, *others)}, previous={("a", "n"): (offered,)})
+
+
+def test_a_named_plan_offers_the_version_under_trial_unless_the_client_pinned_one() -> None:
+    pool = trial_pool(OLD, OTHER)
+    plan = named_plan(pool, "a", [("n", 0.5), ("o", 0.5)], "mixture")
+    [version] = plan.trials
+    assert (version.live, version.ref, version.weights_digest) == (NEW.ref, OLD.ref, OLD.weights_digest)
+    replaced = plan.with_versions(plan.trials)
+    assert [row.ref for row in replaced.adapters] == [OLD.ref, OTHER.ref]
+    assert [row.weights_digest for row in replaced.adapters] == [OLD.weights_digest, OTHER.weights_digest]
+    assert replaced.trials == ()
+    for pin in (NEW, OLD):
+        assert named_plan(pool, "a", [(f"n@{pin.ref.digest}", 1.0)], "selection").trials == ()
+    assert replayed_plan(pool, "a", "selection", pinned(NEW), 7).trials == ()
+
+
+def test_other_tenants_are_offered_only_what_they_may_use() -> None:
+    private = replace(OLD, visibility="private")
+    choices = [("a/n", 1.0)]
+    assert named_plan(trial_pool(private), "b", choices, "selection").trials == ()
+    assert len(named_plan(trial_pool(private), "a", choices, "selection").trials) == 1
+    assert len(named_plan(trial_pool(OLD), "b", choices, "selection").trials) == 1
+    plan = replace(named_plan(trial_pool(OLD), "b", choices, "selection"), trials=())
+    for record, offered in ((OLD, 0), (replace(OLD, approved=True), 1)):
+        found = with_trials(plan, trial_pool(record), "b", {NEW.ref}, requires_approval=True)
+        assert len(found.trials) == offered
+
+
+def test_weights_that_the_plan_has_already_are_not_offered() -> None:
+    same = replace(OTHER, weights_digest=OLD.weights_digest)
+    plan = named_plan(trial_pool(OLD, same), "a", [("n", 0.5), ("o", 0.5)], "mixture")
+    assert plan.trials == ()
