@@ -1,4 +1,4 @@
-"""The second stage of a batch run: answer the rows of a part, and write the answers."""
+"""An engine of this process over a store, and the second stage of a batch run: answer a part's rows and write them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered
 from deployments.batch.run import BatchRun, store_of
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
+from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
 from gpu_worker.device.cpu_count import with_threads
@@ -31,41 +32,25 @@ PARTS_AT_ONCE = 2  # the next part keeps the batch full while the last rows of o
 _MAX_TRIES = 2  # after the first: memory on a shared device may have been short for a moment
 
 
-class PartAnswerer:
+class OfflineEngine:
     """One engine on one device that reads weights from the store. Rows have no deadline."""
 
-    def __init__(self, run: BatchRun) -> None:
-        config = run.settings.config
-        max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
+    def __init__(self, config: AppConfig, max_waiting: int) -> None:
         worker = replace(with_threads(config.worker_config()), max_waiting=max_waiting, max_wait_s=math.inf)
         executor = load_executor(worker.load_threads)
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
         self._fetcher = WeightsFetcher(StoredWeights(store_of(config)), executor, cache=cache)
         engine = run_on_short_lived_thread(lambda: Engine(worker, self._start_fetch, executor=executor))
         self.engine = EngineThread(engine)
-        self._output = BatchOutput(run.settings.output_uri)
+        self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # that of the newest call
         self._turn = asyncio.Lock()
-        self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # Ray Data starts it after this
-
-    async def __call__(self, row: JsonObject) -> dict[str, int]:
-        """Answer the part in `row`. Ray Data calls this with several parts at once."""
-        return await self.answer(row["planned"])
-
-    async def answer(self, planned: PlannedPart) -> dict[str, int]:
-        """Answer and write one part. Return its numbers of rows and errors. Raises: EngineStopped, StoreUnavailable."""
-        self._asyncio_loop = asyncio.get_running_loop()
-        jobs = [asked.job for asked in planned.asked if asked.job is not None]
-        answers = iter(await self._complete(jobs))
-        outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
-        part = answered(planned.rows, planned.asked, outcomes)
-        await asyncio.to_thread(self._output.write, planned.part.number, part)
-        return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
 
     def close(self) -> None:
         self.engine.stop()
 
-    async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        """Answer all rows at once, then repeat the rows whose engine step failed."""
+    async def complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        """Answer all rows at once, then repeat the rows whose engine step failed. Raises: EngineStopped."""
+        self._asyncio_loop = asyncio.get_running_loop()
         outcomes = await generate_all(self.engine, jobs)
         return [
             await self._again(job) if isinstance(outcome, EngineStopped) else outcome
@@ -88,6 +73,27 @@ class PartAnswerer:
         """Start a fetch on the event loop. The engine's thread calls this."""
         assert self._asyncio_loop is not None
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
+
+
+class PartAnswerer(OfflineEngine):
+    """Answers and writes whole parts."""
+
+    def __init__(self, run: BatchRun) -> None:
+        super().__init__(run.settings.config, (PARTS_AT_ONCE + 1) * run.settings.part_rows)
+        self._output = BatchOutput(run.settings.output_uri)
+
+    async def __call__(self, row: JsonObject) -> dict[str, int]:
+        """Answer the part in `row`. Ray Data calls this with several parts at once."""
+        return await self.answer(row["planned"])
+
+    async def answer(self, planned: PlannedPart) -> dict[str, int]:
+        """Answer and write one part. Return its numbers of rows and errors. Raises: EngineStopped, StoreUnavailable."""
+        jobs = [asked.job for asked in planned.asked if asked.job is not None]
+        answers = iter(await self.complete(jobs))
+        outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
+        part = answered(planned.rows, planned.asked, outcomes)
+        await asyncio.to_thread(self._output.write, planned.part.number, part)
+        return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
 
 
 class StoredWeights(WeightsSource):

@@ -14,6 +14,7 @@ from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part, store_of
 from deployments.calls.catalogue_clients import RoutingClient
+from deployments.config.app import AppConfig
 from deployments.generation.completions import jobs_of
 from deployments.generation.planner import Planner, check_limits
 from deployments.json_types import JsonObject
@@ -54,17 +55,20 @@ class PartPlanner:
         return PlannedPart(part, rows, tuple(asked))
 
     async def _ask(self, number: int, body: JsonObject) -> Asked:
-        """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
-        config, tenant = self._settings.config, self._settings.tenant
-        try:
-            request = request_of(body)
-            sampling, questions = request.sampling(), request.questions()
-            check_limits(request, questions, config)
-            planned = await self._planner.plan(questions[0], tenant)
-            [job] = jobs_of(f"row-{number}", sampling, questions, [planned], config.template)
-        except Exception as exc:
-            return Asked(error=error_table.describe(exc)[1]["error"])
-        return Asked(planned, replace(job, tenant=tenant))
+        return await asked_of(self._planner, self._settings.config, self._settings.tenant, f"row-{number}", body)
+
+
+async def asked_of(planner: Planner, config: AppConfig, tenant: str, name: str, body: JsonObject) -> Asked:
+    """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
+    try:
+        request = request_of(body)
+        sampling, questions = request.sampling(), request.questions()
+        check_limits(request, questions, config)
+        planned = await planner.plan(questions[0], tenant)
+        [job] = jobs_of(name, sampling, questions, [planned], config.template)
+    except Exception as exc:
+        return Asked(error=error_table.describe(exc)[1]["error"])
+    return Asked(planned, replace(job, tenant=tenant))
 
 
 class BatchRouting(RoutingClient):

@@ -85,14 +85,15 @@ def _decoded(name: str, value: object) -> Any:
 
 def answered(table: pa.Table, asked: Sequence[Asked], outcomes: Sequence[Completion | Exception | None]) -> pa.Table:
     """Return the input's columns and those of the answers. `outcomes`: the engine's; None for rows without a job."""
-    rows = [_answer(*each) for each in zip(asked, outcomes, strict=True)]
+    rows = [answer_of(*each) for each in zip(asked, outcomes, strict=True)]
     columns = pa.Table.from_pylist(rows, ANSWER)
     for name in ANSWER.names:
         table = table.append_column(ANSWER.field(name), columns[name])
     return table
 
 
-def _answer(asked: Asked, outcome: Completion | Exception | None) -> JsonObject:
+def answer_of(asked: Asked, outcome: Completion | Exception | None) -> JsonObject:
+    """Return the columns of one answer that have a value."""
     line: JsonObject = {"error": asked.error}
     if asked.planned is not None and asked.job is not None:
         plan = plan_object(asked.planned, asked.job.tenant, explain=False)

@@ -1,0 +1,120 @@
+"""`LoraRetriever`: answer prompts in this process, without a server and without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deployments.batch.answering import OfflineEngine
+from deployments.batch.planning import BatchRouting, asked_of
+from deployments.batch.rows import Asked, answer_of
+from deployments.batch.run import store_of
+from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
+from deployments.generation.planner import Planner
+from deployments.json_types import JsonMapping, JsonObject
+from deployments.retriever_factory import live_pool, retriever_over
+from lora_store import LOCAL_TENANT
+
+_MAX_PROMPTS = 1_000_000  # of one call; they wait in the engine's queue
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation as a chat request has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The answer to one prompt. `error` is the API's error object; then there is no text."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    strategy: str | None = None
+    adapters: Sequence[JsonObject] = ()  # name, digest, weight and score of each that answered
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    error: JsonObject | None = field(default=None)
+
+
+class LoraRetriever:
+    """The server's planner over a pool, and its engine on one device of this process.
+
+    Each call answers from the pool's newest generation, and starts all its prompts together. Calls from several threads
+    take turns. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self, settings: AppConfig | Path | str | None = None, tenant: str = LOCAL_TENANT, **changes: Any
+    ) -> None:
+        """`settings`: those of the server, or a file of them. `changes`: settings that replace those of the file.
+
+        Raises: SettingsInvalid, StoreUnavailable, EncoderUnusable, and what keeps the base model from being served.
+        """
+        path = None if settings is None or isinstance(settings, AppConfig) else Path(settings)
+        self._config = settings if isinstance(settings, AppConfig) else load_config(path, **changes)
+        self._tenant = tenant
+        self._pools = live_pool(self._config, store_of(self._config).snapshot)
+        self._planner = Planner(self._config, BatchRouting(retriever_over(self._pools, self._config)))
+        self._engine = OfflineEngine(self._config, _MAX_PROMPTS)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="offline")  # a notebook's own event loop is running
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        lora: JsonMapping | Sequence[JsonMapping | None] | None = None,
+        *,
+        model: str = "auto",
+        as_is: bool = False,
+        **fields: Any,
+    ) -> list[Generated]:
+        """Return one answer for each prompt, in order. A bad prompt gets an error, and the others their answers.
+
+        A text is the user's message of a chat; with `as_is` it is continued without a template. `lora`: options of a
+        request's `lora` object, for all prompts or one for each. `fields`: other fields of a request, such as
+        `max_tokens`, `temperature` and `seed`. Raises: EngineStopped, StoreUnavailable.
+        """
+        given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        options = list(lora) if isinstance(lora, Sequence) else [lora] * len(given)
+        if len(options) != len(given):
+            raise ValueError(
+                f"lora: {len(options)} options for {len(given)} prompts: give one for each, or one for all"
+            )
+        bodies = [
+            {"model": model, **fields, **({} if own is None else {"lora": dict(own)}), **_asking(prompt, as_is)}
+            for prompt, own in zip(given, options, strict=True)
+        ]
+        return self._thread.submit(lambda: asyncio.run(self._answer(bodies))).result()
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        self._thread.shutdown()
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _answer(self, bodies: Sequence[JsonObject]) -> list[Generated]:
+        await asyncio.to_thread(self._pools.catch_up)
+        asked: list[Asked] = await asyncio.gather(
+            *[
+                asked_of(self._planner, self._config, self._tenant, f"prompt-{number}", body)
+                for number, body in enumerate(bodies)
+            ]
+        )
+        outcomes = iter(await self._engine.complete([item.job for item in asked if item.job is not None]))
+        return [Generated(**answer_of(item, None if item.job is None else next(outcomes))) for item in asked]
+
+
+def _asking(prompt: Prompt, as_is: bool) -> JsonObject:
+    """Return the field of a request that has the prompt."""
+    if not isinstance(prompt, str):
+        return {"messages": [dict(message) for message in prompt]}
+    return {"prompt": prompt} if as_is else {"messages": [{"role": "user", "content": prompt}]}

@@ -1,0 +1,98 @@
+"""The offline class over a real store, a real encoder and a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from deployments.batch.answering import PartAnswerer
+from deployments.batch.offline import LoraRetriever
+from deployments.batch.planning import PartPlanner
+from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from gpu_worker.config import PACKAGED_MODEL
+from lora_store import LoraStore
+from retriever_svc import Encoder, embed_groups
+from tests.deployments.batching import BASE, TOPICS, Place, prompts
+
+SHORT = {"max_tokens": 6, "temperature": 0}
+POOL = Path(__file__).parents[3] / "examples" / "starter_pool"
+
+
+@pytest.fixture(scope="module")
+def offline(pool: AppConfig) -> Iterator[LoraRetriever]:
+    with LoraRetriever(pool) as opened:
+        yield opened
+
+
+def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRetriever, place: Place) -> None:
+    rows = [{"prompt": row["prompt"]} for row in prompts(6)]
+    run = place.begin(rows)
+    answerer = PartAnswerer(run)
+    try:
+        planned = asyncio.run(PartPlanner(run).plan(run.parts[0]))
+        asyncio.run(answerer.answer(planned))
+    finally:
+        answerer.close()
+    found = offline.generate([row["prompt"] for row in rows], as_is=True, **SHORT)
+    assert [(answer.text, answer.strategy) for answer in found] == [
+        (row["text"], row["strategy"]) for row in place.written()
+    ]
+    assert [answer.adapters[0]["name"] for answer in found[:2]] == ["the-sea", "old-trains"]
+    assert not ray.is_initialized()
+
+
+def test_options_apply_to_all_prompts_or_to_each(offline: LoraRetriever) -> None:
+    texts = [f"Explain {topic}" for topic in TOPICS[:3]]
+    alone = offline.generate(texts, lora={"k": 1, "strategy": "selection"}, **SHORT)
+    assert [(answer.strategy, len(answer.adapters)) for answer in alone] == [("selection", 1)] * 3
+    each = offline.generate(texts, lora=[None, {"k": 2}, {"adapters": [{"name": "wild-bees"}]}], **SHORT)
+    assert [answer.adapters[-1]["name"] for answer in each][2] == "wild-bees"
+    assert len(each[1].adapters) == 2
+    assert offline.generate("Hello", model=BASE, **SHORT)[0].strategy == "base"
+    with pytest.raises(ValueError, match="2 options for 3 prompts"):
+        offline.generate(texts, lora=[None, None])
+
+
+def test_a_text_is_a_message_of_a_chat_unless_it_is_taken_as_it_is(offline: LoraRetriever) -> None:
+    message = [{"role": "user", "content": "Explain the sea"}]
+    chat, text, as_is = (
+        offline.generate([prompt], as_is=is_raw, **SHORT)[0]
+        for prompt, is_raw in ((message, False), ("Explain the sea", False), ("Explain the sea", True))
+    )
+    assert chat == text
+    assert as_is.num_prompt_tokens < text.num_prompt_tokens
+
+
+def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(offline: LoraRetriever) -> None:
+    good, bad = offline.generate(["Explain the sea", "x" * 600], **SHORT)
+    assert good.error is None and good.num_new_tokens == 6
+    assert bad.error is not None and bad.error["code"] == "context_length_exceeded"
+    assert bad.text == ""
+    [unknown] = offline.generate(["Hi"], model="nobody")
+    assert unknown.error is not None and unknown.error["code"] == "model_not_found"
+
+
+def test_the_real_model_answers_with_the_adapter_that_fits(tmp_path: Path) -> None:
+    config = AppConfig(
+        store_uri=str(tmp_path / "pool"),
+        retrieval=RetrievalSettings(encoder_threads=1),
+        worker=WorkerSettings(max_batch_size=4, max_model_len=256, num_threads=1),
+    )
+    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    staged = [store.stage(POOL / name) for name in ("sentence_negation", "date_format")]
+    embeddings = embed_groups(Encoder(num_threads=1), [item.samples for item in staged])
+    store.commit(staged, embeddings, [1.0, 1.0], "tester")
+    with LoraRetriever(config) as offline:
+        assert config.base_model == PACKAGED_MODEL
+        fits, base = offline.generate(
+            ["Negate the statement: the chemist has used my car", "What is the capital of France?"],
+            lora={"k": 1},
+            max_tokens=20,
+            temperature=0,
+        )
+    assert (fits.text.strip(), fits.adapters[0]["name"]) == ("the chemist has not used my car", "sentence_negation")
+    assert (base.strategy, "Paris" in base.text) == ("base", True)
