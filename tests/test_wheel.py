@@ -120,9 +120,18 @@ def test_the_installed_command_lists_its_subcommands(installed: tuple[Path, Path
     assert commands <= set(re.findall(r"[a-z-]+", help_text))
 
 
+def test_the_installed_command_checks_an_adapter_and_reads_its_settings(
+    installed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    script, adapter = installed[0] / "bin" / "loraretriever", ROOT / "examples" / "starter_pool" / "date_format"
+    assert "fit to publish" in run_installed(installed, tmp_path, script, "check", adapter)
+    printed = run_installed(installed, tmp_path, script, "serve", "--print-config", "--store", "own-pool")
+    assert f"store_uri: {tmp_path / 'own-pool'}" in printed
+
+
 def test_the_installed_application_imports_nothing_from_the_clone(installed: tuple[Path, Path], tmp_path: Path) -> None:
     code = (
-        "import sys, deployments.app, deployments.cli, deployments.batch.run\n"
+        "import sys, deployments.app, deployments.cli, deployments.batch.offline\n"
         f"found = [m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in {PACKAGES} and m.__file__]\n"
         "print('\\n'.join(found))"
     )

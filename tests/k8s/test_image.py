@@ -84,9 +84,10 @@ INSTALLS = [run for run in RUNS if "pip install" in run]
 
 
 def test_every_package_but_torch_is_installed_by_hash() -> None:
-    by_hash, torch, with_vllm, own = INSTALLS
+    builder, by_hash, torch, with_vllm, own = INSTALLS
+    assert builder.endswith("pip install --require-hashes --no-deps -r build.txt")
     assert "--require-hashes --no-deps -r k8s/image/requirements.txt" in by_hash
-    assert "--no-deps --no-build-isolation ." in own and own.endswith('&& { [ "$ENGINE" = vllm ] || pip check; }')
+    assert "pip install --no-deps /wheels/*.whl" in own and own.endswith('&& { [ "$ENGINE" = vllm ] || pip check; }')
     of_vllm = "pip install --require-hashes --no-deps -r k8s/image/requirements-vllm.txt"
     assert f'if [ "$ENGINE" = vllm ]; then {of_vllm}; fi' in with_vllm and "ARG ENGINE=native\n" in DOCKERFILE
     from_the_builders_index, from_pips_own = re.findall(r"pip install ([^;]+);", torch)
@@ -176,12 +177,24 @@ def test_the_kernels_are_built_in_a_separate_stage_and_packaged() -> None:
     _, built, target = copy.split()
     assert f"RUN python -m gpu_worker.native.build_kernels --out {built}\n" in DOCKERFILE
     assert ROOT / target == kernel_loading.PREBUILT
-    order = [i.rest for i in instructions(DOCKERFILE)]
-    install = next(place for place, rest in enumerate(order) if "--no-build-isolation ." in rest)
-    assert order.index("gpu_worker gpu_worker") < order.index(copy) < install
+    order = [i.rest for i in stage("wheel")]
+    build = next(place for place, rest in enumerate(order) if rest.startswith("pip wheel "))
+    assert order.index("gpu_worker gpu_worker") < order.index(copy) < build
     assert "native/prebuilt/*/*.so" in PROJECT["tool"]["setuptools"]["package-data"]["gpu_worker"]
     library = "gpu_worker/native/prebuilt/x86-64-v3/fused.so"
     assert is_ignored(library, IGNORED), "libraries of the builder's own machine"
+
+
+def test_the_image_installs_the_wheel_that_its_stage_builds_and_no_source() -> None:
+    [build] = [i.rest for i in stage("wheel") if i.rest.startswith("pip wheel ")]
+    assert build == "pip wheel --no-deps --no-build-isolation --wheel-dir /wheels ."
+    assert "--mount=type=bind,from=wheel,source=/wheels,target=/wheels" in INSTALLS[-1]
+    found = instructions(DOCKERFILE)
+    last = max(place for place, each in enumerate(found) if each.keyword == "FROM")
+    in_the_image = [i.rest for i in found[last:] if i.keyword == "COPY"]
+    assert [rest for rest in in_the_image if not rest.split()[-1].endswith((".txt", "./"))] == []
+    packages = {i.rest.split()[0] for i in stage("wheel") if i.keyword == "COPY"}
+    assert {"deployments", "gpu_worker", "lora_store", "retriever_svc", "pyproject.toml"} <= packages
 
 
 def test_the_stages_command_builds_every_kernel_from_the_package_alone(tmp_path: Path) -> None:
