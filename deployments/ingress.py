@@ -22,6 +22,7 @@ from deployments.calls.worker_client import ServeWorker, WorkerClient, WorkerGat
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
 from deployments.generation.planner import Planner, refuse_stream_options
+from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
 from deployments.http.dependencies import KEEP_ALIVE_S, Services
@@ -119,6 +120,8 @@ def _build_services(
     kinds: MetricFactory,
 ) -> Services:
     has_keys, background, changes = config.has_keys, Background(), ChangeMetrics(kinds)
+    metrics = RequestMetrics(kinds)
+    shadows = Shadows(worker, background, metrics)
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
     publisher = _publisher(config, retriever, worker, store, background, gate, changes)
     authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
@@ -134,14 +137,14 @@ def _build_services(
         config=config,
         authenticator=authenticator,
         planner=planner,
-        completions=CompletionService(config, authenticator, planner, gate, worker, limits),
+        completions=CompletionService(config, authenticator, planner, gate, worker, limits, shadows),
         publisher=publisher,
         evaluator=Evaluator(store, retriever, publisher, scorer),
         store=store,
         retriever=retriever,
         readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),
         stats=StatsReader(config, retriever, worker, evaluation_of=evaluation_of),
-        metrics=RequestMetrics(kinds),
+        metrics=metrics,
         background=background,
         in_flight=InFlight(config.max_concurrent_requests),
         bodies=SharedBytes(config.max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),

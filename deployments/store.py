@@ -30,6 +30,7 @@ from lora_store import (
     Ranking,
     Staged,
     TenantQuota,
+    Trial,
     Visibility,
     Withdrawn,
 )
@@ -47,7 +48,12 @@ class StoreDeployment:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
-        self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases, templates=config.known_templates)
+        self._store = LoraStore(
+            config.store_uri,
+            accepts_base=config.accepted_bases,
+            templates=config.known_templates,
+            limits=config.admission,
+        )
         self._store.check_writes(os.environ)
         # Separate threads: a batch from a slow source must not block the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
@@ -70,9 +76,11 @@ class StoreDeployment:
     def _stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         config = self._config
         prefixes = config.source_prefixes_of(upload.tenant) if upload.source is not None else ()
-        with folder_of(upload, prefixes, config.max_upload_bytes, self._staging) as folder:
+        read_parts = self._store.uploads.parts
+        with folder_of(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as folder:
             return self._store.stage(
                 folder,
+                is_private=upload.files is not None,
                 module_shapes=module_shapes,
                 name=upload.adapter_name,
                 tenant=upload.tenant,
@@ -82,7 +90,17 @@ class StoreDeployment:
                 keeps_visibility=upload.visibility is None,
                 source=upload.origin,
                 ttl_s=upload.ttl_s,
+                share=upload.share,
+                is_shadow=upload.is_shadow,
             )
+
+    async def put_part(self, upload: str, number: int, data: Buffer) -> None:
+        """Store one part of an uploaded file until `delete_parts`. Raises: StoreUnavailable."""
+        await asyncio.to_thread(self._store.uploads.put, upload, number, data.data)
+
+    async def delete_parts(self, uploads: Collection[str]) -> None:
+        """Delete the parts of these files."""
+        await asyncio.to_thread(self._store.uploads.delete, uploads)
 
     async def restage(self, record: AdapterRecord) -> Staged:
         """Stage a kept version again. Raises: AdapterNotFound if its blobs are gone."""
@@ -127,6 +145,10 @@ class StoreDeployment:
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, StoreUnavailable."""
         return await asyncio.to_thread(self._store.set_visibility, tenant, name, visibility, actor)
+
+    async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
+        """Start, change or end a name's trial, and return the generation. Raises: AdapterNotFound, AdapterRefused."""
+        return await asyncio.to_thread(self._store.set_trial, tenant, name, trial, actor)
 
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
         """Let `auto` choose these versions for every tenant, and return the generation. Raises: AdapterNotFound."""

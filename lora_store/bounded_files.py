@@ -30,7 +30,7 @@ _COPIED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits on an adapter's folder. Each bounds what a check costs, so raise them for publishers that you trust."""
+    """The limits on an adapter's folder. Each bounds what a check costs: raise them for publishers that you trust."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a settings file, which pydantic reads
 

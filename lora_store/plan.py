@@ -57,7 +57,6 @@ class Plan:
                 limits = f"must be finite and within ±{MAX_ABS_WEIGHT}, got {adapter.weight}"
                 raise PlanInvalid(f"the weight of {adapter.ref.name!r} {limits}")
 
-
     def with_versions(self, chosen: Collection[TrialVersion]) -> Plan:
         """Return the plan with these versions in place of the live ones, and no trials."""
         by_live = {version.live: version for version in chosen}

@@ -80,9 +80,7 @@ class LoraStore:
         self._catalogue = Catalogue(location.child("catalogue"), sleep)
         self.uploads = Uploads(location.child("uploads"))
         projections = Files(location.child(PROJECTIONS))
-        self._collector = GarbageCollector(
-            self._blobs, self._leases, self._catalogue, projections, self.uploads, now
-        )
+        self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
 
     def check_writes(self, environment: Mapping[str, str]) -> None:
         """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""

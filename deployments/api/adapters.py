@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from deployments.api.base import ApiRequest
 from lora_store import LOCAL_TENANT, Visibility
 
-FileBytes = bytes | NDArray[np.uint8]  # an array is passed through Ray's object store without a copy at the receiver
 MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
 MAX_TAGS = 32
@@ -28,6 +25,17 @@ _SOURCE = re.compile(r"[a-z0-9]+://|(?:runs|models):/")
 
 
 @dataclass(frozen=True, slots=True)
+class SentFile:
+    """A large file of an upload that the Store has in parts, under this id."""
+
+    id: str
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return self.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class PublishItem:
     """A PEFT folder to publish, with its publisher's description. Exactly one of `path`, `files`, `source` is set."""
 
@@ -36,16 +44,23 @@ class PublishItem:
     tenant: str = LOCAL_TENANT
     tags: tuple[str, ...] = ()
     template: str | None = None
-    files: Mapping[str, FileBytes] | None = None
+    files: Mapping[str, bytes | SentFile] | None = None
     source: str | None = None
     visibility: Visibility | None = None  # None: that of the live version, or for a new name `default_visibility`
     default_visibility: Visibility = "public"
     ttl_s: float | None = None  # of an unlisted adapter
+    share: float | None = None  # of the live version's requests; None: the new version becomes the live one
+    is_shadow: bool = False
 
     def __post_init__(self) -> None:
         given = [what for what in (self.path, self.files, self.source) if what is not None]
         if len(given) != 1:
             raise ValueError(f"an upload is one of path, files and source, got {len(given)} of them")
+
+    @property
+    def sent(self) -> list[str]:
+        """The ids of its files that were sent in parts."""
+        return [file.id for file in (self.files or {}).values() if isinstance(file, SentFile)]
 
     @property
     def adapter_name(self) -> str:
@@ -76,6 +91,15 @@ class AdapterLabel(ApiRequest):
     visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default
     # Seconds after which the adapter is withdrawn. It is unlisted until then: only its name finds it.
     ttl_s: float | None = Field(default=None, ge=1, le=MAX_TTL_S, allow_inf_nan=False)
+    # The live version stays, and this one answers a share of the requests to its name, or with `shadow` a copy of them.
+    share: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    shadow: bool = False
+
+    @model_validator(mode="after")
+    def _shadow_has_a_share(self) -> Self:
+        if self.shadow and self.share is None:
+            raise ValueError("`shadow` needs a `share`: 1 for a copy of every request")
+        return self
 
 
 class AdapterSource(AdapterLabel):
@@ -100,6 +124,8 @@ class AdapterSource(AdapterLabel):
             source=self.source,
             visibility=self.visibility,
             ttl_s=self.ttl_s,
+            share=self.share,
+            is_shadow=self.shadow,
         )
 
 
@@ -113,6 +139,17 @@ class RollbackRequest(ApiRequest):
     """`POST /v1/loras/{name}/rollback`: to the previous version, or the kept one whose digest starts with `digest`."""
 
     digest: str | None = Field(default=None, min_length=8, max_length=64)
+
+
+class ShareRequest(ApiRequest):
+    """`POST /v1/loras/{name}/share`: a kept version answers a share of the requests that name no version; 0 ends that.
+
+    `digest`: of the version, or its beginning; None: the one under trial.
+    """
+
+    share: float = Field(ge=0, le=1, allow_inf_nan=False)
+    digest: str | None = Field(default=None, min_length=8, max_length=64)
+    shadow: bool = False
 
 
 class VisibilityRequest(ApiRequest):

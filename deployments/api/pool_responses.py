@@ -7,6 +7,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from deployments.api.responses import TrialObject, trial_object
 from deployments.json_types import JsonObject
 from lora_store import AdapterRecord, Ranking, Sample
 from retriever_svc import Place, Point, PoolMap
@@ -56,6 +57,7 @@ class Adapter(TypedDict):
     created_at: str
     generation: int
     expires_at: str | None
+    trial: TrialObject | None
 
 
 class AdapterList(TypedDict):
@@ -70,7 +72,7 @@ class AdapterList(TypedDict):
 
 class AdapterVersion(TypedDict):
     digest: str
-    state: Literal["live", "kept"]
+    state: Literal["live", "trial", "shadow", "kept"]
     generation: int
     created_at: str
     source: str
@@ -198,6 +200,7 @@ def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
         "created_at": record.created_at.isoformat(),
         "generation": record.generation,
         "expires_at": None if record.expires_at is None else record.expires_at.isoformat(),
+        "trial": None if record.trial is None else trial_object(record.trial),
     }
 
 
@@ -218,7 +221,7 @@ def versions_object(versions: Sequence[AdapterRecord]) -> list[AdapterVersion]:
     return [
         {
             "digest": record.ref.digest,
-            "state": "kept" if place else "live",
+            "state": _state_of(record, versions[0]) if place else "live",
             "generation": record.generation,
             "created_at": record.created_at.isoformat(),
             "source": record.source,
@@ -226,6 +229,12 @@ def versions_object(versions: Sequence[AdapterRecord]) -> list[AdapterVersion]:
         }
         for place, record in enumerate(versions)
     ]
+
+
+def _state_of(older: AdapterRecord, live: AdapterRecord) -> Literal["trial", "shadow", "kept"]:
+    if live.trial is None or live.trial.digest != older.ref.digest:
+        return "kept"
+    return "shadow" if live.trial.is_shadow else "trial"
 
 
 def map_object(drawn: PoolMap, tenant: str) -> PoolPicture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal, NotRequired
 
@@ -11,10 +11,22 @@ from typing_extensions import TypedDict
 
 from deployments.api import error_table
 from deployments.json_types import JsonObject
-from lora_store import AdapterRef, Plan, Strategy
+from lora_store import AdapterRef, Plan, Strategy, Trial, TrialVersion
 from retriever_svc import Candidate
 
 Decision = Literal["fits", "below_threshold", "no_candidates", "housekeeping"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialArm:
+    """The version that a request got from a trial: the one under trial if it `is_chosen`, otherwise the live one."""
+
+    version: TrialVersion
+    is_chosen: bool
+
+    @property
+    def answering(self) -> AdapterRef:
+        return self.version.ref if self.is_chosen else self.version.live
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +37,20 @@ class Planned:
     candidates: tuple[Candidate, ...] = ()
     abstained: bool = False
     reason: Decision | None = None
+    trials: tuple[TrialArm, ...] = ()
+    shadow: Plan | None = None  # answers a copy of the request, which nobody sees
+
+    def drawn(self, key: str | None) -> Planned:
+        """Return it with the versions that answer the request with this key; without a key, the live ones answer."""
+        trials = self.plan.trials
+        if not trials:
+            return self
+        drawn = [version for version in trials if key is not None and version.trial.includes(key)]
+        shown = [version for version in drawn if not version.trial.is_shadow]
+        hidden = [version for version in drawn if version.trial.is_shadow]
+        plan = self.plan.with_versions(shown)
+        arms = tuple(TrialArm(version, is_chosen=version in shown) for version in trials)
+        return replace(self, plan=plan, trials=arms, shadow=plan.with_versions(hidden) if hidden else None)
 
 
 class ErrorObject(TypedDict):
@@ -109,6 +135,7 @@ class Published:
     probe_shift: float | None
     neighbours: tuple[Candidate, ...]
     expires_at: datetime | None = None  # of an unlisted adapter
+    trial: Trial | None = None  # of a version that is not live, but takes a share of the live one's requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +164,14 @@ class Replicas(TypedDict):
     behind: int
 
 
+class TrialObject(TypedDict):
+    """The version under trial, and its share of the requests to its name; with `shadow` it answers copies of them."""
+
+    digest: str
+    share: float
+    shadow: bool
+
+
 class PublishedAdapter(TypedDict):
     name: str
     digest: str
@@ -146,15 +181,17 @@ class PublishedAdapter(TypedDict):
     probe_shift: float | None
     neighbours: list[CandidateRow]
     expires_at: NotRequired[str]
+    trial: NotRequired[TrialObject]
 
 
 class SettledAdapter(TypedDict):
-    """An adapter whose visibility or approval was changed."""
+    """An adapter whose visibility, approval or trial was changed."""
 
     name: str
     visibility: NotRequired[str]
     digest: NotRequired[str]
     approved: NotRequired[bool]
+    trial: NotRequired[TrialObject | None]
     generation: int
     replicas: Replicas
 
@@ -185,7 +222,13 @@ def published_object(published: Published) -> PublishedAdapter:
     }
     if published.expires_at is not None:
         answer["expires_at"] = published.expires_at.isoformat()
+    if published.trial is not None:
+        answer["trial"] = trial_object(published.trial)
     return answer
+
+
+def trial_object(trial: Trial) -> TrialObject:
+    return {"digest": trial.digest, "share": trial.share, "shadow": trial.is_shadow}
 
 
 def replicas_object(change: Published | Removed | Settled) -> Replicas:
@@ -217,6 +260,11 @@ def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAd
 def approval_object(ref: AdapterRef, settled: Settled) -> SettledAdapter:
     replicas, generation = replicas_object(settled), settled.generation
     return {"name": ref.name, "digest": ref.digest, "approved": True, "generation": generation, "replicas": replicas}
+
+
+def share_object(name: str, trial: Trial | None, settled: Settled) -> SettledAdapter:
+    shown = None if trial is None else trial_object(trial)
+    return {"name": name, "trial": shown, "generation": settled.generation, "replicas": replicas_object(settled)}
 
 
 def removed_object(removed: Removed) -> RemovedAdapters:

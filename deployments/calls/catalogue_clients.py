@@ -26,6 +26,7 @@ from lora_store import (
     StoreUnavailable,
     Strategy,
     TenantQuota,
+    Trial,
     Visibility,
     Withdrawn,
 )
@@ -67,6 +68,8 @@ class StoreCalls(Protocol):
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged: ...
     async def restage(self, record: AdapterRecord) -> Staged: ...
+    async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
+    async def delete_parts(self, uploads: Collection[str]) -> None: ...
     async def commit(
         self,
         staged: Sequence[Staged],
@@ -84,6 +87,7 @@ class StoreCalls(Protocol):
     async def expire(self, commit_id: str | None = None) -> Withdrawn: ...
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int: ...
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int: ...
+    async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int: ...
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
     async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int: ...
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
@@ -138,8 +142,14 @@ class ServeStore(StoreClient):
         return await self._in_time(lambda: self._calls.retry(StoreReplica.versions, keys))
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
-        calls = self._calls.over_object_store()  # large files are not copied at the receiver
+        calls = self._calls.over_object_store()  # small files may be large together
         return await calls.retry(StoreReplica.stage, upload, module_shapes)
+
+    async def put_part(self, upload: str, number: int, data: Buffer) -> None:
+        await self._calls.over_object_store().retry(StoreReplica.put_part, upload, number, data)
+
+    async def delete_parts(self, uploads: Collection[str]) -> None:
+        await self._calls.once(StoreReplica.delete_parts, uploads)
 
     async def restage(self, record: AdapterRecord) -> Staged:
         return await self._calls.retry(StoreReplica.restage, record)
@@ -172,6 +182,9 @@ class ServeStore(StoreClient):
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
         return await self._calls.once(StoreReplica.set_visibility, tenant, name, visibility, actor)
+
+    async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
+        return await self._calls.retry(StoreReplica.set_trial, tenant, name, trial, actor)
 
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
         return await self._calls.once(StoreReplica.approve, refs, actor)

@@ -32,6 +32,7 @@ def check_adapter(folder: Path, config: Path | None, parity: bool, *, as_json: b
             accepts_base=settings.accepted_bases,
             module_shapes=None,
             templates=settings.known_templates if has_template else None,
+            limits=settings.admission,
         )
     except AdapterRefused as exc:
         if as_json:

@@ -14,12 +14,14 @@ from deployments.cli.client import (
     Url,
     call,
     client_of,
+    fail,
     follow,
     message_of,
     out,
     print_json,
     show_error,
 )
+from deployments.cli.publish import share_of
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()
@@ -52,10 +54,14 @@ def list_adapters(
     )
     tags = Column("tags", overflow="fold")
     table = Table(names, digests, "ranks", "bytes", "samples", autos, tags, title=f"generation {answer['generation']}")
+    has_trials = any(row.get("trial") for row in rows)
+    if has_trials:
+        table.add_column("trial", overflow="fold")
     for row in rows:
         ranks, auto = ", ".join(map(str, row["ranks"])), "yes" if row["found_by_auto"] else "by name only"
         cells = (row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
-        table.add_row(row["id"], *cells, ", ".join(row["tags"]))
+        trial = [share_of(row["trial"]) if row.get("trial") else ""] if has_trials else []
+        table.add_row(row["id"], *cells, ", ".join(row["tags"]), *trial)
     out.print(table)
 
 
@@ -67,6 +73,8 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         print_json(answer)
         return
     answer.pop("samples", None)  # none was asked for
+    if answer.get("trial"):
+        answer["trial"] = share_of(answer["trial"])
     versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
         published = row["created_at"][:19].replace("T", " ")  # to the second
@@ -115,13 +123,53 @@ def rollback(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Make an earlier version of an adapter live again."""
+    """Make an earlier version of an adapter live again. If a trial runs, end it: the live version answers alone."""
     answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/rollback", json={} if to is None else {"digest": to})
     if as_json:
         print_json(answer)
         return
     out.print(
         f"{answer['name']} is back at {answer['digest'][:12]} since generation {answer['generation']}", markup=False
+    )
+
+
+@commands.command()
+def share(
+    name: Name,
+    percent: Annotated[float, typer.Argument(min=0, max=100, help="percent of the requests; 0 ends the trial")],
+    version: Annotated[
+        str | None, typer.Option(help="digest of a kept version, or its beginning; default: the one under trial")
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="answer copies of these requests, which nobody sees")
+    ] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Let another kept version answer a share of the requests to an adapter's name."""
+    body: JsonObject = {"share": percent / 100, "shadow": shadow, **({} if version is None else {"digest": version})}
+    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/share", json=body)
+    if as_json:
+        print_json(answer)
+        return
+    trial = answer["trial"]
+    done = "the live version answers every request" if trial is None else share_of(trial)
+    out.print(f"{answer['name']}: {done} since generation {answer['generation']}", markup=False, highlight=False)
+
+
+@commands.command()
+def promote(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Make the version under trial the live one."""
+    path = f"/v1/loras/{quote(name, safe='')}"
+    trial = call(url, "GET", path)["trial"]
+    if trial is None:
+        fail(f"no version of {name!r} is under trial: start one with `loraretriever share`")
+    answer = call(url, "POST", f"{path}/rollback", json={"digest": trial["digest"]})
+    if as_json:
+        print_json(answer)
+        return
+    out.print(
+        f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}", markup=False
     )
 
 

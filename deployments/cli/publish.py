@@ -165,6 +165,10 @@ TrainingFile = Annotated[
     Path | None,
     typer.Option("--samples", help="take the samples for auto from this training file: Alpaca, ShareGPT or messages"),
 ]
+Share = Annotated[
+    float | None,
+    typer.Option(min=0, max=100, help="keep the live version, and give this one a share of its requests, in percent"),
+]
 TimeToLive = Annotated[
     float | None,
     typer.Option("--ttl", help="seconds until it is withdrawn; until then it is unlisted: only its name finds it"),
@@ -182,6 +186,10 @@ def publish(
     ] = None,
     samples: TrainingFile = None,
     ttl: TimeToLive = None,
+    share: Share = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="with --share: answer copies of these requests, which nobody sees")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="let the server check everything, publish nothing")
     ] = False,
@@ -192,8 +200,11 @@ def publish(
     """Publish adapters to a running server."""
     items = [item for place in places for item in _items_of(place)]
     _require_one(items, name, samples)
+    if shadow and share is None:
+        raise typer.BadParameter("needs --share, 100 for a copy of every request", param_hint="--shadow")
     visibility = None if public is None else "public" if public else "private"
     given = {"name": name, "tags": tag, "template": template, "visibility": visibility, "ttl_s": ttl}
+    given |= {"share": None if share is None else share / 100, "shadow": shadow}
     fields = {key: value for key, value in given.items() if value}
     params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
     with client_of(url) as client, _upload_progress(items) as sent:
@@ -286,7 +297,15 @@ def _outcome(answer: JsonObject, is_dry: bool) -> str:
         notes.append(f"{behind} replicas are not up to date yet")
     note = f" ({'; '.join(notes)})" if notes else ""
     done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
+    if not is_dry and "trial" in answer:
+        done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
     return f"{answer['name']} {done}{note}"
+
+
+def share_of(trial: JsonObject) -> str:
+    """Return what a version under trial does, without its name."""
+    verb = "shadows" if trial["shadow"] else "answers"
+    return f"{trial['digest'][:12]} {verb} {trial['share'] * 100:g} % of the requests"
 
 
 def _named(item: Item, message: str) -> str:

@@ -40,7 +40,9 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
     took_s = time.monotonic() - started
     if as_json:
         counted = {"rows": run.source.num_rows, "answered": run.num_rows_left, "errors": num_errors}
-        print_json({"output": settings.output_uri, "generation": run.generation, **counted, "seconds": round(took_s, 1)})
+        print_json(
+            {"output": settings.output_uri, "generation": run.generation, **counted, "seconds": round(took_s, 1)}
+        )
         return 0
     if run.parts:
         out.print(f"{run.num_rows_left} rows in {took_s:.0f} s, {num_errors} of them with errors", markup=False)

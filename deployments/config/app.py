@@ -34,7 +34,7 @@ from gpu_worker.request.model_files import (
     template_of_files,
 )
 from gpu_worker.request.request import EXPECTED_NEW_TOKENS
-from lora_store import Visibility, is_valid_name
+from lora_store import Limits, Visibility, is_valid_name
 from lora_store.location import Location
 from lora_store.peft_files import template_digest
 
@@ -81,12 +81,14 @@ class AppConfig(Settings):
     # Prefixes of URIs that adapters may be published from, by tenant; "*" means every tenant. They begin with s3://,
     # gs://, file://, hf://, runs:/ or models:/. A plain list applies to every tenant and is refused with keys.
     source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
-    max_upload_bytes: int = Field(default=512 << 20, ge=1)  # files of one adapter, uploaded or copied from a source
-    # All uploads in one Ingress replica at once. With keys, a tenant above `max_upload_bytes` may use at most as
-    # much as remains free.
-    max_upload_total_bytes: int = Field(default=1 << 30, ge=1)
-    # Uploads and sources that one Store replica validates at once. Others wait up to a minute, then get a 503.
-    max_staging_bytes: int = Field(default=1 << 30, ge=1)
+    # Files of one adapter, uploaded or copied from a source. The files in themselves: `admission`.
+    max_upload_bytes: int = Field(default=1040 << 20, ge=1)
+    # All uploads in one Ingress replica at once, which spools them to disk. With keys, a tenant above
+    # `max_upload_bytes` may use at most as much as remains free.
+    max_upload_total_bytes: int = Field(default=2 << 30, ge=1)
+    # Uploads and sources that one Store replica validates at once, on its disk. Others wait up to a minute, then get
+    # a 503.
+    max_staging_bytes: int = Field(default=2 << 30, ge=1)
     # All other bodies in one Ingress replica; one body has at most 4 MiB. With keys, a tenant may use at most as
     # much as remains free.
     max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)
@@ -108,6 +110,7 @@ class AppConfig(Settings):
     evaluate_after_publish: bool = False
     # Adapter folders, or folders of adapter folders. The start publishes those whose names are not live yet.
     preload: tuple[Path, ...] = ()
+    admission: Limits = Limits()
     worker: WorkerSettings = WorkerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     ingress_scaling: ScalingSettings = ScalingSettings(

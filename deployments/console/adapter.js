@@ -2,7 +2,7 @@
 
 import { post, read, send } from "./api.js";
 import { ago, byId, bytes, confirmed, element, say, sayOrHide, whole } from "./dom.js";
-import { adapterLink } from "./plan.js";
+import { adapterLink, trialText } from "./plan.js";
 import { codeBlocks } from "./snippets.js";
 
 const NUM_SAMPLES = 8;
@@ -53,7 +53,7 @@ function show(adapter) {
 }
 
 function factsOf(adapter) {
-  const { tags, visibility, found_by_auto, ranks, num_bytes, num_samples, target_modules, base_model, template, created_at, digest } = adapter;
+  const { tags, visibility, found_by_auto, ranks, num_bytes, num_samples, target_modules, base_model, template, created_at, digest, trial } = adapter;
   const rows = {
     Tags: tags.join(", ") || "none",
     Visibility: visibility,
@@ -65,6 +65,7 @@ function factsOf(adapter) {
     Template: template ?? "the server's",
     Published: ago(created_at),
     Version: digest.slice(0, 12),
+    Trial: trial ? trialText(trial) : "none",
   };
   return Object.entries(rows).map(([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text)));
 }
@@ -76,15 +77,16 @@ function sampleRow({ input, output }) {
 }
 
 function versionRow({ digest, state, created_at, actor, source }, isOwn) {
-  const isKept = state === "kept";
+  const isKept = state !== "live";
   const button = isKept && isOwn
     ? element("button", { type: "button", class: "small", "aria-label": `Make live: version ${digest.slice(0, 12)}`, onclick: () => rollback(digest, created_at) }, "Make live")
-    : state;
+    : null;
+  const note = state === "kept" ? null : state;
   return element("tr", {},
     element("th", { scope: "row" }, element("code", {}, digest.slice(0, 12))),
     element("td", { title: created_at }, ago(created_at)),
     element("td", { class: "wide" }, [actor, source].filter(Boolean).join(", ")),
-    element("td", { class: "actions" }, button));
+    element("td", { class: "actions" }, note, " ", button));
 }
 
 /** Shows the adapters that are nearest to its first sample. */

@@ -86,3 +86,14 @@ function changesOf({ abstained, adapters, candidates = [], reason }) {
 
 const code = (text) => element("code", {}, text);
 const askButton = (name) => element("button", { type: "button", class: "small", onclick: () => onAsk(name) }, `Answer with ${name}`);
+
+const share = (trial) => `${Number((100 * trial.share).toFixed(2))} %`;
+
+/** Names what a version under trial does, in few characters. */
+export const trialLabel = (trial) => `${share(trial)} ${trial.shadow ? "shadow" : "to"} ${trial.digest.slice(0, 8)}`;
+
+/** Says what a version under trial does. */
+export function trialText(trial) {
+  const what = trial.shadow ? `a copy of ${share(trial)} of the requests, which nobody sees` : `${share(trial)} of the requests`;
+  return `Version ${trial.digest.slice(0, 12)} answers ${what}`;
+}

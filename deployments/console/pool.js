@@ -2,7 +2,7 @@
 
 import { read } from "./api.js";
 import { ago, byId, bytes, element, say, sayOrHide, soon, whole } from "./dom.js";
-import { adapterLink } from "./plan.js";
+import { adapterLink, trialLabel, trialText } from "./plan.js";
 
 const PAGE = 15;
 let before = []; // the last id of each previous page
@@ -51,6 +51,7 @@ function row(adapter, place) {
   const link = adapterLink(adapter.id, `version ${adapter.digest.slice(0, 12)}`);
   link.tabIndex = place ? -1 : 0;
   const note = adapter.found_by_auto ? null : element("span", { class: "tag plain", title: "Without samples, auto cannot find it" }, "by name only");
+  const trial = adapter.trial && element("span", { class: "tag plain", title: trialText(adapter.trial) }, trialLabel(adapter.trial));
   return element(
     "tr",
     {},
@@ -60,6 +61,7 @@ function row(adapter, place) {
       link,
       element("small", { class: "narrow" }, `${bytes(adapter.num_bytes)}, ${whole(adapter.num_samples)} samples`),
       note,
+      trial,
       ...adapter.tags.map((tag) => element("span", { class: "tag" }, tag)),
     ),
     number(adapter.ranks.join(", ")),

@@ -25,6 +25,7 @@ from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.app import AppConfig
 from deployments.generation.planner import AUTO, Planner, check_limits, check_prompt, prompt_tokens
+from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
@@ -216,9 +217,10 @@ class CompletionService:
         gate: WorkerGate,
         worker: WorkerClient,
         limits: StreamLimits,
+        shadows: Shadows,
     ) -> None:
         self._config, self._authenticator, self._planner = config, authenticator, planner
-        self._gate, self._worker, self._limits = gate, worker, limits
+        self._gate, self._worker, self._limits, self._shadows = gate, worker, limits, shadows
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
@@ -238,12 +240,15 @@ class CompletionService:
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
                 answer = _answer_to(request, questions, plans, caller, context)
                 template = self._config.template
-                jobs = jobs_of(answer.request_id, sampling, questions, plans, template, request.n)
+                jobs = [
+                    replace(job, tenant=caller.tenant)
+                    for job in jobs_of(answer.request_id, sampling, questions, plans, template, request.n)
+                ]
                 rows = [
                     RowStream(
                         worker=self._worker,
                         gate=self._gate,
-                        job=replace(job, tenant=caller.tenant),
+                        job=job,
                         index=index,
                         question=index // request.n,
                         usage=usage,
@@ -253,6 +258,7 @@ class CompletionService:
                     )
                     for index, job in enumerate(jobs)
                 ]
+                self._shadows.start(jobs[:: request.n], plans, deadline)
                 return StartedCompletion(answer, rows, include_usage, stack.pop_all())
 
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:

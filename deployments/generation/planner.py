@@ -115,7 +115,7 @@ class Planner:
     ) -> list[Planned]:
         """Return one plan per question, in order. Questions with the same model and options share one call.
 
-        The plans and the time are recorded in `context`.
+        The plans and the time are recorded in `context`; its id also draws the versions of names under trial.
         Raises: ModelNotFound, RequestInvalid, AdapterNotFound, NoAdapterMatched, PlanInvalid, PlanGone, StaleIndex,
         EncoderBusy.
         """
@@ -132,7 +132,8 @@ class Planner:
             for places, own in zip(groups.values(), plans, strict=True)
             for place, plan in zip(places, own, strict=True)
         }
-        planned = [found[place] for place in range(len(questions))]
+        keys = [None if context is None else f"{context.request_id}/{place}" for place in range(len(questions))]
+        planned = [found[place].drawn(key) for place, key in enumerate(keys)]
         if context is not None:
             context.record_plans(planned, time.monotonic() - began)
         return planned

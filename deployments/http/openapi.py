@@ -86,6 +86,7 @@ WITHDRAW_ANSWERS = answers(404, s200=responses.RemovedAdapters, s202=responses.R
 ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=responses.PublishedAdapter, s202=responses.PublishedAdapter)
 VISIBILITY_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 APPROVE_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+SHARE_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 MAP_ANSWERS = answers(400, s200=pool_responses.PoolPicture)
 PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
 STATS_ANSWERS = answers(s200=pool_responses.Stats)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from uuid import uuid4
 
 import numpy as np
 from fastapi import Request
@@ -13,21 +14,25 @@ from starlette.datastructures import UploadFile
 from starlette.types import Message
 
 from deployments.api import error_table
-from deployments.api.adapters import MAX_UPLOAD_FILES, AdapterLabel, FileBytes, PublishItem
+from deployments.api.adapters import MAX_UPLOAD_FILES, AdapterLabel, PublishItem, SentFile
+from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import BodyTooSlow, RequestInvalid, UploadMemoryFull
 from deployments.http.bodies import SharedBytes
 from deployments.publishing.source_folders import file_problems
 from lora_store import AdapterRefused
+from lora_store.uploads import PART_BYTES
 
 _MAX_DIGITS = 18
 # An upload reserves all bytes that it announces, so a stalled one must end soon. 64 KiB/s on average is less than a
 # slow line sends, and a window of ten seconds tolerates a pause.
 _WINDOW_S = 10.0
 _BYTES_PER_WINDOW = 640 << 10
-_MAX_FIELDS = 40  # name, template, visibility, ttl_s and at most 32 tags
+_MAX_FIELDS = 40  # name, template, visibility, ttl_s, share, shadow and at most 32 tags
 _MAX_FIELD_BYTES = 4096
 _FILES = "files"
-_ARRAY_BYTES = 1 << 20
+_WHOLE_BYTES = 1 << 20  # a larger file is sent to the Store in parts
+SendPart = Callable[[str, int, Buffer], Awaitable[None]]
+"""Send one part of a file to the Store: its id, its number from 0, and its bytes."""
 
 
 class UploadBudget:
@@ -105,8 +110,12 @@ def _announced(http: Request) -> int:
     return int(length) if length.isdecimal() and len(length) <= _MAX_DIGITS else 0
 
 
-async def read_upload(http: Request) -> PublishItem:
-    """Return the upload. Files are spooled to disk on arrival and read once. Raises: RequestInvalid, AdapterRefused."""
+async def read_upload(http: Request, send: SendPart, sent: list[str]) -> PublishItem:
+    """Return the upload. Files are spooled to disk on arrival; large ones are then sent in parts, never read whole.
+
+    The ids of files that were sent are added to `sent`, also if reading fails later.
+    Raises: RequestInvalid, AdapterRefused, StoreUnavailable.
+    """
     form = http.form(max_files=MAX_UPLOAD_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
     async with form as parts:
         files: list[UploadFile] = []
@@ -122,7 +131,7 @@ async def read_upload(http: Request) -> PublishItem:
         names = [file.filename or "" for file in files]
         if problems := list(file_problems(names)):
             raise AdapterRefused(label.name or "", problems)
-        contents = {name: _as_sent(await file.read()) for name, file in zip(names, files, strict=True)}
+        contents = {name: await _content_of(file, send, sent) for name, file in zip(names, files, strict=True)}
     return PublishItem(
         name=label.name,
         tags=tuple(label.tags),
@@ -130,12 +139,20 @@ async def read_upload(http: Request) -> PublishItem:
         files=contents,
         visibility=label.visibility,
         ttl_s=label.ttl_s,
+        share=label.share,
+        is_shadow=label.shadow,
     )
 
 
-def _as_sent(data: bytes) -> FileBytes:
-    """Return a large file as an array over the same memory: Ray passes arrays on without a copy in the Store."""
-    return data if len(data) < _ARRAY_BYTES else np.frombuffer(data, np.uint8)
+async def _content_of(file: UploadFile, send: SendPart, sent: list[str]) -> bytes | SentFile:
+    if (file.size or 0) < _WHOLE_BYTES:
+        return await file.read()
+    id, number, num_bytes = uuid4().hex, 0, 0
+    sent.append(id)
+    while part := await file.read(PART_BYTES):
+        await send(id, number, np.frombuffer(part, np.uint8))
+        number, num_bytes = number + 1, num_bytes + len(part)
+    return SentFile(id, num_bytes)
 
 
 def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:

@@ -18,7 +18,7 @@ from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
 from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from gpu_worker.request.request import Delta
 
-_DIGEST_CHARS = 12
+DIGEST_CHARS = 12
 CONTEXT_KEY = "context"
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,6 +59,7 @@ class RequestContext:
     code: str = ""  # of the API's error object
     strategy: str = "none"
     adapters: tuple[str, ...] = ()  # version digests
+    versions: tuple[tuple[str, str], ...] = ()  # digest and role of those that answer for a name under trial
     abstained: bool = False
     ignored: tuple[str, ...] = ()  # paths of the fields that this server does not read
     plan_s: float | None = None
@@ -68,7 +69,10 @@ class RequestContext:
         """Record the plans. A request of several prompts is reported with the strategy of its first."""
         self.strategy, self.plan_s = plans[0].plan.strategy, seconds
         refs = dict.fromkeys(row.ref for planned in plans for row in planned.plan.adapters)
-        self.adapters = tuple(ref.digest[:_DIGEST_CHARS] for ref in refs)
+        self.adapters = tuple(ref.digest[:DIGEST_CHARS] for ref in refs)
+        arms = [arm for planned in plans for arm in planned.trials]
+        roles = [(arm.answering.digest[:DIGEST_CHARS], "trial" if arm.is_chosen else "live") for arm in arms]
+        self.versions = tuple(dict.fromkeys(roles))
         self.abstained = any(planned.abstained for planned in plans)
 
     def record_delta(self, index: int, delta: Delta) -> None:
@@ -139,6 +143,18 @@ class RequestMetrics:
             "loraretriever_plan_seconds", "Time to retrieve adapters and plan", SHORT_SECONDS
         )
 
+        self._versions = factory.Counter(
+            "loraretriever_trial_requests_total",
+            "Requests to names under trial by version, role (live, trial or shadow) and HTTP status",
+            ("digest", "role", "status"),
+        )
+        self._versions_s = factory.Histogram(
+            "loraretriever_trial_request_seconds",
+            "Time from arrival to the last token of requests to names under trial, by version",
+            SECONDS,
+            ("digest", "role"),
+        )
+
     @contextmanager
     def record_call(self, record: RequestContext) -> Iterator[RequestContext]:
         """Record a request of a Ray handle that is answered in the context."""
@@ -161,11 +177,19 @@ class RequestMetrics:
             self._refusals.inc(1, {"code": record.code})
         for name in {path if path in HARMLESS else "other" for path in record.ignored}:
             self._ignored.inc(1, {"field": name})
+        for digest, role in record.versions:
+            self.record_version(digest, role, str(record.status), total_s)
         if record.plan_s is not None:
             self._plan_s.observe(record.plan_s)
         if record.first_token_s is not None:
             self._observe_times(record, total_s)
         _log(record, total_s)
+
+    def record_version(self, digest: str, role: str, status: str, seconds: float | None) -> None:
+        """Record that a version answered a request to a name under trial; without `seconds` it did not run."""
+        self._versions.inc(1, {"digest": digest, "role": role, "status": status})
+        if seconds is not None:
+            self._versions_s.observe(seconds, {"digest": digest, "role": role})
 
     def _observe_times(self, record: RequestContext, total_s: float) -> None:
         by_strategy = {"strategy": record.strategy}

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 from uuid import uuid4
@@ -15,7 +15,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Removed, Settled
-from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
+from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import WorkerClient, WorkerGate
 from deployments.errors import VersionNotKept
@@ -32,6 +32,7 @@ from lora_store import (
     QuotaExceeded,
     Staged,
     TenantQuota,
+    Trial,
     VersionConflict,
     Visibility,
 )
@@ -70,7 +71,7 @@ def live_already(
         if record is None:
             continue
         is_changed = not item.keeps_visibility and record.visibility != item.record.visibility
-        if is_changed or record.expires_at != item.record.expires_at:
+        if is_changed or item.record.is_offered or record.expires_at != item.record.expires_at:
             del live[item.ref]
     return live
 
@@ -83,7 +84,7 @@ def is_embedded(record: AdapterRecord, active: str | None) -> bool:
 def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRecord:
     """Return the version to roll back to; `kept` is sorted newest first. Raises: VersionNotKept."""
     if digest is None:
-        matching = kept[1:2]
+        matching = [record for record in kept[1:] if not record.is_offered][:1]
     else:
         long_enough = len(digest) >= _MIN_DIGEST_CHARS
         matching = [record for record in kept if long_enough and record.ref.digest.startswith(digest)]
@@ -97,8 +98,18 @@ def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> 
     if isinstance(outcome, ValidatedAdapter):
         found = outcome.embedded is not None
         neighbours = outcome.embedded.neighbours if outcome.embedded is not None else ()
-        expires_at = outcome.staged.record.expires_at
-        return Published(outcome.staged.ref, generation, ready, behind, found, outcome.shift, neighbours, expires_at)
+        record = outcome.staged.record
+        return Published(
+            record.ref,
+            generation,
+            ready,
+            behind,
+            found,
+            outcome.shift,
+            neighbours,
+            expires_at=record.expires_at,
+            trial=record.trial,
+        )
     if isinstance(outcome, AdapterRecord):
         found = outcome.encoder is not None
         return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
@@ -183,6 +194,27 @@ class Publisher:
         change = partial(self._store.set_visibility, *key, visibility, actor)
         return await self._run("set_visibility", self._settle(change))
 
+    async def set_trial(
+        self, key: Key, digest: str | None, share: float, actor: str, *, is_shadow: bool = False
+    ) -> tuple[Trial | None, Settled]:
+        """Let a kept version answer this share of the requests to a name, or end that with a share of 0.
+
+        `digest`: its beginning, None for the version under trial. Return the trial.
+        Raises: AdapterNotFound, VersionNotKept, AdapterRefused, VersionConflict, StoreUnavailable.
+        """
+        kept = (await self._store.versions([key])).get(key, ())
+        if not kept:
+            raise AdapterNotFound(key[1])
+        trial = None
+        if share:
+            running = kept[0].trial
+            wanted = running.digest if digest is None and running is not None else digest
+            if wanted is None:
+                raise VersionNotKept(key[1], None, [record.ref.digest for record in kept])
+            trial = Trial(kept_version(kept, wanted).ref.digest, share, is_shadow)
+        change = partial(self._store.set_trial, *key, trial, actor)
+        return trial, await self._run("set_trial", self._settle(change))
+
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> Settled:
         """Let `auto` choose these public versions for every tenant. Raises: AdapterNotFound, StoreUnavailable."""
         return await self._run("approve", self._settle(partial(self._store.approve, refs, actor)))
@@ -220,22 +252,29 @@ class Publisher:
         self, uploads: Sequence[PublishItem], change: Change, held: AbstractContextManager[object] | None
     ) -> list[Published | Exception]:
         with held or nullcontext():
-            active = await self._store.active_encoder()
-            module_shapes = await self._gate.module_shapes()
-            slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
-
-            async def stage(upload: PublishItem) -> Staged:
-                async with slots:
-                    return await self._store.stage(upload, module_shapes)
-
-            staged = await asyncio.gather(*map(stage, uploads), return_exceptions=True)
+            try:
+                active = await self._store.active_encoder()
+                staged = await self._stage_all(uploads, await self._gate.module_shapes())
+            finally:
+                await self._delete_parts([id for upload in uploads for id in upload.sent])
             return await self._make_live(staged, active, change)
+
+    async def _stage_all(self, uploads: Sequence[PublishItem], module_shapes: Shapes) -> list[Staged | BaseException]:
+        slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
+
+        async def stage(upload: PublishItem) -> Staged:
+            async with slots:
+                return await self._store.stage(upload, module_shapes)
+
+        return await asyncio.gather(*map(stage, uploads), return_exceptions=True)
 
     async def _rollback(self, key: Key, digest: str | None, actor: str, charge: Charge) -> Published:
         active = await self._store.active_encoder()
         kept = (await self._store.versions([key])).get(key, ())
         if not kept:
             raise AdapterNotFound(key[1])
+        if digest is None and kept[0].trial is not None:
+            return await self._end_trial(kept[0], actor)
         await self._gate.ready()
         staged = await self._store.restage(kept_version(kept, digest))
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
@@ -243,6 +282,13 @@ class Publisher:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    async def _end_trial(self, live: AdapterRecord, actor: str) -> Published:
+        settled = await self._settle(partial(self._store.set_trial, live.ref.tenant, live.ref.name, None, actor))
+        ended = replace(live, generation=settled.generation, trial=None)
+        result = published_of(ended, settled.generation, settled.ready, settled.behind)
+        assert isinstance(result, Published)
+        return result
 
     async def _withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         kept = await self._store.versions([(tenant, name) for name in names])
@@ -335,6 +381,14 @@ class Publisher:
         except Exception:
             logger.exception("adapters live at generation %d may lack an embedding by the new encoder", generation)
         return generation, outcomes
+
+    async def _delete_parts(self, sent: Sequence[str]) -> None:
+        if not sent:
+            return
+        try:
+            await self._store.delete_parts(sent)
+        except Exception:
+            logger.warning("the parts of %d uploaded files are left to gc", len(sent), exc_info=True)
 
     async def _discard(self, staged: Sequence[Staged]) -> None:
         if not staged:

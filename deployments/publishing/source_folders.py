@@ -6,17 +6,19 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from deployments.api.adapters import MAX_UPLOAD_FILES, FileBytes, PublishItem
+from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem, SentFile
 from deployments.errors import SourceMissing, UploadMemoryFull
 from deployments.publishing.adapter_folders import folder_bytes
 from deployments.publishing.remote_sources import folder_of_source
 from lora_store import AdapterRefused
 
 _MAX_NAME_BYTES = 255
+ReadParts = Callable[[str, int], Iterable[bytes]]
+"""Return the parts of a sent file, by its id and size."""
 
 
 class ByteBudget:
@@ -59,7 +61,11 @@ class ByteBudget:
 
 @contextmanager
 def folder_of(
-    upload: PublishItem, prefixes: Sequence[str], max_bytes: int, budget: ByteBudget | None = None
+    upload: PublishItem,
+    prefixes: Sequence[str],
+    max_bytes: int,
+    budget: ByteBudget | None = None,
+    read_parts: ReadParts = lambda id, num_bytes: (),
 ) -> Iterator[Path]:
     """Yield the upload as a folder, which is removed afterwards if it was made here.
 
@@ -88,7 +94,8 @@ def folder_of(
             raise AdapterRefused(upload.adapter_name[:100], problems)
         take(sum(map(len, upload.files.values())))
         for name, data in upload.files.items():
-            (made / name).write_bytes(data if isinstance(data, bytes) else data.data)
+            with (made / name).open("wb") as file:
+                file.writelines(read_parts(data.id, len(data)) if isinstance(data, SentFile) else [data])
         yield made
 
 
@@ -112,7 +119,7 @@ def _is_plain(name: str) -> bool:
     return len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
 
 
-def _size_problems(files: Mapping[str, FileBytes], max_bytes: int) -> Iterator[str]:
+def _size_problems(files: Mapping[str, bytes | SentFile], max_bytes: int) -> Iterator[str]:
     num_bytes = sum(map(len, files.values()))
     if num_bytes > max_bytes:
         yield f"its files have {num_bytes} bytes, at most {max_bytes}"

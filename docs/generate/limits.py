@@ -1,35 +1,20 @@
-"""Bounds that are constants of the code, not settings."""
+"""Bounds on requests, which are constants of the code, and on adapters, which are settings."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from deployments.api import adapters, base, completions, messages
 from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
-from docs.generate.markdown import table
+from docs.generate.markdown import code, table
+from docs.generate.settings import meanings_of
 from gpu_worker.request import request
 from lora_store.bounded_files import Limits
 
-_FOLDER_TEXTS = {
-    "max_files": "files in an adapter's folder",
-    "max_config_bytes": "bytes of `adapter_config.json`",
-    "max_weights_bytes": "bytes of `adapter_model.safetensors`; no setting changes it",
-    "max_header_bytes": "bytes of the weights file's header",
-    "max_tensors": "tensors in the weights file",
-    "max_template_bytes": "bytes of `chat_template.jinja`",
-    "max_samples": "lines of `lora_samples.jsonl` that are read, spread evenly over more",
-    "max_sample_bytes": "bytes of one sample's input, which is cut there, of its output, and of `description.txt`",
-    "max_rank": "rank of a module",
-    "max_patterns": "entries of `rank_pattern` and of `alpha_pattern`",
-    "max_reasons": "reasons that one refusal names",
-}
-
 
 def folder_limits() -> str:
-    """Return the bounds on an adapter's folder. Raises: KeyError for a bound without a text."""
+    """Return the bounds on an adapter's folder."""
     limits = Limits()
-    rows = [(_FOLDER_TEXTS[field.name], _number(getattr(limits, field.name))) for field in fields(Limits)]
-    return table(("bound on", "at most"), rows)
+    rows = [(text, code(name), _number(getattr(limits, name))) for name, text in meanings_of(Limits).items()]
+    return table(("bound on", "setting in `admission`", "default"), rows)
 
 
 def request_limits() -> str:

@@ -17,12 +17,14 @@ from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
 from deployments.scaling.settings import ScalingSettings
 from docs.generate.markdown import code, table
 from docs.generate.texts import load
+from lora_store import Limits
 
 _KINDS: Mapping[type, str] = {
     AppConfig: "top",
     WorkerSettings: "worker",
     RetrievalSettings: "retrieval",
     ScalingSettings: "scaling",
+    Limits: "admission",
 }
 _HEAD = ("setting", "allowed", "default", "meaning")
 
@@ -93,7 +95,7 @@ def comments_of(model: type) -> dict[str, str]:
     """Return the comment of each field: at the end of its line, and on the lines above it."""
     found: dict[str, str] = {}
     for parent in reversed(model.__mro__):
-        if parent.__module__.split(".")[0] in ("deployments", "gpu_worker"):
+        if parent.__module__.split(".")[0] in ("deployments", "gpu_worker", "lora_store"):
             found |= _comments_in(textwrap.dedent(inspect.getsource(parent)))
     return found
 

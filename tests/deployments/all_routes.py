@@ -22,6 +22,7 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("DELETE", "/v1/loras/{name:path}"): "publish",
     ("PATCH", "/v1/loras/{name:path}"): "publish",
     ("POST", "/v1/loras/{name:path}/rollback"): "publish",
+    ("POST", "/v1/loras/{name:path}/share"): "publish",
     ("POST", "/v1/loras/{name:path}/approve"): "admin",
     ("POST", "/v1/load_lora_adapter"): "publish",
     ("POST", "/v1/unload_lora_adapter"): "publish",

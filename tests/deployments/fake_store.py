@@ -29,6 +29,7 @@ from lora_store import (
     Sample,
     Staged,
     TenantQuota,
+    Trial,
     Visibility,
     Withdrawn,
 )
@@ -52,6 +53,7 @@ class FakeStore:
     generation: int = 7
     held: list[Staged] = field(default_factory=list)  # staged but neither committed nor discarded
     swept: list[str] = field(default_factory=list)
+    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)  # of uploaded files, by id and number
     encoder: str | None = None  # identity of the encoder that a reindex activated
     incomplete: list[EncoderIncomplete] = field(default_factory=list)  # errors of activations, in turn
     _leases: Iterator[int] = field(default_factory=itertools.count)
@@ -68,8 +70,20 @@ class FakeStore:
         record = adapter(name, version=version, samples=not name.startswith("bare"), tenant=upload.tenant)
         record = replace(record, visibility=upload.visibility or upload.default_visibility)
         expires_at = None if upload.ttl_s is None else datetime.now(UTC) + timedelta(seconds=upload.ttl_s)
+        if upload.share is not None:
+            trial = Trial(record.ref.digest, upload.share, upload.is_shadow)
+            record = replace(record, trial=trial, is_offered=True)
         staged = self._hold(replace(record, embedding=None, template=upload.template, expires_at=expires_at))
         return replace(staged, keeps_visibility=upload.visibility is None)
+
+    async def put_part(self, upload: str, number: int, data: Buffer) -> None:
+        self._fail("put_part")
+        self.parts.setdefault(upload, {})[number] = data.tobytes()
+
+    async def delete_parts(self, uploads: Collection[str]) -> None:
+        self._fail("delete_parts")
+        for upload in uploads:
+            del self.parts[upload]
 
     async def restage(self, record: AdapterRecord) -> Staged:
         self._fail("restage")
@@ -98,6 +112,10 @@ class FakeStore:
             if precondition == "live" and self._kept(item.ref)[:1] != [item.ref]:
                 continue
             record = replace(item.record, generation=self.generation, embedding=embedding, actor=actor)
+            if record.is_offered:
+                live, *older = self.live[key_of(record)]
+                self.live[key_of(record)] = (replace(live, trial=record.trial), replace(record, trial=None), *older)
+                continue
             older = [old for old in self.live.get(key_of(record), ()) if old.ref != record.ref]
             self.live[key_of(record)] = (record, *older)[:KEPT_VERSIONS]
         leases = {item.lease for item in staged}
@@ -138,6 +156,15 @@ class FakeStore:
             raise AdapterNotFound(name)
         self.generation += 1
         self.live[tenant, name] = (replace(kept[0], visibility=visibility), *kept[1:])
+        return self.generation
+
+    async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
+        self._fail("set_trial")
+        live, *older = self.live[tenant, name]
+        if trial is not None and trial.digest not in [record.ref.digest for record in older]:
+            raise AdapterNotFound(name)
+        self.generation += 1
+        self.live[tenant, name] = (replace(live, trial=trial), *older)
         return self.generation
 
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:

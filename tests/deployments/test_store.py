@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.api.adapters import PublishItem
+from deployments.api.adapters import PublishItem, SentFile
 from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import SourceMissing, SourceRefused
 from deployments.store import StoreDeployment
@@ -24,6 +24,7 @@ from lora_store import (
     ModuleWeights,
     Sample,
     Staged,
+    StoreUnavailable,
     decode_weights,
     write_peft_folder,
 )
@@ -79,7 +80,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(work)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes | SentFile]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -136,6 +137,32 @@ def test_a_large_upload_is_refused(tmp_path: Path) -> None:
     stores = Stores(tmp_path, max_upload_bytes=100)
     with pytest.raises(AdapterRefused, match="at most 100"):
         run(stores.stage(PublishItem(files=files_of(stores.adapter()), name="poet")))
+
+
+def test_a_file_sent_in_parts_is_the_same_version(stores: Stores) -> None:
+    async def check() -> None:
+        folder, id = stores.adapter(), "0" * 32
+        content = (folder / "adapter_model.safetensors").read_bytes()
+        for number, start in enumerate(range(0, len(content), 100)):
+            await stores.deployment.put_part(id, number, np.frombuffer(content[start : start + 100], np.uint8))
+        files = files_of(folder) | {"adapter_model.safetensors": SentFile(id, len(content))}
+        staged, expected = (
+            await stores.stage(PublishItem(files=files, name="poet")),
+            await stores.stage(PublishItem(folder)),
+        )
+        assert staged.ref == expected.ref
+        await stores.deployment.delete_parts([id])
+        assert list((stores.folder / "pool" / "uploads").iterdir()) == []
+        with pytest.raises(StoreUnavailable):
+            await stores.stage(PublishItem(files=files, name="poet"))
+
+    run(check())
+
+
+def test_the_settings_of_admission_bound_an_adapter(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, admission={"max_rank": 1})
+    with pytest.raises(AdapterRefused, match="has rank 2, must be 1 to 1"):
+        run(stores.stage(PublishItem(stores.adapter())))
 
 
 def test_a_bad_upload_leaves_nothing(stores: Stores) -> None:

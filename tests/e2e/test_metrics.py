@@ -61,6 +61,8 @@ def logs() -> Path:
 def use(live: Live, topic: str) -> None:
     """Cause one of everything that is reported."""
     live.publish(live.folder("watched", 901, topic))
+    on_trial = {"path": str(live.folder("watched", 902, topic)), "share": 1.0, "shadow": True}
+    assert live.call("POST", "/v1/loras", json=on_trial).status_code == 201
     for _ in range(2):
         assert live.ask("watched").status_code == 200
         assert live.ask("auto", f"Explain {topic}, please.").status_code == 200

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from lora_store.trials import Trial
@@ -16,7 +18,7 @@ def test_a_tenth_of_5000_requests_is_drawn_within_one_percent_and_always_the_sam
 def test_a_larger_share_keeps_the_requests_of_a_smaller_one() -> None:
     keys = [str(number) for number in range(500)]
     shares = [{key for key in keys if Trial("a", share).includes(key)} for share in (0.01, 0.1, 0.5, 1.0)]
-    assert all(small < large for small, large in zip(shares, shares[1:], strict=False))
+    assert all(small < large for small, large in pairwise(shares))
     assert len(shares[-1]) == len(keys)
 
 

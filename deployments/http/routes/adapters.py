@@ -21,6 +21,7 @@ from deployments.api.adapters import (
     PublishBatch,
     PublishItem,
     RollbackRequest,
+    ShareRequest,
     Tag,
     VisibilityRequest,
 )
@@ -31,6 +32,7 @@ from deployments.api.responses import (
     batch_object,
     published_object,
     removed_object,
+    share_object,
     status_of,
     visibility_object,
 )
@@ -54,6 +56,7 @@ from deployments.http.openapi import (
     LORAS_ANSWERS,
     PUBLISH_ANSWERS,
     ROLLBACK_ANSWERS,
+    SHARE_ANSWERS,
     VISIBILITY_ANSWERS,
     WITHDRAW_ANSWERS,
 )
@@ -77,6 +80,8 @@ _FORM = {
         "template": {"type": "string", "enum": ["alpaca", "chat"]},
         "visibility": {"type": "string", "enum": list(VISIBILITIES)},
         "ttl_s": {"type": "number", "minimum": 1, "maximum": MAX_TTL_S},
+        "share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "shadow": {"type": "boolean"},
     },
 }
 _ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()
@@ -169,6 +174,16 @@ async def rollback(name: str, body: RollbackRequest, caller: PublishCaller, serv
     return JSONResponse(published_object(published), status_of(published))
 
 
+@router.post("/v1/loras/{name:path}/share", response_model=None, responses=SHARE_ANSWERS, dependencies=[MAY_CHANGE])
+async def share(name: str, body: ShareRequest, caller: PublishCaller, services: AnyServices) -> JSONResponse:
+    """Let a kept version answer a share of the requests to its name, or a copy of them; a share of 0 ends that."""
+    key = own_key(name, caller)
+    trial, settled = await services.publisher.set_trial(
+        key, body.digest, body.share, caller.key_id, is_shadow=body.shadow
+    )
+    return JSONResponse(share_object(key[1], trial, settled), 202 if settled.behind else 200)
+
+
 @router.patch("/v1/loras/{name:path}", response_model=None, responses=VISIBILITY_ANSWERS, dependencies=[MAY_CHANGE])
 async def set_visibility(
     name: str, body: VisibilityRequest, caller: PublishCaller, services: AnyServices
@@ -223,9 +238,15 @@ async def publish_items(
 
 async def _publish_files(services: Services, caller: Caller, http: Request, *, is_dry: bool) -> JSONResponse:
     """Publish an upload. It counts against the budget until it is published, even if the client has left before."""
+    sent: list[str] = []
     with ExitStack() as stack:
         counted = stack.enter_context(services.uploads.reading(http, caller.tenant))
-        item = item_of(services, await read_upload(counted), caller, http)
+        try:
+            item = item_of(services, await read_upload(counted, services.store.put_part, sent), caller, http)
+        except BaseException:
+            if sent:
+                services.background.start(services.store.delete_parts(sent), "deleting the parts of a failed upload")
+            raise
         held = stack.pop_all()
     return await _publish_one(services, caller, item, held, is_dry=is_dry)
 

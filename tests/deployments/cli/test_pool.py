@@ -96,6 +96,44 @@ def test_rollback_names_the_version_that_is_live_again(options: tuple[str, ...],
     assert f"poet is back at {'d' * 12} since generation 9" in words(result.stdout)
 
 
+TRIAL = {"digest": "e" * 64, "share": 0.1, "shadow": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "body", "trial", "says"),
+    [
+        (("10", "--version", "e" * 8), {"share": 0.1, "shadow": False, "digest": "e" * 8}, TRIAL, "answers 10 %"),
+        (("50", "--shadow"), {"share": 0.5, "shadow": True}, TRIAL | {"share": 0.5, "shadow": True}, "shadows 50 %"),
+        (("0",), {"share": 0.0, "shadow": False}, None, "the live version answers every request"),
+    ],
+)
+def test_share_sends_the_share_and_prints_who_answers(
+    options: tuple[str, ...], body: dict[str, Any], trial: dict[str, Any] | None, says: str
+) -> None:
+    with scripted((200, {"name": "poet", "trial": trial, "generation": 9})) as server:
+        result = run("share", "poet", *options, "--url", server.url)
+    assert (server.asked, server.sent) == ([("POST", "/v1/loras/poet/share")], [body])
+    assert says in words(result.stdout) and "since generation 9" in words(result.stdout)
+
+
+def test_promote_makes_the_version_under_trial_live() -> None:
+    answer = {"name": "poet", "digest": "e" * 64, "generation": 9}
+    with scripted((200, ROW | {"trial": TRIAL}), (201, answer)) as server:
+        result = run("promote", "poet", "--url", server.url)
+    assert server.sent[-1] == {"digest": "e" * 64}
+    assert f"poet is live as {'e' * 12}" in words(result.stdout)
+    with scripted((200, ROW | {"trial": None})) as server:
+        result = run("promote", "poet", "--url", server.url)
+    assert result.exit_code == 1 and "no version of 'poet' is under trial" in words(result.stderr)
+
+
+def test_list_and_show_name_the_version_under_trial() -> None:
+    page = {"generation": 4, "data": [ROW | {"trial": TRIAL}], "last_id": "poet", "has_more": False}
+    with scripted((200, page), (200, ROW | {"trial": TRIAL, "versions": []})) as server:
+        for command in (("list",), ("show", "poet")):
+            assert f"{'e' * 12} answers 10 % of the requests" in words(run(*command, "--url", server.url).stdout)
+
+
 def test_verify_prints_the_number_of_intact_blobs() -> None:
     body = lines({"done": 1, "total": 2}, {"done": 2, "total": 2}, {"result": {"num_blobs": 2, "problems": []}})
     with scripted((200, body)) as server:

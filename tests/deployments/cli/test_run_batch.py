@@ -34,9 +34,7 @@ def test_a_complete_run_starts_nothing(settings: BatchSettings, capsys: pytest.C
     assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
 
 
-def test_the_outcome_is_one_json_object_on_request(
-    settings: BatchSettings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_outcome_is_one_json_object_on_request(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
     for part in begin(settings).parts:
         BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
     assert run_batch(settings, address="no cluster is there", concurrency=1, as_json=True) == 0

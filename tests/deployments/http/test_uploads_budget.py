@@ -11,11 +11,11 @@ import pytest
 from fastapi import Request
 from starlette.types import Message
 
-from deployments.api.adapters import PublishItem
+from deployments.api.adapters import PublishItem, SentFile
 from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyTooSlow, UploadMemoryFull
 from deployments.http.uploads import UploadBudget
-from lora_store import Staged
+from lora_store import Staged, StoreUnavailable
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import error_of
@@ -172,3 +172,52 @@ async def iter_bytes(count: int) -> AsyncIterator[bytes]:
 @pytest.mark.parametrize("leaves", [False, True])
 def test_an_upload_counts_until_it_is_published_also_when_its_client_has_left(leaves: bool) -> None:
     asyncio.run(asyncio.wait_for(one_in_progress(leaves), 10))
+
+
+def test_a_large_file_is_sent_in_parts_and_the_parts_are_deleted_after_the_stage() -> None:
+    seen: list[tuple[str, list[int]]] = []
+    content = bytes(range(256)) * (80 << 10)  # 20 MiB
+
+    class WatchingStore(FakeStore):
+        async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
+            files = upload.files or {}
+            for name, file in files.items():
+                parts = self.parts[file.id] if isinstance(file, SentFile) else {0: file}
+                assert b"".join(parts[number] for number in range(len(parts))) == sent[name]
+                assert len(file) == len(sent[name])
+                seen.append((name, [len(part) for part in parts.values()]))
+            return await super().stage(upload, module_shapes)
+
+    sent = {"adapter_model.safetensors": content, "adapter_config.json": b"{}"}
+    store = WatchingStore(pool_of(*POOL))
+
+    async def run() -> int:
+        async with http_of(serve_plainly(store=store)) as client:
+            files = [("files", item) for item in sent.items()]
+            return (await client.post("/v1/loras", files=files, data={"name": "novel"})).status_code
+
+    assert asyncio.run(run()) == 201
+    assert seen == [("adapter_model.safetensors", [8 << 20, 8 << 20, 4 << 20]), ("adapter_config.json", [2])]
+    assert store.parts == {}
+
+
+def test_the_parts_of_an_upload_that_breaks_off_are_deleted() -> None:
+    store = FakeStore(pool_of(*POOL))
+    put_part = store.put_part
+
+    async def failing(upload: str, number: int, data: Any) -> None:
+        await put_part(upload, number, data)
+        if number == 1:
+            raise StoreUnavailable("full")
+
+    async def run() -> int:
+        store.put_part = failing  # type: ignore[method-assign]
+        served = serve_plainly(store=store)
+        async with http_of(served) as client:
+            files = [("files", ("adapter_model.safetensors", b"x" * (20 << 20)))]
+            response = await client.post("/v1/loras", files=files, data={"name": "novel"})
+            await served.services.background.idle()
+            return response.status_code
+
+    assert asyncio.run(run()) == 503
+    assert store.parts == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
 
@@ -107,6 +108,12 @@ def test_a_rollback_publishes_the_previous_version() -> None:
     assert publishing.pool.held == []
     publishing.rollback()
     assert publishing.live_digests["poet"] == [adapter("poet", version=version).ref.digest for version in "21"]
+
+
+def test_a_rollback_skips_versions_that_were_never_live() -> None:
+    offered = replace(adapter("poet", version="trial"), is_offered=True)
+    publishing = Publishing(adapter("poet", version="2"), offered, adapter("poet", version="1"))
+    assert publishing.rollback().ref == adapter("poet", version="1").ref
 
 
 def test_a_rollback_reaches_every_kept_version_by_its_digest() -> None:

@@ -1,0 +1,61 @@
+"""Shadows: copies of requests that a version under trial answers. The answers are measured and dropped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from deployments.api import error_table
+from deployments.api.responses import Planned
+from deployments.calls.serve_calls import Background
+from deployments.calls.worker_client import StreamEnd, WorkerClient
+from deployments.observability.request_metrics import DIGEST_CHARS, RequestMetrics
+from gpu_worker.request.request import Job
+
+logger = logging.getLogger(__name__)
+MAX_SHADOWS = 8  # at once in one Ingress replica, so that they cannot fill the workers' queues
+DROPPED = "dropped"  # in place of a status
+
+
+class Shadows:
+    """Runs shadows in the background. Nothing that happens to one reaches a client, and no key is charged for it."""
+
+    def __init__(self, worker: WorkerClient, background: Background, metrics: RequestMetrics) -> None:
+        self._worker, self._background, self._metrics = worker, background, metrics
+        self._num_running = 0
+
+    def start(self, jobs: Sequence[Job], plans: Sequence[Planned], deadline: float) -> None:
+        """Answer a copy of each job whose plan has a shadow. `jobs` has one entry per plan."""
+        for job, planned in zip(jobs, plans, strict=True):
+            if planned.shadow is None:
+                continue
+            copy = replace(job, request_id=f"{job.request_id}-shadow", plan=planned.shadow)
+            live = {row.ref for row in planned.plan.adapters}
+            digests = [row.ref.digest[:DIGEST_CHARS] for row in planned.shadow.adapters if row.ref not in live]
+            if self._num_running >= MAX_SHADOWS:
+                self._record(digests, DROPPED, None)
+                continue
+            self._num_running += 1
+            self._background.start(self._run(copy, digests, deadline), "a shadow")
+
+    async def _run(self, job: Job, digests: Sequence[str], deadline: float) -> None:
+        began, status, has_ended = time.monotonic(), 200, False
+        stream = self._worker.stream(replace(job, time_left_s=deadline - began))
+        try:
+            while not isinstance(await stream.next(deadline), StreamEnd):
+                pass
+            has_ended = True
+        except Exception as exc:
+            status, body = error_table.describe(exc)
+            logger.info("the shadow %s failed: %s", job.request_id, body["error"]["message"])
+        finally:
+            self._num_running -= 1
+            if not has_ended:
+                stream.cancel()
+        self._record(digests, str(status), time.monotonic() - began)
+
+    def _record(self, digests: Sequence[str], status: str, seconds: float | None) -> None:
+        for digest in digests:
+            self._metrics.record_version(digest, "shadow", status, seconds)

@@ -1,0 +1,186 @@
+"""Versions under trial over HTTP: who gets them, and that no client sees a shadow's answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.api.responses import Planned
+from deployments.generation.shadows import MAX_SHADOWS
+from gpu_worker.errors import EngineFull
+from gpu_worker.request.request import Delta, Job
+from lora_store import AdapterRecord, Plan, PlannedAdapter, Snapshot, Strategy, Trial
+from retriever_svc import PinnedAdapter, Route, RouteRequest
+from retriever_svc.planning import named_plan, replayed_plan, with_trials
+from tests.deployments.adapter_records import adapter
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.metric_fakes import FakeMetrics
+
+LIVE, OTHER = adapter("poet"), adapter("poet", version="new")
+CHAT = {"messages": [{"role": "user", "content": "Rhyme"}]}
+
+
+@dataclass
+class TrialRetriever(FakeRetriever):
+    """Knows one adapter, with this trial of its other version."""
+
+    trial: Trial = field(default_factory=lambda: Trial(OTHER.ref.digest, 0.3))
+
+    @property
+    def pool(self) -> Snapshot:
+        live: AdapterRecord = replace(LIVE, trial=self.trial)
+        return Snapshot(7, {("local", "poet"): live}, previous={("local", "poet"): (OTHER,)})
+
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        plan = Plan("selection", (PlannedAdapter(LIVE.ref, LIVE.weights_digest, 1.0, 0.9),), 7)
+        return [Route(with_trials(plan, self.pool, "local", {LIVE.ref}), (), 7, abstained=False)] * len(requests)
+
+    async def plan_named(
+        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
+    ) -> Plan:
+        return named_plan(self.pool, tenant, choices, strategy)
+
+    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
+        return replayed_plan(self.pool, tenant, strategy, pinned, generation)
+
+
+@dataclass
+class NamingWorker(FakeWorker):
+    """Answers with the weights that it was asked to use. Shadows fail with `failure`, or wait for `goes_on`."""
+
+    failure: Exception | None = None
+    goes_on: asyncio.Event | None = None
+    jobs: list[Job] = field(default_factory=list)
+
+    async def stream(self, job: Job) -> AsyncIterator[Delta]:
+        self.jobs.append(job)
+        if job.request_id.endswith("-shadow"):
+            if self.goes_on is not None:
+                await self.goes_on.wait()
+            if self.failure is not None:
+                raise self.failure
+        [row] = job.plan.adapters
+        yield Delta(row.weights_digest, 5, 3, "stop")
+
+
+Question = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
+
+
+async def shadows_end(served: Served) -> None:
+    await served.services.background.idle()
+
+
+def answers_of(numbers: Sequence[int], body: dict[str, Any], **options: Any) -> list[str]:
+    """Return the digest of the version that the answer to each request names. Check that it gave the text."""
+    weights = {record.ref.digest: record.weights_digest for record in (LIVE, OTHER)}
+
+    async def send(client: httpx.AsyncClient, served: Served) -> list[str]:
+        digests = []
+        for number in numbers:
+            headers = {"x-request-id": f"r{number}"}
+            answer = (await client.post("/v1/chat/completions", json=CHAT | body, headers=headers)).json()
+            [row] = answer["lora"]["adapters"]
+            assert answer["choices"][0]["message"]["content"] == weights[row["digest"]]
+            digests.append(row["digest"])
+        await shadows_end(served)
+        return digests
+
+    return ask(send, **options)
+
+
+def chosen(trial: Trial, numbers: Sequence[int]) -> list[str]:
+    return [OTHER.ref.digest if trial.includes(f"r{number}/0") else LIVE.ref.digest for number in numbers]
+
+
+@pytest.mark.parametrize("model", ["auto", "poet"])
+def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str) -> None:
+    retriever = TrialRetriever()
+    digests = answers_of(range(20), {"model": model}, retriever=retriever, worker=NamingWorker())
+    assert digests == chosen(retriever.trial, range(20))
+    assert set(digests) == {LIVE.ref.digest, OTHER.ref.digest}
+
+
+def test_5000_requests_give_a_tenth_to_the_version_under_trial() -> None:
+    trial = Trial(OTHER.ref.digest, 0.1)
+    plan = asyncio.run(TrialRetriever(trial=trial).plan_named("local", [("poet", 1.0)], "selection"))
+    drawn = Counter(Planned(plan).drawn(f"r{number}/0").plan.adapters[0].ref for number in range(5000))
+    assert 450 <= drawn[OTHER.ref] <= 550
+    assert drawn[LIVE.ref] + drawn[OTHER.ref] == 5000
+
+
+@pytest.mark.parametrize("pinned", [LIVE, OTHER])
+def test_a_pinned_version_is_never_replaced(pinned: AdapterRecord) -> None:
+    options = {"retriever": TrialRetriever(trial=Trial(OTHER.ref.digest, 1.0))}
+    by_name = {"model": f"poet@{pinned.ref.digest}"}
+    row = {"name": "poet", "digest": pinned.ref.digest, "weight": 1.0}
+    replayed = {"lora": {"plan": {"strategy": "selection", "adapters": [row], "generation": 7}}}
+    for body in (by_name, replayed):
+        assert answers_of(range(3), body, worker=NamingWorker(), **options) == [pinned.ref.digest] * 3
+
+
+@pytest.mark.parametrize("failure", [None, EngineFull("full"), RuntimeError("broken")])
+def test_the_answer_of_a_shadow_never_reaches_a_client(failure: Exception | None) -> None:
+    trial = Trial(OTHER.ref.digest, 0.5, is_shadow=True)
+    worker, kinds = NamingWorker(failure=failure), FakeMetrics()
+    digests = answers_of(range(20), {}, retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds)
+    assert digests == [LIVE.ref.digest] * 20
+    shadowed = {f"r{number}-shadow" for number in range(20) if trial.includes(f"r{number}/0")}
+    shadows = [job for job in worker.jobs if job.request_id.endswith("-shadow")]
+    assert {job.request_id for job in shadows} == shadowed and 0 < len(shadowed) < 20
+    assert {job.plan.adapters[0].ref for job in shadows} == {OTHER.ref}
+    status = {type(None): "200", EngineFull: "503", RuntimeError: "500"}[type(failure)]
+    live, other = LIVE.ref.digest[:12], OTHER.ref.digest[:12]
+    counts = {(live, "live", "200"): 20, (other, "shadow", status): len(shadowed)}
+    assert kinds["trial_requests_total"].counts == counts
+    assert len(kinds["trial_request_seconds"].seen[other, "shadow"]) == len(shadowed)
+
+
+def test_a_stream_has_no_chunk_of_a_shadow_and_does_not_wait_for_it() -> None:
+    worker = NamingWorker()
+
+    async def send(client: httpx.AsyncClient, served: Served) -> str:
+        worker.goes_on = asyncio.Event()
+        answer = await client.post("/v1/chat/completions", json=CHAT | {"stream": True})
+        worker.goes_on.set()
+        await shadows_end(served)
+        return answer.text
+
+    trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
+    text = ask(send, retriever=TrialRetriever(trial=trial), worker=worker)
+    assert LIVE.weights_digest in text and text.endswith("[DONE]\n\n")
+    assert OTHER.weights_digest not in text and OTHER.ref.digest not in text
+
+
+def test_shadows_beyond_the_bound_are_dropped_and_counted() -> None:
+    worker, kinds = NamingWorker(), FakeMetrics()
+
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        worker.goes_on = asyncio.Event()
+        for _ in range(MAX_SHADOWS + 3):
+            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        worker.goes_on.set()
+        await shadows_end(served)
+
+    trial = Trial(OTHER.ref.digest, 1.0, is_shadow=True)
+    ask(send, retriever=TrialRetriever(trial=trial), worker=worker, kinds=kinds)
+    other = OTHER.ref.digest[:12]
+    counts = kinds["trial_requests_total"].counts
+    assert counts[other, "shadow", "dropped"] == 3
+    assert counts[other, "shadow", "200"] == MAX_SHADOWS
+
+
+def test_the_metrics_of_a_share_are_by_version() -> None:
+    trial, kinds = Trial(OTHER.ref.digest, 0.3), FakeMetrics()
+    digests = answers_of(range(10), {}, retriever=TrialRetriever(trial=trial), worker=NamingWorker(), kinds=kinds)
+    roles = {LIVE.ref.digest: "live", OTHER.ref.digest: "trial"}
+    expected = Counter((digest[:12], roles[digest], "200") for digest in digests)
+    assert kinds["trial_requests_total"].counts == expected
