@@ -54,15 +54,14 @@ def list_adapters(
     )
     tags = Column("tags", overflow="fold")
     table = Table(names, digests, "ranks", "bytes", "samples", autos, tags, title=f"generation {answer['generation']}")
-    has_trials = any(row.get("trial") for row in rows)
-    if has_trials:
-        table.add_column("trial", overflow="fold")
     for row in rows:
         ranks, auto = ", ".join(map(str, row["ranks"])), "yes" if row["found_by_auto"] else "by name only"
         cells = (row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
-        trial = [share_of(row["trial"]) if row.get("trial") else ""] if has_trials else []
-        table.add_row(row["id"], *cells, ", ".join(row["tags"]), *trial)
+        table.add_row(row["id"], *cells, ", ".join(row["tags"]))
     out.print(table)
+    for row in rows:
+        if row.get("trial"):
+            out.print(f"{row['id']}: {share_of(row['trial'])}", markup=False, highlight=False)
 
 
 @commands.command()
