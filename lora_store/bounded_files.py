@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import tempfile
 from collections import Counter
@@ -114,7 +113,9 @@ def _rest_of(file: BinaryIO, max_bytes: int, *, is_private: bool) -> NDArray[np.
     if is_private and start % PREFIX_BYTES == 0:  # tensors must be aligned
         return _mapped(file, start, num_bytes)
     with tempfile.TemporaryFile() as copy:
-        shutil.copyfileobj(_Bounded(file, num_bytes), copy, _COPIED_AT_ONCE)
+        while num_bytes and (part := file.read(min(_COPIED_AT_ONCE, num_bytes))):
+            copy.write(part)
+            num_bytes -= len(part)
         copy.flush()
         return _mapped(copy, 0, copy.tell())
 
@@ -124,19 +125,6 @@ def _mapped(file: IO[bytes], start: int, num_bytes: int) -> NDArray[np.uint8]:
     if not num_bytes:
         return np.empty(0, np.uint8)
     return np.asarray(np.memmap(file, np.uint8, "c", offset=start, shape=(num_bytes,)))
-
-
-@dataclass(slots=True)
-class _Bounded:
-    """Reads at most `num_left` bytes of a file, which may grow meanwhile."""
-
-    file: BinaryIO
-    num_left: int
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(min(size, self.num_left))
-        self.num_left -= len(data)
-        return data
 
 
 def _read_rest(file: BinaryIO, num_bytes: int) -> NDArray[np.uint8]:

@@ -277,8 +277,8 @@ def _row_of(event: Event) -> dict[str, Any]:
             return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
         case Keep(record, is_live):
             own = {"published_in": record.generation, "approved": record.approved}
-            own |= {"trial": _OFFERED} if record.is_offered else {}
-            return _row_of(Publish(record)) | own | {"event": _LIVE if is_live else _OLDER}
+            offered = {"trial": _OFFERED} if record.is_offered else {}
+            return _row_of(Publish(record)) | own | offered | {"event": _LIVE if is_live else _OLDER}
         case Fold(model, identity):
             return {"event": _FOLD, "source": model, "encoder": identity}
         case VisibleChange(tenant, generation):

@@ -30,7 +30,7 @@ class Trial:
         A larger share of the same version includes the requests of a smaller one.
         """
         drawn = hashlib.sha256(f"{self.digest}\0{key}".encode()).digest()[: _DRAWN_BITS // 8]
-        return int.from_bytes(drawn, "big") < self.share * 2**_DRAWN_BITS
+        return bool(int.from_bytes(drawn, "big") < self.share * 2**_DRAWN_BITS)
 
     def to_json(self) -> str:
         return json.dumps({"digest": self.digest, "share": self.share, "is_shadow": self.is_shadow})
