@@ -22,7 +22,7 @@ from lora_store.trials import Trial
 class Publish:
     """A version becomes the live one of its name. The commit that writes the event sets its generation.
 
-    A version that `is_offered` is kept beside the live one, which gets the trial of the record.
+    A version that `is_offered` is kept with the live one, which gets the trial of the record.
     """
 
     record: AdapterRecord

@@ -109,7 +109,7 @@ class LoraStore:
         adapter may change; None skips this check. `keeps_visibility`: `visibility` applies to a new name only, and an
         update keeps the live version's. `ttl_s`: the adapter is unlisted and expires after this time; no samples are
         kept, as `auto` never chooses it. `share`: the commit keeps it for a trial of the live version, with this share.
-        `is_private`: nobody else can change the folder meanwhile.
+        `is_private`: no other process can change the folder meanwhile.
         Raises: AdapterRefused with every reason; nothing is written then.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)

@@ -1,4 +1,4 @@
-"""Trials: another version of an adapter answers a share of its requests, or a copy of them that nobody sees."""
+"""Trials: another version of an adapter answers a share of its requests, or a copy of them that no client sees."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def check_folder(
     limits: Limits | None = None,
     is_private: bool = False,
 ) -> CheckedFolder:
-    """Read and validate the folder's adapter. `is_private`: nobody else can change the folder meanwhile.
+    """Read and validate the folder's adapter. `is_private`: no other process can change the folder meanwhile.
 
     `module_shapes`: (out, in) of each linear layer that an adapter may change; None skips this check.
     `templates`: the names of the known chat templates, by digest; None skips this check.

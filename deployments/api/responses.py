@@ -38,7 +38,7 @@ class Planned:
     abstained: bool = False
     reason: Decision | None = None
     trials: tuple[TrialArm, ...] = ()
-    shadow: Plan | None = None  # answers a copy of the request, which nobody sees
+    shadow: Plan | None = None  # answers a copy of the request, and no client sees it
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""

@@ -140,7 +140,7 @@ def share(
         str | None, typer.Option(help="digest of a kept version, or its beginning; default: the one under trial")
     ] = None,
     shadow: Annotated[
-        bool, typer.Option("--shadow", help="answer copies of these requests, which nobody sees")
+        bool, typer.Option("--shadow", help="answer copies of these requests, which no client sees")
     ] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,

@@ -188,7 +188,7 @@ def publish(
     ttl: TimeToLive = None,
     share: Share = None,
     shadow: Annotated[
-        bool, typer.Option("--shadow", help="with --share: answer copies of these requests, which nobody sees")
+        bool, typer.Option("--shadow", help="with --share: answer copies of these requests, which no client sees")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="let the server check everything, publish nothing")

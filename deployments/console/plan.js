@@ -94,6 +94,6 @@ export const trialLabel = (trial) => `${share(trial)} ${trial.shadow ? "shadow" 
 
 /** Says what a version under trial does. */
 export function trialText(trial) {
-  const what = trial.shadow ? `a copy of ${share(trial)} of the requests, which nobody sees` : `${share(trial)} of the requests`;
+  const what = trial.shadow ? `a copy of ${share(trial)} of the requests, which no client sees` : `${share(trial)} of the requests`;
   return `Version ${trial.digest.slice(0, 12)} answers ${what}`;
 }
