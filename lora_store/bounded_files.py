@@ -83,7 +83,7 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dict[str, StoredTensor]:
     """Return every tensor of a safetensors file by its key. Check the header before reading the data.
 
-    The tensors share one buffer. Large data are mapped: from the file itself if it `is_private`, as no other process can
+    The tensors share one buffer. Large data are mapped: from the file itself if `is_private`, as no other process can
     change it meanwhile, otherwise from a copy that is deleted with the tensors.
     Raises: FileRefused, which lists every tensor whose dtype is not allowed.
     """
