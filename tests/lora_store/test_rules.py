@@ -220,7 +220,7 @@ def states(store: LoraStore) -> list[tuple[str, bool]]:
     return [(record.ref.digest, record.is_offered) for record in store.snapshot().versions(("local", "poet"))]
 
 
-def test_an_offered_version_is_kept_beside_the_live_one_with_its_share(
+def test_an_offered_version_is_kept_with_its_share_while_the_live_one_stays(
     store: LoraStore, publish: Callable[..., Staged]
 ) -> None:
     older, live = publish(seed=0), publish(seed=1)
