@@ -27,13 +27,15 @@ Broadcast = Callable[[Collection[str], float], Awaitable[Sequence[bool | BaseExc
 async def withdraw_expired(
     expire: Callable[[], Awaitable[object]], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 ) -> None:
-    """Call `expire` every few seconds until cancelled, also after an error of a part of the server."""
+    """Call `expire` every few seconds until cancelled, also after an error. Nothing starts it again."""
     while True:
         await sleep(_EXPIRE_EVERY_S)
         try:
             await expire()
         except (LoraStoreError, RayActorError, DeploymentUnavailableError) as exc:
             logger.warning("expired adapters are not withdrawn yet, retrying: %s", exc)
+        except Exception:
+            logger.exception("expired adapters are not withdrawn yet, retrying")
 
 
 class Reclaimer:

@@ -138,13 +138,24 @@ def test_a_store_that_stays_down_leaves_the_blobs_to_gc(caplog: pytest.LogCaptur
     assert caplog.records[-1].levelname == "ERROR"
 
 
-def test_expired_adapters_are_withdrawn_again_after_an_error() -> None:
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (StoreUnavailable("away"), "WARNING"),
+        (RayActorError(), "WARNING"),
+        (KeyError("a defect"), "ERROR"),
+        (TimeoutError(), "ERROR"),
+    ],
+)
+def test_expired_adapters_are_withdrawn_again_after_any_error(
+    error: Exception, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
     waits: list[float] = []
-    outcomes: list[Exception | None] = [None, StoreUnavailable("away"), None]
+    outcomes: list[Exception | None] = [None, error, None]
 
     async def expire() -> None:
-        if (error := outcomes.pop()) is not None:
-            raise error
+        if (outcome := outcomes.pop()) is not None:
+            raise outcome
 
     async def sleep(delay_s: float) -> None:
         if not outcomes:
@@ -154,3 +165,4 @@ def test_expired_adapters_are_withdrawn_again_after_an_error() -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(withdraw_expired(expire, sleep))
     assert (outcomes, len(waits)) == ([], 3)
+    assert [record.levelname for record in caplog.records] == [level]
