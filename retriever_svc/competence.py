@@ -26,6 +26,7 @@ import numpy as np
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import AdapterRecord, OutputProfile
+from retriever_svc.listing import listed
 from retriever_svc.output_profile import MIN_OUTPUTS, functions_agree
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
@@ -33,7 +34,7 @@ from retriever_svc.sample_source import SampleSource, read_samples
 # Cosine of an adapter to the anchor. Two adapters of one task have at least 0.62 after a projection, and fewer than one
 # of other tasks is above 0.6 for each anchor: `python -m benchmarks.routing.margins`.
 NEAR = 0.6
-MAX_NEAR = 8
+MAX_NEAR = 8  # of all, and as many of the trusted ones
 MAX_WITHOUT_SAMPLES = 32
 MAX_EXAMPLES = 32
 FIRST_ROUND = 4  # examples; each further round has twice as many
@@ -65,13 +66,15 @@ class Region:
 
 def regions_of(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Region]:
     """Yield the regions of `tenant`. Approved anchors come first, then those that were published first."""
-    usable = [r for r in pool.snapshot.visible_to(tenant) if pool.index.may_find(r, tenant)]
+    usable = [r for r in listed(pool.snapshot.visible_to(tenant), tenant) if pool.index.may_find(r, tenant)]
     trusted = [r for r in usable if r.encoder == pool.encoder.identity and (r.approved or r.ref.tenant == tenant)]
     trusted.sort(key=lambda r: (not r.approved, r.created_at, r.ref.tenant, r.ref.name))
     given = {record.ref: _examples(read_samples(samples, record) or ()) for record in trusted}
     anchors = [record for record in trusted if len(given[record.ref]) >= MIN_OUTPUTS]
     places = {record.ref: place for place, record in enumerate(anchors)}
-    unsampled = [record for record in usable if not record.num_samples][:MAX_WITHOUT_SAMPLES]
+    unsampled = [record for record in usable if not record.num_samples]
+    unsampled.sort(key=lambda r: (r.ref.tenant != tenant, not r.approved))  # strangers' ones take no own one's place
+    unsampled = unsampled[:MAX_WITHOUT_SAMPLES]
     for place, anchor in enumerate(anchors):
         near = _near(pool, tenant, anchor)
         judged = {r.ref for r in near if _is_judged(anchor, r, place, places)} | {anchor.ref}
@@ -93,10 +96,16 @@ def _outputs_of(record: AdapterRecord) -> OutputProfile | None:
 
 
 def _near(pool: Pool, tenant: str, anchor: AdapterRecord) -> list[AdapterRecord]:
+    """Return the nearest adapters of all, and the nearest of the trusted ones, which strangers' copies cannot hide."""
     assert anchor.embedding is not None, "an anchor is embedded"
     vectors = anchor.embedding.vector[np.newaxis]
-    [matches] = pool.index.search(vectors, MAX_NEAR + 1, pool.allowed(tenant))
-    return [match.record for match in matches if match.record.ref != anchor.ref and match.score >= NEAR]
+    near: dict[AdapterRef, AdapterRecord] = {}
+    for trusted_only in (False, True):
+        allowed = pool.allowed(tenant, trusted_only=trusted_only)
+        [matches] = pool.index.search(vectors, MAX_NEAR + 1, allowed)
+        others = [match.record for match in matches if match.record.ref != anchor.ref and match.score >= NEAR]
+        near |= {record.ref: record for record in others[:MAX_NEAR]}
+    return list(near.values())
 
 
 def _examples(samples: Iterable[Sample]) -> tuple[Sample, ...]:

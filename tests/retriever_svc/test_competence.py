@@ -12,6 +12,7 @@ from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc.competence import (
     MAX_EXAMPLES,
+    MAX_NEAR,
     MAX_WITHOUT_SAMPLES,
     Region,
     evaluate,
@@ -92,6 +93,28 @@ def test_only_adapters_with_outputs_have_a_region_and_examples_are_bounded() -> 
 def test_adapters_without_samples_are_bounded() -> None:
     [region] = regions(adapter("a"), *(adapter(f"bare-{number:03}", None) for number in range(100)))
     assert len(region.candidates) == 1 + MAX_WITHOUT_SAMPLES
+
+
+def test_an_unlisted_adapter_does_not_compete_since_only_its_name_finds_it() -> None:
+    bare = adapter("bare", None)
+    expires = bare.created_at.replace(year=2100)
+    unlisted = [
+        replace(adapter(f"secret-{tenant}", None, tenant=tenant), expires_at=expires) for tenant in ("local", "b")
+    ]
+    [region] = regions(adapter("a"), bare, *unlisted)
+    assert [record.ref.name for record in region.candidates] == ["a", "bare"]
+
+
+def test_strangers_adapters_take_no_place_of_own_or_approved_ones() -> None:
+    crowd = [adapter(f"bare-{n}", None, tenant="aaa") for n in range(MAX_WITHOUT_SAMPLES)]
+    copies = [adapter(f"copy-{n}", EAST, tenant="aaa") for n in range(MAX_NEAR + 1)]
+    own, approved = adapter("own-bare", None), adapter("approved-bare", None, tenant="b", approved=True)
+    twin = adapter("twin", (0.96, 0.28))
+    region = regions(adapter("a"), twin, own, approved, *crowd, *copies)[0]
+    names = [record.ref.name for record in region.candidates]
+    assert {"twin", "own-bare", "approved-bare"} <= set(names)
+    assert sum(name.startswith("copy") for name in names) == MAX_NEAR
+    assert sum(name.startswith("bare") for name in names) == MAX_WITHOUT_SAMPLES - 2
 
 
 def test_another_tenants_adapter_gives_examples_only_if_an_admin_approved_it() -> None:
