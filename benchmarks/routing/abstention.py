@@ -2,7 +2,8 @@
 
 Prompts of the adapters' own tasks should keep their adapters; prompts of other tasks and ordinary prompts should go to
 the base model. Two pools: the starter pool, and the pool of the paper's study, with the samples and the test questions
-of each. The encoder is the packaged one, untrained. Nothing is generated. Downloads BIG-bench (358 MB) once.
+of each. The encoder is the packaged one, untrained. `fresh`: everyday prompts that were written after the
+projection and all thresholds were chosen. Nothing is generated. Downloads BIG-bench (358 MB) once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 from benchmarks.paper.common.tasks import TaskList, load_parts, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.paper.retrieval.loading import pool_specs
-from benchmarks.paper.retrieval.projected import read_everyday
+from benchmarks.paper.retrieval.projected import read_everyday, read_fresh
 from benchmarks.paper.retrieval.ranking import retriever_of
 from benchmarks.paper.retrieval.study import Task, study_of
 from benchmarks.results_file import write_results
@@ -61,8 +62,10 @@ class Outcome:
     kept: float
     foreign_abstained: float
     ordinary_abstained: float
+    fresh_abstained: float
     foreign_auroc: float
     ordinary_auroc: float
+    fresh_auroc: float
 
 
 def starter_case(foreign: Sequence[str]) -> Case:
@@ -81,14 +84,19 @@ def study_case(tasks: Sequence[Task], foreign: Sequence[str]) -> Case:
 def measure(case: Case, encoder: Encoder) -> Iterator[Outcome]:
     """Yield the outcome at each operating point."""
     retriever = retriever_of(case.samples, encoder.projected(ProjectionFiles().shipped(encoder.identity)))
-    prompts = {"own": [text for text, _ in case.own], "foreign": case.foreign, "ordinary": read_everyday()}
+    prompts = {
+        "own": [text for text, _ in case.own],
+        "foreign": case.foreign,
+        "ordinary": read_everyday(),
+        "fresh": read_fresh(),
+    }
     encoded = {kind: _encoded(retriever, texts) for kind, texts in prompts.items()}
     for abstain in get_args(Abstain):
         routes = {
             kind: retriever.route_encoded([RouteRequest(text, abstain=abstain) for text in texts], encoded[kind])
             for kind, texts in prompts.items()
         }
-        own, foreign, ordinary = (_routes(routes[kind]) for kind in prompts)
+        own, foreign, ordinary, fresh = (_routes(routes[kind]) for kind in prompts)
         best = [route.candidates[0].ref.name for route in own]
         yield Outcome(
             case.name,
@@ -97,8 +105,10 @@ def measure(case: Case, encoder: Encoder) -> Iterator[Outcome]:
             1 - _abstained(own),
             _abstained(foreign),
             _abstained(ordinary),
+            _abstained(fresh),
             auroc(_confidences(own), _confidences(foreign)),
             auroc(_confidences(own), _confidences(ordinary)),
+            auroc(_confidences(own), _confidences(fresh)),
         )
 
 
@@ -159,7 +169,7 @@ def main(root: Path = DEFAULT_ROOT) -> None:
     figures = {
         f"{pool.replace(' ', '_')}_{name}": row[name]
         for pool, row in default.items()
-        for name in ("top1", "kept", "foreign_abstained", "ordinary_abstained")
+        for name in ("top1", "kept", "foreign_abstained", "ordinary_abstained", "fresh_abstained")
     }
     write_results("routing", figures=figures, table=capture.get(), runs=rows)
     out.print(table)

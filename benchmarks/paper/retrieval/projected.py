@@ -29,6 +29,7 @@ from retriever_svc import Encoder, ProjectionFiles, Retriever, Route, RouteReque
 KIND = "projections"
 PARTS = ("choice", "test")
 EVERYDAY = Path(__file__).parents[2] / "routing" / "held_out_prompts.jsonl"  # they have set nothing
+FRESH = EVERYDAY.with_name("fresh_prompts.jsonl")  # written after everything was chosen; nothing was chosen with them
 PER_FOREIGN_TASK = 25
 PER_WIDE_TASK = 20  # test queries of each task of the wide pool
 TURNED_AWAY = 0.05  # of the pool's own prompts, at the operating point of the table
@@ -46,7 +47,16 @@ class Others:
 
 def read_everyday() -> list[str]:
     """Return the everyday prompts, which are for results only."""
-    return [json.loads(line)["input"] for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
+    return _inputs(EVERYDAY)
+
+
+def read_fresh() -> list[str]:
+    """Return the everyday prompts that no projection, threshold or margin was chosen with."""
+    return _inputs(FRESH)
+
+
+def _inputs(file: Path) -> list[str]:
+    return [json.loads(line)["input"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def others_of(listed: TaskList, tasks: Sequence[Task], spares: Sequence[Task]) -> Others:

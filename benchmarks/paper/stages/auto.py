@@ -27,13 +27,13 @@ from benchmarks.paper.common.options import PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
 from benchmarks.paper.common.tasks import NUM_TEST
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
-from benchmarks.paper.retrieval.projected import read_everyday
+from benchmarks.paper.retrieval.projected import read_everyday, read_fresh
 from benchmarks.paper.stages.answer_tables import Answers, differences
 from benchmarks.paper.stages.main_table import load_loaded
 from benchmarks.results_file import write_part
 from benchmarks.training.bigbench_tasks import Item
 
-SWEEP, ROWS, EVERYDAY = "auto_sweep.parquet", "auto.parquet", "auto_everyday.parquet"
+SWEEP, ROWS, EVERYDAY, FRESH = (f"{name}.parquet" for name in ("auto_sweep", "auto", "auto_everyday", "auto_fresh"))
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 MIN_LEADS = (1.0, 2.0, 3.0, 5.0)
 CLOSE = (0.0, 0.05, 0.1, 0.2)
@@ -74,9 +74,8 @@ def run(bench: Bench, methods: Mapping[str, Method], per_task: int, part: str) -
     return pa.concat_tables([bench.run(name, method, per_task, part) for name, method in methods.items()])
 
 
-def everyday_rows(bench: Bench) -> pa.Table:
-    """Return a row for each everyday prompt: the adapters `auto` chose, and whether the base model answers the same."""
-    texts = read_everyday()
+def everyday_rows(bench: Bench, texts: Sequence[str]) -> pa.Table:
+    """Return a row for each of these texts: the adapters `auto` chose, and whether the base model answers the same."""
     questions = [
         Question("", "everyday", number, Item(text, ("",)), _EVERYDAY_TOKENS) for number, text in enumerate(texts)
     ]
@@ -133,8 +132,10 @@ def sweep_table(chosen: pd.DataFrame) -> str:
     return table(["composition", "iid", "ood"], lines)
 
 
-def section(chosen: pd.DataFrame | None, rows: pd.DataFrame, everyday: pd.DataFrame) -> str:
-    """Return the report's section. `chosen`: the compared settings, None if they were not measured."""
+def section(
+    chosen: pd.DataFrame | None, rows: pd.DataFrame, everyday: pd.DataFrame, fresh: pd.DataFrame | None = None
+) -> str:
+    """Return the report's section. `chosen`: the compared settings. `chosen` and `fresh` may not be measured yet."""
     answers = Answers(rows, {})
     names = [[run.replace("_", " "), answers.interval(run).in_percent()] for run in answers.runs]
     pairs = [
@@ -157,12 +158,23 @@ def section(chosen: pd.DataFrame | None, rows: pd.DataFrame, everyday: pd.DataFr
         table(["", "percent (95 % interval)"], [[name, found.in_percent()] for name, found in whole.items()]),
         f"Everyday prompts that went to the base model: {percent(everyday['abstained'].mean())} %;",
         f"answers equal to the base model's: {percent(everyday['same'].mean())} %.\n",
+        *([] if fresh is None else _fresh_lines(answers, fresh)),
     ]
     return "\n".join(parts)
 
 
-def figures(rows: pd.DataFrame, everyday: pd.DataFrame) -> dict[str, float]:
-    """Return the headline numbers as shares of 1."""
+def _fresh_lines(answers: Answers, fresh: pd.DataFrame) -> list[str]:
+    whole = stream(answers, list(fresh["same"]))
+    return [
+        f"The same with {len(fresh)} everyday prompts that were written after the projection and all thresholds were",
+        f"chosen: {percent(fresh['abstained'].mean())} % went to the base model,",
+        f"{percent(fresh['same'].mean())} % of the answers equal the base model's; the stream reaches",
+        f"{whole['stream_over_oracle'].in_percent()} percent of the oracle.\n",
+    ]
+
+
+def figures(rows: pd.DataFrame, everyday: pd.DataFrame, fresh: pd.DataFrame | None = None) -> dict[str, float]:
+    """Return the headline numbers as shares of 1. `fresh`: None if it was not measured."""
     answers = Answers(rows, {})
     found = {
         f"auto_minus_selection_{pool}{end}": answers.difference(f"auto_{pool}{end}", f"selection_{pool}{end}")
@@ -174,16 +186,21 @@ def figures(rows: pd.DataFrame, everyday: pd.DataFrame) -> dict[str, float]:
     for name, (mean, low, high) in found.items():
         named |= {name: mean, f"{name}_lo": low, f"{name}_hi": high}
     named["auto_everyday_same"] = float(everyday["same"].mean())
+    if fresh is not None:
+        named |= {
+            "auto_fresh_same": float(fresh["same"].mean()),
+            "auto_fresh_to_base": float(fresh["abstained"].mean()),
+        }
     return {name: round(value, 4) for name, value in named.items()}
 
 
 def write_tables(folder: Path) -> None:
     """Write the section and the numbers from the rows in `folder`."""
     rows, everyday = (pd.read_parquet(folder / name) for name in (ROWS, EVERYDAY))
-    chosen = pd.read_parquet(folder / SWEEP) if (folder / SWEEP).exists() else None
-    text = section(chosen, rows, everyday)
+    chosen, fresh = (pd.read_parquet(path) if path.exists() else None for path in (folder / SWEEP, folder / FRESH))
+    text = section(chosen, rows, everyday, fresh)
     (folder / "auto.md").write_text(text, encoding="utf-8")
-    write_part("paper", "auto", figures=figures(rows, everyday), table=text, runs=[])
+    write_part("paper", "auto", figures=figures(rows, everyday, fresh), table=text, runs=[])
 
 
 def main(
@@ -193,7 +210,8 @@ def main(
 ) -> None:
     """Compare settings on the choice part, measure the defaults on the test part, write rows and the section."""
     bench = load_loaded(Workspace(root), packaged_encoder(), Console(width=120)).bench
-    write_parquet(PAPER_RESULTS / EVERYDAY, everyday_rows(bench))
+    write_parquet(PAPER_RESULTS / EVERYDAY, everyday_rows(bench, read_everyday()))
+    write_parquet(PAPER_RESULTS / FRESH, everyday_rows(bench, read_fresh()))
     write_parquet(PAPER_RESULTS / ROWS, run(bench, defaults(), per_task, "test"))
     write_tables(PAPER_RESULTS)
     write_parquet(PAPER_RESULTS / SWEEP, run(bench, sweep(), choice_per_task, "choice"))

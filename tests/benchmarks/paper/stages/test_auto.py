@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from lora_store import LoraStore
 from retriever_svc import Route, RouteRequest
 
 PER_TASK = 2
+EVERYDAY = ["hello", "what is the capital of Peru?"]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +63,10 @@ def test_the_stage_writes_its_section_and_asks_nothing_twice(
     served: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
-    monkeypatch.setattr(auto, "read_everyday", lambda: ["hello", "what is the capital of Peru?"])
     for _ in range(2):
         before = served.asker.engine.counters.num_requests
         write_parquet(tmp_path / auto.SWEEP, auto.run(served, auto.sweep(), PER_TASK, "choice"))
-        write_parquet(tmp_path / auto.EVERYDAY, auto.everyday_rows(served))
+        write_parquet(tmp_path / auto.EVERYDAY, auto.everyday_rows(served, EVERYDAY))
         write_parquet(tmp_path / auto.ROWS, auto.run(served, auto.defaults(), PER_TASK, "test"))
     assert served.asker.engine.counters.num_requests == before
     auto.write_tables(tmp_path)
@@ -73,6 +74,10 @@ def test_the_stage_writes_its_section_and_asks_nothing_twice(
     assert "| evidence_0.05 |" in text and "| stream_over_oracle |" in text
     everyday = pd.read_parquet(tmp_path / auto.EVERYDAY)
     assert everyday[everyday["abstained"]]["same"].all()
+    write_parquet(tmp_path / auto.FRESH, auto.everyday_rows(served, EVERYDAY[:1]))
+    auto.write_tables(tmp_path)
+    assert "The same with 1 everyday prompts" in (tmp_path / "auto.md").read_text()
+    assert "auto_fresh_to_base" in json.loads((tmp_path / "paper" / "results.json").read_text())["figures"]
 
 
 def test_the_stream_compares_with_an_oracle_that_never_errs() -> None:
