@@ -114,8 +114,8 @@ class RetrieverDeployment:
         await self._reach_for(requests[0].tenant, max(request.min_generation for request in requests))
         encoded = await self._prompts.encoded(requests[0].tenant, [request.text for request in requests])
         answers = await _on(self._searches, self._retriever.route_encoded, requests, encoded)
-        for answer in answers:
-            self._metrics.record_route(answer)
+        for request, answer in zip(requests, answers, strict=True):
+            self._metrics.record_route(answer, request.counted)
         if failed := [answer for answer in answers if isinstance(answer, RetrieverError)]:
             raise failed[0]
         routes = [answer for answer in answers if isinstance(answer, Route)]

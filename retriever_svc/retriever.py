@@ -141,7 +141,7 @@ class Retriever:
         generation = pool.snapshot.generation_for(request.tenant)
         candidates = tuple(_candidate(match) for match in matches)
         if fitting := [match for match in matches if match.fits]:
-            planned = led_by(request.preferred, fitting)
+            planned = led_by(request.preferred, fitting)[: request.top_k]
             plan = routed_plan(request, planned, generation, self._temperature)
             live = {row.ref for row in plan.adapters}
             approval = pool.index.requires_approval
@@ -289,11 +289,11 @@ def _judged(
     trusted_only: bool = False,
 ) -> list[list[Match]]:
     """Return the judged matches of requests of one tenant with the same tags."""
-    tenant, tags, top_k = requests[0].tenant, requests[0].tags, max(request.top_k for request in requests)
+    tenant, tags, num = requests[0].tenant, requests[0].tags, max(request.num_considered for request in requests)
     rows, preferences = np.stack(vectors), pool.preferences(tenant)
-    nearest = pool.nearest(rows, top_k, tenant, tags, trusted_only=trusted_only)
+    nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only)
     found = [
-        preferences.applied(vector, matches, top_k, tags)[: request.top_k]
+        preferences.applied(vector, matches, num, tags)[: request.num_considered]
         for request, vector, matches in zip(requests, vectors, nearest, strict=True)
     ]
     return pool.judged(found, tenant, share, rows)

@@ -17,7 +17,9 @@ Fallback = Literal["base", "error"]
 # With it 96 % of the turns about the same task keep their adapter, and 1 % of those about another task wrongly do:
 # `python -m benchmarks.routing.margins`.
 STICKY_MARGIN = 0.1
+STICKY_PLACES = 3  # best candidates among which the adapter of the previous turn is looked for, also for a smaller k
 Reason = Literal["fits", "below_threshold", "no_candidates"]
+Counted = Literal["always", "if_chosen", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class RouteRequest:
     the Retriever's own. `min_score`: a cosine that takes the place of every adapter's threshold, whatever `abstain` is.
     `preferred`: the adapter of the conversation's previous turn. If it fits, it stays the best one unless another
     scores higher by more than `STICKY_MARGIN`. A pool older than `min_generation` answers with StaleIndex.
-    `shows_samples`: candidates of this tenant come with the samples that the text is nearest to.
+    `shows_samples`: candidates of this tenant come with the samples that the text is nearest to. `counted`: whether
+    metrics count this text as a prompt: `never` for that of an earlier turn, `if_chosen` if another text is tried next.
     Raises: RouteInvalid if a value is out of range.
     """
 
@@ -44,6 +47,7 @@ class RouteRequest:
     preferred: AdapterRef | None = None
     abstain: Abstain | None = None
     shows_samples: bool = False
+    counted: Counted = "always"
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, get_args(RoutedStrategy))
@@ -53,8 +57,14 @@ class RouteRequest:
             _check_choice("abstain", self.abstain, get_args(Abstain))
         if not 1 <= self.top_k <= MAX_PLAN_ADAPTERS:
             raise RouteInvalid(f"top_k must be from 1 to {MAX_PLAN_ADAPTERS}, got {self.top_k}")
+        _check_choice("counted", self.counted, get_args(Counted))
         if self.min_score is not None and not math.isfinite(self.min_score):
             raise RouteInvalid(f"min_score must be a finite number, got {self.min_score}")
+
+    @property
+    def num_considered(self) -> int:
+        """How many of the best adapters are judged: more than `top_k` if the preferred one may be among them."""
+        return self.top_k if self.preferred is None else max(self.top_k, STICKY_PLACES)
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -84,12 +84,16 @@ def is_housekeeping(text: str) -> bool:
 
 def is_elliptic(text: str) -> bool:
     """Return whether a turn depends on the turns before it: it is not long and begins as a continuation."""
-    return _OPENERS.match(text.strip()) is not None and len(text.split()) <= _ELLIPTIC_WORDS
+    return _OPENERS.match(text.strip()) is not None and _has_at_most(_ELLIPTIC_WORDS, text)
 
 
 def is_short(text: str) -> bool:
     """Return whether a turn has so few words that it may depend on the turns before it."""
-    return len(text.split()) <= _SHORT_WORDS and len(text.strip()) <= _SHORT_CHARS
+    return len(text.strip()) <= _SHORT_CHARS and _has_at_most(_SHORT_WORDS, text)
+
+
+def _has_at_most(num_words: int, text: str) -> bool:
+    return len(text.split(maxsplit=num_words)) <= num_words  # without reading the rest of a long text
 
 
 def _texts(users: Sequence[str]) -> list[str]:

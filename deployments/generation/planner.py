@@ -190,7 +190,8 @@ class Planner:
             return Planned(BASE_PLAN, abstained=True, reason="housekeeping")
         preferred = await self._adapter_of(reading.previous, options, tenant)
         for text in reading.texts[:-1]:
-            request = replace(self._request_of(text, options, tenant, preferred), fallback="base")
+            tried = self._request_of(text, options, tenant, preferred)
+            request = replace(tried, fallback="base", counted="if_chosen")
             [planned] = await self._route([request])
             if not planned.abstained:
                 return planned
@@ -201,7 +202,9 @@ class Planner:
         """Return the best adapter of the previous turn, None without one."""
         if text is None:
             return None
-        request = replace(self._request_of(text, options, tenant), fallback="base", shows_samples=False)
+        request = replace(
+            self._request_of(text, options, tenant), fallback="base", shows_samples=False, counted="never"
+        )
         [route] = await self._retriever.route([request])
         return None if route.abstained else route.plan.adapters[0].ref
 

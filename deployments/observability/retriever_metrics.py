@@ -10,6 +10,7 @@ from deployments.observability.metrics import OTHER, SERVE, SHORT_SECONDS, Metri
 from lora_store import AdapterRef, Snapshot
 from retriever_svc import NoAdapterMatched, Route
 from retriever_svc.retriever import RouteAnswer
+from retriever_svc.route import Counted
 
 _WINDOW_S = 1800.0
 _MIN_TIMES_SEEN = 20  # before an adapter that never came first counts as shadowed
@@ -131,8 +132,11 @@ class RetrieverMetrics:
         """Record the time to search for one request. Safe on any thread."""
         self._search_s.observe(seconds)
 
-    def record_route(self, answer: RouteAnswer) -> None:
-        """Record the outcome of one prompt."""
+    def record_route(self, answer: RouteAnswer, counted: Counted = "always") -> None:
+        """Record the outcome of one prompt. `counted`: as in `RouteRequest`."""
+        is_chosen = isinstance(answer, Route) and not answer.abstained
+        if counted == "never" or (counted == "if_chosen" and not is_chosen):
+            return
         if isinstance(answer, Route):
             chosen = [row.ref for row in answer.plan.adapters]
             self._routes.inc(1, {"outcome": "abstained" if answer.abstained else "chosen"})

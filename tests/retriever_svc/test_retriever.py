@@ -111,6 +111,22 @@ def test_the_preferred_adapter_stays_unless_another_is_clearly_better(
     assert names(route_one(retriever, preferred=record_of("gone", None).ref)) == ["e", "previous", "n"]
 
 
+@pytest.mark.parametrize("strategy", ["mixture", "selection"])
+def test_the_preferred_adapter_stays_where_only_one_adapter_is_requested(strategy: str) -> None:
+    close = 1 - STICKY_MARGIN / 2
+    previous = record_of("previous", (close, (1 - close**2) ** 0.5))
+    retriever = retriever_of(POOL[0], previous, POOL[1])
+    one = {"top_k": 1, "strategy": strategy}
+    assert names(route_one(retriever, **one)) == ["e"]
+    assert names(route_one(retriever, preferred=previous.ref, **one)) == ["previous"]
+    gone = route_one(retriever, preferred=record_of("gone", None).ref, **one)  # withdrawn since the previous turn
+    assert names(gone) == ["e"]
+    together = [RouteRequest("east", top_k=1), RouteRequest("east", top_k=1, preferred=previous.ref)]
+    first, second = retriever.route(together)
+    assert isinstance(first, Route) and isinstance(second, Route)
+    assert ([c.ref.name for c in first.candidates], names(second)) == (["e"], ["previous"])
+
+
 def test_the_encoder_is_called_once_per_batch() -> None:
     encoder = FakeEncoder(TABLE)
     retriever = retriever_of(*POOL, encoder=encoder)

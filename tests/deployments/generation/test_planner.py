@@ -206,6 +206,7 @@ def test_a_conversation_prefers_the_adapter_of_its_previous_turn() -> None:
     requests = [request for ([request],) in handle.called("route")]
     assert [request.text for request in requests] == ["Write a poem about the sea", "Write another poem about the sky"]
     assert [request.preferred for request in requests] == [None, POOL[0].ref]
+    assert [request.counted for request in requests] == ["never", "always"]
 
 
 def test_further_texts_are_tried_only_after_the_first_found_no_adapter() -> None:
@@ -219,6 +220,7 @@ def test_further_texts_are_tried_only_after_the_first_found_no_adapter() -> None
     assert [request.text for request in requests[1:]] == ["blue sky", "Write a poem about the sea\nblue sky"]
     assert [request.fallback for request in requests] == ["base", "base", "error"]
     assert [request.preferred for request in requests] == [None] * 3
+    assert [request.counted for request in requests] == ["never", "if_chosen", "always"]
 
 
 def test_housekeeping_is_answered_by_the_base_and_asks_nobody() -> None:

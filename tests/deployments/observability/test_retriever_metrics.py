@@ -2,9 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from deployments.observability.retriever_metrics import MAX_NAMED, RetrieverMetrics
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Snapshot
 from retriever_svc import Candidate, NoAdapterMatched, Route, StaleIndex
+from retriever_svc.route import Counted
 from tests.deployments.adapter_records import adapter
 from tests.deployments.metric_fakes import FakeMetrics
 
@@ -34,6 +37,21 @@ def test_prompts_are_counted_by_outcome() -> None:
         metrics.record_route(answer)
     assert kinds["routes_total"].counts == {("chosen",): 1, ("abstained",): 1, ("refused",): 2}
     assert kinds["best_score_cosine"].seen == {(): [0.8, 0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("counted", "expected"),
+    [("always", {("chosen",): 1, ("abstained",): 1, ("refused",): 1}), ("if_chosen", {("chosen",): 1}), ("never", {})],
+)
+def test_a_text_that_another_one_follows_counts_only_if_it_finds_adapters(
+    counted: Counted, expected: dict[tuple[str, ...], int]
+) -> None:
+    kinds = FakeMetrics()
+    metrics = RetrieverMetrics(kinds)
+    for answer in (route(PUBLIC), route(PUBLIC, score=0.1, abstained=True), NoAdapterMatched(0.2, 0.4)):
+        metrics.record_route(answer, counted)
+    assert kinds["routes_total"].counts == expected
+    assert len(kinds["best_score_cosine"].seen.get((), [])) == sum(expected.values())
 
 
 def test_gauges_report_the_served_pool_and_never_chosen_adapters() -> None:
