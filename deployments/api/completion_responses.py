@@ -252,7 +252,14 @@ class Answer:
             "x-lora-strategy": ", ".join(strategies),
             "x-lora-adapters": ", ".join(rows[:MAX_PLAN_ADAPTERS] + more),
             "x-lora-generation": str(max(planned.plan.generation for planned in self.plans)),
-        } | ({"x-lora-reason": ", ".join(reasons)} if reasons else {})
+        } | ({"x-lora-reason": ", ".join(reasons), **self._why_in_short()} if reasons else {})
+
+    def _why_in_short(self) -> dict[str, str]:
+        """Return the header that explains the choice for a single prompt, in printable ASCII."""
+        if len(self.plans) > 1:
+            return {}
+        said = why(self.plans[0], self.tenant)
+        return {"x-lora-why": "".join(char if " " <= char <= "~" else "?" for char in said)}
 
     def _adapters_in_short(self) -> Iterator[str]:
         """Yield `name@digest;weight=0.5`; the weight only if there is one prompt."""
@@ -357,7 +364,7 @@ def why(planned: Planned, tenant: str) -> str:
         return "The prompt is the client's own, such as a request for a title, so the base model answers."
     if not planned.candidates:
         return "The pool has no adapter with samples that this request may use, so the base model answers."
-    best = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
+    best = _decisive(planned)
     name, needs = best.ref.name_for(tenant), f"scores {best.score:.3f} and needs {best.threshold:.3f}"
     if best.threshold <= NO_THRESHOLD:
         nearest = f"{name} is the nearest, with a score of {best.score:.3f}."
@@ -368,7 +375,20 @@ def why(planned: Planned, tenant: str) -> str:
             f"No adapter fits, so the base model answers. {name} comes nearest: it {needs}. "
             f"lora.min_score {least:.3f} would choose it."
         )
-    return f"{name} fits: it {needs}, and fits better than {best.confidence:.0%} of the pool's own samples do."
+    fits = f"{name} fits: it {needs}, and fits better than {best.confidence:.0%} of the pool's own samples do."
+    nearer = max(planned.candidates, key=lambda candidate: candidate.score)
+    if nearer.score <= best.score or nearer.score < nearer.threshold:
+        return fits
+    lead = f"{nearer.ref.name_for(tenant)} scores {nearer.score:.3f}, which is not clearly better"
+    return f"{fits} It answered the previous turn and stays: {lead}."
+
+
+def _decisive(planned: Planned) -> Candidate:
+    """Return the candidate that leads the plan; if none does, the one that lacks least."""
+    leaders = {row.ref for row in planned.plan.adapters[:1]}
+    chosen = (candidate for candidate in planned.candidates if candidate.ref in leaders)
+    lacks_least = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
+    return next(chosen, lacks_least)
 
 
 def _routed_candidate(candidate: Candidate, tenant: str) -> RoutedCandidate:

@@ -31,7 +31,7 @@ _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False
 _METHODS = ["GET", "POST", "PATCH", "DELETE"]
 _EXPOSED = [
     *("x-request-id", "retry-after", "x-ignored-fields", "x-ignored-headers"),
-    *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason"),
+    *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason", "x-lora-why"),
 ]
 _ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console)
 

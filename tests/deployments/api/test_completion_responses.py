@@ -8,11 +8,12 @@ import pytest
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from deployments.api.completion_responses import Answer
+from deployments.api.completion_responses import Answer, why
 from deployments.api.responses import Planned
 from gpu_worker.request.request import Completion, Delta, PromptToken, TokenLogprob
 from gpu_worker.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
+from retriever_svc import Candidate
 from tests.deployments.adapter_records import BASE as BASE_NAME
 from tests.deployments.asking import post
 from tests.deployments.fake_worker import NOTHING_CACHED, FakeWorker
@@ -156,18 +157,22 @@ def test_headers_of_several_prompts_name_every_adapter_once_and_stay_short() -> 
 
 def test_headers_say_why_the_server_chose() -> None:
     away = Planned(Plan("base"), abstained=True, reason="below_threshold")
-    assert answer(plans=[away]).headers()["x-lora-reason"] == "below_threshold"
+    short = answer(plans=[away]).headers()
+    assert (short["x-lora-reason"], short["x-lora-why"]) == ("below_threshold", why(away, "local"))
     chosen = Planned(Plan("selection", (PlannedAdapter(POET.ref, "w", 1.0),), 7), reason="fits")
     several = answer("text", plans=[chosen, away, chosen]).headers()
     assert several["x-lora-reason"] == "fits, below_threshold"
+    assert "x-lora-why" not in several
 
 
 def test_headers_are_safe_for_any_name() -> None:
     ref = replace(POET.ref, name="a\r\nset-cookie: x, é")
     plan = Plan("selection", (PlannedAdapter(ref, "w", 1.0),), 7)
-    value = answer(plans=[Planned(plan)]).headers()["x-lora-adapters"]
-    assert value.isascii() and value.isprintable() and "," not in value
-    json.dumps(value)
+    headers = answer(plans=[Planned(plan, (Candidate(ref, 0.5, 0.25),), reason="fits")]).headers()
+    assert "," not in headers["x-lora-adapters"]
+    assert "set-cookie" in headers["x-lora-why"]
+    for value in headers.values():
+        assert value.isascii() and value.isprintable()
 
 
 EMPTY = [Delta("", 5, 1, "stop")]

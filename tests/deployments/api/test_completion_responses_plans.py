@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from deployments.api.base import PlanGiven
 from deployments.api.completion_responses import plan_object
 from deployments.api.responses import Planned
@@ -30,11 +32,28 @@ def test_an_abstention_names_the_adapter_that_lacks_least_and_what_would_choose_
 
 
 def test_a_choice_says_how_well_the_best_candidate_fits() -> None:
-    reason, why = explained(Planned(PLAN, (NEAR, FITS), reason="fits"), tenant="us")
+    plan = replace(PLAN, adapters=(replace(PLAN.adapters[0], ref=CODER.ref),))
+    reason, why = explained(Planned(plan, (NEAR, FITS), reason="fits"), tenant="us")
     assert reason == "fits"
     assert why == (
         "local/coder fits: it scores 0.750 and needs 0.500, and fits better than 62% of the pool's own samples do."
     )
+
+
+def test_a_choice_is_explained_by_the_adapter_that_leads_it() -> None:
+    wide = Candidate(CODER.ref, 0.6, threshold=0.1, confidence=0.9)  # further above its threshold
+    _, why = explained(Planned(PLAN, (Candidate(POET.ref, 0.75, 0.7, 0.5), wide), reason="fits"))
+    assert why is not None and why.startswith("poet fits: it scores 0.750 and needs 0.700")
+    assert "previous turn" not in why
+
+
+@pytest.mark.parametrize(("needs", "stays"), [(0.5, True), (0.9, False)])
+def test_an_adapter_that_stays_for_the_next_turn_is_explained(needs: float, stays: bool) -> None:
+    nearer = Candidate(CODER.ref, 0.8, threshold=needs)  # if it does not fit, there is nothing to explain
+    _, why = explained(Planned(PLAN, (nearer, Candidate(POET.ref, 0.75, 0.5, 0.5)), reason="fits"))
+    assert why is not None
+    said = " It answered the previous turn and stays: coder scores 0.800, which is not clearly better."
+    assert why.endswith(said) == stays
 
 
 def test_a_pool_without_candidates_and_a_clients_own_prompt_have_their_reasons() -> None:
