@@ -12,7 +12,7 @@ from lora_store.adapter import AdapterRef, Sample
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import MIN_SCORES, SHARES
+from retriever_svc.calibration import MIN_SCORES, SHARES, Abstain
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Allowed, Match
 from retriever_svc.output_profile import functions_agree
@@ -28,6 +28,7 @@ _MANY_SWAPPED = 0.2  # of the samples of two adapters; fewer are chance, or a fe
 _MANY_BELOW = 0.25  # of own samples below the own threshold, which 3 % should be
 _MAX_REFITTED = 512  # adapters on which a refit is tried
 _MAX_REFITTED_SAMPLES = 32  # of one adapter
+POINTS: tuple[Abstain, ...] = ("lenient", "balanced", "strict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ class AdapterFinding:
     num_first: int
     num_found: int  # among the top_k
     shadowed_by: AdapterRef | None
-    num_below: int = 0  # own samples that would be turned away at the operating point `balanced`
+    num_below: int = 0  # own samples below the adapter's own threshold at the operating point `balanced`
+    turned_away: tuple[int, ...] = ()  # own samples that the adapter does not answer, at each point of `POINTS`
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,15 @@ class DoctorReport:
     def share_found(self) -> float:
         """The share of all samples that have their own adapter in the top_k."""
         return sum(a.num_found for a in self.adapters) / max(1, sum(a.num_samples for a in self.adapters))
+
+    @property
+    def turned_away(self) -> dict[Abstain, float]:
+        """The share of all samples that their adapter would not answer, each compared with the others, by point."""
+        measured = [adapter for adapter in self.adapters if adapter.turned_away]
+        total = max(1, sum(adapter.num_samples for adapter in measured))
+        return {
+            point: sum(adapter.turned_away[place] for adapter in measured) / total for place, point in enumerate(POINTS)
+        }
 
     @property
     def always_shadowed(self) -> tuple[AdapterFinding, ...]:
@@ -171,8 +182,9 @@ class _Examination:
         num_found = sum(record.ref in refs for refs in found)
         shadow = firsts.most_common(1)[0][0] if found and not firsts[record.ref] else None
         self.counts[record.ref] = len(found)
-        num_below = self._num_below(record)
-        self.findings.append(AdapterFinding(record.ref, len(found), firsts[record.ref], num_found, shadow, num_below))
+        counts = len(found), firsts[record.ref], num_found
+        below, turned_away = self._num_below(record), self._turned_away(record, vectors)
+        self.findings.append(AdapterFinding(record.ref, *counts, shadow, below, turned_away))
 
     def _num_below(self, record: AdapterRecord) -> int:
         """Return how many own samples, each compared with the others, are below the adapter's own threshold."""
@@ -182,6 +194,16 @@ class _Examination:
             return 0
         [[judged]] = self.pool.judged([[Match(record, 0.0)]], self.tenant, SHARES["balanced"])
         return int((scores < judged.threshold).sum())
+
+    def _turned_away(self, record: AdapterRecord, vectors: Vectors) -> tuple[int, ...]:
+        """Return how many of the samples (S, D), each compared with the others, the adapter would not answer."""
+        assert record.embedding is not None
+        scores = record.embedding.own_scores.tolist()
+        if len(scores) != len(vectors):
+            return ()  # a single sample has none to be compared with
+        own = [[Match(record, score)] for score in scores]
+        judged = (self.pool.judged(own, self.tenant, SHARES[point], vectors) for point in POINTS)
+        return tuple(sum(not match.fits for [match] in rows) for rows in judged)
 
     def _find_near(self, record: AdapterRecord) -> None:
         assert record.embedding is not None

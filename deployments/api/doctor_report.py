@@ -38,6 +38,7 @@ def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
         "num_samples": sum(finding.num_samples for finding in report.adapters),
         "first_share": report.share_first,
         "found_share": report.share_found,
+        "turned_away_share": report.turned_away,
         "collisions": [
             {
                 "adapters": [name(collision.first), name(collision.second)],

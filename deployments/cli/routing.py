@@ -23,6 +23,7 @@ _RANKS = (1, 3, 5, 8)
 _BATCH = 32
 _AUROC = "AUROC of the confidence"
 _POINTS = (0.01, 0.03, 0.08, 0.15, 0.25)
+_BAR_CHARS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def eval_routing(
     rows = read_labelled(file)
     with client_of(url) as client:
         tracked = track(_plans(client, rows), "routing", len(rows), console=err, transient=True)
-        routed = [Routed.of(row, plan) for row, plan in tracked]
+        routed = [Routed.of(*item) for item in tracked]
     inside = [item for item in routed if item.is_inside]
     outside = [item for item in routed if not item.is_inside]
     measures = _measures(inside, outside)
@@ -62,7 +63,10 @@ def eval_routing(
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The choice for one row. `rank`: of the best correct candidate, from 0. `confidence`: the largest of any."""
+    """The choice for one row, with the server's defaults. `confidence`: the largest of any candidate.
+
+    `rank`: of the best correct candidate among more candidates, from 0.
+    """
 
     is_inside: bool
     rank: float
@@ -70,8 +74,9 @@ class Routed:
     confidence: float
 
     @classmethod
-    def of(cls, row: Labelled, plan: JsonObject) -> Self:
-        names = [candidate["name"] for candidate in plan["candidates"]]
+    def of(cls, row: Labelled, plan: JsonObject, wide: JsonObject) -> Self:
+        """Create it from the plan that a client gets, and from one with more candidates."""
+        names = [candidate["name"] for candidate in wide["candidates"]]
         ranks = [rank for rank, name in enumerate(names) if name in row.adapters]
         confidence = max((candidate["confidence"] for candidate in plan["candidates"]), default=0.0)
         return cls(bool(row.adapters), min(ranks, default=math.inf), plan["abstained"], confidence)
@@ -106,10 +111,12 @@ def _table_of(measures: Mapping[str, float], title: str) -> Table:
 
 def _operating_points(inside: Sequence[Routed], outside: Sequence[Routed]) -> Table:
     """Return what other operating points would do: a well calibrated pool turns away as much as the first column."""
-    table = Table("least confidence", "prompts of adapters turned away", "others turned away")
+    title = "calibration: █ prompts of adapters turned away, ░ others"
+    table = Table("least confidence", "prompts of adapters turned away", "others turned away", "", title=title)
     for point in _POINTS:
-        shares = (_share(item.confidence < point for item in group) for group in (inside, outside))
-        table.add_row(f"{point:.1%}", *(f"{share:.1%}" for share in shares))
+        own, others = (_share(item.confidence < point for item in group) for group in (inside, outside))
+        bars = f"{'█' * round(own * _BAR_CHARS)}\n{'░' * round(others * _BAR_CHARS)}"
+        table.add_row(f"{point:.1%}", f"{own:.1%}", f"{others:.1%}", bars)
     return table
 
 
@@ -144,14 +151,22 @@ def _labelled(line: str, place: str) -> Labelled:
     return Labelled(prompt, frozenset() if names is None else frozenset(map(str, names)))
 
 
-def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Labelled, JsonObject]]:
-    """Yield every row with the plan of the server."""
+def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Labelled, JsonObject, JsonObject]]:
+    """Yield every row with its plan, and with one of more candidates.
+
+    More candidates abstain less, since it is enough that one of them fits. So ranks have a request of their own.
+    """
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        body = {"prompt": [row.prompt for row in batch], "lora": {"k": max(_RANKS)}}
-        response = client.post("/v1/route", json=body)
-        check(response)
-        yield from zip(batch, response.json()["data"], strict=True)
+        plans = [_routed(client, batch, options) for options in ({}, {"k": max(_RANKS)})]
+        yield from zip(batch, *plans, strict=True)
+
+
+def _routed(client: httpx.Client, rows: Sequence[Labelled], options: JsonObject) -> list[JsonObject]:
+    response = client.post("/v1/route", json={"prompt": [row.prompt for row in rows], "lora": options})
+    check(response)
+    data: list[JsonObject] = response.json()["data"]
+    return data
 
 
 @commands.command()
@@ -164,6 +179,8 @@ def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     k = report["k"]
     shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
     out.print(f"{report['num_adapters']} adapters, {report['num_samples']} samples: {shares}")
+    points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
+    out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
     for row in report["collisions"]:
         first, second = row["adapters"]
         swapped = " and ".join(map(str, row["num_swapped"]))

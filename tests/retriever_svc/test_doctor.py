@@ -11,8 +11,9 @@ from lora_store.adapter import Sample
 from lora_store.errors import BlobCorrupted
 from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc import Collision, DoctorReport, IndexSettings, ProjectionFiles, SampleSource
-from retriever_svc.doctor import examine
+from retriever_svc.doctor import POINTS, examine
 from retriever_svc.encoder import unit_rows
+from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FakeEncoder, embedding_of, record_of, snapshot_of
 from tests.retriever_svc.projectable import Projectable
@@ -139,6 +140,32 @@ def test_samples_below_their_own_threshold_are_counted() -> None:
     assert below == {record.ref.name: 0 for record in (*tight, few)} | {"strays": 6}
     assert [a.ref.name for a in report.with_unlike_samples] == ["strays"]
     assert [a.ref.name for a in report.with_few_samples] == ["few"]
+    away = {a.ref.name: a.turned_away for a in report.adapters}
+    assert away["tight-0"][1] == 0 and away["strays"][1] == 6 and len(away["few"]) == len(POINTS)
+    total = sum(a.num_samples for a in report.adapters)
+    for place, point in enumerate(POINTS):
+        assert report.turned_away[point] == pytest.approx(sum(counts[place] for counts in away.values()) / total)
+    assert list(report.turned_away.values()) == sorted(report.turned_away.values())
+
+
+def test_samples_near_ordinary_prompts_are_turned_away_as_their_prompts_would_be() -> None:
+    scores = np.linspace(0.5, 0.95, 20).tolist()
+    own = replace(record_of("e", None), embedding=embedding_of(EAST, scores))
+    given = [Sample("east")] * 20
+    shares = []
+    for ordinary in (NORTH, EAST):
+        rows = unit_rows(np.asarray([ordinary] * 3 + [UP, (0.1, 0.2, 0.9), (0.3, 0.1, 0.8)], np.float32))
+        pool = Pool.of(snapshot_of(own), FakeEncoder(TABLE, dim=3), IndexSettings(), ordinary=OrdinaryVectors.of(rows))
+        *_, last = examine(pool, "local", lambda record: given)
+        assert last.report is not None
+        shares.append(last.report.turned_away["balanced"])
+    assert shares[0] < 0.2 < shares[1]
+
+
+def test_a_single_sample_has_no_share_that_is_turned_away() -> None:
+    report = report_on(E, source=lambda record: [Sample("east")])
+    assert [a.turned_away for a in report.adapters] == [()]
+    assert set(report.turned_away.values()) == {0.0}
 
 
 def test_a_refit_is_tried_on_the_samples_of_the_pool() -> None:

@@ -24,7 +24,10 @@ def advice(
 
 
 def test_a_doctors_report_names_adapters() -> None:
-    findings = (AdapterFinding(POET.ref, 20, 15, 20, None), AdapterFinding(CODER.ref, 20, 0, 10, POET.ref))
+    findings = (
+        AdapterFinding(POET.ref, 20, 15, 20, None, turned_away=(0, 1, 4)),
+        AdapterFinding(CODER.ref, 20, 0, 10, POET.ref, turned_away=(1, 1, 2)),
+    )
     report = DoctorReport(7, 3, findings, (Collision(CODER.ref, POET.ref, 0.97, 4, 1),), (CODER.ref,), (POET.ref,))
     assert doctor_object(report, "local") == {
         "generation": 7,
@@ -33,6 +36,7 @@ def test_a_doctors_report_names_adapters() -> None:
         "num_samples": 40,
         "first_share": 0.375,
         "found_share": 0.75,
+        "turned_away_share": {"lenient": 1 / 40, "balanced": 2 / 40, "strict": 6 / 40},
         "collisions": [{"adapters": ["coder", "poet"], "cosine": 0.97, "num_swapped": [4, 1]}],
         "never_chosen": ["coder"],
         "always_shadowed": [{"name": "coder", "by": "poet"}],

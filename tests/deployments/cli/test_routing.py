@@ -36,12 +36,13 @@ def test_hits_are_counted_up_to_each_rank_and_abstentions_separately(tmp_path: P
         {"input": "d", "adapter": "poet"},
     ]
     others = [f"x{number}" for number in range(8)]
-    plans = [plan("poet"), plan("x", "y", "bard", "poet"), plan(*others[:7], "poet"), plan(*others, abstained=True)]
-    with scripted((200, {"data": plans})) as server:
+    plans = [plan("poet"), plan("x"), plan("x"), plan("x", abstained=True)]
+    wide = [plan("poet"), plan("x", "y", "bard", "poet"), plan(*others[:7], "poet"), plan(*others)]  # the last one fits
+    with scripted((200, {"data": plans}), (200, {"data": wide})) as server:
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
     assert result.exit_code == 0
-    assert server.asked == [("POST", "/v1/route")]
-    assert server.sent == [{"prompt": ["a", "b", "c", "d"], "lora": {"k": 8}}]
+    assert server.asked == [("POST", "/v1/route")] * 2
+    assert server.sent == [{"prompt": ["a", "b", "c", "d"], "lora": options} for options in ({}, {"k": 8})]
     assert "4 prompts" in result.stdout
     assert shares(result.stdout) == {
         "hit@1": "25.0%",
@@ -60,7 +61,7 @@ def test_prompts_without_an_adapter_should_reach_the_base_model(tmp_path: Path) 
         plan("poet", abstained=True, confidence=0.001),
         plan("poet", confidence=0.1),
     ]
-    with scripted((200, {"data": plans})) as server:
+    with scripted((200, {"data": plans}), (200, {"data": plans})) as server:
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
     assert "2 prompts of adapters, 2 others" in words(result.stdout)
     found = shares(result.stdout)
@@ -68,6 +69,9 @@ def test_prompts_without_an_adapter_should_reach_the_base_model(tmp_path: Path) 
     assert "0.750" in result.stdout  # AUROC: 0.9 is above both, 0.02 above one
     points = [row.split("│")[1:4] for row in result.stdout.splitlines() if row.startswith("│ 3.0%")]
     assert [[cell.strip() for cell in point] for point in points] == [["3.0%", "50.0%", "50.0%"]]
+    rows_shown = [line.split("│") for line in result.stdout.splitlines() if "│" in line]
+    bars = [row[4].strip() for row in rows_shown if len(row) > 4 and row[4].strip()]
+    assert bars[:3] == ["░" * 10, "█" * 10, "░" * 10]  # at 1 %: none and half; at 3 %: half of both
 
 
 @given(
@@ -81,9 +85,10 @@ def test_auroc_compares_every_pair(inside: list[float], outside: list[float]) ->
 
 def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
     rows = [{"input": str(number), "adapter": "poet"} for number in range(33)]
-    with scripted((200, {"data": [plan("poet")] * 32}), (200, {"data": [plan("poet")]})) as server:
+    answers = [(200, {"data": [plan("poet")] * count}) for count in (32, 32, 1, 1)]
+    with scripted(*answers) as server:
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
-    assert [len(body["prompt"]) for body in server.sent] == [32, 1]
+    assert [len(body["prompt"]) for body in server.sent] == [32, 32, 1, 1]
     assert shares(result.stdout)["hit@1"] == "100.0%"
 
 
@@ -144,6 +149,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "num_samples": 80,
         "first_share": 0.75,
         "found_share": 0.9,
+        "turned_away_share": {"lenient": 0.012, "balanced": 0.03, "strict": 0.08},
         "collisions": [{"adapters": ["poet", "bard"], "cosine": 0.97, "num_swapped": [4, 1]}],
         "never_chosen": ["mute"],
         "always_shadowed": [{"name": "bard", "by": "poet"}],
@@ -157,6 +163,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
     said = words(result.stdout)
     for part in (
         "4 adapters, 80 samples: own adapter first 75.0%, among the best 3 90.0%",
+        "each left out of its adapter: lenient 1.2%, balanced 3.0%, strict 8.0%",
         "collision: poet and bard, cosine 0.970, 4 and 1 samples swapped",
         "never first: bard, behind poet",
         "never chosen: mute",
