@@ -26,7 +26,6 @@ import numpy as np
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import AdapterRecord, OutputProfile
-from retriever_svc.listing import listed
 from retriever_svc.output_profile import MIN_OUTPUTS, functions_agree
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
@@ -66,7 +65,7 @@ class Region:
 
 def regions_of(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Region]:
     """Yield the regions of `tenant`. Approved anchors come first, then those that were published first."""
-    usable = [r for r in listed(pool.snapshot.visible_to(tenant), tenant) if pool.index.may_find(r, tenant)]
+    usable = [r for r in pool.snapshot.visible_to(tenant) if pool.index.may_find(r, tenant)]
     trusted = [r for r in usable if r.encoder == pool.encoder.identity and (r.approved or r.ref.tenant == tenant)]
     trusted.sort(key=lambda r: (not r.approved, r.created_at, r.ref.tenant, r.ref.name))
     given = {record.ref: _examples(read_samples(samples, record) or ()) for record in trusted}

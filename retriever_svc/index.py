@@ -177,8 +177,9 @@ class AdapterIndex:
         return Allowed(num, self._lists.unlisted(mask), self._lists.part_of(mask))
 
     def may_find(self, record: AdapterRecord, tenant: str) -> bool:
-        """Return whether a search for `tenant` may find this adapter."""
-        return record.ref.tenant == tenant or record.is_open(requires_approval=self._settings.requires_approval)
+        """Return whether a search for `tenant` may find this adapter. An unlisted one is found by its name alone."""
+        is_open = record.is_open(requires_approval=self._settings.requires_approval)
+        return not record.is_unlisted and (record.ref.tenant == tenant or is_open)
 
     def spread(self, tenant: str, max_rows: int) -> tuple[int, list[AdapterRecord], Vectors]:
         """Return (how many adapters `tenant` may see, an evenly spaced selection of at most `max_rows`, its vectors).

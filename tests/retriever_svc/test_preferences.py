@@ -42,6 +42,12 @@ def test_a_beaten_adapter_is_replaced_with_its_score_by_the_best_of_its_region()
     assert names(route_one(retriever, "north"))[0] == "other"
 
 
+def test_an_unlisted_adapter_takes_no_place_since_only_its_name_finds_it() -> None:
+    unlisted = replace(GOOD, expires_at=NOON.replace(year=2100))
+    ranking = ranking_of(BAD.ref, (unlisted, 0.9), (BAD, 0.1))
+    assert names(route_one(retriever_of(unlisted, BAD, OTHER, ranking=ranking))) == ["bad", "other"]
+
+
 def test_an_adapter_that_replaces_two_is_planned_once() -> None:
     ranking = ranking_of(BAD.ref, (NEAR, 0.9), (BAD, 0.1))
     route = route_one(retriever_of(NEAR, BAD, OTHER, ranking=ranking))
