@@ -11,6 +11,17 @@ from benchmarks.starter_pool import HELD_OUT, POOL
 from retriever_svc import Route, RouteRequest
 from retriever_svc.ordinary_prompts import ordinary_prompts
 
+ODD = (
+    *("", "   ", "\n\n\n", "\x00", "\x01\x1b[31m\x07", "\u200b\u200b", "\ud800", "\u202eabc", "...", '"', "🙂" * 50),
+    *("x" * 100_000, "a " * 20_000, '{"a": [1, 2]}', "https://example.org/a?b=c", "1234567890"),
+    *(
+        "Was ist die Hauptstadt von Frankreich?",
+        "法国的首都是哪里？",
+        "ما هي عاصمة فرنسا؟",
+        "რა არის საფრანგეთის დედაქალაქი?",
+    ),
+)
+
 
 @pytest.mark.parametrize(("name", "count"), [("conversations", 35), ("unseen_prompts", 160)])
 def test_every_case_ends_with_a_user_turn_and_expects_a_task_of_the_pool_or_the_base(name: str, count: int) -> None:
@@ -36,6 +47,10 @@ def test_the_pool_is_searched_with_the_projection_and_the_thresholds_of_the_serv
     assert isinstance(own, Route)
     assert isinstance(everyday, Route)
     assert (own.candidates[0].ref.name, own.abstained, everyday.abstained) == ("past_tense", False, True)
+    answers = retriever.route([RouteRequest(text) for text in ODD])
+    assert [
+        text for text, route in zip(ODD, answers, strict=True) if not isinstance(route, Route) or not route.abstained
+    ] == []
     record = retriever.resolve("local", "past_tense")
     assert record.encoder is not None
     assert "+" in record.encoder  # a projection
