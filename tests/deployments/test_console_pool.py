@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, Route, expect
 
+from lora_store import Trial
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -127,6 +129,26 @@ def test_only_a_kept_version_can_be_made_live(browsing: Browsing) -> None:
 async def _without_older_versions(route: Route) -> None:
     answer = await (await route.fetch()).json()
     await route.fulfill(json={**answer, "versions": answer["versions"][:1]})
+
+
+@pytest.mark.parametrize(("is_shadow", "label"), [(False, "10 % to "), (True, "10 % shadow ")])
+def test_a_version_under_trial_is_named_in_the_table_and_on_its_page(
+    browsing: Browsing, is_shadow: bool, label: str
+) -> None:
+    other = adapter("poet", version="older").ref.digest
+    live = replace(adapter("poet"), trial=Trial(other, 0.1, is_shadow))
+
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Adapters")
+        await expect(page.locator("#pool-rows tr").first).to_contain_text(label + other[:8])
+        await open_adapter(page, "poet")
+        answers = "a copy of 10 % of the requests" if is_shadow else "10 % of the requests"
+        await expect(page.locator("#adapter-facts")).to_contain_text(f"Version {other[:12]} answers {answers}")
+        row = page.locator("#adapter-versions tr").nth(1)
+        await expect(row).to_contain_text("shadow" if is_shadow else "trial")
+        await expect(row.get_by_role("button", name="Make live")).to_be_visible()
+
+    look(browsing, question, retriever=MappedRetriever([live]))
 
 
 def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:

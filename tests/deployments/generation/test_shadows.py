@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from tests.deployments.asking import ask
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.metric_fakes import FakeMetrics
+from tests.soak import Scale
 
 LIVE, OTHER = adapter("poet"), adapter("poet", version="new")
 CHAT = {"messages": [{"role": "user", "content": "Rhyme"}]}
@@ -72,9 +73,6 @@ class NamingWorker(FakeWorker):
         yield Delta(row.weights_digest, 5, 3, "stop")
 
 
-Question = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
-
-
 async def shadows_end(served: Served) -> None:
     await served.services.background.idle()
 
@@ -102,11 +100,12 @@ def chosen(trial: Trial, numbers: Sequence[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["auto", "poet"])
-def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str) -> None:
-    retriever = TrialRetriever()
-    digests = answers_of(range(20), {"model": model}, retriever=retriever, worker=NamingWorker())
-    assert digests == chosen(retriever.trial, range(20))
+def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str, scale: Scale) -> None:
+    retriever, numbers = TrialRetriever(), range(scale.pick("requests", small=20, full=5000))
+    digests = answers_of(numbers, {"model": model}, retriever=retriever, worker=NamingWorker())
+    assert digests == chosen(retriever.trial, numbers)
     assert set(digests) == {LIVE.ref.digest, OTHER.ref.digest}
+    scale.record("percent on trial", 100 * digests.count(OTHER.ref.digest) / len(digests))
 
 
 def test_5000_requests_give_a_tenth_to_the_version_under_trial() -> None:
