@@ -33,7 +33,7 @@ def message_for(folder: Path, text: str) -> str:
         ("source_prefixes: 3", "settings.yaml: source_prefixes: must be an object with named fields, got 3"),
         (
             "max_staging_bytes: 5",
-            "settings.yaml: max_staging_bytes must be at least max_upload_bytes = 536870912, got 5",
+            "settings.yaml: max_staging_bytes must be at least max_upload_bytes = 1090519040, got 5",
         ),
         ("- a\n- b", "settings.yaml: must contain `name: value` lines, got a list"),
     ],
