@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import validation_error
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest, tokenize_answer
 from gpu_worker.request.prompts import Message
@@ -24,6 +25,18 @@ def test_a_text_and_a_conversation_become_prompts() -> None:
     assert TokenizeRequest(prompt="").question().prompt == ""
     chat = TokenizeRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}], "model": "poet"})
     assert (chat.question().prompt, chat.question().model) == ((Message("user", "Hi"),), "poet")
+
+
+def test_a_conversation_with_calls_has_the_turns_of_a_chat() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "noon"},
+    ]
+    [asked] = ChatCompletionRequest.model_validate({"messages": messages}).questions()
+    found = TokenizeRequest.model_validate({"messages": messages}).question()
+    assert (found.prompt, found.text) == (asked.prompt, asked.text)
 
 
 @pytest.mark.parametrize(
