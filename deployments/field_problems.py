@@ -32,6 +32,7 @@ _ALLOWED: dict[str, str] = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be a string",
+    "string_unicode": "must be valid Unicode: it has half of a surrogate pair",
     "path_type": "must be a path",
     "list_type": "must be a list",
     "tuple_type": "must be a list",

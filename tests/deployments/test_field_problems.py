@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deployments.field_problems import describe_problem, did_you_mean, field_names
 
@@ -55,6 +55,13 @@ def test_a_problem_says_what_is_allowed_and_what_was_given(data: dict[str, Any],
         Outer.model_validate(data)
     [problem] = caught.value.errors()
     assert describe_problem(problem, field_names(Outer, problem["loc"])) == text
+
+
+def test_half_of_a_surrogate_pair_is_named() -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Annotated[str, Field(max_length=9)]).validate_python("\ud800")
+    text = "must be valid Unicode: it has half of a surrogate pair, got '\\ud800'"
+    assert describe_problem(caught.value.errors()[0]) == text
 
 
 def test_a_value_that_may_be_a_secret_is_not_quoted() -> None:
