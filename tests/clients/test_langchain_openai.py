@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 pytest.importorskip("langchain_tests", reason="langchain-tests is not installed: the extra `clients` has it")
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
-from langchain_core.messages import HumanMessage, ToolMessage  # noqa: E402
+from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage  # noqa: E402
 from langchain_tests.integration_tests import ChatModelIntegrationTests  # noqa: E402
 from langchain_tests.unit_tests import ChatModelUnitTests  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
@@ -56,6 +56,18 @@ class TestStandardTests(ChatModelIntegrationTests):
     def supports_json_mode(self) -> bool:
         return True
 
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+    @property
+    def supported_usage_metadata_details(self) -> Any:
+        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> Any:
+        model = self.chat_model_class(**self.chat_model_params)
+        return sum(model.stream("Hi"), AIMessageChunk("")) if stream else model.invoke("Hi")
+
 
 class TestResponses(TestStandardTests):
     """the same tests with `use_responses_api`"""
@@ -85,6 +97,10 @@ class TestUnits(ChatModelUnitTests):
     def supports_json_mode(self) -> bool:
         return True
 
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
     @pytest.mark.xfail(reason="compares the model as text with a file of langchain-openai's own repository")
     def test_serdes(self, model: Any, snapshot: Any) -> None:
         super().test_serdes(model, snapshot)
@@ -93,7 +109,6 @@ class TestUnits(ChatModelUnitTests):
 # Why each standard test that `langchain-tests` switches by a property is left out.
 NOT_TESTED = {
     "enable_vcr_tests": "they replay recorded answers, and these tests have a server",
-    "supports_anthropic_inputs": "their messages have calls and results as parts of the content, in another API's form",
     "supports_audio_inputs": "audio is refused",
     "supports_image_inputs": "images are refused",
     "supports_image_tool_message": "images are refused",
@@ -101,6 +116,12 @@ NOT_TESTED = {
     "supports_pdf_inputs": "files are refused",
     "supports_pdf_tool_message": "files are refused",
     "supports_video_inputs": "video is refused",
+}
+USAGE_NOT_TESTED = {
+    "audio_input": "audio is refused",
+    "audio_output": "audio is refused",
+    "reasoning_output": "reasoning is part of the answer's text",
+    "cache_creation_input": "the usage counts no tokens that a request adds to the cache",
 }
 
 
@@ -113,6 +134,14 @@ def test_every_standard_test_that_is_left_out_has_a_reason(kind: type) -> None:
     switched_off = {name for name in names if not getattr(found, name)}
     assert switched_off <= NOT_TESTED.keys()
     assert found.has_tool_calling and found.has_structured_output
+
+
+def test_every_part_of_the_usage_that_is_left_out_has_a_reason() -> None:
+    """cached tokens of the prompt in the usage"""
+    annotation = get_type_hints(ChatModelIntegrationTests.supported_usage_metadata_details.fget)["return"]
+    [of_list] = get_args(get_args(annotation)[1])
+    for tested in TestStandardTests().supported_usage_metadata_details.values():
+        assert {*tested, *USAGE_NOT_TESTED} == set(get_args(of_list))
 
 
 @pytest.mark.parametrize(

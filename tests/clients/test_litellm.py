@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 litellm: Any = pytest.importorskip("litellm", reason="litellm is not installed: the extra `clients` has it")
 MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+class Person(BaseModel):
+    name: str
+    age: int
 
 
 def options(server_url: str, provider: str) -> dict[str, Any]:
@@ -42,3 +48,19 @@ def test_tools(server_url: str) -> None:
     asked = options(server_url, "openai") | {"messages": [{"role": "user", "content": "How is it in 'Rome'?"}]}
     [call] = litellm.completion(**asked, tools=tools).choices[0].message.tool_calls
     assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Rome"}')
+
+
+def test_structured_output(server_url: str) -> None:
+    """`response_format` with a model of pydantic"""
+    answer = litellm.completion(**options(server_url, "openai"), response_format=Person)
+    assert Person.model_validate_json(answer.choices[0].message.content) == Person(name="text", age=1)
+
+
+def test_other_routes(server_url: str) -> None:
+    """`responses`, `text_completion` and `embedding`"""
+    asked = options(server_url, "openai")
+    del asked["messages"]
+    assert litellm.responses(**asked, input="Hi").output[0].content[0].text == "Hello"
+    assert litellm.text_completion(**asked, prompt="Once").choices[0].text == "Hello"
+    found = litellm.embedding(**asked | {"model": "openai/all-MiniLM-L6-v2"}, input=["a", "bcd"])
+    assert [item["embedding"] for item in found.data] == [[1.0, 0.5], [3.0, 0.5]]

@@ -1,4 +1,4 @@
-"""Open WebUI, LibreChat, Continue, Cline, Cursor, Copilot with own models, vllm bench, guidellm (request shapes)"""
+"""Open WebUI, LibreChat, Continue, Cline, CodeCompanion, Cursor, Copilot, vllm bench, guidellm, lm-eval (shapes)"""
 
 from __future__ import annotations
 
@@ -128,10 +128,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "lora": {"strategy": "mixture", "k": 3},
         },
     ),
+    "lm-eval, the score of a prompt": (
+        TEXT,
+        {"prompt": [[72, 101, 108]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True},
+    ),
+    "lm-eval, an answer": (
+        TEXT,
+        {"prompt": [[79, 110]], "temperature": 0.0, "max_tokens": 20, "stop": ["\n", "</s>"], "seed": 1234},
+    ),
     "guidellm": (
         CHAT,
-        STREAM
-        | {
+        {
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
             "max_completion_tokens": 64,
             "stop": None,
