@@ -72,6 +72,12 @@ NOT_SERVED_IN_MESSAGES: Passing = {
     "refusal": (),
     "annotations": ([],),
 }
+NOT_SERVED_IN_STRUCTURED: Passing = {
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "whitespace_pattern": (),
+    "structural_tag": (),
+}
 # Fields that are ignored. With one of these values they request nothing, so they are not reported.
 HARMLESS: Passing = {
     "cache_salt": (),

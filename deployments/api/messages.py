@@ -27,6 +27,7 @@ from gpu_worker.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
 
 MAX_PARTS = 256  # of one message
 MAX_TOOLS = 128  # and calls of one message
+_OTHER_CHOICES = ("allowed_tools", "custom")
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 CallId = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
@@ -150,13 +151,29 @@ class FunctionDefinition(TolerantRequest):
         return Function(self.name, self.description or "", parameters, bool(self.strict))
 
 
+def function_alone(data: object) -> object:
+    """Refuse tools that are not functions. Raises: PydanticCustomError."""
+    if isinstance(data, dict) and data.get("type", "function") != "function":
+        raise unsupported("", f"tools of type {str(data['type'])[:64]!r}")
+    return data
+
+
 class Tool(TolerantRequest):
     type: Literal["function"]
     function: FunctionDefinition
 
+    _kind = model_validator(mode="before")(function_alone)
+
 
 class ChosenFunction(TolerantRequest):
     name: Label
+
+
+def known_choice(data: object) -> object:
+    """Refuse choices that this server does not make. Raises: PydanticCustomError."""
+    if isinstance(data, dict) and (kind := data.get("type")) in _OTHER_CHOICES:
+        raise unsupported("", f"choices of type {kind!r}: send those tools alone, and 'auto' or 'required'")
+    return data
 
 
 def word_or(choice: type[BaseModel]) -> BeforeValidator:
@@ -173,6 +190,8 @@ class ToolChoice(TolerantRequest):
 
     type: Literal["none", "auto", "required", "function"]
     function: ChosenFunction | None = None
+
+    _kind = model_validator(mode="before")(known_choice)
 
     @model_validator(mode="after")
     def _names_a_function(self) -> Self:

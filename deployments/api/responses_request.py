@@ -29,6 +29,8 @@ from deployments.api.messages import (
     Text,
     ToolChoice,
     check_tools,
+    function_alone,
+    known_choice,
     question_text,
     tools_of,
     word_or,
@@ -151,12 +153,7 @@ def turns_of_items(items: Sequence[InputItem]) -> tuple[Message, ...]:
 class ResponsesTool(FunctionDefinition):
     type: Literal["function"]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _function_alone(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("type", "function") != "function":
-            raise unsupported("", f"tools of type {str(data['type'])[:64]!r}")
-        return data
+    _kind = model_validator(mode="before")(function_alone)
 
 
 class ResponsesChoice(TolerantRequest):
@@ -164,6 +161,8 @@ class ResponsesChoice(TolerantRequest):
 
     type: Literal["none", "auto", "required", "function"]
     name: Label | None = None
+
+    _kind = model_validator(mode="before")(known_choice)
 
     @model_validator(mode="after")
     def _names_a_function(self) -> Self:

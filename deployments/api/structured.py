@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.api.base import MAX_LABEL_CHARS, ApiRequest, TolerantRequest, at_most, problem
+from deployments.api.base import (
+    MAX_LABEL_CHARS,
+    NOT_SERVED_IN_STRUCTURED,
+    Passing,
+    TolerantRequest,
+    at_most,
+    problem,
+)
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMAR_CHARS, Grammar
 
@@ -72,18 +79,20 @@ class TextFormat(JsonSchemaFormat):
         return Grammar("json_schema", ANY_OBJECT, "text.format") if self.type == "json_object" else None
 
 
-class StructuredOutputs(ApiRequest):
+class StructuredOutputs(TolerantRequest):
     """One grammar of the answer, in vLLM's spelling."""
+
+    not_served: ClassVar[Passing] = NOT_SERVED_IN_STRUCTURED
 
     json_: Schema | GrammarText | None = Field(default=None, alias="json")
     regex: GrammarText | None = None
     choice: Annotated[list[Choice], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: GrammarText | None = None
-    json_object: Literal[True] | None = None
+    json_object: bool | None = None
 
     @model_validator(mode="after")
     def _one_grammar(self) -> Self:
-        names = [name.rstrip("_") for name in type(self).model_fields if getattr(self, name) is not None]
+        names = [name.rstrip("_") for name in type(self).model_fields if getattr(self, name) not in (None, False)]
         if len(names) != 1:
             given = ", ".join(names) or "none"
             raise problem("", f"needs exactly one of json, regex, choice, grammar and json_object, got {given}")

@@ -56,6 +56,7 @@ def refused_fields() -> str:
         *_refused("completions", _beyond_both(base.NOT_SERVED_IN_COMPLETIONS)),
         *_refused("responses", _beyond_both(base.NOT_SERVED_IN_RESPONSES)),
         *_refused("a message", base.NOT_SERVED_IN_MESSAGES),
+        *_refused("`structured_outputs`", base.NOT_SERVED_IN_STRUCTURED),
     ]
     named = (base.ROLES, base.PARTS, base.ITEMS, base.INPUT_PARTS)
     roles, parts, items, input_parts = (", ".join(map(code, names)) for names in named)

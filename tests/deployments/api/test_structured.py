@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from deployments.api.base import NOT_SERVED_IN_STRUCTURED, ignored_fields
 from deployments.api.completions import parse
-from deployments.errors import RequestInvalid
+from deployments.errors import RequestInvalid, Unsupported
 from gpu_worker.errors import GrammarInvalid, SamplingInvalid
 from gpu_worker.request.grammar import MAX_GRAMMAR_CHARS, Grammar
 
@@ -65,10 +66,10 @@ def test_any_text_has_no_grammar(fields: dict[str, Any]) -> None:
         (with_schema(schema=[1]), "response_format.json_schema.schema"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice.1"),
-        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a" * (MAX_GRAMMAR_CHARS + 1)}}, "structured_outputs.regex"),
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],
@@ -77,6 +78,19 @@ def test_a_malformed_format_is_refused_at_its_field(fields: dict[str, Any], para
     with pytest.raises(RequestInvalid) as refused:
         parse(CHAT | fields)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SERVED_IN_STRUCTURED))
+def test_another_form_of_the_grammar_is_refused_by_name(name: str) -> None:
+    with pytest.raises(Unsupported) as refused:
+        parse(CHAT | {"structured_outputs": {"regex": "a", name: True}})
+    assert refused.value.param == f"structured_outputs.{name}"
+
+
+def test_fields_of_a_grammar_that_request_nothing_or_are_unknown_are_accepted() -> None:
+    given = {"regex": "a", "json_object": False, "disable_any_whitespace": False, "backend": "guidance"}
+    assert asked(structured_outputs=given) == Grammar("regex", "a")
+    assert ignored_fields(parse(CHAT | {"structured_outputs": given})) == ("structured_outputs.backend",)
 
 
 def test_a_large_or_deep_schema_is_refused_before_it_is_sent_to_a_worker() -> None:
