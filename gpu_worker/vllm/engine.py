@@ -47,7 +47,7 @@ from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
-from gpu_worker.vllm.settings import check_vllm
+from gpu_worker.vllm.settings import check_device, check_vllm
 
 
 class VllmEngine(InferenceEngine):
@@ -107,6 +107,7 @@ class VllmEngine(InferenceEngine):
         Raises: BaseModelUnsupported, WorkerConfigInvalid, and vLLM's own errors of a failed start.
         """
         check_vllm()
+        check_device(config.device)
         model = load_front_model(config)
         if config.device == "cpu" and config.lora_products == "auto":
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it

@@ -12,7 +12,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.vllm.front_model import FrontModel
-from gpu_worker.vllm.settings import PluginSettings
+from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
@@ -22,7 +22,7 @@ MAX_PROBED_IDS = 128
 
 def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
     """Return vLLM's configuration of the engine."""
-    _set_environment(config)
+    set_environment(config)
     vllm_config = _engine_args(config, model, free_fill, is_compiled).create_engine_config(UsageContext.ENGINE_CONTEXT)
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
     return vllm_config
@@ -40,14 +40,13 @@ def set_compilation(compilation: CompilationConfig, config: WorkerConfig, *, is_
 def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_compiled: bool) -> AsyncEngineArgs:
     plugin = PluginSettings(
         bank_rank_rows=config.bank_rank_rows,
-        front_pid=os.getpid(),
         cache_dir=str(config.cache_dir),
         use_kernel=config.lora_products == "auto",
         free_fill=free_fill,
     )
     memory: dict[str, Any] = {}
     if config.device == "cpu" or config.kv_tokens is not None:
-        memory["kv_cache_memory_bytes"] = _kv_bytes(config, model)
+        memory["kv_cache_memory_bytes"] = kv_bytes(config, model)
     else:
         memory["gpu_memory_utilization"] = _GPU_SHARE * config.device_share
     return AsyncEngineArgs(
@@ -79,19 +78,26 @@ def max_len_of(config: WorkerConfig, model: FrontModel) -> int:
     return min(config.max_model_len, model.max_position)
 
 
-def _kv_bytes(config: WorkerConfig, model: FrontModel) -> int:
-    """Return the bytes of the KV cache in one process. By default every row may reach its longest length."""
+def kv_bytes(config: WorkerConfig, model: FrontModel) -> int:
+    """Return the bytes of the KV cache in one process. By default every row may reach its longest length.
+
+    Processes divide the heads of keys among them. Where there are more processes than heads, several have the same one.
+    """
     longest = max_len_of(config, model) + _CPU_BLOCK
     tokens = config.kv_tokens or config.max_batch_size * longest
-    return max(tokens, longest) * model.kv_token_bytes // config.tensor_parallel_size
+    num_heads = max(model.num_kv_heads // config.tensor_parallel_size, 1)
+    return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads
 
 
-def _set_environment(config: WorkerConfig) -> None:
+def set_environment(config: WorkerConfig) -> None:
     """Set what vLLM reads from the environment only, before it starts its processes."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has no `load_lora_model`
     os.environ["VLLM_LORA_ENABLE_DUAL_STREAM"] = "0"  # the other stream would call the layers in another way
-    if config.device == "cpu":
+    os.environ[FRONT_PID] = f"{os.getpid()}"
+    if config.device == "cuda":  # FlashInfer's sampler is compiled at its first use, which needs CUDA's own compiler
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    else:
         os.environ.update(thread_variables(config, sorted(os.sched_getaffinity(0))))
 
 

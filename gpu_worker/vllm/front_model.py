@@ -27,7 +27,8 @@ class FrontModel:
     num_embeddings: int
     max_position: int
     dtype: torch.dtype
-    kv_token_bytes: int
+    num_kv_heads: int
+    kv_token_bytes: int  # of all heads
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of every module an adapter may target
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for what a request leaves unset
 
@@ -62,6 +63,7 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
         num_embeddings=model.get_input_embeddings().weight.shape[0],
         max_position=hf_config.max_position_embeddings,
         dtype=dtype,
+        num_kv_heads=heads,
         kv_token_bytes=hf_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize,
         shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         sampling_defaults=sampling_defaults(config),

@@ -10,6 +10,7 @@ from torch import Tensor
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU = torch.device("cpu")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -39,9 +40,11 @@ def packed(adapter: DeviceAdapter) -> PackedAdapter:
     )
 
 
-def unpacked(digest: str, dtype: str, modules: list[tuple[str, int, int, int]], values: bytes) -> DeviceAdapter:
-    """Return the adapter of a buffer. Its tensors are read-only views of `values`."""
-    flat = torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype])
+def unpacked(
+    digest: str, dtype: str, modules: list[tuple[str, int, int, int]], values: bytes, *, device: torch.device = _CPU
+) -> DeviceAdapter:
+    """Return the adapter of a buffer. Its tensors are views of one copy on the device: one transfer for all modules."""
+    flat = torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype]).to(device)
     found: dict[str, DeviceModule] = {}
     start = 0
 

@@ -140,7 +140,9 @@ class PlanLayers:
             if kind == "drop":
                 self.residency.unpin([digest])
                 self.residency.evict(digest)
-            elif not self.residency.try_pin([digest], {digest: self._local(unpacked(digest, *values))}):
+                continue
+            adapter = self._local(unpacked(digest, *values, device=self._device))
+            if not self.residency.try_pin([digest], {digest: adapter}):
                 raise RuntimeError(f"the bank has no room for the adapter {digest[:12]}")
         self.residency.settle()
         self._last = None

@@ -25,7 +25,7 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
         min_tokens=given.min_tokens,
         temperature=given.temperature,
         top_p=given.top_p,
-        top_k=given.top_k,
+        top_k=min(given.top_k, vocab_size),
         min_p=given.min_p,
         presence_penalty=given.presence_penalty,
         frequency_penalty=given.frequency_penalty,

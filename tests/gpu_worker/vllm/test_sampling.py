@@ -58,6 +58,12 @@ def test_every_parameter_reaches_vllm(tiny_base: Callable[..., BaseModel]) -> No
     assert set(unending.stop_token_ids) == {5}
 
 
+def test_a_top_k_beyond_the_vocabulary_becomes_all_of_it(tiny_base: Callable[..., BaseModel]) -> None:
+    """vLLM's messages hold 64 bits: a larger number would fail the request."""
+    row = row_of(tiny_base(), replace(GIVEN, top_k=2**80))
+    assert sampling_params(row, 300).top_k == 300
+
+
 def test_a_probe_asks_for_ids_spread_over_the_vocabulary(tiny_base: Callable[..., BaseModel]) -> None:
     row = row_of(tiny_base(), SamplingParams(max_tokens=1), capture_first_logits=True)
     assert sampling_params(row, 300).logprob_token_ids == probed_ids(300)

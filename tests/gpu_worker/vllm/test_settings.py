@@ -6,7 +6,7 @@ import pytest
 from vllm.lora import utils
 
 from gpu_worker.errors import WorkerConfigInvalid
-from gpu_worker.vllm.settings import EXTENSION_POINTS, PluginSettings, check_vllm
+from gpu_worker.vllm.settings import EXTENSION_POINTS, PluginSettings, check_device, check_vllm
 
 
 def test_the_installed_vllm_has_every_extension_point() -> None:
@@ -25,5 +25,12 @@ def test_each_difference_is_named_with_the_remedy() -> None:
 
 
 def test_settings_reach_the_workers_unchanged() -> None:
-    sent = PluginSettings(bank_rank_rows=8, front_pid=1, cache_dir="/cache", use_kernel=False, free_fill=0.5)
+    sent = PluginSettings(bank_rank_rows=8, cache_dir="/cache", use_kernel=False, free_fill=0.5)
     assert PluginSettings.of(sent.as_additional_config()) == sent
+
+
+def test_a_build_of_vllm_for_another_device_is_refused_with_the_packages_name() -> None:
+    """The tests have the build for CPUs, which would silently compute there."""
+    check_device("cpu")
+    with pytest.raises(WorkerConfigInvalid, match=r"device is 'cuda', but .* on 'cpu'; install the package vllm as"):
+        check_device("cuda")
