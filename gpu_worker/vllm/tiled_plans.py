@@ -34,6 +34,15 @@ _ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
 _CHANGING = ("num_tokens", "h_width", "table_width", "num_modules", "module")
 
 
+@triton.jit
+def _tile(tiles, tile, plan, plan_sizes, table_width, TILE: tl.constexpr):
+    """Return the tile's tokens (TILE, 1) and which of them there are, its plan's size, and the start of its table."""
+    first_token, count = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    offsets = tl.arange(0, TILE)
+    tokens = (first_token + offsets).to(tl.int64)[:, None]
+    return tokens, (offsets < count)[:, None], tl.load(plan_sizes + plan), plan.to(tl.int64) * table_width
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def _shrink(
     x, a, h, tiles, plan_rows, plan_weights, plan_sizes,
@@ -44,12 +53,7 @@ def _shrink(
     plan = tl.load(tiles + 3 * tile)
     if plan < 0:
         return
-    first_token, count = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    offsets = tl.arange(0, TILE)
-    tokens = (first_token + offsets).to(tl.int64)[:, None]
-    is_token = (offsets < count)[:, None]
-    size = tl.load(plan_sizes + plan)
-    table = plan.to(tl.int64) * table_width
+    tokens, is_token, size, table = _tile(tiles, tile, plan, plan_sizes, table_width, TILE)
     for first in range(0, size, RANKS):
         places = first + tl.arange(0, RANKS)
         is_place = places < size
@@ -105,14 +109,9 @@ def _expand(
     plan = tl.load(tiles + 3 * tile)
     if plan < 0:
         return
-    first_token, count = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    offsets = tl.arange(0, TILE)
-    tokens = (first_token + offsets).to(tl.int64)[:, None]
-    is_token = (offsets < count)[:, None]
+    tokens, is_token, size, table = _tile(tiles, tile, plan, plan_sizes, table_width, TILE)
     columns = (block * OUTPUTS + tl.arange(0, OUTPUTS))[None, :]
     is_column = columns < num_out
-    size = tl.load(plan_sizes + plan)
-    table = plan.to(tl.int64) * table_width
     is_fusion = tl.load(plan_fusions + plan) != 0
     total = tl.full((TILE, OUTPUTS), 0.0, tl.float32)
     for first in range(0, size, RANKS):
@@ -172,6 +171,7 @@ class TiledPlans:
             for first in range(start, start + count, _TILE):
                 tiles[num_tiles] = number, first, min(_TILE, start + count - first)
                 num_tiles += 1
+        self._last = None  # its h has the last step's plans
         self._copy(self._tiles, tiles)
         for table, values in (
             (self._rows, rows), (self._ranks, ranks), (self._weights, weights),
