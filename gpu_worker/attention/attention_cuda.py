@@ -96,13 +96,23 @@ class PagedAttention(AttentionPlan):
             self.longest_query,
             self.longest_key,
             scale=scaling,
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # number of earlier tokens
+            window_size=self._window_size(sliding_window),
             enable_gqa=query.shape[0] != key.shape[0],
             seqused_k=self.lengths,
             block_table=step.block_table,
         )
         assert isinstance(attended, Tensor), "varlen_attn returns a tuple only on request"
         return attended
+
+    def _window_size(self, sliding_window: int | None) -> tuple[int, int]:
+        """Return the number of earlier and later tokens that a token sees, -1 for all.
+
+        If every row has one token, none is later. Without a bound there flash attention 2 computes the query heads of
+        a key head in one block, and reads the keys once for all of them.
+        """
+        if sliding_window is not None:
+            return sliding_window - 1, 0
+        return -1, -1 if self.longest_query == 1 else 0
 
 
 def paged_attention(

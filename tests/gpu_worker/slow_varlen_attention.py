@@ -34,7 +34,7 @@ def slow_varlen_attn(
         for token in range(first, end):
             position = length - (end - token)
             begin = 0 if window_size[0] < 0 else max(0, position - window_size[0])
-            seen = slice(begin, position + 1)
+            seen = slice(begin, length if window_size[1] < 0 else position + 1 + window_size[1])
             weights = torch.einsum("thd,hd->ht", keys[seen], query[token]).mul(scale).softmax(dim=-1)
             output[token] = torch.einsum("ht,thd->hd", weights, values[seen])
     return output
@@ -57,7 +57,7 @@ def _check(
     assert all(t.is_contiguous() for t in (cu_seq_q, cu_seq_k, seqused_k, block_table))
     assert query.stride(-1) == key.stride(-1) == 1
     assert enable_gqa == (query.shape[1] != key.shape[2])
-    assert window_size[1] == 0, "causal"
+    assert window_size[1] == 0 or (window_size == (-1, -1) and max_q == 1), "causal"
     assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1 == len(block_table) + 1
     assert cu_seq_q[0] == cu_seq_k[0] == 0 and cu_seq_q[-1] == len(query)
     assert max_q == cu_seq_q.diff().max() and max_k == seqused_k.max()

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,19 @@ def test_attention_over_pages_equals_attention_in_host_memory(name: str, page_to
         pages.free(row)
     found = attended(pages, STEPS[name], window, CPU)
     torch.testing.assert_close(found, attended(HostKvCache(shape), STEPS[name], window, CPU), atol=1e-5, rtol=1e-5)
+
+
+def test_only_steps_of_single_tokens_have_no_bound_on_later_tokens() -> None:
+    """Flash attention 2 then reads each key once for all query heads that share it."""
+    bounds = []
+
+    def attend(*given: Any, window_size: tuple[int, int], **named: Any) -> Tensor:
+        bounds.append(window_size)
+        return slow_varlen_attn(*given, window_size=window_size, **named)
+
+    for window in (None, 12):
+        attended(DeviceKvCache(shape_of(torch.float32, 16), CPU, attend), STEPS["decodes"], window, CPU)
+    assert bounds == [(-1, 0), (-1, -1), (-1, -1), (11, 0), (11, 0), (11, 0)]
 
 
 @pytest.mark.parametrize("page_tokens", [16, 256])
