@@ -197,6 +197,13 @@ def test_the_image_installs_the_wheel_that_its_stage_builds_and_no_source() -> N
     assert {"deployments", "gpu_worker", "lora_store", "retriever_svc", "pyproject.toml"} <= packages
 
 
+def test_only_the_image_with_vllm_has_a_c_compiler_which_triton_calls() -> None:
+    """Triton compiles a launcher for each kernel at its first launch, with `gcc` and the C library's headers."""
+    with_compiler = [i.rest for i in instructions(DOCKERFILE) if re.search(r"install .*\bgcc libc6-dev\b", i.rest)]
+    [run] = with_compiler
+    assert run.startswith('if [ "$ENGINE" = vllm ]; then ') and run.endswith(" fi"), run
+
+
 def test_the_stages_command_builds_every_kernel_from_the_package_alone(tmp_path: Path) -> None:
     """The test has the stage's conditions: the bare folder, a Python without packages, and a compiler."""
     if shutil.which("g++") is None:
