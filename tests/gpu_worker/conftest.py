@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,15 +109,21 @@ def start() -> Iterator[Callable[[Engine], EngineThread]]:
 
 
 @pytest.fixture
-def gate_of(start: Callable[..., EngineThread]) -> Iterator[Callable[[Engine], Gate]]:
-    """Return a maker of gates, which open before the threads stop. Each token is a letter: each step has a delta."""
+def gated(
+    make_engine: Callable[..., Engine], start: Callable[..., EngineThread]
+) -> Iterator[Callable[..., tuple[Engine, Gate, EngineThread]]]:
+    """Return a maker of engines with a gate, which opens before the thread stops, and a thread.
+
+    Each token is a letter, so each step has a delta.
+    """
     gates: list[Gate] = []
 
-    def make(engine: Engine) -> Gate:
+    def make(*args: Any, **changes: Any) -> tuple[Engine, Gate, EngineThread]:
+        engine = make_engine(*args, **changes)
         [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids
         always_says(engine.base.model, letter)
         gates.append(Gate(engine.base.model))
-        return gates[-1]
+        return engine, gates[-1], start(engine)
 
     yield make
     for gate in gates:

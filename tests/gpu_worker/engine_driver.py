@@ -22,6 +22,7 @@ from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.row import Row
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from lora_store.adapter import AdapterWeights
@@ -130,6 +131,9 @@ class Gate:
         self._arrivals.release()
         if not self._is_open:
             self.permits.acquire()
+
+
+Gated = Callable[..., tuple[Engine, Gate, EngineThread]]  # the fixture `gated`
 
 
 class BrokenSink(Exception):

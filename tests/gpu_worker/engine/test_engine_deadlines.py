@@ -16,7 +16,7 @@ from lora_store.plan import BASE_PLAN
 from tests.clocks import Clock
 from tests.gpu_worker.engine_driver import (
     Alone,
-    Gate,
+    Gated,
     HeldExecutor,
     MakeEngine,
     Shapes,
@@ -144,13 +144,9 @@ def test_an_idle_loop_wakes_for_a_deadline(
         run(main())
 
 
-def test_a_stream_ends_with_the_deadline_as_its_error(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
+def test_a_stream_ends_with_the_deadline_as_its_error(gated: Gated) -> None:
     clock = Clock(1000.0)
-    engine = make_engine({}, clock=clock)
-    gate = gate_of(engine)
-    loop = start(engine)
+    _, gate, loop = gated({}, clock=clock)
 
     async def main() -> None:
         found: list[Delta] = []

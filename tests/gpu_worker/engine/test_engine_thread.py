@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import AdapterLoadFailed, EngineFull, PromptTooLong
 from gpu_worker.request.request import Delta, Job, SamplingParams
@@ -20,7 +19,7 @@ from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
     PATIENCE_S,
-    Gate,
+    Gated,
     MakeEngine,
     Shapes,
     assert_nothing_held,
@@ -81,12 +80,8 @@ def test_twenty_streams_at_once_equal_a_run_without_a_thread(
     assert_nothing_held(engine)
 
 
-def test_the_first_piece_comes_before_the_answer_is_complete(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({})
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> None:
+    _, gate, loop = gated({})
 
     async def main() -> None:
         async with aclosing(loop.stream(greedy("first", num_new=5))) as stream:
@@ -99,12 +94,8 @@ def test_the_first_piece_comes_before_the_answer_is_complete(
     run(main())
 
 
-def test_a_watched_stream_gives_signs_of_life_while_there_is_no_text(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({}, max_batch_size=1)
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_a_watched_stream_gives_signs_of_life_while_there_is_no_text(gated: Gated) -> None:
+    _, gate, loop = gated({}, max_batch_size=1)
     job = greedy("watched", BASE_PLAN, "watched", num_new=5)
 
     async def main() -> None:
@@ -164,12 +155,8 @@ def test_a_finished_load_wakes_the_sleeping_loop(
         run(main(start(make_engine(fetch, executor=executor))))
 
 
-def test_a_full_queue_refuses_only_later_requests(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({}, max_batch_size=1, max_waiting=1)
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_a_full_queue_refuses_only_later_requests(gated: Gated) -> None:
+    _, gate, loop = gated({}, max_batch_size=1, max_waiting=1)
 
     async def main() -> list[Any]:
         first = asyncio.create_task(loop.complete(greedy("x", BASE_PLAN, "first", num_new=150)))
@@ -184,12 +171,8 @@ def test_a_full_queue_refuses_only_later_requests(
     assert [other[0].num_new_tokens for other in others if not isinstance(other, Exception)] == [8]
 
 
-def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({})
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:
+    _, gate, loop = gated({})
 
     async def begin() -> None:
         gate.permits.release()
@@ -221,12 +204,8 @@ def test_two_requests_of_one_id_do_not_cancel_each_other(
     assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 100)
 
 
-def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({})
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(gated: Gated) -> None:
+    _, gate, loop = gated({})
     assert loop.seconds_busy() == 0.0
 
     async def main() -> None:

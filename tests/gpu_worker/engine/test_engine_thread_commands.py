@@ -7,20 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import EngineStopped
-from tests.gpu_worker.engine_driver import Gate, MakeEngine, Shapes, by_digest, greedy, run
+from tests.gpu_worker.engine_driver import Gated, MakeEngine, Shapes, by_digest, greedy, run
 from tests.tiny import plan_of, random_adapter
 
 
-def test_weights_are_forgotten_from_another_thread(
-    make_engine: MakeEngine, shapes: Shapes, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
+def test_weights_are_forgotten_from_another_thread(shapes: Shapes, gated: Gated) -> None:
     weights = random_adapter(shapes, 1)
-    engine = make_engine(by_digest(weights))
-    gate = gate_of(engine)
-    loop = start(engine)
+    _, gate, loop = gated(by_digest(weights))
 
     async def main() -> None:
         empty = await loop.status()
@@ -37,12 +32,8 @@ def test_weights_are_forgotten_from_another_thread(
     run(main())
 
 
-def test_a_caller_that_leaves_does_not_end_the_engine(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({})
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
+    _, gate, loop = gated({})
 
     async def main() -> None:
         task = asyncio.create_task(loop.complete(greedy("x")))

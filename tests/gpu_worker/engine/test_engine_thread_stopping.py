@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import EngineStopped
 from gpu_worker.request.request import Delta
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import (
     Gate,
+    Gated,
     MakeEngine,
     assert_nothing_held,
     greedy,
@@ -29,12 +29,8 @@ async def collect(stream: AsyncIterator[Delta]) -> list[Delta]:
     return [delta async for delta in stream]
 
 
-def test_leaving_the_iterator_cancels_at_the_next_step(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({}, max_batch_size=1)
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_leaving_the_iterator_cancels_at_the_next_step(gated: Gated) -> None:
+    engine, gate, loop = gated({}, max_batch_size=1)
 
     async def main() -> None:
         async with aclosing(loop.stream(greedy("leaves", BASE_PLAN, "leaves", num_new=100))) as stream:
@@ -50,12 +46,8 @@ def test_leaving_the_iterator_cancels_at_the_next_step(
     assert_nothing_held(engine)
 
 
-def test_a_cancelled_task_cancels_its_request(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({}, max_batch_size=1)
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_a_cancelled_task_cancels_its_request(gated: Gated) -> None:
+    engine, gate, loop = gated({}, max_batch_size=1)
 
     async def main() -> None:
         begun = asyncio.Event()
@@ -89,12 +81,8 @@ async def stop_while_blocked(loop: EngineThread, gate: Gate) -> None:
     stopper.join()
 
 
-def test_stop_ends_every_stream(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({}, max_batch_size=2)
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_stop_ends_every_stream(gated: Gated) -> None:
+    engine, gate, loop = gated({}, max_batch_size=2)
 
     async def main() -> list[Any]:
         jobs = [greedy("x", BASE_PLAN, i, num_new=150) for i in range(4)]
@@ -110,13 +98,9 @@ def test_stop_ends_every_stream(
     assert_nothing_held(engine)
 
 
-def test_a_request_during_the_stop_gets_an_error(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
+def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
     """Its submission is queued after the last step."""
-    engine = make_engine({})
-    gate = gate_of(engine)
-    loop = start(engine)
+    _, gate, loop = gated({})
 
     async def main() -> list[Any]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # prepared in order of arrival

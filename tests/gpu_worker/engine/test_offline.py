@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.offline import generate_all
 from gpu_worker.errors import EngineStopped, PromptTooLong
 from gpu_worker.request.request import Completion
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import Gate, MakeEngine, assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.engine_driver import Gated, MakeEngine, assert_nothing_held, by_digest, greedy, run, run_together
 from tests.tiny import plan_of, random_adapter
 
 
@@ -50,12 +49,8 @@ def test_a_stopped_engine_is_reported_at_once(make_engine: MakeEngine, start: Ca
         run(generate_all(loop, [greedy("a")]))
 
 
-def test_leaving_cancels_unfinished_jobs(
-    make_engine: MakeEngine, gate_of: Callable[[Engine], Gate], start: Callable[..., EngineThread]
-) -> None:
-    engine = make_engine({}, max_batch_size=2)
-    gate = gate_of(engine)
-    loop = start(engine)
+def test_leaving_cancels_unfinished_jobs(gated: Gated) -> None:
+    engine, gate, loop = gated({}, max_batch_size=2)
 
     async def main() -> Any:
         task = asyncio.create_task(generate_all(loop, [greedy("leaves", BASE_PLAN, n, num_new=100) for n in range(4)]))
