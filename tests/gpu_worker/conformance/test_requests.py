@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -103,6 +104,31 @@ def test_several_answers_of_one_prompt_differ(hosted: HostedEngine) -> None:
 def test_top_k_of_one_is_greedy(hosted: HostedEngine) -> None:
     [known], [found] = hosted.answers(job("k")), hosted.answers(job("k", sampling=greedy(temperature=2.0, top_k=1)))
     assert tokens_of(found) == tokens_of(known)
+
+
+@pytest.mark.parametrize(
+    ("extreme", "is_greedy"),
+    [
+        ({"top_k": 2**80}, False),
+        ({"top_p": 1e-300}, True),
+        ({"min_p": 1.0}, True),
+        ({"temperature": 1e-300}, False),
+        ({"temperature": 100.0, "top_k": 1}, True),
+        ({"seed": 2**63 - 1}, False),
+        ({"repetition_penalty": 100.0, "presence_penalty": -2.0, "frequency_penalty": 2.0}, False),
+        ({"logit_bias": tuple((token, -100.0) for token in range(300)), "stop_token_ids": tuple(range(300))}, False),
+    ],
+    ids=["top_k", "top_p", "min_p", "cold", "hot", "seed", "penalties", "every token"],
+)
+def test_the_limits_of_sampling_are_answered_beside_a_neighbour(
+    extreme: dict[str, Any], is_greedy: bool, hosted: HostedEngine
+) -> None:
+    [known], [alone] = hosted.answers(job("extreme")), hosted.answers(job("neighbour"))
+    answer, beside = hosted.answers(job("extreme", sampling=replace(DRAWN, **extreme)), job("neighbour"))
+    assert tokens_of(beside) == tokens_of(alone)
+    assert answer.num_new_tokens >= 1
+    if is_greedy:
+        assert tokens_of(answer)[:8] == tokens_of(known)
 
 
 def test_a_stream_begins_with_a_heartbeat_and_ends_with_a_reason(hosted: HostedEngine) -> None:

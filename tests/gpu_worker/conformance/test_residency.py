@@ -215,15 +215,14 @@ def test_a_cancelled_job_frees_its_adapters(hosted: HostedEngine, adapter: MakeA
 
 
 def test_only_the_same_tenant_finds_a_prompt_under_the_same_plan(hosted: HostedEngine, adapter: MakeAdapter) -> None:
-    """Of an answer to the same prompt, tenant or plan differ."""
-    weights = adapter(7)
-    hosted.add(weights)
-    plans = [BASE_PLAN, plan_of("selection", (weights, 1.0)), plan_of("selection", (weights, 0.5))]
+    """The prompt fills a block of either engine: 16 tokens of the native one, 128 of vLLM."""
+    one, other = adapter(7), adapter(8)
+    plans = [BASE_PLAN, plan_of("mixture", (one, 0.5), (other, 0.5)), plan_of("fusion", (one, 0.5), (other, 0.5))]
 
     def found(tenant: str) -> list[int]:
-        jobs = [job("a prompt of some length " * 5, plan, tenant=tenant) for plan in plans]
+        jobs = [job("a prompt of some length " * 6, plan, tenant=tenant) for plan in plans]
         return [answer.num_cached_tokens for each in jobs for answer in hosted.answers(each)]
 
-    assert found("first") == found("second") == [0, 0, 0]
-    if hosted.engine.capabilities.engine == "native":
-        assert found("first") == found("second") == [112, 112, 112]
+    assert found("first") == found("second") == [0] * len(plans)
+    cached = {"native": 144, "vllm": 128}[hosted.engine.capabilities.engine]
+    assert found("first") == found("second") == [cached] * len(plans)
