@@ -3,7 +3,10 @@
 # Any Python from 3.11 on; the first of these that there is.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(if $(shell command -v $(name)),$(name))) python3.11)
 ENGINE ?= native
-VENV := $(if $(filter vllm,$(ENGINE)),.venv-vllm,.venv)
+# The build of vLLM: cpu or cuda. Each has an environment of its own.
+DEVICE ?= cpu
+VLLM_FILE := $(if $(filter cuda,$(DEVICE)),k8s/image/requirements-vllm.txt,gpu_worker/vllm/requirements.txt)
+VENV := .venv$(if $(filter vllm,$(ENGINE)),-vllm$(if $(filter cuda,$(DEVICE)),-cuda))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
@@ -13,14 +16,14 @@ export RAY_AUTH_MODE := token
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-# ENGINE=vllm installs vLLM too, into an environment of its own: see gpu_worker/vllm/requirements.txt.
-$(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),gpu_worker/vllm/requirements.txt)
+# ENGINE=vllm installs vLLM too: see gpu_worker/vllm/requirements.txt.
+$(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),$(VLLM_FILE))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[local,test]'
-	$(if $(filter vllm,$(ENGINE)),$(BIN)/python -m pip install --progress-bar off --no-deps -r gpu_worker/vllm/requirements.txt)
+	$(if $(filter vllm,$(ENGINE)),$(BIN)/python -m pip install --progress-bar off --no-deps -r $(VLLM_FILE))
 	touch $(READY)
 
-setup: $(READY) ## install everything into .venv
+setup: $(READY) ## install everything into .venv; ENGINE=vllm, and DEVICE=cuda for a GPU, into others
 
 serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000; ENGINE=vllm; ARGS="--port 8001"
 	$(BIN)/loraretriever serve --preload examples/starter_pool \
@@ -81,8 +84,9 @@ docs: $(DOCS_READY) ## build the documentation into build/docs, and fail on brok
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/mkdocs build --strict --quiet
 
-gpu: $(READY) ## check and measure both engines on a GPU within nine minutes; ARGS=--toy runs on the CPU
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+gpu: ## check and measure both engines on a GPU within nine minutes, installation not counted; see benchmarks/README.md
+	$(MAKE) ENGINE=vllm DEVICE=cuda .venv-vllm-cuda/.ready
+	.venv-vllm-cuda/bin/python -m benchmarks.gpu $(ARGS)
 
 paper: $(READY) ## the paper's study on 46 adapters, resumed where it stopped; ARGS=--quick: ten minutes, no report
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'

@@ -1,20 +1,26 @@
 """Check and measure both engines on a GPU within nine minutes, without network: `make gpu`.
 
-First both engines answer a part of the conformance suite with Gemma-3-270M. Then a random model of Llama-3.1-8B's shape
-is measured: the base model, one adapter a row, and mixtures of 3, over 8, 32 and 128 adapters, in batches of 1 to 128
-rows, next to the rate that the device's memory allows. Each engine runs in a process of its own, with a share of the
-time. With `--toy` all of it runs on the CPU with a tiny model, within a minute.
+First the Triton kernels are checked and timed without an engine, and both engines answer a part of the conformance
+suite with Gemma-3-270M. Then a random model of Llama-3.1-8B's shape is measured: the base model, one adapter a row, and
+mixtures of 3, over 8, 32 and 128 adapters, in batches of 1 to 128 rows, next to the rate that the device's memory
+allows. Each part runs in a process of its own, with a share of the time; a part whose package is missing is left out.
+With `--toy` all of it runs on the CPU with a tiny model, within a minute.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +33,14 @@ from benchmarks.gpu.models import LLAMA_8B, TOY, save_random
 from benchmarks.results_file import machine, write_results
 from gpu_worker.config import DEFAULT_CACHE_DIR, PACKAGED_MODEL
 
-SHARES = {("checks", "native"): 0.12, ("checks", "vllm"): 0.18, ("speed", "vllm"): 0.4, ("speed", "native"): 0.3}
-"""Each run's share of the time, in order."""
+SHARES = {
+    ("kernels", "triton"): 0.1,
+    ("checks", "native"): 0.1,
+    ("checks", "vllm"): 0.2,
+    ("speed", "vllm"): 0.35,
+    ("speed", "native"): 0.25,
+}
+"""Each run's share of the time, in order. A run leaves to the later ones what it does not use."""
 console = Console(width=130)
 
 
@@ -41,7 +53,7 @@ def run_all(engines: Sequence[str], models: Mapping[str, str], device: str, seco
             continue
         left = ends_at - time.monotonic()
         rest = sum(s for (w, e), s in list(SHARES.items())[list(SHARES).index((what, engine)) :] if e in engines)
-        rows += run_one(engine, what, models[what], device, left * share / rest)
+        rows += run_one(engine, what, models.get(what, ""), device, left * share / rest)
     return rows
 
 
@@ -63,13 +75,16 @@ def run_one(engine: str, what: str, model: str, device: str, seconds: float) -> 
         ]
         command += ["--device", device, "--seconds", str(seconds * 0.8), "--out", str(out)]
         end = "ended"
-        with subprocess.Popen(command) as process:
-            try:
-                if process.wait(seconds):
-                    end = f"failed with status {process.returncode}"
-            except subprocess.TimeoutExpired:
-                end = "was cut off"
-                process.terminate()
+        process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True)
+        try:
+            if process.wait(seconds):
+                end = f"failed with status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            end = "was cut off"
+        finally:  # its own processes too, which hold the device's memory
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return [*found, {"engine": engine, "kind": what, "what": "end", "end": end}]
 
@@ -77,7 +92,7 @@ def run_one(engine: str, what: str, model: str, device: str, seconds: float) -> 
 def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the results by name."""
     figures: dict[str, float] = {}
-    for engine in ("native", "vllm"):
+    for engine in ("triton", "native", "vllm"):
         checks = [row["passed"] for row in rows if row["engine"] == engine and row["what"] == "check"]
         figures[f"gpu_{engine}_checks_passed"] = sum(checks)
         figures[f"gpu_{engine}_checks_failed"] = len(checks) - sum(checks)
@@ -86,6 +101,9 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             name = f"gpu_{row['engine']}_{row['what'].replace(' ', '_')}"
             figures[name] = row["decode_tokens_per_s"]
             figures[f"{name}_of_floor"] = row["decode_tokens_per_s"] / row["floor_tokens_per_s"]
+        if "tiles_us" in row:
+            name = row["what"].removeprefix("products of ").replace(" ", "_")
+            figures |= {f"gpu_{name}_{kind}": row[kind] for kind in ("tiles_us", "dense_us", "linears_us", "floor_us")}
         if row["what"] == "first token":
             figures |= {f"gpu_{row['engine']}_first_token_{kind}_s": row[f"{kind}_s"] for kind in ("hot", "cold")}
     return figures
@@ -102,7 +120,9 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
             speeds = (f"{row['decode_tokens_per_s']:.0f}", f"{share:.2f}", f"{row['tokens_per_s']:.0f}")
             table.add_row(row["engine"], row["what"], *speeds, f"{row['prompts_s']:.3f}")
         else:
-            lines.append("  ".join(str(value) for value in row.values()))
+            lines.append(
+                "  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+            )
     with console.capture() as captured:
         console.print(table)
     text = captured.get() + "\n".join(lines) + "\n"
@@ -124,15 +144,17 @@ def main(
     if not toy and not torch.cuda.is_available():
         raise SystemExit("no GPU was found; --toy runs on the CPU")
     device = "cpu" if toy else "cuda"
-    engines = ["native", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+    engines = ["native", *[package for package in ("triton", "vllm") if importlib.util.find_spec(package)]]
     with tempfile.TemporaryDirectory() as folder:
         if toy:
             model = str(save_random(Path(folder, "toy"), TOY, torch.float32, device))
             models = {"checks": model, "speed": model}
         else:
-            random = save_random(DEFAULT_CACHE_DIR / "gpu" / "llama-8b-shape", LLAMA_8B, torch.bfloat16, device)
+            folder_8b = DEFAULT_CACHE_DIR / "gpu" / "llama-8b-shape"
+            # A process of its own draws the model, so that this one takes no memory of the GPU.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+                random = other.submit(save_random, folder_8b, LLAMA_8B, torch.bfloat16, device).result()
             models = {"checks": PACKAGED_MODEL, "speed": str(random)}
-        torch.cuda.empty_cache()
         rows = run_all(engines, models, device, 60 * minutes - (time.monotonic() - started))
     text = report(rows)
     if out is not None:

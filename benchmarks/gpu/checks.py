@@ -96,7 +96,7 @@ async def _follows_a_grammar(hosted: Hosted, plan: Plan) -> Check:
     asked = job(PROMPT, plan, num_new=12)
     sampling = replace(asked.sampling, ignore_eos=False, grammar=Grammar("regex", "(red|green|blue)"))
     [answer, _] = await hosted.answers([replace(asked, sampling=sampling), job(PROMPT)])
-    return _check("a row follows a grammar", re.fullmatch("red|green|blue", answer.text) is not None, answer.text)
+    return outcome("a row follows a grammar", re.fullmatch("red|green|blue", answer.text) is not None, answer.text)
 
 
 async def _frees_a_row_that_is_left(hosted: Hosted, plan: Plan) -> Check:
@@ -107,14 +107,14 @@ async def _frees_a_row_that_is_left(hosted: Hosted, plan: Plan) -> Check:
     await stream.aclose()
     await hosted.answers([job(PROMPT)])  # the engine has made a step since
     status = await hosted.engine.status()
-    return _check("a row that is left is freed", status.num_running + status.active_rows == 0, str(status.num_running))
+    return outcome("a row that is left is freed", status.num_running + status.active_rows == 0, str(status.num_running))
 
 
 async def _frees_what_is_withdrawn(hosted: Hosted) -> Check:
     await hosted.engine.forget(list(hosted.pool))
     status = await hosted.engine.status()
     held = (len(status.resident), status.occupied_rows, status.host_cache_bytes)
-    return _check("withdrawn adapters are freed", held == (0, 0, 0), f"{held}")
+    return outcome("withdrawn adapters are freed", held == (0, 0, 0), f"{held}")
 
 
 def _scored(plan: Plan) -> Job:
@@ -135,16 +135,16 @@ def _apart(one: Completion, other: Completion) -> float:
 def _different(alone: Mapping[str, Completion]) -> Check:
     """Check that the plans have an effect: without one, all other checks would mean nothing."""
     distances = {name: _apart(alone[name], alone["base"]) for name in alone if name != "base"}
-    return _check("every plan has an effect", min(distances.values()) > 0.01, _shown(distances))
+    return outcome("every plan has an effect", min(distances.values()) > 0.01, _shown(distances))
 
 
 def _within(name: str, distances: Mapping[str, float], tolerance: float) -> Check:
-    return _check(name, all(distance <= tolerance for distance in distances.values()), _shown(distances))
+    return outcome(name, all(distance <= tolerance for distance in distances.values()), _shown(distances))
 
 
 def _shown(distances: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {distance:.1e}" for name, distance in distances.items())
 
 
-def _check(name: str, passed: bool, detail: str) -> Check:
+def outcome(name: str, passed: bool, detail: str) -> Check:
     return {"name": name, "passed": passed, "detail": detail}

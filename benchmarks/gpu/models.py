@@ -19,6 +19,7 @@ LLAMA_8B: Mapping[str, Any] = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 8192,
     "rope_theta": 500_000.0,
+    "initializer_range": 0.005,  # otherwise attention picks one token, and rounding decides which
 }
 """The shape of Llama-3.1-8B."""
 TOY: Mapping[str, Any] = {
@@ -29,14 +30,23 @@ TOY: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
+    "initializer_range": 0.05,
 }
+
+
+def layer_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the (out, in) of the linear modules of one layer."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    outputs = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden, "gate_proj": inner, "up_proj": inner}
+    return {name: (out, hidden) for name, out in outputs.items()} | {"down_proj": (hidden, inner)}
 
 
 def save_random(folder: Path, shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Path:
     """Save a random Llama of this shape, drawn on the device, unless the folder has one. Return the folder."""
     if (folder / "tokenizer.json").exists():
         return folder
-    config = LlamaConfig(**shape, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.05)
+    config = LlamaConfig(bos_token_id=256, eos_token_id=257, pad_token_id=258, **shape)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
