@@ -49,6 +49,8 @@ from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
 from gpu_worker.vllm.settings import check_device, check_vllm
 
+_WATCH_PERIOD_S = 5.0
+
 
 class VllmEngine(InferenceEngine):
     """An AsyncLLM, its worker processes, and the rows that wait for them or run in them."""
@@ -82,6 +84,8 @@ class VllmEngine(InferenceEngine):
         )
         self._bank = RemoteBank(config.bank_rank_rows, self._change_bank, self._fail)
         self._rows = RowRunner(config, self._generate, self._bank, loader, kv_tokens=self._kv_tokens)
+        watching = self._rows.watch(lambda: llm.collective_rpc("check_health"), _WATCH_PERIOD_S)
+        self._watching = self._loop.create_task(watching)
         self._prober = Prober(self, model.dtype)
         self._plan_ids = PlanIds()
         self._request_numbers = itertools.count()
@@ -199,6 +203,7 @@ class VllmEngine(InferenceEngine):
 
     def stop(self) -> None:
         self._fail(EngineStopped("it was stopped"))
+        self._watching.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._grammars.close()
         self._llm.shutdown()

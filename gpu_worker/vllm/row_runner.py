@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -139,8 +139,22 @@ class RowRunner:
         return self._residency.resident.union(*[row.weights_digests for row in self._admission.waiting])
 
     def seconds_without_progress(self) -> float:
-        """Return the time since a running row last started or got a token, 0 if no row runs."""
+        """Return the time since a running row started or got a token, or the workers answered; 0 if no row runs."""
         return self._clock() - self._last_progress if self._running else 0.0
+
+    async def watch(self, ask: Callable[[], Awaitable[object]], period_s: float) -> None:
+        """Ask the workers for an answer from time to time while rows run, until one fails.
+
+        They answer between two steps. A long prompt takes many steps before its first token, but does not hang.
+        """
+        while self.failure is None:
+            await asyncio.sleep(period_s)
+            try:
+                if self._running:
+                    await ask()
+                    self._last_progress = self._clock()
+            except Exception as exc:
+                self.stop(exc)
 
     def stop(self, failure: Exception) -> None:
         """End every row with EngineStopped, and refuse all later calls. `failure`: the reason."""

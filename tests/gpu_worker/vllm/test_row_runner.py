@@ -204,6 +204,31 @@ def test_a_client_that_is_gone_ends_its_row(serve: Callable[..., Any]) -> None:
     serve(main)
 
 
+def test_an_answer_of_the_workers_is_progress_while_a_long_prompt_has_no_token(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        answers = asyncio.Event()
+        watching = asyncio.create_task(bench.runner.watch(answers.wait, 0.001))
+        bench.ask(greedy("x"))
+        await bench.until(lambda: bench.runner.seconds_without_progress() >= 0.05)  # they do not answer
+        answers.set()
+        await bench.until(lambda: bench.runner.seconds_without_progress() < 0.05)
+        watching.cancel()
+
+    serve(main)
+
+
+def test_workers_that_fail_to_answer_end_the_engine(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        async def fail() -> None:
+            raise OSError("gone")
+
+        [asked] = bench.ask(greedy("x"))
+        await bench.runner.watch(fail, 0.001)
+        assert isinstance(asked.last, EngineStopped) and "gone" in str(bench.runner.failure)
+
+    serve(main)
+
+
 def test_time_without_progress_counts_only_while_rows_run(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         await asyncio.sleep(0.02)
