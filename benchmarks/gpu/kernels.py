@@ -115,7 +115,7 @@ def _checks_of(bank: Bank, name: str, counts: Sequence[int]) -> Iterator[Check]:
 def run_speed(
     device: torch.device, shapes: dict[str, tuple[int, int]], num_layers: int, sizes: Sizes
 ) -> Iterator[Measured]:
-    """Yield the microseconds of a layer's products in a decode step, beside those of the layer's own products.
+    """Yield the microseconds of a layer's products in a decode step, next to those of the layer's own products.
 
     `shapes`: (out, in) of the modules of one layer. Each of `num_layers` has tensors of its own, so that no cache holds
     them. `floor_us`: reading the used rank rows once. On a GPU all are replayed from graphs.

@@ -126,7 +126,7 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
 def _check_config(config: Any) -> None:
     problems = []
     if _setting(config, "quantization_config") is not None:
-        problems.append("quantised weights")
+        problems.append("quantised weights (for which there is worker.engine: vllm)")
     if _setting(config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -12,14 +12,23 @@ from vllm import SamplingParams
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, StructuredOutputsParams
 
 from gpu_worker.engine.row import Row
+from gpu_worker.errors import SamplingInvalid
 from gpu_worker.grammar.library import lark_of_calls, with_json_options
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.sampling.logprobs import Scored
 
+_HIGHEST_TEMPERATURE = 2.0  # that vLLM accepts
+
 
 def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
-    """Return vLLM's parameters. Text and stop strings are the front end's: vLLM sees token ids only."""
+    """Return vLLM's parameters. Text and stop strings are the front end's: vLLM sees token ids only.
+
+    Raises: SamplingInvalid.
+    """
     given = row.sampling
+    if given.temperature > _HIGHEST_TEMPERATURE:
+        limit = f"temperature must be between 0 and {_HIGHEST_TEMPERATURE:g} with the engine 'vllm'"
+        raise SamplingInvalid(f"{limit}, got {given.temperature:g}", "temperature")
     return SamplingParams(
         max_tokens=max(row.max_new_tokens, 1),  # vLLM computes one for a row without new tokens
         min_tokens=given.min_tokens,

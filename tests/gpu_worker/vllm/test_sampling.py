@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
+
 from gpu_worker.engine.preprocess import RequestPreprocessor
 from gpu_worker.engine.row import Row
+from gpu_worker.errors import SamplingInvalid
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Job, SamplingParams
 from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
@@ -56,6 +59,11 @@ def test_every_parameter_reaches_vllm(tiny_base: Callable[..., BaseModel]) -> No
     assert found.logprob_token_ids is None
     unending = sampling_params(row_of(base, replace(GIVEN, ignore_eos=True)), 300)
     assert set(unending.stop_token_ids) == {5}
+
+
+def test_a_temperature_above_vllms_own_limit_is_refused_by_name(tiny_base: Callable[..., BaseModel]) -> None:
+    with pytest.raises(SamplingInvalid, match=r"temperature must be between 0 and 2 .* got 100"):
+        sampling_params(row_of(tiny_base(), replace(GIVEN, temperature=100.0)), 300)
 
 
 def test_a_top_k_beyond_the_vocabulary_becomes_all_of_it(tiny_base: Callable[..., BaseModel]) -> None:
