@@ -113,8 +113,8 @@ def job(prompt: Prompt, plan: Plan = BASE_PLAN, sampling: SamplingParams = GREED
 
 
 def tokens_of(answer: Completion) -> list[bytes]:
-    """Return the answer's tokens. A byte tokenizer's texts do not distinguish invalid bytes."""
-    return [entry.token for entry in answer.logprobs]
+    """Return the tokens of the answer's text, in which a byte tokenizer does not distinguish invalid bytes."""
+    return [entry.token for entry in answer.logprobs if not entry.is_end]
 
 
 def assert_same(found: Sequence[Completion], expected: Sequence[Completion], tolerance: float) -> None:
