@@ -107,6 +107,8 @@ class FakeStore:
         for item in staged:
             if item.ref.name.startswith("taken"):
                 raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
+            if item.record.is_offered and not self.live.get(key_of(item.record)):
+                raise AdapterRefused(item.ref.name, ["no version is live that could share its requests"])
         self.generation += 1
         for item, embedding in zip(staged, embeddings, strict=True):
             if precondition == "live" and self._kept(item.ref)[:1] != [item.ref]:
