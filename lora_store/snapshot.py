@@ -243,7 +243,7 @@ class _State:
     def _publish(self, record: AdapterRecord) -> None:
         key = (record.ref.tenant, record.ref.name)
         older = self._versions(key)
-        kept = tuple(old for old in older if old.ref != record.ref)[: KEPT_VERSIONS - 1]
+        kept = tuple(replace(old, trial=None) for old in older if old.ref != record.ref)[: KEPT_VERSIONS - 1]
         was_approved = any(old.ref == record.ref and old.approved for old in older)
         self._keep(key, (replace(record, approved=True) if was_approved else record, *kept))
         for old in older:
@@ -257,7 +257,8 @@ class _State:
             live, *older = self._versions(key)
             was_live = any(old.ref == record.ref and not old.is_offered for old in older)
             kept = [old for old in older if old.ref != record.ref and not old.is_offered][: KEPT_VERSIONS - 2]
-            offered = replace(record, trial=None, is_offered=not was_live)
+            was_approved = any(old.ref == record.ref and old.approved for old in older)
+            offered = replace(record, trial=None, is_offered=not was_live, approved=was_approved)
             self._keep(key, (replace(live, trial=record.trial), *kept, offered))
 
     def _set_trial(self, ref: AdapterRef, trial: Trial | None) -> None:

@@ -242,12 +242,13 @@ def test_a_trial_ends(change: str, store: LoraStore, publish: Callable[..., Stag
     elif change == "publish":
         publish(seed=2)
     elif change == "promote":
-        kept = store.snapshot().versions(("local", "poet"))[1]
-        store.commit([store.restage(kept)], [embedding()], [1.0], "me", "kept")
+        tried = store.snapshot().versions(("local", "poet"))[1]
+        store.commit([store.restage(tried)], [embedding()], [1.0], "me", "kept")
         assert states(store) == [(offered.ref.digest, False), (live.ref.digest, False)]
     else:
         store.withdraw("local", ["poet"], "me")
-    assert [record.trial for record in store.snapshot().records.values()] == ([] if change == "withdraw" else [None])
+    kept = store.snapshot().versions(("local", "poet"))
+    assert [record.trial for record in kept] == [None] * {"publish": 3, "withdraw": 0}.get(change, 2)
 
 
 def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
@@ -261,6 +262,19 @@ def test_a_kept_version_can_take_a_share_and_repeating_it_commits_nothing(
     assert states(store) == [(live.ref.digest, False), (first.ref.digest, False)]
     publish(seed=0, share=0.5)  # it was live once, so a roll back may choose it
     assert states(store)[1:] == [(first.ref.digest, False)]
+
+
+def test_an_approved_version_that_is_tried_again_stays_approved(
+    store: LoraStore, publish: Callable[..., Staged]
+) -> None:
+    first = publish(seed=0)
+    store.approve([first.ref], "admin")
+    publish(seed=1)
+    publish(seed=0, share=0.5)
+    live, tried = store.snapshot().versions(("local", "poet"))
+    assert (tried.ref, tried.approved, live.approved) == (first.ref, True, False)
+    store.commit([store.restage(tried)], [embedding()], [1.0], "me", "kept")
+    assert store.snapshot().records["local", "poet"].approved
 
 
 def test_publishing_the_live_version_again_leaves_its_trial(store: LoraStore, publish: Callable[..., Staged]) -> None:
