@@ -344,10 +344,10 @@ async def _on(threads: Executor, work: Callable[P, T], *args: P.args, **kwargs: 
 
 
 def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:
-    """Return the record without its embedding; another tenant's also without its source and author."""
+    """Return the record without its embedding; another tenant's also without its source, author and trial."""
     if record.ref.tenant == tenant:
         return replace(record, embedding=None)
-    return replace(record, embedding=None, source=record.ref.name, actor="")
+    return replace(record, embedding=None, source=record.ref.name, actor="", trial=None)
 
 
 async def _beside_the_loop(steps: Iterator[Step]) -> AsyncIterator[Step]:

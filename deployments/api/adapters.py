@@ -101,6 +101,13 @@ class AdapterLabel(ApiRequest):
             raise ValueError("`shadow` needs a `share`: 1 for a copy of every request")
         return self
 
+    @model_validator(mode="after")
+    def _share_keeps_the_live_settings(self) -> Self:
+        for field in ("visibility", "ttl_s"):
+            if self.share is not None and getattr(self, field) is not None:
+                raise ValueError(f"`{field}` cannot be combined with `share`: the live version's applies")
+        return self
+
 
 class AdapterSource(AdapterLabel):
     """One adapter to publish: a folder of the server's own file system, or a URI below an allowed prefix."""

@@ -202,10 +202,12 @@ def publish(
     _require_one(items, name, samples)
     if shadow and share is None:
         raise typer.BadParameter("needs --share, 100 for a copy of every request", param_hint="--shadow")
+    if share == 0:
+        raise typer.BadParameter("must be above 0; without --share the version becomes live", param_hint="--share")
     visibility = None if public is None else "public" if public else "private"
-    given = {"name": name, "tags": tag, "template": template, "visibility": visibility, "ttl_s": ttl}
-    given |= {"share": None if share is None else share / 100, "shadow": shadow}
-    fields = {key: value for key, value in given.items() if value}
+    given = {"name": name, "tags": tag or None, "template": template, "visibility": visibility, "ttl_s": ttl}
+    given |= {"share": None if share is None else share / 100, "shadow": shadow or None}
+    fields = {key: value for key, value in given.items() if value is not None}
     params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
     with client_of(url) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, content, sent)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable
+from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable, Trial
 from retriever_svc import EncoderUnusable, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
@@ -141,6 +141,22 @@ def test_source_and_author_of_another_tenants_adapter_are_hidden(tmp_path: Path)
             _, [shown] = await here.replica.record(tenant, "poet")
             assert [(record.source, record.actor) for record in (listed, shown)] == [reported, reported]
         assert [name for name, _ in (await here.replica.page("other", ALL)).rows] == ["acme/poet"]
+
+    run(tmp_path, scenario)
+
+
+def test_the_trial_of_another_tenants_adapter_is_hidden(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        old = record_of("poet", None, tenant="acme", visibility="private")
+        live = replace(record_of("poet", None, tenant="acme"), ref=replace(old.ref, digest="f" * 64))
+        trial = Trial(old.ref.digest, 0.25)
+        here.publish(old)
+        await here.replica.catch_up(here.publish(replace(live, trial=trial)))
+        for tenant, seen in (("acme", trial), ("other", None)):
+            [(_, listed)] = (await here.replica.page(tenant, ALL)).rows
+            _, [shown, *older] = await here.replica.record(tenant, "poet" if tenant == "acme" else "acme/poet")
+            assert (listed.trial, shown.trial) == (seen, seen)
+            assert [record.ref for record in older] == ([old.ref] if seen else [])
 
     run(tmp_path, scenario)
 

@@ -50,6 +50,14 @@ def test_a_source_is_a_folder_or_a_uri(given: dict[str, str]) -> None:
         AdapterSource.model_validate(given)
 
 
+@pytest.mark.parametrize("field", ["visibility", "ttl_s"])
+def test_a_share_takes_no_setting_that_the_live_version_decides(field: str) -> None:
+    said = {"path": "/a/poet", "share": 0.1}
+    assert AdapterSource.model_validate(said).share == 0.1
+    with pytest.raises(ValidationError, match=f"`{field}` cannot be combined with `share`"):
+        AdapterSource.model_validate(said | {field: {"visibility": "private", "ttl_s": 60}[field]})
+
+
 def test_a_source_becomes_the_item_that_it_describes() -> None:
     said = {"path": "/a/poet", "name": "bard", "tags": ["fun"], "template": "chat", "visibility": "private"}
     item = PublishItem(Path("/a/poet"), "bard", tags=("fun",), template="chat", visibility="private")

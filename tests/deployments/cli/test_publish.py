@@ -56,6 +56,18 @@ def test_the_description_of_the_adapter_is_sent(tmp_path: Path) -> None:
     assert server.sent == [{"adapters": [expected]}]
 
 
+def test_a_share_of_nothing_is_refused_and_a_time_of_nothing_is_sent(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, batch(answer("poet"))), (201, batch(answer("poet")))) as server:
+        refused_share = run("publish", poet, "--share", "0", "--url", server.url)
+        assert (refused_share.exit_code, server.asked) == (2, [])
+        assert "must be above 0" in words(refused_share.stderr)
+        run("publish", poet, "--share", "10", "--url", server.url)
+        run("publish", poet, "--ttl", "0", "--url", server.url)  # the server refuses it; it was never permanent
+    path = {"path": str(poet)}
+    assert server.sent == [{"adapters": [path | {"share": 0.1}]}, {"adapters": [path | {"ttl_s": 0.0}]}]
+
+
 @pytest.mark.parametrize("names", [("checkpoint-9",), ("checkpoint-9", "checkpoint-100", "checkpoint-20")])
 def test_a_training_run_publishes_its_last_checkpoint_under_its_own_name(
     tmp_path: Path, names: tuple[str, ...]
