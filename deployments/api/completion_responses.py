@@ -20,14 +20,7 @@ from deployments.api.logprobs import (
     prompt_logprobs,
     text_logprobs,
 )
-from deployments.api.responses import (
-    Planned,
-    PlannedRow,
-    PlanObject,
-    RoutedCandidate,
-    SampleRow,
-    candidate_rows,
-)
+from deployments.api.responses import Planned, PlannedRow, PlanObject, RoutedCandidate, SampleRow, candidate_rows
 from deployments.json_types import JsonObject
 from gpu_worker.request.request import Completion, Delta, FinishReason, PromptToken, TokenLogprob
 from gpu_worker.request.tools import ToolCallPiece
@@ -385,7 +378,8 @@ def why(planned: Planned, tenant: str) -> str:
 
 def _decisive(planned: Planned) -> Candidate:
     """Return the candidate that leads the plan; if none does, the one that lacks least."""
-    leaders = {row.ref for row in planned.plan.adapters[:1]}
+    found_as = {arm.answering: arm.version.live for arm in planned.trials}  # only live versions are candidates
+    leaders = {found_as.get(row.ref, row.ref) for row in planned.plan.adapters[:1]}
     chosen = (candidate for candidate in planned.candidates if candidate.ref in leaders)
     lacks_least = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
     return next(chosen, lacks_least)

@@ -238,6 +238,7 @@ class CompletionService:
                 work = self._planner.work_of(request, questions)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
+                context.record_versions(plans)
                 answer = _answer_to(request, questions, plans, caller, context)
                 template = self._config.template
                 jobs = [

@@ -10,7 +10,7 @@ from dataclasses import replace
 from deployments.api import error_table
 from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import StreamEnd, WorkerClient
+from deployments.calls.worker_client import DeltaStream, StreamEnd, WorkerClient
 from deployments.observability.request_metrics import DIGEST_CHARS, RequestMetrics
 from gpu_worker.request.request import Job
 
@@ -42,8 +42,9 @@ class Shadows:
 
     async def _run(self, job: Job, digests: Sequence[str], deadline: float) -> None:
         began, status, has_ended = time.monotonic(), 200, False
-        stream = self._worker.stream(replace(job, time_left_s=deadline - began))
+        stream: DeltaStream | None = None
         try:
+            stream = self._worker.stream(replace(job, time_left_s=deadline - began))
             while not isinstance(await stream.next(deadline), StreamEnd):
                 pass
             has_ended = True
@@ -52,7 +53,7 @@ class Shadows:
             logger.info("the shadow %s failed: %s", job.request_id, body["error"]["message"])
         finally:
             self._num_running -= 1
-            if not has_ended:
+            if stream is not None and not has_ended:
                 stream.cancel()
         self._record(digests, str(status), time.monotonic() - began)
 

@@ -70,10 +70,13 @@ class RequestContext:
         self.strategy, self.plan_s = plans[0].plan.strategy, seconds
         refs = dict.fromkeys(row.ref for planned in plans for row in planned.plan.adapters)
         self.adapters = tuple(ref.digest[:DIGEST_CHARS] for ref in refs)
+        self.abstained = any(planned.abstained for planned in plans)
+
+    def record_versions(self, plans: Sequence[Planned]) -> None:
+        """Record the versions that generate an answer for names under trial."""
         arms = [arm for planned in plans for arm in planned.trials]
         roles = [(arm.answering.digest[:DIGEST_CHARS], "trial" if arm.is_chosen else "live") for arm in arms]
         self.versions = tuple(dict.fromkeys(roles))
-        self.abstained = any(planned.abstained for planned in plans)
 
     def record_delta(self, index: int, delta: Delta) -> None:
         """Record that a delta of row `index` arrived now."""

@@ -7,8 +7,10 @@ import pytest
 from deployments.api.base import PlanGiven
 from deployments.api.completion_responses import plan_object
 from deployments.api.responses import Planned
-from lora_store import BASE_PLAN
+from lora_store import BASE_PLAN, Trial
+from lora_store.trials import TrialVersion
 from retriever_svc import Candidate
+from tests.deployments.adapter_records import adapter
 from tests.deployments.shown_plans import CODER, PLAN, POET
 
 NEAR = Candidate(POET.ref, 0.4567, threshold=0.5, confidence=0.02)
@@ -45,6 +47,18 @@ def test_a_choice_is_explained_by_the_adapter_that_leads_it() -> None:
     _, why = explained(Planned(PLAN, (Candidate(POET.ref, 0.75, 0.7, 0.5), wide), reason="fits"))
     assert why is not None and why.startswith("poet fits: it scores 0.750 and needs 0.700")
     assert "previous turn" not in why
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_a_choice_is_explained_by_the_live_version_of_the_one_that_answers(share: float) -> None:
+    new = adapter("poet", version="new")
+    trial = TrialVersion(POET.ref, new.ref, new.weights_digest, Trial(new.ref.digest, share))
+    wide = Candidate(CODER.ref, 0.6, threshold=0.1, confidence=0.9)  # further above its threshold
+    routed = Planned(replace(PLAN, trials=(trial,)), (Candidate(POET.ref, 0.75, 0.7, 0.5), wide), reason="fits")
+    drawn = routed.drawn("request/0")
+    assert drawn.plan.adapters[0].ref == (new.ref if share else POET.ref)
+    _, why = explained(drawn)
+    assert why is not None and why.startswith("poet fits: it scores 0.750 and needs 0.700")
 
 
 @pytest.mark.parametrize(("needs", "stays"), [(0.5, True), (0.9, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,9 @@ import httpx
 import pytest
 
 from deployments.api.responses import Planned
-from deployments.generation.shadows import MAX_SHADOWS
+from deployments.calls.serve_calls import Background
+from deployments.generation.shadows import MAX_SHADOWS, Shadows
+from deployments.observability.request_metrics import RequestMetrics
 from gpu_worker.errors import EngineFull
 from gpu_worker.request.request import Delta, Job
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Snapshot, Strategy, Trial
@@ -28,6 +31,7 @@ from tests.soak import Scale
 
 LIVE, OTHER = adapter("poet"), adapter("poet", version="new")
 CHAT = {"messages": [{"role": "user", "content": "Rhyme"}]}
+TOKENS = {"model": "poet", "tokens": [72]}
 
 
 @dataclass
@@ -183,3 +187,38 @@ def test_the_metrics_of_a_share_are_by_version() -> None:
     roles = {LIVE.ref.digest: "live", OTHER.ref.digest: "trial"}
     expected = Counter((digest[:12], roles[digest], "200") for digest in digests)
     assert kinds["trial_requests_total"].counts == expected
+
+
+def test_calls_that_generate_nothing_are_not_counted_for_a_version() -> None:
+    kinds = FakeMetrics()
+
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        for path, body in (("/tokenize", CHAT), ("/tokenize", CHAT | {"model": "poet"}), ("/detokenize", TOKENS)):
+            assert (await client.post(path, json=body)).status_code == 200
+
+    ask(send, retriever=TrialRetriever(), worker=NamingWorker(), kinds=kinds)
+    assert kinds["trial_requests_total"].counts == {}
+    assert kinds["trial_request_seconds"].seen == {}
+
+
+class UnreachableWorker:
+    """Raises before there is a stream."""
+
+    def stream(self, job: Job) -> AsyncIterator[Delta]:
+        raise RuntimeError("no handle")
+
+
+def test_shadows_that_cannot_start_are_counted_and_end() -> None:
+    kinds = FakeMetrics()
+    shadow = Plan("selection", (PlannedAdapter(OTHER.ref, OTHER.weights_digest, 1.0),), 7)
+    planned = Planned(replace(shadow, adapters=(PlannedAdapter(LIVE.ref, LIVE.weights_digest, 1.0),)), shadow=shadow)
+
+    async def run() -> None:
+        background = Background()
+        shadows = Shadows(UnreachableWorker(), background, RequestMetrics(kinds))  # type: ignore[arg-type]
+        for number in range(MAX_SHADOWS + 1):
+            shadows.start([Job(f"r{number}", "Rhyme", planned.plan)], [planned], time.monotonic() + 60)
+            await background.idle()
+
+    asyncio.run(run())
+    assert kinds["trial_requests_total"].counts == {(OTHER.ref.digest[:12], "shadow", "500"): MAX_SHADOWS + 1}
