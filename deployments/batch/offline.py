@@ -22,6 +22,16 @@ from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import LOCAL_TENANT
 
 _MAX_PROMPTS = 1_000_000  # of one call; they wait in the engine's queue
+_NOT_RETURNED = (
+    "stream",
+    "stream_options",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "echo",
+    "tools",
+    "tool_choice",
+)
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation as a chat request has them."""
 
@@ -74,9 +84,14 @@ class LoraRetriever:
 
         A text is the user's message of a chat; with `as_is` it is continued without a template. `lora`: options of a
         request's `lora` object, for all prompts or one for each. `fields`: other fields of a request, such as
-        `max_tokens`, `temperature` and `seed`. Raises: EngineStopped, StoreUnavailable.
+        `max_tokens`, `temperature` and `seed`.
+
+        Raises: ValueError for fields that ask for more than `Generated` returns; EngineStopped, StoreUnavailable.
         """
+        _refuse_lost_results(fields)
         given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if any(isinstance(prompt, Mapping) for prompt in given):
+            raise ValueError("prompts: a conversation is a list of messages: send a list of conversations")
         options = list(lora) if isinstance(lora, Sequence) else [lora] * len(given)
         if len(options) != len(given):
             raise ValueError(
@@ -111,6 +126,15 @@ class LoraRetriever:
         )
         outcomes = iter(await self._engine.complete([item.job for item in asked if item.job is not None]))
         return [Generated(**answer_of(item, None if item.job is None else next(outcomes))) for item in asked]
+
+
+def _refuse_lost_results(fields: JsonMapping) -> None:
+    """Raises: ValueError for fields that ask for more than `Generated` returns."""
+    lost = [name for name in _NOT_RETURNED if fields.get(name) is not None and fields[name] is not False]
+    if fields.get("n", 1) != 1:
+        lost.append("n")
+    if lost:
+        raise ValueError(f"{', '.join(lost)}: an answer here is one text; send such requests to a server")
 
 
 def _asking(prompt: Prompt, as_is: bool) -> JsonObject:

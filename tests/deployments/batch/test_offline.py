@@ -57,6 +57,37 @@ def test_options_apply_to_all_prompts_or_to_each(offline: LoraRetriever) -> None
         offline.generate(texts, lora=[None, None])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("stream", True),
+        ("stream_options", {"include_usage": True}),
+        ("logprobs", 0),
+        ("top_logprobs", 1),
+        ("prompt_logprobs", 0),
+        ("echo", True),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "auto"),
+    ],
+)
+def test_fields_whose_results_would_be_lost_are_refused_by_name(
+    offline: LoraRetriever, field: str, value: object
+) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: an answer here is one text"):
+        offline.generate("Hi", **SHORT, **{field: value})
+
+
+def test_fields_that_ask_for_nothing_more_are_accepted(offline: LoraRetriever) -> None:
+    [answer] = offline.generate("Hi", n=1, stream=False, logprobs=False, tools=None, **SHORT)
+    assert answer.error is None and answer.num_new_tokens == 6
+
+
+def test_a_conversation_that_is_not_in_a_list_is_refused(offline: LoraRetriever) -> None:
+    with pytest.raises(ValueError, match="send a list of conversations"):
+        offline.generate([{"role": "user", "content": "Hi"}], **SHORT)  # type: ignore[list-item]
+
+
 def test_a_text_is_a_message_of_a_chat_unless_it_is_taken_as_it_is(offline: LoraRetriever) -> None:
     message = [{"role": "user", "content": "Explain the sea"}]
     chat, text, as_is = (
