@@ -37,16 +37,17 @@ class OfflineEngine:
 
     def __init__(self, config: AppConfig, max_waiting: int) -> None:
         worker = replace(with_threads(config.worker_config()), max_waiting=max_waiting, max_wait_s=math.inf)
-        executor = load_executor(worker.load_threads)
+        self._executor = load_executor(worker.load_threads)
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
-        self._fetcher = WeightsFetcher(StoredWeights(store_of(config)), executor, cache=cache)
-        engine = run_on_short_lived_thread(lambda: Engine(worker, self._start_fetch, executor=executor))
+        self._fetcher = WeightsFetcher(StoredWeights(store_of(config)), self._executor, cache=cache)
+        engine = run_on_short_lived_thread(lambda: Engine(worker, self._start_fetch, executor=self._executor))
         self.engine = EngineThread(engine)
         self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # that of the newest call
         self._turn = asyncio.Lock()
 
     def close(self) -> None:
         self.engine.stop()
+        self._executor.shutdown(wait=False)
 
     async def complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         """Answer all rows at once, then repeat the rows whose engine step failed. Raises: EngineStopped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +32,18 @@ def offline(pool: AppConfig) -> Iterator[LoraRetriever]:
 def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRetriever, place: Place) -> None:
     rows = [{"prompt": row["prompt"]} for row in prompts(6)]
     run = place.begin(rows)
+    before = threading.enumerate()
     answerer = PartAnswerer(run)
     try:
         planned = asyncio.run(PartPlanner(run).plan(run.parts[0]))
         asyncio.run(answerer.answer(planned))
+        loads = [thread for thread in threading.enumerate() if "adapter-load" in thread.name and thread not in before]
     finally:
         answerer.close()
+    assert loads
+    for thread in loads:
+        thread.join(10)
+        assert not thread.is_alive(), "a closed engine keeps no threads"
     found = offline.generate([row["prompt"] for row in rows], as_is=True, **SHORT)
     assert [(answer.text, answer.strategy) for answer in found] == [
         (row["text"], row["strategy"]) for row in place.written()
