@@ -23,7 +23,7 @@ DeploymentsError
 ├── BodyTooLarge        the body is larger than the limit
 ├── BodyTooSlow         the body did not arrive in time
 ├── BodyMemoryFull      the memory for request bodies is used up
-├── UploadMemoryFull    the memory for uploads is used up
+├── UploadMemoryFull    the byte budget for uploads, or the disk, is used up
 ├── ServerOverloaded    this replica is at its limit of concurrent requests
 ├── EncoderBusy         too many prompts wait for the encoder
 ├── NotReady            the server is still starting
@@ -276,13 +276,15 @@ class BodyMemoryFull(DeploymentsError):
 
 
 class UploadMemoryFull(DeploymentsError):
-    """Retry once other uploads have ended."""
+    """Retry once other uploads have ended. `max_bytes`: the budget; None if the disk is full."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int | None) -> None:
         super().__init__(max_bytes)
         self.max_bytes = max_bytes
 
     def __str__(self) -> str:
+        if self.max_bytes is None:
+            return "the server has no disk space for uploads below TMPDIR; retry later"
         return f"uploads in progress would exceed {self.max_bytes} bytes; retry later"
 
 

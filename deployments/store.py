@@ -16,7 +16,7 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.config.app import AppConfig
 from deployments.observability.logs import join_serve_logs
-from deployments.publishing.source_folders import ByteBudget, folder_of
+from deployments.publishing.source_folders import ByteBudget, folder_of, is_copied
 from deployments.weights import ObjectCache
 from lora_store import (
     AdapterRecord,
@@ -66,7 +66,7 @@ class StoreDeployment:
         """Validate an adapter, store its blobs and lease them until `commit` or `discard`.
 
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
-        UploadMemoryFull if the byte budget had no room for a minute.
+        UploadMemoryFull if the byte budget had no room for a minute, or the disk is full.
         """
         if upload.adapter_name in self._config.accepted_bases:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
@@ -80,7 +80,7 @@ class StoreDeployment:
         with folder_of(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as folder:
             return self._store.stage(
                 folder,
-                is_private=upload.files is not None,
+                is_private=is_copied(upload),
                 module_shapes=module_shapes,
                 name=upload.adapter_name,
                 tenant=upload.tenant,

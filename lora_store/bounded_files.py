@@ -84,7 +84,7 @@ def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dic
     """Return every tensor of a safetensors file by its key. Check the header before reading the data.
 
     The tensors share one buffer. Large data are mapped: from the file itself if `is_private`, as no other process can
-    change it meanwhile, otherwise from a copy that is deleted with the tensors.
+    change it meanwhile, otherwise from an unnamed temporary copy that is freed with the tensors.
     Raises: FileRefused, which lists every tensor whose dtype is not allowed.
     """
     with _open_regular(path, limits.max_weights_bytes, _WEIGHTS_REMEDY) as file:

@@ -1,4 +1,4 @@
-"""Read multipart uploads: the files and the description of an adapter, within a memory budget for all uploads."""
+"""Read multipart uploads: the files and the description of an adapter, within a byte budget for all uploads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deployments.api.adapters import MAX_UPLOAD_FILES, AdapterLabel, PublishItem
 from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import BodyTooSlow, RequestInvalid, UploadMemoryFull
 from deployments.http.bodies import SharedBytes
-from deployments.publishing.source_folders import file_problems
+from deployments.publishing.source_folders import disk_full_reported, file_problems
 from lora_store import AdapterRefused
 from lora_store.uploads import PART_BYTES
 
@@ -36,7 +36,7 @@ SendPart = Callable[[str, int, Buffer], Awaitable[None]]
 
 
 class UploadBudget:
-    """Counts the bytes of uploads in memory, each from its first byte until it is published or refused.
+    """Counts the bytes of uploads in progress, each from its first byte until it is published or refused.
 
     The announced length is taken at once: an upload without room is refused before it is read.
     """
@@ -73,7 +73,8 @@ class UploadBudget:
 
         try:
             take(_announced(http))
-            yield Request(http.scope, receive)
+            with disk_full_reported():
+                yield Request(http.scope, receive)
         finally:
             self._shared.give(tenant, taken)
 

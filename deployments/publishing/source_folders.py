@@ -1,7 +1,8 @@
-"""Provide the files of a published item as a folder, within a memory budget for all uploads."""
+"""Provide the files of a published item as a folder, within a byte budget for all uploads."""
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import threading
@@ -11,12 +12,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem, SentFile
-from deployments.errors import SourceMissing, UploadMemoryFull
+from deployments.config.source_prefixes import SourceUri
+from deployments.errors import SourceMissing, SourceUnavailable, UploadMemoryFull
 from deployments.publishing.adapter_folders import folder_bytes
 from deployments.publishing.remote_sources import folder_of_source
 from lora_store import AdapterRefused
 
 _MAX_NAME_BYTES = 255
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ReadParts = Callable[[str, int], Iterable[bytes]]
 """Return the parts of a sent file, by its id and size."""
 
@@ -60,6 +63,25 @@ class ByteBudget:
 
 
 @contextmanager
+def disk_full_reported() -> Iterator[None]:
+    """Raise UploadMemoryFull in place of an error of a full disk. Errors of the store's own disk are not OSErrors."""
+    try:
+        yield
+    except (OSError, SourceUnavailable) as exc:
+        cause = exc if isinstance(exc, OSError) else exc.__cause__
+        if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+            raise UploadMemoryFull(None) from exc
+        raise
+
+
+def is_copied(upload: PublishItem) -> bool:
+    """Return whether `folder_of` copies this item's files, so that nobody else can change them."""
+    if upload.source is None:
+        return upload.files is not None
+    return SourceUri.parse(upload.source).scheme != "file"
+
+
+@contextmanager
 def folder_of(
     upload: PublishItem,
     prefixes: Sequence[str],
@@ -69,10 +91,12 @@ def folder_of(
 ) -> Iterator[Path]:
     """Yield the upload as a folder, which is removed afterwards if it was made here.
 
-    Its bytes count against `budget` before they are copied or read, until the block ends.
+    Its bytes count against `budget` before they are copied or read, until the block ends. A disk that is full in the
+    block is UploadMemoryFull too.
     Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable, UploadMemoryFull.
     """
     with ExitStack() as stack:
+        stack.enter_context(disk_full_reported())
 
         def take(num_bytes: int) -> None:
             if budget is not None:

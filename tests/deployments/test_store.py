@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.calls.catalogue_clients import Buffer
-from deployments.errors import SourceMissing, SourceRefused
+from deployments.errors import SourceMissing, SourceRefused, UploadMemoryFull
 from deployments.store import StoreDeployment
 from lora_store import (
     AdapterNotFound,
@@ -31,6 +31,7 @@ from lora_store import (
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_worker import SHAPES
+from tests.deployments.publishing.local_hub import local_hub
 
 UNIT = np.array([1.0, 0.0], np.float32)
 POET = ("local", "poet")
@@ -111,6 +112,26 @@ def test_a_version_does_not_depend_on_its_source(tmp_path: Path, upload_of: Call
     staged, expected = run(stores.stage(upload)), run(stores.stage(PublishItem(folder, "poet")))
     assert (staged.ref, staged.samples) == (expected.ref, (Sample("Rhyme."), Sample("Sing.")))
     assert staged.record.source == upload.origin
+
+
+def test_only_weights_that_others_may_change_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy fails here as on a full disk."""
+
+    def full_disk() -> BinaryIO:
+        return Path("/dev/full").open("r+b")
+
+    monkeypatch.setattr("lora_store.bounded_files._MAPPED_BYTES", 0)
+    monkeypatch.setattr("lora_store.bounded_files.tempfile.TemporaryFile", full_disk)
+    stores = Stores(tmp_path, source_prefixes=(f"file://{tmp_path}", "hf://acme"))
+    folder = stores.adapter()
+    files = files_of(folder)
+    for shared in (PublishItem(folder), PublishItem(source=f"file://{folder}")):
+        with pytest.raises(UploadMemoryFull, match="no disk space"):
+            run(stores.stage(shared))
+    with local_hub(repositories={"acme/poet@main": files}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for own in (PublishItem(files=files, name="poet"), PublishItem(source="hf://acme/poet")):
+            assert run(stores.stage(own)).ref.name == "poet"
 
 
 def test_a_tenant_publishes_only_from_below_its_own_prefixes(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import httpx
 import pytest
@@ -134,6 +135,22 @@ class HeldStore(FakeStore):
 
 def upload(client: httpx.AsyncClient, num_bytes: int) -> Any:
     return client.post("/v1/loras", files=[("files", ("x.txt", b"x" * num_bytes))], data={"name": "novel"})
+
+
+def test_a_full_disk_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(max_size: int) -> BinaryIO:
+        return Path("/dev/full").open("r+b")
+
+    async def run() -> None:
+        served: Served = serve_plainly()
+        async with http_of(served) as client:
+            refused = await upload(client, 9000)
+        assert refused.status_code == 503 and error_of(refused)["code"] == "upload_memory_full"
+        assert "no disk space" in error_of(refused)["message"]
+        assert served.services.uploads.num_bytes == 0
+
+    monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", full_disk)
+    asyncio.run(run())
 
 
 async def one_in_progress(leaves: bool) -> None:

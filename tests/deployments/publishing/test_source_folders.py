@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem
-from deployments.errors import SourceMissing, SourceRefused
-from deployments.publishing.source_folders import folder_of
+from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable, UploadMemoryFull
+from deployments.publishing.source_folders import folder_of, is_copied
 from lora_store import AdapterRefused
 from tests.deployments.app_fakes import http_of, serve_plainly
 
@@ -63,6 +63,40 @@ def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
         with pytest.raises(SourceMissing) as caught, folder_of(PublishItem(missing), (), MAX_BYTES):
             pass
         assert caught.value.place == str(missing)
+
+
+def test_an_item_is_copied_unless_its_files_are_the_publishers(tmp_path: Path) -> None:
+    prefixes = (f"file://{tmp_path}",)
+    for item in (
+        PublishItem(tmp_path),
+        PublishItem(source=f"file://{tmp_path}"),
+        PublishItem(name="x", files={"a": b""}),
+    ):
+        with folder_of(item, prefixes, MAX_BYTES) as folder:
+            assert is_copied(item) == (folder != tmp_path)
+    assert is_copied(PublishItem(source="hf://acme/sql")) and is_copied(PublishItem(source="s3://pool/sql"))
+
+
+def test_a_full_disk_is_reported_and_other_errors_are_not_changed(tmp_path: Path) -> None:
+    def write() -> None:
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+    def copy() -> None:
+        try:
+            write()
+        except OSError as exc:
+            raise SourceUnavailable("s3://pool/sql", str(exc)) from exc
+
+    for fill in (write, copy):
+        with (
+            pytest.raises(UploadMemoryFull, match="no disk space for uploads below TMPDIR"),
+            folder_of(PublishItem(tmp_path), (), MAX_BYTES),
+        ):
+            fill()
+    for error in (PermissionError(13, "no"), SourceUnavailable("s3://pool/sql", "refused")):
+        with pytest.raises(type(error)), folder_of(PublishItem(tmp_path), (), MAX_BYTES):
+            raise error
 
 
 def test_a_source_is_refused_if_none_is_allowed() -> None:
