@@ -69,8 +69,13 @@ MISTAKES = [
     Mistake("home in the image", lambda m: container(m)["env"].pop(0), "gpu: HOME is not in a folder"),
     Mistake(
         "less room than uploads take",
-        lambda m: m.change_args(max_upload_total_bytes=5 << 30),
-        "cpu: /tmp is smaller than two times max_upload_total_bytes",
+        lambda m: m.change_args(max_upload_total_bytes=6 << 30),
+        "cpu: /tmp must be larger than max_upload_total_bytes",
+    ),
+    Mistake(
+        "less room than validation takes",
+        lambda m: m.change_args(max_staging_bytes=6 << 30),
+        "cpu: /tmp must be larger than max_upload_total_bytes + max_staging_bytes",
     ),
 ]
 
