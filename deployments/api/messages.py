@@ -27,7 +27,10 @@ from gpu_worker.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
 
 MAX_PARTS = 256  # of one message
 MAX_TOOLS = 128  # and calls of one message
-_OTHER_CHOICES = ("allowed_tools", "custom")
+_OTHER_CHOICES = {
+    "allowed_tools": "send only the allowed tools, with tool_choice 'auto' or 'required'",
+    "custom": "only functions are supported",
+}
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 CallId = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
@@ -171,8 +174,8 @@ class ChosenFunction(TolerantRequest):
 
 def known_choice(data: object) -> object:
     """Refuse choices that this server does not make. Raises: PydanticCustomError."""
-    if isinstance(data, dict) and (kind := data.get("type")) in _OTHER_CHOICES:
-        raise unsupported("", f"choices of type {kind!r}: send those tools alone, and 'auto' or 'required'")
+    if isinstance(data, dict) and isinstance(kind := data.get("type"), str) and kind in _OTHER_CHOICES:
+        raise unsupported("", f"choices of type {kind!r}: {_OTHER_CHOICES[kind]}")
     return data
 
 
