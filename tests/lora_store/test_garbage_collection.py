@@ -152,6 +152,18 @@ def test_gc_keeps_files_younger_than_its_retention(
     assert blob_names() == set()
 
 
+def test_gc_keeps_parts_of_uploads_for_an_hour_or_its_longer_retention(store: LoraStore, clock: FakeClock) -> None:
+    upload, hour = "0" * 32, 3600
+    store.uploads.put(upload, 0, b"data")
+    for wait_s, retention_s in ((hour - 60, 0), (120, 2 * hour)):
+        clock.sleep(wait_s)
+        store.gc(retention_s)
+        assert list(store.uploads.parts(upload, 4)) == [b"data"]
+    store.gc(0)
+    with pytest.raises(StoreUnavailable, match="missing"):
+        list(store.uploads.parts(upload, 4))
+
+
 def test_gc_leaves_a_half_written_blob_that_is_leased(
     store: LoraStore, make_folder: MakeFolder, stored: Stored, location: Location
 ) -> None:

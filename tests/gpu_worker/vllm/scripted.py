@@ -78,7 +78,14 @@ class Asked:
 class Bench:
     """A RowRunner over scripted workers. Build it within an event loop."""
 
-    def __init__(self, base: BaseModel, folder: Any, pool: dict[str, AdapterWeights], **changes: Any) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        folder: Any,
+        pool: dict[str, AdapterWeights],
+        clock: Callable[[], float] | None = None,
+        **changes: Any,
+    ) -> None:
         config = tiny_config(folder, bank_rank_rows=8, max_batch_size=2, **changes)
         self.workers, self.pool = Workers(), pool
         self.loop = asyncio.get_running_loop()
@@ -91,7 +98,8 @@ class Bench:
             on_done=lambda: self.runner.pump(),
         )
         self.prepare = RequestPreprocessor(base, 160, self.loop.time)
-        self.runner = RowRunner(config, self.workers.generate, self.bank, loader, kv_tokens=320, clock=self.loop.time)
+        time = clock or self.loop.time
+        self.runner = RowRunner(config, self.workers.generate, self.bank, loader, kv_tokens=320, clock=time)
 
     def ask(self, *jobs: Job) -> list[Asked]:
         """Submit all jobs together."""

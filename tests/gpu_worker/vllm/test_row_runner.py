@@ -205,16 +205,27 @@ def test_a_client_that_is_gone_ends_its_row(serve: Callable[..., Any]) -> None:
 
 
 def test_an_answer_of_the_workers_is_progress_while_a_long_prompt_has_no_token(serve: Callable[..., Any]) -> None:
-    async def main(bench: Bench, plans: list[Plan]) -> None:
-        answers = asyncio.Event()
-        watching = asyncio.create_task(bench.runner.watch(answers.wait, 0.001))
-        bench.ask(greedy("x"))
-        await bench.until(lambda: bench.runner.seconds_without_progress() >= 0.05)  # they do not answer
-        answers.set()
-        await bench.until(lambda: bench.runner.seconds_without_progress() < 0.05)
-        watching.cancel()
+    now = 0.0
 
-    serve(main)
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        nonlocal now
+        asked, answers = asyncio.Event(), asyncio.Event()
+
+        async def ask() -> None:
+            asked.set()
+            await answers.wait()
+
+        watching = asyncio.create_task(bench.runner.watch(ask, 0.001))
+        bench.ask(greedy("x"))
+        await asked.wait()
+        now = 7.0
+        assert bench.runner.seconds_without_progress() == 7.0, "they have not answered"
+        answers.set()
+        await bench.until(lambda: bench.runner.seconds_without_progress() == 0.0)
+        bench.runner.stop(EngineStopped("the test has ended"))
+        await watching
+
+    serve(main, clock=lambda: now)
 
 
 def test_workers_that_fail_to_answer_end_the_engine(serve: Callable[..., Any]) -> None:

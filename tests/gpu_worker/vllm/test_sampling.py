@@ -62,8 +62,11 @@ def test_every_parameter_reaches_vllm(tiny_base: Callable[..., BaseModel]) -> No
 
 
 def test_a_temperature_above_vllms_own_limit_is_refused_by_name(tiny_base: Callable[..., BaseModel]) -> None:
-    with pytest.raises(SamplingInvalid, match=r"temperature must be between 0 and 2 .* got 100"):
-        sampling_params(row_of(tiny_base(), replace(GIVEN, temperature=100.0)), 300)
+    base = tiny_base()
+    assert sampling_params(row_of(base, replace(GIVEN, temperature=2.0)), 300).temperature == 2.0
+    for above in (2.01, 100.0):
+        with pytest.raises(SamplingInvalid, match=rf"temperature must be between 0 and 2 .* got {above:g}$"):
+            sampling_params(row_of(base, replace(GIVEN, temperature=above)), 300)
 
 
 def test_a_top_k_beyond_the_vocabulary_becomes_all_of_it(tiny_base: Callable[..., BaseModel]) -> None:
