@@ -40,7 +40,7 @@ class Uploads:
             self._files.delete([name for name in names if name.partition("-")[0] in uploads])
 
     def delete_old(self, before: datetime) -> None:
-        """Delete the parts written before that time, as dead senders leave them."""
+        """Delete the parts written before that time, left behind by senders that crashed."""
         self._files.delete([file.name for file in self._files.entries() if file.written_at <= before])
 
 

@@ -72,7 +72,7 @@ def regions_of(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Regio
     anchors = [record for record in trusted if len(given[record.ref]) >= MIN_OUTPUTS]
     places = {record.ref: place for place, record in enumerate(anchors)}
     unsampled = [record for record in usable if not record.num_samples]
-    unsampled.sort(key=lambda r: (r.ref.tenant != tenant, not r.approved))  # strangers' ones take no own one's place
+    unsampled.sort(key=lambda r: (r.ref.tenant != tenant, not r.approved))  # own adapters first, then approved ones
     unsampled = unsampled[:MAX_WITHOUT_SAMPLES]
     for place, anchor in enumerate(anchors):
         near = _near(pool, tenant, anchor)
@@ -95,7 +95,10 @@ def _outputs_of(record: AdapterRecord) -> OutputProfile | None:
 
 
 def _near(pool: Pool, tenant: str, anchor: AdapterRecord) -> list[AdapterRecord]:
-    """Return the nearest adapters of all, and the nearest of the trusted ones, which strangers' copies cannot hide."""
+    """Return the nearest adapters.
+
+    Include the nearest trusted adapters even if many untrusted ones are nearer.
+    """
     assert anchor.embedding is not None, "an anchor is embedded"
     vectors = anchor.embedding.vector[np.newaxis]
     near: dict[AdapterRef, AdapterRecord] = {}

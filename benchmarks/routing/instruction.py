@@ -1,4 +1,4 @@
-"""Leave the paper's instruction before each text out: `python -m benchmarks.routing.instruction`.
+"""Compare retrieval with and without the paper's instruction: `python -m benchmarks.routing.instruction`.
 
 On the `choice` part of the paper's study, with and without a projection fitted to the pool. No test question is read,
 and nothing is generated. About three minutes on an idle machine. Downloads BIG-bench (358 MB) once.

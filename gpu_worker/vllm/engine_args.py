@@ -95,7 +95,7 @@ def set_environment(config: WorkerConfig) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has no `load_lora_model`
     os.environ["VLLM_LORA_ENABLE_DUAL_STREAM"] = "0"  # the other stream would call the layers in another way
     os.environ[FRONT_PID] = f"{os.getpid()}"
-    if config.device == "cuda":  # FlashInfer's sampler is compiled at its first use, which needs CUDA's own compiler
+    if config.device == "cuda":  # FlashInfer's sampler is compiled at its first use, which needs nvcc
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     else:
         os.environ.update(thread_variables(config, sorted(os.sched_getaffinity(0))))

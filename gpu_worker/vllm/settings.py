@@ -17,7 +17,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from gpu_worker.errors import WorkerConfigInvalid
 
 KEY = "loraretriever"
-FRONT_PID = "LORARETRIEVER_FRONT_PID"  # a variable: the front end's process, with which vLLM's processes end
+FRONT_PID = (
+    "LORARETRIEVER_FRONT_PID"  # environment variable: process id of the front end; vLLM's processes exit with it
+)
 TESTED_VERSION = "0.32."
 ExtensionPoint = tuple[Any, str, tuple[str, ...]]
 """An object of vLLM, the name of one of its functions, and that function's parameters."""

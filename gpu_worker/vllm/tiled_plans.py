@@ -36,7 +36,7 @@ _CHANGING = ("num_tokens", "h_width", "table_width", "num_modules", "module")
 
 @triton.jit
 def _tile(tiles, tile, plan, plan_sizes, table_width, TILE: tl.constexpr):
-    """Return the tile's tokens (TILE, 1) and which of them there are, its plan's size, and the start of its table."""
+    """Return the tile's token indices (TILE, 1), a mask of the valid ones, its plan's size, and its table's start."""
     first_token, count = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     offsets = tl.arange(0, TILE)
     tokens = (first_token + offsets).to(tl.int64)[:, None]
@@ -171,7 +171,7 @@ class TiledPlans:
             for first in range(start, start + count, _TILE):
                 tiles[num_tiles] = number, first, min(_TILE, start + count - first)
                 num_tiles += 1
-        self._last = None  # its h has the last step's plans
+        self._last = None  # h still contains the previous step's products
         self._copy(self._tiles, tiles)
         for table, values in (
             (self._rows, rows), (self._ranks, ranks), (self._weights, weights),

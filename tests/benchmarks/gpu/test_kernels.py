@@ -27,7 +27,7 @@ def test_the_kernels_are_checked_and_timed(tmp_path: Path) -> None:
     assert all(row[name] > 0 for row in timed for name in ("tiles_us", "dense_us", "linears_us", "floor_us"))
 
 
-def test_products_that_lack_or_do_not_finish_are_far_from_the_loop() -> None:
+def test_missing_or_nan_products_are_far_from_the_loop() -> None:
     bank = kernels.Bank.of({"q_proj": (3, 8)}, [2, 1], torch.device("cpu"), torch.float32)
     asked, counts = kernels._drawn(bank.pool, 4, 0), [1, 2, 1, 1]
     xs, ys = bank.inputs(5), bank.outputs(5)

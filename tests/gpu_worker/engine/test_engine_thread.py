@@ -94,7 +94,7 @@ def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> No
     run(main())
 
 
-def test_a_watched_stream_gives_signs_of_life_while_there_is_no_text(gated: Gated) -> None:
+def test_a_watched_stream_gives_heartbeats_while_there_is_no_text(gated: Gated) -> None:
     _, gate, loop = gated({}, max_batch_size=1)
     job = greedy("watched", BASE_PLAN, "watched", num_new=5)
 
@@ -204,7 +204,7 @@ def test_two_requests_of_one_id_do_not_cancel_each_other(
     assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 100)
 
 
-def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(gated: Gated) -> None:
+def test_an_idle_loop_is_not_hanging_and_one_in_a_long_step_is(gated: Gated) -> None:
     _, gate, loop = gated({})
     assert loop.seconds_busy() == 0.0
 
@@ -219,7 +219,7 @@ def test_an_idle_loop_is_not_wedged_and_one_in_a_long_step_is(gated: Gated) -> N
     run(main())
 
 
-def test_a_loop_in_a_long_command_is_wedged(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
+def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
     """A command may hang like a step: cancelling a request wipes its rows on the device."""
     loop, may_end, has_begun = start(make_engine({})), threading.Event(), threading.Event()
 
@@ -241,7 +241,7 @@ def test_a_loop_in_a_long_command_is_wedged(make_engine: MakeEngine, start: Call
     run(main())
 
 
-def test_a_loop_that_waits_for_a_slow_load_is_not_wedged(
+def test_a_loop_that_waits_for_a_slow_load_is_not_hanging(
     make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineThread]
 ) -> None:
     good, may_load = random_adapter(shapes, 1), threading.Event()
