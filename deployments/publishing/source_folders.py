@@ -75,7 +75,7 @@ def disk_full_reported() -> Iterator[None]:
 
 
 def is_copied(upload: PublishItem) -> bool:
-    """Return whether `folder_of` copies this item's files, so that nobody else can change them."""
+    """Return whether `folder_of` copies this item's files, so that no other process changes them."""
     if upload.source is None:
         return upload.files is not None
     return SourceUri.parse(upload.source).scheme != "file"
