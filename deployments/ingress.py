@@ -128,10 +128,8 @@ def _build_services(
     planner = Planner(config, retriever)
     preload = Preload(config.preload, publisher, approves=has_keys or config.public_requires_approval)
     scorer = AnswerScorer(worker, gate, config.template)
-    evaluation_of = None
-    if config.evaluate_after_publish:
-        while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, worker))
-        evaluation_of = _evaluate_after_publish(while_idle, publisher, background, changes)
+    while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, worker))
+    evaluation_of = _evaluate_after_publish(config, while_idle, publisher, background, changes)
     one_upload = config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return Services(
         config=config,
@@ -155,9 +153,11 @@ def _build_services(
 
 
 def _evaluate_after_publish(
-    evaluator: Evaluator, publisher: Publisher, background: Background, changes: ChangeMetrics
-) -> Callable[[str], JsonObject]:
-    """Evaluate the adapters of each tenant that publishes. Return the function that reports a tenant's evaluation."""
+    config: AppConfig, evaluator: Evaluator, publisher: Publisher, background: Background, changes: ChangeMetrics
+) -> Callable[[str], JsonObject] | None:
+    """Evaluate the adapters of each tenant that publishes, if configured. Return the function that reports on it."""
+    if not config.evaluate_after_publish:
+        return None
     evaluations = IdleEvaluations(evaluator, background, changes)
     publisher.subscribe(evaluations.after_publish)
     return evaluations.state_of

@@ -122,8 +122,6 @@ class LoraStore:
             limits=self._limits,
             is_private=is_private,
         )
-        if ttl_s is not None:
-            checked = replace(checked, samples=())
         label, source = replace(label, template=checked.template), folder.name if source is None else source
         staged = self._stage_checked(label, checked, source, ttl_s)
         if share is not None:
@@ -132,6 +130,8 @@ class LoraStore:
         return replace(staged, keeps_visibility=keeps_visibility)
 
     def _stage_checked(self, label: Label, checked: CheckedFolder, source: str, ttl_s: float | None) -> Staged:
+        if ttl_s is not None:
+            checked = replace(checked, samples=())
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples else None

@@ -193,8 +193,8 @@ _FILES = {
     "folder for samples": BadFolder(_folder_for(SAMPLES), "lora_samples.jsonl: is not a regular file", travels=False),
     "many files": BadFolder(_many_files, "more than 1000 files", travels=False),
     "large weights": BadFolder(
-        _sparse(WEIGHTS, (1 << 29) + 1),
-        "has 536870913 bytes (512 MiB), at most 536870912 bytes (512 MiB): float32 weights saved as bfloat16 take half",
+        _sparse(WEIGHTS, (1 << 30) + 1),
+        "has 1073741825 bytes (1024 MiB), at most 1073741824 bytes (1024 MiB): float32 weights saved as bfloat16",
         travels=False,
     ),
     "large config": BadFolder(_sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 1048577 bytes"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = {"benchmarks.vllm_peer"}  # runs in vLLM's own environment
+ELSEWHERE = {"benchmarks.vllm_peer", "benchmarks.gpu.kernels"}  # run in vLLM's own environment
 PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for folder in ("benchmarks", "examples")

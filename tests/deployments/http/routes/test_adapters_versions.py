@@ -1,0 +1,93 @@
+"""Version shares and rollbacks over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of, post, request
+from tests.deployments.fake_store import FakeStore
+
+
+@pytest.mark.parametrize("digest", [None, adapter("poet", version="1").ref.digest[:12]])
+def test_a_rollback_publishes_a_kept_version(digest: str | None) -> None:
+    store = FakeStore(pool_of(adapter("poet", version="2"), adapter("poet", version="1")))
+    response = post("/v1/loras/poet/rollback", {} if digest is None else {"digest": digest}, store=store)
+    assert response.status_code == 201
+    assert response.json()["digest"] == adapter("poet", version="1").ref.digest
+
+
+def trial_of(client_answer: httpx.Response) -> Any:
+    assert client_answer.status_code in (200, 201), client_answer.text
+    return client_answer.json()["trial"]
+
+
+def test_a_share_goes_to_a_kept_version_and_ends_with_zero_or_one_roll_back() -> None:
+    new, old = adapter("poet", version="2"), adapter("poet", version="1")
+    store = FakeStore(pool_of(new, old))
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        async def share(**body: Any) -> Any:
+            return trial_of(await client.post("/v1/loras/poet/share", json=body))
+
+        trial = {"digest": old.ref.digest, "share": 0.1, "shadow": False}
+        assert await share(share=0.1, digest=old.ref.digest[:8]) == trial
+        assert await share(share=0.5, shadow=True) == trial | {"share": 0.5, "shadow": True}
+        assert await share(share=0) is None
+        await share(share=0.1, digest=old.ref.digest)
+        rolled_back = await client.post("/v1/loras/poet/rollback", json={})
+        assert (rolled_back.status_code, rolled_back.json()["digest"]) == (201, new.ref.digest)
+        [live, *_] = store.live["local", "poet"]
+        assert (live.ref, live.trial) == (new.ref, None)
+
+    ask(run, store=store)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"share": 0.1}, 404, "version_not_found"),
+        ({"share": 0.1, "digest": "f" * 8}, 404, "version_not_found"),
+        ({"share": 1.1, "digest": "f" * 8}, 400, "invalid_request"),
+        ({"share": -0.1}, 400, "invalid_request"),
+        ({"share": 0.1, "digest": "f"}, 400, "invalid_request"),
+        ({}, 400, "invalid_request"),
+    ],
+)
+def test_a_bad_share_is_refused(body: dict[str, Any], status: int, code: str) -> None:
+    response = post("/v1/loras/poet/share", body)
+    assert (response.status_code, error_of(response)["code"]) == (status, code)
+
+
+def test_a_version_is_published_for_a_share_and_the_live_one_stays() -> None:
+    store = FakeStore(pool_of(*POOL))
+    body = {"path": "/folders/poet", "name": "poet", "tags": ["new"], "share": 0.25}
+    answer = post("/v1/loras", body, store=store).json()
+    assert answer["trial"] == {"digest": answer["digest"], "share": 0.25, "shadow": False}
+    assert [record.ref.digest for record in store.live["local", "poet"]] == [
+        adapter("poet").ref.digest,
+        answer["digest"],
+    ]
+    refused = post("/v1/loras", {"path": "/folders/poet", "shadow": True})
+    assert (refused.status_code, "needs a `share`" in error_of(refused)["message"]) == (400, True)
+
+
+def test_a_version_that_is_not_kept_is_404_with_the_kept_ones() -> None:
+    response = post("/v1/loras/poet/rollback", {"digest": "f" * 8})
+    assert (response.status_code, error_of(response)["code"]) == (404, "version_not_found")
+    assert adapter("poet").ref.digest[:12] in error_of(response)["message"]
+
+
+def test_a_rollback_without_a_body_says_what_to_send() -> None:
+    response = request("POST", "/v1/loras/poet/rollback")
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_request")
+    assert "send a JSON object, such as {}" in error_of(response)["message"]
+
+
+def test_a_short_digest_is_refused() -> None:
+    response = post("/v1/loras/poet/rollback", {"digest": "abc"})
+    assert (response.status_code, error_of(response)["param"]) == (400, "digest")
