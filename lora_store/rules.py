@@ -39,25 +39,18 @@ def publish_events(
     """
     if precondition == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
-    for record in records if precondition == "kept" else ():
-        if record.ref not in _kept(snapshot, record):
-            raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
+    if precondition == "kept":
+        _check_kept(snapshot, records)
     live: dict[Key, AdapterRecord] = {}
     owners: dict[str, str] = {}
     events: list[Event] = []
     for record in records:
         key, name = (record.ref.tenant, record.ref.name), record.ref.name
         current = live.get(key, snapshot.records.get(key))
-        if current is not None and (key in keeping or record.is_offered):
-            record = replace(record, visibility=current.visibility)
         if record.is_offered:
             _check_offer(record, current)
-        elif current is not None and current.ref == record.ref:
-            record = replace(record, trial=current.trial)
-        if current is not None and precondition == "kept":
-            record = replace(record, expires_at=current.expires_at)
-        if current is not None and record.is_unlisted and not current.is_unlisted:
-            raise AdapterRefused(name, ["a listed adapter has this name: choose another one for an unlisted adapter"])
+        if current is not None:
+            record = _successor(record, current, precondition, keeps_visibility=key in keeping)
         if record.visibility == "public":
             owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
             _check_claim(name, record.ref.tenant, owner)
@@ -69,6 +62,27 @@ def publish_events(
     if quota is not None:
         check_quota(snapshot, [event.record for event in events if isinstance(event, Publish)], quota)
     return events
+
+
+def _check_kept(snapshot: Snapshot, records: Iterable[AdapterRecord]) -> None:
+    """Raises: AdapterNotFound for the first version that the catalogue does not keep."""
+    for record in records:
+        if record.ref not in _kept(snapshot, record):
+            raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
+
+
+def _successor(
+    record: AdapterRecord, live: AdapterRecord, precondition: Precondition, *, keeps_visibility: bool
+) -> AdapterRecord:
+    """Return the version with what it takes over from the live one of its name. Raises: AdapterRefused."""
+    if record.is_unlisted and not live.is_unlisted:
+        reason = "a listed adapter has this name: choose another one for an unlisted adapter"
+        raise AdapterRefused(record.ref.name, [reason])
+    if keeps_visibility or record.is_offered:
+        record = replace(record, visibility=live.visibility)
+    if not record.is_offered and live.ref == record.ref:
+        record = replace(record, trial=live.trial)
+    return replace(record, expires_at=live.expires_at) if precondition == "kept" else record
 
 
 def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:

@@ -106,10 +106,9 @@ class LoraStore:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
         `name` and `source` default to the folder's name. `module_shapes`: (out, in) of each linear layer that an
-        adapter may change; None skips this check. `keeps_visibility`: `visibility` applies to a new name only, and an
-        update keeps the live version's. `ttl_s`: the adapter is unlisted and expires after this time; no samples are
-        kept, as `auto` never chooses it. `share`: the commit keeps it for a trial of the live version, with this share.
-        `is_private`: no other process can change the folder meanwhile.
+        adapter may change. `keeps_visibility`: `visibility` is for new names only. `ttl_s`: the adapter is unlisted,
+        expires then, and has no samples. `share`: of the live version's requests, as a trial. `is_private`: no other
+        process can change the folder meanwhile.
         Raises: AdapterRefused with every reason; nothing is written then.
         """
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
@@ -122,14 +121,14 @@ class LoraStore:
             limits=self._limits,
             is_private=is_private,
         )
-        label, source = replace(label, template=checked.template), folder.name if source is None else source
-        staged = self._stage_checked(label, checked, source, ttl_s)
+        staged = self._stage_checked(label, checked, folder.name if source is None else source, ttl_s)
         if share is not None:
             trial = Trial(staged.ref.digest, share, is_shadow)
             staged = replace(staged, record=replace(staged.record, trial=trial, is_offered=True))
         return replace(staged, keeps_visibility=keeps_visibility)
 
     def _stage_checked(self, label: Label, checked: CheckedFolder, source: str, ttl_s: float | None) -> Staged:
+        label = replace(label, template=checked.template)
         if ttl_s is not None:
             checked = replace(checked, samples=())
         weights = WeightsBlob(checked.modules)

@@ -194,7 +194,7 @@ _FILES = {
     "many files": BadFolder(_many_files, "more than 1000 files", travels=False),
     "large weights": BadFolder(
         _sparse(WEIGHTS, (1 << 30) + 1),
-        "has 1073741825 bytes (1024 MiB), at most 1073741824 bytes (1024 MiB): float32 weights saved as bfloat16",
+        "has 1073741825 bytes (1024 MiB), at most 1073741824 bytes (1024 MiB) (admission.max_weights_bytes)",
         travels=False,
     ),
     "large config": BadFolder(_sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 1048577 bytes"),
