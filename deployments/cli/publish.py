@@ -200,10 +200,7 @@ def publish(
     """Publish adapters to a running server."""
     items = [item for place in places for item in _items_of(place)]
     _require_one(items, name, samples)
-    if shadow and share is None:
-        raise typer.BadParameter("needs --share, 100 for a copy of every request", param_hint="--shadow")
-    if share == 0:
-        raise typer.BadParameter("must be above 0; without --share the version becomes live", param_hint="--share")
+    _check_share(share, shadow)
     visibility = None if public is None else "public" if public else "private"
     given = {"name": name, "tags": tag or None, "template": template, "visibility": visibility, "ttl_s": ttl}
     given |= {"share": None if share is None else share / 100, "shadow": shadow or None}
@@ -225,6 +222,14 @@ def _require_one(items: Sequence[Item], name: str | None, samples: Path | None) 
         raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
     if samples is not None and (len(items) != 1 or items[0].is_source):
         raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
+
+
+def _check_share(share: float | None, shadow: bool) -> None:
+    """Raises: BadParameter."""
+    if shadow and share is None:
+        raise typer.BadParameter("needs --share, 100 for a copy of every request", param_hint="--shadow")
+    if share == 0:
+        raise typer.BadParameter("must be above 0; without --share the version becomes live", param_hint="--share")
 
 
 def _items_of(place: str) -> list[Item]:
