@@ -51,9 +51,14 @@ def _circumstances() -> dict[str, str]:
     return {
         "machine": machine(),
         "commit": commit(),
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]).replace(str(Path.home()), "~"),
+        "command": " ".join(["python", "-m", _module_name(), *map(_without_folders, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _without_folders(argument: str) -> str:
+    """Return the argument with an absolute path cut to its last part, as the folders are of one machine only."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _write(study: str, content: Mapping[str, Any], tables: Sequence[str]) -> Path:

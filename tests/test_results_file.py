@@ -51,3 +51,9 @@ def test_a_number_belongs_to_one_part(folder: Path) -> None:
     with pytest.raises(ValueError, match="second and another part of all both write a"):
         write_part("all", "second", figures={"a": 4}, table="", runs=[])
     assert read(folder, "all")["figures"] == {"a": 3}
+
+
+def test_the_command_names_no_folder_of_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", "--python", str(folder / "venv" / "python"), "--rounds", "10", "a/b"])
+    write_results("one", figures={}, table="", runs=[])
+    assert read(folder, "one")["command"].endswith(" --python python --rounds 10 a/b")
