@@ -60,3 +60,23 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+LOG_AFTER_IMPORT = """
+import logging, logging.handlers
+logging.getLogger("replica").propagate = False
+target = logging.StreamHandler()
+logging.getLogger("replica").addHandler(logging.handlers.MemoryHandler(1, target=target))
+import gpu_worker.vllm.engine
+from vllm.config import LoggingConfig
+from vllm.logger import configure_logging
+configure_logging(LoggingConfig())
+logging.getLogger("replica").error("still here")
+"""
+
+
+def test_a_handler_of_the_replica_still_writes_with_vllm() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOG_AFTER_IMPORT], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "still here\n" in done.stderr
