@@ -259,7 +259,8 @@ class CompletionService:
                     )
                     for index, job in enumerate(jobs)
                 ]
-                self._shadows.start(jobs[:: request.n], plans, deadline)
+                if any(planned.shadow for planned in plans):
+                    self._shadows.start(jobs[:: request.n], plans, deadline)
                 return StartedCompletion(answer, rows, include_usage, stack.pop_all())
 
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
