@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -75,6 +76,7 @@ logging.getLogger("replica").error("still here")
 """
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_handler_of_the_replica_still_writes_with_vllm() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOG_AFTER_IMPORT], capture_output=True, text=True, timeout=120, check=True
