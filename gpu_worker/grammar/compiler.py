@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -83,6 +83,7 @@ class CheckProcess:
 class _Entry:
     """A grammar that is compiled or being compiled, and the number of requests that wait for it."""
 
+    tenant: str
     check: CheckProcess
     compiled: Future[LLMatcher] = field(default_factory=Future)
     num_waiting: int = 0
@@ -94,6 +95,8 @@ class GrammarCompiler:
 
     The tenant is part of the key, because a fast answer would reveal another tenant's grammars. Concurrent requests
     with one grammar compile it once. When the last of them leaves, the check is killed.
+
+    Tenants take turns, and one tenant may have at most half of the pending grammars.
 
     Refused grammars are remembered, so that a repeated one costs nothing: invalid ones until `max_refused` others came
     later, and those that were too slow, also while an answer was generated, for ten minutes.
@@ -115,6 +118,7 @@ class GrammarCompiler:
         self._clock = clock
         self._vocabulary: LLTokenizer | None = None
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._queues: OrderedDict[str, deque[Callable[[], None]]] = OrderedDict()  # by tenant; the first is next
         self._refused: OrderedDict[bytes, tuple[float, GrammarInvalid]] = OrderedDict()  # until when, and why
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
@@ -169,14 +173,21 @@ class GrammarCompiler:
             self._raise_if_refused(key, grammar.param)
             entry = self._entries.get(key)
             if entry is None:
-                if sum(not other.compiled.done() for other in self._entries.values()) >= self._max_pending:
-                    raise EngineFull(f"{self._max_pending} grammars are waiting for the compiler; retry later")
-                entry = self._entries[key] = _Entry(self._new_check())
-                self._executor.submit(self._compile, key, grammar, entry)
+                self._raise_if_full(tenant)
+                entry = self._entries[key] = _Entry(tenant, self._new_check())
+                self._queues.setdefault(tenant, deque()).append(partial(self._compile, key, grammar, entry))
+                self._executor.submit(self._compile_next)
                 self._drop_oldest()
             self._entries.move_to_end(key)
             entry.num_waiting += 1
             return key, entry
+
+    def _raise_if_full(self, tenant: str) -> None:
+        pending = [entry.tenant for entry in self._entries.values() if not entry.compiled.done()]
+        if len(pending) >= self._max_pending:
+            raise EngineFull(f"{self._max_pending} grammars are waiting for the compiler; retry later")
+        if pending.count(tenant) >= max(self._max_pending // 2, 1):
+            raise EngineFull(f"{pending.count(tenant)} of your grammars are waiting for the compiler; retry later")
 
     def _drop_oldest(self) -> None:
         """Drop entries without waiting requests, oldest first, until there is room."""
@@ -216,6 +227,14 @@ class GrammarCompiler:
     def _forget(self, key: bytes, entry: _Entry) -> None:
         if self._entries.get(key) is entry:
             del self._entries[key]
+
+    def _compile_next(self) -> None:
+        with self._lock:
+            tenant, queue = self._queues.popitem(last=False)
+            compile_it = queue.popleft()
+            if queue:
+                self._queues[tenant] = queue  # behind the other tenants
+        compile_it()
 
     def _compile(self, key: bytes, grammar: Grammar, entry: _Entry) -> None:
         try:

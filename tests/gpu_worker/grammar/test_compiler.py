@@ -211,14 +211,30 @@ def test_the_oldest_unused_grammars_are_dropped(make: Callable[..., GrammarCompi
 
 
 def test_too_many_waiting_grammars_are_refused(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
-    compiler = make(max_pending=2)
+    compiler = make(max_pending=3)
 
     async def main() -> None:
-        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), "a")) for text in "abc"]
+        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", "a"), tenant)) for tenant in "abcd"]
         await asyncio.sleep(0)
-        with pytest.raises(EngineFull, match="2 grammars"):
-            await waiting[2]
+        with pytest.raises(EngineFull, match="3 grammars"):
+            await waiting[3]
         checks.released.set()
-        await asyncio.gather(*waiting[:2])
+        await asyncio.gather(*waiting[:3])
 
     run(main())
+
+
+def test_a_tenant_leaves_room_for_the_others(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler = make(max_pending=16)
+
+    async def main() -> None:
+        wanted = [("a", str(number)) for number in range(9)] + [("b", "b")]
+        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), tenant)) for tenant, text in wanted]
+        await asyncio.sleep(0)
+        with pytest.raises(EngineFull, match="8 of your grammars"):
+            await waiting.pop(8)
+        checks.released.set()
+        await asyncio.gather(*waiting)
+
+    run(main())
+    assert checks.checked.index("b") < 6, "two were being compiled, and the tenants take turns"
