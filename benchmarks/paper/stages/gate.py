@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +27,7 @@ from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.methods import Routed
 from benchmarks.paper.answering.runs import Bench, rows_of
 from benchmarks.paper.answering.stores import fetch_from
+from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
@@ -48,7 +51,25 @@ WAYS, POOLS = ("uniform", "softmax", "gate"), {"iid": False, "ood": True}
 SHARE = 0.4  # of the tasks; the gate is trained on these
 _EXAMPLES_A_TASK = 40
 _BATCH = 24
+LOSSES = "losses"  # of the training, in the file of the gates
 _ANSWER_S = 0.2  # two idle cores, short answers; the first estimate
+_OWN_WEIGHT = "The gate's weight on own adapters in the mixture: {} percent.\n"
+
+
+def prompt_inputs(tokenizer: Any, questions: Sequence[Question]) -> Any:
+    """Return the prompts' ids and mask, padded on the left."""
+    prompts = [alpaca_prompt(question.item.input) for question in questions]
+    return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+
+
+@torch.inference_mode()
+def greedy_texts(model: Any, tokenizer: Any, questions: Sequence[Question], inputs: Any) -> list[str]:
+    """Return the greedy answers of a torch model. `inputs`: as returned by `prompt_inputs`."""
+    longest = max(question.max_tokens for question in questions)
+    ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False, top_k=None, top_p=None)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    cut = [row[: question.max_tokens] for row, question in zip(new, questions, strict=True)]
+    return list(tokenizer.batch_decode(cut, skip_special_tokens=True))
 
 
 class Gates:
@@ -85,7 +106,8 @@ class Gates:
         loss_of = AnswerLoss(self._base.model.embed_tokens.weight, examples, Recipe())
         train_gates(model, examples, loss_of, Packed(examples, self._base.config), recipe, tell)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach() for name, value in model.gates().items()}, kept)
+        gates = {name: value.detach() for name, value in model.gates().items()}
+        save_file(gates | {LOSSES: torch.tensor(losses)}, kept)
 
     def answers(self, model: GatedModel, questions: Sequence[Question], plans: Sequence[Plan], way: str) -> list[str]:
         """Return greedy texts, in order. `gate`: let the gate weigh a plan's adapters by token, not the plan."""
@@ -95,8 +117,30 @@ class Gates:
             rows = order[start : start + _BATCH]
             weights = self._weights([plans[row] for row in rows])
             model.chosen.allowed, model.chosen.fixed = weights > 0, None if way == "gate" else weights
-            texts |= zip(rows, self._generate(model, [questions[row] for row in rows]), strict=True)
+            asked = [questions[row] for row in rows]
+            found = greedy_texts(model.model, self._tokenizer, asked, prompt_inputs(self._tokenizer, asked))
+            texts |= zip(rows, found, strict=True)
         return [texts[row] for row in range(len(questions))]
+
+    @torch.inference_mode()
+    def weighed(self, model: GatedModel, questions: Sequence[Question], plans: Sequence[Plan]) -> list[Plan]:
+        """Return the plans with the gate's weights at the prompt's last token, averaged over the layers."""
+        found: list[Plan] = []
+        for start in range(0, len(questions), _BATCH):
+            chosen = plans[start : start + _BATCH]
+            model.chosen.allowed, model.chosen.fixed = self._weights(chosen) > 0, None
+            inputs = prompt_inputs(self._tokenizer, questions[start : start + _BATCH])
+            model.chosen.seen = seen = list[Tensor]()
+            model.model.get_submodule("model")(**inputs, use_cache=False)
+            model.chosen.seen = None
+            found += map(self._with_weights, chosen, torch.stack(seen).mean(dim=0))
+        return found
+
+    def _with_weights(self, plan: Plan, weights: Tensor) -> Plan:
+        place = {name: number for number, name in enumerate(self._adapters)}
+        return replace(
+            plan, adapters=tuple(replace(a, weight=float(weights[place[a.ref.name]])) for a in plan.adapters)
+        )
 
     def _weights(self, plans: Sequence[Plan]) -> Tensor:
         """Return the plan's weights (B, P)."""
@@ -106,16 +150,6 @@ class Gates:
             for adapter in plan.adapters:
                 weights[row, place[adapter.ref.name]] = adapter.weight
         return weights
-
-    @torch.inference_mode()
-    def _generate(self, model: GatedModel, questions: Sequence[Question]) -> list[str]:
-        prompts = [alpaca_prompt(question.item.input) for question in questions]
-        inputs = self._tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        longest = max(question.max_tokens for question in questions)
-        ids = model.model.generate(**inputs, max_new_tokens=longest, do_sample=False, top_k=None, top_p=None)
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        cut = [row[: question.max_tokens] for row, question in zip(new, questions, strict=True)]
-        return self._tokenizer.batch_decode(cut, skip_special_tokens=True)
 
 
 def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int, key: str) -> list[Step]:
@@ -130,6 +164,8 @@ def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int, key: 
         texts = gates.answers(model, questions, plans, way)
         specs = bench.study.specs
         scores = [score(specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
+        if way == "gate":
+            plans = gates.weighed(model, questions, plans)
         return rows_of(name, questions, plans, scores)
 
     return [
@@ -166,7 +202,36 @@ def section(rows: pd.DataFrame, learnt: Sequence[str]) -> str:
         " trained on the encoder's training tasks, with their adapters only; percent and points with 95 % intervals.\n"
     )
     header = ["", "tasks", *WAYS, *[f"gate − {way}" for way in WAYS[:2]]]
-    return "\n".join(["## A learned gate\n", words, table(header, lines)])
+    weight = own_weight(rows)
+    recorded = [] if weight is None else [_OWN_WEIGHT.format(weight.in_percent())]
+    return "\n".join(["## A learned gate\n", words, table(header, lines), *recorded])
+
+
+def own_weight(rows: pd.DataFrame) -> Interval | None:
+    """Return the gate's weight on own adapters that are in the mixture; None if it was not recorded."""
+    found: dict[str, list[float]] = {}
+    for row in rows[rows["run"] == "gate_iid"].itertuples():
+        names = list(row.adapters)
+        if row.task in names:
+            found.setdefault(row.task, []).append(float(row.weights[names.index(row.task)]))
+    means = np.array([np.mean(weights) for weights in found.values()])
+    if not len(means) or np.allclose(means, 1 / 3, atol=1e-3):
+        return None
+    return bootstrap(means[np.newaxis, :, np.newaxis], resamples_tasks=True)
+
+
+def sentence(folder: Path) -> str:
+    """Return how the gate was trained, and how much of the weight it gives to the own adapter."""
+    found = own_weight(pd.read_parquet(folder / ROWS)) if (folder / ROWS).exists() else None
+    if found is None:
+        return (
+            "RAMoLE's gate was trained for 150 steps. Its weight on the own adapter was not recorded, so either it has"
+            " not learnt, or it cannot help."
+        )
+    return (
+        "RAMoLE's gate was trained until its loss stopped falling. At the end of the prompt it gives"
+        f" {found.in_percent()} % of the weight to the own adapter; equal weights give 33.3 %."
+    )
 
 
 def learnt_by(encoder: str, names: Sequence[str]) -> list[str]:

@@ -16,11 +16,15 @@ from lora_store import AdapterWeights
 
 
 class Chosen:
-    """The adapters that every layer uses. `allowed` (B, P): those of each row; `fixed` (B, P): weights, no gate."""
+    """The adapters that every layer uses. `allowed` (B, P): those of each row; `fixed` (B, P): weights, no gate.
+
+    `seen`: if it is a list, every layer adds its gate's weights (B, P) for the last token of the next input.
+    """
 
     def __init__(self) -> None:
         self.allowed = torch.empty(0, dtype=torch.bool)
         self.fixed: Tensor | None = None
+        self.seen: list[Tensor] | None = None
 
 
 class GatedLinear(nn.Module):
@@ -53,7 +57,10 @@ class GatedLinear(nn.Module):
             return self._chosen.fixed[:, None]
         u = (x @ self.gate_a.T) @ (self._bt @ self.gate_b).T  # (B, T, P R)
         scores = (h * u.view_as(h)).sum(dim=-1) / math.sqrt(len(self.gate_a))
-        return F.softmax(scores.masked_fill(~self._chosen.allowed[:, None], -math.inf), dim=-1)
+        found = F.softmax(scores.masked_fill(~self._chosen.allowed[:, None], -math.inf), dim=-1)
+        if self._chosen.seen is not None:
+            self._chosen.seen.append(found[:, -1].detach())
+        return found
 
 
 class GatedModel:
@@ -89,12 +96,23 @@ class GatedModel:
 class GateRecipe:
     """Training settings of gates. The paper gives only the share of dropped adapters; the others are ours."""
 
-    num_steps: int = 150
+    num_steps: int = 800  # at most
     batch_tokens: int = 256
     learning_rate: float = 1e-3
     dropped: float = 0.5  # of the adapters, drawn again for every step
     least: int = 2  # adapters that are not dropped
     seed: int = 0
+    window: int = 40  # steps; their mean loss decides whether the training has converged
+    patience: int = 3  # windows
+    least_gain: float = 0.01  # of the loss
+
+    def has_converged(self, losses: Sequence[float]) -> bool:
+        """Return whether none of the last `patience` windows has lowered the mean loss by `least_gain`."""
+        if len(losses) % self.window:
+            return False
+        means = [sum(losses[at : at + self.window]) / self.window for at in range(0, len(losses), self.window)]
+        before, last = means[: -self.patience], means[-self.patience :]
+        return bool(before) and min(last) > (1 - self.least_gain) * min(before)
 
 
 def train_gates(
@@ -105,7 +123,7 @@ def train_gates(
     recipe: GateRecipe,
     on_step: Callable[[float], None],
 ) -> None:
-    """Train the gates of `model` on `examples`. Base and adapters do not change.
+    """Train the gates of `model` on `examples` until they have converged. Base and adapters do not change.
 
     Source: RAMoLE (arXiv 2406.16989), equations 12 and 13.
     """
@@ -113,7 +131,7 @@ def train_gates(
     gates = list(model.gates().values())
     optimizer = torch.optim.AdamW(gates, lr=recipe.learning_rate)
     sizes = Recipe(batch_tokens=recipe.batch_tokens, seed=recipe.seed)
-    decoder, model.chosen.fixed = model.model.get_submodule("model"), None
+    decoder, model.chosen.fixed, losses = model.model.get_submodule("model"), None, list[float]()
     kept = min(model.num_adapters, max(recipe.least, round((1 - recipe.dropped) * model.num_adapters)))
     for chosen in islice(batches(examples, sizes, layout), recipe.num_steps):
         batch = layout.batch(chosen)
@@ -125,4 +143,7 @@ def train_gates(
         loss.backward()
         nn.utils.clip_grad_norm_(gates, 1.0)
         optimizer.step()
-        on_step(loss.item())
+        losses.append(loss.item())
+        on_step(losses[-1])
+        if recipe.has_converged(losses):
+            break

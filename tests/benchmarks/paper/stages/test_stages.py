@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -182,6 +183,10 @@ def check_gate(rows: pd.DataFrame) -> None:
     """Check that every way of weighing answers every question, without the own adapter if that is masked."""
     assert set(rows["run"]) == {f"{way}_{pool}" for way in gate.WAYS for pool in gate.POOLS}
     assert rows[rows["run"] == "uniform_iid"]["adapters"].map(len).eq(3).all()
+    sums = rows.set_index("run")["weights"].map(sum)
+    assert np.allclose(sums, 1, atol=1e-3)
+    assert rows[rows["run"] == "uniform_iid"]["weights"].map(lambda own: np.allclose(own, 1 / 3, atol=1e-3)).all()
+    assert rows[rows["run"] == "gate_iid"]["weights"].map(lambda own: np.ptp(own) > 1e-4).any()
     assert not any(task in names for task, names in rows[rows["run"] == "gate_ood"][["task", "adapters"]].to_numpy())
 
 
@@ -224,6 +229,7 @@ def test_the_section_separates_the_gates_training_tasks() -> None:
     """The gate is right on its training task only; the other ways are never right."""
     rows = [
         {"run": f"{way}_{pool}", "task": task, "number": 0, "score": float(way == "gate" and task == "a")}
+        | {"adapters": [task, "x"], "weights": [0.5, 0.5]}
         for way in gate.WAYS
         for pool in gate.POOLS
         for task in "abc"
@@ -231,6 +237,18 @@ def test_the_section_separates_the_gates_training_tasks() -> None:
     lines = [line.strip("| ").split(" | ") for line in gate.section(pd.DataFrame(rows), ["a"]).splitlines()]
     found = {cells[1]: cells[4].split(" ")[0] for cells in lines if cells[0] == "ood"}
     assert found == {"all": "33.3", "1 in the gate's training": "100.0", "2 not in it": "0.0"}
+    assert "own adapters in the mixture: 50.0 (50.0 to 50.0) percent" in gate.section(pd.DataFrame(rows), ["a"])
+
+
+def test_a_gates_weight_counts_only_where_the_own_adapter_is_in_the_mixture(tmp_path: Path) -> None:
+    rows = [("a", ["a", "x"], [0.9, 0.1]), ("a", ["x", "y"], [0.5, 0.5]), ("b", ["x", "b"], [0.7, 0.3])]
+    table = pd.DataFrame([{"run": "gate_iid", "task": t, "adapters": a, "weights": w} for t, a, w in rows])
+    found = gate.own_weight(table)
+    assert found is not None and found.mean == pytest.approx(0.6)
+    table.to_parquet(tmp_path / gate.ROWS)
+    assert "60.0 (30.0 to 90.0) % of the weight" in gate.sentence(tmp_path)
+    table["weights"] = [[1 / 3, 1 / 3]] * 3
+    assert gate.own_weight(table) is None
 
 
 def test_one_adapter_serves_a_batch_or_each_question_has_its_own(bench: Bench) -> None:

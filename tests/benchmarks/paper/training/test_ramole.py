@@ -127,3 +127,42 @@ def test_learnt_gates_weigh_other_adapters_too(frozen: torch.nn.Module, adapters
         again.load_gates(learnt)
         again.chosen.allowed = both
         torch.testing.assert_close(found, frozen(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "converged"),
+    [
+        ([4.0, 3.0, 2.0, 1.0], False),
+        ([1.0, 1.0], False),
+        ([2.0, 1.0, 1.0, 1.0], True),
+        ([2.0, 1.0, 1.0, 0.98], False),
+        ([2.0, 1.0, 1.0, 0.995], True),
+        ([1.0, 2.0, 0.9, 1.5], False),
+    ],
+)
+def test_a_training_has_converged_if_several_windows_bring_nothing(losses: list[float], converged: bool) -> None:
+    recipe = GateRecipe(window=2, patience=2)
+    twice = [value for loss in losses for value in (loss - 0.1, loss + 0.1)]
+    assert recipe.has_converged(twice) is converged
+    assert not recipe.has_converged(twice[:-1])
+
+
+def test_a_training_ends_once_it_has_converged(
+    frozen: torch.nn.Module, adapters: list[AdapterWeights], examples: list[Example]
+) -> None:
+    losses: list[float] = []
+    loss_of = AnswerLoss(frozen.model.embed_tokens.weight, examples, Recipe(vocabulary_len=300))
+    recipe = GateRecipe(num_steps=12, window=1, patience=1, least_gain=1.0)
+    model = GatedModel(frozen, adapters, rank=4)
+    train_gates(model, examples, loss_of, Packed(examples, frozen.config), recipe, losses.append)
+    assert len(losses) == 2
+
+
+def test_watched_layers_report_the_last_tokens_weights(drawn: tuple[torch.Tensor, ...]) -> None:
+    lora_a, lora_b, x = drawn
+    gated, chosen = layer(lora_a, lora_b)
+    chosen.seen = []
+    gated(x)
+    [seen] = chosen.seen
+    torch.testing.assert_close(seen, gated.weights(x, torch.einsum("bti,pri->btpr", x, lora_a))[:, -1])
+    assert seen.shape == (2, P)
