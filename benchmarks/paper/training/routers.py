@@ -44,17 +44,21 @@ class Router(nn.Module):
 
     def forward(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return weights (B, P) of prompts (B, D); each row sums to 1. With a generator, add noise as in training."""
-        logits = self.gate(vectors)
-        if self._kind.num_chosen is None:
-            return F.softmax(logits, dim=-1)
-        if generator is not None:
-            uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-9)
-            logits = (F.log_softmax(logits, dim=-1) - (-uniform.log()).log()) / self._kind.temperature
-        soft = F.softmax(logits, dim=-1)
-        chosen = soft.topk(min(self._kind.num_chosen, soft.shape[-1]), dim=-1).indices
-        kept = soft * torch.zeros_like(soft).scatter(-1, chosen, 1.0)
-        sparse = kept / kept.sum(dim=-1, keepdim=True)
-        return sparse.detach() + soft - soft.detach()  # use the soft weights' gradient: a single chosen expert has none
+        return sparse_weights(self.gate(vectors), self._kind, generator)
+
+
+def sparse_weights(logits: Tensor, kind: RouterKind, noise: torch.Generator | None = None) -> Tensor:
+    """Return weights of logits (..., P): softmax, or its best few, with Gumbel noise if there is a generator."""
+    if kind.num_chosen is None:
+        return F.softmax(logits, dim=-1)
+    if noise is not None:
+        uniform = torch.rand(logits.shape, generator=noise).clamp(1e-9, 1 - 1e-9)
+        logits = (F.log_softmax(logits, dim=-1) - (-uniform.log()).log()) / kind.temperature
+    soft = F.softmax(logits, dim=-1)
+    chosen = soft.topk(min(kind.num_chosen, soft.shape[-1]), dim=-1).indices
+    kept = soft * torch.zeros_like(soft).scatter(-1, chosen, 1.0)
+    sparse = kept / kept.sum(dim=-1, keepdim=True)
+    return sparse.detach() + soft - soft.detach()  # use the soft weights' gradient: a single chosen expert has none
 
 
 def train_router(
@@ -70,7 +74,7 @@ def train_router(
     router = Router(vectors.shape[1], num_experts, kind)
     optimizer = torch.optim.Adam(router.parameters(), lr=kind.learning_rate)
     noise = torch.Generator().manual_seed(kind.seed)
-    for _, rows in zip(range(kind.num_steps), _shuffled(len(examples), kind.seed), strict=False):
+    for _, rows in zip(range(kind.num_steps), shuffled(len(examples), kind.seed), strict=False):
         weights = router(vectors[rows], noise)
         loss = model.loss(Padded().batch([examples[row] for row in rows]), weights, loss_of)
         optimizer.zero_grad()
@@ -80,7 +84,8 @@ def train_router(
     return router
 
 
-def _shuffled(count: int, seed: int) -> Iterator[list[int]]:
+def shuffled(count: int, seed: int) -> Iterator[list[int]]:
+    """Yield shuffled batches of row numbers without end."""
     draw = random.Random(seed)
     while True:
         order = draw.sample(range(count), count)
