@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -62,3 +63,15 @@ def _resampled(tasks: int, queries: int, seed: int) -> np.ndarray:
     """Return (tasks, queries, resamples): the weight of each query in its task's mean."""
     drawn = np.random.default_rng(seed).multinomial(queries, [1 / queries] * queries, (tasks, NUM_RESAMPLES))
     return drawn.transpose(0, 2, 1) / queries
+
+
+def clustered(groups: Sequence[np.ndarray], seed: int = 0) -> Interval:
+    """Return the interval of the mean of all values. Resample groups, and values within each; sizes may differ."""
+    rng = np.random.default_rng(seed)
+    sums, sizes = np.empty((len(groups), NUM_RESAMPLES)), np.array([len(group) for group in groups])
+    for row, values in enumerate(groups):
+        sums[row] = values[rng.integers(0, len(values), (NUM_RESAMPLES, len(values)))].sum(axis=1)
+    drawn = rng.integers(0, len(groups), (len(groups), NUM_RESAMPLES))
+    means = sums[drawn, np.arange(NUM_RESAMPLES)].sum(axis=0) / sizes[drawn].sum(axis=0)
+    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Interval(float(np.concatenate(list(groups)).mean()), float(low), float(high))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.paper.common.intervals import bootstrap
+from benchmarks.paper.common.intervals import bootstrap, clustered
 
 
 def slow_interval(values: np.ndarray, counts: np.ndarray, *, resamples_tasks: bool) -> tuple[float, float]:
@@ -79,3 +79,17 @@ def test_the_interval_for_other_tasks_is_as_wide_as_tasks_differ() -> None:
     assert bootstrap(alike, resamples_tasks=True).high - alike.mean() == pytest.approx(
         1.96 * np.sqrt(alike.mean(axis=2).var() / 40 + 0.25 / 2000), rel=0.15
     )
+
+
+def test_groups_of_different_sizes_are_resampled_as_a_loop_does() -> None:
+    rng = np.random.default_rng(3)
+    groups = [
+        (rng.random(size) < share).astype(float) for size, share in zip([4, 30, 9, 1, 60], rng.random(5), strict=True)
+    ]
+    found, means = clustered(groups), []
+    for _ in range(2000):
+        drawn = [groups[int(rng.integers(len(groups)))] for _ in groups]
+        means.append(np.concatenate([rng.choice(own, len(own)) for own in drawn]).mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found.mean == pytest.approx(np.concatenate(groups).mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.08 * (high - low))
