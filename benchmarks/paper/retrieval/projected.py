@@ -21,7 +21,7 @@ from benchmarks.paper.common.resumable import Step
 from benchmarks.paper.common.tasks import TaskList
 from benchmarks.paper.retrieval.experiments import Experiments
 from benchmarks.paper.retrieval.ranking import retriever_of
-from benchmarks.paper.retrieval.study import UNTRAINED, Task
+from benchmarks.paper.retrieval.study import UNTRAINED, Task, main_draws
 from benchmarks.routing.shipped import family_of
 from deployments.cli.routing import auroc
 from retriever_svc import Encoder, ProjectionFiles, Retriever, Route, RouteRequest, fit_whitening
@@ -70,13 +70,13 @@ def others_of(listed: TaskList, tasks: Sequence[Task], spares: Sequence[Task]) -
 def projection_steps(experiments: Experiments, others: Others) -> list[Step]:
     """Return a step for the untrained encoder and for each trained one of the paper's share of tasks."""
     study = experiments.study
-    names = [UNTRAINED, *[draw.name for draw in study.draws() if draw.is_main]]
+    draws = {draw.name: draw for draw in main_draws(study.names)}
+    names = [UNTRAINED, *draws]
     cost = sum(len(task.samples) + len(task.choice) + len(task.test) for task in (*study.tasks, *study.spares))
 
     def run(name: str) -> pa.Table:
-        for draw in study.draws():
-            if draw.name == name:
-                experiments.train(draw)
+        if name in draws:
+            experiments.train(draws[name])
         spares = study.spares if name == UNTRAINED else ()
         return projected_rows(experiments.encoder(name), name, study.tasks, spares, others)
 

@@ -11,7 +11,7 @@ from benchmarks.paper.common.markdown import plot
 from benchmarks.paper.retrieval import projected, tables
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
-from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED
+from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED, main_draws
 from benchmarks.results_file import write_part
 
 READING = Path(__file__).with_name("reading.md")
@@ -58,7 +58,7 @@ def projected_figures(rows: pd.DataFrame, rankings: Rankings) -> dict[str, float
     """Return the same of the projections, of the test part: with the packaged one untrained, refitted when trained."""
     found = projected.Projections(rows, "test")
     trained = [name for name in found.encoders if name != UNTRAINED]
-    seen = {name: set(rankings.draws.query("draw == @name and seen")["task"]) for name in trained}
+    seen = {draw.name: set(draw.tasks) for draw in main_draws(rankings.tasks)}
     gain = projected.unseen_gains(rows, seen)["refit", "none"]
     intervals = {
         "projected_top1_packaged": found.top([UNTRAINED], "packaged"),

@@ -15,6 +15,7 @@ UNTRAINED = "untrained"
 SHARES = (0.1, 0.2, 0.4, 0.6, 1.0)
 SEEDS = (0, 1, 2)
 MAIN_SHARE = 0.4  # as in the paper
+MAIN_SEEDS = (0, 1, 2, 3, 4)  # of the comparison with the projection, which needs no training
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,11 @@ class Study:
         shared = [_share(self.names, share, seed) for seed in self.seeds for share in self.shares]
         clusters = [_clusters(self.tasks, MAIN_SHARE, seed) for seed in self.seeds]
         return sorted([*shared, *clusters], key=lambda draw: (not draw.is_main, draw.seed))
+
+
+def main_draws(names: Sequence[str]) -> list[Draw]:
+    """Return the draws of the paper's share of tasks."""
+    return [_share(names, MAIN_SHARE, seed) for seed in MAIN_SEEDS]
 
 
 def study_of(listed: TaskList, pool: Sequence[TaskSpec], parts: Mapping[str, Parts]) -> Study:

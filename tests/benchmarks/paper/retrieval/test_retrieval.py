@@ -25,7 +25,7 @@ from benchmarks.paper.retrieval.ranking import index_of, nearest, place_of, rank
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.results import write_tables
 from benchmarks.paper.retrieval.samples import sample_rows
-from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task
+from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task, main_draws
 from retriever_svc import Encoder
 from retriever_svc.training import TrainingSettings
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
@@ -90,6 +90,12 @@ def test_draws_are_shares_of_tasks_or_whole_clusters_with_the_main_ones_first() 
             assert sorted(sizes) == [0, 0, 0, 4, 4]
         else:
             assert len(draw.tasks) == round(draw.share * NUM_POOL)
+
+
+def test_the_comparison_with_the_projection_has_more_draws_of_the_same_share() -> None:
+    named = {draw.name: draw for draw in main_draws(STUDY.names)}
+    assert len({draw.tasks for draw in named.values()}) == len(named) == 5
+    assert [draw for draw in STUDY.draws() if draw.is_main] == [named["share40-seed0"], named["share40-seed1"]]
 
 
 def test_places_equal_a_slow_loop_for_both_scores(encoder: Encoder) -> None:
