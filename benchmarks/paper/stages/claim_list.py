@@ -1,4 +1,4 @@
-"""The paper's claims and what goes beyond them: which difference shows each, and why it came out as it did."""
+"""The paper's claims: which difference shows each, and why it came out as it did."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.paper.common.intervals import Interval, bootstrap
-from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT
-from benchmarks.paper.retrieval.study import UNTRAINED
+from benchmarks.paper.retrieval.ranking import COSINE
 from benchmarks.paper.stages.answer_tables import BASELINES, ROUTED, ROWS
 from benchmarks.paper.stages.claims import Claim, Results
 
@@ -26,16 +25,6 @@ def of_file(name: str, one: str, other: str) -> Callable[[Results], Interval]:
 def _kept_by_selection(results: Results) -> Interval:
     scores = results.main.scores("selection_iid") - 0.9 * results.main.scores("perfect")
     return bootstrap(scores.to_numpy()[np.newaxis], resamples_tasks=True)
-
-
-def _by_projection(results: Results) -> Interval:
-    hits = [results.projections.hits([UNTRAINED], projection) for projection in ("refit", "none")]
-    return bootstrap(hits[0] - hits[1], resamples_tasks=True)
-
-
-def _by_cosine(results: Results) -> Interval:
-    hits = [results.rankings.hits([UNTRAINED], score, 1) for score in (COSINE, PRODUCT)]
-    return bootstrap(hits[0] - hits[1], resamples_tasks=True)
 
 
 def _by_training(results: Results) -> Interval:
@@ -198,124 +187,5 @@ PAPERS = (
         "above",
         of_file("gate.parquet", "gate_ood", "uniform_ood"),
         "As above.",
-    ),
-)
-BEYOND = (
-    Claim(
-        "Cosine finds the own adapter more often than the inner product with means that are not normalised.",
-        "The text has cosine, the released code the inner product",
-        "retrieval",
-        ("retrieval_ranks.parquet", "retrieval_draws.parquet"),
-        "above",
-        _by_cosine,
-        "Untrained encoder. Tasks with diverse samples have short means.",
-    ),
-    Claim(
-        "A projection fitted to the pool's samples finds the own adapter more often.",
-        "–",
-        "retrieval",
-        ("retrieval_projections.parquet",),
-        "above",
-        _by_projection,
-        "Whitening: no training, one product of 384 × 384 for each prompt.",
-    ),
-    Claim(
-        "Softmax weights are better than equal ones, in distribution.",
-        "–",
-        "ablations",
-        ("ablations.parquet",),
-        "above",
-        of_file("ablations.parquet", "softmax_iid", "mixture_k3_iid"),
-        "The ratio of the own adapter's weight to the others' matters.",
-    ),
-    Claim(
-        "The server's default `auto` is at least as good as selection, in distribution.",
-        "–",
-        "auto",
-        ("auto.parquet",),
-        "at least",
-        of_file("auto.parquet", "auto_iid", "selection_iid"),
-        "8 questions a task, with abstention, as served.",
-    ),
-    Claim(
-        "The server's default `auto` is at least as good as selection, out of distribution.",
-        "–",
-        "auto",
-        ("auto.parquet",),
-        "at least",
-        of_file("auto.parquet", "auto_ood", "selection_ood"),
-        "As above.",
-    ),
-    Claim(
-        "`auto` is better than the paper's mixture, in distribution.",
-        "–",
-        "auto",
-        ("auto.parquet",),
-        "above",
-        of_file("auto.parquet", "auto_iid_always", "uniform_iid_always"),
-        "Both without abstention.",
-    ),
-    Claim(
-        "`auto` is at least as good as the paper's mixture, out of distribution.",
-        "–",
-        "auto",
-        ("auto.parquet",),
-        "at least",
-        of_file("auto.parquet", "auto_ood_always", "uniform_ood_always"),
-        "Both without abstention.",
-    ),
-    Claim(
-        "Out of distribution the mixture is better than guessing.",
-        "–",
-        "main_table",
-        _MAIN,
-        "above",
-        of_main("mixture_ood", "majority"),
-        "Where answers have a form of their own, no other adapter gives them.",
-    ),
-    Claim(
-        "A quarter of the weight on a copy that was trained on exchanged answers does no harm.",
-        "–",
-        "conflicts",
-        ("conflicts.parquet",),
-        "at least",
-        of_file("conflicts.parquet", "own_flipped_0.25", "own"),
-        "4 tasks. From half of the weight on, the copy decides.",
-    ),
-    Claim(
-        "A copy that was trained on exchanged answers does not harm selection.",
-        "–",
-        "conflicts",
-        ("conflicts.parquet",),
-        "at least",
-        of_file("conflicts.parquet", "flipped_selection", "plain_selection"),
-        "4 tasks. Both have samples of the same kind, so retrieval cannot distinguish them.",
-    ),
-    Claim(
-        "Evaluation by the server brings selection back over such copies.",
-        "–",
-        "competence",
-        ("competence.parquet",),
-        "above",
-        of_file("competence.parquet", "measured_selection", "flipped_selection"),
-        "4 tasks of 25 questions.",
-    ),
-    Claim(
-        "Two halves of a task's examples mix as well as the whole.",
-        "–",
-        "conflicts",
-        ("conflicts.parquet",),
-        "at least",
-        of_file("conflicts.parquet", "halves_mixture", "own"),
-        "4 tasks: too few to say.",
-    ),
-    Claim(
-        "A mixture of different ranks, modules and scalings is as good as one of equal adapters.",
-        "–",
-        "mixed_pool",
-        ("mixed_pool.parquet",),
-        "at least",
-        of_file("mixed_pool.parquet", "mixed_mixture_iid", "uniform_mixture_iid"),
-        "12 tasks. Rank and modules differ together with the task.",
     ),
 )

@@ -20,8 +20,9 @@ from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.pool.choose import read_pool
-from benchmarks.paper.retrieval.projected import KIND, Projections
+from benchmarks.paper.retrieval.projected import KIND, Projections, unseen_gains
 from benchmarks.paper.retrieval.rankings import Rankings
+from benchmarks.paper.retrieval.study import main_draws
 from benchmarks.paper.stages.answer_tables import BASELINES, ROWS, Answers
 
 TIE = 0.03  # two methods that differ by less are equal
@@ -56,6 +57,12 @@ class Results:
     @cached_property
     def projections(self) -> Projections:
         return Projections(pd.read_parquet(self._folder / f"retrieval_{KIND}.parquet"), "test")
+
+    @cached_property
+    def unseen_gains(self) -> dict[tuple[str, str], Interval]:
+        """The points of top-1 on tasks that trained encoders have not seen, by both projections."""
+        seen = {draw.name: set(draw.tasks) for draw in main_draws(read_pool())}
+        return unseen_gains(pd.read_parquet(self._folder / f"retrieval_{KIND}.parquet"), seen)
 
     @cached_property
     def experts(self) -> list[str]:

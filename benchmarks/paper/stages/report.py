@@ -14,10 +14,11 @@ import typer
 from benchmarks.paper.common.intervals import Interval
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.workspace import PAPER_RESULTS
-from benchmarks.paper.stages import companions, errors, rerank
+from benchmarks.paper.stages import companions, errors, gate, rerank, sizes, stream
 from benchmarks.paper.stages.answer_tables import ROUTED, Answers
-from benchmarks.paper.stages.claim_list import BEYOND, PAPERS, of_file
+from benchmarks.paper.stages.claim_list import PAPERS, of_file
 from benchmarks.paper.stages.claims import Claim, Results, claims_table
+from benchmarks.paper.stages.claims_beyond import BEYOND
 
 _PAPER = Path(__file__).parents[1]
 REPORT = _PAPER / "REPORT.md"
@@ -39,9 +40,12 @@ SECTIONS = (
     "flan_pool.md",
     "recipes.md",
     "gate.md",
+    "layer_routers.md",
     "kinds.md",
     "mixed_pool.md",
     "arrivals.md",
+    "sizes.md",
+    "stream.md",
     "served_study.md",
     "served_starter.md",
 )
@@ -201,6 +205,9 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "errors": errors.sentence(folder),
         "dots": errors.dots_sentence(folder),
         "companions": companions.sentence(folder),
+        "gate": gate.sentence(folder),
+        "sizes": sizes.sentence(folder),
+        "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),
         "missing": f"Stages without results: {', '.join(missing)}." if missing else "",
         "appendices": appendices_of(folder),

@@ -11,8 +11,9 @@ import pytest
 from benchmarks.paper.__main__ import STAGES
 from benchmarks.paper.common.workspace import PAPER_RESULTS
 from benchmarks.paper.stages.answer_tables import BASELINES, ROWS
-from benchmarks.paper.stages.claim_list import BEYOND, PAPERS
+from benchmarks.paper.stages.claim_list import PAPERS
 from benchmarks.paper.stages.claims import Results
+from benchmarks.paper.stages.claims_beyond import BEYOND
 
 
 def test_every_claim_names_the_stage_that_measures_its_rows() -> None:

@@ -1,0 +1,260 @@
+"""Claims that go beyond the paper: which difference shows each, and why it came out as it did."""
+
+from __future__ import annotations
+
+from benchmarks.paper.common.intervals import Interval, bootstrap
+from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT
+from benchmarks.paper.retrieval.study import UNTRAINED
+from benchmarks.paper.stages import companions, flan_pool, natural, recipes, rerank
+from benchmarks.paper.stages.answer_tables import BASELINES, ROWS
+from benchmarks.paper.stages.claim_list import of_file, of_main
+from benchmarks.paper.stages.claims import Claim, Results
+
+
+def _by_projection(results: Results) -> Interval:
+    hits = [results.projections.hits([UNTRAINED], projection) for projection in ("refit", "none")]
+    return bootstrap(hits[0] - hits[1], resamples_tasks=True)
+
+
+def _by_cosine(results: Results) -> Interval:
+    hits = [results.rankings.hits([UNTRAINED], score, 1) for score in (COSINE, PRODUCT)]
+    return bootstrap(hits[0] - hits[1], resamples_tasks=True)
+
+
+def _training_against_projection(results: Results) -> Interval:
+    return results.unseen_gains["none", "refit"]
+
+
+def _training_with_projection(results: Results) -> Interval:
+    return results.unseen_gains["refit", "refit"]
+
+
+_PROJECTIONS = ("retrieval_projections.parquet",)
+_MAIN, _FLAN, _NEAR = (ROWS, BASELINES), (flan_pool.ROWS,), (companions.ROWS,)
+BEYOND = (
+    Claim(
+        "Cosine finds the own adapter more often than the inner product with means that are not normalised.",
+        "The text has cosine, the released code the inner product",
+        "retrieval",
+        ("retrieval_ranks.parquet", "retrieval_draws.parquet"),
+        "above",
+        _by_cosine,
+        "Untrained encoder. Tasks with diverse samples have short means.",
+    ),
+    Claim(
+        "A projection fitted to the pool's samples finds the own adapter more often.",
+        "–",
+        "retrieval",
+        _PROJECTIONS,
+        "above",
+        _by_projection,
+        "Whitening: no training, one product of 384 × 384 for each prompt.",
+    ),
+    Claim(
+        "Softmax weights are better than equal ones, in distribution.",
+        "–",
+        "ablations",
+        ("ablations.parquet",),
+        "above",
+        of_file("ablations.parquet", "softmax_iid", "mixture_k3_iid"),
+        "The ratio of the own adapter's weight to the others' matters.",
+    ),
+    Claim(
+        "The server's default `auto` is at least as good as selection, in distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "at least",
+        of_file("auto.parquet", "auto_iid", "selection_iid"),
+        "8 questions a task, with abstention, as served.",
+    ),
+    Claim(
+        "The server's default `auto` is at least as good as selection, out of distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "at least",
+        of_file("auto.parquet", "auto_ood", "selection_ood"),
+        "As above.",
+    ),
+    Claim(
+        "`auto` is better than the paper's mixture, in distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "above",
+        of_file("auto.parquet", "auto_iid_always", "uniform_iid_always"),
+        "Both without abstention.",
+    ),
+    Claim(
+        "`auto` is at least as good as the paper's mixture, out of distribution.",
+        "–",
+        "auto",
+        ("auto.parquet",),
+        "at least",
+        of_file("auto.parquet", "auto_ood_always", "uniform_ood_always"),
+        "Both without abstention.",
+    ),
+    Claim(
+        "Out of distribution the mixture is better than guessing.",
+        "–",
+        "main_table",
+        _MAIN,
+        "above",
+        of_main("mixture_ood", "majority"),
+        "Where answers have a form of their own, no other adapter gives them.",
+    ),
+    Claim(
+        "A quarter of the weight on a copy that was trained on exchanged answers does no harm.",
+        "–",
+        "conflicts",
+        ("conflicts.parquet",),
+        "at least",
+        of_file("conflicts.parquet", "own_flipped_0.25", "own"),
+        "4 tasks. From half of the weight on, the copy decides.",
+    ),
+    Claim(
+        "A copy that was trained on exchanged answers does not harm selection.",
+        "–",
+        "conflicts",
+        ("conflicts.parquet",),
+        "at least",
+        of_file("conflicts.parquet", "flipped_selection", "plain_selection"),
+        "4 tasks. Both have samples of the same kind, so retrieval cannot distinguish them.",
+    ),
+    Claim(
+        "Evaluation by the server brings selection back over such copies.",
+        "–",
+        "competence",
+        ("competence.parquet",),
+        "above",
+        of_file("competence.parquet", "measured_selection", "flipped_selection"),
+        "4 tasks of 25 questions.",
+    ),
+    Claim(
+        "Two halves of a task's examples mix as well as the whole.",
+        "–",
+        "conflicts",
+        ("conflicts.parquet",),
+        "at least",
+        of_file("conflicts.parquet", "halves_mixture", "own"),
+        "4 tasks: too few to say.",
+    ),
+    Claim(
+        "A mixture of different ranks, modules and scalings is as good as one of equal adapters.",
+        "–",
+        "mixed_pool",
+        ("mixed_pool.parquet",),
+        "at least",
+        of_file("mixed_pool.parquet", "mixed_mixture_iid", "uniform_mixture_iid"),
+        "12 tasks. Rank and modules differ together with the task.",
+    ),
+    Claim(
+        "On tasks that an encoder has not seen, training on 40 % is better than the projection without training.",
+        "–",
+        "retrieval",
+        _PROJECTIONS,
+        "above",
+        _training_against_projection,
+        "The projection fitted to the pool needs no training and reads the same samples.",
+    ),
+    Claim(
+        "Training on 40 % adds to the projection on tasks that the encoder has not seen.",
+        "–",
+        "retrieval",
+        _PROJECTIONS,
+        "above",
+        _training_with_projection,
+        "Both encoders have a projection fitted to the pool.",
+    ),
+    Claim(
+        "A third of the own adapter, alone, is as good as the whole.",
+        "–",
+        "companions",
+        _NEAR,
+        "at least",
+        of_file(companions.ROWS, "own_third", "own"),
+        "The adapters are saturated: the weight itself hardly matters.",
+    ),
+    Claim(
+        "Equal companions of the farthest tasks do no harm.",
+        "–",
+        "companions",
+        _NEAR,
+        "at least",
+        of_file(companions.ROWS, "farthest_1", "own"),
+        "Any second function in the sum competes with the own one.",
+    ),
+    Claim(
+        "Random companions are better than the nearest, at equal weights.",
+        "–",
+        "companions",
+        _NEAR,
+        "above",
+        of_file(companions.ROWS, "random_1", "nearest_1"),
+        "The nearest adapters read the same kind of input and do something else with it.",
+    ),
+    Claim(
+        "Half of the weight on an adapter of a related task does no harm.",
+        "–",
+        "natural",
+        (natural.ROWS,),
+        "at least",
+        of_file(natural.ROWS, "own_0.5", "own"),
+        "12 tasks in pairs of similar inputs and different functions.",
+    ),
+    Claim(
+        "A quarter of the weight on an adapter of a related task does no harm.",
+        "–",
+        "natural",
+        (natural.ROWS,),
+        "at least",
+        of_file(natural.ROWS, "own_0.75", "own"),
+        "As above: the ratio of 3 : 1 decides.",
+    ),
+    Claim(
+        "Where all tasks share their labels, the mixture is as good as selection, in distribution.",
+        "52.4 and 54.1; 61.5 and 61.8",
+        "flan_pool",
+        _FLAN,
+        "equal",
+        of_file(flan_pool.ROWS, "mixture_iid", "selection_iid"),
+        "12 tasks with the same four labels, as in Flan's clusters: companions have the same function.",
+    ),
+    Claim(
+        "Where all tasks share their labels, the mixture is better than selection, out of distribution.",
+        "47.3 and 44.4; 54.8 and 49.2",
+        "flan_pool",
+        _FLAN,
+        "above",
+        of_file(flan_pool.ROWS, "mixture_ood", "selection_ood"),
+        "As above.",
+    ),
+    Claim(
+        "Where all tasks share their labels, `auto` is at least as good as the paper's mixture, out of distribution.",
+        "–",
+        "flan_pool",
+        _FLAN,
+        "at least",
+        of_file(flan_pool.ROWS, "auto_ood", "mixture_ood"),
+        "`auto` lets companions of the same function keep their weight.",
+    ),
+    Claim(
+        "Choosing among three answers by the model's log probability is better than the nearest adapter.",
+        "–",
+        "rerank",
+        (rerank.ROWS,),
+        "above",
+        of_file(rerank.ROWS, "likelihood_iid", "first_iid"),
+        "Most adapters are sure of their answers, right or wrong.",
+    ),
+    Claim(
+        "With adapters that were trained at a third of the scale too, the mixture is as good as selection.",
+        "–",
+        "recipes",
+        (recipes.ROWS,),
+        "equal",
+        of_file(recipes.ROWS, f"{recipes.SCALES}_mixture_iid", f"{recipes.SCALES}_selection_iid"),
+        "12 tasks, in distribution.",
+    ),
+)
