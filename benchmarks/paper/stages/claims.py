@@ -116,8 +116,8 @@ def claims_table(claims: Sequence[Claim], results: Results) -> str:
     for claim in claims:
         if results.has(claim.rows):
             found = claim.difference(results)
-            judged = [found.in_percent(), f"**{verdict(claim.expected, found)}**"]
+            judged = [found.in_percent(), f"**{verdict(claim.expected, found)}**", claim.why]
         else:
-            judged = ["not measured yet", "–"]
-        rows.append([claim.text, claim.paper, *judged, claim.why, f"`{claim.stage}`"])
+            judged = ["not measured yet", "–", "–"]
+        rows.append([claim.text, claim.paper, *judged, f"`{claim.stage}`"])
     return table(["claim", "paper", "here, points", "verdict", "why", "stage"], rows)

@@ -66,5 +66,5 @@ def test_a_claim_without_rows_is_not_judged(tmp_path: Path) -> None:
     lines = claims_table(made, Results(tmp_path)).splitlines()[2:]
     assert lines == [
         "| It helps. | 1 and 0 | 100.0 (100.0 to 100.0) | **holds** | Because. | `auto` |",
-        "| It helps. | 1 and 0 | not measured yet | – | Because. | `auto` |",
+        "| It helps. | 1 and 0 | not measured yet | – | – | `auto` |",
     ]
