@@ -27,7 +27,7 @@ setup: $(READY) ## install everything into .venv; ENGINE=vllm, and DEVICE=cuda f
 
 serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000; ENGINE=vllm; ARGS="--port 8001"
 	$(BIN)/loraretriever serve --preload examples/starter_pool \
-		$(if $(filter vllm,$(ENGINE)),--config examples/vllm.yaml) $(ARGS)
+		--config examples/$(if $(filter vllm,$(ENGINE)),vllm,starter).yaml $(ARGS)
 
 demo: $(READY) ## answer the starter pool's held-out prompts with every strategy, print the table, stop
 	$(BIN)/python -m examples.demo $(ARGS)

@@ -100,6 +100,7 @@ class WorkerConfig(EngineSettings):
     base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
     max_new_tokens: AtLeastOne = 8192  # of an answer whose request names no max_tokens, within the context
     generation_config: Literal["auto", "none"] = "auto"  # auto: the base model's own defaults for sampling
+    sampling_defaults: tuple[tuple[str, float], ...] = ()  # the operator's, by name, in place of the base model's
     cache_dir: Path = DEFAULT_CACHE_DIR
     chat_template: str | None = None  # the operator's Jinja source, in place of the base model's own
     tool_parser: ToolParser = "auto"

@@ -21,7 +21,7 @@ class ModelCard(TypedDict):
     root: str
     parent: str | None
     template: str  # of its chats: alpaca or chat; auto where this replica has not the model's files
-    sampling_defaults: dict[str, float]  # for parameters that a request leaves unset, from the base model's own file
+    sampling_defaults: dict[str, float]  # for parameters that a request leaves unset, the settings' or the base model's
 
 
 class ModelList(TypedDict):

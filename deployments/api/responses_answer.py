@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from copy import deepcopy
 from typing import Literal, NotRequired, cast
@@ -108,10 +108,12 @@ class ResponseForm:
     """Gives one chat the shape of a response. It belongs to one request, whose fields the response repeats.
 
     The answer is a list of items: a message, then calls. One item is open at a time; the last ones are complete.
+    `defaults`: what the server uses for sampling parameters that the request leaves unset.
     """
 
-    def __init__(self, request: ResponsesRequest, request_id: str) -> None:
+    def __init__(self, request: ResponsesRequest, request_id: str, defaults: Mapping[str, float]) -> None:
         self._request, self._request_id = request, request_id
+        self._defaults = defaults
         self._created_at = int(time.time())
         self._num_events = 0
         self._items: list[OutputMessage | OutputCall] = []
@@ -247,6 +249,12 @@ class ResponseForm:
     def _end(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self._reason == "length" else "completed"
 
+    def _sampled(self, name: str) -> float:
+        """Return the value of a sampling parameter that the answer was made with."""
+        is_given = name in self._request.model_fields_set
+        value: float = getattr(self._request, name)
+        return value if is_given else self._defaults.get(name, value)
+
     def _response(self, status: Status) -> ResponseObject:
         request = self._request
         response: ResponseObject = {
@@ -268,12 +276,12 @@ class ResponseForm:
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": request.temperature,
+            "temperature": self._sampled("temperature"),
             "text": request.text_format,
             "tool_choice": request.shown_choice,
             "tools": request.shown_tools,
             "top_logprobs": request.top_logprobs or 0,
-            "top_p": request.top_p,
+            "top_p": self._sampled("top_p"),
             "truncation": "disabled",
             "user": request.user,
         }

@@ -14,7 +14,8 @@ from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
 
 # Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
 _OF_APP = (
-    *("base_model", "base_model_name", "store_uri", "template", "max_new_tokens"),
+    *("base_model", "base_model_name", "store_uri", "template", "max_new_tokens", "generation_config"),
+    "sampling_defaults",
     *("public_requires_approval", "owner_names"),
 )
 _OF_RETRIEVAL = (

@@ -13,6 +13,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from deployments.config.parts import RetrievalSettings as RetrievalSettings
+from deployments.config.parts import SamplingDefaults as SamplingDefaults
 from deployments.config.parts import Settings
 from deployments.config.parts import WorkerSettings as WorkerSettings
 from deployments.config.settings_errors import refuse_renamed
@@ -111,6 +112,7 @@ class AppConfig(Settings):
     # Adapter folders, or folders of adapter folders. The start publishes those whose names are not live yet.
     preload: tuple[Path, ...] = ()
     admission: Limits = Limits()
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
     worker: WorkerSettings = WorkerSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     ingress_scaling: ScalingSettings = ScalingSettings(
@@ -311,11 +313,11 @@ class AppConfig(Settings):
         return {template_digest(source): "chat" for source in (*named, *own)}
 
     @cached_property
-    def sampling_defaults(self) -> dict[str, float]:
-        """The base model's own sampling parameters, by name, as far as its files are on this machine."""
-        if self.generation_config == "none" or self.base_model == PACKAGED_MODEL:  # the packaged one has none
-            return {}
-        return sampling_defaults_of_files(self.base_model)
+    def sampling_defaults_in_use(self) -> dict[str, float]:
+        """What a request leaves unset, by name: the settings', then the base model's own if its files are here."""
+        has_own = self.generation_config == "auto" and self.base_model != PACKAGED_MODEL  # the packaged one has none
+        own = sampling_defaults_of_files(self.base_model) if has_own else {}
+        return own | self.sampling_defaults.given
 
     @cached_property
     def accepted_bases(self) -> frozenset[str]:
@@ -364,6 +366,7 @@ class AppConfig(Settings):
             base_model=self.base_model,
             max_new_tokens=self.max_new_tokens,
             generation_config=self.generation_config,
+            sampling_defaults=tuple(self.sampling_defaults.given.items()),
             cache_dir=self.cache_dir,
             device_share=share,
             **settings,

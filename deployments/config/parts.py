@@ -31,6 +31,21 @@ class WorkerSettings(EngineSettings):
     niceness: Annotated[int, Ge(0), Le(19)] = 5
 
 
+class SamplingDefaults(Settings):
+    """Sampling parameters for requests that leave them unset, in place of the base model's own."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)  # 0 always picks the most likely token
+    top_p: float | None = Field(default=None, gt=0, le=1)  # 1: all tokens
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)  # 0: all tokens
+    min_p: float | None = Field(default=None, ge=0, le=1)  # least probability, relative to the most likely token
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)  # 1: none
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The parameters that are set, by name."""
+        return self.model_dump(exclude_none=True)
+
+
 class RetrievalSettings(Settings):
     """Defaults for `model: auto`. The `lora` object of a request overrides them."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings, SamplingDefaults, WorkerSettings
 from deployments.scaling.settings import ScalingSettings
 from docs.generate.markdown import code, table
 from docs.generate.texts import load
@@ -23,6 +23,7 @@ _KINDS: Mapping[type, str] = {
     AppConfig: "top",
     WorkerSettings: "worker",
     RetrievalSettings: "retrieval",
+    SamplingDefaults: "sampling_defaults",
     ScalingSettings: "scaling",
     Limits: "admission",
 }

@@ -109,8 +109,9 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
 
 
 def sampling_defaults(config: WorkerConfig) -> dict[str, float]:
-    """Return the base model's own sampling parameters, by name, if the settings want them."""
-    return sampling_defaults_of_files(model_source(config)) if config.generation_config == "auto" else {}
+    """Return the sampling parameters for what a request leaves unset: the operator's, then the base model's own."""
+    own = sampling_defaults_of_files(model_source(config)) if config.generation_config == "auto" else {}
+    return own | dict(config.sampling_defaults)
 
 
 def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:

@@ -24,7 +24,7 @@ MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BIASED_IDS = 300
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""The parameters for which a base model may have values of its own, in its `generation_config.json`."""
+"""The parameters for which the settings, or a base model's `generation_config.json`, may have values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     grammar: Grammar | None = None  # what the answer must follow; it ends the answer
-    unset: frozenset[str] = frozenset()  # names of SAMPLING_DEFAULTS that the base model's own values replace
+    unset: frozenset[str] = frozenset()  # names of SAMPLING_DEFAULTS that the server's values replace
 
     def __post_init__(self) -> None:
         self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 0, "be at least 0")
@@ -98,7 +98,7 @@ class SamplingParams:
             raise SamplingInvalid(f"{name} must {rule}, got {getattr(self, name)}", name)
 
     def with_defaults(self, defaults: Mapping[str, float]) -> SamplingParams:
-        """Return the parameters with the base model's values, by name, for those that the client left unset."""
+        """Return the parameters with the server's values, by name, for those that the client left unset."""
         own = {name: value for name, value in defaults.items() if name in self.unset}
         return replace(self, **own) if own else self  # type: ignore[arg-type]
 

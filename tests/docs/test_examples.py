@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from deployments.cli.main import cli
 from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
 from tests.docs.pages import ROOT, CodeBlock, blocks_of, pages
 
 BLOCKS = [block for page in pages() for block in blocks_of(page)]
@@ -114,3 +115,13 @@ def exists(words: list[str]) -> bool:
 def options(command: Any) -> set[str]:
     """Return the names of a command's options."""
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_make_serve_answers_without_chance_where_a_request_sets_nothing(engine: str) -> None:
+    command = ["make", "--dry-run", "serve", f"ENGINE={engine}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [file] = re.findall(r"--config (\S+)", printed)
+    config = load_config(ROOT / file)
+    assert config.sampling_defaults_in_use == {"temperature": 0}
+    assert config.worker.engine == engine

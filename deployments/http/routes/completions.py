@@ -56,7 +56,8 @@ async def responses(
     """Answer as a chat does, in the shape of the Responses API. Nothing is stored: `input` is a whole conversation."""
     if body.previous_response_id is not None:
         raise ResponseNotStored
-    return await _respond(body, caller, services, context, ResponseForm(body, context.request_id))
+    form = ResponseForm(body, context.request_id, services.config.sampling_defaults_in_use)
+    return await _respond(body, caller, services, context, form)
 
 
 @router.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)

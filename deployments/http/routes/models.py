@@ -76,7 +76,7 @@ class _Cards:
 
     @classmethod
     def of(cls, config: AppConfig) -> Self:
-        return cls(config.served_base_name, config.template_in_use, config.sampling_defaults)
+        return cls(config.served_base_name, config.template_in_use, config.sampling_defaults_in_use)
 
     def own(self, query: ModelQuery) -> list[ModelCard]:
         """Return those of `auto` and the base model that belong to the page. Filters for adapters exclude them."""

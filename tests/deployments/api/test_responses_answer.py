@@ -21,6 +21,7 @@ from lora_store import BASE_PLAN
 
 PLAN = Planned(BASE_PLAN)
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+DEFAULTS = {"temperature": 0.5, "min_p": 0.1}
 OPENED = ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
 CLOSED = ["response.output_text.done", "response.content_part.done", "response.output_item.done"]
 
@@ -41,7 +42,7 @@ def answer_of(*, num_logprobs: int | None = None) -> Answer:
 
 
 def form_of(**fields: Any) -> ResponseForm:
-    return ResponseForm(ResponsesRequest.model_validate({"input": "Hi"} | fields), "r")
+    return ResponseForm(ResponsesRequest.model_validate({"input": "Hi"} | fields), "r", DEFAULTS)
 
 
 def streamed(deltas: Sequence[Delta], form: ResponseForm, *, with_end: bool = True) -> list[JsonObject]:
@@ -182,3 +183,12 @@ def test_calls_of_a_stream_and_of_a_whole_answer_agree(deltas: Sequence[Delta]) 
     found = whole(deltas, form_of())
     assert last["response"] | {"created_at": 0} == found | {"created_at": 0}
     assert [item["type"] for item in found["output"]][-2:] == ["function_call"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [({}, (0.5, 1.0)), ({"temperature": 1.0, "top_p": 0.9}, (1.0, 0.9)), ({"temperature": 0}, (0, 1))],
+)
+def test_a_response_shows_the_sampling_that_it_was_made_with(given: dict[str, float], shown: tuple[float, ...]) -> None:
+    response = whole(DELTAS, form_of(**given))
+    assert (response["temperature"], response["top_p"]) == shown

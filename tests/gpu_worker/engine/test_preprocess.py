@@ -10,7 +10,7 @@ import pytest
 from gpu_worker.errors import PromptInvalid
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Job
+from gpu_worker.request.request import Job, SamplingParams
 from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, ask, assert_same, greedy
 from tests.tiny import VOCABULARY, byte_tokenizer
 
@@ -51,3 +51,12 @@ def test_the_last_token_of_the_embedding_is_accepted(wide_base: BaseModel, make_
     engine.run_until_idle()
     assert answer.row.tokens[answer.row.num_prompt_tokens - 1] == VOCABULARY - 1
     assert len(answer.tokens) == 8
+
+
+def test_the_servers_sampling_applies_to_what_a_request_leaves_unset_alone(
+    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine
+) -> None:
+    engine = make_engine({}, base=replace(tiny_base(), sampling_defaults={"temperature": 0, "top_k": 5}))
+    unset = SamplingParams(max_tokens=4, unset=frozenset({"temperature"}))
+    answers = [ask(engine, Job(str(n), "Hi", sampling=params)) for n, params in enumerate((unset, SamplingParams()))]
+    assert [(answer.row.sampling.temperature, answer.row.sampling.top_k) for answer in answers] == [(0, 0), (1, 0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from gpu_worker.attention.packed_attention import ATTENTION_NAME
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.base_model import BaseModel, load_base_model, load_tokenizer, model_source, resolve_dtype
+from gpu_worker.model.base_model import (
+    BaseModel,
+    load_base_model,
+    load_tokenizer,
+    model_source,
+    resolve_dtype,
+    sampling_defaults,
+)
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
 
@@ -171,3 +179,11 @@ def test_the_operators_chat_template_replaces_the_models(tmp_path: Path, own: st
     assert load_tokenizer(WorkerConfig(base_model=str(tmp_path))).chat_template == own
     replaced = load_tokenizer(WorkerConfig(base_model=str(tmp_path), chat_template="mine {{ messages }}"))
     assert replaced.chat_template == "mine {{ messages }}"
+
+
+def test_the_operators_sampling_comes_before_the_base_models_own(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
+    given = (("temperature", 0.0), ("top_p", 0.9))
+    config = WorkerConfig(base_model=str(tmp_path), sampling_defaults=given)
+    assert sampling_defaults(config) == {"temperature": 0.0, "top_k": 20, "top_p": 0.9}
+    assert sampling_defaults(replace(config, generation_config="none")) == dict(given)

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from openai.types import Model
 
+from deployments.config.app import SamplingDefaults
 from lora_store import AdapterRecord, AdapterRef
 from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import Served
@@ -66,11 +67,18 @@ def test_filters_select_matching_models(query: dict[str, Any], expected: list[st
     assert [name for page in pages(4, **query) for name in page] == expected
 
 
-def test_cards_show_the_base_models_own_sampling_unless_the_settings_turn_it_off(tmp_path: Path) -> None:
+def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}')
-    for setting, expected in (("auto", {"temperature": 0.6, "top_k": 20}), ("none", {})):
-        answer = get("/v1/models", base_model=str(tmp_path / "base"), generation_config=setting).json()
+    given = SamplingDefaults(temperature=0)
+    cases: list[tuple[dict[str, Any], dict[str, float]]] = [
+        ({}, {"temperature": 0.6, "top_k": 20}),
+        ({"generation_config": "none"}, {}),
+        ({"sampling_defaults": given}, {"temperature": 0, "top_k": 20}),
+        ({"sampling_defaults": given, "generation_config": "none"}, {"temperature": 0}),
+    ]
+    for settings, expected in cases:
+        answer = get("/v1/models", base_model=str(tmp_path / "base"), **settings).json()
         assert [card["sampling_defaults"] for card in answer["data"]] == [expected] * len(answer["data"])
     assert get("/v1/models/poet", base_model="gemma-3-270m").json()["sampling_defaults"] == {}
 
