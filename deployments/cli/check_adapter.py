@@ -6,11 +6,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deployments.cli.client import out, print_json, show_error
+from deployments.cli.client import err, out, print_json, show_error
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
-from deployments.publishing.adapter_folders import adapter_folders
-from lora_store import AdapterRefused, CheckedFolder, check_folder
+from deployments.json_types import JsonObject
+from deployments.publishing.adapter_folders import CONFIG_FILE, AdapterFolder, adapter_folders
+from lora_store import AdapterRefused, Label, check_folder
 from lora_store.peft_files import TEMPLATE_FILE
 from lora_store.sample_files import SAMPLES_FILE, sample_lines
 
@@ -18,48 +19,72 @@ _ENOUGH_SAMPLES = 20  # more improve routing little
 
 
 def check_adapter(folder: Path, config: Path | None, parity: bool, *, as_json: bool = False) -> int:
-    """Print whether the folder can be published, or every reason why not. Return the exit code.
+    """Print whether the adapters at `folder` can be published, or every reason why not. Return the exit code.
 
-    `parity`: also compare the logits with those of PEFT. `as_json`: print an object for scripts.
+    These are the ones that `publish` finds there. `parity`: also compare the logits with those of PEFT.
+    `as_json`: print an object for scripts.
     """
-    if problem := folder_problem(folder):
-        return _fail(problem)
+    found = adapter_folders(folder)
+    if not found:
+        return _fail(folder_problem(folder))
+    if parity and len(found) > 1:
+        return _fail("--parity compares one adapter: give its folder")
     try:
         settings = load_config(config)
-        has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
+        outcomes = [_outcome(adapter, settings) for adapter in found]
+    except (ValueError, OSError) as exc:
+        return _fail(str(exc))
+    num_refused = sum(not outcome["is_fit"] for outcome in outcomes)
+    if as_json:
+        print_json(outcomes[0] if len(outcomes) == 1 else {"data": outcomes})
+        return min(num_refused, 1)
+    for outcome in outcomes:
+        _print(outcome, is_named=len(outcomes) > 1)
+    if len(outcomes) > 1:
+        err.print(f"{len(outcomes) - num_refused} fit to publish, {num_refused} refused", highlight=False)
+    if num_refused:
+        return 1
+    return _check_parity(found[0].path.resolve(), settings) if parity else 0
+
+
+def folder_problem(folder: Path) -> str:
+    """Return why `folder` has no adapter."""
+    if not folder.exists():
+        return f"{folder}: no such folder"
+    if not folder.is_dir():
+        return f"{folder}: is a file; give the folder that contains it"
+    return f"{folder}: no adapter here, {CONFIG_FILE} is missing"
+
+
+def _outcome(adapter: AdapterFolder, settings: AppConfig) -> JsonObject:
+    """Return what the check of one folder finds. Raises: OSError."""
+    folder = adapter.path.resolve()
+    has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
+    try:
         admitted = check_folder(
-            folder.resolve(),
+            folder,
+            Label(adapter.name),
             accepts_base=settings.accepted_bases,
             module_shapes=None,
             templates=settings.known_templates if has_template else None,
             limits=settings.admission,
         )
     except AdapterRefused as exc:
-        if as_json:
-            print_json({"name": folder.resolve().name, "is_fit": False, "reasons": list(exc.reasons)})
-            return 1
-        return _fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
-    except (ValueError, OSError) as exc:
-        return _fail(str(exc))
-    if as_json:
-        counted = {"num_modules": len(admitted.modules), "num_samples": len(admitted.samples)}
-        print_json({"name": folder.resolve().name, "is_fit": True, **counted})
-        return 0
-    out.print(f"{folder.resolve().name}: {_summary(admitted, _num_lines(folder))}", markup=False, highlight=False)
-    return _check_parity(folder.resolve(), settings) if parity else 0
+        return {"name": adapter.name, "is_fit": False, "reasons": list(exc.reasons)}
+    counted = {
+        "num_modules": len(admitted.pairs),
+        "num_samples": len(admitted.samples),
+        "num_lines": _num_lines(folder),
+    }
+    return {"name": adapter.name, "is_fit": True, **counted}
 
 
-def folder_problem(folder: Path) -> str | None:
-    """Return why `folder` cannot be an adapter folder, or None."""
-    if not folder.exists():
-        return f"{folder}: no such folder"
-    if not folder.is_dir():
-        return f"{folder}: is a file; give the folder that contains it"
-    found = adapter_folders(folder)
-    if [item.path for item in found] == [folder]:
-        return None
-    hint = f"; found adapters in {', '.join(str(item.path.relative_to(folder)) for item in found)}" if found else ""
-    return f"{folder}: no adapter here, adapter_config.json is missing{hint}"
+def _print(outcome: JsonObject, *, is_named: bool) -> None:
+    """Print the outcome for one folder. `is_named`: name it in a refusal too."""
+    if outcome["is_fit"]:
+        out.print(f"{outcome['name']}: {_summary(outcome)}", markup=False, highlight=False, soft_wrap=True)
+    for reason in outcome.get("reasons", ()):
+        show_error(f"{outcome['name']}: refused: {reason}" if is_named else f"refused: {reason}")
 
 
 def _num_lines(folder: Path) -> int:
@@ -68,9 +93,9 @@ def _num_lines(folder: Path) -> int:
     return len(sample_lines(file.read_bytes())) if file.is_file() else 0
 
 
-def _summary(admitted: CheckedFolder, num_lines: int) -> str:
-    num_samples = len(admitted.samples)
-    parts = [f"{len(admitted.pairs)} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
+def _summary(outcome: JsonObject) -> str:
+    num_samples, num_lines = outcome["num_samples"], outcome["num_lines"]
+    parts = [f"{outcome['num_modules']} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
     if num_lines > num_samples:
         parts[-1] += f" of {num_lines}, spread over the file"
     hint = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import sys
@@ -171,6 +172,8 @@ def chat(
 
 def _lines() -> Iterator[str]:
     """Yield the lines that a person or a pipe enters, without surrounding space."""
+    if sys.stdin.isatty():
+        importlib.import_module("readline")  # arrow keys edit the line and recall earlier ones
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "").strip()
@@ -236,12 +239,14 @@ def route(
 
 @cli.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="the adapter folder")],
+    folder: Annotated[
+        Path, typer.Argument(help="the adapter folder, a folder of them, or the output of a training run")
+    ],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
     parity: Annotated[bool, typer.Option(help="compare the logits of each strategy with those of PEFT")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON; not with --parity")] = False,
 ) -> None:
-    """Check an adapter folder without a server. Publishing also checks what needs the base model."""
+    """Check adapter folders without a server. Publishing also checks what needs the base model."""
     from deployments.cli.check_adapter import check_adapter  # the store's libraries take most of a second to import
 
     _exit_with(check_adapter(folder, config, parity, as_json=as_json))

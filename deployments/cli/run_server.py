@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         out.print(template_note(settings), markup=False)
         out.print(access_note(settings, host), markup=False)
         out.print(ports_note(settings), markup=False)
-        for line in next_steps(url, settings):
+        for line in next_steps(url, settings, program_of(sys.argv[0])):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         server.wait_for_interrupt()
 
@@ -79,15 +80,21 @@ def print_settings(config: Path | None, changes: JsonObject) -> int:
     return 0
 
 
-def next_steps(url: str, settings: AppConfig) -> list[str]:
-    """Return three lines that say what to do with a server that just started."""
+def next_steps(url: str, settings: AppConfig, program: str = "loraretriever") -> list[str]:
+    """Return three lines that say what to do with a server that just started. `program`: how to call this one."""
     options = "" if url == DEFAULT_URL else f" --url {url}"
     options += " --key KEY" if settings.has_keys else ""
     return [
         f"console:  {url}",
-        f'ask:      loraretriever ask "a prompt"{options}',
-        f"publish:  loraretriever publish FOLDER{options}",
+        f'ask:      {program} ask "a prompt"{options}',
+        f"publish:  {program} publish FOLDER{options}",
     ]
+
+
+def program_of(file: str) -> str:
+    """Return how a shell in this folder calls the program: by its name if it is on the path, else by its file."""
+    name = Path(file).name
+    return name if shutil.which(name) else file
 
 
 def template_note(settings: AppConfig) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +38,39 @@ def test_a_missing_folder_is_refused(tmp_path: Path, config: Path) -> None:
     assert words(result.stderr).endswith("nowhere: no such folder")
 
 
-def test_a_file_or_a_folder_of_adapters_is_refused_with_the_folder_to_give(folder: Path, config: Path) -> None:
+def test_a_file_and_a_folder_without_adapters_are_refused(folder: Path, tmp_path: Path, config: Path) -> None:
     result = run("check", folder / "adapter_config.json", "--config", config)
     assert "is a file; give the folder that contains it" in words(result.stderr)
-    result = run("check", folder.parent, "--config", config)
-    assert words(result.stderr).endswith("adapter_config.json is missing; found adapters in poet")
+    (tmp_path / "empty").mkdir()
+    result = run("check", tmp_path / "empty", "--config", config)
+    assert words(result.stderr).endswith("no adapter here, adapter_config.json is missing")
+
+
+def test_the_last_checkpoint_of_a_run_is_checked_under_the_name_of_the_run(
+    folder: Path, tmp_path: Path, config: Path
+) -> None:
+    for step in (90, 100):
+        shutil.copytree(folder, tmp_path / "my-task" / f"checkpoint-{step}")
+    (tmp_path / "my-task" / "checkpoint-90" / "adapter_model.safetensors").unlink()
+    result = run("check", tmp_path / "my-task", "--config", config)
+    assert result.exit_code == 0, result.stderr
+    assert words(result.stdout).startswith("my-task: 1 modules, 2 samples, fit to publish")
+
+
+def test_each_adapter_of_a_folder_is_checked_and_the_refused_are_counted(
+    folder: Path, tmp_path: Path, config: Path
+) -> None:
+    for name in ("bard", "bad", "poet"):
+        shutil.copytree(folder, tmp_path / "many" / name)
+    (tmp_path / "many" / "bad" / "adapter_model.safetensors").unlink()
+    result = run("check", tmp_path / "many", "--config", config)
+    assert result.exit_code == 1
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["bard", "poet"]
+    assert words(result.stderr).startswith("bad: refused: adapter_model.safetensors: is missing")
+    assert words(result.stderr).endswith("2 fit to publish, 1 refused")
+    assert run("check", tmp_path / "many", "--config", config, "--parity").exit_code == 1
+    rows = json.loads(run("check", tmp_path / "many", "--config", config, "--json").stdout)["data"]
+    assert [(row["name"], row["is_fit"]) for row in rows] == [("bad", False), ("bard", True), ("poet", True)]
 
 
 @pytest.mark.parametrize(

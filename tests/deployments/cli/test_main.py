@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +192,23 @@ def test_chat_sends_every_turn_and_starts_again_on_demand() -> None:
     assert [sent["lora"] for sent in server.sent] == [{"k": 2}] * 3
 
 
+def test_arrow_keys_edit_the_line_of_a_chat() -> None:
+    lora = {"strategy": "base", "adapters": []}
+    terminal, end = pty.openpty()
+    with scripted((200, events_of(delta("", lora=lora), delta("Hello")))) as server:
+        script = "from deployments.cli.main import main; main()"
+        command = [sys.executable, "-c", script, "chat", "--url", server.url]
+        process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm"})
+        os.close(end)
+        shown = b""
+        while b"> " not in shown:
+            shown += os.read(terminal, 1024)
+        os.write(terminal, b"Hii\x1b[D\x7f\n/exit\n")  # left, and delete the letter before
+        assert process.wait(30) == 0
+    os.close(terminal)
+    assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
 def test_chat_prints_all_messages_as_json_at_the_end() -> None:
     lora = {"strategy": "base", "adapters": []}
     with scripted((200, events_of(delta("", lora=lora), delta("Hello")))) as server:
@@ -213,7 +232,13 @@ def test_serve_prints_the_settings_in_use(tmp_path: Path) -> None:
 
 def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
     found = run("check", folder, "--config", config, "--json")
-    assert json.loads(found.stdout) == {"name": "poet", "is_fit": True, "num_modules": 1, "num_samples": 2}
+    assert json.loads(found.stdout) == {
+        "name": "poet",
+        "is_fit": True,
+        "num_modules": 1,
+        "num_samples": 2,
+        "num_lines": 2,
+    }
     (folder / "adapter_model.safetensors").unlink()
     refused = run("check", folder, "--config", config, "--json")
     outcome = json.loads(refused.stdout)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from deployments.cli.local_server import Server
-from deployments.cli.run_server import access_note, next_steps, ports_note, run_server, template_note
+from deployments.cli.run_server import access_note, next_steps, ports_note, program_of, run_server, template_note
 from deployments.config.app import AppConfig
 
 
@@ -71,6 +71,18 @@ def test_the_start_ends_with_three_next_steps() -> None:
     ]
     elsewhere = next_steps("http://127.0.0.1:9000", AppConfig(api_key="one-secret"))
     assert elsewhere[1] == 'ask:      loraretriever ask "a prompt" --url http://127.0.0.1:9000 --key KEY'
+    assert next_steps("http://127.0.0.1:8000", AppConfig(), "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
+
+
+def test_a_program_that_is_not_on_the_path_is_called_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "loraretriever"
+    file.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    assert program_of(str(file)) == str(file)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program_of(str(file)) == "loraretriever"
 
 
 def test_a_quiet_start_keeps_rays_reports_to_itself() -> None:
