@@ -136,7 +136,7 @@ class ModelNotFound(DeploymentsError):
         self.hint = hint
 
     def __str__(self) -> str:
-        hint = f"; did you mean {self.hint!r}?" if self.hint else "; GET /v1/models lists the names"
+        hint = f"; did you mean {self.hint!r}?" if self.hint else "; use 'auto', or a name that GET /v1/models lists"
         return f"no model or adapter {self.model!r}{hint}"
 
 

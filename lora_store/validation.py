@@ -202,13 +202,14 @@ def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
     accepted = ", ".join(map(repr, sorted(accepts_base))) or "no base model"
     if not base_model:
         return f"{CONFIG_FILE} names no base model (base_model_name_or_path); this server accepts {accepted}"
-    copy = (
-        " It is a quantised copy; its adapters usually work on the full model." if _QUANTISED.search(base_model) else ""
-    )
+    copy = compare = ""
+    if _QUANTISED.search(base_model):
+        copy = " It is a quantised copy; its adapters usually work on the full model."
+        compare = ", and compare with `loraretriever check FOLDER --parity`"
     return (
         f"the adapter names {base_model[:200]!r} as its base model; this server accepts {accepted}.{copy}"
         f" If they are the same weights, set base_model_name_or_path in {CONFIG_FILE} to a name that it accepts,"
-        " or let the operator add yours to the setting accepts_base"
+        f" or let the operator add yours to the setting accepts_base{compare}"
     )
 
 

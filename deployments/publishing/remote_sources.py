@@ -48,7 +48,11 @@ def _allowed(uri: str, prefixes: Sequence[str]) -> tuple[SourceUri, SourcePrefix
     for prefix in map(SourcePrefix.parse, prefixes):
         if place.is_below(prefix.uri):
             return place, prefix
-    raise SourceRefused(uri, "is not below a source prefix this server allows")
+    raise SourceRefused(
+        uri,
+        "is not below a source prefix of this server: let the operator add it to the setting source_prefixes, or"
+        " download it and publish the folder",
+    )
 
 
 def _local_folder(uri: str, prefix: Path, inner: Sequence[str]) -> Path:

@@ -69,7 +69,7 @@ def test_an_unknown_model_is_reported_under_the_clients_name(model: str) -> None
     status, body = describe(caught.value)
     assert status == 404
     assert body["error"] == {
-        "message": f"no model or adapter {model!r}; GET /v1/models lists the names",
+        "message": f"no model or adapter {model!r}; use 'auto', or a name that GET /v1/models lists",
         "type": "not_found_error",
         "param": "model",
         "code": "model_not_found",

@@ -29,8 +29,8 @@ def test_a_folder_below_a_file_prefix_is_used_in_place(tmp_path: Path) -> None:
     )
     with pytest.raises(SourceMissing):
         folder_of_source(f"{uri}s", [f"file://{tmp_path}/pool"], tmp_path / "work", MAX_BYTES)
-    with pytest.raises(SourceRefused, match="allow"):
-        folder_of_source(uri, [f"file://{tmp_path}/other", "s3://bucket"], tmp_path / "work", MAX_BYTES)
+    with pytest.raises(SourceRefused, match="source_prefixes, or download it and publish the folder"):
+        folder_of_source(uri, [f"file://{tmp_path}/other", "s3://bucket", "hf://"], tmp_path / "work", MAX_BYTES)
 
 
 def test_a_link_out_of_its_prefix_is_refused(tmp_path: Path) -> None:
