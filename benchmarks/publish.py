@@ -25,6 +25,7 @@ from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings
 
 WEIGHTS, CONFIG, SAMPLES = "adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"
 _SUBJECTS = ("lighthouses", "beekeeping", "glaciers", "typewriters", "orchids", "trams", "comets", "violins")
+_TTL_S = 600
 console = Console(width=100)
 Engine = Literal["native", "vllm"]
 
@@ -52,15 +53,17 @@ def variant(target: Path, number: int, *, known_texts: bool = False) -> str:
     return f"About {subject}, {len(texts)}: {inputs[0]}"
 
 
-def publish_and_ask(url: str, folder: Path, prompt: str) -> tuple[float, float]:
-    """Return (seconds until published, seconds until the adapter has answered)."""
+def publish_and_ask(url: str, folder: Path, prompt: str, *, is_unlisted: bool = False) -> tuple[float, float]:
+    """Return (seconds until published, seconds until the adapter has answered): an unlisted one by its name."""
+    fields = {"name": folder.name, **({"ttl_s": str(_TTL_S)} if is_unlisted else {})}
     files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
     started = time.perf_counter()
-    published = httpx.post(f"{url}/v1/loras", files=files, data={"name": folder.name}, timeout=120)
+    published = httpx.post(f"{url}/v1/loras", files=files, data=fields, timeout=120)
     published_s = time.perf_counter() - started
     if published.status_code != 201:
         raise SystemExit(f"not published: {published.status_code} {published.text}")
-    body = {"model": "auto", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+    model, messages = folder.name if is_unlisted else "auto", [{"role": "user", "content": prompt}]
+    body = {"model": model, "max_tokens": 8, "temperature": 0, "messages": messages}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
     answered_s = time.perf_counter() - started
     names = [adapter["name"] for adapter in answer["lora"]["adapters"]]
@@ -91,7 +94,7 @@ def config_of(folder: Path, projection: str = "auto", engine: Engine = "native")
 
 
 def publish_singles(
-    folder: Path, rounds: int, projection: str = "auto", engine: Engine = "native"
+    folder: Path, rounds: int, projection: str = "auto", engine: Engine = "native", *, is_unlisted: bool = False
 ) -> list[tuple[float, float]]:
     """Return the times of single publishes alone, each followed by a request."""
     prompts = [variant(folder / "single" / f"single-{n}", n) for n in range(rounds + 1)]
@@ -99,7 +102,10 @@ def publish_singles(
         server.prepare(console.print)
         url = server.start()
         server.wait_ready(timeout_s=600)
-        asked = [publish_and_ask(url, folder / "single" / f"single-{n}", prompt) for n, prompt in enumerate(prompts)]
+        asked = [
+            publish_and_ask(url, folder / "single" / f"single-{n}", prompt, is_unlisted=is_unlisted)
+            for n, prompt in enumerate(prompts)
+        ]
     return asked[1:]  # the first is a warm-up
 
 
@@ -118,40 +124,49 @@ def measure(folder: Path, rounds: int, adapters: int) -> tuple[list[tuple[float,
         return asked[1:], publish_all(url, folder / "new"), publish_all(url, folder / "known")  # the first is a warm-up
 
 
-def main(
-    rounds: Annotated[int, typer.Option(help="single publishes, each followed by a request")] = 30,
-    adapters: Annotated[int, typer.Option(help="adapters in one command; none with the vLLM engine")] = 1000,
-    engine: Annotated[str, typer.Option(help="native or vllm, the workers' engine")] = "native",
-) -> None:
-    """Measure 2 retrievers and 2 workers with Gemma-3-270M; adapters of 1.4 MB with 20 samples each."""
-    new_s = known_s = 0.0
-    with tempfile.TemporaryDirectory() as name:
-        if engine == "vllm":
-            singles, adapters = publish_singles(Path(name), rounds, engine="vllm"), 0
-        else:
-            singles, new_s, known_s = measure(Path(name), rounds, adapters)
-    published, answered = zip(*singles, strict=True)
+def _table(singles: list[tuple[float, float]]) -> Table:
+    """Return a table of the times of single publishes."""
     table = Table(title=machine(), title_justify="left")
     for column in ("what", "count", "p50 s", "max s"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for what, seconds in (("upload until 201", published), ("upload until it answers", answered)):
-        table.add_row(what, str(rounds), f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
+    for what, seconds in zip(("upload until 201", "upload until it answers"), zip(*singles, strict=True), strict=True):
+        table.add_row(what, str(len(singles)), f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
+    return table
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="single publishes, each followed by a request")] = 30,
+    adapters: Annotated[int, typer.Option(help="adapters in one command; none with vllm or --unlisted")] = 1000,
+    engine: Annotated[Engine, typer.Option(help="the workers' engine")] = "native",
+    unlisted: Annotated[bool, typer.Option("--unlisted", help="publish with a time to live, ask by name")] = False,
+) -> None:
+    """Measure 2 retrievers and 2 workers with Gemma-3-270M; adapters of 1.4 MB with 20 samples each."""
+    new_s = known_s = 0.0
+    kinds = [kind for kind, is_wanted in (("vllm", engine == "vllm"), ("unlisted", unlisted)) if is_wanted]
+    with tempfile.TemporaryDirectory() as name:
+        if kinds:
+            singles = publish_singles(Path(name), rounds, engine=engine, is_unlisted=unlisted)
+            adapters = 0
+        else:
+            singles, new_s, known_s = measure(Path(name), rounds, adapters)
+    table = _table(singles)
     if adapters:
         table.add_row("one command, new texts", str(adapters), f"{new_s:.0f}", "")
         table.add_row("one command, texts the encoder knows", str(adapters), f"{known_s:.0f}", "")
     with console.capture() as captured:
         console.print(table)
     console.print(table)
+    answered_p50 = statistics.median(answered for _, answered in singles)
     runs = [{"published_s": p, "answered_s": a} for p, a in singles]
-    if engine == "vllm":
-        results = {"vllm_publish_to_answer_p50_s": statistics.median(answered)}
-        write_results("publish_vllm", figures=results, table=captured.get(), runs=runs)
+    if kind := "_".join(kinds):
+        results = {f"{kind}_publish_to_answer_p50_s": answered_p50}
+        write_results(f"publish_{kind}", figures=results, table=captured.get(), runs=runs)
         return
     if adapters != 1000:
         console.print("not written: the results file is for 1,000 adapters")
         return
     figures = {
-        "publish_to_answer_p50_s": statistics.median(answered),
+        "publish_to_answer_p50_s": answered_p50,
         "publish_1000_s": new_s,
         "publish_1000_without_encoder_s": known_s,
     }

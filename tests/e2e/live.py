@@ -59,9 +59,10 @@ class Live:
         answer: dict[str, Any] = response.json()
         return answer
 
-    def publish_all(self, folders: Sequence[Path]) -> None:
-        """Publish these folders in one commit."""
-        response = self.call("POST", "/v1/loras", json={"adapters": [{"path": str(folder)} for folder in folders]})
+    def publish_all(self, folders: Sequence[Path], **fields: Any) -> None:
+        """Publish these folders in one commit, each with these fields."""
+        adapters = [{"path": str(folder), **fields} for folder in folders]
+        response = self.call("POST", "/v1/loras", json={"adapters": adapters})
         assert {row["status"] for row in response.json()["data"]} == {201}, response.text
 
     def withdraw_all(self, names: Iterable[str]) -> None:

@@ -107,8 +107,15 @@ def test_rollback_restores_the_previous_version(live: Live, seed: int) -> None:
     live.call("DELETE", "/v1/loras/moths")
 
 
-def test_withdraw_frees_everything(live: Live, seed: int, scale: Scale) -> None:
-    def cycle(number: int) -> None:
+def test_withdrawing_and_expiring_free_everything(live: Live, seed: int, scale: Scale) -> None:
+    unlisted: list[str] = []
+
+    def cycle(number: int, num_brief: int) -> None:
+        brief = [live.folder(f"brief-{number}-{n}", seed + 1000 + 10 * number + n, "brief") for n in range(num_brief)]
+        if brief:
+            live.publish_all(brief, ttl_s=5)
+        assert [live.ask(folder.name, max_tokens=2).status_code for folder in brief] == [200] * num_brief
+        unlisted.extend(folder.name for folder in brief)
         live.publish(live.folder("comet", seed + number, f"comet number {number}"))
         assert [live.text("comet", max_tokens=2) for _ in range(4)]
         assert live.call("DELETE", "/v1/loras/comet").status_code == 200
@@ -119,17 +126,20 @@ def test_withdraw_frees_everything(live: Live, seed: int, scale: Scale) -> None:
         used = ray.cluster_resources()["object_store_memory"] - ray.available_resources()["object_store_memory"]
         return {"workers": workers, "blobs": live.stored("blobs"), "holds": live.stored("holds"), "used": used}
 
-    cycle(0)
+    cycle(0, 0)
     before, log_before = settled(held), sum(live.stored("catalogue/_delta_log").values())
     num_cycles = scale.pick("cycles", small=4, full=100)
+    num_brief = scale.pick("unlisted adapters in a cycle", small=1, full=10)
     for number in range(1, num_cycles + 1):
-        cycle(number)
+        cycle(number, num_brief)
+    eventually(lambda: live.ask(unlisted[-1]).status_code == 404)
     eventually_equal(held, before)
+    assert {live.ask(name).status_code for name in unlisted} == {404}
     names = {lora["name"] for lora in live.call("GET", "/v1/loras").json()["data"]}
     assert {stats.num_live for stats in live.on_all("Retriever", "index_stats")} == {len(names)}
-    if num_cycles * 2 < 100:  # a compaction writes a checkpoint, which is not an event
+    if num_cycles * 4 < 100:  # a compaction writes a checkpoint, which is not an event
         grown = sum(live.stored("catalogue/_delta_log").values()) - log_before
-        assert grown <= 2048 * 2 * num_cycles
+        assert grown <= 2048 * 4 * num_cycles
 
 
 def test_a_dead_endpoint_affects_only_operations_that_need_it(

@@ -105,11 +105,14 @@ def chosen(trial: Trial, numbers: Sequence[int]) -> list[str]:
 
 @pytest.mark.parametrize("model", ["auto", "poet"])
 def test_the_share_of_a_trial_answers_by_the_ids_of_the_requests(model: str, scale: Scale) -> None:
-    retriever, numbers = TrialRetriever(), range(scale.pick("requests", small=20, full=5000))
+    numbers = range(scale.pick("requests", small=20, full=5000))
+    retriever = TrialRetriever(trial=Trial(OTHER.ref.digest, scale.pick("percent on trial", small=30, full=10) / 100))
     digests = answers_of(numbers, {"model": model}, retriever=retriever, worker=NamingWorker())
     assert digests == chosen(retriever.trial, numbers)
     assert set(digests) == {LIVE.ref.digest, OTHER.ref.digest}
-    scale.record("percent on trial", 100 * digests.count(OTHER.ref.digest) / len(digests))
+    share = digests.count(OTHER.ref.digest) / len(digests)
+    scale.record("percent of the answers by the version on trial", 100 * share)
+    assert not scale.is_full or abs(share - 0.1) <= 0.01
 
 
 def test_5000_requests_give_a_tenth_to_the_version_under_trial() -> None:
@@ -121,13 +124,16 @@ def test_5000_requests_give_a_tenth_to_the_version_under_trial() -> None:
 
 
 @pytest.mark.parametrize("pinned", [LIVE, OTHER])
-def test_a_pinned_version_is_never_replaced(pinned: AdapterRecord) -> None:
+def test_a_pinned_version_is_never_replaced(pinned: AdapterRecord, scale: Scale) -> None:
     options = {"retriever": TrialRetriever(trial=Trial(OTHER.ref.digest, 1.0))}
     by_name = {"model": f"poet@{pinned.ref.digest}"}
     row = {"name": "poet", "digest": pinned.ref.digest, "weight": 1.0}
     replayed = {"lora": {"plan": {"strategy": "selection", "adapters": [row], "generation": 7}}}
+    numbers = range(scale.pick("pinned requests", small=3, full=2500))
     for body in (by_name, replayed):
-        assert answers_of(range(3), body, worker=NamingWorker(), **options) == [pinned.ref.digest] * 3
+        digests = answers_of(numbers, body, worker=NamingWorker(), **options)
+        scale.record("pinned requests moved", sum(digest != pinned.ref.digest for digest in digests))
+        assert digests == [pinned.ref.digest] * len(numbers)
 
 
 @pytest.mark.parametrize("failure", [None, EngineFull("full"), RuntimeError("broken")])
