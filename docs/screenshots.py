@@ -26,6 +26,7 @@ WIDE: ViewportSize = {"width": 1280, "height": 860}
 NARROW: ViewportSize = {"width": 320, "height": 640}
 ANSWER_MS = 120_000
 PROMPTS = ("Negate the statement: the chemist has used my car", "Turn the statement into a question: the boys like tea")
+SYSTEM_PROMPT = "You edit sentences."
 FLAGS = ("--no-sandbox", "--disable-gpu", "--hide-scrollbars")
 
 
@@ -75,6 +76,19 @@ async def of_ask(page: Page, folder: Path) -> None:
     await page.get_by_role("button", name="Close").click()
 
 
+async def of_history(page: Page, folder: Path) -> None:
+    """Take the screenshot of two conversations after a reload, the second with a system prompt."""
+    await page.get_by_role("button", name="New conversation").click()
+    await page.get_by_text("System prompt and more options").click()
+    await page.get_by_label("System prompt", exact=True).fill(SYSTEM_PROMPT)
+    await ask(page, PROMPTS[1])
+    await page.reload()
+    await expect(page.locator("#history-list .earlier")).to_have_count(2)
+    await page.get_by_text("System prompt and more options").click()
+    await save(page, folder, "history", "#view-ask .chat")
+    await page.get_by_text("System prompt and more options").click()
+
+
 async def of_other_views(page: Page, folder: Path, adapters: Path) -> None:
     """Take the screenshots of the views Compare, Adapters and Publish. Nothing is published."""
     await page.get_by_text("System prompt and more options").click()
@@ -116,6 +130,7 @@ async def take(url: str, folder: Path) -> None:
             write_adapters(adapters)
             async with opened(browser, url) as page:
                 await of_ask(page, folder)
+                await of_history(page, folder)
                 await of_other_views(page, folder, adapters)
         for name, size, theme in (("dark", WIDE, "dark"), ("narrow", NARROW, "light")):
             async with opened(browser, url, size=size, theme=theme) as page:
