@@ -314,7 +314,7 @@ class AppConfig(Settings):
 
     @cached_property
     def sampling_defaults_in_use(self) -> dict[str, float]:
-        """What a request leaves unset, by name: the settings', then the base model's own if its files are here."""
+        """The values for what a request leaves unset, by name: the settings', then the base model's if it is here."""
         has_own = self.generation_config == "auto" and self.base_model != PACKAGED_MODEL  # the packaged one has none
         own = sampling_defaults_of_files(self.base_model) if has_own else {}
         return own | self.sampling_defaults.given
