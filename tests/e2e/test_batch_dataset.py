@@ -18,6 +18,7 @@ import yaml
 
 from tests.deployments.batching import TOPICS, prompts, write_rows
 from tests.e2e.live import Live, eventually
+from tests.served_engine import ENGINE
 from tests.soak import Scale
 
 DEFAULTS = {"max_tokens": 12, "temperature": 0}
@@ -36,6 +37,9 @@ def adapters(live: Live) -> Iterator[None]:
     live.publish_all([live.folder(name, 900 + seed, TOPICS[seed]) for seed, name in enumerate(names)])
     yield
     live.withdraw_all(names)
+
+
+_SAMPLED = ("text", "finish_reason", "num_new_tokens")
 
 
 def batch(live: Live, folder: Path, part_rows: int) -> subprocess.Popen[str]:
@@ -109,5 +113,8 @@ def test_a_killed_run_resumes_and_its_rows_equal_the_servers_answers(
     assert [number for number, row in enumerate(found) if row["error"]] == sorted(BAD)
     sampled = sorted({*random.Random(7).sample(range(num_rows), num_asked - len(BAD)), *BAD})
     for number, expected in zip(sampled, ask_all(live, [rows[n] for n in sampled]), strict=True):
+        if ENGINE != "native" and rows[number].get("temperature"):
+            for name in _SAMPLED:  # a batch uses the native engine, and a seed is of one engine
+                expected.pop(name, None)
         row_found = {name: found[number][name] for name in expected}
         assert row_found == expected, f"row {number}: {rows[number]}"
