@@ -29,11 +29,13 @@ class _StoreCall:
     def __init__(self, store: LoraStore) -> None:
         self._store = store
 
-    async def remote(self, digest: str) -> list[Awaitable[NDArray[np.uint8]]]:
-        data = await asyncio.to_thread(self._store.load, digest)
-        arrived: asyncio.Future[NDArray[np.uint8]] = asyncio.get_running_loop().create_future()
-        arrived.set_result(np.frombuffer(data, np.uint8))
-        return [arrived]
+    async def remote(self, digest: str, is_suspect: bool) -> list[Awaitable[NDArray[np.uint8]]]:
+        assert not is_suspect, f"the weights {digest} were damaged"
+        parts = await asyncio.to_thread(lambda: list(self._store.read_parts(digest)))
+        arrived: list[asyncio.Future[NDArray[np.uint8]]] = [asyncio.get_running_loop().create_future() for _ in parts]
+        for future, part in zip(arrived, parts, strict=True):
+            future.set_result(part)
+        return list(arrived)
 
 
 class _StoreHandle:
@@ -44,7 +46,7 @@ class _StoreHandle:
 class StoredPool:
     """An engine whose adapters are in a LoraStore in a temporary folder. A context manager.
 
-    Weights take a worker's path: the store reads and hashes them; loading threads hash, decode and convert them. Only
+    Weights take a worker's path: the store reads them; loading threads hash, decode and convert them. Only
     Ray's object store is missing. The files were just written, so they are in the page cache.
     """
 

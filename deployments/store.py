@@ -59,7 +59,7 @@ class StoreDeployment:
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
         self._staging = ByteBudget(config.max_staging_bytes, _MAX_WAIT_S)
         self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(
-            self._store.load, put, config.store_object_cache_bytes
+            self._store.read_parts, put, config.store_object_cache_bytes
         )
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
@@ -203,13 +203,16 @@ class StoreDeployment:
             done += 1
             yield Verified(done, total, check)
 
-    async def fetch(self, digest: str) -> list[Awaitable[Buffer]]:
-        """Return a reference to the verified canonical bytes in Ray's object store, which this replica owns.
+    async def fetch(self, digest: str, is_suspect: bool = False) -> list[Awaitable[Buffer]]:
+        """Return references to the parts of the canonical bytes in Ray's object store, which this replica owns.
 
-        The reference is in a list because Ray would resolve a bare one. Raises: AdapterNotFound, BlobCorrupted,
-        StoreUnavailable.
+        The caller hashes them. `is_suspect`: it found another hash, so the stored file is hashed and read again.
+        Raises: AdapterNotFound, StoreUnavailable; BlobCorrupted if the stored file is suspect and damaged.
         """
-        return [await self._objects.get(digest)]
+        if is_suspect:
+            self._objects.release([digest])
+            await asyncio.to_thread(self._store.check, digest)
+        return list(await self._objects.get(digest))
 
     async def release(self, digests: Collection[str]) -> bool:
         """Drop the references to these."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -17,7 +17,14 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from gpu_worker.errors import AdapterLoadFailed
-from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, StoreUnavailable, decode_weights
+from lora_store import (
+    AdapterNotFound,
+    AdapterWeights,
+    BlobCorrupted,
+    StoreUnavailable,
+    check_digest,
+    weights_in,
+)
 from lora_store.disk_cache import DiskCache
 from lora_store.lru_cache import LruCache
 
@@ -29,23 +36,25 @@ Ref = TypeVar("Ref")
 
 
 class ObjectCache(Generic[Ref]):
-    """References to loaded buffers within `budget_bytes`; the least recently used are dropped. One load per digest.
+    """References to the parts of loaded blobs within `budget_bytes`; the least recently used are dropped.
 
-    Use it on one event loop; `load` and `put` run on a thread. A buffer larger than the budget is returned but not
-    kept.
+    One load per digest. Use it on one event loop; `load` and `put` run on a thread, one part after the other, so that a
+    large blob is never whole in this process. A blob larger than the budget is returned but not kept.
     """
 
-    def __init__(self, load: Callable[[str], bytes], put: Callable[[Buffer], Ref], budget_bytes: int) -> None:
+    def __init__(
+        self, load: Callable[[str], Iterable[Buffer]], put: Callable[[Buffer], Ref], budget_bytes: int
+    ) -> None:
         self._load, self._put = load, put
-        self._kept: LruCache[str, tuple[Ref, int]] = LruCache(budget_bytes, lambda kept: kept[1])
-        self._loading: dict[str, asyncio.Task[Ref]] = {}
+        self._kept: LruCache[str, tuple[tuple[Ref, ...], int]] = LruCache(budget_bytes, lambda kept: kept[1])
+        self._loading: dict[str, asyncio.Task[tuple[Ref, ...]]] = {}
 
     @property
     def num_bytes(self) -> int:
         return self._kept.total
 
-    async def get(self, digest: str) -> Ref:
-        """Return the reference. Raises: the error of `load`; the next call tries again."""
+    async def get(self, digest: str) -> tuple[Ref, ...]:
+        """Return the references. Raises: the error of `load`; the next call tries again."""
         if (kept := self._kept.get(digest)) is not None:
             return kept[0]
         if digest not in self._loading:
@@ -58,24 +67,27 @@ class ObjectCache(Generic[Ref]):
             self._kept.pop(digest)
             self._loading.pop(digest, None)
 
-    async def _fill(self, digest: str) -> Ref:
+    async def _fill(self, digest: str) -> tuple[Ref, ...]:
         task = asyncio.current_task()
         try:
-            ref, num_bytes = await asyncio.to_thread(self._put_loaded, digest)
+            refs, num_bytes = await asyncio.to_thread(self._put_loaded, digest)
             if self._loading.get(digest) is task:
-                self._kept.put(digest, (ref, num_bytes))
-            return ref
+                self._kept.put(digest, (refs, num_bytes))
+            return refs
         finally:
             if self._loading.get(digest) is task:
                 del self._loading[digest]
 
-    def _put_loaded(self, digest: str) -> tuple[Ref, int]:
-        buffer = np.frombuffer(self._load(digest), dtype=np.uint8)
-        return self._put(buffer), buffer.nbytes
+    def _put_loaded(self, digest: str) -> tuple[tuple[Ref, ...], int]:
+        refs, num_bytes = [], 0
+        for part in self._load(digest):
+            refs.append(self._put(part))
+            num_bytes += part.nbytes
+        return tuple(refs), num_bytes
 
 
 class _DamagedInTransit(Exception):
-    """The bytes that arrived have another hash than those that the Store's replica verified."""
+    """The bytes that arrived have another hash. The Store's next answer says whether the stored file is damaged."""
 
 
 # (error class, whether a retry may help, message for the client); the first match counts. Ray's own messages would show
@@ -161,13 +173,14 @@ class WeightsFetcher:
 
     async def _fetch_with_retries(self, digest: str) -> AdapterWeights:
         deadline = self._clock() + self._policy.total_timeout_s
-        num_tries = 0
+        num_tries, is_suspect = 0, False
         while True:
             num_tries += 1
             try:
                 async with asyncio.timeout(min(self._policy.try_timeout_s, deadline - self._clock())):
-                    return await self._fetch_once(digest)
+                    return await self._fetch_once(digest, is_suspect=is_suspect)
             except Exception as exc:
+                is_suspect = is_suspect or isinstance(exc, _DamagedInTransit)
                 wait_s = self._policy.wait_s(num_tries, self._draw())
                 is_last = num_tries == self._policy.max_tries or self._clock() + wait_s >= deadline
                 may_help, message = _judge(exc)
@@ -177,26 +190,27 @@ class WeightsFetcher:
                 logger.info("attempt %d to load the weights %s failed: %s", num_tries, digest, message)
             await self._sleep(wait_s)
 
-    async def _fetch_once(self, digest: str) -> AdapterWeights:
-        data = await self._store.fetch(digest)
+    async def _fetch_once(self, digest: str, *, is_suspect: bool) -> AdapterWeights:
+        parts = await self._store.fetch(digest, is_suspect=is_suspect)
         try:
-            return await self._on_thread(self._decode, digest, data)
+            return await self._on_thread(self._decode, digest, parts)
         except BlobCorrupted as exc:
             raise _DamagedInTransit(digest) from exc
 
     async def _on_thread(self, work: Callable[[str, _Given], _Made], digest: str, given: _Given) -> _Made:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, digest, given)
 
-    def _decode(self, digest: str, data: Buffer) -> AdapterWeights:
-        weights = decode_weights(digest, data)
+    def _decode(self, digest: str, parts: Sequence[Buffer]) -> AdapterWeights:
+        """Return views of the bytes, which the conversion for the bank soon reads. Several parts are joined first."""
+        check_digest(digest, parts)
         if self._cache is not None:
-            self._cache.put(digest, data.data)
-        return weights
+            self._cache.put(digest, *[part.data for part in parts])
+        return weights_in(digest, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def _read_cached(digest: str, cache: DiskCache) -> AdapterWeights | None:
     data = cache.get(digest)
-    return None if data is None else decode_weights(digest, data)
+    return None if data is None else weights_in(digest, np.frombuffer(data, np.uint8))
 
 
 def _judge(error: Exception) -> tuple[bool, str]:

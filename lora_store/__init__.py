@@ -34,7 +34,7 @@ from lora_store.staging import Staged
 from lora_store.store import LoraStore, Withdrawn
 from lora_store.trials import Trial, TrialVersion
 from lora_store.validation import TEMPLATES, CheckedFolder, Label, check_folder
-from lora_store.weights_blob import decode_weights, digest_of, encode_weights
+from lora_store.weights_blob import check_digest, decode_weights, digest_of, encode_weights, weights_in
 
 __all__ = [
     "BASE_PLAN",
@@ -99,11 +99,13 @@ __all__ = [
     "Visibility",
     "Withdraw",
     "Withdrawn",
+    "check_digest",
     "check_folder",
     "decode_weights",
     "digest_of",
     "encode_weights",
     "is_valid_name",
     "read_peft_folder",
+    "weights_in",
     "write_peft_folder",
 ]

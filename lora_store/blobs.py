@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_store.errors import AdapterNotFound, BlobCorrupted
 from lora_store.files import Files
@@ -13,6 +16,7 @@ from lora_store.location import Location
 from lora_store.weights_blob import digest_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_PART_BYTES = 32 << 20
 _NAME = re.compile(r"[0-9a-f]{2}/(\.?)([0-9a-f]{64})(?:\.[0-9a-f]+)?")  # a leading dot marks a write in progress
 
 
@@ -56,6 +60,23 @@ class BlobStore:
         if found != digest:
             raise BlobCorrupted(digest, found)
         return data
+
+    def read_parts(self, digest: str) -> Iterator[NDArray[np.uint8]]:
+        """Yield the stored bytes in order, in parts of up to 32 MiB, not hashed. Raises: AdapterNotFound."""
+        parts = self._files.read_parts(_name(digest), _PART_BYTES) if _DIGEST.fullmatch(digest) else iter(())
+        first = next(parts, None)
+        if first is None:
+            raise AdapterNotFound(digest)
+        yield first
+        yield from parts
+
+    def check(self, digest: str) -> None:
+        """Read and hash the stored bytes, part by part. Raises: AdapterNotFound, BlobCorrupted."""
+        found = self._files.digest(_name(digest)) if _DIGEST.fullmatch(digest) else None
+        if found is None:
+            raise AdapterNotFound(digest)
+        if found != digest:
+            raise BlobCorrupted(digest, found)
 
     def __contains__(self, digest: str) -> bool:
         return self._files.contains(_name(digest))

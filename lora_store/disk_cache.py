@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,17 +43,17 @@ class DiskCache:
             path.unlink()
         return None
 
-    def put(self, digest: str, data: bytes | memoryview) -> None:
-        """Cache `data`, which hashes to `digest`, unless it alone is larger than the quota."""
-        path = self._path(digest)
-        if len(data) > self._quota_bytes or not _DIGEST.fullmatch(digest):
+    def put(self, digest: str, *parts: bytes | memoryview) -> None:
+        """Cache the bytes, which together hash to `digest`, unless they alone are larger than the quota."""
+        path, num_bytes = self._path(digest), sum(map(len, parts))
+        if num_bytes > self._quota_bytes or not _DIGEST.fullmatch(digest):
             return
         with self._logged(f"{digest} could not be written"):
             make_private_folder(self.folder)
             with FileLock(self.folder / _LOCK, timeout=_LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
                 if not path.exists():
-                    self._make_room(len(data))
-                    self._write(path, data)
+                    self._make_room(num_bytes)
+                    self._write(path, parts)
 
     def discard(self, digests: Collection[str]) -> None:
         """Delete these blobs from the cache."""
@@ -72,12 +72,13 @@ class DiskCache:
         """Return the blob's path. A malformed digest could name another path, so it gets one that never exists."""
         return self.folder / (digest if _DIGEST.fullmatch(digest) else ".no-digest")
 
-    def _write(self, path: Path, data: bytes | memoryview) -> None:
+    def _write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
         """Write a temporary file, then rename it, so that a file named by a digest is always complete."""
         half_written = self.folder / _HALF_WRITTEN
         try:
             half_written.touch(mode=0o600)
-            half_written.write_bytes(data)
+            with half_written.open("wb") as file:
+                file.writelines(parts)
             self._touch(half_written)
             half_written.replace(path)
         finally:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
+from numpy.typing import NDArray
 from pyarrow.fs import FileSelector
 
 from lora_store.errors import StoreUnavailable
@@ -24,7 +26,7 @@ from lora_store.location import Location
 Result = TypeVar("Result")
 _NUM_THREADS = 16  # requests to an endpoint at once
 _CAUSE_CHARS = 100
-_PART_BYTES = 1 << 20
+_PART_BYTES = 8 << 20  # of one request to an endpoint
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta prints errors as coloured trees
 
 
@@ -47,22 +49,41 @@ class Files:
 
     def read(self, name: str) -> bytes | None:
         """Return the object's bytes, or None if there is no such object."""
-        return self._consume(name, lambda stream: bytes(stream.read()))
+        return self._consume(name, lambda file: bytes(file.read()))
+
+    def read_parts(self, name: str, part_bytes: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield the object's bytes in order, each part in new memory. Without such an object, yield nothing.
+
+        Each part is (N,) with N = `part_bytes`, except the last. An empty object has one empty part.
+        """
+        with store_errors():
+            try:
+                file = self._files.open_input_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return
+            with file:
+                num_bytes = file.size()
+                for start in range(0, max(num_bytes, 1), part_bytes):
+                    part = np.empty(min(part_bytes, num_bytes - start), np.uint8)
+                    if file.readinto(part) != len(part):
+                        raise OSError(f"{name} became shorter while it was read")
+                    yield part
 
     def digest(self, name: str) -> str | None:
         """Return the sha256 of the object's bytes, read in parts, or None if there is no such object."""
         return self._consume(name, _sha256)
 
     def _consume(self, name: str, consume: Callable[[pa.NativeFile], Result]) -> Result | None:
-        """Return what `consume` makes of the object's open stream, or None if there is no such object."""
+        """Return what `consume` makes of the open object, or None if there is no such object."""
         with store_errors():
             try:
-                stream = self._files.open_input_stream(f"{self._root}/{name}")
+                # A file of known size is read by one request; a stream would be read in parts of 256 KiB.
+                file = self._files.open_input_file(f"{self._root}/{name}")
             except FileNotFoundError:
                 return None
-            with stream:
+            with file:
                 try:
-                    return consume(stream)
+                    return consume(file)
                 except OSError:
                     if self.contains(name):
                         raise
@@ -124,9 +145,9 @@ def store_errors() -> Iterator[None]:
         raise StoreUnavailable(_short(exc)) from exc
 
 
-def _sha256(stream: pa.NativeFile) -> str:
+def _sha256(file: pa.NativeFile) -> str:
     hashed = hashlib.sha256()
-    while part := stream.read(_PART_BYTES):
+    while part := file.read(_PART_BYTES):
         hashed.update(part)
     return hashed.hexdigest()
 

@@ -121,7 +121,7 @@ class GarbageCollector:
     def _check(self, wanted: tuple[str, AdapterRef]) -> BlobCheck | None:
         digest, ref = wanted
         try:
-            self._blobs.get(digest)
+            self._blobs.check(digest)
         except AdapterNotFound:
             missing = BlobCheck(digest, ref, "is missing")
             return missing if digest in self._referenced() else None  # withdrawn meanwhile

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PREFIX_BYTES = 8
@@ -28,7 +29,7 @@ _DTYPES = {
 }
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
-_ALIGNMENT = 8
+ALIGNMENT = 8
 _NUMBERS_AT_ONCE = 1 << 20
 
 
@@ -49,6 +50,13 @@ class StoredTensor:
         """The largest number that its dtype holds."""
         return _DTYPES[self.dtype][0]
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch  # imported here, since it takes seconds
+
+        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[self.dtype])
+        return dtype
+
     def numbers(self) -> Iterator[NDArray[np.floating[Any]]]:
         """Yield the numbers in parts, since masks and conversions of a large tensor are large too."""
         size = _DTYPES[self.dtype][1]
@@ -64,7 +72,7 @@ class StoredTensor:
         """Return it for torch: a view of the file's bytes, or a copy where they are not aligned."""
         import torch  # imported here, since it takes seconds
 
-        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[self.dtype])
+        dtype = self.torch_dtype
         data = self.data if self.data.ctypes.data % dtype.itemsize == 0 else self.data.copy()
         return torch.from_numpy(data).view(dtype).reshape(self.shape)
 
@@ -106,7 +114,7 @@ def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
         shape = list(tensors[name].shape)
         entries[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % _ALIGNMENT)
+    header += b" " * (-len(header) % ALIGNMENT)
     yield memoryview(len(header).to_bytes(PREFIX_BYTES, "little") + header)
     for name in order:
         plain = tensors[name].detach().cpu().contiguous().flatten()

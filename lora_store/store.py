@@ -10,6 +10,9 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
@@ -271,6 +274,14 @@ class LoraStore:
     def load(self, weights_digest: str) -> bytes:
         """Return the weights' canonical bytes, for `decode_weights`. Raises: AdapterNotFound, BlobCorrupted."""
         return self._blobs.get(weights_digest)
+
+    def read_parts(self, weights_digest: str) -> Iterator[NDArray[np.uint8]]:
+        """Yield the same bytes part by part. The reader hashes them. Raises: AdapterNotFound."""
+        return self._blobs.read_parts(weights_digest)
+
+    def check(self, weights_digest: str) -> None:
+        """Hash the stored bytes. Raises: AdapterNotFound, BlobCorrupted."""
+        self._blobs.check(weights_digest)
 
     def samples(self, samples_digest: str) -> tuple[Sample, ...]:
         """Return the samples. Raises: AdapterNotFound, BlobCorrupted."""

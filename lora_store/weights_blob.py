@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.errors import BlobCorrupted
-from lora_store.safetensors_layout import PREFIX_BYTES, pieces_of, tensors_in
+from lora_store.safetensors_layout import ALIGNMENT, PREFIX_BYTES, pieces_of, tensors_in
 
+if TYPE_CHECKING:
+    import torch
+
+Buffer = npt.NDArray[np.uint8]
 _METADATA_KEY = "lora"  # one key only: safetensors writes several in no fixed order
 
 
@@ -58,23 +64,70 @@ def encode_weights(modules: Mapping[str, ModuleWeights]) -> tuple[str, bytes]:
     return digest_of(data), data
 
 
-def decode_weights(digest: str, data: bytes | npt.NDArray[np.uint8]) -> AdapterWeights:
+def decode_weights(digest: str, data: bytes | Buffer) -> AdapterWeights:
     """Return the weights that `encode_weights` encoded, modules sorted, copied to new memory.
 
     Raises: BlobCorrupted if `data` does not hash to `digest`.
     """
-    view = memoryview(data) if isinstance(data, bytes) else data.data
-    found = digest_of(view)
-    if found != digest:
+    buffer = np.frombuffer(data, np.uint8)
+    check_digest(digest, [buffer])
+    return weights_in(digest, buffer.copy())
+
+
+def check_digest(digest: str, parts: Iterable[Buffer]) -> None:
+    """Hash the parts of a blob. Raises: BlobCorrupted if together they do not hash to `digest`."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part.data)
+    if (found := hashed.hexdigest()) != digest:
         raise BlobCorrupted(digest, found)
-    start = PREFIX_BYTES + int.from_bytes(view[:PREFIX_BYTES], "little")
-    entries = json.loads(bytes(view[PREFIX_BYTES:start]))
-    metadata = entries.pop("__metadata__")
-    own = np.empty(len(view) - start, np.uint8)
-    own.data[:] = view[start:]
-    tensors = {name: stored.tensor() for name, stored in tensors_in(entries, own).items()}
-    modules = {
-        name: ModuleWeights(tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], scaling)
-        for name, scaling in sorted(json.loads(metadata[_METADATA_KEY])["scaling"].items())
+
+
+def weights_in(digest: str, data: Buffer) -> AdapterWeights:
+    """Return the weights of verified canonical bytes, modules sorted, as views of `data`. Nobody may write to them."""
+    import torch  # imported here, since it takes seconds
+
+    start = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES].tobytes(), "little")
+    layout = _layout_of(data[PREFIX_BYTES:start].tobytes(), len(data) - start)
+    values = torch.from_numpy(np.asarray(_Writable(data[start:])))
+    if values.data_ptr() % ALIGNMENT:
+        values = values.clone()
+    parts = torch.split(values, layout.sizes)
+    tensors = {
+        name: part.view(dtype).view(shape) for (name, dtype, shape), part in zip(layout.tensors, parts, strict=True)
     }
+    modules = {name: ModuleWeights(tensors[a], tensors[b], scaling) for name, a, b, scaling in layout.modules}
     return AdapterWeights(digest, modules)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The content of a header. `sizes`: bytes of each tensor, in order; `modules`: (name, A, B, scaling)."""
+
+    sizes: list[int]
+    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+    modules: tuple[tuple[str, str, str, float], ...]
+
+
+@lru_cache(maxsize=64)
+def _layout_of(header: bytes, num_bytes: int) -> _Layout:
+    """Parse a header. The adapters of a pool have few different ones. `num_bytes`: of all tensors."""
+    entries = json.loads(header)
+    scalings = json.loads(entries.pop("__metadata__")[_METADATA_KEY])["scaling"]
+    stored = tensors_in(entries, np.broadcast_to(np.uint8(0), num_bytes))
+    return _Layout(
+        [len(tensor.data) for tensor in stored.values()],
+        tuple((name, tensor.torch_dtype, tensor.shape) for name, tensor in stored.items()),
+        tuple((name, f"{name}.lora_a", f"{name}.lora_b", scaling) for name, scaling in sorted(scalings.items())),
+    )
+
+
+class _Writable:
+    """The same memory as an array that is not read-only: torch has no read-only tensors and warns. Keeps it alive."""
+
+    def __init__(self, data: Buffer) -> None:
+        self._data = data
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self._data.__array_interface__ | {"data": (self._data.ctypes.data, False)}

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-import numpy as np
-
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered
@@ -103,6 +101,8 @@ class StoredWeights(WeightsSource):
     def __init__(self, store: LoraStore) -> None:
         self._store = store
 
-    async def fetch(self, digest: str) -> Buffer:
-        """Return the verified bytes. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
-        return np.frombuffer(await asyncio.to_thread(self._store.load, digest), np.uint8)
+    async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
+        """Return the parts of the stored bytes. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable."""
+        if is_suspect:
+            await asyncio.to_thread(self._store.check, digest)
+        return await asyncio.to_thread(lambda: list(self._store.read_parts(digest)))

@@ -55,9 +55,10 @@ WAIT_S = 60.0  # longer than the Store takes to report that its disk does not an
 class WeightsSource(Protocol):
     """The source of adapter weights for a Worker. Batch jobs implement it without Serve."""
 
-    async def fetch(self, digest: str) -> Buffer:
-        """Return the canonical bytes of the weights.
+    async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
+        """Return the canonical bytes of the weights in parts, which the caller hashes.
 
+        `is_suspect`: their hash was wrong when they arrived before, so the stored file is hashed first.
         Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable; an error of Ray if the replica or the bytes are lost.
         """
         ...
@@ -103,7 +104,7 @@ class StoreReplica(StoreCalls, Protocol):
     """One replica of the Store deployment."""
 
     async def ping(self) -> None: ...
-    async def fetch(self, digest: str) -> Sequence[Awaitable[Buffer]]: ...
+    async def fetch(self, digest: str, is_suspect: bool = False) -> Sequence[Awaitable[Buffer]]: ...
     async def release(self, digests: Collection[str]) -> bool: ...
 
 
@@ -207,9 +208,9 @@ class ServeStore(StoreClient):
     async def gc(self, retention_s: float) -> Collected:
         return await self._calls.once(StoreReplica.gc, retention_s)
 
-    async def fetch(self, digest: str) -> Buffer:
-        [ref] = await self._calls.over_object_store().once(StoreReplica.fetch, digest)
-        return await ref
+    async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
+        refs = await self._calls.over_object_store().once(StoreReplica.fetch, digest, is_suspect)
+        return await asyncio.gather(*refs)
 
     def verify(self, tenant: str) -> AsyncGenerator[Verified]:
         return self._calls.stream(StoreReplica.verify, tenant)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule, to_device_layout
+from gpu_worker.bank.bank_layout import BankLayout
+from gpu_worker.bank.device_layout import DeviceAdapter, check_finite, check_shapes, to_device_layout
+from gpu_worker.bank.layout_kernel import LayoutKernel
 from lora_store.adapter import AdapterWeights
-
-_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class InputBank:
@@ -22,15 +22,11 @@ class InputBank:
 
     def __init__(self, a: Tensor, num_modules: int) -> None:
         self.num_modules = num_modules
-        self._by_row = a.view(len(a), num_modules, -1)  # (C, M, I)
         self.all_a = a.view(len(a) * num_modules, -1)
         self.set_active(0)
 
     def set_active(self, num_rows: int) -> None:
         self.a = self.all_a[: num_rows * self.num_modules]
-
-    def write(self, rows: slice | Tensor, index: int, a: Tensor) -> None:
-        self._by_row[rows, index] = a.to(self._by_row.device, non_blocking=True)
 
 
 class ModuleBank:
@@ -53,17 +49,13 @@ class ModuleBank:
     def set_active(self, num_rows: int, *, is_used: bool) -> None:
         self.bt, self.is_used = self.all_bt[:num_rows], is_used
 
-    def write(self, rows: slice | Tensor, module: DeviceModule) -> None:
-        self.inputs.write(rows, self.index, module.a)
-        self.all_bt[rows] = module.bt.to(self.all_bt.device, non_blocking=True)
-
 
 class LoraBank:
     """The banks of all modules. A rank row belongs to the same adapter in every module, so rows move together.
 
-    Banks of the same width share one tensor (banks, C, width): moving a row takes a few operations instead of two per
-    module. `free_fill`: the value of free rows. They are never read; tests fill them with NaN to prove it.
-    `device`: by default the layers' device.
+    Banks of the same width share one tensor (banks, C, width): moving or writing a row takes a few operations instead
+    of two per module. `free_fill`: the value of free rows. They are never read; tests fill them with NaN to prove it.
+    `device`: by default the layers' device. `kernel`: converts weights on the CPU; without it torch does.
     """
 
     def __init__(
@@ -73,19 +65,22 @@ class LoraBank:
         *,
         free_fill: float = 0.0,
         device: torch.device | None = None,
+        kernel: LayoutKernel | None = None,
     ) -> None:
-        self.num_rows = num_rows
+        self.num_rows, self._kernel = num_rows, kernel
         self._shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         self._free_fill = free_fill
         weight = next(iter(linears.values())).weight
         self._dtype, self._device = weight.dtype, device or weight.device
-        self._stores: list[Tensor] = []
-        groups = _sharing_inputs(self._shapes)
-        a = self._allocate({names[0]: len(names) * self._shapes[names[0]][1] for names in groups})
-        bt = self._allocate({name: shape[0] for name, shape in self._shapes.items()})
-        self._inputs = [InputBank(a[names[0]], len(names)) for names in groups]
+        self._layout = BankLayout(self._shapes)
+        self._stores = [
+            torch.full((num_banks, num_rows, width), free_fill, dtype=self._dtype, device=self._device)
+            for num_banks, width in self._layout.stores
+        ]
+        groups = self._layout.groups
+        self._inputs = [InputBank(self._layout.a_of(self._stores, names), len(names)) for names in groups]
         self.modules = {
-            name: ModuleBank(inputs, index, bt[name])
+            name: ModuleBank(inputs, index, self._layout.bt_of(self._stores, name))
             for names, inputs in zip(groups, self._inputs, strict=True)
             for index, name in enumerate(names)
         }
@@ -109,15 +104,29 @@ class LoraBank:
 
     def to_device_layout(self, weights: AdapterWeights) -> DeviceAdapter:
         """Convert the weights for `write`. Raises: AdapterUnfit, which names every unsuitable module."""
-        return to_device_layout(weights, self._shapes, self._dtype, pin=self._device.type == "cuda")
+        pin = self._device.type == "cuda"
+        if self._kernel is None or not self._kernel.serves(self._dtype):
+            return self._layout.arranged(to_device_layout(weights, self._shapes, self._dtype), pin=pin)
+        check_shapes(weights, self._shapes)
+        ranks = {name: module.rank for name, module in weights.modules.items()}
+        blocks, places = self._layout.allocate(ranks, self._dtype, pin=pin)
+        check_finite(self._kernel(weights.modules, places))
+        return DeviceAdapter(weights.weights_digest, places, blocks)
 
     def write(self, rows: Sequence[int], adapter: DeviceAdapter) -> None:
         """Overwrite `rows` with the adapter, and with zeros beyond a module's rank and for modules that it lacks."""
-        self._fill(rows, 0.0)
+        if not adapter.blocks:
+            adapter = self._layout.arranged(adapter)
+        if self._layout.covers(adapter.blocks):
+            self._set_unused(rows)
+        else:
+            self._fill(rows, 0.0)
+        for block in adapter.blocks:
+            values = block.values.to(self._device, non_blocking=True)
+            for run, part in _runs(rows, range(len(rows))):
+                self._stores[block.store][block.banks, run] = values[:, part]
         places: defaultdict[int, list[int]] = defaultdict(list)
-        index_of = {rank: _index(rows[:rank]) for rank in {module.rank for module in adapter.modules.values()}}
         for name, module in adapter.modules.items():
-            self.modules[name].write(index_of[module.rank], module)
             places[module.rank].append(self._place[name])
         for rank, of_rank in places.items():
             self._has_module[torch.tensor(of_rank)[:, None], torch.tensor(rows[:rank])] = True
@@ -148,32 +157,15 @@ class LoraBank:
         for bank, is_used in zip(self.modules.values(), used, strict=True):
             bank.set_active(num_rows, is_used=is_used)
 
-    def _allocate(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return a filled (C, width) view for each name. Views of the same width share a store."""
-        views: dict[str, Tensor] = {}
-        for width in sorted(set(widths.values())):
-            names = [name for name in widths if widths[name] == width]
-            size = (len(names), self.num_rows, width)
-            store = torch.full(size, self._free_fill, dtype=self._dtype, device=self._device)
-            self._stores.append(store)
-            views |= dict(zip(names, store, strict=True))
-        return views
-
     def _fill(self, rows: Sequence[int], value: float) -> None:
         for run, _ in _runs(rows, rows):
             for store in self._stores:
                 store[:, run] = value
+        self._set_unused(rows)
+
+    def _set_unused(self, rows: Sequence[int]) -> None:
+        for run, _ in _runs(rows, rows):
             self._has_module[:, run] = False
-
-
-def _sharing_inputs(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """Group the modules that read the same input. `shapes`: (out, in) per module."""
-    groups: defaultdict[object, list[str]] = defaultdict(list)
-    for name, (_, width) in shapes.items():
-        parent, _, leaf = name.rpartition(".")
-        kind = next((kind for kind, leaves in enumerate(_SHARED_INPUTS) if leaf in leaves), leaf)
-        groups[parent, kind, width].append(name)
-    return list(groups.values())
 
 
 def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, slice]]:
@@ -184,10 +176,3 @@ def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, s
             continue
         yield slice(rows[start], rows[end - 1] + 1), slice(others[start], others[end - 1] + 1)
         start = end
-
-
-def _index(rows: Sequence[int]) -> slice | Tensor:
-    """Return a slice for adjacent rows, which is several times as fast as an index tensor."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows)

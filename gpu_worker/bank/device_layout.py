@@ -26,11 +26,24 @@ class DeviceModule:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """The values of N banks of one store of a BankLayout. Dims: R rows, W width. `values` (N, R, W)."""
+
+    store: int
+    banks: slice
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceAdapter:
-    """A checked adapter, ready to be copied into the bank. Loading threads make it; the engine's thread copies it."""
+    """A checked adapter, ready to be copied into the bank. Loading threads make it; the engine's thread copies it.
+
+    `blocks`: where a BankLayout has arranged the modules, which are then views of these blocks.
+    """
 
     weights_digest: str
     modules: dict[str, DeviceModule]
+    blocks: tuple[Block, ...] = ()
 
     @property
     def max_rank(self) -> int:
@@ -39,34 +52,44 @@ class DeviceAdapter:
 
     @property
     def num_bytes(self) -> int:
+        if self.blocks:
+            return sum(block.values.nbytes for block in self.blocks)
         return sum(module.a.nbytes + module.bt.nbytes for module in self.modules.values())
 
 
 def to_device_layout(
-    weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, *, pin: bool = False
+    weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype
 ) -> DeviceAdapter:
     """Convert the weights for a base model whose modules have these (out, in) shapes.
 
-    `pin`: use pinned memory, which a GPU copies asynchronously.
     Raises: AdapterUnfit, which names every unsuitable module.
     """
+    check_shapes(weights, shapes)
+    modules: dict[str, DeviceModule] = {}
+    spoiled: list[str] = []
+    for names in _alike(weights.modules):
+        a, bt = _folded([weights.modules[name] for name in names], dtype)
+        # Every row of a step multiplies all active bank rows, some by zero: one non-finite value would spoil them all.
+        spoiled += _non_finite(names, a, bt)
+        modules |= {name: DeviceModule(a[m], bt[m]) for m, name in enumerate(names)}
+    check_finite(spoiled)
+    return DeviceAdapter(weights.weights_digest, modules)
+
+
+def check_shapes(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise AdapterUnfit if a module does not have the (out, in) of the base model's, or if there is none."""
     problems = [text for name, module in weights.modules.items() if (text := _shape_problem(name, module, shapes))]
     if not weights.modules:
         problems.append("the adapter has no modules")
     if problems:
         raise AdapterUnfit("; ".join(problems))
-    modules: dict[str, DeviceModule] = {}
-    for names in _alike(weights.modules):
-        a, bt = _folded([weights.modules[name] for name in names], dtype)
-        # Every row of a step multiplies all active bank rows, some by zero: one non-finite value would spoil them all.
-        non_finite = _non_finite(names, a, bt)
-        problems += [f"{name} has non-finite values in the base model's precision after scaling" for name in non_finite]
-        if pin:
-            a, bt = a.pin_memory(), bt.pin_memory()
-        modules |= {name: DeviceModule(a[m], bt[m]) for m, name in enumerate(names)}
-    if problems:
-        raise AdapterUnfit("; ".join(problems))
-    return DeviceAdapter(weights.weights_digest, modules)
+
+
+def check_finite(spoiled: Sequence[str]) -> None:
+    """Raise AdapterUnfit if modules are `spoiled` by non-finite values."""
+    if spoiled:
+        reason = "has non-finite values in the base model's precision after scaling"
+        raise AdapterUnfit("; ".join(f"{name} {reason}" for name in spoiled))
 
 
 def _alike(modules: Mapping[str, ModuleWeights]) -> Iterable[list[str]]:

@@ -77,12 +77,15 @@ class RowAssignment(ABC):
             raise PlanTooLarge(
                 f"the plan's adapters need {needed} rank rows, the bank has {self._bank.num_rows}; use fewer adapters"
             )
-        if not self._make_room(num_missing, digests):
+        vacated = self._make_room(num_missing, digests)
+        if vacated is None:
             return False
         for digest in digests:
             if digest not in self._pins:
                 self._rows[digest] = self._bring_in(missing[digest]) if digest in missing else self._rows.pop(digest)
             self._pins[digest] = self._pins.get(digest, 0) + 1
+        for rows in vacated:
+            self._free_vacated(rows)
         self.num_changes += 1
         return True
 
@@ -99,23 +102,33 @@ class RowAssignment(ABC):
         """Free the rows of a resident adapter without pins."""
         assert digest not in self._pins, "a pinned adapter cannot be evicted"
         self.num_changes += 1
-        rows = self._rows.pop(digest)
-        self._unwritten.pop(digest, None)
-        for row in rows:
-            self._owner[row] = None
-        self._bank.free(rows)
+        self._bank.free(self._vacate(digest))
 
-    def _make_room(self, num_missing: int, wanted: Sequence[str]) -> bool:
+    def _make_room(self, num_missing: int, wanted: Sequence[str]) -> list[list[int]] | None:
+        """Let adapters leave until there is room. Return the rows of each, still to be freed, or None without room."""
         free = self._owner.count(None)
         evictable = [digest for digest in self._rows if digest not in self._pins and digest not in wanted]
         if num_missing > free + sum(len(self._rows[digest]) for digest in evictable):
-            return False
+            return None
+        vacated: list[list[int]] = []
         for digest in evictable:
             if free >= num_missing:
                 break
             free += len(self._rows[digest])
-            self.evict(digest)
-        return True
+            vacated.append(self._vacate(digest))
+        return vacated
+
+    def _vacate(self, digest: str) -> list[int]:
+        """Take the adapter's rows from it and return them."""
+        rows = self._rows.pop(digest)
+        self._unwritten.pop(digest, None)
+        for row in rows:
+            self._owner[row] = None
+        return rows
+
+    def _free_vacated(self, rows: Sequence[int]) -> None:
+        """Free the rows of an adapter that left. Some may belong to its successors already."""
+        self._bank.free(rows)
 
     def _bring_in(self, adapter: DeviceAdapter) -> list[int]:
         """Assign the first free rows to the adapter and return them."""
@@ -145,6 +158,11 @@ class Residency(RowAssignment):
     def rank_indices(self) -> list[int]:
         """Return the rank index of each active row."""
         return [owner[1] for owner in self._owner[: self.active_rows] if owner is not None]
+
+    def _free_vacated(self, rows: Sequence[int]) -> None:
+        """Free the rows that have no new owner. `settle` overwrites the others anyway."""
+        if free := [row for row in rows if self._owner[row] is None]:
+            self._bank.free(free)
 
     def settle(self) -> None:
         """Swap rows so that pinned adapters form the prefix, then write new adapters. Call once after all changes."""

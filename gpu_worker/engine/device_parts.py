@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 
 import torch
@@ -12,6 +12,7 @@ from gpu_worker.attention.decode_attention import load_decode_kernel
 from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.layout_kernel import load_layout_kernel
 from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
@@ -23,6 +24,12 @@ def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
     if config.device != "cpu":
         return DeviceKvCache(shape, torch.device(config.device))
     return HostKvCache(shape, load_decode_kernel(config.cache_dir))
+
+
+def make_bank(config: WorkerConfig, linears: Mapping[str, nn.Linear], free_fill: float) -> LoraBank:
+    """Return a bank for adapters of these layers. On the CPU the compiled kernel converts weights for it."""
+    kernel = load_layout_kernel(config.cache_dir) if config.device == "cpu" else None
+    return LoraBank(linears, config.bank_rank_rows, free_fill=free_fill, kernel=kernel)
 
 
 def make_loader(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.attention.prefix import Prefix, namespace_of
-from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.bank.residency import Residency, drop
@@ -24,7 +23,7 @@ from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.device_check import NOTHING_COMPUTED, DeviceCheck
-from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_loader, make_lora_kernel
+from gpu_worker.engine.device_parts import fuse_where_compiled, make_bank, make_kv_cache, make_loader, make_lora_kernel
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.forward import ForwardPass
@@ -79,7 +78,7 @@ class Engine:
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
         check = ModelCheck(self.base, linears, self.max_len, config.bank_rank_rows)
         fuse_where_compiled(self.base.model, config)
-        self.bank = LoraBank(linears, config.bank_rank_rows, free_fill=free_fill)
+        self.bank = make_bank(config, linears, free_fill)
         inject(self.base.model, self.bank, context)
         self._masks = MaskThread()
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)

@@ -215,7 +215,7 @@ class FakeStore:
         self.swept += digests
         return list(digests)
 
-    async def fetch(self, digest: str) -> list[Awaitable[Buffer]]:
+    async def fetch(self, digest: str, is_suspect: bool = False) -> list[Awaitable[Buffer]]:
         raise NotImplementedError
 
     async def release(self, digests: Collection[str]) -> bool:

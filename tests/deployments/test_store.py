@@ -19,6 +19,7 @@ from deployments.store import StoreDeployment
 from lora_store import (
     AdapterNotFound,
     AdapterRefused,
+    BlobCorrupted,
     Embedding,
     EncoderIncomplete,
     ModuleWeights,
@@ -257,6 +258,25 @@ def test_weights_are_one_reference_kept_until_it_is_released(stores: Stores) -> 
         assert len(stores.put) == 2
         with pytest.raises(AdapterNotFound):
             await stores.deployment.fetch("f" * 64)
+
+    run(check())
+
+
+def test_a_damaged_file_is_noticed_by_its_reader_and_reported_once_it_is_suspect(stores: Stores) -> None:
+    async def check() -> None:
+        [staged] = await stores.publish(PublishItem(stores.adapter()))
+        digest = staged.weights_digest
+        [path] = (stores.folder / "pool" / "blobs").rglob(digest)
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + b"x")
+        [ref] = await stores.deployment.fetch(digest)
+        with pytest.raises(BlobCorrupted):
+            decode_weights(digest, ref)
+        with pytest.raises(BlobCorrupted):
+            await stores.deployment.fetch(digest, is_suspect=True)
+        path.write_bytes(good)
+        [ref] = await stores.deployment.fetch(digest, is_suspect=True)
+        assert decode_weights(digest, ref), "the damaged bytes were not kept"
 
     run(check())
 

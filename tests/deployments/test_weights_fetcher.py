@@ -27,7 +27,7 @@ DIGEST, DATA = encode_weights({"m": ModuleWeights(torch.ones(2, 3), torch.ones(4
 DAMAGED = DATA[:-1] + b"x"
 
 
-@dataclass
+@dataclass(eq=False)
 class Ref:
     """An object reference: it yields a read-only buffer, or raises the error of the object."""
 
@@ -48,13 +48,13 @@ class Store:
 
     script: list[Ref | Exception | asyncio.Event] = field(default_factory=list)
 
-    async def fetch(self, digest: str) -> list[Ref]:
+    async def fetch(self, digest: str, is_suspect: bool) -> list[Ref]:
         outcome = self.script.pop(0) if self.script else Ref(DATA)
         if isinstance(outcome, Exception):
             raise outcome
         if isinstance(outcome, asyncio.Event):
             await outcome.wait()
-            return [Ref(DATA)]
+            return [Ref(DATA[:50]), Ref(DATA[50:60]), Ref(DATA[60:])]
         return [outcome]
 
 
@@ -115,7 +115,7 @@ def assert_good(weights: AdapterWeights) -> None:
 def test_weights_are_fetched_by_a_reference_in_a_list() -> None:
     fetching = Fetching()
     assert_good(fetching.run())
-    assert fetching.store.called("fetch") == [(DIGEST,)] and fetching.clock.pauses == []
+    assert fetching.store.called("fetch") == [(DIGEST, False)] and fetching.clock.pauses == []
     assert [call.by_reference for call in fetching.store.calls] == [True], (
         "gRPC would keep the object of a reference forever"
     )
@@ -140,6 +140,13 @@ def test_temporary_failures_are_retried(failure: Ref | Exception) -> None:
     fetching = Fetching(failure)
     assert_good(fetching.run())
     assert fetching.num_calls == 2 and fetching.clock.pauses == [0.1]
+
+
+def test_after_damaged_bytes_the_store_is_asked_to_check_its_file() -> None:
+    fetching = Fetching(TimeoutError(), Ref(DAMAGED), TimeoutError(), BlobCorrupted(DIGEST, "f" * 64))
+    with pytest.raises(AdapterLoadFailed, match="the stored file is damaged; publish the adapter again"):
+        fetching.run()
+    assert [is_suspect for _, is_suspect in fetching.store.called("fetch")] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("words", [words for words in PASSING if words.startswith(("the adapter store", "they"))])

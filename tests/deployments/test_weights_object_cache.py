@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,36 +11,48 @@ from deployments.calls.catalogue_clients import Buffer
 from deployments.weights import ObjectCache
 from lora_store import StoreUnavailable
 
+PART = 4
 BLOBS = {name: bytes([place]) * 10 for place, name in enumerate("abcd")} | {"large": bytes(30)}
 
 
 class Loads:
-    """A cache over `BLOBS` that counts loads. A reference is the tuple of the stored bytes."""
+    """A cache over `BLOBS`, in parts of 4 bytes, that counts loads. A reference is the tuple of a part's bytes."""
 
     def __init__(self, budget_bytes: int, load: Callable[[str], bytes] | None = None) -> None:
         self.loaded: list[str] = []
         self.put: list[Buffer] = []
+        self.num_read = 0
         self._load = load or BLOBS.__getitem__
         self.cache: ObjectCache[tuple[int, ...]] = ObjectCache(self._count, self._put, budget_bytes)
 
-    def _count(self, digest: str) -> bytes:
+    def _count(self, digest: str) -> Iterator[Buffer]:
         self.loaded.append(digest)
-        return self._load(digest)
+        data = np.frombuffer(self._load(digest), np.uint8)
+        for start in range(0, len(data), PART):
+            assert len(self.put) == self.num_read, "a part was read before the one before it was put"
+            self.num_read += 1
+            yield data[start : start + PART]
 
     def _put(self, buffer: Buffer) -> tuple[int, ...]:
         self.put.append(buffer)
         return tuple(buffer.tolist())
 
 
+def whole(refs: tuple[tuple[int, ...], ...]) -> bytes:
+    return b"".join(map(bytes, refs))
+
+
 def get(loads: Loads, *digests: str) -> None:
     async def run() -> None:
         for digest in digests:
-            assert await loads.cache.get(digest) == tuple(BLOBS[digest])
+            assert whole(await loads.cache.get(digest)) == BLOBS[digest]
 
     asyncio.run(run())
 
 
-async def held(gate: threading.Event, num_callers: int) -> tuple[Loads, list[asyncio.Task[tuple[int, ...]]]]:
+async def held(
+    gate: threading.Event, num_callers: int
+) -> tuple[Loads, list[asyncio.Task[tuple[tuple[int, ...], ...]]]]:
     """Return a cache whose loads wait for the gate, and callers that wait for one."""
 
     def load(digest: str) -> bytes:
@@ -53,11 +65,11 @@ async def held(gate: threading.Event, num_callers: int) -> tuple[Loads, list[asy
     return loads, callers
 
 
-def test_a_kept_buffer_is_put_once_and_is_read_only_bytes() -> None:
+def test_the_parts_of_a_kept_blob_are_read_and_put_once_one_after_the_other() -> None:
     loads = Loads(100)
     get(loads, "a", "b", "a")
     assert loads.loaded == ["a", "b"]
-    assert [(buffer.dtype, buffer.flags.writeable) for buffer in loads.put] == [(np.uint8, False)] * 2
+    assert [(buffer.dtype, len(buffer)) for buffer in loads.put] == [(np.uint8, size) for size in (4, 4, 2)] * 2
 
 
 def test_the_least_recently_used_is_dropped_above_the_budget() -> None:
@@ -89,7 +101,7 @@ def test_concurrent_callers_share_one_load_that_survives_a_caller_leaving() -> N
         callers[0].cancel()
         await asyncio.wait([callers[0]])
         gate.set()
-        assert await asyncio.gather(*callers[1:]) == [tuple(BLOBS["a"])] * 2
+        assert list(map(whole, await asyncio.gather(*callers[1:]))) == [BLOBS["a"]] * 2
         assert loads.loaded == ["a"]
 
     asyncio.run(run())
@@ -107,7 +119,7 @@ def test_a_failed_load_fails_all_its_callers_and_the_next_call_retries() -> None
         loads = Loads(100, load)
         first = await asyncio.gather(loads.cache.get("a"), loads.cache.get("a"), return_exceptions=True)
         assert [type(outcome) for outcome in first] == [StoreUnavailable] * 2
-        assert await loads.cache.get("a") == tuple(BLOBS["a"])
+        assert whole(await loads.cache.get("a")) == BLOBS["a"]
 
     asyncio.run(run())
 
@@ -127,7 +139,7 @@ def test_a_buffer_released_during_its_load_is_not_kept() -> None:
         await asyncio.sleep(0)
         loads.cache.release(["a"])
         gate.set()
-        assert await caller == tuple(BLOBS["a"])
+        assert whole(await caller) == BLOBS["a"]
         assert loads.cache.num_bytes == 0
 
     asyncio.run(run())

@@ -57,7 +57,7 @@ class FakeStore:
         self.held[digest] = Held(asyncio.Event(), asyncio.Event())
         return self.held[digest]
 
-    async def fetch(self, digest: str) -> list[asyncio.Future[NDArray[np.uint8]]]:
+    async def fetch(self, digest: str, is_suspect: bool) -> list[asyncio.Future[NDArray[np.uint8]]]:
         self.fetched.append(digest)
         if digest in self.held:
             self.held[digest].begun.set()

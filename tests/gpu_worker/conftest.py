@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gpu_worker.attention.kv_cache import KvCache, KvShape
+from gpu_worker.bank.layout_kernel import LayoutKernel, load_layout_kernel
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
@@ -26,6 +27,12 @@ from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_confi
 def lora_kernel() -> LoraKernel:
     """Return the compiled LoRA products."""
     return compiled(load_lora_kernel)
+
+
+@pytest.fixture(scope="session")
+def layout_kernel() -> LayoutKernel:
+    """Return the compiled conversion of adapters."""
+    return compiled(load_layout_kernel)
 
 
 @pytest.fixture

@@ -46,8 +46,12 @@ def test_a_corrupted_blob_raises_and_putting_it_again_repairs_it(tmp_path: Path,
         blobs.get(digest)
     assert (caught.value.digest, caught.value.found) == (digest, digest_of(damaged))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(BlobCorrupted):
+        blobs.check(digest)
+    assert b"".join(part.tobytes() for part in blobs.read_parts(digest)) == damaged, "its reader hashes it"
     blobs.put(b"abc")
     assert blobs.get(digest) == b"abc"
+    blobs.check(digest)
 
 
 @pytest.mark.parametrize("digest", ["0" * 64, "", "short", "../../secret", "a/" * 32, "A" * 64])
@@ -57,6 +61,10 @@ def test_an_unknown_or_malformed_digest_is_not_found(tmp_path: Path, digest: str
     root.mkdir(parents=True)
     with pytest.raises(AdapterNotFound):
         BlobStore(Location(str(root))).get(digest)
+    with pytest.raises(AdapterNotFound):
+        list(BlobStore(Location(str(root))).read_parts(digest))
+    with pytest.raises(AdapterNotFound):
+        BlobStore(Location(str(root))).check(digest)
 
 
 def test_a_write_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:

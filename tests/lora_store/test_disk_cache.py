@@ -52,6 +52,9 @@ def test_another_process_reads_a_cached_blob(cache: DiskCache) -> None:
     assert cache.measure() == 100
     cache.put(digest, memoryview(data))
     assert cache.measure() == 100
+    cache.discard([digest])
+    cache.put(digest, memoryview(data)[:30], data[30:])
+    assert cache.get(digest) == data
 
 
 def test_the_least_recently_used_makes_room(cache: DiskCache) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import stat
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,38 @@ def test_an_object_is_read_as_it_was_written(files: Files) -> None:
     files.write("empty", b"", durable=False)
     assert (files.read("a/b"), files.read("empty"), files.read("a/c")) == (b"two", b"", None)
     assert files.contains("a/b") and not files.contains("a/c")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4, 5, 8, 9])
+def test_an_object_is_read_in_parts_of_a_size(files: Files, num_bytes: int) -> None:
+    data = bytes(range(num_bytes))
+    files.write("a", data, durable=False)
+    parts = list(files.read_parts("a", 4))
+    assert b"".join(part.tobytes() for part in parts) == data
+    assert [len(part) for part in parts] == [4] * (num_bytes // 4) + (
+        [num_bytes % 4] if num_bytes % 4 or not data else []
+    )
+    assert list(files.read_parts("b", 4)) == []
+
+
+def test_an_object_on_s3_is_read_by_one_request_and_its_parts_by_one_each(s3_endpoint: S3Endpoint) -> None:
+    files = Files(Location(s3_endpoint.uri(uuid4().hex)))
+    data = bytes(3 << 20)
+    files.write("a", data)
+    requests = itertools.count()
+
+    def num_requests(read: Callable[[], object]) -> int:
+        before = next(requests)
+        read()
+        return next(requests) - before - 1
+
+    s3_endpoint.on_request = lambda: next(requests)
+    try:
+        assert num_requests(lambda: files.read("a")) == 2, "one more asks for the size"
+        assert num_requests(lambda: files.digest("a")) == 2
+        assert num_requests(lambda: list(files.read_parts("a", 1 << 20))) == 4
+    finally:
+        s3_endpoint.on_request = lambda: None
 
 
 class MadeWhileLooking:

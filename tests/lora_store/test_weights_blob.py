@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_store import BlobCorrupted, decode_weights, encode_weights
+from lora_store import BlobCorrupted, check_digest, decode_weights, encode_weights, weights_in
 from tests.lora_store.builders import MakeWeights
 
 
@@ -59,6 +59,33 @@ def test_any_difference_in_any_module_changes_the_digest(make_weights: MakeWeigh
         else:
             getattr(module, part)[-1, -1] += 2**-10
         assert encode_weights(changed)[0] != digest
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_weights_may_be_views_of_a_read_only_buffer_that_they_keep(make_weights: MakeWeights, offset: int) -> None:
+    """At an odd address the tensors are copies. Without the buffer's own name, its memory would be reused."""
+    modules = make_weights()
+    digest, data = encode_weights(modules)
+    buffer = np.frombuffer(bytes(offset) + data, np.uint8)[offset:]
+    address, size = buffer.ctypes.data, len(buffer)
+    assert not buffer.flags.writeable
+    found = weights_in(digest, buffer)
+    pointers = [module.lora_b.data_ptr() for module in found.modules.values()]
+    assert all(address <= pointer < address + size for pointer in pointers) == (offset == 0)
+    del buffer
+    spoilers = [np.full(size + offset, 255, np.uint8) for _ in range(20)]
+    assert len(spoilers) == 20
+    for name, module in modules.items():
+        assert torch.equal(found.modules[name].lora_b, module.lora_b)
+
+
+def test_the_parts_of_a_blob_are_hashed_together(make_weights: MakeWeights) -> None:
+    digest, data = encode_weights(make_weights())
+    buffer = np.frombuffer(data, np.uint8)
+    check_digest(digest, [buffer[:7], buffer[7:7], buffer[7:]])
+    with pytest.raises(BlobCorrupted) as caught:
+        check_digest(digest, [buffer[7:], buffer[:7]])
+    assert caught.value.digest == digest != caught.value.found
 
 
 @pytest.mark.parametrize("position", [0, 20, -1])

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.device_layout import to_device_layout
+from gpu_worker.bank.layout_kernel import LayoutKernel
+from gpu_worker.errors import AdapterUnfit
 from lora_store.adapter import AdapterWeights, ModuleWeights
 
 NUM_ROWS = 8
@@ -47,10 +50,18 @@ def assert_free(bank: LoraBank, rows: list[int]) -> None:
 @pytest.mark.parametrize(
     "ranks", [dict.fromkeys(LINEARS, 3), {"up": 3, "down": 1}, {"up": 1, "gate": 2, "square": 3}], ids=str
 )
-def test_an_adapter_fills_its_rows_and_no_others(rows: list[int], ranks: dict[str, int]) -> None:
-    bank = LoraBank(LINEARS, NUM_ROWS, free_fill=float("nan"))
+@pytest.mark.parametrize("converter", ["kernel", "torch", "elsewhere"])
+def test_an_adapter_fills_its_rows_and_no_others(
+    rows: list[int], ranks: dict[str, int], converter: str, layout_kernel: LayoutKernel
+) -> None:
+    """The bank's own conversions arrange the values as its stores; an adapter from elsewhere is arranged by `write`."""
+    kernel = layout_kernel if converter == "kernel" else None
+    bank = LoraBank(LINEARS, NUM_ROWS, free_fill=float("nan"), kernel=kernel)
     weights = weights_of(1, ranks)
-    bank.write(rows, bank.to_device_layout(weights))
+    is_own = converter != "elsewhere"
+    adapter = bank.to_device_layout(weights) if is_own else to_device_layout(weights, bank.shapes, torch.float32)
+    assert bool(adapter.blocks) == is_own and adapter.max_rank == max(ranks.values())
+    bank.write(rows, adapter)
     assert_holds(bank, rows, weights)
     others = [row for row in range(NUM_ROWS) if row not in rows]
     assert_free(bank, others)
@@ -68,6 +79,17 @@ def test_swapped_rows_change_places_in_every_module(rows: list[int], others: lis
     assert_holds(bank, others, first)
     assert_holds(bank, rows, second)
     assert_free(bank, [row for row in range(NUM_ROWS) if row not in rows + others])
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_an_unfit_adapter_is_refused_by_either_conversion(has_kernel: bool, layout_kernel: LayoutKernel) -> None:
+    bank = LoraBank(LINEARS, NUM_ROWS, kernel=layout_kernel if has_kernel else None)
+    spoiled = weights_of(1, {"up": 2, "down": 1})
+    spoiled.modules["down"].lora_a[0, 1] = float("nan")
+    with pytest.raises(AdapterUnfit, match="down has non-finite values"):
+        bank.to_device_layout(spoiled)
+    with pytest.raises(AdapterUnfit, match="no module 'nowhere'"):
+        bank.to_device_layout(AdapterWeights("d", {"nowhere": spoiled.modules["up"]}))
 
 
 def test_the_bank_reports_its_size() -> None:
