@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import threading
-from collections.abc import Awaitable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modules
+from deployments.batch.answering import StoredWeights
 from deployments.weights import WeightsFetcher
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
@@ -21,26 +18,6 @@ from gpu_worker.engine.engine import Engine
 from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
 
 _BATCH = 64  # adapters per commit
-
-
-class _StoreCall:
-    """The call that a fetcher makes as `fetch`: the store's own read, in this process instead of through Ray."""
-
-    def __init__(self, store: LoraStore) -> None:
-        self._store = store
-
-    async def remote(self, digest: str, is_suspect: bool) -> list[Awaitable[NDArray[np.uint8]]]:
-        assert not is_suspect, f"the weights {digest} were damaged"
-        parts = await asyncio.to_thread(lambda: list(self._store.read_parts(digest)))
-        arrived: list[asyncio.Future[NDArray[np.uint8]]] = [asyncio.get_running_loop().create_future() for _ in parts]
-        for future, part in zip(arrived, parts, strict=True):
-            future.set_result(part)
-        return list(arrived)
-
-
-class _StoreHandle:
-    def __init__(self, store: LoraStore) -> None:
-        self.fetch = _StoreCall(store)
 
 
 class StoredPool:
@@ -55,8 +32,7 @@ class StoredPool:
         self._folder = tempfile.TemporaryDirectory()
         self._store = LoraStore(str(Path(self._folder.name, "store")), accepts_base=[self.config.base_model])
         executor = load_executor(self.config.load_threads)
-        handle: Any = _StoreHandle(self._store)
-        self._fetcher = WeightsFetcher(handle, executor)
+        self._fetcher = WeightsFetcher(StoredWeights(self._store), executor)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetches", daemon=True)
         self.engine = run_on_short_lived_thread(lambda: Engine(self.config, self._fetch, executor=executor))
