@@ -84,7 +84,7 @@ def check_digest(digest: str, parts: Iterable[Buffer]) -> None:
 
 
 def weights_in(digest: str, data: Buffer) -> AdapterWeights:
-    """Return the weights of verified canonical bytes, modules sorted, as views of `data`. Nobody may write to them."""
+    """Return the weights of verified canonical bytes, modules sorted, as views of `data`. Do not write to them."""
     import torch  # imported here, since it takes seconds
 
     start = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES].tobytes(), "little")
@@ -123,7 +123,7 @@ def _layout_of(header: bytes, num_bytes: int) -> _Layout:
 
 
 class _Writable:
-    """The same memory as an array that is not read-only: torch has no read-only tensors and warns. Keeps it alive."""
+    """An array of the same memory that counts as writable, since torch warns about others. It keeps the memory."""
 
     def __init__(self, data: Buffer) -> None:
         self._data = data

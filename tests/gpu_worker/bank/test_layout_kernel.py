@@ -31,7 +31,7 @@ def place_of(weights: ModuleWeights, dtype: torch.dtype) -> tuple[Tensor, Device
 
 @pytest.mark.parametrize("target", DTYPES, ids=str)
 @pytest.mark.parametrize("source", [*DTYPES, torch.float16, torch.float64], ids=str)
-def test_every_matrix_is_converted_as_by_torch_and_nothing_beside_it_is_written(
+def test_every_matrix_is_converted_as_by_torch_and_nothing_else_is_written(
     layout_kernel: LayoutKernel,
     source: torch.dtype,
     target: torch.dtype,
