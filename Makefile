@@ -18,8 +18,9 @@ help: ## show this list
 
 # ENGINE=vllm installs vLLM too: see gpu_worker/vllm/requirements.txt.
 $(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),$(VLLM_FILE))
+	@echo "installing about 1 GB of packages into $(VENV): this takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[local,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[local,test]'
 	$(if $(filter vllm,$(ENGINE)),$(BIN)/python -m pip install --progress-bar off --no-deps -r $(VLLM_FILE))
 	touch $(READY)
 

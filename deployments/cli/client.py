@@ -120,7 +120,7 @@ def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with client_of(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
         check(response)
-        with Progress(*columns, console=err, transient=True) as progress:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task(title, total=None)
             for line in map(json.loads, response.iter_lines()):
                 if "error" in line:

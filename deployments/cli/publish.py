@@ -259,7 +259,7 @@ def _upload_progress(items: Sequence[Item]) -> Iterator[Callable[[int], object]]
     if len(items) != 1 or items[0].is_source:
         yield lambda _: None
         return
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("uploading", total=folder_bytes(Path(items[0].place)), visible=False)
         yield lambda num_bytes: progress.update(task, advance=num_bytes, visible=True)
 
@@ -277,7 +277,9 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     """Print the outcome for each adapter, and a summary of several. Return the number of failures."""
     refused: list[str] = []
     started, by_name = time.monotonic(), 0
-    for item, answer in track(answers, "publishing", total, console=err, transient=True, disable=total == 1):
+    for item, answer in track(
+        answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
+    ):
         if "error" in answer:
             refused.append(str(item.place) if item.is_source else Path(item.place).name)
             show_error(_named(item, answer["error"]["message"]))

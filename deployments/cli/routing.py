@@ -48,7 +48,9 @@ def eval_routing(
     """
     rows = read_labelled(file)
     with client_of(url) as client:
-        tracked = track(_plans(client, rows), "routing", len(rows), console=err, transient=True)
+        tracked = track(
+            _plans(client, rows), "routing", len(rows), console=err, transient=True, disable=not err.is_terminal
+        )
         routed = [Routed.of(*item) for item in tracked]
     inside = [item for item in routed if item.is_inside]
     outside = [item for item in routed if not item.is_inside]

@@ -76,7 +76,7 @@ def _answer(run: BatchRun, concurrency: int) -> int:
     """Answer the remaining rows with a progress bar. Return the number of rows with errors."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     num_errors = 0
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("rows", total=run.num_rows_left)
         for part in answer_parts(run, concurrency):
             num_errors += part["num_errors"]

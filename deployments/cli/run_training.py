@@ -97,7 +97,7 @@ def _read_line(line: str, place: str) -> tuple[str, str]:
 def _train(job: TrainingJob, texts: Mapping[str, Sequence[str]]) -> None:
     settings = TrainingSettings(num_epochs=job.epochs, seed=job.seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task(f"training on {len(texts)} tasks", total=None)
         train_encoder(
             texts,

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import logging
 import shutil
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -52,7 +54,8 @@ def _convert_into(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{PACKAGED_MODEL}-") as scratch:
         gguf, target = Path(scratch, "model.gguf"), Path(scratch, "converted")
         _assemble(gguf)
-        _convert(gguf, target)
+        with redirect_stderr(io.StringIO()):  # progress bars of other libraries
+            _convert(gguf, target)
         lines = [f"{_sha256(path)}  {path.name}" for path in sorted(target.iterdir())]
         (target / _CHECKSUMS).write_text("\n".join(lines) + "\n")
         target.rename(folder)

@@ -33,3 +33,18 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy(
     monkeypatch.setattr(packaged_model, "_PARTS", (("no-such-package", "file"),))
     with pytest.raises(BaseModelUnsupported, match=r"loraretriever\[local\]"):
         packaged_model._assemble(tmp_path / "model.gguf")
+
+
+def test_a_conversion_shows_no_progress_bars_of_other_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(gguf: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "model.safetensors").write_text("weights")
+        print("Loading weights: 100%", file=sys.stderr)
+
+    monkeypatch.setattr(packaged_model, "_assemble", lambda gguf: None)
+    monkeypatch.setattr(packaged_model, "_convert", convert)
+    folder = packaged_model.packaged_folder(tmp_path)
+    assert (folder / "model.safetensors").read_text() == "weights"
+    assert capsys.readouterr().err == ""
