@@ -81,6 +81,8 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         versions.add_row(*map(str, cells))
     facts = Table(Column(), Column(overflow="fold"), show_header=False)
     for key, value in answer.items():
+        if value is None:
+            continue
         facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     out.print(facts)
     out.print(versions)

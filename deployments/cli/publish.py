@@ -44,6 +44,7 @@ _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
+_SHOWN_CHARS = 300  # of a refusal in a batch
 _SAMPLES_FILE = "lora_samples.jsonl"
 _SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
@@ -247,9 +248,12 @@ def _samples_from(file: Path) -> bytes:
     from lora_store.training_files import training_samples
 
     try:
-        return write_samples(training_samples(file, Limits()))
+        samples = training_samples(file, Limits())
     except FileRefused as exc:
         fail(f"{file}: {exc.problems[0]}")
+    noun = "sample" if len(samples) == 1 else "samples"
+    err.print(f"{len(samples)} {noun} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    return write_samples(samples)
 
 
 @contextmanager
@@ -282,7 +286,8 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     ):
         if "error" in answer:
             refused.append(str(item.place) if item.is_source else Path(item.place).name)
-            show_error(_named(item, answer["error"]["message"]))
+            message = _named(item, answer["error"]["message"])
+            show_error(message if total == 1 else _shortened(message))
             continue
         by_name += not answer["found_by_auto"]
         out.print(_outcome(answer, is_dry), markup=False)
@@ -300,6 +305,8 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
 
 def _outcome(answer: JsonObject, is_dry: bool) -> str:
     notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
+    if "expires_at" in answer:
+        notes = [f"by name only, until {answer['expires_at'][:19]} UTC"]
     if is_dry:
         notes += [f"nearest is {near['name']} at {near['score']:.2f}" for near in answer.get("neighbours", ())[:1]]
     elif behind := answer["replicas"]["behind"]:
@@ -321,6 +328,12 @@ def _named(item: Item, message: str) -> str:
     """Return the message with the place in front, unless it names the adapter or the source already."""
     name = item.name or (item.place if isinstance(item.place, str) else item.place.resolve().name)
     return message if f"adapter {name!r}" in message or str(item.place) in message else f"{item.place}: {message}"
+
+
+def _shortened(message: str) -> str:
+    """Return the beginning of a message about one adapter of many: a mistake in each module is a long list."""
+    is_long = len(message) > _SHOWN_CHARS
+    return f"{message[:_SHOWN_CHARS]}… (publish it alone for all reasons)" if is_long else message
 
 
 def _link_message(link: Path) -> str:

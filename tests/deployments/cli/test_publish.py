@@ -117,7 +117,8 @@ def test_samples_of_a_training_file_are_uploaded_in_place_of_the_folders_own(tmp
     train = tmp_path / "train.jsonl"
     train.write_text('{"messages": [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]}')
     with scripted((201, answer("poet"))) as server:
-        assert run("publish", poet, "--samples", train, "--url", server.url).exit_code == 0
+        result = run("publish", poet, "--samples", train, "--url", server.url)
+    assert (result.exit_code, words(result.stderr)) == (0, words(f"1 sample from {train}"))
     [body] = server.bodies
     assert b'{"input": "Sing.", "output": "La."}' in body
     assert b"own samples" not in body and body.count(b'filename="lora_samples.jsonl"') == 1
@@ -233,6 +234,24 @@ def test_a_server_that_refuses_the_request_refuses_every_folder(tmp_path: Path) 
         result = run("publish", *folders, "--url", server.url)
     assert (result.exit_code, len(server.asked)) == (1, 1)
     assert words(result.stderr).count("publishing is off") == 2
+
+
+def test_an_unlisted_adapter_is_named_with_its_end(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    row = answer("poet", found_by_auto=False, expires_at="2026-01-02T03:04:05.678901+00:00")
+    with scripted((201, batch(row))) as server:
+        result = run("publish", poet, "--ttl", "600", "--url", server.url)
+    assert words(result.stdout) == "poet is live at generation 4 (by name only, until 2026-01-02T03:04:05 UTC)"
+
+
+def test_a_long_refusal_is_shortened_among_many_and_whole_alone(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, "one", "two")
+    row = refused(400, "adapter 'one' refused: " + "a module has another rank; " * 50)
+    for given, is_whole in ((folders, False), (folders[:1], True)):
+        with scripted((207, batch(row, answer("two")) if len(given) > 1 else batch(row))) as server:
+            said = words(run("publish", *given, "--url", server.url).stderr)
+        assert (said.count("another rank") == 50) is is_whole
+        assert ("publish it alone for all reasons" in said) is not is_whole
 
 
 def test_one_name_cannot_be_used_for_two_adapters(tmp_path: Path) -> None:
