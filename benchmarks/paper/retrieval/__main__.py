@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.paper.common.resumable import Step, run_steps, write_parquet
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace, fetch_archive
-from benchmarks.paper.retrieval import projected
+from benchmarks.paper.retrieval import hardness, projected
 from benchmarks.paper.retrieval.draws import draws_step
 from benchmarks.paper.retrieval.experiments import Experiments
 from benchmarks.paper.retrieval.extra_experiments import extra_steps, latency_step
@@ -24,7 +24,7 @@ from benchmarks.paper.retrieval.results import write_tables
 from benchmarks.paper.retrieval.study import UNTRAINED
 from benchmarks.training.bigbench_tasks import TaskSpec, read_task_files
 
-KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency", projected.KIND)
+KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency", projected.KIND, hardness.KIND)
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(soft_wrap=True)
@@ -39,6 +39,7 @@ def run(root: Root = DEFAULT_ROOT) -> None:
     run_steps([*experiments.ranking_steps(), draws_step(experiments)], pace, out)
     run_steps(extra_steps(experiments, lambda: descriptions(Workspace(root), pool_specs(read_task_list()))), pace, out)
     run_steps(projected_steps(experiments), pace, out)
+    run_steps(hardness.hardness_steps(experiments), pace, out)
     run_steps([latency_step(experiments)], pace, out)
     collect(experiments, PAPER_RESULTS)
     tables()
@@ -56,6 +57,15 @@ def projections(root: Root = DEFAULT_ROOT) -> None:
 def projected_steps(experiments: Experiments) -> list[Step]:
     study = experiments.study
     return projected.projection_steps(experiments, projected.others_of(read_task_list(), study.tasks, study.spares))
+
+
+@cli.command("hardness")
+def measure_hardness(root: Root = DEFAULT_ROOT) -> None:
+    """Measure trainings that weigh hard negatives more, alone."""
+    experiments = load_experiments(Workspace(root))
+    run_steps(hardness.hardness_steps(experiments), seconds_per_text(experiments), out)
+    collect(experiments, PAPER_RESULTS, (hardness.KIND,))
+    tables()
 
 
 @cli.command()

@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks import plots
 from benchmarks.paper.common.markdown import plot
-from benchmarks.paper.retrieval import projected, tables
+from benchmarks.paper.retrieval import hardness, projected, tables
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED, main_draws
@@ -17,6 +17,7 @@ from benchmarks.results_file import write_part
 READING = Path(__file__).with_name("reading.md")
 _EXTRAS = {
     projected.KIND: ("A projection, and thresholds for each adapter", projected.section),
+    hardness.KIND: ("Harder negatives in training", hardness.section),
     "samples": ("Samples of an adapter", tables.samples),
     "growth": ("A growing pool", tables.growth),
     "latency": ("Latency, one query at a time", tables.latency),

@@ -39,6 +39,10 @@ class Results:
     def has(self, names: Sequence[str]) -> bool:
         return all((self._folder / name).exists() for name in names)
 
+    def table(self, name: str) -> pd.DataFrame:
+        """Return the rows of one file."""
+        return pd.read_parquet(self._folder / name)
+
     def answers(self, *names: str) -> Answers:
         """Return the scores in these files together."""
         if names not in self._answers:

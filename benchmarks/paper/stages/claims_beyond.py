@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.paper.common.intervals import Interval, bootstrap
+from benchmarks.paper.retrieval import hardness
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT
 from benchmarks.paper.retrieval.study import UNTRAINED
-from benchmarks.paper.stages import companions, flan_pool, natural, recipes, rerank
+from benchmarks.paper.stages import companions, flan_pool, natural, recipes, rerank, sizes, stream
 from benchmarks.paper.stages.answer_tables import BASELINES, ROWS
 from benchmarks.paper.stages.claim_list import of_file, of_main
 from benchmarks.paper.stages.claims import Claim, Results
@@ -21,6 +22,10 @@ def _by_cosine(results: Results) -> Interval:
     return bootstrap(hits[0] - hits[1], resamples_tasks=True)
 
 
+def _by_hardness(results: Results) -> Interval:
+    return hardness.gain(results.table(_HARDNESS))
+
+
 def _training_against_projection(results: Results) -> Interval:
     return results.unseen_gains["none", "refit"]
 
@@ -29,6 +34,7 @@ def _training_with_projection(results: Results) -> Interval:
     return results.unseen_gains["refit", "refit"]
 
 
+_HARDNESS = f"retrieval_{hardness.KIND}.parquet"
 _PROJECTIONS = ("retrieval_projections.parquet",)
 _MAIN, _FLAN, _NEAR = (ROWS, BASELINES), (flan_pool.ROWS,), (companions.ROWS,)
 BEYOND = (
@@ -168,6 +174,15 @@ BEYOND = (
         "Both encoders have a projection fitted to the pool.",
     ),
     Claim(
+        "A training that weighs hard negatives more finds the own adapter more often than the plain one.",
+        "–",
+        "retrieval",
+        (_HARDNESS,),
+        "above",
+        _by_hardness,
+        "The strength is chosen on `choice`. Every batch has all training tasks, so near ones are negatives anyway.",
+    ),
+    Claim(
         "A third of the own adapter, alone, is as good as the whole.",
         "–",
         "companions",
@@ -256,5 +271,23 @@ BEYOND = (
         "equal",
         of_file(recipes.ROWS, f"{recipes.SCALES}_mixture_iid", f"{recipes.SCALES}_selection_iid"),
         "12 tasks, in distribution.",
+    ),
+    Claim(
+        "An index that follows the catalogue is better than a frozen one, on requests for new adapters and versions.",
+        "–",
+        "stream",
+        (stream.ROWS,),
+        "above",
+        lambda results: stream.following(results.table(stream.ROWS)),
+        "`auto`, right after the change that brought them.",
+    ),
+    Claim(
+        "A pool of 46 adapters answers as well as one of 10: `auto`, in distribution.",
+        "–",
+        "sizes",
+        (sizes.ROWS,),
+        "at least",
+        of_file(sizes.ROWS, "46_auto_iid", "10_auto_iid"),
+        "The same questions over both pools; siblings are found in place of the own adapter.",
     ),
 )

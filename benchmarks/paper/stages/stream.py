@@ -23,7 +23,7 @@ from benchmarks.paper.answering.auto import Auto
 from benchmarks.paper.answering.runs import Bench, Method
 from benchmarks.paper.answering.stores import ACTOR, open_store, packaged_encoder
 from benchmarks.paper.answering.study import publish_lacking
-from benchmarks.paper.common.intervals import clustered
+from benchmarks.paper.common.intervals import Interval, clustered
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
@@ -182,7 +182,8 @@ def section(rows: pd.DataFrame) -> str:
         [
             "## Answers while the pool changes\n",
             f"{rows['stretch'].max()} changes, {per_stretch} requests after each, tasks by Zipf's law. A change",
-            "withdraws adapters, publishes others, and replaces versions that were trained on exchanged answers.",
+            "withdraws adapters, publishes others, and replaces versions that were trained on exchanged answers. Until",
+            "then these answer wrongly, as own adapters too.",
             f"`{FOLLOWS}`: the server's Retriever; `{FROZEN}`: one that stays at the first generation. Percent after",
             "the first change, with 95 % intervals that resample tasks and requests. Requests have columns by the last",
             f"change of their adapter: {', '.join(f'{kind} ({counts.get(kind, 0)})' for kind in KINDS)}.\n",
@@ -195,6 +196,14 @@ def _interval(rows: pd.DataFrame, column: str) -> str:
     if rows.empty:
         return "–"
     return clustered([own.to_numpy(float) for _, own in rows.groupby("task")[column]]).in_percent()
+
+
+def following(rows: pd.DataFrame) -> Interval:
+    """Return the points of `auto` over the frozen index, on requests whose adapter or version is new."""
+    changed = rows[(rows["stretch"] > 0) & (rows["kind"] != KINDS[0]) & (rows["method"] == "auto")]
+    follows, frozen = (changed[changed["router"] == router].reset_index(drop=True) for router in (FOLLOWS, FROZEN))
+    more = follows["score"] - frozen["score"]
+    return clustered([own.to_numpy(float) for _, own in more.groupby(follows["task"])])
 
 
 def measure(

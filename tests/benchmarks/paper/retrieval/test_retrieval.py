@@ -213,12 +213,16 @@ def test_section_and_results_are_written_from_the_rows(
     section = (folder / "retrieval.md").read_text()
     assert section.startswith("## Retrieval\n")
     assert section.count("| 40 % | 2 |") == 3
-    assert "Not measured yet: projections.\n" in section  # a command of their own measures them
+    assert "Not measured yet: projections, hardness.\n" in section  # a command of their own measures them
     latency = (folder / "retrieval_latency.parquet").rename(tmp_path / "aside")
     ranks = folder / "retrieval_ranks.parquet"
     whole = pq.read_table(ranks)
     pq.write_table(whole.filter(pc.field("encoder") != "share100-seed0"), ranks)
     write_tables(folder)
-    assert (folder / "retrieval.md").read_text().endswith("Not measured yet: share100-seed0, projections, latency.\n")
+    assert (
+        (folder / "retrieval.md")
+        .read_text()
+        .endswith("Not measured yet: share100-seed0, projections, hardness, latency.\n")
+    )
     latency.rename(folder / "retrieval_latency.parquet")
     pq.write_table(whole, ranks)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.stages import stream
@@ -60,5 +61,12 @@ def test_only_the_retriever_that_follows_finds_new_adapters_and_versions(
     assert set(new["kind"]) == {"arrived", "replaced"} and (rows[rows["kind"] == "replaced"]["task"] == "animals").all()
     assert not new[new["router"] == FROZEN]["hit"].any()
     assert new[new["router"] == FOLLOWS]["hit"].mean() > 0.8
+    found = stream.following(rows)
+    assert found.mean == pytest.approx(_mean(new, FOLLOWS) - _mean(new, FROZEN)) and found.mean > 0.5
     assert "| follows auto |" in (tmp_path / "stream.md").read_text()
     assert "with an index that does not follow" in stream.sentence(tmp_path)
+
+
+def _mean(rows: pd.DataFrame, router: str) -> float:
+    """Return the mean score of `auto`."""
+    return float(rows[(rows["router"] == router) & (rows["method"] == "auto")]["score"].mean())
