@@ -54,7 +54,7 @@ class Stage:
 STAGES = (
     Stage("train_pool", 35, room="pool"),
     Stage("choose", 10, room="pool"),
-    Stage("retrieval", 60, ("run",), room=""),
+    Stage("retrieval", 90, ("run",), room=""),
     Stage("main_table", 60, _TRAINED),
     Stage("ablations", 120, _TRAINED),
     Stage("baselines", 90, _TRAINED),
@@ -75,6 +75,7 @@ STAGES = (
     Stage("arrivals", 35),
     Stage("gate", 45, _TRAINED),
     Stage("layer_routers", 35, _TRAINED),
+    Stage("ensemble", 15, _TRAINED),
     Stage("speed", 20, _TRAINED),
     Stage("served", 5),
     Stage("report", 0),

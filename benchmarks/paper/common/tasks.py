@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ class Parts:
     test: tuple[Item, ...]
 
 
+@lru_cache(maxsize=2)
 def read_task_list(path: Path = TASK_LIST) -> TaskList:
-    """Read the list of `path`, in its order."""
+    """Read the list of `path`, in its order. The file is read once in a process."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     tasks, spares = (tuple(_spec(row) for row in content[key]) for key in ("tasks", "spares"))
     return TaskList(tasks, spares)

@@ -135,7 +135,7 @@ BEYOND = (
         ("competence.parquet",),
         "above",
         of_file("competence.parquet", "measured_selection", "flipped_selection"),
-        "4 tasks of 25 questions.",
+        "9 tasks of 25 questions.",
     ),
     Claim(
         "Two halves of a task's examples mix as well as the whole.",

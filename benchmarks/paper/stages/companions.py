@@ -145,13 +145,13 @@ def sentence(folder: Path) -> str:
     if not (folder / ROWS).exists():
         return "It was not measured yet."
     answers = Answers(pd.read_parquet(folder / ROWS), {})
-    third, near, far = (
-        answers.difference(run, other).in_percent()
-        for run, other in (("own_third", "own"), (f"{NEAREST}_1", "own"), ("farthest_1", f"{NEAREST}_1"))
-    )
+    runs = ("own_third", f"{NEAREST}_1", "random_1", "farthest_1")
+    third, near, random, far = (answers.difference(run, "own").in_percent() for run in runs)
+    more = answers.difference("farthest_1", f"{NEAREST}_1").in_percent()
     return (
-        f"A third of the own adapter alone differs from the whole by {third} points, equal mixing with the nearest"
-        f" companions by {near}, and the farthest companions are {far} points better than the nearest."
+        f"Against the own adapter, a third of it alone differs by {third} points, equal mixing with the nearest"
+        f" companions by {near}, with random ones by {random}, and with the farthest by {far}. The farthest are {more}"
+        " points better than the nearest."
     )
 
 

@@ -1,7 +1,7 @@
 """Class wrong answers, and score without full stops, from known answers: `python -m benchmarks.paper.stages.errors`.
 
 No model is loaded. A row whose answer is not in the study's cache is left out, so the stage covers the runs whose
-weights the rows determine: one adapter alone, or equal weights.
+weights the rows determine: one adapter alone, equal weights, or other simple fractions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,12 @@ from gpu_worker.model.base_model import resolve_dtype
 from lora_store import LOCAL_TENANT, AdapterNotFound, AdapterRef, Plan, PlannedAdapter, Snapshot
 
 ROWS = "errors.parquet"
-SOURCES = ("answers.parquet", "auto.parquet")
+SOURCES = ("answers.parquet", "auto.parquet", "companions.parquet")
 RIGHT, COMPANION, FORM, OTHER = "right", "another adapter's answer", "wrong form", "other"
 CLASSES = (RIGHT, COMPANION, FORM, OTHER)
 _MIXTURES, _OWN = ("mixture_iid", "uniform_iid_always"), ("perfect", "own")  # in the rows of either stage
 _NOT_YET = "Wrong answers were not classed yet."
+_LARGEST, _ROUNDED = 12, 1e-4  # denominator of the weights in SOURCES, and the error of their rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,10 @@ class Known:
 
 
 def _exact(weights: Sequence[float]) -> list[float]:
-    """Return the weights before they were rounded for the rows, if they are equal."""
-    is_equal = len(weights) > 0 and np.allclose(weights, 1 / len(weights), atol=1e-3)
-    return [1 / len(weights)] * len(weights) if is_equal else [float(weight) for weight in weights]
+    """Return the weights before they were rounded for the rows, if they are simple fractions."""
+    simple = [Fraction(float(weight)).limit_denominator(_LARGEST) for weight in weights]
+    pairs = zip(weights, simple, strict=True)
+    return [float(own) if abs(own - float(weight)) < _ROUNDED else float(weight) for weight, own in pairs]
 
 
 def classed_rows(rows: pd.DataFrame, study: Study, known: Known) -> pa.Table:
@@ -202,6 +205,19 @@ def sentence(folder: Path) -> str:
         f"Against own adapters, equal mixing changes right answers by {lost} points: answers of a companion alone,"
         f" word for word, by at least {companion}, answers of a wrong form by {form}, others by {other}"
         f" ({len(rows)} questions with exact match)."
+    )
+
+
+def company_sentence(folder: Path) -> str:
+    """Return how the companion experiment's wrong answers differ; empty if they were not classed."""
+    names = ("own (companions)", "own_third", "nearest_1", "random_1")
+    own, third, near, random = (_of_runs(folder, (name,)) for name in names)
+    if own is None or third is None or near is None or random is None:
+        return ""
+    return (
+        f"A third of the own adapter alone keeps the form (answers of a wrong form: {_change(own, third, FORM)} points)"
+        f" and loses content ({_change(own, third, OTHER)}). Random companions spoil the form more than the nearest do"
+        f" ({_change(near, random, FORM)})."
     )
 
 

@@ -128,6 +128,22 @@ def section(rows: pd.DataFrame) -> str:
     )
 
 
+def sentence(folder: Path) -> str:
+    """Return what mixing with a related task's adapter does, in one sentence."""
+    if not (folder / ROWS).exists():
+        return "Pairs of related tasks were not measured yet."
+    rows = pd.read_parquet(folder / ROWS)
+    answers = Answers(rows, {})
+    half, quarter, tenth = (answers.difference(f"own_{share:g}", "own").in_percent() for share in (0.5, 0.75, 0.9))
+    same = percent(rows[rows["run"] == "own_0.5"]["as_rival"].mean())
+    return (
+        f"In pairs of tasks with similar inputs and different functions ({len(answers.scores('own'))} tasks), half of"
+        f" the weight on the other adapter changes right answers by {half} points, a quarter by {quarter}, a tenth by"
+        f" {tenth}."
+        f" At half, {same} % of the answers are those of the other adapter alone, word for word."
+    )
+
+
 def measure(bench: Bench, folder: Path, per_task: int, pairs: Sequence[tuple[str, str]] = RIVALS) -> None:
     """Answer under every method, write rows and the appendix. Known answers are not computed again."""
     rivals = rivals_of(pairs)

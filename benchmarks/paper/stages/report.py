@@ -14,7 +14,7 @@ import typer
 from benchmarks.paper.common.intervals import Interval
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.workspace import PAPER_RESULTS
-from benchmarks.paper.stages import companions, errors, gate, rerank, sizes, stream
+from benchmarks.paper.stages import companions, ensemble, errors, gate, natural, rerank, sizes, stream
 from benchmarks.paper.stages.answer_tables import ROUTED, Answers
 from benchmarks.paper.stages.claim_list import PAPERS, of_file
 from benchmarks.paper.stages.claims import Claim, Results, claims_table
@@ -41,6 +41,7 @@ SECTIONS = (
     "recipes.md",
     "gate.md",
     "layer_routers.md",
+    "ensemble.md",
     "kinds.md",
     "mixed_pool.md",
     "arrivals.md",
@@ -89,6 +90,16 @@ BETTER = (
         "a refit after many publishes",
     ),
     Better(
+        "hard negatives count more in training",
+        "LLaVE (arXiv 2503.04812)",
+        "retriever_svc/training.py",
+        "top-1, hard − plain",
+        _beyond("hard negatives").rows[0],
+        _beyond("hard negatives").difference,
+        "none",
+        "none; a training of minutes",
+    ),
+    Better(
         "softmax weights",
         "this server",
         "retriever_svc/planning.py",
@@ -107,6 +118,16 @@ BETTER = (
         _beyond("`auto` is better").difference,
         "none",
         "outputs of the samples, embedded",
+    ),
+    Better(
+        "averaged log probabilities of the three",
+        "ensembles of language models",
+        "benchmarks/paper/stages/ensemble.py",
+        "right answers iid, averaged − equal",
+        ensemble.ROWS,
+        of_file(ensemble.ROWS, "ensemble_iid", "mixture_iid"),
+        "three times the work",
+        "none",
     ),
     Better(
         "abstention by a confidence for each adapter",
@@ -203,8 +224,10 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "mixture_k5": _ablation(results, "mixture_k5_iid"),
         "mixture_k15": _ablation(results, "mixture_k15_iid"),
         "errors": errors.sentence(folder),
+        "company": errors.company_sentence(folder),
         "dots": errors.dots_sentence(folder),
         "companions": companions.sentence(folder),
+        "natural": natural.sentence(folder),
         "gate": gate.sentence(folder),
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.paper.answering.answers import Asker, Question
+from benchmarks.paper.answering.auto import Auto
 from benchmarks.paper.answering.likelihood import Candidate, Confidences, candidates_of, most_likely
 from benchmarks.paper.answering.methods import Routed
 from benchmarks.paper.answering.runs import Bench, rows_of
@@ -39,6 +40,7 @@ from retriever_svc.encoder_files import DEFAULT_MODEL
 ROWS, TOPS = "rerank.parquet", "rerank_tops.parquet"
 POOLS = {"iid": False, "ood": True}
 FIRST, BEST = "first", "best"  # the nearest adapter, and the best of the three by its score: the most that is possible
+AUTO = "auto"  # the server's default composition of the three, without abstention
 _REFERENCE_PER_TASK = 5
 _BATCH = 8
 Scores = list[dict[str, float]]
@@ -137,6 +139,7 @@ def section(rows: pd.DataFrame, tops: pd.DataFrame) -> str:
         [name.replace("_", " "), *[answers.interval(f"{name}_{pool}").in_percent() for pool in POOLS]] for name in names
     ]
     pairs = [(f"{name}_{pool}", f"{FIRST}_{pool}") for pool in POOLS for name in names if name != FIRST]
+    pairs += [(f"{name}_{pool}", f"{AUTO}_{pool}") for pool in POOLS for name in names if name not in (AUTO, FIRST)]
     places = [
         [str(name).replace("_", " "), *[percent((own["place"] <= depth).mean()) for depth in (1, 3)]]
         for name, own in tops.groupby("signal", sort=False)
@@ -146,7 +149,8 @@ def section(rows: pd.DataFrame, tops: pd.DataFrame) -> str:
         [
             "## Reranking the three nearest adapters\n",
             f"{count} questions a task. `{FIRST}`: the nearest adapter. `{BEST}`: the best of the three for each",
-            "question, the most that any reranking can reach. `likelihood`: by the log probability of its own answer.",
+            f"question, the most that any reranking can reach. `{AUTO}`: the server's default composition of them.",
+            "`likelihood`: by the log probability of its own answer.",
             "The others use the adapters' weights and one pass of the base model over the prompt; `calibrated`: in",
             "standard deviations of the adapter's scores on prompts of all tasks.\n",
             table(["choice", *POOLS], lines),
@@ -166,6 +170,8 @@ def measure(bench: Bench, scored: Asker, reader: Reader, folder: Path, per_task:
     questions = study.questions("test", per_task)
     by_weights = reader.scores(questions, reference)
     tables = [pool_rows(bench, scored, pool, per_task, confidences, by_weights) for pool in POOLS]
+    for pool, masked in POOLS.items():
+        tables.append(bench.run(f"{AUTO}_{pool}", Auto(abstains=False, masks_own=masked), per_task))
     write_parquet(folder / ROWS, pa.concat_tables(tables))
     write_parquet(folder / TOPS, top_rows(questions, by_weights))
     each_ms = 1000 * reader.seconds / reader.num_prompts

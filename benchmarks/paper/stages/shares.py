@@ -12,11 +12,13 @@ from rich.console import Console
 
 from benchmarks.paper.answering.methods import Routed
 from benchmarks.paper.answering.runs import Bench, Method, pool_retriever, run_all
+from benchmarks.paper.answering.study import Study
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.retrieval.loading import load_experiments
+from benchmarks.paper.retrieval.projected import projected_encoders
 from benchmarks.paper.retrieval.study import UNTRAINED
 from benchmarks.paper.stages.answer_tables import Answers
 from benchmarks.paper.stages.main_table import load_bench
@@ -39,6 +41,12 @@ def share_rows(bench: Bench, encoders: Mapping[str, Encoder], per_task: int) -> 
         methods = {f"{label} {name}": method for name, method in METHODS.items()}
         tables.append(run_all(own, methods, per_task, bench.study.workspace.rows / "shares"))
     return pa.concat_tables(tables)
+
+
+def projected(encoder: Encoder, study: Study) -> Encoder:
+    """Return the encoder with a projection fitted to the pool's samples, the reference that needs no training."""
+    samples = {name: [item.input for item in study.parts[name].samples] for name in study.specs}
+    return dict(projected_encoders(encoder, samples))["refit"]
 
 
 def section(rows: pd.DataFrame) -> str:
@@ -66,6 +74,7 @@ def main(
     draws = [draw for draw in study.draws() if draw.seed == study.seeds[0] and not draw.whole_clusters]
     named = {f"{draw.share:.0%}": draw.name for draw in sorted(draws, key=lambda draw: draw.share)}
     encoders = {label: experiments.encoder(name) for label, name in {"nothing": UNTRAINED, **named}.items()}
+    encoders["nothing, with a projection"] = projected(experiments.encoder(UNTRAINED), bench.study)
     write_parquet(PAPER_RESULTS / ROWS, share_rows(bench, encoders, per_task))
     (PAPER_RESULTS / "shares.md").write_text(section(pd.read_parquet(PAPER_RESULTS / ROWS)), encoding="utf-8")
 

@@ -75,6 +75,16 @@ def test_rows_are_classed_from_the_cache_without_the_model(
     text = (tmp_path / "errors.md").read_text()
     assert "| selection ood | 2 | 6 | 0.0 | 100.0 | 0.0 | 0.0 |" in text
     assert "of a companion alone" in errors.sentence(tmp_path) and "6 questions" in errors.sentence(tmp_path)
+    assert errors.company_sentence(tmp_path) == ""
+    named = {
+        "perfect": "own (companions)",
+        "base": "nearest_1",
+        "selection_ood": "random_1",
+        "mixture_iid": "own_third",
+    }
+    found.assign(run=found["run"].map(named)).to_parquet(tmp_path / errors.ROWS)
+    share = (found[found["run"] == "base"]["class"] == FORM).mean()
+    assert f"than the nearest do ({-100 * share + 0.0:.1f} (" in errors.company_sentence(tmp_path)
 
 
 def test_full_stops_are_counted_and_unknown_answers_are_left_out(bench: Bench) -> None:
@@ -87,3 +97,8 @@ def test_full_stops_are_counted_and_unknown_answers_are_left_out(bench: Bench) -
         known = errors.Known(texts, None, "float32")  # type: ignore[arg-type]
         found = errors.classed_rows(pd.DataFrame([row]), bench.study, known).to_pylist()
         assert [(r["score"], r["without_dots"], r["class"]) for r in found] == [(0.0, 1.0, OTHER)] * count
+
+
+def test_weights_that_were_rounded_for_the_rows_are_found_again() -> None:
+    rounded = [round(weight, 4) for weight in (1 / 3, 3 / 5, 1 / 6, 1.0, 0.7342)]
+    assert errors._exact(rounded) == [1 / 3, 3 / 5, 1 / 6, 1.0, 0.7342]

@@ -40,6 +40,7 @@ def test_the_weights_are_shared_between_the_task_and_its_rival(
 
 
 def test_the_stage_says_how_many_answers_are_the_rivals(bench: Bench, tmp_path: Path) -> None:
+    assert natural.sentence(tmp_path) == "Pairs of related tasks were not measured yet."
     natural.measure(bench, tmp_path, 2, PAIRS)
     before = bench.asker.engine.counters.num_requests
     natural.measure(bench, tmp_path, 2, PAIRS)
@@ -49,3 +50,4 @@ def test_the_stage_says_how_many_answers_are_the_rivals(bench: Bench, tmp_path: 
     assert shares["rival"] == 1.0 and shares["own"] == 0.0
     assert set(rows["task"]) == {"animals", "cities"}
     assert "| own 0.75 |" in (tmp_path / "natural.md").read_text()
+    assert f"At half, {100 * shares['own_0.5']:.1f} % of the answers" in natural.sentence(tmp_path)

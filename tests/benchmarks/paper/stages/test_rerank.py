@@ -30,7 +30,7 @@ def test_the_stage_chooses_among_answers_that_are_computed_once(
     assert bench.asker.engine.counters.num_requests == before
     rows = pd.read_parquet(tmp_path / rerank.ROWS)
     names = {"first", "best", "likelihood", "likelihood_calibrated", *SIGNALS, *[f"{s}_calibrated" for s in SIGNALS]}
-    assert set(rows["run"]) == {f"{name}_{pool}" for name in names for pool in rerank.POOLS}
+    assert set(rows["run"]) == {f"{name}_{pool}" for name in {*names, "auto"} for pool in rerank.POOLS}
     assert rows.groupby("run").size().eq(PER_TASK * len(SPECS)).all()
     scores = rows.pivot_table(index="run", values="score")["score"]
     for pool in rerank.POOLS:
