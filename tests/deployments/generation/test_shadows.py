@@ -129,7 +129,7 @@ def test_a_pinned_version_is_never_replaced(pinned: AdapterRecord, scale: Scale)
     by_name = {"model": f"poet@{pinned.ref.digest}"}
     row = {"name": "poet", "digest": pinned.ref.digest, "weight": 1.0}
     replayed = {"lora": {"plan": {"strategy": "selection", "adapters": [row], "generation": 7}}}
-    numbers = range(scale.pick("pinned requests", small=3, full=2500))
+    numbers = range(scale.pick("pinned requests", small=3, full=1250))
     for body in (by_name, replayed):
         digests = answers_of(numbers, body, worker=NamingWorker(), **options)
         scale.record("pinned requests moved", sum(digest != pinned.ref.digest for digest in digests))
