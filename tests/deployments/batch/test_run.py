@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deployments.batch.run import BatchSettings, begin
-from deployments.config.app import AppConfig
+from deployments.config.app import AppConfig, SamplingDefaults
 from deployments.errors import BatchRefused
 from lora_store import Catalogue, Location, Publish
 from tests.deployments.adapter_records import adapter
@@ -49,3 +49,6 @@ def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> 
     other = replace(place.config.worker, dtype="bfloat16")
     with pytest.raises(BatchRefused, match=r"worker.dtype was 'float32', is 'bfloat16'"):
         place.begin(rows, config=place.config.model_copy(update={"worker": other}))
+    sampled = place.config.model_copy(update={"sampling_defaults": SamplingDefaults(temperature=0)})
+    with pytest.raises(BatchRefused, match=r"sampling_defaults.temperature was None, is 0.0"):
+        place.begin(rows, config=sampled)
