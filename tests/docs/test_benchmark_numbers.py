@@ -1,0 +1,62 @@
+"""The page about benchmarks prints numbers of result files, and no others where there is a result file."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from typing import Any
+
+import pytest
+
+from docs.generate.__main__ import DOCS
+from docs.generate.benchmark_numbers import BENCHMARK_BLOCKS, RESULTS, NumberTable, measured, numbers_of
+
+PAGE = (DOCS / "benchmarks" / "index.md").read_text(encoding="utf-8")
+GENERATED = ("Throughput", "Other servers", "Over HTTP", "Choosing adapters", "Latency", "Large pools", "Publishing")
+TABLES = {name: block for name, block in BENCHMARK_BLOCKS.items() if isinstance(block, NumberTable)}
+
+
+def result_of(study: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / study / "results.json").read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_has_the_numbers_of_its_study_rounded(name: str) -> None:
+    """Every number of a cell is one of the study, to its last digit. A share may be in per cent."""
+    block = TABLES[name]
+    printed = [cell for line in block().splitlines() if line.startswith("| ") for cell in [line.rsplit("|", 2)[1]]]
+    numbers = [number for cell in printed[1:] for number in re.findall(r"\d+(?:\.\d+)?", cell)]
+    figures = numbers_of(block.study).values()
+    assert len(numbers) >= len(block.rows)
+    for number in numbers:
+        digits = len(number.partition(".")[2])
+        assert any(number in (f"{value:.{digits}f}", f"{100 * value:.{digits}f}") for value in figures), number
+
+
+def test_ratios_of_throughput_are_medians_over_rounds() -> None:
+    rounds = [run for run in result_of("throughput")["runs"] if "base x1" in run]
+    expected = statistics.median([found["mixture 8 x8"] / found["generate x8"] for found in rounds])
+    assert numbers_of("throughput")["mixture 8 x8 / generate x8"] == expected
+
+
+def test_load_by_clients_has_every_run_of_both_clients() -> None:
+    text = BENCHMARK_BLOCKS["load-by-clients"]()
+    runs = result_of("load")["runs"]
+    assert len(runs) == 6
+    for run in runs:
+        assert f" {run['tokens_s']:.0f} |" in text and f" {run['ttft_p50_ms']:.0f} |" in text
+
+
+@pytest.mark.parametrize("title", GENERATED)
+def test_a_section_with_result_files_has_no_table_by_hand(title: str) -> None:
+    [section] = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    outside, num_blocks = re.subn(r"<!-- generated: .*?<!-- end of generated -->", "", section, flags=re.DOTALL)
+    assert num_blocks >= 1 and "|" not in outside
+
+
+def test_the_origin_of_a_table_names_day_commit_and_machine() -> None:
+    result = result_of("latency")
+    for part in (result["date"][:10], result["commit"][:7], "2 cores"):
+        assert part in measured("latency")
