@@ -99,9 +99,7 @@ def serve(
     }
     changes = {name: value for name, value in given.items() if value}
     if print_config:
-        from deployments.cli.run_server import print_settings
-
-        _exit_with(print_settings(config, changes))
+        _print_settings(config, changes)
         return
     if port:
         _require_free(host, port)
@@ -250,6 +248,16 @@ def check(
     from deployments.cli.check_adapter import check_adapter  # the store's libraries take most of a second to import
 
     _exit_with(check_adapter(folder, config, parity, as_json=as_json))
+
+
+def _print_settings(config: Path | None, changes: JsonObject) -> None:
+    """Print the settings in use as YAML, secrets masked. Exit if they are invalid."""
+    from deployments.config.loading import dump_config, load_config  # pydantic takes half a second to import
+
+    try:
+        sys.stdout.write(dump_config(load_config(config, **changes)))
+    except (ValueError, OSError) as exc:
+        fail(str(exc))
 
 
 def _options_of(**options: object) -> JsonObject:

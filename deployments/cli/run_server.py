@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from deployments.auth.key_file import keys_of
 from deployments.cli.check_adapter import folder_problem
 from deployments.cli.client import DEFAULT_URL, ServerFailed, out, show_error
@@ -68,16 +66,6 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         for line in next_steps(url, settings, program_of(sys.argv[0])):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         server.wait_for_interrupt()
-
-
-def print_settings(config: Path | None, changes: JsonObject) -> int:
-    """Print the settings in use as YAML. A secret is masked. Return the exit code."""
-    try:
-        settings = load_config(config, **changes)
-    except (ValueError, OSError) as exc:
-        return _fail(str(exc))
-    sys.stdout.write(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    return 0
 
 
 def next_steps(url: str, settings: AppConfig, program: str = "loraretriever") -> list[str]:

@@ -25,6 +25,12 @@ def load_config(path: Path | None, **changes: Any) -> AppConfig:
         raise settings_error(path, AppConfig, exc) from exc
 
 
+def dump_config(config: AppConfig) -> str:
+    """Return the settings as YAML. A secret is masked."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
 def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:
     groups = {name: old | changes[name] for name, old in settings.items() if _are_groups(old, changes.get(name))}
     return settings | changes | groups

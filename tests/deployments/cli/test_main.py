@@ -230,6 +230,18 @@ def test_serve_prints_the_settings_in_use(tmp_path: Path) -> None:
     assert run("serve", "--template", "jinja", "--print-config").exit_code == 1
 
 
+def test_settings_are_printed_without_the_servers_packages() -> None:
+    script = """if True:
+        import sys
+        from deployments.cli.main import cli
+        cli(["serve", "--print-config"], standalone_mode=False)
+        print({"ray", "torch"} & set(sys.modules), file=sys.stderr)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (0, "set()")
+    assert "base_model: " in done.stdout
+
+
 def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
     found = run("check", folder, "--config", config, "--json")
     assert json.loads(found.stdout) == {
