@@ -58,7 +58,7 @@ class WorkerDeployment:
         join_serve_logs()
         config = with_threads(config)
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
-        self._metrics = WorkerMetrics(config.bank_rank_rows, kinds)
+        self._metrics = WorkerMetrics(config.num_rank_rows, kinds)
         self._usage = TenantUsage()
         self._asyncio_loop = asyncio.get_event_loop()
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
 
@@ -12,6 +12,9 @@ from annotated_types import BaseMetadata, Ge, Gt, Le
 from gpu_worker.errors import WorkerConfigInvalid
 
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
+_LEAST_FUSION_ROWS = 64  # one fusion of adapters of rank 64
+_ONLY_NATIVE = {"max_chunk_tokens", "prompt_lookup_tokens", "prefix_cache_share"}
+_ONLY_VLLM = {"tensor_parallel_size", "enforce_eager", "fusion_rank_rows"}
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
 PACKAGED_ALIASES = ("google/gemma-3-270m", "unsloth/gemma-3-270m")  # names of the same model on the model hub
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
@@ -37,6 +40,9 @@ class EngineSettings:
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
     lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
     bank_rank_rows: AtLeastOne = 256  # rank rows of the adapter bank: an adapter of rank 16 takes 16
+    # vllm only: more rank rows, for fusions, each of which takes the rank of its widest adapter; unset: a quarter of
+    # bank_rank_rows, and at least 64. The native engine computes fusions from their adapters.
+    fusion_rank_rows: AtLeastOne | None = None
     max_batch_size: AtLeastOne = 32  # rows that one step computes together
     max_model_len: AtLeastOne = 2048  # prompt plus new tokens of one row
     kv_tokens: AtLeastOne | None = None  # of all rows; unset: max_batch_size × max_model_len, or what fits the device
@@ -59,6 +65,18 @@ class EngineSettings:
             return self.max_chunk_tokens
         return _CPU_CHUNK if self.device == "cpu" else self.max_step_tokens
 
+    @property
+    def num_fusion_rows(self) -> int:
+        """Return the rank rows that only fusions use."""
+        if self.engine == "native":
+            return 0
+        return self.fusion_rank_rows or max(self.bank_rank_rows // 4, _LEAST_FUSION_ROWS)
+
+    @property
+    def num_rank_rows(self) -> int:
+        """Return all rank rows of the bank."""
+        return self.bank_rank_rows + self.num_fusion_rows
+
     def __post_init__(self) -> None:
         for name, bound in _bounds_of(type(self)):
             _check(name, getattr(self, name), bound)
@@ -68,29 +86,21 @@ class EngineSettings:
             )
         if self.device == "cuda" and self.dtype == "float32":
             raise WorkerConfigInvalid("dtype must be 'auto' or 'bfloat16' with device 'cuda', got 'float32'")
-        if self.engine == "vllm" and self.max_chunk_tokens is not None:
-            raise WorkerConfigInvalid(
-                f"max_chunk_tokens is a setting of the native engine, got {self.max_chunk_tokens} with engine 'vllm';"
-                " leave it unset, or lower max_step_tokens"
-            )
-        if self.engine == "vllm" and self.prompt_lookup_tokens:
-            raise WorkerConfigInvalid(
-                f"prompt_lookup_tokens is a setting of the native engine, got {self.prompt_lookup_tokens} with engine"
-                " 'vllm'; leave it 0"
-            )
-        if self.engine == "native" and self.tensor_parallel_size > 1:
-            raise WorkerConfigInvalid(
-                f"tensor_parallel_size must be 1 with engine 'native', got {self.tensor_parallel_size}; use engine"
-                " 'vllm'"
-            )
-        if self.engine == "native" and self.enforce_eager:
-            raise WorkerConfigInvalid(
-                "enforce_eager is a setting of the vLLM engine, got true with engine 'native'; leave it unset"
-            )
+        self._refuse_settings_of_the_other_engine()
         if self.max_step_tokens < self.max_batch_size:
             raise WorkerConfigInvalid(
                 f"max_step_tokens must be at least max_batch_size ({self.max_batch_size}), got {self.max_step_tokens}"
             )
+
+    def _refuse_settings_of_the_other_engine(self) -> None:
+        names, other = (_ONLY_NATIVE, "native") if self.engine == "vllm" else (_ONLY_VLLM, "vllm")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in names and value != each.default:
+                raise WorkerConfigInvalid(
+                    f"{each.name} is a setting of the engine '{other}', got {value} with engine '{self.engine}'; leave"
+                    f" it unset, or use engine '{other}'"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class StatsReader:
             "num_running": sum(status.num_running for status in statuses),
             "max_running": settings.max_batch_size * len(statuses),
             "num_waiting": sum(status.num_waiting for status in statuses),
-            "bank_rows": settings.bank_rank_rows * len(statuses),
+            "bank_rows": settings.num_rank_rows * len(statuses),
             "bank_rows_occupied": sum(status.occupied_rows for status in statuses),
             "bank_rows_active": sum(status.active_rows for status in statuses),
             "bank_adapters": sum(len(status.resident) for status in statuses),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from gpu_worker.attention.prefix import Prefix
+from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.loader import AdapterLoader
-from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.row import Row
@@ -27,6 +28,17 @@ class RowPlaces(Protocol):
     def allocate(self, num_tokens: int, longest_len: int, prefix: Prefix | None) -> int: ...
 
 
+class Pins(Protocol):
+    """The adapters in the bank and their pins: a RowAssignment, or several."""
+
+    @property
+    def num_changes(self) -> int: ...
+    def __contains__(self, digest: object) -> bool: ...
+    def try_pin(self, digests: Sequence[str], loaded: Mapping[str, DeviceAdapter]) -> bool: ...
+    def unpin(self, digests: Sequence[str]) -> None: ...
+    def settle(self) -> None: ...
+
+
 class Admission:
     """The waiting rows. The weights of the next ones are prefetched within `window`.
 
@@ -36,9 +48,7 @@ class Admission:
     computed waits for those blocks. Both wait only for running rows, which wait for nothing, so there is no deadlock.
     """
 
-    def __init__(
-        self, loader: AdapterLoader, residency: RowAssignment, kv_cache: RowPlaces, window: PrefetchWindow
-    ) -> None:
+    def __init__(self, loader: AdapterLoader, residency: Pins, kv_cache: RowPlaces, window: PrefetchWindow) -> None:
         self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
         self.waiting = FairQueue()
         self._reserving: Row | None = None

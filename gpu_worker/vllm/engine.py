@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from gpu_worker.bank.device_layout import to_device_layout
-from gpu_worker.bank.loader import AdapterLoader, Fetch
+from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.delta_stream import Events, StreamPace, deltas
@@ -41,6 +42,7 @@ from gpu_worker.lora.lora_kernel import load_lora_kernel
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.vllm.engine_args import build_config, max_len_of
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
+from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.plan_ids import PlanIds
 from gpu_worker.vllm.plan_path import path_of
 from gpu_worker.vllm.processes import kill_descendants
@@ -75,14 +77,14 @@ class VllmEngine(InferenceEngine):
         self._preprocess = RequestPreprocessor.of(config, model, max_len, self._grammars)
         cache = llm.vllm_config.cache_config
         self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
-        loader = AdapterLoader(
+        loader = FusionLoader(
             fetch,
             to_device_layout=partial(to_device_layout, shapes=model.shapes, dtype=model.dtype),
             executor=self._executor,
             budget_bytes=config.host_cache_bytes,
             on_done=self._loaded,
         )
-        self._bank = RemoteBank(config.bank_rank_rows, self._change_bank, self._fail)
+        self._bank = RemoteBank(self._change_bank, self._fail)
         self._rows = RowRunner(config, self._generate, self._bank, loader, kv_tokens=self._kv_tokens)
         watching = self._rows.watch(lambda: llm.collective_rpc("check_health"), _WATCH_PERIOD_S)
         self._watching = self._loop.create_task(watching)
@@ -133,7 +135,7 @@ class VllmEngine(InferenceEngine):
 
     @property
     def memory(self) -> EngineMemory:
-        num_rows = self._config.bank_rank_rows
+        num_rows = self._config.num_rank_rows
         values = sum(num_out + num_in for num_out, num_in in self._model.shapes.values())
         num_bytes = num_rows * values * self._model.dtype.itemsize
         text = f"bank {num_bytes >> 20:,} MiB + KV of {self._kv_tokens} tokens; vLLM plans the rest"
@@ -153,7 +155,7 @@ class VllmEngine(InferenceEngine):
         events = Events()
         if (grammar := self._preprocess.grammar_of(job)) is not None:
             await self._grammars.compile(grammar, job.tenant)
-        row = await asyncio.to_thread(self._preprocess, job, events.put_nowait, arrived=arrived)
+        row = await asyncio.to_thread(self._preprocess, _with_fusion(job), events.put_nowait, arrived=arrived)
         self._rows.submit([row])
         try:
             async with aclosing(deltas(events, self._pace, heartbeat_interval_s)) as found:
@@ -211,7 +213,7 @@ class VllmEngine(InferenceEngine):
     # Rows and logits, for `generate_all` and the prober.
 
     def prepare(self, job: Job, sink: Sink) -> Row:
-        return self._preprocess(job, sink)
+        return self._preprocess(_with_fusion(job), sink)
 
     def submit(self, rows: Sequence[Row]) -> None:
         self._rows.submit(rows)
@@ -285,6 +287,10 @@ class VllmEngine(InferenceEngine):
 
 def _first_logits(event: Delta | Exception) -> Tensor | Exception:
     if isinstance(event, Exception):
+def _with_fusion(job: Job) -> Job:
+    return replace(job, plan=with_fusion(job.plan))
+
+
         return event
     assert event.first_logits is not None, "a probe's first delta has its log probabilities"
     return event.first_logits

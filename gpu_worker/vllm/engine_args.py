@@ -39,7 +39,7 @@ def set_compilation(compilation: CompilationConfig, config: WorkerConfig, *, is_
 
 def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_compiled: bool) -> AsyncEngineArgs:
     plugin = PluginSettings(
-        bank_rank_rows=config.bank_rank_rows,
+        num_rank_rows=config.num_rank_rows,
         cache_dir=str(config.cache_dir),
         use_kernel=config.lora_products == "auto",
         free_fill=free_fill,

@@ -12,12 +12,15 @@ SCHEME = "plan://"
 
 
 def path_of(plan: Plan) -> str | None:
-    """Return the path of the plan, or None if no adapter of it has a weight. Equal compositions have equal paths."""
+    """Return the path of the plan, or None if no adapter of it has a weight. Equal compositions have equal paths.
+
+    A fusion must be replaced by its adapter before: see `fusions.with_fusion`.
+    """
+    assert plan.strategy != "fusion", "a path has the name of a fusion as an adapter"
     members = sorted((adapter.weights_digest, adapter.weight) for adapter in plan.adapters if adapter.weight != 0)
     if not members:
         return None
-    kind = "fusion" if plan.strategy == "fusion" else "mixture"
-    return f"{SCHEME}{kind}?" + ",".join(f"{digest}={weight!r}" for digest, weight in members)
+    return SCHEME + ",".join(f"{digest}={weight!r}" for digest, weight in members)
 
 
 def is_plan_path(path: str) -> bool:
@@ -26,7 +29,6 @@ def is_plan_path(path: str) -> bool:
 
 def plan_of(path: str) -> Plan:
     """Return the plan of a path that `path_of` made. Names and scores of its adapters are not part of the path."""
-    kind, _, members = path.removeprefix(SCHEME).partition("?")
-    pairs = [member.split("=") for member in members.split(",")]
+    pairs = [member.split("=") for member in path.removeprefix(SCHEME).split(",")]
     adapters = tuple(PlannedAdapter(AdapterRef("-", "-", digest), digest, float(weight)) for digest, weight in pairs)
-    return Plan("fusion" if kind == "fusion" else "mixture", adapters)
+    return Plan("mixture", adapters)

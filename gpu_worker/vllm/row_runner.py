@@ -11,8 +11,6 @@ from contextlib import aclosing
 from functools import partial
 
 from gpu_worker.bank.device_layout import DeviceAdapter
-from gpu_worker.bank.loader import AdapterLoader
-from gpu_worker.bank.residency import drop
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
@@ -28,6 +26,7 @@ from gpu_worker.errors import (
 )
 from gpu_worker.request.request import Delta
 from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.vllm.fusions import FusionLoader, adapters_of
 from gpu_worker.vllm.remote_bank import PlannedResidency, RemoteBank
 from gpu_worker.vllm.row_places import RowPlaces
 
@@ -52,7 +51,7 @@ class RowRunner:
         config: WorkerConfig,
         generate: GenerateTokens,
         bank: RemoteBank,
-        loader: AdapterLoader,
+        loader: FusionLoader,
         *,
         kv_tokens: int,
         clock: Callable[[], float] = time.monotonic,
@@ -60,7 +59,7 @@ class RowRunner:
         self._config, self._generate, self._bank, self._loader = config, generate, bank, loader
         self._kv_tokens, self._clock = kv_tokens, clock
         self._loop = asyncio.get_running_loop()
-        self._residency = PlannedResidency(bank)
+        self._residency = PlannedResidency(bank, config.bank_rank_rows, config.num_fusion_rows)
         self._places = RowPlaces(config.max_batch_size)
         window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
         self._admission = Admission(loader, self._residency, self._places, window)
@@ -136,7 +135,8 @@ class RowRunner:
     def expected(self) -> frozenset[str]:
         """See `InferenceEngine.expected`. Raises: EngineStopped."""
         self._require_running()
-        return self._residency.resident.union(*[row.weights_digests for row in self._admission.waiting])
+        waiting = [digest for row in self._admission.waiting for digest in row.weights_digests]
+        return self._residency.resident.union(adapters_of(waiting))
 
     def seconds_without_progress(self) -> float:
         """Return the time since a running row started or got a token, or the workers answered; 0 if no row runs."""
@@ -178,12 +178,18 @@ class RowRunner:
         if (displaced := self._admission.waiting.displaced_by(row.tenant, self._config.max_waiting)) is not None:
             self._end(*displaced)
         if not row.capture_first_logits:  # probes are not traffic
-            self._counters.count_request(row.weights_digests, self._residency, self._loader)
+            self._count(row)
         now = row.arrived_at = self._clock()
         row.start_by = now + self._config.max_wait_s
         self._admission.append(row)
         due = [at for at in (row.deadline, row.start_by) if at != math.inf]
         self._timers[row] = [self._loop.call_later(max(at - now, 0), self._expire, row) for at in due]
+
+    def _count(self, row: Row) -> None:
+        """Count the request. The adapters of a fusion that the workers hold are in the bank."""
+        digests = row.weights_digests
+        in_bank = set(adapters_of(digest for digest in digests if digest in self._residency))
+        self._counters.count_request([*adapters_of(digests)], in_bank, self._loader)
 
     def _expire(self, row: Row) -> None:
         """End the row if its deadline has passed, or if it has waited too long to start."""
@@ -264,9 +270,11 @@ class RowRunner:
         """Drop the weights to forget that are no longer used or being loaded."""
         if not self._forgetting:
             return
-        used = {digest for row in (*self._running, *self._admission.waiting) for digest in row.weights_digests}
-        unused = self._forgetting - used - self._loader.loading
-        drop(unused, self._loader, self._residency)
+        of_rows = [digest for row in (*self._running, *self._admission.waiting) for digest in row.weights_digests]
+        unused = self._forgetting.difference(adapters_of([*of_rows, *self._loader.loading]))
+        for digest in unused:
+            self._loader.discard(digest)
+        self._residency.drop(unused)
         self._forgetting -= unused
 
 

@@ -49,7 +49,7 @@ class PluginSettings:
     All of it is part of the key under which vLLM keeps a compiled model, so no value may differ between two starts.
     """
 
-    bank_rank_rows: int
+    num_rank_rows: int
     cache_dir: str
     use_kernel: bool = True
     free_fill: float = 0.0

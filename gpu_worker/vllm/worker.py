@@ -50,13 +50,13 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             tiles = TiledPlans(
                 most_tokens=scheduler.max_num_batched_tokens,
                 most_plans=scheduler.max_num_seqs,
-                num_rows=settings.bank_rank_rows,
+                num_rows=settings.num_rank_rows,
                 device=device,
             )
         self.plan_layers = PlanLayers(
             model,
             vllm_config.lora_config,
-            num_rows=settings.bank_rank_rows,
+            num_rows=settings.num_rank_rows,
             device=device,
             kernel=load_lora_kernel(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,
             tiles=tiles,

@@ -48,3 +48,11 @@ def test_a_gpu_computes_only_in_bfloat16() -> None:
 
 def test_a_configured_chunk_is_used_on_every_device() -> None:
     assert {WorkerConfig(device=device, max_chunk_tokens=7).chunk_tokens for device in ("cpu", "cuda")} == {7}
+
+
+def test_only_vllm_has_rows_for_fusions_in_its_bank() -> None:
+    assert WorkerConfig(bank_rank_rows=1024).num_rank_rows == 1024
+    default = WorkerConfig(engine="vllm", bank_rank_rows=1024)
+    assert (default.num_fusion_rows, default.num_rank_rows) == (256, 1280)
+    assert WorkerConfig(engine="vllm", bank_rank_rows=16).num_fusion_rows == 64, "a fusion of rank 64 fits"
+    assert WorkerConfig(engine="vllm", bank_rank_rows=16, fusion_rank_rows=8).num_rank_rows == 24

@@ -41,15 +41,23 @@ def test_an_engine_whose_package_is_missing_is_refused_with_the_remedy() -> None
         start_engine(WorkerConfig(engine="vllm"), no_fetch, is_installed=lambda package: False)
 
 
-def test_a_setting_that_the_vllm_engine_lacks_is_refused_with_the_remedy() -> None:
-    with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens is a setting of the native engine, got 64"):
-        WorkerConfig(engine="vllm", max_chunk_tokens=64)
-    with pytest.raises(WorkerConfigInvalid, match="prompt_lookup_tokens is a setting of the native engine, got 4"):
-        WorkerConfig(engine="vllm", prompt_lookup_tokens=4)
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_chunk_tokens", 64), ("prompt_lookup_tokens", 4), ("prefix_cache_share", 0.5)]
+)
+def test_a_setting_that_the_vllm_engine_lacks_is_refused_with_the_remedy(name: str, value: float) -> None:
+    with pytest.raises(
+        WorkerConfigInvalid,
+        match=f"^{name} is a setting of the engine 'native', got {value} with engine 'vllm'; leave it unset, or use",
+    ):
+        WorkerConfig(engine="vllm", **{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "value"), [("tensor_parallel_size", 2), ("enforce_eager", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("tensor_parallel_size", 2), ("enforce_eager", True), ("fusion_rank_rows", 8)]
+)
 def test_a_setting_that_the_native_engine_lacks_is_refused_with_the_remedy(name: str, value: object) -> None:
-    with pytest.raises(WorkerConfigInvalid, match=f"^{name} .*with engine 'native'.*; (use engine 'vllm'|leave it)"):
+    with pytest.raises(
+        WorkerConfigInvalid, match=f"^{name} is a setting of the engine 'vllm', got {value} .*; leave it unset"
+    ):
         WorkerConfig(**{name: value})
     assert getattr(WorkerConfig(engine="vllm", **{name: value}), name) == value

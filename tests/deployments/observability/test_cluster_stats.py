@@ -8,6 +8,7 @@ import pytest
 
 from deployments.calls.catalogue_clients import ServeRetriever
 from deployments.calls.worker_client import ServeWorker
+from deployments.config.parts import WorkerSettings
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
 from deployments.scaling.settings import ScalingSettings
 from gpu_worker.errors import EngineStopped
@@ -53,6 +54,11 @@ def test_stats_are_sums_over_the_workers() -> None:
     assert (workers["preemptions"], workers["kv_tokens_free"]) == (4, 118_000)
     assert (workers["cached_prompt_tokens"], workers["prefix_cache_tokens"]) == (64, 640)
     assert workers["replicas"] == {"answered": 2, "silent": 0}
+
+
+def test_rows_for_fusions_are_rows_of_the_bank() -> None:
+    reader = reader_of(CountingWorker(), worker=WorkerSettings(engine="vllm", fusion_rank_rows=44))
+    assert asyncio.run(reader.read("local"))["workers"]["bank_rows"] == 256 + 44
 
 
 @pytest.mark.parametrize(("min_replicas", "num_silent"), [(0, 0), (1, 1)])

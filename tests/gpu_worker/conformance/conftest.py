@@ -18,6 +18,7 @@ collect_ignore = [] if "vllm" in ENGINES else ["test_child_processes.py", "test_
 BANK_ROWS = 16  # four adapters of rank 4
 # Largest difference of a log probability from the float64 reference, and between batches.
 TOLERANCE = {"native": 1e-4, "vllm": 1e-3}
+FUSION_ROWS = 12  # two fusions of rank 5, or three of rank 4
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=list(ENGINES))
 def session_engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[HostedEngine]:
     sizes = {"bank_rank_rows": BANK_ROWS, "max_batch_size": 8, "max_step_tokens": 64, "max_waiting": 64}
-    hosted = HostedEngine(ENGINES[request.param], tiny_config(model_folder, max_model_len=256, **sizes))
+    if request.param == "vllm":
+        sizes["fusion_rank_rows"] = FUSION_ROWS
+    config = tiny_config(model_folder, engine=request.param, max_model_len=256, **sizes)
+    hosted = HostedEngine(ENGINES[request.param], config)
     yield hosted
     hosted.close()
 
@@ -55,7 +59,7 @@ def hosted(session_engine: HostedEngine) -> Iterator[HostedEngine]:
     yield session_engine
     session_engine.forget_all()
     status = session_engine.status()
-    assert (status.num_running, status.num_waiting, status.active_rows, status.host_cache_bytes) == (0, 0, 0, 0)
+    assert (status.num_running, status.num_waiting, status.occupied_rows, status.host_cache_bytes) == (0, 0, 0, 0)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_an_engine_describes_itself(hosted: HostedEngine) -> None:
     engine = hosted.engine
     assert engine.capabilities.strategies == set(STRATEGIES)
     assert engine.memory.device == "cpu"
-    assert engine.memory.bank_rank_rows == hosted.config.bank_rank_rows
+    assert engine.memory.bank_rank_rows == hosted.config.num_rank_rows
     assert engine.memory.kv_tokens >= hosted.config.max_model_len
     assert engine.memory.bank_bytes > 0 and engine.memory.summary
     assert engine.num_missing_kernels == 0

@@ -11,12 +11,13 @@ import pytest
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, PlanTooLarge
 from gpu_worker.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
-from lora_store.plan import BASE_PLAN
+from lora_store.plan import BASE_PLAN, Strategy
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, collect, job, tokens_of
 from tests.tiny import plan_of
 
 MakeAdapter = Callable[..., AdapterWeights]
 NUM_FITTING = 4  # adapters of rank 4 in a bank of 16 rows
+COMPOSED = ("mixture", "fusion")  # an engine may hold a fusion as one adapter
 LONG = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
 
 
@@ -49,6 +50,24 @@ def test_more_plans_and_more_adapters_than_places_all_are_answered(
     assert_same(together, [answer for one in jobs for answer in hosted.answers(one)], tolerance)
 
 
+def test_more_fusions_than_places_all_are_answered(
+    hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
+) -> None:
+    pool = [adapter(seed) for seed in range(2 * NUM_FITTING)]
+    plans = [
+        plan_of(
+            "fusion", (pool[number % 8], 0.8), (pool[(number + 1) % 8], 0.1 * number), (pool[(number + 4) % 8], 0.3)
+        )
+        for number in range(1, 10)
+    ]
+    jobs = [
+        job("many fusions", plan) for plan in (*plans, BASE_PLAN, plan_of("mixture", (pool[0], 0.5), (pool[1], 0.5)))
+    ]
+    together = hosted.answers(*jobs)
+    assert_same(together, [answer for one in jobs for answer in hosted.answers(one)], tolerance)
+    assert len({tuple(tokens_of(answer)) for answer in together}) > len(jobs) / 2
+
+
 def test_a_place_that_held_another_adapter_has_nothing_of_it(
     hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
 ) -> None:
@@ -63,16 +82,19 @@ def test_a_place_that_held_another_adapter_has_nothing_of_it(
         assert_same(hosted.answers(asked), [first], tolerance)
 
 
-def test_forgotten_weights_are_gone_and_fetched_again(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+@pytest.mark.parametrize("strategy", COMPOSED)
+def test_forgotten_weights_are_gone_and_fetched_again(
+    strategy: Strategy, hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
+) -> None:
     one, other = adapter(1), adapter(2)
-    asked = job("forget", plan_of("mixture", (one, 0.5), (other, 0.5)))
-    hosted.answers(asked)
+    asked = job("forget", plan_of(strategy, (one, 0.5), (other, 0.5)))
+    first = hosted.answers(asked)
     digests = {one.weights_digest, other.weights_digest}
     assert hosted.status().resident == digests
     assert hosted.run(hosted.engine.expected()) == digests
     assert hosted.run(hosted.engine.forget([one.weights_digest]))
-    assert hosted.status().resident == {other.weights_digest}
-    hosted.answers(asked)
+    assert one.weights_digest not in hosted.status().resident
+    assert_same(hosted.answers(asked), first, tolerance)
     assert sorted(hosted.fetched) == sorted([*digests, one.weights_digest])
     assert hosted.run(hosted.engine.forget(digests))
     status = hosted.status()
@@ -89,11 +111,12 @@ def test_many_cycles_of_use_and_withdrawal_leave_nothing(hosted: HostedEngine, a
     assert (status.resident, status.occupied_rows, status.host_cache_bytes) == (frozenset(), 0, 0)
 
 
+@pytest.mark.parametrize("strategy", COMPOSED)
 def test_a_withdrawal_under_way_waits_for_the_jobs_that_use_the_adapter(
-    hosted: HostedEngine, adapter: MakeAdapter
+    strategy: Strategy, hosted: HostedEngine, adapter: MakeAdapter
 ) -> None:
-    weights = adapter(1)
-    asked = job("keep", plan_of("selection", (weights, 1.0)), LONG)
+    weights, other = adapter(1), adapter(2)
+    asked = job("keep", plan_of(strategy, (weights, 0.7), (other, 0.6)), LONG)
     [whole] = hosted.answers(asked)
 
     async def withdraw() -> tuple[bool, str, frozenset[str]]:
@@ -108,15 +131,17 @@ def test_a_withdrawal_under_way_waits_for_the_jobs_that_use_the_adapter(
             await asyncio.sleep(0.01)
         return is_gone, "".join(parts), (await hosted.engine.status()).resident
 
-    assert hosted.run(withdraw()) == (False, whole.text, frozenset())
+    is_gone, text, resident = hosted.run(withdraw())
+    assert (is_gone, text, weights.weights_digest in resident) == (False, whole.text, False)
 
 
+@pytest.mark.parametrize("strategy", COMPOSED)
 def test_an_update_while_jobs_run_changes_only_the_jobs_that_name_the_new_version(
-    hosted: HostedEngine, adapter: MakeAdapter
+    strategy: Strategy, hosted: HostedEngine, adapter: MakeAdapter
 ) -> None:
-    old, new = adapter(1), adapter(2)
-    old_job = job("version", plan_of("selection", (old, 1.0)), LONG)
-    new_job = job("version", plan_of("selection", (new, 1.0)), LONG)
+    old, new, other = adapter(1), adapter(2), adapter(3)
+    old_job = job("version", plan_of(strategy, (old, 0.7), (other, 0.6)), LONG)
+    new_job = job("version", plan_of(strategy, (new, 0.7), (other, 0.6)), LONG)
     [of_old], [of_new] = hosted.answers(old_job), hosted.answers(new_job)
     assert of_old.text != of_new.text
     assert hosted.run(hosted.engine.forget([old.weights_digest, new.weights_digest]))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from gpu_worker.bank.device_layout import to_device_layout
-from gpu_worker.bank.loader import AdapterLoader
 from gpu_worker.engine.preprocess import RequestPreprocessor
 from gpu_worker.engine.row import Row
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Delta, Job
+from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from lora_store.adapter import AdapterWeights
@@ -86,11 +86,12 @@ class Bench:
         clock: Callable[[], float] | None = None,
         **changes: Any,
     ) -> None:
-        config = tiny_config(folder, bank_rank_rows=8, max_batch_size=2, **changes)
+        sizes = {"bank_rank_rows": 8, "fusion_rank_rows": 8, "max_batch_size": 2}
+        config = tiny_config(folder, engine="vllm", **sizes | changes)
         self.workers, self.pool = Workers(), pool
         self.loop = asyncio.get_running_loop()
-        self.bank = RemoteBank(8, self.workers.change, lambda error: self.runner.stop(error))
-        loader = AdapterLoader(
+        self.bank = RemoteBank(self.workers.change, lambda error: self.runner.stop(error))
+        loader = FusionLoader(
             self._fetch,
             to_device_layout=partial(to_device_layout, shapes=linear_shapes(base), dtype=base.dtype),
             executor=InlineExecutor(),
@@ -106,7 +107,7 @@ class Bench:
         asked = []
         for job in jobs:
             events: list[Delta | Exception] = []
-            asked.append(Asked(self.prepare(job, events.append), events))
+            asked.append(Asked(self.prepare(replace(job, plan=with_fusion(job.plan)), events.append), events))
         self.runner.submit([one.row for one in asked])
         return asked
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_worker.vllm.fusions import parts_of, with_fusion
 from gpu_worker.vllm.plan_path import is_plan_path, path_of, plan_of
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, MAX_ABS_WEIGHT, Plan, PlannedAdapter, Strategy
@@ -19,12 +20,12 @@ def plan(strategy: Strategy, members: dict[str, float], name: str = "poet") -> P
     return Plan(strategy, tuple(adapters))
 
 
-@given(st.dictionaries(DIGESTS, WEIGHTS, min_size=1, max_size=5), st.sampled_from(["mixture", "fusion"]))
-def test_a_path_holds_every_digest_and_the_exact_weight(members: dict[str, float], strategy: Strategy) -> None:
-    path = path_of(plan(strategy, members))
+@given(st.dictionaries(DIGESTS, WEIGHTS, min_size=1, max_size=5))
+def test_a_path_holds_every_digest_and_the_exact_weight(members: dict[str, float]) -> None:
+    path = path_of(plan("mixture", members))
     assert path is not None and is_plan_path(path)
     found = plan_of(path)
-    assert found.strategy == strategy
+    assert found.strategy == "mixture"
     assert {adapter.weights_digest: adapter.weight for adapter in found.adapters} == members
 
 
@@ -38,7 +39,7 @@ def test_equal_compositions_have_equal_paths() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        plan("fusion", {"a": 0.5, "b": 0.25}),
+        with_fusion(plan("fusion", {"a": 0.5, "b": 0.25})),
         plan("mixture", {"a": 0.5, "b": 0.25000000000000006}),
         plan("mixture", {"a": 0.5, "c": 0.25}),
         plan("mixture", {"a": 0.5}),
@@ -46,6 +47,13 @@ def test_equal_compositions_have_equal_paths() -> None:
 )
 def test_other_compositions_have_other_paths(other: Plan) -> None:
     assert path_of(other) != path_of(plan("mixture", {"a": 0.5, "b": 0.25}))
+
+
+def test_a_path_names_a_fusion_as_one_adapter() -> None:
+    path = path_of(with_fusion(plan("fusion", {"a": 0.5, "b": -0.25})))
+    assert path is not None
+    [adapter] = plan_of(path).adapters
+    assert (adapter.weight, parts_of(adapter.weights_digest)) == (1.0, (("a", 0.5), ("b", -0.25)))
 
 
 def test_a_plan_without_weight_is_the_base_model() -> None:

@@ -6,10 +6,15 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
 import torch
 
 from gpu_worker.bank.device_layout import DeviceAdapter, to_device_layout
+from gpu_worker.errors import PlanTooLarge
+from gpu_worker.vllm.fusions import composed, with_fusion
 from gpu_worker.vllm.remote_bank import Change, PlannedResidency, RemoteBank
+from lora_store.adapter import AdapterRef
+from lora_store.plan import Plan, PlannedAdapter
 from tests.gpu_worker.engine_driver import run
 from tests.tiny import random_adapter
 
@@ -18,6 +23,13 @@ SHAPES = {"m": (4, 3)}
 
 def adapter(seed: int) -> DeviceAdapter:
     return to_device_layout(random_adapter(SHAPES, seed, rank=2), SHAPES, torch.float32)
+
+
+def fusion(*parts: DeviceAdapter, weight: float = 0.5) -> DeviceAdapter:
+    members = tuple(PlannedAdapter(AdapterRef("-", "-", "-"), part.weights_digest, weight) for part in parts)
+    [planned] = with_fusion(Plan("fusion", members)).adapters
+    average = composed(planned.weights_digest, [(part, weight) for part in parts])
+    return to_device_layout(average, SHAPES, torch.float32)
 
 
 class Far:
@@ -38,7 +50,7 @@ class Far:
 def served(main: Any) -> Any:
     async def within() -> Any:
         far = Far()
-        return await main(far, RemoteBank(6, far.send, far.failures.append))
+        return await main(far, RemoteBank(far.send, far.failures.append))
 
     made: Coroutine[Any, Any, Any] = within()
     return run(made)
@@ -48,12 +60,12 @@ def test_changes_made_together_are_sent_together_and_in_order() -> None:
     one, two = adapter(1), adapter(2)
 
     async def main(far: Far, bank: RemoteBank) -> None:
-        bank.write([0, 1], one)
-        bank.free([0, 1])
-        bank.write([0, 1], two)
+        bank.put(one)
+        bank.drop(one.weights_digest)
+        bank.put(two)
         await bank.drained()
         assert far.calls == [[f"put {one.weights_digest}", f"drop {one.weights_digest}", f"put {two.weights_digest}"]]
-        bank.free([0, 1])
+        bank.drop(two.weights_digest)
         await bank.drained()
         assert far.calls[1:] == [[f"drop {two.weights_digest}"]]
 
@@ -64,7 +76,7 @@ def test_written_returns_when_the_workers_hold_the_adapter() -> None:
     one = adapter(1)
 
     async def main(far: Far, bank: RemoteBank) -> None:
-        bank.write([2, 3], one)
+        bank.put(one)
         assert far.calls == []
         await bank.written([one.weights_digest])
         assert far.calls == [[f"put {one.weights_digest}"]]
@@ -77,11 +89,11 @@ def test_a_failure_is_reported_and_later_changes_are_sent_again() -> None:
 
     async def main(far: Far, bank: RemoteBank) -> None:
         far.error = RuntimeError("lost")
-        bank.write([0, 1], one)
+        bank.put(one)
         await bank.drained()
         assert far.failures == [far.error]
         far.error = None
-        bank.write([2, 3], two)
+        bank.put(two)
         await bank.drained()
         assert far.calls == [[f"put {two.weights_digest}"]]
 
@@ -92,15 +104,89 @@ def test_an_adapter_that_was_never_sent_is_not_dropped() -> None:
     one, two, three = adapter(1), adapter(2), adapter(3)
 
     async def main(far: Far, bank: RemoteBank) -> None:
-        residency = PlannedResidency(bank)
+        residency = PlannedResidency(bank, 4, 4)
         assert residency.try_pin([one.weights_digest], {one.weights_digest: one})
         residency.unpin([one.weights_digest])
-        residency.evict(one.weights_digest)  # before `settle` sent it
+        residency.drop([one.weights_digest])  # before `settle` sent it
         others = {later.weights_digest: later for later in (two, three)}
         assert residency.try_pin(list(others), others)
         residency.settle()
         assert residency.active_rows == 4
         await bank.drained()
         assert far.calls == [[f"put {digest}" for digest in others]]
+
+    served(main)
+
+
+def test_fusions_and_adapters_have_rows_of_their_own() -> None:
+    one, two, three = adapter(1), adapter(2), adapter(3)
+    average = fusion(one, two, three)
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        residency = PlannedResidency(bank, 4, 2)
+        both = {each.weights_digest: each for each in (one, two)}
+        assert residency.try_pin(list(both), both), "the adapters' rows are full"
+        assert residency.try_pin([average.weights_digest], {average.weights_digest: average})
+        assert not residency.try_pin([three.weights_digest], {three.weights_digest: three})
+        residency.settle()
+        assert (residency.occupied_rows, residency.active_rows) == (6, 6)
+        assert residency.resident == {each.weights_digest for each in (one, two, three)}, "three is part of the fusion"
+        assert average.weights_digest in residency and three.weights_digest not in residency
+        await bank.drained()
+        assert far.calls == [[f"put {digest}" for digest in (*both, average.weights_digest)]]
+
+    served(main)
+
+
+def test_a_fusion_of_higher_rank_than_the_rows_for_fusions_is_refused() -> None:
+    average = fusion(adapter(1), adapter(2))
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        with pytest.raises(
+            PlanTooLarge, match="the fusion needs 2 rank rows, the bank has 1 for fusions; use adapters"
+        ):
+            PlannedResidency(bank, 4, 1).try_pin([average.weights_digest], {average.weights_digest: average})
+
+    served(main)
+
+
+def test_the_least_recently_used_fusion_leaves_first_and_one_in_use_never() -> None:
+    parts = [adapter(seed) for seed in range(2)]
+    first, second, third = (fusion(*parts, weight=weight) for weight in (0.1, 0.2, 0.3))
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        residency = PlannedResidency(bank, 4, 4)
+
+        def pin(average: DeviceAdapter) -> bool:
+            return residency.try_pin([average.weights_digest], {average.weights_digest: average})
+
+        assert pin(first) and pin(second)
+        residency.settle()
+        assert not pin(third), "both are in use"
+        residency.unpin([second.weights_digest])
+        residency.unpin([first.weights_digest])
+        assert pin(first), "which makes the second the oldest"
+        assert pin(third)
+        assert second.weights_digest not in residency and not pin(second)
+
+    served(main)
+
+
+def test_a_withdrawn_adapter_takes_its_fusions_along() -> None:
+    one, two, three = adapter(1), adapter(2), adapter(3)
+    averages = [fusion(one, two), fusion(two, three)]
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        residency = PlannedResidency(bank, 6, 4)
+        for each in (one, three, *averages):
+            assert residency.try_pin([each.weights_digest], {each.weights_digest: each})
+            residency.settle()
+            residency.unpin([each.weights_digest])
+        residency.drop([one.weights_digest])
+        await bank.drained()
+        gone = [command for call in far.calls for command in call if command.startswith("drop")]
+        assert gone == [f"drop {one.weights_digest}", f"drop {averages[0].weights_digest}"]
+        assert residency.resident == {two.weights_digest, three.weights_digest}
+        assert residency.occupied_rows == 4
 
     served(main)

@@ -21,12 +21,17 @@ from gpu_worker.errors import (
 )
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Delta
+from gpu_worker.vllm.fusions import adapters_of, parts_of
 from lora_store.plan import Plan
 from tests.gpu_worker.engine_driver import greedy, run
 from tests.gpu_worker.vllm.scripted import Bench
 from tests.tiny import linear_shapes, plan_of, random_adapter
 
 Main = Callable[[Bench, list[Plan]], Awaitable[Any]]
+
+
+def fusion_of(*plans: Plan, weight: float = 0.5) -> Plan:
+    return Plan("fusion", tuple(replace(plan.adapters[0], weight=weight) for plan in plans))
 
 
 @pytest.fixture
@@ -99,6 +104,51 @@ def test_cancelling_closes_a_running_row_before_its_adapter_may_leave(serve: Cal
         assert [isinstance(one.last, Delta) for one in late] == [True, True]
 
     serve(main)
+
+
+def test_more_fusions_than_rows_for_them_all_run_beside_adapters(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        fusions = [fusion_of(plans[number % 3], plans[(number + 1) % 3], weight=0.1 + number) for number in range(4)]
+        bench.workers.may_go_on.set()
+        asked = bench.ask(*[greedy("x", plan, num_new=3) for plan in (*fusions, *plans[3:], fusions[0])])
+        await bench.idle()
+        assert all(isinstance(one.last, Delta) for one in asked)
+        status = bench.runner.status()
+        assert sum(parts_of(digest) is not None for digest in bench.workers.held) == 2
+        assert (status.occupied_rows, status.active_rows) == (16, 0)
+        assert status.resident == bench.runner.expected() == set(adapters_of(bench.workers.held))
+
+    serve(main)
+
+
+def test_forgetting_a_part_drops_its_fusion_at_the_last_row(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        first, second = (plan.adapters[0].weights_digest for plan in plans[:2])
+        bench.ask(greedy("x", fusion_of(*plans[:2]), num_new=2))
+        assert bench.runner.expected() == {first, second}
+        await bench.until(lambda: len(bench.workers.running) == 1)
+        assert not bench.runner.forget([first])
+        assert bench.runner.status().resident == {first, second}
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert bench.workers.held == bench.runner.status().resident == set()
+        assert bench.runner.status().host_cache_bytes > 0, "the other part stays"
+        assert bench.runner.forget([second])
+        assert bench.runner.status().host_cache_bytes == 0
+
+    serve(main)
+
+
+def test_a_fusion_in_the_bank_counts_as_all_of_its_adapters(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> list[int]:
+        bench.workers.may_go_on.set()
+        for plan in (fusion_of(*plans[:2]), fusion_of(*plans[:2]), fusion_of(*plans[1:3])):
+            bench.ask(greedy("x", plan, num_new=1))
+            await bench.idle()
+        counters = bench.runner.status().counters
+        return [counters.num_fetches, counters.num_bank_hits, counters.num_host_hits]
+
+    assert serve(main) == [3, 2, 1]
 
 
 def test_a_deadline_ends_running_and_waiting_rows(serve: Callable[..., Any]) -> None:

@@ -25,7 +25,7 @@ def test_each_difference_is_named_with_the_remedy() -> None:
 
 
 def test_settings_reach_the_workers_unchanged() -> None:
-    sent = PluginSettings(bank_rank_rows=8, cache_dir="/cache", use_kernel=False, free_fill=0.5)
+    sent = PluginSettings(num_rank_rows=8, cache_dir="/cache", use_kernel=False, free_fill=0.5)
     assert PluginSettings.of(sent.as_additional_config()) == sent
 
 
