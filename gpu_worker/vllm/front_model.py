@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.lora.inject import target_linears
 from gpu_worker.model.base_model import load_tokenizer, model_source, resolve_dtype, sampling_defaults
+
+_SEVERAL_PARTS = {"qkv_proj", "gate_up_proj", "query_key_value"}  # names of layers that hold several
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class FrontModel:
 
 
 def load_front_model(config: WorkerConfig) -> FrontModel:
-    """Read the model's configuration and tokenizer. Raises: BaseModelUnsupported with the reason."""
+    """Read the model's configuration and tokenizer. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     source = model_source(config)
     hf_config = AutoConfig.from_pretrained(source)
     if getattr(hf_config, "text_config", None) is not None:
@@ -54,6 +56,7 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
         raise BaseModelUnsupported(f"{hf_config.model_type} has experts; the vLLM engine has no adapters for them")
     linears = target_linears(model, model.get_output_embeddings())
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+    _check_size(config.tensor_parallel_size, hf_config, heads, linears)
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     return FrontModel(
         source=source,
@@ -68,6 +71,25 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
         shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         sampling_defaults=sampling_defaults(config),
     )
+
+
+def _check_size(size: int, hf_config: Any, num_kv_heads: int, modules: Iterable[str]) -> None:
+    """Raise WorkerConfigInvalid if so many processes cannot share the model, BaseModelUnsupported if no two can."""
+    if size == 1:
+        return
+    found = {name.rpartition(".")[2] for name in modules} & _SEVERAL_PARTS
+    if found:
+        raise BaseModelUnsupported(
+            f"{hf_config.model_type} has {' and '.join(sorted(found))}, several parts that one adapter module covers,"
+            " which vLLM divides unevenly; use tensor_parallel_size 1"
+        )
+    counts = {"attention heads": hf_config.num_attention_heads, "hidden values of an MLP": hf_config.intermediate_size}
+    if size % num_kv_heads:  # otherwise several processes have the same head
+        counts["key heads"] = num_kv_heads
+    if uneven := [f"{count} {what}" for what, count in counts.items() if count % size]:
+        raise WorkerConfigInvalid(
+            f"tensor_parallel_size must divide the base model's {' and '.join(uneven)}, got {size}"
+        )
 
 
 def _eos_token_ids(source: str, hf_config: Any, tokenizer: Any) -> frozenset[int]:

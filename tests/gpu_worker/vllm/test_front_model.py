@@ -1,0 +1,43 @@
+"""Base models that the processes of a worker cannot share are refused before vLLM starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
+from gpu_worker.vllm.front_model import load_front_model
+from tests.tiny import SHAPE, byte_tokenizer, tiny_config
+
+# The tiny models have 4 attention heads, 2 key heads and MLPs of 48 values.
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_share_a_model_evenly_or_several_have_one_key_head(
+    size: int, tiny_folders: Mapping[str, Path]
+) -> None:
+    config = tiny_config(tiny_folders["llama"], engine="vllm", tensor_parallel_size=size)
+    assert load_front_model(config).num_kv_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "uneven"),
+    [(3, "4 attention heads and 2 key heads"), (8, "4 attention heads"), (5, "4 .* and 48 hidden .* and 2 key heads")],
+)
+def test_a_number_of_processes_that_does_not_divide_the_model_is_refused_with_the_counts(
+    size: int, uneven: str, tiny_folders: Mapping[str, Path]
+) -> None:
+    config = tiny_config(tiny_folders["llama"], engine="vllm", tensor_parallel_size=size)
+    with pytest.raises(WorkerConfigInvalid, match=rf"must divide the base model's {uneven}, got {size}"):
+        load_front_model(config)
+
+
+def test_a_model_whose_layers_hold_several_modules_runs_in_one_process_only(tmp_path: Path) -> None:
+    Phi3ForCausalLM(Phi3Config(**SHAPE)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_front_model(tiny_config(tmp_path, engine="vllm")).num_kv_heads == 2
+    with pytest.raises(BaseModelUnsupported, match=r"phi3 has gate_up_proj and qkv_proj, .* tensor_parallel_size 1"):
+        load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=2))
