@@ -49,7 +49,7 @@ from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
-from gpu_worker.vllm.settings import check_device, check_vllm
+from gpu_worker.vllm.settings import check_device, check_gpus, check_vllm
 
 _WATCH_PERIOD_S = 5.0
 
@@ -114,6 +114,8 @@ class VllmEngine(InferenceEngine):
         """
         check_vllm()
         check_device(config.device)
+        if config.device == "cuda":
+            check_gpus(config.tensor_parallel_size, torch.cuda.device_count())
         model = load_front_model(config)
         if config.device == "cpu" and config.lora_products == "auto":
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
@@ -285,12 +287,12 @@ class VllmEngine(InferenceEngine):
             self._loop.call_soon_threadsafe(self._rows.pump)
 
 
-def _first_logits(event: Delta | Exception) -> Tensor | Exception:
-    if isinstance(event, Exception):
 def _with_fusion(job: Job) -> Job:
     return replace(job, plan=with_fusion(job.plan))
 
 
+def _first_logits(event: Delta | Exception) -> Tensor | Exception:
+    if isinstance(event, Exception):
         return event
     assert event.first_logits is not None, "a probe's first delta has its log probabilities"
     return event.first_logits

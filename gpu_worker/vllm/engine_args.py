@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm import AsyncEngineArgs
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, StructuredOutputsConfig, VllmConfig
+from vllm import logger as vllm_logger
+from vllm.config import (
+    CompilationConfig,
+    CompilationMode,
+    CUDAGraphMode,
+    LoggingConfig,
+    StructuredOutputsConfig,
+    VllmConfig,
+)
 from vllm.usage.usage_lib import UsageContext
 
 from gpu_worker.config import WorkerConfig
@@ -25,7 +33,17 @@ def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, i
     set_environment(config)
     vllm_config = _engine_args(config, model, free_fill, is_compiled).create_engine_config(UsageContext.ENGINE_CONTEXT)
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
+    log_in_children(vllm_config)
     return vllm_config
+
+
+def log_in_children(vllm_config: VllmConfig) -> None:
+    """Let vLLM's processes print what they do, and leave the logging of this one as it is.
+
+    vLLM would set up this process too, which closes all its log files: it skips a process that it has set up already.
+    """
+    vllm_config.logging_config = LoggingConfig(configure_logging=True)
+    vllm_logger._last_configured_logging_config = vllm_config.logging_config
 
 
 def set_compilation(compilation: CompilationConfig, config: WorkerConfig, *, is_compiled: bool) -> None:

@@ -106,7 +106,7 @@ class PlanLayers:
     ) -> None:
         """`kernel`: for the products on the CPU. `tiles`: those on a GPU. Without both, torch computes them."""
         self._device, self._kernel, self._tiles = device, kernel, tiles
-        layers = dict(_wrapped(model, lora_config))
+        layers = dict(_wrapped(model, lora_config, device))
         packed = process_packed_modules_mapping(model)
         names = {path: _slice_names(path, layer, packed) for path, layer in layers.items()}
         linears: dict[str, nn.Linear] = {}
@@ -198,7 +198,7 @@ class PlanLayers:
             self._linears[place].add(y, x, self._step, self._num_tokens)
 
 
-def _wrapped(model: nn.Module, lora_config: Any) -> Iterator[tuple[str, Any]]:
+def _wrapped(model: nn.Module, lora_config: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
     """Replace every linear layer by vLLM's layer with a hook for adapters, and yield it by module path."""
     packed = process_packed_modules_mapping(model)
     supported = get_supported_lora_modules(model)
@@ -207,10 +207,27 @@ def _wrapped(model: nn.Module, lora_config: Any) -> Iterator[tuple[str, Any]]:
         leaf = path.rpartition(".")[2]
         if leaf in embeddings or not is_supported_lora_module(path, module, supported):
             continue
-        layer = from_layer(module, 1, lora_config, packed.get(leaf, []), model.config)
+        with _weight_to_ask(module, device):
+            layer = from_layer(module, 1, lora_config, packed.get(leaf, []), model.config)
         if layer is module:
             raise ValueError(f"vLLM has no LoRA layer for {path} ({type(module).__name__})")
         yield path, replace_submodule(model, path, layer)
+
+
+@contextmanager
+def _weight_to_ask(module: Any, device: torch.device) -> Iterator[None]:
+    """Give the layer an empty weight within the block, if its own is None.
+
+    vLLM asks the weight for its device. Its CPU kernel for 8-bit integers has packed it away.
+    """
+    if getattr(module, "weight", module) is not None:
+        yield
+        return
+    module.weight = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+    try:
+        yield
+    finally:
+        module.weight = None
 
 
 def _slice_names(path: str, layer: Any, packed: dict[str, list[str]]) -> list[str]:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm import __version__
+from vllm import __version__, envs
+from vllm import logger as vllm_logger
+from vllm.config import CompilationConfig, VllmConfig
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -31,6 +33,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (lora_utils, "process_packed_modules_mapping", ("model", "force_2d_moe", "enable_moe_shared_loras")),
     (BaseLinearLayerWithLoRA, "set_mapping", ("self", "punica_wrapper")),
     (BaseLinearLayerWithLoRA, "_apply_lora_to_output", ("self", "x", "output")),
+    (vllm_logger, "configure_logging_if_needed", ("config",)),
     (GPUModelRunner, "load_lora_model", ("self", "model", "vllm_config", "device")),
     (
         GPUModelRunner,
@@ -39,7 +42,21 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     ),
 )
 """The functions that are not public and that the plug-in calls, replaces or is called by."""
-MAPPING_FIELDS = {"index_mapping"}  # of LoRAMapping, the argument of `PlanLayers.set_active_adapters`
+FIELDS = (
+    (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
+    (CompilationConfig, "mode"),
+    (CompilationConfig, "cudagraph_mode"),
+    (VllmConfig, "logging_config"),
+)
+VARIABLES = (
+    "VLLM_CONFIGURE_LOGGING",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_LORA_ENABLE_DUAL_STREAM",
+    "VLLM_NO_USAGE_STATS",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+    "VLLM_USE_V2_MODEL_RUNNER",
+)
+"""The variables of the environment that the plug-in sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +91,24 @@ def check_device(device: str) -> None:
     )
 
 
+def check_gpus(num_processes: int, num_gpus: int) -> None:
+    """Raise WorkerConfigInvalid unless each process of an engine gets one of the GPUs that this process sees."""
+    if num_gpus < num_processes:
+        raise WorkerConfigInvalid(
+            f"tensor_parallel_size is {num_processes}, but this worker sees {num_gpus} of the machine's GPUs;"
+            f" set worker_scaling.num_gpus to {num_processes}, or lower tensor_parallel_size"
+        )
+
+
 def check_vllm(version: str = __version__, points: Iterable[ExtensionPoint] = EXTENSION_POINTS) -> None:
     """Raise WorkerConfigInvalid unless the tested version of vLLM is installed and has all extension points."""
     problems = [text for point in points if (text := _difference(*point))]
     problems += [
-        f"LoRAMapping has no {name}" for name in MAPPING_FIELDS - set(inspect.signature(LoRAMapping).parameters)
+        f"{owner.__name__} has no {name}" for owner, name in FIELDS if name not in inspect.signature(owner).parameters
     ]
+    problems += [f"no variable {name}" for name in VARIABLES if name not in envs.environment_variables]
+    if not hasattr(vllm_logger, "_last_configured_logging_config"):
+        problems.append("vllm.logger has no _last_configured_logging_config")
     if not version.startswith(TESTED_VERSION):
         problems.insert(0, f"version {TESTED_VERSION}* is needed, found {version}")
     if problems:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging.handlers
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -23,9 +26,34 @@ ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 MOST_GROWTH = 32 << 20  # bytes of all processes; one adapter takes 60 kB
 
 
+@contextmanager
+def children_print_into(path: Path) -> Iterator[None]:
+    """Let the processes that are started within the block print into the file."""
+    before = os.dup(1)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+
+
 @pytest.fixture(scope="module")
-def own_engine(model_folder: Path) -> Iterator[HostedEngine]:
-    engine = HostedEngine(ENGINES["vllm"], tiny_config(model_folder))
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("printed") / "stdout"
+
+
+@pytest.fixture(scope="module")
+def own_log() -> logging.handlers.MemoryHandler:
+    """Return a handler of this process, as a replica has them for its files. Closing it takes its target away."""
+    return logging.handlers.MemoryHandler(1, target=logging.NullHandler())
+
+
+@pytest.fixture(scope="module")
+def own_engine(model_folder: Path, printed: Path, own_log: logging.Handler) -> Iterator[HostedEngine]:
+    with children_print_into(printed):
+        engine = HostedEngine(ENGINES["vllm"], tiny_config(model_folder, engine="vllm"))
     yield engine
     engine.close()
 
@@ -39,12 +67,25 @@ def children_of(hosted: HostedEngine) -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if child not in hosted.children_before]
 
 
+def test_the_processes_print_their_logs_once_and_no_prompt(
+    hosted: HostedEngine, printed: Path, own_log: logging.handlers.MemoryHandler
+) -> None:
+    [answer] = hosted.answers(job("a secret", sampling=ONE_TOKEN))
+    assert answer.num_new_tokens == 1
+    lines = [line for line in printed.read_text().splitlines() if " INFO " in line]
+    assert len([line for line in lines if "Initializing a V1 LLM engine" in line]) == 1
+    assert all(line.startswith(("(EngineCore pid=", "(Worker pid=")) for line in lines)
+    assert "secret" not in printed.read_text()
+    assert own_log.target is not None, "vLLM has closed the logs of this process"
+
+
 def test_cycles_of_use_and_withdrawal_leave_nothing_in_the_processes(
     hosted: HostedEngine, adapter: MakeAdapter, scale: Scale
 ) -> None:
     def cycle(seed: int) -> None:
-        weights = adapter(seed, rank=1 + seed % 8)
-        hosted.answers(job("cycle", plan_of("selection", (weights, 1.0)), ONE_TOKEN))
+        weights, other = adapter(seed, rank=1 + seed % 8), adapter(1000 + seed)
+        plans = [plan_of("selection", (weights, 1.0)), plan_of("fusion", (weights, 0.5), (other, 0.5))]
+        hosted.answers(*[job("cycle", plan, ONE_TOKEN) for plan in plans])
         hosted.forget_all()
 
     def num_bytes() -> int:

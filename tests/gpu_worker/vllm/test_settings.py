@@ -6,11 +6,11 @@ import pytest
 from vllm.lora import utils
 
 from gpu_worker.errors import WorkerConfigInvalid
-from gpu_worker.vllm.settings import EXTENSION_POINTS, PluginSettings, check_device, check_vllm
+from gpu_worker.vllm.settings import EXTENSION_POINTS, PluginSettings, check_device, check_gpus, check_vllm
 
 
 def test_the_installed_vllm_has_every_extension_point() -> None:
-    assert len(EXTENSION_POINTS) == 9
+    assert len(EXTENSION_POINTS) == 10
     check_vllm()
 
 
@@ -34,3 +34,11 @@ def test_a_build_of_vllm_for_another_device_is_refused_with_the_packages_name() 
     check_device("cpu")
     with pytest.raises(WorkerConfigInvalid, match=r"device is 'cuda', but .* on 'cpu'; install the package vllm as"):
         check_device("cuda")
+
+
+def test_every_process_of_an_engine_needs_a_gpu() -> None:
+    check_gpus(2, 2)
+    with pytest.raises(
+        WorkerConfigInvalid, match=r"size is 4, but .* sees 1 of .* GPUs; set worker_scaling.num_gpus to 4"
+    ):
+        check_gpus(4, 1)
