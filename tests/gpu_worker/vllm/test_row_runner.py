@@ -106,7 +106,7 @@ def test_cancelling_closes_a_running_row_before_its_adapter_may_leave(serve: Cal
     serve(main)
 
 
-def test_more_fusions_than_rows_for_them_all_run_beside_adapters(serve: Callable[..., Any]) -> None:
+def test_more_fusions_than_fit_their_rows_all_run_with_adapters(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         fusions = [fusion_of(plans[number % 3], plans[(number + 1) % 3], weight=0.1 + number) for number in range(4)]
         bench.workers.may_go_on.set()
