@@ -229,6 +229,7 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "companions": companions.sentence(folder),
         "natural": natural.sentence(folder),
         "gate": gate.sentence(folder),
+        "rerank": rerank.sentence(folder),
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),

@@ -161,6 +161,21 @@ def section(rows: pd.DataFrame, tops: pd.DataFrame) -> str:
     )
 
 
+def sentence(folder: Path) -> str:
+    """Return what a reranking could gain, and how many of the measured ones do."""
+    if not (folder / ROWS).exists():
+        return "Reranking was not measured yet."
+    answers = Answers(pd.read_parquet(folder / ROWS), {})
+    first = f"{FIRST}_iid"
+    ways = [run for run in answers.runs if run.endswith("_iid") and run not in (first, f"{BEST}_iid", f"{AUTO}_iid")]
+    better = [run for run in ways if answers.difference(run, first).low > 0]
+    most = answers.difference(f"{BEST}_iid", first).in_percent()
+    return (
+        f"Choosing the best of the three nearest adapters for each question would gain {most} points in distribution;"
+        f" {len(better)} of {len(ways)} ways to rerank them are better than the nearest with their whole interval."
+    )
+
+
 def measure(bench: Bench, scored: Asker, reader: Reader, folder: Path, per_task: int) -> None:
     """Write rows and the appendix. Known answers are not computed again."""
     study = bench.study

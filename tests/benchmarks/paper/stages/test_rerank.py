@@ -16,11 +16,13 @@ from benchmarks.training.adapter_files import load_base
 from tests.benchmarks.tiny_study import SPECS
 
 PER_TASK = 2
+_SCORES = [("first", 0.0), ("best", 1.0), ("auto", 1.0), ("likelihood", 0.5), ("norm", 0.0)]
 
 
 def test_the_stage_chooses_among_answers_that_are_computed_once(
     loaded: Loaded, tiny_folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
+    assert rerank.sentence(tmp_path) == "Reranking was not measured yet."
     bench = loaded.bench
     scored = Asker(bench.asker.engine, tmp_path / "scored.jsonl", with_logprobs=True)
     reader = rerank.Reader(load_base(tiny_folders["gemma3"]), bench.study.tokenizer, adapters_of(loaded))
@@ -41,6 +43,10 @@ def test_the_stage_chooses_among_answers_that_are_computed_once(
     tops = pd.read_parquet(tmp_path / rerank.TOPS)
     assert tops["place"].between(1, len(SPECS)).all() and len(tops) == 6 * PER_TASK * len(SPECS)
     assert "| likelihood calibrated |" in (tmp_path / "rerank.md").read_text()
+    assert "0 of 8 ways" in rerank.sentence(tmp_path)
+    made = pd.DataFrame([{"run": f"{n}_iid", "task": t, "number": 0, "score": s} for n, s in _SCORES for t in "ab"])
+    made.to_parquet(tmp_path / rerank.ROWS)
+    assert "gain 100.0 (100.0 to 100.0) points in distribution; 1 of 2 ways" in rerank.sentence(tmp_path)
 
 
 def test_signals_come_back_in_the_order_of_the_questions(loaded: Loaded, tiny_folders: Mapping[str, Path]) -> None:
