@@ -208,7 +208,7 @@ def test_a_worker_reserves_a_gpu_for_each_process_that_shares_the_model(num_gpus
     config = AppConfig(worker=worker, worker_scaling=scaling | {"num_gpus": 2})
     assert config.worker_config().tensor_parallel_size == 2
     options = config.worker_options()
-    assert options["ray_actor_options"] == {"num_cpus": 0.2, "num_gpus": 2, "resources": {}}
+    assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 2, "resources": {}}
     assert not any(name.startswith("placement_group") for name in options), "one actor sees all its GPUs"
 
 
