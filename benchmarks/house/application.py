@@ -27,7 +27,7 @@ from tests.tiny import FAMILIES, byte_tokenizer, linear_shapes, random_adapter, 
 TOPIC = "the sea"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Reference:
     """Replaces an object reference of Ray."""
 

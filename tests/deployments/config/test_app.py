@@ -8,12 +8,11 @@ import pytest
 from pydantic import ValidationError
 from ray import serve
 
-from deployments.config.app import AppConfig, SamplingDefaults, ScalingSettings, WorkerSettings
+from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import WorkerScaling
 from gpu_worker.config import PACKAGED_ALIASES, EngineSettings
 from gpu_worker.errors import WorkerConfigInvalid
-from gpu_worker.request.request import SAMPLING_DEFAULTS, SamplingParams
 from lora_store.peft_files import template_digest
 
 
@@ -352,19 +351,3 @@ def test_cuda_implies_the_gpus_of_a_worker() -> None:
     assert AppConfig.model_validate({"worker": two}).worker_scaling.num_gpus == 2
     half = {"worker": {"device": "cuda"}, "worker_scaling": {"num_gpus": 0.5}}
     assert AppConfig.model_validate(half).worker_scaling.num_gpus == 0.5
-
-
-@pytest.mark.parametrize(
-    "given",
-    [{}, {"temperature": 0}, {"temperature": 2, "top_p": 1, "top_k": 2**31 - 1, "min_p": 1, "repetition_penalty": 100}],
-    ids=str,
-)
-def test_sampling_defaults_reach_the_worker_and_are_valid_there(given: dict[str, float]) -> None:
-    config = AppConfig.model_validate({"sampling_defaults": given})
-    assert dict(config.worker_config().sampling_defaults) == given == config.sampling_defaults_in_use
-    applied = SamplingParams(unset=frozenset(SAMPLING_DEFAULTS)).with_defaults(given)
-    assert {name: getattr(applied, name) for name in given} == given
-
-
-def test_every_parameter_that_a_base_model_may_set_is_a_setting() -> None:
-    assert tuple(SamplingDefaults.model_fields) == SAMPLING_DEFAULTS
