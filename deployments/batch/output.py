@@ -55,10 +55,9 @@ class BatchOutput:
             raise BatchRefused(
                 f"the input differs from that of the run in {self._uri}: {_differing(manifest.input, wanted.input)}"
             )
-        if manifest.settings != wanted.settings:
-            raise BatchRefused(
-                f"{self._uri} was started with other settings: {_differing(manifest.settings, wanted.settings)}"
-            )
+        recorded = wanted.settings | manifest.settings  # a manifest of an earlier version may lack a setting
+        if recorded != wanted.settings:
+            raise BatchRefused(f"{self._uri} was started with other settings: {_differing(recorded, wanted.settings)}")
         self._files.delete([file.name for file in self._files.entries() if file.name.startswith(".part-")])
         return manifest
 

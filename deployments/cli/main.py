@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -171,7 +172,8 @@ def chat(
 def _lines() -> Iterator[str]:
     """Yield the lines that a person or a pipe enters, without surrounding space."""
     if sys.stdin.isatty():
-        importlib.import_module("readline")  # arrow keys edit the line and recall earlier ones
+        with suppress(ImportError):  # some builds of Python lack it
+            importlib.import_module("readline")  # arrow keys edit the line and recall earlier ones
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "").strip()

@@ -13,6 +13,7 @@ from typing import Any
 from docs.generate.markdown import Block, table
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
+_ROUND = {"throughput": "generate x1", "http": "HTTP, auto"}  # a key that the raw row of each round has
 _CLIENTS = {"vllm bench serve": "`vllm bench serve`, 4 adapters in turn", "guidellm": "guidellm, one adapter"}
 
 
@@ -195,7 +196,7 @@ def numbers_of(study: str) -> dict[str, float]:
     """Return the numbers of the study, and for throughput the ratio to `generate` with as many rows in each round."""
     figures: dict[str, float] = dict(_result(study)["figures"])
     if study == "throughput":
-        rounds = [run for run in _result(study)["runs"] if "generate x1" in run]
+        rounds = [run for run in _result(study)["runs"] if _ROUND[study] in run]
         for name in rounds[0]:
             base = f"generate x{name.rpartition(' x')[2]}"
             if base in rounds[0]:
@@ -207,7 +208,11 @@ def measured(study: str) -> str:
     """Return the machine, the commit and the day of the study's results."""
     result = _result(study)
     machine = " ".join(result["machine"].replace("(R)", "").split(", torch")[0].split())
-    return f"Measured {result['date'][:10]} at commit {result['commit'][:12].rstrip('+')}, on {machine}."
+    commit, changes, _ = result["commit"].partition("+")
+    at = f"commit {commit[:12]}" + (" with local changes" if changes else "")
+    rounds = [run for run in result["runs"] if _ROUND.get(study, "") in run]
+    in_rounds = f" in {len(rounds)} {'round' if len(rounds) == 1 else 'rounds'}" if study in _ROUND else ""
+    return f"Measured {result['date'][:10]}{in_rounds} at {at}, on {machine}."
 
 
 @cache

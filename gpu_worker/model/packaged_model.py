@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import logging
 import shutil
+import sys
 import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -54,8 +55,13 @@ def _convert_into(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{PACKAGED_MODEL}-") as scratch:
         gguf, target = Path(scratch, "model.gguf"), Path(scratch, "converted")
         _assemble(gguf)
-        with redirect_stderr(io.StringIO()):  # progress bars of other libraries
-            _convert(gguf, target)
+        hidden = io.StringIO()  # progress bars of other libraries
+        try:
+            with redirect_stderr(hidden):
+                _convert(gguf, target)
+        except Exception:
+            sys.stderr.write(hidden.getvalue())
+            raise
         lines = [f"{_sha256(path)}  {path.name}" for path in sorted(target.iterdir())]
         (target / _CHECKSUMS).write_text("\n".join(lines) + "\n")
         target.rename(folder)

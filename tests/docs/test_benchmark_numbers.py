@@ -35,6 +35,21 @@ def test_a_table_has_the_numbers_of_its_study_rounded(name: str) -> None:
         assert any(number in (f"{value:.{digits}f}", f"{100 * value:.{digits}f}") for value in figures), number
 
 
+def test_numbers_are_in_the_cells_of_their_rows() -> None:
+    figures, cells = result_of("throughput")["figures"], {}
+    for line in TABLES["results-throughput"]().splitlines():
+        if line.startswith("| "):
+            text, numbers = line.split("|")[1:3]
+            cells[text.strip()] = re.findall(r"[\d.]+", numbers)
+    assert cells["base model"] == [f"{figures['base_over_generate']:.2f}"]
+    names = [f"mixture{count}_over_generate" for count in (8, 32, 96)]
+    assert cells["mixture of 3, 8 / 32 / 96 active"] == [f"{figures[name]:.2f}" for name in names]
+    encoder = result_of("encoder")["figures"]
+    row = next(line for line in TABLES["results-encoder"]().splitlines() if "next to" in line)
+    beside = [encoder[f"encoder_{kind}_next_to_worker_p50_ms"] for kind in ("bfloat16", "float32")]
+    assert re.findall(r"[\d.]+", row) == [f"{value:.1f}" for value in beside]
+
+
 def test_ratios_of_throughput_are_medians_over_rounds() -> None:
     rounds = [run for run in result_of("throughput")["runs"] if "base x1" in run]
     expected = statistics.median([found["mixture 8 x8"] / found["generate x8"] for found in rounds])

@@ -113,8 +113,10 @@ def test_withdrawing_and_expiring_free_everything(live: Live, seed: int, scale: 
     def cycle(number: int, num_brief: int) -> None:
         brief = [live.folder(f"brief-{number}-{n}", seed + 1000 + 10 * number + n, "brief") for n in range(num_brief)]
         if brief:
-            live.publish_all(brief, ttl_s=5)
+            live.publish_all(brief, ttl_s=600)
         assert [live.ask(folder.name, max_tokens=2).status_code for folder in brief] == [200] * num_brief
+        if brief:
+            live.publish_all(brief, ttl_s=1)
         unlisted.extend(folder.name for folder in brief)
         live.publish(live.folder("comet", seed + number, f"comet number {number}"))
         assert [live.text("comet", max_tokens=2) for _ in range(4)]
@@ -137,9 +139,9 @@ def test_withdrawing_and_expiring_free_everything(live: Live, seed: int, scale: 
     assert {live.ask(name).status_code for name in unlisted} == {404}
     names = {lora["name"] for lora in live.call("GET", "/v1/loras").json()["data"]}
     assert {stats.num_live for stats in live.on_all("Retriever", "index_stats")} == {len(names)}
-    if num_cycles * 4 < 100:  # a compaction writes a checkpoint, which is not an event
+    if num_cycles * 5 < 100:  # a compaction writes a checkpoint, which is not an event
         grown = sum(live.stored("catalogue/_delta_log").values()) - log_before
-        assert grown <= 2048 * 4 * num_cycles
+        assert grown <= 2048 * 5 * num_cycles
 
 
 def test_a_dead_endpoint_affects_only_operations_that_need_it(

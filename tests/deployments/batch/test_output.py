@@ -41,6 +41,15 @@ def test_a_partly_written_file_is_ignored_and_replaced(tmp_path: Path) -> None:
     assert not half.exists()
 
 
+def test_a_run_of_an_earlier_version_with_fewer_settings_is_continued(tmp_path: Path) -> None:
+    output = BatchOutput(str(tmp_path))
+    output.begin(manifest())
+    assert output.begin(manifest(sampling_defaults={})) == manifest()
+    with pytest.raises(BatchRefused) as caught:
+        output.begin(manifest(sampling_defaults={}, part_rows=8))
+    assert str(caught.value).endswith("other settings: part_rows was 4, is 8")
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     output = BatchOutput(str(tmp_path))
     output.begin(manifest())

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -200,12 +201,17 @@ def test_arrow_keys_edit_the_line_of_a_chat() -> None:
         command = [sys.executable, "-c", script, "chat", "--url", server.url]
         process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm"})
         os.close(end)
-        shown = b""
-        while b"> " not in shown:
-            shown += os.read(terminal, 1024)
-        os.write(terminal, b"Hii\x1b[D\x7f\n/exit\n")  # left, and delete the letter before
-        assert process.wait(30) == 0
-    os.close(terminal)
+        try:
+            shown = b""
+            while b"> " not in shown:
+                assert select.select([terminal], [], [], 60)[0], shown
+                shown += os.read(terminal, 1024)
+            os.write(terminal, b"Hii\x1b[D\x7f\n/exit\n")  # left, and delete the letter before
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(terminal)
     assert server.sent[0]["messages"] == [{"role": "user", "content": "Hi"}]
 
 

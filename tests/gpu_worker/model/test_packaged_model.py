@@ -48,3 +48,18 @@ def test_a_conversion_shows_no_progress_bars_of_other_libraries(
     folder = packaged_model.packaged_folder(tmp_path)
     assert (folder / "model.safetensors").read_text() == "weights"
     assert capsys.readouterr().err == ""
+
+
+def test_a_conversion_that_fails_shows_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(gguf: Path, target: Path) -> None:
+        print("a tensor is missing", file=sys.stderr)
+        raise ValueError("no")
+
+    monkeypatch.setattr(packaged_model, "_assemble", lambda gguf: None)
+    monkeypatch.setattr(packaged_model, "_convert", convert)
+    with pytest.raises(ValueError, match="no"):
+        packaged_model.packaged_folder(tmp_path)
+    assert capsys.readouterr().err == "a tensor is missing\n"
+    assert not (tmp_path / packaged_model.PACKAGED_MODEL).exists()
