@@ -14,6 +14,7 @@ from gpu_worker.bank.device_layout import Block, DeviceAdapter, DeviceModule
 
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _Bank = tuple[str, str]  # ("a", first module of a group) or ("bt", module)
+_LARGEST_GROWTH = 1.25  # of an adapter of unequal ranks by the zeros of its blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class BankLayout:
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         self.groups = _sharing_inputs(shapes)
-        self._widths = {name: width for name, (_, width) in shapes.items()}
+        self._shapes = dict(shapes)
         self._group_of = {name: (names, place) for names in self.groups for place, name in enumerate(names)}
-        widths: dict[_Bank, int] = {("a", names[0]): len(names) * self._widths[names[0]] for names in self.groups}
+        widths: dict[_Bank, int] = {("a", names[0]): len(names) * shapes[names[0]][1] for names in self.groups}
         widths |= {("bt", name): num_out for name, (num_out, _) in shapes.items()}
         self._place: dict[_Bank, tuple[int, int]] = {}
         self.stores: list[tuple[int, int]] = []
@@ -62,20 +63,21 @@ class BankLayout:
         return sum(len(block.values) for block in blocks) == sum(num_banks for num_banks, _ in self.stores)
 
     def allocate(
-        self, ranks: Mapping[str, int], dtype: torch.dtype, *, pin: bool = False, device: torch.device | None = None
+        self, ranks: Mapping[str, int], dtype: torch.dtype, *, pin: bool = False
     ) -> tuple[tuple[Block, ...], dict[str, DeviceModule]]:
-        """Return blocks for an adapter with these modules and ranks, and each module's place in them.
+        """Return blocks in host memory for an adapter with these modules and ranks, and each module's place in them.
 
-        What belongs to no module is 0; the places are not filled yet. All blocks are parts of one tensor.
+        All blocks are parts of one tensor. It is 0 outside the places; the caller fills the places. Blocks have the
+        rows of the largest rank, so there are none if ranks differ and the zeros would take much memory.
         """
         num_rows, runs = max(ranks.values()), self._runs(frozenset(ranks))
         widths = [self.stores[run.store][1] for run in runs]
         sizes = [len(run.numbers) * num_rows * width for run, width in zip(runs, widths, strict=True)]
-        is_dense = min(ranks.values()) == num_rows and all(
-            len(ranks.keys() & set(names)) in (0, len(names)) for names in self.groups
-        )
-        make = torch.empty if is_dense else torch.zeros
-        flat = make(sum(sizes), dtype=dtype, device=device, pin_memory=pin)
+        own_size = sum(rank * sum(self._shapes[name]) for name, rank in ranks.items())
+        if min(ranks.values()) < num_rows and sum(sizes) > _LARGEST_GROWTH * own_size:
+            return (), self._separate(ranks, torch.empty(own_size, dtype=dtype, pin_memory=pin))
+        make = torch.empty if sum(sizes) == own_size else torch.zeros
+        flat = make(sum(sizes), dtype=dtype, pin_memory=pin)
         blocks, rows = [], dict[_Bank, Tensor]()
         for run, width, values in zip(runs, widths, torch.split(flat, sizes), strict=True):
             block = Block(run.store, _slice(run.numbers), values.view(-1, num_rows, width))
@@ -84,19 +86,26 @@ class BankLayout:
         return tuple(blocks), {name: self._within(rows, name, rank) for name, rank in ranks.items()}
 
     def arranged(self, adapter: DeviceAdapter, *, pin: bool = False) -> DeviceAdapter:
-        """Return the adapter with blocks, which have its modules' values. Copy one module after the other."""
+        """Return a copy of the adapter, which is in host memory, in the places of `allocate`."""
         any_a = next(iter(adapter.modules.values())).a
         ranks = {name: module.rank for name, module in adapter.modules.items()}
-        blocks, places = self.allocate(ranks, any_a.dtype, pin=pin, device=any_a.device)
+        blocks, places = self.allocate(ranks, any_a.dtype, pin=pin)
         for name, module in adapter.modules.items():
             places[name].a.copy_(module.a)
             places[name].bt.copy_(module.bt)
         return replace(adapter, modules=places, blocks=blocks)
 
     def _within(self, rows: Mapping[_Bank, Tensor], name: str, rank: int) -> DeviceModule:
-        (names, place), width = self._group_of[name], self._widths[name]
+        (names, place), (_, width) = self._group_of[name], self._shapes[name]
         a = rows["a", names[0]]
         return DeviceModule(a[:rank, place * width : (place + 1) * width], rows["bt", name][:rank])
+
+    def _separate(self, ranks: Mapping[str, int], flat: Tensor) -> dict[str, DeviceModule]:
+        """Return places without zeros, one behind the other."""
+        shapes = [(rank, width) for name, rank in ranks.items() for width in reversed(self._shapes[name])]
+        parts = torch.split(flat, [rank * width for rank, width in shapes])
+        views = iter([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+        return {name: DeviceModule(next(views), next(views)) for name in ranks}
 
     def _runs_of(self, names: frozenset[str]) -> tuple[_Run, ...]:
         banks = {("a", self._group_of[name][0][0]) for name in names} | {("bt", name) for name in names}

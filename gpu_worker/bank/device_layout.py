@@ -38,7 +38,7 @@ class Block:
 class DeviceAdapter:
     """A checked adapter, ready to be copied into the bank. Loading threads make it; the engine's thread copies it.
 
-    `blocks`: where a BankLayout has arranged the modules, which are then views of these blocks.
+    `blocks`: if a BankLayout has arranged the modules in them, which are then views of these blocks.
     """
 
     weights_digest: str

@@ -48,19 +48,26 @@ def assert_free(bank: LoraBank, rows: list[int]) -> None:
 
 @pytest.mark.parametrize("rows", [[2, 3, 4], [4, 2, 7], [7, 6, 5], [0, 2, 3]], ids=str)
 @pytest.mark.parametrize(
-    "ranks", [dict.fromkeys(LINEARS, 3), {"up": 3, "down": 1}, {"up": 1, "gate": 2, "square": 3}], ids=str
+    ("ranks", "has_blocks"),
+    [
+        (dict.fromkeys(LINEARS, 3), True),
+        ({"up": 3, "down": 1}, False),
+        ({"up": 1, "gate": 2, "square": 3}, False),
+        ({"up": 3, "gate": 3, "down": 2}, True),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("converter", ["kernel", "torch", "elsewhere"])
 def test_an_adapter_fills_its_rows_and_no_others(
-    rows: list[int], ranks: dict[str, int], converter: str, layout_kernel: LayoutKernel
+    rows: list[int], ranks: dict[str, int], has_blocks: bool, converter: str, layout_kernel: LayoutKernel
 ) -> None:
-    """The bank's own conversions arrange the values as its stores; an adapter from elsewhere is arranged by `write`."""
+    """The bank's own conversions arrange the values as its stores unless ranks differ much; others never do."""
     kernel = layout_kernel if converter == "kernel" else None
     bank = LoraBank(LINEARS, NUM_ROWS, free_fill=float("nan"), kernel=kernel)
     weights = weights_of(1, ranks)
     is_own = converter != "elsewhere"
     adapter = bank.to_device_layout(weights) if is_own else to_device_layout(weights, bank.shapes, torch.float32)
-    assert bool(adapter.blocks) == is_own and adapter.max_rank == max(ranks.values())
+    assert bool(adapter.blocks) == (is_own and has_blocks) and adapter.max_rank == max(ranks.values())
     bank.write(rows, adapter)
     assert_holds(bank, rows, weights)
     others = [row for row in range(NUM_ROWS) if row not in rows]
@@ -79,6 +86,19 @@ def test_swapped_rows_change_places_in_every_module(rows: list[int], others: lis
     assert_holds(bank, others, first)
     assert_holds(bank, rows, second)
     assert_free(bank, [row for row in range(NUM_ROWS) if row not in rows + others])
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_an_adapter_of_unequal_ranks_needs_the_memory_of_its_own_ranks(
+    has_kernel: bool, layout_kernel: LayoutKernel
+) -> None:
+    bank = LoraBank(LINEARS, 64, kernel=layout_kernel if has_kernel else None)
+    ranks = {"up": 64, "gate": 2, "down": 2, "square": 2}
+    adapter = bank.to_device_layout(weights_of(1, ranks))
+    own_bytes = 4 * sum(ranks[name] * sum(shape) for name, shape in bank.shapes.items())
+    tensors = [each for module in adapter.modules.values() for each in (module.a, module.bt)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    assert adapter.num_bytes == sum(storages.values()) == own_bytes
 
 
 @pytest.mark.parametrize("has_kernel", [False, True])
