@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from gpu_worker.config import WorkerConfig
@@ -73,23 +74,30 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
     )
 
 
-def _check_size(size: int, hf_config: Any, num_kv_heads: int, modules: Iterable[str]) -> None:
+def _check_size(size: int, hf_config: Any, num_kv_heads: int, linears: Mapping[str, nn.Linear]) -> None:
     """Raise WorkerConfigInvalid if so many processes cannot share the model, BaseModelUnsupported if no two can."""
     if size == 1:
         return
-    found = {name.rpartition(".")[2] for name in modules} & _SEVERAL_PARTS
+    found = {name.rpartition(".")[2] for name in linears} & _SEVERAL_PARTS
     if found:
         raise BaseModelUnsupported(
             f"{hf_config.model_type} has {' and '.join(sorted(found))}, several parts that one adapter module covers,"
             " which vLLM divides unevenly; use tensor_parallel_size 1"
         )
-    counts = {"attention heads": hf_config.num_attention_heads, "hidden values of an MLP": hf_config.intermediate_size}
+    counts = [(hf_config.num_attention_heads, "attention heads")]
+    counts += [(width, "hidden values of an MLP") for width in _mlp_widths(linears, hf_config.hidden_size)]
     if size % num_kv_heads:  # otherwise several processes have the same head
-        counts["key heads"] = num_kv_heads
-    if uneven := [f"{count} {what}" for what, count in counts.items() if count % size]:
+        counts.append((num_kv_heads, "key heads"))
+    if uneven := [f"{count} {what}" for count, what in counts if count % size]:
         raise WorkerConfigInvalid(
             f"tensor_parallel_size must divide the base model's {' and '.join(uneven)}, got {size}"
         )
+
+
+def _mlp_widths(linears: Mapping[str, nn.Linear], hidden_size: int) -> list[int]:
+    """Return the different numbers of hidden values of the MLPs, for which configurations have several names."""
+    downs = [linear for name, linear in linears.items() if "att" not in name and linear.out_features == hidden_size]
+    return sorted({linear.in_features for linear in downs})
 
 
 def _eos_token_ids(source: str, hf_config: Any, tokenizer: Any) -> frozenset[int]:

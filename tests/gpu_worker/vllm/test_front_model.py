@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.vllm.front_model import load_front_model
@@ -41,3 +41,14 @@ def test_a_model_whose_layers_hold_several_modules_runs_in_one_process_only(tmp_
     assert load_front_model(tiny_config(tmp_path, engine="vllm")).num_kv_heads == 2
     with pytest.raises(BaseModelUnsupported, match=r"phi3 has gate_up_proj and qkv_proj, .* tensor_parallel_size 1"):
         load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=2))
+
+
+def test_a_width_of_mlps_with_another_name_in_the_configuration_is_checked(tmp_path: Path) -> None:
+    """OPT calls it `ffn_dim`, and its MLPs have no module of their own."""
+    shape = {name: value for name, value in SHAPE.items() if name.startswith(("vocab", "hidden", "num_hidden"))}
+    config = OPTConfig(**shape, num_attention_heads=4, ffn_dim=50, word_embed_proj_dim=SHAPE["hidden_size"])
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=2)).num_kv_heads == 4
+    with pytest.raises(WorkerConfigInvalid, match="must divide the base model's 50 hidden values of an MLP, got 4"):
+        load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=4))
