@@ -12,7 +12,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Le
 from gpu_worker.errors import WorkerConfigInvalid
 
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
-_LEAST_FUSION_ROWS = 64  # one fusion of adapters of rank 64
+_WIDEST_FUSION = 256  # rank rows of a fusion of the widest adapters that `admission.max_rank` allows by default
 _ONLY_NATIVE = {"max_chunk_tokens", "prompt_lookup_tokens", "prefix_cache_share"}
 _ONLY_VLLM = {"tensor_parallel_size", "enforce_eager", "fusion_rank_rows"}
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
@@ -40,8 +40,9 @@ class EngineSettings:
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
     lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
     bank_rank_rows: AtLeastOne = 256  # rank rows of the adapter bank: an adapter of rank 16 takes 16
-    # vllm only: more rank rows, for fusions, each of which takes the rank of its widest adapter; unset: a quarter of
-    # bank_rank_rows, and at least 64. The native engine computes fusions from their adapters.
+    # vllm only: more rank rows, for fusions, each of which takes the rank of its widest adapter; unset: as many as
+    # bank_rank_rows has, but at most 256, or a quarter of bank_rank_rows if that is more. The native engine computes
+    # fusions from their adapters.
     fusion_rank_rows: AtLeastOne | None = None
     max_batch_size: AtLeastOne = 32  # rows that one step computes together
     max_model_len: AtLeastOne = 2048  # prompt plus new tokens of one row
@@ -70,7 +71,7 @@ class EngineSettings:
         """Return the rank rows that only fusions use."""
         if self.engine == "native":
             return 0
-        return self.fusion_rank_rows or max(self.bank_rank_rows // 4, _LEAST_FUSION_ROWS)
+        return self.fusion_rank_rows or max(self.bank_rank_rows // 4, min(self.bank_rank_rows, _WIDEST_FUSION))
 
     @property
     def num_rank_rows(self) -> int:

@@ -55,8 +55,8 @@ class PlannedResidency:
             needed = max([adapter.max_rank for adapter in loaded.values()], default=0)
             if needed > self._num_fusion_rows:
                 raise PlanTooLarge(
-                    f"the fusion needs {needed} rank rows, the bank has {self._num_fusion_rows} for fusions; use"
-                    " adapters of lower rank, or another strategy"
+                    f"the fusion needs {needed} rank rows, the bank has {self._num_fusion_rows} for fusions"
+                    " (worker.fusion_rank_rows); use adapters of lower rank, or another strategy"
                 )
         return part.try_pin(digests, loaded)
 

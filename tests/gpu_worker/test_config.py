@@ -4,6 +4,7 @@ import pytest
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
+from lora_store.bounded_files import Limits
 
 
 @pytest.mark.parametrize("field", ["bank_rank_rows", "max_batch_size", "max_model_len", "max_waiting", "load_threads"])
@@ -54,5 +55,10 @@ def test_only_vllm_has_rows_for_fusions_in_its_bank() -> None:
     assert WorkerConfig(bank_rank_rows=1024).num_rank_rows == 1024
     default = WorkerConfig(engine="vllm", bank_rank_rows=1024)
     assert (default.num_fusion_rows, default.num_rank_rows) == (256, 1280)
-    assert WorkerConfig(engine="vllm", bank_rank_rows=16).num_fusion_rows == 64, "a fusion of rank 64 fits"
+    assert WorkerConfig(engine="vllm", bank_rank_rows=2048).num_fusion_rows == 512
     assert WorkerConfig(engine="vllm", bank_rank_rows=16, fusion_rank_rows=8).num_rank_rows == 24
+
+
+def test_a_fusion_of_the_widest_adapters_that_fit_the_bank_fits_by_default() -> None:
+    assert WorkerConfig(engine="vllm").num_fusion_rows == Limits().max_rank
+    assert WorkerConfig(engine="vllm", bank_rank_rows=100).num_fusion_rows == 100

@@ -143,7 +143,8 @@ def test_a_fusion_of_higher_rank_than_the_rows_for_fusions_is_refused() -> None:
 
     async def main(far: Far, bank: RemoteBank) -> None:
         with pytest.raises(
-            PlanTooLarge, match="the fusion needs 2 rank rows, the bank has 1 for fusions; use adapters"
+            PlanTooLarge,
+            match=r"needs 2 rank rows, the bank has 1 for fusions \(worker.fusion_rank_rows\); use adapters",
         ):
             PlannedResidency(bank, 4, 1).try_pin([average.weights_digest], {average.weights_digest: average})
 
