@@ -61,6 +61,10 @@ class RowAssignment(ABC):
     def occupied_rows(self) -> int:
         return len(self._owner) - self._owner.count(None)
 
+    def part_of(self, digests: Sequence[str]) -> RowAssignment:
+        """Return the assignment of the rows that these adapters use: of all rows."""
+        return self
+
     def rows(self, digest: str) -> list[int]:
         """Return the bank rows of a resident adapter, by rank index."""
         return self._rows[digest]

@@ -9,6 +9,7 @@ from typing import Protocol
 from gpu_worker.attention.prefix import Prefix
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.loader import AdapterLoader
+from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.row import Row
@@ -34,6 +35,7 @@ class Pins(Protocol):
     @property
     def num_changes(self) -> int: ...
     def __contains__(self, digest: object) -> bool: ...
+    def part_of(self, digests: Sequence[str]) -> RowAssignment: ...
     def try_pin(self, digests: Sequence[str], loaded: Mapping[str, DeviceAdapter]) -> bool: ...
     def unpin(self, digests: Sequence[str]) -> None: ...
     def settle(self) -> None: ...
@@ -43,15 +45,16 @@ class Admission:
     """The waiting rows. The weights of the next ones are prefetched within `window`.
 
     A row brings all its adapters into the bank or none, and does not block others while it waits. A row that was passed
-    over `_MAX_PASSES` times reserves the bank: until it runs, no other row brings in adapters. A row that has its
-    adapters but does not fit the KV cache blocks all rows behind it. A row whose prompt begins like one that is being
-    computed waits for those blocks. Both wait only for running rows, which wait for nothing, so there is no deadlock.
+    over `_MAX_PASSES` times reserves its part of the bank: until it runs, no other row pins adapters there. A row that
+    has its adapters but does not fit the KV cache blocks all rows behind it. A row whose prompt begins like one that is
+    being computed waits for those blocks. Both wait only for running rows, which wait for nothing, so there is no
+    deadlock.
     """
 
     def __init__(self, loader: AdapterLoader, residency: Pins, kv_cache: RowPlaces, window: PrefetchWindow) -> None:
         self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
         self.waiting = FairQueue()
-        self._reserving: Row | None = None
+        self._reserving: dict[RowAssignment, Row] = {}  # part of the bank -> the row that reserves it
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []
         self._is_full = False  # the KV cache has no room for the next row
@@ -114,26 +117,25 @@ class Admission:
         for row in self.waiting.requeued:
             if not self._is_full:
                 self._try_start(row)
-        reserving = self._row_with_reservation()
-        if reserving is not None and not self._is_full:
-            self._try_start(reserving)
-            reserving = self._row_with_reservation()
+        for row in list(self._reserving.values()):
+            if self._is_reserved(row) and not self._is_full:
+                self._try_start(row)
         for row in self.waiting.turns():
             if self._is_full:
                 if not self._window.has_room:
                     break
                 self._has_weights(row)
-            elif reserving is None or row.is_pinned or not row.plan.adapters:
+            elif row.is_pinned or not row.plan.adapters or not self._is_reserved(row):
                 self._try_start(row)
-                reserving = self._row_with_reservation()
 
-    def _row_with_reservation(self) -> Row | None:
-        """Return the row that reserves the bank, or None. While it waits for a load it reserves nothing."""
-        row = self._reserving
-        if row is None or row not in self.waiting:
-            self._reserving = None
-            return None
-        return row if self._has_weights(row) else None
+    def _is_reserved(self, row: Row) -> bool:
+        """Return whether a row reserves this row's part of the bank. While it waits for a load it reserves nothing."""
+        part = self._residency.part_of(row.weights_digests)
+        reserving = self._reserving.get(part)
+        if reserving is None or reserving not in self.waiting:
+            self._reserving.pop(part, None)
+            return False
+        return self._has_weights(reserving)
 
     def _has_weights(self, row: Row) -> bool:
         """Return whether all missing adapters of the row are loaded. Start the other loads within the window."""
@@ -158,8 +160,8 @@ class Admission:
             return
         if not row.is_pinned:
             row.num_passes += 1
-            if row.num_passes > _MAX_PASSES and self._row_with_reservation() is None:
-                self._reserving = row
+            if row.num_passes > _MAX_PASSES and not self._is_reserved(row):
+                self._reserving[self._residency.part_of(row.weights_digests)] = row
         elif self._kv_cache.fits(len(row.tokens), row.prefix):
             self._start(row)
         else:

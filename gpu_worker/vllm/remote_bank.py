@@ -50,7 +50,7 @@ class PlannedResidency:
 
     def try_pin(self, digests: Sequence[str], loaded: Mapping[str, DeviceAdapter]) -> bool:
         """See `RowAssignment.try_pin`. Raises: PlanTooLarge."""
-        part = self._of(digests)
+        part = self.part_of(digests)
         if part is self._fusions:
             needed = max([adapter.max_rank for adapter in loaded.values()], default=0)
             if needed > self._num_fusion_rows:
@@ -61,7 +61,7 @@ class PlannedResidency:
         return part.try_pin(digests, loaded)
 
     def unpin(self, digests: Sequence[str]) -> None:
-        self._of(digests).unpin(digests)
+        self.part_of(digests).unpin(digests)
 
     def settle(self) -> None:
         """Send the new adapters and fusions. Call once after all changes."""
@@ -76,7 +76,8 @@ class PlannedResidency:
             if contains_any(digest, digests):
                 self._fusions.evict(digest)
 
-    def _of(self, digests: Sequence[str]) -> _Assignment:
+    def part_of(self, digests: Sequence[str]) -> RowAssignment:
+        """Return the assignment of the rows that these adapters or this fusion use."""
         return self._fusions if digests and parts_of(digests[0]) is not None else self._adapters
 
 

@@ -121,6 +121,31 @@ def test_more_fusions_than_fit_their_rows_all_run_with_adapters(serve: Callable[
     serve(main)
 
 
+@pytest.mark.parametrize("fusions_wait", [True, False])
+def test_a_row_that_waits_for_long_reserves_only_the_rows_that_it_needs(
+    fusions_wait: bool, serve: Callable[..., Any]
+) -> None:
+    """Two of the first three plans fill their rows. Every new request is a pass over those that wait."""
+
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        fusions = [fusion_of(*plans[:2], weight=weight) for weight in (0.1, 0.2, 0.3)]
+        full, other = (fusions, plans[3]) if fusions_wait else (plans[:3], fusions[0])
+        *running, waiting = bench.ask(*[greedy("x", plan, num_new=1) for plan in full])
+        for _ in range(60):
+            [passing] = bench.ask(greedy("x", full[2]))
+            bench.runner.cancel([passing.row])
+        assert waiting.row.num_passes > 50
+        [behind] = bench.ask(greedy("x", full[0], num_new=1))
+        assert bench.runner.status().num_running == 2, "the rows are reserved for the one that waits"
+        [separate] = bench.ask(greedy("x", other, num_new=1))
+        assert bench.runner.status().num_running == 3, "the other plan has rows of its own"
+        bench.workers.may_go_on.set()
+        await bench.idle()
+        assert all(isinstance(one.last, Delta) for one in (*running, waiting, behind, separate))
+
+    serve(main, max_batch_size=4)
+
+
 def test_forgetting_a_part_drops_its_fusion_at_the_last_row(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         first, second = (plan.adapters[0].weights_digest for plan in plans[:2])
