@@ -207,7 +207,7 @@ def _wrapped(model: nn.Module, lora_config: Any, device: torch.device) -> Iterat
         leaf = path.rpartition(".")[2]
         if leaf in embeddings or not is_supported_lora_module(path, module, supported):
             continue
-        with _weight_to_ask(module, device):
+        with _placeholder_weight(module, device):
             layer = from_layer(module, 1, lora_config, packed.get(leaf, []), model.config)
         if layer is module:
             raise ValueError(f"vLLM has no LoRA layer for {path} ({type(module).__name__})")
@@ -215,10 +215,10 @@ def _wrapped(model: nn.Module, lora_config: Any, device: torch.device) -> Iterat
 
 
 @contextmanager
-def _weight_to_ask(module: Any, device: torch.device) -> Iterator[None]:
+def _placeholder_weight(module: Any, device: torch.device) -> Iterator[None]:
     """Give the layer an empty weight within the block, if its own is None.
 
-    vLLM asks the weight for its device. Its CPU kernel for 8-bit integers has packed it away.
+    vLLM reads the layer's device from its weight. vLLM's CPU kernel for 8-bit integers sets the weight to None.
     """
     if getattr(module, "weight", module) is not None:
         yield
