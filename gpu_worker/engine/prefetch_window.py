@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+
+from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.engine.row import Row
 
+_Loads = Mapping[str, "Future[DeviceAdapter]"]
 MIN_ROWS = 8  # always allowed, so that hanging fetches do not stop all others
 
 
@@ -11,10 +16,12 @@ class PrefetchWindow:
     """The waiting rows whose loads have begun: at most `max_rows`, and above `MIN_ROWS` only within `budget_bytes`.
 
     A load in progress counts with the average size of the completed loads.
+    `pending_parts`: the loads that the load of a digest waits for, which count too.
     """
 
-    def __init__(self, budget_bytes: int, max_rows: int) -> None:
+    def __init__(self, budget_bytes: int, max_rows: int, pending_parts: Callable[[str], _Loads] = lambda _: {}) -> None:
         self._budget_bytes, self._max_rows = budget_bytes, max(max_rows, MIN_ROWS)
+        self._pending_parts = pending_parts
         self._rows: dict[Row, None] = {}  # in order of arrival; for a shared digest the last row's load counts
         self._has_room: bool | None = None  # None: not computed yet
 
@@ -36,7 +43,9 @@ class PrefetchWindow:
     @property
     def num_bytes(self) -> float:
         """Return the bytes of these rows' weights in host memory, with an estimate for loads in progress."""
-        loads = {digest: load for row in self._rows for digest, load in row.loads.items()}.values()
+        of_rows = {digest: load for row in self._rows for digest, load in row.loads.items()}
+        parts = {part: load for digest in of_rows for part, load in self._pending_parts(digest).items()}
+        loads = (parts | of_rows).values()
         num_pending = sum(not load.done() for load in loads)
         sizes = [load.result().num_bytes for load in loads if load.done() and load.exception() is None]
         return sum(sizes) * (1 + num_pending / len(sizes)) if sizes else 0.0

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -90,6 +91,12 @@ class FusionLoader(AdapterLoader):
             on_done=on_done,
         )
         self._fetch_adapter = fetch
+        self._composing: dict[str, tuple[Future[AdapterWeights], dict[str, Future[DeviceAdapter]]]] = {}
+
+    def pending_parts(self, digest: str) -> dict[str, Future[DeviceAdapter]]:
+        """Return the loads of a fusion's adapters until it is composed, by weights digest."""
+        composing = self._composing.get(digest)
+        return {} if composing is None else composing[1]
 
     def discard(self, digest: str) -> None:
         """Drop the cached weights and the fusions that contain them. A load in progress continues."""
@@ -102,24 +109,27 @@ class FusionLoader(AdapterLoader):
         parts = parts_of(digest)
         if parts is None:
             return self._fetch_adapter(digest)
-        loads = [self.load(part) for part, _ in parts]
+        loads = {part: self.load(part) for part, _ in parts}
         fusion: Future[AdapterWeights] = Future()
-
-        def compose() -> None:
-            try:
-                adapters = [(load.result(), weight) for load, (_, weight) in zip(loads, parts, strict=True)]
-                fusion.set_result(composed(digest, adapters))
-            except Exception as exc:
-                fusion.set_exception(exc)
-
-        def start() -> None:
-            try:
-                self._executor.submit(compose)
-            except RuntimeError as exc:  # the executor has shut down
-                fusion.set_exception(exc)
-
-        _call_after(loads, start)
+        self._composing[digest] = fusion, loads
+        # The loads keep this function, so it must not keep the fusion or the other loads.
+        _call_after(list(loads.values()), partial(self._submit_composition, digest, parts))
         return fusion
+
+    def _submit_composition(self, digest: str, parts: Parts) -> None:
+        try:
+            self._executor.submit(self._compose, digest, parts)
+        except RuntimeError as exc:  # the executor has shut down
+            self._composing.pop(digest)[0].set_exception(exc)
+
+    def _compose(self, digest: str, parts: Parts) -> None:
+        loads = self._composing[digest][1]
+        try:
+            weights = composed(digest, [(loads[part].result(), weight) for part, weight in parts])
+        except Exception as exc:
+            self._composing.pop(digest)[0].set_exception(exc)
+        else:
+            self._composing.pop(digest)[0].set_result(weights)
 
 
 def _call_after(loads: Sequence[Future[DeviceAdapter]], call: Callable[[], None]) -> None:

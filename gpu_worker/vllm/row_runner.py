@@ -61,7 +61,7 @@ class RowRunner:
         self._loop = asyncio.get_running_loop()
         self._residency = PlannedResidency(bank, config.bank_rank_rows, config.num_fusion_rows)
         self._places = RowPlaces(config.max_batch_size)
-        window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
+        window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size, loader.pending_parts)
         self._admission = Admission(loader, self._residency, self._places, window)
         self._running: dict[Row, asyncio.Task[Delta]] = {}
         self._errors: dict[Row, Exception] = {}  # of rows whose task is being cancelled

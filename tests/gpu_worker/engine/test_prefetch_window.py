@@ -55,6 +55,15 @@ def test_weights_that_rows_share_count_once() -> None:
     assert window.num_bytes == 10
 
 
+def test_the_loads_that_a_load_waits_for_count_like_the_others() -> None:
+    parts = {letter: loading(letter).loads[letter] for letter in "abc"}
+    window = PrefetchWindow(100, 100, lambda digest: parts if digest == "z" else {})
+    window.add(loading("a"))
+    assert window.num_bytes == 10
+    window.add(loading("z", is_done=False))
+    assert window.num_bytes == 40, "a, b and c, and z as their average"
+
+
 def test_the_last_of_several_loads_of_one_digest_counts() -> None:
     window = PrefetchWindow(100, 100)
     for number in range(16):

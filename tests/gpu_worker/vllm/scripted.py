@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -84,6 +84,7 @@ class Bench:
         folder: Any,
         pool: dict[str, AdapterWeights],
         clock: Callable[[], float] | None = None,
+        executor: Executor | None = None,
         **changes: Any,
     ) -> None:
         sizes = {"bank_rank_rows": 8, "fusion_rank_rows": 8, "max_batch_size": 2}
@@ -91,16 +92,16 @@ class Bench:
         self.workers, self.pool = Workers(), pool
         self.loop = asyncio.get_running_loop()
         self.bank = RemoteBank(self.workers.change, lambda error: self.runner.stop(error))
-        loader = FusionLoader(
+        self.loader = FusionLoader(
             self._fetch,
             to_device_layout=partial(to_device_layout, shapes=linear_shapes(base), dtype=base.dtype),
-            executor=InlineExecutor(),
+            executor=executor or InlineExecutor(),
             budget_bytes=1 << 20,
             on_done=lambda: self.runner.pump(),
         )
         self.prepare = RequestPreprocessor(base, 160, self.loop.time)
         time = clock or self.loop.time
-        self.runner = RowRunner(config, self.workers.generate, self.bank, loader, kv_tokens=320, clock=time)
+        self.runner = RowRunner(config, self.workers.generate, self.bank, self.loader, kv_tokens=320, clock=time)
 
     def ask(self, *jobs: Job) -> list[Asked]:
         """Submit all jobs together."""

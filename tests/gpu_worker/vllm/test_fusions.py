@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import Executor, Future
 from functools import partial
 
@@ -124,12 +126,27 @@ def test_a_fusion_is_composed_once_from_adapters_that_others_use_too() -> None:
     assert sorted(pool.fetched) == sorted([one.weights_digest, two.weights_digest])
 
 
+def test_a_fusion_keeps_its_parts_until_it_is_composed_and_no_longer() -> None:
+    one, two = random_adapter(SHAPES, 1), random_adapter(SHAPES, 2)
+    executor = HeldExecutor()
+    loader = Pool(one, two).loader(executor)
+    name = name_of(plan_of("fusion", (one, 0.5), (two, 0.25)))
+    load = loader.load(name)
+    assert loader.pending_parts(name) == {each.weights_digest: loader.load(each.weights_digest) for each in (one, two)}
+    executor.release()
+    assert load.done() and loader.pending_parts(name) == {}
+    part = weakref.ref(loader.load(two.weights_digest))
+    loader.discard(two.weights_digest)
+    gc.collect()
+    assert part() is None, f"{one.weights_digest} is still cached and must not keep the other"
+
+
 def test_a_part_that_cannot_be_loaded_fails_its_fusions_and_nothing_is_kept() -> None:
     one, missing = random_adapter(SHAPES, 1), random_adapter(SHAPES, 2)
     loader = Pool(one).loader()
     name = name_of(plan_of("fusion", (one, 0.5), (missing, 0.5)))
     assert isinstance(loader.load(name).exception(0), AdapterLoadFailed)
-    assert name not in loader and one.weights_digest in loader
+    assert name not in loader and one.weights_digest in loader and loader.pending_parts(name) == {}
     assert loader.load(one.weights_digest).exception(0) is None
 
 
@@ -165,8 +182,10 @@ def test_an_executor_that_has_shut_down_fails_the_fusion() -> None:
         raise RuntimeError("cannot schedule new futures after shutdown")
 
     executor.submit = refuse  # type: ignore[method-assign,assignment]
-    error = loader.load(name_of(plan_of("fusion", (one, 0.5), (two, 0.5)))).exception(0)
+    name = name_of(plan_of("fusion", (one, 0.5), (two, 0.5)))
+    error = loader.load(name).exception(0)
     assert isinstance(error, AdapterLoadFailed) and isinstance(error.__cause__, RuntimeError)
+    assert loader.pending_parts(name) == {}
 
 
 def test_composing_leaves_the_adapters_unchanged() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gpu_worker.engine.prefetch_window import MIN_ROWS
 from gpu_worker.errors import (
     AdapterLoadFailed,
     DeadlineExceeded,
@@ -23,7 +24,7 @@ from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Delta
 from gpu_worker.vllm.fusions import adapters_of, parts_of
 from lora_store.plan import Plan
-from tests.gpu_worker.engine_driver import greedy, run
+from tests.gpu_worker.engine_driver import HeldExecutor, greedy, run
 from tests.gpu_worker.vllm.scripted import Bench
 from tests.tiny import linear_shapes, plan_of, random_adapter
 
@@ -144,6 +145,19 @@ def test_a_row_that_waits_for_long_reserves_only_the_rows_that_it_needs(
         assert all(isinstance(one.last, Delta) for one in (*running, waiting, behind, separate))
 
     serve(main, max_batch_size=4)
+
+
+def test_the_parts_of_waiting_fusions_count_in_the_budget_of_prefetches(serve: Callable[..., Any]) -> None:
+    executor = HeldExecutor()
+
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        first, *others = [fusion_of(*plans[:2], weight=0.1 + number / 4) for number in range(MIN_ROWS + 2)]
+        bench.ask(greedy("x", first))
+        executor.held.pop(0)()  # one part is converted, and the fusions wait for the other
+        bench.ask(*[greedy("x", plan) for plan in others])
+        assert sum(parts_of(digest) is not None for digest in bench.loader.loading) == MIN_ROWS
+
+    serve(main, executor=executor, max_batch_size=MIN_ROWS, host_cache_bytes=1)
 
 
 def test_forgetting_a_part_drops_its_fusion_at_the_last_row(serve: Callable[..., Any]) -> None:
