@@ -199,9 +199,9 @@ class _DyingStore:
     def options(self, **_: object) -> _DyingStore:
         return self
 
-    async def remote(self, digest: str) -> object:
+    async def remote(self, *arguments: object) -> object:
         self.num_asked += 1
-        answer = await self._live.handle("Store").fetch.remote(digest)
+        answer = await self._live.handle("Store").fetch.remote(*arguments)
         if self.num_asked == 1:
             dead = self._live.replicas("Store")
             assert self._live.kill_replicas("Store") == 1
