@@ -29,7 +29,7 @@ def test_a_tiny_case_by_hand() -> None:
 
 
 def test_adapters_beyond_the_banks_are_loaded_and_those_beyond_host_memory_read_from_the_store() -> None:
-    """All adapters are equally popular, so what is kept is the share of requests that finds its adapter."""
+    """All adapters are equally popular, so the share of hits is the share of adapters that fit the bank."""
     num, assumed = 10_000, Assumed(new_tokens=20, price_hour=0.5, busy=0.5, exponent=0.0)
     found = needs_of(600, num, COSTS, assumed)
     host = HOST_GIB * 1024**3 / (ADAPTER_MB * 1e6)
