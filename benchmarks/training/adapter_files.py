@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.training.bigbench_tasks import Item
@@ -25,16 +26,21 @@ def load_base(folder: Path) -> Any:
     return base
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save a standard PEFT folder in bfloat16. It names the base model but no local path."""
+def save_adapter(model: PeftModel, folder: Path, base_name: str = BASE_NAME) -> None:
+    """Save a standard PEFT folder, matrices in bfloat16. It names the base model but no local path."""
     for config in model.peft_config.values():
-        config.base_model_name_or_path = BASE_NAME
+        config.base_model_name_or_path = base_name
         config.target_modules = sorted(config.target_modules)  # a set, whose order differs from run to run
     model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the model hub
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     weights = folder / "adapter_model.safetensors"
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+    tensors = {name: _rounded(name, tensor) for name, tensor in load_file(weights).items()}
     weights.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def _rounded(name: str, tensor: Tensor) -> Tensor:
+    """Keep factors of whole outputs, as DoRA and IA³ have them, in float32: they are close to those of no adapter."""
+    return tensor.bfloat16() if "lora_A" in name or "lora_B" in name else tensor
 
 
 def write_items(path: Path, items: Iterable[Item], labels: Sequence[str] = ()) -> None:

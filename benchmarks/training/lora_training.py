@@ -1,4 +1,4 @@
-"""Train one LoRA adapter with PEFT, fast enough for two CPU cores."""
+"""Train one adapter with PEFT, a LoRA unless its recipe names another kind, fast enough for two CPU cores."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +23,16 @@ from gpu_worker.request.prompts import alpaca_prompt
 NO_LABEL = -100
 _JUDGED_STEPS = 10
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_IA3_OUTPUTS, _IA3_INPUTS = ("self_attn.k_proj", "self_attn.v_proj"), ("mlp.down_proj",)  # what IA³ scales
+Kind = Literal["lora", "dora", "ia3"]
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Settings of the training. Steps use `scales` in turn, so that the adapter also works as part of a sum."""
+    """Settings of the training. Steps use `scales` in turn, so that the adapter also works as part of a sum.
+
+    IA³ has neither a rank nor scales, and modules of its own.
+    """
 
     rank: int = 6
     lora_alpha: int = 12
@@ -41,6 +47,7 @@ class Recipe:
     vocabulary_len: int = 16_384
     learnt_loss: float = 0.0  # training ends early once the mean of the last ten losses is below it
     seed: int = 0
+    kind: Kind = "lora"
 
 
 class FrozenLinear(nn.Linear):
@@ -180,7 +187,7 @@ def train_adapter(
 ) -> PeftModel:
     """Return `model` with a trained adapter; `unload()` restores the base. Call `on_step` with each step's loss."""
     torch.manual_seed(recipe.seed)
-    peft_model = get_peft_model(model, _lora_config(model, recipe))
+    peft_model = get_peft_model(model, _peft_config(model, recipe))
     peft_model.train()
     decoder = peft_model.get_base_model().model
     loss_of = AnswerLoss(decoder.embed_tokens.weight, examples, recipe)
@@ -188,11 +195,11 @@ def train_adapter(
     optimizer = torch.optim.AdamW(
         learning, lr=recipe.learning_rate, fused=True
     )  # otherwise eight operations per tensor
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, recipe))
     layout, losses = layout or Padded(), deque([math.inf], maxlen=_JUDGED_STEPS)
     for step, chosen in zip(range(recipe.num_steps), batches(examples, recipe, layout), strict=False):
         batch = layout.batch(chosen)
-        with rescale_adapter_scale(peft_model, recipe.scales[step % len(recipe.scales)]):
+        with _scaled(peft_model, recipe.scales[step % len(recipe.scales)]):
             loss = loss_of(batch.read_by(decoder), batch.labels)
             loss.backward()
         nn.utils.clip_grad_norm_(learning, 1.0)
@@ -206,18 +213,28 @@ def train_adapter(
     return peft_model
 
 
-def _lora_config(model: nn.Module, recipe: Recipe) -> LoraConfig:
+def _scaled(model: PeftModel, scale: float) -> AbstractContextManager[None]:
+    return nullcontext() if scale == 1 else rescale_adapter_scale(model, scale)
+
+
+def _peft_config(model: nn.Module, recipe: Recipe) -> PeftConfig:
+    layers = range(recipe.first_layer, model.config.num_hidden_layers)
+    if recipe.kind == "ia3":
+        inputs = [f"layers.{layer}.{name}" for layer in layers for name in _IA3_INPUTS]
+        outputs = [f"layers.{layer}.{name}" for layer in layers for name in _IA3_OUTPUTS]
+        return IA3Config(target_modules=outputs + inputs, feedforward_modules=inputs, task_type="CAUSAL_LM")
     return LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.lora_alpha,
         use_rslora=recipe.use_rslora,
+        use_dora=recipe.kind == "dora",
         target_modules=list(recipe.modules),
-        layers_to_transform=list(range(recipe.first_layer, model.config.num_hidden_layers)),
+        layers_to_transform=list(layers),
         task_type="CAUSAL_LM",
     )
 
 
-def _lr_share(step: int, recipe: Recipe) -> float:
+def lr_share(step: int, recipe: Recipe) -> float:
     """Return the learning rate's share: linear warm-up, then linear decay to zero."""
     warmup = max(1, round(recipe.warmup_share * recipe.num_steps))
     return min((step + 1) / warmup, (recipe.num_steps - step) / max(1, recipe.num_steps - warmup))

@@ -24,7 +24,7 @@ from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.paper.pool.choose import POOL_FILE, read_pool
 from benchmarks.paper.training.lower_layers import lower_layers
 from benchmarks.paper.training.packing import Packed
-from benchmarks.training.adapter_files import load_base, save_adapter, write_items
+from benchmarks.training.adapter_files import BASE_NAME, load_base, save_adapter, write_items
 from benchmarks.training.bigbench_tasks import TaskSpec
 from benchmarks.training.lora_training import Recipe, batches, tokenize, train_adapter
 from gpu_worker.config import WorkerConfig
@@ -56,10 +56,10 @@ class AdapterFolder:
         self._scratch = workspace.adapters / f".{name}"
         self.lock = FileLock(workspace.adapters / f".{name}.lock", blocking=False)
 
-    def write(self, model: PeftModel, parts: Parts) -> None:
+    def write(self, model: PeftModel, parts: Parts, base_name: str) -> None:
         """Write the trained adapter with its samples."""
         shutil.rmtree(self._scratch, ignore_errors=True)
-        save_adapter(model, self._scratch)
+        save_adapter(model, self._scratch, base_name)
         write_items(self._scratch / "lora_samples.jsonl", parts.samples)
         self._scratch.rename(self.path)
 
@@ -67,8 +67,8 @@ class AdapterFolder:
 class Trainer:
     """The base model, used for one adapter after the other."""
 
-    def __init__(self, base: Any, tokenizer: Any) -> None:
-        self._base, self._tokenizer = base, tokenizer
+    def __init__(self, base: Any, tokenizer: Any, base_name: str = BASE_NAME) -> None:
+        self._base, self._tokenizer, self._base_name = base, tokenizer, base_name
 
     def train(self, folder: AdapterFolder, parts: Parts, recipe: Recipe, progress: Progress) -> None:
         """Train an adapter on `parts.train` and write it to `folder`."""
@@ -82,7 +82,7 @@ class Trainer:
         upcoming = [one for batch in islice(batches(examples, recipe, packed), recipe.num_steps) for one in batch]
         with lower_layers(packed, self._base.model, recipe.first_layer, upcoming) as layout:
             trained = train_adapter(self._base, examples, recipe, show, layout)
-        folder.write(trained, parts)
+        folder.write(trained, parts, self._base_name)
         self._base = trained.unload()
         progress.remove_task(bar)
 
@@ -106,14 +106,22 @@ def untrained(specs: Sequence[TaskSpec], workspace: Workspace) -> list[TaskSpec]
 
 
 def train_on(
-    parts: Mapping[str, Parts], recipes: Mapping[str, Recipe], workspace: Workspace, source: Path, progress: Progress
+    parts: Mapping[str, Parts],
+    recipes: Mapping[str, Recipe],
+    workspace: Workspace,
+    source: Path,
+    progress: Progress,
+    base_name: str = BASE_NAME,
 ) -> None:
-    """Train an adapter for every name of `recipes` on the part `train`, unless another process is training it."""
+    """Train an adapter for every name of `recipes` on the part `train`, unless another process is training it.
+
+    `source`: the folder of the base model, which the adapters call `base_name`.
+    """
     workspace.adapters.mkdir(parents=True, exist_ok=True)
     todo = [name for name in recipes if not AdapterFolder(workspace, name).path.exists()]
     if not todo:
         return
-    trainer = Trainer(load_base(source), AutoTokenizer.from_pretrained(source))
+    trainer = Trainer(load_base(source), AutoTokenizer.from_pretrained(source), base_name)
     bar = progress.add_task("steps of all adapters", total=sum(recipes[name].num_steps for name in todo))
     for name in todo:
         folder, recipe = AdapterFolder(workspace, name), recipes[name]

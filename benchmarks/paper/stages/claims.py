@@ -93,6 +93,7 @@ class Claim:
     """A difference, and what it should be. `rows`: the files that it is computed from.
 
     `paper`: the paper's numbers, of the 7B and the 13B model. `stage`: the command's stage. `difference`: in shares.
+    `why`: a text, or one that depends on the rows.
     """
 
     text: str
@@ -101,7 +102,7 @@ class Claim:
     rows: tuple[str, ...]
     expected: Expected
     difference: Callable[[Results], Interval]
-    why: str
+    why: str | Callable[[Results], str]
 
 
 def verdict(expected: Expected, found: Interval) -> str:
@@ -120,7 +121,8 @@ def claims_table(claims: Sequence[Claim], results: Results) -> str:
     for claim in claims:
         if results.has(claim.rows):
             found = claim.difference(results)
-            judged = [found.in_percent(), f"**{verdict(claim.expected, found)}**", claim.why]
+            why = claim.why if isinstance(claim.why, str) else claim.why(results)
+            judged = [found.in_percent(), f"**{verdict(claim.expected, found)}**", why]
         else:
             judged = ["not measured yet", "–", "–"]
         rows.append([claim.text, claim.paper, *judged, f"`{claim.stage}`"])

@@ -6,10 +6,11 @@ from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.retrieval import hardness
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT
 from benchmarks.paper.retrieval.study import UNTRAINED
-from benchmarks.paper.stages import companions, flan_pool, natural, recipes, rerank, sizes, stream
+from benchmarks.paper.stages import companions, flan_pool, recipes, rerank
 from benchmarks.paper.stages.answer_tables import BASELINES, ROWS
 from benchmarks.paper.stages.claim_list import of_file, of_main
 from benchmarks.paper.stages.claims import Claim, Results
+from benchmarks.paper.stages.claims_open import QUESTIONS
 
 
 def _by_projection(results: Results) -> Interval:
@@ -111,51 +112,6 @@ BEYOND = (
         "Where answers have a form of their own, no other adapter gives them.",
     ),
     Claim(
-        "A quarter of the weight on a copy that was trained on exchanged answers does no harm.",
-        "–",
-        "conflicts",
-        ("conflicts.parquet",),
-        "at least",
-        of_file("conflicts.parquet", "own_flipped_0.25", "own"),
-        "4 tasks. From half of the weight on, the copy decides.",
-    ),
-    Claim(
-        "A copy that was trained on exchanged answers does not harm selection.",
-        "–",
-        "conflicts",
-        ("conflicts.parquet",),
-        "at least",
-        of_file("conflicts.parquet", "flipped_selection", "plain_selection"),
-        "4 tasks. Both have samples of the same kind, so retrieval cannot distinguish them.",
-    ),
-    Claim(
-        "Evaluation by the server brings selection back over such copies.",
-        "–",
-        "competence",
-        ("competence.parquet",),
-        "above",
-        of_file("competence.parquet", "measured_selection", "flipped_selection"),
-        "9 tasks of 25 questions.",
-    ),
-    Claim(
-        "Two halves of a task's examples mix as well as the whole.",
-        "–",
-        "conflicts",
-        ("conflicts.parquet",),
-        "at least",
-        of_file("conflicts.parquet", "halves_mixture", "own"),
-        "4 tasks: too few to say.",
-    ),
-    Claim(
-        "A mixture of different ranks, modules and scalings is as good as one of equal adapters.",
-        "–",
-        "mixed_pool",
-        ("mixed_pool.parquet",),
-        "at least",
-        of_file("mixed_pool.parquet", "mixed_mixture_iid", "uniform_mixture_iid"),
-        "12 tasks. Rank and modules differ together with the task.",
-    ),
-    Claim(
         "On tasks that an encoder has not seen, training on 40 % is better than the projection without training.",
         "–",
         "retrieval",
@@ -210,24 +166,6 @@ BEYOND = (
         "Over all tasks both do about the same harm: their function matters, which is another one in both.",
     ),
     Claim(
-        "Half of the weight on an adapter of a related task does no harm.",
-        "–",
-        "natural",
-        (natural.ROWS,),
-        "at least",
-        of_file(natural.ROWS, "own_0.5", "own"),
-        "12 tasks in pairs of similar inputs and different functions. The rival's own answers take over.",
-    ),
-    Claim(
-        "A quarter of the weight on an adapter of a related task does no harm.",
-        "–",
-        "natural",
-        (natural.ROWS,),
-        "at least",
-        of_file(natural.ROWS, "own_0.75", "own"),
-        "Six of the twelve lose answers. With nine tenths on the own adapter none does.",
-    ),
-    Claim(
         "Where all tasks share their labels, the mixture is as good as selection, in distribution.",
         "52.4 and 54.1; 61.5 and 61.8",
         "flan_pool",
@@ -272,22 +210,5 @@ BEYOND = (
         of_file(recipes.ROWS, f"{recipes.SCALES}_mixture_iid", f"{recipes.SCALES}_selection_iid"),
         "12 tasks, in distribution.",
     ),
-    Claim(
-        "An index that follows the catalogue is better than a frozen one, on requests for new adapters and versions.",
-        "–",
-        "stream",
-        (stream.ROWS,),
-        "above",
-        lambda results: stream.following(results.table(stream.ROWS)),
-        "`auto`, right after the change that brought them.",
-    ),
-    Claim(
-        "A pool of 46 adapters answers as well as one of 10: `auto`, in distribution.",
-        "–",
-        "sizes",
-        (sizes.ROWS,),
-        "at least",
-        of_file(sizes.ROWS, "46_auto_iid", "10_auto_iid"),
-        "The same questions over both pools; siblings are found in place of the own adapter.",
-    ),
+    *QUESTIONS,
 )

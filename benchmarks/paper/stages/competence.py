@@ -28,15 +28,18 @@ from benchmarks.paper.answering.study import Study, publish_lacking
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.options import PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
-from benchmarks.paper.common.tasks import NUM_TEST, Parts
+from benchmarks.paper.common.tasks import NUM_TEST, Parts, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
-from benchmarks.paper.pool.train_pool import in_turns, recipe_of, train_on
+from benchmarks.paper.pool.choose import read_pool
+from benchmarks.paper.pool.train_pool import in_turns, recipe_of, train_all, train_on
 from benchmarks.paper.stages.answer_tables import Answers, differences
-from benchmarks.paper.stages.conflicts import FLIPPED, HALVES, copies_of
+from benchmarks.paper.stages.conflicts import FLIPPED, HALVES, Together, copies_of
+from benchmarks.paper.stages.flan_pool import chosen_tasks as tasks_of_one_label_set
 from benchmarks.paper.stages.main_table import Loaded, load_loaded
 from benchmarks.results_file import write_part
 from benchmarks.training.bigbench_tasks import Item, TaskSpec
 from deployments.publishing.evaluation import max_tokens_for, score_of
+from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import model_source
 from lora_store import LOCAL_TENANT, AdapterRecord, LoraStore, Plan, PlannedAdapter, Ranking, Sample
 from lora_store.sample_files import SAMPLES_FILE
@@ -44,7 +47,8 @@ from retriever_svc import Encoder, Region, Retriever, Scorer
 from retriever_svc.competence import FIRST_ROUND, evaluate
 
 ROWS, TWINS = "competence.parquet", "competence_twins.parquet"
-NUM_TASKS, NUM_TWINS = 9, 4  # nine tasks of the pool have a closed set of answers
+NUM_TASKS, NUM_TWINS = 12, 4  # nine tasks of the pool have a closed set of answers; more join it
+SHARES = (0.25, 0.5)  # of the weight, for a copy in a mixture with its original
 TWIN = ".twin"
 
 
@@ -79,6 +83,14 @@ def chosen_tasks(specs: Sequence[TaskSpec], number: int) -> list[TaskSpec]:
     return in_turns([spec for spec in specs if spec.labels])[:number]
 
 
+def further_tasks(pool: Sequence[str], number: int) -> list[TaskSpec]:
+    """Return tasks that join the pool so that `number` of its tasks have a closed set of answers."""
+    listed = read_task_list().by_name
+    closed = len(chosen_tasks([listed[name] for name in pool], len(pool)))
+    others = [spec for spec in tasks_of_one_label_set(list(listed.values())) if spec.name not in pool]
+    return others[: max(0, number - closed)]
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A pool after an evaluation."""
@@ -108,7 +120,7 @@ class Competence:
         plain = replace(self._bench, study=asked, retriever=self._over("competence-plain", []))
         flipped = replace(plain, retriever=self._over("competence-flipped", self._named(FLIPPED)))
         measured = replace(plain, retriever=self.measured("competence-measured", self._named(FLIPPED)).retriever)
-        found = [run_all(plain, {"own": Perfect()}, per_task, folder)]
+        found = [run_all(flipped, _own_methods(), per_task, folder)]
         for pool, bench in (("plain", plain), ("flipped", flipped), ("measured", measured)):
             found.append(run_all(bench, _methods(pool), per_task, folder))
         return pa.concat_tables(found)
@@ -170,8 +182,30 @@ class Competence:
         (target / SAMPLES_FILE).unlink()
 
 
+def _own_methods() -> dict[str, Method]:
+    """Return the own adapter, the copy, and their mixtures."""
+    found: dict[str, Method] = {"own": Perfect(), "copy": Together("selection", ((FLIPPED, 1.0),))}
+    for share in SHARES:
+        found[f"own_flipped_{share:g}"] = Together("mixture", (("", 1 - share), (FLIPPED, share)))
+    return found
+
+
 def _methods(pool: str) -> dict[str, Method]:
     return {f"{pool}_selection": Auto("selection"), f"{pool}_auto": Auto()}
+
+
+def sentence(folder: Path) -> str:
+    """Return how copies with exchanged answers harm selection, and what the evaluation brings back."""
+    if not (folder / ROWS).exists():
+        return "Copies with exchanged answers were not measured yet."
+    answers = Answers(pd.read_parquet(folder / ROWS), {})
+    tasks, questions = answers.scores("own").shape
+    lost = answers.difference("flipped_selection", "plain_selection").in_percent()
+    back = answers.difference("measured_selection", "flipped_selection").in_percent()
+    return (
+        f"With a contradicting copy of the adapters of {tasks} tasks in the pool ({questions} questions each),"
+        f" selection changes by {lost} points. The server's evaluation changes that by {back} points."
+    )
 
 
 def section(rows: pd.DataFrame, twins: pd.DataFrame) -> str:
@@ -193,7 +227,8 @@ def section(rows: pd.DataFrame, twins: pd.DataFrame) -> str:
     parts = [
         "## Competence\n",
         f"`flipped`: the pool with a copy of {len(tasks)} adapters, published later, that was trained on exchanged",
-        "answers. `measured`: the same pool after `loraretriever evaluate`. The packaged encoder, with projection.\n",
+        "answers. `measured`: the same pool after `loraretriever evaluate`. The packaged encoder, with projection.",
+        "`copy`: that copy alone; `own flipped 0.25`: its mixture with the original, a quarter of the weight on it.\n",
         table(["run", "all tasks, percent", *tasks], lines),
         differences(answers, pairs),
         "Adapters of half of the training examples, published without samples, whose originals were withdrawn after",
@@ -236,7 +271,12 @@ def main(
 ) -> None:
     """Train the further adapters, evaluate the pools, answer the questions, write rows and the section."""
     workspace, out, encoder = Workspace(root), Console(width=120), packaged_encoder()
-    loaded = load_loaded(workspace, encoder, out)
+    pool = read_pool()
+    more = further_tasks(pool, num_tasks)
+    with Progress() as progress:
+        train_all(more, workspace, Path(model_source(WorkerConfig())), progress)
+    names = [*pool, *[spec.name for spec in more]]
+    loaded = load_loaded(workspace, encoder, out, "competence-pool", names)
     study = loaded.bench.study
     tasks = chosen_tasks(list(study.specs.values()), num_tasks)
     further = [(spec, FLIPPED) for spec in tasks] + [(spec, HALVES[0]) for spec in tasks[:num_twins]]

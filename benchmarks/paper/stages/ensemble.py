@@ -6,7 +6,7 @@ This needs no common layers, so adapters of any kind and of several base models 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.methods import Routed
@@ -31,7 +32,7 @@ from benchmarks.paper.stages.main_table import load_bench
 from benchmarks.paper.training.ramole import GatedModel
 from benchmarks.training.adapter_files import load_base
 from gpu_worker.model.base_model import model_source
-from lora_store import AdapterWeights, Plan
+from lora_store import AdapterWeights
 from retriever_svc import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL
 
@@ -41,62 +42,92 @@ _BATCH = 8  # questions
 _ANSWER_S = 0.5  # two idle cores; the first estimate
 
 
-class Ensemble:
-    """The pool's adapters in a torch model. Each row of a batch uses one of them."""
+class Member:
+    """A base model with adapters in torch. Each row of a batch uses one of them."""
 
-    def __init__(self, base: Any, adapters: dict[str, AdapterWeights], tokenizer: Any) -> None:
-        self._gated, self._tokenizer = GatedModel(base, list(adapters.values())), tokenizer
+    def __init__(self, base: Any, adapters: Mapping[str, AdapterWeights]) -> None:
+        self.gated = GatedModel(base, list(adapters.values()))
         self._place = {name: number for number, name in enumerate(adapters)}
-        ends = base.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        self._past: Any = None
 
-    def answers(self, questions: Sequence[Question], plans: Sequence[Plan]) -> list[str]:
-        """Return greedy texts, in order. All plans have as many adapters; their weights are not used."""
+    def begin(self, names: Sequence[str]) -> None:
+        """Forget the last batch. The next has a row with each of these adapters."""
+        weights = torch.zeros(len(names), len(self._place))
+        weights[torch.arange(len(names)), [self._place[name] for name in names]] = 1.0
+        self.gated.chosen.fixed, self._past = weights, None
+
+    def read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read the next tokens of all rows (B, T). Return the log probabilities of the tokens after them (B, V)."""
+        found = self.gated.model(
+            input_ids=ids, attention_mask=mask, past_key_values=self._past, use_cache=True, logits_to_keep=1
+        )
+        self._past = found.past_key_values
+        logprobs: Tensor = found.logits[:, -1].float().log_softmax(dim=-1)
+        return logprobs
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer."""
+        ends = self.gated.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends])
+
+
+Names = Sequence[Sequence[str]]
+"""The adapters of one question, for each member in turn."""
+
+
+class Ensemble:
+    """Members that share a tokenizer. The next token has the highest mean log probability over all their adapters."""
+
+    def __init__(self, members: Sequence[Member], tokenizer: Any) -> None:
+        self.members, self._tokenizer = members, tokenizer
+        self.ends = set[int]().union(*[member.ends for member in members]) | {tokenizer.eos_token_id}
+
+    def answers(self, questions: Sequence[Question], names: Sequence[Names]) -> list[str]:
+        """Return greedy texts, in order. A member has equally many adapters in all questions."""
         order = sorted(range(len(questions)), key=lambda row: questions[row].max_tokens)
         texts: dict[int, str] = {}
         for start in range(0, len(order), _BATCH):
             rows = order[start : start + _BATCH]
-            found = self._batch([questions[row] for row in rows], [plans[row] for row in rows])
+            found = self._batch([questions[row] for row in rows], [names[row] for row in rows])
             texts |= zip(rows, self._tokenizer.batch_decode(found, skip_special_tokens=True), strict=True)
         return [texts[row] for row in range(len(questions))]
 
     @torch.inference_mode()
-    def _batch(self, questions: Sequence[Question], plans: Sequence[Plan]) -> list[list[int]]:
-        [count] = {len(plan.adapters) for plan in plans}
-        inputs = prompt_inputs(self._tokenizer, [question for question in questions for _ in range(count)])
-        ids, mask, past = inputs["input_ids"], inputs["attention_mask"], None
-        self._use([adapter.ref.name for plan in plans for adapter in plan.adapters])
+    def _batch(self, questions: Sequence[Question], names: Sequence[Names]) -> list[list[int]]:
+        counts = [len(own) for own in names[0]]
+        inputs = prompt_inputs(self._tokenizer, questions)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        for place, member in enumerate(self.members):
+            member.begin([name for own in names for name in own[place]])
         said: list[list[int]] = [[] for _ in questions]
         open_rows = set(range(len(questions)))
         while open_rows:
-            found = self._gated.model(
-                input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, logits_to_keep=1
-            )
-            past = found.past_key_values
-            logprobs = found.logits[:, -1].float().log_softmax(dim=-1)
-            tokens = logprobs.unflatten(0, (len(questions), count)).mean(dim=1).argmax(dim=-1)
+            sums = sum(self._read(member, ids, mask, count) for member, count in zip(self.members, counts, strict=True))
+            assert isinstance(sums, Tensor)
+            tokens = sums.argmax(dim=-1)
             for row in sorted(open_rows):
-                if (token := int(tokens[row])) in self._ends:
+                if (token := int(tokens[row])) in self.ends:
                     open_rows.discard(row)
                     continue
                 said[row].append(token)
                 if len(said[row]) == questions[row].max_tokens:
                     open_rows.discard(row)
-            ids = tokens.repeat_interleave(count)[:, None]
+            ids = tokens[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         return said
 
-    def _use(self, names: Sequence[str]) -> None:
-        weights = torch.zeros(len(names), len(self._place))
-        weights[torch.arange(len(names)), [self._place[name] for name in names]] = 1.0
-        self._gated.chosen.fixed = weights
+    def _read(self, member: Member, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+        """Return the sum of the log probabilities of a question's `count` adapters of this member."""
+        found = member.read(ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0))
+        return found.unflatten(0, (len(ids), count)).sum(dim=1)
 
 
 def ensemble_rows(bench: Bench, ensemble: Ensemble, pool: str, per_task: int) -> pa.Table:
     """Return the rows of the ensemble of the three nearest adapters."""
     questions = bench.study.questions("test", per_task)
     plans = Routed("mixture", masks_own=POOLS[pool]).plans(bench.retriever, questions)
-    texts = ensemble.answers(questions, plans)
+    texts = ensemble.answers(questions, [[[adapter.ref.name for adapter in plan.adapters]] for plan in plans])
     specs = bench.study.specs
     scores = [score(specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
     return rows_of(f"ensemble_{pool}", questions, plans, scores)
@@ -149,7 +180,8 @@ def main(per_task: PerTask = 8, encoder: EncoderName = DEFAULT_MODEL, root: Root
     base = load_base(Path(model_source(loaded.bench.asker.engine.config)))
     digests = [(name, adapter.weights_digest) for name, adapter in adapters.items()]
     key = key_of(Encoder(encoder).identity, digests)
-    measure(loaded.bench, Ensemble(base, adapters, loaded.bench.study.tokenizer), key, PAPER_RESULTS, per_task)
+    made = Ensemble([Member(base, adapters)], loaded.bench.study.tokenizer)
+    measure(loaded.bench, made, key, PAPER_RESULTS, per_task)
 
 
 if __name__ == "__main__":

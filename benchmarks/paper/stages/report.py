@@ -14,7 +14,19 @@ import typer
 from benchmarks.paper.common.intervals import Interval
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.workspace import PAPER_RESULTS
-from benchmarks.paper.stages import companions, ensemble, errors, gate, natural, rerank, sizes, stream
+from benchmarks.paper.stages import (
+    companions,
+    competence,
+    ensemble,
+    errors,
+    gate,
+    mixed_kinds,
+    natural,
+    rerank,
+    second_base,
+    sizes,
+    stream,
+)
 from benchmarks.paper.stages.answer_tables import ROUTED, Answers
 from benchmarks.paper.stages.claim_list import PAPERS, of_file
 from benchmarks.paper.stages.claims import Claim, Results, claims_table
@@ -43,6 +55,8 @@ SECTIONS = (
     "layer_routers.md",
     "ensemble.md",
     "kinds.md",
+    "mixed_kinds.md",
+    "second_base.md",
     "mixed_pool.md",
     "arrivals.md",
     "sizes.md",
@@ -228,12 +242,15 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "dots": errors.dots_sentence(folder),
         "companions": companions.sentence(folder),
         "natural": natural.sentence(folder),
+        "copies": competence.sentence(folder),
+        "second_base": second_base.sentence(folder),
+        "mixed_kinds": mixed_kinds.sentence(folder),
         "gate": gate.sentence(folder),
         "rerank": rerank.sentence(folder),
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),
-        "missing": f"Stages without results: {', '.join(missing)}." if missing else "",
+        "missing": f"Stages without results: {', '.join(missing)}." if missing else "Every stage has results.",
         "appendices": appendices_of(folder),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +12,23 @@ import torch
 
 from benchmarks.paper.answering.methods import Perfect, Routed
 from benchmarks.paper.stages import ensemble
-from benchmarks.paper.stages.ensemble import Ensemble
+from benchmarks.paper.stages.ensemble import Ensemble, Member
 from benchmarks.paper.stages.gate import adapters_of
 from benchmarks.paper.stages.main_table import Loaded
 from benchmarks.training.adapter_files import load_base
 from gpu_worker.request.prompts import alpaca_prompt
+from lora_store import Plan
 from tests.benchmarks.tiny_study import SPECS
 
 
 @pytest.fixture
 def made(loaded: Loaded, tiny_folders: Mapping[str, Path]) -> Ensemble:
-    return Ensemble(load_base(tiny_folders["gemma3"]), adapters_of(loaded), loaded.bench.study.tokenizer)
+    member = Member(load_base(tiny_folders["gemma3"]), adapters_of(loaded))
+    return Ensemble([member], loaded.bench.study.tokenizer)
+
+
+def names_of(plans: Sequence[Plan]) -> list[list[list[str]]]:
+    return [[[adapter.ref.name for adapter in plan.adapters]] for plan in plans]
 
 
 def test_one_adapter_answers_as_the_engine_does(loaded: Loaded, made: Ensemble) -> None:
@@ -30,7 +36,7 @@ def test_one_adapter_answers_as_the_engine_does(loaded: Loaded, made: Ensemble) 
     questions = bench.study.questions("test", 2)
     plans = Perfect().plans(bench.retriever, questions)
     wanted = bench.asker.answers(list(zip(questions, plans, strict=True)), bench.out, "own")
-    assert made.answers(questions, plans) == wanted and len(set(wanted)) == len(SPECS)
+    assert made.answers(questions, names_of(plans)) == wanted and len(set(wanted)) == len(SPECS)
 
 
 def test_the_next_token_has_the_highest_mean_log_probability(loaded: Loaded, made: Ensemble) -> None:
@@ -45,17 +51,17 @@ def test_the_next_token_has_the_highest_mean_log_probability(loaded: Loaded, mad
         while len(said) < question.max_tokens:
             logprobs = []
             for adapter in plan.adapters:
-                made._use([adapter.ref.name])
+                made.members[0].begin([adapter.ref.name])
                 whole = torch.cat([ids, torch.tensor([said], dtype=ids.dtype)], dim=1)
                 with torch.no_grad():
-                    logits = made._gated.model(input_ids=whole).logits
+                    logits = made.members[0].gated.model(input_ids=whole).logits
                 logprobs.append(logits[0, -1].float().log_softmax(dim=-1))
             token = int(torch.stack(logprobs).mean(dim=0).argmax())
-            if token in made._ends:
+            if token in made.ends:
                 break
             said.append(token)
         expected.append(tokenizer.decode(said, skip_special_tokens=True))
-    assert made.answers(questions, plans) == expected
+    assert made.answers(questions, names_of(plans)) == expected
 
 
 def test_the_stage_answers_once(loaded: Loaded, made: Ensemble, tmp_path: Path) -> None:

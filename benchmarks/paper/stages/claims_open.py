@@ -1,0 +1,201 @@
+"""Claims on the paper's open questions: conflicting adapters, other bases and kinds of adapters, growing pools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.paper.common.intervals import Interval, bootstrap
+from benchmarks.paper.stages import competence, conflicts, mixed_kinds, natural, second_base, sizes, stream
+from benchmarks.paper.stages.claim_list import of_file
+from benchmarks.paper.stages.claims import Claim, Results
+from benchmarks.training.lora_training import Kind
+
+
+def _of_copies(one: str, other: str) -> Callable[[Results], Interval]:
+    """Return a difference among flipped copies, by the stage that measured it on more tasks."""
+    return lambda results: results.answers(_copies_file(results, one)).difference(one, other)
+
+
+def _copies_file(results: Results, run: str) -> str:
+    return competence.ROWS if run in results.answers(competence.ROWS).runs else conflicts.ROWS
+
+
+def _tasks_of_copies(run: str, words: str) -> Callable[[Results], str]:
+    def why(results: Results) -> str:
+        tasks, questions = results.answers(_copies_file(results, run)).scores(run).shape
+        return f"{tasks} tasks of {questions} questions. {words}"
+
+    return why
+
+
+def _kept_on_second(results: Results) -> Interval:
+    answers = results.answers(second_base.ROWS)
+    scores = answers.scores("selection_second") - 0.9 * answers.scores("perfect_second")
+    return bootstrap(scores.to_numpy()[np.newaxis], resamples_tasks=True)
+
+
+def _lost_by(kind: Kind) -> Callable[[Results], Interval]:
+    return lambda results: mixed_kinds.more_lost(results.answers(mixed_kinds.ROWS), kind, "equal")
+
+
+_COPIES = (conflicts.ROWS, competence.ROWS)
+_SECOND, _KINDS = (second_base.ROWS,), (mixed_kinds.ROWS,)
+QUESTIONS = (
+    Claim(
+        "A quarter of the weight on a copy that was trained on exchanged answers does no harm.",
+        "–",
+        "competence",
+        _COPIES,
+        "at least",
+        _of_copies("own_flipped_0.25", "own"),
+        _tasks_of_copies("own_flipped_0.25", "From half of the weight on, the copy decides."),
+    ),
+    Claim(
+        "A copy that was trained on exchanged answers does not harm selection.",
+        "–",
+        "competence",
+        _COPIES,
+        "at least",
+        _of_copies("flipped_selection", "plain_selection"),
+        _tasks_of_copies(
+            "flipped_selection", "Both have samples of the same kind, so retrieval cannot distinguish them."
+        ),
+    ),
+    Claim(
+        "Evaluation by the server brings selection back over such copies.",
+        "–",
+        "competence",
+        (competence.ROWS,),
+        "above",
+        of_file(competence.ROWS, "measured_selection", "flipped_selection"),
+        _tasks_of_copies("measured_selection", "Samples with answers show which of the two is right."),
+    ),
+    Claim(
+        "Two halves of a task's examples mix as well as the whole.",
+        "–",
+        "conflicts",
+        ("conflicts.parquet",),
+        "at least",
+        of_file("conflicts.parquet", "halves_mixture", "own"),
+        "4 tasks: too few to say.",
+    ),
+    Claim(
+        "A mixture of different ranks, modules and scalings is as good as one of equal adapters.",
+        "–",
+        "mixed_pool",
+        ("mixed_pool.parquet",),
+        "at least",
+        of_file("mixed_pool.parquet", "mixed_mixture_iid", "uniform_mixture_iid"),
+        "12 tasks. Rank and modules differ together with the task.",
+    ),
+    Claim(
+        "Half of the weight on an adapter of a related task does no harm.",
+        "–",
+        "natural",
+        (natural.ROWS,),
+        "at least",
+        of_file(natural.ROWS, "own_0.5", "own"),
+        "12 tasks in pairs of similar inputs and different functions. The rival's own answers take over.",
+    ),
+    Claim(
+        "A quarter of the weight on an adapter of a related task does no harm.",
+        "–",
+        "natural",
+        (natural.ROWS,),
+        "at least",
+        of_file(natural.ROWS, "own_0.75", "own"),
+        "Six of the twelve lose answers. With nine tenths on the own adapter none does.",
+    ),
+    Claim(
+        "An index that follows the catalogue is better than a frozen one, on requests for new adapters and versions.",
+        "–",
+        "stream",
+        (stream.ROWS,),
+        "above",
+        lambda results: stream.following(results.table(stream.ROWS)),
+        "`auto`, right after the change that brought them.",
+    ),
+    Claim(
+        "A pool of 46 adapters answers as well as one of 10: `auto`, in distribution.",
+        "–",
+        "sizes",
+        (sizes.ROWS,),
+        "at least",
+        of_file(sizes.ROWS, "46_auto_iid", "10_auto_iid"),
+        "The same questions over both pools; siblings are found in place of the own adapter.",
+    ),
+    Claim(
+        "On a second base model, selection keeps at least nine tenths of the own adapter's score.",
+        "54.1 of 58.1; 61.8 of 66.1",
+        "second_base",
+        _SECOND,
+        "above",
+        _kept_on_second,
+        "12 tasks; a pruned and distilled base, with adapters of its own in an index of both bases.",
+    ),
+    Claim(
+        "On a second base model, the mixture is as good as selection in distribution.",
+        "52.4 and 54.1; 61.5 and 61.8",
+        "second_base",
+        _SECOND,
+        "equal",
+        of_file(second_base.ROWS, "mixture_second", "selection_second"),
+        "As on the first base: companions of another function.",
+    ),
+    Claim(
+        "Adapters of a second base in the index do not harm retrieval.",
+        "–",
+        "second_base",
+        (second_base.FOUND,),
+        "at least",
+        lambda results: second_base.nearer(results.table(second_base.FOUND)),
+        "Top-1 by task over 24 adapters, against the 12 of the first base.",
+    ),
+    Claim(
+        "Averaging the log probabilities of two bases is better than selection on the first alone.",
+        "–",
+        "second_base",
+        _SECOND,
+        "above",
+        of_file(second_base.ROWS, "averaged_found", "selection_first"),
+        "Both use their adapters of the task of the nearest one. It costs both bases' work.",
+    ),
+    Claim(
+        "A vote of two bases is better than selection on the first alone.",
+        "–",
+        "second_base",
+        _SECOND,
+        "above",
+        of_file(second_base.ROWS, "voted_found", "selection_first"),
+        "Of different answers the one with the higher mean log probability counts.",
+    ),
+    Claim(
+        "An own DoRA adapter loses no more to two equal LoRA companions than a LoRA adapter does.",
+        "–",
+        "mixed_kinds",
+        _KINDS,
+        "at least",
+        _lost_by("dora"),
+        "12 tasks; the outputs' changes are summed in every layer, in torch.",
+    ),
+    Claim(
+        "An own IA³ adapter loses no more to two equal LoRA companions than a LoRA adapter does.",
+        "–",
+        "mixed_kinds",
+        _KINDS,
+        "at least",
+        _lost_by("ia3"),
+        "As above.",
+    ),
+    Claim(
+        "The LoRA, DoRA and IA³ adapters of one task mix as well as its LoRA adapter alone.",
+        "–",
+        "mixed_kinds",
+        _KINDS,
+        "at least",
+        of_file(mixed_kinds.ROWS, mixed_kinds.TOGETHER, "lora_alone"),
+        "A third of the weight on each.",
+    ),
+)
