@@ -25,7 +25,7 @@ from benchmarks.paper.answering.methods import Routed
 from benchmarks.paper.answering.runs import Bench, pool_retriever, rows_of
 from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import percent, table
-from benchmarks.paper.common.options import EncoderName, PerTask, Root
+from benchmarks.paper.common.options import EncoderName, NumTasks, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
 from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
@@ -212,7 +212,7 @@ def train(bench: Bench, others: Workspace, source: Path) -> None:
 
 def main(
     per_task: PerTask = 10,
-    num_tasks: int = 12,
+    num_tasks: NumTasks = 12,
     encoder: EncoderName = DEFAULT_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:

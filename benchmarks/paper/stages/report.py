@@ -243,6 +243,7 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "companions": companions.sentence(folder),
         "natural": natural.sentence(folder),
         "copies": competence.sentence(folder),
+        "quarter": _points(_beyond("A quarter", "exchanged"), results),
         "second_base": second_base.sentence(folder),
         "mixed_kinds": mixed_kinds.sentence(folder),
         "gate": gate.sentence(folder),
@@ -253,6 +254,10 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "missing": f"Stages without results: {', '.join(missing)}." if missing else "Every stage has results.",
         "appendices": appendices_of(folder),
     }
+
+
+def _points(claim: Claim, results: Results) -> str:
+    return claim.difference(results).in_percent() if results.has(claim.rows) else _NOT_MEASURED
 
 
 def _ablation(results: Results, run: str) -> str:

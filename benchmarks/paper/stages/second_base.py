@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from benchmarks.paper.answering.stores import ACTOR, fetch_from, retriever_over
 from benchmarks.paper.answering.study import Study, load_study, worker_config
 from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import percent, table
-from benchmarks.paper.common.options import EncoderName, PerTask, Root
+from benchmarks.paper.common.options import EncoderName, NumTasks, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
 from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.tasks import NUM_SAMPLES, Parts, read_task_list
@@ -152,10 +152,13 @@ class TwoBases:
     def averaged_rows(self, ensemble: Ensemble, per_task: int) -> pa.Table:
         """Let both bases choose every token together, each with its adapter of one task."""
         questions, tables = self.study.questions("test", per_task), []
-        for run, tasks in self._both(questions).items():
-            texts = ensemble.answers(questions, [[[task] for _ in self.bases] for task in tasks])
-            plans = self.named(self.bases[0], tasks)
-            tables.append(rows_of(f"averaged_{run}", questions, plans, self._scores(questions, texts)))
+        both = self._both(questions)
+        asked = sorted({pair for tasks in both.values() for pair in enumerate(tasks)})
+        names = [[[task] for _ in self.bases] for _, task in asked]
+        texts = dict(zip(asked, ensemble.answers([questions[place] for place, _ in asked], names), strict=True))
+        for run, tasks in both.items():
+            scores = self._scores(questions, [texts[pair] for pair in enumerate(tasks)])
+            tables.append(rows_of(f"averaged_{run}", questions, self.named(self.bases[0], tasks), scores))
         return pa.concat_tables(tables)
 
     def hits(self, per_task: int) -> pa.Table:
@@ -365,13 +368,15 @@ def load_two(
 
 def main(
     per_task: PerTask = 15,
-    num_tasks: int = 12,
+    num_tasks: NumTasks = 12,
+    num_steps: Annotated[int, typer.Option(help="steps of the distillation")] = BaseRecipe().training.num_steps,
     encoder: EncoderName = DEFAULT_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Derive the second base, train its adapters, answer over both bases, write rows and the appendix."""
     workspace, out, reader = Workspace(root), Console(width=120), Encoder(encoder)
-    own, base = make_base(workspace, BaseRecipe(), out)
+    recipe = BaseRecipe()
+    own, base = make_base(workspace, replace(recipe, training=replace(recipe.training, num_steps=num_steps)), out)
     listed = read_task_list().by_name
     specs = chosen_tasks([listed[name] for name in read_pool()])[:num_tasks]
     source = Path(model_source(WorkerConfig()))

@@ -95,7 +95,7 @@ def test_the_next_run_tries_failed_stages_again(pool_file: Path) -> None:
 
 
 def test_the_estimated_time_is_printed_first(pool_file: Path) -> None:
-    out = Console(record=True, width=300)
+    out = Console(record=True, width=1000)
     run_stages(STAGES, Modules(pool_file, failing=set()), out, pool_file)
     assert f"about {sum(stage.minutes for stage in STAGES)} minutes" in out.export_text().splitlines()[0]
 

@@ -27,7 +27,7 @@ def mixtures(bench: Bench, tiny_folders: Mapping[str, Path]) -> Mixtures:
     study, base = bench.study, tiny_folders["gemma3"]
     others = Workspace(study.workspace.root / "mixed_kinds")
     names = {name_of(spec.name, kind): (spec.name, kind) for spec in SPECS for kind in KINDS[1:]}
-    recipes = {name: replace(RECIPE, kind=kind, num_steps=3) for name, (_, kind) in names.items()}
+    recipes = {name: replace(RECIPE, kind=kind, num_steps=1) for name, (_, kind) in names.items()}
     with Progress(disable=True) as progress:
         train_on({name: study.parts[task] for name, (task, _) in names.items()}, recipes, others, base, progress)
     return Mixtures(

@@ -27,6 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_no_placeholder_is_left_and_missing_rows_are_named(text: str) -> None:
     assert "$" not in text and report.CONTENTS not in text
     assert "not measured yet" in text and "Stages without results: pool, retrieval" in text
+    assert "A second base model was not measured yet." in text and "another kind were not measured yet." in text
 
 
 def test_the_contents_link_to_every_heading(text: str) -> None:

@@ -20,10 +20,11 @@ from benchmarks.paper.stages import second_base
 from benchmarks.paper.stages.ensemble import Ensemble
 from benchmarks.paper.stages.second_base import FIRST, SECOND, TwoBases, load_two, task_of, voted
 from benchmarks.paper.training.second_base import BaseRecipe, make_second_base
+from benchmarks.training.adapter_files import BASE_NAME
 from benchmarks.training.lora_training import Recipe
 from gpu_worker.config import WorkerConfig
 from gpu_worker.request.prompts import alpaca_prompt
-from lora_store import BASE_PLAN
+from lora_store import BASE_PLAN, LOCAL_TENANT
 from retriever_svc import Encoder
 from tests.benchmarks.tiny_study import RECIPE, SPECS
 from tests.tiny import tiny_config
@@ -54,6 +55,8 @@ def both(
 
 def test_each_base_finds_and_uses_its_own_adapters_only(both: Loaded) -> None:
     two, _ = both
+    names = {base: two._retriever.resolve(LOCAL_TENANT, f"animals.{base}").base_model for base in (FIRST, SECOND)}
+    assert names == {FIRST: BASE_NAME, SECOND: second_base.SECOND_NAME}
     rows = two.base_rows(2).to_pandas()
     for base in (FIRST, SECOND):
         own = rows[rows["run"].isin([f"{way}_{base}" for way in ("perfect", "selection", "mixture")])]
