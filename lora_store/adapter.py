@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class AdapterWeights:
     """The tensors of one adapter, keyed by the base model's module path, such as `model.layers.3.mlp.up_proj`."""
 
     weights_digest: str
-    modules: dict[str, ModuleWeights]
+    modules: Mapping[str, ModuleWeights]
 
     @property
     def max_rank(self) -> int:

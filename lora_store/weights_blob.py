@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,33 +93,82 @@ def weights_in(digest: str, data: Buffer) -> AdapterWeights:
     values = torch.from_numpy(np.asarray(_Writable(data[start:])))
     if values.data_ptr() % ALIGNMENT:
         values = values.clone()
-    parts = torch.split(values, layout.sizes)
-    tensors = {
-        name: part.view(dtype).view(shape) for (name, dtype, shape), part in zip(layout.tensors, parts, strict=True)
-    }
-    modules = {name: ModuleWeights(tensors[a], tensors[b], scaling) for name, a, b, scaling in layout.modules}
-    return AdapterWeights(digest, modules)
+    return AdapterWeights(digest, StoredModules(layout, values))
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """The content of a header. `sizes`: bytes of each tensor, in order; `modules`: (name, A, B, scaling)."""
+class StoredMatrix:
+    """Where a matrix is: `offset` bytes behind the header."""
 
-    sizes: list[int]
-    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-    modules: tuple[tuple[str, str, str, float], ...]
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def view(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the matrix. Dims: values (N,) uint8, the bytes behind the header."""
+        num_bytes = math.prod(self.shape) * self.dtype.itemsize
+        return values[self.offset : self.offset + num_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPair:
+    """Where one module's LoRA pair is. Dims: R rank, I in, O out. `lora_a` (R, I), `lora_b` (O, R)."""
+
+    lora_a: StoredMatrix
+    lora_b: StoredMatrix
+    scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class BlobLayout:
+    """The content of a header. Blobs with equal headers share one, so results can be cached by it."""
+
+    pairs: Mapping[str, StoredPair]
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """The dtypes of all matrices."""
+        return frozenset(matrix.dtype for pair in self.pairs.values() for matrix in (pair.lora_a, pair.lora_b))
+
+
+class StoredModules(Mapping[str, ModuleWeights]):
+    """The modules of a blob. The views of its bytes are created on access: a bank needs only their addresses.
+
+    `data`: the bytes behind the header, (N,) uint8.
+    """
+
+    def __init__(self, layout: BlobLayout, data: torch.Tensor) -> None:
+        self.layout, self.data = layout, data
+        self._made: dict[str, ModuleWeights] = {}
+
+    def __getitem__(self, name: str) -> ModuleWeights:
+        if name not in self._made:
+            pair = self.layout.pairs[name]
+            a, b = pair.lora_a.view(self.data), pair.lora_b.view(self.data)
+            self._made[name] = ModuleWeights(a, b, pair.scaling)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.pairs)
+
+    def __len__(self) -> int:
+        return len(self.layout.pairs)
 
 
 @lru_cache(maxsize=64)
-def _layout_of(header: bytes, num_bytes: int) -> _Layout:
+def _layout_of(header: bytes, num_bytes: int) -> BlobLayout:
     """Parse a header. The adapters of a pool have few different ones. `num_bytes`: of all tensors."""
     entries = json.loads(header)
     scalings = json.loads(entries.pop("__metadata__")[_METADATA_KEY])["scaling"]
-    stored = tensors_in(entries, np.broadcast_to(np.uint8(0), num_bytes))
-    return _Layout(
-        [len(tensor.data) for tensor in stored.values()],
-        tuple((name, tensor.torch_dtype, tensor.shape) for name, tensor in stored.items()),
-        tuple((name, f"{name}.lora_a", f"{name}.lora_b", scaling) for name, scaling in sorted(scalings.items())),
+    matrices, offset = {}, 0
+    for name, tensor in tensors_in(entries, np.broadcast_to(np.uint8(0), num_bytes)).items():
+        matrices[name] = StoredMatrix(offset, tensor.torch_dtype, tensor.shape)
+        offset += len(tensor.data)
+    return BlobLayout(
+        {
+            name: StoredPair(matrices[f"{name}.lora_a"], matrices[f"{name}.lora_b"], scaling)
+            for name, scaling in sorted(scalings.items())
+        }
     )
 
 

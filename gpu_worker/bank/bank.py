@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.bank.bank_layout import BankLayout
-from gpu_worker.bank.device_layout import DeviceAdapter, check_finite, check_shapes, to_device_layout
+from gpu_worker.bank.bank_layout import Arrangement, BankLayout
+from gpu_worker.bank.device_layout import DeviceAdapter, Pair, check_finite, check_shapes, to_device_layout
 from gpu_worker.bank.layout_kernel import LayoutKernel
 from lora_store.adapter import AdapterWeights
+from lora_store.weights_blob import BlobLayout, StoredModules
 
 
 class InputBank:
@@ -79,6 +81,7 @@ class LoraBank:
         weight = next(iter(linears.values())).weight
         self._dtype, self._device = weight.dtype, device or weight.device
         self._layout = BankLayout(self._shapes)
+        self._of_blob = lru_cache(maxsize=64)(self._of_layout)  # the adapters of a pool have few different layouts
         self._stores = [
             torch.full((num_banks, num_rows, width), free_fill, dtype=self._dtype, device=self._device)
             for num_banks, width in self._layout.stores
@@ -113,11 +116,11 @@ class LoraBank:
         pin = self._device.type == "cuda"
         if self._kernel is None or not self._kernel.serves(self._dtype):
             return self._layout.arranged(to_device_layout(weights, self._shapes, self._dtype), pin=pin)
-        check_shapes(weights, self._shapes)
-        ranks = {name: module.rank for name, module in weights.modules.items()}
-        blocks, places = self._layout.allocate(ranks, self._dtype, pin=pin)
-        check_finite(self._kernel(weights.modules, places))
-        return DeviceAdapter(weights.weights_digest, places, blocks)
+        modules = weights.modules
+        arrangement = self._of_blob(modules.layout) if isinstance(modules, StoredModules) else self._of(modules)
+        flat = arrangement.allocate(self._dtype, pin=pin)
+        check_finite(self._kernel(modules, arrangement, flat))
+        return arrangement.adapter(weights.weights_digest, flat)
 
     def write(self, rows: Sequence[int], adapter: DeviceAdapter) -> None:
         """Overwrite `rows` with the adapter, and with zeros beyond a module's rank and for modules that it lacks."""
@@ -132,10 +135,18 @@ class LoraBank:
         if not adapter.blocks:
             self._write_modules(rows, adapter)
         places: defaultdict[int, list[int]] = defaultdict(list)
-        for name, module in adapter.modules.items():
-            places[module.rank].append(self._place[name])
+        for name, of_module in adapter.ranks.items():
+            places[of_module].append(self._place[name])
         for rank, of_rank in places.items():
             self._has_module[torch.tensor(of_rank)[:, None], torch.tensor(rows[:rank])] = True
+
+    def _of_layout(self, layout: BlobLayout) -> Arrangement:
+        return self._of(layout.pairs)
+
+    def _of(self, modules: Mapping[str, Pair]) -> Arrangement:
+        """Return the arrangement of an adapter with these modules. Raises: AdapterUnfit."""
+        check_shapes(modules, self._shapes)
+        return self._layout.arrangement({name: module.lora_a.shape[0] for name, module in modules.items()})
 
     def move(self, rows: Sequence[int], to: Sequence[int]) -> None:
         """Move `rows` to `to`. The source rows keep stale values and must be overwritten before the next read."""
@@ -171,7 +182,7 @@ class LoraBank:
 
     def _write_modules(self, rows: Sequence[int], adapter: DeviceAdapter) -> None:
         """Copy the modules one after the other, so that the device needs no second copy of all."""
-        index_of = {rank: _index(rows[:rank]) for rank in {module.rank for module in adapter.modules.values()}}
+        index_of = {rank: _index(rows[:rank]) for rank in set(adapter.ranks.values())}
         for name, module in adapter.modules.items():
             index, bank = index_of[module.rank], self.modules[name]
             bank.all_a[index] = module.a.to(self._device, non_blocking=True)

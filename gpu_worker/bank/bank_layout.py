@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from gpu_worker.bank.device_layout import Block, DeviceAdapter, DeviceModule
+from gpu_worker.bank.device_layout import ArrangedModules, Block, DeviceAdapter, DeviceModule
 
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _Bank = tuple[str, str]  # ("a", first module of a group) or ("bt", module)
@@ -24,6 +24,52 @@ class _Run:
     store: int
     numbers: range
     banks: tuple[_Bank, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Arrangement:
+    """Where adapters with these modules and ranks store their values: in one tensor, the blocks one behind the other.
+
+    Without runs there are no blocks, and the modules are one behind the other. `sizes`: values of each block;
+    `own_size`: values of all modules.
+    """
+
+    layout: BankLayout
+    ranks: Mapping[str, int]
+    runs: tuple[_Run, ...]
+    sizes: tuple[int, ...]
+    own_size: int
+
+    @property
+    def num_values(self) -> int:
+        return sum(self.sizes) if self.runs else self.own_size
+
+    def allocate(self, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
+        """Return (`num_values`,) in host memory. It is 0 outside the places; the caller fills the places."""
+        make = torch.empty if self.num_values == self.own_size else torch.zeros
+        return make(self.num_values, dtype=dtype, pin_memory=pin)
+
+    def places(self, flat: Tensor) -> dict[str, DeviceModule]:
+        """Return each module's place."""
+        if not self.runs:
+            return self.layout.separate(self.ranks, flat)
+        rows = dict[_Bank, Tensor]()
+        for run, block in zip(self.runs, self._blocks(flat), strict=True):
+            rows |= dict(zip(run.banks, block.values, strict=True))
+        return {name: self.layout.within(rows, name, rank) for name, rank in self.ranks.items()}
+
+    def adapter(self, digest: str, flat: Tensor) -> DeviceAdapter:
+        """Return the adapter whose values are in `flat`."""
+        return DeviceAdapter(digest, ArrangedModules(self.ranks, partial(self.places, flat)), self._blocks(flat))
+
+    def _blocks(self, flat: Tensor) -> tuple[Block, ...]:
+        if not self.runs:
+            return ()
+        num_rows = max(self.ranks.values())
+        return tuple(
+            Block(run.store, _slice(run.numbers), values.view(-1, num_rows, self.layout.stores[run.store][1]))
+            for run, values in zip(self.runs, torch.split(flat, list(self.sizes)), strict=True)
+        )
 
 
 class BankLayout:
@@ -62,45 +108,34 @@ class BankLayout:
         """Return whether the blocks have values for every bank."""
         return sum(len(block.values) for block in blocks) == sum(num_banks for num_banks, _ in self.stores)
 
-    def allocate(
-        self, ranks: Mapping[str, int], dtype: torch.dtype, *, pin: bool = False
-    ) -> tuple[tuple[Block, ...], dict[str, DeviceModule]]:
-        """Return blocks in host memory for an adapter with these modules and ranks, and each module's place in them.
+    def arrangement(self, ranks: Mapping[str, int]) -> Arrangement:
+        """Return the arrangement of adapters with these modules and ranks.
 
-        All blocks are parts of one tensor. It is 0 outside the places; the caller fills the places. Blocks have the
-        rows of the largest rank, so there are none if ranks differ and the zeros would take much memory.
+        Blocks have the rows of the largest rank, so there are none if ranks differ and zeros would take much memory.
         """
         num_rows, runs = max(ranks.values()), self._runs(frozenset(ranks))
-        widths = [self.stores[run.store][1] for run in runs]
-        sizes = [len(run.numbers) * num_rows * width for run, width in zip(runs, widths, strict=True)]
+        sizes = [len(run.numbers) * num_rows * self.stores[run.store][1] for run in runs]
         own_size = sum(rank * sum(self._shapes[name]) for name, rank in ranks.items())
         if min(ranks.values()) < num_rows and sum(sizes) > _LARGEST_GROWTH * own_size:
-            return (), self._separate(ranks, torch.empty(own_size, dtype=dtype, pin_memory=pin))
-        make = torch.empty if sum(sizes) == own_size else torch.zeros
-        flat = make(sum(sizes), dtype=dtype, pin_memory=pin)
-        blocks, rows = [], dict[_Bank, Tensor]()
-        for run, width, values in zip(runs, widths, torch.split(flat, sizes), strict=True):
-            block = Block(run.store, _slice(run.numbers), values.view(-1, num_rows, width))
-            blocks.append(block)
-            rows |= dict(zip(run.banks, block.values, strict=True))
-        return tuple(blocks), {name: self._within(rows, name, rank) for name, rank in ranks.items()}
+            return Arrangement(self, dict(ranks), (), (), own_size)
+        return Arrangement(self, dict(ranks), runs, tuple(sizes), own_size)
 
     def arranged(self, adapter: DeviceAdapter, *, pin: bool = False) -> DeviceAdapter:
-        """Return a copy of the adapter, which is in host memory, in the places of `allocate`."""
-        any_a = next(iter(adapter.modules.values())).a
-        ranks = {name: module.rank for name, module in adapter.modules.items()}
-        blocks, places = self.allocate(ranks, any_a.dtype, pin=pin)
-        for name, module in adapter.modules.items():
-            places[name].a.copy_(module.a)
-            places[name].bt.copy_(module.bt)
-        return replace(adapter, modules=places, blocks=blocks)
+        """Return a copy of the adapter, which is in host memory, as its arrangement says."""
+        arrangement = self.arrangement(adapter.ranks)
+        flat = arrangement.allocate(next(iter(adapter.modules.values())).a.dtype, pin=pin)
+        for name, place in arrangement.places(flat).items():
+            place.a.copy_(adapter.modules[name].a)
+            place.bt.copy_(adapter.modules[name].bt)
+        return arrangement.adapter(adapter.weights_digest, flat)
 
-    def _within(self, rows: Mapping[_Bank, Tensor], name: str, rank: int) -> DeviceModule:
+    def within(self, rows: Mapping[_Bank, Tensor], name: str, rank: int) -> DeviceModule:
+        """Return the module's place in the rows of its banks."""
         (names, place), (_, width) = self._group_of[name], self._shapes[name]
         a = rows["a", names[0]]
         return DeviceModule(a[:rank, place * width : (place + 1) * width], rows["bt", name][:rank])
 
-    def _separate(self, ranks: Mapping[str, int], flat: Tensor) -> dict[str, DeviceModule]:
+    def separate(self, ranks: Mapping[str, int], flat: Tensor) -> dict[str, DeviceModule]:
         """Return places without zeros, one behind the other."""
         shapes = [(rank, width) for name, rank in ranks.items() for width in reversed(self._shapes[name])]
         parts = torch.split(flat, [rank * width for rank, width in shapes])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from gpu_worker.errors import AdapterUnfit
 from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.weights_blob import StoredPair
+
+Pair = ModuleWeights | StoredPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,29 @@ class Block:
     values: Tensor
 
 
+class ArrangedModules(Mapping[str, DeviceModule]):
+    """The modules of an adapter in blocks. Their tensors are created on first access: a bank copies the blocks.
+
+    `make` returns all modules.
+    """
+
+    def __init__(self, ranks: Mapping[str, int], make: Callable[[], Mapping[str, DeviceModule]]) -> None:
+        self.ranks, self._make = ranks, make
+
+    @cached_property
+    def _made(self) -> Mapping[str, DeviceModule]:
+        return self._make()
+
+    def __getitem__(self, name: str) -> DeviceModule:
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ranks)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceAdapter:
     """A checked adapter, ready to be copied into the bank. Loading threads make it; the engine's thread copies it.
@@ -42,13 +69,20 @@ class DeviceAdapter:
     """
 
     weights_digest: str
-    modules: dict[str, DeviceModule]
+    modules: Mapping[str, DeviceModule]
     blocks: tuple[Block, ...] = ()
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Return the rank of each module."""
+        if isinstance(self.modules, ArrangedModules):
+            return self.modules.ranks
+        return {name: module.rank for name, module in self.modules.items()}
 
     @property
     def max_rank(self) -> int:
         """Return the number of bank rows the adapter needs: the rank of its widest module."""
-        return max(module.rank for module in self.modules.values())
+        return max(self.ranks.values())
 
     @property
     def num_bytes(self) -> int:
@@ -64,7 +98,7 @@ def to_device_layout(
 
     Raises: AdapterUnfit, which names every unsuitable module.
     """
-    check_shapes(weights, shapes)
+    check_shapes(weights.modules, shapes)
     modules: dict[str, DeviceModule] = {}
     spoiled: list[str] = []
     for names in _alike(weights.modules):
@@ -76,10 +110,10 @@ def to_device_layout(
     return DeviceAdapter(weights.weights_digest, modules)
 
 
-def check_shapes(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_shapes(modules: Mapping[str, Pair], shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise AdapterUnfit if a module does not have the (out, in) of the base model's, or if there is none."""
-    problems = [text for name, module in weights.modules.items() if (text := _shape_problem(name, module, shapes))]
-    if not weights.modules:
+    problems = [text for name, module in modules.items() if (text := _shape_problem(name, module, shapes))]
+    if not modules:
         problems.append("the adapter has no modules")
     if problems:
         raise AdapterUnfit("; ".join(problems))
@@ -122,7 +156,7 @@ def _largest(tensor: Tensor) -> Tensor:
     return tensor.abs().amax(dim=(1, 2))
 
 
-def _shape_problem(name: str, module: ModuleWeights, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+def _shape_problem(name: str, module: Pair, shapes: Mapping[str, tuple[int, int]]) -> str | None:
     if name not in shapes:
         return f"the base model has no module {name!r}"
     shape = (module.lora_b.shape[0], module.lora_a.shape[1])

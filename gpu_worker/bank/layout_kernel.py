@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ctypes import CDLL, c_int64, c_void_p
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.bank.device_layout import DeviceModule
+from gpu_worker.bank.bank_layout import Arrangement
 from gpu_worker.native.kernel_loading import SUFFIXES, functions, load_library
 from lora_store.adapter import ModuleWeights
+from lora_store.weights_blob import BlobLayout, StoredModules
 
 _MATRIX = np.dtype(
     [
@@ -35,24 +39,25 @@ class LayoutKernel:
 
     def __init__(self, library: CDLL) -> None:
         self._arrange = functions(library, "arrange", c_void_p, c_int64)
+        self._of_blob = lru_cache(maxsize=64)(_of_blob)  # the adapters of a pool have few different layouts
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Return whether the kernel writes this dtype."""
         return dtype in SUFFIXES
 
-    def __call__(self, weights: Mapping[str, ModuleWeights], places: Mapping[str, DeviceModule]) -> list[str]:
-        """Fill the places of all modules. Return the modules that are not finite in the dtype of the places."""
+    def __call__(self, modules: Mapping[str, ModuleWeights], arrangement: Arrangement, flat: Tensor) -> list[str]:
+        """Fill the places of all modules in `flat`. Return the modules that are not finite in its dtype."""
         kept: list[Tensor] = []  # sources that exist for this call only
-        rows = []
-        for name, module in weights.items():
-            place = places[name]
-            rows.append(_row(_readable(module.lora_a, kept), place.a, 1.0, is_transposed=False))
-            rows.append(_row(_readable(module.lora_b, kept), place.bt, module.scaling, is_transposed=True))
-        matrices = np.array(rows, _MATRIX)
-        dtype = next(iter(places.values())).a.dtype
-        self._arrange[dtype](matrices.ctypes.data, len(matrices))
+        if isinstance(modules, StoredModules) and modules.layout.dtypes <= SUFFIXES.keys():
+            matrices: Any = self._of_blob(modules.layout, arrangement, flat.dtype).copy()
+            matrices["source"] += np.uint64(modules.data.data_ptr())
+        else:
+            sources = {name: _Sources.of(module, kept) for name, module in modules.items()}
+            matrices = _matrices(sources, arrangement, flat.dtype)
+        matrices["target"] += np.uint64(flat.data_ptr())
+        self._arrange[flat.dtype](matrices.ctypes.data, len(matrices))
         spoiled = np.flatnonzero(matrices["is_finite"] == 0) // 2
-        names = list(weights)
+        names = list(modules)
         return [names[place] for place in sorted(set(spoiled.tolist()))]
 
 
@@ -60,6 +65,43 @@ def load_layout_kernel(cache_dir: Path) -> LayoutKernel | None:
     """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
     library = load_library("adapter_layout", cache_dir)
     return None if library is None else LayoutKernel(library)
+
+
+class _Sources(NamedTuple):
+    """The source of each matrix of a module: its address, or its offset in a blob, and whether it is bfloat16."""
+
+    a: tuple[int, bool]
+    b: tuple[int, bool]
+    scaling: float
+
+    @classmethod
+    def of(cls, module: ModuleWeights, kept: list[Tensor]) -> _Sources:
+        """Return the addresses, after copying matrices that the kernel cannot read to `kept`."""
+        a, b = _readable(module.lora_a, kept), _readable(module.lora_b, kept)
+        return cls((a.data_ptr(), a.dtype == torch.bfloat16), (b.data_ptr(), b.dtype == torch.bfloat16), module.scaling)
+
+
+def _of_blob(layout: BlobLayout, arrangement: Arrangement, dtype: torch.dtype) -> NDArray[np.void]:
+    """Return the matrices of all blobs with this layout. Sources and targets are offsets in bytes."""
+    sources = {
+        name: _Sources(
+            (pair.lora_a.offset, pair.lora_a.dtype == torch.bfloat16),
+            (pair.lora_b.offset, pair.lora_b.dtype == torch.bfloat16),
+            pair.scaling,
+        )
+        for name, pair in layout.pairs.items()
+    }
+    return _matrices(sources, arrangement, dtype)
+
+
+def _matrices(sources: Mapping[str, _Sources], arrangement: Arrangement, dtype: torch.dtype) -> NDArray[np.void]:
+    """Return the A and B of each module. Targets are offsets in bytes."""
+    places = arrangement.places(torch.empty(arrangement.num_values, dtype=dtype, device="meta"))
+    rows = []
+    for name, module in sources.items():
+        rows.append(_row(module.a, places[name].a, 1.0, is_transposed=False))
+        rows.append(_row(module.b, places[name].bt, module.scaling, is_transposed=True))
+    return np.array(rows, _MATRIX)
 
 
 def _readable(tensor: Tensor, kept: list[Tensor]) -> Tensor:
@@ -70,7 +112,7 @@ def _readable(tensor: Tensor, kept: list[Tensor]) -> Tensor:
     return kept[-1]
 
 
-def _row(source: Tensor, target: Tensor, scaling: float, *, is_transposed: bool) -> tuple[float, ...]:
-    is_bf16 = source.dtype == torch.bfloat16
-    rows, columns = target.shape
-    return (source.data_ptr(), target.data_ptr(), rows, columns, target.stride(0), scaling, is_bf16, is_transposed, 0)
+def _row(source: tuple[int, bool], target: Tensor, scaling: float, *, is_transposed: bool) -> tuple[float, ...]:
+    (address, is_bf16), (rows, columns) = source, target.shape
+    offset = int(target.storage_offset()) * target.itemsize
+    return (address, offset, rows, columns, target.stride(0), scaling, is_bf16, is_transposed, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_store import BlobCorrupted, check_digest, decode_weights, encode_weights, weights_in
+from lora_store.weights_blob import StoredModules
 from tests.lora_store.builders import MakeWeights
 
 
@@ -96,3 +97,23 @@ def test_a_flipped_byte_is_noticed(make_weights: MakeWeights, position: int) -> 
     with pytest.raises(BlobCorrupted) as caught:
         decode_weights(digest, bytes(broken))
     assert caught.value.digest == digest
+
+
+def test_blobs_with_equal_headers_share_one_layout_with_the_places_of_their_own_tensors(
+    make_weights: MakeWeights,
+) -> None:
+    first, second = (decode_weights(*encode_weights(make_weights(seed=seed))) for seed in (1, 2))
+    other = decode_weights(*encode_weights(make_weights(seed=1, dtype=torch.float16)))
+    assert isinstance(first.modules, StoredModules) and isinstance(second.modules, StoredModules)
+    assert isinstance(other.modules, StoredModules)
+    assert first.modules.layout is second.modules.layout is not other.modules.layout
+    assert (first.modules.layout.dtypes, other.modules.layout.dtypes) == ({torch.float32}, {torch.float16})
+    for weights in (first, second):
+        assert isinstance(weights.modules, StoredModules)
+        start = weights.modules.data.data_ptr()
+        for name, pair in weights.modules.layout.pairs.items():
+            module = weights.modules[name]
+            assert (module.lora_a.data_ptr(), module.lora_b.data_ptr()) == (
+                start + pair.lora_a.offset,
+                start + pair.lora_b.offset,
+            )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_worker.bank.bank_layout import BankLayout
-from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
+from gpu_worker.bank.device_layout import ArrangedModules, DeviceAdapter, DeviceModule
 
 LEAVES = {"q_proj": (16, 6), "k_proj": (4, 6), "v_proj": (4, 6), "o_proj": (6, 16), "gate_proj": (12, 6),
           "up_proj": (12, 6), "down_proj": (6, 12)}  # fmt: skip
@@ -102,6 +102,17 @@ def test_zeros_take_at_most_a_quarter_of_an_adapter_of_unequal_ranks(lowest: int
 def test_an_adapter_of_few_modules_does_not_store_the_others() -> None:
     """v_proj's A is in a bank with those of q_proj and k_proj; nothing else is stored."""
     layout = BankLayout(SHAPES)
-    blocks, _ = layout.allocate(only("v_proj"), torch.float32)
+    arrangement = layout.arrangement(only("v_proj"))
+    blocks = arrangement.adapter("d", arrangement.allocate(torch.float32)).blocks
     assert not layout.covers(blocks)
     assert sum(block.values.numel() for block in blocks) == 4 * 3 * (3 * 6 + 4)
+
+
+def test_ranks_and_sizes_are_known_without_the_tensors_of_the_modules() -> None:
+    arrangement = BankLayout(SHAPES).arrangement(ALL)
+    adapter = arrangement.adapter("d", arrangement.allocate(torch.float32))
+    assert isinstance(adapter.modules, ArrangedModules)
+    assert (adapter.ranks, adapter.max_rank, len(adapter.modules)) == (ALL, 3, len(SHAPES))
+    assert adapter.num_bytes == 4 * arrangement.num_values == 4 * arrangement.own_size
+    assert "_made" not in vars(adapter.modules)
+    assert {name: module.rank for name, module in adapter.modules.items()} == ALL
