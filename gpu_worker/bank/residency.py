@@ -153,11 +153,15 @@ class RowAssignment(ABC):
 
 
 class Residency(RowAssignment):
-    """The assignment of the rows of a RowStore. After `settle`, rows [0, active_rows) belong to pinned adapters."""
+    """The assignment of the rows of a RowStore. `pack` lets rows [0, active_rows) be those of the pinned adapters.
 
-    def __init__(self, bank: RowStore) -> None:
+    Only a reader of a whole prefix needs that. `is_packed`: `settle` packs every time. Without, `settle` moves no rows.
+    """
+
+    def __init__(self, bank: RowStore, *, is_packed: bool = True) -> None:
         super().__init__(bank)
-        self._row_store = bank
+        self._row_store, self._is_packed = bank, is_packed
+        self.num_misplaced = 0  # rows of pinned adapters that `pack` would move
 
     def rank_indices(self) -> list[int]:
         """Return the rank index of each active row."""
@@ -169,13 +173,27 @@ class Residency(RowAssignment):
             self._bank.free(free)
 
     def settle(self) -> None:
-        """Swap rows so that pinned adapters form the prefix, then write new adapters. Call once after all changes."""
-        pinned = [row for digest in self._pins for row in self._rows[digest]]
+        """Write new adapters, after packing if that is to be done every time. Call once after all changes."""
+        pinned = self._pinned_rows()
         self.active_rows = len(pinned)
+        self.num_misplaced = sum(row >= len(pinned) for row in pinned)
+        if self._is_packed:
+            self.pack()
+        self._write_new()
+        self._row_store.set_active(max(pinned, default=-1) + 1 if self.num_misplaced else self.active_rows)
+
+    def pack(self) -> None:
+        """Swap rows so that the rows of pinned adapters form the prefix."""
+        if not self.num_misplaced:
+            return
+        pinned = self._pinned_rows()
         holes = sorted(set(range(len(pinned))).difference(pinned))
         self._swap(sorted(row for row in pinned if row >= len(pinned)), holes)
-        self._write_new()
+        self.num_misplaced = 0
         self._row_store.set_active(self.active_rows)
+
+    def _pinned_rows(self) -> list[int]:
+        return [row for digest in self._pins for row in self._rows[digest]]
 
     def _swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
         """Exchange `rows` and `others`. Rows that are not written yet are only reassigned."""

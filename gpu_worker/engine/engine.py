@@ -82,9 +82,9 @@ class Engine:
         inject(self.base.model, self.bank, context)
         self._masks = MaskThread()
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
-        self.residency = Residency(self.bank)
-        self.kv_cache = (build_kv_cache or partial(make_kv_cache, config))(self.memory.kv)
         kernel, device = make_lora_kernel(config), torch.device(config.device)
+        self.residency = Residency(self.bank, is_packed=kernel is None)  # the kernel reads rows anywhere
+        self.kv_cache = (build_kv_cache or partial(make_kv_cache, config))(self.memory.kv)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
         self.grammars = grammar_compiler(self.base, config.tool_parser)

@@ -16,6 +16,7 @@ from lora_store.plan import Plan
 # Measured: benchmarks/README.md, "Dense or grouped".
 _VALUE_COST = 3.0  # grouped cost of one rank row for one token, relative to the dense cost
 _DENSE_OVERHEAD = 2000  # fixed cost of the dense products, in the same units
+_MOVE_COST = 100  # of one bank row, in the same units
 
 
 def composition(
@@ -29,12 +30,14 @@ def composition(
     """Return the composition for rows with these plans, where row b has `num_tokens[b]` adjacent tokens.
 
     Every adapter of every plan must be active in `residency`. Return None if all plans are the base model.
-    The dense products cost tokens · active rank rows; the grouped ones depend only on the adapters in the plans.
+    The dense products cost tokens · active rank rows, and read these from the bank's prefix: rows elsewhere are moved
+    there first. The grouped ones depend only on the adapters in the plans.
     """
     if all(plan.strategy == "base" for plan in plans):
         return None
     if kernel is not None:
-        dense_cost = _DENSE_OVERHEAD + sum(num_tokens) * residency.active_rows
+        dense_cost = _DENSE_OVERHEAD + sum(num_tokens) * residency.active_rows + _MOVE_COST * residency.num_misplaced
         if _VALUE_COST * num_pair_values(plans, num_tokens, residency) <= dense_cost:
             return grouped_mapping(plans, num_tokens, residency, kernel)
+    residency.pack()
     return dense_mapping(plans, num_tokens, residency, dtype, device)

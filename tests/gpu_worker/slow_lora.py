@@ -67,12 +67,17 @@ def random_plans(pool: list[AdapterWeights], num_rows: int) -> list[Plan]:
 
 
 def settled(
-    pool: Sequence[AdapterWeights], num_in: int, widths: Mapping[str, int], dtype: torch.dtype
+    pool: Sequence[AdapterWeights],
+    num_in: int,
+    widths: Mapping[str, int],
+    dtype: torch.dtype,
+    *,
+    is_packed: bool = True,
 ) -> tuple[LoraBank, Residency]:
     """Return a bank that holds the whole pool, with five spare rows that hold NaN."""
     linears = {name: nn.Linear(num_in, width, dtype=dtype) for name, width in widths.items()}
     bank = LoraBank(linears, sum(weights.max_rank for weights in pool) + 5, free_fill=float("nan"))
-    residency = Residency(bank)
+    residency = Residency(bank, is_packed=is_packed)
     digests = [weights.weights_digest for weights in pool]
     assert residency.try_pin(digests, {weights.weights_digest: bank.to_device_layout(weights) for weights in pool})
     residency.settle()

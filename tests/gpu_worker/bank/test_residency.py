@@ -82,10 +82,12 @@ class RowList:
 class ResidencyMachine(RuleBasedStateMachine):
     """Random plans are pinned and unpinned; a simple list of pins and of last uses gives the expected state."""
 
+    IS_PACKED = True
+
     def __init__(self) -> None:
         super().__init__()
         self.bank = RowList()
-        self.residency = Residency(self.bank)
+        self.residency = Residency(self.bank, is_packed=self.IS_PACKED)
         self.plans: list[list[DeviceAdapter]] = []
         self.last_used: list[str] = []  # resident digests, least recently used first
         self.unwritten: set[str] = set()  # brought in since the last `settle`
@@ -195,8 +197,38 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert self.residency.num_pins == len(self.pinned())
 
 
+class UnpackedMachine(ResidencyMachine):
+    """The same without packing by `settle`."""
+
+    IS_PACKED = False
+
+    @rule()
+    def settle(self) -> None:
+        """Check that no row moves, and that all pinned rows may be read."""
+        num_swapped = self.bank.num_swapped
+        self.residency.settle()
+        self.unwritten.clear()
+        pinned = [row for a in self.pinned() for row in self.residency.rows(a.weights_digest)]
+        assert self.bank.num_swapped == num_swapped
+        assert self.residency.active_rows == len(set(pinned))
+        assert self.bank.active == max(pinned, default=-1) + 1
+
+    @rule()
+    def pack(self) -> None:
+        """Check the prefix, as packing by `settle` leaves it. Another `pack` moves nothing."""
+        self.settle()
+        num_swapped, num_misplaced = self.bank.num_swapped, self.residency.num_misplaced
+        self.residency.pack()
+        assert self.bank.num_swapped == num_swapped + num_misplaced
+        self.residency.pack()
+        super().settle()
+        assert self.bank.num_swapped == num_swapped + num_misplaced
+
+
 TestResidency = ResidencyMachine.TestCase
+TestUnpacked = UnpackedMachine.TestCase
 TestResidency.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestUnpacked.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 def test_an_adapter_takes_the_rows_of_its_widest_module() -> None:
