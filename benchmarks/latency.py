@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -54,20 +55,24 @@ class Bench:
         return Job(str(number), prompt.text, plan, sampling(num_new))
 
     async def first_token_ms(self, plan: Plan, lengths: tuple[int, int] = PROMPT) -> float:
+        return await self._milliseconds(self.job(plan, 1, lengths))
+
+    async def _milliseconds(self, job: Job) -> float:
         started = time.perf_counter()
-        await self._loop.complete(self.job(plan, 1, lengths))
+        await self._loop.complete(job)
         return 1000 * (time.perf_counter() - started)
 
     async def first_tokens(self, count: int) -> dict[str, list[float]]:
-        """Return milliseconds, cold and hot in turn: forget three adapters, request them, then request them again."""
+        """Return milliseconds, cold and hot in turn: forget three adapters, then send one request twice."""
         found: dict[str, list[float]] = defaultdict(list)
         for _ in range(count):
             plan = self._pool.plan("mixture", *[next(self._cold) for _ in range(3)])
             digests = [adapter.weights_digest for adapter in plan.adapters]
             while not await self._loop.forget(digests):
                 await asyncio.sleep(0.01)
-            found["cold"].append(await self.first_token_ms(plan))
-            found["hot"].append(await self.first_token_ms(plan))
+            job = self.job(plan, 1)
+            found["cold"].append(await self._milliseconds(job))
+            found["hot"].append(await self._milliseconds(replace(job, request_id=f"{job.request_id}-hot")))
         return found
 
     async def beside_running(self, work: Callable[[], Awaitable[dict[str, list[float]]]]) -> dict[str, list[float]]:
