@@ -198,7 +198,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 
 class UnpackedMachine(ResidencyMachine):
-    """The same without packing by `settle`."""
+    """A `ResidencyMachine` whose `settle` moves no rows."""
 
     IS_PACKED = False
 
