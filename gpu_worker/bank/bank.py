@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gpu_worker.bank.bank_layout import Arrangement, BankLayout
 from gpu_worker.bank.device_layout import DeviceAdapter, Pair, check_finite, check_shapes, to_device_layout
 from gpu_worker.bank.layout_kernel import LayoutKernel
+from gpu_worker.device.device_memory import zeros_on_huge_pages
 from lora_store.adapter import AdapterWeights
 from lora_store.weights_blob import BlobLayout, StoredModules
 
@@ -82,10 +83,8 @@ class LoraBank:
         self._dtype, self._device = weight.dtype, device or weight.device
         self._layout = BankLayout(self._shapes)
         self._of_blob = lru_cache(maxsize=64)(self._of_layout)  # the adapters of a pool have few different layouts
-        self._stores = [
-            torch.full((num_banks, num_rows, width), free_fill, dtype=self._dtype, device=self._device)
-            for num_banks, width in self._layout.stores
-        ]
+        sizes = [(num_banks, num_rows, width) for num_banks, width in self._layout.stores]
+        self._stores = [_filled(size, free_fill, self._dtype, self._device) for size in sizes]
         groups = self._layout.groups
         self._inputs = [InputBank(self._layout.a_of(self._stores, names), len(names)) for names in groups]
         self.modules = {
@@ -191,6 +190,12 @@ class LoraBank:
     def _set_unused(self, rows: Sequence[int]) -> None:
         for run, _ in _runs(rows, rows):
             self._has_module[:, run] = False
+
+
+def _filled(size: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.full(size, value, dtype=dtype, device=device)
+    return zeros_on_huge_pages(*size, dtype=dtype).fill_(value)
 
 
 def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, slice]]:

@@ -17,6 +17,7 @@ from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.model.fused import fuse, load_fused_kernel
+from gpu_worker.model.packed_linear import LinearKernel, is_kernel_faster, load_linear_kernel
 
 
 def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
@@ -49,6 +50,11 @@ def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:
     """Return the compiled LoRA products, or None if torch computes them."""
     is_native = config.device == "cpu" and config.lora_products == "auto"
     return load_lora_kernel(config.cache_dir) if is_native else None
+
+
+def make_linear_kernel(config: WorkerConfig) -> LinearKernel | None:
+    """Return the compiled products of the base's layers where they are faster than oneDNN's, else None."""
+    return load_linear_kernel(config.cache_dir) if config.device == "cpu" and is_kernel_faster() else None
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig) -> None:

@@ -20,10 +20,10 @@ from gpu_worker.bank.loader import Fetch
 from gpu_worker.bank.residency import Residency, drop
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor
+from gpu_worker.engine import device_parts
 from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.device_check import NOTHING_COMPUTED, DeviceCheck
-from gpu_worker.engine.device_parts import fuse_where_compiled, make_bank, make_kv_cache, make_loader, make_lora_kernel
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.forward import ForwardPass
@@ -77,14 +77,14 @@ class Engine:
         context = StepContext()
         linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
         check = ModelCheck(self.base, linears, self.max_len, config.bank_rank_rows)
-        fuse_where_compiled(self.base.model, config)
-        self.bank = make_bank(config, linears, free_fill)
-        inject(self.base.model, self.bank, context)
+        device_parts.fuse_where_compiled(self.base.model, config)
+        self.bank = device_parts.make_bank(config, linears, free_fill)
+        inject(self.base.model, self.bank, context, device_parts.make_linear_kernel(config))
         self._masks = MaskThread()
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
-        kernel, device = make_lora_kernel(config), torch.device(config.device)
+        kernel, device = device_parts.make_lora_kernel(config), torch.device(config.device)
         self.residency = Residency(self.bank, is_packed=kernel is None)  # the kernel reads rows anywhere
-        self.kv_cache = (build_kv_cache or partial(make_kv_cache, config))(self.memory.kv)
+        self.kv_cache = (build_kv_cache or partial(device_parts.make_kv_cache, config))(self.memory.kv)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
         self.grammars = grammar_compiler(self.base, config.tool_parser)
@@ -94,7 +94,7 @@ class Engine:
         self._executor = executor or load_executor(config.load_threads)
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
-        self.loader = make_loader(config, fetch, self.bank, self._executor, lambda: self.on_loaded())
+        self.loader = device_parts.make_loader(config, fetch, self.bank, self._executor, lambda: self.on_loaded())
         window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
         self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
         self.running, self._forgetting, self.counters = list[Row](), set[str](), Counters()

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora.lora_linear import LoraLinear
-from gpu_worker.model.packed_linear import packed
+from gpu_worker.model.packed_linear import LinearKernel, packed
 from gpu_worker.step.step_context import StepContext
 
 
@@ -28,13 +28,15 @@ def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str,
     return linears
 
 
-def inject(model: PreTrainedModel, bank: LoraBank, step: StepContext) -> None:
+def inject(
+    model: PreTrainedModel, bank: LoraBank, step: StepContext, linear_kernel: LinearKernel | None = None
+) -> None:
     """Replace every module of `bank` in `model`, in place. Pack the base weights where that is faster."""
     for name, module_bank in bank.modules.items():
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, leaf)
-        setattr(parent, leaf, LoraLinear(packed(linear), module_bank, step))
+        setattr(parent, leaf, LoraLinear(packed(linear, linear_kernel), module_bank, step))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
-        model.set_output_embeddings(packed(head))
+        model.set_output_embeddings(packed(head, linear_kernel))

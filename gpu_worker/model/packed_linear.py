@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Mapping
+from ctypes import c_int32, c_int64, c_void_p
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+from gpu_worker.device.device_memory import zeros_on_huge_pages
+from gpu_worker.native.kernel_loading import load_library
+
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
+_PANEL = 32  # outputs of a panel of the kernel
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("num_in", c_int64), ("num_out", c_int64))
+
+
+class LinearKernel:
+    """The compiled bfloat16 products on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.pack, self.linear = library.pack_bf16, library.linear_bf16
+        self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p), None
+        self.linear.argtypes, self.linear.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int32), None
+
+
+class KernelLinear(nn.Module):
+    """A linear layer whose weight is packed for `packed_linear.cpp`. A row's result does not depend on other rows.
+
+    Panels (O / 32, I / 2, 32, 2) bfloat16; O is padded to whole panels.
+    """
+
+    def __init__(self, kernel: LinearKernel, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        padded = -(-self.out_features // _PANEL) * _PANEL
+        self._kernel, self._bias = kernel, torch.zeros(padded)
+        if bias is not None:
+            self._bias[: self.out_features] = bias.detach()
+        self._panels = zeros_on_huge_pages(padded * self.in_features, dtype=weight.dtype)
+        weight = weight.detach().contiguous()
+        kernel.pack(weight.data_ptr(), *weight.shape, self._panels.data_ptr())
+        self._layer = _Linear(
+            self._panels.data_ptr(), self._bias.data_ptr(), self.in_features, self.out_features
+        )  # the tensors own the memory
+        self._address = ctypes.addressof(self._layer)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, "x does not fit the layer"
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        num_rows = x.numel() // self.in_features
+        self._kernel.linear(self._address, x.data_ptr(), num_rows, y.data_ptr(), torch.get_num_threads())
+        return y
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed weight. `forward` equals `nn.functional.linear` bit for bit.
+    """A linear layer with a weight packed by oneDNN. `forward` equals `nn.functional.linear` bit for bit.
 
     torch 2.13 packs a bfloat16 weight again at each product, which takes a third of a decode step of 32 rows. The
     operators are those that TorchInductor uses to freeze a model.
@@ -26,12 +78,32 @@ class PackedLinear(nn.Module):
         return y
 
 
-def packed(linear: nn.Linear) -> nn.Module:
-    """Return the layer with a packed weight if that is known to be faster, else the layer itself."""
+def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Module:
+    """Return the layer with a packed weight if that is known to be faster, else the layer itself.
+
+    `kernel`: used instead of oneDNN where it can compute the layer.
+    """
     weight = linear.weight
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return linear
+    if kernel is not None and linear.in_features % 2 == 0:
+        return KernelLinear(kernel, weight, linear.bias)
     is_built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not is_built or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return linear
     return PackedLinear(weight, linear.bias)
+
+
+def load_linear_kernel(cache_dir: Path) -> LinearKernel | None:
+    """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
+    library = load_library("packed_linear", cache_dir)
+    return None if library is None else LinearKernel(library)
+
+
+def is_kernel_faster(capabilities: Mapping[str, bool] | None = None) -> bool:
+    """Return whether the kernel is faster than oneDNN: with bfloat16 vectors, but without tiles (AMX).
+
+    `capabilities`: of the processor, as torch names them. None: of this one.
+    """
+    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
+    return bool(found.get("avx512_bf16")) and not found.get("amx_bf16")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from pathlib import Path
 
+import pytest
 import torch
 
-from gpu_worker.device.device_memory import MappingLimit, cgroup_bytes, free_bytes, mapping_limits, share_of
+from gpu_worker.device.device_memory import (
+    MappingLimit,
+    cgroup_bytes,
+    free_bytes,
+    mapping_limits,
+    share_of,
+    zeros_on_huge_pages,
+)
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -77,3 +86,26 @@ def test_this_process_reads_its_own_limits() -> None:
     bounded = mapping_limits(limits_of=lambda kind: (1 << 50, -1))
     assert [limit.name for limit in bounded[:2]] == ["RLIMIT_AS", "RLIMIT_DATA"]
     assert all(0 < limit.free_bytes < 1 << 50 for limit in bounded[:2])
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 7), (2, 1024, 1024)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_tensors_are_zeros_that_outlive_their_maker(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = zeros_on_huge_pages(*shape, dtype=dtype)
+    gc.collect()
+    assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x.any()
+    assert x.fill_(2).eq(2).all()
+
+
+def test_large_tensors_are_on_huge_pages_where_linux_has_them() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this Linux has no huge pages")
+    before = huge_page_bytes()
+    x = zeros_on_huge_pages(8, 1024, 1024, dtype=torch.float32).fill_(1)
+    assert huge_page_bytes() > before and x.eq(1).all()
+
+
+def huge_page_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))

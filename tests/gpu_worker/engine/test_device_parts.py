@@ -10,10 +10,11 @@ import pytest
 
 from gpu_worker.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_lora_kernel
+from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, make_linear_kernel, make_lora_kernel
 from gpu_worker.lora.lora_kernel import LoraKernel
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.fused import FusedMlp, FusedRmsNorm
+from gpu_worker.model.packed_linear import is_kernel_faster
 from tests.gpu_worker.engine_driver import kv_shape
 
 ON_CPU = WorkerConfig(device="cpu")
@@ -35,6 +36,11 @@ def test_products_are_compiled_on_the_cpu_unless_torch_is_configured(
     config: WorkerConfig, is_compiled: bool, lora_kernel: LoraKernel
 ) -> None:
     assert isinstance(make_lora_kernel(config), LoraKernel) == is_compiled
+
+
+def test_the_base_has_compiled_products_only_on_processors_where_they_are_faster(lora_kernel: LoraKernel) -> None:
+    assert (make_linear_kernel(ON_CPU) is not None) == is_kernel_faster()
+    assert make_linear_kernel(on("cuda")) is None
 
 
 @pytest.mark.parametrize(("device", "num_norms", "num_mlps"), [("cpu", 3 * 2 + 1, 3), ("cuda", 0, 0)])

@@ -2,28 +2,108 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gpu_worker.model.packed_linear import PackedLinear, packed
+from gpu_worker.model.packed_linear import (
+    KernelLinear,
+    LinearKernel,
+    PackedLinear,
+    is_kernel_faster,
+    load_linear_kernel,
+    packed,
+)
+from tests.gpu_worker.engine_driver import compiled
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not multiply bfloat16"
 )
 
 
+@pytest.fixture(scope="module")
+def kernel() -> LinearKernel:
+    return compiled(load_linear_kernel)
+
+
+def linear_of(num_in: int, num_out: int, *, has_bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(num_in, num_out, bias=has_bias).bfloat16()
+
+
+def exact(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Return the products of these bfloat16 numbers in float64."""
+    bias = 0 if linear.bias is None else linear.bias.double()
+    return x.double() @ linear.weight.double().T + bias
+
+
 @needs_bf16
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 0, 40), (1, 1, 40), (1, 7, 40), (1, 33, 40), (3, 40)], ids=str)
 def test_a_packed_layer_equals_the_plain_one(shape: tuple[int, ...], has_bias: bool) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(40, 24, bias=has_bias).bfloat16()
-    x = torch.randn(shape).bfloat16()
+    linear, x = linear_of(40, 24, has_bias=has_bias), torch.randn(shape).bfloat16()
     with torch.inference_mode():
-        layer = packed(linear)
+        layer = packed(linear, None)
         assert isinstance(layer, PackedLinear)
         assert torch.equal(layer(x), linear(x))
 
 
-def test_layers_of_other_precisions_are_not_packed() -> None:
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_out", [1, 16, 31, 32, 33, 100])
+@pytest.mark.parametrize("shape", [(1, 0, 40), (1, 1, 40), (11, 2), (1, 12, 40), (13, 6), (2, 18, 66)], ids=str)
+@torch.inference_mode()
+def test_the_kernel_rounds_the_exact_products(
+    shape: tuple[int, ...], num_out: int, has_bias: bool, kernel: LinearKernel
+) -> None:
+    linear = linear_of(shape[-1], num_out, has_bias=has_bias)
+    x = torch.randn(shape).bfloat16()
+    layer = packed(linear, kernel)
+    assert isinstance(layer, KernelLinear)
+    y, expected = layer(x), exact(linear, x)
+    assert y.shape == expected.shape and y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)  # half a unit of bfloat16, and float32 sums
+
+
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_other_rows(kernel: LinearKernel) -> None:
+    layer, x = packed(linear_of(40, 70), kernel), torch.randn(30, 40).bfloat16()
+    x[7] = float("nan")
+    y = layer(x)
+    assert y[7].isnan().all()
+    for number in (0, 6, 8, 12, 29):
+        assert torch.equal(y[number], layer(x[number]))
+        assert torch.equal(y[number], layer(x[number : number + 14])[0])
+
+
+@torch.inference_mode()
+def test_the_kernel_reads_views_as_they_are(kernel: LinearKernel) -> None:
+    layer, x = packed(linear_of(8, 40), kernel), torch.randn(8, 5).bfloat16().T
+    assert torch.equal(layer(x), layer(x.clone(memory_format=torch.contiguous_format)))
+
+
+@torch.inference_mode()
+def test_the_kernel_writes_no_byte_outside_its_outputs(kernel: LinearKernel) -> None:
+    layer = packed(linear_of(8, 33), kernel)
+    assert isinstance(layer, KernelLinear)
+    x, y = torch.randn(13, 8).bfloat16(), torch.full((15, 33), 7.0).bfloat16()
+    kernel.linear(layer._address, x.data_ptr(), 13, y[1].data_ptr(), 2)
+    assert torch.equal(y[1:14], layer(x)) and (y[0] == 7).all() and (y[14] == 7).all()
+
+
+@needs_bf16
+def test_layers_with_an_odd_number_of_inputs_are_left_to_onednn(kernel: LinearKernel) -> None:
+    assert isinstance(packed(linear_of(7, 4), kernel), PackedLinear)
+
+
+def test_layers_of_other_precisions_are_not_packed(kernel: LinearKernel) -> None:
     linear = nn.Linear(8, 4)
-    assert packed(linear) is linear
+    assert packed(linear, kernel) is linear
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False), ({"avx2": True}, False)],
+    ids=str,
+)
+def test_the_kernel_replaces_onednn_on_processors_with_vectors_but_without_tiles(
+    capabilities: dict[str, bool], expected: bool
+) -> None:
+    assert is_kernel_faster(capabilities) is expected

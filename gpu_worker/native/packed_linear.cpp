@@ -1,0 +1,125 @@
+// Linear layers over packed bfloat16 weights: y = x W^T + bias, summed in float32.
+//
+// Dims: N rows, I in (even), O out. Every output is one chain of sums over the inputs, so a row does not depend on the
+// others or on their number.
+// A packed weight has panels of kBlock outputs, padded with zeros: (panels, I / 2, kBlock, 2), so a vector has the two
+// weights of adjacent inputs in each lane. A panel is read once for all rows.
+#include <algorithm>
+#include <cstdint>
+
+#include "vectors.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kBlock = 2 * kLanes;
+constexpr int64_t kTasksPerThread = 8;  // a thread that shares its core takes fewer
+
+#ifdef __AVX512BF16__
+constexpr int kMostRows = 12;  // with 24 sums, two weights and an input 27 of 32 registers
+
+// y[r][0 .. 32) = x[r] . panel + bias
+template <int R>
+void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y, int64_t num_out,
+              int64_t left) {
+  __m512 low[R], high[R];
+  for (int r = 0; r < R; ++r) {
+    low[r] = _mm512_loadu_ps(bias);
+    high[r] = _mm512_loadu_ps(bias + kLanes);
+  }
+  for (int64_t i = 0; i < num_in; i += 2, panel += 2 * kBlock) {
+    const __m512bh w_low = (__m512bh)_mm512_loadu_si512(panel);
+    const __m512bh w_high = (__m512bh)_mm512_loadu_si512(panel + kBlock);
+    for (int r = 0; r < R; ++r) {
+      int32_t two;
+      std::memcpy(&two, x + r * num_in + i, sizeof two);
+      const __m512bh inputs = (__m512bh)_mm512_set1_epi32(two);
+      low[r] = _mm512_dpbf16_ps(low[r], w_low, inputs);
+      high[r] = _mm512_dpbf16_ps(high[r], w_high, inputs);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high[r], low[r]);
+    if (left >= kBlock) {
+      _mm512_storeu_si512(y + r * num_out, values);  // AMD's masked stores are slow
+    } else {
+      _mm512_mask_storeu_epi16(y + r * num_out, (1u << left) - 1, values);
+    }
+  }
+}
+#else
+constexpr int kMostRows = 2;
+
+template <int R>
+void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y, int64_t num_out,
+              int64_t left) {
+  f32x16 low[R], high[R];
+  for (int r = 0; r < R; ++r) {
+    low[r] = load(bias);
+    high[r] = load(bias + kLanes);
+  }
+  for (int64_t i = 0; i < num_in; i += 2, panel += 2 * kBlock) {
+    u32x16 w_low, w_high;  // the second weight of a pair in the upper half
+    std::memcpy(&w_low, panel, sizeof w_low);
+    std::memcpy(&w_high, panel + kBlock, sizeof w_high);
+    for (int r = 0; r < R; ++r) {
+      const f32x16 two = load_part(x + r * num_in + i, 2);
+      low[r] += (f32x16)(w_low << 16) * two[0] + (f32x16)(w_low & 0xffff0000u) * two[1];
+      high[r] += (f32x16)(w_high << 16) * two[0] + (f32x16)(w_high & 0xffff0000u) * two[1];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    store_part(y + r * num_out, low[r], left);
+    if (left > kLanes) store_part(y + r * num_out + kLanes, high[r], left - kLanes);
+  }
+}
+#endif
+
+// Calls multiply<R> with R = num_rows.
+template <int R, class... Args>
+void multiply_rows(int64_t num_rows, Args... args) {
+  if constexpr (R > 0) {
+    if (num_rows == R) return multiply<R>(args...);
+    multiply_rows<R - 1>(num_rows, args...);
+  }
+}
+
+}  // namespace
+
+extern "C" struct Linear {
+  const void* panels;
+  const float* bias;  // (panels, kBlock)
+  int64_t num_in, num_out;
+};
+
+extern "C" {
+
+// Sets panels to the packed form of weight (O, I).
+void pack_bf16(const void* weight, int64_t num_out, int64_t num_in, void* panels) {
+  const bf16* source = static_cast<const bf16*>(weight);
+  bf16* target = static_cast<bf16*>(panels);
+  for (int64_t first = 0; first < num_out; first += kBlock)
+    for (int64_t i = 0; i < num_in; i += 2)
+      for (int64_t o = first; o < first + kBlock; ++o, target += 2)
+        for (int64_t j = 0; j < 2; ++j) target[j] = o < num_out ? source[o * num_in + i + j] : bf16{0};
+}
+
+// Sets y (N, O) to x (N, I) W^T + bias.
+void linear_bf16(const Linear* layer, const void* x, int64_t num_rows, void* y, int32_t num_threads) {
+  const int64_t num_in = layer->num_in, num_out = layer->num_out, num_panels = (num_out + kBlock - 1) / kBlock;
+  const int64_t num_groups = (num_rows + kMostRows - 1) / kMostRows;
+  const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(num_threads)
+  for (int64_t p = 0; p < num_panels; ++p)
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
+      multiply_rows<kMostRows>(num, static_cast<const bf16*>(x) + first * num_in, num_in,
+                               static_cast<const bf16*>(layer->panels) + p * kBlock * num_in, layer->bias + p * kBlock,
+                               static_cast<bf16*>(y) + first * num_out + p * kBlock, num_out, num_out - p * kBlock);
+    }
+}
+
+}  // extern "C"
