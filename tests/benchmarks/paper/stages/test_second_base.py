@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.likelihood import Candidate
 from benchmarks.paper.answering.study import Study
 from benchmarks.paper.common.workspace import Workspace
@@ -103,6 +104,21 @@ def test_the_next_token_has_the_highest_mean_log_probability_of_both_bases(both:
                 said.append(token)
             into.append(tokenizer.decode(said, skip_special_tokens=True))
     assert ensemble.answers(questions, names) == expected != by_first
+
+
+class Mistaken(TwoBases):
+    """Finds the adapters of another task for every question."""
+
+    def found_tasks(self, questions: Sequence[Question]) -> list[str]:
+        return ["cities" if question.task == "animals" else "animals" for question in questions]
+
+
+def test_both_bases_use_the_task_that_is_found_or_the_own_one(both: Loaded) -> None:
+    two, ensemble = both
+    mistaken = Mistaken(two.study, two.bases, two._retriever, two.out)
+    for rows in (mistaken.voted_rows(1), mistaken.averaged_rows(ensemble, 1)):
+        means = rows.to_pandas().groupby("run")["score"].mean()
+        assert sorted(means) == [0.0, 1.0] and means.idxmax() in ("voted_own", "averaged_own")
 
 
 def test_equal_answers_are_taken_and_of_others_the_more_probable_one() -> None:

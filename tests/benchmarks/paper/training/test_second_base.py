@@ -28,7 +28,7 @@ from benchmarks.training.lora_training import Recipe, batches
 from tests.tiny import byte_tokenizer
 
 TEXTS = [f"{word} {n}" for n in range(6) for word in ("red", "green", "blue")]
-RECIPE = BaseRecipe(2, Recipe(num_steps=12, batch_tokens=400, learning_rate=1e-2, vocabulary_len=100))
+RECIPE = BaseRecipe(2, Recipe(num_steps=8, batch_tokens=400, learning_rate=1e-2, vocabulary_len=100))
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +56,28 @@ def test_the_saved_model_has_fewer_layers_and_embeddings_of_its_own(
 
 
 def test_an_interrupted_distillation_leaves_nothing_and_the_next_gives_the_same_model(
-    made: Path, tmp_path: Path, tiny_folders: Mapping[str, Path]
+    made: Path, tmp_path: Path, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again, steps = tmp_path / "again", list[int]()
-
-    def count(step: int, loss: float) -> None:
-        steps.append(step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-
     source, held_out = tiny_folders["gemma3"], ["grey 1", "pink 2"]
-    with pytest.raises(KeyboardInterrupt):
-        make_second_base(source, again, TEXTS, held_out, RECIPE, count)
+
+    def make() -> None:
+        make_second_base(source, again, TEXTS, held_out, RECIPE, lambda step, loss: steps.append(step))
+
+    def half_saved(second: Distilled, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distilled, "save", half_saved)
+        with pytest.raises(KeyboardInterrupt):
+            make()
     assert not again.exists()
-    make_second_base(source, again, TEXTS, held_out, RECIPE, count)
-    assert steps == [1, 2, *range(1, RECIPE.training.num_steps + 1)]
-    make_second_base(source, again, TEXTS, held_out, RECIPE, count)
-    assert len(steps) == 2 + RECIPE.training.num_steps
+    make()
+    assert steps == 2 * list(range(1, RECIPE.training.num_steps + 1))
+    make()
+    assert len(steps) == 2 * RECIPE.training.num_steps
     found, expected = (load_file(folder / "model.safetensors") for folder in (again, made))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -81,7 +86,8 @@ def test_the_divergence_is_that_of_both_models_next_tokens(tiny_folders: Mapping
     """Compare with whole models that read each prompt alone, over the whole vocabulary."""
     source = tiny_folders["gemma3"]
     examples = prompts_of(TEXTS[:3], byte_tokenizer())
-    second = Distilled(source, [0, 2], torch.cat([e.ids for e in examples]), vocabulary_len=300)
+    second = Distilled(source, [1, 2], torch.cat([e.ids for e in examples]), vocabulary_len=300)
+    assert second.model.config.layer_types == ["full_attention", "sliding_attention"]
     first, packed = load_base(source), Packed(examples, load_base(source).config)
     with torch.no_grad():
         second.rows += 0.3 * torch.randn(second.rows.shape, generator=torch.Generator().manual_seed(0))
