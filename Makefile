@@ -56,7 +56,7 @@ test-vllm: ## install vLLM into .venv-vllm and run the tests of both engines the
 QUICK_TESTS := tests/lora_store tests/retriever_svc tests/docs tests/deployments/api tests/deployments/config \
 	tests/test_imports.py
 NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_store_,crash.py concurrency.py memory.py) \
-	$(addprefix retriever_svc/test_,bfloat16_linear.py encoder.py encoder_files.py training.py calibration_attacks.py) \
+	$(addprefix retriever_svc/test_,bfloat16_linear.py openvino_network.py encoder.py encoder_files.py training.py calibration_attacks.py) \
 	$(addprefix docs/test_,examples.py generated_pages.py screenshots.py) lora_store/test_catalogue_folding.py lora_store/test_snapshot_visible_changes.py)
 quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3 and not endpoint and not run_models" $(QUICK_TESTS) $(NOT_QUICK)

@@ -1,8 +1,9 @@
 """Measure the encoder alone and next to a decoding worker: `python -m benchmarks.encoder`.
 
 A worker in a process of its own decodes 32 rows with a mixture of three adapters, on all cores and with the niceness of
-the settings. The encoder has one thread, as in the server, and reads new texts of 40 tokens, with bfloat16 and with
-float32 products in turn. The held-out prompts of the starter pool show what the products change.
+the settings. The encoder has one thread, as in the server, and reads new texts of 40 tokens, in turn as the server runs
+it (OpenVINO, in bfloat16 where the processor has it), with torch in bfloat16 and with torch in float32. The held-out
+prompts of the starter pool show what that changes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from benchmarks.results_file import write_results
 from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from deployments.config.app import WorkerSettings
 from lora_store.sample_files import SAMPLES_FILE, parse_samples
+from retriever_svc.bfloat16_linear import use_bfloat16
 from retriever_svc.encoder import Encoder, unit_rows
 
 NUM_TOKENS, NUM_BATCH, NUM_ADAPTERS, NUM_HELD_OUT = 40, 32, 8, 12
-BFLOAT16, FLOAT32 = "bfloat16", "float32"
+SERVER, BFLOAT16, FLOAT32 = "server", "bfloat16", "float32"
 WORDS = ("river", "stone", "light", "paper", "green", "house", "door", "cold", "fish", "tree", "road", "night")
 
 
@@ -83,6 +85,13 @@ def milliseconds(encoders: Mapping[str, Encoder], texts: Texts, count: int, size
     return found
 
 
+def with_torch() -> Encoder:
+    """Return the encoder with torch's bfloat16 products, as for models that OpenVINO cannot run."""
+    encoder = Encoder(num_threads=1, dtype="float32")
+    assert use_bfloat16(encoder._model, encoder._compute)
+    return encoder
+
+
 def found_first(encoders: Mapping[str, Encoder]) -> dict[str, float]:
     """Return the share of held-out prompts whose own adapter is first, in a pool embedded with float32."""
     folders = [path for path in sorted(POOL.iterdir()) if path.is_dir()]
@@ -103,16 +112,18 @@ def main(
 ) -> None:
     """Measure the packaged encoder."""
     count = 3 if quick else count
-    encoders = {BFLOAT16: Encoder(num_threads=1), FLOAT32: Encoder(num_threads=1, dtype="float32")}
+    encoders = {
+        SERVER: Encoder(num_threads=1),
+        BFLOAT16: with_torch(),
+        FLOAT32: Encoder(num_threads=1, dtype="float32"),
+    }
     texts = Texts()
     alone = milliseconds(encoders, texts, count)
     batch = milliseconds(encoders, texts, max(count // 20, 1), NUM_BATCH)
     with decoding_worker():
         busy = milliseconds(encoders, texts, count)
     shares = found_first(encoders)
-    table = table_of(
-        "products", "p50 alone ms", "p50 next to a worker ms", "p90 ms", "32 texts ms", "own adapter first"
-    )
+    table = table_of("runtime", "p50 alone ms", "p50 next to a worker ms", "p90 ms", "32 texts ms", "own adapter first")
     figures: dict[str, float] = {}
     for name in encoders:
         p50, p90 = statistics.median(busy[name]), float(np.quantile(busy[name], 0.9))

@@ -1,5 +1,7 @@
 """Run an encoder's linear layers in bfloat16, where the processor has such products: about half the time of float32.
 
+It serves models that OpenVINO cannot run (`openvino_network.py`).
+
 All else stays float32: normalisations, attention, sums of layers and pooling. The vectors are those of the float32
 encoder up to a cosine of about 0.99997, so both may be in one index.
 """

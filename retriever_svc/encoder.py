@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Vectors = NDArray[np.float32]
-EncoderDtype = Literal["auto", "float32"]  # of the linear layers; auto: bfloat16 where the processor multiplies it
+EncoderDtype = Literal["auto", "float32"]  # auto: OpenVINO, in bfloat16 where the processor has it; float32: torch
 INSTRUCTION = "Represent the sentence for similar task retrieval: "
 MAX_TOKENS = 256  # read from each text, including the instruction
 _CHARS_PER_TOKEN = 64  # limits the tokenizer's work on long texts
@@ -67,7 +67,7 @@ class Encoder:
     """A sentence-transformers model that puts the paper's instruction before every text. Safe to call from any thread.
 
     It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
-    surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process.
+    surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process, and the encoder's own.
     With `dtype` auto a vector also depends slightly on the texts that are encoded with it, as bfloat16 is rounded.
     `max_cached_texts`: the number of cached vectors for each owner of texts.
     `projection` follows the model, if one is set with `projected`.
@@ -100,8 +100,9 @@ class Encoder:
         self.projection: Whitening | None = None
         if dtype == "auto":
             from retriever_svc.bfloat16_linear import has_bfloat16_products, use_bfloat16  # torch takes seconds
+            from retriever_svc.openvino_network import use_openvino
 
-            if has_bfloat16_products():
+            if not use_openvino(self._model, self._compute) and has_bfloat16_products():
                 use_bfloat16(self._model, self._compute)
 
     def projected(self, projection: Whitening | None) -> Encoder:

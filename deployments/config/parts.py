@@ -51,7 +51,7 @@ class RetrievalSettings(Settings):
 
     encoder: str = DEFAULT_ENCODER
     encoder_threads: int | None = Field(default=None, ge=1)
-    encoder_dtype: EncoderDtype = "auto"  # of its linear layers; auto: bfloat16 where the processor multiplies it
+    encoder_dtype: EncoderDtype = "auto"  # auto: OpenVINO, in bfloat16 where the processor has it; float32: torch
     strategy: Literal["selection", "mixture", "fusion"] = "mixture"
     k: int = Field(default=3, ge=1, le=16)
     weights: Weighting = "evidence"  # companions of another function get at most a third of the best adapter's weight

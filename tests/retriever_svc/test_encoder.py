@@ -93,12 +93,12 @@ def test_the_instruction_changes_vectors_and_identity(encoder: Encoder) -> None:
 def test_identity_follows_weights_and_length_not_the_folder(encoder: Encoder, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(model_folder("all-MiniLM-L6-v2"), copy)
-    assert Encoder(copy).identity == encoder.identity
-    assert Encoder(copy, max_tokens=64).identity != encoder.identity
+    assert Encoder(copy, dtype="float32").identity == encoder.identity
+    assert Encoder(copy, max_tokens=64, dtype="float32").identity != encoder.identity
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert Encoder(copy).identity != encoder.identity
+    assert Encoder(copy, dtype="float32").identity != encoder.identity
 
 
 def test_texts_are_read_up_to_max_tokens() -> None:
@@ -251,7 +251,7 @@ def test_a_model_that_is_neither_folder_nor_hub_id_is_refused_by_name() -> None:
 def test_the_thread_count_is_set() -> None:
     before = torch.get_num_threads()
     try:
-        Encoder(num_threads=before + 1)
+        Encoder(num_threads=before + 1, dtype="float32")
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
