@@ -214,7 +214,12 @@ void add_to(bf16* y, const float* acc, int64_t left) {
     const __m512 sum_low = _mm512_add_ps(low, _mm512_loadu_ps(acc + column));
     const __m512 sum_high = _mm512_add_ps(high, _mm512_loadu_ps(acc + column + kLanes));
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(sum_high, sum_low);
-    _mm512_mask_storeu_epi16(y + column, mask, _mm512_permutexvar_epi64(join, both));
+    const __m512i values = _mm512_permutexvar_epi64(join, both);
+    if (left - column >= kBlock) {
+      _mm512_storeu_si512(y + column, values);  // cheaper than a masked store
+    } else {
+      _mm512_mask_storeu_epi16(y + column, mask, values);
+    }
   }
 }
 #endif
@@ -252,9 +257,10 @@ void expand_columns(const Pairs& p, const float* h, const E* bt, int64_t stride,
 template <class E>
 void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
   thread_local std::vector<float> acc;
-  const int64_t per_thread = (num_out + p.num_threads - 1) / p.num_threads;
-  const int64_t wanted = std::min(per_thread, kHeldValues / std::max(p.num_slots, 1));
-  const int64_t width = std::max(kBlock, (wanted + kBlock - 1) / kBlock * kBlock);
+  const int64_t most = std::max(kBlock, kHeldValues / std::max(p.num_slots, 1) / kBlock * kBlock);
+  const int64_t rounds = (num_out + most * p.num_threads - 1) / (most * p.num_threads);
+  const int64_t wanted = (num_out + rounds * p.num_threads - 1) / (rounds * p.num_threads);  // equal for all threads
+  const int64_t width = (wanted + kBlock - 1) / kBlock * kBlock;
 #pragma omp for schedule(static)
   for (int64_t first = 0; first < num_out; first += width)
     expand_columns(p, h, bt, num_out, first, width, y, y_stride, acc);

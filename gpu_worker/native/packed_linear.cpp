@@ -44,7 +44,7 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
   for (int r = 0; r < R; ++r) {
     const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high[r], low[r]);
     if (left >= kBlock) {
-      _mm512_storeu_si512(y + r * num_out, values);  // AMD's masked stores are slow
+      _mm512_storeu_si512(y + r * num_out, values);  // cheaper than a masked store
     } else {
       _mm512_mask_storeu_epi16(y + r * num_out, (1u << left) - 1, values);
     }
