@@ -36,15 +36,17 @@ demo: $(READY) ## answer the starter pool's held-out prompts with every strategy
 bench: $(READY) ## other projects' load clients against this server and vLLM; ARGS="--vllm-python … --guidellm …"
 	$(BIN)/python -m benchmarks.load $(ARGS)
 
+# Named, since collecting all tests takes half a minute.
+E2E_TESTS := tests/e2e tests/cluster
 test: $(READY) ## run every test: two at a time, then those that share one running application
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e"
-	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest $(E2E_TESTS)
 
 coverage: $(READY) ## run the tests without a running application and print which lines they reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov
 
 test-e2e: $(READY) ## run the tests that start a server, with ENGINE=native or ENGINE=vllm
-	ENGINE=$(ENGINE) $(BIN)/python -m pytest -m e2e $(ARGS)
+	ENGINE=$(ENGINE) $(BIN)/python -m pytest -m e2e $(or $(ARGS),$(E2E_TESTS))
 
 test-vllm: ## install vLLM into .venv-vllm and run the tests of both engines there
 	$(MAKE) ENGINE=vllm .venv-vllm/.ready

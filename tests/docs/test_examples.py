@@ -76,6 +76,12 @@ def test_make_is_called_with_targets_that_exist() -> None:
     assert [(page, word) for page, word in called if word not in targets] == []
 
 
+def test_make_runs_the_tests_of_every_folder_that_starts_a_server() -> None:
+    [listed] = re.findall(r"^E2E_TESTS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    marked = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name in ("e2e", "cluster")}
+    assert {ROOT / folder for folder in listed.split()} == marked != set()
+
+
 def test_modules_that_are_run_exist() -> None:
     modules = {words[2] for _, words in command_lines("python") if words[1] == "-m"} - {"pip"}
     assert len(modules) >= 2
