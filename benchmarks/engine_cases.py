@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -165,6 +166,12 @@ def rounds_within(most: int, minutes: float) -> Iterator[int]:
             return
         yield number
         longest = max(longest, time.perf_counter() - started)
+
+
+def with_range(values: Sequence[float]) -> str:
+    """Return the median of the rounds, with the least and the most if there are several."""
+    middle = f"{statistics.median(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
 
 
 def table_of(*columns: str) -> Table:

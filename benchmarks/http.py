@@ -37,6 +37,7 @@ from benchmarks.engine_cases import (
     sampling,
     shown,
     table_of,
+    with_range,
 )
 from benchmarks.results_file import write_results
 from deployments.auth.private_files import sessions_folder
@@ -205,8 +206,7 @@ def report(found: Sequence[dict[str, float]], singles: Sequence[dict[str, float]
     table = table_of(f"{NUM_ROWS} streams", "tokens/s", "/ engine alone")
     for kind in KINDS:
         alone = ENGINE_ONE if kind in (ENGINE_ONE, HTTP_ONE) else ENGINE_MIX
-        ratio = statistics.median(round_[kind] / round_[alone] for round_ in found)
-        table.add_row(kind, f"{medians[kind]:.0f}", f"{ratio:.2f}")
+        table.add_row(kind, f"{medians[kind]:.0f}", with_range([round_[kind] / round_[alone] for round_ in found]))
     text = shown(table)
     table = table_of(f"one request at a time, {SINGLE_TOKENS} tokens", "count", "p50 ms", "p90 ms")
     for what in singles[0]:

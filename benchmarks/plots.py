@@ -16,6 +16,7 @@ except ImportError:  # the optional extra `bench` is not installed
 def bars(name: str, values: Mapping[str, float], label: str) -> None:
     """Draw a bar for each value, the first one on top, into `results/<name>.svg`."""
     if pyplot is None:
+        _warn(name)
         return
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.35 * len(values)), layout="constrained")
     drawn = axes.barh(list(values), list(values.values()))
@@ -31,6 +32,7 @@ def lines(
 ) -> None:
     """Draw each curve through its points (x, y) into `results/<name>.svg`; the measured x are the ticks."""
     if pyplot is None:
+        _warn(name)
         return
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for label, points in curves.items():
@@ -45,6 +47,10 @@ def lines(
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend()
     _save(figure, name)
+
+
+def _warn(name: str) -> None:
+    print(f"results/{name}.svg was not drawn and may be of an earlier run: pip install -e '.[bench]'")
 
 
 def _save(figure: Any, name: str) -> None:

@@ -31,6 +31,7 @@ from benchmarks.engine_cases import (
     rounds_within,
     shown,
     table_of,
+    with_range,
 )
 from benchmarks.literal_einsum import literal_mixture
 from benchmarks.results_file import write_results
@@ -159,21 +160,27 @@ def every_second_step_base(forward: ForwardPass) -> Iterator[None]:
 
 
 def figures_of(found: Sequence[Round], turns: Sequence[Turn]) -> dict[str, float]:
-    """Return the medians over rounds, and over turns, of values compared within one; 32 rows each."""
-
-    def median(name: str, over: str) -> float:
-        return statistics.median(round_[f"{name} x{NUM_ROWS}"] / round_[f"{over} x{NUM_ROWS}"] for round_ in found)
+    """Return the ratios, and the medians over turns of the cost of adapters; 32 rows each."""
 
     def extra_ms(name: str) -> float:
         return statistics.median(turn[name] for turn in turns)
 
-    figures = {"base_over_generate": median("base", "generate")}
+    costs = {f"lora_ms_{active}": extra_ms(f"mixture {active}") for active in (8, 32, 96)}
+    return ratios_of(found) | costs | {"literal_ms_8": extra_ms("literal einsum 8")}
+
+
+def ratios_of(found: Sequence[Round]) -> dict[str, float]:
+    """Return the medians over rounds of values compared within one; 32 rows unless the name says otherwise."""
+
+    def median(name: str, over: str, num_rows: int = NUM_ROWS) -> float:
+        return statistics.median(round_[f"{name} x{num_rows}"] / round_[f"{over} x{num_rows}"] for round_ in found)
+
+    figures = {"base_over_generate": median("base", "generate"), "base1_over_generate": median("base", "generate", 1)}
     figures |= {f"mixture{active}_over_generate": median(f"mixture {active}", "generate") for active in (8, 32, 96)}
-    figures |= {f"lora_ms_{active}": extra_ms(f"mixture {active}") for active in (8, 32, 96)}
-    figures |= {"mixture8_over_base": median("mixture 8", "base")}
+    figures |= {f"mixture{active}_over_base": median(f"mixture {active}", "base") for active in (8, 32, 96)}
     for case in (case for case in CASES if case.sampling != "greedy"):
         figures[f"{re.sub('[^a-z0-9]+', '_', case.sampling)}_over_greedy"] = median(case.what, "base")
-    return figures | {"literal_ms_8": extra_ms("literal einsum 8")}
+    return figures
 
 
 def table_and_medians(found: Sequence[Round]) -> tuple[str, Mapping[str, float]]:
@@ -182,8 +189,8 @@ def table_and_medians(found: Sequence[Round]) -> tuple[str, Mapping[str, float]]
     for num_rows in BATCHES:
         table.add_row("generate", str(num_rows), f"{medians[f'generate x{num_rows}']:.0f}", "1.00", "")
         for case in (case for case in CASES if case.num_rows == num_rows):
-            ratio = statistics.median(round_[case.name] / round_[f"generate x{num_rows}"] for round_ in found)
-            cells = f"{medians[case.name]:.0f}", f"{ratio:.2f}", f"{medians[f'{case.name} ms']:.0f}"
+            ratio = with_range([round_[case.name] / round_[f"generate x{num_rows}"] for round_ in found])
+            cells = f"{medians[case.name]:.0f}", ratio, f"{medians[f'{case.name} ms']:.0f}"
             table.add_row(case.what, str(num_rows), *cells)
         table.add_section()
     return shown(table), medians
@@ -212,6 +219,7 @@ def main(
     for number in rounds_within(1 if quick else rounds, minutes):
         found.append(bench.round(number, WARM_TOKENS if quick else NUM_NEW))
         console.print(f"round {number}: " + ", ".join(f"{name} {value:.0f}" for name, value in found[-1].items()))
+        console.print(", ".join(f"{name} {value:.2f}" for name, value in ratios_of(found[-1:]).items()))
     turns = [bench.turn(number, *[3 * NUM_PROMPT_STEPS] * quick) for number in range(1 if quick else NUM_TURNS)]
     figures = figures_of(found, turns)
     table, medians = table_and_medians(found)
