@@ -101,10 +101,12 @@ class TwoBases:
         self.study, self.bases, self.out, self._retriever = study, bases, out, retriever
 
     def routes(self, questions: Sequence[Question], base: str | None, top_k: int) -> list[Route]:
-        """Return the route of each question. A request with a base finds adapters of this base only."""
+        """Return the route of each question, with equal weights. A request with a base finds its adapters only."""
         tags = () if base is None else (base,)
         requests = [
-            RouteRequest(q.item.input, strategy="mixture", top_k=top_k, min_score=_NO_FLOOR, tags=tags)
+            RouteRequest(
+                q.item.input, strategy="mixture", weighting="uniform", top_k=top_k, min_score=_NO_FLOOR, tags=tags
+            )
             for q in questions
         ]
         found = self._retriever.route(requests)
@@ -117,14 +119,16 @@ class TwoBases:
         return [self._retriever.plan_named(LOCAL_TENANT, chosen, "selection") for chosen in choices]
 
     def base_rows(self, per_task: int) -> pa.Table:
-        """Answer by each base: alone, with the own adapter, and with those that retrieval finds for it."""
+        """Answer by each base: without adapter, with the own one, and with those found for it or for the task."""
         questions, tables = self.study.questions("test", per_task), []
+        found = self.found_tasks(questions)
         for base in self.bases:
             ways = {
                 "base": Base().plans(self._retriever, questions),
                 "perfect": self.named(base, [q.task for q in questions]),
                 "selection": [_selected(route) for route in self.routes(questions, base.name, 1)],
                 "mixture": [route.plan for route in self.routes(questions, base.name, TOP_K)],
+                "found": self.named(base, found),
             }
             for way, plans in ways.items():
                 run = f"{way}_{base.name}"
@@ -214,7 +218,7 @@ PAIRS = [
     ("perfect_second", "perfect_first"),
     *[(f"selection_{base}", f"perfect_{base}") for base in (FIRST, SECOND)],
     *[(f"mixture_{base}", f"selection_{base}") for base in (FIRST, SECOND)],
-    *[(f"{way}_{run}", f"{one}_first") for run, one in (("own", "perfect"), ("found", "selection"))
+    *[(f"{way}_{run}", f"{one}_first") for run, one in (("own", "perfect"), ("found", "found"))
       for way in ("averaged", "voted")],
     ("averaged_found", "voted_found"),
 ]  # fmt: skip
@@ -226,15 +230,16 @@ def sentence(folder: Path) -> str:
         return "A second base model was not measured yet."
     answers, found = Answers(pd.read_parquet(folder / ROWS), {}), pd.read_parquet(folder / FOUND)
     means = {run: percent(answers.interval(run).mean) for run in answers.runs}
-    gains = [answers.difference(f"{way}_found", "selection_first").in_percent() for way in ("averaged", "voted")]
+    gains = [answers.difference(f"{way}_found", "found_first").in_percent() for way in ("averaged", "voted")]
     share = found.loc[found["base"] == "both", "second_weight"].mean()
     return (
         f"A second base, pruned and distilled from the first, has {means['perfect_second']} % with own adapters where"
         f" the first has {means['perfect_first']} ({answers.scores('base_first').shape[0]} tasks). Selection from one"
         f" index for both has {means['selection_second']} and {means['selection_first']} %. Without a base in the"
         f" request, the second's adapters get {percent(share)} % of the softmax weight. The own task comes first"
-        f" {nearer(found).in_percent()} points more often than among the first's adapters alone. Less selection on the"
-        f" first base, averaged log probabilities of both have {gains[0]} points, a vote {gains[1]}."
+        f" {nearer(found).in_percent()} points more often than among the first's adapters alone. Compared with the"
+        f" first base's adapter of the same task, averaging log probabilities changes right answers by {gains[0]}"
+        f" points, a vote by {gains[1]}."
     )
 
 
@@ -244,10 +249,9 @@ def section(rows: pd.DataFrame, found: pd.DataFrame, record: Mapping[str, Any]) 
     tasks, questions = answers.scores("base_first").shape
     ways = ("base", "perfect", "selection", "mixture")
     lines = [[way, *[answers.interval(f"{way}_{base}").in_percent() for base in (FIRST, SECOND)]] for way in ways]
-    joint = [
-        [way, *[answers.interval(f"{way}_{run}").in_percent() for run in ("own", "found")]]
-        for way in ("averaged", "voted")
-    ]
+    of_task = {f"{base} base alone": (f"perfect_{base}", f"found_{base}") for base in (FIRST, SECOND)}
+    of_task |= {way: (f"{way}_own", f"{way}_found") for way in ("averaged", "voted")}
+    joint = [[way, *[answers.interval(run).in_percent() for run in runs]] for way, runs in of_task.items()]
     own = [
         [task, *[percent(answers.scores(run).loc[task].mean()) for run in answers.runs]]
         for task in answers.scores("base_first").index
@@ -259,8 +263,9 @@ def section(rows: pd.DataFrame, found: pd.DataFrame, record: Mapping[str, Any]) 
             "## A second base model\n",
             f"The second base has {len(record['kept'])} layers of the first ({kept}; the most influential ones, by the",
             "cosine of their input and output), embeddings of its own, and a short distillation on the inputs of the",
-            "pool's training examples, without answers. Its divergence from the first on other inputs fell from",
-            f"{before:.2f} to {after:.2f} nats a token. It has its own adapters, trained by the study's recipe.",
+            "pool's training examples, without answers. Its divergence from the first on other inputs, over the most",
+            f"common ids and those of the prompts, fell from {before:.2f} to {after:.2f} nats a token. It has its own",
+            "adapters, trained by the study's recipe.",
             f"{tasks} tasks (four of each of the three largest clusters), {questions} questions each; percent with",
             "95 % intervals. One index has the adapters of both bases, embedded by different samples. A tag names the",
             "base of each, so a request for one base finds its adapters only.\n",

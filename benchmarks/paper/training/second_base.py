@@ -29,7 +29,7 @@ RECORD = "second_base.json"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _JUDGED = 8  # batches of the influences, and of the divergence before and after
 
-_TRAINING = Recipe(num_steps=120, batch_tokens=640, learning_rate=3e-4, warmup_share=0.05)
+_TRAINING = Recipe(num_steps=160, batch_tokens=640, learning_rate=3e-4, warmup_share=0.05)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def test_copies_are_judged_by_the_stage_that_has_more_tasks(tmp_path: Path) -> N
     ],
 )
 def test_a_second_base_is_compared_with_the_named_run(tmp_path: Path, words: tuple[str, ...], expected: float) -> None:
-    scores = {"selection_first": 0.4, "selection_second": 0.8, "perfect_second": 0.6, "mixture_second": 0.3}
+    scores = {"found_first": 0.4, "selection_second": 0.8, "perfect_second": 0.6, "mixture_second": 0.3}
     write(tmp_path / second_base.ROWS, scores | {"averaged_found": 0.9, "voted_found": 0.7})
     assert claim(*words).difference(Results(tmp_path)).mean == pytest.approx(expected)
 

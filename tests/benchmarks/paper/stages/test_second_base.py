@@ -64,7 +64,8 @@ def test_each_base_finds_and_uses_its_own_adapters_only(both: Loaded) -> None:
         assert {name.rpartition(".")[2] for names in own["adapters"] for name in names} == {base}
         means = rows.groupby("run")["score"].mean()
         assert means[f"perfect_{base}"] == 1.0 > means[f"base_{base}"]
-    assert rows[rows["run"] == "mixture_second"]["adapters"].map(len).eq(3).all()
+    mixed = rows[rows["run"].str.startswith("mixture")]["weights"]
+    assert len(mixed) == 12 and all(list(weights) == pytest.approx([1 / 3] * 3, abs=1e-4) for weights in mixed)
     assert rows[rows["run"] == "selection_second"]["adapters"].map(len).eq(1).all()
 
 
@@ -116,6 +117,9 @@ class Mistaken(TwoBases):
 def test_both_bases_use_the_task_that_is_found_or_the_own_one(both: Loaded) -> None:
     two, ensemble = both
     mistaken = Mistaken(two.study, two.bases, two._retriever, two.out)
+    alone = mistaken.base_rows(1).to_pandas().groupby("run")["score"].mean()
+    for base in (FIRST, SECOND):
+        assert alone[f"found_{base}"] == 0.0 and alone[f"perfect_{base}"] == alone[f"selection_{base}"] == 1.0
     for rows in (mistaken.voted_rows(1), mistaken.averaged_rows(ensemble, 1)):
         means = rows.to_pandas().groupby("run")["score"].mean()
         assert sorted(means) == [0.0, 1.0] and means.idxmax() in ("voted_own", "averaged_own")
@@ -146,7 +150,7 @@ def test_the_stage_answers_once_and_writes_its_tables(both: Loaded, tmp_path: Pa
     record = {"kept": [0, 2], "divergence_before": 4.0, "divergence_after": 0.5}
     second_base.write_tables(tmp_path, record)
     text = (tmp_path / "second_base.md").read_text()
-    assert "2 layers of the first (0, 2;" in text and "from\n4.00 to 0.50 nats" in text
+    assert "2 layers of the first (0, 2;" in text and "fell from 4.00 to 0.50 nats" in text
     assert "| without a base |" in text and "| averaged found − selection first |" in text
     assert "not measured yet" in second_base.sentence(tmp_path / "none")
     sentence = second_base.sentence(tmp_path)
