@@ -22,7 +22,6 @@ import typer
 
 from benchmarks.engine_cases import NUM_ROWS, Loaded, Quick, console, plans, sampling, shown, table_of
 from benchmarks.results_file import write_results
-from deployments.cli.local_server import bound_spinning
 from deployments.config.app import WorkerSettings
 from gpu_worker.request.request import Job
 
@@ -119,7 +118,6 @@ def main(
     quick: Quick = False,
 ) -> None:
     """Gemma-3-270M bfloat16, mixtures of 3 over 8 adapters."""
-    bound_spinning(os.environ)  # as `loraretriever serve` does; the processes inherit it
     table = table_of("nice value of the streams", "rounds", "median", "least", "most")
     figures, runs = {}, []
     for name, niceness in NICENESS.items():

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,17 +32,8 @@ APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
-# How often a thread of libgomp looks for the others before it sleeps. By default 300,000 times, some milliseconds, in
-# which it uses up its share of a core that other programs want too.
-SPIN_VARIABLE, NUM_SPINS = "GOMP_SPINCOUNT", "10000"
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
-
-
-def bound_spinning(environ: MutableMapping[str, str]) -> None:
-    """Let threads that wait for their team sleep soon, unless the environment says how they wait."""
-    if environ.keys().isdisjoint({SPIN_VARIABLE, "OMP_WAIT_POLICY"}):
-        environ[SPIN_VARIABLE] = NUM_SPINS
 
 
 class Server:
@@ -95,7 +86,6 @@ class Server:
             use_token_mode()
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
-        bound_spinning(os.environ)
         bypass_http_proxy()
         ray.init(
             "local",  # ignores RAY_ADDRESS

@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.calls.proxy_limits import CONNECTIONS_VARIABLE
-from deployments.cli.local_server import APP_NAME, NUM_SPINS, SPIN_VARIABLE
+from deployments.cli.local_server import APP_NAME
 from deployments.config.app import AppConfig, ScalingSettings
 from lora_store.location import Location
 from tests.k8s import placement
@@ -40,8 +40,6 @@ def problems(manifests: Manifests) -> Iterator[str]:
     for pod in (manifests.head, *manifests.workers):
         if {"name": CALLBACK_VARIABLE, "value": CALLBACK} not in pod.container.get("env", []):
             yield f"{pod.name}: its HTTP proxy bounds no headers: {CALLBACK_VARIABLE} is not {CALLBACK}"
-        if {"name": SPIN_VARIABLE, "value": NUM_SPINS} not in pod.container.get("env", []):
-            yield f"{pod.name}: its threads wait for each other as libgomp does: {SPIN_VARIABLE} is not {NUM_SPINS}"
         if {"name": CONNECTIONS_VARIABLE, "value": "0"} not in pod.container.get("env", []):
             yield f"{pod.name}: its HTTP proxy bounds the connections of the ingress controller, which is one address"
     for pod in manifests.workers:

@@ -20,7 +20,6 @@ MISTAKES = [
     Mistake("GPU that computes nothing", lambda m: m.change_args(worker={"device": "cpu"}), "worker.device is cpu"),
     Mistake("another Ray", lambda m: m.cluster.update(rayVersion="2.59.0"), "2.59.0"),
     Mistake("proxy of unbounded headers", lambda m: m.head.container["env"].clear(), "bounds no headers"),
-    Mistake("threads that spin", lambda m: m.head.container["env"].clear(), "GOMP_SPINCOUNT is not 10000"),
     Mistake(
         "clients behind one address",
         lambda m: container(m, "cpu")["env"].pop(),

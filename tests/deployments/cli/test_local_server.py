@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import NUM_SPINS, SPIN_VARIABLE, Server, bound_spinning
+from deployments.cli.local_server import Server
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
 
@@ -94,11 +94,3 @@ def test_no_answer_at_all_is_reported() -> None:
     server = Server(config_of(), port=free_port("127.0.0.1"))
     with pytest.raises(ServerFailed, match="not ready after 0 s"):
         server.wait_ready(timeout_s=0.1)
-
-
-@pytest.mark.parametrize("given", [{}, {SPIN_VARIABLE: "7"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
-def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait(given: dict[str, str]) -> None:
-    environ = {"HOME": "/tmp"} | given
-    bound_spinning(environ)
-    assert environ == {"HOME": "/tmp"} | (given or {SPIN_VARIABLE: NUM_SPINS})
-    assert int(NUM_SPINS) < 300_000, "libgomp's own"
