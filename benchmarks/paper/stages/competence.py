@@ -204,7 +204,8 @@ def sentence(folder: Path) -> str:
     back = answers.difference("measured_selection", "flipped_selection").in_percent()
     return (
         f"With a contradicting copy of the adapters of {tasks} tasks in the pool ({questions} questions each),"
-        f" selection changes by {lost} points. The server's evaluation changes that by {back} points."
+        f" selection changes by {lost} points. After the server's evaluation, selection changes by a further {back}"
+        " points."
     )
 
 

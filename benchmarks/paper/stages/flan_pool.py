@@ -20,6 +20,7 @@ from benchmarks.paper.answering.auto import Auto
 from benchmarks.paper.answering.methods import MAIN
 from benchmarks.paper.answering.runs import Bench, Method, pool_retriever, run_all
 from benchmarks.paper.answering.study import load_asker, load_study, worker_config
+from benchmarks.paper.common.markdown import percent
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
 from benchmarks.paper.common.tasks import NUM_TEST, read_task_list
@@ -63,6 +64,38 @@ def methods() -> dict[str, Method]:
     """Return the paper's methods and the server's default, without abstention."""
     autos = {f"auto_{pool}": Auto(abstains=False, masks_own=pool == "ood") for pool in ("iid", "ood")}
     return {**MAIN, **autos}
+
+
+def summary(folder: Path) -> str:
+    """Return the two scores that the paper compares in distribution."""
+    if not (folder / ROWS).exists():
+        return "A pool whose tasks share their labels was not measured yet."
+    means = _means(Answers(pd.read_parquet(folder / ROWS), {}))
+    return (
+        "Where all tasks share their labels, as in Flan's clusters, the mixture has"
+        f" {means['mixture_iid']} %, selection {means['selection_iid']} %."
+    )
+
+
+def sentence(folder: Path) -> str:
+    """Return the scores that the paper compares, and what they mean for the main pool."""
+    if not (folder / ROWS).exists():
+        return "A pool whose tasks share their labels was not measured yet."
+    answers = Answers(pd.read_parquet(folder / ROWS), {})
+    means, tasks = _means(answers), len(answers.scores("perfect"))
+    leads = [answers.difference(f"mixture_{pool}", f"selection_{pool}").in_percent() for pool in ("iid", "ood")]
+    return (
+        f"On {tasks} tasks with the same labels, as in Flan's clusters, the mixture has {means['mixture_iid']} % in"
+        f" distribution and selection {means['selection_iid']} %. Out of distribution they have {means['mixture_ood']}"
+        f" and {means['selection_ood']} %, guessing {means['majority']} %. The mixture's leads over selection are"
+        f" {leads[0]} and {leads[1]} points. Fusion is as good as the mixture: {means['fusion_iid']} and"
+        f" {means['fusion_ood']} %. This is the strongest evidence for the cause of the mixture's failure"
+        " on the main pool: companions of another function."
+    )
+
+
+def _means(answers: Answers) -> dict[str, str]:
+    return {run: percent(answers.interval(run).mean) for run in answers.runs}
 
 
 def section(rows: pd.DataFrame) -> str:

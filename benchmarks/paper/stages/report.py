@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+import pandas as pd
 import typer
 
 from benchmarks.paper.common.intervals import Interval
@@ -19,6 +20,7 @@ from benchmarks.paper.stages import (
     competence,
     ensemble,
     errors,
+    flan_pool,
     gate,
     mixed_kinds,
     natural,
@@ -63,6 +65,22 @@ SECTIONS = (
     "stream.md",
     "served_study.md",
     "served_starter.md",
+)
+_LATER = (
+    "auto",
+    "companions",
+    "competence",
+    "ensemble",
+    "flan_pool",
+    "gate",
+    "layer_routers",
+    "mixed_kinds",
+    "natural",
+    "recipes",
+    "rerank",
+    "second_base",
+    "sizes",
+    "stream",
 )
 _SENTIMENT = "senti_"
 _NOT_MEASURED = "not measured yet"
@@ -242,6 +260,9 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "dots": errors.dots_sentence(folder),
         "companions": companions.sentence(folder),
         "natural": natural.sentence(folder),
+        "flan": flan_pool.sentence(folder),
+        "flan_summary": flan_pool.summary(folder),
+        "ensemble": ensemble.sentence(folder),
         "copies": competence.sentence(folder),
         "quarter": _points(_beyond("A quarter", "exchanged"), results),
         "second_base": second_base.sentence(folder),
@@ -251,6 +272,7 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),
+        "later": later_stages(folder),
         "missing": f"Stages without results: {', '.join(missing)}." if missing else "Every stage has results.",
         "appendices": appendices_of(folder),
     }
@@ -310,6 +332,22 @@ def methods_table(results: Results) -> str:
         rows.append([method.name, method.source, file, f"{method.compared}: {gain}", method.per_request])
         rows[-1].append(method.per_publish)
     return table(["method", "source", "file", "points", "cost per request", "cost per publish"], rows)
+
+
+def later_stages(folder: Path) -> str:
+    """Return the stages that used adapters which were trained again, with tasks × questions of each.
+
+    The gate belongs to them once its rows have the weight of own adapters.
+    """
+    found = {stage: folder / f"{stage}.parquet" for stage in _LATER}
+    rows = {stage: pd.read_parquet(path) for stage, path in found.items() if path.exists()}
+    if "gate" in rows and gate.own_weight(rows["gate"]) is None:
+        del rows["gate"]
+    words = [
+        f"`{stage}`" + (f" ({own['task'].nunique()} × {own['number'].nunique()})" if "number" in own else "")
+        for stage, own in rows.items()
+    ]
+    return ", ".join(words) or "none"
 
 
 def appendices_of(folder: Path) -> str:

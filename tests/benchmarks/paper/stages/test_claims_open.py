@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from benchmarks.paper.stages import competence, conflicts, mixed_kinds, second_base
+from benchmarks.paper.stages import competence, conflicts, mixed_kinds, natural, second_base
 from benchmarks.paper.stages.claims import Claim, Results
 from benchmarks.paper.stages.claims_open import QUESTIONS
 
 
-def write(path: Path, scores: dict[str, float], tasks: str = "ab") -> None:
-    """Write a file of runs with this score on every one of two questions."""
+def write(path: Path, scores: Mapping[str, float | Mapping[str, float]], tasks: str = "ab") -> None:
+    """Write a file of runs with this score, or this one of each task, on every one of two questions."""
     rows = [
-        {"run": run, "task": task, "number": number, "score": value}
+        {"run": run, "task": task, "number": number, "score": value[task] if isinstance(value, Mapping) else value}
         for run, value in scores.items()
         for task in tasks
         for number in range(2)
@@ -63,6 +64,32 @@ def test_a_kinds_loss_is_that_of_lora_subtracted(tmp_path: Path) -> None:
     assert claim("own DoRA").difference(results).mean == pytest.approx(-0.2)
     assert claim("own IA³").difference(results).mean == pytest.approx(0.2)
     assert claim("of one task mix").difference(results).mean == pytest.approx(-0.2)
+
+
+def why(results: Results, *words: str) -> str:
+    found = claim(*words).why
+    assert callable(found)
+    return found(results)
+
+
+def test_a_weaker_kind_has_less_to_lose(tmp_path: Path) -> None:
+    write(tmp_path / mixed_kinds.ROWS, {"lora_alone": 0.75, "dora_alone": 0.875, "ia3_alone": 0.5})
+    results = Results(tmp_path)
+    assert why(results, "own DoRA") == "2 tasks, in torch. Alone it has 87.5 %, LoRA 75.0 %."
+    assert why(results, "own IA³").endswith("Alone it has 50.0 %, LoRA 75.0 %; a weaker adapter has less to lose.")
+
+
+def test_tasks_that_lose_by_a_quarter_on_the_rival_are_counted(tmp_path: Path) -> None:
+    own_quarter = {"a": 0.5, "b": 1.0, "c": 0.75}
+    write(tmp_path / natural.ROWS, {"own": 0.75, "own_0.75": own_quarter, "own_0.9": 0.25}, tasks="abc")
+    found = why(Results(tmp_path), "A quarter", "related task")
+    assert found.startswith("1 of the 3 tasks lose answers.") and found.endswith("by -50.0 (-50.0 to -50.0).")
+
+
+def test_the_mixture_of_a_second_base_is_explained_by_that_of_the_first(tmp_path: Path) -> None:
+    write(tmp_path / second_base.ROWS, {"mixture_first": 0.25, "selection_first": 0.75, "mixture_second": 1.0})
+    found = why(Results(tmp_path), "second base", "mixture")
+    assert found.endswith("On the first base: -50.0 (-50.0 to -50.0).")
 
 
 def test_fewer_own_tasks_found_first_count_against_a_common_index(tmp_path: Path) -> None:

@@ -90,4 +90,6 @@ def test_the_sentence_says_how_many_tasks_were_measured(tmp_path: Path) -> None:
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / competence.ROWS)
     text = competence.sentence(tmp_path)
-    assert "of 3 tasks in the pool (2 questions each), selection changes by -50.0" in text and "by 50.0" in text
+    assert (
+        "of 3 tasks in the pool (2 questions each), selection changes by -50.0" in text and "by a further 50.0" in text
+    )

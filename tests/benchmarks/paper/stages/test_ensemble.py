@@ -66,6 +66,7 @@ def test_the_next_token_has_the_highest_mean_log_probability(loaded: Loaded, mad
 
 def test_the_stage_answers_once(loaded: Loaded, made: Ensemble, tmp_path: Path) -> None:
     bench = loaded.bench
+    assert ensemble.sentence(tmp_path) == "Averaged log probabilities were not measured yet."
     ensemble.measure(bench, made, "key", tmp_path, 1)
     before = bench.asker.engine.counters.num_requests
     ensemble.measure(bench, made, "key", tmp_path, 1)
@@ -76,3 +77,8 @@ def test_the_stage_answers_once(loaded: Loaded, made: Ensemble, tmp_path: Path) 
     ood = rows[rows["run"] == "ensemble_ood"]
     assert not any(row.task in row.adapters for row in ood.itertuples())
     assert "| ensemble iid − mixture iid |" in (tmp_path / "ensemble.md").read_text()
+    means = rows.groupby("run")["score"].mean()
+    gains = [100 * (means["ensemble_iid"] - means[f"{way}_iid"]) for way in ("selection", "mixture")]
+    found = ensemble.sentence(tmp_path)
+    assert f"answers by {gains[0]:.1f} (" in found and f"and by {gains[1]:.1f} (" in found
+    assert "(3 tasks, 1 questions each)" in found

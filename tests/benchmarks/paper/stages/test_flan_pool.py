@@ -21,6 +21,20 @@ def test_the_tasks_have_one_set_of_labels_and_several_sources_and_languages() ->
     assert len(sources) == 4 and len(languages) == 8 and "all" not in sources
 
 
+def test_the_sentences_have_the_scores_of_the_rows(tmp_path: Path) -> None:
+    scores = {"mixture_iid": 0.5, "selection_iid": 0.25, "mixture_ood": 0.75, "selection_ood": 0.125, "majority": 0.5}
+    scores |= {"fusion_iid": 0.625, "fusion_ood": 0.0, "perfect": 1.0}
+    rows = [{"run": run, "task": task, "number": 0, "score": score} for run, score in scores.items() for task in "abc"]
+    assert flan_pool.sentence(tmp_path) == flan_pool.summary(tmp_path)
+    pd.DataFrame(rows).to_parquet(tmp_path / flan_pool.ROWS)
+    assert "the mixture has 50.0 %, selection 25.0 %." in flan_pool.summary(tmp_path)
+    found = flan_pool.sentence(tmp_path)
+    assert "On 3 tasks" in found and "50.0 % in distribution and selection 25.0 %." in found
+    assert "they have 75.0 and 12.5 %, guessing 50.0 %." in found
+    assert "over selection are 25.0 (25.0 to 25.0) and 62.5 (62.5 to 62.5) points." in found
+    assert "Fusion is as good as the mixture: 62.5 and 0.0 %." in found
+
+
 def test_the_stage_compares_the_papers_methods_with_the_default(bench: Bench, tmp_path: Path) -> None:
     flan_pool.measure(bench, tmp_path, 2)
     before = bench.asker.engine.counters.num_requests

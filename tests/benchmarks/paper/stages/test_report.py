@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from benchmarks.paper.common.workspace import PAPER_RESULTS
@@ -40,6 +42,20 @@ def test_the_contents_link_to_every_heading(text: str) -> None:
 def test_the_existing_appendices_are_linked_by_their_titles(text: str) -> None:
     [line] = re.findall(r"^- \[.+\]\(.+answers\.md\)$", text, flags=re.MULTILINE)
     assert line.startswith("- [Answers](")
+
+
+def test_later_stages_are_listed_by_their_rows_and_the_gate_once_it_has_learnt(tmp_path: Path) -> None:
+    assert report.later_stages(tmp_path) == "none"
+    pd.DataFrame({"task": ["a"], "hit": [True]}).to_parquet(tmp_path / "stream.parquet")
+    for own, listed in ((1 / 3, "`recipes` (2 × 3), `stream`"), (0.8, "`gate` (2 × 3), `recipes` (2 × 3), `stream`")):
+        rows = [
+            {"run": "gate_iid", "task": task, "number": number, "adapters": [task, "c"], "weights": [own, 1 - own]}
+            for task in "ab"
+            for number in range(3)
+        ]
+        for stage in ("gate", "recipes"):
+            pd.DataFrame(rows).to_parquet(tmp_path / f"{stage}.parquet")
+        assert report.later_stages(tmp_path) == listed
 
 
 def test_the_committed_report_is_short_and_its_links_exist() -> None:
