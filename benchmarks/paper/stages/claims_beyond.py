@@ -41,7 +41,7 @@ def _costs_of_companions(results: Results) -> str:
     near, random = (percent(-answers.difference(run, "own").mean) for run in ("nearest_1", "random_1"))
     return (
         f"Against the own adapter alone the nearest cost {near} points, random ones {random}; the interval is too wide"
-        " to tell them apart."
+        " to distinguish them."
     )
 
 

@@ -151,7 +151,7 @@ def test_the_stage_answers_once_and_writes_its_tables(both: Loaded, tmp_path: Pa
     second_base.write_tables(tmp_path, record)
     text = (tmp_path / "second_base.md").read_text()
     assert "2 layers of the first (0, 2;" in text and "fell from 4.00 to 0.50 nats" in text
-    assert "| without a base |" in text and "| averaged found − selection first |" in text
+    assert "| without a base |" in text and "| averaged found − found first |" in text
     assert "not measured yet" in second_base.sentence(tmp_path / "none")
     sentence = second_base.sentence(tmp_path)
     assert "has 100.0 % with own adapters where the first has 100.0 (3 tasks)" in sentence
