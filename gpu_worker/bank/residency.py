@@ -1,4 +1,4 @@
-"""Track which bank rows belong to which adapter. Pinned adapters occupy the prefix of the rows."""
+"""Track which bank rows belong to which adapter, and pack those of pinned adapters where a reader needs a prefix."""
 
 from __future__ import annotations
 

@@ -54,7 +54,10 @@ def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:
 
 def make_linear_kernel(config: WorkerConfig) -> LinearKernel | None:
     """Return the compiled products of the base's layers where they are faster than oneDNN's, else None."""
-    return load_linear_kernel(config.cache_dir) if config.device == "cpu" and is_kernel_faster() else None
+    if config.device != "cpu" or not is_kernel_faster():
+        return None
+    kernel = load_linear_kernel(config.cache_dir)
+    return kernel if kernel is not None and kernel.has_bf16_products else None
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig) -> None:

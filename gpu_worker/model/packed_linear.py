@@ -22,11 +22,16 @@ class _Linear(ctypes.Structure):
 
 
 class LinearKernel:
-    """The compiled bfloat16 products on the CPU."""
+    """The compiled bfloat16 products on the CPU.
+
+    `has_bf16_products`: the library uses the processor's bfloat16 instructions. A prebuilt one for older processors
+    does not, nor does one of an old compiler.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.pack, self.linear = library.pack_bf16, library.linear_bf16
-        self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p), None
+        self.has_bf16_products = bool(library.has_bf16_products())
+        self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
         self.linear.argtypes, self.linear.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int32), None
 
 
@@ -45,7 +50,7 @@ class KernelLinear(nn.Module):
             self._bias[: self.out_features] = bias.detach()
         self._panels = zeros_on_huge_pages(padded * self.in_features, dtype=weight.dtype)
         weight = weight.detach().contiguous()
-        kernel.pack(weight.data_ptr(), *weight.shape, self._panels.data_ptr())
+        kernel.pack(weight.data_ptr(), *weight.shape, self._panels.data_ptr(), torch.get_num_threads())
         self._layer = _Linear(
             self._panels.data_ptr(), self._bias.data_ptr(), self.in_features, self.out_features
         )  # the tensors own the memory
@@ -103,6 +108,7 @@ def load_linear_kernel(cache_dir: Path) -> LinearKernel | None:
 def is_kernel_faster(capabilities: Mapping[str, bool] | None = None) -> bool:
     """Return whether the kernel is faster than oneDNN: with bfloat16 vectors, but without tiles (AMX).
 
+    The library must use these vectors too (`LinearKernel.has_bf16_products`).
     `capabilities`: of the processor, as torch names them. None: of this one.
     """
     found = torch.cpu.get_capabilities() if capabilities is None else capabilities

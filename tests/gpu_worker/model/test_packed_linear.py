@@ -88,6 +88,14 @@ def test_the_kernel_writes_no_byte_outside_its_outputs(kernel: LinearKernel) -> 
     assert torch.equal(y[1:14], layer(x)) and (y[0] == 7).all() and (y[14] == 7).all()
 
 
+def test_any_number_of_threads_packs_the_same_panels(kernel: LinearKernel) -> None:
+    weight = linear_of(8, 100).weight.detach()
+    one, four = (torch.full((128 * 8 + 1,), 7.0).bfloat16() for _ in range(2))
+    for panels, num_threads in ((one, 1), (four, 4)):
+        kernel.pack(weight.data_ptr(), *weight.shape, panels.data_ptr(), num_threads)
+    assert torch.equal(one, four) and (one[:-1] != 7).all() and one[-1] == 7
+
+
 @needs_bf16
 def test_layers_with_an_odd_number_of_inputs_are_left_to_onednn(kernel: LinearKernel) -> None:
     assert isinstance(packed(linear_of(7, 4), kernel), PackedLinear)
