@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Annotated
 
@@ -66,11 +66,14 @@ def hash_forever() -> None:
 
 
 @contextmanager
-def streams(niceness: int, num_threads: int | None) -> Iterator[Callable[[float], float]]:
-    """Yield a function that decodes for some seconds and returns the tokens per second."""
+def streams(
+    niceness: int, num_threads: int | None, run: Callable[..., None] = decode
+) -> Iterator[Callable[[float], float]]:
+    """Yield a function that decodes for some seconds, with `run`, and returns the tokens per second."""
     calls, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=decode, args=(niceness, num_threads, theirs))
+    process = _SPAWN.Process(target=run, args=(niceness, num_threads, theirs))
     process.start()
+    theirs.close()  # so that `recv` fails where the process has died
 
     def rate(seconds: float) -> float:
         calls.send(seconds)
@@ -80,7 +83,8 @@ def streams(niceness: int, num_threads: int | None) -> Iterator[Callable[[float]
         calls.recv()
         yield rate
     finally:
-        calls.send(0)
+        with suppress(BrokenPipeError):  # it has died
+            calls.send(0)
         process.join(120)
 
 

@@ -27,11 +27,11 @@ settings.register_profile("untimed", deadline=None)  # a slow machine fails no t
 settings.load_profile("untimed")
 
 torch.set_num_threads(1)  # tiny products are slower on two threads
-_ON_A_CLUSTER = ("e2e", "cluster")  # folders
+ON_A_CLUSTER = ("e2e", "cluster")  # folders
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.path.parent.name in _ON_A_CLUSTER:
+    if item.path.parent.name in ON_A_CLUSTER:
         item.add_marker(pytest.mark.e2e)
 
 

@@ -34,9 +34,12 @@ _NEEDS = {
 
 
 def scale_costs() -> str:
-    """Return the measured costs."""
+    """Return the measured costs, and the texts a second that follow from two of them."""
     figures = _results()["figures"]
-    return table(("measured", ""), [(text, _number(figures[f"cost_{name}"])) for name, text in _COSTS.items()])
+    rows = [(text, _number(figures[f"cost_{name}"])) for name, text in _COSTS.items()]
+    texts_s = 1000 / (figures["cost_encoder_ms"] + figures["cost_search_ms"])
+    rows.append(("new texts that one core encodes and searches, a second", _number(texts_s)))
+    return table(("measured", ""), rows)
 
 
 def scale_needs() -> str:

@@ -44,10 +44,15 @@ def test_numbers_are_in_the_cells_of_their_rows() -> None:
     assert cells["base model"] == [f"{figures['base_over_generate']:.2f}"]
     names = [f"mixture{count}_over_generate" for count in (8, 32, 96)]
     assert cells["mixture of 3, 8 / 32 / 96 active"] == [f"{figures[name]:.2f}" for name in names]
-    encoder = result_of("encoder")["figures"]
-    row = next(line for line in TABLES["results-encoder"]().splitlines() if "next to" in line)
-    beside = [encoder[f"encoder_{kind}_next_to_worker_p50_ms"] for kind in ("bfloat16", "float32")]
-    assert re.findall(r"[\d.]+", row) == [f"{value:.1f}" for value in beside]
+
+
+def test_every_runtime_of_the_encoder_has_a_row_with_its_times() -> None:
+    figures = result_of("encoder")["figures"]
+    rows = re.findall(r"\| ([\d.]+) ms \| ([\d.]+) ms \|$", BENCHMARK_BLOCKS["results-encoder"](), re.MULTILINE)
+    kinds = [kind for kind in ("server", "bfloat16", "float32") if f"encoder_{kind}_alone_p50_ms" in figures]
+    assert len(kinds) == sum(name.endswith("_alone_p50_ms") for name in figures)
+    places = ("alone", "next_to_worker")
+    assert rows == [tuple(f"{figures[f'encoder_{kind}_{place}_p50_ms']:.1f}" for place in places) for kind in kinds]
 
 
 def test_ratios_of_throughput_are_medians_over_rounds() -> None:

@@ -18,6 +18,7 @@ from typer.main import get_command
 from deployments.cli.main import cli
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
+from tests.conftest import ON_A_CLUSTER
 from tests.docs.pages import ROOT, CodeBlock, blocks_of, pages
 
 BLOCKS = [block for page in pages() for block in blocks_of(page)]
@@ -78,7 +79,7 @@ def test_make_is_called_with_targets_that_exist() -> None:
 
 def test_make_runs_the_tests_of_every_folder_that_starts_a_server() -> None:
     [listed] = re.findall(r"^E2E_TESTS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    marked = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name in ("e2e", "cluster")}
+    marked = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name in ON_A_CLUSTER}
     assert {ROOT / folder for folder in listed.split()} == marked != set()
 
 
