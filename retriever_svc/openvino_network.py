@@ -1,4 +1,4 @@
-"""Run an encoder's network with OpenVINO on the CPU: about 0.6 of torch's time with the same products.
+"""Run an encoder's network with OpenVINO on the CPU: about 0.7 of torch's time with the same products.
 
 OpenVINO multiplies bfloat16 numbers where the processor can, and float32 numbers elsewhere. The tokenizer, pooling and
 normalisation stay those of sentence-transformers, in float32. The vectors have a cosine of about 0.99997 to those of
