@@ -37,7 +37,7 @@ bench: $(READY) ## other projects' load clients against this server and vLLM; AR
 	$(BIN)/python -m benchmarks.load $(ARGS)
 
 # Named, since collecting all tests takes half a minute.
-E2E_TESTS := tests/e2e tests/cluster
+E2E_TESTS := tests/cluster tests/e2e
 test: $(READY) ## run every test: two at a time, then those that share one running application
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e"
 	$(BIN)/python -m pytest $(E2E_TESTS)

@@ -19,6 +19,11 @@ from tests.served_engine import WORKER, save_served_model
 from tests.tiny import linear_shapes, random_adapter, tiny_config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run these tests first: the application that all end-to-end tests share keeps this process connected to Ray."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="module")
 def running(
     request: pytest.FixtureRequest, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
