@@ -6,8 +6,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import typer
 from rich.console import Console
@@ -40,7 +43,7 @@ ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
     "moe_soft": ("mixture", RouterKind()),
     "smear": ("fusion", RouterKind()),
 }
-HUB_STEPS = 40
+LORAHUB, HUB_STEPS = "lorahub", 40
 _NOTHING = 1e-4  # smaller weights are left out of a plan
 
 
@@ -82,7 +85,7 @@ class Routers:
 
     def hub_weights(self, experts: Sequence[Expert], out: Console, num_steps: int = HUB_STEPS) -> Tensor:
         """Search LoRAHub's weights, one per adapter (P,), on the samples of all tasks."""
-        path = self._kept("lorahub", experts, num_steps, "COBYLA from zeros")
+        path = self._kept(LORAHUB, experts, num_steps, "COBYLA from zeros")
         if not path.exists():
             model = ExpertModel(self._base, [expert.weights for expert in experts], "fusion")
             loss_of = _loss_on(model, self._examples, self._loss_of, out)
@@ -105,7 +108,7 @@ def _loss_on(
     @torch.no_grad()
     def loss(weights: Tensor) -> float:
         found = [float(model.loss(batch, weights.expand(len(batch.ids), -1), loss_of)) for batch in batches]
-        out.print(f"lorahub: loss {sum(found) / len(found):.3f}")
+        out.print(f"{LORAHUB}: loss {sum(found) / len(found):.3f}")
         return sum(found) / len(found)
 
     return loss
@@ -160,7 +163,7 @@ def trained_baselines(
     kinds: Mapping[str, tuple[Sum, RouterKind]] = ROUTERS,
     num_hub_steps: int = HUB_STEPS,
 ) -> dict[str, Method]:
-    """Return every trained baseline over the pool. Train and save the missing ones."""
+    """Return the trained baselines over the pool, without LoRAHub for 0 steps. Train and save the missing ones."""
     bench, snapshot = loaded.bench, loaded.store.snapshot()
     study, out = bench.study, bench.out
 
@@ -176,22 +179,37 @@ def trained_baselines(
         name: Weighed(routers.router(name, how, kind, experts, out), experts, how, reader)
         for name, (how, kind) in kinds.items()
     }
+    if not num_hub_steps:
+        return methods
     drawn = [expert(name) for name in hub_tasks(list(study.specs.values()))]
     hub = merged(drawn, routers.hub_weights(drawn, out, num_hub_steps))
     loaded.weights.made[hub.weights_digest] = hub
-    return methods | {"lorahub": One(hub, "lorahub")}
+    return methods | {LORAHUB: One(hub, LORAHUB)}
+
+
+def with_others(rows: pa.Table, path: Path) -> pa.Table:
+    """Return the rows after those of other runs in the file."""
+    if not path.exists():
+        return rows
+    kept = pq.read_table(path)
+    return pa.concat_tables([kept.filter(pc.invert(pc.is_in(kept["run"], rows["run"].unique()))), rows])
 
 
 def main(
     per_task: PerTask = NUM_TEST,
     encoder: EncoderName = DEFAULT_MODEL,
     root: Root = DEFAULT_ROOT,
+    only: Annotated[str, typer.Option(help="measure only this baseline, and keep the rows of the others")] = "",
 ) -> None:
     """Train the routers and LoRAHub's weights, answer with each, and write the rows and tables."""
     workspace, out = Workspace(root), Console(width=120)
+    kinds = {name: kind for name, kind in ROUTERS.items() if only in ("", name)}
+    if not kinds and only != LORAHUB:
+        raise typer.BadParameter(f"is none of {', '.join([*ROUTERS, LORAHUB])}", param_hint="--only")
     loaded = load_bench(workspace, encoder, out)
-    methods = trained_baselines(loaded, Encoder(encoder))
-    write_parquet(PAPER_RESULTS / BASELINES, run_all(loaded.bench, methods, per_task, workspace.rows / "answers"))
+    methods = trained_baselines(loaded, Encoder(encoder), kinds, HUB_STEPS if only in ("", LORAHUB) else 0)
+    rows = run_all(loaded.bench, methods, per_task, workspace.rows / "answers")
+    write_parquet(PAPER_RESULTS / BASELINES, with_others(rows, PAPER_RESULTS / BASELINES))
     write_tables(PAPER_RESULTS, Path(encoder).name)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -23,7 +25,7 @@ from benchmarks.paper.common.workspace import Workspace
 from benchmarks.paper.pool import choose
 from benchmarks.paper.pool.choose import judge
 from benchmarks.paper.pool.train_pool import train_all
-from benchmarks.paper.stages.baselines import ROUTERS, Expert, One, merged, trained_baselines
+from benchmarks.paper.stages.baselines import ROUTERS, Expert, One, merged, trained_baselines, with_others
 from benchmarks.paper.stages.main_table import Loaded
 from gpu_worker.config import WorkerConfig
 from lora_store import BASE_PLAN, LoraStore, Plan, PlannedAdapter
@@ -107,6 +109,16 @@ def test_trained_baselines_weigh_one_expert_per_cluster(loaded: Loaded, encoder:
     for name, method in methods.items():
         assert again[name].plans(bench.retriever, questions) == method.plans(bench.retriever, questions), name
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    one = {"smear": kinds["smear"]}
+    assert trained_baselines(loaded, encoder, one, num_hub_steps=0).keys() == {"smear"}
+
+
+def test_measuring_one_baseline_keeps_the_rows_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    old, new = pa.table({"run": ["a", "b", "b"], "score": [1, 2, 3]}), pa.table({"run": ["b"], "score": [4]})
+    assert with_others(old, path) == old
+    pq.write_table(old, path)
+    assert with_others(new, path).to_pydict() == {"run": ["a", "b"], "score": [1, 4]}
 
 
 def test_merged_adapters_are_the_servers_fusion(bench: Bench, asked: tuple[Asker, LoraStore, Weights]) -> None:
