@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import replace
@@ -30,7 +31,8 @@ class StreamPace:
     """The shortest time between two deltas of a stream. It grows with the number of streams that an engine sends.
 
     All streams together send at most `messages_s` deltas a second, not counting first and last ones.
-    With an interval of 0 every delta is sent at once.
+    With an interval of 0 every delta is sent at once. All streams send at the same times: many deltas in a row cost
+    less on their way to the clients than one every few milliseconds, and disturb fewer of the engine's steps.
     """
 
     def __init__(self, interval_ms: float, messages_s: float | None = None) -> None:
@@ -42,12 +44,18 @@ class StreamPace:
     def interval_s(self) -> float:
         return max(self._shortest_s, len(self.sending) / self._messages_s) if self._shortest_s else 0.0
 
+    def next_at(self, now: float) -> float:
+        """Return the next time at which streams send: a multiple of the interval, half to one and a half after now."""
+        interval_s = self.interval_s
+        return math.ceil(now / interval_s + 0.5) * interval_s if interval_s else now
+
 
 async def deltas(events: Events, pace: StreamPace, heartbeat_interval_s: float | None) -> AsyncGenerator[Delta | None]:
     """Yield the first delta at once, then all deltas of each interval merged into one, and the last one at once.
 
     Yield None as a heartbeat after `heartbeat_interval_s` without a delta. Raises: the exception among the events.
     """
+    loop = asyncio.get_running_loop()
     try:
         while True:
             while (event := await next_event(events, heartbeat_interval_s)) is None:
@@ -58,7 +66,7 @@ async def deltas(events: Events, pace: StreamPace, heartbeat_interval_s: float |
                 return
             pace.sending.add(events)
             with suppress(TimeoutError):
-                async with asyncio.timeout(pace.interval_s):
+                async with asyncio.timeout_at(pace.next_at(loop.time())):
                     await events.has_last.wait()
     finally:
         pace.sending.discard(events)

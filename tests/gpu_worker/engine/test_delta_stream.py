@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -106,6 +107,33 @@ def test_many_streams_send_less_often_but_their_first_text_at_once(num_streams: 
     for times in run_in_virtual_time(main()):
         assert times[0] < 0.02
         assert len(times) - 2 == pytest.approx(num_sent, abs=1)  # besides the first and the last
+
+
+def test_streams_that_start_apart_send_together() -> None:
+    """Four streams start 30 ms apart; an interval of 100 ms, and a token every 10 ms."""
+
+    async def main() -> list[list[float]]:
+        pace, loop = StreamPace(100.0), asyncio.get_running_loop()
+        script = [(0.01, delta("a", number)) for number in range(1, 101)]
+
+        async def sent(place: int) -> list[float]:
+            await asyncio.sleep(0.03 * place)
+            events = Events()
+            feeding = asyncio.create_task(feed(events, [*script, (0.0, delta("a", 101, is_last=True))]))
+            times = [loop.time() async for _ in deltas(events, pace, None)]
+            await feeding
+            return times
+
+        return await asyncio.gather(*[sent(place) for place in range(4)])
+
+    streams = run_in_virtual_time(main())
+    assert len({round(times[0], 3) for times in streams}) == 4  # the first text of each at once
+    ticks = {round(at, 3) for times in streams for at in times[1:-1]}
+    assert len(ticks) <= 11
+    for times in streams:
+        gaps = [later - at for at, later in pairwise(times[:-1])]
+        assert 0.045 < gaps[0] < 0.155
+        assert gaps[1:] == pytest.approx([0.1] * (len(times) - 3), abs=0.011)
 
 
 def test_streams_without_text_yet_do_not_slow_others() -> None:
