@@ -27,21 +27,47 @@ _FLAGS += ("--disable-component-update", "--disable-sync")
 _TIMEOUT_S = 170.0
 
 
+class LoopThread:
+    """An event loop on a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+        async def live() -> None:
+            ended = asyncio.Event()
+            started.set_result((asyncio.get_running_loop(), ended))
+            await ended.wait()
+
+        self._thread = threading.Thread(target=lambda: asyncio.run(live()), name=name, daemon=True)
+        self._thread.start()
+        self._loop, self._ended = started.result(_TIMEOUT_S)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the loop and return its result."""
+        return self.start(work).result(_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Cancel the tasks that are left, such as those of an Ingress, wait for their end and close the loop."""
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join(_TIMEOUT_S)
+
+
 class Browsing:
     """One browser for a whole test run; each page has its own storage."""
 
     def __init__(self, executable: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="browsing", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("browsing")
         self._ended = asyncio.Event()
         started: Future[Browser] = Future()
-        self._life = asyncio.run_coroutine_threadsafe(self._live(executable, started), self._loop)
+        self._life = self._loop.start(self._live(executable, started))
         self._browser = started.result(_TIMEOUT_S)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the browser's loop and return its result."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT_S)
+        return self._loop.run(work)
 
     @asynccontextmanager
     async def page(self, url: str, **context: Any) -> AsyncIterator[Page]:
@@ -57,10 +83,12 @@ class Browsing:
             assert problems == []
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._ended.set)
+        self._loop.run(self._end())
         self._life.result(_TIMEOUT_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._ended.set()
 
     async def _live(self, executable: str, started: Future[Browser]) -> None:
         async with async_playwright() as playwright:
