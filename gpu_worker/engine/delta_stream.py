@@ -28,7 +28,7 @@ class Events(asyncio.Queue[Delta | Exception]):
 
 
 class StreamPace:
-    """The shortest time between two deltas of a stream. It grows with the number of streams that an engine sends.
+    """The times at which streams send. The interval grows with the number of streams that an engine sends.
 
     All streams together send at most `messages_s` deltas a second, not counting first and last ones.
     With an interval of 0 every delta is sent at once. All streams send at the same times: many deltas in a row cost
