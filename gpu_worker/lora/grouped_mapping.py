@@ -50,7 +50,10 @@ class _Tokens:
 def grouped_mapping(
     plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency, kernel: LoraKernel
 ) -> GroupedMapping:
-    """Return the mapping for rows with these plans, where row b has `num_tokens[b]` adjacent tokens."""
+    """Return the mapping for rows with these plans, where row b has `num_tokens[b]` adjacent tokens.
+
+    Adapters are in the order of their digests, so a row's sums have one order in every batch.
+    """
     starts = np.cumsum([0, *num_tokens], dtype=np.int32)
     slot_tokens, is_fusion = [], []
     of_adapter: defaultdict[str, _Tokens] = defaultdict(lambda: _Tokens([], []))
@@ -67,12 +70,13 @@ def grouped_mapping(
             tokens = of_adapter[adapter.weights_digest]
             tokens.slots.append(slots)
             tokens.weights.append(np.full(num_tokens[b], adapter.weight, dtype=np.float32))
+    ordered = {digest: of_adapter[digest] for digest in sorted(of_adapter)}
     pairs = Pairs.of(
         slot_tokens=_joined(slot_tokens, np.int32),
         fusion=_joined(is_fusion, np.uint8),
-        slots=[np.concatenate(tokens.slots) for tokens in of_adapter.values()],
-        weights=_joined([part for tokens in of_adapter.values() for part in tokens.weights], np.float32),
-        rank_rows=[residency.rows(digest) for digest in of_adapter],
+        slots=[np.concatenate(tokens.slots) for tokens in ordered.values()],
+        weights=_joined([part for tokens in ordered.values() for part in tokens.weights], np.float32),
+        rank_rows=[residency.rows(digest) for digest in ordered],
         num_threads=torch.get_num_threads(),
     )
     return GroupedMapping(kernel, pairs)

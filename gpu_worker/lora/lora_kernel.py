@@ -23,6 +23,7 @@ class Pairs(ctypes.Structure):
         ("num_slots", c_int32),
         ("h_len", c_int64),
         ("slot_tokens", c_void_p),
+        ("slot_starts", c_void_p),
         ("pair_starts", c_void_p),
         ("pair_slots", c_void_p),
         ("pair_weights", c_void_p),
@@ -51,10 +52,12 @@ class Pairs(ctypes.Structure):
         counts = np.array([len(of_adapter) for of_adapter in slots], dtype=np.int64)
         ranks = np.array([len(rows) for rows in rank_rows], dtype=np.int64)
         h_starts = _starts(counts * ranks)
+        pair_slots = np.concatenate(slots) if slots else np.zeros(0, np.int32)
         values: dict[str, NDArray[np.generic]] = {
             "slot_tokens": slot_tokens,
+            "slot_starts": _starts(np.bincount(pair_slots, minlength=len(slot_tokens))).astype(np.int32),
             "pair_starts": _starts(counts).astype(np.int32),
-            "pair_slots": np.concatenate(slots) if slots else np.zeros(0, np.int32),
+            "pair_slots": pair_slots,
             "pair_weights": weights,
             "rank_starts": _starts(ranks).astype(np.int32),
             "rank_rows": np.array([row for rows in rank_rows for row in rows], dtype=np.int32),

@@ -14,8 +14,8 @@ from gpu_worker.step.step_context import Composition
 from lora_store.plan import Plan
 
 # Measured: benchmarks/README.md, "Dense or grouped".
-_VALUE_COST = 3.0  # grouped cost of one rank row for one token, relative to the dense cost
-_DENSE_OVERHEAD = 2000  # fixed cost of the dense products, in the same units
+_VALUE_COST = 1.8  # grouped cost of one rank row for one token, relative to the dense cost
+_DENSE_OVERHEAD = 6000  # fixed cost of the dense products, in the same units
 _MOVE_COST = 100  # of one bank row, in the same units
 
 

@@ -14,8 +14,10 @@
 
 namespace {
 
-constexpr int64_t kBlock = 2 * kLanes;     // columns of y per block
-constexpr int64_t kHeldValues = 8 * 1024;  // float32 values of y per task, which fit the core's cache
+constexpr int64_t kBlock = 2 * kLanes;      // columns of y per block
+constexpr int64_t kHeldValues = 64 * 1024;  // float32 values of y per task, which fit the core's second-level cache
+constexpr int kLeastSlots = 4;              // per part, where slots are split into parts
+constexpr int kMostRanks = 64;              // rank rows of an adapter per pass over the columns
 
 }  // namespace
 
@@ -23,6 +25,7 @@ extern "C" struct Pairs {
   int32_t num_adapters, num_slots;  // a slot is a token with adapters
   int64_t h_len;                    // values of h per module: a pair has as many as its adapter's rank
   const int32_t* slot_tokens;       // (slots,) token of each slot
+  const int32_t* slot_starts;       // (slots + 1,) sums over slots of their numbers of pairs
   const int32_t* pair_starts;       // (S + 1,) pairs of adapter s
   const int32_t* pair_slots;        // (pairs,)
   const float* pair_weights;        // (pairs,) m_bs
@@ -141,15 +144,28 @@ void shrink(const Pairs& p, const Inputs& in, float* h) {
   for (int m = 0; m < in.num_modules; ++m) fuse(p, h + m * p.h_len);
 }
 
-// Adds sum_r h[t][r] bt[r] to acc[t] over `left` columns. acc is padded to whole blocks.
+// A part of the slots.
+struct Slots {
+  int first, end;
+};
+
+// Returns part `part` of `num_parts`, which have about as many pairs each.
+inline Slots slots_of(const Pairs& p, int64_t part, int64_t num_parts) {
+  const auto first_of = [&](int64_t i) {
+    const int64_t pair = p.slot_starts[p.num_slots] * i / num_parts;
+    return int(std::lower_bound(p.slot_starts, p.slot_starts + p.num_slots, pair) - p.slot_starts);
+  };
+  return {first_of(part), part + 1 == num_parts ? p.num_slots : first_of(part + 1)};
+}
+
+// Adds sum_r h[t][r] rows[r] to acc[t] over `left` columns. acc is padded to whole blocks.
 template <int T, class E>
-void add_rows(float* const* acc, const float* const* h, int rank, const int32_t* rows, const E* bt, int64_t stride,
-              int64_t left) {
+void add_rows(float* const* acc, const float* const* h, int rank, const E* const* rows, int64_t left) {
   for (int64_t column = 0; column < left; column += kLanes) {
     f32x16 sums[T];
     for (int t = 0; t < T; ++t) sums[t] = load(acc[t] + column);
     for (int r = 0; r < rank; ++r) {
-      const f32x16 b = load_part(bt + rows[r] * stride + column, left - column);
+      const f32x16 b = load_part(rows[r] + column, left - column);
       for (int t = 0; t < T; ++t) sums[t] += h[t][r] * b;
     }
     for (int t = 0; t < T; ++t) store(acc[t] + column, sums[t]);
@@ -166,40 +182,34 @@ void add_to(E* y, const float* acc, int64_t left) {
 // Two rank rows at once, with h rounded to bf16. Within a block acc has the order of the interleaved rows: columns 0-3,
 // 8-11, 16-19, 24-27, then the others; add_to restores the order.
 template <int T>
-void add_rows(float* const* acc, const float* const* h, int rank, const int32_t* rows, const bf16* bt, int64_t stride,
-              int64_t left) {
-  constexpr int kPairs = 32;
-  for (int first = 0; first < rank; first += 2 * kPairs) {
-    const int num = std::min(2 * kPairs, rank - first);
-    uint32_t pairs[T][kPairs];
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < num; r += 2) {
-        const __m128 two = _mm_set_ps(0, 0, r + 1 < num ? h[t][first + r + 1] : 0, h[t][first + r]);
-        pairs[t][r / 2] = _mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(two));
-      }
-    for (int64_t column = 0; column < left; column += kBlock) {
-      const __mmask32 mask = left - column >= kBlock ? ~0u : (1u << (left - column)) - 1;
-      __m512 low[T], high[T];
+void add_rows(float* const* acc, const float* const* h, int rank, const bf16* const* rows, int64_t left) {
+  uint32_t pairs[T][kMostRanks / 2];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < rank; r += 2) {
+      const __m128 two = _mm_set_ps(0, 0, r + 1 < rank ? h[t][r + 1] : 0, h[t][r]);
+      pairs[t][r / 2] = _mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(two));
+    }
+  for (int64_t column = 0; column < left; column += kBlock) {
+    const __mmask32 mask = left - column >= kBlock ? ~0u : (1u << (left - column)) - 1;
+    __m512 low[T], high[T];
+    for (int t = 0; t < T; ++t) {
+      low[t] = _mm512_loadu_ps(acc[t] + column);
+      high[t] = _mm512_loadu_ps(acc[t] + column + kLanes);
+    }
+    for (int r = 0; r < rank; r += 2) {
+      const __m512i b0 = _mm512_maskz_loadu_epi16(mask, rows[r] + column);
+      const __m512i b1 = _mm512_maskz_loadu_epi16(mask, rows[std::min(r + 1, rank - 1)] + column);
+      const __m512bh b_low = (__m512bh)_mm512_unpacklo_epi16(b0, b1);
+      const __m512bh b_high = (__m512bh)_mm512_unpackhi_epi16(b0, b1);
       for (int t = 0; t < T; ++t) {
-        low[t] = _mm512_loadu_ps(acc[t] + column);
-        high[t] = _mm512_loadu_ps(acc[t] + column + kLanes);
+        const __m512bh of_token = (__m512bh)_mm512_set1_epi32(pairs[t][r / 2]);
+        low[t] = _mm512_dpbf16_ps(low[t], b_low, of_token);
+        high[t] = _mm512_dpbf16_ps(high[t], b_high, of_token);
       }
-      for (int r = 0; r < num; r += 2) {
-        const bf16* row = bt + rows[first + r] * stride + column;
-        const bf16* next = bt + rows[first + std::min(r + 1, num - 1)] * stride + column;
-        const __m512i b0 = _mm512_maskz_loadu_epi16(mask, row), b1 = _mm512_maskz_loadu_epi16(mask, next);
-        const __m512bh b_low = (__m512bh)_mm512_unpacklo_epi16(b0, b1);
-        const __m512bh b_high = (__m512bh)_mm512_unpackhi_epi16(b0, b1);
-        for (int t = 0; t < T; ++t) {
-          const __m512bh of_token = (__m512bh)_mm512_set1_epi32(pairs[t][r / 2]);
-          low[t] = _mm512_dpbf16_ps(low[t], b_low, of_token);
-          high[t] = _mm512_dpbf16_ps(high[t], b_high, of_token);
-        }
-      }
-      for (int t = 0; t < T; ++t) {
-        _mm512_storeu_ps(acc[t] + column, low[t]);
-        _mm512_storeu_ps(acc[t] + column + kLanes, high[t]);
-      }
+    }
+    for (int t = 0; t < T; ++t) {
+      _mm512_storeu_ps(acc[t] + column, low[t]);
+      _mm512_storeu_ps(acc[t] + column + kLanes, high[t]);
     }
   }
 }
@@ -224,46 +234,63 @@ void add_to(bf16* y, const float* acc, int64_t left) {
 }
 #endif
 
-// Adds to y[:, first : first + width] of all slots, through acc (slots, width); width is a multiple of kBlock.
+// Calls add_rows<T> with T = num.
+template <int T, class... Args>
+void add_rows_of(int num, Args... args) {
+  if constexpr (T > 0) {
+    if (num == T) return add_rows<T>(args...);
+    add_rows_of<T - 1>(num, args...);
+  }
+}
+
+// Adds h B of some slots to `left` columns of y, adapter by adapter, so rows are read in the order of memory.
 template <class E>
-void expand_columns(const Pairs& p, const float* h, const E* bt, int64_t stride, int64_t first, int64_t width, E* y,
-                    int64_t y_stride, std::vector<float>& acc) {
+void expand_slots(const Pairs& p, const float* h, Slots slots, const E* bt, int64_t stride, int64_t left, E* y,
+                  int64_t y_stride) {
   constexpr int T = 4;
-  const int64_t left = std::min(width, stride - first);
-  acc.assign(p.num_slots * width, 0);
+  thread_local std::vector<f32x16> sums_of_slots;
+  const int64_t width = (left + kBlock - 1) / kBlock * kBlock;
+  sums_of_slots.assign((slots.end - slots.first) * width / kLanes, f32x16{});
+  float* acc = (float*)sums_of_slots.data();
   for (int s = 0; s < p.num_adapters; ++s) {
     const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
-    const int32_t* rows = p.rank_rows + p.rank_starts[s];
-    for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1]; q += T) {
-      const int num = std::min(T, p.pair_starts[s + 1] - q);
+    for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1];) {
       float* sums[T];
       const float* values[T];
-      for (int t = 0; t < num; ++t) {
-        sums[t] = acc.data() + p.pair_slots[q + t] * width;
-        values[t] = h + p.h_starts[s] + int64_t(q + t - p.pair_starts[s]) * rank;
+      int num = 0;
+      for (; q < p.pair_starts[s + 1] && num < T; ++q) {
+        if (p.pair_slots[q] < slots.first || p.pair_slots[q] >= slots.end) continue;
+        sums[num] = acc + (p.pair_slots[q] - slots.first) * width;
+        values[num++] = h + p.h_starts[s] + int64_t(q - p.pair_starts[s]) * rank;
       }
-      if (num == T) {
-        add_rows<T>(sums, values, rank, rows, bt + first, stride, left);
-      } else {
-        for (int t = 0; t < num; ++t) add_rows<1>(sums + t, values + t, rank, rows, bt + first, stride, left);
+      for (int first = 0; first < rank; first += kMostRanks) {
+        const int num_ranks = std::min(kMostRanks, rank - first);
+        const E* rows[kMostRanks];
+        for (int r = 0; r < num_ranks; ++r) rows[r] = bt + p.rank_rows[p.rank_starts[s] + first + r] * stride;
+        add_rows_of<T>(num, sums, values, num_ranks, rows, left);
+        for (int t = 0; t < num; ++t) values[t] += num_ranks;
       }
     }
   }
-  for (int slot = 0; slot < p.num_slots; ++slot)
-    add_to(y + p.slot_tokens[slot] * y_stride + first, acc.data() + slot * width, left);
+  for (int slot = slots.first; slot < slots.end; ++slot)
+    add_to(y + p.slot_tokens[slot] * y_stride, acc + (slot - slots.first) * width, left);
 }
 
-// Called by every thread of a team.
+// Called by every thread of a team. A task has a part of the slots, so a thread reads whole rows of the adapters in it. It
+// has a part of the columns too if there are more threads than parts of the slots, or more sums than fit the cache.
 template <class E>
 void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
-  thread_local std::vector<float> acc;
-  const int64_t most = std::max(kBlock, kHeldValues / std::max(p.num_slots, 1) / kBlock * kBlock);
-  const int64_t rounds = (num_out + most * p.num_threads - 1) / (most * p.num_threads);
-  const int64_t wanted = (num_out + rounds * p.num_threads - 1) / (rounds * p.num_threads);  // equal for all threads
-  const int64_t width = (wanted + kBlock - 1) / kBlock * kBlock;
+  const int64_t threads = p.num_threads, parts = std::clamp<int64_t>(p.num_slots / kLeastSlots, 1, threads);
+  const int64_t num_values = num_out * ((p.num_slots + parts - 1) / parts);
+  const int64_t ranges = std::max((threads + parts - 1) / parts, (num_values + kHeldValues - 1) / kHeldValues);
+  const int64_t width = (num_out + ranges * kBlock - 1) / (ranges * kBlock) * kBlock;
+  const int64_t num_ranges = (num_out + width - 1) / width;
 #pragma omp for schedule(static)
-  for (int64_t first = 0; first < num_out; first += width)
-    expand_columns(p, h, bt, num_out, first, width, y, y_stride, acc);
+  for (int64_t task = 0; task < parts * num_ranges; ++task) {
+    const int64_t first = task % num_ranges * width;
+    expand_slots(p, h, slots_of(p, task / num_ranges, parts), bt + first, num_out, std::min(width, num_out - first),
+                 y + first, y_stride);
+  }
 }
 
 template <class E>

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from gpu_worker.lora.grouped_mapping import grouped_mapping, num_pair_values
 from gpu_worker.lora.lora_kernel import LoraKernel
+from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.slow_lora import TOLERANCE, WIDTHS, assert_adds_as_the_loop, pool_of, random_plans, settled
 from tests.tiny import plan_of
@@ -23,6 +27,53 @@ def test_grouped_products_equal_a_loop_over_tokens(
     plans = random_plans(pool, num_rows)
     counts = [1 + row % 3 for row in range(num_rows)]
     assert_adds_as_the_loop(grouped_mapping(plans, counts, residency, lora_kernel), bank, pool, plans, counts)
+
+
+@pytest.fixture(params=[1, 3], ids=lambda number: f"{number}threads")
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [5, 700])
+def test_tokens_that_fill_several_tasks_equal_the_loop(
+    width: int, dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
+) -> None:
+    """With one thread and 700 columns, the sums of 99 tokens are more than one task holds."""
+    pool = pool_of([5, 8, 1], 32, {"m": width}, dtype)
+    bank, residency = settled(pool, 32, {"m": width}, dtype)
+    mixture = plan_of("mixture", (pool[0], 0.5), (pool[1], -1.0))
+    plans = [
+        mixture,
+        BASE_PLAN,
+        plan_of("fusion", (pool[2], 1.0), (pool[1], 0.3)),
+        plan_of("selection", (pool[1], 1.0)),
+    ]
+    counts = [50, 3, 40, 9]
+    assert_adds_as_the_loop(grouped_mapping(plans, counts, residency, lora_kernel), bank, pool, plans, counts)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_rows_sum_has_the_same_order_in_every_batch(
+    dtype: torch.dtype, num_threads: int, lora_kernel: LoraKernel
+) -> None:
+    """In float32 2^24 + 1 - 2^24 is 0, and 2^24 - 2^24 + 1 is 1."""
+    pool = [
+        AdapterWeights(digest, {"m": ModuleWeights(torch.ones(1, 4), torch.full((33, 1), value), 1.0)})
+        for digest, value in (("c", -(2.0**24)), ("b", 1.0), ("a", 2.0**24))
+    ]
+    bank, residency = settled(pool, 4, {"m": 33}, dtype)
+    orders = list(itertools.permutations(pool))
+    plans = [plan_of("mixture", *[(weights, 1.0) for weights in order]) for order in orders]
+    x = torch.tensor([1.0, 0, 0, 0], dtype=dtype).expand(12, 4)
+    for first in range(6):
+        y = torch.zeros(12, 33, dtype=dtype)
+        batch = plans[first:] + plans[:first]
+        grouped_mapping(batch, [2] * 6, residency, lora_kernel).add(x, y, bank.modules["m"])
+        assert not y.any()  # in the order of digests: a, b, c
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

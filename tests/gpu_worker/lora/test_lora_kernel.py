@@ -36,6 +36,7 @@ def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -
     assert values["h_starts"].tolist() == [*begins, num_values] and pairs.h_len == num_values
     assert values["pair_starts"].tolist() == [0, 2, 3, 6]
     assert values["pair_slots"].tolist() == [0, 2, 1, 0, 1, 2]
+    assert values["slot_starts"].tolist() == [0, 2, 4, 6]
     assert values["rank_starts"].tolist() == [0, 3, 4, 6]
     assert values["rank_rows"].tolist() == [7, 8, 9, 4, 1, 2]
     assert (pairs.num_adapters, pairs.num_slots, pairs.max_rank, pairs.num_threads) == (3, 3, 3, 3)
@@ -49,6 +50,7 @@ def test_fusions_are_listed_only_if_there_are_any() -> None:
 def test_a_step_without_pairs_has_an_empty_table() -> None:
     pairs = pairs_of([], [], is_fusion=[])
     assert (pairs.num_adapters, pairs.num_slots, pairs.h_len, pairs.max_rank) == (0, 0, 0, 0)
+    assert pairs.values_of["slot_starts"].tolist() == [0]
 
 
 def test_an_input_may_be_any_view_and_an_output_only_columns_of_a_wider_tensor(lora_kernel: LoraKernel) -> None:
