@@ -14,7 +14,7 @@ from gpu_worker.device.transfer import to_device
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled
 from gpu_worker.lora.lora_kernel import LoraKernel
-from gpu_worker.lora.mapping import composition
+from gpu_worker.lora.mapping import Composer
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.step.attention_plan import Segment
 from gpu_worker.step.step_context import Composition, StepContext
@@ -38,13 +38,12 @@ class ForwardPass:
         context: StepContext,
         kernel: LoraKernel | None,
         device: torch.device,
-        *,
-        compose: Callable[..., Composition | None] = composition,
     ) -> None:
-        """`compose`: describes the adapters of a step to its layers. A benchmark replaces it for some steps."""
-        self.compose = compose
-        self._base, self._residency, self._kv_cache = base, residency, kv_cache
-        self._context, self._kernel, self._device = context, kernel, device
+        # describes the adapters of a step to its layers; a benchmark replaces it for some steps
+        self.compose: Callable[[Sequence[Plan], Sequence[int]], Composition | None] = Composer(
+            residency, base.dtype, kernel, device
+        )
+        self._base, self._kv_cache, self._context, self._device = base, kv_cache, context, device
 
     def __call__(self, scheduled: Sequence[Scheduled]) -> Tensor:
         """Return logits (K, V), float32 or the model's dtype.
@@ -71,7 +70,7 @@ class ForwardPass:
         Every adapter of the plans must be active, and the segments' rows must have KV for their tokens.
         """
         num_tokens = [segment.num_tokens for segment in segments]
-        lora = self.compose(plans, num_tokens, self._residency, self._base.dtype, self._kernel, self._device)
+        lora = self.compose(plans, num_tokens)
         attention = self._kv_cache.attention(segments)
         self._context.fill(lora, attention)
         output = self._base.model(

@@ -41,3 +41,20 @@ def composition(
             return grouped_mapping(plans, num_tokens, residency, kernel)
     residency.pack()
     return dense_mapping(plans, num_tokens, residency, dtype, device)
+
+
+class Composer:
+    """Makes the composition of every step. Rows that decode again keep theirs until an adapter joins or leaves."""
+
+    def __init__(
+        self, residency: Residency, dtype: torch.dtype, kernel: LoraKernel | None, device: torch.device
+    ) -> None:
+        self._residency, self._parts = residency, (dtype, kernel, device)
+        self._last: tuple[tuple[object, ...], Composition | None] | None = None  # cache: the last step and its result
+
+    def __call__(self, plans: Sequence[Plan], num_tokens: Sequence[int]) -> Composition | None:
+        step = list(plans), list(num_tokens), self._residency.num_changes
+        if self._last is None or self._last[0] != step:
+            self._last = None  # rows may move before an error
+            self._last = step, composition(plans, num_tokens, self._residency, *self._parts)
+        return self._last[1]

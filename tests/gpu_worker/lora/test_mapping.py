@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from gpu_worker.lora.dense_mapping import DenseMapping
 from gpu_worker.lora.grouped_mapping import GroupedMapping
 from gpu_worker.lora.lora_kernel import LoraKernel
-from gpu_worker.lora.mapping import composition
+from gpu_worker.lora.mapping import Composer, composition
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.slow_lora import CPU, assert_adds_as_the_loop, pool_of, settled
 from tests.tiny import plan_of
@@ -62,3 +63,31 @@ def test_moving_many_rows_makes_the_grouped_products_cheaper(lora_kernel: LoraKe
         residency.settle()
         assert residency.num_misplaced == (0 if is_packed else 8)
         assert type(composition([plan], [330], residency, torch.float32, lora_kernel, CPU)) is kind
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_rows_that_decode_again_keep_their_composition_until_an_adapter_leaves(
+    is_compiled: bool, lora_kernel: LoraKernel
+) -> None:
+    bank, residency = settled(POOL, 16, {"m": 16}, torch.float32)
+    compose = Composer(residency, torch.float32, lora_kernel if is_compiled else None, CPU)
+    plans = [ONE, plan_of("mixture", (POOL[1], 1.0), (POOL[2], 0.5))]
+    first = compose(plans, [1, 1])
+    assert compose(list(plans), [1, 1]) is first is not None
+    assert compose(plans, [1, 2]) is not first
+    assert compose(plans[::-1], [1, 2]) is not compose(plans, [1, 2])
+    last = compose(plans[1:], [1])
+    residency.unpin(["0"])
+    residency.settle()  # moves the rows of the others
+    lora = compose(plans[1:], [1])
+    assert lora is not None and lora is not last
+    assert_adds_as_the_loop(lora, bank, POOL, plans[1:], [1])
+
+
+def test_a_composition_that_failed_is_not_kept(lora_kernel: LoraKernel) -> None:
+    _, residency = settled(POOL, 16, {"m": 16}, torch.float32)
+    compose = Composer(residency, torch.float32, lora_kernel, CPU)
+    first = compose([THREE], [1])
+    with pytest.raises(KeyError):
+        compose([plan_of("selection", (pool_of([1] * 4, 16, {"m": 16})[3], 1.0))], [1])
+    assert compose([THREE], [1]) is not first
