@@ -59,18 +59,20 @@ class Services:
         return self.config.has_keys
 
 
-def services_of(http: Request) -> Services:
+async def services_of(http: Request) -> Services:
     """Return the services that `build_api` was given."""
     services: Services = http.app.state.services
     return services
 
 
-def request_context(http: Request) -> RequestContext:
+async def request_context(http: Request) -> RequestContext:
     """Return the context of this request."""
     return context_of(http.scope)
 
 
-def caller_of(http: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_SCHEME)] = None) -> Caller:
+async def caller_of(
+    http: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_SCHEME)] = None
+) -> Caller:
     """Return the authenticated caller. Raises: KeyRefused."""
     caller = context_of(http.scope).caller
     if caller is None:
@@ -81,7 +83,7 @@ def caller_of(http: Request, _: Annotated[HTTPAuthorizationCredentials | None, S
 def require_role(role: Role) -> Dependency:
     """Return a dependency on a caller with this role. It raises KeyRefused and RoleMissing."""
 
-    def caller_with_role(caller: AnyCaller) -> Caller:
+    async def caller_with_role(caller: AnyCaller) -> Caller:
         if role not in caller.roles:
             raise RoleMissing(caller.key_id, role)
         return caller
@@ -97,7 +99,7 @@ PublishCaller = Annotated[Caller, require_role("publish")]
 AdminCaller = Annotated[Caller, require_role("admin")]
 
 
-def require_change(services: AnyServices, http: Request) -> None:
+async def require_change(services: AnyServices, http: Request) -> None:
     """Check that this client may change the pool; with keys the role decides. Raises: PublishingDisabled."""
     if not (services.has_keys or services.config.allow_remote_publish or is_loopback(http)):
         raise PublishingDisabled(

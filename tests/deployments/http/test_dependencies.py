@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import Request
+from fastapi.dependencies.models import Dependant
 
 from deployments.api.adapters import PublishItem
 from deployments.auth.authenticator import LOCAL_CALLER, Caller, Role
@@ -27,6 +30,7 @@ from deployments.http.dependencies import (
 from deployments.observability.request_metrics import context_of
 from lora_store import AdapterNotFound
 from tests.deployments.adapter_records import adapter
+from tests.deployments.all_routes import ROLES_OF, mounted
 from tests.deployments.app_fakes import serve_plainly, with_context
 from tests.deployments.key_files import entry, write
 
@@ -54,7 +58,8 @@ def request_from(host: str, **scope: Any) -> Request:
 
 def is_allowed(check: Any, *arguments: Any) -> bool:
     try:
-        check(*arguments)
+        if asyncio.iscoroutine(checking := check(*arguments)):
+            asyncio.run(checking)
     except PublishingDisabled:
         return False
     return True
@@ -69,7 +74,7 @@ def test_without_keys_only_local_clients_change_the_pool_unless_the_settings_all
 
 
 def test_with_keys_the_role_decides_and_not_the_address(keys: Path) -> None:
-    require_change(services(keys_file=keys), request_from(ELSEWHERE))
+    assert is_allowed(require_change, services(keys_file=keys), request_from(ELSEWHERE))
 
 
 def test_without_keys_only_local_clients_may_name_any_encoder() -> None:
@@ -124,9 +129,9 @@ def test_a_request_has_its_authenticated_caller_or_none() -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         with pytest.raises(KeyRefused, match="Authorization: Bearer"):
-            caller_of(Request(scope))
+            await caller_of(Request(scope))
         context_of(scope).caller = CALLER
-        found.append(caller_of(Request(scope)))
+        found.append(await caller_of(Request(scope)))
 
     async def nothing(*_: Any) -> Any:
         return {"type": "http.request"}
@@ -137,19 +142,33 @@ def test_a_request_has_its_authenticated_caller_or_none() -> None:
 
 def test_a_dependency_on_a_role_refuses_callers_without_it() -> None:
     dependency = require_role("publish").dependency
-    assert dependency(CALLER) is CALLER
+    assert asyncio.run(dependency(CALLER)) is CALLER
     with pytest.raises(RoleMissing, match="ci"):
-        require_role("admin").dependency(CALLER)
+        asyncio.run(require_role("admin").dependency(CALLER))
 
 
 def test_routes_get_the_services_that_the_application_was_built_on() -> None:
     given = services()
-    assert services_of(request_from(HERE, app=build_api(given))) is given
+    assert asyncio.run(services_of(request_from(HERE, app=build_api(given)))) is given
 
 
 def test_roles_do_not_include_one_another() -> None:
     admin = Caller("acme", frozenset({"admin"}), "boss")
-    assert require_role("admin").dependency(admin) is admin
+    assert asyncio.run(require_role("admin").dependency(admin)) is admin
     for role in ("infer", "publish"):
         with pytest.raises(RoleMissing, match=role):
-            require_role(role).dependency(admin)  # type: ignore[arg-type]
+            asyncio.run(require_role(role).dependency(admin))  # type: ignore[arg-type]
+
+
+def test_no_request_visits_another_thread_for_a_dependency() -> None:
+    """FastAPI calls plain functions in a pool of threads, which costs more than any of these."""
+
+    def below(dependant: Dependant) -> Iterator[Dependant]:
+        for child in dependant.dependencies:
+            yield from (child, *below(child))
+
+    asked = {key: [child.call for child in below(mounted()[key].dependant)] for key in ROLES_OF}
+    assert min(len(calls) for calls in asked.values()) >= 2  # at least the services and the caller
+    plain = {call for calls in asked.values() for call in calls if inspect.isfunction(call)}
+    assert len(plain) >= 7  # services, context, caller, a caller for each of three roles, and changes
+    assert [call for call in plain if not inspect.iscoroutinefunction(call)] == []

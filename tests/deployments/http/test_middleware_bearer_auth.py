@@ -145,7 +145,9 @@ def test_a_key_is_noted_as_ignored_where_there_are_none(keys: Path, sent: dict[s
 
 def test_a_route_reached_without_the_middleware_has_no_caller() -> None:
     with pytest.raises(KeyRefused):
-        caller_of(Request({"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}))
+        asyncio.run(
+            caller_of(Request({"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}))
+        )
 
 
 @pytest.mark.parametrize("prefix", ["", "/live"])
@@ -378,6 +380,7 @@ def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> N
                 response = await client.get("/v1/models", headers=bearer(valid[-1]))
                 assert response.status_code == 200, response.text
                 num_asked += 1
+                await asyncio.sleep(0)  # over fakes a request may end without waiting for anything
 
         async with http_of(served) as client, asyncio.TaskGroup() as tasks:
             for _ in range(8):
