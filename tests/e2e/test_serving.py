@@ -16,6 +16,7 @@ import psutil
 import pytest
 import ray
 
+from deployments.cli.local_server import _CHEAPER_SERVE
 from deployments.config.app import AppConfig
 from tests.e2e.starter_pool import POOL, Heldout
 from tests.served_engine import ENGINE
@@ -309,6 +310,16 @@ def test_the_readmes_ten_lines_run(url: str) -> None:
     first, second = run.stdout.strip().splitlines()
     assert first.startswith("the chemist has not used my car <- ['sentence_negation'")
     assert second.startswith("do the boys like tea <- ['question_formation'")
+
+
+def test_serves_processes_have_the_settings_that_spare_the_engines_cores(url: str) -> None:
+    started = psutil.Process().children(recursive=True)
+    kinds = ("ray::ServeReplica:loraretriever:", "ray::ProxyActor", "ray::ServeController")
+    ours = [process for process in started if " ".join(process.cmdline()).startswith(kinds)]
+    assert len(ours) == 4 + 2
+    for name, value in _CHEAPER_SERVE.items():
+        assert {process.environ().get(name) for process in ours} == {value}
+        assert name not in os.environ  # a driver may call handles outside an event loop
 
 
 def test_rays_processes_have_the_niceness_of_the_settings(url: str, config: AppConfig) -> None:

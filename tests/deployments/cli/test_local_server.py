@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from threading import Thread
 import pytest
 
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import Server
+from deployments.cli.local_server import Server, _inherited
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
 
@@ -94,3 +95,13 @@ def test_no_answer_at_all_is_reported() -> None:
     server = Server(config_of(), port=free_port("127.0.0.1"))
     with pytest.raises(ServerFailed, match="not ready after 0 s"):
         server.wait_ready(timeout_s=0.1)
+
+
+def test_variables_for_rays_processes_respect_the_users_and_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIVEN", "the user's")
+    monkeypatch.delenv("LACKING", raising=False)
+    with pytest.raises(KeyError), _inherited({"GIVEN": "ours", "LACKING": "ours"}):
+        assert (os.environ["GIVEN"], os.environ["LACKING"]) == ("the user's", "ours")
+        raise KeyError
+    assert os.environ["GIVEN"] == "the user's"
+    assert "LACKING" not in os.environ
