@@ -2,6 +2,9 @@
 
 `python -m benchmarks.structured_output`. Rounds with and without the schema alternate, so that both meet the same
 machine. The schema cannot end within the measured tokens.
+
+`... --few` measures one row and eight greedy rows of the base model instead, and writes nothing: without a grammar,
+with one while the output head is computed for all ids, and for the allowed ids only.
 """
 
 from __future__ import annotations
@@ -30,6 +33,13 @@ def people(number: int = 0) -> Grammar:
     return Grammar("json_schema", json.dumps({"type": "array", "items": person, "minItems": 1000 + number}))
 
 
+def labels() -> Grammar:
+    """Return the schema of a long list of labels, most of whose tokens are certain or one of a few."""
+    fields = {"label": {"enum": ["positive", "negative", "neutral"]}, "stars": {"type": "integer", "enum": [1, 2, 3]}}
+    label = {"type": "object", "properties": fields, "required": ["label", "stars"], "additionalProperties": False}
+    return Grammar("json_schema", json.dumps({"type": "array", "items": label, "minItems": 1000}))
+
+
 def call() -> Grammar:
     """Return the grammar of a required call of a function that takes such a list."""
     list_of_people = {"type": "object", "properties": {"people": json.loads(people().text)}, "required": ["people"]}
@@ -46,10 +56,34 @@ def seconds_to_compile(loaded: Loaded, number: int) -> float:
     return time.perf_counter() - started
 
 
-def main(quick: Quick = False) -> None:
+def measure_few(loaded: Loaded, num_rounds: int, num_new: int) -> None:
+    """Print the tokens per second of few rows, with the whole output head and with its allowed part, in turn."""
+    table = table_of("rows, grammar", "free tokens/s", "whole head", "allowed ids")
+    model = loaded.engine.base.model
+    allowed: Any = model.get_output_embeddings()
+    for num_rows in (1, 8):
+        rows, base = loaded.prompts(1, num_rows), plans("base", 8, num_rows)
+        for name, grammar in {"a list of people": people(), "a list of labels": labels()}.items():
+            bound = {"ignore_eos": False, "grammar": grammar}
+            loaded.run(base, rows, 4, **bound)
+            found = []
+            for _ in range(num_rounds):
+                rates = [loaded.run(base, rows, num_new)[0]]
+                for head in (allowed.whole, allowed):
+                    model.set_output_embeddings(head)
+                    rates.append(loaded.run(base, rows, num_new, **bound)[0])
+                found.append(rates)
+            medians = [statistics.median(column) for column in zip(*found, strict=True)]
+            table.add_row(f"{num_rows}, {name}", *(f"{rate:.0f}" for rate in medians))
+    shown(table)
+
+
+def main(quick: Quick = False, few: bool = False) -> None:
     """Measure, print a table and write the results."""
     num_rounds, num_new = (1, 8) if quick else (ROUNDS, NUM_NEW)
     loaded = Loaded(8)
+    if few:
+        return measure_few(loaded, num_rounds, num_new)
     rows = loaded.prompts(1, NUM_ROWS)
     first = seconds_to_compile(loaded, 0)
     compiled = [seconds_to_compile(loaded, number) for number in range(1, 3 if quick else NEW_SCHEMAS + 1)]

@@ -30,7 +30,7 @@ from gpu_worker.engine.forward import ForwardPass
 from gpu_worker.engine.isolation import compute_isolated
 from gpu_worker.engine.memory_plan import load_planned
 from gpu_worker.engine.model_check import ModelCheck
-from gpu_worker.engine.next_tokens import Chosen, choose, failure_of, grammars_of
+from gpu_worker.engine.next_tokens import Chosen, choose, failure_of, grammars_of, masks_of
 from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.prompt_lookup import guess_all, settle, take
@@ -293,7 +293,7 @@ class Engine:
 
     def _attempt(self, part: Sequence[Scheduled]) -> Chosen:
         self._masks.begin(grammars_of(part))
-        logits = self._forward(part)
+        logits = self._forward(part, partial(masks_of, part, self._masks.finish))
         self._masks.finish()
         return choose(part, logits, self._sampler)
 

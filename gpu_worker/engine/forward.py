@@ -17,7 +17,7 @@ from gpu_worker.lora.lora_kernel import LoraKernel
 from gpu_worker.lora.mapping import Composer
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.step.attention_plan import Segment
-from gpu_worker.step.step_context import Composition, StepContext
+from gpu_worker.step.step_context import Composition, Masks, StepContext
 from lora_store.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,10 @@ class ForwardPass:
         )
         self._base, self._kv_cache, self._context, self._device = base, kv_cache, context, device
 
-    def __call__(self, scheduled: Sequence[Scheduled]) -> Tensor:
+    def __call__(self, scheduled: Sequence[Scheduled], masks: Masks = tuple) -> Tensor:
         """Return logits (K, V), float32 or the model's dtype.
+
+        `masks`: those of the first rows. An id that its row's mask excludes may have -inf in the place of its logit.
 
         First those of the rows whose last token was computed, with those of its guesses, then those of the positions
         that score prompt tokens.
@@ -59,10 +61,16 @@ class ForwardPass:
             for row, s in scheduled
             for position in row.positions_to_score(s.context_len, s.total_len)
         ]
-        return self.logits([row.plan for row, _ in scheduled], [segment for _, segment in scheduled], tokens, kept)
+        plans, segments = [row.plan for row, _ in scheduled], [segment for _, segment in scheduled]
+        return self.logits(plans, segments, tokens, kept, masks)
 
     def logits(
-        self, plans: Sequence[Plan], segments: Sequence[Segment], tokens: Sequence[int], kept: Sequence[int]
+        self,
+        plans: Sequence[Plan],
+        segments: Sequence[Segment],
+        tokens: Sequence[int],
+        kept: Sequence[int],
+        masks: Masks = tuple,
     ) -> Tensor:
         """Compute one step and return the logits (K, V), float32 or the model's dtype. K may be 0.
 
@@ -72,7 +80,7 @@ class ForwardPass:
         num_tokens = [segment.num_tokens for segment in segments]
         lora = self.compose(plans, num_tokens)
         attention = self._kv_cache.attention(segments)
-        self._context.fill(lora, attention)
+        self._context.fill(lora, attention, masks)
         output = self._base.model(
             input_ids=to_device(torch.tensor(tokens), self._device)[None],
             position_ids=attention.token_positions[None],

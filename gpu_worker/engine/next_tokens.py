@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.engine.row import Row
@@ -69,6 +71,17 @@ def _scored_prompts(
 def grammars_of(part: Sequence[Scheduled]) -> list[GrammarState]:
     """Return the grammars of the rows whose last token is computed in this step."""
     return [row.grammar for row, _ in _places_with_logits(part) if row.grammar is not None]
+
+
+def masks_of(part: Sequence[Scheduled], finish: Callable[[], None]) -> list[NDArray[np.uint32] | None]:
+    """Return the masks of the rows with logits, after `finish` has completed them.
+
+    None for a row all of whose logits are read: log probabilities are those before the mask.
+    """
+    finish()
+    draws = [(row, row.draw(ahead)) for row, ahead in _places_with_logits(part)]
+    reads_all = [row.capture_first_logits or draw.params.logprobs is not None for row, draw in draws]
+    return [None if every else draw.allowed for every, (_, draw) in zip(reads_all, draws, strict=True)]
 
 
 def failure_of(row: Row) -> GrammarFailed | LogitsNotFinite:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora.lora_linear import LoraLinear
+from gpu_worker.model.output_head import OutputHead
 from gpu_worker.model.packed_linear import LinearKernel, packed
 from gpu_worker.step.step_context import StepContext
 
@@ -39,4 +40,5 @@ def inject(
         setattr(parent, leaf, LoraLinear(packed(linear, linear_kernel), module_bank, step))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
-        model.set_output_embeddings(packed(head, linear_kernel))
+        whole = packed(head, linear_kernel)
+        model.set_output_embeddings(OutputHead(whole, step) if head.weight.device.type == "cpu" else whole)

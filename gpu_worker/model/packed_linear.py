@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpu_worker.device.device_memory import zeros_on_huge_pages
 from gpu_worker.native.kernel_loading import load_library
 
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
-_PANEL = 32  # outputs of a panel of the kernel
+PANEL = 32  # outputs of a panel of the kernel
 
 
 class _Linear(ctypes.Structure):
@@ -32,7 +34,10 @@ class LinearKernel:
         self.pack, self.linear = library.pack_bf16, library.linear_bf16
         self.has_bf16_products = bool(library.has_bf16_products())
         self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
-        self.linear.argtypes, self.linear.restype = (c_void_p, c_void_p, c_int64, c_void_p, c_int32), None
+        arguments = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32
+        self.linear.argtypes, self.linear.restype = arguments, None
+        self.linear_parts = library.linear_parts_bf16
+        self.linear_parts.argtypes, self.linear_parts.restype = arguments, None
 
 
 class KernelLinear(nn.Module):
@@ -44,7 +49,7 @@ class KernelLinear(nn.Module):
     def __init__(self, kernel: LinearKernel, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        padded = -(-self.out_features // _PANEL) * _PANEL
+        padded = -(-self.out_features // PANEL) * PANEL
         self._kernel, self._bias = kernel, torch.zeros(padded)
         if bias is not None:
             self._bias[: self.out_features] = bias.detach()
@@ -61,7 +66,25 @@ class KernelLinear(nn.Module):
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         num_rows = x.numel() // self.in_features
-        self._kernel.linear(self._address, x.data_ptr(), num_rows, y.data_ptr(), torch.get_num_threads())
+        self._kernel.linear(self._address, x.data_ptr(), None, num_rows, y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def some(self, x: Tensor, whole: NDArray[np.int32], parts: NDArray[np.int32]) -> Tensor:
+        """Return `forward` of these rows and parts, bit for bit, and -inf elsewhere.
+
+        Dims: x (N, I) -> (N, O); `whole` (W,): rows; `parts` (P, 2): a panel and a row each, those of a panel together.
+        """
+        assert x.dtype == torch.bfloat16 and x.shape[1:] == (self.in_features,), "x does not fit the layer"
+        assert whole.dtype == parts.dtype == np.int32 and parts.flags.c_contiguous, "rows and panels must be int32"
+        x, num_threads = x.contiguous(), torch.get_num_threads()
+        y = x.new_empty(len(x), self.out_features)
+        y.index_fill_(0, torch.from_numpy(np.setdiff1d(np.arange(len(x)), whole)), -torch.inf)
+        if len(whole):
+            own = x.index_select(0, torch.from_numpy(whole))
+            places = whole.ctypes.data, len(whole), y.data_ptr()
+            self._kernel.linear(self._address, own.data_ptr(), *places, num_threads)
+        places = parts.ctypes.data, len(parts), y.data_ptr()
+        self._kernel.linear_parts(self._address, x.data_ptr(), *places, num_threads)
         return y
 
 
@@ -83,7 +106,7 @@ class PackedLinear(nn.Module):
         return y
 
 
-def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Module:
+def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Linear | KernelLinear | PackedLinear:
     """Return the layer with a packed weight if that is known to be faster, else the layer itself.
 
     `kernel`: used instead of oneDNN where it can compute the layer.

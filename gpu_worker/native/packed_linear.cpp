@@ -17,14 +17,22 @@ namespace {
 
 constexpr int64_t kBlock = 2 * kLanes;
 constexpr int64_t kTasksPerThread = 8;  // a thread that shares its core takes fewer
+constexpr int64_t kPartsPerTask = 8;
+
+// The rows of y that get the results.
+struct Rows {
+  const int32_t* numbers;  // null: 0, 1, 2 and so on
+  int64_t num_out;
+
+  int64_t place(int r) const { return (numbers == nullptr ? r : numbers[r]) * num_out; }
+};
 
 #ifdef __AVX512BF16__
 constexpr int kMostRows = 12;  // with 24 sums, two weights and an input 27 of 32 registers
 
-// y[r][0 .. 32) = x[r] . panel + bias
+// y[rows[r]][0 .. 32) = x[r] . panel + bias
 template <int R>
-void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y, int64_t num_out,
-              int64_t left) {
+void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y, Rows rows, int64_t left) {
   __m512 low[R], high[R];
   for (int r = 0; r < R; ++r) {
     low[r] = _mm512_loadu_ps(bias);
@@ -44,9 +52,9 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
   for (int r = 0; r < R; ++r) {
     const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high[r], low[r]);
     if (left >= kBlock) {
-      _mm512_storeu_si512(y + r * num_out, values);  // cheaper than a masked store
+      _mm512_storeu_si512(y + rows.place(r), values);  // cheaper than a masked store
     } else {
-      _mm512_mask_storeu_epi16(y + r * num_out, (1u << left) - 1, values);
+      _mm512_mask_storeu_epi16(y + rows.place(r), (1u << left) - 1, values);
     }
   }
 }
@@ -54,8 +62,7 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
 constexpr int kMostRows = 2;
 
 template <int R>
-void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y, int64_t num_out,
-              int64_t left) {
+void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y, Rows rows, int64_t left) {
   f32x16 low[R], high[R];
   for (int r = 0; r < R; ++r) {
     low[r] = load(bias);
@@ -72,8 +79,8 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
     }
   }
   for (int r = 0; r < R; ++r) {
-    store_part(y + r * num_out, low[r], left);
-    if (left > kLanes) store_part(y + r * num_out + kLanes, high[r], left - kLanes);
+    store_part(y + rows.place(r), low[r], left);
+    if (left > kLanes) store_part(y + rows.place(r) + kLanes, high[r], left - kLanes);
   }
 }
 #endif
@@ -93,6 +100,10 @@ extern "C" struct Linear {
   const void* panels;
   const float* bias;  // (panels, kBlock)
   int64_t num_in, num_out;
+};
+
+extern "C" struct Part {
+  int32_t panel, row;
 };
 
 extern "C" {
@@ -118,8 +129,9 @@ void pack_bf16(const void* weight, int64_t num_out, int64_t num_in, void* panels
   }
 }
 
-// Sets y (N, O) to x (N, I) W^T + bias.
-void linear_bf16(const Linear* layer, const void* x, int64_t num_rows, void* y, int32_t num_threads) {
+// Sets row numbers[n] of y (M, O), or row n if numbers is null, to row n of x (N, I) W^T + bias.
+void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
+                 int32_t num_threads) {
   const int64_t num_in = layer->num_in, num_out = layer->num_out, num_panels = (num_out + kBlock - 1) / kBlock;
   const int64_t num_groups = (num_rows + kMostRows - 1) / kMostRows;
   const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
@@ -127,10 +139,26 @@ void linear_bf16(const Linear* layer, const void* x, int64_t num_rows, void* y, 
   for (int64_t p = 0; p < num_panels; ++p)
     for (int64_t g = 0; g < num_groups; ++g) {
       const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
+      const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
+      bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
       multiply_rows<kMostRows>(num, static_cast<const bf16*>(x) + first * num_in, num_in,
                                static_cast<const bf16*>(layer->panels) + p * kBlock * num_in, layer->bias + p * kBlock,
-                               static_cast<bf16*>(y) + first * num_out + p * kBlock, num_out, num_out - p * kBlock);
+                               target, rows, num_out - p * kBlock);
     }
+}
+
+// Sets one panel of one row of y (N, O) for each part, to what linear_bf16 sets it to for x (N, I), and nothing else.
+// Parts of one panel should be adjacent, so that it is read from memory once.
+void linear_parts_bf16(const Linear* layer, const void* x, const Part* parts, int64_t num_parts, void* y,
+                       int32_t num_threads) {
+  const int64_t num_in = layer->num_in, num_out = layer->num_out;
+#pragma omp parallel for schedule(dynamic, kPartsPerTask) num_threads(num_threads) if (num_parts > kPartsPerTask)
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const int64_t first = parts[i].panel * kBlock;
+    multiply<1>(static_cast<const bf16*>(x) + parts[i].row * num_in, num_in,
+                static_cast<const bf16*>(layer->panels) + first * num_in, layer->bias + first,
+                static_cast<bf16*>(y) + first, Rows{&parts[i].row, num_out}, num_out - first);
+  }
 }
 
 }  // extern "C"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.bank.bank import ModuleBank
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.step.attention_plan import AttentionPlan
+
+Masks = Callable[[], Sequence[NDArray[np.uint32] | None]]
+"""Returns a mask for each of the first rows of logits, a bit per id, the lowest first. None: every logit is read."""
 
 
 class Composition(Protocol):
@@ -19,19 +25,20 @@ class Composition(Protocol):
 
 
 class StepContext:
-    """The only mutable object that a forward pass reads: the step's composition and its attention plan.
+    """The only mutable object that a forward pass reads: the step's composition, its attention plan and its masks.
 
-    The engine fills it before each forward pass; `LoraLinear` and the attention function read it.
+    The engine fills it before each forward pass; `LoraLinear`, the attention function and `OutputHead` read it.
     """
 
     def __init__(self) -> None:
         self.composition: Composition | None = None  # None if no token of the step has an adapter
+        self.masks: Masks = tuple  # none
         self._attention: AttentionPlan | None = None
         self._attended: set[int] = set()
 
-    def fill(self, composition: Composition | None, attention: AttentionPlan) -> None:
-        """Prepare the next forward pass."""
-        self.composition, self._attention = composition, attention
+    def fill(self, composition: Composition | None, attention: AttentionPlan, masks: Masks = tuple) -> None:
+        """Prepare the next forward pass. `masks` is called when the logits are computed."""
+        self.composition, self._attention, self.masks = composition, attention, masks
         self._attended.clear()
 
     def attention_of(self, layer: int) -> AttentionPlan:

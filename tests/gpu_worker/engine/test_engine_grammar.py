@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -14,6 +15,8 @@ from jsonschema import Draft202012Validator
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import GrammarFailed, GrammarInvalid
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.output_head import OutputHead
 from gpu_worker.request.grammar import ANY_OBJECT, Grammar
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Delta, Job, SamplingParams
@@ -21,7 +24,7 @@ from lora_store.plan import BASE_PLAN, Plan, Strategy
 from tests.gpu_worker.engine_driver import Answer, ask, assert_nothing_held, by_digest, greedy, run, run_together
 from tests.gpu_worker.grammar.schemas import random_schema
 from tests.soak import Scale
-from tests.tiny import plan_of, random_adapter
+from tests.tiny import plan_of, random_adapter, tiny_config
 
 MakeEngine = Callable[..., Engine]
 Shapes = dict[str, tuple[int, int]]
@@ -59,6 +62,27 @@ def test_greedy_rows_with_and_without_a_grammar_share_a_batch(make_engine: MakeE
     assert [answer.tokens for answer in answers[:3]] == alone
     for answer in answers[3:]:
         assert answer.text in {"red", "green", "blue"} and finish_of(answer) == "stop"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_are_those_of_an_engine_that_computes_the_whole_head(
+    dtype: str, make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
+) -> None:
+    """Greedy and sampled rows, some with log probabilities, in one batch with free rows and guesses of these."""
+    grammars = [Grammar("json_schema", json.dumps(random_schema(3))), Grammar("regex", "(one|two) [0-9]{3}-[a-z]{2,5}")]
+    changes: list[dict[str, object]] = [{"temperature": 0.0}, {}, {"logprobs": 2}, {"presence_penalty": 1.5}]
+    jobs = [greedy("the cat and the dog and the cat", request_id=f"free {n}", num_new=20) for n in range(2)]
+    for seed, own in enumerate(changes):
+        jobs += [sampled(grammar, seed, num_new=20, **own) for grammar in grammars]
+    base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype=dtype))
+    engine = make_engine({}, base=base, prompt_lookup_tokens=4, max_batch_size=len(jobs), prefix_cache=False)
+    found, head = run_together(engine, jobs), base.model.get_output_embeddings()
+    assert isinstance(head, OutputHead)
+    base.model.set_output_embeddings(head.whole)
+    for one, other in zip(found, run_together(engine, jobs), strict=True):
+        assert (one.tokens, one.text) == (other.tokens, other.text), one.row.request_id
+        logprobs = [[event.logprobs for event in answer.events if isinstance(event, Delta)] for answer in (one, other)]
+        assert logprobs[0] == logprobs[1]
 
 
 def test_choices_are_drawn_as_seeds_say_and_a_finished_grammar_ends_the_answer(make_engine: MakeEngine) -> None:

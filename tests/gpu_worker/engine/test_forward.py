@@ -104,7 +104,7 @@ def test_a_device_that_fails_computes_none_and_keeps_nothing(fault: str, parts: 
     if fault == "an error":
         parts.model.register_forward_pre_hook(raising)
     else:
-        parts.model.get_output_embeddings().weight.data.fill_(torch.nan)
+        parts.model.get_output_embeddings().whole.weight.data.fill_(torch.nan)
     with torch.inference_mode():
         assert not parts.forward.can_compute(row_of(tokens=[0]))
     assert (parts.cache.num_free, parts.cache.num_free_tokens) == (3, 120)

@@ -125,7 +125,7 @@ def test_an_engine_that_cannot_compute_them_is_refused_with_the_cause(
 def test_a_model_whose_logits_are_not_finite_is_refused(make_engine: MakeEngine) -> None:
     engine = make_engine({})
     with torch.no_grad():
-        engine.base.model.get_output_embeddings().weight.fill_(torch.nan)
+        engine.base.model.get_output_embeddings().whole.weight.fill_(torch.nan)
     with pytest.raises(WarmUpFailed) as caught:
         warm_up(engine)
     assert isinstance(caught.value.__cause__, LogitsNotFinite)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,8 +85,23 @@ def test_the_kernel_writes_no_byte_outside_its_outputs(kernel: LinearKernel) -> 
     layer = packed(linear_of(8, 33), kernel)
     assert isinstance(layer, KernelLinear)
     x, y = torch.randn(13, 8).bfloat16(), torch.full((15, 33), 7.0).bfloat16()
-    kernel.linear(layer._address, x.data_ptr(), 13, y[1].data_ptr(), 2)
+    kernel.linear(layer._address, x.data_ptr(), None, 13, y[1].data_ptr(), 2)
     assert torch.equal(y[1:14], layer(x)) and (y[0] == 7).all() and (y[14] == 7).all()
+
+
+@torch.inference_mode()
+def test_some_rows_and_panels_are_those_of_the_whole_product(kernel: LinearKernel) -> None:
+    layer, x = packed(linear_of(8, 100), kernel), torch.randn(30, 8).bfloat16()
+    assert isinstance(layer, KernelLinear)
+    whole = np.array([28, *range(1, 27, 2)], np.int32)  # more than one group of rows
+    parts = np.array([[panel, row] for panel in (0, 3) for row in (2, 29)], np.int32)
+    expected = torch.full((30, 100), -torch.inf).bfloat16()
+    y = layer(x)
+    expected[whole] = y[whole]
+    for row in (2, 29):
+        expected[row, :32], expected[row, 96:] = y[row, :32], y[row, 96:]
+    assert torch.equal(layer.some(x, whole, parts), expected)
+    assert (layer.some(x, whole[:0], parts[:0]) == -torch.inf).all()
 
 
 def test_any_number_of_threads_packs_the_same_panels(kernel: LinearKernel) -> None:
