@@ -3,8 +3,8 @@
 `python -m benchmarks.structured_output`. Rounds with and without the schema alternate, so that both meet the same
 machine. The schema cannot end within the measured tokens.
 
-`... --few` measures one row and eight greedy rows of the base model instead, and writes nothing: without a grammar,
-with one while the output head is computed for all ids, and for the allowed ids only.
+`... --few` measures one row and eight greedy rows of the base model instead, and writes nothing: without a grammar;
+with one while the output head is computed for all ids; for the allowed ids only; and with runs of certain tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typer
 
 from benchmarks.engine_cases import NUM_NEW, NUM_ROWS, Loaded, Quick, plans, shown, table_of
 from benchmarks.results_file import write_results
+from gpu_worker.engine.row import Row
 from gpu_worker.grammar.tool_grammar import tool_grammar
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.tools import HERMES, Function, Tools
@@ -57,10 +58,19 @@ def seconds_to_compile(loaded: Loaded, number: int) -> float:
 
 
 def measure_few(loaded: Loaded, num_rounds: int, num_new: int) -> None:
-    """Print the tokens per second of few rows, with the whole output head and with its allowed part, in turn."""
-    table = table_of("rows, grammar", "free tokens/s", "whole head", "allowed ids")
-    model = loaded.engine.base.model
+    """Print the tokens per second of few rows, in turn: free, with the whole head, with allowed ids, and with runs."""
+    table = table_of("rows, grammar", "free tokens/s", "whole head", "allowed ids", "and runs")
+    engine, model = loaded.engine, loaded.engine.base.model
     allowed: Any = model.get_output_embeddings()
+    prepare = engine.prepare
+
+    def without_runs(*arguments: Any) -> Row:
+        row = prepare(*arguments)
+        if row.grammar is not None:
+            row.grammar.longest_run = 0
+        return row
+
+    ways: list[tuple[Any, Any]] = [(allowed.whole, without_runs), (allowed, without_runs), (allowed, prepare)]
     for num_rows in (1, 8):
         rows, base = loaded.prompts(1, num_rows), plans("base", 8, num_rows)
         for name, grammar in {"a list of people": people(), "a list of labels": labels()}.items():
@@ -69,8 +79,9 @@ def measure_few(loaded: Loaded, num_rounds: int, num_new: int) -> None:
             found = []
             for _ in range(num_rounds):
                 rates = [loaded.run(base, rows, num_new)[0]]
-                for head in (allowed.whole, allowed):
+                for head, prepared in ways:
                     model.set_output_embeddings(head)
+                    engine.prepare = prepared
                     rates.append(loaded.run(base, rows, num_new, **bound)[0])
                 found.append(rates)
             medians = [statistics.median(column) for column in zip(*found, strict=True)]

@@ -1,9 +1,13 @@
-"""Attention on the CPU over pages in host memory. Prefill chunks run one by one, decode tokens together."""
+"""Attention on the CPU over pages in host memory. Prefill chunks run one by one, decode tokens together.
+
+The compiled kernel computes short chunks behind other tokens as decode tokens, so that a guessed token has the result
+that it would have in a step of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from gpu_worker.attention.decode_attention import DecodeKernel, Decodes
 from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, check_window
 
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
+_SHORT_CHUNK = 8  # tokens; as many as a step with guesses has
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +148,11 @@ def host_attention(
     counts = torch.tensor([segment.num_tokens for segment in segments])
     rows = torch.tensor([segment.row for segment in segments]).repeat_interleave(counts)
     positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
-    is_decode = [segment.num_tokens == 1 and segment.context_len > 0 for segment in segments]
+    longest = 1 if kernel is None else _SHORT_CHUNK
+    is_decode = [segment.num_tokens <= longest and segment.context_len > 0 for segment in segments]
     prefill = tuple(segment for segment, decodes in zip(segments, is_decode, strict=True) if not decodes)
-    single = [segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]
+    short = [segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]
+    single = [token for segment in short for token in _tokens_of(segment)]
     steps = [GroupStep(pages, pages.slots(rows, positions)) for pages in groups]
     return HostAttention(
         *stored,
@@ -155,6 +162,12 @@ def host_attention(
         decode=tuple(_groups(single)) if kernel is None else (),
         compiled=None if kernel is None else (kernel, Decodes(single)),
     )
+
+
+def _tokens_of(segment: Segment) -> Iterator[Segment]:
+    """Yield a segment for each token."""
+    for place in range(segment.num_tokens):
+        yield replace(segment, start=segment.start + place, num_tokens=1, context_len=segment.context_len + place)
 
 
 def _prefill(

@@ -280,7 +280,7 @@ class Engine:
 
         Raises: EngineStopped after three consecutive steps that fail because of the device.
         """
-        guess_all(self.running, self.config.prompt_lookup_tokens, self.kv_cache)
+        guess_all(self.running, self.config.prompt_lookup_tokens, max_tokens, self.kv_cache)
         scheduled = schedule(self.running, max_tokens, self.config.chunk_tokens)
         outcome = compute_isolated(scheduled, self._attempt)
         for part, chosen in outcome.computed:
@@ -336,13 +336,13 @@ class Engine:
         self._device_check.require()
 
     def _append_token(
-        self, row: Row, token: int | None, scored: Scored | None, logits: Tensor
+        self, row: Row, token: int | None, scored: Scored | None, logits: Tensor | None
     ) -> Delta | Exception | None:
         """Append the token to the row and return the event for its client."""
         if token is None or row.has_unsound_prompt:
             self.kv_cache.distrust(row.kv_row)  # its keys and values may not be finite
             return failure_of(row)
-        if row.capture_first_logits and row.first_logits is None:
+        if row.captures_next_logits and logits is not None:
             row.first_logits = logits.to("cpu", torch.float32, copy=True)
         try:
             return row.append_token(token, scored)

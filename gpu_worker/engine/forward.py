@@ -55,7 +55,11 @@ class ForwardPass:
         A step of incomplete prompt chunks may have none: `logits_to_keep` is empty and the head computes nothing.
         """
         tokens = [token for row, s in scheduled for token in row.step_tokens(s.context_len, s.total_len)]
-        last = [s.start + p - s.context_len for row, s in scheduled for p in range(len(row.tokens) - 1, s.total_len)]
+        last = [
+            s.start + len(row.tokens) - 1 + ahead - s.context_len
+            for row, s in scheduled
+            for ahead in row.choices(s.total_len)
+        ]
         kept = last + [
             s.start + position - s.context_len
             for row, s in scheduled

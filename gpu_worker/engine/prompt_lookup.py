@@ -1,5 +1,7 @@
 """Guess the next tokens of a row from its own earlier tokens, so that one step can compute several of them.
 
+Where a row's grammar leaves one token only, several times in a row, these tokens are guessed too, and always right.
+
 The engine computes the guesses behind the row's last token, chooses a token after each, and keeps those up to the first
 that differs from its guess. A choice depends on the logits, the seed and the position alone, so the answer is the same
 as without guesses, greedy or sampled, under any plan.
@@ -57,33 +59,39 @@ class PromptLookup:
 
 
 def may_guess(row: Row) -> bool:
-    """Return whether the row's choices need no more than logits, seed and position."""
-    return (
-        row.grammar is None
-        and not row.sampling.adjusts_logits
-        and row.sampling.prompt_logprobs is None
-        and not row.capture_first_logits
-    )
+    """Return whether the row's choices need no more than logits, seed, position and a grammar's mask."""
+    return not row.sampling.adjusts_logits and row.sampling.prompt_logprobs is None and not row.captures_next_logits
 
 
-def guess_all(rows: Sequence[Row], most: int, kv_cache: KvCache) -> None:
-    """Set the guesses of the next step, as far as there is KV: none while prompts are computed or many rows decode.
+def guess_all(rows: Sequence[Row], most: int, max_step_tokens: int, kv_cache: KvCache) -> None:
+    """Set the guesses of the next step, as far as there is KV.
 
-    `most`: tokens per row.
+    Tokens that a grammar leaves no choice of are computed in any step. Other guesses, up to `most` tokens per row, are
+    made neither while prompts are computed nor while many rows decode.
     """
-    for row in rows:
+    room, run_room = MOST_STEP_TOKENS - len(rows), max_step_tokens - len(rows)
+    is_decoding = [len(row.tokens) - row.num_computed == 1 for row in rows]
+    if most == 0 or not all(is_decoding):
+        room = 0
+    for row, decodes in zip(rows, is_decoding, strict=True):
         row.guess = []
-    room = MOST_STEP_TOKENS - len(rows)
-    if most == 0 or room <= 0 or any(len(row.tokens) - row.num_computed != 1 for row in rows):
-        return
-    for row in rows:
-        left = min(room, row.max_new_tokens - row.num_new_tokens - 1)
-        if left > 0 and may_guess(row):
+        if row.grammar is not None:
+            row.grammar.run = []
+        if not decodes or not may_guess(row):
+            continue
+        left = row.max_new_tokens - row.num_new_tokens - 1
+        if row.grammar is not None:
+            row.guess = row.grammar.run = _with_kv(row, row.grammar.following(max(min(left, run_room), 0)), kv_cache)
+            run_room -= len(row.guess)
+        elif min(left, room) > 0:
             row.lookup = row.lookup or PromptLookup(most)
-            guess = row.lookup.guess(row.tokens, left)
-            if guess and kv_cache.grow(row.kv_row, len(row.tokens) + len(guess)):
-                row.guess = guess
-                room -= len(guess)
+            row.guess = _with_kv(row, row.lookup.guess(row.tokens, min(left, room)), kv_cache)
+            room -= len(row.guess)
+
+
+def _with_kv(row: Row, guess: list[int], kv_cache: KvCache) -> list[int]:
+    """Return the guess if the row gets KV for it, else none."""
+    return guess if guess and kv_cache.grow(row.kv_row, len(row.tokens) + len(guess)) else []
 
 
 def take(

@@ -91,6 +91,10 @@ class Row:
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
+    def captures_next_logits(self) -> bool:
+        return self.capture_first_logits and self.first_logits is None
+
+    @property
     def longest_len(self) -> int:
         return self.num_prompt_tokens + self.max_new_tokens
 
@@ -129,10 +133,19 @@ class Row:
         known = self.tokens[start:end]
         return known + self.guess[: end - start - len(known)]
 
+    def choices(self, total_len: int) -> range:
+        """Return how many guesses are before each token to choose, if the step computes the first `total_len` tokens.
+
+        The tokens of a grammar's run are known. They need logits only for log probabilities.
+        """
+        num = total_len - len(self.tokens) + 1
+        is_known = self.grammar is not None and self.sampling.logprobs is None and num == len(self.guess) + 1
+        return range(len(self.guess) if is_known else 0, num)
+
     def draw(self, ahead: int = 0) -> Draw:
         """Return the inputs for choosing the next token, or the one `ahead` tokens later if these are the guesses."""
         forbidden = tuple(self.end_ids) if self.num_new_tokens + ahead < self.sampling.min_tokens else ()
-        allowed = None if self.grammar is None or self.grammar.error is not None else self.grammar.allowed
+        allowed = None if self.grammar is None or self.grammar.error is not None else self.grammar.mask(ahead)
         position = len(self.tokens) + ahead
         return Draw(self.sampling, self.seed, position, forbidden, self.tokens, self.num_prompt_tokens, allowed)
 

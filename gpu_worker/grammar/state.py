@@ -1,4 +1,4 @@
-"""How far an answer has come in its grammar, and the ids that may follow."""
+"""How far an answer has come in its grammar, the ids that may follow, and runs of ids that must."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 BITS = 32
+LONGEST_RUN = 8  # ids that are known to follow; the search costs a mask for each
+Mask = NDArray[np.uint32]
+"""A bit for each id, the lowest first."""
+
+
+def only_id(mask: Mask) -> int | None:
+    """Return the id of a mask that allows one."""
+    words = np.flatnonzero(mask)
+    if len(words) != 1 or int(mask[words[0]]).bit_count() != 1:
+        return None
+    return int(words[0]) * BITS + int(mask[words[0]]).bit_length() - 1
 
 
 def num_words(vocabulary: int) -> int:
@@ -22,6 +33,8 @@ def num_words(vocabulary: int) -> int:
 class GrammarState:
     """The grammar of one row. It follows the row's own list of tokens, whose answer begins at `num_prompt_tokens`.
 
+    Where the masks allow one id only, several times in a row, these ids are a run. Its tokens need no choice, so a step
+    computes several of them at once: the engine takes them from `following`, and sets `run`.
     `update` runs on another thread than the rest, never concurrently with it: see `MaskThread`.
     """
 
@@ -33,11 +46,17 @@ class GrammarState:
         vocabulary: int,
         when_slow: Callable[[], None] = lambda: None,
     ) -> None:
-        """`when_slow` is called once if an update takes too long."""
+        """`when_slow` is called once if an update takes too long.
+
+        `allowed`: the mask for the token behind the row's last one and `run`.
+        """
         self._matcher, self._tokens, self._start = matcher, tokens, num_prompt_tokens
         self._num_consumed = 0
         self._mask_at = -1  # number of consumed tokens that `allowed` is valid for
-        self.allowed: NDArray[np.uint32] = np.zeros(num_words(vocabulary), np.uint32)
+        self.longest_run = LONGEST_RUN
+        self.run: list[int] = []  # certain tokens behind the row's last one, which the next step computes
+        self._following: list[int] = []  # those behind `_mask_at` tokens
+        self.allowed: Mask = np.zeros(num_words(vocabulary), np.uint32)
         self.error: str | None = None
         self._when_slow = when_slow
 
@@ -49,18 +68,45 @@ class GrammarState:
     @property
     def is_current(self) -> bool:
         """Return whether `allowed` is for the token after the row's last one, or never will be."""
-        return self.error is not None or self._mask_at == len(self._tokens) - self._start
+        return self.error is not None or self._mask_at == len(self._tokens) - self._start + len(self.run)
+
+    def following(self, most: int) -> list[int]:
+        """Return up to `most` tokens that must follow the row's last one, as far as they are known."""
+        known = len(self._tokens) - self._start - self._mask_at
+        return self._following[known : known + most] if self._mask_at >= 0 and known > 0 else []
+
+    def mask(self, ahead: int) -> Mask:
+        """Return the ids that may follow the first `ahead` tokens of the run."""
+        if ahead == len(self.run):
+            return self.allowed
+        mask = np.zeros_like(self.allowed)
+        mask[self.run[ahead] // BITS] = 1 << self.run[ahead] % BITS
+        return mask
 
     def update(self) -> None:
-        """Consume the row's tokens that are new, and set `allowed` for the next one. Failures set `error`."""
-        answer = self._tokens[self._start :]
+        """Consume the row's new tokens and the run, and set `allowed` for the next one. Failures set `error`."""
+        answer = [*self._tokens[self._start :], *self.run]
         if self._num_consumed > len(answer):  # the row has lost tokens: follow the remaining ones again
             self._matcher.reset()
             self._num_consumed = 0
-        is_valid = self._matcher.consume_tokens(list(answer[self._num_consumed :]))
+        is_valid = self._matcher.consume_tokens(answer[self._num_consumed :])
         if is_valid:
             self._num_consumed = len(answer)
             self._matcher.unsafe_compute_mask_ptr(self.allowed.ctypes.data, self.allowed.nbytes)
         if not is_valid or self._matcher.is_error() or not self.allowed.any():
             self.error = "it allows no further token, or it is too complex"
+        self._following = [] if self.error is not None else self._find_run()
         self._mask_at = len(answer)
+
+    def _find_run(self) -> list[int]:
+        """Return the ids that must follow, without those that end the answer. The matcher is as before."""
+        run, mask = list[int](), self.allowed
+        while len(run) < self.longest_run and (token := only_id(mask)) is not None and not self._matcher.is_accepting():
+            if not self._matcher.consume_token(token):
+                break
+            run.append(token)
+            mask = np.zeros_like(mask)
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if run:
+            self._matcher.rollback(len(run))
+        return run

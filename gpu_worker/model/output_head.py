@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gpu_worker.grammar.state import BITS, only_id
 from gpu_worker.model.packed_linear import PANEL, KernelLinear, PackedLinear
 from gpu_worker.step.step_context import StepContext
 
 _ROWS_PER_READ = 20  # rows that the whole head computes in the time in which it reads its weights
-_NO_PANELS = np.empty(0, np.int64)
 
 
 class OutputHead(nn.Module):
@@ -35,20 +35,22 @@ class OutputHead(nn.Module):
             return y
         rows = x.reshape(-1, x.shape[-1])
         is_finite = rows.isfinite().all(dim=-1).tolist()
-        panels = {row: panels_of(mask) for row, mask in masks.items() if is_finite[row]}
+        masks = {row: mask for row, mask in masks.items() if is_finite[row]}
+        only = {row: token for row, mask in masks.items() if (token := only_id(mask)) is not None}
         if isinstance(self.whole, KernelLinear):
+            panels = {row: np.flatnonzero(() if row in only else mask) for row, mask in masks.items()}
             y = self._in_parts(self.whole, rows, panels)
-        elif len(panels) == len(rows) and all(found is _NO_PANELS for found in panels.values()):
+        elif len(only) == len(rows):
             y = rows.new_full((len(rows), self.whole.out_features), -torch.inf)
         else:
             y = self.whole(rows)
-        for row, found in panels.items():
-            if found is _NO_PANELS:
-                y[row, only_id(masks[row])] = 0.0
+        for row, token in only.items():
+            y[row, token] = 0.0
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def _in_parts(whole: KernelLinear, rows: Tensor, panels: Mapping[int, NDArray[np.int64]]) -> Tensor:
+        assert PANEL == BITS, "a panel has the ids of one word of a mask"
         counts = {row: len(found) for row, found in panels.items()}
         limited = rows_in_parts(counts, len(rows), -(-whole.out_features // PANEL))
         if not limited:
@@ -58,18 +60,6 @@ class OutputHead(nn.Module):
         parts = np.stack([np.concatenate([panels[row] for row in limited]), owners], axis=1).astype(np.int32)
         others = np.setdiff1d(np.arange(len(rows)), limited).astype(np.int32)
         return whole.some(rows, others, parts[parts[:, 0].argsort(kind="stable")])
-
-
-def panels_of(mask: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Return the panels with allowed ids, one for each word that is not 0. `_NO_PANELS` if only one id is allowed."""
-    panels = np.flatnonzero(mask)
-    return _NO_PANELS if len(panels) == 1 and int(mask[panels[0]]).bit_count() == 1 else panels
-
-
-def only_id(mask: NDArray[np.uint32]) -> int:
-    """Return the id of a mask that allows one."""
-    word = int(mask.argmax())
-    return word * PANEL + int(mask[word]).bit_length() - 1
 
 
 def rows_in_parts(num_panels: Mapping[int, int], num_rows: int, all_panels: int) -> list[int]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.bank.bank import ModuleBank
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.grammar.state import Mask
 from gpu_worker.step.attention_plan import AttentionPlan
 
-Masks = Callable[[], Sequence[NDArray[np.uint32] | None]]
-"""Returns a mask for each of the first rows of logits, a bit per id, the lowest first. None: every logit is read."""
+Masks = Callable[[], Sequence[Mask | None]]
+"""Returns a mask for each of the first rows of logits. None: every logit is read."""
 
 
 class Composition(Protocol):

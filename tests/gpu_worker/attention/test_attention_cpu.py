@@ -229,3 +229,21 @@ def test_the_compiled_result_of_a_token_does_not_depend_on_other_tokens() -> Non
 
     together = attended([0, 1, 2])
     assert torch.equal(torch.cat([attended([token]) for token in range(3)]), together)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_short_chunk_has_the_compiled_results_of_its_tokens_one_by_one(window: int | None) -> None:
+    torch.manual_seed(0)
+    caches = [new_cache(kernel=compiled(load_decode_kernel)) for _ in range(2)]
+    query, *parts = (torch.randn(count, 9, HEAD_DIM) for count in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS))
+    for of_layer in ("keys", "values"):
+        getattr(caches[0], of_layer)[0].normal_()
+        getattr(caches[1], of_layer)[0].copy_(getattr(caches[0], of_layer)[0])
+
+    def attended(cache: HostKvCache, segments: list[Segment], tokens: slice) -> Tensor:
+        own = (x[:, tokens] for x in (query, *parts))
+        return cache.attention(segments).attend(0, *own, scaling=SCALING, sliding_window=window)
+
+    together = attended(caches[0], layout((4, 8, 20), (2, 1, 9)), slice(0, 9))
+    alone = [attended(caches[1], layout((4, 1, 20 + place)), slice(place, place + 1)) for place in range(8)]
+    assert torch.equal(together, torch.cat([*alone, attended(caches[1], layout((2, 1, 9)), slice(8, 9))]))

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.errors import GrammarFailed, GrammarInvalid
+from gpu_worker.errors import GrammarFailed, GrammarInvalid, LogitsNotFinite
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.output_head import OutputHead
 from gpu_worker.request.grammar import ANY_OBJECT, Grammar
@@ -83,6 +84,71 @@ def test_answers_are_those_of_an_engine_that_computes_the_whole_head(
         assert (one.tokens, one.text) == (other.tokens, other.text), one.row.request_id
         logprobs = [[event.logprobs for event in answer.events if isinstance(event, Delta)] for answer in (one, other)]
         assert logprobs[0] == logprobs[1]
+
+
+def answers_of(engine: Engine, jobs: list[Job], *, has_runs: bool) -> tuple[list[Answer], int]:
+    """Return the answers and the number of steps."""
+    answers, began = [ask(engine, job) for job in jobs], engine.num_steps
+    for answer in answers:
+        if answer.row.grammar is not None and not has_runs:
+            answer.row.grammar.longest_run = 0
+    engine.run_until_idle()
+    assert_nothing_held(engine)
+    return answers, engine.num_steps - began
+
+
+def logprobs_of(answer: Answer) -> list[float]:
+    return [entry.logprob for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.0},
+        {"logprobs": 2},
+        {"stop": ("ange, or",)},
+        {"max_tokens": 9},
+        {"presence_penalty": 1.0},  # no runs: penalties depend on all tokens before
+    ],
+    ids=str,
+)
+def test_tokens_without_a_choice_are_computed_in_one_step(
+    changes: dict[str, object], dtype: str, make_engine: MakeEngine, tiny_folders: Mapping[str, Path]
+) -> None:
+    """The answers are those of one token a step, bit for bit in a batch with other rows."""
+    base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype=dtype))
+    engine = make_engine({}, base=base, prefix_cache=False)
+    grammar = Grammar("regex", "[ab]orange, or [0-9] apples[xyz]")
+    jobs = [sampled(grammar, seed, **changes) for seed in range(3)]
+    jobs += [greedy("free", num_new=4)]
+    (found, num_steps), (expected, most) = (answers_of(engine, jobs, has_runs=runs) for runs in (True, False))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.tokens, one.text, finish_of(one)) == (other.tokens, other.text, finish_of(other))
+        assert logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-2 if dtype == "bfloat16" else 1e-4)
+    assert num_steps == most if "presence_penalty" in changes else num_steps <= most - 4
+
+
+def test_runs_take_no_more_tokens_than_a_step_may_have(make_engine: MakeEngine) -> None:
+    jobs = [sampled(Grammar("regex", "[ab]orange, or"), seed) for seed in range(3)]
+    answers, _ = answers_of(make_engine({}, max_step_tokens=6, max_batch_size=3), jobs, has_runs=True)
+    assert all(re.fullmatch("[ab]orange, or", answer.text) for answer in answers)
+
+
+def test_a_row_that_is_not_finite_in_a_run_fails_and_keeps_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    spoiled = [False]
+
+    def spoil(module: torch.nn.Module, inputs: object, hidden: torch.Tensor) -> torch.Tensor | None:
+        spoiled[0] |= hidden.shape[1] > 3 and bool(answer.row.guess)
+        return torch.full_like(hidden, torch.nan) if spoiled[0] else None
+
+    answer = ask(engine, sampled(Grammar("regex", "[ab]orange, or"), stop=("ange",)))
+    engine.base.model.get_input_embeddings().register_forward_hook(spoil)
+    engine.run_until_idle()
+    assert isinstance(answer.error, LogitsNotFinite) and spoiled[0]
+    assert "".join(event.text for event in answer.events if isinstance(event, Delta)) in {"", "a", "b", "ao", "bo"}
+    assert_nothing_held(engine)
 
 
 def test_choices_are_drawn_as_seeds_say_and_a_finished_grammar_ends_the_answer(make_engine: MakeEngine) -> None:

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from gpu_worker.engine.next_tokens import choose
+from gpu_worker.engine.next_tokens import choose, masks_of
+from gpu_worker.engine.row import Row
+from gpu_worker.grammar.state import GrammarState, only_id
+from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.request import SamplingParams
 from gpu_worker.sampling.sampling import Sampler
 from gpu_worker.step.attention_plan import Segment
+from tests.gpu_worker.grammar.small_vocabulary import compiled
 from tests.gpu_worker.rows import row_of
 
 GREEDY = SamplingParams(temperature=0)
@@ -52,6 +56,50 @@ def test_prompt_tokens_are_scored_after_the_rows_with_a_token() -> None:
     assert [entry.top[0][0] for entry in chunk.prompt[1:]] == [1, 2, 39, 4]
     assert [entry.rank for entry in whole.prompt] == [None, 1, 1]
     assert chunk.positions_to_score(0, 5) == range(4, 4) and not chunk.has_unsound_prompt
+
+
+class Run(GrammarState):
+    """A grammar that allows the token 5 after a run."""
+
+    def __init__(self, run: list[int]) -> None:
+        super().__init__(compiled(Grammar("regex", "a")), [], 0, 40)
+        self.run, self.allowed[0] = run, 1 << 5
+
+
+def row_with(run: list[int], **changes: object) -> Row:
+    return row_of(tokens=range(4), grammar=Run(run), guess=run, sampling=SamplingParams(temperature=0, **changes))  # type: ignore[arg-type]
+
+
+def test_the_tokens_of_a_run_are_chosen_without_logits() -> None:
+    row, other = row_with([7, 8]), row_of(tokens=range(2))
+    other.sampling = GREEDY
+    part = [(row, Segment(0, 0, 3, 3)), (other, Segment(1, 3, 1, 1))]
+    logits = torch.nn.functional.one_hot(torch.tensor([9, 11]), 40).float()
+    found = {owner: choices for owner, choices in choose(part, logits, Sampler()).by_row()}
+    assert [token for token, _, _ in found[row]] == [7, 8, 5] and [token for token, _, _ in found[other]] == [11]
+    assert found[row][0][2] is None and torch.equal(found[row][2][2], logits[0])  # type: ignore[arg-type]
+    logits[0, 3] = torch.nan
+    [unsound, *_] = (choices for _, choices in choose(part, logits, Sampler()).by_row())
+    assert [token for token, _, _ in unsound] == [None], "the run's own logits may not be finite either"
+
+
+def test_a_run_has_logits_where_they_are_reported_or_its_segment_is_cut() -> None:
+    logits = torch.zeros(3, 40)
+    scored = choose([(row_with([7, 8], logprobs=1), Segment(0, 0, 3, 3))], logits, Sampler())
+    assert (scored.tokens, scored.aheads, None in scored.scores) == ([7, 8, 5], [0, 1, 2], False)
+    cut = choose([(row_with([7, 8]), Segment(0, 0, 2, 3))], logits[:2], Sampler())
+    assert (cut.tokens, cut.aheads) == ([7, 8], [0, 1])
+
+
+def test_masks_are_those_of_the_rows_with_logits_unless_all_logits_are_read() -> None:
+    free = row_of(tokens=range(2))
+    rows = [row_with([7, 8]), free, row_with([], logprobs=1), row_with([]), row_with([])]
+    rows[3].capture_first_logits = True
+    part = [(row, Segment(number, number, len(row.guess) + 1, len(row.tokens) - 1)) for number, row in enumerate(rows)]
+    finished: list[int] = []
+    masks = masks_of(part, lambda: finished.append(1))
+    assert [mask is not None for mask in masks] == [True, False, False, False, True] and finished == [1]
+    assert only_id(masks[0]) == only_id(masks[4]) == 5  # type: ignore[arg-type]
 
 
 def test_a_step_of_prompt_chunks_alone_chooses_nothing() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 
-from gpu_worker.grammar.state import num_words
+from gpu_worker.grammar.state import LONGEST_RUN, num_words, only_id
 from gpu_worker.request.grammar import Grammar
 from tests.gpu_worker.grammar.schemas import random_schema
 from tests.gpu_worker.grammar.small_vocabulary import (
@@ -99,6 +100,60 @@ def test_a_state_whose_row_has_lost_tokens_follows_the_others_again() -> None:
     del tokens[1:]
     state.update()
     assert ids_of(state) == [ord("b"), ord("x")]
+
+
+def test_ids_that_must_follow_are_known_up_to_the_next_choice() -> None:
+    """Each is the only one of its mask, and looking for them changes no mask."""
+    grammar = Grammar("regex", "x[ab]klmn(4|5)pq")
+    tokens: list[int] = []
+    state, slow = state_of(grammar, tokens), state_of(grammar, tokens)
+    slow.longest_run = 0
+    state.update()
+    assert state.following(8) == []  # the run begins with the next token, which is not chosen yet
+    for text, run in (("x", ""), ("a", ""), ("k", "lmn"), ("l", "mn"), ("m", "n"), ("n", ""), ("4", ""), ("p", "q")):
+        tokens.append(ord(text))
+        assert bytes(state.following(8)) == run.encode() and state.following(1) == [*run.encode()][:1]
+        assert state.following(0) == [] and slow.following(8) == []
+        state.update()
+        slow.update()
+        assert ids_of(state) == ids_of(slow)
+    tokens.append(ord("q"))
+    state.update()
+    assert ids_of(state) == [END, OTHER_END] and state.following(8) == []
+
+
+def test_a_run_is_consumed_before_the_next_mask_and_may_be_given_up() -> None:
+    tokens = [ord("a")]
+    state = state_of(Grammar("regex", "a?klmn[xy]"), tokens)
+    state.update()
+    tokens.append(ord("k"))
+    state.run = state.following(8)
+    assert state.run == [ord("l"), ord("m"), ord("n")] and not state.is_current
+    state.update()
+    assert state.is_current and ids_of(state) == [ord("x"), ord("y")]
+    masks = [[i for i in range(len(TOKENS)) if state.mask(ahead)[i // 32] >> i % 32 & 1] for ahead in range(4)]
+    assert masks == [[ord("l")], [ord("m")], [ord("n")], [ord("x"), ord("y")]]
+    state.run = []  # there was no memory for it
+    tokens.append(ord("l"))
+    assert state.following(8) == [], "the tokens known are those behind the run"
+    state.update()
+    assert ids_of(state) == [ord("m")]
+
+
+def test_a_run_is_not_longer_than_the_limit() -> None:
+    tokens: list[int] = []
+    state = state_of(Grammar("regex", "0{40}"), tokens)
+    state.update()
+    tokens.append(ord("0"))
+    assert state.following(100) == [ord("0")] * (LONGEST_RUN - 1)
+
+
+@pytest.mark.parametrize("ids", [[], [0], [31], [32], [95], [0, 1], [0, 64], [95, 94]])
+def test_the_only_id_of_a_mask(ids: list[int]) -> None:
+    mask = np.zeros(3, np.uint32)
+    for token_id in ids:
+        mask[token_id // 32] |= np.uint32(1 << token_id % 32)
+    assert only_id(mask) == (ids[0] if len(ids) == 1 else None)
 
 
 def test_a_token_that_the_grammar_does_not_allow_is_an_error() -> None:
