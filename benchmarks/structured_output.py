@@ -24,6 +24,8 @@ from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.tools import HERMES, Function, Tools
 
 ROUNDS, NEW_SCHEMAS = 5, 20
+LABELS = "positive", "negative", "neutral"
+LONG_LABELS = "very satisfied with the product", "waited too long for the delivery", "another reason to write to us"
 SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 1": {"temperature": 1.0, "seed": 3}}
 
 
@@ -34,9 +36,9 @@ def people(number: int = 0) -> Grammar:
     return Grammar("json_schema", json.dumps({"type": "array", "items": person, "minItems": 1000 + number}))
 
 
-def labels() -> Grammar:
+def labels(*texts: str) -> Grammar:
     """Return the schema of a long list of labels, most of whose tokens are certain or one of a few."""
-    fields = {"label": {"enum": ["positive", "negative", "neutral"]}, "stars": {"type": "integer", "enum": [1, 2, 3]}}
+    fields = {"label": {"enum": list(texts)}, "stars": {"type": "integer", "enum": [1, 2, 3]}}
     label = {"type": "object", "properties": fields, "required": ["label", "stars"], "additionalProperties": False}
     return Grammar("json_schema", json.dumps({"type": "array", "items": label, "minItems": 1000}))
 
@@ -70,10 +72,11 @@ def measure_few(loaded: Loaded, num_rounds: int, num_new: int) -> None:
             row.grammar.longest_run = 0
         return row
 
+    grammars = {"people": people(), "labels": labels(*LABELS), "long labels": labels(*LONG_LABELS)}
     ways: list[tuple[Any, Any]] = [(allowed.whole, without_runs), (allowed, without_runs), (allowed, prepare)]
     for num_rows in (1, 8):
         rows, base = loaded.prompts(1, num_rows), plans("base", 8, num_rows)
-        for name, grammar in {"a list of people": people(), "a list of labels": labels()}.items():
+        for name, grammar in grammars.items():
             bound = {"ignore_eos": False, "grammar": grammar}
             loaded.run(base, rows, 4, **bound)
             found = []
