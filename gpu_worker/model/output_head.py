@@ -13,7 +13,7 @@ from gpu_worker.grammar.state import BITS, only_id
 from gpu_worker.model.packed_linear import PANEL, KernelLinear, PackedLinear
 from gpu_worker.step.step_context import StepContext
 
-_ROWS_PER_READ = 20  # rows that the whole head computes in the time in which it reads its weights
+_ROWS_PER_READ = 11  # rows that the whole head computes in the time in which it reads its weights
 
 
 class OutputHead(nn.Module):
@@ -65,13 +65,13 @@ class OutputHead(nn.Module):
 def rows_in_parts(num_panels: Mapping[int, int], num_rows: int, all_panels: int) -> list[int]:
     """Return the rows to compute panel by panel, so that the step's head costs least.
 
-    A panel for one row costs 1. The whole head costs `all_panels`, and a twentieth of that for each further row.
+    A panel for one row costs 1. The whole head costs `all_panels` for up to 11 rows, and for more in proportion.
     `num_panels`: those of the rows with a mask; `num_rows`: all rows.
     """
     order = sorted(num_panels, key=num_panels.__getitem__)
     costs, parts = [], 0.0
     for place in range(len(order) + 1):
         left = num_rows - place
-        costs.append(parts + (all_panels * (1 + (left - 1) / _ROWS_PER_READ) if left else 0.0))
+        costs.append(parts + (all_panels * max(1.0, left / _ROWS_PER_READ) if left else 0.0))
         parts += num_panels[order[place]] if place < len(order) else 0
     return sorted(order[: min(range(len(costs)), key=costs.__getitem__)])

@@ -18,6 +18,7 @@ from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.errors import GrammarFailed, GrammarInvalid, LogitsNotFinite
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.output_head import OutputHead
+from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.request.grammar import ANY_OBJECT, Grammar
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Delta, Job, SamplingParams
@@ -71,14 +72,18 @@ def test_answers_are_those_of_an_engine_that_computes_the_whole_head(
 ) -> None:
     """Greedy and sampled rows, some with log probabilities, in one batch with free rows and guesses of these."""
     grammars = [Grammar("json_schema", json.dumps(random_schema(3))), Grammar("regex", "(one|two) [0-9]{3}-[a-z]{2,5}")]
-    changes: list[dict[str, object]] = [{"temperature": 0.0}, {}, {"logprobs": 2}, {"presence_penalty": 1.5}]
-    jobs = [greedy("the cat and the dog and the cat", request_id=f"free {n}", num_new=20) for n in range(2)]
+    scored = {"logprobs": 2, "max_tokens": 6}
+    changes: list[dict[str, object]] = [{"temperature": 0.0}, {}, scored, {"presence_penalty": 1.5}]
+    jobs = [greedy("the cat and the dog and the cat", request_id=f"free {n}", num_new=6) for n in range(2)]
     for seed, own in enumerate(changes):
         jobs += [sampled(grammar, seed, num_new=20, **own) for grammar in grammars]
     base = load_base_model(tiny_config(tiny_folders["gemma3"], dtype=dtype))
     engine = make_engine({}, base=base, prompt_lookup_tokens=4, max_batch_size=len(jobs), prefix_cache=False)
-    found, head = run_together(engine, jobs), base.model.get_output_embeddings()
+    head, whole_products = base.model.get_output_embeddings(), list[int]()
     assert isinstance(head, OutputHead)
+    head.whole.register_forward_hook(lambda *_: whole_products.append(1))
+    found = run_together(engine, jobs)
+    assert len(whole_products) < engine.num_steps or not isinstance(head.whole, KernelLinear)
     base.model.set_output_embeddings(head.whole)
     for one, other in zip(found, run_together(engine, jobs), strict=True):
         assert (one.tokens, one.text) == (other.tokens, other.text), one.row.request_id

@@ -90,7 +90,7 @@ def test_choices_are_those_of_the_whole_head(
 
 @torch.inference_mode()
 def test_the_kernel_computes_panels_with_allowed_ids_and_no_others(kernel: LinearKernel) -> None:
-    whole, x = KernelLinear(kernel, weight_of(), None), rows_of(4)
+    whole, x = KernelLinear(kernel, weight_of(), None), rows_of(33)  # so many that leaving out three pays
     masks = [mask_of(3, 70), None, mask_of(64, 2_498), mask_of(5)]
     expected = whole(x)[0]
     expected[0, 32:64] = expected[0, 96:] = expected[2, :64] = expected[2, 96:2_496] = expected[3] = -torch.inf
@@ -130,7 +130,7 @@ def test_without_masks_the_whole_head_is_computed(masks: list[Mask | None]) -> N
 
 def cost_slowly(in_parts: Sequence[int], panels: Sequence[int], num_rows: int, all_panels: int) -> float:
     left = num_rows - len(in_parts)
-    return sum(panels[row] for row in in_parts) + (all_panels * (19 + left) / 20 if left else 0)
+    return sum(panels[row] for row in in_parts) + (all_panels * max(left, 11) / 11 if left else 0)
 
 
 @pytest.mark.parametrize("seed", range(20))
