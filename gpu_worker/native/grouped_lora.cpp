@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kBlock = 2 * kLanes;      // columns of y per block
 constexpr int64_t kHeldValues = 64 * 1024;  // float32 values of y per task, which fit the core's second-level cache
+constexpr int kTasksPerThread = 2;          // of the first product; a thread that shares its core takes fewer
 constexpr int kLeastSlots = 4;              // per part, where slots are split into parts
 constexpr int kMostRanks = 64;              // rank rows of an adapter per pass over the columns
 
@@ -80,30 +81,47 @@ void dots(const E* const* x, const E* const* a, int64_t width, float out[T][R]) 
     for (int r = 0; r < R; ++r) out[t][r] = sum(acc[t][r]);
 }
 
-// Computes h of one adapter in one module: m_bs (x . A_s).
+// Computes h of a single token for one adapter, in the order in which memory has the rows of all modules.
 template <class E>
-void shrink_adapter(const Pairs& p, int s, const E* x, int64_t width, const E* a, int64_t stride, float* h) {
+void shrink_token(const Pairs& p, const Inputs& in, int s, int pair, int first_module, int end_module, float* h) {
+  const E* x = static_cast<const E*>(in.x) + p.slot_tokens[p.pair_slots[pair]] * in.width;
+  const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
+  float* of_pair = h + p.h_starts[s] + int64_t(pair - p.pair_starts[s]) * rank;
+  for (int r = 0; r < rank; ++r) {
+    const E* rows = static_cast<const E*>(in.a) + p.rank_rows[p.rank_starts[s] + r] * in.num_modules * in.width;
+    for (int m = first_module; m < end_module; ++m) {
+      const E* row = rows + m * in.width;
+      float out[1][1];
+      dots<1, 1>(&x, &row, in.width, out);
+      of_pair[m * p.h_len + r] = p.pair_weights[pair] * out[0][0];
+    }
+  }
+}
+
+// Computes h of one adapter in some modules: m_bs (x . A_s).
+template <class E>
+void shrink_adapter(const Pairs& p, const Inputs& in, int s, int first_module, int end_module, float* h) {
   constexpr int T = 4, R = 4;
   const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
   const int32_t* rows = p.rank_rows + p.rank_starts[s];
   for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1]; q += T) {
     const int num = std::min(T, p.pair_starts[s + 1] - q);
+    if (num == 1) return shrink_token<E>(p, in, s, q, first_module, end_module, h);
     const E* tokens[T];
-    for (int t = 0; t < T; ++t) tokens[t] = x + p.slot_tokens[p.pair_slots[q + std::min(t, num - 1)]] * width;
-    for (int r = 0; r < rank; r += R) {
-      const E* parts[R];
-      for (int j = 0; j < R; ++j) parts[j] = a + rows[std::min(r + j, rank - 1)] * stride;
-      float out[T][R];
-      if (num == 1) {
-        dots<1, R>(tokens, parts, width, out);
-      } else {
-        dots<T, R>(tokens, parts, width, out);
+    for (int t = 0; t < T; ++t)
+      tokens[t] = static_cast<const E*>(in.x) + p.slot_tokens[p.pair_slots[q + std::min(t, num - 1)]] * in.width;
+    for (int m = first_module; m < end_module; ++m)
+      for (int r = 0; r < rank; r += R) {
+        const E* parts[R];
+        for (int j = 0; j < R; ++j)
+          parts[j] = static_cast<const E*>(in.a) + (rows[std::min(r + j, rank - 1)] * in.num_modules + m) * in.width;
+        float out[T][R];
+        dots<T, R>(tokens, parts, in.width, out);
+        for (int t = 0; t < num; ++t) {
+          float* of_pair = h + m * p.h_len + p.h_starts[s] + int64_t(q + t - p.pair_starts[s]) * rank;
+          for (int j = 0; j < std::min(R, rank - r); ++j) of_pair[r + j] = p.pair_weights[q + t] * out[t][j];
+        }
       }
-      for (int t = 0; t < num; ++t) {
-        float* of_pair = h + p.h_starts[s] + int64_t(q + t - p.pair_starts[s]) * rank;
-        for (int j = 0; j < std::min(R, rank - r); ++j) of_pair[r + j] = p.pair_weights[q + t] * out[t][j];
-      }
-    }
   }
 }
 
@@ -129,15 +147,22 @@ void fuse(const Pairs& p, float* h) {
     }
 }
 
+// Returns the number of adapters per task, or 0 if a task is one module of an adapter.
+inline int adapters_per_task(const Pairs& p) {
+  const int wanted_tasks = kTasksPerThread * p.num_threads;
+  for (int s = 0; s < p.num_adapters; ++s)
+    if ((p.pair_starts[s + 1] - p.pair_starts[s]) * wanted_tasks > p.pair_starts[p.num_adapters]) return 0;
+  return p.num_adapters / wanted_tasks;
+}
+
 // Called by every thread of a team. h (M, h_len) is complete on return.
 template <class E>
 void shrink(const Pairs& p, const Inputs& in, float* h) {
-  const E* x = static_cast<const E*>(in.x);
-  const E* a = static_cast<const E*>(in.a);
-#pragma omp for schedule(dynamic)
-  for (int task = 0; task < p.num_adapters * in.num_modules; ++task) {
-    const int m = task % in.num_modules;
-    shrink_adapter(p, task / in.num_modules, x, in.width, a + m * in.width, in.num_modules * in.width, h + m * p.h_len);
+  const int run = adapters_per_task(p), parts = run > 0 ? 1 : in.num_modules;
+#pragma omp for schedule(dynamic, std::max(run, 1))
+  for (int task = 0; task < p.num_adapters * parts; ++task) {
+    const int m = task % parts;
+    shrink_adapter<E>(p, in, task / parts, m, parts == 1 ? in.num_modules : m + 1, h);
   }
   if (p.fusion == nullptr) return;
 #pragma omp for
@@ -276,8 +301,8 @@ void expand_slots(const Pairs& p, const float* h, Slots slots, const E* bt, int6
     add_to(y + p.slot_tokens[slot] * y_stride, acc + (slot - slots.first) * width, left);
 }
 
-// Called by every thread of a team. A task has a part of the slots, so a thread reads whole rows of the adapters in it. It
-// has a part of the columns too if there are more threads than parts of the slots, or more sums than fit the cache.
+// Called by every thread of a team. A task has a part of the slots, so a thread reads whole rows of the adapters in it.
+// It has a part of the columns too if there are more threads than parts of the slots, or more sums than fit the cache.
 template <class E>
 void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
   const int64_t threads = p.num_threads, parts = std::clamp<int64_t>(p.num_slots / kLeastSlots, 1, threads);
