@@ -85,13 +85,16 @@ class ForwardPass:
         lora = self.compose(plans, num_tokens)
         attention = self._kv_cache.attention(segments)
         self._context.fill(lora, attention, masks)
-        output = self._base.model(
-            input_ids=to_device(torch.tensor(tokens), self._device)[None],
-            position_ids=attention.token_positions[None],
-            logits_to_keep=to_device(torch.tensor(kept, dtype=torch.long), self._device),
-            use_cache=False,
-            step=self._context,
-        )
+        try:
+            output = self._base.model(
+                input_ids=to_device(torch.tensor(tokens), self._device)[None],
+                position_ids=attention.token_positions[None],
+                logits_to_keep=to_device(torch.tensor(kept, dtype=torch.long), self._device),
+                use_cache=False,
+                step=self._context,
+            )
+        finally:
+            self._context.masks = tuple  # they refer to the step's rows, which may end with it
         logits: Tensor = output.logits[0]
         return logits
 

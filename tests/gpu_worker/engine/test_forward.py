@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.engine.forward import ForwardPass
+from gpu_worker.grammar.state import Mask
 from gpu_worker.lora.inject import inject, target_linears
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.step.attention_plan import Segment
@@ -87,6 +91,26 @@ def test_the_same_segments_can_be_computed_again_whole_or_in_part(parts: Parts) 
     assert torch.equal(first, again)
     [alone] = parts.forward(scheduled[:1])
     assert_equal_logits(alone, first[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@torch.inference_mode()
+def test_a_pass_keeps_no_reference_to_its_rows(fails: bool, parts: Parts) -> None:
+    row, asked = row_of(tokens=FIRST), list[int]()
+
+    def masks() -> list[Mask | None]:
+        asked.append(len(row.tokens))
+        if fails:
+            raise RuntimeError("a mask is lost")
+        return [None]
+
+    kept = weakref.ref(masks)  # it refers to the row
+    with pytest.raises(RuntimeError, match="a mask is lost") if fails else nullcontext():
+        parts.forward([(row, Segment(parts.cache.allocate(7, 40), 0, 7, 0))], masks)
+    del masks
+    gc.collect()
+    assert asked == [len(FIRST)]
+    assert kept() is None
 
 
 def test_a_device_that_works_computes_a_token_and_keeps_nothing(parts: Parts) -> None:
