@@ -34,8 +34,7 @@ APP_NAME = "loraretriever"
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 # Serve's work on the engine's cores: benchmarks/README.md states how much each of these saves.
 _CHEAPER_SERVE = {
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # a piece of text crosses one thread less in proxy and Ingress
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # Serve's own is 0.1
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of the controller; Serve's own is 0.1
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # Serve's own is 100; Ray exports every 10 s
 }
 _NICENESS_VARIABLE = "RAY_worker_niceness"

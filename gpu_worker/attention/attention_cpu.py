@@ -17,7 +17,7 @@ from gpu_worker.attention.decode_attention import DecodeKernel, Decodes
 from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, check_window
 
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
-_SHORT_CHUNK = 8  # tokens; as many as a step with guesses has
+_SHORT_CHUNK = 8  # tokens; as many as a row with guesses has
 
 
 @dataclass(frozen=True, slots=True)

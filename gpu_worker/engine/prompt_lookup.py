@@ -1,10 +1,11 @@
 """Guess the next tokens of a row from its own earlier tokens, so that one step can compute several of them.
 
-Where a row's grammar leaves one token only, several times in a row, these tokens are guessed too, and always right.
-
 The engine computes the guesses behind the row's last token, chooses a token after each, and keeps those up to the first
 that differs from its guess. A choice depends on the logits, the seed and the position alone, so the answer is the same
 as without guesses, greedy or sampled, under any plan.
+Where a row's grammar leaves one token only, several times in a row, these tokens are guessed too. They are always
+right, so a token is chosen only after the last of them.
+
 Source: prompt lookup decoding, a draft without a model for speculative decoding (Leviathan et al., ICML 2023).
 """
 
@@ -20,7 +21,7 @@ from gpu_worker.request.request import Delta
 
 Event = Delta | Exception
 
-MOST_STEP_TOKENS = 8  # tokens of a step with guesses: up to so many cost little more than one
+MOST_STEP_TOKENS = 8  # tokens of a step with guesses from the text: up to so many cost little more than one
 _NGRAM = 3
 _LONGEST_PAUSE = 64  # tokens without a guess, after guesses that were all wrong
 

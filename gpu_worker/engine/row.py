@@ -83,6 +83,9 @@ class Row:
 
     def __post_init__(self) -> None:
         self.adapter_set = tuple(sorted(self.weights_digests))
+        needs_all_logits = self.sampling.logprobs is not None or self.sampling.prompt_logprobs is not None
+        if self.grammar is not None and (needs_all_logits or self.sampling.adjusts_logits):
+            self.grammar.longest_run = 0
         if self.sampling.prompt_logprobs is not None:
             self.prompt.append(PromptToken(self.tokens[0], self.token_bytes(self.tokens[0]), 0))
 
@@ -136,10 +139,10 @@ class Row:
     def choices(self, total_len: int) -> range:
         """Return how many guesses are before each token to choose, if the step computes the first `total_len` tokens.
 
-        The tokens of a grammar's run are known. They need logits only for log probabilities.
+        The tokens of a grammar's run are known and need no logits.
         """
         num = total_len - len(self.tokens) + 1
-        is_known = self.grammar is not None and self.sampling.logprobs is None and num == len(self.guess) + 1
+        is_known = self.grammar is not None and num == len(self.guess) + 1
         return range(len(self.guess) if is_known else 0, num)
 
     def draw(self, ahead: int = 0) -> Draw:

@@ -50,10 +50,11 @@ class GrammarState:
 
         `allowed`: the mask for the token behind the row's last one and `run`.
         """
-        self._matcher, self._tokens, self._start = matcher, tokens, num_prompt_tokens
+        self._fresh, self._matcher = matcher, matcher.deep_copy()
+        self._tokens, self._start = tokens, num_prompt_tokens
         self._num_consumed = 0
         self._mask_at = -1  # number of consumed tokens that `allowed` is valid for
-        self.longest_run = LONGEST_RUN
+        self.longest_run = LONGEST_RUN  # 0: no runs
         self.run: list[int] = []  # certain tokens behind the row's last one, which the next step computes
         self._following: list[int] = []  # those behind `_mask_at` tokens
         self.allowed: Mask = np.zeros(num_words(vocabulary), np.uint32)
@@ -67,7 +68,7 @@ class GrammarState:
 
     @property
     def is_current(self) -> bool:
-        """Return whether `allowed` is for the token after the row's last one, or never will be."""
+        """Return whether `allowed` is for the token after the row's last one and the run, or never will be."""
         return self.error is not None or self._mask_at == len(self._tokens) - self._start + len(self.run)
 
     def following(self, most: int) -> list[int]:
@@ -87,7 +88,7 @@ class GrammarState:
         """Consume the row's new tokens and the run, and set `allowed` for the next one. Failures set `error`."""
         answer = [*self._tokens[self._start :], *self.run]
         if self._num_consumed > len(answer):  # the row has lost tokens: follow the remaining ones again
-            self._matcher.reset()
+            self._matcher = self._fresh.deep_copy()
             self._num_consumed = 0
         is_valid = self._matcher.consume_tokens(answer[self._num_consumed :])
         if is_valid:
@@ -99,14 +100,16 @@ class GrammarState:
         self._mask_at = len(answer)
 
     def _find_run(self) -> list[int]:
-        """Return the ids that must follow, without those that end the answer. The matcher is as before."""
-        run, mask = list[int](), self.allowed
-        while len(run) < self.longest_run and (token := only_id(mask)) is not None and not self._matcher.is_accepting():
-            if not self._matcher.consume_token(token):
+        """Return the ids that must follow, without those that end the answer.
+
+        A copy of the matcher consumes them, because not every grammar can be rolled back.
+        """
+        run, mask, ahead = list[int](), self.allowed, None
+        while len(run) < self.longest_run and (token := only_id(mask)) is not None:
+            ahead = ahead or self._matcher.deep_copy()
+            if ahead.is_accepting() or not ahead.consume_token(token):
                 break
             run.append(token)
             mask = np.zeros_like(mask)
-            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if run:
-            self._matcher.rollback(len(run))
+            ahead.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         return run

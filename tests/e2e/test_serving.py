@@ -319,7 +319,7 @@ def test_serves_processes_have_the_settings_that_spare_the_engines_cores(url: st
     assert len(ours) == 4 + 2
     for name, value in _CHEAPER_SERVE.items():
         assert {process.environ().get(name) for process in ours} == {value}
-        assert name not in os.environ  # a driver may call handles outside an event loop
+        assert name not in os.environ
 
 
 def test_rays_processes_have_the_niceness_of_the_settings(url: str, config: AppConfig) -> None:

@@ -144,10 +144,9 @@ def test_a_key_is_noted_as_ignored_where_there_are_none(keys: Path, sent: dict[s
 
 
 def test_a_route_reached_without_the_middleware_has_no_caller() -> None:
+    scope = {"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}
     with pytest.raises(KeyRefused):
-        asyncio.run(
-            caller_of(Request({"type": "http", "state": {"context": RequestContext("r", "none")}, "headers": []}))
-        )
+        asyncio.run(caller_of(Request(scope)))
 
 
 @pytest.mark.parametrize("prefix", ["", "/live"])

@@ -114,7 +114,7 @@ def logprobs_of(answer: Answer) -> list[float]:
         {"logprobs": 2},
         {"stop": ("ange, or",)},
         {"max_tokens": 9},
-        {"presence_penalty": 1.0},  # no runs: penalties depend on all tokens before
+        {"presence_penalty": 1.0},
     ],
     ids=str,
 )
@@ -131,7 +131,18 @@ def test_tokens_without_a_choice_are_computed_in_one_step(
     for one, other in zip(found, expected, strict=True):
         assert (one.tokens, one.text, finish_of(one)) == (other.tokens, other.text, finish_of(other))
         assert logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-2 if dtype == "bfloat16" else 1e-4)
-    assert num_steps == most if "presence_penalty" in changes else num_steps <= most - 4
+    has_runs = not {"logprobs", "presence_penalty"} & changes.keys()  # these need the logits of every token
+    assert num_steps <= most - 4 if has_runs else num_steps == most
+
+
+@pytest.mark.parametrize("limit", ["stop", "max_tokens"])
+def test_a_grammar_with_limits_of_its_own_has_runs(limit: str, make_engine: MakeEngine) -> None:
+    """llguidance cannot roll back the matchers of such grammars."""
+    end = 'stop="q"' if limit == "stop" else "max_tokens=2"
+    grammar = Grammar("grammar", f'start: "abcdef" t "xyz"\nt[{end}]: /[a-z]*/')
+    [answer], num_steps = answers_of(make_engine({}), [sampled(grammar)], has_runs=True)
+    assert finish_of(answer) == "stop" and re.fullmatch("abcdef[a-z]*xyz", answer.text)
+    assert num_steps < len(answer.tokens) - 4
 
 
 def test_runs_take_no_more_tokens_than_a_step_may_have(make_engine: MakeEngine) -> None:

@@ -92,14 +92,27 @@ def test_a_state_follows_the_tokens_behind_the_prompt() -> None:
     assert ids_of(state) == [END, OTHER_END]
 
 
-def test_a_state_whose_row_has_lost_tokens_follows_the_others_again() -> None:
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("regex", "abc|ax"),
+        Grammar("grammar", 'start: "abc" t | "ax" t\nt[stop="q"]: /[a-z]*/'),
+        Grammar("grammar", 'start: "abc" t | "ax" t\nt[max_tokens=2]: /[a-z]*/'),
+    ],
+    ids=["plain", "stop", "max_tokens"],
+)
+def test_a_state_whose_row_has_lost_tokens_follows_the_others_again(grammar: Grammar) -> None:
     tokens = [ord("a"), ord("b")]
-    state = state_of(Grammar("regex", "abc|ax"), tokens)
+    state = state_of(grammar, tokens)
     state.update()
     assert ids_of(state) == [ord("c")]
-    del tokens[1:]
-    state.update()
-    assert ids_of(state) == [ord("b"), ord("x")]
+    for _ in range(2):
+        del tokens[1:]
+        state.update()
+        assert ids_of(state) == [ord("b"), ord("x")]
+        tokens.append(ord("b"))
+        state.update()
+        assert ids_of(state) == [ord("c")] and state.error is None
 
 
 def test_ids_that_must_follow_are_known_up_to_the_next_choice() -> None:
