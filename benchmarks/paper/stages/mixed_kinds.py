@@ -141,13 +141,13 @@ def sentence(folder: Path) -> str:
     if not (folder / ROWS).exists():
         return "Mixtures with another kind were not measured yet."
     answers = Answers(pd.read_parquet(folder / ROWS), {})
-    alone = ", ".join(f"{_NAMES[kind]} {percent(answers.interval(f'{kind}_alone').mean)} %" for kind in KINDS)
+    alone = ", ".join(f"{percent(answers.interval(f'{kind}_alone').mean)} % ({_NAMES[kind]})" for kind in KINDS)
     changes = ", ".join(
         f"{answers.difference(f'{kind}_equal', f'{kind}_alone').in_percent()} ({_NAMES[kind]})" for kind in KINDS
     )
     return (
-        f"In one torch model, on {answers.scores('base').shape[0]} tasks, own adapters have {alone}. Two equal LoRA"
-        f" companions change that by {changes} points."
+        f"In one torch model, on {answers.scores('base').shape[0]} tasks, own adapters answer {alone} rightly."
+        f" Two equal LoRA companions change that by {changes} points."
     )
 
 

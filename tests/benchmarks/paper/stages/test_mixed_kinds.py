@@ -100,4 +100,4 @@ def test_the_sentence_names_what_companions_change(tmp_path: Path) -> None:
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / mixed_kinds.ROWS)
     text = mixed_kinds.sentence(tmp_path)
-    assert "on 2 tasks" in text and "LoRA 100.0 %, DoRA 100.0 %, IA³ 100.0 %" in text and "-50.0 (" in text
+    assert "on 2 tasks" in text and "100.0 % (LoRA), 100.0 % (DoRA), 100.0 % (IA³)" in text and "-50.0 (" in text
