@@ -12,6 +12,7 @@ from gpu_worker.bank.bank import ModuleBank
 from gpu_worker.engine.engine import Engine
 from gpu_worker.lora.dense_mapping import DenseMapping
 from gpu_worker.lora.lora_linear import LoraLinear
+from gpu_worker.lora.mapping import Composer
 
 
 class LiteralMixture:
@@ -63,9 +64,10 @@ class LiteralMixture:
 def literal_mixture(engine: Engine) -> Iterator[None]:
     """Compute mixtures and selections in the paper's way within the block. Fusions are not changed."""
     literal, plain, forward = LiteralMixture(engine), LoraLinear.forward, engine._forward
-    kernel, forward._kernel = forward._kernel, None  # the dense mapping, whose matrix can be read
+    composes, dtype, device = forward.compose, engine.base.dtype, torch.device(engine.config.device)
+    forward.compose = Composer(engine.residency, dtype, None, device)  # the dense mapping, whose matrix can be read
     LoraLinear.forward = lambda linear, x: literal.forward(linear, x)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LoraLinear.forward, forward._kernel = plain, kernel  # type: ignore[method-assign]
+        LoraLinear.forward, forward.compose = plain, composes  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from lora_store import LoraStore
 from retriever_svc import Encoder
 from tests.benchmarks.bigbench import write_archive
 from tests.benchmarks.tiny_study import RECIPE, SPECS, examples
+from tests.gpu_worker.conftest import make_engine, shapes  # noqa: F401  fixtures
 from tests.tiny import tiny_config
 
 
