@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -31,6 +31,7 @@ console = Console(width=110)
 
 Quick = Annotated[bool, typer.Option(help="small counts, as a trial run; write nothing")]
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, int]]
 """The (out, in) of every linear module."""
 
@@ -166,6 +167,11 @@ def rounds_within(most: int, minutes: float) -> Iterator[int]:
             return
         yield number
         longest = max(longest, time.perf_counter() - started)
+
+
+def in_turn(cases: Sequence[T], number: int) -> Sequence[T]:
+    """Return a round's cases in order, in every second round backwards, as a machine may slow down within a round."""
+    return cases if number % 2 else cases[::-1]
 
 
 def with_range(values: Sequence[float]) -> str:

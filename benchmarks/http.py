@@ -31,6 +31,7 @@ from benchmarks.engine_cases import (
     Prompt,
     Quick,
     console,
+    in_turn,
     plans,
     random_modules,
     rounds_within,
@@ -172,9 +173,11 @@ async def measure(
         known = bench.prompts(1000 + number, NUM_ROWS * PER_STREAM)
         for prompt in known:
             await bench.route_ms(prompt)
-        found.append(
-            {kind: await bench.tokens_s(kind, known if kind == HTTP_KNOWN else prompts, num_new) for kind in KINDS}
-        )
+        speeds = {
+            kind: await bench.tokens_s(kind, known if kind == HTTP_KNOWN else prompts, num_new)
+            for kind in in_turn(KINDS, number)
+        }
+        found.append({kind: speeds[kind] for kind in KINDS})
         console.print(f"round {number}: " + ", ".join(f"{kind} {speed:.0f}" for kind, speed in found[-1].items()))
     console.print(f"{num_singles} single requests of each kind")
     return found, await bench.singles(num_singles)

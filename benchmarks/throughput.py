@@ -26,6 +26,7 @@ from benchmarks.engine_cases import (
     Quick,
     console,
     generate,
+    in_turn,
     plain_model,
     plans,
     rounds_within,
@@ -115,9 +116,11 @@ class Bench:
         found: Round = {}
         for num_rows in BATCHES:
             prompts = self._loaded.prompts(number, num_rows)
-            found[f"generate x{num_rows}"] = self._generate(prompts, num_new)
-            for case in (case for case in CASES if case.num_rows == num_rows):
-                found[case.name], found[f"{case.name} ms"] = self._run(case, prompts, num_new)
+            for case in in_turn([None, *(case for case in CASES if case.num_rows == num_rows)], number):
+                if case is None:
+                    found[f"generate x{num_rows}"] = self._generate(prompts, num_new)
+                else:
+                    found[case.name], found[f"{case.name} ms"] = self._run(case, prompts, num_new)
         gc.collect()
         return found
 
