@@ -1,12 +1,17 @@
-"""Run the paper's study stage by stage: `python -m benchmarks.paper all`. Completed steps are not repeated."""
+"""Run the paper's study, two stages at a time: `python -m benchmarks.paper all`. Completed steps are not repeated."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -38,13 +43,15 @@ out = Console(width=120)
 class Stage:
     """One stage of the study. `minutes`: of one free core, if none of its steps is complete.
 
-    `room`: the folder of this package that holds the stage's module.
+    `room`: the folder of this package that holds the stage's module. `alone`: it starts when all stages before it have
+    ended, and those after it wait for its end, because of its results or because it measures times.
     """
 
     name: str
     minutes: int
     arguments: tuple[str, ...] = ()
     room: str = "stages"
+    alone: bool = False
 
     @property
     def module(self) -> str:
@@ -52,9 +59,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("train_pool", 35, room="pool"),
-    Stage("choose", 10, room="pool"),
-    Stage("retrieval", 90, ("run",), room=""),
+    Stage("train_pool", 35, room="pool", alone=True),
+    Stage("choose", 10, room="pool", alone=True),
+    Stage("retrieval", 90, ("run",), room="", alone=True),
     Stage("main_table", 60, _TRAINED),
     Stage("ablations", 120, _TRAINED),
     Stage("baselines", 90, _TRAINED),
@@ -62,7 +69,7 @@ STAGES = (
     Stage("kinds", 1),
     Stage("conflicts", 75, _TRAINED),
     Stage("auto", 40),
-    Stage("errors", 1),
+    Stage("errors", 1, alone=True),
     Stage("companions", 55, _TRAINED),
     Stage("rerank", 25, _TRAINED),
     Stage("natural", 20, _TRAINED),
@@ -78,9 +85,9 @@ STAGES = (
     Stage("ensemble", 15, _TRAINED),
     Stage("second_base", 40, _TRAINED),
     Stage("mixed_kinds", 35, _TRAINED),
-    Stage("speed", 20, _TRAINED),
-    Stage("served", 5),
-    Stage("report", 0),
+    Stage("speed", 20, _TRAINED, alone=True),
+    Stage("served", 5, alone=True),
+    Stage("report", 0, alone=True),
 )
 QUICK_TASKS = (  # pairs of related tasks that are learnt in few steps
     "past_tense",
@@ -93,7 +100,10 @@ QUICK_TASKS = (  # pairs of related tasks that are learnt in few steps
     "senti_medicine",
 )
 _ONLY = tuple(word for name in QUICK_TASKS for word in ("--only", name))
-QUICK = (Stage("train_pool", 6, _ONLY, room="pool"), Stage("main_table", 4, ("--per-task", "12", *_ONLY)))
+QUICK = (
+    Stage("train_pool", 6, _ONLY, room="pool", alone=True),
+    Stage("main_table", 4, ("--per-task", "12", *_ONLY), alone=True),
+)
 """The quick run: the main table over a few tasks. Its adapters are also those of the whole study."""
 
 
@@ -103,25 +113,53 @@ def run_all(
     quick: Annotated[
         bool, typer.Option("--quick", help="print the main table over eight tasks; about ten minutes")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="stages at a time, which share the cores; each needs about 6 GB of memory")
+    ] = 2,
 ) -> None:
     """Train the pool, measure retrieval and answers, and write the report. The first line estimates the duration."""
     stages = QUICK if quick else STAGES
-    run_stages([stage for stage in stages if not only or stage.name in only], run_stage, out)
+    if unknown := set(only or ()) - {stage.name for stage in stages}:
+        raise typer.BadParameter(f"no such stage: {', '.join(sorted(unknown))}", param_hint="--only")
+    wanted = [stage for stage in stages if not only or stage.name in only]
+    jobs = min(jobs, len(wanted))
+    run_stages(wanted, partial(run_stage, jobs=jobs), out, jobs=jobs)
 
 
-def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path = POOL_FILE) -> None:
-    """Run the stages in turn. Skip `choose` if the last round of swaps is complete."""
+def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path = POOL_FILE, *, jobs: int = 1) -> None:
+    """Run the stages in order, up to `jobs` at a time. Skip `choose` if the last round of swaps is complete.
+
+    If one fails, those that run still end, no other starts, and the error is raised.
+    """
     stages = [stage for stage in stages if stage.name != "choose" or not _is_fixed(pool_file)]
     total = sum(stage.minutes for stage in stages)
     names = ", ".join(stage.name for stage in stages)
     out.print(f"stages: {names}; about {total} minutes of one free core, less what an earlier run has completed")
-    for stage in stages:
+    stops = threading.Event()
+
+    def timed(stage: Stage) -> None:
+        if stops.is_set():
+            return
         began = time.monotonic()
-        if stage.name == "choose":
-            choose_with(run, pool_file)
-        else:
-            run(stage.name, stage.arguments)
+        try:
+            if stage.name == "choose":
+                choose_with(run, pool_file)
+            else:
+                run(stage.name, stage.arguments)
+        except BaseException:
+            stops.set()
+            raise
         out.print(f"{stage.name}: {(time.monotonic() - began) / 60:.1f} minutes")
+
+    for is_alone, group in itertools.groupby(stages, lambda stage: stage.alone):
+        with ThreadPoolExecutor(1 if is_alone else jobs) as threads:
+            running = [threads.submit(timed, stage) for stage in group]
+            try:
+                for ended in running:
+                    ended.result()
+            except BaseException:
+                stops.set()
+                raise
 
 
 @cli.command()
@@ -153,10 +191,15 @@ def _is_fixed(pool_file: Path) -> bool:
     return read_rounds(pool_file) == len(_SWAPS)
 
 
-def run_stage(name: str, arguments: Sequence[str]) -> None:
-    """Run the stage in a process of its own, which frees its memory. Raises: CalledProcessError; a new run resumes."""
+def run_stage(name: str, arguments: Sequence[str], jobs: int = 1) -> None:
+    """Run the stage in a process of its own, which frees its memory. Raises: CalledProcessError; a new run resumes.
+
+    Of `jobs` stages at a time each has its part of the cores.
+    """
     [stage] = [stage for stage in STAGES if stage.name == name]
-    subprocess.run([sys.executable, "-m", stage.module, *arguments], check=True)
+    num_threads = max(1, len(os.sched_getaffinity(0)) // (1 if stage.alone else jobs))
+    environment = {"OMP_NUM_THREADS": str(num_threads)} | os.environ
+    subprocess.run([sys.executable, "-m", stage.module, *arguments], check=True, env=environment)
 
 
 if __name__ == "__main__":

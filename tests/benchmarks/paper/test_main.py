@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
-from benchmarks.paper.__main__ import QUICK, QUICK_TASKS, STAGES, Stage, run_stages
+from benchmarks.paper.__main__ import QUICK, QUICK_TASKS, STAGES, Stage, cli, run_stage, run_stages
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.pool.choose import Verdict, choose_pool, read_pool, read_rounds, write_pool
 from benchmarks.paper.stages.report import SECTIONS
@@ -92,6 +96,52 @@ def test_the_next_run_tries_failed_stages_again(pool_file: Path) -> None:
     modules.broken = ""
     run_stages(STAGES, modules, Console(quiet=True), pool_file)
     assert modules.ran[2:] == [stage.name for stage in STAGES if stage.name != "choose"]
+
+
+def test_two_stages_run_at_a_time_and_a_stage_alone_waits_for_those_before_it(pool_file: Path) -> None:
+    stages = [Stage("first", 1), Stage("second", 1), Stage("sum", 1, alone=True), Stage("last", 1)]
+    together, ended = threading.Barrier(2, timeout=20), list[str]()
+
+    def run(name: str, arguments: Sequence[str]) -> None:
+        if name in ("first", "second"):
+            together.wait()
+        else:
+            assert set(ended) >= {"first", "second"}
+        ended.append(name)
+
+    run_stages(stages, run, Console(quiet=True), pool_file, jobs=2)
+    assert ended[2:] == ["sum", "last"]
+
+
+def test_after_a_failure_running_stages_end_and_no_other_starts(pool_file: Path) -> None:
+    stages = [Stage("long", 1), Stage("broken", 1), Stage("waiting", 1), Stage("report", 0, alone=True)]
+    failed, ended = threading.Event(), list[str]()
+
+    def run(name: str, arguments: Sequence[str]) -> None:
+        if name == "broken":
+            failed.set()
+            raise RuntimeError(name)
+        assert failed.wait(20)
+        ended.append(name)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        run_stages(stages, run, Console(quiet=True), pool_file, jobs=2)
+    assert ended == ["long"]
+
+
+def test_the_stages_that_run_together_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    threads = list[str]()
+    monkeypatch.setattr(subprocess, "run", lambda *_, check, env: threads.append(env["OMP_NUM_THREADS"]))
+    run_stage("ablations", (), jobs=2)
+    run_stage("report", (), jobs=2)
+    assert threads == ["2", "4"]
+
+
+def test_an_unknown_stage_is_refused_by_name() -> None:
+    result = CliRunner().invoke(cli, ["all", "--only", "report", "--only", "main-table"])
+    assert result.exit_code == 2 and "no such stage: main-table" in result.output
 
 
 def test_the_estimated_time_is_printed_first(pool_file: Path) -> None:
