@@ -72,6 +72,7 @@ STAGES = (
     Stage("errors", 1, alone=True),
     Stage("companions", 55, _TRAINED),
     Stage("rerank", 25, _TRAINED),
+    Stage("rerank_flan", 10, _TRAINED),
     Stage("natural", 20, _TRAINED),
     Stage("flan_pool", 40, _TRAINED),
     Stage("recipes", 45, _TRAINED),

@@ -27,6 +27,7 @@ from benchmarks.paper.common.tasks import NUM_TEST, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.pool.train_pool import train_all
 from benchmarks.paper.stages.answer_tables import Answers, differences, main_table
+from benchmarks.paper.stages.main_table import Loaded
 from benchmarks.training.bigbench_tasks import TaskSpec
 from gpu_worker.model.base_model import model_source
 from retriever_svc import Encoder
@@ -119,16 +120,20 @@ def measure(bench: Bench, folder: Path, per_task: int) -> None:
     (folder / "flan_pool.md").write_text(section(pd.read_parquet(folder / ROWS)), encoding="utf-8")
 
 
-def main(per_task: PerTask = NUM_TEST, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
-    """Train the pool's adapters, then measure."""
-    workspace, specs = Workspace(root), chosen_tasks(list(read_task_list().by_name.values()))
+def load_flan_pool(workspace: Workspace, encoder: str, out: Console) -> Loaded:
+    """Train the pool's adapters that do not exist yet, and load the pool."""
+    specs = chosen_tasks(list(read_task_list().by_name.values()))
     config = worker_config(len(specs))
     with Progress() as progress:
         train_all(specs, workspace, Path(model_source(config)), progress)
     study = load_study(specs, workspace, config)
-    asker, _, _ = load_asker(workspace, config, [spec.name for spec in specs])
-    retriever = pool_retriever(study, asker, Encoder(encoder), "flan")
-    measure(Bench(study, asker, retriever, Console(width=120)), PAPER_RESULTS, per_task)
+    asker, store, weights = load_asker(workspace, config, [spec.name for spec in specs])
+    return Loaded(Bench(study, asker, pool_retriever(study, asker, Encoder(encoder), "flan"), out), store, weights)
+
+
+def main(per_task: PerTask = NUM_TEST, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+    """Train the pool's adapters, then measure."""
+    measure(load_flan_pool(Workspace(root), encoder, Console(width=120)).bench, PAPER_RESULTS, per_task)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from benchmarks.paper.stages import (
     mixed_kinds,
     natural,
     rerank,
+    rerank_flan,
     second_base,
     sizes,
     stream,
@@ -48,6 +49,7 @@ SECTIONS = (
     "speed.md",
     "auto.md",
     "rerank.md",
+    "rerank_flan.md",
     "conflicts.md",
     "natural.md",
     "competence.md",
@@ -78,12 +80,14 @@ _LATER = (
     "natural",
     "recipes",
     "rerank",
+    "rerank_flan",
     "second_base",
     "sizes",
     "stream",
 )
 _SENTIMENT = "senti_"
 _NOT_MEASURED = "not measured yet"
+_LINKS_PER_LINE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +273,7 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "mixed_kinds": mixed_kinds.sentence(folder),
         "gate": gate.sentence(folder),
         "rerank": rerank.sentence(folder),
+        "both_pools": rerank_flan.both_pools(folder),
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),
@@ -351,13 +356,13 @@ def later_stages(folder: Path) -> str:
 
 
 def appendices_of(folder: Path) -> str:
-    """Return a list of links to the sections that exist, by their titles."""
-    lines = []
+    """Return links to the sections that exist, by their titles, a few on each line."""
+    links = []
     for path in (folder / name for name in SECTIONS):
         if path.exists():
             title = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            lines.append(f"- [{title}]({os.path.relpath(path, REPORT.parent)})")
-    return "\n".join(lines)
+            links.append(f"[{title}]({os.path.relpath(path, REPORT.parent)})")
+    return " ·\n".join(" · ".join(links[at : at + _LINKS_PER_LINE]) for at in range(0, len(links), _LINKS_PER_LINE))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from benchmarks.paper.answering.answers import Asker, Question
 from benchmarks.paper.answering.auto import Auto
 from benchmarks.paper.answering.likelihood import Candidate, Confidences, candidates_of, most_likely
 from benchmarks.paper.answering.methods import Routed
-from benchmarks.paper.answering.runs import Bench, rows_of
+from benchmarks.paper.answering.runs import Bench, Method, rows_of
 from benchmarks.paper.answering.spectral import SIGNALS, Spectra, calibrated
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
@@ -30,17 +30,24 @@ from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.stages.answer_tables import Answers, differences
 from benchmarks.paper.stages.gate import adapters_of
-from benchmarks.paper.stages.main_table import load_bench
+from benchmarks.paper.stages.main_table import Loaded, load_bench
 from benchmarks.training.adapter_files import load_base
 from gpu_worker.model.base_model import model_source
 from gpu_worker.request.prompts import alpaca_prompt
 from lora_store import AdapterWeights
 from retriever_svc.encoder_files import DEFAULT_MODEL
 
-ROWS, TOPS = "rerank.parquet", "rerank_tops.parquet"
+NAME = "rerank"
+ROWS, TOPS = f"{NAME}.parquet", f"{NAME}_tops.parquet"
 POOLS = {"iid": False, "ood": True}
 FIRST, BEST = "first", "best"  # the nearest adapter, and the best of the three by its score: the most that is possible
-AUTO = "auto"  # the server's default composition of the three, without abstention
+AUTO, SOFTMAX, MIXTURE = (
+    "auto",
+    "softmax",
+    "mixture",
+)  # compositions of the three; auto: the default, without abstention
+COMPOSED = (AUTO, SOFTMAX, MIXTURE)
+TITLE = "Reranking the three nearest adapters"
 _REFERENCE_PER_TASK = 5
 _BATCH = 8
 Scores = list[dict[str, float]]
@@ -131,7 +138,14 @@ def top_rows(questions: Sequence[Question], by_weights: dict[str, Scores]) -> pa
     return pa.Table.from_pylist(rows)
 
 
-def section(rows: pd.DataFrame, tops: pd.DataFrame) -> str:
+def composed(way: str, *, masked: bool) -> Method:
+    """Return a composition of the three nearest adapters as a method."""
+    if way == MIXTURE:
+        return Routed("mixture", masks_own=masked)
+    return Auto(weighting="evidence" if way == AUTO else "softmax", abstains=False, masks_own=masked)
+
+
+def section(rows: pd.DataFrame, tops: pd.DataFrame, title: str) -> str:
     """Return the appendix."""
     answers = Answers(rows, {})
     names = list(dict.fromkeys(run.rpartition("_")[0] for run in answers.runs))
@@ -147,10 +161,11 @@ def section(rows: pd.DataFrame, tops: pd.DataFrame) -> str:
     count = answers.scores(f"{FIRST}_iid").shape[1]
     return "\n".join(
         [
-            "## Reranking the three nearest adapters\n",
+            f"## {title}\n",
             f"{count} questions a task. `{FIRST}`: the nearest adapter. `{BEST}`: the best of the three for each",
-            f"question, the most that any reranking can reach. `{AUTO}`: the server's default composition of them.",
-            "`likelihood`: by the log probability of its own answer.",
+            f"question, the most that any reranking can reach. `{AUTO}`, `{SOFTMAX}`, `{MIXTURE}`: all three, with the",
+            "server's default weights, softmax weights and equal ones. `likelihood`: by the log probability of its own",
+            "answer.",
             "The others use the adapters' weights and one pass of the base model over the prompt; `calibrated`: in",
             "standard deviations of the adapter's scores on prompts of all tasks.\n",
             table(["choice", *POOLS], lines),
@@ -167,7 +182,9 @@ def sentence(folder: Path) -> str:
         return "Reranking was not measured yet."
     answers = Answers(pd.read_parquet(folder / ROWS), {})
     first = f"{FIRST}_iid"
-    ways = [run for run in answers.runs if run.endswith("_iid") and run not in (first, f"{BEST}_iid", f"{AUTO}_iid")]
+    ways = [
+        run for run in answers.runs if run.endswith("_iid") and run.removesuffix("_iid") not in (FIRST, BEST, *COMPOSED)
+    ]
     better = [run for run in ways if answers.difference(run, first).low > 0]
     most = answers.difference(f"{BEST}_iid", first).in_percent()
     return (
@@ -176,8 +193,10 @@ def sentence(folder: Path) -> str:
     )
 
 
-def measure(bench: Bench, scored: Asker, reader: Reader, folder: Path, per_task: int) -> None:
-    """Write rows and the appendix. Known answers are not computed again."""
+def measure(
+    bench: Bench, scored: Asker, reader: Reader, folder: Path, per_task: int, name: str = NAME, title: str = TITLE
+) -> None:
+    """Write rows and the appendix to files of this name. Known answers are not computed again."""
     study = bench.study
     reference = study.questions("choice", _REFERENCE_PER_TASK)
     plans = Routed("mixture").plans(bench.retriever, reference)
@@ -186,24 +205,30 @@ def measure(bench: Bench, scored: Asker, reader: Reader, folder: Path, per_task:
     by_weights = reader.scores(questions, reference)
     tables = [pool_rows(bench, scored, pool, per_task, confidences, by_weights) for pool in POOLS]
     for pool, masked in POOLS.items():
-        tables.append(bench.run(f"{AUTO}_{pool}", Auto(abstains=False, masks_own=masked), per_task))
-    write_parquet(folder / ROWS, pa.concat_tables(tables))
-    write_parquet(folder / TOPS, top_rows(questions, by_weights))
+        for way in COMPOSED:
+            tables.append(bench.run(f"{way}_{pool}", composed(way, masked=masked), per_task))
+    rows, tops = folder / f"{name}.parquet", folder / f"{name}_tops.parquet"
+    write_parquet(rows, pa.concat_tables(tables))
+    write_parquet(tops, top_rows(questions, by_weights))
     each_ms = 1000 * reader.seconds / reader.num_prompts
     bench.out.print(f"signals of {reader.num_prompts} prompts: {each_ms:.0f} ms each", markup=False)
-    text = section(pd.read_parquet(folder / ROWS), pd.read_parquet(folder / TOPS))
-    (folder / "rerank.md").write_text(text, encoding="utf-8")
+    text = section(pd.read_parquet(rows), pd.read_parquet(tops), title)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def main(per_task: PerTask = 20, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Answer with each of three candidates, choose in every way, write rows and the appendix."""
     workspace = Workspace(root)
-    loaded = load_bench(workspace, encoder, Console(width=120))
+    rerank(load_bench(workspace, encoder, Console(width=120)), workspace, per_task)
+
+
+def rerank(loaded: Loaded, workspace: Workspace, per_task: int, name: str = NAME, title: str = TITLE) -> None:
+    """Measure over a loaded pool, with the results of the study as the folder."""
     engine = loaded.bench.asker.engine
     scored = Asker(engine, workspace.root / "answers_logprobs.jsonl", with_logprobs=True)
     base = load_base(Path(model_source(engine.config)))
     reader = Reader(base, loaded.bench.study.tokenizer, adapters_of(loaded))
-    measure(loaded.bench, scored, reader, PAPER_RESULTS, per_task)
+    measure(loaded.bench, scored, reader, PAPER_RESULTS, per_task, name, title)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from benchmarks.training.adapter_files import load_base
 from tests.benchmarks.tiny_study import SPECS
 
 PER_TASK = 2
-_SCORES = [("first", 0.0), ("best", 1.0), ("auto", 1.0), ("likelihood", 0.5), ("norm", 0.0)]
+_SCORES = [("first", 0.0), ("best", 1.0), ("auto", 1.0), ("mixture", 1.0), ("likelihood", 0.5), ("norm", 0.0)]
 
 
 def test_the_stage_chooses_among_answers_that_are_computed_once(
@@ -32,7 +32,9 @@ def test_the_stage_chooses_among_answers_that_are_computed_once(
     assert bench.asker.engine.counters.num_requests == before
     rows = pd.read_parquet(tmp_path / rerank.ROWS)
     names = {"first", "best", "likelihood", "likelihood_calibrated", *SIGNALS, *[f"{s}_calibrated" for s in SIGNALS]}
-    assert set(rows["run"]) == {f"{name}_{pool}" for name in {*names, "auto"} for pool in rerank.POOLS}
+    assert set(rows["run"]) == {f"{name}_{pool}" for name in {*names, *rerank.COMPOSED} for pool in rerank.POOLS}
+    weights = {run: list(own["weights"].iloc[0]) for run, own in rows.groupby("run")}
+    assert len(set(weights["mixture_iid"])) == 1 < len(set(weights["softmax_iid"]))
     assert rows.groupby("run").size().eq(PER_TASK * len(SPECS)).all()
     scores = rows.pivot_table(index="run", values="score")["score"]
     for pool in rerank.POOLS:
