@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.paper.answering.runs import Bench
-from benchmarks.paper.common.intervals import bootstrap
-from benchmarks.paper.common.markdown import table
+from benchmarks.paper.common.intervals import Interval, bootstrap
+from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
@@ -91,6 +91,31 @@ def section(rows: pd.DataFrame) -> str:
             table(["points", "all seeds", *KINDS], pairs),
         ]
     )
+
+
+def sentence(folder: Path) -> str:
+    """Return how the mixture does after other trainings, and what a slower one changes of its loss."""
+    if not (folder / ROWS).exists():
+        return "Other trainings of the adapters were not measured yet."
+    answers = Answers(pd.read_parquet(folder / ROWS), {})
+    own, slow = (percent(answers.interval(f"{kind}_perfect").mean) for kind in (SEEDS[0], SLOW))
+    losses = {kind: answers.difference(f"{kind}_mixture_iid", f"{kind}_selection_iid") for kind in (SCALES, SLOW)}
+    return (
+        f"On {len(answers.scores(f'{SEEDS[0]}_perfect'))} tasks the mixture changes right answers by"
+        f" {over_seeds(answers, 'mixture_iid', 'selection_iid')} points against selection over three training seeds,"
+        f" and by {losses[SCALES].in_percent()} if every second step trains at a third of the scale. Trained at a tenth"
+        f" of the learning rate, own adapters have {slow} % in place of {own}, and the mixture changes right answers by"
+        f" {losses[SLOW].in_percent()}; that loss is smaller by {less_lost(answers).in_percent()} points."
+    )
+
+
+def less_lost(answers: Answers) -> Interval:
+    """Return by how much less the mixture loses against selection after the slow training."""
+
+    def loss(kind: str) -> np.ndarray:
+        return (answers.scores(f"{kind}_selection_iid") - answers.scores(f"{kind}_mixture_iid")).to_numpy()
+
+    return bootstrap((loss(SEEDS[0]) - loss(SLOW))[np.newaxis], resamples_tasks=True)
 
 
 def train(specs: Sequence[TaskSpec], bench: Bench, root: Path) -> None:

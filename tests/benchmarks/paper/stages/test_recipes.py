@@ -55,6 +55,20 @@ def test_every_pool_has_its_own_adapters(
     assert scores["seed0_perfect"] == 1.0 > scores["slow_perfect"]
 
 
+def test_the_sentence_has_the_losses_of_each_training(tmp_path: Path) -> None:
+    assert "not measured yet" in recipes.sentence(tmp_path)
+    scores = {f"{kind}_{name}": 1.0 for kind in recipes.KINDS for name in ("perfect", "selection_iid")}
+    scores |= dict.fromkeys([f"{seed}_mixture_iid" for seed in recipes.SEEDS], 0.25) | {"scales_mixture_iid": 0.5}
+    scores |= {"slow_perfect": 0.75, "slow_mixture_iid": 0.875}
+    rows = [{"run": run, "task": task, "number": 0, "score": score} for run, score in scores.items() for task in "abc"]
+    pd.DataFrame(rows).to_parquet(tmp_path / recipes.ROWS)
+    found = recipes.sentence(tmp_path)
+    assert "On 3 tasks the mixture changes right answers by -75.0 (-75.0 to -75.0) points" in found
+    assert "by -50.0 (-50.0 to -50.0) if every second step" in found
+    assert "own adapters have 75.0 % in place of 100.0, and the mixture changes right answers by -12.5 (" in found
+    assert found.endswith("that loss is smaller by 62.5 (62.5 to 62.5) points.")
+
+
 def test_the_interval_over_seeds_resamples_seeds() -> None:
     """Seeds agree on task a and differ on task b."""
     shares = {"seed0": (1.0, 0.0), "seed1": (1.0, 1.0), "seed2": (1.0, 1.0), "scales": (1.0, 0.0), "slow": (0.0, 0.0)}
