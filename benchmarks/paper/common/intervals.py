@@ -37,8 +37,32 @@ def bootstrap(
     of this kind; without it, for these tasks. A task that is drawn twice gets different queries each time.
     `counts` (runs, tasks): the tasks of each run that count. A resample without any of them is left out.
     """
+    counts = np.ones(values.shape[:2], bool) if counts is None else counts
+    means = _resampled_means(values, counts, seed, resamples_tasks=resamples_tasks)
+    mean = ((values.mean(axis=2) * counts).sum(axis=1) / counts.sum(axis=1)).mean()
+    return _around(float(mean), means)
+
+
+def contrast(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Interval:
+    """Return the interval of the mean of `one` minus that of `other`, which have different tasks.
+
+    Each (tasks, queries). Queries and tasks of both are resampled independently.
+    """
+    means = [
+        _resampled_means(values[np.newaxis], np.ones((1, len(values)), bool), seed + 2 * number, resamples_tasks=True)
+        for number, values in enumerate((one, other))
+    ]
+    return _around(float(one.mean() - other.mean()), means[0] - means[1])
+
+
+def _around(mean: float, means: np.ndarray) -> Interval:
+    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def _resampled_means(values: np.ndarray, counts: np.ndarray, seed: int, *, resamples_tasks: bool) -> np.ndarray:
+    """Return the mean of each resample. One without tasks that count is left out."""
     runs, tasks, queries = values.shape
-    counts = np.ones((runs, tasks), bool) if counts is None else counts
     by_task = values.transpose(1, 0, 2) @ _resampled(tasks, queries, seed)  # (tasks, runs, resamples)
     counted = counts.T[:, :, np.newaxis].astype(float)  # (tasks, runs, 1 or resamples)
     if resamples_tasks:
@@ -52,10 +76,8 @@ def bootstrap(
     has_tasks = np.take_along_axis(num_counted > 0, chosen, axis=0)
     sums = (np.take_along_axis(by_run, chosen, axis=0) * has_tasks).sum(axis=0)
     num_runs = has_tasks.sum(axis=0)
-    means = sums[num_runs > 0] / num_runs[num_runs > 0]
-    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    mean = ((values.mean(axis=2) * counts).sum(axis=1) / counts.sum(axis=1)).mean()
-    return Interval(float(mean), float(low), float(high))
+    means: np.ndarray = sums[num_runs > 0] / num_runs[num_runs > 0]
+    return means
 
 
 @lru_cache(maxsize=4)

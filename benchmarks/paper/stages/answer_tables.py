@@ -136,12 +136,11 @@ def own_adapters(answers: Answers) -> str:
     return table(["task", "own adapter", "base", "guesses", "own − base", "own − guesses"], rows)
 
 
-def by_coverage(rows: pd.DataFrame, held: Mapping[str, Collection[str]], *, has_own: bool) -> str:
+def by_coverage(rows: pd.DataFrame, held: Mapping[str, Collection[str]], pool: str, *, has_own: bool) -> str:
     """Compare selection and mixture with each baseline, on the tasks whose adapter it has or on the others.
 
-    On the others the retrieved methods are out of distribution too. `held`: run -> tasks whose adapters it has.
+    `held`: run -> tasks whose adapters it has. `pool`: whether the retrieved methods have all (`iid`).
     """
-    pool = "iid" if has_own else "ood"
     lines = []
     for run in (run for run in held if run in set(rows["run"])):
         answers = Answers(rows[rows["task"].isin(held[run]) == has_own], {})
@@ -183,9 +182,11 @@ def write_tables(folder: Path, encoder: str) -> None:
         "`these tasks alone`, the questions only. Tasks that are alone in their cluster are in one row.\n",
         differences(answers),
         "### Tasks whose adapter the baseline has, in distribution\n",
-        by_coverage(rows, held, has_own=True),
+        by_coverage(rows, held, "iid", has_own=True),
+        "### Tasks whose adapter the baseline does not have, in distribution for the retrieved methods\n",
+        by_coverage(rows, held, "iid", has_own=False),
         "### Tasks whose adapter the baseline does not have, out of distribution\n",
-        by_coverage(rows, held, has_own=False),
+        by_coverage(rows, held, "ood", has_own=False),
         "### Intervals by cluster\n",
         cluster_intervals(answers),
         "### Own adapters, task by task\n",

@@ -33,7 +33,7 @@ from gpu_worker.model.base_model import resolve_dtype
 from lora_store import LOCAL_TENANT, AdapterNotFound, AdapterRef, Plan, PlannedAdapter, Snapshot
 
 ROWS = "errors.parquet"
-SOURCES = ("answers.parquet", "auto.parquet", "companions.parquet")
+SOURCES = ("answers.parquet", "baselines.parquet", "auto.parquet", "companions.parquet")
 RIGHT, COMPANION, FORM, OTHER = "right", "another adapter's answer", "wrong form", "other"
 CLASSES = (RIGHT, COMPANION, FORM, OTHER)
 _MIXTURES, _OWN = ("mixture_iid", "uniform_iid_always"), ("perfect", "own")  # in the rows of either stage

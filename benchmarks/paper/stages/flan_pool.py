@@ -44,6 +44,7 @@ PAIRS = [
     ("mixture_iid", "fusion_iid"),
     ("mixture_ood", "fusion_ood"),
     ("auto_iid", "selection_iid"),
+    ("auto_iid", "mixture_iid"),
     ("auto_ood", "selection_ood"),
     ("auto_ood", "mixture_ood"),
 ]

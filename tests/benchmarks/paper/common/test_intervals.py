@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.paper.common.intervals import bootstrap, clustered
+from benchmarks.paper.common.intervals import bootstrap, clustered, contrast
 
 
 def slow_interval(values: np.ndarray, counts: np.ndarray, *, resamples_tasks: bool) -> tuple[float, float]:
@@ -93,3 +93,25 @@ def test_groups_of_different_sizes_are_resampled_as_a_loop_does() -> None:
     low, high = np.quantile(means, [0.025, 0.975])
     assert found.mean == pytest.approx(np.concatenate(groups).mean())
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.08 * (high - low))
+
+
+def test_a_contrast_has_the_spread_of_both_sets_of_tasks() -> None:
+    """Tasks of one set differ among themselves, those of the other do not."""
+    one, other = np.array([[0.0] * 4, [1.0] * 4] * 8), np.full((5, 3), 0.25)
+    mean, low, high = contrast(one, other)
+    assert mean == 0.25
+    alone = bootstrap(one[np.newaxis], resamples_tasks=True)
+    assert (low, high) == pytest.approx((alone.low - 0.25, alone.high - 0.25))
+    swapped = contrast(other, one)
+    assert swapped == pytest.approx((-mean, -high, -low), abs=0.1)
+
+
+def test_a_contrast_of_two_varying_sets_is_wider_than_either() -> None:
+    rng = np.random.default_rng(3)
+    one, other = rng.random((12, 6)), rng.random((12, 6))
+    widths = [
+        found.high - found.low for found in (bootstrap(v[np.newaxis], resamples_tasks=True) for v in (one, other))
+    ]
+    mean, low, high = contrast(one, other)
+    assert mean == pytest.approx(one.mean() - other.mean())
+    assert high - low == pytest.approx(float(np.hypot(*widths)), rel=0.15)

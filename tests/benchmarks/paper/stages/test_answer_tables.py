@@ -67,7 +67,7 @@ def test_a_baseline_is_compared_with_and_without_the_tasks_whose_adapter_it_has(
         for number in range(3)
     ]
     held = {"moe_soft": ["a", "b"], "smear": ["a", "b"]}
-    [line] = by_coverage(pd.DataFrame(rows), held, has_own=has_own).splitlines()[2:]
+    [line] = by_coverage(pd.DataFrame(rows), held, "iid" if has_own else "ood", has_own=has_own).splitlines()[2:]
     assert [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")] == ["moe", *cells]
 
 
