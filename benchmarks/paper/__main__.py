@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -114,6 +114,7 @@ def run_all(
     quick: Annotated[
         bool, typer.Option("--quick", help="print the main table over eight tasks; about ten minutes")
     ] = False,
+    per_task: Annotated[int | None, typer.Option(min=1, help="questions for each task, with `--only`")] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="stages at a time, which share the cores; each needs about 6 GB of memory")
     ] = 2,
@@ -123,6 +124,11 @@ def run_all(
     if unknown := set(only or ()) - {stage.name for stage in stages}:
         raise typer.BadParameter(f"no such stage: {', '.join(sorted(unknown))}", param_hint="--only")
     wanted = [stage for stage in stages if not only or stage.name in only]
+    if per_task is not None:
+        if not only:
+            raise typer.BadParameter("only together with --only", param_hint="--per-task")
+        asked = ("--per-task", str(per_task))
+        wanted = [replace(stage, arguments=(*stage.arguments, *asked)) for stage in wanted]
     jobs = min(jobs, len(wanted))
     run_stages(wanted, partial(run_stage, jobs=jobs), out, jobs=jobs)
 

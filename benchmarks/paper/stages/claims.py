@@ -17,7 +17,7 @@ import pandas as pd
 
 from benchmarks.paper.common.expert_draws import hub_tasks, one_a_cluster
 from benchmarks.paper.common.intervals import Interval, bootstrap
-from benchmarks.paper.common.markdown import table
+from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.pool.choose import read_pool
 from benchmarks.paper.retrieval.projected import KIND, Projections, unseen_gains
@@ -89,6 +89,23 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """The difference of two runs in these files. Call it with the results."""
+
+    files: tuple[str, ...]
+    one: str
+    other: str
+
+    def __call__(self, results: Results) -> Interval:
+        return results.answers(*self.files).difference(self.one, self.other)
+
+    def scores(self, results: Results) -> str:
+        """Return the scores of both, in percent."""
+        answers = results.answers(*self.files)
+        return " and ".join(percent(float(answers.scores(run).to_numpy().mean())) for run in (self.one, self.other))
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """A difference, and what it should be. `rows`: the files that it is computed from.
 
@@ -122,8 +139,28 @@ def claims_table(claims: Sequence[Claim], results: Results) -> str:
         if results.has(claim.rows):
             found = claim.difference(results)
             why = claim.why if isinstance(claim.why, str) else claim.why(results)
-            judged = [found.in_percent(), f"**{verdict(claim.expected, found)}**", why]
+            scores = f"{claim.difference.scores(results)}: " if isinstance(claim.difference, Pair) else ""
+            judged = [scores + found.in_percent(), f"**{verdict(claim.expected, found)}**", why]
         else:
             judged = ["not measured yet", "–", "–"]
-        rows.append([claim.text, claim.paper, *judged, f"`{claim.stage}`"])
-    return table(["claim", "paper", "here, points", "verdict", "why", "stage"], rows)
+        rows.append([claim.text, claim.paper, *judged, f"`{_command(claim, results)}`"])
+    return table(["claim", "paper", "here: scores, difference", "verdict", "why", "stage"], rows)
+
+
+def _command(claim: Claim, results: Results) -> str:
+    """Return the stage with the number of questions that its rows have."""
+    if not results.has(claim.rows):
+        return claim.stage
+    numbers = results.table(claim.rows[0]).get("number")
+    return claim.stage if numbers is None else f"{claim.stage} --per-task {numbers.nunique()}"
+
+
+def judged_claims(claims: Sequence[Claim], results: Results) -> list[dict[str, object]]:
+    """Return each measured claim with its difference in points, interval and verdict."""
+    found = []
+    for claim in (claim for claim in claims if results.has(claim.rows)):
+        interval = claim.difference(results)
+        mean, low, high = (round(100 * value, 2) for value in interval)
+        judged = {"claim": claim.text, "verdict": verdict(claim.expected, interval)}
+        found.append(judged | {"points": mean, "low": low, "high": high, "stage": _command(claim, results)})
+    return found

@@ -52,6 +52,12 @@ def _losing_tasks(results: Results) -> str:
     )
 
 
+def _changed_requests(results: Results) -> str:
+    changed = stream.changed_requests(results.table(stream.ROWS))
+    count, tasks = len(changed) // 2, changed["task"].nunique()
+    return f"`auto`, right after the change that brought them: {count} requests for {tasks} tasks."
+
+
 def _alone(kind: Kind) -> Callable[[Results], str]:
     def why(results: Results) -> str:
         answers = results.answers(mixed_kinds.ROWS)
@@ -77,7 +83,9 @@ QUESTIONS = (
         _COPIES,
         "at least",
         _of_copies("own_flipped_0.25", "own"),
-        _tasks_of_copies("own_flipped_0.25", "From half of the weight on, the copy decides."),
+        _tasks_of_copies(
+            "own_flipped_0.25", "At half of the weight the score is midway between the adapter's and the copy's."
+        ),
     ),
     Claim(
         "A copy that was trained on exchanged answers does not harm selection.",
@@ -91,7 +99,7 @@ QUESTIONS = (
         ),
     ),
     Claim(
-        "Evaluation by the server brings selection back over such copies.",
+        "After the server's evaluation, selection takes the original in place of such a copy more often.",
         "–",
         "competence",
         (competence.ROWS,),
@@ -142,7 +150,7 @@ QUESTIONS = (
         (stream.ROWS,),
         "above",
         lambda results: stream.following(results.table(stream.ROWS)),
-        "`auto`, right after the change that brought them.",
+        _changed_requests,
     ),
     Claim(
         "A pool of 46 adapters answers as well as one of 10: `auto`, in distribution.",
@@ -154,7 +162,7 @@ QUESTIONS = (
         "The same questions over both pools; siblings are found in place of the own adapter.",
     ),
     Claim(
-        "On a second base model, selection keeps at least nine tenths of the own adapter's score.",
+        "On a second base model, selection keeps at least nine tenths of the own adapter's score (as in section 1).",
         "54.1 of 58.1; 61.8 of 66.1",
         "second_base",
         _SECOND,
@@ -178,7 +186,8 @@ QUESTIONS = (
         (second_base.FOUND,),
         "at least",
         lambda results: second_base.nearer(results.table(second_base.FOUND)),
-        "Top-1 by task over 24 adapters, against the first base's 12. A hit is an adapter of the task for either base.",
+        "Top-1 by task over 24 adapters, against the first base's 12. A hit is an adapter of the task for either base,"
+        " so a request has to name its base.",
     ),
     Claim(
         "Averaging the log probabilities of two bases is better than the first alone.",
@@ -199,7 +208,7 @@ QUESTIONS = (
         "Of different answers the one with the higher mean log probability counts.",
     ),
     Claim(
-        "An own DoRA adapter loses no more to two equal LoRA companions than a LoRA adapter does.",
+        "With two LoRA companions of equal weight a DoRA adapter loses no more than a LoRA adapter (above 0: less).",
         "–",
         "mixed_kinds",
         _KINDS,
@@ -208,7 +217,7 @@ QUESTIONS = (
         _alone("dora"),
     ),
     Claim(
-        "An own IA³ adapter loses no more to two equal LoRA companions than a LoRA adapter does.",
+        "With two LoRA companions of equal weight an IA³ adapter loses no more than a LoRA adapter (above 0: less).",
         "–",
         "mixed_kinds",
         _KINDS,

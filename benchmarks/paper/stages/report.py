@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -13,7 +11,7 @@ import pandas as pd
 import typer
 
 from benchmarks.paper.common.intervals import Interval
-from benchmarks.paper.common.markdown import percent, table
+from benchmarks.paper.common.markdown import percent
 from benchmarks.paper.common.workspace import PAPER_RESULTS
 from benchmarks.paper.stages import (
     companions,
@@ -32,9 +30,11 @@ from benchmarks.paper.stages import (
     stream,
 )
 from benchmarks.paper.stages.answer_tables import ROUTED, Answers
-from benchmarks.paper.stages.claim_list import PAPERS, of_file
-from benchmarks.paper.stages.claims import Claim, Results, claims_table
+from benchmarks.paper.stages.better_methods import NOT_MEASURED, beyond, methods_table
+from benchmarks.paper.stages.claim_list import PAPERS
+from benchmarks.paper.stages.claims import Claim, Results, claims_table, judged_claims
 from benchmarks.paper.stages.claims_beyond import BEYOND
+from benchmarks.results_file import write_part
 
 _PAPER = Path(__file__).parents[1]
 REPORT = _PAPER / "REPORT.md"
@@ -87,142 +87,18 @@ _LATER = (
     "stream",
 )
 _SENTIMENT = "senti_"
-_NOT_MEASURED = "not measured yet"
 _LINKS_PER_LINE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Better:
-    """A method besides the paper's. `file`: its only file. `rows`: the file that `gain` reads."""
-
-    name: str
-    source: str
-    file: str
-    compared: str
-    rows: str
-    gain: Callable[[Results], Interval]
-    per_request: str
-    per_publish: str
-
-
-def _beyond(*words: str) -> Claim:
-    """Return the only claim beyond the paper that has these words."""
-    [found] = [claim for claim in BEYOND if all(word in claim.text for word in words)]
-    return found
-
-
-def _reranked(run: str) -> tuple[str, Callable[[Results], Interval]]:
-    return rerank.ROWS, of_file(rerank.ROWS, f"{run}_iid", "first_iid")
-
-
-BETTER = (
-    Better(
-        "projection (whitening)",
-        "within-class covariance, as in linear discriminant analysis",
-        "retriever_svc/whitening.py",
-        "top-1, refit − none",
-        _beyond("A projection").rows[0],
-        _beyond("A projection").difference,
-        "one product of 384 × 384",
-        "a refit after many publishes",
-    ),
-    Better(
-        "hard negatives count more in training",
-        "LLaVE (arXiv 2503.04812)",
-        "retriever_svc/training.py",
-        "top-1, hard − plain",
-        _beyond("hard negatives").rows[0],
-        _beyond("hard negatives").difference,
-        "none",
-        "none; a training of minutes",
-    ),
-    Better(
-        "softmax weights",
-        "this server",
-        "retriever_svc/planning.py",
-        "right answers iid, softmax − equal",
-        _beyond("Softmax").rows[0],
-        _beyond("Softmax").difference,
-        "none",
-        "none",
-    ),
-    Better(
-        "companions limited to a third of the lead",
-        "this server; section 4",
-        "retriever_svc/evidence_weights.py",
-        "right answers iid, `auto` − equal",
-        _beyond("`auto` is better").rows[0],
-        _beyond("`auto` is better").difference,
-        "none",
-        "outputs of the samples, embedded",
-    ),
-    Better(
-        "averaged log probabilities of the three",
-        "ensembles of language models",
-        "benchmarks/paper/stages/ensemble.py",
-        "right answers iid, averaged − equal",
-        ensemble.ROWS,
-        of_file(ensemble.ROWS, "ensemble_iid", "mixture_iid"),
-        "three times the work",
-        "none",
-    ),
-    Better(
-        "abstention by a confidence for each adapter",
-        "calibrated fit",
-        "retriever_svc/calibration.py",
-        "right answers ood, `auto` − selection",
-        _beyond("The server's default", "out of").rows[0],
-        _beyond("The server's default", "out of").difference,
-        "one comparison",
-        "scores of the own samples",
-    ),
-    Better(
-        "competence by successive halving",
-        "LORAUTER (arXiv 2601.21795)",
-        "retriever_svc/competence.py",
-        "right answers among flipped copies, measured − not",
-        _beyond("Evaluation").rows[0],
-        _beyond("Evaluation").difference,
-        "none",
-        "some answers to samples of near adapters",
-    ),
-    Better(
-        "the model's log probability of the answer",
-        "reranking",
-        "benchmarks/paper/answering/likelihood.py",
-        "right answers iid, reranked − first",
-        *_reranked("likelihood"),
-        "three answers in place of one",
-        "none",
-    ),
-    Better(
-        "the same, calibrated for each adapter",
-        "reranking",
-        "benchmarks/paper/answering/likelihood.py",
-        "right answers iid, reranked − first",
-        *_reranked("likelihood_calibrated"),
-        "three answers in place of one",
-        "answers to a few prompts of others",
-    ),
-    Better(
-        "Arrow, then SpectR (LAG)",
-        "arXiv 2405.11157, 2504.03454",
-        "benchmarks/paper/answering/spectral.py",
-        "right answers iid, reranked − first",
-        *_reranked("spectr_calibrated"),
-        "one more pass over the prompt",
-        "a QR and an SVD of rank 6 for each layer",
-    ),
-    Better(
-        "norm at the last token (LoGo)",
-        "arXiv 2511.07129",
-        "benchmarks/paper/answering/spectral.py",
-        "right answers iid, reranked − first",
-        *_reranked("norm_calibrated"),
-        "one more pass over the prompt",
-        "as above",
-    ),
+_REPEATED = (
+    ("auto.parquet", "uniform_iid_always", "selection_iid_always", "`auto`"),
+    (sizes.ROWS, "46_mixture_iid", "46_selection_iid", "`sizes`"),
+    (ensemble.ROWS, "mixture_iid", "selection_iid", "`ensemble`"),
+    (rerank.ROWS, "mixture_iid", "first_iid", "`rerank`"),
+    (recipes.ROWS, "seed1_mixture_iid", "seed1_selection_iid", "`recipes`, another seed"),
+    (second_base.ROWS, "mixture_second", "selection_second", "`second_base`"),
 )
+"""File, mixture, selection, stage: other measurements of the main relation."""
 
 
 def report_of(folder: Path, reading: str) -> str:
@@ -269,11 +145,12 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "flan_summary": flan_pool.summary(folder),
         "ensemble": ensemble.sentence(folder),
         "copies": competence.sentence(folder),
-        "quarter": _points(_beyond("A quarter", "exchanged"), results),
+        "quarter": _points(beyond("A quarter", "exchanged"), results),
         "second_base": second_base.sentence(folder),
         "mixed_kinds": mixed_kinds.sentence(folder),
         "gate": gate.sentence(folder),
         "recipes": recipes.sentence(folder),
+        "repeated": repeated(results),
         "rerank": rerank.sentence(folder),
         "both_pools": rerank_flan.both_pools(folder),
         "sizes": sizes.sentence(folder),
@@ -286,12 +163,12 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
 
 
 def _points(claim: Claim, results: Results) -> str:
-    return claim.difference(results).in_percent() if results.has(claim.rows) else _NOT_MEASURED
+    return claim.difference(results).in_percent() if results.has(claim.rows) else NOT_MEASURED
 
 
 def _ablation(results: Results, run: str) -> str:
     if not results.has(["ablations.parquet"]):
-        return _NOT_MEASURED
+        return NOT_MEASURED
     return percent(results.answers("ablations.parquet").interval(run).mean)
 
 
@@ -330,15 +207,14 @@ def _of_lorahub(results: Results) -> str:
     return f"{words} An earlier search, from equal weights with 20 attempts on 192 samples, has {score} %."
 
 
-def methods_table(results: Results) -> str:
-    """Return a row per better method: its gain and its costs."""
-    rows = []
-    for method in BETTER:
-        gain = method.gain(results).in_percent() if results.has([method.rows]) else _NOT_MEASURED
-        file = f"`{method.file}`"
-        rows.append([method.name, method.source, file, f"{method.compared}: {gain}", method.per_request])
-        rows[-1].append(method.per_publish)
-    return table(["method", "source", "file", "points", "cost per request", "cost per publish"], rows)
+def repeated(results: Results) -> str:
+    """Return the mixture's loss against selection in every stage that measured it, each with answers of its own."""
+    found = [
+        f"{words} {results.answers(file).difference(mixture, selection).in_percent()}"
+        for file, mixture, selection, words in _REPEATED
+        if results.has([file]) and mixture in results.answers(file).runs
+    ]
+    return "; ".join(found) or NOT_MEASURED
 
 
 def later_stages(folder: Path) -> str:
@@ -368,8 +244,10 @@ def appendices_of(folder: Path) -> str:
 
 
 def main() -> None:
-    """Write the report."""
+    """Write the report, and every claim's numbers to the results."""
     REPORT.write_text(report_of(PAPER_RESULTS, READING.read_text(encoding="utf-8")), encoding="utf-8")
+    judged = judged_claims((*PAPERS, *BEYOND), Results(PAPER_RESULTS))
+    write_part("paper", "claims", figures={}, table=f"{len(judged)} claims were judged.", runs=judged)
 
 
 if __name__ == "__main__":

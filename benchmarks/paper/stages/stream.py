@@ -198,9 +198,14 @@ def _interval(rows: pd.DataFrame, column: str) -> str:
     return clustered([own.to_numpy(float) for _, own in rows.groupby("task")[column]]).in_percent()
 
 
+def changed_requests(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `auto`, under both indexes, whose adapter or version is new."""
+    return rows[(rows["stretch"] > 0) & (rows["kind"] != KINDS[0]) & (rows["method"] == "auto")]
+
+
 def following(rows: pd.DataFrame) -> Interval:
     """Return the points of `auto` over the frozen index, on requests whose adapter or version is new."""
-    changed = rows[(rows["stretch"] > 0) & (rows["kind"] != KINDS[0]) & (rows["method"] == "auto")]
+    changed = changed_requests(rows)
     follows, frozen = (changed[changed["router"] == router].reset_index(drop=True) for router in (FOLLOWS, FROZEN))
     more = follows["score"] - frozen["score"]
     return clustered([own.to_numpy(float) for _, own in more.groupby(follows["task"])])

@@ -17,7 +17,11 @@ from typer.testing import CliRunner
 
 from benchmarks.paper.__main__ import QUICK, QUICK_TASKS, STAGES, Stage, cli, run_stage, run_stages
 from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.common.workspace import PAPER_RESULTS
 from benchmarks.paper.pool.choose import Verdict, choose_pool, read_pool, read_rounds, write_pool
+from benchmarks.paper.stages.claim_list import PAPERS
+from benchmarks.paper.stages.claims import Results, judged_claims
+from benchmarks.paper.stages.claims_beyond import BEYOND
 from benchmarks.paper.stages.report import SECTIONS
 
 
@@ -137,6 +141,28 @@ def test_the_stages_that_run_together_share_the_cores(monkeypatch: pytest.Monkey
     run_stage("ablations", (), jobs=2)
     run_stage("report", (), jobs=2)
     assert threads == ["2", "4"]
+
+
+def test_the_report_names_commands_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each claim's last column, as an option of `all`, reaches its stage with the number of questions."""
+    ran = list[tuple[str, ...]]()
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(tuple(command[2:])))
+    claims = judged_claims((*PAPERS, *BEYOND), Results(PAPER_RESULTS))
+    commands = {str(claim["stage"]) for claim in claims}
+    assert {"companions --per-task 8", "retrieval"} <= commands
+    for command in commands:
+        result = CliRunner().invoke(cli, ["all", "--only", *command.split()])
+        assert result.exit_code == 0, result.output
+        stage, *asked = command.split()
+        module, *arguments = ran[-1]
+        assert module.rpartition(".")[2] in (stage, "paper") and arguments[len(arguments) - len(asked) :] == asked
+        if asked:
+            assert "per_task" in inspect.signature(importlib.import_module(module).main).parameters, command
+
+
+def test_the_number_of_questions_needs_a_stage() -> None:
+    result = CliRunner().invoke(cli, ["all", "--per-task", "3"])
+    assert result.exit_code == 2 and "only together with --only" in result.output
 
 
 def test_an_unknown_stage_is_refused_by_name() -> None:

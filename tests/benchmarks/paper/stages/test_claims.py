@@ -11,7 +11,7 @@ from benchmarks.paper.common.intervals import Interval
 from benchmarks.paper.stages import claims
 from benchmarks.paper.stages.answer_tables import BASELINES, ROUTED, ROWS
 from benchmarks.paper.stages.claim_list import of_file
-from benchmarks.paper.stages.claims import Claim, Results, claims_table, verdict
+from benchmarks.paper.stages.claims import Claim, Results, claims_table, judged_claims, verdict
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,17 @@ def test_a_claim_without_rows_is_not_judged(tmp_path: Path) -> None:
     ]
     lines = claims_table(made, Results(tmp_path)).splitlines()[2:]
     assert lines == [
-        "| It helps. | 1 and 0 | 100.0 (100.0 to 100.0) | **holds** | Because. | `auto` |",
+        "| It helps. | 1 and 0 | 100.0 and 0.0: 100.0 (100.0 to 100.0) | **holds** | Because. | `auto --per-task 3` |",
         "| It helps. | 1 and 0 | not measured yet | – | – | `auto` |",
     ]
+
+
+def test_the_results_have_every_measured_claim(tmp_path: Path) -> None:
+    rows_of({"one": {"a": 0.0, "b": 0.5}, "other": {"a": 1.0, "b": 1.0}}).to_parquet(tmp_path / "r.parquet")
+    made = [
+        Claim(f"It helps {name}.", "–", "auto", (name,), "above", of_file(name, "one", "other"), "Because.")
+        for name in ("r.parquet", "absent.parquet")
+    ]
+    [found] = judged_claims(made, Results(tmp_path))
+    assert found["claim"] == "It helps r.parquet." and found["stage"] == "auto --per-task 3"
+    assert (found["points"], found["low"], found["high"], found["verdict"]) == (-75.0, -100.0, -50.0, "fails")

@@ -9,6 +9,7 @@ import pandas as pd
 from benchmarks.paper.pool.choose import read_pool
 from benchmarks.paper.retrieval.study import UNTRAINED, main_draws
 from benchmarks.paper.stages import companions, flan_pool
+from benchmarks.paper.stages.answer_tables import BASELINES, ROWS
 from benchmarks.paper.stages.claims import Results
 from benchmarks.paper.stages.claims_beyond import BEYOND
 
@@ -63,3 +64,24 @@ def test_a_flan_like_pool_is_explained_by_its_rows(tmp_path: Path) -> None:
     assert "The mixture has 25.0 (" in why(results, "share their labels", "better than selection")
     found = why(results, "share their labels", "`auto`")
     assert found.endswith("Equal weights are better on 2 of the 3 tasks that differ.")
+
+
+def test_the_farthest_companions_are_compared_with_the_same_weight_alone(tmp_path: Path) -> None:
+    write(tmp_path / companions.ROWS, {"own_third": (1.0, 1.0), "nearest_1": (0.0, 0.0), "farthest_1": (0.5, 0.5)})
+    found = why(Results(tmp_path), "farthest")
+    assert "they cost -50.0 (-50.0 to -50.0) points, the nearest -100.0 (-100.0 to -100.0)." in found
+
+
+def test_the_loss_where_labels_are_shared_is_compared_with_that_of_other_tasks(tmp_path: Path) -> None:
+    write(tmp_path / flan_pool.ROWS, {"mixture_iid": (1.0, 1.0), "selection_iid": (0.75, 0.75)})
+    scores = {"mixture_iid": 0.25, "selection_iid": 0.75}
+    rows = [
+        {"run": run, "task": task, "number": 0, "score": 0.75 if task.startswith("senti_") else score}
+        for run, score in scores.items()
+        for task in ("senti_a", "senti_b", "plural", "past")
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / ROWS)
+    pd.DataFrame(rows[:0]).to_parquet(tmp_path / BASELINES)
+    results = Results(tmp_path)
+    found = {claim.text: claim.difference(results).mean for claim in BEYOND if "loses less" in claim.text}
+    assert list(found.values()) == [0.25 + 0.25, 0.5]

@@ -61,8 +61,8 @@ def test_a_kinds_loss_is_that_of_lora_subtracted(tmp_path: Path) -> None:
     scores = {f"{kind}_alone": 1.0 for kind in lost} | {f"{kind}_equal": 1 - value for kind, value in lost.items()}
     write(tmp_path / mixed_kinds.ROWS, scores | {mixed_kinds.TOGETHER: 0.8})
     results = Results(tmp_path)
-    assert claim("own DoRA").difference(results).mean == pytest.approx(-0.2)
-    assert claim("own IA³").difference(results).mean == pytest.approx(0.2)
+    assert claim("a DoRA").difference(results).mean == pytest.approx(-0.2)
+    assert claim("an IA³").difference(results).mean == pytest.approx(0.2)
     assert claim("of one task mix").difference(results).mean == pytest.approx(-0.2)
 
 
@@ -75,8 +75,8 @@ def why(results: Results, *words: str) -> str:
 def test_a_weaker_kind_has_less_to_lose(tmp_path: Path) -> None:
     write(tmp_path / mixed_kinds.ROWS, {"lora_alone": 0.75, "dora_alone": 0.875, "ia3_alone": 0.5})
     results = Results(tmp_path)
-    assert why(results, "own DoRA") == "2 tasks, in torch. Alone it has 87.5 %, LoRA 75.0 %."
-    assert why(results, "own IA³").endswith("Alone it has 50.0 %, LoRA 75.0 %; a weaker adapter has less to lose.")
+    assert why(results, "a DoRA") == "2 tasks, in torch. Alone it has 87.5 %, LoRA 75.0 %."
+    assert why(results, "an IA³").endswith("Alone it has 50.0 %, LoRA 75.0 %; a weaker adapter has less to lose.")
 
 
 def test_tasks_that_lose_by_a_quarter_on_the_rival_are_counted(tmp_path: Path) -> None:

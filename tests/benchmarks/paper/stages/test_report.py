@@ -12,6 +12,7 @@ import pytest
 from benchmarks.paper.common.workspace import PAPER_RESULTS
 from benchmarks.paper.stages import report
 from benchmarks.paper.stages.answer_tables import BASELINES, ROWS
+from benchmarks.paper.stages.claims import Results
 
 MOST_LINES = 250
 
@@ -67,6 +68,12 @@ def test_the_committed_report_is_short_and_its_links_exist() -> None:
     assert len(links) >= 14 and all((report.REPORT.parent / link).exists() for link in links)
 
 
-def test_every_better_method_has_a_file() -> None:
-    root = report.REPORT.parents[2]
-    assert len(report.BETTER) >= 8 and all((root / method.file).exists() for method in report.BETTER)
+def test_other_measurements_of_the_main_relation_are_listed(tmp_path: Path) -> None:
+    assert report.repeated(Results(tmp_path)) == "not measured yet"
+    runs = {"auto": ("uniform_iid_always", "selection_iid_always"), "ensemble": ("mixture_iid", "selection_iid")}
+    for stage, (mixture, selection) in runs.items():
+        rows = [{"run": mixture, "task": t, "number": 0, "score": 0.25} for t in "ab"]
+        rows += [{"run": selection, "task": t, "number": 0, "score": 1.0} for t in "ab"]
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{stage}.parquet")
+    found = report.repeated(Results(tmp_path))
+    assert found == "`auto` -75.0 (-75.0 to -75.0); `ensemble` -75.0 (-75.0 to -75.0)"
