@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from benchmarks.paper.common.intervals import Interval, bootstrap
+from benchmarks.paper.common.markdown import percent
 from benchmarks.paper.retrieval.ranking import COSINE
-from benchmarks.paper.stages import gate
+from benchmarks.paper.stages import gate, layer_routers
 from benchmarks.paper.stages.answer_tables import BASELINES, ROUTED, ROWS
 from benchmarks.paper.stages.claims import Claim, Pair, Results
 
@@ -25,6 +28,20 @@ def of_file(name: str, one: str, other: str) -> Pair:
 def _kept_by_selection(results: Results) -> Interval:
     scores = results.main.scores("selection_iid") - 0.9 * results.main.scores("perfect")
     return bootstrap(scores.to_numpy()[np.newaxis], resamples_tasks=True)
+
+
+def _against_layer_routers(run: str, *, with_expert: bool) -> Callable[[Results], Interval]:
+    return lambda results: results.of_tasks(run, ROUTED, (layer_routers.ROWS,), with_expert=with_expert)
+
+
+def _of_layer_routers(results: Results) -> str:
+    answers = results.answers(layer_routers.ROWS)
+    tasks = [task for task in answers.scores("selection_iid").index if task in results.experts]
+    means = {run: float(answers.scores(run).loc[tasks].to_numpy().mean()) for run in ROUTED}
+    best = max(means, key=means.__getitem__)
+    return (
+        f"{len(tasks)} tasks. Against the best of four routers, {best.replace('_', ' ')} with {percent(means[best])} %."
+    )
 
 
 def _of_the_gate(results: Results) -> str:
@@ -111,8 +128,24 @@ PAPERS = (
         _MAIN,
         "above",
         lambda results: results.of_tasks("mixture_ood", ROUTED, with_expert=False),
-        "35 tasks. The routers here read the prompt once, not at every layer, and may be trained too little.",
+        "35 tasks. One router that reads the prompt once.",
     ),
+    *[
+        Claim(
+            f"The same with a router in every layer, as in the papers: {text}.",
+            "as above",
+            "layer_routers",
+            (layer_routers.ROWS,),
+            "above",
+            _against_layer_routers(run, with_expert=with_expert),
+            why,
+        )
+        for text, run, with_expert, why in (
+            ("selection, with the task's adapter", "selection_iid", True, _of_layer_routers),
+            ("mixture, with the task's adapter", "mixture_iid", True, "The other three are behind the mixture."),
+            ("mixture, without the task's adapter", "mixture_ood", False, "35 tasks."),
+        )
+    ],
     Claim(
         "Out of distribution the mixture is better than AdapterSoup.",
         "47.3 and 30.8; 54.8 and 33.0",

@@ -80,10 +80,14 @@ class Results:
         listed = read_task_list().by_name
         return hub_tasks([listed[name] for name in read_pool()])
 
-    def of_tasks(self, one: str, others: Sequence[str], *, with_expert: bool) -> Interval:
-        """Return `one` minus the best of `others`, on the tasks with or without an expert of their own."""
-        names = [name for name in self.main.scores(one).index if (name in self.experts) == with_expert]
-        scores = {run: self.main.scores(run).loc[names].to_numpy() for run in (one, *others)}
+    def of_tasks(self, one: str, others: Sequence[str], files: Sequence[str] = (), *, with_expert: bool) -> Interval:
+        """Return `one` minus the best of `others`, on the tasks with or without an expert of their own.
+
+        The best on the questions compared, which favours the others. `files`: in place of the main table's.
+        """
+        answers = self.answers(*files) if files else self.main
+        names = [name for name in answers.scores(one).index if (name in self.experts) == with_expert]
+        scores = {run: answers.scores(run).loc[names].to_numpy() for run in (one, *others)}
         best = max(others, key=lambda run: float(scores[run].mean()))
         return bootstrap((scores[one] - scores[best])[np.newaxis], resamples_tasks=True)
 

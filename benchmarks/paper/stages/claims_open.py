@@ -73,7 +73,7 @@ def _lost_by(kind: Kind) -> Callable[[Results], Interval]:
     return lambda results: mixed_kinds.more_lost(results.answers(mixed_kinds.ROWS), kind, "equal")
 
 
-_COPIES = (conflicts.ROWS, competence.ROWS)
+_COPIES = (competence.ROWS, conflicts.ROWS)
 _SECOND, _KINDS = (second_base.ROWS,), (mixed_kinds.ROWS,)
 QUESTIONS = (
     Claim(
