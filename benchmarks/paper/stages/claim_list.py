@@ -142,7 +142,12 @@ PAPERS = (
         )
         for text, run, with_expert, why in (
             ("selection, with the task's adapter", "selection_iid", True, _of_layer_routers),
-            ("mixture, with the task's adapter", "mixture_iid", True, "The other three are behind the mixture."),
+            (
+                "mixture, with the task's adapter",
+                "mixture_iid",
+                True,
+                "The other three kinds have lower scores than the mixture.",
+            ),
             ("mixture, without the task's adapter", "mixture_ood", False, "35 tasks."),
         )
     ],

@@ -55,6 +55,9 @@ def test_the_best_router_is_the_one_that_is_best_on_the_tasks_compared(
     results = Results(tmp_path)
     assert results.of_tasks("mixture_iid", ROUTED, with_expert=True) == (-0.5, -0.5, -0.5)
     assert results.of_tasks("mixture_ood", ROUTED, with_expert=False) == (0.5, 0.5, 0.5)
+    layers = routers | {"smear": {"a": 0.25, "b": 1.0}, "moe_top1": {"a": 0.0, "b": 0.0}}
+    rows_of(layers | {"mixture_iid": {"a": 1.0, "b": 0.0}}).to_parquet(tmp_path / "layers.parquet")
+    assert results.of_tasks("mixture_iid", ROUTED, ("layers.parquet",), with_expert=True) == (0.75, 0.75, 0.75)
 
 
 def test_a_claim_without_rows_is_not_judged(tmp_path: Path) -> None:
