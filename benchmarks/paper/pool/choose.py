@@ -31,7 +31,7 @@ _NUM_RESAMPLES = 2000
 class Verdict:
     """Scores of a task's own adapter and of the better of its references on the choice part, as shares of 1.
 
-    `margin`: the mean difference exceeds it in 95 of 100 resamplings of the items.
+    `margin`: the lower end of the one-sided 95 % interval of own minus reference.
     """
 
     task: str
@@ -169,7 +169,7 @@ def pool_table(verdicts: Mapping[str, Verdict], places: Mapping[str, str]) -> st
         [v.task, v.cluster, percent(v.own), percent(v.reference), f"{100 * v.margin:+.1f}", fates[v.task]]
         for v in verdicts.values()
     ]
-    header = ["task", "cluster", "own adapter", "better of majority and base", "margin", ""]
+    header = ["task", "cluster", "own adapter", "better of guessing and base", "lower bound", ""]
     return table(header, rows)
 
 
@@ -177,7 +177,7 @@ def write_section(folder: Path, verdicts: Mapping[str, Verdict], places: Mapping
     """Write the pool's section of the report."""
     words = (
         f"{len(places)} tasks, rank 6, lora_alpha 12, all linear layers of layers 9 to 17. On the choice part, percent;"
-        " `margin`: own minus reference exceeds it in 95 of 100 resamplings; adapters with a margin above 0 are kept."
+        " `lower bound`: of own minus reference, one-sided, 95 %; adapters with a bound above 0 are kept."
     )
     parts = ["## The pool\n", words + "\n", pool_table(verdicts, places)]
     (folder / "pool.md").write_text("\n".join(parts), encoding="utf-8")

@@ -133,7 +133,7 @@ def own_adapters(answers: Answers) -> str:
         + [answers.of_task(task, "perfect", run).in_percent() for run in ("base", "majority")]
         for task in answers.scores("perfect").index
     ]
-    return table(["task", "own adapter", "base", "guesses", "own − base", "own − guesses"], rows)
+    return table(["task", "own adapter", "base", "guessing", "own − base", "own − guessing"], rows)
 
 
 def by_coverage(rows: pd.DataFrame, held: Mapping[str, Collection[str]], pool: str, *, has_own: bool) -> str:
