@@ -144,7 +144,7 @@ def sentence(folder: Path) -> str:
         "The three nearest adapters read the prompt separately, and the mean of their log probabilities chooses each"
         f" token. That costs three times the work and changes right answers by {points[0]} points against selection,"
         f" and by {points[1]} against the mixture ({tasks} tasks, {questions} questions each). So the sum in the layers"
-        " does not cause the failure; the equal weight of companions does."
+        " explains at most a small part of the loss; equal weights of other functions do harm either way."
     )
 
 

@@ -202,9 +202,9 @@ def sentence(folder: Path) -> str:
         return _NOT_YET
     lost, companion, form, other = (_change(own, rows, name) for name in CLASSES)
     return (
-        f"Against own adapters, equal mixing changes right answers by {lost} points: answers of a companion alone,"
-        f" word for word, by at least {companion}, answers of a wrong form by {form}, others by {other}"
-        f" ({len(rows)} questions with exact match)."
+        f"Against own adapters, equal mixing changes right answers by {lost} points. Wrong answers that a companion"
+        f" gives alone, word for word, change by at least {companion}, those of a wrong form by {form}, and"
+        f" others by {other} ({len(rows)} questions with exact match)."
     )
 
 

@@ -90,9 +90,8 @@ def sentence(folder: Path) -> str:
         f"On {tasks} tasks with the same labels, as in Flan's clusters, the mixture has {means['mixture_iid']} % in"
         f" distribution and selection {means['selection_iid']} %. Out of distribution they have {means['mixture_ood']}"
         f" and {means['selection_ood']} %, guessing {means['majority']} %. The mixture's leads over selection are"
-        f" {leads[0]} and {leads[1]} points. Fusion is as good as the mixture: {means['fusion_iid']} and"
-        f" {means['fusion_ood']} %. This is the strongest evidence for the cause of the mixture's failure"
-        " on the main pool: companions of another function."
+        f" {leads[0]} and {leads[1]} points. Fusion has {means['fusion_iid']} and {means['fusion_ood']} %. So"
+        " companions of the same function do not do the harm that the main pool shows (section 2 compares both)."
     )
 
 

@@ -74,7 +74,7 @@ def test_rows_are_classed_from_the_cache_without_the_model(
     errors.write_tables(tmp_path)
     text = (tmp_path / "errors.md").read_text()
     assert "| selection ood | 2 | 6 | 0.0 | 100.0 | 0.0 | 0.0 |" in text
-    assert "of a companion alone" in errors.sentence(tmp_path) and "6 questions" in errors.sentence(tmp_path)
+    assert "that a companion gives alone" in errors.sentence(tmp_path) and "6 questions" in errors.sentence(tmp_path)
     assert errors.company_sentence(tmp_path) == ""
     named = {
         "perfect": "own (companions)",
