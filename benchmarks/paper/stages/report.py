@@ -104,7 +104,7 @@ _REPEATED = (
 def report_of(folder: Path, reading: str) -> str:
     """Return the reading with every placeholder filled. Rows that do not exist are named as not measured yet."""
     results = Results(folder)
-    filled = Template(reading).substitute(values_of(folder, results))
+    filled = re.sub("\n{3,}", "\n\n", Template(reading).substitute(values_of(folder, results)))
     return filled.replace(CONTENTS, contents_of(filled))
 
 
