@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,10 +29,12 @@ from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Works
 from benchmarks.paper.stages.answer_tables import BASELINES, write_tables
 from benchmarks.paper.stages.main_table import Loaded, load_bench
 from benchmarks.paper.training.experts import ExpertModel, Sum
+from benchmarks.paper.training.lower_layers import lower_layers
+from benchmarks.paper.training.packing import Packed
 from benchmarks.paper.training.routers import Router, RouterKind, search_weights, train_router
 from benchmarks.training.adapter_files import load_base
 from benchmarks.training.bigbench_tasks import Item
-from benchmarks.training.lora_training import AnswerLoss, Example, Padded, Recipe, tokenize
+from benchmarks.training.lora_training import NO_LABEL, AnswerLoss, Example, Recipe, tokenize
 from gpu_worker.model.base_model import model_source
 from lora_store import AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter
 from retriever_svc import Encoder, Retriever
@@ -44,6 +47,7 @@ ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
     "smear": ("fusion", RouterKind()),
 }
 LORAHUB, HUB_STEPS = "lorahub", 40
+_ROW_TOKENS = 800  # of LoRAHub's examples, computed together
 _NOTHING = 1e-4  # smaller weights are left out of a plan
 
 
@@ -87,31 +91,57 @@ class Routers:
         """Search LoRAHub's weights, one per adapter (P,), on the samples of all tasks."""
         path = self._kept(LORAHUB, experts, num_steps, "COBYLA from zeros")
         if not path.exists():
-            model = ExpertModel(self._base, [expert.weights for expert in experts], "fusion")
-            loss_of = _loss_on(model, self._examples, self._loss_of, out)
-            weights, _ = search_weights(loss_of, len(experts), num_steps)
+            with self.hub_loss(experts) as loss_of:
+                weights, _ = search_weights(told(loss_of, out), len(experts), num_steps)
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({"weights": weights}, path)
         return load_file(path)["weights"]
+
+    @contextmanager
+    def hub_loss(self, experts: Sequence[Expert]) -> Iterator[Callable[[Tensor], float]]:
+        """Yield a function from weights (P,) to the mean loss of all answer tokens.
+
+        The layers below the experts are computed once. All examples have the same weights, so they share rows.
+        """
+        model = ExpertModel(self._base, [expert.weights for expert in experts], "fusion")
+        first = min(int(name.split(".")[2]) for name in experts[0].weights.modules)
+        packed = Packed(self._examples, self._base.config)
+        chunks = chunks_of(self._examples, packed)
+        with lower_layers(packed, self._base.model, first, [one for chunk in chunks for one in chunk]) as layout:
+            batches = [layout.batch(chunk) for chunk in chunks]
+            counts = torch.tensor([int((batch.labels != NO_LABEL).sum()) for batch in batches])
+
+            @torch.no_grad()
+            def loss(weights: Tensor) -> float:
+                found = torch.stack([model.loss(batch, weights[None], self._loss_of) for batch in batches])
+                return float((found * counts).sum() / counts.sum())
+
+            yield loss
 
     def _kept(self, name: str, experts: Sequence[Expert], *made_of: object) -> Path:
         digests = [expert.weights.weights_digest for expert in experts]
         return self._folder / f"{name}-{key_of(digests, *made_of)}.safetensors"
 
 
-def _loss_on(
-    model: ExpertModel, examples: Sequence[Example], loss_of: AnswerLoss, out: Console
-) -> Callable[[Tensor], float]:
-    rows = sorted(examples, key=lambda example: len(example.ids))
-    batches = [Padded().batch(rows[start : start + 8]) for start in range(0, len(rows), 8)]
+def told(loss_of: Callable[[Tensor], float], out: Console) -> Callable[[Tensor], float]:
+    """Return the function, which then prints each loss."""
 
-    @torch.no_grad()
     def loss(weights: Tensor) -> float:
-        found = [float(model.loss(batch, weights.expand(len(batch.ids), -1), loss_of)) for batch in batches]
-        out.print(f"{LORAHUB}: loss {sum(found) / len(found):.3f}")
-        return sum(found) / len(found)
+        found = loss_of(weights)
+        out.print(f"{LORAHUB}: loss {found:.3f}")
+        return found
 
     return loss
+
+
+def chunks_of(examples: Sequence[Example], packed: Packed) -> list[list[Example]]:
+    """Return the examples, shortest first, in rows of at most `_ROW_TOKENS` tokens, or of one example."""
+    chunks: list[list[Example]] = [[]]
+    for example in sorted(examples, key=lambda example: len(example.ids)):
+        if chunks[-1] and packed.num_tokens([*chunks[-1], example]) > _ROW_TOKENS:
+            chunks.append([])
+        chunks[-1].append(example)
+    return chunks
 
 
 class Weighed:
