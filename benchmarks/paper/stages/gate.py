@@ -53,6 +53,7 @@ _EXAMPLES_A_TASK = 40
 _BATCH = 24
 LOSSES = "losses"  # of the training, in the file of the gates
 _ANSWER_S = 0.2  # two idle cores, short answers; the first estimate
+IN_TRAINING = "in_training"  # the column that marks tasks of the gate's training
 _OWN_WEIGHT = "The gate's weight on own adapters in the mixture: {} percent.\n"
 
 
@@ -228,9 +229,18 @@ def sentence(folder: Path) -> str:
             "RAMoLE's gate was trained for 150 steps. Its weight on the own adapter was not recorded, so either it has"
             " not learnt, or it cannot help."
         )
-    return (
+    words = (
         "RAMoLE's gate was trained until its loss stopped falling. At the end of the prompt it gives"
         f" {found.in_percent()} % of the weight to the own adapter; equal weights give 33.3 %."
+    )
+    rows = pd.read_parquet(folder / ROWS)
+    if IN_TRAINING not in rows:
+        return words
+    own, others = (Answers(rows[rows[IN_TRAINING] == learnt], {}) for learnt in (True, False))
+    points = [answers.difference("gate_iid", "uniform_iid").in_percent() for answers in (own, others)]
+    return (
+        f"{words} Against them it changes right answers by {points[0]} points on the tasks of its training, and by"
+        f" {points[1]} on the others, whose adapters it has not seen."
     )
 
 
@@ -257,7 +267,9 @@ def measure(loaded: Loaded, encoder: Encoder, gates: Gates, folder: Path, per_ta
     bench = loaded.bench
     steps = steps_of(bench, gates, gates.trained(bench, recipe), per_task, f"{encoder.identity}-{gates.key(recipe)}")
     run_steps(steps, _ANSWER_S, bench.out)
-    write_parquet(folder / ROWS, pa.concat_tables([pq.read_table(step.path) for step in steps]))
+    rows = pa.concat_tables([pq.read_table(step.path) for step in steps])
+    learnt = [task in gates.learnt for task in rows["task"].to_pylist()]
+    write_parquet(folder / ROWS, rows.append_column(IN_TRAINING, pa.array(learnt)))
     (folder / "gate.md").write_text(section(pd.read_parquet(folder / ROWS), gates.learnt), encoding="utf-8")
 
 

@@ -246,9 +246,23 @@ def test_a_gates_weight_counts_only_where_the_own_adapter_is_in_the_mixture(tmp_
     found = gate.own_weight(table)
     assert found is not None and found.mean == pytest.approx(0.6)
     table.to_parquet(tmp_path / gate.ROWS)
-    assert "60.0 (30.0 to 90.0) % of the weight" in gate.sentence(tmp_path)
+    assert gate.sentence(tmp_path).endswith(
+        "60.0 (30.0 to 90.0) % of the weight to the own adapter; equal weights give 33.3 %."
+    )
     table["weights"] = [[1 / 3, 1 / 3]] * 3
     assert gate.own_weight(table) is None
+
+
+def test_the_sentence_separates_the_gates_training_tasks(tmp_path: Path) -> None:
+    rows = [
+        {"run": f"{way}_iid", "task": task, "number": 0, "score": float(way == "gate" and task == "a")}
+        | {"adapters": [task, "x"], "weights": [0.75, 0.25], gate.IN_TRAINING: task == "a"}
+        for way in gate.WAYS
+        for task in "abc"
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / gate.ROWS)
+    found = gate.sentence(tmp_path)
+    assert "by 100.0 (100.0 to 100.0) points on the tasks of its training, and by 0.0 (0.0 to 0.0) on" in found
 
 
 def test_one_adapter_serves_a_batch_or_each_question_has_its_own(bench: Bench) -> None:
