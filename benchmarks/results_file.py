@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,6 +35,14 @@ def write_part(
     and rows of that part. The circumstances at the top level are those of the last writer.
     Raises: ValueError if another part has a number of the same name.
     """
+    (RESULTS / study).mkdir(parents=True, exist_ok=True)
+    with FileLock(RESULTS / study / ".lock"):
+        return _write_part(study, part, figures, table, runs)
+
+
+def _write_part(
+    study: str, part: str, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]
+) -> Path:
     path = RESULTS / study / "results.json"
     entries = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
     now = _circumstances()
@@ -66,7 +75,9 @@ def _write(study: str, content: Mapping[str, Any], tables: Sequence[str]) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")
     path = folder / "results.json"
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import itertools
 import os
 import subprocess
@@ -30,6 +32,7 @@ from benchmarks.paper.pool.choose import (
     write_pool,
 )
 from benchmarks.paper.retrieval.experiments import BEST
+from gpu_worker.device.cpu_count import usable_cpus
 
 Run = Callable[[str, Sequence[str]], None]
 """Run one stage with these arguments until it ends."""
@@ -69,12 +72,12 @@ STAGES = (
     Stage("kinds", 1),
     Stage("conflicts", 75, _TRAINED),
     Stage("auto", 40),
-    Stage("errors", 1, alone=True),
     Stage("companions", 55, _TRAINED),
     Stage("rerank", 25, _TRAINED),
-    Stage("rerank_flan", 10, _TRAINED),
     Stage("natural", 20, _TRAINED),
-    Stage("flan_pool", 40, _TRAINED),
+    Stage("errors", 1, alone=True),
+    Stage("flan_pool", 40, _TRAINED, alone=True),
+    Stage("rerank_flan", 10, _TRAINED),
     Stage("recipes", 45, _TRAINED),
     Stage("competence", 30),
     Stage("sizes", 15),
@@ -127,10 +130,17 @@ def run_all(
     if per_task is not None:
         if not only:
             raise typer.BadParameter("only together with --only", param_hint="--per-task")
+        if other := [stage.name for stage in wanted if not takes_per_task(stage)]:
+            raise typer.BadParameter(f"not for {', '.join(other)}", param_hint="--per-task")
         asked = ("--per-task", str(per_task))
         wanted = [replace(stage, arguments=(*stage.arguments, *asked)) for stage in wanted]
-    jobs = min(jobs, len(wanted))
+    jobs = max(1, min(jobs, sum(not stage.alone for stage in wanted)))
     run_stages(wanted, partial(run_stage, jobs=jobs), out, jobs=jobs)
+
+
+def takes_per_task(stage: Stage) -> bool:
+    main = getattr(importlib.import_module(stage.module), "main", None)
+    return main is not None and "per_task" in inspect.signature(main).parameters
 
 
 def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path = POOL_FILE, *, jobs: int = 1) -> None:
@@ -155,6 +165,7 @@ def run_stages(stages: Sequence[Stage], run: Run, out: Console, pool_file: Path 
                 run(stage.name, stage.arguments)
         except BaseException:
             stops.set()
+            out.print(f"{stage.name} failed. The stages that run will end, and no other starts.")
             raise
         out.print(f"{stage.name}: {(time.monotonic() - began) / 60:.1f} minutes")
 
@@ -204,7 +215,7 @@ def run_stage(name: str, arguments: Sequence[str], jobs: int = 1) -> None:
     Of `jobs` stages at a time each has its part of the cores.
     """
     [stage] = [stage for stage in STAGES if stage.name == name]
-    num_threads = max(1, len(os.sched_getaffinity(0)) // (1 if stage.alone else jobs))
+    num_threads = max(1, usable_cpus() // (1 if stage.alone else jobs))
     environment = {"OMP_NUM_THREADS": str(num_threads)} | os.environ
     subprocess.run([sys.executable, "-m", stage.module, *arguments], check=True, env=environment)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 
 from benchmarks.training.bigbench_tasks import Item
@@ -89,7 +90,7 @@ class Asker:
             self._logprobs |= {key: _mean_logprob(deltas) for key, deltas in reported.items()}
             rows = [row | {"logprob": self._logprobs[row["key"]]} for row in rows]
         self._kept.parent.mkdir(parents=True, exist_ok=True)
-        with self._kept.open("a", encoding="utf-8") as file:
+        with FileLock(self._kept.with_suffix(".lock")), self._kept.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self._known |= {row["key"]: row["text"] for row in rows}
 

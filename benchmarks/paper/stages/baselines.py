@@ -92,7 +92,7 @@ class Routers:
         path = self._kept(LORAHUB, experts, num_steps, "COBYLA from zeros")
         if not path.exists():
             with self.hub_loss(experts) as loss_of:
-                weights, _ = search_weights(told(loss_of, out), len(experts), num_steps)
+                weights, _ = search_weights(logged(loss_of, out), len(experts), num_steps)
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({"weights": weights}, path)
         return load_file(path)["weights"]
@@ -123,7 +123,7 @@ class Routers:
         return self._folder / f"{name}-{key_of(digests, *made_of)}.safetensors"
 
 
-def told(loss_of: Callable[[Tensor], float], out: Console) -> Callable[[Tensor], float]:
+def logged(loss_of: Callable[[Tensor], float], out: Console) -> Callable[[Tensor], float]:
     """Return the function, which then prints each loss."""
 
     def loss(weights: Tensor) -> float:

@@ -14,6 +14,13 @@ from benchmarks.paper.stages.answer_tables import BASELINES, ROUTED, ROWS
 from benchmarks.paper.stages.claims import Claim, Pair, Results
 
 _TRAINED = "40 %"
+_NAMES = {
+    "moe_top1": "MoE with the best expert",
+    "moe_top3": "MoE with the best three",
+    "moe_soft": "MoE with all experts weighed",
+    "smear": "SMEAR",
+}
+_LAYERS = "is better than experts with a router in every layer, as in the papers, where the task's adapter is one that"
 _MAIN = (ROWS, BASELINES)
 
 
@@ -39,9 +46,7 @@ def _of_layer_routers(results: Results) -> str:
     tasks = [task for task in answers.scores("selection_iid").index if task in results.experts]
     means = {run: float(answers.scores(run).loc[tasks].to_numpy().mean()) for run in ROUTED}
     best = max(means, key=means.__getitem__)
-    return (
-        f"{len(tasks)} tasks. Against the best of four routers, {best.replace('_', ' ')} with {percent(means[best])} %."
-    )
+    return f"{len(tasks)} tasks. Against the best of four routers, {_NAMES[best]} with {percent(means[best])} %."
 
 
 def _of_the_gate(results: Results) -> str:
@@ -132,7 +137,7 @@ PAPERS = (
     ),
     *[
         Claim(
-            f"The same with a router in every layer, as in the papers: {text}.",
+            f"{text}.",
             "as above",
             "layer_routers",
             (layer_routers.ROWS,),
@@ -141,14 +146,14 @@ PAPERS = (
             why,
         )
         for text, run, with_expert, why in (
-            ("selection, with the task's adapter", "selection_iid", True, _of_layer_routers),
+            (f"Selection {_LAYERS} they have", "selection_iid", True, _of_layer_routers),
             (
-                "mixture, with the task's adapter",
+                f"The mixture {_LAYERS} they have",
                 "mixture_iid",
                 True,
-                "The other three kinds have lower scores than the mixture.",
+                "The other three kinds have lower scores than the mixture, one with its whole interval.",
             ),
-            ("mixture, without the task's adapter", "mixture_ood", False, "35 tasks."),
+            (f"The mixture {_LAYERS} neither has", "mixture_ood", False, "35 tasks."),
         )
     ],
     Claim(

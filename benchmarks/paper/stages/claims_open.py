@@ -117,7 +117,7 @@ QUESTIONS = (
         "4 tasks: too few to say.",
     ),
     Claim(
-        "A mixture of different ranks, modules and scalings is as good as one of equal adapters.",
+        "A mixture of different ranks, modules and scalings is at least as good as one of equal adapters.",
         "–",
         "mixed_pool",
         ("mixed_pool.parquet",),

@@ -209,15 +209,13 @@ def sentence(folder: Path) -> str:
 
 
 def company_sentence(folder: Path) -> str:
-    """Return how the companion experiment's wrong answers differ; empty if they were not classed."""
-    names = ("own (companions)", "own_third", "nearest_1", "random_1")
-    own, third, near, random = (_of_runs(folder, (name,)) for name in names)
-    if own is None or third is None or near is None or random is None:
+    """Return which wrong answers a smaller weight alone adds; empty if they were not classed."""
+    own, third = (_of_runs(folder, (name,)) for name in ("own (companions)", "own_third"))
+    if own is None or third is None:
         return ""
     return (
         f"A third of the own adapter alone keeps the form (answers of a wrong form: {_change(own, third, FORM)} points)"
-        f" and loses content ({_change(own, third, OTHER)}). Random companions spoil the form more than the nearest do"
-        f" ({_change(near, random, FORM)})."
+        f" and loses content ({_change(own, third, OTHER)})."
     )
 
 

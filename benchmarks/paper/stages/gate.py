@@ -236,11 +236,13 @@ def sentence(folder: Path) -> str:
     rows = pd.read_parquet(folder / ROWS)
     if IN_TRAINING not in rows:
         return words
-    own, others = (Answers(rows[rows[IN_TRAINING] == learnt], {}) for learnt in (True, False))
-    points = [answers.difference("gate_iid", "uniform_iid").in_percent() for answers in (own, others)]
+    parts = [rows[rows[IN_TRAINING] == learnt] for learnt in (True, False)]
+    points = [Answers(part, {}).difference("gate_iid", "uniform_iid").in_percent() for part in parts]
+    weights = [own_weight(part) for part in parts]
+    shares = ["the same" if weight is None else f"{weight.in_percent()} %" for weight in weights]
     return (
-        f"{words} Against them it changes right answers by {points[0]} points on the tasks of its training, and by"
-        f" {points[1]} on the others, whose adapters it has not seen."
+        f"{words} On the tasks of its training it gives {shares[0]}, and changes right answers by {points[0]} points"
+        f" against equal weights; on the others, whose adapters it has not seen, {shares[1]} and {points[1]}."
     )
 
 

@@ -105,7 +105,8 @@ def sentence(folder: Path) -> str:
         f" {over_seeds(answers, 'mixture_iid', 'selection_iid')} points against selection over three training seeds,"
         f" and by {losses[SCALES].in_percent()} if every second step trains at a third of the scale. Trained at a tenth"
         f" of the learning rate, own adapters have {slow} % in place of {own}, and the mixture changes right answers by"
-        f" {losses[SLOW].in_percent()}; that loss is smaller by {less_lost(answers).in_percent()} points."
+        f" {losses[SLOW].in_percent()}. The loss is smaller than with the first seed by"
+        f" {less_lost(answers).in_percent()} points."
     )
 
 

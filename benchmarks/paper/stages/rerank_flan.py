@@ -38,15 +38,16 @@ WAYS = {
 def both_pools(folder: Path) -> str:
     """Return a table of each way against the nearest adapter alone, over the study's pool and the one like Flan."""
     pools = [Answers(pd.read_parquet(folder / file), {}) for file in (rerank.ROWS, ROWS) if (folder / file).exists()]
-    if len(pools) < 2:
-        return "The pool like Flan was not measured yet."
+    if len(pools) < 2 or any(f"{way}_iid" not in answers.runs for way in WAYS for answers in pools):
+        return "Both pools were not reranked in the same ways yet."
     lines = [
         [words, *[_against_first(answers, way, part) for answers in pools for part in rerank.POOLS]]
         for way, words in WAYS.items()
     ]
     sizes = ["{} × {}".format(*answers.scores(f"{rerank.FIRST}_iid").shape) for answers in pools]
     header = [f"{size}, {part}" for size in sizes for part in rerank.POOLS]
-    return table(["points against selection", *header], lines).rstrip("\n")
+    words = "Points against selection, with the encoder trained on 40 %; the header has tasks × questions.\n\n"
+    return words + table(["points against selection", *header], lines).rstrip("\n")
 
 
 def _against_first(answers: Answers, way: str, part: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks.paper import __main__ as paper_main
 from benchmarks.paper.__main__ import QUICK, QUICK_TASKS, STAGES, Stage, cli, run_stage, run_stages
 from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.common.workspace import PAPER_RESULTS
@@ -135,7 +135,7 @@ def test_after_a_failure_running_stages_end_and_no_other_starts(pool_file: Path)
 
 def test_the_stages_that_run_together_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(paper_main, "usable_cpus", lambda: 4)
     threads = list[str]()
     monkeypatch.setattr(subprocess, "run", lambda *_, check, env: threads.append(env["OMP_NUM_THREADS"]))
     run_stage("ablations", (), jobs=2)
@@ -163,6 +163,13 @@ def test_the_report_names_commands_that_exist(monkeypatch: pytest.MonkeyPatch) -
 def test_the_number_of_questions_needs_a_stage() -> None:
     result = CliRunner().invoke(cli, ["all", "--per-task", "3"])
     assert result.exit_code == 2 and "only together with --only" in result.output
+
+
+def test_a_stage_without_questions_is_refused_before_any_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = list[str]()
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command))
+    result = CliRunner().invoke(cli, ["all", "--only", "companions", "--only", "report", "--per-task", "8"])
+    assert result.exit_code == 2 and "not for report" in result.output and not ran
 
 
 def test_an_unknown_stage_is_refused_by_name() -> None:

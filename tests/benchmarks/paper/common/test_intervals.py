@@ -115,3 +115,5 @@ def test_a_contrast_of_two_varying_sets_is_wider_than_either() -> None:
     mean, low, high = contrast(one, other)
     assert mean == pytest.approx(one.mean() - other.mean())
     assert high - low == pytest.approx(float(np.hypot(*widths)), rel=0.15)
+    mean, low, high = contrast(one, one)  # not paired: the same tasks are drawn twice
+    assert mean == 0 and high - low == pytest.approx(np.sqrt(2) * widths[0], rel=0.15)

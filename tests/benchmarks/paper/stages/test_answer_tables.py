@@ -69,6 +69,11 @@ def test_a_baseline_is_compared_with_and_without_the_tasks_whose_adapter_it_has(
     held = {"moe_soft": ["a", "b"], "smear": ["a", "b"]}
     [line] = by_coverage(pd.DataFrame(rows), held, "iid" if has_own else "ood", has_own=has_own).splitlines()[2:]
     assert [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")] == ["moe", *cells]
+    [line] = by_coverage(pd.DataFrame(rows), held, "iid", has_own=False).splitlines()[2:]
+    score = float(100 * shares["moe_soft"]["c"])
+    assert [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")][2:] == [
+        f"{value:.1f}" for value in (score, 100 - score, 0 - score)
+    ]
 
 
 def test_every_tasks_adapter_is_compared_with_base_and_guesses() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.paper.stages import competence, conflicts, mixed_kinds, natural, second_base
+from benchmarks.paper.stages import competence, conflicts, mixed_kinds, natural, second_base, stream
 from benchmarks.paper.stages.claims import Claim, Results
 from benchmarks.paper.stages.claims_open import QUESTIONS
 
@@ -101,3 +101,13 @@ def test_fewer_own_tasks_found_first_count_against_a_common_index(tmp_path: Path
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / second_base.FOUND)
     assert claim("do not harm retrieval").difference(Results(tmp_path)).mean == -0.5
+
+
+def test_the_requests_for_what_is_new_are_counted_once(tmp_path: Path) -> None:
+    rows = [
+        {"stretch": stretch, "kind": kind, "method": "auto", "router": router, "task": task, "score": 1.0}
+        for router in (stream.FOLLOWS, stream.FROZEN)
+        for stretch, kind, task in ((0, "new", "a"), (1, stream.KINDS[0], "b"), (1, "new", "c"), (2, "new", "c"))
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / stream.ROWS)
+    assert why(Results(tmp_path), "follows the catalogue").endswith("2 requests for 1 tasks.")

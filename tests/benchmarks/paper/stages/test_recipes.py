@@ -66,7 +66,7 @@ def test_the_sentence_has_the_losses_of_each_training(tmp_path: Path) -> None:
     assert "On 3 tasks the mixture changes right answers by -75.0 (-75.0 to -75.0) points" in found
     assert "by -50.0 (-50.0 to -50.0) if every second step" in found
     assert "own adapters have 75.0 % in place of 100.0, and the mixture changes right answers by -12.5 (" in found
-    assert found.endswith("that loss is smaller by 62.5 (62.5 to 62.5) points.")
+    assert found.endswith("smaller than with the first seed by 62.5 (62.5 to 62.5) points.")
 
 
 def test_the_interval_over_seeds_resamples_seeds() -> None:

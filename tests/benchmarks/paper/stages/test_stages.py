@@ -256,13 +256,15 @@ def test_a_gates_weight_counts_only_where_the_own_adapter_is_in_the_mixture(tmp_
 def test_the_sentence_separates_the_gates_training_tasks(tmp_path: Path) -> None:
     rows = [
         {"run": f"{way}_iid", "task": task, "number": 0, "score": float(way == "gate" and task == "a")}
-        | {"adapters": [task, "x"], "weights": [0.75, 0.25], gate.IN_TRAINING: task == "a"}
+        | {"adapters": [task, "x"], gate.IN_TRAINING: task == "a"}
+        | {"weights": [0.75, 0.25] if task == "a" else [0.5, 0.5]}
         for way in gate.WAYS
         for task in "abc"
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / gate.ROWS)
     found = gate.sentence(tmp_path)
-    assert "by 100.0 (100.0 to 100.0) points on the tasks of its training, and by 0.0 (0.0 to 0.0) on" in found
+    assert "training it gives 75.0 (75.0 to 75.0) %, and changes right answers by 100.0 (100.0 to 100.0)" in found
+    assert found.endswith("not seen, 50.0 (50.0 to 50.0) % and 0.0 (0.0 to 0.0).")
 
 
 def test_one_adapter_serves_a_batch_or_each_question_has_its_own(bench: Bench) -> None:
