@@ -69,7 +69,7 @@ def test_a_flan_like_pool_is_explained_by_its_rows(tmp_path: Path) -> None:
 def test_the_farthest_companions_are_compared_with_the_same_weight_alone(tmp_path: Path) -> None:
     write(tmp_path / companions.ROWS, {"own_third": (1.0, 1.0), "nearest_1": (0.0, 0.0), "farthest_1": (0.5, 0.5)})
     found = why(Results(tmp_path), "farthest")
-    assert "they cost -50.0 (-50.0 to -50.0) points, the nearest -100.0 (-100.0 to -100.0)." in found
+    assert "by -50.0 (-50.0 to -50.0) points, the nearest by -100.0 (-100.0 to -100.0)." in found
 
 
 def test_the_loss_where_labels_are_shared_is_compared_with_that_of_other_tasks(tmp_path: Path) -> None:
