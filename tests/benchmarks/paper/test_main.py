@@ -149,7 +149,7 @@ def test_the_report_names_commands_that_exist(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(tuple(command[2:])))
     claims = judged_claims((*PAPERS, *BEYOND), Results(PAPER_RESULTS))
     commands = {str(claim["stage"]) for claim in claims}
-    assert {"companions --per-task 8", "retrieval"} <= commands
+    assert "retrieval" in commands and any(command.startswith("companions --per-task ") for command in commands)
     for command in commands:
         result = CliRunner().invoke(cli, ["all", "--only", *command.split()])
         assert result.exit_code == 0, result.output
