@@ -1,4 +1,4 @@
-"""The methods beside the paper's, with their gains and costs."""
+"""The methods besides those of the paper, with their gains and costs."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _room_to_lose(results: Results) -> str:
 
 
 def _by_sentiment(results: Results) -> Interval:
-    """The same difference of the five tasks of sentiment minus that of the other tasks of the study's pool."""
+    """Compare the mixture's lead on the five sentiment tasks with its lead on the others."""
     more = results.main.scores("mixture_iid") - results.main.scores("selection_iid")
     is_sentiment = more.index.str.startswith("senti_")
     return contrast(more[is_sentiment].to_numpy(), more[~is_sentiment].to_numpy())

@@ -1,4 +1,4 @@
-"""The methods beside the paper's: each has a file, and its gain is of the rows."""
+"""The methods besides those of the paper: each has a file, and its gain is of the rows."""
 
 from __future__ import annotations
 
