@@ -1,8 +1,9 @@
 """Measure 32 streams next to another busy process: `python -m benchmarks.shared_cores`.
 
-The streams decode in a process of its own, at nice 0, at the worker's default, and at that default under the nice value
-15 of Ray's workers. The other process has two threads at nice 0 that hash without a pause. Without and with it take
-turns, and each rate is relative to those before and after it.
+The streams decode in a process of their own, at nice 0, at the worker's default, and at that default under the nice
+value 15 of Ray's workers; each with `shares_cores` and, in the same rounds, always on all cores. The other process has
+two threads at nice 0 that hash without a pause. Without and with it take turns, and each rate is relative to those
+before and after it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Annotated
@@ -32,10 +33,10 @@ NICENESS = {"equal": 0, "worker": _WORKERS, "ray": min(_RAYS + _WORKERS, 19)}
 _SPAWN = multiprocessing.get_context("spawn")
 
 
-def decode(niceness: int, num_threads: int | None, calls: Connection) -> None:
+def decode(niceness: int, shares_cores: bool, calls: Connection) -> None:
     """Decode for each number of seconds that arrives, and send the tokens per second. Runs in its own process."""
     os.nice(niceness)
-    loaded = Loaded(NUM_ADAPTERS, num_threads=num_threads or os.cpu_count())
+    loaded = Loaded(NUM_ADAPTERS, num_threads=os.cpu_count(), shares_cores=shares_cores)
     engine, counters = loaded.engine, loaded.engine.counters
     for number, (plan, prompt) in enumerate(
         zip(plans("mixture", NUM_ADAPTERS), loaded.prompts(0, NUM_ROWS), strict=True)
@@ -66,12 +67,10 @@ def hash_forever() -> None:
 
 
 @contextmanager
-def streams(
-    niceness: int, num_threads: int | None, run: Callable[..., None] = decode
-) -> Iterator[Callable[[float], float]]:
+def streams(niceness: int, shares_cores: bool, run: Callable[..., None] = decode) -> Iterator[Callable[[float], float]]:
     """Yield a function that decodes for some seconds, with `run`, and returns the tokens per second."""
     calls, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=run, args=(niceness, num_threads, theirs))
+    process = _SPAWN.Process(target=run, args=(niceness, shares_cores, theirs))
     process.start()
     theirs.close()  # so that `recv` fails where the process has died
 
@@ -101,15 +100,17 @@ def busy_process() -> Iterator[None]:
         process.join()
 
 
-def ratios(rate: Callable[[float], float], rounds: int, seconds: float) -> list[float]:
-    """Return each round's rate next to the busy process, relative to the mean of those before and after it."""
-    found, before = [], rate(seconds)
+def ratios(rates: Sequence[Callable[[float], float]], rounds: int, seconds: float) -> list[list[float]]:
+    """Return, for each way to decode, each round's rate next to the busy process over the mean of those around it."""
+    found: list[list[float]] = [[] for _ in rates]
+    before = [rate(seconds) for rate in rates]
     for _ in range(rounds):
         with busy_process():
-            shared = rate(seconds)
-        after = rate(seconds)
-        found.append(2 * shared / (before + after))
-        console.print(f"{before:.0f} tokens/s alone, {shared:.0f} shared, {after:.0f} alone: {found[-1]:.2f}")
+            shared = [rate(seconds) for rate in rates]
+        after = [rate(seconds) for rate in rates]
+        for of_way, low, *around in zip(found, shared, before, after, strict=True):
+            of_way.append(low / statistics.mean(around))
+            console.print(f"{around[0]:.0f} tokens/s alone, {low:.0f} shared, {around[1]:.0f} alone: {of_way[-1]:.2f}")
         before = after
     return found
 
@@ -117,24 +118,25 @@ def ratios(rate: Callable[[float], float], rounds: int, seconds: float) -> list[
 def main(
     rounds: Annotated[int, typer.Option(help="rounds for each nice value")] = 3,
     seconds: Annotated[float, typer.Option(help="of each measurement")] = 5,
-    num_threads: Annotated[int | None, typer.Option(help="of the streams; by default one for each core")] = None,
     only: Annotated[str, typer.Option(help="equal, worker or ray; writes nothing")] = "",
     quick: Quick = False,
 ) -> None:
     """Gemma-3-270M bfloat16, mixtures of 3 over 8 adapters."""
-    table = table_of("nice value of the streams", "rounds", "median", "least", "most")
+    table = table_of("nice value of the streams", "threads", "rounds", "median", "least", "most")
     figures, runs = {}, []
     for name, niceness in NICENESS.items():
-        if only in ("", name):
-            console.print(f"nice {niceness}:")
-            with streams(niceness, num_threads) as rate:
-                found = ratios(rate, 1 if quick else rounds, 1 if quick else seconds)
-            figures[f"shared_over_alone_{name}"] = statistics.median(found)
-            runs.append({"niceness": niceness, "ratios": found})
+        if only not in ("", name):
+            continue
+        console.print(f"nice {niceness}:")
+        with streams(niceness, True) as adapting, streams(niceness, False) as fixed:
+            both = ratios([adapting, fixed], 1 if quick else rounds, 1 if quick else seconds)
+        for suffix, threads, found in zip(("", "_all_threads"), ("as the cores allow", "all"), both, strict=True):
+            figures[f"shared_over_alone_{name}{suffix}"] = statistics.median(found)
+            runs.append({"niceness": niceness, "threads": threads, "ratios": found})
             cells = (statistics.median(found), min(found), max(found))
-            table.add_row(f"{niceness} ({name})", str(len(found)), *(f"{value:.2f}" for value in cells))
+            table.add_row(f"{niceness} ({name})", threads, str(len(found)), *(f"{value:.2f}" for value in cells))
     text = shown(table)
-    if not (quick or only or num_threads):
+    if not (quick or only):
         write_results("shared_cores", figures=figures, table=text, runs=runs)
 
 

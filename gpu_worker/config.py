@@ -13,7 +13,7 @@ from gpu_worker.errors import WorkerConfigInvalid
 
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
 _WIDEST_FUSION = 256  # rank rows of a fusion of the widest adapters that `admission.max_rank` allows by default
-_ONLY_NATIVE = {"max_chunk_tokens", "prompt_lookup_tokens", "prefix_cache_share"}
+_ONLY_NATIVE = {"max_chunk_tokens", "prompt_lookup_tokens", "prefix_cache_share", "shares_cores"}
 _ONLY_VLLM = {"tensor_parallel_size", "enforce_eager", "fusion_rank_rows"}
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
 PACKAGED_ALIASES = ("google/gemma-3-270m", "unsloth/gemma-3-270m")  # names of the same model on the model hub
@@ -38,6 +38,7 @@ class EngineSettings:
     enforce_eager: bool = False  # vllm only: do not compile the base model; starts within seconds, answers slower
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
+    shares_cores: bool = True  # compute on fewer threads while other processes keep the cores busy; on the CPU
     lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
     bank_rank_rows: AtLeastOne = 256  # rank rows of the adapter bank: an adapter of rank 16 takes 16
     # vllm only: more rank rows, for fusions, each of which takes the rank of its widest adapter; unset: as many as

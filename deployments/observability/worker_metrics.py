@@ -120,6 +120,9 @@ class WorkerMetrics:
         self._prefix_tokens = factory.Gauge(
             "loraretriever_prefix_cache_tokens", "Tokens in the blocks of the prefix cache, in use or kept"
         )
+        self._threads = factory.Gauge(
+            "loraretriever_threads", "Threads that the native engine computes with; fewer while others take the cores"
+        )
         self._step_age = factory.Gauge(
             "loraretriever_step_age_seconds", "Duration so far of the step or command in progress"
         )
@@ -170,6 +173,7 @@ class WorkerMetrics:
         self._free_kv_tokens.set(status.free_kv_tokens)
         self._kv_tokens.set(status.kv_tokens)
         self._prefix_tokens.set(status.prefix_cache_tokens)
+        self._threads.set(status.num_threads)
         self._name_resident(status.resident)
         self._count(status.counters)
 

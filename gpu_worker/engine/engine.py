@@ -20,6 +20,7 @@ from gpu_worker.bank.loader import Fetch
 from gpu_worker.bank.residency import Residency, drop
 from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor
+from gpu_worker.device.thread_count import thread_count
 from gpu_worker.engine import device_parts
 from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
@@ -69,8 +70,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         build_kv_cache: Callable[[KvShape], KvCache] | None = None,
     ) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        self._threads = thread_count(config.num_threads, shares_cores=config.shares_cores and config.device == "cpu")
         self.config, self.clock, self._next_due = config, clock, math.inf
         self.base, self.memory = load_planned(config, base)
         self.max_len = self.memory.kv.max_len
@@ -156,6 +156,7 @@ class Engine:
             host_cache_bytes=self.loader.cached_bytes,
             num_forgetting=len(self._forgetting),
             prefix_cache_tokens=self.kv_cache.num_cached_tokens,
+            num_threads=self._threads.count,
             counters=self.counters.copy(),
         )
 
@@ -208,6 +209,7 @@ class Engine:
         self._grow()
         self._admit()
         has_run = bool(self.running)
+        self._threads.update(computes=has_run)
         if has_run:
             began = time.perf_counter()
             self._compute(max_tokens or self.config.max_step_tokens)

@@ -24,4 +24,5 @@ class EngineStatus:
     waiting_tokens: int = 0  # prompt tokens and maximum new tokens of waiting requests
     disk_cache_bytes: int = 0  # of the machine; its workers share one cache
     prefix_cache_tokens: int = field(default=0, compare=False)  # tokens in the prefix cache, in use or kept
+    num_threads: int = field(default=0, compare=False)  # that compute; fewer while other processes take the cores
     counters: Counters = field(default_factory=Counters, compare=False)  # monotonic

@@ -77,7 +77,6 @@ def grouped_mapping(
         slots=[np.concatenate(tokens.slots) for tokens in ordered.values()],
         weights=_joined([part for tokens in ordered.values() for part in tokens.weights], np.float32),
         rank_rows=[residency.rows(digest) for digest in ordered],
-        num_threads=torch.get_num_threads(),
     )
     return GroupedMapping(kernel, pairs)
 

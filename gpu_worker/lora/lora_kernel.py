@@ -8,6 +8,7 @@ from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,7 +47,6 @@ class Pairs(ctypes.Structure):
         slots: Sequence[NDArray[np.int32]],
         weights: NDArray[np.generic],
         rank_rows: Sequence[Sequence[int]],
-        num_threads: int,
     ) -> Pairs:
         """Make the struct. `slots`, `rank_rows`: one entry per adapter; `weights`: of all pairs, in adapter order."""
         counts = np.array([len(of_adapter) for of_adapter in slots], dtype=np.int64)
@@ -66,7 +66,7 @@ class Pairs(ctypes.Structure):
         if fusion.any():
             values["fusion"] = fusion
         pairs = cls(num_adapters=len(slots), num_slots=len(slot_tokens), h_len=int(h_starts[-1]))
-        pairs.max_rank, pairs.num_threads = int(ranks.max(initial=0)), num_threads
+        pairs.max_rank = int(ranks.max(initial=0))
         for name, array in values.items():
             setattr(pairs, name, array.ctypes.data)
         pairs.values_of = values
@@ -91,6 +91,7 @@ class LoraKernel:
         """
         assert y.stride(-1) == 1, "the values of a row of y must be adjacent"
         assert y.ndim == 2 or y.is_contiguous(), "y must be two-dimensional or contiguous"
+        pairs.num_threads = torch.get_num_threads()  # may have changed since the pairs were made
         inputs = None
         if x is not None:
             x = x.contiguous()

@@ -19,6 +19,7 @@ HELD = EngineStatus(
     host_cache_bytes=500,
     num_forgetting=0,
     prefix_cache_tokens=640,
+    num_threads=2,
     counters=Counters(
         num_cached_tokens=48,
         num_requests=5,
@@ -45,6 +46,7 @@ def test_gauges_report_the_current_state() -> None:
     single = ("running_rows", "waiting_rows", "host_cache_bytes", "kv_free_rows", "kv_tokens", "kv_free_tokens")
     assert [kinds[name].last[()] for name in single] == [3, 2, 500, 13, 70, 900]
     assert kinds["prefix_cache_tokens"].last[()] == 640
+    assert kinds["threads"].last[()] == 2
     assert kinds["step_age_seconds"].last[()] == 0.25
     assert kinds["bank_rows"].last == {("active",): 8, ("idle",): 4, ("free",): 4}
     assert kinds["resident_adapters"].last == {("a" * 12,): 1, ("b" * 12,): 1, ("(other)",): 0}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from gpu_worker.lora.grouped_mapping import grouped_mapping
+from gpu_worker.lora.grouped_mapping import GroupedMapping, grouped_mapping
 from gpu_worker.lora.lora_kernel import LoraKernel, Pairs
 from tests.gpu_worker.slow_lora import pool_of, settled
 from tests.tiny import plan_of
@@ -19,7 +21,6 @@ def pairs_of(slots: list[list[int]], rank_rows: list[list[int]], *, is_fusion: l
         slots=[np.array(of_adapter, dtype=np.int32) for of_adapter in slots],
         weights=np.ones(sum(map(len, slots)), dtype=np.float32),
         rank_rows=rank_rows,
-        num_threads=3,
     )
 
 
@@ -39,7 +40,7 @@ def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -
     assert values["slot_starts"].tolist() == [0, 2, 4, 6]
     assert values["rank_starts"].tolist() == [0, 3, 4, 6]
     assert values["rank_rows"].tolist() == [7, 8, 9, 4, 1, 2]
-    assert (pairs.num_adapters, pairs.num_slots, pairs.max_rank, pairs.num_threads) == (3, 3, 3, 3)
+    assert (pairs.num_adapters, pairs.num_slots, pairs.max_rank) == (3, 3, 3)
 
 
 def test_fusions_are_listed_only_if_there_are_any() -> None:
@@ -69,3 +70,21 @@ def test_an_input_may_be_any_view_and_an_output_only_columns_of_a_wider_tensor(l
     ):
         with pytest.raises(AssertionError, match=reason):
             grouped_mapping(plans, [3], residency, lora_kernel).add(view, refused, bank.modules["m"])
+
+
+def test_pairs_are_computed_on_the_threads_of_the_moment(
+    lora_kernel: LoraKernel, request: pytest.FixtureRequest
+) -> None:
+    """The tables of a step are kept for later ones; the number of threads may change in between."""
+    pool = pool_of([4], 16, {"m": 16})
+    bank, residency = settled(pool, 16, {"m": 16}, torch.float32)
+    mapping = grouped_mapping([plan_of("selection", (pool[0], 1.0))], [3], residency, lora_kernel)
+    assert isinstance(mapping, GroupedMapping)
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    x, found = torch.randn(3, 16), []
+    for count in (3, 1, 2):
+        torch.set_num_threads(count)
+        mapping.add(x.clone(), y := torch.zeros(3, 16), bank.modules["m"])
+        found.append(y)
+        assert mapping._pairs.num_threads == count
+    assert found[0].any() and all(torch.equal(y, found[0]) for y in found)
