@@ -32,10 +32,10 @@ class LiteralMixture:
     def forward(self, linear: LoraLinear, x: Tensor) -> Tensor:  # (..., N, I) -> (..., N, O)
         y: Tensor = linear.base(x)
         dense = linear._step.composition
-        if not isinstance(dense, DenseMapping) or not linear._bank.is_used:
+        if not isinstance(dense, DenseMapping) or not linear.bank.is_used:
             return y
         self._refresh()
-        a, b = self._stack(linear._bank)
+        a, b = self._stack(linear.bank)
         mapping = dense._weights[self._rows[:, 0], 0].T  # (N, P)
         h = torch.einsum("ni,pri->npr", x.flatten(0, -2), a)
         outputs = torch.einsum("npr,pro->npo", h, b)
@@ -63,11 +63,11 @@ class LiteralMixture:
 @contextmanager
 def literal_mixture(engine: Engine) -> Iterator[None]:
     """Compute mixtures and selections in the paper's way within the block. Fusions are not changed."""
-    literal, plain, forward = LiteralMixture(engine), LoraLinear.forward, engine._forward
+    literal, plain, forward = LiteralMixture(engine), LoraLinear.each, engine._forward
     composes, dtype, device = forward.compose, engine.base.dtype, torch.device(engine.config.device)
     forward.compose = Composer(engine.residency, dtype, None, device)  # the dense mapping, whose matrix can be read
-    LoraLinear.forward = lambda linear, x: literal.forward(linear, x)  # type: ignore[method-assign]
+    LoraLinear.each = staticmethod(lambda layers, x: [literal.forward(layer, x) for layer in layers])  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LoraLinear.forward, forward.compose = plain, composes  # type: ignore[method-assign]
+        LoraLinear.each, forward.compose = staticmethod(plain), composes  # type: ignore[method-assign]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from ctypes import c_int64, c_void_p
 from functools import lru_cache
 
 import torch
@@ -17,15 +19,26 @@ from lora_store.adapter import AdapterWeights
 from lora_store.weights_blob import BlobLayout, StoredModules
 
 
+class _InputPlace(ctypes.Structure):
+    _fields_ = (("width", c_int64), ("a", c_void_p), ("num_modules", c_int64))
+
+
+class _ModulePlace(ctypes.Structure):
+    _fields_ = (("module", c_int64), ("bt", c_void_p), ("num_out", c_int64))
+
+
 class InputBank:
     """The A matrices of M modules that read the same input. Dims: C bank rows, P active rows, I in.
 
     `a` (P · M, I) is a view of the active prefix of `all_a` (C · M, I). Its row p · M + m is rank row p of module m.
+    `address`: of a struct InputPlace of `grouped_lora.cpp`.
     """
 
     def __init__(self, a: Tensor, num_modules: int) -> None:
         self.num_modules = num_modules
         self.all_a = a.view(len(a) * num_modules, -1)
+        self._place = _InputPlace(self.all_a.shape[1], self.all_a.data_ptr(), num_modules)
+        self.address = ctypes.addressof(self._place)
         self.set_active(0)
 
     def set_active(self, num_rows: int) -> None:
@@ -36,12 +49,14 @@ class ModuleBank:
     """The bank of one module: its index within its InputBank, and its B matrices. Dims: P active rows, O out.
 
     `bt` (P, O) is a view of the active prefix of `all_bt` (C, O) and includes the scaling. `is_used`: an active adapter
-    has this module.
+    has this module. `address`: of a struct ModulePlace of `grouped_lora.cpp`.
     """
 
     def __init__(self, inputs: InputBank, index: int, bt: Tensor) -> None:
         self.inputs, self.index = inputs, index
         self.all_bt = bt
+        self._place = _ModulePlace(index, bt.data_ptr(), bt.shape[1])
+        self.address = ctypes.addressof(self._place)
         self.set_active(0, is_used=False)
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 from gpu_worker.bank.bank import InputBank, ModuleBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.device.transfer import to_device
+from gpu_worker.step.step_context import Outputs
 from lora_store.plan import Plan
 
 
@@ -28,7 +29,11 @@ class DenseMapping:
             None  # cache: last input, its bank, and the composed values
         )
 
-    def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
+    def add(self, x: Tensor, outputs: Outputs) -> None:
+        for y, bank in outputs:
+            self._add(x, y, bank)
+
+    def _add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
         y.flatten(0, -2).addmm_(self._composed(x, bank.inputs)[:, bank.index].T, bank.bt)
 
     def _composed(self, x: Tensor, bank: InputBank) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.bank.bank import InputBank, ModuleBank
+from gpu_worker.bank.bank import InputBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.lora.lora_kernel import LoraKernel, Pairs
+from gpu_worker.step.step_context import Outputs
 from lora_store.plan import Plan
 
 
@@ -28,15 +29,15 @@ class GroupedMapping:
         self._last: tuple[Tensor, InputBank] | None = None  # cache: last input and its bank
         self._h = torch.empty(0)
 
-    def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
-        inputs = bank.inputs
+    def add(self, x: Tensor, outputs: Outputs) -> None:
+        inputs = outputs[0][1].inputs
         if self._last is not None and self._last[0] is x and self._last[1] is inputs:
-            self._kernel.add(self._pairs, self._h, bank, y, x=None)
+            self._kernel.add(self._pairs, self._h, outputs, x=None)
             return
         if self._h.numel() < (num_values := inputs.num_modules * self._pairs.h_len):
             self._h = torch.empty(num_values)
         self._last = x, inputs
-        self._kernel.add(self._pairs, self._h, bank, y, x=x)
+        self._kernel.add(self._pairs, self._h, outputs, x=x)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.bank.bank import ModuleBank
 from gpu_worker.native.kernel_loading import functions, load_library
+from gpu_worker.step.step_context import Outputs
 
 
 class Pairs(ctypes.Structure):
@@ -73,32 +73,28 @@ class Pairs(ctypes.Structure):
         return pairs
 
 
-class _Inputs(ctypes.Structure):
-    _fields_ = (("x", c_void_p), ("width", c_int64), ("a", c_void_p), ("num_modules", c_int64))
-
-
 class LoraKernel:
     """The compiled products. Tensors are on the CPU, all of one dtype: float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        types = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64
+        types = c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_int64), c_int64
         self._add = functions(library, "add", *types)
 
-    def add(self, pairs: Pairs, h: Tensor, bank: ModuleBank, y: Tensor, *, x: Tensor | None) -> None:
-        """Add h · B of one module to y (..., N, O), in place. y may be columns of a wider tensor. h: (M, h_len).
+    def add(self, pairs: Pairs, h: Tensor, outputs: Outputs, *, x: Tensor | None) -> None:
+        """Add h · B of each module to its y (..., N, O), in place. y may be columns of a wider tensor. h: (M, h_len).
 
-        Given x (..., N, I), first set h to compose(A · x) for all modules that read x.
+        The modules read one input. Given it, x (..., N, I), first set h to compose(A · x) for all that read it.
         """
-        assert y.stride(-1) == 1, "the values of a row of y must be adjacent"
-        assert y.ndim == 2 or y.is_contiguous(), "y must be two-dimensional or contiguous"
         pairs.num_threads = torch.get_num_threads()  # may have changed since the pairs were made
-        inputs = None
-        if x is not None:
-            x = x.contiguous()
-            inputs = ctypes.byref(_Inputs(x.data_ptr(), x.shape[-1], bank.inputs.a.data_ptr(), bank.inputs.num_modules))
-        bt = bank.bt
-        out = y.data_ptr(), y.stride(-2)
-        self._add[y.dtype](ctypes.byref(pairs), inputs, h.data_ptr(), bank.index, bt.data_ptr(), bt.shape[1], *out)
+        values: list[int] = []
+        for y, bank in outputs:
+            assert y.stride(-1) == 1, "the values of a row of y must be adjacent"
+            assert y.is_contiguous() or y.ndim == 2, "y must be two-dimensional or contiguous"
+            values += bank.address, y.data_ptr(), y.stride(-2)
+        (y, bank), x = outputs[0], None if x is None else x.contiguous()
+        inputs = bank.inputs.address, None if x is None else x.data_ptr()
+        places = (c_int64 * len(values))(*values)
+        self._add[y.dtype](ctypes.byref(pairs), *inputs, h.data_ptr(), places, len(outputs))
 
 
 def load_lora_kernel(cache_dir: Path) -> LoraKernel | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 from torch import Tensor, nn
 
 from gpu_worker.bank.bank import ModuleBank
@@ -18,11 +21,31 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Module, bank: ModuleBank, step: StepContext) -> None:
         super().__init__()
-        self.base, self._bank, self._step = base, bank, step
+        self.base, self.bank, self._step = base, bank, step
 
     def forward(self, x: Tensor) -> Tensor:  # (..., N, I) -> (..., N, O)
-        y: Tensor = self.base(x)
-        composition = self._step.composition
-        if composition is not None and self._bank.is_used:
-            composition.add(x, y, self._bank)
-        return y
+        return self.each([self], x)[0]
+
+    @staticmethod
+    def each(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+        """Return the layers' outputs. They share an InputBank, and their adapters are added in one call."""
+        outputs: list[Tensor] = [layer.base(x) for layer in layers]
+        composition = layers[0]._step.composition
+        if composition is not None:
+            used = [(y, layer.bank) for y, layer in zip(outputs, layers, strict=True) if layer.bank.is_used]
+            if used:
+                composition.add(x, used)
+        return outputs
+
+
+def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Return each layer's output, as calls of them would. Layers with adapters for the same input add them at once."""
+    if all(isinstance(layer, LoraLinear) and not _has_hooks(layer) for layer in layers):
+        found = cast("Sequence[LoraLinear]", layers)
+        if all(layer.bank.inputs is found[0].bank.inputs for layer in found):
+            return LoraLinear.each(found, x)
+    return [layer(x) for layer in layers]
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.lora.lora_linear import outputs_of
 from gpu_worker.native.kernel_loading import functions, load_library
 from gpu_worker.step.attention_plan import AttentionPlan
 from gpu_worker.step.step_context import StepContext
@@ -110,7 +111,8 @@ class FusedMlp(nn.Module):
         self._kernel, self._is_silu = kernel, is_silu
 
     def forward(self, x: Tensor) -> Tensor:  # (..., N, H) -> (..., N, H)
-        y: Tensor = self.down_proj(self._kernel.gated(self.gate_proj(x), self.up_proj(x), is_silu=self._is_silu))
+        gate, up = outputs_of((self.gate_proj, self.up_proj), x)
+        y: Tensor = self.down_proj(self._kernel.gated(gate, up, is_silu=self._is_silu))
         return y
 
 
@@ -135,7 +137,8 @@ class FusedAttention(nn.Module):
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:  # (1, N, H) -> (1, N, H)
         shape = (*hidden_states.shape[:2], -1, self._head_dim)
-        query, key, value = (part(hidden_states).view(shape) for part in (self.q_proj, self.k_proj, self.v_proj))
+        projected = outputs_of((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        query, key, value = (part.view(shape) for part in projected)
         self._kernel.rotate(query, key, (self.q_norm, self.k_norm), *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, packed_attention)
         heads = (part.transpose(1, 2) for part in (query, key, value))

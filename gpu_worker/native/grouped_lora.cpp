@@ -37,14 +37,37 @@ extern "C" struct Pairs {
   int32_t max_rank, num_threads;
 };
 
-extern "C" struct Inputs {  // the input of M modules, and their A matrices
-  const void* x;  // (N, I)
+extern "C" struct InputPlace {  // of the A matrices of M modules that read one input
   int64_t width;  // I
   const void* a;  // rank row p of module m is row p M + m of (., I)
   int64_t num_modules;
 };
 
+extern "C" struct ModulePlace {  // of the B matrix of a module
+  int64_t module;   // among those of its input
+  const void* bt;   // (., O)
+  int64_t num_out;  // O
+};
+
+extern "C" struct Output {  // the output of a module
+  const ModulePlace* of;
+  void* y;  // (N, O)
+  int64_t y_stride;
+};
+
 namespace {
+
+template <class E>
+struct Inputs {
+  const E* x;  // (N, I)
+  const InputPlace& place;
+
+  const E* token(int64_t n) const { return x + n * place.width; }
+  // Returns rank row p of module m.
+  const E* row(int64_t p, int64_t m) const {
+    return static_cast<const E*>(place.a) + (p * place.num_modules + m) * place.width;
+  }
+};
 
 #ifdef __AVX512BF16__
 // 32 products at once, two per lane
@@ -83,16 +106,15 @@ void dots(const E* const* x, const E* const* a, int64_t width, float out[T][R]) 
 
 // Computes h of a single token for one adapter, in the order in which memory has the rows of all modules.
 template <class E>
-void shrink_token(const Pairs& p, const Inputs& in, int s, int pair, int first_module, int end_module, float* h) {
-  const E* x = static_cast<const E*>(in.x) + p.slot_tokens[p.pair_slots[pair]] * in.width;
+void shrink_token(const Pairs& p, const Inputs<E>& in, int s, int pair, int first_module, int end_module, float* h) {
+  const E* x = in.token(p.slot_tokens[p.pair_slots[pair]]);
   const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
   float* of_pair = h + p.h_starts[s] + int64_t(pair - p.pair_starts[s]) * rank;
   for (int r = 0; r < rank; ++r) {
-    const E* rows = static_cast<const E*>(in.a) + p.rank_rows[p.rank_starts[s] + r] * in.num_modules * in.width;
     for (int m = first_module; m < end_module; ++m) {
-      const E* row = rows + m * in.width;
+      const E* row = in.row(p.rank_rows[p.rank_starts[s] + r], m);
       float out[1][1];
-      dots<1, 1>(&x, &row, in.width, out);
+      dots<1, 1>(&x, &row, in.place.width, out);
       of_pair[m * p.h_len + r] = p.pair_weights[pair] * out[0][0];
     }
   }
@@ -100,7 +122,7 @@ void shrink_token(const Pairs& p, const Inputs& in, int s, int pair, int first_m
 
 // Computes h of one adapter in some modules: m_bs (x . A_s).
 template <class E>
-void shrink_adapter(const Pairs& p, const Inputs& in, int s, int first_module, int end_module, float* h) {
+void shrink_adapter(const Pairs& p, const Inputs<E>& in, int s, int first_module, int end_module, float* h) {
   constexpr int T = 4, R = 4;
   const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
   const int32_t* rows = p.rank_rows + p.rank_starts[s];
@@ -108,15 +130,13 @@ void shrink_adapter(const Pairs& p, const Inputs& in, int s, int first_module, i
     const int num = std::min(T, p.pair_starts[s + 1] - q);
     if (num == 1) return shrink_token<E>(p, in, s, q, first_module, end_module, h);
     const E* tokens[T];
-    for (int t = 0; t < T; ++t)
-      tokens[t] = static_cast<const E*>(in.x) + p.slot_tokens[p.pair_slots[q + std::min(t, num - 1)]] * in.width;
+    for (int t = 0; t < T; ++t) tokens[t] = in.token(p.slot_tokens[p.pair_slots[q + std::min(t, num - 1)]]);
     for (int m = first_module; m < end_module; ++m)
       for (int r = 0; r < rank; r += R) {
         const E* parts[R];
-        for (int j = 0; j < R; ++j)
-          parts[j] = static_cast<const E*>(in.a) + (rows[std::min(r + j, rank - 1)] * in.num_modules + m) * in.width;
+        for (int j = 0; j < R; ++j) parts[j] = in.row(rows[std::min(r + j, rank - 1)], m);
         float out[T][R];
-        dots<T, R>(tokens, parts, in.width, out);
+        dots<T, R>(tokens, parts, in.place.width, out);
         for (int t = 0; t < num; ++t) {
           float* of_pair = h + m * p.h_len + p.h_starts[s] + int64_t(q + t - p.pair_starts[s]) * rank;
           for (int j = 0; j < std::min(R, rank - r); ++j) of_pair[r + j] = p.pair_weights[q + t] * out[t][j];
@@ -157,16 +177,16 @@ inline int adapters_per_task(const Pairs& p) {
 
 // Called by every thread of a team. h (M, h_len) is complete on return.
 template <class E>
-void shrink(const Pairs& p, const Inputs& in, float* h) {
-  const int run = adapters_per_task(p), parts = run > 0 ? 1 : in.num_modules;
+void shrink(const Pairs& p, const Inputs<E>& in, float* h) {
+  const int num_modules = in.place.num_modules, run = adapters_per_task(p), parts = run > 0 ? 1 : num_modules;
 #pragma omp for schedule(dynamic, std::max(run, 1))
   for (int task = 0; task < p.num_adapters * parts; ++task) {
     const int m = task % parts;
-    shrink_adapter<E>(p, in, task / parts, m, parts == 1 ? in.num_modules : m + 1, h);
+    shrink_adapter<E>(p, in, task / parts, m, parts == 1 ? num_modules : m + 1, h);
   }
   if (p.fusion == nullptr) return;
 #pragma omp for
-  for (int m = 0; m < in.num_modules; ++m) fuse(p, h + m * p.h_len);
+  for (int m = 0; m < num_modules; ++m) fuse(p, h + m * p.h_len);
 }
 
 // A part of the slots.
@@ -303,6 +323,7 @@ void expand_slots(const Pairs& p, const float* h, Slots slots, const E* bt, int6
 
 // Called by every thread of a team. A task has a part of the slots, so a thread reads whole rows of the adapters in it.
 // It has a part of the columns too if there are more threads than parts of the slots, or more sums than fit the cache.
+// Does not wait for the other threads.
 template <class E>
 void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
   const int64_t threads = p.num_threads, parts = std::clamp<int64_t>(p.num_slots / kLeastSlots, 1, threads);
@@ -310,7 +331,7 @@ void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, 
   const int64_t ranges = std::max((threads + parts - 1) / parts, (num_values + kHeldValues - 1) / kHeldValues);
   const int64_t width = (num_out + ranges * kBlock - 1) / (ranges * kBlock) * kBlock;
   const int64_t num_ranges = (num_out + width - 1) / width;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t task = 0; task < parts * num_ranges; ++task) {
     const int64_t first = task % num_ranges * width;
     expand_slots(p, h, slots_of(p, task / num_ranges, parts), bt + first, num_out, std::min(width, num_out - first),
@@ -319,12 +340,15 @@ void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, 
 }
 
 template <class E>
-void add(const Pairs& p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y,
-         int64_t y_stride) {
+void add(const Pairs& p, const InputPlace& place, const void* x, float* h, const Output* outputs, int64_t num_outputs) {
 #pragma omp parallel num_threads(p.num_threads)
   {
-    if (in != nullptr) shrink<E>(p, *in, h);
-    expand(p, h + module * p.h_len, static_cast<const E*>(bt), num_out, static_cast<E*>(y), y_stride);
+    if (x != nullptr) shrink<E>(p, {static_cast<const E*>(x), place}, h);
+    for (int64_t i = 0; i < num_outputs; ++i) {
+      const ModulePlace& of = *outputs[i].of;
+      expand(p, h + of.module * p.h_len, static_cast<const E*>(of.bt), of.num_out, static_cast<E*>(outputs[i].y),
+             outputs[i].y_stride);
+    }
   }
 }
 
@@ -332,15 +356,15 @@ void add(const Pairs& p, const Inputs* in, float* h, int64_t module, const void*
 
 extern "C" {
 
-// Adds h B of one module to y (N, O), whose rows are y_stride values apart; bt (., O). Given `in`, first sets h (M, h_len) float32 to compose(A x).
-void add_bf16(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y,
-              int64_t y_stride) {
-  add<bf16>(*p, in, h, module, bt, num_out, y, y_stride);
+// Adds h B of each output's module to its y. Given x (N, I), first sets h (M, h_len) float32 to compose(A x).
+void add_bf16(const Pairs* p, const InputPlace* place, const void* x, float* h, const Output* outputs,
+              int64_t num_outputs) {
+  add<bf16>(*p, *place, x, h, outputs, num_outputs);
 }
 
-void add_f32(const Pairs* p, const Inputs* in, float* h, int64_t module, const void* bt, int64_t num_out, void* y,
-             int64_t y_stride) {
-  add<float>(*p, in, h, module, bt, num_out, y, y_stride);
+void add_f32(const Pairs* p, const InputPlace* place, const void* x, float* h, const Output* outputs,
+             int64_t num_outputs) {
+  add<float>(*p, *place, x, h, outputs, num_outputs);
 }
 
 }  // extern "C"

@@ -16,11 +16,18 @@ Masks = Callable[[], Sequence[Mask | None]]
 """Returns a mask for each of the first rows of logits. None: every logit is read."""
 
 
+Outputs = Sequence[tuple[Tensor, ModuleBank]]
+"""The outputs of base layers that read the same input, and the banks of these layers."""
+
+
 class Composition(Protocol):
     """The LoRA products of one step: `DenseMapping` or `GroupedMapping`, with equal results."""
 
-    def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
-        """Add y[n] += compose(x[n] @ bank.a.T) @ bank.bt, in place. Dims: x (..., N, I), y (..., N, O)."""
+    def add(self, x: Tensor, outputs: Outputs) -> None:
+        """Add y[n] += compose(x[n] @ bank.a.T) @ bank.bt to each output, in place. Dims: x (..., N, I), y (..., N, O).
+
+        There is at least one output, and all have one InputBank.
+        """
 
 
 class StepContext:

@@ -85,9 +85,9 @@ class PlanLinear:
         they depend on nothing of this one.
         """
         x = x[:num_tokens]
-        for bank, columns in self._banks:
-            if num_tokens is None or bank.is_used:
-                step.add(x, y[:num_tokens, columns], bank)
+        used = [each for each in self._banks if num_tokens is None or each[0].is_used]
+        for inputs in {id(bank.inputs): bank.inputs for bank, _ in used}.values():
+            step.add(x, [(y[:num_tokens, columns], bank) for bank, columns in used if bank.inputs is inputs])
 
 
 class PlanLayers:

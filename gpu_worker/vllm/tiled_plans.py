@@ -24,6 +24,7 @@ from torch import Tensor
 from gpu_worker.bank.bank import InputBank, LoraBank, ModuleBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.device.transfer import to_device
+from gpu_worker.step.step_context import Outputs
 from lora_store.plan import Plan, PlannedAdapter
 
 _TILE = 16  # tokens, the least that a tensor core multiplies
@@ -179,8 +180,12 @@ class TiledPlans:
         ):  # fmt: skip
             self._copy(table[: len(found), : self._width] if table.ndim == 2 else table[: len(found)], values)
 
-    def add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
+    def add(self, x: Tensor, outputs: Outputs) -> None:
         """See `Composition`. The rows of x and y behind the step's tokens are not read or changed."""
+        for y, bank in outputs:
+            self._add(x, y, bank)
+
+    def _add(self, x: Tensor, y: Tensor, bank: ModuleBank) -> None:
         inputs = bank.inputs
         if self._last is None or self._last[0] is not x or self._last[1] is not inputs:
             self._last = x, inputs, self._shrunk(x.flatten(0, -2).contiguous(), inputs)
@@ -199,7 +204,7 @@ class TiledPlans:
             for name, module in bank.modules.items():
                 num_out, num_in = bank.shapes[name]
                 x = torch.zeros(num_tokens, num_in, dtype=bank.dtype, device=self._device)
-                self.add(x, torch.zeros(num_tokens, num_out, dtype=bank.dtype, device=self._device), module)
+                self._add(x, torch.zeros(num_tokens, num_out, dtype=bank.dtype, device=self._device), module)
         self._last = None
 
     def _shrunk(self, x: Tensor, inputs: InputBank) -> Tensor:

@@ -87,16 +87,21 @@ def settled(
 def assert_adds_as_the_loop(
     lora: Composition, bank: LoraBank, pool: Sequence[AdapterWeights], plans: Sequence[Plan], counts: Sequence[int]
 ) -> None:
-    """Compare what `lora` adds to every module with the loop. Row b has plan b and `counts[b]` tokens."""
+    """Compare what `lora` adds to all modules, which read one input, with the loop: in one call and in one for each.
+
+    Row b has plan b and `counts[b]` tokens.
+    """
     by_digest = {weights.weights_digest: weights for weights in pool}
     of_token = [plan for plan, count in zip(plans, counts, strict=True) for _ in range(count)]
     dtype, num_in = next(iter(bank.modules.values())).bt.dtype, next(iter(bank.shapes.values()))[1]
     x = torch.randn(1, len(of_token), num_in).to(dtype)
+    before = {name: torch.randn(1, len(of_token), width).to(dtype) for name, (width, _) in bank.shapes.items()}
+    outputs = {name: y.clone() for name, y in before.items()}
+    lora.add(x, [(outputs[name], module) for name, module in bank.modules.items()])
     for name, (width, _) in bank.shapes.items():
-        before = torch.randn(1, len(of_token), width).to(dtype)
-        found = before.clone()
-        lora.add(x, found, bank.modules[name])
+        lora.add(x, [(alone := before[name].clone(), bank.modules[name])])
+        assert torch.equal(alone, outputs[name])
         added = [added_slowly(x[0, n], plan, by_digest, name, width) for n, plan in enumerate(of_token)]
-        expected = before[0].double() + torch.stack(added)
+        expected = before[name][0].double() + torch.stack(added)
         bound = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
-        torch.testing.assert_close(found[0].double(), expected, atol=bound, rtol=0)
+        torch.testing.assert_close(outputs[name][0].double(), expected, atol=bound, rtol=0)

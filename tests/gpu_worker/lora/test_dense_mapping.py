@@ -34,7 +34,7 @@ def test_adapters_that_overflow_change_only_the_rows_that_use_them(strategy: str
     ]
     y = torch.zeros(1, 3, 16)
     dense_mapping(plans, [1, 1, 1], residency, torch.float32, CPU).add(
-        torch.full((1, 3, 16), 9.0), y, bank.modules["m"]
+        torch.full((1, 3, 16), 9.0), [(y, bank.modules["m"])]
     )
     assert y[0].isfinite().all(dim=1).tolist() == [True, True, False]
     assert y[0, 0].any() and not y[0, 1].any()
@@ -47,8 +47,8 @@ def test_an_input_that_several_modules_read_is_multiplied_once() -> None:
     lora = dense_mapping([plan_of("selection", (pool[0], 1.0))], [2], residency, torch.float32, CPU)
     x, first, second, third = torch.randn(1, 2, 16), *(torch.zeros(1, 2, 5) for _ in range(3))
     module = bank.modules["x.k_proj"]
-    lora.add(x, first, module)
+    lora.add(x, [(first, module)])
     module.a[:] = 0
-    lora.add(x, second, module)
-    lora.add(x.clone(), third, module)
+    lora.add(x, [(second, module)])
+    lora.add(x.clone(), [(third, module)])
     assert torch.equal(first, second) and first.any() and not third.any()

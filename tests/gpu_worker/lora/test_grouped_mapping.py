@@ -72,7 +72,7 @@ def test_a_rows_sum_has_the_same_order_in_every_batch(
     for first in range(6):
         y = torch.zeros(12, 33, dtype=dtype)
         batch = plans[first:] + plans[:first]
-        grouped_mapping(batch, [2] * 6, residency, lora_kernel).add(x, y, bank.modules["m"])
+        grouped_mapping(batch, [2] * 6, residency, lora_kernel).add(x, [(y, bank.modules["m"])])
         assert not y.any()  # in the order of digests: a, b, c
 
 
@@ -84,7 +84,7 @@ def test_adapters_outside_a_plan_are_never_read(dtype: torch.dtype, lora_kernel:
     plans = [plan_of("mixture", (pool[0], 1.0), (pool[1], 0.0)), BASE_PLAN, plan_of("selection", (pool[1], 1.0))]
     y = torch.zeros(1, 3, 16, dtype=dtype)
     grouped_mapping(plans, [1, 1, 1], residency, lora_kernel).add(
-        torch.ones(1, 3, 16, dtype=dtype), y, bank.modules["m"]
+        torch.ones(1, 3, 16, dtype=dtype), [(y, bank.modules["m"])]
     )
     assert y[0].isfinite().all(dim=1).tolist() == [True, True, False]
     assert not y[0, 1].any()
@@ -101,8 +101,8 @@ def test_columns_of_a_wider_output_get_the_same_values_and_their_neighbours_stay
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected, wide = torch.zeros(5, width, dtype=dtype), torch.full((5, width + 7), 3.0, dtype=dtype)
     wide[:, 4 : 4 + width] = 0
-    grouped_mapping(plans, [2, 1, 2], residency, lora_kernel).add(x, expected, bank.modules["m"])
-    grouped_mapping(plans, [2, 1, 2], residency, lora_kernel).add(x, wide[:, 4 : 4 + width], bank.modules["m"])
+    grouped_mapping(plans, [2, 1, 2], residency, lora_kernel).add(x, [(expected, bank.modules["m"])])
+    grouped_mapping(plans, [2, 1, 2], residency, lora_kernel).add(x, [(wide[:, 4 : 4 + width], bank.modules["m"])])
     assert expected.any()
     assert torch.equal(wide[:, 4 : 4 + width], expected)
     assert bool((wide[:, :4] == 3).all()) and bool((wide[:, 4 + width :] == 3).all())

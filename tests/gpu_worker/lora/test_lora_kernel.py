@@ -61,15 +61,15 @@ def test_an_input_may_be_any_view_and_an_output_only_columns_of_a_wider_tensor(l
     view = torch.randn(1, 16, 3).transpose(1, 2)
     assert not view.is_contiguous()
     found, expected = torch.zeros(2, 1, 3, 16)
-    grouped_mapping(plans, [3], residency, lora_kernel).add(view, found, bank.modules["m"])
-    grouped_mapping(plans, [3], residency, lora_kernel).add(view.contiguous(), expected, bank.modules["m"])
+    grouped_mapping(plans, [3], residency, lora_kernel).add(view, [(found, bank.modules["m"])])
+    grouped_mapping(plans, [3], residency, lora_kernel).add(view.contiguous(), [(expected, bank.modules["m"])])
     assert torch.equal(found, expected) and found.any()
     for refused, reason in (
         (torch.zeros(1, 16, 3).mT, "the values of a row of y must be adjacent"),
         (torch.zeros(1, 3, 20)[..., :16], "y must be two-dimensional or contiguous"),
     ):
         with pytest.raises(AssertionError, match=reason):
-            grouped_mapping(plans, [3], residency, lora_kernel).add(view, refused, bank.modules["m"])
+            grouped_mapping(plans, [3], residency, lora_kernel).add(view, [(refused, bank.modules["m"])])
 
 
 def test_pairs_are_computed_on_the_threads_of_the_moment(
@@ -84,7 +84,7 @@ def test_pairs_are_computed_on_the_threads_of_the_moment(
     x, found = torch.randn(3, 16), []
     for count in (3, 1, 2):
         torch.set_num_threads(count)
-        mapping.add(x.clone(), y := torch.zeros(3, 16), bank.modules["m"])
+        mapping.add(x.clone(), [(y := torch.zeros(3, 16), bank.modules["m"])])
         found.append(y)
         assert mapping._pairs.num_threads == count
     assert found[0].any() and all(torch.equal(y, found[0]) for y in found)

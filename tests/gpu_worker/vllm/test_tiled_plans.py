@@ -91,7 +91,7 @@ def test_an_adapter_that_is_not_finite_changes_only_its_own_rows(tiled: ModuleTy
     module.all_bt[spoilt] = module.inputs.all_a[spoilt] = float("nan")
     plans = [plan_of("selection", (pool[1], 1.0)), BASE_PLAN, plan_of("fusion", (pool[0], 1.0))]
     y = torch.zeros(3, 16)
-    filled(tiled, plans, [1, 1, 1], residency, bank.num_rows).add(torch.ones(3, 16), y, module)
+    filled(tiled, plans, [1, 1, 1], residency, bank.num_rows).add(torch.ones(3, 16), [(y, module)])
     assert y.isfinite().all(dim=1).tolist() == [True, True, False]
     assert y[0].any() and not y[1].any()
 
@@ -123,7 +123,7 @@ def test_launches_that_were_captured_without_plans_compute_those_of_later_steps(
         for name in ("_shrink", "_expand"):
             patch.setattr(tiled, name, Captured(getattr(tiled, name), graph))
         for output, module in zip(outputs, modules, strict=True):
-            replayed.add(x, output, module)
+            replayed.add(x, [(output, module)])
     assert len(graph) == 1 + len(outputs), "modules that read the same input share a launch"
     for seed, counts in enumerate(([1, 17, 2], [1, 1, 1, 1])):
         plans = random_plans(pool, 9)[4 * seed : 4 * seed + len(counts)]
@@ -132,7 +132,7 @@ def test_launches_that_were_captured_without_plans_compute_those_of_later_steps(
         direct = filled(tiled, plans, counts, residency, bank.num_rows)
         num_tokens, part = sum(counts), x[: sum(counts)]
         for output, module in zip(expected, modules, strict=True):
-            direct.add(part, output[:num_tokens], module)
+            direct.add(part, [(output[:num_tokens], module)])
         for output in outputs:
             output.zero_()
         for launch in graph:
