@@ -101,7 +101,7 @@ class Loaded:
             future.set_result(adapters[digest])
             return future
 
-        settings = {"prefix_cache": False} | settings  # the cases repeat their prompts
+        settings = {"prefix_cache": False, "shares_cores": False} | settings  # the cases repeat their prompts
         self.config = WorkerConfig(bank_rank_rows=RANK * num_adapters, max_batch_size=NUM_ROWS, **settings)
         self.engine = run_on_short_lived_thread(lambda: Engine(self.config, fetch))
         self.prompts = Prompts(self.engine.base.tokenizer)

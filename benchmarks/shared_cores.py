@@ -1,9 +1,8 @@
 """Measure 32 streams next to another busy process: `python -m benchmarks.shared_cores`.
 
 The streams decode in a process of their own, at nice 0, at the worker's default, and at that default under the nice
-value 15 of Ray's workers; each with `shares_cores` and, in the same rounds, always on all cores. The other process has
-two threads at nice 0 that hash without a pause. Without and with it take turns, and each rate is relative to those
-before and after it.
+value 15 of Ray's workers; with the setting `shares_cores` and without it. The other process has two threads at nice 0
+that hash without a pause. Without and with it take turns, and each rate is relative to those before and after it.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Annotated
+from multiprocessing.synchronize import Event
+from typing import Annotated, Any
 
 import typer
 
@@ -34,7 +34,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 
 def decode(niceness: int, shares_cores: bool, calls: Connection) -> None:
-    """Decode for each number of seconds that arrives, and send the tokens per second. Runs in its own process."""
+    """Decode until False arrives. Send the time and the number of tokens at each True. Runs in its own process."""
     os.nice(niceness)
     loaded = Loaded(NUM_ADAPTERS, num_threads=os.cpu_count(), shares_cores=shares_cores)
     engine, counters = loaded.engine, loaded.engine.counters
@@ -45,15 +45,15 @@ def decode(niceness: int, shares_cores: bool, calls: Connection) -> None:
         engine.submit(engine.prepare(job, lambda _: None))
     while counters.num_new_tokens < 2 * NUM_ROWS:
         engine.step()
-    calls.send(0.0)
-    while seconds := calls.recv():
-        started, before = time.perf_counter(), counters.num_new_tokens
-        while time.perf_counter() < started + seconds:
+    is_running = True
+    while is_running:
+        calls.send((time.perf_counter(), counters.num_new_tokens))
+        while not calls.poll():
             engine.step()
-        calls.send((counters.num_new_tokens - before) / (time.perf_counter() - started))
+        is_running = calls.recv()
 
 
-def hash_forever() -> None:
+def hash_forever(is_busy: Event) -> None:
     """Keep two threads busy. Runs in its own process."""
     data = bytes(1 << 20)
 
@@ -63,61 +63,78 @@ def hash_forever() -> None:
 
     for _ in range(NUM_BUSY):
         threading.Thread(target=work, daemon=True).start()
+    is_busy.set()
     threading.Event().wait()
 
 
 @contextmanager
-def streams(niceness: int, shares_cores: bool, run: Callable[..., None] = decode) -> Iterator[Callable[[float], float]]:
-    """Yield a function that decodes for some seconds, with `run`, and returns the tokens per second."""
+def streams(
+    niceness: int, shares_cores: bool, run: Callable[..., None] = decode
+) -> Iterator[Callable[[], tuple[float, int]]]:
+    """Decode with `run` while the block runs. Yield a function that returns the time and the tokens so far."""
     calls, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=run, args=(niceness, shares_cores, theirs))
     process.start()
     theirs.close()  # so that `recv` fails where the process has died
 
-    def rate(seconds: float) -> float:
-        calls.send(seconds)
-        return float(calls.recv())
+    def count() -> tuple[float, int]:
+        calls.send(True)
+        found: tuple[float, int] = calls.recv()
+        return found
 
     try:
         calls.recv()
-        yield rate
+        yield count
     finally:
         with suppress(BrokenPipeError):  # it has died
-            calls.send(0)
+            calls.send(False)
         process.join(120)
 
 
 @contextmanager
 def busy_process() -> Iterator[None]:
     """Run `hash_forever` while the block runs."""
-    process = _SPAWN.Process(target=hash_forever, daemon=True)
+    is_busy = _SPAWN.Event()
+    process = _SPAWN.Process(target=hash_forever, args=(is_busy,), daemon=True)
     process.start()
     try:
-        time.sleep(1)  # until it hashes
+        assert is_busy.wait(60), "the other process does not start"
         yield
     finally:
         process.kill()
         process.join()
 
 
-def ratios(rates: Sequence[Callable[[float], float]], rounds: int, seconds: float) -> list[list[float]]:
-    """Return, for each way to decode, each round's rate next to the busy process over the mean of those around it."""
-    found: list[list[float]] = [[] for _ in rates]
-    before = [rate(seconds) for rate in rates]
+def rate(count: Callable[[], tuple[float, int]], seconds: float) -> float:
+    """Return the tokens per second of the steps in about this time."""
+    began, before = count()
+    time.sleep(seconds)
+    ended, after = count()
+    return (after - before) / (ended - began)
+
+
+def ratios(
+    count: Callable[[], tuple[float, int]], rounds: int, seconds: float, busy: Callable[[], Any] = busy_process
+) -> list[float]:
+    """Return each round's rate next to the busy process over the mean of those before and after it.
+
+    The streams decode all the time. The shared rate includes the first steps next to that process.
+    """
+    found, before = [], rate(count, seconds / 4)
     for _ in range(rounds):
-        with busy_process():
-            shared = [rate(seconds) for rate in rates]
-        after = [rate(seconds) for rate in rates]
-        for of_way, low, *around in zip(found, shared, before, after, strict=True):
-            of_way.append(low / statistics.mean(around))
-            console.print(f"{around[0]:.0f} tokens/s alone, {low:.0f} shared, {around[1]:.0f} alone: {of_way[-1]:.2f}")
+        with busy():
+            shared = rate(count, seconds)
+        time.sleep(min(1.0, seconds))  # in which all threads come back
+        after = rate(count, seconds / 4)
+        found.append(2 * shared / (before + after))
+        console.print(f"{before:.0f} tokens/s alone, {shared:.1f} shared, {after:.0f} alone: {found[-1]:.2f}")
         before = after
     return found
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="rounds for each nice value")] = 3,
-    seconds: Annotated[float, typer.Option(help="of each measurement")] = 5,
+    seconds: Annotated[float, typer.Option(help="next to the busy process; a quarter of it alone")] = 20,
     only: Annotated[str, typer.Option(help="equal, worker or ray; writes nothing")] = "",
     quick: Quick = False,
 ) -> None:
@@ -125,15 +142,16 @@ def main(
     table = table_of("nice value of the streams", "threads", "rounds", "median", "least", "most")
     figures, runs = {}, []
     for name, niceness in NICENESS.items():
-        if only not in ("", name):
-            continue
-        console.print(f"nice {niceness}:")
-        with streams(niceness, True) as adapting, streams(niceness, False) as fixed:
-            both = ratios([adapting, fixed], 1 if quick else rounds, 1 if quick else seconds)
-        for suffix, threads, found in zip(("", "_all_threads"), ("as the cores allow", "all"), both, strict=True):
-            figures[f"shared_over_alone_{name}{suffix}"] = statistics.median(found)
-            runs.append({"niceness": niceness, "threads": threads, "ratios": found})
+        for shares_cores in (True, False) if only in ("", name) else ():
+            if name == "ray" and not shares_cores:  # a step takes a minute
+                continue
+            console.print(f"nice {niceness}, {'threads as cores are free' if shares_cores else 'all threads'}:")
+            with streams(niceness, shares_cores) as count:
+                found = ratios(count, 1 if quick else rounds, 1 if quick else seconds)
+            figures[f"shared_over_alone_{name}{'' if shares_cores else '_all_threads'}"] = statistics.median(found)
+            runs.append({"niceness": niceness, "shares_cores": shares_cores, "ratios": found})
             cells = (statistics.median(found), min(found), max(found))
+            threads = "as cores are free" if shares_cores else "all"
             table.add_row(f"{niceness} ({name})", threads, str(len(found)), *(f"{value:.2f}" for value in cells))
     text = shown(table)
     if not (quick or only):

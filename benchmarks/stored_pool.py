@@ -28,7 +28,9 @@ class StoredPool:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.config = WorkerConfig(**{"prefix_cache": False} | settings)  # the cases repeat their prompts
+        self.config = WorkerConfig(
+            **{"prefix_cache": False, "shares_cores": False} | settings
+        )  # the cases repeat their prompts
         self._folder = tempfile.TemporaryDirectory()
         self._store = LoraStore(str(Path(self._folder.name, "store")), accepts_base=[self.config.base_model])
         executor = load_executor(self.config.load_threads)

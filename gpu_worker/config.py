@@ -38,7 +38,7 @@ class EngineSettings:
     enforce_eager: bool = False  # vllm only: do not compile the base model; starts within seconds, answers slower
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
-    shares_cores: bool = True  # compute on fewer threads while other processes keep the cores busy; on the CPU
+    shares_cores: bool = True  # CPU only: use fewer threads while other processes keep the cores busy
     lora_products: Literal["auto", "torch"] = "auto"  # auto: the compiled CPU kernel where available
     bank_rank_rows: AtLeastOne = 256  # rank rows of the adapter bank: an adapter of rank 16 takes 16
     # vllm only: more rank rows, for fusions, each of which takes the rank of its widest adapter; unset: as many as

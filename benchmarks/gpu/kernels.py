@@ -84,7 +84,7 @@ class Bank:
 
     def add(self, step: Composition, xs: dict[str, Tensor], ys: dict[str, Tensor]) -> None:
         for name, module in self.bank.modules.items():
-            step.add(xs[name], ys[name], module)
+            step.add(xs[name], [(ys[name], module)])
 
 
 def run_checks(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:

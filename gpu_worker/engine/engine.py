@@ -209,13 +209,14 @@ class Engine:
         self._grow()
         self._admit()
         has_run = bool(self.running)
-        self._threads.update(computes=has_run)
         if has_run:
+            self._threads.update(computes=True)
             began = time.perf_counter()
             self._compute(max_tokens or self.config.max_step_tokens)
             self.counters.num_steps += 1
             self.counters.step_s += time.perf_counter() - began
             self.counters.num_evicted_blocks = self.kv_cache.num_evicted
+            self._threads.update(computes=bool(self.running))
         self._drop_forgotten()
         return has_run
 

@@ -83,7 +83,7 @@ class LoraKernel:
     def add(self, pairs: Pairs, h: Tensor, outputs: Outputs, *, x: Tensor | None) -> None:
         """Add h · B of each module to its y (..., N, O), in place. y may be columns of a wider tensor. h: (M, h_len).
 
-        The modules read one input. Given it, x (..., N, I), first set h to compose(A · x) for all that read it.
+        All modules read one input. If it is given, x (..., N, I), first compute h: compose(A · x) of all its modules.
         """
         pairs.num_threads = torch.get_num_threads()  # may have changed since the pairs were made
         values: list[int] = []

@@ -39,7 +39,10 @@ class LoraLinear(nn.Module):
 
 
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Return each layer's output, as calls of them would. Layers with adapters for the same input add them at once."""
+    """Return the output of each layer. If all share an InputBank, add their adapters in one call.
+
+    The layers' own `forward` is not called then, except where a layer has hooks.
+    """
     if all(isinstance(layer, LoraLinear) and not _has_hooks(layer) for layer in layers):
         found = cast("Sequence[LoraLinear]", layers)
         if all(layer.bank.inputs is found[0].bank.inputs for layer in found):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,19 +14,26 @@ def test_the_benchmark_fails_when_its_streams_die(capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().out.startswith("0 True ")
 
 
-def test_a_shared_rate_is_relative_to_those_around_it() -> None:
-    """Two ways to decode take turns within each state of the machine."""
-    asked: list[str] = []
+def test_a_shared_rate_is_relative_to_those_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streams never stop; the other process starts and ends while they decode."""
+    now, tokens, speed, events = 0.0, 0.0, 100.0, list[str]()
 
-    def way(name: str, *answers: float) -> Callable[[float], float]:
-        left = iter(answers)
+    def sleep(seconds: float) -> None:
+        nonlocal now, tokens
+        now, tokens = now + seconds, tokens + seconds * speed
 
-        def rate(seconds: float) -> float:
-            asked.append(name)
-            return next(left)
+    def count() -> tuple[float, int]:
+        return now, round(tokens)
 
-        return rate
+    @contextmanager
+    def busy() -> Iterator[None]:
+        nonlocal speed
+        events.append("starts")
+        speed = 20.0
+        yield
+        speed = 150.0
+        events.append("ends")
 
-    found = ratios([way("a", 100, 30, 200, 20, 200), way("b", 10, 9, 8, 4, 8)], 2, 5)
-    assert found == [[0.2, 0.1], [1.0, 0.5]]
-    assert asked == ["a", "b"] * 5
+    monkeypatch.setattr("benchmarks.shared_cores.time.sleep", sleep)
+    assert ratios(count, 2, 8, busy) == [20 / 125, 20 / 150]
+    assert events == ["starts", "ends"] * 2 and now == 3 * 2 + 2 * 8 + 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +15,11 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from gpu_worker.attention.packed_attention import ATTENTION_NAME, packed_attention
+from gpu_worker.lora.lora_linear import LoraLinear
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.fused import FusedKernel, FusedRmsNorm, fuse, load_fused_kernel
-from tests.gpu_worker.engine_driver import compiled
+from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only
 
 DTYPES = [torch.float32, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
@@ -217,3 +219,20 @@ def test_modules_with_other_formulas_are_not_replaced(kernel: FusedKernel) -> No
     model = nn.ModuleList([CentredRMSNorm(64), Mlp(nn.GELU()), Mlp(nn.ReLU()), Capped(nn.SiLU()), Mlp(nn.SiLU())])
     fuse(model, kernel)
     assert [type(module).__name__ for module in model] == ["CentredRMSNorm", "Mlp", "Mlp", "Capped", "FusedMlp"]
+
+
+def test_layers_that_read_one_input_add_their_adapters_at_once(
+    make_engine: MakeEngine, pool: list[AdapterWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Query, key and value; gate and up."""
+    assert compiled(load_fused_kernel) is not None
+    engine, asked, each = make_engine(by_digest(*pool)), list[int](), LoraLinear.each
+
+    def counted(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+        asked.append(len(layers))
+        return each(layers, x)
+
+    monkeypatch.setattr(LoraLinear, "each", staticmethod(counted))
+    ask(engine, greedy("abc", only(pool[0]), num_new=1))
+    engine.step()
+    assert asked == [3, 1, 2, 1] * engine.base.num_layers
