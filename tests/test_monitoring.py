@@ -17,7 +17,7 @@ PAGE = MONITORING.parents[1] / "docs" / "reference" / "metrics.md"
 _OURS = re.compile(r"ray_(loraretriever_\w+)")
 _SERVES = {"ray_serve_deployment_replica_starts_total", "ray_serve_deployment_replica_healthy"}
 _UNITS = re.compile(
-    r"_(total|seconds|bytes|rows|tokens|adapters|generation|plans|cosine|ratio|kernels)$"
+    r"_(total|seconds|bytes|rows|tokens|adapters|generation|plans|cosine|ratio|kernels|threads)$"
 )  # `_total` counts the thing named before it
 
 

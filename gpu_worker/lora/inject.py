@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.lora.lora_linear import LoraLinear
+from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.output_head import OutputHead
 from gpu_worker.model.packed_linear import LinearKernel, packed
 from gpu_worker.step.step_context import StepContext

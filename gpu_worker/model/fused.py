@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.lora.lora_linear import outputs_of
+from gpu_worker.model.lora_linear import outputs_of
 from gpu_worker.native.kernel_loading import functions, load_library
 from gpu_worker.step.attention_plan import AttentionPlan
 from gpu_worker.step.step_context import StepContext

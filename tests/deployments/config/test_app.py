@@ -142,6 +142,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
         "enforce_eager": False,
         "dtype": "bfloat16",
         "num_threads": 3,
+        "shares_cores": False,
         "lora_products": "torch",
         "bank_rank_rows": 11,
         "max_batch_size": 12,

@@ -17,8 +17,8 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.lora.dense_mapping import dense_mapping
 from gpu_worker.lora.grouped_mapping import grouped_mapping
 from gpu_worker.lora.lora_kernel import LoraKernel
-from gpu_worker.lora.lora_linear import LoraLinear
 from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.step.attention_plan import Segment
 from gpu_worker.step.step_context import Composition, StepContext
 from lora_store.adapter import AdapterWeights, ModuleWeights

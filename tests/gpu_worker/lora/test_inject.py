@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora.inject import inject, target_linears
-from gpu_worker.lora.lora_linear import LoraLinear
 from gpu_worker.model.base_model import BaseModel
+from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.step.step_context import StepContext
 from tests.tiny import FAMILIES
 

@@ -15,9 +15,9 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from gpu_worker.attention.packed_attention import ATTENTION_NAME, packed_attention
-from gpu_worker.lora.lora_linear import LoraLinear
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.fused import FusedKernel, FusedRmsNorm, fuse, load_fused_kernel
+from gpu_worker.model.lora_linear import LoraLinear
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only
 

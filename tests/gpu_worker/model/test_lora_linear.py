@@ -12,8 +12,8 @@ from gpu_worker.bank.residency import Residency
 from gpu_worker.lora.dense_mapping import DenseMapping
 from gpu_worker.lora.grouped_mapping import GroupedMapping
 from gpu_worker.lora.lora_kernel import LoraKernel
-from gpu_worker.lora.lora_linear import LoraLinear, outputs_of
 from gpu_worker.lora.mapping import composition
+from gpu_worker.model.lora_linear import LoraLinear, outputs_of
 from gpu_worker.step.attention_plan import Segment
 from gpu_worker.step.step_context import Outputs, StepContext
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
