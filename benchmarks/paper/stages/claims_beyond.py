@@ -201,7 +201,7 @@ BEYOND = (
         _NEAR,
         "at least",
         of_file(companions.ROWS, "own_third", "own"),
-        "The smaller weight alone costs a quarter of what the equal mixture costs; the companions cost the rest.",
+        "The smaller weight alone costs a small part of what the equal mixture costs; the companions cost the rest.",
     ),
     Claim(
         "Equal companions of the farthest tasks do no harm.",
