@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import aiohttp
+import httpx
 import typer
 
 from benchmarks import plots
@@ -72,7 +72,7 @@ def write_pool(folder: Path, loaded: Loaded, base: str) -> None:
 class Bench:
     """Sends the same requests to the server and to the engine alone."""
 
-    def __init__(self, loaded: Loaded, config: AppConfig, url: str, client: aiohttp.ClientSession) -> None:
+    def __init__(self, loaded: Loaded, config: AppConfig, url: str, client: httpx.AsyncClient) -> None:
         self.prompts, self._url, self._client = loaded.prompts, url, client
         worker = config.worker
         self._request_id = ""  # the last one sent
@@ -106,10 +106,10 @@ class Bench:
         body |= {"stream_options": {"include_usage": True}, **fields}
         last, self._request_id = b"", uuid.uuid4().hex
         headers = {"x-request-id": self._request_id}
-        async with self._client.post(f"{self._url}/v1/completions", json=body, headers=headers) as response:
-            async for piece in response.content.iter_any():
+        async with self._client.stream("POST", f"{self._url}/v1/completions", json=body, headers=headers) as response:
+            async for piece in response.aiter_bytes():
                 last = (last + piece)[-2000:]
-        assert response.status == 200 and f'"completion_tokens": {num_new}'.encode() in last, last
+        assert response.status_code == 200 and f'"completion_tokens": {num_new}'.encode() in last, last
 
     async def tokens_s(self, kind: str, prompts: Sequence[Prompt], num_new: int) -> float:
         """Return tokens per second of 32 streams, each with `PER_STREAM` consecutive prompts."""
@@ -130,9 +130,7 @@ class Bench:
     async def route_ms(self, prompt: Prompt) -> float:
         body = {"prompt": [prompt.text], "lora": {"strategy": "mixture", "k": 3, "min_score": -1.0}}
         started = time.perf_counter()
-        async with self._client.post(f"{self._url}/v1/route", json=body) as response:
-            response.raise_for_status()
-            await response.read()
+        (await self._client.post(f"{self._url}/v1/route", json=body)).raise_for_status()
         return 1000 * (time.perf_counter() - started)
 
     async def singles(self, count: int) -> list[dict[str, float]]:
@@ -249,8 +247,7 @@ async def run(
     loaded: Loaded, config: AppConfig, url: str, counts: tuple[int, float, int, int]
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Call `measure` with its own client and engine thread, and stop both."""
-    connector, timeout = aiohttp.TCPConnector(limit=NUM_ROWS), aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as client:
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=NUM_ROWS)) as client:
         bench = Bench(loaded, config, url, client)
         try:
             return await measure(bench, *counts)
