@@ -116,6 +116,46 @@ _TABLES: Mapping[str, NumberTable] = {
             ("the same while one prompt of 2,000 tokens is read", "{itl_p99_long_prompt_over_without:.2f}"),
         ],
     ),
+    "results-prefix-cache": NumberTable(
+        "prefix_cache",
+        "base model / mixture of 3",
+        [
+            (
+                "time to the first token behind a shared prefix of 1,000 tokens: in the cache against not",
+                "{base_first_token_cached_over_not:.2f} / {mixture_of_3_first_token_cached_over_not:.2f}",
+            ),
+            (
+                "tokens/s of eight conversations of eight turns: with the cache against without",
+                "{base_turns_with_over_without:.2f} / {mixture_of_3_turns_with_over_without:.2f}",
+            ),
+        ],
+    ),
+    "results-structured": NumberTable(
+        "structured_output",
+        "",
+        [
+            (
+                "tokens/s that 32 rows lose to one shared schema: greedy / at temperature 1",
+                "{lost_greedy:.1%} / {lost_temperature_1:.1%}",
+            ),
+            ("a new schema", "{new_schema_ms:.0f} ms"),
+        ],
+    ),
+    "results-shared-cores": NumberTable(
+        "shared_cores",
+        "threads as cores are free / all threads",
+        [
+            (
+                "nice value 0, as the other process",
+                "{shared_over_alone_equal:.2f} / {shared_over_alone_equal_all_threads:.2f}",
+            ),
+            (
+                "5, the worker's default",
+                "{shared_over_alone_worker:.2f} / {shared_over_alone_worker_all_threads:.2f}",
+            ),
+            ("19, with Ray's own 15", "{shared_over_alone_ray:.2f} / –"),
+        ],
+    ),
     "results-search": NumberTable(
         "pool_scale",
         "10⁴ / 10⁵ / 10⁶ adapters",
