@@ -61,6 +61,7 @@ class ThreadCount:
         self.is_fixed = limit == 1 or limit > num_cpus or read is None or read() is None
         self._read = read or (lambda: None)
         self._retry_s, self._retry_at = _FIRST_RETRY_S, math.inf
+        self._was_short = False  # the last measurement asked for fewer threads
         self._started: Reading | None = None  # the reading at the start of the present stretch of work
         self._seen = _NOTHING  # the sum of earlier stretches in this window
         self._due = self._paused_at = clock()
@@ -94,11 +95,18 @@ class ThreadCount:
         self._started, self._due, self._paused_at = reading if goes_on else None, now + _WINDOW_S, now
 
     def _choice(self, seen: Reading) -> int:
-        """Return the number of threads that fits the cores which others did not use in this span."""
+        """Return the number of threads that fits the cores which others did not use in this span.
+
+        A core that others take from a waiting thread counts one and a half times: such a thread gets less than the
+        rest. One measurement alone does not take a thread away: requests that arrive together keep cores busy too.
+        """
         free = self._num_cpus - max(seen.used - seen.own, 0.0) / seen.time
         waiting = seen.waited / seen.time
+        was_short, self._was_short = self._was_short, False
         if waiting >= max(_LEAST_WAIT, _LEAST_SHARE * self.count):
-            return min(self.count, _clamped(free - waiting - _LEAST_TO_KEEP, self._limit))
+            kept = min(self.count, _clamped(free - waiting / 2 - _LEAST_TO_KEEP, self._limit))
+            self._was_short = kept < self.count
+            return kept if was_short else self.count
         if self.count == self._limit:
             self._retry_s = _FIRST_RETRY_S
         elif self._clock() >= self._retry_at:  # programs of lower priority may give their cores back

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import OrderedDict
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
+from benchmarks.results_file import RESULTS
 from benchmarks.scale import ADAPTER_MB, BANK, HOST_GIB, Assumed, Costs, missed, needs_of, with_neighbours, zipf
 
 COSTS = Costs(tokens_s=100.0, encoder_ms=15.0, search_ms=5.0, load_ms=40.0, index_mib=2048.0)
@@ -70,3 +73,8 @@ def test_nothing_is_missed_where_everything_fits_and_everything_where_nothing_is
 def test_the_committed_results_have_the_costs() -> None:
     costs = Costs.measured()
     assert costs.tokens_s > 100 and 1 < costs.encoder_ms < 100 and 0 < costs.search_ms < 10 and costs.index_mib > 1000
+
+
+def test_the_committed_derivation_uses_the_committed_measurements() -> None:
+    figures = json.loads((RESULTS / "scale" / "results.json").read_text())["figures"]
+    assert {name: figures[f"cost_{name}"] for name in asdict(Costs.measured())} == asdict(Costs.measured())
