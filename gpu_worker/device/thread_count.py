@@ -97,8 +97,9 @@ class ThreadCount:
     def _choice(self, seen: Reading) -> int:
         """Return the number of threads that fits the cores which others did not use in this span.
 
-        A core that others take from a waiting thread counts one and a half times: such a thread gets less than the
-        rest. One measurement alone does not take a thread away: requests that arrive together keep cores busy too.
+        Half of the time that own threads waited is added to what others used: a busy thread next to two own ones on two
+        cores gets two thirds of a core, and wants a whole one. Two measurements in a row must ask for fewer threads,
+        because requests that arrive together keep cores busy for a moment too.
         """
         free = self._num_cpus - max(seen.used - seen.own, 0.0) / seen.time
         waiting = seen.waited / seen.time
