@@ -93,8 +93,11 @@ CASES = (
     Case(8, "mixture", 8, literal=True),
     Case(1, "base", 0),
     Case(1, "base", 0, lookup=7),
+    Case(1, "base", 0, sampling="temperature 1"),
+    Case(1, "base", 0, sampling="temperature 1", lookup=7),
     Case(1, "selection", 1),
     Case(1, "mixture", 3),
+    Case(1, "mixture", 3, lookup=7),
     Case(1, "mixture", 3, literal=True),
 )
 BATCHES = tuple(dict.fromkeys(case.num_rows for case in CASES))
@@ -181,9 +184,16 @@ def ratios_of(found: Sequence[Round]) -> dict[str, float]:
     figures = {"base_over_generate": median("base", "generate"), "base1_over_generate": median("base", "generate", 1)}
     figures |= {f"mixture{active}_over_generate": median(f"mixture {active}", "generate") for active in (8, 32, 96)}
     figures |= {f"mixture{active}_over_base": median(f"mixture {active}", "base") for active in (8, 32, 96)}
-    for case in (case for case in CASES if case.sampling != "greedy"):
-        figures[f"{re.sub('[^a-z0-9]+', '_', case.sampling)}_over_greedy"] = median(case.what, "base")
+    for case in (case for case in CASES if case.sampling != "greedy" and case.num_rows == NUM_ROWS):
+        figures[f"{_slug(case.sampling)}_over_greedy"] = median(case.what, "base")
+    for case in (case for case in CASES if case.lookup):
+        without = replace(case, lookup=0).what
+        figures[f"prompt_lookup_{_slug(without)}"] = median(case.what, without, case.num_rows)
     return figures
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^a-z0-9]+", "_", text)
 
 
 def table_and_medians(found: Sequence[Round]) -> tuple[str, Mapping[str, float]]:

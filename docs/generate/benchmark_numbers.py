@@ -49,6 +49,10 @@ _TABLES: Mapping[str, NumberTable] = {
                 " repeat themselves, which suits it",
                 "{base x1 / generate x1:.2f} / {base, prompt lookup x1 / generate x1:.2f}",
             ),
+            (
+                "`prompt_lookup_tokens` with one row, against the same without: mixture of 3 / base, temperature 1",
+                "{prompt_lookup_mixture_3:.2f} / {prompt_lookup_base_temperature_1:.2f}",
+            ),
             ("mixture over 8, tokens/s against the base model in the same engine", "{mixture8_over_base:.2f}"),
             (
                 "added to a decode step of 32 rows by a mixture over 8 / 32 / 96",
