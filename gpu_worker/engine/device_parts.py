@@ -17,7 +17,7 @@ from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.model.fused import fuse, load_fused_kernel
-from gpu_worker.model.packed_linear import LinearKernel, is_kernel_faster, load_linear_kernel
+from gpu_worker.model.packed_linear import LinearKernel, has_bf16_vectors, is_kernel_faster, load_linear_kernel
 
 
 def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
@@ -54,10 +54,10 @@ def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:
 
 def make_linear_kernel(config: WorkerConfig) -> LinearKernel | None:
     """Return the compiled products of the base's layers where they are faster than oneDNN's, else None."""
-    if config.device != "cpu" or not is_kernel_faster():
+    if config.device != "cpu" or not has_bf16_vectors():
         return None
     kernel = load_linear_kernel(config.cache_dir)
-    return kernel if kernel is not None and kernel.has_bf16_products else None
+    return kernel if kernel is not None and is_kernel_faster(kernel) else None
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig) -> None:

@@ -27,12 +27,13 @@ class LinearKernel:
     """The compiled bfloat16 products on the CPU.
 
     `has_bf16_products`: the library uses the processor's bfloat16 instructions. A prebuilt one for older processors
-    does not, nor does one of an old compiler.
+    does not, nor does one of an old compiler. `has_tiles`: it uses the processor's tiles (AMX) too, as Linux permits.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.pack, self.linear = library.pack_bf16, library.linear_bf16
         self.has_bf16_products = bool(library.has_bf16_products())
+        self.has_tiles = bool(library.has_tiles())
         self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
         arguments = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32
         self.linear.argtypes, self.linear.restype = arguments, None
@@ -128,11 +129,16 @@ def load_linear_kernel(cache_dir: Path) -> LinearKernel | None:
     return None if library is None else LinearKernel(library)
 
 
-def is_kernel_faster(capabilities: Mapping[str, bool] | None = None) -> bool:
-    """Return whether the kernel is faster than oneDNN: with bfloat16 vectors, but without tiles (AMX).
+def has_bf16_vectors(capabilities: Mapping[str, bool] | None = None) -> bool:
+    """Return whether the processor multiplies bfloat16 vectors.
 
-    The library must use these vectors too (`LinearKernel.has_bf16_products`).
     `capabilities`: of the processor, as torch names them. None: of this one.
     """
     found = torch.cpu.get_capabilities() if capabilities is None else capabilities
-    return bool(found.get("avx512_bf16")) and not found.get("amx_bf16")
+    return bool(found.get("avx512_bf16"))
+
+
+def is_kernel_faster(kernel: LinearKernel, capabilities: Mapping[str, bool] | None = None) -> bool:
+    """Return whether the kernel is faster than oneDNN: it uses bfloat16 vectors, and tiles (AMX) if there are any."""
+    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
+    return kernel.has_bf16_products and (kernel.has_tiles or not found.get("amx_bf16"))

@@ -24,8 +24,11 @@ class Variant:
     options: tuple[str, ...]
 
 
+_BF16 = ("-march=x86-64-v4", "-mavx512bf16")
+_TILES = ("-mamx-tile", "-mamx-bf16")
 VARIANTS = (  # the fastest first
-    Variant("x86-64-v4-bf16", "x86_64", _V4 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+    Variant("x86-64-v4-amx", "x86_64", _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"}, (*_BF16, *_TILES)),
+    Variant("x86-64-v4-bf16", "x86_64", _V4 | {"avx512_bf16"}, _BF16),
     Variant("x86-64-v3", "x86_64", _V3, ("-march=x86-64-v3",)),
     Variant("aarch64", "aarch64", frozenset({"asimd"}), ("-march=armv8-a",)),
 )

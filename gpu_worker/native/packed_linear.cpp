@@ -12,6 +12,11 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -29,6 +34,15 @@ struct Rows {
 
 #ifdef __AVX512BF16__
 constexpr int kMostRows = 12;  // with 24 sums, two weights and an input 27 of 32 registers
+
+void store_block(bf16* y, __m512 low, __m512 high, int64_t left) {
+  const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (left >= kBlock) {
+    _mm512_storeu_si512(y, values);  // cheaper than a masked store
+  } else {
+    _mm512_mask_storeu_epi16(y, (1u << left) - 1, values);
+  }
+}
 
 // y[rows[r]][0 .. 32) = x[r] . panel + bias
 template <int R>
@@ -49,14 +63,7 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
       high[r] = _mm512_dpbf16_ps(high[r], w_high, inputs);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high[r], low[r]);
-    if (left >= kBlock) {
-      _mm512_storeu_si512(y + rows.place(r), values);  // cheaper than a masked store
-    } else {
-      _mm512_mask_storeu_epi16(y + rows.place(r), (1u << left) - 1, values);
-    }
-  }
+  for (int r = 0; r < R; ++r) store_block(y + rows.place(r), low[r], high[r], left);
 }
 #else
 constexpr int kMostRows = 2;
@@ -85,6 +92,95 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
 }
 #endif
 
+#ifdef HAS_TILES
+constexpr int kTileRows = 16, kTileInputs = 32;
+
+// Returns whether the processor has tiles and Linux lets this process use them. It is asked once.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return may;
+}
+
+// The tiles of one thread. 0 to 3: sums of the upper and the lower rows, 16 outputs each; 4, 5: inputs; 6, 7: weights.
+class Tiles {
+ public:
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  ~Tiles() {
+    if (configured_rows_ != 0) _tile_release();
+  }
+
+  // y[rows[r]][0 .. 32) = x[r] . panel + bias for up to 32 rows, with num_in a multiple of kTileInputs
+  void multiply(int64_t num_rows, const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y,
+                Rows rows, int64_t left) {
+    configure(num_rows);
+    alignas(64) float sums[2 * kTileRows][kBlock];
+    if (num_rows <= kTileRows) {
+      sum<false>(x, num_in, panel, sums);
+    } else {
+      sum<true>(x, num_in, panel, sums);
+    }
+    const __m512 bias_low = _mm512_loadu_ps(bias), bias_high = _mm512_loadu_ps(bias + kLanes);
+    for (int r = 0; r < num_rows; ++r) {
+      const __m512 low = _mm512_add_ps(_mm512_load_ps(sums[r]), bias_low);
+      const __m512 high = _mm512_add_ps(_mm512_load_ps(sums[r] + kLanes), bias_high);
+      store_block(y + rows.place(r), low, high, left);
+    }
+  }
+
+ private:
+  int64_t configured_rows_ = 0;
+
+  void configure(int64_t num_rows) {
+    if (configured_rows_ == num_rows) return;
+    configured_rows_ = num_rows;
+    struct alignas(64) {
+      uint8_t palette = 1, first[15] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t num_rows[16] = {};
+    } config;
+    const uint8_t upper = std::min<int64_t>(num_rows, kTileRows), lower = std::max<int64_t>(num_rows - upper, 1);
+    for (int tile : {0, 1, 4}) config.num_rows[tile] = upper;
+    for (int tile : {2, 3, 5}) config.num_rows[tile] = lower;
+    for (int tile : {6, 7}) config.num_rows[tile] = kTileInputs / 2;
+    _tile_loadconfig(&config);
+  }
+
+  template <bool kHasLower>
+  static void sum(const bf16* x, int64_t num_in, const bf16* panel, float (*sums)[kBlock]) {
+    constexpr int64_t kPanelStride = 2 * kBlock * sizeof(bf16), kSumStride = kBlock * sizeof(float);
+    const int64_t stride = num_in * sizeof(bf16);
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kHasLower) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t i = 0; i < num_in; i += kTileInputs, panel += kTileInputs * kBlock) {
+      for (int64_t j = 0; j < kTileInputs * kBlock; j += kBlock)  // weights of the step after the next
+        _mm_prefetch(reinterpret_cast<const char*>(panel + 2 * kTileInputs * kBlock + j), _MM_HINT_T0);
+      _tile_loadd(6, panel, kPanelStride);
+      _tile_loadd(7, panel + kBlock, kPanelStride);
+      _tile_loadd(4, x + i, stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kHasLower) {
+        _tile_loadd(5, x + kTileRows * num_in + i, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, sums[0], kSumStride);
+    _tile_stored(1, sums[0] + kLanes, kSumStride);
+    if constexpr (kHasLower) {
+      _tile_stored(2, sums[kTileRows], kSumStride);
+      _tile_stored(3, sums[kTileRows] + kLanes, kSumStride);
+    }
+  }
+};
+#endif
+
 // Calls multiply<R> with R = num_rows.
 template <int R, class... Args>
 void multiply_rows(int64_t num_rows, Args... args) {
@@ -93,6 +189,37 @@ void multiply_rows(int64_t num_rows, Args... args) {
     multiply_rows<R - 1>(num_rows, args...);
   }
 }
+
+// The products of one thread: by tiles or by vectors, the same way for every number of rows of a layer.
+class Products {
+ public:
+  explicit Products([[maybe_unused]] int64_t num_in) {
+#ifdef HAS_TILES
+    has_tiles_ = may_use_tiles() && num_in % kTileInputs == 0;
+#endif
+  }
+
+  int64_t most_rows() const {
+#ifdef HAS_TILES
+    if (has_tiles_) return 2 * kTileRows;
+#endif
+    return kMostRows;
+  }
+
+  template <class... Args>
+  void multiply(int64_t num_rows, Args... args) {
+#ifdef HAS_TILES
+    if (has_tiles_) return tiles_.multiply(num_rows, args...);
+#endif
+    multiply_rows<kMostRows>(num_rows, args...);
+  }
+
+#ifdef HAS_TILES
+ private:
+  bool has_tiles_;
+  Tiles tiles_;
+#endif
+};
 
 }  // namespace
 
@@ -117,6 +244,15 @@ int32_t has_bf16_products() {
 #endif
 }
 
+// Whether the products use tiles (AMX), in layers whose number of inputs is a multiple of 32.
+int32_t has_tiles() {
+#ifdef HAS_TILES
+  return may_use_tiles();
+#else
+  return 0;
+#endif
+}
+
 // Sets panels to the packed form of weight (O, I).
 void pack_bf16(const void* weight, int64_t num_out, int64_t num_in, void* panels, int32_t num_threads) {
   const bf16* source = static_cast<const bf16*>(weight);
@@ -133,18 +269,22 @@ void pack_bf16(const void* weight, int64_t num_out, int64_t num_in, void* panels
 void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                  int32_t num_threads) {
   const int64_t num_in = layer->num_in, num_out = layer->num_out, num_panels = (num_out + kBlock - 1) / kBlock;
-  const int64_t num_groups = (num_rows + kMostRows - 1) / kMostRows;
   const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(num_threads)
-  for (int64_t p = 0; p < num_panels; ++p)
-    for (int64_t g = 0; g < num_groups; ++g) {
-      const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
-      const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
-      bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
-      multiply_rows<kMostRows>(num, static_cast<const bf16*>(x) + first * num_in, num_in,
-                               static_cast<const bf16*>(layer->panels) + p * kBlock * num_in, layer->bias + p * kBlock,
-                               target, rows, num_out - p * kBlock);
-    }
+#pragma omp parallel num_threads(num_threads)
+  {
+    Products products(num_in);
+    const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t p = 0; p < num_panels; ++p)
+      for (int64_t g = 0; g < num_groups; ++g) {
+        const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
+        const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
+        bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
+        products.multiply(num, static_cast<const bf16*>(x) + first * num_in, num_in,
+                          static_cast<const bf16*>(layer->panels) + p * kBlock * num_in, layer->bias + p * kBlock,
+                          target, rows, num_out - p * kBlock);
+      }
+  }
 }
 
 // Sets one panel of one row of y (N, O) for each part, to what linear_bf16 sets it to for x (N, I), and nothing else.
@@ -152,12 +292,16 @@ void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int
 void linear_parts_bf16(const Linear* layer, const void* x, const Part* parts, int64_t num_parts, void* y,
                        int32_t num_threads) {
   const int64_t num_in = layer->num_in, num_out = layer->num_out;
-#pragma omp parallel for schedule(dynamic, kPartsPerTask) num_threads(num_threads) if (num_parts > kPartsPerTask)
-  for (int64_t i = 0; i < num_parts; ++i) {
-    const int64_t first = parts[i].panel * kBlock;
-    multiply<1>(static_cast<const bf16*>(x) + parts[i].row * num_in, num_in,
-                static_cast<const bf16*>(layer->panels) + first * num_in, layer->bias + first,
-                static_cast<bf16*>(y) + first, Rows{&parts[i].row, num_out}, num_out - first);
+#pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
+  {
+    Products products(num_in);
+#pragma omp for schedule(dynamic, kPartsPerTask)
+    for (int64_t i = 0; i < num_parts; ++i) {
+      const int64_t first = parts[i].panel * kBlock;
+      products.multiply(1, static_cast<const bf16*>(x) + parts[i].row * num_in, num_in,
+                        static_cast<const bf16*>(layer->panels) + first * num_in, layer->bias + first,
+                        static_cast<bf16*>(y) + first, Rows{&parts[i].row, num_out}, num_out - first);
+    }
   }
 }
 

@@ -15,7 +15,8 @@ from gpu_worker.engine.device_parts import fuse_where_compiled, make_kv_cache, m
 from gpu_worker.lora.lora_kernel import LoraKernel
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.fused import FusedMlp, FusedRmsNorm
-from gpu_worker.model.packed_linear import is_kernel_faster, load_linear_kernel
+from gpu_worker.model.packed_linear import has_bf16_vectors, is_kernel_faster, load_linear_kernel
+from gpu_worker.native.kernel_variants import this_processor
 from tests.gpu_worker.engine_driver import kv_shape
 
 ON_CPU = WorkerConfig(device="cpu")
@@ -40,7 +41,9 @@ def test_products_are_compiled_on_the_cpu_unless_torch_is_configured(
 
 
 def test_the_base_has_compiled_products_only_on_processors_where_they_are_faster(lora_kernel: LoraKernel) -> None:
-    assert (make_linear_kernel(ON_CPU) is not None) == is_kernel_faster()
+    kernel = load_linear_kernel(ON_CPU.cache_dir)
+    assert kernel is not None
+    assert (make_linear_kernel(ON_CPU) is not None) == (has_bf16_vectors() and is_kernel_faster(kernel))
     assert make_linear_kernel(on("cuda")) is None
 
 
@@ -51,6 +54,16 @@ def test_a_library_without_bfloat16_instructions_does_not_replace_onednn(
     kernel = load_linear_kernel(tmp_path)
     assert kernel is not None and not kernel.has_bf16_products
     assert make_linear_kernel(replace(ON_CPU, cache_dir=tmp_path)) is None
+
+
+def test_a_library_without_tiles_replaces_onednn_only_on_processors_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_kernel: LoraKernel
+) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-U__AMX_BF16__")  # as a compiler that does not know them
+    kernel = load_linear_kernel(tmp_path)
+    assert kernel is not None and not kernel.has_tiles
+    expected = has_bf16_vectors() and "amx_bf16" not in this_processor().flags
+    assert (make_linear_kernel(replace(ON_CPU, cache_dir=tmp_path)) is not None) == expected
 
 
 @pytest.mark.parametrize(("device", "num_norms", "num_mlps"), [("cpu", 3 * 2 + 1, 3), ("cuda", 0, 0)])

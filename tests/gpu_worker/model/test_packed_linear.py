@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,22 @@ from gpu_worker.model.packed_linear import (
     KernelLinear,
     LinearKernel,
     PackedLinear,
+    has_bf16_vectors,
     is_kernel_faster,
     load_linear_kernel,
     packed,
 )
+from gpu_worker.native.kernel_variants import this_processor
 from tests.gpu_worker.engine_driver import compiled
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not multiply bfloat16"
 )
+
+
+TILED = [(1, 0, 32), (1, 32), (15, 64), (16, 32), (17, 96), (2, 16, 64), (33, 64), (70, 64)]
+"""Shapes of inputs that tiles can multiply, on processors that have them."""
+NUM_INPUTS = pytest.mark.parametrize("num_in", [40, 64], ids=["vectors", "tiles"])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,7 @@ def test_a_packed_layer_equals_the_plain_one(shape: tuple[int, ...], has_bias: b
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("num_out", [1, 16, 31, 32, 33, 100])
-@pytest.mark.parametrize("shape", [(1, 0, 40), (1, 1, 40), (11, 2), (1, 12, 40), (13, 6), (2, 18, 66)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 0, 40), (1, 1, 40), (11, 2), (1, 12, 40), (13, 6), (2, 18, 66), *TILED], ids=str)
 @torch.inference_mode()
 def test_the_kernel_rounds_the_exact_products(
     shape: tuple[int, ...], num_out: int, has_bias: bool, kernel: LinearKernel
@@ -63,15 +72,17 @@ def test_the_kernel_rounds_the_exact_products(
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)  # half a unit of bfloat16, and float32 sums
 
 
+@NUM_INPUTS
 @torch.inference_mode()
-def test_a_row_does_not_depend_on_other_rows(kernel: LinearKernel) -> None:
-    layer, x = packed(linear_of(40, 70), kernel), torch.randn(30, 40).bfloat16()
+def test_a_row_does_not_depend_on_other_rows(num_in: int, kernel: LinearKernel) -> None:
+    layer, x = packed(linear_of(num_in, 70), kernel), torch.randn(50, num_in).bfloat16()
     x[7] = float("nan")
     y = layer(x)
     assert y[7].isnan().all()
-    for number in (0, 6, 8, 12, 29):
+    for number in (0, 6, 8, 12, 29, 49):
         assert torch.equal(y[number], layer(x[number]))
-        assert torch.equal(y[number], layer(x[number : number + 14])[0])
+        for more in (14, 20):
+            assert torch.equal(y[number], layer(x[number : number + more])[0])
 
 
 @torch.inference_mode()
@@ -80,18 +91,20 @@ def test_the_kernel_reads_views_as_they_are(kernel: LinearKernel) -> None:
     assert torch.equal(layer(x), layer(x.clone(memory_format=torch.contiguous_format)))
 
 
+@NUM_INPUTS
 @torch.inference_mode()
-def test_the_kernel_writes_no_byte_outside_its_outputs(kernel: LinearKernel) -> None:
-    layer = packed(linear_of(8, 33), kernel)
+def test_the_kernel_writes_no_byte_outside_its_outputs(num_in: int, kernel: LinearKernel) -> None:
+    layer = packed(linear_of(num_in, 33), kernel)
     assert isinstance(layer, KernelLinear)
-    x, y = torch.randn(13, 8).bfloat16(), torch.full((15, 33), 7.0).bfloat16()
+    x, y = torch.randn(13, num_in).bfloat16(), torch.full((15, 33), 7.0).bfloat16()
     kernel.linear(layer._address, x.data_ptr(), None, 13, y[1].data_ptr(), 2)
     assert torch.equal(y[1:14], layer(x)) and (y[0] == 7).all() and (y[14] == 7).all()
 
 
+@NUM_INPUTS
 @torch.inference_mode()
-def test_some_rows_and_panels_are_those_of_the_whole_product(kernel: LinearKernel) -> None:
-    layer, x = packed(linear_of(8, 100), kernel), torch.randn(30, 8).bfloat16()
+def test_some_rows_and_panels_are_those_of_the_whole_product(num_in: int, kernel: LinearKernel) -> None:
+    layer, x = packed(linear_of(num_in, 100), kernel), torch.randn(30, num_in).bfloat16()
     assert isinstance(layer, KernelLinear)
     whole = np.array([28, *range(1, 27, 2)], np.int32)  # more than one group of rows
     parts = np.array([[panel, row] for panel in (0, 3) for row in (2, 29)], np.int32)
@@ -122,12 +135,24 @@ def test_layers_of_other_precisions_are_not_packed(kernel: LinearKernel) -> None
     assert packed(linear, kernel) is linear
 
 
+def test_tiles_are_used_on_processors_that_have_them(kernel: LinearKernel) -> None:
+    assert kernel.has_tiles == ("amx_bf16" in this_processor().flags)
+
+
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False), ({"avx2": True}, False)],
-    ids=str,
+    ("has_bf16_products", "has_tiles", "processor_has_tiles", "expected"),
+    [(True, False, False, True), (True, False, True, False), (True, True, True, True), (False, False, False, False)],
 )
-def test_the_kernel_replaces_onednn_on_processors_with_vectors_but_without_tiles(
-    capabilities: dict[str, bool], expected: bool
+def test_the_kernel_replaces_onednn_if_it_uses_what_the_processor_has(
+    has_bf16_products: bool, has_tiles: bool, processor_has_tiles: bool, expected: bool, kernel: LinearKernel
 ) -> None:
-    assert is_kernel_faster(capabilities) is expected
+    made = copy(kernel)
+    made.has_bf16_products, made.has_tiles = has_bf16_products, has_tiles
+    assert is_kernel_faster(made, {"avx512_bf16": True, "amx_bf16": processor_has_tiles}) is expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [({"avx512_bf16": True}, True), ({"avx2": True}, False)], ids=str
+)
+def test_processors_without_bfloat16_vectors_are_known(capabilities: dict[str, bool], expected: bool) -> None:
+    assert has_bf16_vectors(capabilities) is expected
