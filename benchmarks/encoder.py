@@ -135,7 +135,13 @@ def main(
     if quick:
         console.print("a trial run: nothing is written")
         return
-    write_results("encoder", figures=figures, table=text, runs=[{"alone": alone, "busy": busy, "batch": batch}])
+    write_results(
+        "encoder",
+        figures=figures,
+        table=text,
+        runs=[{"alone": alone, "busy": busy, "batch": batch}],
+        keeps_other_vendors=True,
+    )
 
 
 if __name__ == "__main__":

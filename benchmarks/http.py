@@ -239,7 +239,9 @@ def main(
     text, medians = report(found, single)
     if quick:
         return
-    write_results("http", figures=figures_of(found, single), table=text, runs=[*found, *single])
+    write_results(
+        "http", figures=figures_of(found, single), table=text, runs=[*found, *single], keeps_other_vendors=True
+    )
     plots.bars("http/plot", medians, f"tokens/s, {NUM_ROWS} streams")
 
 

@@ -194,7 +194,9 @@ def main(
         return
     runs = [{kind: dict(zip(("p50", "p99"), np.percentile(times, [50, 99]), strict=True)) for kind, times in r.items()}
             for r in found]  # fmt: skip
-    write_results("latency", figures=figures, table=table, runs=[{"first_tokens_ms": firsts}, *runs])
+    write_results(
+        "latency", figures=figures, table=table, runs=[{"first_tokens_ms": firsts}, *runs], keeps_other_vendors=True
+    )
     plots.bars("latency/plot", {kind: float(np.median([r[kind]["p99"] for r in runs])) for kind in KINDS},
                "p99 between tokens of running rows, ms, while")  # fmt: skip
 

@@ -206,7 +206,7 @@ def main(
     if quick:
         return
     figures = figures_of(found, base_found)
-    write_results("peers", figures=figures, table=table, runs=[versions, *found, *base_found])
+    write_results("peers", figures=figures, table=table, runs=[versions, *found, *base_found], keeps_other_vendors=True)
     medians = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
     medians |= {VLLM_BASE: statistics.median(round_[VLLM_BASE] for round_ in base_found)} if base_found else {}
     plots.bars("peers/plot", medians, f"tokens/s, {NUM_ROWS} rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,32 @@ from filelock import FileLock
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_results(study: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]) -> Path:
+def write_results(
+    study: str,
+    *,
+    figures: Mapping[str, float],
+    table: str,
+    runs: Sequence[Mapping[str, Any]],
+    keeps_other_vendors: bool = False,
+) -> Path:
     """Write `results.json` and `table.txt` in `results/<study>/` and return the path of the JSON file.
 
-    `figures`: numbers by name; `runs`: the raw rows behind them.
+    `figures`: numbers by name; `runs`: the raw rows behind them. `keeps_other_vendors`: if `results.json` is of a
+    processor of another vendor, write `results.<vendor>.json` and `table.<vendor>.txt` instead.
     """
-    return _write(study, _circumstances() | {"figures": dict(figures), "runs": list(runs)}, [table])
+    content = _circumstances() | {"figures": dict(figures), "runs": list(runs)}
+    return _write(study, content, [table], _suffix(study) if keeps_other_vendors else "")
+
+
+def vendor_of(machine: str) -> str:
+    """Return the processor's vendor: the letters that the machine's description begins with, in lower case."""
+    return re.findall(r"^[a-z]*", machine.lower())[0]
+
+
+def _suffix(study: str) -> str:
+    path, own = RESULTS / study / "results.json", vendor_of(machine())
+    first = vendor_of(json.loads(path.read_text(encoding="utf-8"))["machine"]) if path.exists() else own
+    return "" if first == own else f".{own}"
 
 
 def write_part(
@@ -70,11 +91,11 @@ def _without_folders(argument: str) -> str:
     return Path(argument).name if argument.startswith("/") else argument
 
 
-def _write(study: str, content: Mapping[str, Any], tables: Sequence[str]) -> Path:
+def _write(study: str, content: Mapping[str, Any], tables: Sequence[str], suffix: str = "") -> Path:
     folder = RESULTS / study
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")
-    path = folder / "results.json"
+    (folder / f"table{suffix}.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")
+    path = folder / f"results{suffix}.json"
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(path)

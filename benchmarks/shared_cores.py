@@ -155,7 +155,7 @@ def main(
             table.add_row(f"{niceness} ({name})", threads, str(len(found)), *(f"{value:.2f}" for value in cells))
     text = shown(table)
     if not (quick or only):
-        write_results("shared_cores", figures=figures, table=text, runs=runs)
+        write_results("shared_cores", figures=figures, table=text, runs=runs, keeps_other_vendors=True)
 
 
 if __name__ == "__main__":

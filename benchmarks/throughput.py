@@ -238,7 +238,7 @@ def main(
     table, medians = table_and_medians(found)
     if quick:
         return
-    write_results("throughput", figures=figures, table=table, runs=[*found, *turns])
+    write_results("throughput", figures=figures, table=table, runs=[*found, *turns], keeps_other_vendors=True)
     plot(medians)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import results_file
-from benchmarks.results_file import write_part, write_results
+from benchmarks.results_file import vendor_of, write_part, write_results
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,25 @@ def test_a_file_of_one_script_is_replaced(folder: Path) -> None:
     assert (content["figures"], content["runs"]) == ({"a": 3}, [{"x": 4}])
     assert content.keys() == {"machine", "commit", "command", "date", "figures", "runs"}
     assert (folder / "one" / "table.txt").read_text() == "new\n"
+
+
+def test_results_of_another_vendors_processor_stay_where_they_are_to_be_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = {"amd": "AMD EPYC 9B14, 2 cores", "intel": "Intel(R) Xeon(R) Processor, 2 cores", "aarch": "aarch64, 4"}
+    for number, (vendor, machine) in enumerate(machines.items()):
+        assert vendor_of(machine) == vendor
+        monkeypatch.setattr(results_file, "machine", lambda machine=machine: machine)
+        for figure in (number + 10, number):  # the second replaces the first
+            table = f"table {figure}"
+            write_results("one", figures={"a": figure}, table=table, runs=[], keeps_other_vendors=True)
+    for number, suffix in enumerate(("", ".intel", ".aarch")):
+        content = json.loads((folder / "one" / f"results{suffix}.json").read_text())
+        assert (content["figures"], content["machine"]) == ({"a": number}, list(machines.values())[number])
+        assert (folder / "one" / f"table{suffix}.txt").read_text() == f"table {number}\n"
+    assert len(list((folder / "one").iterdir())) == 6
+    write_results("one", figures={"a": 5}, table="", runs=[])  # of the last machine, without the option
+    assert read(folder, "one")["figures"] == {"a": 5}
 
 
 def test_parts_of_a_file_stay_when_another_is_written(folder: Path) -> None:

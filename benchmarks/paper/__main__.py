@@ -78,6 +78,7 @@ STAGES = (
     Stage("errors", 1, alone=True),
     Stage("flan_pool", 40, _TRAINED, alone=True),
     Stage("rerank_flan", 10, _TRAINED),
+    Stage("flan_bbq", 40, _TRAINED),
     Stage("recipes", 45, _TRAINED),
     Stage("competence", 30),
     Stage("sizes", 15),

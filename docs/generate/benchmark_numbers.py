@@ -20,16 +20,21 @@ _CLIENTS = {"vllm bench serve": "`vllm bench serve`, 4 adapters in turn", "guide
 
 @dataclass(frozen=True, slots=True)
 class NumberTable:
-    """A table of numbers. `rows`: a text, and a format of the study's numbers by name (`numbers_of`)."""
+    """A table of numbers. `rows`: a text, and a format of the study's numbers by name (`numbers_of`).
+
+    It has a column for each vendor of processors that the study has results of (`results_of`).
+    """
 
     study: str
     column: str
     rows: Sequence[tuple[str, str]]
 
     def __call__(self) -> str:
-        figures = numbers_of(self.study)
-        rows = [(text, numbers.format(**figures)) for text, numbers in self.rows]
-        return table(("", self.column), rows) + "\n" + measured(self.study) + "\n"
+        results = results_of(self.study)
+        heads = [self.column] if len(results) == 1 else [f"{self.column} {_on(each)}".strip() for each in results]
+        by_result = [numbers_of(self.study, each) for each in results]
+        rows = [(text, *[_cell(numbers, figures) for figures in by_result]) for text, numbers in self.rows]
+        return table(("", *heads), rows) + "\n" + measured(self.study) + "\n"
 
 
 _TABLES: Mapping[str, NumberTable] = {
@@ -225,31 +230,41 @@ def load_by_clients() -> str:
 
 def encoder_times() -> str:
     """Return the encoder's time for a new text, a row for each runtime that was measured."""
-    figures = numbers_of("encoder")
+    results = results_of("encoder")
+    places = {"alone": "alone", "next_to_worker": "next to a decoding worker"}
+    names = {name: f"encoder_{name}_{{}}_p50_ms" for name in _RUNTIMES}
     rows = [
-        (text, *[f"{figures[f'encoder_{name}_{place}_p50_ms']:.1f} ms" for place in ("alone", "next_to_worker")])
+        (text, *[f"{each['figures'][names[name].format(place)]:.1f} ms" for each in results for place in places])
         for name, text in _RUNTIMES.items()
-        if f"encoder_{name}_alone_p50_ms" in figures
+        if names[name].format("alone") in results[0]["figures"]
     ]
-    head = ("a new text of 40 tokens, p50", "alone", "next to a decoding worker")
-    return table(head, rows) + "\n" + measured("encoder") + "\n"
+    on = ["" if len(results) == 1 else f" {_on(each)}" for each in results]
+    heads = [f"{text}{machine}" for machine in on for text in places.values()]
+    return table(("a new text of 40 tokens, p50", *heads), rows) + "\n" + measured("encoder") + "\n"
 
 
-def numbers_of(study: str) -> dict[str, float]:
-    """Return the numbers of the study, and for throughput the ratio to `generate` with as many rows in each round."""
-    figures: dict[str, float] = dict(_result(study)["figures"])
+def numbers_of(study: str, result: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Return the numbers of the study, and for throughput the ratio to `generate` with as many rows in each round.
+
+    `result`: one of `results_of`. None: the first.
+    """
+    found = _result(study) if result is None else result
+    figures: dict[str, float] = dict(found["figures"])
     if study == "throughput":
-        rounds = [run for run in _result(study)["runs"] if _ROUND[study] in run]
+        rounds = [run for run in found["runs"] if _ROUND[study] in run]
         for name in rounds[0]:
             base = f"generate x{name.rpartition(' x')[2]}"
             if base in rounds[0]:
-                figures[f"{name} / {base}"] = statistics.median(found[name] / found[base] for found in rounds)
+                figures[f"{name} / {base}"] = statistics.median(each[name] / each[base] for each in rounds)
     return figures
 
 
 def measured(study: str) -> str:
-    """Return the machine, the commit and the day of the study's results."""
-    result = _result(study)
+    """Return the machine, the commit and the day of each of the study's results."""
+    return " ".join(_measured(study, result) for result in results_of(study))
+
+
+def _measured(study: str, result: Mapping[str, Any]) -> str:
     machine = " ".join(result["machine"].replace("(R)", "").split(", torch")[0].split())
     commit, changes, _ = result["commit"].partition("+")
     at = f"commit {commit[:12]}" + (" with local changes" if changes else "")
@@ -258,9 +273,31 @@ def measured(study: str) -> str:
     return f"Measured {result['date'][:10]}{in_rounds} at {at}, on {machine}."
 
 
-@cache
+def _on(result: Mapping[str, Any]) -> str:
+    return f"({result['machine'].split(',')[0].replace('(R)', '').split()[0]})"
+
+
+def _cell(numbers: str, figures: Mapping[str, float]) -> str:
+    """Return the cell, or a dash if a number has not been measured there."""
+    try:
+        return numbers.format(**figures)
+    except KeyError:
+        return "–"
+
+
+def results_of(study: str) -> list[dict[str, Any]]:
+    """Return the study's results: `results.json`, then those of processors of other vendors."""
+    others = sorted((RESULTS / study).glob("results.*.json"))
+    return [_result(study), *[_read(path) for path in others]]
+
+
 def _result(study: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / study / "results.json").read_text(encoding="utf-8"))
+    return _read(RESULTS / study / "results.json")
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 

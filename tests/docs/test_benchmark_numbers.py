@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from docs.generate.__main__ import DOCS
-from docs.generate.benchmark_numbers import BENCHMARK_BLOCKS, RESULTS, NumberTable, measured, numbers_of
+from docs.generate.benchmark_numbers import BENCHMARK_BLOCKS, RESULTS, NumberTable, measured, numbers_of, results_of
 
 PAGE = (DOCS / "benchmarks" / "index.md").read_text(encoding="utf-8")
 GENERATED = ("Throughput", "Other servers", "Over HTTP", "Choosing adapters", "Latency", "Large pools", "Publishing")
@@ -26,13 +26,25 @@ def result_of(study: str) -> dict[str, Any]:
 def test_a_table_has_the_numbers_of_its_study_rounded(name: str) -> None:
     """Every number of a cell is one of the study, to its last digit. A share may be in per cent."""
     block = TABLES[name]
-    printed = [cell for line in block().splitlines() if line.startswith("| ") for cell in [line.rsplit("|", 2)[1]]]
-    numbers = [number for cell in printed[1:] for number in re.findall(r"\d+(?:\.\d+)?", cell)]
-    figures = numbers_of(block.study).values()
-    assert len(numbers) >= len(block.rows)
-    for number in numbers:
-        digits = len(number.partition(".")[2])
-        assert any(number in (f"{value:.{digits}f}", f"{100 * value:.{digits}f}") for value in figures), number
+    _, _, *rows = [line.split("|")[2:-1] for line in block().splitlines() if line.startswith("|")]
+    results = results_of(block.study)
+    for result, cells in zip(results, zip(*rows, strict=True), strict=True):
+        numbers = [number for cell in cells for number in re.findall(r"\d+(?:\.\d+)?", cell)]
+        figures = numbers_of(block.study, result).values()
+        for number in numbers:
+            digits = len(number.partition(".")[2])
+            assert any(number in (f"{value:.{digits}f}", f"{100 * value:.{digits}f}") for value in figures), number
+    assert len(rows) == len(block.rows) and all(re.search(r"\d", " ".join(row)) for row in rows), "a row has no number"
+
+
+def test_results_of_other_vendors_have_a_column_and_an_origin_each() -> None:
+    amd, intel = results_of("throughput")
+    head, *rows = TABLES["results-throughput"]().splitlines()
+    assert [cell.split()[-1] for cell in head.split("|")[2:-1]] == ["(AMD)", "(Intel)"]
+    [base] = [row.split("|")[2:-1] for row in rows if row.startswith("| base model |")]
+    assert [cell.strip() for cell in base] == [f"{each['figures']['base_over_generate']:.2f}" for each in (amd, intel)]
+    for each in (amd, intel):
+        assert each["commit"][:7] in measured("throughput")
 
 
 def test_numbers_are_in_the_cells_of_their_rows() -> None:
@@ -47,12 +59,13 @@ def test_numbers_are_in_the_cells_of_their_rows() -> None:
 
 
 def test_every_runtime_of_the_encoder_has_a_row_with_its_times() -> None:
-    figures = result_of("encoder")["figures"]
-    rows = re.findall(r"\| ([\d.]+) ms \| ([\d.]+) ms \|$", BENCHMARK_BLOCKS["results-encoder"](), re.MULTILINE)
-    kinds = [kind for kind in ("server", "bfloat16", "float32") if f"encoder_{kind}_alone_p50_ms" in figures]
-    assert len(kinds) == sum(name.endswith("_alone_p50_ms") for name in figures)
-    places = ("alone", "next_to_worker")
-    assert rows == [tuple(f"{figures[f'encoder_{kind}_{place}_p50_ms']:.1f}" for place in places) for kind in kinds]
+    lines = BENCHMARK_BLOCKS["results-encoder"]().splitlines()
+    rows = [found for line in lines if (found := re.findall(r"([\d.]+) ms(?= \|)", line))]
+    results = [result["figures"] for result in results_of("encoder")]
+    kinds = [kind for kind in ("server", "bfloat16", "float32") if f"encoder_{kind}_alone_p50_ms" in results[0]]
+    assert len(kinds) == sum(name.endswith("_alone_p50_ms") for name in results[0])
+    names = [[f"encoder_{kind}_{place}_p50_ms" for place in ("alone", "next_to_worker")] for kind in kinds]
+    assert rows == [[f"{figures[name]:.1f}" for figures in results for name in pair] for pair in names]
 
 
 def test_ratios_of_throughput_are_medians_over_rounds() -> None:

@@ -113,27 +113,33 @@ def section(rows: pd.DataFrame) -> str:
     )
 
 
-def measure(bench: Bench, folder: Path, per_task: int) -> None:
-    """Answer under every method, write rows and the appendix. Known answers are not computed again."""
-    rows = run_all(bench, methods(), per_task, bench.study.workspace.rows / "flan_pool")
-    write_parquet(folder / ROWS, pa.concat_tables([rows, bench.majority(per_task)]))
-    (folder / "flan_pool.md").write_text(section(pd.read_parquet(folder / ROWS)), encoding="utf-8")
+def measure(bench: Bench, folder: Path, per_task: int, name: str = "flan_pool") -> pd.DataFrame:
+    """Answer under every method and write the rows, named after the pool. Known answers are not computed again."""
+    rows = run_all(bench, methods(), per_task, bench.study.workspace.rows / name)
+    path = folder / f"{name}.parquet"
+    write_parquet(path, pa.concat_tables([rows, bench.majority(per_task)]))
+    return pd.read_parquet(path)
 
 
 def load_flan_pool(workspace: Workspace, encoder: str, out: Console) -> Loaded:
-    """Train the pool's adapters that do not exist yet, and load the pool."""
-    specs = chosen_tasks(list(read_task_list().by_name.values()))
+    """Train the adapters of multiemo's pool that do not exist yet, and load the pool."""
+    return load_pool(chosen_tasks(list(read_task_list().by_name.values())), workspace, encoder, out, "flan")
+
+
+def load_pool(specs: Sequence[TaskSpec], workspace: Workspace, encoder: str, out: Console, name: str) -> Loaded:
+    """Train the adapters of these tasks that do not exist yet, and load them as the pool `name`."""
     config = worker_config(len(specs))
     with Progress() as progress:
         train_all(specs, workspace, Path(model_source(config)), progress)
     study = load_study(specs, workspace, config)
     asker, store, weights = load_asker(workspace, config, [spec.name for spec in specs])
-    return Loaded(Bench(study, asker, pool_retriever(study, asker, Encoder(encoder), "flan"), out), store, weights)
+    return Loaded(Bench(study, asker, pool_retriever(study, asker, Encoder(encoder), name), out), store, weights)
 
 
 def main(per_task: PerTask = NUM_TEST, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Train the pool's adapters, then measure."""
-    measure(load_flan_pool(Workspace(root), encoder, Console(width=120)).bench, PAPER_RESULTS, per_task)
+    rows = measure(load_flan_pool(Workspace(root), encoder, Console(width=120)).bench, PAPER_RESULTS, per_task)
+    (PAPER_RESULTS / "flan_pool.md").write_text(section(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -42,5 +42,5 @@ def test_the_stage_compares_the_papers_methods_with_the_default(bench: Bench, tm
     assert bench.asker.engine.counters.num_requests == before
     rows = pd.read_parquet(tmp_path / flan_pool.ROWS)
     assert set(rows["run"]) == {*flan_pool.methods(), "majority"}
-    text = (tmp_path / "flan_pool.md").read_text()
+    text = flan_pool.section(rows)
     assert all(f"{one} − {other}".replace("_", " ") in text for one, other in flan_pool.PAIRS)
