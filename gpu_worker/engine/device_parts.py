@@ -54,7 +54,7 @@ def make_lora_kernel(config: WorkerConfig) -> LoraKernel | None:
 
 def make_linear_kernel(config: WorkerConfig) -> LinearKernel | None:
     """Return the compiled products of the base's layers where they are faster than oneDNN's, else None."""
-    if config.device != "cpu" or not has_bf16_vectors():
+    if config.device != "cpu" or not has_bf16_vectors():  # then the library need not be compiled
         return None
     kernel = load_linear_kernel(config.cache_dir)
     return kernel if kernel is not None and is_kernel_faster(kernel) else None

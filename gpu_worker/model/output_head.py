@@ -13,8 +13,6 @@ from gpu_worker.grammar.state import BITS, only_id
 from gpu_worker.model.packed_linear import PANEL, KernelLinear, PackedLinear
 from gpu_worker.step.step_context import StepContext
 
-_ROWS_PER_READ = 11  # rows that the whole head computes in the time in which it reads its weights
-
 
 class OutputHead(nn.Module):
     """A model's output head on the CPU. A row whose mask allows few ids gets -inf for the others.
@@ -52,7 +50,7 @@ class OutputHead(nn.Module):
     def _in_parts(whole: KernelLinear, rows: Tensor, panels: Mapping[int, NDArray[np.int64]]) -> Tensor:
         assert PANEL == BITS, "a panel has the ids of one word of a mask"
         counts = {row: len(found) for row, found in panels.items()}
-        limited = rows_in_parts(counts, len(rows), -(-whole.out_features // PANEL))
+        limited = rows_in_parts(counts, len(rows), -(-whole.out_features // PANEL), whole.rows_per_read)
         if not limited:
             y: Tensor = whole(rows)
             return y
@@ -62,16 +60,17 @@ class OutputHead(nn.Module):
         return whole.some(rows, others, parts[parts[:, 0].argsort(kind="stable")])
 
 
-def rows_in_parts(num_panels: Mapping[int, int], num_rows: int, all_panels: int) -> list[int]:
+def rows_in_parts(num_panels: Mapping[int, int], num_rows: int, all_panels: int, rows_per_read: int) -> list[int]:
     """Return the rows to compute panel by panel, so that the step's head costs least.
 
-    A panel for one row costs 1. The whole head costs `all_panels` for up to 11 rows, and for more in proportion.
+    A panel for one row costs 1. The whole head costs `all_panels` for up to `rows_per_read` rows, and for more in
+    proportion.
     `num_panels`: those of the rows with a mask; `num_rows`: all rows.
     """
     order = sorted(num_panels, key=num_panels.__getitem__)
     costs, parts = [], 0.0
     for place in range(len(order) + 1):
         left = num_rows - place
-        costs.append(parts + (all_panels * max(1.0, left / _ROWS_PER_READ) if left else 0.0))
+        costs.append(parts + (all_panels * max(1.0, left / rows_per_read) if left else 0.0))
         parts += num_panels[order[place]] if place < len(order) else 0
     return sorted(order[: min(range(len(costs)), key=costs.__getitem__)])

@@ -17,6 +17,7 @@ from gpu_worker.native.kernel_loading import load_library
 
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
 PANEL = 32  # outputs of a panel of the kernel
+_ROWS_PER_READ, _ROWS_PER_READ_TILES = 11, 26
 
 
 class _Linear(ctypes.Structure):
@@ -28,12 +29,14 @@ class LinearKernel:
 
     `has_bf16_products`: the library uses the processor's bfloat16 instructions. A prebuilt one for older processors
     does not, nor does one of an old compiler. `has_tiles`: it uses the processor's tiles (AMX) too, as Linux permits.
+    `rows_per_read`: rows that a large layer computes in the time in which its weights are read.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.pack, self.linear = library.pack_bf16, library.linear_bf16
         self.has_bf16_products = bool(library.has_bf16_products())
         self.has_tiles = bool(library.has_tiles())
+        self.rows_per_read = _ROWS_PER_READ_TILES if self.has_tiles else _ROWS_PER_READ
         self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
         arguments = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32
         self.linear.argtypes, self.linear.restype = arguments, None
@@ -51,6 +54,7 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         padded = -(-self.out_features // PANEL) * PANEL
+        self.rows_per_read = kernel.rows_per_read
         self._kernel, self._bias = kernel, torch.zeros(padded)
         if bias is not None:
             self._bias[: self.out_features] = bias.detach()
@@ -138,7 +142,14 @@ def has_bf16_vectors(capabilities: Mapping[str, bool] | None = None) -> bool:
     return bool(found.get("avx512_bf16"))
 
 
-def is_kernel_faster(kernel: LinearKernel, capabilities: Mapping[str, bool] | None = None) -> bool:
-    """Return whether the kernel is faster than oneDNN: it uses bfloat16 vectors, and tiles (AMX) if there are any."""
-    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
-    return kernel.has_bf16_products and (kernel.has_tiles or not found.get("amx_bf16"))
+def may_use_tiles() -> bool:
+    """Return whether the processor has tiles (AMX) and Linux lets this process use them."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and torch.cpu._init_amx()
+
+
+def is_kernel_faster(kernel: LinearKernel, tiles: bool | None = None) -> bool:
+    """Return whether the kernel is faster than oneDNN: it uses bfloat16 vectors, and tiles if the process may use them.
+
+    `tiles`: whether it may. None: ask.
+    """
+    return kernel.has_bf16_products and (kernel.has_tiles or not (may_use_tiles() if tiles is None else tiles))

@@ -1,7 +1,7 @@
 // Linear layers over packed bfloat16 weights: y = x W^T + bias, summed in float32.
 //
-// Dims: N rows, I in (even), O out. Every output is one chain of sums over the inputs, so a row does not depend on the
-// others or on their number.
+// Dims: N rows, I in (even), O out. Every output is summed over the inputs in one order, so a row does not depend on the
+// others or on their number. Tiles (AMX) have another order than vectors, so a layer uses one of them for all rows.
 // A packed weight has panels of kBlock outputs, padded with zeros: (panels, I / 2, kBlock, 2), so a vector has the two
 // weights of adjacent inputs in each lane. A panel is read once for all rows.
 #include <algorithm>
@@ -95,8 +95,8 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
 #ifdef HAS_TILES
 constexpr int kTileRows = 16, kTileInputs = 32;
 
-// Returns whether the processor has tiles and Linux lets this process use them. It is asked once.
-bool may_use_tiles() {
+// Asks Linux once to let this process use tiles. Returns false if it refuses, or if the processor has none.
+bool request_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return may;
@@ -136,14 +136,16 @@ class Tiles {
     if (configured_rows_ == num_rows) return;
     configured_rows_ = num_rows;
     struct alignas(64) {
-      uint8_t palette = 1, first[15] = {};
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t num_rows[16] = {};
     } config;
-    const uint8_t upper = std::min<int64_t>(num_rows, kTileRows), lower = std::max<int64_t>(num_rows - upper, 1);
+    const uint8_t upper = std::min<int64_t>(num_rows, kTileRows);
+    const uint8_t lower = std::max<int64_t>(num_rows - upper, 1);  // a tile must have a row, also one that is not used
     for (int tile : {0, 1, 4}) config.num_rows[tile] = upper;
     for (int tile : {2, 3, 5}) config.num_rows[tile] = lower;
     for (int tile : {6, 7}) config.num_rows[tile] = kTileInputs / 2;
+    asm volatile("" ::"r"(&config) : "memory");  // older compilers believe that only eight bytes are read (PR 114098)
     _tile_loadconfig(&config);
   }
 
@@ -195,13 +197,13 @@ class Products {
  public:
   explicit Products([[maybe_unused]] int64_t num_in) {
 #ifdef HAS_TILES
-    has_tiles_ = may_use_tiles() && num_in % kTileInputs == 0;
+    uses_tiles_ = request_tiles() && num_in % kTileInputs == 0;
 #endif
   }
 
   int64_t most_rows() const {
 #ifdef HAS_TILES
-    if (has_tiles_) return 2 * kTileRows;
+    if (uses_tiles_) return 2 * kTileRows;
 #endif
     return kMostRows;
   }
@@ -209,14 +211,14 @@ class Products {
   template <class... Args>
   void multiply(int64_t num_rows, Args... args) {
 #ifdef HAS_TILES
-    if (has_tiles_) return tiles_.multiply(num_rows, args...);
+    if (uses_tiles_) return tiles_.multiply(num_rows, args...);
 #endif
     multiply_rows<kMostRows>(num_rows, args...);
   }
 
 #ifdef HAS_TILES
  private:
-  bool has_tiles_;
+  bool uses_tiles_;
   Tiles tiles_;
 #endif
 };
@@ -247,7 +249,7 @@ int32_t has_bf16_products() {
 // Whether the products use tiles (AMX), in layers whose number of inputs is a multiple of 32.
 int32_t has_tiles() {
 #ifdef HAS_TILES
-  return may_use_tiles();
+  return request_tiles();
 #else
   return 0;
 #endif
@@ -274,7 +276,7 @@ void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int
   {
     Products products(num_in);
     const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
-#pragma omp for schedule(dynamic, chunk)
+#pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t p = 0; p < num_panels; ++p)
       for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
@@ -295,7 +297,7 @@ void linear_parts_bf16(const Linear* layer, const void* x, const Part* parts, in
 #pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
   {
     Products products(num_in);
-#pragma omp for schedule(dynamic, kPartsPerTask)
+#pragma omp for schedule(dynamic, kPartsPerTask) nowait
     for (int64_t i = 0; i < num_parts; ++i) {
       const int64_t first = parts[i].panel * kBlock;
       products.multiply(1, static_cast<const bf16*>(x) + parts[i].row * num_in, num_in,

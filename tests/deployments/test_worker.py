@@ -123,7 +123,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
             store = FakeStore(blobs)
             ends: list[int] = []
             worker = WorkerDeployment(
-                tiny_config(tiny_folders["gemma3"], num_threads=torch.get_num_threads()),
+                tiny_config(tiny_folders["gemma3"], num_threads=torch.get_num_threads(), shares_cores=False),
                 0.0,
                 FakeHandle(store),
                 weights_cache,

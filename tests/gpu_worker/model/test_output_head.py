@@ -128,17 +128,17 @@ def test_without_masks_the_whole_head_is_computed(masks: list[Mask | None]) -> N
     assert counts == [3] and torch.equal(found, whole(x))
 
 
-def cost_slowly(in_parts: Sequence[int], panels: Sequence[int], num_rows: int, all_panels: int) -> float:
+def cost_slowly(in_parts: Sequence[int], panels: Sequence[int], num_rows: int, per_read: int) -> float:
     left = num_rows - len(in_parts)
-    return sum(panels[row] for row in in_parts) + (all_panels * max(left, 11) / 11 if left else 0)
+    return sum(panels[row] for row in in_parts) + (100 * max(left, per_read) / per_read if left else 0)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_rows_in_parts_are_those_of_the_least_cost(seed: int) -> None:
     draw = random.Random(seed)
     panels = [draw.choice([0, 1, 3, 30, 60, 100]) for _ in range(6)]
-    num_rows = draw.choice([6, 7, 30])
-    found = rows_in_parts(dict(enumerate(panels)), num_rows, 100)
+    num_rows, per_read = draw.choice([6, 7, 30]), draw.choice([11, 26])
+    found = rows_in_parts(dict(enumerate(panels)), num_rows, 100, per_read)
     choices = [[row for row in range(6) if number >> row & 1] for number in range(64)]
-    least = min(cost_slowly(choice, panels, num_rows, 100) for choice in choices)
-    assert cost_slowly(found, panels, num_rows, 100) == pytest.approx(least)
+    least = min(cost_slowly(choice, panels, num_rows, per_read) for choice in choices)
+    assert cost_slowly(found, panels, num_rows, per_read) == pytest.approx(least)

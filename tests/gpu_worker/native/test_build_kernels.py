@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from gpu_worker.lora.lora_kernel import LoraKernel
+from gpu_worker.model.packed_linear import LinearKernel, may_use_tiles
 from gpu_worker.native.build_kernels import build, main, prebuilt_path
 from gpu_worker.native.kernel_build import FOLDER, Compiler, KernelUnavailable, kernel_names
 from gpu_worker.native.kernel_loading import check_trusted
-from gpu_worker.native.kernel_variants import VARIANTS
+from gpu_worker.native.kernel_variants import VARIANTS, this_processor
 
 HERE = [variant for variant in VARIANTS if variant.machine == platform.machine()]
 
@@ -39,6 +41,11 @@ def test_built_kernels_are_found_at_the_start(
         assert library.stat().st_mode & 0o777 == 0o644, "another user runs the image"
         assert library.parent.stat().st_mode & 0o777 == 0o755, "whatever the umask"
         check_trusted(library, os.geteuid())
+    for variant in this_processor().fitting():
+        kernel = LinearKernel(ctypes.CDLL(str(prebuilt_path(tmp_path, variant, "packed_linear"))))
+        has_tiles = variant.name.endswith("-amx")
+        assert kernel.has_bf16_products == (has_tiles or variant.name.endswith("-bf16"))
+        assert kernel.has_tiles == (has_tiles and may_use_tiles())
 
 
 def test_the_build_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def cpuinfo(*flags: str, key: str = "flags") -> str:
     [
         ("x86_64", cpuinfo(_SAPPHIRE_RAPIDS), ["x86-64-v4-amx", "x86-64-v4-bf16", "x86-64-v3"]),
         ("x86_64", cpuinfo(_ZEN_4), ["x86-64-v4-bf16", "x86-64-v3"]),
+        ("x86_64", cpuinfo(f"{_ZEN_4} amx_tile"), ["x86-64-v4-bf16", "x86-64-v3"]),
+        ("x86_64", cpuinfo(f"{_ZEN_4} amx_bf16"), ["x86-64-v4-bf16", "x86-64-v3"]),
         ("x86_64", cpuinfo(_SKYLAKE_X), ["x86-64-v3"]),
         ("x86_64", cpuinfo(_HASWELL), ["x86-64-v3"]),
         ("x86_64", cpuinfo("fpu sse2 avx"), []),
