@@ -2,7 +2,7 @@
 
 `python -m benchmarks.load --vllm-python VENV/bin/python --guidellm VENV/bin/guidellm`, or `make bench` with the same
 options as `ARGS`. Both servers get the same prompts, the starter pool's held-out ones, and the same adapters by name;
-this server also chooses them itself (`auto`). One server runs at a time.
+this server also chooses them itself (`auto`). One server runs at a time, started anew for each client's run.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class Measured:
     tokens_s: float
     ttft_p50_ms: float
     itl_p50_ms: float
+
+
+Ask = Callable[[str], Measured]
+"""Takes a server's address and runs a client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +175,22 @@ def _wait_until(is_ready: Callable[[], bool], process: subprocess.Popen[bytes], 
         time.sleep(1)
 
 
-def of_named(clients: Clients, server: str, url: str, base: str) -> Iterator[Measured]:
-    """Yield the results of both clients for adapters by name."""
+def of_named(clients: Clients, server: str, base: str) -> list[Ask]:
+    """Return the runs of both clients for adapters by name."""
     options = ["--model", base, "--lora-modules", *ADAPTERS, "--lora-assignment", "round-robin"]
-    yield clients.vllm_bench(server, url, f"{len(ADAPTERS)} adapters", options)
-    yield clients.guide(server, url, "1 adapter", ADAPTERS[0], {})
+    return [
+        lambda url: clients.vllm_bench(server, url, f"{len(ADAPTERS)} adapters", options),
+        lambda url: clients.guide(server, url, "1 adapter", ADAPTERS[0], {}),
+    ]
 
 
-def of_auto(clients: Clients, url: str) -> Iterator[Measured]:
-    """Yield the results of both clients where this server chooses the adapters."""
-    yield clients.vllm_bench(OURS, url, "auto", ["--model", "auto", "--extra-body", json.dumps(AUTO)])
-    yield clients.guide(OURS, url, "auto", "auto", AUTO)
+def of_auto(clients: Clients) -> list[Ask]:
+    """Return the runs of both clients where this server chooses the adapters."""
+    options = ["--model", "auto", "--extra-body", json.dumps(AUTO)]
+    return [
+        lambda url: clients.vllm_bench(OURS, url, "auto", options),
+        lambda url: clients.guide(OURS, url, "auto", "auto", AUTO),
+    ]
 
 
 def main(
@@ -198,10 +207,13 @@ def main(
         (scratch / "prompts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in prompts), encoding="utf-8")
         model, base = packaged_folder(config.cache_dir), config.served_base_name
         clients = Clients(vllm_python.absolute(), guidellm.absolute(), scratch, model, counts)
-        with our_server(scratch) as url:
-            found += [*of_auto(clients, url), *of_named(clients, OURS, url, base)]
-        with vllm_server(clients.vllm_python, model, base, counts.streams, scratch / "vllm.log") as url:
-            found += of_named(clients, VLLM, url, base)
+        # A new server for each run: all runs have the same prompts, which would be in its caches.
+        for ask in (*of_auto(clients), *of_named(clients, OURS, base)):
+            with our_server(scratch) as url:
+                found.append(ask(url))
+        for ask in of_named(clients, VLLM, base):
+            with vllm_server(clients.vllm_python, model, base, counts.streams, scratch / "vllm.log") as url:
+                found.append(ask(url))
     report(found, writes=not quick)
 
 
