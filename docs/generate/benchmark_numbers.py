@@ -13,7 +13,12 @@ from typing import Any
 from docs.generate.markdown import Block, table
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
-_ROUND = {"throughput": "generate x1", "http": "HTTP, auto"}  # a key that the raw row of each round has
+_ROUND = {  # a key that the raw row of each round has
+    "throughput": "generate x1",
+    "http": "HTTP, auto",
+    "peers": "mixture 8",
+    "prefix_cache": "base first",
+}
 _RUNTIMES = {"server": "OpenVINO, as in the server", "bfloat16": "torch, bfloat16", "float32": "torch, float32"}
 _CLIENTS = {"vllm bench serve": "`vllm bench serve`, 4 adapters in turn", "guidellm": "guidellm, one adapter"}
 
