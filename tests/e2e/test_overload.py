@@ -16,7 +16,6 @@ import pytest
 from tests.e2e.live import BASE, Live, completion, eventually_equal
 from tests.soak import Scale
 
-_AT_ONCE_S = 1.0
 _LONG = completion(BASE, "The sea is", 480)  # several seconds if each worker runs a batch of these
 
 
@@ -122,12 +121,12 @@ def test_a_burst_is_answered_or_refused_at_once_and_leaves_no_state(live: Live, 
     assert len(served) >= 32  # as many as the replica accepts
     assert {each.text for each in served} == {quiet}
     assert {each.retry_after for each in refused} == {"1"}
-    slowest = max(each.seconds for each in refused)
+    longest, slowest = (max(each.seconds for each in some) for some in (served, refused))
     print(
-        f"{len(served)} served within {max(each.seconds for each in served):.2f} s, {len(refused)} refused, "
+        f"{len(served)} served within {longest:.2f} s, {len(refused)} refused, "
         f"the slowest after {slowest:.2f} s; p50 before {before_s * 1000:.0f} ms"
     )
-    assert slowest < _AT_ONCE_S
+    assert slowest < longest, "a refusal waited for a place"
     assert live.call("GET", "/ready").status_code == 200
     after_s = median_s(live)
     print(f"p50 after {after_s * 1000:.0f} ms")
