@@ -2,7 +2,7 @@
 
 `python -m benchmarks.load --vllm-python VENV/bin/python --guidellm VENV/bin/guidellm`, or `make bench` with the same
 options as `ARGS`. Both servers get the same prompts, the starter pool's held-out ones, and the same adapters by name;
-this server also chooses them itself (`auto`). One server runs at a time, started anew for each client's run.
+this server also chooses them itself (`auto`). One server runs at a time, a new one for each run of a client.
 """
 
 from __future__ import annotations
