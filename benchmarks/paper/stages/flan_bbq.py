@@ -45,11 +45,16 @@ def sentence(folder: Path) -> str:
     answers = Answers(pd.read_parquet(folder / ROWS), {})
     means = {run: percent(answers.interval(run).mean) for run in answers.runs}
     leads = [answers.difference(f"mixture_{pool}", f"selection_{pool}").in_percent() for pool in ("iid", "ood")]
+    ambiguous, others = (
+        answers.difference_on("mixture_ood", "selection_ood", lambda task, end=end: task.endswith(f"_{end}"))
+        for end in FUNCTIONS
+    )
     return (
         f"On the {len(answers.scores('perfect'))} tasks of bbq, one form and two functions, the mixture has"
         f" {means['mixture_iid']} % in distribution and selection {means['selection_iid']} %, out of distribution"
         f" {means['mixture_ood']} and {means['selection_ood']} % (guessing {means['majority']} %): leads of {leads[0]}"
-        f" and {leads[1]} points."
+        f" and {leads[1]} points. The second is {ambiguous.in_percent()} on the tasks whose answer is always that the question cannot"
+        f" be answered, and {others.in_percent()} on the others."
     )
 
 

@@ -51,6 +51,7 @@ def test_the_sentence_has_the_scores_of_the_rows(tmp_path: Path) -> None:
     assert "On the 4 tasks of bbq" in found and "the mixture has 50.0 % in distribution and selection 37.5 %" in found
     assert "out of distribution 50.0 and 25.0 % (guessing 37.5 %)" in found
     assert "leads of 12.5 (" in found and "and 25.0 (" in found
+    assert "The second is 50.0 (50.0 to 50.0) on" in found and "and 0.0 (0.0 to 0.0) on the others." in found
 
 
 def test_differences_are_those_of_each_functions_own_tasks() -> None:
