@@ -53,8 +53,8 @@ def sentence(folder: Path) -> str:
         f"On the {len(answers.scores('perfect'))} tasks of bbq, one form and two functions, the mixture has"
         f" {means['mixture_iid']} % in distribution and selection {means['selection_iid']} %, out of distribution"
         f" {means['mixture_ood']} and {means['selection_ood']} % (guessing {means['majority']} %): leads of {leads[0]}"
-        f" and {leads[1]} points. The second is {ambiguous.in_percent()} on the tasks whose answer is always that the question cannot"
-        f" be answered, and {others.in_percent()} on the others."
+        f" and {leads[1]} points. The second is {ambiguous.in_percent()} on the tasks whose answer is always that the"
+        f" question cannot be answered, and {others.in_percent()} on the others."
     )
 
 
