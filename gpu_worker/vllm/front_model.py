@@ -49,6 +49,7 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
         raise BaseModelUnsupported(
             f"{hf_config.model_type} is a multimodal model; the vLLM engine serves text-only models"
         )
+    _check_dtype(config, hf_config)
     tokenizer = load_tokenizer(config)
     dtype = resolve_dtype(config.dtype, config.device)
     with torch.device("meta"):
@@ -72,6 +73,12 @@ def load_front_model(config: WorkerConfig) -> FrontModel:
         shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         sampling_defaults=sampling_defaults(config),
     )
+
+
+def _check_dtype(config: WorkerConfig, hf_config: Any) -> None:
+    """Refuse float32 over quantized weights: where a processor has AMX, vLLM's products of integers refuse it."""
+    if config.dtype == "float32" and getattr(hf_config, "quantization_config", None) is not None:
+        raise WorkerConfigInvalid("dtype must be 'auto' or 'bfloat16' with a quantized base model, got 'float32'")
 
 
 def _check_size(size: int, hf_config: Any, num_kv_heads: int, linears: Mapping[str, nn.Linear]) -> None:

@@ -56,7 +56,7 @@ def folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def config_of(folder: Path) -> WorkerConfig:
-    return tiny_config(folder, max_model_len=256, engine="vllm")
+    return tiny_config(folder, max_model_len=256, engine="vllm", dtype="bfloat16")
 
 
 @pytest.fixture

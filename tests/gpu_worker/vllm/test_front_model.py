@@ -1,11 +1,14 @@
-"""Base models that the processes of a worker cannot share are refused before vLLM starts."""
+"""Base models that vLLM or the processes of a worker cannot serve are refused before vLLM starts."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
@@ -52,3 +55,14 @@ def test_a_width_of_mlps_with_another_name_in_the_configuration_is_checked(tmp_p
     assert load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=2)).num_kv_heads == 4
     with pytest.raises(WorkerConfigInvalid, match="must divide the base model's 50 hidden values of an MLP, got 4"):
         load_front_model(tiny_config(tmp_path, engine="vllm", tensor_parallel_size=4))
+
+
+def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_engine(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folders["llama"], tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert load_front_model(tiny_config(folder, engine="vllm", dtype="bfloat16")).dtype is torch.bfloat16
+    with pytest.raises(WorkerConfigInvalid, match="'bfloat16' with a quantized base model, got 'float32'"):
+        load_front_model(tiny_config(folder, engine="vllm"))
