@@ -106,7 +106,7 @@ kernels: $(READY) ## build the CPU kernels ahead of time, as the image does; a s
 # The preloaded libraries come with g++. Python and torch never free everything, so leaks are not looked for. Without
 # AVX-512, as g++ 12 aligns its vectors wrongly on a stack that it checks (GCC bug 110027).
 KERNEL_TESTS := $(addprefix tests/gpu_worker/,attention/test_decode_attention.py attention/test_attention_cpu.py \
-	model/test_fused.py model/test_packed_linear.py lora/test_grouped_mapping.py sampling)
+	model/test_fused.py model/test_packed_linear.py lora/test_grouped_mapping.py lora/test_compiled_layer.py sampling)
 sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefined behaviour
 	CXX=g++ CXXFLAGS="-g -mno-avx512f -fsanitize=address,undefined -fno-sanitize-recover=all" CI_REQUIRES_COMPILER=1 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \

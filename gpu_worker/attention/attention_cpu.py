@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_worker.attention.decode_attention import DecodeKernel, Decodes
+from gpu_worker.attention.decode_attention import DecodeArguments, DecodeKernel, Decodes
 from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, check_window
 
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
@@ -69,13 +70,14 @@ class DecodeGroup:
 class GroupStep:
     """One step over the pages of a group of layers. slots (N,): where the step's tokens are stored.
 
-    `spans` and `reads` are computed by the first layer and shared by the others.
+    `spans`, `reads` and `calls` are computed by the first layer and shared by the others.
     """
 
     pages: HostPages
     slots: Tensor
     spans: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
     reads: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    calls: dict[tuple[int, float, int | None], DecodeArguments] = field(default_factory=dict)
 
     def span(self, segment: Segment, first: int) -> slice | Tensor:
         """Return the slots of the segment's row from position `first` to the segment's end."""
@@ -126,6 +128,26 @@ class HostAttention(AttentionPlan):
             kernel.attend(decodes, query, keys, values, output, table, scaling=scaling, sliding_window=sliding_window)
         return output
 
+    @property
+    def is_compiled(self) -> bool:
+        """Return whether the compiled kernel computes all tokens of the step."""
+        return self.compiled is not None and not self.prefill
+
+    def decode_arguments(
+        self, layer: int, num_query_heads: int, *, scaling: float, sliding_window: int | None
+    ) -> DecodeArguments:
+        """Return the kernel's arguments for a layer, if `is_compiled`. The caller writes the keys first, to `slots`."""
+        assert self.compiled is not None, "the step is not compiled"
+        step = self.groups[layer]
+        check_window(sliding_window, step.pages.window)
+        key = num_query_heads, scaling, sliding_window
+        found = step.calls.get(key)
+        if found is None:
+            table = step.pages.table, step.pages.page_tokens
+            found = self.compiled[1].arguments(num_query_heads, table, scaling=scaling, sliding_window=sliding_window)
+            step.calls[key] = found
+        return found
+
     def _write(self, step: GroupStep, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
         if self.compiled is not None:
             kernel, _ = self.compiled
@@ -145,9 +167,7 @@ def host_attention(
 
     stored: keys and values of each layer (H, S, D). group_of: the index of each layer's group.
     """
-    counts = torch.tensor([segment.num_tokens for segment in segments])
-    rows = torch.tensor([segment.row for segment in segments]).repeat_interleave(counts)
-    positions = torch.cat([torch.arange(segment.context_len, segment.total_len) for segment in segments])
+    rows, positions = _tokens(segments)
     longest = 1 if kernel is None else _SHORT_CHUNK
     is_decode = [segment.num_tokens <= longest and segment.context_len > 0 for segment in segments]
     prefill = tuple(segment for segment, decodes in zip(segments, is_decode, strict=True) if not decodes)
@@ -164,8 +184,19 @@ def host_attention(
     )
 
 
+def _tokens(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    """Return the row of each token of the step, and its position there. numpy is faster than torch for so few."""
+    counts = np.array([segment.num_tokens for segment in segments])
+    rows = np.array([segment.row for segment in segments]).repeat(counts)
+    offsets = np.array([segment.context_len - segment.start for segment in segments]).repeat(counts)
+    return torch.from_numpy(rows), torch.from_numpy(offsets + np.arange(len(offsets)))
+
+
 def _tokens_of(segment: Segment) -> Iterator[Segment]:
     """Yield a segment for each token."""
+    if segment.num_tokens == 1:
+        yield segment
+        return
     for place in range(segment.num_tokens):
         yield replace(segment, start=segment.start + place, num_tokens=1, context_len=segment.context_len + place)
 

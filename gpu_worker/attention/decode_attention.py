@@ -14,7 +14,9 @@ from gpu_worker.native.kernel_loading import functions, load_library
 from gpu_worker.step.attention_plan import Segment
 
 
-class _Cache(ctypes.Structure):
+class Cache(ctypes.Structure):
+    """The struct `Cache` of the source."""
+
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
@@ -28,7 +30,9 @@ class _Heads(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("head_stride", c_int64), ("token_stride", c_int64))
 
 
-class _Decodes(ctypes.Structure):
+class DecodeArguments(ctypes.Structure):
+    """The struct `Decodes` of the source."""
+
     _fields_ = (
         ("tokens", c_void_p),
         ("rows", c_void_p),
@@ -55,6 +59,25 @@ class Decodes:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def arguments(
+        self, num_query_heads: int, table: tuple[Tensor, int], *, scaling: float, sliding_window: int | None
+    ) -> DecodeArguments:
+        """Return the struct, which refers to these tensors.
+
+        table: the page of each block of the rows (R, W) int64, and the number of slots of a page.
+        """
+        pages, page_tokens = table
+        return DecodeArguments(
+            *(part.data_ptr() for part in (self.tokens, self.rows, self.lengths, pages)),
+            pages.stride(0),
+            page_tokens,
+            len(self),
+            num_query_heads,
+            sliding_window or 0,
+            scaling,
+            torch.get_num_threads(),
+        )
+
 
 class DecodeKernel:
     """The compiled attention. Dims: N tokens, H key heads, Q query heads, D head size, S slots, R rows, W pages.
@@ -70,7 +93,7 @@ class DecodeKernel:
         """Copy key and value (H, N, D) to keys and values, each token to its entry of `slots` (N,) int64."""
         expected = keys.shape[0], len(slots), keys.shape[2]
         assert key.shape == value.shape == expected, f"keys have shape {tuple(key.shape)}, expected {expected}"
-        cache, heads = _cache(keys, values), (_heads(key), _heads(value))
+        cache, heads = cache_of(keys, values), (_heads(key), _heads(value))
         pointers = [ctypes.addressof(part) for part in heads]
         places = slots.data_ptr(), len(slots), ctypes.addressof(cache)
         self._write[keys.dtype](*pointers, *places, torch.get_num_threads())
@@ -92,20 +115,10 @@ class DecodeKernel:
         table: the page of each block of the rows (R, W) int64, and the number of slots of a page.
         """
         num_heads, head_dim = keys.shape[0], keys.shape[2]
-        pages, page_tokens = table
         assert query.shape[0] % num_heads == 0 and query.shape[2] == head_dim, f"query has shape {tuple(query.shape)}"
         assert output.shape == (query.shape[1], query.shape[0], head_dim), f"output has shape {tuple(output.shape)}"
-        arguments = _Decodes(
-            *(part.data_ptr() for part in (decodes.tokens, decodes.rows, decodes.lengths, pages)),
-            pages.stride(0),
-            page_tokens,
-            len(decodes),
-            query.shape[0],
-            sliding_window or 0,
-            scaling,
-            torch.get_num_threads(),
-        )
-        parts = arguments, _heads(query), _cache(keys, values)
+        arguments = decodes.arguments(query.shape[0], table, scaling=scaling, sliding_window=sliding_window)
+        parts = arguments, _heads(query), cache_of(keys, values)
         self._attend[query.dtype](*(ctypes.addressof(part) for part in parts), output.data_ptr())
 
 
@@ -120,6 +133,7 @@ def _heads(x: Tensor) -> _Heads:
     return _Heads(x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def _cache(keys: Tensor, values: Tensor) -> _Cache:
+def cache_of(keys: Tensor, values: Tensor) -> Cache:
+    """Return the struct for the keys and values of a layer (H, S, D)."""
     assert keys.stride() == values.stride(), "keys and values must have equal strides"
-    return _Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.shape[0], keys.shape[2])
+    return Cache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.shape[0], keys.shape[2])

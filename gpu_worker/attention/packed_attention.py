@@ -5,6 +5,8 @@ transformers builds no mask for unknown names, so causality, windows and lengths
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -38,7 +40,7 @@ def packed_attention(
         raise BaseModelUnsupported("the model passes its own attention mask, which packed rows cannot apply")
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         raise BaseModelUnsupported("the model uses attention that is not causal")
-    if unknown := sorted(name for name, value in others.items() if name not in _IGNORED and not _is_off(value)):
+    if unknown := unknown_arguments(others):
         raise BaseModelUnsupported(
             f"the model's attention uses {', '.join(unknown)}, which this engine does not support"
         )
@@ -52,6 +54,11 @@ def packed_attention(
 def register() -> None:
     """Register the function with transformers. Models select it by `ATTENTION_NAME`."""
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def unknown_arguments(others: Mapping[str, object]) -> list[str]:
+    """Return the names of the arguments that change an attention in a way that is not supported."""
+    return sorted(name for name, value in others.items() if name not in _IGNORED and not _is_off(value))
 
 
 def _is_off(value: object) -> bool:

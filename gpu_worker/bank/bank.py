@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from functools import lru_cache
 
 import torch
@@ -24,7 +24,7 @@ class _InputPlace(ctypes.Structure):
 
 
 class _ModulePlace(ctypes.Structure):
-    _fields_ = (("module", c_int64), ("bt", c_void_p), ("num_out", c_int64))
+    _fields_ = (("module", c_int64), ("bt", c_void_p), ("num_out", c_int64), ("is_used", c_int32))
 
 
 class InputBank:
@@ -71,6 +71,7 @@ class ModuleBank:
 
     def set_active(self, num_rows: int, *, is_used: bool) -> None:
         self.bt, self.is_used = self.all_bt[:num_rows], is_used
+        self._place.is_used = is_used
 
 
 class LoraBank:

@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from gpu_worker.attention.decode_attention import load_decode_kernel
 from gpu_worker.attention.kv_cache import KvCache, KvShape
@@ -15,9 +16,12 @@ from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.layout_kernel import load_layout_kernel
 from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
+from gpu_worker.lora.compiled_layer import compile_layers, load_layer_kernel
+from gpu_worker.lora.inject import inject
 from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.model.fused import fuse, load_fused_kernel
 from gpu_worker.model.packed_linear import LinearKernel, has_bf16_vectors, is_kernel_faster, load_linear_kernel
+from gpu_worker.step.step_context import StepContext
 
 
 def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
@@ -58,6 +62,15 @@ def make_linear_kernel(config: WorkerConfig) -> LinearKernel | None:
         return None
     kernel = load_linear_kernel(config.cache_dir)
     return kernel if kernel is not None and is_kernel_faster(kernel) else None
+
+
+def inject_adapters(model: PreTrainedModel, bank: LoraBank, context: StepContext, config: WorkerConfig) -> None:
+    """Let the model's layers add the bank's adapters. On the CPU pack and compile the layers where that is faster."""
+    linear_kernel = make_linear_kernel(config)
+    inject(model, bank, context, linear_kernel)
+    layer_kernel = None if linear_kernel is None else load_layer_kernel(config.cache_dir)
+    if layer_kernel is not None:
+        compile_layers(model, layer_kernel)
 
 
 def fuse_where_compiled(model: nn.Module, config: WorkerConfig) -> None:

@@ -39,7 +39,7 @@ from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled, schedule
 from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed, WaitedTooLong
 from gpu_worker.grammar.mask_thread import MaskThread
-from gpu_worker.lora.inject import inject, target_linears
+from gpu_worker.lora.inject import target_linears
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Delta
 from gpu_worker.sampling.logprobs import Scored
@@ -79,7 +79,7 @@ class Engine:
         check = ModelCheck(self.base, linears, self.max_len, config.bank_rank_rows)
         device_parts.fuse_where_compiled(self.base.model, config)
         self.bank = device_parts.make_bank(config, linears, free_fill)
-        inject(self.base.model, self.bank, context, device_parts.make_linear_kernel(config))
+        device_parts.inject_adapters(self.base.model, self.bank, context, config)
         self._masks = MaskThread()
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
         kernel, device = device_parts.make_lora_kernel(config), torch.device(config.device)

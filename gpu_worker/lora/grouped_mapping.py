@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,10 +35,19 @@ class GroupedMapping:
         if self._last is not None and self._last[0] is x and self._last[1] is inputs:
             self._kernel.add(self._pairs, self._h, outputs, x=None)
             return
-        if self._h.numel() < (num_values := inputs.num_modules * self._pairs.h_len):
-            self._h = torch.empty(num_values)
+        self._reserve(inputs.num_modules)
         self._last = x, inputs
         self._kernel.add(self._pairs, self._h, outputs, x=x)
+
+    def addresses(self, num_modules: int) -> tuple[int, int]:
+        """Return the addresses of the pairs and of memory for h of so many modules, for a caller of the kernel."""
+        self._reserve(num_modules)
+        self._last = None  # the caller overwrites h
+        return ctypes.addressof(self._pairs), self._h.data_ptr()
+
+    def _reserve(self, num_modules: int) -> None:
+        if self._h.numel() < (num_values := num_modules * self._pairs.h_len):
+            self._h = torch.empty(num_values)
 
 
 @dataclass(slots=True)

@@ -19,24 +19,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gpu_worker.attention.packed_attention import packed_attention
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.lora_linear import outputs_of
-from gpu_worker.native.kernel_loading import functions, load_library
+from gpu_worker.native.kernel_loading import function_of, functions, load_library
 from gpu_worker.step.attention_plan import AttentionPlan
 from gpu_worker.step.step_context import StepContext
 
 _PROBE_ROWS = 8
 
 
+class Norm(ctypes.Structure):
+    """The struct `Norm` of the source. By default there is none."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float), ("rounds_first", c_int32))
+
+
 class _Heads(ctypes.Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        ("num_heads", c_int64),
-        ("weight", c_void_p),
-        ("eps", c_float),
-        ("rounds_first", c_int32),
-    )
+    _fields_ = (("data", c_void_p), ("num_heads", c_int64), ("norm", Norm))
 
 
-class _Angles(ctypes.Structure):
+class Angles(ctypes.Structure):
+    """The struct `Angles` of the source."""
+
     _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("width", c_int64))
 
 
@@ -47,7 +49,10 @@ class FusedKernel:
         norm_types = c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32, c_void_p, c_int32
         self._rms_norm = functions(library, "rms_norm", *norm_types)
         self._gated = functions(library, "gated", c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32)
-        self._rotate = functions(library, "rotate", *[c_void_p] * 3, c_int64, c_int64, c_int32)
+        rotate_types = *[c_void_p] * 3, c_int64, c_int64, c_int32
+        by_dtype = functions(library, "rotate", *rotate_types)
+        self._rotate = {(dtype, dtype): function for dtype, function in by_dtype.items()}
+        self._rotate[torch.bfloat16, torch.float32] = function_of(library, "rotate_bf16_by_f32", *rotate_types)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, rounds_first: bool) -> Tensor:
         """Return x / sqrt(mean(x²) + eps) · weight over the last dim. x (..., W), weight (W,) float32.
@@ -78,17 +83,20 @@ class FusedKernel:
     ) -> None:
         """Normalise each head of query and key, where it has a norm, and rotate its first W values, in place.
 
-        x <- x cos + rotate_half(x) sin. query (1, N, Q, D), key (1, N, H, D), cos and sin (1, N, W) of the same dtype.
+        x <- x cos + rotate_half(x) sin. query (1, N, Q, D), key (1, N, H, D), cos and sin (1, N, W). Products are
+        rounded to the dtype of the angles, which is that of the heads or float32 (OLMo).
         """
         num_tokens, head_dim = query.shape[1], query.shape[3]
         assert query.is_contiguous() and key.is_contiguous() and key.shape[3] == head_dim, "heads must be contiguous"
         assert cos.shape == sin.shape == (1, num_tokens, cos.shape[2]), f"angles have shape {tuple(cos.shape)}"
-        assert cos.shape[2] <= head_dim and cos.dtype == sin.dtype == query.dtype == key.dtype, "angles do not fit"
+        rotate = self._rotate.get((query.dtype, cos.dtype))
+        assert rotate is not None and cos.shape[2] <= head_dim, "angles do not fit"
+        assert cos.dtype == sin.dtype and query.dtype == key.dtype, "angles or heads have two dtypes"
         cos, sin = cos.contiguous(), sin.contiguous()
         heads = [_heads(part, norm) for part, norm in zip((query, key), norms, strict=True)]
-        parts = *heads, _Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[2])
+        parts = *heads, Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[2])
         pointers = [ctypes.addressof(part) for part in parts]
-        self._rotate[query.dtype](*pointers, num_tokens, head_dim, torch.get_num_threads())
+        rotate(*pointers, num_tokens, head_dim, torch.get_num_threads())
 
 
 class FusedRmsNorm(nn.Module):
@@ -97,6 +105,10 @@ class FusedRmsNorm(nn.Module):
     def __init__(self, kernel: FusedKernel, weight: Tensor, eps: float, rounds_first: bool) -> None:
         super().__init__()
         self._kernel, self.weight, self.eps, self.rounds_first = kernel, weight, eps, rounds_first
+
+    @property
+    def struct(self) -> Norm:
+        return Norm(self.weight.data_ptr(), self.eps, self.rounds_first)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., W) -> (..., W)
         return self._kernel.rms_norm(x, self.weight, self.eps, rounds_first=self.rounds_first)
@@ -108,25 +120,27 @@ class FusedMlp(nn.Module):
     def __init__(self, kernel: FusedKernel, mlp: Any, is_silu: bool) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self._kernel, self._is_silu = kernel, is_silu
+        self._kernel, self.is_silu = kernel, is_silu
 
     def forward(self, x: Tensor) -> Tensor:  # (..., N, H) -> (..., N, H)
         gate, up = outputs_of((self.gate_proj, self.up_proj), x)
-        y: Tensor = self.down_proj(self._kernel.gated(gate, up, is_silu=self._is_silu))
+        y: Tensor = self.down_proj(self._kernel.gated(gate, up, is_silu=self.is_silu))
         return y
 
 
 class FusedAttention(nn.Module):
     """Self-attention over the model's own linear layers. `norms`: of the heads of query and key, if it has them."""
 
-    def __init__(self, kernel: FusedKernel, own: Any, norms: Sequence[FusedRmsNorm | None]) -> None:
+    def __init__(
+        self, kernel: FusedKernel, own: Any, norms: Sequence[FusedRmsNorm | None], sliding_window: int | None
+    ) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = own.q_proj, own.k_proj, own.v_proj, own.o_proj
         self.q_norm, self.k_norm = norms
         self.config, self.layer_idx, self.is_causal = own.config, own.layer_idx, getattr(own, "is_causal", True)
         self.num_key_value_groups = getattr(own, "num_key_value_groups", 1)  # read by transformers' own functions
-        self._head_dim, self._scaling = own.head_dim, own.scaling
-        self._sliding_window = getattr(own, "sliding_window", None)
+        self.head_dim, self.scaling = own.head_dim, own.scaling
+        self.sliding_window = sliding_window
         self._kernel = kernel
 
     def forward(
@@ -136,13 +150,13 @@ class FusedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:  # (1, N, H) -> (1, N, H)
-        shape = (*hidden_states.shape[:2], -1, self._head_dim)
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
         projected = outputs_of((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         query, key, value = (part.view(shape) for part in projected)
         self._kernel.rotate(query, key, (self.q_norm, self.k_norm), *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, packed_attention)
         heads = (part.transpose(1, 2) for part in (query, key, value))
-        limits = {"scaling": self._scaling, "sliding_window": self._sliding_window}
+        limits = {"scaling": self.scaling, "sliding_window": self.sliding_window}
         attended, weights = attend(self, *heads, attention_mask, **limits, **others)
         return self.o_proj(attended.reshape(*hidden_states.shape[:2], -1)), weights
 
@@ -176,7 +190,7 @@ def _fused_norm(module: Any, kernel: FusedKernel) -> FusedRmsNorm | None:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float) or not isinstance(weight, Tensor):
         return None
-    x = _probe(weight.shape[0], weight.dtype)
+    x = probe_input(weight.shape[0], weight.dtype)
     plain, shifted = weight.float(), 1 + weight.float()
     candidates = [FusedRmsNorm(kernel, w, eps, first) for w in (shifted, plain) for first in (False, True)]
     return next((fused for fused in candidates if _agree(fused(x), module(x))), None)
@@ -188,8 +202,8 @@ def _fused_mlp(module: Any, kernel: FusedKernel) -> nn.Module | None:
     if not all(isinstance(part, nn.Linear) for part in parts) or activation is None:
         return None
     gate_proj = module.gate_proj
-    gate, up = _probe(gate_proj.out_features, gate_proj.weight.dtype, count=2)
-    x = _probe(gate_proj.in_features, gate_proj.weight.dtype)
+    gate, up = probe_input(gate_proj.out_features, gate_proj.weight.dtype, count=2)
+    x = probe_input(gate_proj.in_features, gate_proj.weight.dtype)
     for is_silu in (False, True):
         fused = FusedMlp(kernel, module, is_silu)
         same_values = _agree(kernel.gated(gate, up, is_silu=is_silu), activation(gate) * up)
@@ -213,8 +227,9 @@ def _fused_attention(module: Any, kernel: FusedKernel) -> nn.Module | None:
         if own is not None and (norm is None or norm.weight.shape != (head_dim,)):
             return None
         norms.append(norm)
-    fused = FusedAttention(kernel, module, norms)
-    return fused if _attend_alike(fused, module) else None
+    windows = dict.fromkeys(getattr(of, "sliding_window", None) for of in (module, module.config))
+    candidates = (FusedAttention(kernel, module, norms, window) for window in windows)
+    return next((fused for fused in candidates if _attend_alike(fused, module)), None)
 
 
 def _attend_alike(fused: FusedAttention, own: Any) -> bool:
@@ -223,7 +238,7 @@ def _attend_alike(fused: FusedAttention, own: Any) -> bool:
     A model that rotates whole heads cannot be called with fewer angles, and never is.
     """
     weight = own.q_proj.weight
-    hidden = _probe(weight.shape[1], weight.dtype)[None]
+    hidden = probe_input(weight.shape[1], weight.dtype)[None]
     for width in (own.head_dim, own.head_dim // 2):
         try:
             expected = _attended(own, hidden, width)
@@ -241,7 +256,7 @@ def _attend_alike(fused: FusedAttention, own: Any) -> bool:
     return True
 
 
-class _Recorder(AttentionPlan):
+class CallRecorder(AttentionPlan):
     """Records the arguments of one call, and returns the query."""
 
     def __init__(self) -> None:
@@ -258,14 +273,14 @@ def _attended(module: nn.Module, hidden: Tensor, width: int) -> tuple[Any, ...] 
     """Return the output for random angles (1, N, width), and the arguments of the attention function if called."""
     angles = torch.rand(hidden.shape[1], width // 2, generator=torch.Generator().manual_seed(1)) * 6
     both = torch.cat([angles, angles], dim=-1)[None]
-    recorder, step = _Recorder(), StepContext()
+    recorder, step = CallRecorder(), StepContext()
     step.fill(None, recorder)
     rotation = both.cos().to(hidden.dtype), both.sin().to(hidden.dtype)
     output, _ = module(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, step=step)
     return None if recorder.seen is None else (output, *recorder.seen)
 
 
-def _probe(width: int, dtype: torch.dtype, *, count: int = 0) -> Tensor:
+def probe_input(width: int, dtype: torch.dtype, *, count: int = 0) -> Tensor:
     """Return random input (N, W), or `count` of them, with the magnitudes of activations."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, _PROBE_ROWS, width) if count else (_PROBE_ROWS, width)
@@ -273,9 +288,7 @@ def _probe(width: int, dtype: torch.dtype, *, count: int = 0) -> Tensor:
 
 
 def _heads(x: Tensor, norm: FusedRmsNorm | None) -> _Heads:
-    if norm is None:
-        return _Heads(x.data_ptr(), x.shape[2], None, 0.0, 0)
-    return _Heads(x.data_ptr(), x.shape[2], norm.weight.data_ptr(), norm.eps, norm.rounds_first)
+    return _Heads(x.data_ptr(), x.shape[2], Norm() if norm is None else norm.struct)
 
 
 def _agree(fused: Tensor, own: Tensor, *, most_unequal: float = 0.01) -> bool:

@@ -64,14 +64,14 @@ class KernelLinear(nn.Module):
         self._layer = _Linear(
             self._panels.data_ptr(), self._bias.data_ptr(), self.in_features, self.out_features
         )  # the tensors own the memory
-        self._address = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)  # of a struct Linear of `packed_linear.cpp`
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, "x does not fit the layer"
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         num_rows = x.numel() // self.in_features
-        self._kernel.linear(self._address, x.data_ptr(), None, num_rows, y.data_ptr(), torch.get_num_threads())
+        self._kernel.linear(self.address, x.data_ptr(), None, num_rows, y.data_ptr(), torch.get_num_threads())
         return y
 
     def some(self, x: Tensor, whole: NDArray[np.int32], parts: NDArray[np.int32]) -> Tensor:
@@ -87,9 +87,9 @@ class KernelLinear(nn.Module):
         if len(whole):
             own = x.index_select(0, torch.from_numpy(whole))
             places = whole.ctypes.data, len(whole), y.data_ptr()
-            self._kernel.linear(self._address, own.data_ptr(), *places, num_threads)
+            self._kernel.linear(self.address, own.data_ptr(), *places, num_threads)
         places = parts.ctypes.data, len(parts), y.data_ptr()
-        self._kernel.linear_parts(self._address, x.data_ptr(), *places, num_threads)
+        self._kernel.linear_parts(self.address, x.data_ptr(), *places, num_threads)
         return y
 
 

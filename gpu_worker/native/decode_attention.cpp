@@ -8,32 +8,13 @@
 #include <cstring>
 #include <vector>
 
+#include "structs.h"
 #include "vectors.h"
-
-extern "C" struct Cache {  // keys and values of one layer (H, S, D), with equal strides in elements
-  void* keys;
-  void* values;
-  int64_t head_stride, num_heads, head_dim;
-};
-
-extern "C" struct Heads {  // (heads, N, D), D contiguous
-  const void* data;
-  int64_t head_stride, token_stride;
-};
-
-extern "C" struct Decodes {  // single tokens: index in the step, row, and length of the row including the token
-  const int64_t *tokens, *rows, *lengths;
-  const int64_t* table;  // (R, W): the page of each block of a row; its slots are adjacent
-  int64_t table_width, page_tokens;
-  int64_t num, num_query_heads, window;  // window 0: no window
-  float scaling;
-  int32_t num_threads;
-};
 
 namespace {
 
 template <class E>
-void write(const Heads& x, const int64_t* slots, int64_t num_tokens, const Cache& cache, void* into,
+void write(const StridedHeads& x, const int64_t* slots, int64_t num_tokens, const Cache& cache, void* into,
            int num_threads) {
   const E* from = static_cast<const E*>(x.data);
 #pragma omp parallel for num_threads(num_threads)
@@ -127,7 +108,7 @@ void attend_heads(const E* q, int64_t q_stride, const E* keys, const E* values, 
 }
 
 template <class E>
-void attend(const Decodes& d, const Heads& query, const Cache& cache, E* out) {
+void attend(const Decodes& d, const StridedHeads& query, const Cache& cache, E* out) {
   const int64_t dim = cache.head_dim, shared = d.num_query_heads / cache.num_heads;
 #pragma omp parallel num_threads(d.num_threads)
   {
@@ -159,24 +140,24 @@ void attend(const Decodes& d, const Heads& query, const Cache& cache, E* out) {
 extern "C" {
 
 // Copies keys and values (H, N, D) to slots (N,).
-void write_kv_bf16(const Heads* key, const Heads* value, const int64_t* slots, int64_t num, const Cache* cache,
+void write_kv_bf16(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num, const Cache* cache,
                    int32_t num_threads) {
   write<bf16>(*key, slots, num, *cache, cache->keys, num_threads);
   write<bf16>(*value, slots, num, *cache, cache->values, num_threads);
 }
 
-void write_kv_f32(const Heads* key, const Heads* value, const int64_t* slots, int64_t num, const Cache* cache,
+void write_kv_f32(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num, const Cache* cache,
                   int32_t num_threads) {
   write<float>(*key, slots, num, *cache, cache->keys, num_threads);
   write<float>(*value, slots, num, *cache, cache->values, num_threads);
 }
 
 // Sets out (N, Q, D) at the tokens of `decodes` to softmax(scaling query . keys) values.
-void attend_bf16(const Decodes* decodes, const Heads* query, const Cache* cache, void* out) {
+void attend_bf16(const Decodes* decodes, const StridedHeads* query, const Cache* cache, void* out) {
   attend(*decodes, *query, *cache, static_cast<bf16*>(out));
 }
 
-void attend_f32(const Decodes* decodes, const Heads* query, const Cache* cache, void* out) {
+void attend_f32(const Decodes* decodes, const StridedHeads* query, const Cache* cache, void* out) {
   attend(*decodes, *query, *cache, static_cast<float*>(out));
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "structs.h"
 #include "vectors.h"
 
 namespace {
@@ -57,56 +58,39 @@ void gated(const E* gate, const E* up, int64_t num_values, bool is_silu, E* y, i
   }
 }
 
-// x (width,) <- x cos + rotate_half(x) sin, where every product is rounded to E as torch does
-template <class E>
-void rotate_row(E* x, const E* cos, const E* sin, int64_t width) {
+// x (width,) <- x cos + rotate_half(x) sin, where every product is rounded to the angles' type A as torch does
+template <class E, class A>
+void rotate_row(E* x, const A* cos, const A* sin, int64_t width) {
   const int64_t half = width / 2;
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t left = half - i;
     const f32x16 a = load_part(x + i, left), b = load_part(x + half + i, left);
-    const f32x16 low = rounded<E>(a * load_part(cos + i, left)) - rounded<E>(b * load_part(sin + i, left));
-    const f32x16 high = rounded<E>(b * load_part(cos + half + i, left)) + rounded<E>(a * load_part(sin + half + i, left));
+    const f32x16 low = rounded<A>(a * load_part(cos + i, left)) - rounded<A>(b * load_part(sin + i, left));
+    const f32x16 high = rounded<A>(b * load_part(cos + half + i, left)) + rounded<A>(a * load_part(sin + half + i, left));
     store_part(x + i, low, left);
     store_part(x + half + i, high, left);
   }
 }
 
-}  // namespace
-
-extern "C" struct Heads {  // query or key heads of all tokens: (N, num_heads, head_dim)
-  void* data;
-  int64_t num_heads;
-  const float* weight;  // (head_dim,) of the norm before the rotation; null: there is none
-  float eps;
-  int32_t rounds_first;
-};
-
-extern "C" struct Angles {  // (N, width), of the first `width` values of each head
-  const void* cos;
-  const void* sin;
-  int64_t width;
-};
-
-namespace {
-
-template <class E>
-void rotate_token(const Heads& heads, int64_t token, int64_t head_dim, const E* cos, const E* sin, int64_t width) {
+template <class E, class A>
+void rotate_token(const Heads& heads, int64_t token, int64_t head_dim, const A* cos, const A* sin, int64_t width) {
   for (int64_t head = 0; head < heads.num_heads; ++head) {
     E* x = static_cast<E*>(heads.data) + (token * heads.num_heads + head) * head_dim;
-    if (heads.weight != nullptr) rms_norm_row(x, heads.weight, head_dim, heads.eps, heads.rounds_first != 0, x);
+    const Norm& norm = heads.norm;
+    if (norm.weight != nullptr) rms_norm_row(x, norm.weight, head_dim, norm.eps, norm.rounds_first != 0, x);
     rotate_row(x, cos, sin, width);
   }
 }
 
-template <class E>
+template <class E, class A>
 void rotate(const Heads& query, const Heads& key, const Angles& angles, int64_t num_tokens, int64_t head_dim,
             int num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (num_tokens * (query.num_heads + key.num_heads) * head_dim > kAlone)
   for (int64_t token = 0; token < num_tokens; ++token) {
-    const E* cos = static_cast<const E*>(angles.cos) + token * angles.width;
-    const E* sin = static_cast<const E*>(angles.sin) + token * angles.width;
-    rotate_token(query, token, head_dim, cos, sin, angles.width);
-    rotate_token(key, token, head_dim, cos, sin, angles.width);
+    const A* cos = static_cast<const A*>(angles.cos) + token * angles.width;
+    const A* sin = static_cast<const A*>(angles.sin) + token * angles.width;
+    rotate_token<E>(query, token, head_dim, cos, sin, angles.width);
+    rotate_token<E>(key, token, head_dim, cos, sin, angles.width);
   }
 }
 
@@ -141,12 +125,18 @@ void gated_f32(const void* gate, const void* up, int64_t num_values, int32_t is_
 // Normalises, where a weight is given, and rotates the heads of query and key in place.
 void rotate_bf16(const Heads* query, const Heads* key, const Angles* angles, int64_t num_tokens, int64_t head_dim,
                  int32_t num_threads) {
-  rotate<bf16>(*query, *key, *angles, num_tokens, head_dim, num_threads);
+  rotate<bf16, bf16>(*query, *key, *angles, num_tokens, head_dim, num_threads);
+}
+
+// The same for float32 angles.
+void rotate_bf16_by_f32(const Heads* query, const Heads* key, const Angles* angles, int64_t num_tokens,
+                        int64_t head_dim, int32_t num_threads) {
+  rotate<bf16, float>(*query, *key, *angles, num_tokens, head_dim, num_threads);
 }
 
 void rotate_f32(const Heads* query, const Heads* key, const Angles* angles, int64_t num_tokens, int64_t head_dim,
                 int32_t num_threads) {
-  rotate<float>(*query, *key, *angles, num_tokens, head_dim, num_threads);
+  rotate<float, float>(*query, *key, *angles, num_tokens, head_dim, num_threads);
 }
 
 }  // extern "C"

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "structs.h"
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
@@ -19,43 +20,6 @@ constexpr int64_t kHeldValues = 64 * 1024;  // float32 values of y per task, whi
 constexpr int kTasksPerThread = 2;          // of the first product; a thread that shares its core takes fewer
 constexpr int kLeastSlots = 4;              // per part, where slots are split into parts
 constexpr int kMostRanks = 64;              // rank rows of an adapter per pass over the columns
-
-}  // namespace
-
-extern "C" struct Pairs {
-  int32_t num_adapters, num_slots;  // a slot is a token with adapters
-  int64_t h_len;                    // values of h per module: a pair has as many as its adapter's rank
-  const int32_t* slot_tokens;       // (slots,) token of each slot
-  const int32_t* slot_starts;       // (slots + 1,) sums over slots of their numbers of pairs
-  const int32_t* pair_starts;       // (S + 1,) pairs of adapter s
-  const int32_t* pair_slots;        // (pairs,)
-  const float* pair_weights;        // (pairs,) m_bs
-  const int32_t* rank_starts;       // (S + 1,) rank rows of adapter s, by rank index
-  const int32_t* rank_rows;         // bank row of each rank row
-  const int64_t* h_starts;          // (S + 1,)
-  const uint8_t* fusion;            // (slots,) or null
-  int32_t max_rank, num_threads;
-};
-
-extern "C" struct InputPlace {  // of the A matrices of M modules that read one input
-  int64_t width;  // I
-  const void* a;  // rank row p of module m is row p M + m of (., I)
-  int64_t num_modules;
-};
-
-extern "C" struct ModulePlace {  // of the B matrix of a module
-  int64_t module;   // among those of its input
-  const void* bt;   // (., O)
-  int64_t num_out;  // O
-};
-
-extern "C" struct Output {  // the output of a module
-  const ModulePlace* of;
-  void* y;  // (N, O)
-  int64_t y_stride;
-};
-
-namespace {
 
 template <class E>
 struct Inputs {

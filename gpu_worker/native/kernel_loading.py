@@ -66,9 +66,14 @@ def num_missing_kernels(config: WorkerConfig) -> int:
 
 def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dtype, Callable[..., None]]:
     """Return the functions `<name>_<suffix>` by dtype. They return nothing."""
-    found = {dtype: getattr(library, f"{name}_{suffix}") for dtype, suffix in SUFFIXES.items()}
-    for function in found.values():
-        function.argtypes, function.restype = argtypes, None
+    return {dtype: function_of(library, f"{name}_{suffix}", *argtypes) for dtype, suffix in SUFFIXES.items()}
+
+
+def function_of(library: ctypes.CDLL, name: str, *argtypes: type) -> Callable[..., None]:
+    """Return the function, which returns nothing."""
+    function = getattr(library, name)
+    function.argtypes, function.restype = argtypes, None
+    found: Callable[..., None] = function
     return found
 
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "structs.h"
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
@@ -224,12 +225,6 @@ class Products {
 };
 
 }  // namespace
-
-extern "C" struct Linear {
-  const void* panels;
-  const float* bias;  // (panels, kBlock)
-  int64_t num_in, num_out;
-};
 
 extern "C" struct Part {
   int32_t panel, row;

@@ -47,6 +47,11 @@ class StepContext:
         self.composition, self._attention, self.masks = composition, attention, masks
         self._attended.clear()
 
+    @property
+    def attention(self) -> AttentionPlan | None:
+        """Return the step's attention plan, without a claim to a layer."""
+        return self._attention
+
     def attention_of(self, layer: int) -> AttentionPlan:
         """Return the step's attention plan, once per layer.
 

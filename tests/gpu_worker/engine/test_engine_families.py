@@ -56,8 +56,12 @@ def test_supported_families_give_transformers_own_tokens(tmp_path: Path, make_en
 
 
 def test_supported_families_start_in_bfloat16(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
-    """Experts with random weights tie more often than trained ones, but that does not justify a refusal."""
-    for name in some(list(EQUAL), "families in bfloat16", SMALL_EQUAL, scale):
+    """Experts with random weights tie more often than trained ones, but that does not justify a refusal.
+
+    OLMo rotates by float32 angles.
+    """
+    names = ["olmo", *(name for name in EQUAL if name != "olmo")]
+    for name in some(names, "families in bfloat16", SMALL_EQUAL, scale):
         engine_over(save(tmp_path / name, name, EQUAL[name]), make_engine, dtype="bfloat16")
 
 

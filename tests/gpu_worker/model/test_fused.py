@@ -104,7 +104,11 @@ def test_a_bad_row_does_not_affect_others(kernel: FusedKernel) -> None:
     assert y.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "angle_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize(("num_tokens", "heads", "head_dim", "width"), [(70, (4, 1), 256, 256), (5, (3, 3), 24, 12)])
 @pytest.mark.parametrize("has_norms", [True, False])
 def test_rotated_heads_equal_those_of_torch(
@@ -114,6 +118,7 @@ def test_rotated_heads_equal_those_of_torch(
     head_dim: int,
     width: int,
     dtype: torch.dtype,
+    angle_dtype: torch.dtype,
     kernel: FusedKernel,
 ) -> None:
     query, key = (
@@ -121,11 +126,12 @@ def test_rotated_heads_equal_those_of_torch(
         for seed, num_heads in enumerate(heads)
     )
     angles = draw(1, num_tokens, width // 2, dtype=torch.float32, seed=9).repeat(1, 1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(angle_dtype), angles.sin().to(angle_dtype)
     norms = [FusedRmsNorm(kernel, draw(head_dim, dtype=torch.float32, seed=seed), 1e-6, True) for seed in (5, 6)]
     normed = [norm(part) if has_norms else part for norm, part in zip(norms, (query, key), strict=True)]
     turned = apply_rotary_pos_emb(*(part[..., :width] for part in normed), cos, sin, unsqueeze_dim=2)
-    expected = [torch.cat([t, part[..., width:]], dim=-1) for t, part in zip(turned, normed, strict=True)]
+    pairs = zip(turned, normed, strict=True)
+    expected = [torch.cat([each.to(dtype), part[..., width:]], dim=-1) for each, part in pairs]
     kernel.rotate(query, key, norms if has_norms else (None, None), cos, sin)
     assert_same(query, expected[0], atol=1e-5)
     assert_same(key, expected[1], atol=1e-5)

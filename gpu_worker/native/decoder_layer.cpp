@@ -1,0 +1,124 @@
+// One decoder layer over single tokens of many rows, as a sequence of calls of the other kernels.
+//
+// Where a step has a prompt, Python calls the same kernels one by one.
+#include <algorithm>
+#include <cstdint>
+
+#include "structs.h"
+#include "vectors.h"
+
+extern "C" struct Kernels {  // functions of the other libraries, for bfloat16
+  void (*linear)(const Linear*, const void* x, const int32_t* numbers, int64_t num_rows, void* y, int32_t num_threads);
+  void (*add_adapters)(const Pairs*, const InputPlace*, const void* x, float* h, const Output*, int64_t num_outputs);
+  void (*rms_norm)(const void* x, const float* weight, int64_t num_rows, int64_t width, float eps, int32_t rounds_first,
+                   void* y, int32_t num_threads);
+  void (*gated)(const void* gate, const void* up, int64_t num_values, int32_t is_silu, void* y, int32_t num_threads);
+  void (*rotate)(const Heads* query, const Heads* key, const Angles*, int64_t num_tokens, int64_t head_dim,
+                 int32_t num_threads);
+  void (*write_kv)(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num, const Cache*,
+                   int32_t num_threads);
+  void (*attend)(const Decodes*, const StridedHeads* query, const Cache*, void* out);
+};
+
+extern "C" struct Projection {  // a linear layer of the base model, and its place in the bank
+  const Linear* linear;
+  const ModulePlace* place;
+};
+
+extern "C" struct Layer {
+  Norm before_attention, after_attention, before_mlp, after_mlp;  // those after: of what is added to the layer's input
+  Norm of_query, of_key;
+  Projection query, key, value, output, gate, up, down;
+  const InputPlace *attention_input, *output_input, *mlp_input, *down_input;
+  int64_t head_dim;
+  int32_t is_silu;
+};
+
+extern "C" struct Step {
+  int64_t num_tokens;
+  Pairs* pairs;  // null: no token has adapters
+  float* h;      // as many values as add_adapters needs for any of the layer's inputs
+  Angles angles;
+  const int64_t* slots;    // (N,): where the tokens' keys are stored
+  const Decodes* decodes;  // all tokens of the step
+  void* scratch;           // N * scratch_values(layer) values
+  int32_t num_threads;
+};
+
+namespace {
+
+template <int M>
+void project(const Kernels& kernels, const Step& step, const bf16* x, const Projection (&projections)[M],
+             const InputPlace* place, bf16* const (&outputs)[M]) {
+  Output used[M];
+  int64_t num_used = 0;
+  for (int m = 0; m < M; ++m) {
+    const Projection& of = projections[m];
+    kernels.linear(of.linear, x, nullptr, step.num_tokens, outputs[m], step.num_threads);
+    if (of.place->is_used) used[num_used++] = {of.place, outputs[m], of.linear->num_out};
+  }
+  if (step.pairs != nullptr && num_used > 0) kernels.add_adapters(step.pairs, place, x, step.h, used, num_used);
+}
+
+void normalise(const Kernels& kernels, const Step& step, const Norm& norm, const bf16* x, int64_t width, bf16* y) {
+  kernels.rms_norm(x, norm.weight, step.num_tokens, width, norm.eps, norm.rounds_first, y, step.num_threads);
+}
+
+// y = x + change, or x + norm(change). Overwrites change.
+void add(const Kernels& kernels, const Step& step, const Norm& norm, const bf16* x, bf16* change, int64_t width,
+         bf16* y) {
+  if (norm.weight != nullptr) normalise(kernels, step, norm, change, width, change);
+  const int64_t num_values = step.num_tokens * width;
+  for (int64_t i = 0; i < num_values; i += kLanes) {
+    const int64_t left = num_values - i;
+    store_part(y + i, load_part(x + i, left) + load_part(change + i, left), left);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The values of scratch memory per token.
+int64_t scratch_values(const Layer* layer) {
+  const int64_t heads = layer->query.linear->num_out + 2 * layer->key.linear->num_out + layer->output.linear->num_in;
+  return 2 * layer->query.linear->num_in + std::max(heads, 2 * layer->gate.linear->num_out);
+}
+
+// Sets y (N, H) to the layer's output for x (N, H), after it has stored the tokens' keys and values.
+void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const Cache* cache, const void* x,
+                        void* y) {
+  const Kernels& k = *kernels;
+  const Step& s = *step;
+  const int64_t num = s.num_tokens, width = layer->query.linear->num_in, head_dim = layer->head_dim;
+  const int64_t query_width = layer->query.linear->num_out, key_width = layer->key.linear->num_out;
+  const int64_t num_heads = query_width / head_dim, num_key_heads = key_width / head_dim;
+  const bf16* input = static_cast<const bf16*>(x);
+  bf16* sum = static_cast<bf16*>(y);
+  bf16* normed = static_cast<bf16*>(s.scratch);
+  bf16* change = normed + num * width;
+  bf16* rest = change + num * width;
+  if (s.pairs != nullptr) s.pairs->num_threads = s.num_threads;
+
+  bf16 *query = rest, *key = query + num * query_width, *value = key + num * key_width;
+  bf16* attended = value + num * key_width;
+  normalise(k, s, layer->before_attention, input, width, normed);
+  project<3>(k, s, normed, {layer->query, layer->key, layer->value}, layer->attention_input, {query, key, value});
+  const Heads queries{query, num_heads, layer->of_query}, keys{key, num_key_heads, layer->of_key};
+  k.rotate(&queries, &keys, &s.angles, num, head_dim, s.num_threads);
+  const StridedHeads of_query{query, head_dim, query_width}, of_key{key, head_dim, key_width};
+  const StridedHeads of_value{value, head_dim, key_width};
+  k.write_kv(&of_key, &of_value, s.slots, num, cache, s.num_threads);
+  k.attend(s.decodes, &of_query, cache, attended);
+  project<1>(k, s, attended, {layer->output}, layer->output_input, {change});
+  add(k, s, layer->after_attention, input, change, width, sum);
+
+  bf16 *gate = rest, *up = gate + num * layer->gate.linear->num_out;
+  normalise(k, s, layer->before_mlp, sum, width, normed);
+  project<2>(k, s, normed, {layer->gate, layer->up}, layer->mlp_input, {gate, up});
+  k.gated(gate, up, num * layer->gate.linear->num_out, layer->is_silu, gate, s.num_threads);
+  project<1>(k, s, gate, {layer->down}, layer->down_input, {change});
+  add(k, s, layer->after_mlp, sum, change, width, sum);
+}
+
+}  // extern "C"
