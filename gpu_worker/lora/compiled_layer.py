@@ -1,7 +1,7 @@
-"""Compute a whole decoder layer in one call of `decoder_layer.cpp`, in steps without prompts.
+"""Compute a whole decoder layer in one call of `decoder_layer.cpp`, in steps without long chunks of prompts.
 
-The call runs the kernels of the layer's parts in the same order, so the result is the same, bit for bit. It saves
-torch's operations and Python's calls between them.
+The call runs the kernels of the layer's parts in the same order, so the result is the same, bit for bit. It avoids the
+overhead of torch's operations and of the Python calls between them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gpu_worker.attention.attention_cpu import HostAttention
 from gpu_worker.attention.decode_attention import Cache, cache_of
 from gpu_worker.attention.packed_attention import unknown_arguments
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora.grouped_mapping import GroupedMapping
 from gpu_worker.model.fused import Angles, CallRecorder, FusedAttention, FusedMlp, FusedRmsNorm, Norm, probe_input
 from gpu_worker.model.lora_linear import LoraLinear
@@ -86,7 +87,7 @@ class LayerKernel:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The modules of a layer, and whether it has the norms that Gemma has after its attention and its MLP."""
+    """The modules of a layer. A norm is None where the layer has none."""
 
     attention: FusedAttention
     mlp: FusedMlp
@@ -94,7 +95,7 @@ class _Parts:
 
     @classmethod
     def of(cls, module: nn.Module) -> _Parts | None:
-        """Return the parts if the compiled layer can compute them; whether it has their order is another question."""
+        """Return the parts if the kernel can compute them. `_agree` checks their order."""
         attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
         if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMlp) or not attention.is_causal:
             return None
@@ -141,20 +142,21 @@ class _Parts:
         (query, key, value), (output,), (gate, up), (down,) = (
             [cast("KernelLinear", each.base) for each in group] for group in self.linears
         )
-        widths = query.in_features, gate.in_features, output.out_features, down.out_features
+        width, head_dim = query.in_features, self.attention.head_dim
         return (
-            len(set(widths)) == 1
+            width == gate.in_features == output.out_features == down.out_features
+            and all(norm is None or norm.weight.shape == (width,) for norm in self.norms)
             and key.out_features == value.out_features
             and gate.out_features == up.out_features == down.in_features
             and query.out_features == output.in_features
-            and not query.out_features % self.attention.head_dim
-            and not key.out_features % self.attention.head_dim
+            and not key.out_features % head_dim
+            and not query.out_features % key.out_features
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What layers share whose steps are described by one struct."""
+    """A part of the layers' shapes. One struct describes the step for all layers that have it in common."""
 
     num_query_heads: int
     head_dim: int
@@ -165,14 +167,14 @@ class _Shape:
 class _Steps:
     """The structs of the current step, which its layers share.
 
-    Between layers, whose weights fill the processor's caches, Python is several times slower than in a loop.
+    A layer's weights evict Python's own data from the processor's caches, so a step makes each struct once.
     """
 
     def __init__(self) -> None:
         self.num_modules, self.scratch_values = 0, 0  # the most of any layer
         self._last: tuple[object, object] = None, None  # the step's attention plan and composition
-        self._made: dict[tuple[int, int, _Shape], tuple[tuple[Tensor, Tensor], _Step, int]] = {}
-        self._scratch = torch.empty(0, dtype=torch.bfloat16)
+        self._made: dict[tuple[int, int, _Shape], tuple[int, tuple[object, ...]]] = {}  # address; what it refers to
+        self._scratch = torch.empty(0, dtype=torch.bfloat16)  # the memory plan's copies of hidden states include it
 
     def address(
         self, context: StepContext, attention: HostAttention, angles: Any, layer: int, shape: _Shape
@@ -185,15 +187,15 @@ class _Steps:
         key = id(angles), id(group), shape
         found = self._made.get(key)
         if found is None:
-            step = self._make(context, attention, angles, layer, shape)
-            if step is None:
+            found = self._make(context, attention, angles, layer, shape)
+            if found is None:
                 return None
-            found = self._made[key] = angles, step, ctypes.addressof(step)  # what has an address here is kept
-        return found[2]
+            self._made[key] = found
+        return found[0]
 
     def _make(
         self, context: StepContext, attention: HostAttention, angles: Any, layer: int, shape: _Shape
-    ) -> _Step | None:
+    ) -> tuple[int, tuple[object, ...]] | None:
         composition, slots = context.composition, attention.groups[layer].slots
         if composition is not None and not isinstance(composition, GroupedMapping):
             return None
@@ -205,15 +207,18 @@ class _Steps:
         if self._scratch.numel() < (num_values := len(slots) * self.scratch_values):
             self._scratch = torch.empty(num_values, dtype=torch.bfloat16)
         cos, sin = angles
-        return _Step(
+        pairs, h = (None, None) if composition is None else composition.arguments(self.num_modules)
+        step = _Step(
             len(slots),
-            *((None, None) if composition is None else composition.addresses(self.num_modules)),
+            pairs,
+            None if h is None else h.data_ptr(),
             Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[2]),
             slots.data_ptr(),
             ctypes.addressof(decodes),
             self._scratch.data_ptr(),
             torch.get_num_threads(),
         )
+        return ctypes.addressof(step), (step, angles, h, self._scratch)
 
 
 class CompiledLayer:
@@ -264,6 +269,7 @@ class CompiledLayer:
             and x.is_contiguous()
             and x.shape[::2] == (1, self._width)
             and unknown_arguments(others) == ["position_embeddings", "step"]
+            and others.get("is_causal") is not False
             and not any(self._hooks)
         )
 
@@ -292,7 +298,7 @@ def compile_layers(model: nn.Module, kernel: LayerKernel) -> int:
     """Let the kernel compute, in place, every decoder layer that has the same result with it. Return their number.
 
     Layers are compared on random input, so other orders of the same parts stay as they are. A layer with hooks inside
-    computes itself, also if they are added later.
+    computes itself, also if they are added later. Parts that are replaced later are not noticed.
     """
     alike = [(own, parts) for own, parts in _candidates(model) if _agree(own, parts)]
     steps = _Steps()
@@ -319,10 +325,10 @@ def _agree(own: nn.Module, parts: _Parts) -> bool:
         step.fill(None, recorder)
         try:
             outputs.append(forward(hidden, position_embeddings=rotation, attention_mask=None, step=step))
-        except (AttributeError, RuntimeError, TypeError, ValueError):
+        except (AssertionError, AttributeError, BaseModelUnsupported, LookupError, RuntimeError, TypeError, ValueError):
             return False
     found, expected = outputs
-    return isinstance(expected, Tensor) and torch.equal(found, expected)
+    return isinstance(found, Tensor) and isinstance(expected, Tensor) and torch.equal(found, expected)
 
 
 def _are_angles(angles: Any, num_tokens: int, head_dim: int) -> TypeGuard[tuple[Tensor, Tensor]]:

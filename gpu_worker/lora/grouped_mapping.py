@@ -39,11 +39,11 @@ class GroupedMapping:
         self._last = x, inputs
         self._kernel.add(self._pairs, self._h, outputs, x=x)
 
-    def addresses(self, num_modules: int) -> tuple[int, int]:
-        """Return the addresses of the pairs and of memory for h of so many modules, for a caller of the kernel."""
+    def arguments(self, num_modules: int) -> tuple[int, Tensor]:
+        """Return the address of the pairs, and memory for h of so many modules, for a caller of the kernel."""
         self._reserve(num_modules)
         self._last = None  # the caller overwrites h
-        return ctypes.addressof(self._pairs), self._h.data_ptr()
+        return ctypes.addressof(self._pairs), self._h
 
     def _reserve(self, num_modules: int) -> None:
         if self._h.numel() < (num_values := num_modules * self._pairs.h_len):

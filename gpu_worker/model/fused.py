@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -235,18 +236,20 @@ def _fused_attention(module: Any, kernel: FusedKernel) -> nn.Module | None:
 def _attend_alike(fused: FusedAttention, own: Any) -> bool:
     """Return whether both call the attention function alike, for angles of whole heads and of their first half.
 
-    A model that rotates whole heads cannot be called with fewer angles, and never is.
+    A model that rotates whole heads cannot be called with fewer angles, and never is. Nor can most models of bfloat16
+    be called with float32 angles.
     """
     weight = own.q_proj.weight
     hidden = probe_input(weight.shape[1], weight.dtype)[None]
-    for width in (own.head_dim, own.head_dim // 2):
+    dtypes = dict.fromkeys((weight.dtype, torch.float32))
+    for width, dtype in product((own.head_dim, own.head_dim // 2), dtypes):
         try:
-            expected = _attended(own, hidden, width)
+            expected = _attended(own, hidden, width, dtype)
         except (AttributeError, BaseModelUnsupported, RuntimeError, TypeError, ValueError):
-            if width == own.head_dim:
+            if width == own.head_dim and dtype == weight.dtype:
                 return False
             continue
-        found = _attended(fused, hidden, width)
+        found = _attended(fused, hidden, width, dtype)
         if expected is None or found is None or found[1:3] != expected[1:3]:
             return False
         if not all(_agree(*pair) for pair in zip(found[3:], expected[3:], strict=True)):
@@ -269,13 +272,13 @@ class CallRecorder(AttentionPlan):
         return query.transpose(0, 1)
 
 
-def _attended(module: nn.Module, hidden: Tensor, width: int) -> tuple[Any, ...] | None:
+def _attended(module: nn.Module, hidden: Tensor, width: int, dtype: torch.dtype) -> tuple[Any, ...] | None:
     """Return the output for random angles (1, N, width), and the arguments of the attention function if called."""
     angles = torch.rand(hidden.shape[1], width // 2, generator=torch.Generator().manual_seed(1)) * 6
     both = torch.cat([angles, angles], dim=-1)[None]
     recorder, step = CallRecorder(), StepContext()
     step.fill(None, recorder)
-    rotation = both.cos().to(hidden.dtype), both.sin().to(hidden.dtype)
+    rotation = both.cos().to(dtype), both.sin().to(dtype)
     output, _ = module(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, step=step)
     return None if recorder.seen is None else (output, *recorder.seen)
 

@@ -140,14 +140,14 @@ void attend(const Decodes& d, const StridedHeads& query, const Cache& cache, E* 
 extern "C" {
 
 // Copies keys and values (H, N, D) to slots (N,).
-void write_kv_bf16(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num, const Cache* cache,
-                   int32_t num_threads) {
+void write_kv_bf16(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num,
+                   const Cache* cache, int32_t num_threads) {
   write<bf16>(*key, slots, num, *cache, cache->keys, num_threads);
   write<bf16>(*value, slots, num, *cache, cache->values, num_threads);
 }
 
-void write_kv_f32(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num, const Cache* cache,
-                  int32_t num_threads) {
+void write_kv_f32(const StridedHeads* key, const StridedHeads* value, const int64_t* slots, int64_t num,
+                  const Cache* cache, int32_t num_threads) {
   write<float>(*key, slots, num, *cache, cache->keys, num_threads);
   write<float>(*value, slots, num, *cache, cache->values, num_threads);
 }

@@ -1,6 +1,5 @@
-// One decoder layer over single tokens of many rows, as a sequence of calls of the other kernels.
-//
-// Where a step has a prompt, Python calls the same kernels one by one.
+// One decoder layer over the tokens of a step that `attend` can compute: decoded and guessed tokens, and short chunks
+// behind other tokens. It calls the other kernels in order. In other steps Python calls them one by one.
 #include <algorithm>
 #include <cstdint>
 

@@ -65,10 +65,10 @@ void rotate_row(E* x, const A* cos, const A* sin, int64_t width) {
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t left = half - i;
     const f32x16 a = load_part(x + i, left), b = load_part(x + half + i, left);
-    const f32x16 low = rounded<A>(a * load_part(cos + i, left)) - rounded<A>(b * load_part(sin + i, left));
-    const f32x16 high = rounded<A>(b * load_part(cos + half + i, left)) + rounded<A>(a * load_part(sin + half + i, left));
-    store_part(x + i, low, left);
-    store_part(x + half + i, high, left);
+    const f32x16 cos_a = load_part(cos + i, left), sin_b = load_part(sin + i, left);
+    const f32x16 cos_b = load_part(cos + half + i, left), sin_a = load_part(sin + half + i, left);
+    store_part(x + i, rounded<A>(a * cos_a) - rounded<A>(b * sin_b), left);
+    store_part(x + half + i, rounded<A>(b * cos_b) + rounded<A>(a * sin_a), left);
   }
 }
 
@@ -120,7 +120,6 @@ void gated_f32(const void* gate, const void* up, int64_t num_values, int32_t is_
   gated(static_cast<const float*>(gate), static_cast<const float*>(up), num_values, is_silu, static_cast<float*>(y),
         num_threads);
 }
-
 
 // Normalises, where a weight is given, and rotates the heads of query and key in place.
 void rotate_bf16(const Heads* query, const Heads* key, const Angles* angles, int64_t num_tokens, int64_t head_dim,

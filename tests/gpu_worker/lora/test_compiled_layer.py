@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gpu_worker.config import DEFAULT_CACHE_DIR
@@ -26,7 +28,7 @@ from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only, run_together
 from tests.gpu_worker.families import EQUAL, save
 from tests.soak import Scale
-from tests.tiny import FAMILIES, plan_of, random_adapter, tiny_config
+from tests.tiny import FAMILIES, SHAPE, byte_tokenizer, linear_shapes, plan_of, random_adapter, tiny_config
 
 NUM_LAYERS = 3
 MakeBf16 = Callable[..., Engine]
@@ -47,13 +49,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def make_bf16(make_engine: MakeEngine, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
-    """Return a factory of engines in bfloat16, whose layers are compiled on every processor, unless told otherwise."""
+    """Return a factory of engines in bfloat16, whose layers are compiled on every processor, by default."""
     kernel = compiled(load_linear_kernel)
     compiled(load_layer_kernel)
     monkeypatch.setattr(device_parts, "make_linear_kernel", lambda config: kernel)
 
     def make(adapters: Mapping[str, AdapterWeights], family: str = "gemma3", **changes: Any) -> Engine:
         base = changes.pop("base", None) or load_base_model(tiny_config(tiny_folders[family], dtype="bfloat16"))
+        randomise(base.model)
         if not changes.pop("compiles", True):
             with monkeypatch.context() as patched:
                 patched.setattr(device_parts, "compile_layers", lambda model, kernel: 0)
@@ -61,6 +64,14 @@ def make_bf16(make_engine: MakeEngine, tiny_folders: Mapping[str, Path], monkeyp
         return make_engine(adapters, family, base=base, dtype="bfloat16", **changes)
 
     return make
+
+
+def randomise(model: nn.Module) -> None:
+    """Give every norm and bias values of its own: new models have zeros or ones, so that one could replace another."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def jobs_of(pool: list[AdapterWeights]) -> list[Job]:
@@ -126,6 +137,25 @@ def test_every_family_answers_alike_with_compiled_layers(
     assert are_compiled <= were_compiled <= are_compiled | dense_layers_of_experts
 
 
+@pytest.mark.parametrize(("mlp_width", "head_dim"), [(16, 8), (160, 8), (48, 16)])
+def test_layers_whose_widths_differ(
+    mlp_width: int, head_dim: int, tmp_path: Path, make_bf16: MakeBf16, calls: list[int]
+) -> None:
+    """The widest part of the scratch memory is in the attention or in the MLP."""
+    settings = {**SHAPE, "intermediate_size": mlp_width, "head_dim": head_dim, "sliding_window": 12}
+    Gemma3ForCausalLM(Gemma3TextConfig(**settings)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    shapes = linear_shapes(load_base_model(tiny_config(tmp_path)))
+    pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
+    found, expected = (
+        logits_of(make_bf16(by_digest(*pool), base=load_base_model(config), compiles=compiles), jobs_of(pool))
+        for config in [tiny_config(tmp_path, dtype="bfloat16")]
+        for compiles in (True, False)
+    )
+    assert calls
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("parts", [("q_proj", "down_proj"), ("v_proj", "up_proj"), ("o_proj",)])
 def test_adapters_of_few_modules(
     parts: tuple[str, ...], make_bf16: MakeBf16, shapes: dict[str, tuple[int, int]], calls: list[int]
@@ -137,19 +167,24 @@ def test_adapters_of_few_modules(
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_modules_that_leave_the_bank_are_no_longer_added(
+def test_modules_without_an_adapter_are_not_added(
     make_bf16: MakeBf16, shapes: dict[str, tuple[int, int]], calls: list[int]
 ) -> None:
-    """The bank's free rows hold NaN, which would reach the answer."""
+    """Of adapters in the bank that lack a module, the zeros in its place are not read: here they are NaN."""
     wide = random_adapter(shapes, 1, rank=3)
     narrow = random_adapter(shapes, 2, rank=4, modules=lambda name: name.endswith("q_proj"))
     engine = make_bf16(by_digest(wide, narrow), bank_rank_rows=4)
     run_together(engine, [greedy("abc", only(wide))])
     calls.clear()
-    found = run_together(engine, [greedy("abc", only(narrow))])[0]
+    answer = ask(engine, greedy("abc", only(narrow)))
+    engine.step()
+    for name, bank in engine.bank.modules.items():
+        if not name.endswith("q_proj"):
+            bank.all_bt.fill_(torch.nan)
+    engine.run_until_idle()
     assert calls
     alone = run_together(make_bf16(by_digest(narrow), compiles=False), [greedy("abc", only(narrow))])[0]
-    assert found.tokens == alone.tokens
+    assert answer.tokens == alone.tokens
 
 
 def test_a_row_that_is_not_finite_changes_no_other(
@@ -206,10 +241,11 @@ def test_dense_products_take_the_layers_own_way(
     assert calls, "the base model needs no products"
 
 
-def test_a_hook_inside_a_layer_is_run(make_bf16: MakeBf16, calls: list[int]) -> None:
+@pytest.mark.parametrize("hook", [nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook])
+def test_a_hook_inside_a_layer_is_run(hook: Callable[..., Any], make_bf16: MakeBf16, calls: list[int]) -> None:
     engine, seen = make_bf16({}), list[int]()
     layer = engine.base.model.model.layers[1]
-    handle = layer.mlp.up_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    handle = hook(layer.mlp.up_proj, lambda module, inputs, *output: seen.append(inputs[0].shape[1]))
     layer.register_forward_hook(lambda module, inputs, output: seen.append(0))
     calls.clear()
     run_together(engine, [greedy("abc", num_new=3)])
@@ -238,11 +274,19 @@ class Parallel(LlamaDecoderLayer):
         return hidden_states + attended + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+class Needy(LlamaDecoderLayer):
+    """Needs an argument that every model passes to its layers."""
+
+    def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
+        assert others["position_ids"] is not None
+        return super().forward(hidden_states, **others)
+
+
 class Same(LlamaDecoderLayer):
     """Computes the same as its base class."""
 
 
-@pytest.mark.parametrize(("kind", "num_compiled"), [(Same, NUM_LAYERS), (Scaled, 0), (Parallel, 0)])
+@pytest.mark.parametrize(("kind", "num_compiled"), [(Same, NUM_LAYERS), (Scaled, 0), (Parallel, 0), (Needy, 0)])
 def test_only_layers_with_the_kernels_order_are_compiled(
     kind: type[LlamaDecoderLayer],
     num_compiled: int,
@@ -259,28 +303,100 @@ def test_only_layers_with_the_kernels_order_are_compiled(
     assert counts == [num_compiled]
 
 
-def test_heads_that_the_cache_does_not_have_are_refused_as_without_the_kernel(
+class OneStep:
+    """The arguments of the first layer, in a step that decodes one token."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        ask(engine, greedy("abc"))
+        engine.step()
+        self.layer = engine.base.model.model.layers[0]
+        assert isinstance(self.layer.forward, CompiledLayer)
+        self.x = torch.randn(1, 1, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0)).bfloat16()
+        self.angles = torch.full((1, 1, 8), 0.6).bfloat16(), torch.full((1, 1, 8), 0.8).bfloat16()
+
+    @torch.inference_mode()
+    def __call__(self, *, is_new: bool = True, own: bool = False, **changes: Any) -> Tensor:
+        """Call the layer. `is_new`: as a step of its own; `own`: in its own way."""
+        context = self._engine._forward._context
+        if is_new:
+            context.fill(None, self._engine.kv_cache.attention([Segment(0, 0, 1, 4)]))
+        arguments = {"position_embeddings": self.angles, "attention_mask": None, "step": context, **changes}
+        x = arguments.pop("x", self.x)
+        y: Tensor = self.layer.forward._own(x, **arguments) if own else self.layer(x, **arguments)
+        return y
+
+
+def test_arguments_that_the_kernel_cannot_read_are_left_to_the_layer(make_bf16: MakeBf16, calls: list[int]) -> None:
+    one = OneStep(make_bf16({}))
+    calls.clear()
+    assert torch.equal(one(), one(own=True))
+    assert calls == [1]
+    spread = one.x.repeat_interleave(2, dim=-1)[..., ::2]
+    assert torch.equal(one(x=spread), one()) and calls == [1, 1]
+    exact = tuple(part.float() for part in one.angles)
+    strided = tuple(part.repeat_interleave(2, dim=-1)[..., ::2] for part in one.angles)
+    calls.clear()
+    assert torch.equal(one(position_embeddings=strided), one(own=True))
+    assert not torch.equal(one(position_embeddings=exact), one(own=True)), "another rounding"
+    assert torch.equal(one(position_ids=torch.zeros(1, 1), use_cache=False, cache=None), one(own=True))
+    assert calls == [1], "the last call has no option"
+    for refused in (
+        {"attention_mask": torch.zeros(1, 1, 1, 5)},
+        {"is_causal": False},
+        {"softcap": 3.0},
+        {"x": one.x.float()},
+        {"x": one.x.repeat(2, 1, 1)},
+    ):
+        with pytest.raises((BaseModelUnsupported, AssertionError)):
+            one(**refused)
+    assert calls == [1]
+
+
+def test_layers_with_other_angles_have_another_step(make_bf16: MakeBf16, calls: list[int]) -> None:
+    """Two calls in one step, as of two layers of one kind."""
+    one = OneStep(make_bf16({}, "llama"))
+    other = OneStep.__new__(OneStep)
+    other.__dict__.update(vars(one), layer=one.layer, angles=one.angles[::-1])
+    first = one()
+    one._engine._forward._context._attended.clear()
+    second = other(is_new=False)
+    assert torch.equal(first, one(own=True)) and torch.equal(second, other(own=True))
+    assert not torch.equal(first, second)
+
+
+def test_a_layer_that_attends_twice_in_a_step_is_refused(make_bf16: MakeBf16) -> None:
+    one = OneStep(make_bf16({}))
+    one()
+    with pytest.raises(BaseModelUnsupported, match="more than once in layer 0"):
+        one(is_new=False)
+
+
+def test_heads_that_the_cache_does_not_have_are_refused_as_in_the_layers_own_way(
     make_bf16: MakeBf16, calls: list[int]
 ) -> None:
     engine = make_bf16({})
+    one = OneStep(engine)
     calls.clear()
-    ask(engine, greedy("abc"))
-    engine.step()
-    layer = next(layer for layer in engine.base.model.model.layers if isinstance(layer.forward, CompiledLayer))
+    one()
     engine.kv_cache.keys[0] = engine.kv_cache.keys[0][:1]
-    layer.forward._cache = None
-    ask(engine, greedy("abc"))
     with pytest.raises(BaseModelUnsupported, match="key/value heads"):
-        layer(torch.zeros(1, 1, 32).bfloat16(), **arguments_of(engine))
+        one()
+    assert calls == [1]
+
+
+def test_a_window_that_the_cache_does_not_keep_is_refused(make_bf16: MakeBf16, calls: list[int]) -> None:
+    engine = make_bf16({})
+    one = OneStep(engine)
+    calls.clear()
+    context = engine._forward._context
+    attention = engine.kv_cache.attention([Segment(0, 0, 1, 4)])
+    pages = replace(attention.groups[0].pages, window=5)
+    groups = [replace(attention.groups[0], pages=pages), *attention.groups[1:]]
+    context.fill(None, replace(attention, groups=groups))
+    with pytest.raises(BaseModelUnsupported, match="a window of 5"):
+        one(is_new=False)
     assert calls == []
-
-
-def arguments_of(engine: Engine) -> dict[str, Any]:
-    """Return the arguments that the model passes to its first layer in a step of one decoded token."""
-    step = engine._forward._context
-    step.fill(None, engine.kv_cache.attention([Segment(0, 0, 1, 4)]))
-    rotation = torch.ones(1, 1, 8).bfloat16(), torch.zeros(1, 1, 8).bfloat16()
-    return {"position_embeddings": rotation, "attention_mask": None, "step": step}
 
 
 @pytest.mark.parametrize("missing", ["decoder_layer", "grouped_lora", "decode_attention"])

@@ -109,7 +109,7 @@ def test_the_kernel_writes_no_byte_outside_its_outputs(num_in: int, kernel: Line
     layer = packed(linear_of(num_in, 33), kernel)
     assert isinstance(layer, KernelLinear)
     x, y = torch.randn(13, num_in).bfloat16(), torch.full((15, 33), 7.0).bfloat16()
-    kernel.linear(layer._address, x.data_ptr(), None, 13, y[1].data_ptr(), 2)
+    kernel.linear(layer.address, x.data_ptr(), None, 13, y[1].data_ptr(), 2)
     assert torch.equal(y[1:14], layer(x)) and (y[0] == 7).all() and (y[14] == 7).all()
 
 
