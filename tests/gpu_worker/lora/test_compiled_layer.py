@@ -347,6 +347,7 @@ def test_arguments_that_the_kernel_cannot_read_are_left_to_the_layer(make_bf16: 
         {"softcap": 3.0},
         {"x": one.x.float()},
         {"x": one.x.repeat(2, 1, 1)},
+        {"x": one.x.repeat(1, 2, 1)},
     ):
         with pytest.raises((BaseModelUnsupported, AssertionError)):
             one(**refused)
