@@ -18,7 +18,7 @@ from gpu_worker.engine import device_parts
 from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora import compiled_layer
-from gpu_worker.lora.compiled_layer import CompiledLayer, LayerKernel, load_layer_kernel
+from gpu_worker.lora.compiled_layer import LayerKernel, load_layer_kernel
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.packed_linear import load_linear_kernel
 from gpu_worker.request.request import Job
@@ -27,6 +27,7 @@ from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only, run_together
 from tests.gpu_worker.families import EQUAL, save
+from tests.gpu_worker.lora.one_step import OneStep
 from tests.soak import Scale
 from tests.tiny import FAMILIES, SHAPE, byte_tokenizer, linear_shapes, plan_of, random_adapter, tiny_config
 
@@ -301,30 +302,6 @@ def test_only_layers_with_the_kernels_order_are_compiled(
     monkeypatch.setattr(device_parts, "compile_layers", lambda *parts: counts.append(compile_layers(*parts)))
     make_bf16({}, "llama", base=base)
     assert counts == [num_compiled]
-
-
-class OneStep:
-    """The arguments of the first layer, in a step that decodes one token."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        ask(engine, greedy("abc"))
-        engine.step()
-        self.layer = engine.base.model.model.layers[0]
-        assert isinstance(self.layer.forward, CompiledLayer)
-        self.x = torch.randn(1, 1, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0)).bfloat16()
-        self.angles = torch.full((1, 1, 8), 0.6).bfloat16(), torch.full((1, 1, 8), 0.8).bfloat16()
-
-    @torch.inference_mode()
-    def __call__(self, *, is_new: bool = True, own: bool = False, **changes: Any) -> Tensor:
-        """Call the layer. `is_new`: as a step of its own; `own`: in its own way."""
-        context = self._engine._forward._context
-        if is_new:
-            context.fill(None, self._engine.kv_cache.attention([Segment(0, 0, 1, 4)]))
-        arguments = {"position_embeddings": self.angles, "attention_mask": None, "step": context, **changes}
-        x = arguments.pop("x", self.x)
-        y: Tensor = self.layer.forward._own(x, **arguments) if own else self.layer(x, **arguments)
-        return y
 
 
 def test_arguments_that_the_kernel_cannot_read_are_left_to_the_layer(make_bf16: MakeBf16, calls: list[int]) -> None:
