@@ -36,7 +36,9 @@ _FUNCTIONS = (  # in the order of the struct Kernels: library, function
     ("decode_attention", "write_kv_bf16"),
     ("decode_attention", "attend_bf16"),
 )
-_NORMS = (  # before and after the attention, before and after the MLP; what is after is added to the layer's input
+# The norms before the attention, after it, before the MLP and after it. A norm after a part is applied to its output,
+# before the sum with the input. Most families have none.
+_NORMS = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ("input_layernorm", None, "post_attention_layernorm", None),
 )
@@ -263,7 +265,7 @@ class CompiledLayer:
         return y
 
     def _fits(self, x: Tensor, others: dict[str, Any]) -> bool:
-        """Return whether the kernel reads such an input, and would leave out no option and no hook."""
+        """Return whether the kernel can read this input, and no option or hook asks for more than it computes."""
         return (
             x.dtype == torch.bfloat16
             and x.is_contiguous()

@@ -70,7 +70,7 @@ def functions(library: ctypes.CDLL, name: str, *argtypes: type) -> dict[torch.dt
 
 
 def function_of(library: ctypes.CDLL, name: str, *argtypes: type) -> Callable[..., None]:
-    """Return the function, which returns nothing."""
+    """Return a function of the library that has these arguments and returns nothing."""
     function = getattr(library, name)
     function.argtypes, function.restype = argtypes, None
     found: Callable[..., None] = function

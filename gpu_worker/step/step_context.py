@@ -49,7 +49,7 @@ class StepContext:
 
     @property
     def attention(self) -> AttentionPlan | None:
-        """Return the step's attention plan, without a claim to a layer."""
+        """Return the step's attention plan. Unlike `attention_of`, this is not the call of a layer."""
         return self._attention
 
     def attention_of(self, layer: int) -> AttentionPlan:

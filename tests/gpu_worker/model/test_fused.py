@@ -185,6 +185,24 @@ def test_an_attention_is_replaced_if_it_computes_the_same(
     assert type(model.attention).__name__ == name
 
 
+class Rounding(LlamaAttention):
+    """Rounds its angles, which the fused attention would not do with float32 angles."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **others: Any) -> Any:
+        rounded = tuple(part.to(hidden_states.dtype) for part in position_embeddings)
+        return super().forward(hidden_states, rounded, **others)
+
+
+@pytest.mark.parametrize(("family", "name"), [(LlamaAttention, "FusedAttention"), (Rounding, "Rounding")])
+def test_an_attention_that_rounds_float32_angles_is_not_replaced(
+    family: type[LlamaAttention], name: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
+) -> None:
+    model = nn.Module()
+    model.attention = family(tiny_base("llama").model.config, 0).bfloat16()
+    fuse(model, kernel)
+    assert type(model.attention).__name__ == name
+
+
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_every_norm_mlp_and_attention_of_a_model_is_fused(
     family: str, tiny_base: Callable[..., BaseModel], kernel: FusedKernel
