@@ -1,4 +1,4 @@
-"""Compute a whole decoder layer in one call of `decoder_layer.cpp`, in steps without long chunks of prompts.
+"""Compute a decoder layer in one call of `decoder_layer.cpp`, or in two around the attention of a prompt's chunk.
 
 The call runs the kernels of the layer's parts in the same order, so the result is the same, bit for bit. It avoids the
 overhead of torch's operations and of the Python calls between them.
@@ -24,7 +24,7 @@ from gpu_worker.lora.grouped_mapping import GroupedMapping
 from gpu_worker.model.fused import Angles, CallRecorder, FusedAttention, FusedMlp, FusedRmsNorm, Norm, probe_input
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.packed_linear import KernelLinear
-from gpu_worker.native.kernel_loading import load_library
+from gpu_worker.native.kernel_loading import function_of, load_library
 from gpu_worker.step.step_context import StepContext
 
 _FUNCTIONS = (  # in the order of the struct Kernels: library, function
@@ -77,14 +77,23 @@ class LayerKernel:
 
     def __init__(self, library: ctypes.CDLL, functions: Sequence[Any]) -> None:
         self._functions = (c_void_p * len(functions))(*(ctypes.cast(each, c_void_p) for each in functions))
-        self._layer = library.decoder_layer_bf16
-        self._layer.argtypes, self._layer.restype = (c_void_p,) * 6, None
+        self._layer = function_of(library, "decoder_layer_bf16", *[c_void_p] * 6)
+        self._before = function_of(library, "before_attention_bf16", *[c_void_p] * 4)
+        self._after = function_of(library, "after_attention_bf16", *[c_void_p] * 6)
         self.scratch_values = library.scratch_values
         self.scratch_values.argtypes, self.scratch_values.restype = (c_void_p,), c_int64
 
     def __call__(self, layer: int, step: int, cache: int, x: Tensor, y: Tensor) -> None:
         """Set y (1, N, H) to the layer's output for x (1, N, H). `layer`, `step` and `cache` are addresses."""
         self._layer(self._functions, layer, step, cache, x.data_ptr(), y.data_ptr())
+
+    def before_attention(self, layer: int, step: int, x: Tensor) -> None:
+        """Compute the queries, keys and values in the scratch memory, the first two rotated."""
+        self._before(self._functions, layer, step, x.data_ptr())
+
+    def after_attention(self, layer: int, step: int, x: Tensor, attended: Tensor, y: Tensor) -> None:
+        """Set y (1, N, H) to the layer's output for x (1, N, H) and its attention (N, Q, D)."""
+        self._after(self._functions, layer, step, x.data_ptr(), attended.data_ptr(), y.data_ptr())
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +185,7 @@ class _Steps:
         self.num_modules, self.scratch_values = 0, 0  # the most of any layer
         self._last: tuple[object, object] = None, None  # the step's attention plan and composition
         self._made: dict[tuple[int, int, _Shape], tuple[int, tuple[object, ...]]] = {}  # address; what it refers to
-        self._scratch = torch.empty(0, dtype=torch.bfloat16)  # the memory plan's copies of hidden states include it
+        self.scratch = torch.empty(0, dtype=torch.bfloat16)  # the memory plan's copies of hidden states include it
 
     def address(
         self, context: StepContext, attention: HostAttention, angles: Any, layer: int, shape: _Shape
@@ -201,13 +210,15 @@ class _Steps:
         composition, slots = context.composition, attention.groups[layer].slots
         if composition is not None and not isinstance(composition, GroupedMapping):
             return None
-        if not attention.is_compiled or not _are_angles(angles, len(slots), shape.head_dim):
+        if not _are_angles(angles, len(slots), shape.head_dim):
             return None
-        decodes = attention.decode_arguments(
-            layer, shape.num_query_heads, scaling=shape.scaling, sliding_window=shape.sliding_window
-        )
-        if self._scratch.numel() < (num_values := len(slots) * self.scratch_values):
-            self._scratch = torch.empty(num_values, dtype=torch.bfloat16)
+        decodes = None
+        if attention.is_compiled:
+            decodes = attention.decode_arguments(
+                layer, shape.num_query_heads, scaling=shape.scaling, sliding_window=shape.sliding_window
+            )
+        if self.scratch.numel() < (num_values := len(slots) * self.scratch_values):
+            self.scratch = torch.empty(num_values, dtype=torch.bfloat16)
         cos, sin = angles
         pairs, h = (None, None) if composition is None else composition.arguments(self.num_modules)
         step = _Step(
@@ -216,11 +227,11 @@ class _Steps:
             None if h is None else h.data_ptr(),
             Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[2]),
             slots.data_ptr(),
-            ctypes.addressof(decodes),
-            self._scratch.data_ptr(),
+            None if decodes is None else ctypes.addressof(decodes),
+            self.scratch.data_ptr(),
             torch.get_num_threads(),
         )
-        return ctypes.addressof(step), (step, angles, h, self._scratch)
+        return ctypes.addressof(step), (step, angles, h, self.scratch)
 
 
 class CompiledLayer:
@@ -261,8 +272,28 @@ class CompiledLayer:
             return None
         context.attention_of(self._index)
         y = torch.empty_like(x)
-        self._kernel(self._address, step, cache, x, y)
+        if attention.is_compiled:
+            self._kernel(self._address, step, cache, x, y)
+            return y
+        self._kernel.before_attention(self._address, step, x)
+        attended = attention.attend(
+            self._index,
+            *self._heads(x.shape[1]),
+            scaling=self._shape.scaling,
+            sliding_window=self._shape.sliding_window,
+        )
+        self._kernel.after_attention(self._address, step, x, attended, y)
         return y
+
+    def _heads(self, num_tokens: int) -> list[Tensor]:
+        """Return query (Q, N, D), key and value (H, N, D) in the scratch memory, behind two hidden states."""
+        num_key_heads, head_dim = self._cache_shape
+        counts = [
+            num_tokens * heads * head_dim for heads in (self._shape.num_query_heads, num_key_heads, num_key_heads)
+        ]
+        start = 2 * num_tokens * self._width
+        parts = torch.split(self._steps.scratch[start : start + sum(counts)], counts)
+        return [part.view(num_tokens, -1, head_dim).transpose(0, 1) for part in parts]
 
     def _fits(self, x: Tensor, others: dict[str, Any]) -> bool:
         """Return whether the kernel can read this input, and no option or hook asks for more than it computes."""

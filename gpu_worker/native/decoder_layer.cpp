@@ -1,5 +1,5 @@
-// One decoder layer over the tokens of a step that `attend` can compute: decoded and guessed tokens, and short chunks
-// behind other tokens. It calls the other kernels in order. In other steps Python calls them one by one.
+// One decoder layer, as a sequence of calls of the other kernels. `attend` computes decoded and guessed tokens, and short
+// chunks behind other tokens. In steps with other tokens the caller attends, between the two parts of a layer.
 #include <algorithm>
 #include <cstdint>
 
@@ -46,6 +46,8 @@ extern "C" struct Step {
 
 namespace {
 
+constexpr int64_t kAlone = 32 * 1024;  // up to so many values one thread is faster than a team
+
 template <int M>
 void project(const Kernels& kernels, const Step& step, const bf16* x, const Projection (&projections)[M],
              const InputPlace* place, bf16* const (&outputs)[M]) {
@@ -68,11 +70,33 @@ void add(const Kernels& kernels, const Step& step, const Norm& norm, const bf16*
          bf16* y) {
   if (norm.weight != nullptr) normalise(kernels, step, norm, change, width, change);
   const int64_t num_values = step.num_tokens * width;
+#pragma omp parallel for num_threads(step.num_threads) if (num_values > kAlone)
   for (int64_t i = 0; i < num_values; i += kLanes) {
     const int64_t left = num_values - i;
     store_part(y + i, load_part(x + i, left) + load_part(change + i, left), left);
   }
 }
+
+// The parts of the scratch memory. Those of the attention and of the MLP share a place.
+struct Places {
+  int64_t width, query_width, key_width, mlp_width;
+  bf16 *normed, *change, *query, *key, *value, *attended, *gate, *up;
+
+  Places(const Layer& layer, const Step& step)
+      : width(layer.query.linear->num_in),
+        query_width(layer.query.linear->num_out),
+        key_width(layer.key.linear->num_out),
+        mlp_width(layer.gate.linear->num_out) {
+    const int64_t num = step.num_tokens;
+    normed = static_cast<bf16*>(step.scratch);
+    change = normed + num * width;
+    gate = query = change + num * width;
+    key = query + num * query_width;
+    value = key + num * key_width;
+    attended = value + num * key_width;
+    up = gate + num * mlp_width;
+  }
+};
 
 }  // namespace
 
@@ -84,40 +108,46 @@ int64_t scratch_values(const Layer* layer) {
   return 2 * layer->query.linear->num_in + std::max(heads, 2 * layer->gate.linear->num_out);
 }
 
+// Sets the queries, keys and values in the scratch memory, the first two rotated, for x (N, H).
+void before_attention_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const void* x) {
+  const Kernels& k = *kernels;
+  const Step& s = *step;
+  const Places at(*layer, s);
+  if (s.pairs != nullptr) s.pairs->num_threads = s.num_threads;
+  normalise(k, s, layer->before_attention, static_cast<const bf16*>(x), at.width, at.normed);
+  project<3>(k, s, at.normed, {layer->query, layer->key, layer->value}, layer->attention_input,
+             {at.query, at.key, at.value});
+  const Heads queries{at.query, at.query_width / layer->head_dim, layer->of_query};
+  const Heads keys{at.key, at.key_width / layer->head_dim, layer->of_key};
+  k.rotate(&queries, &keys, &s.angles, s.num_tokens, layer->head_dim, s.num_threads);
+}
+
+// Sets y (N, H) to the layer's output for x (N, H) and its attention (N, query width).
+void after_attention_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const void* x,
+                          const void* attended, void* y) {
+  const Kernels& k = *kernels;
+  const Step& s = *step;
+  const Places at(*layer, s);
+  bf16* sum = static_cast<bf16*>(y);
+  project<1>(k, s, static_cast<const bf16*>(attended), {layer->output}, layer->output_input, {at.change});
+  add(k, s, layer->after_attention, static_cast<const bf16*>(x), at.change, at.width, sum);
+  normalise(k, s, layer->before_mlp, sum, at.width, at.normed);
+  project<2>(k, s, at.normed, {layer->gate, layer->up}, layer->mlp_input, {at.gate, at.up});
+  k.gated(at.gate, at.up, s.num_tokens * at.mlp_width, layer->is_silu, at.gate, s.num_threads);
+  project<1>(k, s, at.gate, {layer->down}, layer->down_input, {at.change});
+  add(k, s, layer->after_mlp, sum, at.change, at.width, sum);
+}
+
 // Sets y (N, H) to the layer's output for x (N, H), after it has stored the tokens' keys and values.
 void decoder_layer_bf16(const Kernels* kernels, const Layer* layer, const Step* step, const Cache* cache, const void* x,
                         void* y) {
-  const Kernels& k = *kernels;
-  const Step& s = *step;
-  const int64_t num = s.num_tokens, width = layer->query.linear->num_in, head_dim = layer->head_dim;
-  const int64_t query_width = layer->query.linear->num_out, key_width = layer->key.linear->num_out;
-  const int64_t num_heads = query_width / head_dim, num_key_heads = key_width / head_dim;
-  const bf16* input = static_cast<const bf16*>(x);
-  bf16* sum = static_cast<bf16*>(y);
-  bf16* normed = static_cast<bf16*>(s.scratch);
-  bf16* change = normed + num * width;
-  bf16* rest = change + num * width;
-  if (s.pairs != nullptr) s.pairs->num_threads = s.num_threads;
-
-  bf16 *query = rest, *key = query + num * query_width, *value = key + num * key_width;
-  bf16* attended = value + num * key_width;
-  normalise(k, s, layer->before_attention, input, width, normed);
-  project<3>(k, s, normed, {layer->query, layer->key, layer->value}, layer->attention_input, {query, key, value});
-  const Heads queries{query, num_heads, layer->of_query}, keys{key, num_key_heads, layer->of_key};
-  k.rotate(&queries, &keys, &s.angles, num, head_dim, s.num_threads);
-  const StridedHeads of_query{query, head_dim, query_width}, of_key{key, head_dim, key_width};
-  const StridedHeads of_value{value, head_dim, key_width};
-  k.write_kv(&of_key, &of_value, s.slots, num, cache, s.num_threads);
-  k.attend(s.decodes, &of_query, cache, attended);
-  project<1>(k, s, attended, {layer->output}, layer->output_input, {change});
-  add(k, s, layer->after_attention, input, change, width, sum);
-
-  bf16 *gate = rest, *up = gate + num * layer->gate.linear->num_out;
-  normalise(k, s, layer->before_mlp, sum, width, normed);
-  project<2>(k, s, normed, {layer->gate, layer->up}, layer->mlp_input, {gate, up});
-  k.gated(gate, up, num * layer->gate.linear->num_out, layer->is_silu, gate, s.num_threads);
-  project<1>(k, s, gate, {layer->down}, layer->down_input, {change});
-  add(k, s, layer->after_mlp, sum, change, width, sum);
+  before_attention_bf16(kernels, layer, step, x);
+  const Places at(*layer, *step);
+  const StridedHeads query{at.query, layer->head_dim, at.query_width}, key{at.key, layer->head_dim, at.key_width};
+  const StridedHeads value{at.value, layer->head_dim, at.key_width};
+  kernels->write_kv(&key, &value, step->slots, step->num_tokens, cache, step->num_threads);
+  kernels->attend(step->decodes, &query, cache, at.attended);
+  after_attention_bf16(kernels, layer, step, x, at.attended, y);
 }
 
 }  // extern "C"

@@ -15,104 +15,37 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.engine import device_parts
-from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora import compiled_layer
-from gpu_worker.lora.compiled_layer import LayerKernel, load_layer_kernel
+from gpu_worker.lora.compiled_layer import load_layer_kernel
 from gpu_worker.model.base_model import BaseModel, load_base_model
-from gpu_worker.model.packed_linear import load_linear_kernel
-from gpu_worker.request.request import Job
 from gpu_worker.step.attention_plan import Segment
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import MakeEngine, ask, by_digest, compiled, greedy, only, run_together
+from tests.gpu_worker.engine_driver import ask, by_digest, compiled, greedy, only, run_together
 from tests.gpu_worker.families import EQUAL, save
+from tests.gpu_worker.lora.compiled_layers import NUM_LAYERS, NUM_NEW, MakeBf16, jobs_of, logits_of
 from tests.gpu_worker.lora.one_step import OneStep
 from tests.soak import Scale
 from tests.tiny import FAMILIES, SHAPE, byte_tokenizer, linear_shapes, plan_of, random_adapter, tiny_config
 
-NUM_LAYERS = 3
-MakeBf16 = Callable[..., Engine]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the tokens of every call of the kernel."""
-    seen, call = list[int](), LayerKernel.__call__
-
-    def counted(kernel: LayerKernel, layer: int, step: int, cache: int, x: Tensor, y: Tensor) -> None:
-        seen.append(x.shape[1])
-        call(kernel, layer, step, cache, x, y)
-
-    monkeypatch.setattr(LayerKernel, "__call__", counted)
-    return seen
-
-
-@pytest.fixture
-def make_bf16(make_engine: MakeEngine, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
-    """Return a factory of engines in bfloat16, whose layers are compiled on every processor, by default."""
-    kernel = compiled(load_linear_kernel)
-    compiled(load_layer_kernel)
-    monkeypatch.setattr(device_parts, "make_linear_kernel", lambda config: kernel)
-
-    def make(adapters: Mapping[str, AdapterWeights], family: str = "gemma3", **changes: Any) -> Engine:
-        base = changes.pop("base", None) or load_base_model(tiny_config(tiny_folders[family], dtype="bfloat16"))
-        randomise(base.model)
-        if not changes.pop("compiles", True):
-            with monkeypatch.context() as patched:
-                patched.setattr(device_parts, "compile_layers", lambda model, kernel: 0)
-                return make_engine(adapters, family, base=base, dtype="bfloat16", **changes)
-        return make_engine(adapters, family, base=base, dtype="bfloat16", **changes)
-
-    return make
-
-
-def randomise(model: nn.Module) -> None:
-    """Give every norm and bias values of its own: new models have zeros or ones, so that one could replace another."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-
-
-def jobs_of(pool: list[AdapterWeights]) -> list[Job]:
-    """Return requests of every strategy, with prompts on both sides of the tiny models' window of 12 tokens."""
-    one, other = pool
-    parts = (one, 0.7), (other, 0.6)
-    plans = [BASE_PLAN, only(one), only(other), plan_of("mixture", *parts), plan_of("fusion", *parts), BASE_PLAN]
-    prompts = ["a", "the quick brown fox", "0123456789" * 3, "x y", "lorem ipsum", "what is it?"]
-    return [greedy(prompt, plan, number, 12) for number, (prompt, plan) in enumerate(zip(prompts, plans, strict=True))]
-
-
-def logits_of(engine: Engine, jobs: list[Job]) -> list[Tensor]:
-    """Run the jobs together and return the logits of every step."""
-    steps, compute = list[Tensor](), engine._forward.logits
-
-    def recorded(*arguments: Any) -> Tensor:
-        logits = compute(*arguments)
-        steps.append(logits.clone())
-        return logits
-
-    engine._forward.logits = recorded  # type: ignore[method-assign]
-    assert all(len(answer.tokens) == 12 for answer in run_together(engine, jobs))
-    return steps
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_layers_give_the_logits_of_their_parts(
-    family: str, make_bf16: MakeBf16, pool: list[AdapterWeights], calls: list[int]
+    family: str, make_bf16: MakeBf16, pool: list[AdapterWeights], calls: list[int], halves: list[tuple[str, int]]
 ) -> None:
     engine = make_bf16(by_digest(*pool), family)
     calls.clear()  # the engine checks the model
+    halves.clear()
     found = logits_of(engine, jobs_of(pool))
-    num_calls = len(calls)
+    num_calls, num_halves = len(calls), len(halves)
     expected = logits_of(make_bf16(by_digest(*pool), family, compiles=False), jobs_of(pool))
-    assert len(calls) == num_calls, "the second engine has no compiled layer"
+    assert (len(calls), len(halves)) == (num_calls, num_halves), "the second engine has no compiled layer"
     assert len(found) == len(expected)
     for step, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(one, other), f"step {step}"
-    num_prompt_steps = len(found) - num_calls // NUM_LAYERS
-    assert num_calls % NUM_LAYERS == 0 and 0 < num_prompt_steps < len(found) / 2
+    assert num_calls % NUM_LAYERS == 0 and num_calls + num_halves / 2 == len(found) * NUM_LAYERS
+    assert 0 < num_halves / 2 < num_calls
 
 
 def test_every_family_answers_alike_with_compiled_layers(
@@ -202,21 +135,43 @@ def test_a_row_that_is_not_finite_changes_no_other(
     assert [answer.tokens for answer in answers[:2]] == expected
 
 
-def test_steps_with_a_prompt_take_the_layers_own_way(
-    make_bf16: MakeBf16, pool: list[AdapterWeights], calls: list[int]
+def test_steps_with_a_prompt_call_the_layer_in_two_parts(
+    make_bf16: MakeBf16, pool: list[AdapterWeights], calls: list[int], halves: list[tuple[str, int]]
 ) -> None:
     engine = make_bf16(by_digest(*pool))
     calls.clear()  # the engine checks the model
+    halves.clear()
     ask(engine, greedy("a prompt", only(pool[0])))
     engine.step()
-    assert calls == []
+    assert calls == [] and halves == [("before", 9), ("after", 9)] * NUM_LAYERS
     engine.step()
     assert calls == [1] * NUM_LAYERS
     ask(engine, greedy("another", BASE_PLAN))
+    halves.clear()
     engine.step()
-    assert calls == [1] * NUM_LAYERS
+    assert calls == [1] * NUM_LAYERS and halves == [("before", 9), ("after", 9)] * NUM_LAYERS
     engine.step()
-    assert calls == [1] * NUM_LAYERS + [2] * NUM_LAYERS
+    assert calls == [1] * NUM_LAYERS + [2] * NUM_LAYERS and len(halves) == 2 * NUM_LAYERS
+
+
+def test_a_long_prompt_has_the_logits_of_its_parts(
+    tmp_path: Path, make_bf16: MakeBf16, halves: list[tuple[str, int]]
+) -> None:
+    """Several threads add to the hidden states of so many tokens, whose last vector is not whole."""
+    width, num_tokens = 72, 489
+    assert width * num_tokens > 32 * 1024, "one thread would add them"
+    Gemma3ForCausalLM(Gemma3TextConfig(**{**SHAPE, "hidden_size": width, "head_dim": 8})).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = tiny_config(tmp_path, dtype="bfloat16")
+    sizes = {"max_model_len": 512, "kv_tokens": 512, "max_step_tokens": 512, "max_chunk_tokens": 512}
+    pool = [random_adapter(linear_shapes(load_base_model(config)), seed, rank=3) for seed in (1, 2)]
+    job = greedy("abcdefg " * 61, plan_of("mixture", (pool[0], 0.7), (pool[1], 0.6)), num_new=NUM_NEW)
+    found, expected = (
+        logits_of(make_bf16(by_digest(*pool), base=load_base_model(config), compiles=compiles, **sizes), [job])
+        for compiles in (True, False)
+    )
+    assert halves.count(("after", num_tokens)) == NUM_LAYERS
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_guessed_tokens_are_compiled(make_bf16: MakeBf16, calls: list[int]) -> None:
