@@ -1,7 +1,7 @@
-"""Attention on the CPU over pages in host memory. Prefill chunks run one by one, decode tokens together.
+"""Attention on the CPU over pages in host memory. Long chunks of prompts run one by one, all other tokens together.
 
-The compiled kernel computes short chunks behind other tokens as decode tokens, so that a guessed token has the result
-that it would have in a step of its own.
+The compiled kernel computes a short chunk as decode tokens: each of them has the result that it would have in a step of
+its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from gpu_worker.attention.decode_attention import DecodeArguments, DecodeKernel,
 from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, check_window
 
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
-_SHORT_CHUNK = 8  # tokens; as many as a row with guesses has
+_GUESSES = 8  # tokens of a row with guesses, at most
+_MOST_READS = 8192  # keys that all tokens of a chunk read together, for a head; measured: benchmarks/README.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +169,7 @@ def host_attention(
     stored: keys and values of each layer (H, S, D). group_of: the index of each layer's group.
     """
     rows, positions = _tokens(segments)
-    longest = 1 if kernel is None else _SHORT_CHUNK
-    is_decode = [segment.num_tokens <= longest and segment.context_len > 0 for segment in segments]
+    is_decode = [_is_single(segment) if kernel is None else _is_short(segment) for segment in segments]
     prefill = tuple(segment for segment, decodes in zip(segments, is_decode, strict=True) if not decodes)
     short = [segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]
     single = [token for segment in short for token in _tokens_of(segment)]
@@ -190,6 +190,16 @@ def _tokens(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
     rows = np.array([segment.row for segment in segments]).repeat(counts)
     offsets = np.array([segment.context_len - segment.start for segment in segments]).repeat(counts)
     return torch.from_numpy(rows), torch.from_numpy(offsets + np.arange(len(offsets)))
+
+
+def _is_single(segment: Segment) -> bool:
+    return segment.num_tokens == 1 and segment.context_len > 0
+
+
+def _is_short(segment: Segment) -> bool:
+    """Return whether the compiled kernel, which reads all keys again for each token, is faster than torch."""
+    num_reads = segment.num_tokens * (segment.context_len + (segment.num_tokens + 1) / 2)
+    return num_reads <= _MOST_READS or (segment.num_tokens <= _GUESSES and segment.context_len > 0)
 
 
 def _tokens_of(segment: Segment) -> Iterator[Segment]:

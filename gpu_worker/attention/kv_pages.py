@@ -13,6 +13,7 @@ from gpu_worker.attention.attention_cpu import HostAttention, HostPages, host_at
 from gpu_worker.attention.attention_cuda import DevicePages, PagedAttention, VarlenAttention, paged_attention
 from gpu_worker.attention.decode_attention import DecodeKernel
 from gpu_worker.attention.kv_cache import KvCache, KvShape
+from gpu_worker.device.device_memory import use_huge_pages
 from gpu_worker.step.attention_plan import Segment
 
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module does not define it
@@ -54,6 +55,7 @@ class HostKvCache(KvCache):
         self._kernel = kernel
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._memory = mmap.mmap(-1, shape.num_bytes, flags=flags)
+        use_huge_pages(self._memory)
         values = torch.frombuffer(self._memory, dtype=shape.dtype)
         sizes = [
             (len(group.layers), 2, shape.num_heads, group.num_pages, shape.page_tokens, shape.head_dim)

@@ -89,9 +89,14 @@ def zeros_on_huge_pages(*shape: int, dtype: torch.dtype) -> Tensor:
     if num_values == 0:
         return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, num_values * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # this Linux has no huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    use_huge_pages(memory)
     return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor owns the mapping
+
+
+def use_huge_pages(memory: mmap.mmap) -> None:
+    """Let Linux use huge pages for this mapping, where it has them."""
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _available_bytes() -> int:

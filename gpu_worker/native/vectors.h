@@ -7,6 +7,8 @@
 namespace {
 
 using f32x16 = float __attribute__((vector_size(64)));
+using f32x8 = float __attribute__((vector_size(32)));
+using f32x4 = float __attribute__((vector_size(16)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 
@@ -54,10 +56,18 @@ inline void store_part(T* p, f32x16 v, int64_t n) {
   std::memcpy(p, part, n * sizeof(T));
 }
 
+// Returns both halves of v, added.
+template <class Half, class Whole>
+inline Half halved(Whole v) {
+  Half low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, (const char*)&v + sizeof low, sizeof high);
+  return low + high;
+}
+
 inline float sum(f32x16 v) {
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
-  return total;
+  const f32x4 four = halved<f32x4>(halved<f32x8>(v));
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // e^v within about 2 units in the last place: 2^n times a Taylor polynomial of the rest, which is within ln 2 / 2

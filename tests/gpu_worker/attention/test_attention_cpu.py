@@ -69,10 +69,12 @@ LAYOUTS = {
     "one prompt": layout((0, 7, 0)),
     "one token": layout((3, 1, 0)),
     "a chunk": layout((1, 5, 20)),
+    "a long prompt": layout((2, 150, 0)),
+    "a long chunk": layout((1, 60, 130)),
     "adjacent decodes": layout((1, 1, 30), (2, 1, 5), (3, 1, 63)),
     "decodes of unlike lengths": layout((5, 1, 3), (0, 1, 64), (2, 1, 150), (4, 1, 199)),
     "decodes in no order": layout((4, 1, 9), (0, 1, 12), (2, 1, 10)),
-    "all kinds": layout((5, 1, 70), (1, 1, 11), (2, 1, 12), (0, 30, 0), (4, 9, 25), (3, 1, 0)),
+    "all kinds": layout((5, 1, 70), (1, 1, 11), (2, 1, 12), (0, 30, 0), (4, 9, 25), (3, 130, 0)),
 }
 
 
@@ -187,6 +189,24 @@ def test_a_row_that_is_not_finite_does_not_reach_the_others(kernel: DecodeKernel
     assert found[1:].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "context_len", "is_long"),
+    [
+        (1, 0, False),
+        (127, 0, False),
+        (128, 0, True),
+        (64, 95, False),
+        (64, 96, True),
+        (8, 2000, False),
+        (9, 2000, True),
+    ],
+)
+def test_the_kernel_computes_short_chunks_and_guesses(num_tokens: int, context_len: int, is_long: bool) -> None:
+    cache = new_cache(2048, compiled(load_decode_kernel))
+    plan = cache.attention(layout((0, num_tokens, context_len)))
+    assert bool(plan.prefill) == is_long and plan.is_compiled != is_long
+
+
 @pytest.mark.parametrize("num_heads", [2, 8, 10], ids="{} query heads".format)
 @pytest.mark.parametrize("head_dim", [40, 256])
 def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeKernel | None) -> None:
@@ -232,7 +252,8 @@ def test_the_compiled_result_of_a_token_does_not_depend_on_other_tokens() -> Non
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_short_chunk_has_the_compiled_results_of_its_tokens_one_by_one(window: int | None) -> None:
+@pytest.mark.parametrize("before", [0, 20])
+def test_a_short_chunk_has_the_compiled_results_of_its_tokens_one_by_one(before: int, window: int | None) -> None:
     torch.manual_seed(0)
     caches = [new_cache(kernel=compiled(load_decode_kernel)) for _ in range(2)]
     query, *parts = (torch.randn(count, 9, HEAD_DIM) for count in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS))
@@ -244,6 +265,6 @@ def test_a_short_chunk_has_the_compiled_results_of_its_tokens_one_by_one(window:
         own = (x[:, tokens] for x in (query, *parts))
         return cache.attention(segments).attend(0, *own, scaling=SCALING, sliding_window=window)
 
-    together = attended(caches[0], layout((4, 8, 20), (2, 1, 9)), slice(0, 9))
-    alone = [attended(caches[1], layout((4, 1, 20 + place)), slice(place, place + 1)) for place in range(8)]
+    together = attended(caches[0], layout((4, 8, before), (2, 1, 9)), slice(0, 9))
+    alone = [attended(caches[1], layout((4, 1, before + place)), slice(place, place + 1)) for place in range(8)]
     assert torch.equal(together, torch.cat([*alone, attended(caches[1], layout((2, 1, 9)), slice(8, 9))]))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from gpu_worker.attention import attention_cpu
 from gpu_worker.engine import device_parts
 from gpu_worker.engine.engine import Engine
 from gpu_worker.lora.compiled_layer import LayerKernel, load_layer_kernel
@@ -54,7 +55,11 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def make_bf16(make_engine: MakeEngine, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
-    """Return a factory of engines in bfloat16, whose layers are compiled on every processor, by default."""
+    """Return a factory of engines in bfloat16, whose layers are compiled on every processor, by default.
+
+    Torch attends for prompts of nine tokens and more, as it does for long prompts.
+    """
+    monkeypatch.setattr(attention_cpu, "_MOST_READS", 44)
     kernel = compiled(load_linear_kernel)
     compiled(load_layer_kernel)
     monkeypatch.setattr(device_parts, "make_linear_kernel", lambda config: kernel)

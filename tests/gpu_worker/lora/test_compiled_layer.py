@@ -146,12 +146,23 @@ def test_steps_with_a_prompt_call_the_layer_in_two_parts(
     assert calls == [] and halves == [("before", 9), ("after", 9)] * NUM_LAYERS
     engine.step()
     assert calls == [1] * NUM_LAYERS
-    ask(engine, greedy("another", BASE_PLAN))
+    ask(engine, greedy("one more", BASE_PLAN))
     halves.clear()
     engine.step()
-    assert calls == [1] * NUM_LAYERS and halves == [("before", 9), ("after", 9)] * NUM_LAYERS
+    assert calls == [1] * NUM_LAYERS and halves == [("before", 10), ("after", 10)] * NUM_LAYERS
     engine.step()
     assert calls == [1] * NUM_LAYERS + [2] * NUM_LAYERS and len(halves) == 2 * NUM_LAYERS
+
+
+def test_steps_with_a_short_prompt_are_one_call_for_each_layer(
+    make_bf16: MakeBf16, calls: list[int], halves: list[tuple[str, int]]
+) -> None:
+    engine = make_bf16({})
+    calls.clear()
+    halves.clear()
+    ask(engine, greedy("a short", num_new=2))
+    engine.step()
+    assert calls == [8] * NUM_LAYERS and halves == []
 
 
 def test_a_long_prompt_has_the_logits_of_its_parts(
@@ -205,11 +216,11 @@ def test_a_hook_inside_a_layer_is_run(hook: Callable[..., Any], make_bf16: MakeB
     layer.register_forward_hook(lambda module, inputs, output: seen.append(0))
     calls.clear()
     run_together(engine, [greedy("abc", num_new=3)])
-    assert len(calls) == 2 * (NUM_LAYERS - 1), "of two decode steps"
+    assert len(calls) == 3 * (NUM_LAYERS - 1), "of three steps"
     assert seen == [4, 0, 1, 0, 1, 0]
     handle.remove()
     run_together(engine, [greedy("abc", num_new=3)])
-    assert len(calls) == 2 * (NUM_LAYERS - 1) + 2 * NUM_LAYERS
+    assert len(calls) == 3 * (NUM_LAYERS - 1) + 3 * NUM_LAYERS
     assert seen[6:] == [0, 0, 0]
 
 
