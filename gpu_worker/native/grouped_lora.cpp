@@ -167,17 +167,6 @@ inline Slots slots_of(const Pairs& p, int64_t part, int64_t num_parts) {
   return {first_of(part), part + 1 == num_parts ? p.num_slots : first_of(part + 1)};
 }
 
-// Returns whether more than a tenth of the adapters have tokens in several of these parts.
-inline bool are_shared(const Pairs& p, int64_t num_parts) {
-  int num_shared = 0;
-  for (int64_t part = 1; part < num_parts; ++part) {
-    const int first = slots_of(p, part, num_parts).first;
-    for (int s = 0; s < p.num_adapters; ++s)
-      num_shared += p.pair_slots[p.pair_starts[s]] < first && p.pair_slots[p.pair_starts[s + 1] - 1] >= first;
-  }
-  return 10 * num_shared > p.num_adapters;
-}
-
 // Adds sum_r h[t][r] rows[r] to acc[t] over `left` columns. acc is padded to whole blocks.
 template <int T, class E>
 void add_rows(float* const* acc, const float* const* h, int rank, const E* const* rows, int64_t left) {
@@ -301,8 +290,7 @@ void expand_slots(const Pairs& p, const float* h, Slots slots, const E* bt, int6
 // Does not wait for the other threads.
 template <class E>
 void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
-  const int64_t threads = p.num_threads, most_parts = std::clamp<int64_t>(p.num_slots / kLeastSlots, 1, threads);
-  const int64_t parts = are_shared(p, most_parts) ? 1 : most_parts;
+  const int64_t threads = p.num_threads, parts = std::clamp<int64_t>(p.num_slots / kLeastSlots, 1, threads);
   const int64_t num_values = num_out * ((p.num_slots + parts - 1) / parts);
   const int64_t ranges = std::max((threads + parts - 1) / parts, (num_values + kHeldValues - 1) / kHeldValues);
   const int64_t width = (num_out + ranges * kBlock - 1) / (ranges * kBlock) * kBlock;
