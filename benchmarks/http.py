@@ -223,6 +223,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="rounds of 32 streams, each kind once")] = 3,
     minutes: Annotated[float, typer.Option(help="start no round that would end later")] = 3.0,
     singles: Annotated[int, typer.Option(help="single requests of each kind")] = 80,
+    proxy: Annotated[bool, typer.Option(help="through Serve's proxy, for comparison; write nothing")] = False,
     quick: Quick = False,
 ) -> None:
     """Measure Gemma-3-270M in bfloat16: prompts of 20 to 80 tokens, 64 new ones, 8 adapters of rank 8."""
@@ -230,14 +231,14 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         write_pool(Path(scratch, "adapters"), loaded, loaded.config.base_model)
         config = AppConfig(store_uri=f"{scratch}/pool", preload=(Path(scratch, "adapters"),))
-        with Server(config, port=0) as server:
+        with Server(config, port=0, uses_proxy=proxy) as server:
             server.prepare(console.print)
             url = server.start()
             console.print(server.wait_ready(timeout_s=300))
             counts = (1, 1.0, 3, 8) if quick else (rounds, minutes, singles, NUM_NEW)
             found, single = asyncio.run(run(loaded, config, url, counts))
     text, medians = report(found, single)
-    if quick:
+    if quick or proxy:
         return
     write_results(
         "http", figures=figures_of(found, single), table=text, runs=[*found, *single], keeps_other_vendors=True

@@ -18,7 +18,15 @@ from deployments.worker import WorkerDeployment
 
 
 def build_app(args: AppConfig) -> Application:
-    """Bind Store; Worker(Store); Retriever(catalogue); Ingress(all three). Raises: RayUnauthenticated, ProxyUnsafe."""
+    """Return the application behind Serve's proxies. Raises: RayUnauthenticated, ProxyUnsafe."""
+    return application(args)
+
+
+def application(args: AppConfig, address: tuple[str, int] | None = None) -> Application:
+    """Bind Store; Worker(Store); Retriever(catalogue); Ingress(all three), which also listens at `address`.
+
+    Raises: RayUnauthenticated, ProxyUnsafe.
+    """
     require_own_proxy(os.environ, has_keys=args.has_keys)
     require_token_mode(allow_unauthenticated=args.allow_unauthenticated_ray)
     store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
@@ -37,4 +45,4 @@ def build_app(args: AppConfig) -> Application:
         engine.step_timeout_s,
         allow_unauthenticated_ray=args.allow_unauthenticated_ray,
     )
-    return ingress.bind(args, retriever.bind(args), worker_handle, store_handle)
+    return ingress.bind(args, retriever.bind(args), worker_handle, store_handle, address=address)

@@ -26,6 +26,7 @@ from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
 from deployments.http.dependencies import KEEP_ALIVE_S, Services
+from deployments.http.listener import Listener
 from deployments.http.readiness import Readiness
 from deployments.http.uploads import UploadBudget
 from deployments.json_types import JsonMapping, JsonObject
@@ -43,8 +44,11 @@ from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
 class Ingress:
     """Holds no catalogue: plans come from the Retriever, text from a Worker, writes go to the Store.
 
-    `app.py` passes it to `serve.ingress`, which calls `__serve_build_asgi_app__` once the replica is constructed.
+    `app.py` passes it to `serve.ingress`, which calls `__serve_build_asgi_app__` once the replica is constructed. With
+    an `address` (host, port) the replica also listens there itself, for requests that do not pass Serve's proxy.
     """
+
+    _listener: Listener | None = None
 
     def __init__(
         self,
@@ -53,11 +57,13 @@ class Ingress:
         worker: DeploymentHandle,
         store: DeploymentHandle,
         *,
+        address: tuple[str, int] | None = None,
         limits: StreamLimits = STREAM_LIMITS,
         keep_alive_s: float = KEEP_ALIVE_S,
         kinds: MetricFactory = SERVE,
     ) -> None:
         join_serve_logs()
+        self._address = address
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         bypass_http_proxy()
         clients = (
@@ -70,10 +76,16 @@ class Ingress:
         self._expiring = asyncio.get_event_loop().create_task(expire)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.services)
+        app = build_api(self.services)
+        if self._address is not None:
+            self._listener = Listener(app, *self._address)
+            self._listener.start()
+        return app
 
     def __del__(self) -> None:
         """Cancel what runs in the background. Serve calls this before the replica's process ends."""
+        if self._listener is not None:
+            self._listener.stop()
         if hasattr(self, "services"):  # the constructor may have failed
             self.services.preload.cancel()
             self.services.background.cancel()

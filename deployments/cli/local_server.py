@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from deployments.app import build_app
+from deployments.app import application
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.auth.ray_token import use_token_mode
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
@@ -38,6 +38,8 @@ _CHEAPER_SERVE = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # Serve's own is 100; Ray exports every 10 s
 }
 _NICENESS_VARIABLE = "RAY_worker_niceness"
+_TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
+_LOOPBACK = "127.0.0.1"
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
 
@@ -54,21 +56,31 @@ class Server:
         num_cpus: int | None = None,
         metrics_port: int | None = None,
         is_verbose: bool = True,
+        uses_proxy: bool | None = None,
     ) -> None:
         """Prepare a server.
 
         `num_cpus`: logical CPUs for replicas; None = as many as the settings may need.
         `metrics_port`: port of the Prometheus metrics; None = any free port.
         `is_verbose`: Ray reports what it starts, otherwise errors only.
+        `uses_proxy`: requests pass Serve's proxy; None = if it is needed for several Ingress replicas or for traces.
         """
         self._config, self._host = _allowing_host(config, host), host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
+        needs_proxy = config.ingress_scaling.max_replicas > 1 or _TRACING_VARIABLE in os.environ
+        uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
+        self._proxy = (host, self._port) if uses_proxy else (_LOOPBACK, free_port(_LOOPBACK))
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
     def url(self) -> str:
-        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
+        return _url_of(self._host, self._port)
+
+    @property
+    def proxy_url(self) -> str:
+        """Return the address of Serve's proxy, which serves all applications of this Ray."""
+        return _url_of(*self._proxy)
 
     def prepare(self, report: Callable[[str], None]) -> None:
         """Convert the packaged base model before a replica needs it."""
@@ -105,8 +117,10 @@ class Server:
                 _metrics_export_port=self._metrics_port,
             )
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
-        serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
-        serve.run(build_app(self._config), name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+        address = self._host, self._port
+        serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
+        app = application(self._config, None if self._proxy == address else address)
+        serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         return self.url
 
     def wait_ready(self, *, timeout_s: float) -> JsonObject:
@@ -159,6 +173,10 @@ def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in lacking:
             del os.environ[name]
+
+
+def _url_of(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _allowing_host(config: AppConfig, host: str) -> AppConfig:

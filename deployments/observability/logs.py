@@ -9,6 +9,7 @@ from ray.serve.context import ReplicaContext
 from ray.serve.exceptions import RayServeException
 
 _PACKAGES = ("deployments", "gpu_worker", "lora_store", "retriever_svc")
+_HTTP_SERVER = "uvicorn.error"  # of an Ingress that listens itself
 
 
 class _ServeLogHandler(logging.Handler):
@@ -22,9 +23,10 @@ def join_serve_logs() -> None:
     """Redirect the project's loggers to Serve. Do nothing outside a replica."""
     if not _is_replica():
         return
-    for package in _PACKAGES:
-        logger = logging.getLogger(package)
-        logger.setLevel(logging.getLogger("ray.serve").level)
+    levels = dict.fromkeys(_PACKAGES, logging.getLogger("ray.serve").level) | {_HTTP_SERVER: logging.WARNING}
+    for name, level in levels.items():
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
         logger.handlers = [_ServeLogHandler()]
         logger.propagate = False
 

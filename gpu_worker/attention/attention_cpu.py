@@ -19,7 +19,9 @@ from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, 
 
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
 _GUESSES = 8  # tokens of a row with guesses, at most
-_MOST_READS = 8192  # keys that all tokens of a chunk read together, for a head; measured: benchmarks/README.md
+# Keys that all tokens of a chunk read together, for a head. Measured: benchmarks/README.md, "Attention".
+_MOST_READS = 8192  # of a whole prompt
+_MOST_READS_BEHIND = 24576  # of a chunk behind other tokens, for which torch is slower
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,9 @@ def _is_single(segment: Segment) -> bool:
 def _is_short(segment: Segment) -> bool:
     """Return whether the compiled kernel, which reads all keys again for each token, is faster than torch."""
     num_reads = segment.num_tokens * (segment.context_len + (segment.num_tokens + 1) / 2)
-    return num_reads <= _MOST_READS or (segment.num_tokens <= _GUESSES and segment.context_len > 0)
+    if segment.context_len == 0:
+        return num_reads <= _MOST_READS
+    return num_reads <= _MOST_READS_BEHIND or segment.num_tokens <= _GUESSES
 
 
 def _tokens_of(segment: Segment) -> Iterator[Segment]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.serve import Application
 
-from deployments.app import build_app
+from deployments.app import application, build_app
 from deployments.calls.proxy_limits import HA_PROXY_VARIABLE
 from deployments.config.app import AppConfig
 from deployments.errors import ProxyUnsafe
@@ -35,6 +35,11 @@ def bound(app: Application) -> tuple[str, dict[str, Any]]:
 
 def test_the_ingress_calls_all_others_and_the_worker_calls_the_store() -> None:
     assert bound(build_app(config_of())) == ("Ingress", {"Retriever": {}, "Worker": {"Store": {}}, "Store": {}})
+
+
+def test_only_a_local_server_has_an_address_of_its_own() -> None:
+    for app, address in ((build_app(config_of()), None), (application(config_of(), ("::1", 8000)), ("::1", 8000))):
+        assert app._bound_deployment.init_kwargs["address"] == address
 
 
 def test_serve_reads_the_settings_class_from_the_builder() -> None:

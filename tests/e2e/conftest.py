@@ -35,14 +35,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
 
 
 @pytest.fixture(scope="session")
-def url(config: AppConfig) -> Iterator[str]:
-    """Yield the server's address."""
-    with tell_often(), Server(config, port=0, num_cpus=8) as server:
+def server(config: AppConfig) -> Iterator[Server]:
+    """Yield the server. Its Ingress listens itself; other applications of its Ray are behind Serve's proxy."""
+    with tell_often(), Server(config, port=0, num_cpus=8, uses_proxy=False) as server:
         server.prepare(print)
-        address = server.start()
+        server.start()
         ready = server.wait_ready(timeout_s=START_S)
         assert ready["num_adapters"] == len(list(POOL.glob("*/adapter_config.json")))
-        yield address
+        yield server
+
+
+@pytest.fixture(scope="session")
+def url(server: Server) -> str:
+    return server.url
 
 
 @contextmanager
@@ -71,9 +76,9 @@ def heldout() -> list[Heldout]:
 
 @pytest.fixture(scope="session")
 def live(
-    url: str, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+    server: Server, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
-    """Yield a second application: tiny, replicated, on S3, without a cache that would hide the store."""
+    """Yield a second application, behind the proxy: tiny, replicated, on S3, without a cache to hide the store."""
     model = save_served_model(tiny_folders, tmp_path_factory.mktemp("talkative"))
     config = AppConfig(
         base_model=str(model),
@@ -100,7 +105,7 @@ def live(
     logging_config = {"enable_access_log": False, "encoding": "JSON"}
     serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config=logging_config)
     shapes = linear_shapes(load_base_model(tiny_config(model)))
-    running = Live(f"{url}/{APP}", config, s3_endpoint, shapes, tmp_path_factory.mktemp("live-adapters"))
+    running = Live(f"{server.proxy_url}/{APP}", config, s3_endpoint, shapes, tmp_path_factory.mktemp("live-adapters"))
     eventually(lambda: running.call("GET", "/ready").status_code == 200, within_s=START_S)
     yield running
     serve.delete(APP)

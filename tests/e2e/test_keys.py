@@ -12,6 +12,7 @@ import pytest
 from ray import serve
 
 from deployments.app import build_app
+from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
 from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
@@ -46,7 +47,9 @@ class Keyed:
 
 
 @pytest.fixture(scope="module")
-def keyed(url: str, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+def keyed(
+    server: Server, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Keyed]:
     """Yield a second, small application with a key for each of two tenants."""
     folder, model = tmp_path_factory.mktemp("keyed"), tiny_folders["gemma3"]
     keys = write(folder / "keys.json", entry("acme-key"), entry("globex-key", "globex"))
@@ -61,7 +64,7 @@ def keyed(url: str, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.T
     modules = random_adapter(linear_shapes(load_base_model(tiny_config(model))), 5, rank=4).modules
     write_peft_folder(folder / "poet", modules, base_model=BASE, samples=[Sample("Rhyme."), Sample("Write a poem.")])
     serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config={"enable_access_log": False})
-    running = Keyed(f"{url}/{APP}", keys, folder / "poet")
+    running = Keyed(f"{server.proxy_url}/{APP}", keys, folder / "poet")
     eventually(lambda: httpx.get(f"{running.url}/ready", timeout=30).status_code == 200, within_s=READY_TIMEOUT_S)
     yield running
     serve.delete(APP)

@@ -12,6 +12,7 @@ import pytest
 
 from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.cli.local_server import Server, _inherited
+from deployments.config.app import ScalingSettings
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
 
@@ -95,6 +96,31 @@ def test_no_answer_at_all_is_reported() -> None:
     server = Server(config_of(), port=free_port("127.0.0.1"))
     with pytest.raises(ServerFailed, match="not ready after 0 s"):
         server.wait_ready(timeout_s=0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_ingresses", "traces", "given", "passes_proxy"),
+    [
+        (1, False, None, False),
+        (2, False, None, True),
+        (1, True, None, True),
+        (1, True, False, False),
+        (1, False, True, True),
+    ],
+)
+def test_requests_pass_the_proxy_only_where_it_is_needed(
+    num_ingresses: int, traces: bool, given: bool | None, passes_proxy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several Ingress replicas cannot listen at one address, and traces begin in the proxy."""
+    if traces:
+        monkeypatch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "a:b")
+    else:
+        monkeypatch.delenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", raising=False)
+    config = config_of(ingress_scaling=ScalingSettings(max_replicas=num_ingresses))
+    server = Server(config, host="::1", port=8000, uses_proxy=given)
+    assert server.url == "http://[::1]:8000"
+    assert (server.proxy_url == server.url) == passes_proxy
+    assert passes_proxy or server.proxy_url.startswith("http://127.0.0.1:")
 
 
 def test_variables_for_rays_processes_respect_the_users_and_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ def make_bf16(make_engine: MakeEngine, tiny_folders: Mapping[str, Path], monkeyp
     Torch attends for prompts of nine tokens and more, as it does for long prompts.
     """
     monkeypatch.setattr(attention_cpu, "_MOST_READS", 44)
+    monkeypatch.setattr(attention_cpu, "_MOST_READS_BEHIND", 44)
     kernel = compiled(load_linear_kernel)
     compiled(load_layer_kernel)
     monkeypatch.setattr(device_parts, "make_linear_kernel", lambda config: kernel)

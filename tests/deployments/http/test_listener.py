@@ -1,0 +1,197 @@
+"""The Ingress's own listener does what Serve's proxy does: limits, request ids, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.calls.proxy_limits import ProxyLimits
+from deployments.http.listener import Listener
+
+Asgi = Callable[..., Awaitable[None]]
+
+
+@asynccontextmanager
+async def listening(app: Asgi, limits: ProxyLimits | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    """Yield a client of a listener over this application."""
+    listener = Listener(app, "127.0.0.1", 0, limits)
+    listener.start()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}", timeout=20) as client:
+        yield client
+    await asyncio.wait_for(listener.stopped(), 20)
+
+
+async def body_of(receive: Any) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        assert message["type"] == "http.request"
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the request's body in upper case, in two parts."""
+    body = await body_of(receive)
+    names = b" ".join(sorted(name for name, _ in scope["headers"] if name.startswith(b"trace")))
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x-seen", names)]})
+    await send({"type": "http.response.body", "body": body.upper(), "more_body": True})
+    await send({"type": "http.response.body", "body": b"!"})
+
+
+def test_requests_of_one_connection_are_answered_with_their_ids() -> None:
+    async def run() -> None:
+        async with listening(echo) as client:
+            for text in ("one", "two", "x" * 300_000):
+                answer = await client.post("/", content=text, headers={"x-request-id": f"id-{len(text)}"})
+                assert answer.text == text.upper() + "!" and answer.status_code == 200
+                assert answer.headers.get_list("x-request-id") == [f"id-{len(text)}"]
+            assert "x-request-id" not in (await client.post("/")).headers, "the application makes one"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("trusts", "seen"), [(False, ""), (True, "traceparent tracestate")])
+def test_a_client_decides_what_is_traced_only_if_it_may(trusts: bool, seen: str) -> None:
+    async def run() -> None:
+        async with listening(echo, ProxyLimits(trusts_traceparent=trusts)) as client:
+            answer = await client.get("/", headers={"traceparent": "00-1-1-01", "tracestate": "a=b"})
+            assert answer.headers["x-seen"] == seen
+
+    asyncio.run(run())
+
+
+def test_health_is_answered_as_by_the_proxy() -> None:
+    async def run() -> None:
+        async with listening(echo) as client:
+            answer = await client.get("/-/healthz")
+            assert (answer.status_code, answer.text) == (200, "success")
+
+    asyncio.run(run())
+
+
+async def raw(port: int, text: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(text)
+    return reader, writer
+
+
+def test_connections_and_heads_have_the_proxys_limits() -> None:
+    async def run() -> None:
+        async with listening(echo, ProxyLimits(connections_per_address=1)) as client:
+            assert client.base_url.port is not None
+            reader, writer = await raw(client.base_url.port, b"GET / HTTP/1.1\r\nx: " + b"a" * 17_000)
+            assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 400")
+            writer.close()
+            begun = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
+            first, second = await raw(client.base_url.port, begun), await raw(client.base_url.port, begun)
+            assert (await asyncio.wait_for(second[0].readline(), 20)).startswith(b"HTTP/1.1 429")
+            first[1].write(b"after")
+            assert (await asyncio.wait_for(first[0].readuntil(b"!"), 20)).startswith(b"HTTP/1.1 200")
+            first[1].close()
+            second[1].close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_request_whose_client_leaves_is_cancelled(is_streamed: bool) -> None:
+    async def run() -> None:
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            await body_of(receive)
+            if is_streamed:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": b"a", "more_body": True})
+            began.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+        async with listening(slow) as client:
+            asking = asyncio.create_task(client.post("/", content="text"))
+            await asyncio.wait_for(began.wait(), 20)
+            assert not ended.is_set()
+            asking.cancel()
+            await asyncio.wait_for(ended.wait(), 20)
+
+    asyncio.run(run())
+
+
+def test_an_application_that_ends_before_the_body_is_answered() -> None:
+    """The body is larger than all buffers, so its rest stays with the client."""
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": b"too long"})
+
+    async def run() -> None:
+        async with listening(refuse) as client:
+            assert client.base_url.port is not None
+            head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n"
+            reader, writer = await raw(client.base_url.port, head + b"a" * 200_000)
+            answer = await asyncio.wait_for(reader.readuntil(b"too long"), 20)
+            assert answer.startswith(b"HTTP/1.1 413")
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_what_an_application_does_after_its_answer_is_not_cancelled() -> None:
+    async def run() -> None:
+        finished = asyncio.Event()
+
+        async def working(scope: Any, receive: Any, send: Any) -> None:
+            await echo(scope, receive, send)
+            await asyncio.sleep(0.2)
+            finished.set()
+
+        async with listening(working) as client:
+            answer = await client.post("/", content="a", headers={"connection": "close"})
+            assert answer.text == "A!" and not finished.is_set()
+            await asyncio.wait_for(finished.wait(), 20)
+
+    asyncio.run(run())
+
+
+def test_an_error_is_answered_and_the_next_request_too(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/bad":
+            raise ValueError("broken here")
+        await echo(scope, receive, send)
+
+    async def run() -> None:
+        async with listening(broken) as client:
+            assert (await client.get("/bad")).status_code == 500
+            assert (await client.post("/", content="a")).text == "A!"
+
+    asyncio.run(run())
+    assert "broken here" in caplog.text
+
+
+def test_an_address_in_use_is_refused_and_is_free_again_at_once() -> None:
+    """Connections that the first listener closed would keep its address busy for a minute."""
+
+    async def run() -> None:
+        listener = Listener(echo, "127.0.0.1", 0)
+        with pytest.raises(OSError, match="in use"):
+            Listener(echo, "127.0.0.1", listener.port)
+        listener.start()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}") as client:
+            assert (await client.post("/", content="a", headers={"connection": "close"})).text == "A!"
+        port = listener.port
+        await asyncio.wait_for(listener.stopped(), 20)
+        again = Listener(echo, "127.0.0.1", port)
+        again.start()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            assert (await client.post("/", content="b")).text == "B!"
+        await asyncio.wait_for(again.stopped(), 20)
+
+    asyncio.run(run())

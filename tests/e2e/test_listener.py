@@ -1,0 +1,70 @@
+"""The Ingress of `loraretriever serve` listens itself: clients that leave, restarts, and the proxy next to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from typing import Any
+
+import httpx
+import psutil
+from ray import serve
+
+from deployments.cli.local_server import APP_NAME, Server
+from gpu_worker.config import PACKAGED_MODEL
+from tests.e2e.live import completion, eventually, eventually_equal
+
+_LONG = completion(PACKAGED_MODEL, "The sea is", 480)
+
+
+def running_and_waiting() -> int:
+    async def ask() -> list[Any]:
+        worker = serve.get_deployment_handle("Worker", APP_NAME)
+        answers: list[Any] = await worker.broadcast("holdings").results_async(timeout_s=30)
+        return answers
+
+    return sum(held.num_running + held.num_waiting for held in asyncio.run(ask()))
+
+
+async def leave(url: str, *, stream: bool) -> None:
+    """Send four requests, and close their connections once they run."""
+    async with httpx.AsyncClient(timeout=120) as client:
+        body = _LONG | {"stream": stream}
+        asking = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for _ in range(4)]
+        _, pending = await asyncio.wait(asking, timeout=2.0)
+        assert len(pending) == 4, "they were answered before they could leave"
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending)
+
+
+def test_requests_of_clients_that_leave_end(url: str) -> None:
+    for stream in (False, True):
+        asyncio.run(leave(url, stream=stream))
+        eventually_equal(running_and_waiting, 0, within_s=5.0)
+
+
+def test_the_application_answers_behind_the_proxy_too(server: Server) -> None:
+    assert server.url != server.proxy_url
+    for address in (server.url, server.proxy_url):
+        assert httpx.get(f"{address}/-/healthz").text == "success"
+        answer = httpx.post(f"{address}/v1/completions", json=completion(PACKAGED_MODEL, "The sea is", 4), timeout=60)
+        assert answer.status_code == 200 and len(answer.headers.get_list("x-request-id", split_commas=True)) == 1
+
+
+def test_an_ingress_that_dies_is_replaced_at_the_same_address(url: str) -> None:
+    body = completion(PACKAGED_MODEL, "The sea is", 4)
+    text = json.dumps(httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"])
+    started = psutil.Process().children(recursive=True)
+    [ingress] = [each for each in started if "ray::ServeReplica:loraretriever:Ingress" in " ".join(each.cmdline())]
+    os.kill(ingress.pid, signal.SIGKILL)
+
+    def answer() -> str:
+        try:
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).text
+        except httpx.TransportError as exc:
+            return str(exc)
+
+    eventually(lambda: text in answer(), within_s=60)
