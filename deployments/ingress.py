@@ -26,7 +26,7 @@ from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
 from deployments.http.dependencies import KEEP_ALIVE_S, Services
-from deployments.http.listener import Listener
+from deployments.http.listener import Listener, listening_at
 from deployments.http.readiness import Readiness
 from deployments.http.uploads import UploadBudget
 from deployments.json_types import JsonMapping, JsonObject
@@ -75,12 +75,17 @@ class Ingress:
         expire = withdraw_expired(self.services.publisher.expire)
         self._expiring = asyncio.get_event_loop().create_task(expire)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    async def __serve_build_asgi_app__(self) -> FastAPI:
         app = build_api(self.services)
         if self._address is not None:
-            self._listener = Listener(app, *self._address)
+            self._listener = Listener(app, await listening_at(*self._address))
             self._listener.start()
         return app
+
+    def check_health(self) -> None:
+        """Raises: RuntimeError if the replica should listen itself, and does not; then Serve replaces it."""
+        if self._listener is not None and self._listener.has_failed:
+            raise RuntimeError("the HTTP listener has failed")
 
     def __del__(self) -> None:
         """Cancel what runs in the background. Serve calls this before the replica's process ends."""

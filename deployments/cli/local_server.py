@@ -37,6 +37,8 @@ _CHEAPER_SERVE = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of the controller; Serve's own is 0.1
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # Serve's own is 100; Ray exports every 10 s
 }
+# An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
+_ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
 _TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
 _LOOPBACK = "127.0.0.1"
@@ -69,8 +71,8 @@ class Server:
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
         needs_proxy = config.ingress_scaling.max_replicas > 1 or _TRACING_VARIABLE in os.environ
-        uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
-        self._proxy = (host, self._port) if uses_proxy else (_LOOPBACK, free_port(_LOOPBACK))
+        self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
+        self._proxy = host, self._port
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
@@ -79,7 +81,7 @@ class Server:
 
     @property
     def proxy_url(self) -> str:
-        """Return the address of Serve's proxy, which serves all applications of this Ray."""
+        """Return the address of Serve's proxy, after the start. It serves all applications of this Ray."""
         return _url_of(*self._proxy)
 
     def prepare(self, report: Callable[[str], None]) -> None:
@@ -105,7 +107,7 @@ class Server:
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
         bypass_http_proxy()
-        with _inherited(_CHEAPER_SERVE):
+        with _inherited(_CHEAPER_SERVE | ({} if self._uses_proxy else _ENDS_AT_ONCE)):
             ray.init(
                 "local",  # ignores RAY_ADDRESS
                 num_cpus=self._num_cpus,
@@ -117,9 +119,10 @@ class Server:
                 _metrics_export_port=self._metrics_port,
             )
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
-        address = self._host, self._port
+        if not self._uses_proxy:
+            self._proxy = _LOOPBACK, free_port(_LOOPBACK)
         serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
-        app = application(self._config, None if self._proxy == address else address)
+        app = application(self._config, None if self._uses_proxy else (self._host, self._port))
         serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         return self.url
 

@@ -1,14 +1,18 @@
 """Serve the application at an address of this machine, from the Ingress replica itself.
 
-On one machine Serve's proxy would be one more process between clients and Ingress: benchmarks/README.md states what it
-costs. Connections have the proxy's protocol and limits, and `ProxyDuties` does what the proxy does for a request.
+On one machine Serve's proxy is one more process between clients and Ingress: benchmarks/README.md, "Without the proxy",
+states what it costs. Connections have the proxy's protocol and limits. Serve counts requests of its proxies only, and
+its request id is in the logs of those only; the project's own metrics and log lines cover both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 import socket
+import time
 from contextlib import suppress
 from typing import Any, cast
 
@@ -21,7 +25,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.calls.h11_proxy import WithoutTraceparent, protocol_within
 from deployments.calls.proxy_limits import ProxyLimits
 
+logger = logging.getLogger(__name__)
+
 _ID_HEADER = "x-request-id"
+_BUSY_S, _POLL_S = 60.0, 0.25  # how long an earlier replica may keep the address
 _BACKLOG = 2048  # connections that wait to be accepted
 _HEALTH, _HEALTHY = "/-/healthz", "success"  # as Serve's proxy answers
 
@@ -29,11 +36,10 @@ _HEALTH, _HEALTHY = "/-/healthz", "success"  # as Serve's proxy answers
 class Listener:
     """Accepts connections from its creation on, and answers them after `start`, in the running event loop."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, limits: ProxyLimits | None = None) -> None:
-        """Raises: OSError if the address cannot be used."""
+    def __init__(self, app: ASGIApp, listening: socket.socket, limits: ProxyLimits | None = None) -> None:
         limits = limits or ProxyLimits.from_environment(os.environ)
         app = ProxyDuties(app)
-        self._socket = _listening(host, port)
+        self._socket, self._is_stopping = listening, False
         config = uvicorn.Config(
             app if limits.trusts_traceparent else WithoutTraceparent(app),
             http=cast(Any, protocol_within(limits)),
@@ -51,12 +57,17 @@ class Listener:
         port: int = self._socket.getsockname()[1]
         return port
 
+    @property
+    def has_failed(self) -> bool:
+        """Return whether it no longer answers although nothing stopped it."""
+        return self._serving is not None and self._serving.done() and not self._is_stopping
+
     def start(self) -> None:
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve([self._socket]))
+        self._serving = asyncio.get_running_loop().create_task(self._serve())
 
     def stop(self) -> None:
-        """Accept no more connections. Requests in progress go on."""
-        self._server.should_exit = True
+        """Accept no more connections. Requests in progress go on as long as the process does."""
+        self._is_stopping = self._server.should_exit = True
 
     async def stopped(self) -> None:
         """Stop, and wait until all requests are answered."""
@@ -64,9 +75,35 @@ class Listener:
         if self._serving is not None:
             await self._serving
 
+    async def _serve(self) -> None:
+        try:
+            await self._server.serve([self._socket])
+        except Exception:
+            logger.exception("the HTTP listener has failed")
+        finally:
+            self._socket.close()
+
+
+async def listening_at(host: str, port: int, within_s: float = _BUSY_S) -> socket.socket:
+    """Return a socket that listens there, once an earlier replica has left the address.
+
+    Raises: OSError if the address cannot be used.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            return _listening(host, port)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_POLL_S)
+
 
 class ProxyDuties:
-    """ASGI middleware: answer health checks, return the request's id, and cancel a request whose client has left."""
+    """ASGI middleware: answer health checks, return the request's id, and cancel a request whose client has left.
+
+    A client that leaves is noticed once the application has read the whole body.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -121,9 +158,9 @@ class _Request:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there. A new replica can listen while connections of an earlier one end."""
+    """Return a socket that listens there, also while connections of an earlier replica are ending."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))

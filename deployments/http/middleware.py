@@ -1,7 +1,7 @@
 """Middleware that every request passes before its body is read: its context, its origin, its caller, and its place.
 
 Serve's proxy (2.60) keeps the id a client sends in `x-request-id`, or makes one. It passes the id on in the request's
-headers and adds it to the answer. Added here once more, the header would appear twice.
+headers and adds it to the answer. Added here once more, the header would appear twice. `ProxyDuties` adds it likewise.
 
 DNS rebinding: a page of `evil.example` changes the address of its own name to this server's. The browser then sees one
 origin and lets the page read every answer, but the request still carries `Host: evil.example`. An IP address in `Host`

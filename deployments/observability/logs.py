@@ -9,11 +9,11 @@ from ray.serve.context import ReplicaContext
 from ray.serve.exceptions import RayServeException
 
 _PACKAGES = ("deployments", "gpu_worker", "lora_store", "retriever_svc")
-_HTTP_SERVER = "uvicorn.error"  # of an Ingress that listens itself
+_HTTP_SERVER = "uvicorn.error"  # of an Ingress that listens itself; its warnings are about what clients send
 
 
 class _ServeLogHandler(logging.Handler):
-    """Passes records to Serve's logger, which adds the replica's name and, in JSON, the request id."""
+    """Passes records to Serve's logger, which adds the replica's name, and in JSON the request id of Serve's proxy."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logging.getLogger("ray.serve").handle(record)
@@ -23,7 +23,7 @@ def join_serve_logs() -> None:
     """Redirect the project's loggers to Serve. Do nothing outside a replica."""
     if not _is_replica():
         return
-    levels = dict.fromkeys(_PACKAGES, logging.getLogger("ray.serve").level) | {_HTTP_SERVER: logging.WARNING}
+    levels = dict.fromkeys(_PACKAGES, logging.getLogger("ray.serve").level) | {_HTTP_SERVER: logging.ERROR}
     for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.setLevel(level)

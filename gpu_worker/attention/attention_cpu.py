@@ -19,7 +19,7 @@ from gpu_worker.step.attention_plan import AttentionPlan, Segment, check_heads, 
 
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
 _GUESSES = 8  # tokens of a row with guesses, at most
-# Keys that all tokens of a chunk read together, for a head. Measured: benchmarks/README.md, "Attention".
+# Sums over a chunk's tokens of the keys that each reads. Measured: benchmarks/README.md, "Attention".
 _MOST_READS = 8192  # of a whole prompt
 _MOST_READS_BEHIND = 24576  # of a chunk behind other tokens, for which torch is slower
 

@@ -50,7 +50,11 @@ struct Tokens {
   }
 };
 
-constexpr int kKeys = 4;    // keys or values that are read together
+#ifdef __AVX512F__
+constexpr int kKeys = 4;  // keys or values that are read together, as many as registers hold the sums of
+#else
+constexpr int kKeys = 1;
+#endif
 constexpr int kAhead = 16;  // keys or values from those that are read to those that are prefetched
 
 // A run of tokens, and the slot of the run after it. stored (S, D): their keys or values, and those of other tokens.

@@ -1,5 +1,5 @@
 // One decoder layer, as a sequence of calls of the other kernels. `attend` computes decoded and guessed tokens, and short
-// chunks behind other tokens. In steps with other tokens the caller attends, between the two parts of a layer.
+// chunks of prompts. In steps with longer chunks the caller attends, between the two parts of a layer.
 #include <algorithm>
 #include <cstdint>
 

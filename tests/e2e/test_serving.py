@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from deployments.cli.local_server import _CHEAPER_SERVE
+from deployments.cli.local_server import _CHEAPER_SERVE, _ENDS_AT_ONCE
 from deployments.config.app import AppConfig
 from tests.e2e.starter_pool import POOL, Heldout
 from tests.served_engine import ENGINE
@@ -317,7 +317,7 @@ def test_serves_processes_have_the_settings_that_spare_the_engines_cores(url: st
     kinds = ("ray::ServeReplica:loraretriever:", "ray::ProxyActor", "ray::ServeController")
     ours = [process for process in started if " ".join(process.cmdline()).startswith(kinds)]
     assert len(ours) == 4 + 2
-    for name, value in _CHEAPER_SERVE.items():
+    for name, value in (_CHEAPER_SERVE | _ENDS_AT_ONCE).items():
         assert {process.environ().get(name) for process in ours} == {value}
         assert name not in os.environ
 

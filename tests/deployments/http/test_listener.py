@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from deployments.calls.proxy_limits import ProxyLimits
-from deployments.http.listener import Listener
+from deployments.http.listener import Listener, listening_at
 
 Asgi = Callable[..., Awaitable[None]]
 
@@ -19,7 +19,7 @@ Asgi = Callable[..., Awaitable[None]]
 @asynccontextmanager
 async def listening(app: Asgi, limits: ProxyLimits | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client of a listener over this application."""
-    listener = Listener(app, "127.0.0.1", 0, limits)
+    listener = Listener(app, await listening_at("127.0.0.1", 0), limits)
     listener.start()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}", timeout=20) as client:
         yield client
@@ -176,22 +176,92 @@ def test_an_error_is_answered_and_the_next_request_too(caplog: pytest.LogCapture
     assert "broken here" in caplog.text
 
 
-def test_an_address_in_use_is_refused_and_is_free_again_at_once() -> None:
-    """Connections that the first listener closed would keep its address busy for a minute."""
+def test_an_address_is_free_again_at_once_after_its_listener_has_stopped() -> None:
+    """Connections that a listener closes would keep its address busy for a minute."""
 
     async def run() -> None:
-        listener = Listener(echo, "127.0.0.1", 0)
-        with pytest.raises(OSError, match="in use"):
-            Listener(echo, "127.0.0.1", listener.port)
-        listener.start()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}") as client:
-            assert (await client.post("/", content="a", headers={"connection": "close"})).text == "A!"
-        port = listener.port
-        await asyncio.wait_for(listener.stopped(), 20)
-        again = Listener(echo, "127.0.0.1", port)
-        again.start()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            assert (await client.post("/", content="b")).text == "B!"
-        await asyncio.wait_for(again.stopped(), 20)
+        port = 0
+        for text in ("a", "b"):
+            listener = Listener(echo, await listening_at("127.0.0.1", port, within_s=0))
+            listener.start()
+            port = listener.port
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                answer = await client.post("/", content=text, headers={"connection": "close"})
+                assert answer.text == f"{text.upper()}!"
+            await asyncio.wait_for(listener.stopped(), 20)
 
     asyncio.run(run())
+
+
+def test_a_listener_waits_until_an_earlier_one_has_left_its_address() -> None:
+    async def run() -> None:
+        earlier = await listening_at("127.0.0.1", 0)
+        port = earlier.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            await listening_at("127.0.0.1", port, within_s=0)
+        waiting = asyncio.create_task(listening_at("127.0.0.1", port))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        earlier.close()
+        (await asyncio.wait_for(waiting, 20)).close()
+        with pytest.raises(OSError, match="assign"):
+            await asyncio.wait_for(listening_at("192.0.2.1", 0), 20)
+
+    asyncio.run(run())
+
+
+def test_an_address_may_be_of_version_six() -> None:
+    async def run() -> None:
+        try:
+            listener = Listener(echo, await listening_at("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        listener.start()
+        async with httpx.AsyncClient() as client:
+            assert (await client.post(f"http://[::1]:{listener.port}/", content="a")).text == "A!"
+        await asyncio.wait_for(listener.stopped(), 20)
+
+    asyncio.run(run())
+
+
+def test_a_body_that_nobody_reads_yet_stays_with_its_client() -> None:
+    async def run() -> None:
+        may_read = asyncio.Event()
+
+        async def late(scope: Any, receive: Any, send: Any) -> None:
+            await may_read.wait()
+            await echo(scope, receive, send)
+
+        async with listening(late) as client:
+            assert client.base_url.port is not None
+            size = 30_000_000
+            head = f"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode()
+            reader, writer = await raw(client.base_url.port, head + b"a" * size)
+            await asyncio.sleep(0.5)
+            assert writer.transport.get_write_buffer_size() > size / 2
+            may_read.set()
+            assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 200")
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_listener_that_ends_by_itself_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        listening_socket = await listening_at("127.0.0.1", 0)
+        listener = Listener(echo, listening_socket)
+        assert not listener.has_failed
+        listening_socket.close()  # so that it cannot be served
+        listener.start()
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+        assert listener.has_failed
+        working = Listener(echo, await listening_at("127.0.0.1", 0))
+        working.start()
+        await asyncio.sleep(0.1)
+        assert not working.has_failed
+        await asyncio.wait_for(working.stopped(), 20)
+        assert not working.has_failed
+
+    asyncio.run(run())
+    assert "the HTTP listener has failed" in caplog.text

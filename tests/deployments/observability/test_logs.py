@@ -24,7 +24,7 @@ class Recorder(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in (*PACKAGES, "ray.serve")]
+    loggers = [logging.getLogger(name) for name in (*PACKAGES, "ray.serve", "uvicorn.error")]
     before = [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
     yield
     for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
@@ -47,5 +47,8 @@ def test_in_a_replica_records_of_every_package_go_to_serve_once_at_its_level(mon
     for package in PACKAGES:
         logging.getLogger(f"{package}.room.module").warning("%s is late", package)
         logging.getLogger(f"{package}.room.module").info("too much detail")
-    assert [record.getMessage() for record in recorder.records] == [f"{package} is late" for package in PACKAGES]
+    logging.getLogger("uvicorn.error").warning("what a client sent")
+    logging.getLogger("uvicorn.error").error("a failure")
+    expected = [*(f"{package} is late" for package in PACKAGES), "a failure"]
+    assert [record.getMessage() for record in recorder.records] == expected
     assert recorder.records[0].name == "deployments.room.module"

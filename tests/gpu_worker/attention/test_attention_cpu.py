@@ -181,6 +181,24 @@ def test_padding_reads_the_rows_own_tokens_only(window: int | None) -> None:
         assert read[visible].tolist() == slots(cache, row, length)[first:].tolist()
 
 
+@pytest.mark.parametrize("place", [0, 5, 15, 16, 36, 37])
+def test_one_key_may_have_nearly_all_the_weight(place: int) -> None:
+    """Exponentials of such scores overflow unless the largest one is found, wherever it is."""
+    cache = new_cache(kernel=compiled(load_decode_kernel))
+    plan = cache.attention(layout((4, 1, 37)))
+    rows = slots(cache, 4, 38)
+    cache.keys[0][:, rows], cache.values[0][:, rows] = 0.0, torch.randn(38, HEAD_DIM)
+    key, value = torch.zeros(NUM_KV_HEADS, 1, HEAD_DIM), torch.randn(NUM_KV_HEADS, 1, HEAD_DIM)
+    if place == 37:
+        key[:] = 30.0
+    else:
+        cache.keys[0][:, rows[place]] = 30.0
+    query = torch.full((NUM_HEADS, 1, HEAD_DIM), 10.0)
+    found = plan.attend(0, query, key, value, scaling=SCALING, sliding_window=None)
+    expected = cache.values[0][:, rows[place]].repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)
+    torch.testing.assert_close(found[0], expected)
+
+
 def test_a_row_that_is_not_finite_does_not_reach_the_others(kernel: DecodeKernel | None) -> None:
     segments, cache = layout((0, 1, 4), (1, 1, 4), (2, 6, 0)), new_cache(kernel=kernel)
     places = slots(cache, 0, 4)
@@ -212,7 +230,7 @@ def test_the_kernel_computes_short_chunks_and_guesses(num_tokens: int, context_l
 
 
 @pytest.mark.parametrize("num_heads", [2, 8, 10], ids="{} query heads".format)
-@pytest.mark.parametrize("head_dim", [40, 256])
+@pytest.mark.parametrize("head_dim", [7, 33, 40, 256])
 def test_bfloat16_and_any_strides(num_heads: int, head_dim: int, kernel: DecodeKernel | None) -> None:
     """Heads are stored token by token, like the output of a model's projections."""
     torch.manual_seed(0)
