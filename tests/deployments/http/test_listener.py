@@ -144,7 +144,7 @@ def test_an_application_that_ends_before_the_body_is_answered() -> None:
     asyncio.run(run())
 
 
-def test_what_an_application_does_after_its_answer_is_not_cancelled() -> None:
+def test_work_after_the_answer_is_finished() -> None:
     async def run() -> None:
         finished = asyncio.Event()
 
@@ -224,7 +224,7 @@ def test_an_address_may_be_of_version_six() -> None:
     asyncio.run(run())
 
 
-def test_a_body_that_nobody_reads_yet_stays_with_its_client() -> None:
+def test_an_unread_body_stays_with_its_client() -> None:
     async def run() -> None:
         may_read = asyncio.Event()
 
