@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -161,7 +162,13 @@ def test_work_after_the_answer_is_finished() -> None:
     asyncio.run(run())
 
 
-def test_an_error_is_answered_and_the_next_request_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_is_answered_and_the_next_request_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("uvicorn", "uvicorn.error"):  # servers of other tests silence them
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    caplog.set_level(logging.ERROR, logger="uvicorn.error")
+
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/bad":
             raise ValueError("broken here")
