@@ -72,6 +72,10 @@ class Listener:
     async def stopped(self) -> None:
         """Stop, and wait until all requests are answered."""
         self.stop()
+        await self.ended()
+
+    async def ended(self) -> None:
+        """Wait until it no longer answers."""
         if self._serving is not None:
             await self._serving
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -112,7 +113,7 @@ def test_a_request_whose_client_leaves_is_cancelled(is_streamed: bool) -> None:
                 await send({"type": "http.response.body", "body": b"a", "more_body": True})
             began.set()
             try:
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()
             finally:
                 ended.set()
 
@@ -147,16 +148,17 @@ def test_an_application_that_ends_before_the_body_is_answered() -> None:
 
 def test_work_after_the_answer_is_finished() -> None:
     async def run() -> None:
-        finished = asyncio.Event()
+        may_finish, finished = asyncio.Event(), asyncio.Event()
 
         async def working(scope: Any, receive: Any, send: Any) -> None:
             await echo(scope, receive, send)
-            await asyncio.sleep(0.2)
+            await may_finish.wait()
             finished.set()
 
         async with listening(working) as client:
             answer = await client.post("/", content="a", headers={"connection": "close"})
             assert answer.text == "A!" and not finished.is_set()
+            may_finish.set()
             await asyncio.wait_for(finished.wait(), 20)
 
     asyncio.run(run())
@@ -217,12 +219,15 @@ def test_a_listener_waits_until_an_earlier_one_has_left_its_address() -> None:
     asyncio.run(run())
 
 
-def test_an_address_may_be_of_version_six() -> None:
+def test_an_address_may_be_ipv6() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as tried:
+            tried.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+
     async def run() -> None:
-        try:
-            listener = Listener(echo, await listening_at("::1", 0))
-        except OSError:
-            pytest.skip("this machine has no IPv6")
+        listener = Listener(echo, await listening_at("::1", 0))
         listener.start()
         async with httpx.AsyncClient() as client:
             assert (await client.post(f"http://[::1]:{listener.port}/", content="a")).text == "A!"
@@ -260,12 +265,12 @@ def test_a_listener_that_ends_by_itself_has_failed(caplog: pytest.LogCaptureFixt
         assert not listener.has_failed
         listening_socket.close()  # so that it cannot be served
         listener.start()
-        for _ in range(100):
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(listener.ended(), 20)
         assert listener.has_failed
         working = Listener(echo, await listening_at("127.0.0.1", 0))
         working.start()
-        await asyncio.sleep(0.1)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{working.port}") as client:
+            assert (await client.post("/", content="a")).text == "A!"
         assert not working.has_failed
         await asyncio.wait_for(working.stopped(), 20)
         assert not working.has_failed
