@@ -14,9 +14,11 @@ from torch import Tensor
 
 from gpu_worker.bank.bank import InputBank
 from gpu_worker.bank.residency import Residency
-from gpu_worker.lora.lora_kernel import LoraKernel, Pairs
+from gpu_worker.lora.lora_kernel import LoraKernel, Pairs, Run
 from gpu_worker.step.step_context import Outputs
 from lora_store.plan import Plan
+
+RUN_TOKENS = 8  # rows of as many tokens are runs (`grouped_lora.cpp`)
 
 
 class GroupedMapping:
@@ -56,6 +58,7 @@ class _Tokens:
 
     slots: list[NDArray[np.int32]]
     weights: list[NDArray[np.float32]]
+    num: int = 0
 
 
 def grouped_mapping(
@@ -63,31 +66,40 @@ def grouped_mapping(
 ) -> GroupedMapping:
     """Return the mapping for rows with these plans, where row b has `num_tokens[b]` adjacent tokens.
 
-    Adapters are in the order of their digests, so a row's sums have one order in every batch.
+    Adapters are in the order of their digests, so a row's sums have one order in every batch. Rows of few tokens have
+    the first slots.
     """
     starts = np.cumsum([0, *num_tokens], dtype=np.int32)
     slot_tokens, is_fusion = [], []
     of_adapter: defaultdict[str, _Tokens] = defaultdict(lambda: _Tokens([], []))
+    runs: list[tuple[int, dict[str, int]]] = []  # number of tokens, and for each adapter the number of earlier ones
     num_slots = 0
-    for b, plan in enumerate(plans):
-        adapters = [adapter for adapter in plan.adapters if adapter.weight != 0]
+    for b in sorted(range(len(plans)), key=lambda b: num_tokens[b] >= RUN_TOKENS):
+        adapters = [adapter for adapter in plans[b].adapters if adapter.weight != 0]
         if not adapters:
             continue
         slots = np.arange(num_slots, num_slots + num_tokens[b], dtype=np.int32)
         num_slots += num_tokens[b]
         slot_tokens.append(np.arange(starts[b], starts[b + 1], dtype=np.int32))
-        is_fusion.append(np.full(num_tokens[b], plan.strategy == "fusion", dtype=np.uint8))
+        is_fusion.append(np.full(num_tokens[b], plans[b].strategy == "fusion", dtype=np.uint8))
+        if num_tokens[b] >= RUN_TOKENS:
+            runs.append(
+                (num_tokens[b], {each.weights_digest: of_adapter[each.weights_digest].num for each in adapters})
+            )
         for adapter in adapters:
             tokens = of_adapter[adapter.weights_digest]
             tokens.slots.append(slots)
             tokens.weights.append(np.full(num_tokens[b], adapter.weight, dtype=np.float32))
-    ordered = {digest: of_adapter[digest] for digest in sorted(of_adapter)}
+            tokens.num += num_tokens[b]
+    order = {digest: number for number, digest in enumerate(sorted(of_adapter))}
+    ordered = [of_adapter[digest] for digest in order]
     pairs = Pairs.of(
         slot_tokens=_joined(slot_tokens, np.int32),
         fusion=_joined(is_fusion, np.uint8),
-        slots=[np.concatenate(tokens.slots) for tokens in ordered.values()],
-        weights=_joined([part for tokens in ordered.values() for part in tokens.weights], np.float32),
-        rank_rows=[residency.rows(digest) for digest in ordered],
+        slots=[np.concatenate(tokens.slots) for tokens in ordered],
+        weights=_joined([part for tokens in ordered for part in tokens.weights], np.float32),
+        rank_rows=[residency.rows(digest) for digest in order],
+        runs=[Run(num, sorted((order[digest], first) for digest, first in firsts.items())) for num, firsts in runs],
     )
     return GroupedMapping(kernel, pairs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,14 @@ from torch import Tensor
 
 from gpu_worker.native.kernel_loading import functions, load_library
 from gpu_worker.step.step_context import Outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A row of many tokens. `pairs`: (adapter, number of its first pair among the adapter's), by adapter."""
+
+    num_tokens: int
+    pairs: Sequence[tuple[int, int]]
 
 
 class Pairs(ctypes.Structure):
@@ -34,6 +43,12 @@ class Pairs(ctypes.Structure):
         ("fusion", c_void_p),
         ("max_rank", c_int32),
         ("num_threads", c_int32),
+        ("num_short_slots", c_int32),
+        ("num_runs", c_int32),
+        ("run_slots", c_void_p),
+        ("run_starts", c_void_p),
+        ("run_adapters", c_void_p),
+        ("run_pairs", c_void_p),
     )
     h_len: int
     values_of: dict[str, NDArray[np.generic]]
@@ -47,8 +62,12 @@ class Pairs(ctypes.Structure):
         slots: Sequence[NDArray[np.int32]],
         weights: NDArray[np.generic],
         rank_rows: Sequence[Sequence[int]],
+        runs: Sequence[Run] = (),
     ) -> Pairs:
-        """Make the struct. `slots`, `rank_rows`: one entry per adapter; `weights`: of all pairs, in adapter order."""
+        """Make the struct. `slots`, `rank_rows`: one entry per adapter; `weights`: of all pairs, in adapter order.
+
+        The tokens of `runs` have the last slots, in order.
+        """
         counts = np.array([len(of_adapter) for of_adapter in slots], dtype=np.int64)
         ranks = np.array([len(rows) for rows in rank_rows], dtype=np.int64)
         h_starts = _starts(counts * ranks)
@@ -67,6 +86,16 @@ class Pairs(ctypes.Structure):
             values["fusion"] = fusion
         pairs = cls(num_adapters=len(slots), num_slots=len(slot_tokens), h_len=int(h_starts[-1]))
         pairs.max_rank = int(ranks.max(initial=0))
+        run_slots = _starts(np.array([run.num_tokens for run in runs], dtype=np.int64))
+        pairs.num_runs, pairs.num_short_slots = len(runs), len(slot_tokens) - int(run_slots[-1])
+        if runs:
+            of_runs = [pair for run in runs for pair in run.pairs]
+            values |= {
+                "run_slots": (pairs.num_short_slots + run_slots).astype(np.int32),
+                "run_starts": _starts(np.array([len(run.pairs) for run in runs])).astype(np.int32),
+                "run_adapters": np.array([adapter for adapter, _ in of_runs], dtype=np.int32),
+                "run_pairs": np.array([first for _, first in of_runs], dtype=np.int32),
+            }
         for name, array in values.items():
             setattr(pairs, name, array.ctypes.data)
         pairs.values_of = values

@@ -6,20 +6,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "rank_rows.h"
 #include "structs.h"
 #include "vectors.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace {
 
-constexpr int64_t kBlock = 2 * kLanes;      // columns of y per block
 constexpr int64_t kHeldValues = 64 * 1024;  // float32 values of y per task, which fit the core's second-level cache
 constexpr int kTasksPerThread = 2;          // of the first product; a thread that shares its core takes fewer
 constexpr int kLeastSlots = 4;              // per part, where slots are split into parts
-constexpr int kMostRanks = 64;              // rank rows of an adapter per pass over the columns
+constexpr int kFewSlots = 64;               // up to so many slots a thread may have all of them
+constexpr int64_t kRunColumns = 512;        // per task: the rows of a few adapters fit the first-level cache
+constexpr int kRunTokens = 32;              // per task
+constexpr int kRowsAhead = 8;               // from the row of A that is read to the one that is fetched
 
 template <class E>
 struct Inputs {
@@ -33,80 +32,52 @@ struct Inputs {
   }
 };
 
-#ifdef __AVX512BF16__
-// 32 products at once, two per lane
-template <int T, int R>
-void dots(const bf16* const* x, const bf16* const* a, int64_t width, float out[T][R]) {
-  __m512 acc[T][R] = {};
-  for (int64_t i = 0; i < width; i += 2 * kLanes) {
-    const __mmask32 mask = width - i >= 2 * kLanes ? ~0u : (1u << (width - i)) - 1;
-    __m512bh left[T];
-    for (int t = 0; t < T; ++t) left[t] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x[t] + i);
-    for (int r = 0; r < R; ++r) {
-      const __m512bh right = (__m512bh)_mm512_maskz_loadu_epi16(mask, a[r] + i);
-      for (int t = 0; t < T; ++t) acc[t][r] = _mm512_dpbf16_ps(acc[t][r], left[t], right);
+inline int rank_of(const Pairs& p, int s) { return p.rank_starts[s + 1] - p.rank_starts[s]; }
+
+// Computes h of T tokens for one adapter in some modules, from pair q on. Reads the rows in the order of memory.
+template <int T, class E>
+void shrink_tokens(const Pairs& p, const Inputs<E>& in, int s, int q, int first_module, int end_module, float* h) {
+  constexpr int R = T == 1 ? 1 : 4;
+  const int rank = rank_of(p, s), num_modules = end_module - first_module, num_rows = rank * num_modules;
+  const bool is_last = s + 1 == p.num_adapters;
+  const auto row_of = [&](int n) {  // past the last row of s, a row of the next adapter
+    const int at = n < num_rows || is_last ? s : s + 1;
+    n = std::min(at == s ? n : n - num_rows, rank_of(p, at) * num_modules - 1);
+    return in.row(p.rank_rows[p.rank_starts[at] + n / num_modules], first_module + n % num_modules);
+  };
+  const E *tokens[T], *rows[R], *ahead[R];
+  for (int t = 0; t < T; ++t) tokens[t] = in.token(p.slot_tokens[p.pair_slots[q + t]]);
+  float* of_pairs = h + p.h_starts[s] + int64_t(q - p.pair_starts[s]) * rank;
+  for (int first = 0; first < num_rows; first += R) {
+    for (int j = 0; j < R; ++j) {
+      rows[j] = row_of(std::min(first + j, num_rows - 1));
+      ahead[j] = row_of(first + j + kRowsAhead);
+    }
+    float out[T][R];
+    dots<T, R>(tokens, rows, q == p.pair_starts[s] ? ahead : nullptr, in.place.width, out);
+    for (int j = 0; j < std::min(R, num_rows - first); ++j) {
+      const int r = (first + j) / num_modules, m = first_module + (first + j) % num_modules;
+      for (int t = 0; t < T; ++t) of_pairs[m * p.h_len + t * rank + r] = p.pair_weights[q + t] * out[t][j];
     }
   }
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < R; ++r) out[t][r] = _mm512_reduce_add_ps(acc[t][r]);
-}
-#endif
-
-// out[t][r] = x[t] . a[r]
-template <int T, int R, class E>
-void dots(const E* const* x, const E* const* a, int64_t width, float out[T][R]) {
-  f32x16 acc[T][R] = {};
-  for (int64_t i = 0; i < width; i += kLanes) {
-    f32x16 left[T];
-    for (int t = 0; t < T; ++t) left[t] = load_part(x[t] + i, width - i);
-    for (int r = 0; r < R; ++r) {
-      const f32x16 right = load_part(a[r] + i, width - i);
-      for (int t = 0; t < T; ++t) acc[t][r] += left[t] * right;
-    }
-  }
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < R; ++r) out[t][r] = sum(acc[t][r]);
 }
 
-// Computes h of a single token for one adapter, in the order in which memory has the rows of all modules.
-template <class E>
-void shrink_token(const Pairs& p, const Inputs<E>& in, int s, int pair, int first_module, int end_module, float* h) {
-  const E* x = in.token(p.slot_tokens[p.pair_slots[pair]]);
-  const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
-  float* of_pair = h + p.h_starts[s] + int64_t(pair - p.pair_starts[s]) * rank;
-  for (int r = 0; r < rank; ++r) {
-    for (int m = first_module; m < end_module; ++m) {
-      const E* row = in.row(p.rank_rows[p.rank_starts[s] + r], m);
-      float out[1][1];
-      dots<1, 1>(&x, &row, in.place.width, out);
-      of_pair[m * p.h_len + r] = p.pair_weights[pair] * out[0][0];
-    }
+// Calls shrink_tokens<T> with T = num.
+template <int T, class E, class... Args>
+void shrink_tokens_of(int num, const Args&... args) {
+  if constexpr (T > 0) {
+    if (num == T) return shrink_tokens<T, E>(args...);
+    shrink_tokens_of<T - 1, E>(num, args...);
   }
 }
 
 // Computes h of one adapter in some modules: m_bs (x . A_s).
 template <class E>
 void shrink_adapter(const Pairs& p, const Inputs<E>& in, int s, int first_module, int end_module, float* h) {
-  constexpr int T = 4, R = 4;
-  const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
-  const int32_t* rows = p.rank_rows + p.rank_starts[s];
-  for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1]; q += T) {
-    const int num = std::min(T, p.pair_starts[s + 1] - q);
-    if (num == 1) return shrink_token<E>(p, in, s, q, first_module, end_module, h);
-    const E* tokens[T];
-    for (int t = 0; t < T; ++t) tokens[t] = in.token(p.slot_tokens[p.pair_slots[q + std::min(t, num - 1)]]);
-    for (int m = first_module; m < end_module; ++m)
-      for (int r = 0; r < rank; r += R) {
-        const E* parts[R];
-        for (int j = 0; j < R; ++j) parts[j] = in.row(rows[std::min(r + j, rank - 1)], m);
-        float out[T][R];
-        dots<T, R>(tokens, parts, in.place.width, out);
-        for (int t = 0; t < num; ++t) {
-          float* of_pair = h + m * p.h_len + p.h_starts[s] + int64_t(q + t - p.pair_starts[s]) * rank;
-          for (int j = 0; j < std::min(R, rank - r); ++j) of_pair[r + j] = p.pair_weights[q + t] * out[t][j];
-        }
-      }
-  }
+  constexpr int T = 4;
+  const int end = p.pair_starts[s + 1];
+  for (int q = p.pair_starts[s]; q < end; q += T)
+    shrink_tokens_of<T, E>(std::min(T, end - q), p, in, s, q, first_module, end_module, h);
 }
 
 // Fusion: u = sum_s m_bs h_s by rank index; h_s <- m_bs u. On entry h is m_bs h_s.
@@ -114,7 +85,7 @@ void fuse(const Pairs& p, float* h) {
   std::vector<float> u(int64_t(p.num_slots) * p.max_rank);
   for (const bool is_second : {false, true})
     for (int s = 0; s < p.num_adapters; ++s) {
-      const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
+      const int rank = rank_of(p, s);
       for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1]; ++q) {
         const int slot = p.pair_slots[q];
         if (!p.fusion[slot]) continue;
@@ -142,8 +113,8 @@ inline int adapters_per_task(const Pairs& p) {
 // Called by every thread of a team. h (M, h_len) is complete on return.
 template <class E>
 void shrink(const Pairs& p, const Inputs<E>& in, float* h) {
-  const int num_modules = in.place.num_modules, run = adapters_per_task(p), parts = run > 0 ? 1 : num_modules;
-#pragma omp for schedule(dynamic, std::max(run, 1))
+  const int num_modules = in.place.num_modules, together = adapters_per_task(p), parts = together > 0 ? 1 : num_modules;
+#pragma omp for schedule(dynamic, std::max(together, 1))
   for (int task = 0; task < p.num_adapters * parts; ++task) {
     const int m = task % parts;
     shrink_adapter<E>(p, in, task / parts, m, parts == 1 ? num_modules : m + 1, h);
@@ -158,90 +129,14 @@ struct Slots {
   int first, end;
 };
 
-// Returns part `part` of `num_parts`, which have about as many pairs each.
+// Returns part `part` of `num_parts` of the slots of short rows, which have about as many pairs each.
 inline Slots slots_of(const Pairs& p, int64_t part, int64_t num_parts) {
+  const int32_t* end = p.slot_starts + p.num_short_slots;
   const auto first_of = [&](int64_t i) {
-    const int64_t pair = p.slot_starts[p.num_slots] * i / num_parts;
-    return int(std::lower_bound(p.slot_starts, p.slot_starts + p.num_slots, pair) - p.slot_starts);
+    return int(std::lower_bound(p.slot_starts, end, *end * i / num_parts) - p.slot_starts);
   };
-  return {first_of(part), part + 1 == num_parts ? p.num_slots : first_of(part + 1)};
+  return {first_of(part), part + 1 == num_parts ? p.num_short_slots : first_of(part + 1)};
 }
-
-// Adds sum_r h[t][r] rows[r] to acc[t] over `left` columns. acc is padded to whole blocks.
-template <int T, class E>
-void add_rows(float* const* acc, const float* const* h, int rank, const E* const* rows, int64_t left) {
-  for (int64_t column = 0; column < left; column += kLanes) {
-    f32x16 sums[T];
-    for (int t = 0; t < T; ++t) sums[t] = load(acc[t] + column);
-    for (int r = 0; r < rank; ++r) {
-      const f32x16 b = load_part(rows[r] + column, left - column);
-      for (int t = 0; t < T; ++t) sums[t] += h[t][r] * b;
-    }
-    for (int t = 0; t < T; ++t) store(acc[t] + column, sums[t]);
-  }
-}
-
-template <class E>
-void add_to(E* y, const float* acc, int64_t left) {
-  for (int64_t column = 0; column < left; column += kLanes)
-    store_part(y + column, load_part(y + column, left - column) + load(acc + column), left - column);
-}
-
-#ifdef __AVX512BF16__
-// Two rank rows at once, with h rounded to bf16. Within a block acc has the order of the interleaved rows: columns 0-3,
-// 8-11, 16-19, 24-27, then the others; add_to restores the order.
-template <int T>
-void add_rows(float* const* acc, const float* const* h, int rank, const bf16* const* rows, int64_t left) {
-  uint32_t pairs[T][kMostRanks / 2];
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < rank; r += 2) {
-      const __m128 two = _mm_set_ps(0, 0, r + 1 < rank ? h[t][r + 1] : 0, h[t][r]);
-      pairs[t][r / 2] = _mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(two));
-    }
-  for (int64_t column = 0; column < left; column += kBlock) {
-    const __mmask32 mask = left - column >= kBlock ? ~0u : (1u << (left - column)) - 1;
-    __m512 low[T], high[T];
-    for (int t = 0; t < T; ++t) {
-      low[t] = _mm512_loadu_ps(acc[t] + column);
-      high[t] = _mm512_loadu_ps(acc[t] + column + kLanes);
-    }
-    for (int r = 0; r < rank; r += 2) {
-      const __m512i b0 = _mm512_maskz_loadu_epi16(mask, rows[r] + column);
-      const __m512i b1 = _mm512_maskz_loadu_epi16(mask, rows[std::min(r + 1, rank - 1)] + column);
-      const __m512bh b_low = (__m512bh)_mm512_unpacklo_epi16(b0, b1);
-      const __m512bh b_high = (__m512bh)_mm512_unpackhi_epi16(b0, b1);
-      for (int t = 0; t < T; ++t) {
-        const __m512bh of_token = (__m512bh)_mm512_set1_epi32(pairs[t][r / 2]);
-        low[t] = _mm512_dpbf16_ps(low[t], b_low, of_token);
-        high[t] = _mm512_dpbf16_ps(high[t], b_high, of_token);
-      }
-    }
-    for (int t = 0; t < T; ++t) {
-      _mm512_storeu_ps(acc[t] + column, low[t]);
-      _mm512_storeu_ps(acc[t] + column + kLanes, high[t]);
-    }
-  }
-}
-
-void add_to(bf16* y, const float* acc, int64_t left) {
-  const __m512i split = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), join = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t column = 0; column < left; column += kBlock) {
-    const __mmask32 mask = left - column >= kBlock ? ~0u : (1u << (left - column)) - 1;
-    const __m512i held = _mm512_permutexvar_epi64(split, _mm512_maskz_loadu_epi16(mask, y + column));
-    const __m512 low = _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(held));
-    const __m512 high = _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(held, 1));
-    const __m512 sum_low = _mm512_add_ps(low, _mm512_loadu_ps(acc + column));
-    const __m512 sum_high = _mm512_add_ps(high, _mm512_loadu_ps(acc + column + kLanes));
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(sum_high, sum_low);
-    const __m512i values = _mm512_permutexvar_epi64(join, both);
-    if (left - column >= kBlock) {
-      _mm512_storeu_si512(y + column, values);  // cheaper than a masked store
-    } else {
-      _mm512_mask_storeu_epi16(y + column, mask, values);
-    }
-  }
-}
-#endif
 
 // Calls add_rows<T> with T = num.
 template <int T, class... Args>
@@ -250,6 +145,23 @@ void add_rows_of(int num, Args... args) {
     if (num == T) return add_rows<T>(args...);
     add_rows_of<T - 1>(num, args...);
   }
+}
+
+// Calls add_products<T> with T = num.
+template <int T, class... Args>
+void add_products_of(int num, Args... args) {
+  if constexpr (T > 0) {
+    if (num == T) return add_products<T>(args...);
+    add_products_of<T - 1>(num, args...);
+  }
+}
+
+// Returns the first adapter, from s on, of any token in these slots, or the number of adapters if there is none.
+inline int adapter_from(const Pairs& p, int s, Slots slots) {
+  const auto has_one = [&](int32_t slot) { return slot >= slots.first && slot < slots.end; };
+  const int32_t *first = p.pair_slots, *starts = p.pair_starts;
+  while (s < p.num_adapters && std::none_of(first + starts[s], first + starts[s + 1], has_one)) ++s;
+  return s;
 }
 
 // Adds h B of some slots to `left` columns of y, adapter by adapter, so rows are read in the order of memory.
@@ -261,9 +173,11 @@ void expand_slots(const Pairs& p, const float* h, Slots slots, const E* bt, int6
   const int64_t width = (left + kBlock - 1) / kBlock * kBlock;
   sums_of_slots.assign((slots.end - slots.first) * width / kLanes, f32x16{});
   float* acc = (float*)sums_of_slots.data();
-  for (int s = 0; s < p.num_adapters; ++s) {
-    const int rank = p.rank_starts[s + 1] - p.rank_starts[s];
+  for (int s = adapter_from(p, 0, slots), next; s < p.num_adapters; s = next) {
+    next = adapter_from(p, s + 1, slots);
+    const int rank = rank_of(p, s);
     for (int q = p.pair_starts[s]; q < p.pair_starts[s + 1];) {
+      const bool is_first = q == p.pair_starts[s];
       float* sums[T];
       const float* values[T];
       int num = 0;
@@ -274,9 +188,12 @@ void expand_slots(const Pairs& p, const float* h, Slots slots, const E* bt, int6
       }
       for (int first = 0; first < rank; first += kMostRanks) {
         const int num_ranks = std::min(kMostRanks, rank - first);
-        const E* rows[kMostRanks];
+        const E *rows[kMostRanks], *ahead[kMostRanks];
         for (int r = 0; r < num_ranks; ++r) rows[r] = bt + p.rank_rows[p.rank_starts[s] + first + r] * stride;
-        add_rows_of<T>(num, sums, values, num_ranks, rows, left);
+        const bool fetches = is_first && next < p.num_adapters;
+        for (int r = 0; fetches && r < num_ranks; ++r)
+          ahead[r] = bt + p.rank_rows[std::min(p.rank_starts[next] + first + r, p.rank_starts[next + 1] - 1)] * stride;
+        add_rows_of<T>(num, sums, values, num_ranks, rows, fetches ? ahead : nullptr, left);
         for (int t = 0; t < num; ++t) values[t] += num_ranks;
       }
     }
@@ -289,9 +206,9 @@ void expand_slots(const Pairs& p, const float* h, Slots slots, const E* bt, int6
 // It has a part of the columns too if there are more threads than parts of the slots, or more sums than fit the cache.
 // Does not wait for the other threads.
 template <class E>
-void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
-  const int64_t threads = p.num_threads, parts = std::clamp<int64_t>(p.num_slots / kLeastSlots, 1, threads);
-  const int64_t num_values = num_out * ((p.num_slots + parts - 1) / parts);
+void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride, int64_t parts) {
+  const int64_t threads = p.num_threads;
+  const int64_t num_values = num_out * ((p.num_short_slots + parts - 1) / parts);
   const int64_t ranges = std::max((threads + parts - 1) / parts, (num_values + kHeldValues - 1) / kHeldValues);
   const int64_t width = (num_out + ranges * kBlock - 1) / (ranges * kBlock) * kBlock;
   const int64_t num_ranges = (num_out + width - 1) / width;
@@ -303,15 +220,119 @@ void expand(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, 
   }
 }
 
+inline int64_t blocks_of(const ModulePlace& of) { return (of.num_out + kBlock - 1) / kBlock; }
+
+// Adds h B of all short rows to a range of the blocks of columns of all outputs, as if these were one output.
+template <class E>
+void expand_columns(const Pairs& p, const float* h, const Output* outputs, int64_t num_outputs, int64_t first,
+                    int64_t end) {
+  const int64_t width = std::max<int64_t>(kHeldValues / (p.num_short_slots * kBlock), 1) * kBlock;
+  for (int64_t i = 0; i < num_outputs && end > 0; ++i) {
+    const ModulePlace& of = *outputs[i].of;
+    const int64_t end_column = std::min(end * kBlock, of.num_out);
+    const Slots slots = {0, p.num_short_slots};
+    for (int64_t column = std::max<int64_t>(first, 0) * kBlock; column < end_column; column += width)
+      expand_slots(p, h + of.module * p.h_len, slots, static_cast<const E*>(of.bt) + column, of.num_out,
+                   std::min(width, end_column - column), static_cast<E*>(outputs[i].y) + column, outputs[i].y_stride);
+    first -= blocks_of(of);
+    end -= blocks_of(of);
+  }
+}
+
+inline int adapters_of(const Pairs& p, Slots slots) {
+  int num = 0;
+  for (int s = adapter_from(p, 0, slots); s < p.num_adapters; s = adapter_from(p, s + 1, slots)) ++num;
+  return num;
+}
+
+// Returns whether each thread should have a part of the columns and all slots: if slots are few, and most adapters have
+// some in several parts, so that several threads would read their rows.
+inline bool divides_columns(const Pairs& p, int64_t parts) {
+  if (p.num_short_slots > kFewSlots) return false;
+  if (parts == 1) return true;
+  int num_read = 0;
+  for (int64_t part = 0; part < parts; ++part) num_read += adapters_of(p, slots_of(p, part, parts));
+  return 2 * num_read > 3 * adapters_of(p, {0, p.num_short_slots});
+}
+
+// Called by every thread of a team. Adds h B of the short rows to each output.
+template <class E>
+void expand_short(const Pairs& p, const float* h, const Output* outputs, int64_t num_outputs) {
+  const int64_t threads = p.num_threads, parts = std::clamp<int64_t>(p.num_short_slots / kLeastSlots, 1, threads);
+  if (divides_columns(p, parts)) {
+    int64_t num_blocks = 0;
+    for (int64_t i = 0; i < num_outputs; ++i) num_blocks += blocks_of(*outputs[i].of);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < threads; ++i)
+      expand_columns<E>(p, h, outputs, num_outputs, num_blocks * i / threads, num_blocks * (i + 1) / threads);
+    return;
+  }
+  for (int64_t i = 0; i < num_outputs; ++i) {
+    const ModulePlace& of = *outputs[i].of;
+    expand(p, h + of.module * p.h_len, static_cast<const E*>(of.bt), of.num_out, static_cast<E*>(outputs[i].y),
+           outputs[i].y_stride, parts);
+  }
+}
+
+// Adds h B of some tokens of a run to `left` columns of y, with the sums of a few at a time in registers.
+template <class E>
+void expand_run(const Pairs& p, const float* h, int run, int first_token, const E* bt, int64_t stride, int64_t left,
+                E* y, int64_t y_stride) {
+  using W = Weights<E>;
+  thread_local std::vector<const E*> rows;
+  thread_local std::vector<typename W::Type> weights;
+  rows.clear();
+  for (int i = p.run_starts[run]; i < p.run_starts[run + 1]; ++i) {
+    const int s = p.run_adapters[i];
+    for (int r = 0; r < rank_of(p, s); ++r) rows.push_back(bt + p.rank_rows[p.rank_starts[s] + r] * stride);
+    if (rows.size() % W::kRows != 0) rows.push_back(rows.back());  // its weight is 0
+  }
+  const int64_t num = rows.size() / W::kRows;
+  weights.resize(W::kTokens * num);
+  const int first_slot = p.run_slots[run];
+  const int end_token = std::min(p.run_slots[run + 1] - first_slot, first_token + kRunTokens);
+  for (int first = first_token; first < end_token; first += W::kTokens) {
+    const int num_now = std::min(W::kTokens, end_token - first);
+    for (int t = 0; t < num_now; ++t) {
+      typename W::Type* of_token = weights.data() + t * num;
+      for (int i = p.run_starts[run]; i < p.run_starts[run + 1]; ++i) {
+        const int s = p.run_adapters[i], rank = rank_of(p, s);
+        W::set(h + p.h_starts[s] + int64_t(p.run_pairs[i] + first + t) * rank, rank, of_token);
+        of_token += (rank + W::kRows - 1) / W::kRows;
+      }
+    }
+    E* of_tokens = y + p.slot_tokens[first_slot + first] * y_stride;
+    const bool is_first = first == first_token;
+    add_products_of<W::kTokens>(num_now, rows.data(), weights.data(), num, left, is_first, of_tokens, y_stride);
+  }
+}
+
+// Called by every thread of a team. Adds h B of the runs to an output. Does not wait for the other threads.
+template <class E>
+void expand_runs(const Pairs& p, const float* h, const E* bt, int64_t num_out, E* y, int64_t y_stride) {
+  const int64_t num_ranges = (num_out + kRunColumns - 1) / kRunColumns;
+  int most_tokens = 0;
+  for (int run = 0; run < p.num_runs; ++run)
+    most_tokens = std::max(most_tokens, p.run_slots[run + 1] - p.run_slots[run]);
+  const int64_t num_parts = (most_tokens + kRunTokens - 1) / kRunTokens;
+#pragma omp for schedule(dynamic) nowait
+  for (int64_t task = 0; task < p.num_runs * num_parts * num_ranges; ++task) {
+    const int64_t part = task / num_ranges, first = task % num_ranges * kRunColumns;
+    expand_run(p, h, int(part / num_parts), int(part % num_parts) * kRunTokens, bt + first, num_out,
+               std::min(kRunColumns, num_out - first), y + first, y_stride);
+  }
+}
+
 template <class E>
 void add(const Pairs& p, const InputPlace& place, const void* x, float* h, const Output* outputs, int64_t num_outputs) {
 #pragma omp parallel num_threads(p.num_threads)
   {
     if (x != nullptr) shrink<E>(p, {static_cast<const E*>(x), place}, h);
-    for (int64_t i = 0; i < num_outputs; ++i) {
+    if (p.num_short_slots > 0) expand_short<E>(p, h, outputs, num_outputs);
+    for (int64_t i = 0; p.num_runs > 0 && i < num_outputs; ++i) {
       const ModulePlace& of = *outputs[i].of;
-      expand(p, h + of.module * p.h_len, static_cast<const E*>(of.bt), of.num_out, static_cast<E*>(outputs[i].y),
-             outputs[i].y_stride);
+      expand_runs(p, h + of.module * p.h_len, static_cast<const E*>(of.bt), of.num_out, static_cast<E*>(outputs[i].y),
+                  outputs[i].y_stride);
     }
   }
 }

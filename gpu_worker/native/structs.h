@@ -15,7 +15,8 @@ extern "C" struct Linear {
   int64_t num_in, num_out;
 };
 
-// grouped_lora.cpp. A pair is a token and one of its adapters; S adapters.
+// grouped_lora.cpp. A pair is a token and one of its adapters; S adapters. A run is a row of many tokens, which have the
+// same adapters; the slots of rows with few tokens come first.
 
 extern "C" struct Pairs {
   int32_t num_adapters, num_slots;  // a slot is a token with adapters
@@ -30,6 +31,11 @@ extern "C" struct Pairs {
   const int64_t* h_starts;          // (S + 1,)
   const uint8_t* fusion;            // (slots,) or null
   int32_t max_rank, num_threads;
+  int32_t num_short_slots, num_runs;  // slots of rows that are no runs
+  const int32_t* run_slots;     // (runs + 1,) first slot of each run
+  const int32_t* run_starts;    // (runs + 1,) sums over runs of their numbers of adapters
+  const int32_t* run_adapters;  // (run_starts[runs],) ascending within a run
+  const int32_t* run_pairs;     // (run_starts[runs],) the run's first pair among those of the adapter
 };
 
 extern "C" struct InputPlace {  // of the A matrices of M modules that read one input

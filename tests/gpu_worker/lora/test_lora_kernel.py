@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from gpu_worker.lora.grouped_mapping import GroupedMapping, grouped_mapping
-from gpu_worker.lora.lora_kernel import LoraKernel, Pairs
+from gpu_worker.lora.lora_kernel import LoraKernel, Pairs, Run
 from tests.gpu_worker.slow_lora import pool_of, settled
 from tests.tiny import plan_of
 
 
-def pairs_of(slots: list[list[int]], rank_rows: list[list[int]], *, is_fusion: list[bool]) -> Pairs:
+def pairs_of(
+    slots: list[list[int]], rank_rows: list[list[int]], *, is_fusion: list[bool], runs: list[Run] | None = None
+) -> Pairs:
     return Pairs.of(
         slot_tokens=np.arange(len(is_fusion), dtype=np.int32),
         fusion=np.array(is_fusion, dtype=np.uint8),
         slots=[np.array(of_adapter, dtype=np.int32) for of_adapter in slots],
         weights=np.ones(sum(map(len, slots)), dtype=np.float32),
         rank_rows=rank_rows,
+        runs=runs or [],
     )
 
 
@@ -46,6 +49,18 @@ def test_every_pair_of_a_token_and_an_adapter_has_room_for_the_adapters_rank() -
 def test_fusions_are_listed_only_if_there_are_any() -> None:
     assert pairs_of([[0, 1]], [[3]], is_fusion=[False, False]).fusion is None
     assert pairs_of([[0, 1]], [[3]], is_fusion=[False, True]).fusion is not None
+
+
+def test_runs_have_the_last_slots() -> None:
+    """Slots 0 and 1 are single tokens; then a row of two tokens with adapters 0 and 2, and one of three with 1."""
+    slots, runs = [[0, 2, 3], [4, 5, 6], [1, 2, 3]], [Run(2, [(0, 1), (2, 1)]), Run(3, [(1, 0)])]
+    pairs = pairs_of(slots, [[7], [8, 9], [3]], is_fusion=[False] * 7, runs=runs)
+    assert (pairs.num_short_slots, pairs.num_runs) == (2, 2)
+    assert pairs.values_of["run_slots"].tolist() == [2, 4, 7]
+    assert pairs.values_of["run_starts"].tolist() == [0, 2, 3]
+    assert pairs.values_of["run_adapters"].tolist() == [0, 2, 1]
+    assert pairs.values_of["run_pairs"].tolist() == [1, 1, 0]
+    assert pairs_of(slots, [[7], [8, 9], [3]], is_fusion=[False] * 7).num_short_slots == 7
 
 
 def test_a_step_without_pairs_has_an_empty_table() -> None:
