@@ -22,8 +22,10 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich.table import Table
 
 from benchmarks import plots
+from benchmarks.cpu_times import cpu_ms
 from benchmarks.engine_cases import (
     NUM_NEW,
     NUM_ROWS,
@@ -54,6 +56,7 @@ SINGLE_TOKENS = 8
 ENGINE_ONE, HTTP_ONE = "engine alone, selection", "HTTP, adapters named"
 ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN = "engine alone, mixture of 3", "HTTP, auto", "HTTP, auto, texts the encoder knows"
 KINDS = ENGINE_ONE, HTTP_ONE, ENGINE_MIX, HTTP_AUTO, HTTP_KNOWN
+CPU = "CPU ms for 1,000 tokens"
 OWN = "its engine's own"
 _ENDED = re.compile(r"job (\S+) ended \(length\) after (\S+) s")
 
@@ -164,7 +167,7 @@ def engine_ms() -> dict[str, float]:
 async def measure(
     bench: Bench, rounds: int, minutes: float, num_singles: int, num_new: int
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Return (tokens per second by kind in each round, milliseconds of single requests)."""
+    """Return (tokens per second by kind in each round, and CPU times; milliseconds of single requests)."""
     for kind in KINDS:
         await bench.tokens_s(kind, bench.prompts(0, NUM_ROWS), 4)
     found = []
@@ -173,12 +176,15 @@ async def measure(
         known = bench.prompts(1000 + number, NUM_ROWS * PER_STREAM)
         for prompt in known:
             await bench.route_ms(prompt)
-        speeds = {
-            kind: await bench.tokens_s(kind, known if kind == HTTP_KNOWN else prompts, num_new)
-            for kind in in_turn(KINDS, number)
-        }
-        found.append({kind: speeds[kind] for kind in KINDS})
-        console.print(f"round {number}: " + ", ".join(f"{kind} {speed:.0f}" for kind, speed in found[-1].items()))
+        speeds: dict[str, float] = {}
+        used: dict[str, float] = {}
+        for kind in in_turn(KINDS, number):
+            before = cpu_ms()
+            speeds[kind] = await bench.tokens_s(kind, known if kind == HTTP_KNOWN else prompts, num_new)
+            spent = cpu_ms() - before
+            used |= {f"{kind}, {CPU}: {name}": 1000 * ms / len(prompts) / num_new for name, ms in spent.items()}
+        found.append({kind: speeds[kind] for kind in KINDS} | used)
+        console.print(f"round {number}: " + ", ".join(f"{kind} {found[-1][kind]:.0f}" for kind in KINDS))
     console.print(f"{num_singles} single requests of each kind")
     return found, await bench.singles(num_singles)
 
@@ -210,13 +216,23 @@ def report(found: Sequence[dict[str, float]], singles: Sequence[dict[str, float]
     for kind in KINDS:
         alone = ENGINE_ONE if kind in (ENGINE_ONE, HTTP_ONE) else ENGINE_MIX
         table.add_row(kind, f"{medians[kind]:.0f}", with_range([round_[kind] / round_[alone] for round_ in found]))
-    text = shown(table)
+    text = shown(table) + shown(cpu_table(found))
     table = table_of(f"one request at a time, {SINGLE_TOKENS} tokens", "count", "p50 ms", "p90 ms")
     for what in singles[0]:
         times = sorted(times[what] for times in singles)
         p90 = times[int(0.9 * len(times))]
         table.add_row(what, str(len(times)), f"{statistics.median(times):.1f}", f"{p90:.1f}")
     return text + shown(table), medians
+
+
+def cpu_table(found: Sequence[dict[str, float]]) -> Table:
+    """Return the medians over rounds of the CPU time of each process, by kind of request."""
+    names = sorted({key.split(f"{CPU}: ")[1] for round_ in found for key in round_ if CPU in key})
+    table = table_of(CPU, *names)
+    for kind in KINDS:
+        medians = [statistics.median(round_.get(f"{kind}, {CPU}: {name}", 0) for round_ in found) for name in names]
+        table.add_row(kind, *(f"{value:.0f}" for value in medians))
+    return table
 
 
 def main(
