@@ -10,7 +10,7 @@ from pathlib import Path
 CLIENT, RAY = "client", "Ray's own"
 _REPLICA = re.compile(r"^ray::ServeReplica:[^:]+:(\w+)")
 _SERVE = {"ray::ServeController": "Serve's controller", "ray::ProxyActor": "Serve's proxy"}
-_RAY = "raylet", "gcs_server", "log_monitor.py", "monitor.py", "dashboard/agent.py", "runtime_env/agent/main.py"
+_RAY = "/raylet", "/gcs_server", "/log_monitor.py", "/monitor.py", "dashboard/agent.py", "runtime_env/agent/main.py"
 
 
 def process_kind(command: str) -> str | None:
