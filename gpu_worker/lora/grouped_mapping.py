@@ -60,6 +60,13 @@ class _Tokens:
     weights: list[NDArray[np.float32]]
     num: int = 0
 
+    def add(self, slots: NDArray[np.int32], weight: float) -> int:
+        """Add the tokens of a row. Return how many were there before."""
+        before, self.num = self.num, self.num + len(slots)
+        self.slots.append(slots)
+        self.weights.append(np.full(len(slots), weight, dtype=np.float32))
+        return before
+
 
 def grouped_mapping(
     plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency, kernel: LoraKernel
@@ -82,15 +89,9 @@ def grouped_mapping(
         num_slots += num_tokens[b]
         slot_tokens.append(np.arange(starts[b], starts[b + 1], dtype=np.int32))
         is_fusion.append(np.full(num_tokens[b], plans[b].strategy == "fusion", dtype=np.uint8))
+        earlier = {each.weights_digest: of_adapter[each.weights_digest].add(slots, each.weight) for each in adapters}
         if num_tokens[b] >= RUN_TOKENS:
-            runs.append(
-                (num_tokens[b], {each.weights_digest: of_adapter[each.weights_digest].num for each in adapters})
-            )
-        for adapter in adapters:
-            tokens = of_adapter[adapter.weights_digest]
-            tokens.slots.append(slots)
-            tokens.weights.append(np.full(num_tokens[b], adapter.weight, dtype=np.float32))
-            tokens.num += num_tokens[b]
+            runs.append((num_tokens[b], earlier))
     order = {digest: number for number, digest in enumerate(sorted(of_adapter))}
     ordered = [of_adapter[digest] for digest in order]
     pairs = Pairs.of(

@@ -86,16 +86,10 @@ class Pairs(ctypes.Structure):
             values["fusion"] = fusion
         pairs = cls(num_adapters=len(slots), num_slots=len(slot_tokens), h_len=int(h_starts[-1]))
         pairs.max_rank = int(ranks.max(initial=0))
-        run_slots = _starts(np.array([run.num_tokens for run in runs], dtype=np.int64))
-        pairs.num_runs, pairs.num_short_slots = len(runs), len(slot_tokens) - int(run_slots[-1])
+        pairs.num_runs = len(runs)
+        pairs.num_short_slots = len(slot_tokens) - sum(run.num_tokens for run in runs)
         if runs:
-            of_runs = [pair for run in runs for pair in run.pairs]
-            values |= {
-                "run_slots": (pairs.num_short_slots + run_slots).astype(np.int32),
-                "run_starts": _starts(np.array([len(run.pairs) for run in runs])).astype(np.int32),
-                "run_adapters": np.array([adapter for adapter, _ in of_runs], dtype=np.int32),
-                "run_pairs": np.array([first for _, first in of_runs], dtype=np.int32),
-            }
+            values |= _run_tables(runs, pairs.num_short_slots)
         for name, array in values.items():
             setattr(pairs, name, array.ctypes.data)
         pairs.values_of = values
@@ -130,6 +124,16 @@ def load_lora_kernel(cache_dir: Path) -> LoraKernel | None:
     """Load the kernel, compiling it into `cache_dir` if needed. Return None, after a warning, if that fails."""
     library = load_library("grouped_lora", cache_dir)
     return None if library is None else LoraKernel(library)
+
+
+def _run_tables(runs: Sequence[Run], first_slot: int) -> dict[str, NDArray[np.generic]]:
+    pairs = [pair for run in runs for pair in run.pairs]
+    return {
+        "run_slots": (first_slot + _starts(np.array([run.num_tokens for run in runs]))).astype(np.int32),
+        "run_starts": _starts(np.array([len(run.pairs) for run in runs])).astype(np.int32),
+        "run_adapters": np.array([adapter for adapter, _ in pairs], dtype=np.int32),
+        "run_pairs": np.array([first for _, first in pairs], dtype=np.int32),
+    }
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
