@@ -18,7 +18,7 @@ from gpu_worker.lora.lora_kernel import LoraKernel, Pairs, Run
 from gpu_worker.step.step_context import Outputs
 from lora_store.plan import Plan
 
-RUN_TOKENS = 8  # rows of as many tokens are runs (`grouped_lora.cpp`)
+RUN_TOKENS = 8  # a row with at least so many tokens is a run (`grouped_lora.cpp`)
 
 
 class GroupedMapping:

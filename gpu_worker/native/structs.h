@@ -31,9 +31,9 @@ extern "C" struct Pairs {
   const int64_t* h_starts;          // (S + 1,)
   const uint8_t* fusion;            // (slots,) or null
   int32_t max_rank, num_threads;
-  int32_t num_short_slots, num_runs;  // slots of rows that are no runs
+  int32_t num_short_slots, num_runs;  // short: of rows that are not runs
   const int32_t* run_slots;     // (runs + 1,) first slot of each run
-  const int32_t* run_starts;    // (runs + 1,) sums over runs of their numbers of adapters
+  const int32_t* run_starts;    // (runs + 1,) first entry of each run in the next two
   const int32_t* run_adapters;  // (run_starts[runs],) ascending within a run
   const int32_t* run_pairs;     // (run_starts[runs],) the run's first pair among those of the adapter
 };
