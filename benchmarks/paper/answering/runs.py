@@ -14,7 +14,7 @@ from benchmarks.paper.answering.answers import Asker, Question
 from benchmarks.paper.answering.stores import open_store, publish, retriever_over
 from benchmarks.paper.answering.study import Study
 from benchmarks.paper.common.resumable import write_parquet
-from benchmarks.paper.common.scoring import majority_scores, score
+from benchmarks.paper.common.scoring import majority_scores, score, score_without_dots
 from lora_store import Plan
 from retriever_svc import Encoder, Retriever
 
@@ -39,7 +39,7 @@ class Bench:
         questions = self.study.questions(part, per_task)
         plans = method.plans(self.retriever, questions)
         texts = self.asker.answers(list(zip(questions, plans, strict=True)), self.out, name)
-        return rows_of(name, questions, plans, self._scores(questions, texts))
+        return scored_rows(name, questions, plans, texts, self.study)
 
     def majority(self, per_task: int) -> pa.Table:
         """Return the same rows for the better guess, which needs no model."""
@@ -49,12 +49,27 @@ class Bench:
         no_plans = [Plan("base")] * len(questions)
         return rows_of("majority", questions, no_plans, [by_task[q.task][q.number] for q in questions])
 
-    def _scores(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
-        return [score(self.study.specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
+
+def scored_rows(
+    name: str, questions: Sequence[Question], plans: Sequence[Plan], texts: Sequence[str], study: Study
+) -> pa.Table:
+    """Return the rows of these answers, scored with and without full stops."""
+    answered = [
+        (study.specs[question.task], question.item, text) for question, text in zip(questions, texts, strict=True)
+    ]
+    scores, without_dots = [score(*one) for one in answered], [score_without_dots(*one) for one in answered]
+    return rows_of(name, questions, plans, scores, without_dots)
 
 
-def rows_of(name: str, questions: Sequence[Question], plans: Sequence[Plan], scores: Sequence[float]) -> pa.Table:
+def rows_of(
+    name: str,
+    questions: Sequence[Question],
+    plans: Sequence[Plan],
+    scores: Sequence[float],
+    without_dots: Sequence[float | None] | None = None,
+) -> pa.Table:
     """Return rows without texts, which this project may not redistribute."""
+    dotless = [None] * len(questions) if without_dots is None else without_dots
     rows = [
         {
             "run": name,
@@ -64,8 +79,9 @@ def rows_of(name: str, questions: Sequence[Question], plans: Sequence[Plan], sco
             "adapters": [adapter.ref.name for adapter in plan.adapters],
             "weights": [round(adapter.weight, 4) for adapter in plan.adapters],
             "score": round(value, 4),
+            "without_dots": without,
         }
-        for question, plan, value in zip(questions, plans, scores, strict=True)
+        for question, plan, value, without in zip(questions, plans, scores, dotless, strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
@@ -79,6 +95,7 @@ _SCHEMA = pa.schema(
         "adapters": pa.list_(pa.string()),
         "weights": pa.list_(pa.float32()),
         "score": pa.float32(),
+        "without_dots": pa.float32(),
     }
 )
 

@@ -222,7 +222,9 @@ def with_others(rows: pa.Table, path: Path) -> pa.Table:
     if not path.exists():
         return rows
     kept = pq.read_table(path)
-    return pa.concat_tables([kept.filter(pc.invert(pc.is_in(kept["run"], rows["run"].unique()))), rows])
+    return pa.concat_tables(
+        [kept.filter(pc.invert(pc.is_in(kept["run"], rows["run"].unique()))), rows], promote_options="default"
+    )
 
 
 def main(

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.methods import Routed
-from benchmarks.paper.answering.runs import Bench, rows_of
+from benchmarks.paper.answering.runs import Bench, scored_rows
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
-from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.stages.answer_tables import Answers, differences
 from benchmarks.paper.stages.gate import adapters_of, prompt_inputs
@@ -128,9 +127,7 @@ def ensemble_rows(bench: Bench, ensemble: Ensemble, pool: str, per_task: int) ->
     questions = bench.study.questions("test", per_task)
     plans = Routed("mixture", masks_own=POOLS[pool]).plans(bench.retriever, questions)
     texts = ensemble.answers(questions, [[[adapter.ref.name for adapter in plan.adapters]] for plan in plans])
-    specs = bench.study.specs
-    scores = [score(specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
-    return rows_of(f"ensemble_{pool}", questions, plans, scores)
+    return scored_rows(f"ensemble_{pool}", questions, plans, texts, bench.study)
 
 
 def sentence(folder: Path) -> str:

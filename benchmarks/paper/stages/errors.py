@@ -20,14 +20,16 @@ import typer
 from benchmarks.paper.answering.answers import Question, answer_key, known_answers
 from benchmarks.paper.answering.stores import open_store
 from benchmarks.paper.answering.study import Study, load_study, worker_config
-from benchmarks.paper.common.intervals import bootstrap
+from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.options import Root
 from benchmarks.paper.common.resumable import write_parquet
-from benchmarks.paper.common.scoring import score, shown_options
+from benchmarks.paper.common.scoring import plain, score, score_without_dots, shown_options
 from benchmarks.paper.common.tasks import NUM_TEST, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.pool.choose import read_pool
+from benchmarks.paper.stages import baselines, layer_routers
+from benchmarks.paper.stages.answer_tables import BASELINES
 from benchmarks.training.bigbench_tasks import Item, TaskSpec
 from gpu_worker.model.base_model import resolve_dtype
 from lora_store import LOCAL_TENANT, AdapterNotFound, AdapterRef, Plan, PlannedAdapter, Snapshot
@@ -37,6 +39,7 @@ SOURCES = ("answers.parquet", "baselines.parquet", "auto.parquet", "companions.p
 RIGHT, COMPANION, FORM, OTHER = "right", "another adapter's answer", "wrong form", "other"
 CLASSES = (RIGHT, COMPANION, FORM, OTHER)
 _MIXTURES, _OWN = ("mixture_iid", "uniform_iid_always"), ("perfect", "own")  # in the rows of either stage
+_ROUTER_FILES = {BASELINES: "", layer_routers.ROWS: " in every layer"}
 _NOT_YET = "Wrong answers were not classed yet."
 _LARGEST, _ROUNDED = 12, 1e-4  # denominator of the weights in SOURCES, and the error of their rounding
 
@@ -54,28 +57,23 @@ class Form:
         texts = [item.answers[0] for item in train]
         counts = [len(text.split()) for text in texts]
         kinds = frozenset(kind for text in texts for kind in _kinds(text))
-        return cls(frozenset(map(_plain, spec.labels)), range(min(counts), max(counts) + 1), kinds)
+        return cls(frozenset(map(plain, spec.labels)), range(min(counts), max(counts) + 1), kinds)
 
     def fits(self, item: Item, text: str) -> bool:
         """Return whether `text` could be an answer to the item, right or wrong."""
-        options, plain = self.closed or frozenset(map(_plain, shown_options(item))), _plain(text)
-        return plain in options if options else len(plain.split()) in self.words and _kinds(plain) <= self.kinds
+        options, found = self.closed or frozenset(map(plain, shown_options(item))), plain(text)
+        return found in options if options else len(found.split()) in self.words and _kinds(found) <= self.kinds
 
 
 def _kinds(text: str) -> frozenset[str]:
     return frozenset("a" if c.isalpha() else "0" if c.isdigit() else c for c in text if not c.isspace())
 
 
-def _plain(text: str) -> str:
-    """Return the first line in lower case without full stops."""
-    return text.strip().partition("\n")[0].strip().lower().replace(".", "")
-
-
 def error_class(form: Form, item: Item, text: str, is_right: bool, alone: Sequence[str]) -> str:
     """Return the class of an answer. `alone`: the answers of the plan's other adapters alone, as far as known."""
     if is_right:
         return RIGHT
-    if _plain(text) in map(_plain, alone):
+    if plain(text) in map(plain, alone):
         return COMPANION
     return OTHER if form.fits(item, text) else FORM
 
@@ -131,14 +129,13 @@ def classed_rows(rows: pd.DataFrame, study: Study, known: Known) -> pa.Table:
             value = score(spec, item, text)
             alone = [other for other in others if other is not None]
             found = error_class(forms[row.task], item, text, value == 1, alone)
-            dots = float(_plain(text) in map(_plain, item.answers))
             yield {
                 "run": row.run,
                 "task": row.task,
                 "number": row.number,
                 "class": found,
                 "score": value,
-                "without_dots": dots,
+                "without_dots": score_without_dots(spec, item, text),
             }
 
     wanted = rows[rows["task"].isin(forms)].groupby("run").size()
@@ -158,8 +155,21 @@ def rows_in(folder: Path) -> pd.DataFrame:
     return pd.concat(found.values())
 
 
-def section(rows: pd.DataFrame) -> str:
-    """Return the appendix: classes by run, then the effect of full stops."""
+def router_rows(folder: Path) -> pd.DataFrame:
+    """Return the answers of trained routers and of LoRAHub that were scored without full stops.
+
+    No answer of theirs is found again from its rows, which have rounded weights, or none for routers in every layer.
+    """
+    found = []
+    for name, place in _ROUTER_FILES.items():
+        rows = pd.read_parquet(folder / name) if (folder / name).exists() else pd.DataFrame({"run": []})
+        own = rows[rows["run"].isin([*baselines.ROUTERS, baselines.LORAHUB])]
+        found.append(own.assign(run=own["run"] + place) if "without_dots" in own else own.head(0))
+    return pd.concat(found).dropna(subset="without_dots") if any(map(len, found)) else pd.DataFrame()
+
+
+def section(rows: pd.DataFrame, routers: pd.DataFrame) -> str:
+    """Return the appendix: classes by run, then the effect of full stops. `routers`: rows without classes."""
     lines = []
     for run, own in rows.groupby("run", sort=False):
         shares = own["class"].value_counts(normalize=True)
@@ -170,7 +180,8 @@ def section(rows: pd.DataFrame) -> str:
         f" `{FORM}`: not one of the task's options, or for open answers another number of words or other kinds of"
         " characters than any training answer. Tasks with free text are left out.\n"
     )
-    dots = [[_words(run), _dots(own)] for run, own in rows.groupby("run", sort=False)]
+    both = [run for answers in (rows, routers) if len(answers) for run in answers.groupby("run", sort=False)]
+    dots = [[_words(run), _dots(own)] for run, own in both]
     return "\n".join(
         [
             "## Wrong answers by class\n",
@@ -188,11 +199,16 @@ def _words(run: object) -> str:
 
 
 def _dots(own: pd.DataFrame) -> str:
+    found = _dots_interval(own)
+    return "–" if found is None else found.in_percent()
+
+
+def _dots_interval(own: pd.DataFrame) -> Interval | None:
     more = (own["without_dots"] - own["score"]).to_frame("more").assign(task=own["task"], number=own["number"])
     grid = more.pivot(index="task", columns="number", values="more").dropna(axis="columns")
     if grid.empty:
-        return "–"
-    return bootstrap(grid.to_numpy()[np.newaxis], resamples_tasks=True).in_percent()
+        return None
+    return bootstrap(grid.to_numpy()[np.newaxis], resamples_tasks=True)
 
 
 def sentence(folder: Path) -> str:
@@ -230,9 +246,14 @@ def _change(own: pd.DataFrame, mixed: pd.DataFrame, name: str) -> str:
 
 
 def dots_sentence(folder: Path) -> str:
-    """Return the effect of full stops on the equal mixture."""
-    rows = _of_runs(folder, _MIXTURES)
-    return "" if rows is None else f"On the equal mixture that is {_dots(rows)} points."
+    """Return the effect of full stops on the equal mixture, and the largest on a router."""
+    rows, routers = _of_runs(folder, _MIXTURES), router_rows(folder)
+    if rows is None:
+        return ""
+    found = [_dots_interval(own) for _, own in routers.groupby("run")] if len(routers) else []
+    most = max(filter(None, found), key=lambda interval: interval.mean, default=None)
+    rest = f", on trained routers and LoRAHub at most {most.in_percent()}" if most else ""
+    return f"On the equal mixture that is {_dots(rows)} points{rest}."
 
 
 def _of_runs(folder: Path, names: Sequence[str]) -> pd.DataFrame | None:
@@ -256,7 +277,8 @@ def main(root: Root = DEFAULT_ROOT) -> None:
 
 def write_tables(folder: Path) -> None:
     """Write the appendix from the rows in `folder`."""
-    (folder / "errors.md").write_text(section(pd.read_parquet(folder / ROWS)), encoding="utf-8")
+    text = section(pd.read_parquet(folder / ROWS), router_rows(folder))
+    (folder / "errors.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

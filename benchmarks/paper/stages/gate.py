@@ -25,13 +25,12 @@ from transformers import AutoTokenizer
 
 from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.methods import Routed
-from benchmarks.paper.answering.runs import Bench, rows_of
+from benchmarks.paper.answering.runs import Bench, scored_rows
 from benchmarks.paper.answering.stores import fetch_from
 from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
-from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.stages.answer_tables import Answers
 from benchmarks.paper.stages.main_table import Loaded, load_bench
@@ -163,11 +162,9 @@ def steps_of(bench: Bench, gates: Gates, model: GatedModel, per_task: int, key: 
         weighting = "softmax" if way == "softmax" else "uniform"
         plans = Routed("mixture", weighting=weighting, masks_own=masked).plans(bench.retriever, questions)
         texts = gates.answers(model, questions, plans, way)
-        specs = bench.study.specs
-        scores = [score(specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
         if way == "gate":
             plans = gates.weighed(model, questions, plans)
-        return rows_of(name, questions, plans, scores)
+        return scored_rows(name, questions, plans, texts, bench.study)
 
     return [
         Step(

@@ -20,13 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.methods import Routed
-from benchmarks.paper.answering.runs import Bench, rows_of
+from benchmarks.paper.answering.runs import Bench, scored_rows
 from benchmarks.paper.answering.stores import fetch_from
 from benchmarks.paper.common.expert_draws import one_a_cluster
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import EncoderName, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
-from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.stages.answer_tables import Answers
 from benchmarks.paper.stages.baselines import ROUTERS as ONCE
@@ -104,10 +103,9 @@ class LayerRouters:
         bench, routed = self._bench, self.trained(name, how, kind)
         questions = bench.study.questions("test", per_task)
         texts = self.answers(routed, questions)
-        specs, share = bench.study.specs, 1 / len(self.experts)
+        share = 1 / len(self.experts)
         held = tuple(PlannedAdapter(e.ref, e.weights.weights_digest, share) for e in self.experts)
-        scores = [score(specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
-        return rows_of(name, questions, [Plan(how, held)] * len(questions), scores)
+        return scored_rows(name, questions, [Plan(how, held)] * len(questions), texts, bench.study)
 
 
 def steps_of(

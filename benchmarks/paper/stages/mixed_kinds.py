@@ -22,12 +22,11 @@ from rich.progress import Progress
 
 from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.methods import Routed
-from benchmarks.paper.answering.runs import Bench, pool_retriever, rows_of
+from benchmarks.paper.answering.runs import Bench, pool_retriever, scored_rows
 from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.options import EncoderName, NumTasks, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
-from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.pool.train_pool import recipe_of, train_on
 from benchmarks.paper.stages.answer_tables import Answers, differences
@@ -119,9 +118,8 @@ def kind_rows(bench: Bench, mixtures: Mixtures, run: str, per_task: int) -> pa.T
     nearest = Routed("mixture", 2, masks_own=True).plans(bench.retriever, questions)
     names = [[adapter.ref.name for adapter in plan.adapters] for plan in nearest]
     weights = [runs_of(q.task, companions)[run] for q, companions in zip(questions, names, strict=True)]
-    texts, specs = mixtures.answers(questions, weights), bench.study.specs
-    scores = [score(specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
-    return rows_of(run, questions, list(map(_plan, weights)), scores)
+    texts = mixtures.answers(questions, weights)
+    return scored_rows(run, questions, list(map(_plan, weights)), texts, bench.study)
 
 
 def _plan(weights: Mapping[str, float]) -> Plan:

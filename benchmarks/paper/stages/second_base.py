@@ -23,14 +23,13 @@ from rich.progress import Progress
 from benchmarks.paper.answering.answers import Asker, Question, loading
 from benchmarks.paper.answering.likelihood import Candidate, candidates_of, most_likely
 from benchmarks.paper.answering.methods import Base
-from benchmarks.paper.answering.runs import rows_of
+from benchmarks.paper.answering.runs import scored_rows
 from benchmarks.paper.answering.stores import ACTOR, fetch_from, retriever_over
 from benchmarks.paper.answering.study import Study, load_study, worker_config
 from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.options import EncoderName, NumTasks, PerTask, Root
 from benchmarks.paper.common.resumable import Step, key_of, run_steps, write_parquet
-from benchmarks.paper.common.scoring import score
 from benchmarks.paper.common.tasks import NUM_SAMPLES, Parts, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.pool.choose import read_pool
@@ -133,7 +132,7 @@ class TwoBases:
             for way, plans in ways.items():
                 run = f"{way}_{base.name}"
                 texts = base.asker.answers(list(zip(questions, plans, strict=True)), self.out, run)
-                tables.append(rows_of(run, questions, plans, self._scores(questions, texts)))
+                tables.append(scored_rows(run, questions, plans, texts, self.study))
         return pa.concat_tables(tables)
 
     def found_tasks(self, questions: Sequence[Question]) -> list[str]:
@@ -149,8 +148,8 @@ class TwoBases:
                 for base in self.bases
             ]
             chosen = [voted([own[0] for own in pair]) for pair in zip(*found, strict=True)]
-            scores = self._scores(questions, [candidate.text for candidate in chosen])
-            tables.append(rows_of(f"voted_{run}", questions, [c.plan for c in chosen], scores))
+            plans, texts = [candidate.plan for candidate in chosen], [candidate.text for candidate in chosen]
+            tables.append(scored_rows(f"voted_{run}", questions, plans, texts, self.study))
         return pa.concat_tables(tables)
 
     def averaged_rows(self, ensemble: Ensemble, per_task: int) -> pa.Table:
@@ -161,8 +160,8 @@ class TwoBases:
         names = [[[task] for _ in self.bases] for _, task in asked]
         texts = dict(zip(asked, ensemble.answers([questions[place] for place, _ in asked], names), strict=True))
         for run, tasks in both.items():
-            scores = self._scores(questions, [texts[pair] for pair in enumerate(tasks)])
-            tables.append(rows_of(f"averaged_{run}", questions, self.named(self.bases[0], tasks), scores))
+            plans, chosen = self.named(self.bases[0], tasks), [texts[pair] for pair in enumerate(tasks)]
+            tables.append(scored_rows(f"averaged_{run}", questions, plans, chosen, self.study))
         return pa.concat_tables(tables)
 
     def hits(self, per_task: int) -> pa.Table:
@@ -187,9 +186,6 @@ class TwoBases:
     def _both(self, questions: Sequence[Question]) -> dict[str, list[str]]:
         """Return the task whose adapters both bases use for each question: the own one, or the one that is found."""
         return {"own": [q.task for q in questions], "found": self.found_tasks(questions)}
-
-    def _scores(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
-        return [score(self.study.specs[q.task], q.item, text) for q, text in zip(questions, texts, strict=True)]
 
 
 def _selected(route: Route) -> Plan:

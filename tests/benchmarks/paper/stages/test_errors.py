@@ -94,6 +94,26 @@ def test_full_stops_are_counted_and_unknown_answers_are_left_out(bench: Bench) -
         assert [(r["score"], r["without_dots"], r["class"]) for r in found] == [(0.0, 1.0, OTHER)] * count
 
 
+def test_routers_are_scored_without_full_stops_where_their_answers_were_given(tmp_path: Path) -> None:
+    """Rows that were written before, retrieved methods and free text have no such score."""
+    classed = pd.DataFrame(
+        {"run": "mixture_iid", "task": "a", "number": [0, 1], "class": RIGHT, "score": 1.0, "without_dots": 1.0}
+    )
+    classed.to_parquet(tmp_path / errors.ROWS)
+    assert errors.router_rows(tmp_path).empty
+    assert errors.dots_sentence(tmp_path) == "On the equal mixture that is 0.0 (0.0 to 0.0) points."
+    rows = pd.DataFrame({"run": "smear", "task": "a", "number": [0, 1], "score": [0.0, 1.0]})
+    rows.to_parquet(tmp_path / "baselines.parquet")
+    assert errors.router_rows(tmp_path).empty
+    free = pd.DataFrame({"run": ["smear"], "task": ["b"], "number": [0], "score": [0.5], "without_dots": [None]})
+    layers = pd.concat([rows.assign(without_dots=1.0), rows.assign(run="mixture_iid", without_dots=0.0), free])
+    layers.to_parquet(tmp_path / "layer_routers.parquet")
+    found = errors.router_rows(tmp_path)
+    assert set(found["run"]) == {"smear in every layer"} and found["without_dots"].tolist() == [1.0, 1.0]
+    assert "| smear in every layer | 50.0 (0.0 to 100.0) |" in errors.section(classed, found)
+    assert ", on trained routers and LoRAHub at most 50.0 (0.0 to 100.0)." in errors.dots_sentence(tmp_path)
+
+
 def test_weights_that_were_rounded_for_the_rows_are_found_again() -> None:
     rounded = [round(weight, 4) for weight in (1 / 3, 3 / 5, 1 / 6, 1.0, 0.7342)]
     assert errors._exact(rounded) == [1 / 3, 3 / 5, 1 / 6, 1.0, 0.7342]

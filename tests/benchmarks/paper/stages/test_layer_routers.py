@@ -32,6 +32,8 @@ def test_the_stage_trains_and_answers_once(loaded: Loaded, tiny_folders: Mapping
     assert rows.groupby("run").size().eq(2 * len(SPECS)).all()
     assert set(rows["run"]) == {*kinds, *layer_routers.RETRIEVED}
     assert rows[rows["run"] == "smear"]["adapters"].map(list).tolist() == [[e.ref.name for e in experts]] * 6
+    has_words = rows["task"].map({spec.name: spec.metric != "rouge_l" for spec in SPECS})
+    assert (rows["without_dots"].notna() == has_words).all() and not has_words.all()
     text = " ".join((tmp_path / "layer_routers.md").read_text().split())
     assert "| moe top3 |" in text and "2 tasks whose" in text and "1 others" in text
 

@@ -119,6 +119,8 @@ def test_measuring_one_baseline_keeps_the_rows_of_others(tmp_path: Path) -> None
     assert with_others(old, path) == old
     pq.write_table(old, path)
     assert with_others(new, path).to_pydict() == {"run": ["a", "b"], "score": [1, 4]}
+    scored = new.append_column("without_dots", [[0.5]])
+    assert with_others(scored, path)["without_dots"].to_pylist() == [None, 0.5]  # the rows before have no such column
 
 
 def test_merged_adapters_are_the_servers_fusion(bench: Bench, asked: tuple[Asker, LoraStore, Weights]) -> None:
