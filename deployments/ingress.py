@@ -97,6 +97,10 @@ class Ingress:
             if not self._expiring.get_loop().is_closed():
                 self._expiring.cancel()
 
+    async def finish_requests(self, within_s: float) -> bool:
+        """Accept no more connections at the own address, and wait until requests are answered, or for `within_s`."""
+        return self._listener is None or await self._listener.stopped(within_s)
+
     async def generate(
         self, request: TextRequest | JsonMapping, caller: Caller = LOCAL_CALLER
     ) -> ChatAnswer | TextAnswer:

@@ -16,7 +16,9 @@ from typing import Self
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
 
 from deployments.app import application
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
@@ -44,6 +46,8 @@ _TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
+_LAST_ANSWERS_S, _CALL_S = 5.0, 1.0  # containers are killed ten seconds after they were asked to stop
+logger = logging.getLogger(__name__)
 
 
 class Server:
@@ -154,6 +158,21 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         stop.wait()
+
+    def finish_requests(self) -> bool:
+        """Accept no more connections, and give requests in progress some seconds. Return whether all were answered.
+
+        Behind Serve's proxy it does nothing: there Serve decides what happens to them.
+        """
+        if self._uses_proxy:
+            return True
+        try:
+            answering = serve.get_app_handle(APP_NAME).finish_requests.remote(_LAST_ANSWERS_S)
+            is_answered: bool = answering.result(timeout_s=_LAST_ANSWERS_S + _CALL_S)
+        except (RayServeException, RayError, TimeoutError) as exc:
+            logger.warning("requests in progress could not be finished: %r", exc)
+            return False
+        return is_answered
 
     def __enter__(self) -> Self:
         return self

@@ -66,6 +66,8 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         for line in next_steps(url, settings, program_of(sys.argv[0])):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         server.wait_for_interrupt()
+        if not server.finish_requests():
+            out.print("stopped before all requests were answered")
 
 
 def next_steps(url: str, settings: AppConfig, program: str = "loraretriever") -> list[str]:

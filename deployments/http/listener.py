@@ -69,10 +69,14 @@ class Listener:
         """Accept no more connections. Requests in progress go on as long as the process does."""
         self._is_stopping = self._server.should_exit = True
 
-    async def stopped(self) -> None:
-        """Stop, and wait until all requests are answered."""
+    async def stopped(self, within_s: float | None = None) -> bool:
+        """Stop, and wait until all requests are answered, or for `within_s`. Return whether they are."""
         self.stop()
-        await self.ended()
+        if self._serving is None:
+            self._socket.close()
+            return True
+        ended, _ = await asyncio.wait([self._serving], timeout=within_s)
+        return bool(ended)
 
     async def ended(self) -> None:
         """Wait until it no longer answers."""

@@ -202,6 +202,33 @@ def test_an_address_is_free_again_at_once_after_its_listener_has_stopped() -> No
     asyncio.run(run())
 
 
+def test_requests_in_progress_are_answered_before_a_listener_has_stopped() -> None:
+    async def run() -> None:
+        began, may_answer = asyncio.Event(), asyncio.Event()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            began.set()
+            await may_answer.wait()
+            await echo(scope, receive, send)
+
+        listener = Listener(slow, await listening_at("127.0.0.1", 0))
+        assert await listener.stopped(), "it had not started"
+        listener = Listener(slow, await listening_at("127.0.0.1", 0))
+        listener.start()
+        port = listener.port
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            asking = asyncio.create_task(client.post("/", content="a"))
+            await asyncio.wait_for(began.wait(), 20)
+            assert not await listener.stopped(within_s=0.5)
+            with pytest.raises(ConnectionRefusedError):
+                await raw(port, b"")
+            may_answer.set()
+            assert await listener.stopped(within_s=20)
+            assert (await asking).text == "A!" and not listener.has_failed
+
+    asyncio.run(run())
+
+
 def test_a_listener_waits_until_an_earlier_one_has_left_its_address() -> None:
     async def run() -> None:
         earlier = await listening_at("127.0.0.1", 0)
