@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 import httpx
@@ -122,6 +123,7 @@ class Server:
                 _temp_dir=str(sessions),
                 _metrics_export_port=self._metrics_port,
             )
+        signal.signal(signal.SIGTERM, _leave)  # in place of Ray's handler
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
         if not self._uses_proxy:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
@@ -183,6 +185,11 @@ class Server:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """Handle a signal during the start: leave all contexts, which stops what has been started."""
+    sys.exit(128 + number)
 
 
 @contextmanager
