@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from deployments.cli.client import free_port
-from tests.cluster.scaling_app import is_ready, serving, settings_of, streaming, until
+from tests.cluster.scaling_app import SETTLE_S, is_ready, serving, settings_of, streaming, until
 
 NUM_STREAMS = 12
 SOON = 100  # tokens for each stream, in about a second
-TOO_LATE = 12_000  # these take longer than a stopping server waits
+TOO_LATE = 10_000  # these take longer than a stopping server waits
 
 
 async def stop_during_streams(url: str, server: Popen[bytes], max_tokens: int) -> list[tuple[int, str] | BaseException]:
@@ -27,7 +27,7 @@ async def stop_during_streams(url: str, server: Popen[bytes], max_tokens: int) -
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
         streams = [asyncio.create_task(streaming(client, max_tokens, event)) for event in begun]
-        await asyncio.gather(*[event.wait() for event in begun])
+        await asyncio.wait_for(asyncio.gather(*[event.wait() for event in begun]), SETTLE_S)
         server.send_signal(signal.SIGTERM)
         ended = await asyncio.gather(*streams, return_exceptions=True)
     await asyncio.to_thread(until, lambda: not is_ready(url))

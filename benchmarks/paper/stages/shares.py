@@ -26,6 +26,7 @@ from retriever_svc import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL
 
 ROWS = "shares.parquet"
+UNTRAINED_LABEL, PROJECTED = "nothing", "nothing, with a projection"
 METHODS: dict[str, Method] = {
     f"{strategy}_{pool}": Routed(strategy, top_k, masks_own=masked)
     for strategy, top_k in (("selection", 1), ("mixture", 3))
@@ -73,8 +74,8 @@ def main(
     study = experiments.study
     draws = [draw for draw in study.draws() if draw.seed == study.seeds[0] and not draw.whole_clusters]
     named = {f"{draw.share:.0%}": draw.name for draw in sorted(draws, key=lambda draw: draw.share)}
-    encoders = {label: experiments.encoder(name) for label, name in {"nothing": UNTRAINED, **named}.items()}
-    encoders["nothing, with a projection"] = projected(experiments.encoder(UNTRAINED), bench.study)
+    encoders = {label: experiments.encoder(name) for label, name in {UNTRAINED_LABEL: UNTRAINED, **named}.items()}
+    encoders[PROJECTED] = projected(experiments.encoder(UNTRAINED), bench.study)
     write_parquet(PAPER_RESULTS / ROWS, share_rows(bench, encoders, per_task))
     (PAPER_RESULTS / "shares.md").write_text(section(pd.read_parquet(PAPER_RESULTS / ROWS)), encoding="utf-8")
 
