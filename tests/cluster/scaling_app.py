@@ -80,6 +80,7 @@ def settings_of(folder: Path, *, min_workers: int, max_workers: int) -> dict[str
         "base_model": str(long_model(folder / "model")),
         "base_model_name": BASE,
         "store_uri": str(folder / "pool"),
+        "max_new_tokens": CONTEXT,
         "worker": {"num_threads": 1, "max_model_len": CONTEXT, "max_batch_size": 16, "bank_rank_rows": 32} | WORKER,
         "worker_scaling": scaling,
     }
