@@ -27,6 +27,7 @@ from benchmarks.paper.stages import (
     rerank,
     rerank_flan,
     second_base,
+    shares,
     sizes,
     stream,
 )
@@ -157,6 +158,7 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "repeated": repeated(results),
         "rerank": rerank.sentence(folder),
         "both_pools": rerank_flan.both_pools(folder),
+        "shares": shares.sentence(folder),
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -13,13 +14,15 @@ from rich.console import Console
 from benchmarks.paper.answering.methods import Routed
 from benchmarks.paper.answering.runs import Bench, Method, pool_retriever, run_all
 from benchmarks.paper.answering.study import Study
+from benchmarks.paper.common.intervals import Interval
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.options import PerTask, Root
 from benchmarks.paper.common.resumable import write_parquet
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.pool.choose import read_pool
 from benchmarks.paper.retrieval.loading import load_experiments
 from benchmarks.paper.retrieval.projected import projected_encoders
-from benchmarks.paper.retrieval.study import UNTRAINED
+from benchmarks.paper.retrieval.study import UNTRAINED, main_draws
 from benchmarks.paper.stages.answer_tables import Answers
 from benchmarks.paper.stages.main_table import load_bench
 from retriever_svc import Encoder
@@ -62,6 +65,32 @@ def section(rows: pd.DataFrame) -> str:
     )
     header = ["encoder trained on", *[name.replace("_", " ") for name in METHODS]]
     return "\n".join(["## The encoder's training and the answers\n", words, table(header, lines)])
+
+
+def gain_over_projection(answers: Answers, strategy: str, *, seen: bool) -> Interval:
+    """Return what training on 40 % of the tasks gives more than the projection, on those tasks or on the others."""
+    trained_on = main_draws(read_pool())[0].tasks
+    pair = f"40% {strategy}_iid", f"{PROJECTED} {strategy}_iid"
+    return answers.difference_on(*pair, lambda task: (task in trained_on) == seen)
+
+
+def sentence(folder: Path) -> str:
+    """Return what the projection and the training change in answers in distribution."""
+    answers = Answers(pd.read_parquet(folder / ROWS), {})
+    num_seen = len(main_draws(read_pool())[0].tasks)
+    texts = []
+    for strategy in ("selection", "mixture"):
+        names = (f"{PROJECTED} {strategy}_iid", f"40% {strategy}_iid")
+        untrained = f"{UNTRAINED_LABEL} {strategy}_iid"
+        projection, training = (answers.difference(name, untrained).in_percent() for name in names)
+        texts.append(
+            f"of the {strategy} by {projection} points with the projection and by {training} with the training"
+        )
+    unseen, seen = (gain_over_projection(answers, "selection", seen=seen).in_percent() for seen in (False, True))
+    return (
+        f"In distribution, right answers change: {', '.join(texts)}. With the selection the training leads by {seen}"
+        f" points on the {num_seen} tasks that it read, and by {unseen} on the others."
+    )
 
 
 def main(
