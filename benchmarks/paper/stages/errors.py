@@ -169,7 +169,7 @@ def router_rows(folder: Path) -> pd.DataFrame:
 
 
 def section(rows: pd.DataFrame, routers: pd.DataFrame) -> str:
-    """Return the appendix: classes by run, then the effect of full stops. `routers`: rows without classes."""
+    """Return the appendix: classes by run, then the effect of full stops, also for `routers`, which lack classes."""
     lines = []
     for run, own in rows.groupby("run", sort=False):
         shares = own["class"].value_counts(normalize=True)
@@ -180,7 +180,8 @@ def section(rows: pd.DataFrame, routers: pd.DataFrame) -> str:
         f" `{FORM}`: not one of the task's options, or for open answers another number of words or other kinds of"
         " characters than any training answer. Tasks with free text are left out.\n"
     )
-    both = [run for answers in (rows, routers) if len(answers) for run in answers.groupby("run", sort=False)]
+    other = routers[~routers["run"].isin(rows["run"])] if len(routers) else routers
+    both = [run for answers in (rows, other) if len(answers) for run in answers.groupby("run", sort=False)]
     dots = [[_words(run), _dots(own)] for run, own in both]
     return "\n".join(
         [

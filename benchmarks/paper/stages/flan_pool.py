@@ -69,13 +69,14 @@ def methods() -> dict[str, Method]:
 
 
 def summary(folder: Path) -> str:
-    """Return the two scores that the paper compares in distribution."""
+    """Return the scores that the paper compares."""
     if not (folder / ROWS).exists():
         return "A pool whose tasks share their labels was not measured yet."
     means = _means(Answers(pd.read_parquet(folder / ROWS), {}))
     return (
         "Where all tasks share their labels, as in Flan's clusters, the mixture has"
-        f" {means['mixture_iid']} %, selection {means['selection_iid']} %."
+        f" {means['mixture_iid']} %, selection {means['selection_iid']} %, and without the own adapter"
+        f" {means['mixture_ood']} and {means['selection_ood']} %."
     )
 
 

@@ -72,24 +72,17 @@ SECTIONS = (
     "served_study.md",
     "served_starter.md",
 )
-_LATER = (
-    "auto",
-    "companions",
+_EARLIER = (
+    "ablations",
     "competence",
-    "ensemble",
-    "flan_bbq",
-    "flan_pool",
+    "conflicts",
     "gate",
-    "layer_routers",
     "mixed_kinds",
+    "mixed_pool",
     "natural",
-    "recipes",
-    "rerank",
-    "rerank_flan",
-    "second_base",
-    "sizes",
     "stream",
 )
+"""Stages whose rows are of adapters that were trained earlier than the other stages', on other machines."""
 _SENTIMENT = "senti_"
 _LINKS_PER_LINE = 3
 
@@ -136,6 +129,7 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "claims": claims_table(PAPERS, results),
         "beyond": claims_table(BEYOND, results),
         "methods": methods_table(results),
+        "few": _of_little_gain(results.main),
         "zeros": str(_num_zeros(results.main)),
         "sentiment": _on_sentiment(results.main).in_percent(),
         "mixture_k5": _ablation(results, "mixture_k5_iid"),
@@ -162,7 +156,7 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),
-        "later": later_stages(folder),
+        "earlier": earlier_stages(folder),
         "missing": f"Stages without results: {', '.join(missing)}." if missing else "Every stage has results.",
         "appendices": appendices_of(folder),
     }
@@ -198,6 +192,13 @@ def _on_sentiment(answers: Answers) -> Interval:
     return answers.difference_on("mixture_iid", "selection_iid", lambda task: task.startswith(_SENTIMENT))
 
 
+def _of_little_gain(answers: Answers) -> str:
+    """Return the tasks whose own adapter is not ahead of guessing with its whole interval."""
+    tasks = answers.scores("perfect").index
+    few = [f"`{task}`" for task in tasks if answers.of_task(task, "perfect", "majority").low <= 0]
+    return f"{len(few)} of the {len(tasks)} adapters ({', '.join(few)})"
+
+
 def _num_zeros(answers: Answers) -> int:
     """Return the number of tasks on which no retrieved composition is ever right out of distribution."""
     means = [answers.scores(f"{way}_ood").mean(axis=1) for way in ("selection", "mixture", "fusion")]
@@ -223,19 +224,14 @@ def repeated(results: Results) -> str:
     return "; ".join(found) or NOT_MEASURED
 
 
-def later_stages(folder: Path) -> str:
-    """Return the stages that used adapters which were trained again, with tasks × questions of each.
-
-    The gate belongs to them once its rows have the weight of own adapters.
-    """
-    found = {stage: folder / f"{stage}.parquet" for stage in _LATER}
-    rows = {stage: pd.read_parquet(path) for stage, path in found.items() if path.exists()}
-    if "gate" in rows and gate.own_weight(rows["gate"]) is None:
-        del rows["gate"]
-    words = [
-        f"`{stage}`" + (f" ({own['task'].nunique()} × {own['number'].nunique()})" if "number" in own else "")
-        for stage, own in rows.items()
-    ]
+def earlier_stages(folder: Path) -> str:
+    """Return the stages of `_EARLIER` that have rows, with tasks × questions of each."""
+    words = []
+    for stage, path in ((stage, folder / f"{stage}.parquet") for stage in _EARLIER):
+        if path.exists():
+            own = pd.read_parquet(path)
+            counts = f" ({own['task'].nunique()} × {own['number'].nunique()})" if "number" in own else ""
+            words.append(f"`{stage}`{counts}")
     return ", ".join(words) or "none"
 
 

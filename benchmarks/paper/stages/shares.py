@@ -76,6 +76,8 @@ def gain_over_projection(answers: Answers, strategy: str, *, seen: bool) -> Inte
 
 def sentence(folder: Path) -> str:
     """Return what the projection and the training change in answers in distribution."""
+    if not (folder / ROWS).exists():
+        return "Answers by the encoder's training were not measured yet."
     answers = Answers(pd.read_parquet(folder / ROWS), {})
     num_seen = len(main_draws(read_pool())[0].tasks)
     texts = []

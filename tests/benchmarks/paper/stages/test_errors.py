@@ -111,6 +111,8 @@ def test_routers_are_scored_without_full_stops_where_their_answers_were_given(tm
     found = errors.router_rows(tmp_path)
     assert set(found["run"]) == {"smear in every layer"} and found["without_dots"].tolist() == [1.0, 1.0]
     assert "| smear in every layer | 50.0 (0.0 to 100.0) |" in errors.section(classed, found)
+    twice = pd.concat([found, found.assign(run="mixture_iid")])
+    assert errors.section(classed, twice) == errors.section(classed, found), "a classed run has one line"
     assert ", on trained routers and LoRAHub at most 50.0 (0.0 to 100.0)." in errors.dots_sentence(tmp_path)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.paper.common.workspace import PAPER_RESULTS
 from benchmarks.paper.stages import report
-from benchmarks.paper.stages.answer_tables import BASELINES, ROWS
+from benchmarks.paper.stages.answer_tables import BASELINES, ROWS, Answers
 from benchmarks.paper.stages.claims import Results
 
 MOST_LINES = 250
@@ -47,18 +47,24 @@ def test_the_existing_appendices_are_linked_by_their_titles(text: str) -> None:
     assert len(links) == len(set(links)) == 2
 
 
-def test_later_stages_are_listed_by_their_rows_and_the_gate_once_it_has_learnt(tmp_path: Path) -> None:
-    assert report.later_stages(tmp_path) == "none"
+def test_adapters_that_gain_less_than_their_interval_are_named() -> None:
+    scores = {"sure": (1.0, 0.0), "unsure": (0.5, 0.5)}  # of the own adapter and of guessing
+    rows = [
+        {"run": run, "task": task, "number": number, "score": score}
+        for task, pair in scores.items()
+        for run, score in zip(("perfect", "majority"), pair, strict=True)
+        for number in range(5)
+    ]
+    assert report._of_little_gain(Answers(pd.DataFrame(rows), {})) == "1 of the 2 adapters (`unsure`)"
+
+
+def test_stages_of_earlier_adapters_are_listed_by_their_rows(tmp_path: Path) -> None:
+    assert report.earlier_stages(tmp_path) == "none"
     pd.DataFrame({"task": ["a"], "hit": [True]}).to_parquet(tmp_path / "stream.parquet")
-    for own, listed in ((1 / 3, "`recipes` (2 × 3), `stream`"), (0.8, "`gate` (2 × 3), `recipes` (2 × 3), `stream`")):
-        rows = [
-            {"run": "gate_iid", "task": task, "number": number, "adapters": [task, "c"], "weights": [own, 1 - own]}
-            for task in "ab"
-            for number in range(3)
-        ]
-        for stage in ("gate", "recipes"):
-            pd.DataFrame(rows).to_parquet(tmp_path / f"{stage}.parquet")
-        assert report.later_stages(tmp_path) == listed
+    rows = [{"task": task, "number": number} for task in "ab" for number in range(3)]
+    for stage in ("gate", "auto"):
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{stage}.parquet")
+    assert report.earlier_stages(tmp_path) == "`gate` (2 × 3), `stream`"
 
 
 def test_the_committed_report_is_short_and_its_links_exist() -> None:
