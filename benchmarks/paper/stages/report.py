@@ -80,6 +80,7 @@ _EARLIER = (
     "mixed_kinds",
     "mixed_pool",
     "natural",
+    "recipes",
     "stream",
 )
 """Stages whose rows are of adapters that were trained earlier than the other stages', on other machines."""
