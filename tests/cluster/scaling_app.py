@@ -26,11 +26,11 @@ from tests.served_engine import HEAD_DIM, START_S, WORKER
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 BASE = "tiny"
-CONTEXT = 12_288
+CONTEXT = 65_536
 NUM_ASCII = 94  # the byte tokenizer's first ids, one letter each
 TARGET_REQUESTS = 8  # per worker
 NUM_STREAMS = TARGET_REQUESTS - 1  # one worker is enough for these
-STREAM_TOKENS = 10_000  # on fast processors too they take longer than the removal of a worker
+STREAM_TOKENS = 20_000  # on fast processors too they take longer than the removal of a worker
 SETTLE_S = 60.0
 
 

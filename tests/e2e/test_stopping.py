@@ -19,7 +19,7 @@ from tests.cluster.scaling_app import SETTLE_S, is_ready, serving, settings_of, 
 
 NUM_STREAMS = 12
 SOON = 100  # tokens for each stream, in about a second
-TOO_LATE = 10_000  # these take longer than a stopping server waits
+TOO_LATE = 60_000  # these take longer than a stopping server waits
 
 
 async def stop_during_streams(url: str, server: Popen[bytes], max_tokens: int) -> list[tuple[int, str] | BaseException]:
@@ -60,9 +60,9 @@ def test_answers_in_progress_have_some_seconds_to_end(tmp_path: Path, max_tokens
         until(lambda: "ready after" in log.read_text())
         ended = asyncio.run(stop_during_streams(url, server, max_tokens))
         assert server.wait(60) == 0
+    if max_tokens == SOON:
+        assert ended == [(SOON, "length")] * NUM_STREAMS
+    else:
+        assert all(isinstance(end, httpx.TransportError) for end in ended), ended
     is_late = "stopped before all requests were answered" in log.read_text()
     assert is_late == (max_tokens == TOO_LATE)
-    if is_late:
-        assert all(isinstance(end, httpx.TransportError) for end in ended), ended
-    else:
-        assert ended == [(SOON, "length")] * NUM_STREAMS
