@@ -11,25 +11,23 @@ from subprocess import Popen
 
 import httpx
 import psutil
-import pytest
 import yaml
 
 from deployments.cli.client import free_port
 from tests.cluster.scaling_app import SETTLE_S, is_ready, serving, settings_of, streaming, until
 
 NUM_STREAMS = 12
-SOON = 100  # tokens for each stream, in about a second
-TOO_LATE = 60_000  # these take longer than a stopping server waits
+NUM_TOKENS = 200  # for each stream, in less than a second
 
 
-async def stop_during_streams(url: str, server: Popen[bytes], max_tokens: int) -> list[tuple[int, str] | BaseException]:
-    """Return what each stream ends with: tokens and finish reason, or an error."""
+async def stop_during_streams(url: str, server: Popen[bytes]) -> list[tuple[int, str]]:
+    """Return the tokens and the finish reason of each stream."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
-        streams = [asyncio.create_task(streaming(client, max_tokens, event)) for event in begun]
+        streams = [asyncio.create_task(streaming(client, NUM_TOKENS, event)) for event in begun]
         await asyncio.wait_for(asyncio.gather(*[event.wait() for event in begun]), SETTLE_S)
         server.send_signal(signal.SIGTERM)
-        ended = await asyncio.gather(*streams, return_exceptions=True)
+        ended = await asyncio.gather(*streams)
     await asyncio.to_thread(until, lambda: not is_ready(url))
     return ended
 
@@ -52,17 +50,11 @@ def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
         assert left == []
 
 
-@pytest.mark.parametrize("max_tokens", [SOON, TOO_LATE])
-def test_answers_in_progress_have_some_seconds_to_end(tmp_path: Path, max_tokens: int) -> None:
+def test_answers_in_progress_have_some_seconds_to_end(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, min_workers=1, max_workers=1)
     with serving(tmp_path, settings, os.environ) as (url, server):
         log = tmp_path / "server.log"
         until(lambda: "ready after" in log.read_text())
-        ended = asyncio.run(stop_during_streams(url, server, max_tokens))
+        assert asyncio.run(stop_during_streams(url, server)) == [(NUM_TOKENS, "length")] * NUM_STREAMS
         assert server.wait(60) == 0
-    if max_tokens == SOON:
-        assert ended == [(SOON, "length")] * NUM_STREAMS
-    else:
-        assert all(isinstance(end, httpx.TransportError) for end in ended), ended
-    is_late = "stopped before all requests were answered" in log.read_text()
-    assert is_late == (max_tokens == TOO_LATE)
+    assert "stopped before all requests were answered" not in log.read_text()
