@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -14,10 +15,10 @@ import psutil
 import yaml
 
 from deployments.cli.client import free_port
-from tests.cluster.scaling_app import SETTLE_S, is_ready, serving, settings_of, streaming, until
+from tests.cluster.scaling_app import SETTLE_S, serving, settings_of, streaming, until
 
 NUM_STREAMS = 12
-NUM_TOKENS = 200  # for each stream, in less than a second
+NUM_TOKENS = 2000  # of each stream: longer than the server takes to notice a signal, less than it waits
 
 
 async def stop_during_streams(url: str, server: Popen[bytes]) -> list[tuple[int, str]]:
@@ -27,9 +28,18 @@ async def stop_during_streams(url: str, server: Popen[bytes]) -> list[tuple[int,
         streams = [asyncio.create_task(streaming(client, NUM_TOKENS, event)) for event in begun]
         await asyncio.wait_for(asyncio.gather(*[event.wait() for event in begun]), SETTLE_S)
         server.send_signal(signal.SIGTERM)
-        ended = await asyncio.gather(*streams)
-    await asyncio.to_thread(until, lambda: not is_ready(url))
-    return ended
+        await asyncio.wait_for(refusing(httpx.URL(url)), SETTLE_S)
+        assert not any(stream.done() for stream in streams), "connections were accepted until the streams had ended"
+        return list(await asyncio.gather(*streams))
+
+
+async def refusing(url: httpx.URL) -> None:
+    """Return when no more connections are accepted."""
+    with suppress(ConnectionRefusedError):
+        while True:
+            _, writer = await asyncio.open_connection(url.host, url.port)
+            writer.close()
+            await asyncio.sleep(0.02)
 
 
 def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
