@@ -80,18 +80,17 @@ def sentence(folder: Path) -> str:
         return "Answers by the encoder's training were not measured yet."
     answers = Answers(pd.read_parquet(folder / ROWS), {})
     num_seen = len(main_draws(read_pool())[0].tasks)
-    texts = []
-    for strategy in ("selection", "mixture"):
-        names = (f"{PROJECTED} {strategy}_iid", f"40% {strategy}_iid")
-        untrained = f"{UNTRAINED_LABEL} {strategy}_iid"
-        projection, training = (answers.difference(name, untrained).in_percent() for name in names)
-        texts.append(
-            f"of the {strategy} by {projection} points with the projection and by {training} with the training"
-        )
+    gains = [
+        answers.difference(f"{label} {strategy}_iid", f"{UNTRAINED_LABEL} {strategy}_iid").in_percent()
+        for strategy in ("selection", "mixture")
+        for label in (PROJECTED, "40%")
+    ]
     unseen, seen = (gain_over_projection(answers, "selection", seen=seen).in_percent() for seen in (False, True))
     return (
-        f"In distribution, right answers change: {', '.join(texts)}. With the selection the training leads by {seen}"
-        f" points on the {num_seen} tasks that it read, and by {unseen} on the others."
+        f"In distribution the projection adds {gains[0]} points to the right answers of selection, the training"
+        f" {gains[1]}; to those of the mixture they add {gains[2]} and {gains[3]}. With selection the trained"
+        f" encoder leads the projection by {seen} points on the {num_seen} tasks of its training, and by {unseen}"
+        " on the others."
     )
 
 

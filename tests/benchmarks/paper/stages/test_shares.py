@@ -58,5 +58,5 @@ def test_training_is_compared_with_the_projection_on_seen_and_unseen_tasks_apart
     gains = [shares.gain_over_projection(answers, "selection", seen=seen).mean for seen in (True, False)]
     assert gains == [0.0, -1.0]
     text = shares.sentence(tmp_path)
-    assert "of the selection by 100.0 (100.0 to 100.0) points with the projection and by 39.1 (" in text
+    assert "adds 100.0 (100.0 to 100.0) points to the right answers of selection, the training 39.1 (" in text
     assert "by 0.0 (0.0 to 0.0) points on the 18 tasks" in text and "by -100.0 (-100.0 to -100.0) on the others" in text
