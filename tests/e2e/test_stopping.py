@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import httpx
 import psutil
 import yaml
 
 from deployments.cli.client import free_port
-from tests.cluster.scaling_app import SETTLE_S, serving, settings_of, streaming, until
+from tests.cluster.scaling_app import SETTLE_S, serving, settings_of, until
 
-NUM_STREAMS = 12
-NUM_TOKENS = 2000  # of each stream: longer than the server takes to notice a signal, less than it waits
+BODY = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": 8, "ignore_eos": True}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
 
 
-async def stop_during_streams(url: str, server: Popen[bytes]) -> list[tuple[int, str]]:
-    """Return the tokens and the finish reason of each stream."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-        begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
-        streams = [asyncio.create_task(streaming(client, NUM_TOKENS, event)) for event in begun]
-        await asyncio.wait_for(asyncio.gather(*[event.wait() for event in begun]), SETTLE_S)
-        server.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(refusing(httpx.URL(url)), SETTLE_S)
-        assert not any(stream.done() for stream in streams), "connections were accepted until the streams had ended"
-        return list(await asyncio.gather(*streams))
+async def stop_during_a_request(url: httpx.URL, server: Popen[bytes]) -> tuple[bytes, dict[str, Any]]:
+    """Stop the server while it waits for a request's body. Return the answer's first line and content."""
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(HEAD + b"content-length: %d\r\nexpect: 100-continue\r\n\r\n" % len(BODY))
+    assert b"100 Continue" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SETTLE_S)
+    server.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(refusing(url), SETTLE_S)
+    writer.write(BODY)
+    answer = await asyncio.wait_for(reader.read(), SETTLE_S)
+    writer.close()
+    assert answer, "the connection was closed without an answer"
+    head, _, content = answer.partition(b"\r\n\r\n")
+    return head.splitlines()[0], json.loads(content)
 
 
 async def refusing(url: httpx.URL) -> None:
@@ -60,11 +65,13 @@ def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
         assert left == []
 
 
-def test_answers_in_progress_have_some_seconds_to_end(tmp_path: Path) -> None:
+def test_a_request_in_progress_is_answered_by_a_server_that_stops(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, min_workers=1, max_workers=1)
     with serving(tmp_path, settings, os.environ) as (url, server):
         log = tmp_path / "server.log"
         until(lambda: "ready after" in log.read_text())
-        assert asyncio.run(stop_during_streams(url, server)) == [(NUM_TOKENS, "length")] * NUM_STREAMS
+        first_line, answer = asyncio.run(stop_during_a_request(httpx.URL(url), server))
+        assert first_line.endswith(b"200 OK"), answer
+        assert answer["usage"]["completion_tokens"] == 8
         assert server.wait(60) == 0
     assert "stopped before all requests were answered" not in log.read_text()
