@@ -25,6 +25,7 @@ _PACKAGE = "chromium"  # Debian's
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 _FLAGS += ("--disable-component-update", "--disable-sync")
 _TIMEOUT_S = 170.0
+_EXPECT_MS = 60_000  # other tests may keep all cores busy
 
 
 class LoopThread:
@@ -59,6 +60,7 @@ class Browsing:
     """One browser for a whole test run; each page has its own storage."""
 
     def __init__(self, executable: str) -> None:
+        expect.set_options(timeout=_EXPECT_MS)
         self._loop = LoopThread("browsing")
         self._ended = asyncio.Event()
         started: Future[Browser] = Future()

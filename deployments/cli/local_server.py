@@ -6,11 +6,11 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -154,12 +154,12 @@ class Server:
         answer: JsonObject = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
         return answer
 
-    def wait_for_interrupt(self) -> None:
-        """Block until SIGINT or SIGTERM."""
-        stop = threading.Event()
+    def interrupts(self) -> SimpleQueue[int]:
+        """Return a queue that receives SIGINT and SIGTERM from now on. They no longer end the process."""
+        received = SimpleQueue[int]()  # unlike an Event, a handler may use it at any time
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
+            signal.signal(number, lambda number, _: received.put(number))
+        return received
 
     def finish_requests(self) -> bool:
         """Accept no more connections, and give requests in progress some seconds. Return whether all were answered.

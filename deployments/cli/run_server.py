@@ -57,6 +57,7 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
             status.update("publishing the preloaded adapters")
             server.wait_ready(timeout_s=_READY_TIMEOUT_S)
             ready = server.started()
+        interrupts = server.interrupts()
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
         for path, reason in ready["refused"].items():
             show_error(f"not published: {path}: {reason}")
@@ -65,7 +66,7 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         out.print(ports_note(settings), markup=False)
         for line in next_steps(url, settings, program_of(sys.argv[0])):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
-        server.wait_for_interrupt()
+        interrupts.get()
         if not server.finish_requests():
             out.print("stopped before all requests were answered")
 

@@ -87,7 +87,7 @@ class Machines:
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for number, node in enumerate(_NODES, start=3):
             self._cluster.add_node(wait=False, node_ip_address=_ADDRESS.format(number), **node)
-        self._cluster.wait_for_nodes()
+        self._cluster.wait_for_nodes(timeout=START_S)
         program = str(Path(sys.executable).with_name("serve"))
         command = [program, "run", str(self._file), "--address", self._cluster.address, "--non-blocking"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)

@@ -10,7 +10,7 @@ from tests.cluster.load import Ask, Load
 from tests.cluster.machines import Machines
 
 TOPICS = ("whales", "glaciers", "violins", "beetles", "volcanoes", "bread")
-MAX_TOKENS = 160
+MAX_TOKENS = 400
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ CONTEXT = 65_536
 NUM_ASCII = 94  # the byte tokenizer's first ids, one letter each
 TARGET_REQUESTS = 8  # per worker
 NUM_STREAMS = TARGET_REQUESTS - 1  # one worker is enough for these
-STREAM_TOKENS = 20_000  # on fast processors too they take longer than the removal of a worker
+STREAM_S = 20.0  # longer than the removal of a worker takes
 SETTLE_S = 60.0
 
 
@@ -136,10 +136,15 @@ def is_ready(url: str) -> bool:
     return False
 
 
+def worker_replicas(url: str) -> dict[str, int]:
+    """Return the number of workers that accept requests, and of those that did not answer a call."""
+    found: dict[str, int] = httpx.get(f"{url}/v1/stats", timeout=30).json()["workers"]["replicas"]
+    return found
+
+
 def num_workers(url: str) -> int:
     """Return the number of workers that accept requests, without those that are being removed."""
-    answered: int = httpx.get(f"{url}/v1/stats", timeout=30).json()["workers"]["replicas"]["answered"]
-    return answered
+    return worker_replicas(url)["answered"]
 
 
 def until(check: Callable[[], bool], *, within_s: float = SETTLE_S) -> float:
@@ -151,9 +156,9 @@ def until(check: Callable[[], bool], *, within_s: float = SETTLE_S) -> float:
     return time.monotonic() - started
 
 
-async def until_workers(url: str, count: int) -> float:
+async def until_workers(url: str, count: int, *, within_s: float = SETTLE_S) -> float:
     """Return the seconds until this many workers accept requests."""
-    return await asyncio.to_thread(until, lambda: num_workers(url) == count)
+    return await asyncio.to_thread(until, lambda: num_workers(url) == count, within_s=within_s)
 
 
 def completion(max_tokens: int, **changes: Any) -> dict[str, Any]:
@@ -187,6 +192,13 @@ async def streaming(client: httpx.AsyncClient, max_tokens: int, started: asyncio
     return tokens, reason
 
 
+async def tokens_in(client: httpx.AsyncClient, seconds: float) -> int:
+    """Return how many tokens a stream has in this time next to the present load, at most what fits the context."""
+    count, began = 1000, time.monotonic()
+    await streaming(client, count, asyncio.Event())
+    return min(CONTEXT - 100, int(count * seconds / (time.monotonic() - began)))
+
+
 @dataclass
 class Course:
     """The course of a load: seconds until the most workers ran, and afterwards until one was left."""
@@ -196,6 +208,7 @@ class Course:
     statuses: list[int]
     ends: list[tuple[int, str]]
     num_left_behind: int  # streams still running when all workers but one accepted no more requests
+    num_tokens: int  # of each stream
 
 
 async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
@@ -204,10 +217,11 @@ async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
     async with httpx.AsyncClient(base_url=url, timeout=180, limits=httpx.Limits(max_connections=200)) as client:
         num_clients = most * TARGET_REQUESTS - 2
         clients = [asyncio.create_task(asking(client, statuses, stop)) for _ in range(num_clients)]
-        up_s = await until_workers(url, most)
+        up_s = await until_workers(url, most, within_s=START_S)
         await asyncio.wait(clients, timeout=high_s)
+        num_tokens = await tokens_in(client, STREAM_S)
         begun = [asyncio.Event() for _ in range(NUM_STREAMS)]
-        streamed = [asyncio.create_task(streaming(client, STREAM_TOKENS, event)) for event in begun]
+        streamed = [asyncio.create_task(streaming(client, num_tokens, event)) for event in begun]
         await asyncio.gather(*[event.wait() for event in begun])
         stop.set()
         await asyncio.gather(*clients)
@@ -215,4 +229,4 @@ async def rise_and_fall(url: str, *, most: int, high_s: float) -> Course:
         await until_workers(url, 1)
         down_s = time.monotonic() - started
         num_left_behind = sum(not task.done() for task in streamed)
-        return Course(up_s, down_s, statuses, await asyncio.gather(*streamed), num_left_behind)
+        return Course(up_s, down_s, statuses, await asyncio.gather(*streamed), num_left_behind, num_tokens)

@@ -24,14 +24,14 @@ from deployments.worker import WorkerDeployment
 from gpu_worker.native_engine import NativeEngine
 from gpu_worker.request.request import Delta, Job, SamplingParams
 from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
-from tests.cluster.running import MAX_TOKENS, TOPICS, Running, asks
+from tests.cluster.running import TOPICS, Running, asks
 from tests.e2e.live import eventually
 from tests.served_engine import ENGINE, needs_own_process
 from tests.soak import Scale
 from tests.tiny import tiny_config
 
 MAX_BATCH_SIZE = 16  # per worker: tests/cluster/serve.yaml
-STREAMING = 6  # enough for every worker
+STREAMING = 3  # before a worker is killed
 NUM_RESULTS = {"native": 4, "vllm": 6}  # of all tests of this file together
 
 
@@ -112,6 +112,7 @@ def test_the_openai_client_raises_the_error_that_ends_a_stream(running: Running)
     for _ in range(3):
         if (error := error_of_a_stream_cut_off(running)) is not None:
             break
+    asyncio.run(running.machines.until_full("Worker"))
     assert error is not None, "every kill came after the stream's end"
     assert error.code == "replica_died"
     assert isinstance(error.body, dict) and error.body["type"] == "overloaded_error"
@@ -219,7 +220,8 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
     step_timeout_s = 2.0 if ENGINE == "native" else 30.0
     handle = serve.run(worker.bind(config, 25.0, None, None, 0, step_timeout_s), name="hanging", route_prefix=None)
     letters = tuple((int(token), 100.0) for token in LETTERS)
-    sampling = SamplingParams(max_tokens=MAX_TOKENS // 2, seed=11, logit_bias=letters, ignore_eos=True)
+    num_tokens = 80
+    sampling = SamplingParams(max_tokens=num_tokens, seed=11, logit_bias=letters, ignore_eos=True)
     job = Job("hanging", "The sea", sampling=sampling)
 
     async def attempt() -> str:
@@ -231,7 +233,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
 
     try:
         expected = asyncio.run(text())
-        assert len(expected) == MAX_TOKENS // 2
+        assert len(expected) == num_tokens
         for hang in hangs:
             hang.touch()
         if num_hangs == 3:

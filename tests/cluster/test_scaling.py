@@ -11,7 +11,6 @@ import pytest
 
 from tests.cluster.scaling_app import (
     NUM_STREAMS,
-    STREAM_TOKENS,
     completion,
     is_ready,
     num_workers,
@@ -20,6 +19,7 @@ from tests.cluster.scaling_app import (
     served,
     settings_of,
     until,
+    worker_replicas,
 )
 from tests.soak import Scale
 
@@ -40,8 +40,7 @@ def test_workers_scale_to_zero_and_the_first_request_starts_one(url: str) -> Non
     until(lambda: num_workers(url) == 0)
     for _ in range(3):
         assert is_ready(url)
-    stats = httpx.get(f"{url}/v1/stats").json()["workers"]["replicas"]
-    assert stats == {"answered": 0, "silent": 0}  # neither has started one
+    until(lambda: worker_replicas(url) == {"answered": 0, "silent": 0})  # neither has started one
     answers = [httpx.post(f"{url}/v1/completions", json=completion(4), timeout=120) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert answers[0].json()["choices"] == answers[1].json()["choices"]
@@ -58,4 +57,4 @@ def test_workers_follow_the_load_and_removed_ones_end_their_streams(url: str, sc
     scale.record("seconds from its end to 1 worker", course.down_s)
     assert set(course.statuses) == {200}
     assert course.num_left_behind > 1
-    assert course.ends == [(STREAM_TOKENS, "length")] * NUM_STREAMS
+    assert course.ends == [(course.num_tokens, "length")] * NUM_STREAMS

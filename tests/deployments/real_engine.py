@@ -55,6 +55,7 @@ class HttpFront:
     client: httpx.AsyncClient
     engine: EngineThread
     quiet: list[str] = field(default_factory=list)  # answers of the good requests without any others
+    earlier: frozenset[threading.Thread] = field(default_factory=lambda: frozenset(threading.enumerate()))
 
     async def ask_good(self) -> list[str]:
         """Return the texts of the good requests, sent at once."""
@@ -79,7 +80,7 @@ class HttpFront:
             "pins": engine.residency.num_pins,
             "rows": sum(type(thing) is Row for thing in gc.get_objects()),
             "tasks": len(asyncio.all_tasks()),
-            "threads": threading.active_count(),
+            "threads": len(set(threading.enumerate()) - self.earlier),
             "in flight": self.served.services.in_flight.count,
             "bodies": self.served.services.bodies.num_bytes,
             "uploads": self.served.services.uploads.num_bytes,

@@ -17,7 +17,7 @@ from deployments.calls.proxy_limits import TRACEPARENT_VARIABLE
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
 from gpu_worker.model.base_model import load_base_model
-from tests.e2e.live import APP, BASE, Live, eventually
+from tests.e2e.live import APP, BASE, CONTEXT, Live, eventually
 from tests.e2e.starter_pool import EXAMPLES, POOL, Heldout
 from tests.s3 import S3Endpoint
 from tests.served_engine import START_S, WORKER, save_served_model
@@ -74,12 +74,19 @@ def heldout() -> list[Heldout]:
     return [Heldout(task, lines[turn]["input"], lines[turn]["output"]) for turn in range(3) for task, lines in rows]
 
 
+def with_context(model: Path, num_tokens: int) -> None:
+    """Change how many tokens a saved model can read and write."""
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": num_tokens}))
+
+
 @pytest.fixture(scope="session")
 def live(
     server: Server, s3_endpoint: S3Endpoint, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
     """Yield a second application, behind the proxy: tiny, replicated, on S3, without a cache to hide the store."""
     model = save_served_model(tiny_folders, tmp_path_factory.mktemp("talkative"))
+    with_context(model, CONTEXT)
     config = AppConfig(
         base_model=str(model),
         base_model_name=BASE,
@@ -91,7 +98,7 @@ def live(
             dtype="float32",
             num_threads=1,
             bank_rank_rows=32,
-            max_model_len=512,
+            max_model_len=CONTEXT,
             max_batch_size=16,
             host_cache_bytes=0,
             **WORKER,

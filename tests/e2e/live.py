@@ -7,11 +7,13 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import psutil
 import ray
 from pyarrow.fs import FileSelector
 from ray import serve
@@ -26,6 +28,7 @@ from tests.tiny import random_adapter
 APP = "live"
 BASE = "tiny"
 SETTLE_S = 30.0
+CONTEXT = 8192  # tokens, so that answers may last seconds on fast processors too
 Seen = TypeVar("Seen")
 
 
@@ -129,6 +132,18 @@ class Live:
 
 def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     return {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+
+
+def processes_with(*starts: str) -> list[psutil.Process]:
+    """Return the running processes below this one whose command begins so."""
+    return [each for each in psutil.Process().children(recursive=True) if command_of(each).startswith(starts)]
+
+
+def command_of(process: psutil.Process) -> str:
+    """Return the command with its arguments, empty if the process has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def eventually(check: Callable[[], object], *, within_s: float = SETTLE_S) -> None:

@@ -17,16 +17,16 @@ import ray
 import yaml
 
 from tests.deployments.batching import TOPICS, prompts, write_rows
-from tests.e2e.live import Live, eventually
+from tests.e2e.live import CONTEXT, Live, eventually
 from tests.served_engine import ENGINE
 from tests.soak import Scale
 
-DEFAULTS = {"max_tokens": 12, "temperature": 0}
+DEFAULTS = {"max_tokens": 60, "temperature": 0}
 RUN_S = 900.0
 BAD: dict[int, dict[str, Any]] = {
     7: {"lora": '{"strategey": "fusion"}'},
     8: {"model": "nobody"},
-    9: {"prompt": "x" * 600},
+    9: {"prompt": "x" * CONTEXT},
 }
 
 
@@ -47,7 +47,7 @@ def batch(live: Live, folder: Path, part_rows: int) -> subprocess.Popen[str]:
     settings.write_text(yaml.safe_dump(live.config.model_dump(mode="json")))
     command = [str(Path(sys.executable).with_name("loraretriever")), "batch"]
     command += [str(folder / "in.parquet"), str(folder / "out.parquet"), "--config", str(settings)]
-    command += ["--max-tokens", "12", "--temperature", "0", "--part-rows", str(part_rows)]
+    command += ["--max-tokens", str(DEFAULTS["max_tokens"]), "--temperature", "0", "--part-rows", str(part_rows)]
     command += ["--address", ray.get_runtime_context().gcs_address]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

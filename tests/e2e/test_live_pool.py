@@ -18,9 +18,11 @@ from deployments.calls.catalogue_clients import ServeStore
 from deployments.weights import RetryPolicy, WeightsFetcher
 from lora_store import encode_weights
 from tests.e2e.live import Live, completion, eventually, eventually_equal, settled, stream_texts
+from tests.served_engine import START_S
 from tests.soak import Scale
 
 _SEEDS = itertools.count(1)
+_UPDATE_TOKENS = 1200  # of streams that should last longer than an update
 _BANK_ADAPTERS = 8  # adapters of rank 4 fit the live application's bank
 
 
@@ -67,7 +69,7 @@ def test_running_rows_keep_the_version_they_began_with(live: Live, scale: Scale)
     alone = []
     for folder in versions:
         live.publish(folder)
-        alone.append(live.text("tides", max_tokens=300))
+        alone.append(live.text("tides", max_tokens=_UPDATE_TOKENS))
     assert all(alone) and alone[0] != alone[1]
     num_streams = scale.pick("streams", small=6, full=16)
     for update in range(scale.pick("updates", small=2, full=40)):
@@ -81,7 +83,7 @@ def test_running_rows_keep_the_version_they_began_with(live: Live, scale: Scale)
 
 async def _update_midway(live: Live, folder: object, num_streams: int) -> tuple[list[tuple[str, float]], float, str]:
     started = asyncio.Event()
-    streams = asyncio.create_task(stream_texts(live, ["tides"] * num_streams, 300, started=started))
+    streams = asyncio.create_task(stream_texts(live, ["tides"] * num_streams, _UPDATE_TOKENS, started=started))
     await asyncio.wait({streams, asyncio.create_task(started.wait())}, timeout=60, return_when="FIRST_COMPLETED")
     assert not streams.done(), f"the streams ended before the update: {streams.result()}"
     assert started.is_set()
@@ -89,7 +91,7 @@ async def _update_midway(live: Live, folder: object, num_streams: int) -> tuple[
         answer = await client.post(f"{live.url}/v1/loras", json={"path": str(folder)})
         assert answer.status_code == 201, answer.text
         published_at = time.monotonic()
-        body = completion("tides", "The sea is", 300)
+        body = completion("tides", "The sea is", _UPDATE_TOKENS)
         after = await client.post(f"{live.url}/v1/completions", json=body)
     return await streams, published_at, after.json()["choices"][0]["text"]
 
@@ -225,7 +227,7 @@ def test_a_new_retriever_replica_is_up_to_date_before_its_first_request(live: Li
     answer = live.publish(live.folder("rivers", seed, "rivers of the north"))
     assert live.kill_replicas("Retriever") == 2
     fence = {"prompt": "Describe rivers of the north.", "lora": {"min_generation": answer["generation"]}}
-    eventually(lambda: live.call("POST", "/v1/route", json=fence).status_code == 200, within_s=90)
+    eventually(lambda: live.call("POST", "/v1/route", json=fence).status_code == 200, within_s=START_S)
     for _ in range(10):
         assert live.chosen("Describe rivers of the north.") == "rivers"
     live.call("DELETE", "/v1/loras/rivers")

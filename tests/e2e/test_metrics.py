@@ -153,7 +153,8 @@ def test_a_traced_request_has_spans_from_the_proxy_to_the_engine(live: Live) -> 
         found = [json.loads(part) for part in re.split(r"(?<=^\})\n", text, flags=re.MULTILINE) if part.strip()]
         return {span["name"]: span for span in found if span["context"]["trace_id"] == f"0x{trace_id}"}
 
-    wanted = {"plan", "worker.queue", "worker.generate"}
+    served = ("Ingress __call__", "Retriever route", "Worker stream")
+    wanted = {"plan", "worker.queue", "worker.generate", *(f"replica_handle_request {name}" for name in served)}
     eventually(lambda: wanted <= set(spans()))
     found = spans()
     by_id = {span["context"]["span_id"]: span["name"] for span in found.values()}

@@ -15,6 +15,7 @@ import ray
 
 from deployments.cli.client import free_port
 from tests.e2e.live import eventually
+from tests.served_engine import START_S
 
 SCRIPT = """
 import json, sys
@@ -40,9 +41,11 @@ def client_url(url: str) -> Iterator[str]:
     command = [sys.executable, "-m", "ray.util.client.server", "--mode=specific-server"]
     command += [f"--address={ray.get_runtime_context().gcs_address}", "--host=127.0.0.1", f"--port={port}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        eventually(lambda: _listens(port), within_s=60)
-        yield f"ray://127.0.0.1:{port}"
-        server.terminate()
+        try:
+            eventually(lambda: _listens(port), within_s=START_S)
+            yield f"ray://127.0.0.1:{port}"
+        finally:
+            server.terminate()
 
 
 def _listens(port: int) -> bool:

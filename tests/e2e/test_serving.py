@@ -18,6 +18,7 @@ import ray
 
 from deployments.cli.local_server import _CHEAPER_SERVE, _ENDS_AT_ONCE
 from deployments.config.app import AppConfig
+from tests.e2e.live import command_of, processes_with
 from tests.e2e.starter_pool import POOL, Heldout
 from tests.served_engine import ENGINE
 
@@ -313,9 +314,7 @@ def test_the_readmes_ten_lines_run(url: str) -> None:
 
 
 def test_serves_processes_have_the_settings_that_spare_the_engines_cores(url: str) -> None:
-    started = psutil.Process().children(recursive=True)
-    kinds = ("ray::ServeReplica:loraretriever:", "ray::ProxyActor", "ray::ServeController")
-    ours = [process for process in started if " ".join(process.cmdline()).startswith(kinds)]
+    ours = processes_with("ray::ServeReplica:loraretriever:", "ray::ProxyActor", "ray::ServeController")
     assert len(ours) == 4 + 2
     for name, value in (_CHEAPER_SERVE | _ENDS_AT_ONCE).items():
         assert {process.environ().get(name) for process in ours} == {value}
@@ -324,11 +323,10 @@ def test_serves_processes_have_the_settings_that_spare_the_engines_cores(url: st
 
 def test_rays_processes_have_the_niceness_of_the_settings(url: str, config: AppConfig) -> None:
     """Ray's own default, 15, would give nearly all of a shared core to any other busy process."""
-    started = psutil.Process().children(recursive=True)
-    replicas = [process for process in started if "ray::ServeReplica:loraretriever:" in " ".join(process.cmdline())]
+    replicas = processes_with("ray::ServeReplica:loraretriever:")
     assert len(replicas) == 4
     assert {process.nice() for process in replicas} == {psutil.Process().nice() + config.ray_niceness}
-    [worker] = [process for process in replicas if ":Worker" in " ".join(process.cmdline())]
+    [worker] = [process for process in replicas if ":Worker" in command_of(process)]
     threads = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in worker.threads()}
     expected = config.worker.niceness if ENGINE == "native" else 0  # vLLM runs in other processes
     assert worker.nice() + expected in threads

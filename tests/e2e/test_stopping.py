@@ -18,6 +18,8 @@ import yaml
 
 from deployments.cli.client import free_port
 from tests.cluster.scaling_app import SETTLE_S, serving, settings_of, until
+from tests.e2e.live import command_of
+from tests.served_engine import START_S
 
 BODY = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": 8, "ignore_eos": True}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -56,11 +58,14 @@ def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
 
         def starts_replicas() -> bool:
             started.update({each.pid: each for each in psutil.Process(server.pid).children(recursive=True)})
-            return any("ServeReplica" in " ".join(each.cmdline()) for each in started.values() if each.is_running())
+            return any("ServeReplica" in command_of(each) for each in started.values())
 
-        until(starts_replicas)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 128 + signal.SIGTERM
+        try:
+            until(starts_replicas, within_s=START_S)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(START_S) == 128 + signal.SIGTERM
+        finally:
+            server.kill()
         _, left = psutil.wait_procs(started.values(), timeout=30)
         assert left == []
 

@@ -69,7 +69,7 @@ def run_shell(script: str, folder: Path, url: str, *, check: bool = True) -> str
 def finished(command: list[str], folder: Path, url: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "COLUMNS": "200", "NO_COLOR": "1", "LORARETRIEVER_URL": url}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     if check:
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     return done

@@ -81,7 +81,7 @@ def test_a_run_that_does_not_end_in_time_is_killed_with_its_processes(
     script.write_text(f"#!/bin/sh\ntrap '' TERM\nsleep 60 &\necho $! > {pid}\nwait\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    [end] = run_one("native", "checks", "model", "cpu", 0.5)
+    [end] = run_one("native", "checks", "model", "cpu", 3)
     assert end["end"] == "was cut off"
     deadline = time.monotonic() + 10
     while is_running(int(pid.read_text())):

@@ -79,6 +79,7 @@ def test_the_starting_call_continues_after_its_waiters_have_left() -> None:
         await asyncio.wait([leaving])
         assert held.num_calls == 1 and held.handle.responses[0].num_cancels == 0
         held.worker.awake.set()
+        held.gate._timeout_s = 20
         await held.gate.ready()
         assert held.num_calls == 1
 
@@ -168,7 +169,7 @@ def test_a_request_that_cannot_be_answered_starts_no_worker() -> None:
 def test_a_request_is_answered_by_the_worker_that_it_started() -> None:
     worker = Sleeper()
     worker.awake.set()
-    response, served = completion(worker, BASE, **ASLEEP)
+    response, served = completion(worker, BASE, **ASLEEP | {"scale_from_zero_timeout_s": 20})
     assert response.status_code == 200
     assert [call.name for call in served.worker.calls] == ["module_shapes", "stream"]
 

@@ -213,13 +213,16 @@ def test_a_full_queue_refuses_the_tenant_with_the_most_jobs(hosted: HostedEngine
 
 def test_tenants_take_turns(hosted: HostedEngine) -> None:
     """A tenant with one job is served before the queue of another tenant has ended."""
-    sampling = greedy(max_tokens=20, logprobs=None)
+    long, short = (greedy(max_tokens=count, logprobs=None) for count in (60, 20))
 
     async def race() -> int:
-        flood = [asyncio.create_task(hosted.engine.generate([job("flood", sampling=sampling)])) for _ in range(40)]
-        await asyncio.sleep(0.01)
-        await hosted.engine.generate([job("single", sampling=sampling, tenant="single")])
-        num_ended = sum(task.done() for task in flood)
+        """Return how many jobs of the flood end while the single one waits and runs."""
+        flood = [asyncio.create_task(hosted.engine.generate([job("flood", sampling=long)])) for _ in range(40)]
+        while not (await hosted.engine.status()).num_waiting:
+            await asyncio.sleep(0)
+        num_before = sum(task.done() for task in flood)
+        await hosted.engine.generate([job("single", sampling=short, tenant="single")])
+        num_ended = sum(task.done() for task in flood) - num_before
         await asyncio.gather(*flood)
         return num_ended
 

@@ -18,7 +18,7 @@ from tests.tiny import plan_of
 MakeAdapter = Callable[..., AdapterWeights]
 NUM_FITTING = 4  # adapters of rank 4 in a bank of 16 rows
 COMPOSED = ("mixture", "fusion")  # an engine may hold a fusion as one adapter
-LONG = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
 
 
 def test_the_first_and_the_last_place_of_a_full_bank_leave_other_rows_unchanged(
@@ -149,6 +149,7 @@ def test_an_update_while_jobs_run_changes_only_the_jobs_that_name_the_new_versio
     async def update() -> list[Completion | Exception]:
         running = asyncio.create_task(hosted.engine.generate([old_job] * 3))
         while not (await hosted.engine.status()).num_running:
+            assert not running.done(), "it ended before the update"
             await asyncio.sleep(0)
         late = await hosted.engine.generate([new_job] * 3)
         return [*await running, *late]

@@ -24,6 +24,16 @@ def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def settled_threads() -> int:
+    """Return the number of threads once it has not changed for a moment."""
+    found, since = num_threads(), time.monotonic()
+    while time.monotonic() - since < 0.05:
+        if (now := num_threads()) != found:
+            found, since = now, time.monotonic()
+        os.sched_yield()
+    return found
+
+
 def settled(expected: int) -> bool:
     """Wait until this many threads are left: the system removes them a moment after they were joined."""
     deadline = time.monotonic() + 10
@@ -40,6 +50,7 @@ def two_threads(request: pytest.FixtureRequest) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     request.addfinalizer(lambda: torch.set_num_threads(before))
+    settled_threads()  # none of an earlier test is counted
 
 
 def test_a_short_lived_thread_leaves_no_team(two_threads: None) -> None:
@@ -76,17 +87,17 @@ def test_a_single_threaded_thread_does_not_affect_others(two_threads: None) -> N
 def test_an_ended_team_is_started_again(two_threads: None) -> None:
     """This can be repeated: ended threads are not counted."""
 
-    def rounds() -> list[tuple[int, int]]:
+    def rounds() -> list[tuple[int, bool]]:
         end_team, found = thread_team_releaser(), []
         for _ in range(3):
             with_team = computing_threads()
             end_team()
-            found.append((with_team - alone, num_threads() - alone))
+            found.append((with_team - alone, settled(alone)))
         return found
 
     with ThreadPoolExecutor(1) as executor:
         alone = executor.submit(num_threads).result()
-        assert executor.submit(rounds).result() == [(1, 0)] * 3
+        assert executor.submit(rounds).result() == [(1, True)] * 3
 
 
 def test_a_waiting_engine_has_no_team(

@@ -162,6 +162,8 @@ def test_a_full_queue_refuses_only_later_requests(gated: Gated) -> None:
         first = asyncio.create_task(loop.complete(greedy("x", BASE_PLAN, "first", num_new=150)))
         await asyncio.to_thread(gate.wait_for_step)  # running, so that the next one waits
         others = [asyncio.create_task(loop.complete(greedy("x", BASE_PLAN, i))) for i in range(3)]
+        while loop._commands.qsize() < len(others):
+            await asyncio.sleep(0)
         gate.open()
         return await asyncio.gather(first, *others, return_exceptions=True)
 

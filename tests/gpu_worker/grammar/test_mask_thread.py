@@ -33,14 +33,14 @@ def test_all_states_of_a_step_are_current_afterwards() -> None:
 
 
 def test_a_grammar_that_does_not_end_fails_alone() -> None:
-    masks = MaskThread(longest_s=0.3)
+    masks = MaskThread(longest_s=2)
     stuck = StuckState()
     states = [state_of(Grammar("regex", "ab"), []), stuck, state_of(Grammar("regex", "cd"), [])]
     masks.begin(states)
     masks.finish()
     assert [state.error is None for state in states] == [True, False, True]
     assert ids_of(states[2]) == [ord("c")]
-    assert "0.3 s" in str(states[1].error)
+    assert "2 s" in str(states[1].error)
     later = state_of(Grammar("regex", "ef"), [])
     masks.begin([later])
     masks.finish()
