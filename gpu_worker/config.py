@@ -33,7 +33,7 @@ class EngineSettings:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a settings file, which pydantic reads
 
     engine: Literal["native", "vllm"] = "native"  # vllm needs its own installation: docs/how-to/install.md
-    device: Literal["cpu", "cuda"] = "cpu"  # cuda needs `num_gpus` in worker_scaling
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda implies one GPU a worker, or worker_scaling.num_gpus
     tensor_parallel_size: AtLeastOne = 1  # processes that share the base model; vllm only, each on a GPU of its own
     enforce_eager: bool = False  # vllm only: do not compile the base model; starts within seconds, answers slower
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,6 +1,6 @@
 """Limit how much companions may change the answer of the best adapter.
 
-Companions found by similar inputs may have another function. At equal weights they cost a third of the right answers
+Companions found by similar inputs may have another function. At equal weights they cost two fifths of the right answers
 (benchmarks/paper/REPORT.md); what counts is the ratio of the best adapter's weight to that of all others together.
 """
 
