@@ -114,7 +114,7 @@ QUESTIONS = (
         ("conflicts.parquet",),
         "at least",
         of_file("conflicts.parquet", "halves_mixture", "own"),
-        "4 tasks: too few to say.",
+        "12 tasks of 50 questions. Each half alone does about as well as their mixture.",
     ),
     Claim(
         "A mixture of different ranks, modules and scalings is at least as good as one of equal adapters.",

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from string import Template
 
-import pandas as pd
 import typer
 
 from benchmarks.paper.common.intervals import Interval
@@ -72,18 +71,6 @@ SECTIONS = (
     "served_study.md",
     "served_starter.md",
 )
-_EARLIER = (
-    "ablations",
-    "competence",
-    "conflicts",
-    "gate",
-    "mixed_kinds",
-    "mixed_pool",
-    "natural",
-    "recipes",
-    "stream",
-)
-"""Stages whose rows are of adapters that were trained earlier than the other stages', on other machines."""
 _SENTIMENT = "senti_"
 _LINKS_PER_LINE = 3
 
@@ -157,7 +144,6 @@ def values_of(folder: Path, results: Results) -> dict[str, str]:
         "sizes": sizes.sentence(folder),
         "stream": stream.sentence(folder),
         "lorahub": _of_lorahub(results),
-        "earlier": earlier_stages(folder),
         "missing": f"Stages without results: {', '.join(missing)}." if missing else "Every stage has results.",
         "appendices": appendices_of(folder),
     }
@@ -223,17 +209,6 @@ def repeated(results: Results) -> str:
         if results.has([file]) and mixture in results.answers(file).runs
     ]
     return "; ".join(found) or NOT_MEASURED
-
-
-def earlier_stages(folder: Path) -> str:
-    """Return the stages of `_EARLIER` that have rows, with tasks × questions of each."""
-    words = []
-    for stage, path in ((stage, folder / f"{stage}.parquet") for stage in _EARLIER):
-        if path.exists():
-            own = pd.read_parquet(path)
-            counts = f" ({own['task'].nunique()} × {own['number'].nunique()})" if "number" in own else ""
-            words.append(f"`{stage}`{counts}")
-    return ", ".join(words) or "none"
 
 
 def appendices_of(folder: Path) -> str:

@@ -169,7 +169,7 @@ def main(
         config = AppConfig(
             store_uri=f"{scratch}/pool",
             preload=tuple(folders),
-            retrieval=RetrievalSettings(encoder=chosen),
+            retrieval=RetrievalSettings(encoder=chosen, encoder_dtype="float32"),  # rows that no batch changes
             worker=WorkerSettings(dtype="float32", max_wait_s=_TIMEOUT_S),  # all requests are sent at once
         )
         with Server(config, port=0) as server:

@@ -58,15 +58,6 @@ def test_adapters_that_gain_less_than_their_interval_are_named() -> None:
     assert report._of_little_gain(Answers(pd.DataFrame(rows), {})) == "1 of the 2 adapters (`unsure`)"
 
 
-def test_stages_of_earlier_adapters_are_listed_by_their_rows(tmp_path: Path) -> None:
-    assert report.earlier_stages(tmp_path) == "none"
-    pd.DataFrame({"task": ["a"], "hit": [True]}).to_parquet(tmp_path / "stream.parquet")
-    rows = [{"task": task, "number": number} for task in "ab" for number in range(3)]
-    for stage in ("gate", "auto"):
-        pd.DataFrame(rows).to_parquet(tmp_path / f"{stage}.parquet")
-    assert report.earlier_stages(tmp_path) == "`gate` (2 × 3), `stream`"
-
-
 def test_the_committed_report_is_short_and_its_links_exist() -> None:
     committed = report.REPORT.read_text(encoding="utf-8")
     assert len(committed.splitlines()) <= MOST_LINES
