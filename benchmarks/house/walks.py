@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.house.application import TOPIC, published_app, served_app
 from benchmarks.house.recorder import Recorder, Walk
+from deployments.cli import local_server
 from deployments.cli.main import cli
 from deployments.config.app import AppConfig
 from tests.deployments.scripted import scripted
@@ -105,7 +105,7 @@ def _serve_command(recorder: Recorder, settings: Path) -> Walk:
             (serve, "run", None),
             (serve, "get_app_handle", handle),
             (httpx, "get", httpx.Response(200, json=ready)),
-            (threading.Event, "wait", True),
+            (local_server, "SimpleQueue", None),  # of signals: reading it ends at once
         ):
             patches.enter_context(mock.patch.object(target, name, return_value=value))
         return _invoke(recorder, "serve", "--config", settings, "--port", 0)

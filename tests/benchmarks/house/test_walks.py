@@ -12,7 +12,8 @@ SCRIPT = "import json\nfrom benchmarks.house.__main__ import traced_walks\nprint
 
 
 def test_every_walk_is_recorded_and_no_request_visits_half_of_the_files() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=ROOT, check=False)
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     walks = json.loads(done.stdout.splitlines()[-1])
     assert len(walks) == 6
