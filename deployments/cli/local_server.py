@@ -43,7 +43,7 @@ _CHEAPER_SERVE = {
 # An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
 _ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
-_TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
+TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
@@ -75,7 +75,7 @@ class Server:
         self._config, self._host = _allowing_host(config, host), host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
-        needs_proxy = config.ingress_scaling.max_replicas > 1 or _TRACING_VARIABLE in os.environ
+        needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._proxy = host, self._port
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
