@@ -142,8 +142,8 @@ def check_is_text_only(config: Any) -> None:
     text = _setting(config, "text_config")
     if text is not None and not _setting(config, "is_encoder_decoder"):
         raise BaseModelUnsupported(
-            f"{config.model_type} is a multimodal model; this server serves text-only models: use one of the same family,"
-            f" or save its text part ({text.model_type}) as a model of its own"
+            f"{config.model_type} is a multimodal model; this server serves text-only models: use one of the same"
+            f" family, or save its text part ({text.model_type}) as a model of its own"
         )
 
 

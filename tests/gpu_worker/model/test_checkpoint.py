@@ -109,7 +109,7 @@ def test_a_file_that_the_index_names_and_that_is_missing_is_named(check: Check, 
     folder = split(shutil.copytree(llama, tmp_path / "split"))
     check(str(folder))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(BaseModelUnsupported, match=rf"names 2 files, and 1 of them is missing \(model-00002"):
+    with pytest.raises(BaseModelUnsupported, match=r"names 2 files, and 1 of them is missing \(model-00002"):
         check(str(folder))
 
 
@@ -124,7 +124,7 @@ def test_a_file_that_was_copied_in_part_is_named(check: Check, llama: Path, tmp_
 def test_a_folder_without_weights_is_refused(llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "empty")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(BaseModelUnsupported, match="no file named model.safetensors"):
+    with pytest.raises(BaseModelUnsupported, match=r"no file named model.safetensors"):
         load_whole(str(folder))
 
 
@@ -192,7 +192,7 @@ def test_quantised_modules_are_not_compared_but_all_others_are(
     with pytest.raises(BaseModelUnsupported, match=r"1 of .* missing \(model.layers.1.self_attn.q_proj.weight\)"):
         check_checkpoint(str(broken))
     broken = copy_with(with_a_shorter_head, whole, tmp_path / "shorter")
-    with pytest.raises(BaseModelUnsupported, match="lm_head.weight is"):
+    with pytest.raises(BaseModelUnsupported, match=r"lm_head.weight is"):
         check_checkpoint(str(broken))
 
 
