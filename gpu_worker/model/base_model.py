@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.packaged_model import packaged_folder
 from gpu_worker.model.rope import pin_longrope
 from gpu_worker.request.model_files import sampling_defaults_of_files
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
@@ -134,6 +137,8 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()
         name = "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+        if name == "float32":
+            logger.info("this processor has no AVX-512 or AMX instructions for bfloat16: weights are float32")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

@@ -207,6 +207,18 @@ def test_names_of_dtypes() -> None:
     assert resolve_dtype("auto") == (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_a_processor_without_bfloat16_is_logged_once(
+    capability: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    with caplog.at_level("INFO"):
+        assert resolve_dtype("auto") == dtype
+        assert resolve_dtype("float32") == torch.float32  # chosen, so nothing is said
+    said = ["this processor has no AVX-512 or AMX instructions for bfloat16: weights are float32"]
+    assert caplog.messages == (said if dtype == torch.float32 else [])
+
+
 def test_a_folder_or_an_id_is_loaded_under_its_own_name() -> None:
     assert model_source(tiny_config(Path("/models/mine"))) == "/models/mine"
     assert model_source(tiny_config(Path("google/gemma-3-270m"))) == "google/gemma-3-270m"
