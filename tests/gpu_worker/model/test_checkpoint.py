@@ -77,7 +77,10 @@ def llama(tiny_folders: Mapping[str, Path]) -> Path:
         ),
         (without("1.self_attn.q_proj"), r"1 of .* missing \(model.layers.1.self_attn.q_proj.weight\)"),
         (with_prefix, r"30 of .* missing .*; 30 tensors of the files are not the model's \(other.lm_head.weight, "),
-        (with_a_shorter_head, r"1 tensors have another shape \(lm_head.weight is \(299, 32\) and must be \(300, 32\)"),
+        (
+            with_a_shorter_head,
+            r"1 of the model's 30 tensors have another shape \(lm_head.weight is \(299, 32\) and must be \(300, 32\)",
+        ),
     ],
     ids=["layer", "one", "prefix", "shape"],
 )
@@ -114,10 +117,14 @@ def test_a_file_that_the_index_names_and_that_is_missing_is_named(check: Check, 
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_file_that_was_copied_in_part_is_named(check: Check, llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", [WEIGHTS, "pytorch_model.bin"])
+def test_a_file_that_was_copied_in_part_is_named(file: str, check: Check, llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "cut")
-    (folder / WEIGHTS).write_bytes((llama / WEIGHTS).read_bytes()[:-100])
-    with pytest.raises(BaseModelUnsupported, match=rf"{WEIGHTS} cannot be read .* Copy the model's files again"):
+    if file != WEIGHTS:
+        torch.save(load_file(folder / WEIGHTS), folder / file)
+        (folder / WEIGHTS).unlink()
+    (folder / file).write_bytes((folder / file).read_bytes()[:-100])
+    with pytest.raises(BaseModelUnsupported, match=rf"{file} cannot be read .* Copy the model's files again"):
         check(str(folder))
 
 
@@ -194,6 +201,15 @@ def test_quantised_modules_are_not_compared_but_all_others_are(
     broken = copy_with(with_a_shorter_head, whole, tmp_path / "shorter")
     with pytest.raises(BaseModelUnsupported, match=r"lm_head.weight is"):
         check_checkpoint(str(broken))
+
+
+def test_a_conversion_that_only_a_quantised_model_fails_is_left_to_vllm(tmp_path: Path) -> None:
+    """transformers' conversions are those of the whole model's tensors."""
+    whole = save(tmp_path / "whole", "qwen3_moe", EQUAL["qwen3_moe"])
+    folder = copy_with(without("experts.2.gate_proj"), whole, tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert not check_checkpoint(str(folder))
 
 
 def test_the_format_of_mistrals_own_tools_is_not_judged(llama: Path, tmp_path: Path) -> None:
