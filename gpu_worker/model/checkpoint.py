@@ -153,7 +153,7 @@ def _load(
     problems, of_all = [], f"of the model's {len(model.state_dict())} tensors"
     if missing:
         problems.append(f"{len(missing)} {of_all} are missing ({_some(missing)})")
-        if extra := sorted(info["unexpected_keys"]):
+        if not is_quantised and (extra := sorted(info["unexpected_keys"])):
             problems.append(f"{len(extra)} tensors of the files are not the model's ({_some(extra)})")
     if others:
         shapes = [f"{name} is {tuple(found)} and must be {tuple(wanted)}" for name, found, wanted in others]
