@@ -36,9 +36,10 @@ from gpu_worker.engine.offline import generate_all
 from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.probe import Prober
 from gpu_worker.engine.row import Row, Sink
-from gpu_worker.errors import EngineStopped
+from gpu_worker.errors import BaseModelUnsupported, EngineStopped
 from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
 from gpu_worker.lora.lora_kernel import load_lora_kernel
+from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.vllm.engine_args import build_config, max_len_of
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
@@ -117,11 +118,18 @@ class VllmEngine(InferenceEngine):
         if config.device == "cuda":
             check_gpus(config.tensor_parallel_size, torch.cuda.device_count())
         model = load_front_model(config)
+        is_checked = check_checkpoint(model.source)
         if config.device == "cpu" and config.lora_products == "auto":
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
         llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
+        if not is_checked:  # vLLM has downloaded the files meanwhile
+            try:
+                check_checkpoint(model.source)
+            except BaseModelUnsupported:
+                llm.shutdown()
+                raise
         return cls(llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)
 
     @property
