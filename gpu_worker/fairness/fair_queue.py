@@ -10,7 +10,7 @@ from gpu_worker.errors import EngineFull
 
 
 class Queued(Protocol):
-    """What waits in a FairQueue: a row of an engine, or a call. Without adapters, its `adapter_set` is empty."""
+    """An item of a FairQueue: a row of an engine, or a call, whose `adapter_set` is empty."""
 
     @property
     def tenant(self) -> str: ...

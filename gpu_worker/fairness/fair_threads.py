@@ -101,7 +101,7 @@ class FairThreads:
 
 
 def _outcome(call: _Call) -> Callable[[], None]:
-    """Run the call unless its caller has left. Return what tells the caller."""
+    """Run the call unless its caller has left. Return a function that sets its result."""
     if not call.result.set_running_or_notify_cancel():
         return lambda: None
     try:
