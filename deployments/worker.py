@@ -16,6 +16,7 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.calls.catalogue_clients import ServeStore
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S, Usage
 from deployments.errors import ReplicaStuck
+from deployments.generation.shadows import paying_tenant
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
 from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics
@@ -86,7 +87,7 @@ class WorkerDeployment:
         trace = JobTrace(job.request_id)
         last: Delta | None = None
         try:
-            with self._usage.row(job.tenant) as row:
+            with self._usage.row(paying_tenant(job.tenant)) as row:
                 async for delta in deltas:
                     if delta is not None:
                         if last is None:
