@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from deployments.calls.catalogue_clients import Shapes
-from deployments.calls.serve_calls import ServeCalls
+from deployments.calls.serve_calls import ServeCalls, answer_or_raise
 from deployments.errors import WorkerStarting
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import DeadlineExceeded
@@ -86,7 +86,7 @@ class HeartbeatStream(Generic[T]):
                 raise
             raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
         self._silent_at = self._clock() + self._timeout_s
-        return item
+        return answer_or_raise(item)
 
 
 @dataclass(slots=True)
