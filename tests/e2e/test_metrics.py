@@ -121,14 +121,13 @@ def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:
 def test_an_answer_to_a_wrong_request_is_no_error_in_the_logs(live: Live) -> None:
     """a key could otherwise fill the logs, and hide the errors that matter"""
     name, request_id = f"missing-{secrets.token_hex(4)}", f"refused-{secrets.token_hex(4)}"
-    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": name}}}
     row = {"name": name, "digest": "0" * 64, "weight": 1.0}
-    plan = {"strategy": "selection", "adapters": [row], "generation": 1}
+    plan = {"strategy": "selection", "adapters": [row], "generation": 0}
     bodies = [
         completion(name, "x", 4),
         completion("auto", "x", 4) | {"lora": {"adapters": [{"name": name}]}},
         completion("auto", "x", 4) | {"lora": {"plan": plan}},
-        completion("auto", "x", 4) | {"response_format": schema},
+        completion("auto", "x", 4) | {"structured_outputs": {"regex": f"({name}"}},
     ]
     statuses = [live.call("POST", "/v1/completions", json=body).status_code for body in bodies]
     assert [*statuses, live.call("GET", f"/v1/loras/{name}").status_code] == [404, 404, 409, 400, 404]
