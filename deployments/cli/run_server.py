@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deployments.auth.key_file import keys_of
 from deployments.cli.check_adapter import folder_problem
-from deployments.cli.client import DEFAULT_URL, ServerFailed, out, show_error
+from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, out, show_error
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
@@ -74,11 +74,11 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
 def next_steps(url: str, settings: AppConfig, program: str = "loraretriever") -> list[str]:
     """Return three lines that say what to do with a server that just started. `program`: how to call this one."""
     options = "" if url == DEFAULT_URL else f" --url {url}"
-    options += " --key KEY" if settings.has_keys else ""
+    command = f"{KEY_VARIABLE}=KEY {program}" if settings.has_keys else program
     return [
         f"console:  {url}",
-        f'ask:      {program} ask "a prompt"{options}',
-        f"publish:  {program} publish FOLDER{options}",
+        f'ask:      {command} ask "a prompt"{options}',
+        f"publish:  {command} publish FOLDER{options}",
     ]
 
 

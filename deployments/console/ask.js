@@ -32,7 +32,7 @@ export function start(callbacks) {
   byId("model").addEventListener("input", soon(suggest));
   byId("new-chat").addEventListener("click", () => { open(newChat()); history.leave(); byId("prompt").focus(); });
   byId("show-code").addEventListener("click", () => showCode(nextRequest()));
-  byId("history-clear").addEventListener("click", clearHistory);
+  byId("history-clear").addEventListener("click", () => clearHistory("Clear the history?"));
   byId("history-export").addEventListener("click", exportHistory);
   updateOptions();
   open(history.last() ?? newChat());
@@ -259,8 +259,13 @@ function historyRow(other) {
     element("button", { type: "button", class: "small", "aria-label": `Delete the conversation: ${first?.prompt ?? "empty"}`, onclick: remove }, "Delete"));
 }
 
-async function clearHistory() {
-  if (!(await confirmed("Clear the history?", "This deletes every conversation that this browser keeps.", "Clear"))) return;
+/** Offers to delete the conversations of a key that was forgotten. */
+export async function offerToClear() {
+  if (history.conversations().length) await clearHistory("The key is forgotten. Clear the history too?");
+}
+
+async function clearHistory(title) {
+  if (!(await confirmed(title, "This deletes every conversation that this browser keeps.", "Clear"))) return;
   history.clear();
   open(newChat());
 }

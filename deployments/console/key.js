@@ -3,19 +3,20 @@
 import { currentKey, setKey } from "./api.js";
 import { byId, say } from "./dom.js";
 
-/** Connects the dialog. Calls `onChange` when the key changes. */
-export function start(onChange) {
+/** Connects the dialog. Calls `onChange` when the key changes, and before that `onForget` when it is forgotten. */
+export function start(onChange, onForget) {
   const dialog = byId("key-dialog");
   byId("key-button").addEventListener("click", () => open(""));
   document.addEventListener("key-wanted", (event) => open(event.detail));
-  dialog.addEventListener("close", () => {
+  dialog.addEventListener("close", async () => {
     const choice = dialog.returnValue, typed = byId("key").value.trim();
     byId("key").value = "";
     if (choice === "use" || choice === "forget") {
       setKey(choice === "use" ? typed : "");
+      mark();
+      if (choice === "forget") await onForget();
       onChange();
     }
-    mark();
   });
   mark();
 }

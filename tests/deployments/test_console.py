@@ -251,7 +251,10 @@ def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing,
         assert "A verse, please." in stored and "good news" not in stored
         await page.locator("#key-button").click()
         await page.get_by_role("button", name="Forget").click()
+        await expect(page.locator("#confirm-title")).to_have_text("The key is forgotten. Clear the history too?")
+        await page.locator("#confirm-yes").click()
         await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
+        assert "A verse, please." not in await page.evaluate("JSON.stringify(localStorage)")
 
     look(browsing, question)
 

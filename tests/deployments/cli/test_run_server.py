@@ -70,7 +70,7 @@ def test_the_start_ends_with_three_next_steps() -> None:
         "publish:  loraretriever publish FOLDER",
     ]
     elsewhere = next_steps("http://127.0.0.1:9000", AppConfig(api_key="one-secret"))
-    assert elsewhere[1] == 'ask:      loraretriever ask "a prompt" --url http://127.0.0.1:9000 --key KEY'
+    assert elsewhere[1] == 'ask:      LORARETRIEVER_KEY=KEY loraretriever ask "a prompt" --url http://127.0.0.1:9000'
     assert next_steps("http://127.0.0.1:8000", AppConfig(), "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
 
 
