@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Locator, Page
+from playwright.async_api import Locator, Page, expect
 
 from tests.browsing import Browsing, address_of
 from tests.deployments.app_fakes import Served, serve_plainly
@@ -39,7 +39,9 @@ def last_turn(page: Page, part: str = "") -> Locator:
 
 
 async def go(page: Page, view: str) -> None:
+    """Follow the link to a view, and wait until the view is shown: the page shows it some time after the click."""
     await page.get_by_role("navigation").get_by_role("link", name=view, exact=True).click()
+    await expect(page.get_by_role("heading", level=2, name=view, exact=True)).to_be_visible()
 
 
 async def show_options(page: Page) -> None:

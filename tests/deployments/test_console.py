@@ -36,6 +36,7 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
 
     async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#map .spot")).to_have_count(2)
         await ask(page)
         await expect(last_turn(page, ".text")).to_have_text("Hel")
         await expect(page.locator("#plan li .name")).to_have_text(["poet", "coder"])
@@ -51,7 +52,8 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
         await expect(page.locator("#map .spot.chosen")).to_have_count(2)
         await expect(page.locator("#map .prompt")).to_have_count(1)
         await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
-        assert served.retriever.called("place") == [("local", "A verse, please.", ["poet", "coder"], 7)]
+        located = served.retriever.called("place")  # again if the page has loaded the map again meanwhile
+        assert located and all(one == ("local", "A verse, please.", ["poet", "coder"], 7) for one in located)
 
     look(browsing, question, worker=CountingWorker(goes_on=goes_on))
 
@@ -106,7 +108,7 @@ def test_stop_ends_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) 
         await expect(last_turn(page, ".note")).to_contain_text("stopped")
         await expect(last_turn(page, ".text")).to_have_text("Hel")
         [response] = [r for r in served.worker.responses if hasattr(r.answer, "__aiter__")]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not response.num_cancels:
                 await asyncio.sleep(0)
 
@@ -278,7 +280,7 @@ def test_the_metrics_are_live(browsing: Browsing) -> None:
         await expect(page.locator("#connection")).to_have_text("live")
         worker.holdings = replace(worker.holdings, num_running=4)  # type: ignore[type-var]
         await expect(page.locator("#metric-running")).to_have_text("4 of 32")
-        await expect(page.locator("#metric-rate")).not_to_have_text("0.0")
+        await expect(page.locator("#metric-rate")).to_have_text(re.compile("[1-9]"))
 
     look(browsing, question, worker=worker)
 
@@ -286,6 +288,7 @@ def test_the_metrics_are_live(browsing: Browsing) -> None:
 def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await expect(page.locator("#map .spot")).to_have_count(2)
+        await expect(page.locator("#examples button")).to_have_count(2)  # nothing else changes the layout
         frames = "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })"
         before = await page.locator("#map").bounding_box()
         await page.evaluate(frames, 5)

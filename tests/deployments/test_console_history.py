@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from datetime import datetime, timedelta
 
 import pytest
 from playwright.async_api import Page, expect
@@ -148,6 +149,8 @@ def test_code_is_copied(browsing: Browsing) -> None:
         await ask(page)
         await answered(page, 1)
         await page.get_by_role("button", name="Code", exact=True).click()
+        await page.clock.install()
+        await page.clock.pause_at(datetime.now() + timedelta(hours=1))  # the button says it for two seconds
         await page.get_by_role("button", name="Copy curl").click()
         await expect(page.get_by_role("button", name="Copied")).to_be_visible()
         copied = await page.evaluate("navigator.clipboard.readText()")

@@ -23,6 +23,7 @@ async def open_adapter(page: Page, name: str) -> None:
     await go(page, "Adapters")
     await page.locator("#pool-rows").get_by_role("link", name=name, exact=True).click()
     await expect(page.locator("#adapter-title")).to_have_text(name)
+    await expect(page.locator("#adapter-body")).to_be_visible()
     await expect(page.locator("#adapter-code pre")).to_have_count(2)
 
 
@@ -81,6 +82,7 @@ def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         await withdraw.click()
         await page.keyboard.press("Escape")
+        await expect(page.locator("#confirm-dialog")).to_be_hidden()
         await withdraw.click()
         await expect(page.locator("#confirm-yes")).to_be_disabled()
         await page.get_by_label("Type the name to confirm").fill("coder")

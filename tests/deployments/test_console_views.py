@@ -38,9 +38,8 @@ def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Brows
         routed = [request.strategy for ([request],) in served.retriever.called("route")]
         assert sorted(routed) == ["fusion", "mixture", "mixture", "selection"]
         assert sorted(len(job.plan.adapters) for job in jobs_of(served)) == [0, 2, 2, 2, 2]
-        boxes = [await columns.nth(number).bounding_box() for number in range(5)]
-        assert all(box is not None for box in boxes)
-        assert len({box["y"] for box in boxes if box}) == 1, "they are side by side"
+        tops = await columns.evaluate_all("(nodes) => nodes.map((node) => node.getBoundingClientRect().top)")
+        assert len(tops) == 5 and len(set(tops)) == 1, "they are side by side"
 
     look(browsing, question, context={"viewport": {"width": 1440, "height": 900}})
 
@@ -98,6 +97,7 @@ def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width:
         lines = "(nodes) => nodes.map((node) => node.getClientRects().length)"
         assert await page.locator("#plan .name, #considered-list .name").evaluate_all(lines) == [1] * 4
         await go(page, "Adapters")
+        await expect(page.locator("#pool-rows .name")).to_have_count(2)
         heights = "(nodes) => nodes.map((node) => node.getBoundingClientRect().height)"
         assert await page.locator("#pool-rows .name").evaluate_all(heights) == [28, 28]
         await go(page, "Status")

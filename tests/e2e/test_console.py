@@ -36,7 +36,7 @@ async def ask(page: Page, prompt: str) -> None:
     await page.get_by_role("button", name="New conversation").click()
     await page.get_by_label("Prompt", exact=True).fill(prompt)
     await page.get_by_role("button", name="Ask", exact=True).click()
-    await expect(last_turn(page, ".note")).to_contain_text("tokens/s", timeout=SLOW_MS)
+    await expect(last_turn(page, ".note")).to_contain_text("tokens", timeout=SLOW_MS)
 
 
 async def limit(page: Page) -> None:
