@@ -10,9 +10,11 @@ from typing import Any
 from playwright.async_api import Locator, Page, expect
 
 from tests.browsing import Browsing, address_of
+from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 
+CONFIG = json.dumps({"r": 8, "base_model_name_or_path": BASE})
 Look = Callable[[Page, Served], Awaitable[None]]
 
 
@@ -48,7 +50,7 @@ async def show_options(page: Page) -> None:
     await page.get_by_text("System prompt and more options").click()
 
 
-def folder_of(parent: Path, name: str, samples: Sequence[str] = (), config: str = '{"r": 8}') -> Path:
+def folder_of(parent: Path, name: str, samples: Sequence[str] = (), config: str = CONFIG) -> Path:
     folder = parent / name
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(config)

@@ -110,6 +110,36 @@ def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width:
     look(browsing, question, context={"viewport": {"width": width, "height": 800}}, retriever=MappedRetriever(held))
 
 
+def test_on_a_phone_the_prompt_is_in_view_and_the_links_take_two_lines(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#examples button")).to_have_count(6)
+        await expect(page.locator("#examples button:visible")).to_have_count(2)
+        bottom = "(node) => node.getBoundingClientRect().bottom"
+        assert await page.locator("#prompt").evaluate(bottom) < 844
+        tops = "(nodes) => nodes.map((node) => node.getBoundingClientRect().top)"
+        links = await page.locator("nav a").evaluate_all(tops)
+        assert len(links) == 6 and len(set(links)) <= 2
+
+    held = [adapter(f"a-task-of-the-number-{number}") for number in range(8)]
+    context = {"viewport": {"width": 390, "height": 844}}
+    look(browsing, question, context=context, retriever=MappedRetriever(held))
+
+
+def test_code_is_whole_on_the_page_of_an_adapter(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Adapters")
+        await page.locator("#pool-rows a").first.click()
+        code = page.locator("#adapter-code pre")
+        await expect(code).to_have_count(2)
+        await expect(code.last).to_be_visible()
+        cut = "(nodes) => nodes.map((node) => node.scrollWidth - node.clientWidth)"
+        assert await code.evaluate_all(cut) == [0, 0]
+
+    held = [adapter("a" * 64)]
+    context = {"viewport": {"width": 1400, "height": 900}}
+    look(browsing, question, context=context, retriever=MappedRetriever(held))
+
+
 def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
     nameless = """(nodes) => nodes.filter((node) => node.checkVisibility())
         .filter((node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim())
@@ -133,6 +163,9 @@ def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
 
 def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
+        await page.evaluate("sessionStorage.setItem('loraretriever-key', 'any')")  # so that it has the button
+        await page.reload()
+        await expect(page.locator("#examples button")).to_have_count(2)
         await page.evaluate("document.activeElement.blur()")
         reached = set()
         for _ in range(40):

@@ -71,12 +71,14 @@ class _Cards:
     """The cards of the models over one base model, of which they have the template and the defaults for sampling."""
 
     base: str
+    accepts_base: tuple[str, ...]
     template: str
     sampling_defaults: dict[str, float]
 
     @classmethod
     def of(cls, config: AppConfig) -> Self:
-        return cls(config.served_base_name, config.template_in_use, config.sampling_defaults_in_use)
+        accepted = tuple(sorted(config.accepted_bases))
+        return cls(config.served_base_name, accepted, config.template_in_use, config.sampling_defaults_in_use)
 
     def own(self, query: ModelQuery) -> list[ModelCard]:
         """Return those of `auto` and the base model that belong to the page. Filters for adapters exclude them."""
@@ -87,7 +89,11 @@ class _Cards:
 
     def special(self, name: str) -> ModelCard:
         """Return the card of `auto` or of the base model."""
-        return self._card(name, 0, _OWNER, name, None if name == self.base else self.base, self.template)
+        if name != self.base:
+            return self._card(name, 0, _OWNER, name, self.base, self.template)
+        card = self._card(name, 0, _OWNER, name, None, self.template)
+        card["accepts_base"] = list(self.accepts_base)
+        return card
 
     def adapter(self, name: str, record: AdapterRecord, tenant: str) -> ModelCard:
         """Return the card of an adapter. `root` is the source of the tenant's own; the others' stays private."""

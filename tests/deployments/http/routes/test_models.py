@@ -67,6 +67,12 @@ def test_filters_select_matching_models(query: dict[str, Any], expected: list[st
     assert [name for page in pages(4, **query) for name in page] == expected
 
 
+def test_only_the_base_models_card_names_the_base_models_that_adapters_may_have() -> None:
+    cards = get("/v1/models", accepts_base=("an/alias",)).json()["data"]
+    named = {card["id"]: card["accepts_base"] for card in cards if "accepts_base" in card}
+    assert named == {BASE: ["an/alias", f"somewhere/{BASE}", BASE]}
+
+
 def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}')
