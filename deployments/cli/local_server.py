@@ -81,6 +81,7 @@ class Server:
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._proxy = host, self._port
+        self._session = Path()
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
@@ -91,6 +92,11 @@ class Server:
     def proxy_url(self) -> str:
         """Return the address of Serve's proxy, after the start. It serves all applications of this Ray."""
         return _url_of(*self._proxy)
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder of Serve's log files, after the start."""
+        return self._session / "logs" / "serve"
 
     def prepare(self, report: Callable[[str], None]) -> None:
         """Open the pool, and convert the packaged base model, before a replica needs them.
@@ -132,7 +138,7 @@ class Server:
         os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
         bypass_http_proxy()
         with _inherited(_CHEAPER_SERVE | ({} if self._uses_proxy else _ENDS_AT_ONCE)):
-            ray.init(
+            context = ray.init(
                 "local",  # ignores RAY_ADDRESS
                 num_cpus=self._num_cpus,
                 include_dashboard=False,
@@ -142,6 +148,7 @@ class Server:
                 _temp_dir=str(sessions),
                 _metrics_export_port=self._metrics_port,
             )
+        self._session = Path(context.address_info["session_dir"])
         signal.signal(signal.SIGTERM, _leave)  # in place of Ray's handler
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
         if not self._uses_proxy:

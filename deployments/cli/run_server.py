@@ -64,21 +64,22 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         out.print(template_note(settings), markup=False)
         out.print(access_note(settings, host), markup=False)
         out.print(ports_note(settings), markup=False)
-        for line in next_steps(url, settings, program_of(sys.argv[0])):
+        for line in next_steps(url, settings, server.logs, program_of(sys.argv[0])):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         interrupts.get()
         if not server.finish_requests():
             out.print("stopped before all requests were answered")
 
 
-def next_steps(url: str, settings: AppConfig, program: str = "loraretriever") -> list[str]:
-    """Return three lines that say what to do with a server that just started. `program`: how to call this one."""
+def next_steps(url: str, settings: AppConfig, logs: Path, program: str = "loraretriever") -> list[str]:
+    """Return what to do with a server that just started, and its logs' folder. `program`: how to call this one."""
     options = "" if url == DEFAULT_URL else f" --url {url}"
     command = f"{KEY_VARIABLE}=KEY {program}" if settings.has_keys else program
     return [
         f"console:  {url}",
         f'ask:      {command} ask "a prompt"{options}',
         f"publish:  {command} publish FOLDER{options}",
+        f"logs:     {logs}",
     ]
 
 
