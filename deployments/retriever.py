@@ -34,6 +34,7 @@ from retriever_svc import (
     PinnedAdapter,
     Place,
     PoolMap,
+    PoolSize,
     Region,
     ReindexStep,
     RetrieverError,
@@ -144,12 +145,18 @@ class RetrieverDeployment:
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan:
-        """Return the plan of adapters that a client named. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
+        """Return the plan of adapters that a client named.
+
+        Raises: AdapterNotFound, AdapterIncompatible, PlanInvalid, StaleIndex.
+        """
         await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.plan_named, tenant, choices, strategy)
 
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
-        """Return the plan that was made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""
+        """Return the plan that was made at `generation`.
+
+        Raises: PlanGone, AdapterIncompatible, PlanInvalid, StaleIndex.
+        """
         await self._reach_for(tenant, generation)
         return await _on(self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
 
@@ -174,8 +181,8 @@ class RetrieverDeployment:
         """Return the vector (D,) float32, of length 1, of each text of one request. Raises: EncoderBusy."""
         return [encoded.vector for encoded in await self._prompts.encoded(tenant, texts)]
 
-    async def load(self, tenant: str) -> tuple[int, int]:
-        """Return (generation that this replica serves, number of adapters that the tenant may use)."""
+    async def load(self, tenant: str) -> PoolSize:
+        """Return the size of the pool that this replica serves."""
         return await _on(self._lookups, self._retriever.count, tenant)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:

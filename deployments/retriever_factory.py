@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from deployments.api.pool_responses import unserved_text
 from deployments.config.app import AppConfig
 from lora_store import Snapshot
 from lora_store.files import Files
@@ -13,11 +15,16 @@ from lora_store.location import Location
 from retriever_svc import Encoder, IndexSettings, LivePool, ProjectionFiles, Retriever, SavedIndexes
 from retriever_svc.retriever import Timings
 
+logger = logging.getLogger(__name__)
+
 
 def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: IndexSettings | None = None) -> LivePool:
-    """Return the pool of the snapshots, embedded by the active encoder. Raises: EncoderUnusable, ProjectionUnusable."""
+    """Return the pool of the snapshots, embedded by the active encoder, without adapters of other base models.
+
+    Raises: EncoderUnusable, ProjectionUnusable.
+    """
     settings = config.retrieval
-    return LivePool(
+    pools = LivePool(
         lambda model: Encoder(model, num_threads=settings.encoder_threads, dtype=settings.encoder_dtype),
         snapshots,
         model=settings.encoder,
@@ -25,7 +32,11 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
         saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
         projections=ProjectionFiles(Files(Location(config.store_uri).child(PROJECTIONS))),
         projection=settings.projection,
+        bases=config.served_bases,
     )
+    for base_model, num_adapters in pools.current.unserved():
+        logger.warning(unserved_text(base_model, num_adapters))
+    return pools
 
 
 def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None = None) -> Retriever:

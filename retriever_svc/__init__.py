@@ -7,6 +7,7 @@ from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, Doctor
 from retriever_svc.embedding import embed_groups, embeddings_of
 from retriever_svc.encoder import Encoder
 from retriever_svc.errors import (
+    AdapterIncompatible,
     EncoderExists,
     EncoderUnusable,
     NoAdapterMatched,
@@ -25,18 +26,21 @@ from retriever_svc.live_pool import IndexStats, LivePool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import ReindexStep
-from retriever_svc.retriever import Retriever
+from retriever_svc.retriever import PoolSize, Retriever
 from retriever_svc.route import Candidate, NearSample, PinnedAdapter, Route, RouteRequest, Weighting
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
+from retriever_svc.served_bases import BaseCounts, ServedBases
 from retriever_svc.training_pairs import choose_tasks
 from retriever_svc.whitening import Whitening, fit_whitening
 
 __all__ = [
     "Abstain",
     "AdapterFinding",
+    "AdapterIncompatible",
     "AdapterIndex",
     "Allowed",
+    "BaseCounts",
     "BulkEncoding",
     "Calibration",
     "Candidate",
@@ -60,6 +64,7 @@ __all__ = [
     "PlanGone",
     "Point",
     "PoolMap",
+    "PoolSize",
     "ProjectionFiles",
     "ProjectionUnusable",
     "Region",
@@ -73,6 +78,7 @@ __all__ = [
     "SavedIndexes",
     "SavedLists",
     "Scorer",
+    "ServedBases",
     "StaleIndex",
     "TooFewSamples",
     "TrainingUnavailable",

@@ -65,7 +65,7 @@ class Region:
 
 def regions_of(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Region]:
     """Yield the regions of `tenant`. Approved anchors come first, then those that were published first."""
-    usable = [r for r in pool.snapshot.visible_to(tenant) if pool.index.may_find(r, tenant)]
+    usable = [r for r in pool.snapshot.visible_to(tenant) if pool.may_find(r, tenant)]
     trusted = [r for r in usable if r.encoder == pool.encoder.identity and (r.approved or r.ref.tenant == tenant)]
     trusted.sort(key=lambda r: (not r.approved, r.created_at, r.ref.tenant, r.ref.name))
     given = {record.ref: _examples(read_samples(samples, record) or ()) for record in trusted}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,7 +69,8 @@ class DoctorReport:
 
     `never_chosen`: adapters in the top_k of no sample of the pool. `unreadable`: adapters whose samples could not be
     read. `rankings`: the results of the tenant's last evaluation. `refit`: what a projection fitted to these samples
-    would change. Samples contribute to their adapter's embedding, so the shares are higher than for unseen prompts.
+    would change. `unserved`: adapters that were made for another base model, by its name. Samples contribute to their
+    adapter's embedding, so the shares are higher than for unseen prompts.
     """
 
     generation: int
@@ -80,6 +81,7 @@ class DoctorReport:
     unreadable: tuple[AdapterRef, ...]
     rankings: tuple[Ranking, ...] = ()
     refit: RefitGain | None = None
+    unserved: Mapping[str, tuple[AdapterRef, ...]] = field(default_factory=dict)
 
     @property
     def share_first(self) -> float:
@@ -134,7 +136,7 @@ def examine(
     """
     examination = _Examination(pool, tenant, pool.allowed(tenant), top_k)
     embedded = [record for record in pool.snapshot.visible_to(tenant) if record.encoder == pool.encoder.identity]
-    records = [record for record in embedded if pool.index.may_find(record, tenant)]
+    records = [record for record in embedded if pool.may_find(record, tenant)]
     refitted = _evenly(len(records)) if projections is not None else frozenset()
     for number, record in enumerate(records, start=1):
         examination.add(record, read_samples(samples, record), keeps_vectors=number - 1 in refitted)
@@ -240,7 +242,16 @@ class _Examination:
             unreadable=tuple(self.unreadable),
             rankings=tuple(rank.ranking for rank in self.pool.snapshot.rankings.get(self.tenant, ())),
             refit=refit,
+            unserved=self._unserved(),
         )
+
+    def _unserved(self) -> dict[str, tuple[AdapterRef, ...]]:
+        """Return the adapters that the tenant sees and that are not served, by the name of their base model."""
+        found: defaultdict[str, list[AdapterRef]] = defaultdict(list)
+        for record in self.pool.snapshot.visible_to(self.tenant):
+            if not self.pool.bases.serves(record):
+                found[record.base_model].append(record.ref)
+        return {base_model: tuple(found[base_model]) for base_model in sorted(found)}
 
 
 def _pair(a: AdapterRef, b: AdapterRef) -> tuple[AdapterRef, AdapterRef]:

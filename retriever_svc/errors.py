@@ -5,6 +5,7 @@ RetrieverError
 ├── ProjectionUnusable  a projection cannot be read, or there are too few samples to fit one
 ├── NothingToEmbed      the adapter has no samples, so it has no embedding and is reachable by name only
 ├── RouteInvalid        a route request breaks a rule
+├── AdapterIncompatible an adapter that a request names was made for another base model
 ├── PlanGone            a plan to be replayed contains a version that is no longer kept
 ├── TooFewSamples       there are too few samples to train an encoder
 ├── TrainingUnavailable the packages that train an encoder are not installed
@@ -44,6 +45,24 @@ class NothingToEmbed(RetrieverError):
 
 class RouteInvalid(RetrieverError):
     """The request has a value out of range. Correct the request."""
+
+
+class AdapterIncompatible(RetrieverError):
+    """The adapter was made for another base model than the served one. Name another adapter."""
+
+    def __init__(self, name: str, base_model: str, served: str) -> None:
+        super().__init__(name, base_model, served)
+        self.name = name
+        self.base_model = base_model
+        self.served = served
+
+    def __str__(self) -> str:
+        base_model = self.base_model[:200]
+        return (
+            f"adapter {self.name[:200]!r} was made for the base model {base_model!r}, and this server serves"
+            f" {self.served!r}: name another adapter, or start a server with base_model: {base_model}. If both names"
+            f" mean the same weights, let the operator add {base_model!r} to the setting accepts_base"
+        )
 
 
 class PlanGone(RetrieverError):

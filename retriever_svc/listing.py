@@ -13,6 +13,7 @@ from operator import itemgetter
 from lora_store.lru_cache import LruCache
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
+from retriever_svc.served_bases import BaseCounts, ServedBases
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,15 @@ class PageRequest:
 class Page:
     """Adapters with the names that the caller uses, sorted by name. `has_more`: more adapters follow the last one.
 
-    `num_found`: how many adapters pass the filters in total, on this and all other pages.
+    `num_found`: how many adapters pass the filters in total, on this and all other pages. `unserved`: how many others
+    the caller could use if their base model was served.
     """
 
     generation: int
     rows: tuple[tuple[str, AdapterRecord], ...]
     has_more: bool
     num_found: int
+    unserved: BaseCounts = ()
 
 
 Rows = list[tuple[str, AdapterRecord]]  # never changed once created
@@ -59,8 +62,8 @@ class Listings:
     only one list is left.
     """
 
-    def __init__(self, snapshot: Snapshot, *, max_rows: int = 2_000_000) -> None:
-        self._snapshot = snapshot
+    def __init__(self, snapshot: Snapshot, bases: ServedBases | None = None, *, max_rows: int = 2_000_000) -> None:
+        self._snapshot, self._bases = snapshot, bases or ServedBases()
         self._lists: LruCache[_Query, Rows] = LruCache(max_rows, _size_of, keeps_newest=True)
         self._lock = threading.Lock()
 
@@ -79,7 +82,7 @@ class Listings:
         if cached is not None:
             return cached
         if filters == _NO_FILTERS:
-            rows = _sorted_rows(self._snapshot.records.values(), tenant)
+            rows = _sorted_rows(filter(self._bases.serves, self._snapshot.records.values()), tenant)
         else:
             rows = list(_matching(self._rows(tenant, _NO_FILTERS), filters))
         with self._lock:

@@ -21,6 +21,7 @@ from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import refit
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
+from retriever_svc.served_bases import ServedBases
 from retriever_svc.whitening import Whitening
 
 logger = logging.getLogger(__name__)
@@ -62,16 +63,18 @@ class LivePool:
         saved: SavedIndexes | None = None,
         projections: ProjectionFiles | None = None,
         projection: Projection = "auto",
+        bases: ServedBases | None = None,
         background: Callable[[Callable[[], None]], None] = in_thread,
     ) -> None:
         """Build the first pool. `model` and `projection` are used until the catalogue names others.
 
+        `bases`: only the adapters of these base models are served; by default all are.
         Raises: EncoderUnusable, ProjectionUnusable.
         """
         self._encoders = EncoderRegistry(load_encoder, model, projections, projection)
         self._projections = projections
         self._snapshots, self._settings = snapshots, settings or IndexSettings()
-        self._saved, self._background = saved, background
+        self._saved, self._background, self._bases = saved, background, bases or ServedBases()
         self._lock = threading.Lock()
         self._is_rebuilding = False
         snapshot = snapshots()
@@ -160,11 +163,12 @@ class LivePool:
         if self._projections is not None:
             vectors = self._projections.ordinary(encoder)
             ordinary = OrdinaryVectors.of(vectors, is_projected=encoder.projection is not None)
-        return Pool.of(snapshot, encoder, self._settings, self._saved_lists(snapshot, encoder), ordinary)
+        lists = self._saved_lists(snapshot, encoder)
+        return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases)
 
     def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:
         """Return lists that another replica trained, mapped to the positions of a pool built now."""
-        records = routable(snapshot, encoder.identity)
+        records = routable(snapshot, encoder.identity, self._bases)
         if self._saved is None or len(records) <= self._settings.exact_rows:
             return None
         position_of = {record.ref: position for position, record in enumerate(records)}

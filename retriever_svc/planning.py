@@ -19,8 +19,10 @@ from retriever_svc.evidence_weights import CLOSE_SCORES, limited_weights
 from retriever_svc.index import Match
 from retriever_svc.output_profile import functions_agree
 from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest, Weighting
+from retriever_svc.served_bases import ServedBases
 
 _MIN_DIGEST_CHARS = 8
+_EVERY_BASE = ServedBases()
 
 
 def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
@@ -54,23 +56,33 @@ def named_plan(
     strategy: Strategy,
     *,
     owner_names: bool = False,
+    bases: ServedBases = _EVERY_BASE,
 ) -> Plan:
     """Return the plan of the adapters that `tenant` names, with weights as given.
 
-    Raises: AdapterNotFound, as `resolve_version` does; PlanInvalid if these adapters cannot form a plan.
+    Raises: AdapterNotFound, as `resolve_version` does; AdapterIncompatible for one of another base model; PlanInvalid
+    if these adapters cannot form a plan.
     """
     records = [resolve_version(snapshot, tenant, name, owner_names=owner_names) for name, _ in choices]
+    for record, (name, _) in zip(records, choices, strict=True):
+        bases.check(record, name)
     rows = tuple(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
     )
     plan = Plan(strategy, rows, snapshot.generation_for(tenant), _common_template(records))
     live = {record.ref for record, (name, _) in zip(records, choices, strict=True) if "@" not in name}
-    return with_trials(plan, snapshot, tenant, live)
+    return with_trials(plan, snapshot, tenant, live, bases=bases)
 
 
 def with_trials(
-    plan: Plan, snapshot: Snapshot, tenant: str, live: Collection[AdapterRef], *, requires_approval: bool = False
+    plan: Plan,
+    snapshot: Snapshot,
+    tenant: str,
+    live: Collection[AdapterRef],
+    *,
+    requires_approval: bool = False,
+    bases: ServedBases = _EVERY_BASE,
 ) -> Plan:
     """Return the plan with the versions that may answer in place of those in `live`, which no client pinned.
 
@@ -85,20 +97,29 @@ def with_trials(
         for record in versions[1:]:
             is_open = row.ref.tenant == tenant or record.is_open(requires_approval=requires_approval)
             is_other = record.weights_digest not in digests - {row.weights_digest}  # a plan has no weights twice
-            if record.ref.digest == trial.digest and is_open and is_other:
+            if record.ref.digest == trial.digest and is_open and is_other and bases.serves(record):
                 found.append(TrialVersion(row.ref, record.ref, record.weights_digest, trial))
                 digests.add(record.weights_digest)
     return replace(plan, trials=tuple(found)) if found else plan
 
 
 def replayed_plan(
-    snapshot: Snapshot, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
+    snapshot: Snapshot,
+    tenant: str,
+    strategy: Strategy,
+    pinned: Sequence[PinnedAdapter],
+    generation: int,
+    *,
+    bases: ServedBases = _EVERY_BASE,
 ) -> Plan:
     """Return the plan that was made at `generation`, with exactly the versions that it pinned.
 
-    Raises: PlanGone if a version is not kept or not visible to `tenant`; PlanInvalid if these cannot form a plan.
+    Raises: PlanGone if a version is not kept or not visible to `tenant`; AdapterIncompatible for one of another base
+    model; PlanInvalid if these cannot form a plan.
     """
     records = [_kept_version(snapshot, tenant, item) for item in pinned]
+    for record, item in zip(records, pinned, strict=True):
+        bases.check(record, item.name)
     rows = tuple(
         PlannedAdapter(record.ref, record.weights_digest, item.weight, item.score)
         for record, item in zip(records, pinned, strict=True)

@@ -21,28 +21,35 @@ from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
+from retriever_svc.served_bases import BaseCounts, ServedBases
 from retriever_svc.snapshot_diff import diff_records
 
 _TRUSTED = "trusted"
+_EVERY_BASE = ServedBases()
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One generation: its snapshot, encoder, and index of the adapters that this encoder embedded. Immutable."""
+    """One generation: its snapshot, encoder, and index of the adapters that this encoder embedded. Immutable.
+
+    The snapshot has every adapter. Those of a base model that is not in `bases` are in no index, list or count.
+    """
 
     snapshot: Snapshot
     encoder: Encoder
     index: AdapterIndex
     ordinary: OrdinaryVectors | None = None  # by the same encoder
+    bases: ServedBases = _EVERY_BASE
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
     _calibrations: PerCallerCache[Calibration] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
+    _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
     listings: Listings = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "listings", Listings(self.snapshot))
+        object.__setattr__(self, "listings", Listings(self.snapshot, self.bases))
 
     @classmethod
     def of(
@@ -52,22 +59,28 @@ class Pool:
         settings: IndexSettings,
         lists: InvertedLists | None = None,
         ordinary: OrdinaryVectors | None = None,
+        bases: ServedBases = _EVERY_BASE,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
-        index = AdapterIndex.of(routable(snapshot, encoder.identity), encoder.dim, settings, lists)
-        return cls(snapshot, encoder, index, ordinary)
+        index = AdapterIndex.of(routable(snapshot, encoder.identity, bases), encoder.dim, settings, lists)
+        return cls(snapshot, encoder, index, ordinary, bases)
 
     def after(self, snapshot: Snapshot) -> Pool:
         """Return the pool of a later generation with the same encoder. Call it from one thread on the newest pool."""
-        return Pool(snapshot, self.encoder, self._index_after(self.index, snapshot), self.ordinary)
+        return Pool(snapshot, self.encoder, self._index_after(self.index, snapshot), self.ordinary, self.bases)
 
     def rebuilt(self, index: AdapterIndex, newest: Pool) -> Pool:
         """Return `newest` with a new index: `index` holds this pool's adapters, so apply the changes since."""
-        return Pool(newest.snapshot, newest.encoder, self._index_after(index, newest.snapshot), newest.ordinary)
+        index = self._index_after(index, newest.snapshot)
+        return Pool(newest.snapshot, newest.encoder, index, newest.ordinary, newest.bases)
 
     def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
         gone, new = diff_records(self.snapshot.records, snapshot.records)
-        return index.after(gone, [record for record in new if record.encoder == self.encoder.identity])
+        return index.after(gone, [record for record in new if _is_routable(record, self.encoder.identity, self.bases)])
+
+    def may_find(self, record: AdapterRecord, tenant: str) -> bool:
+        """Return whether `tenant` may be given this adapter without naming it."""
+        return self.bases.serves(record) and self.index.may_find(record, tenant)
 
     def allowed(self, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False) -> Allowed:
         """Return the adapters to which a request of `tenant` with these tags may be routed."""
@@ -109,7 +122,7 @@ class Pool:
     def preferences(self, tenant: str) -> Preferences:
         """Return what the rankings of `tenant` say about its search results."""
         return self._preferences.get(
-            (tenant,), lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.index)
+            (tenant,), lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find)
         )
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:
@@ -124,16 +137,24 @@ class Pool:
         return plane, PoolMap(self.snapshot.generation_for(tenant), num, plane.shown_variance, points)
 
     def embedded(self, tenant: str, name: str, *, owner_names: bool = False) -> list[AdapterRecord]:
-        """Return the live adapter that `tenant` means by `name` if the encoder embedded it, else an empty list."""
+        """Return the live adapter that `tenant` means by `name` if it is served and embedded, else an empty list."""
         try:
             record = resolve(self.snapshot, tenant, name, owner_names=owner_names)
         except AdapterNotFound:
             return []
-        return [record] if record.encoder == self.encoder.identity else []
+        return [record] if _is_routable(record, self.encoder.identity, self.bases) else []
 
     def count(self, tenant: str) -> int:
         """Return how many listed adapters `tenant` may use, including those that `auto` cannot find."""
-        return self._counts.get((tenant,), lambda: sum(1 for _ in listed(self.snapshot.records.values(), tenant)))
+        records = self.snapshot.records.values()
+        return self._counts.get((tenant,), lambda: sum(1 for _ in filter(self.bases.serves, listed(records, tenant))))
+
+    def unserved(self, tenant: str | None = None) -> BaseCounts:
+        """Return how many of the adapters that `tenant` sees, or of all, were made for each unserved base model."""
+        records = self.snapshot.records.values()
+        if tenant is None:
+            return self._unserved.get((), lambda: self.bases.unserved(records))
+        return self._unserved.get((tenant,), lambda: self.bases.unserved(listed(records, tenant)))
 
     def nearest(
         self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False
@@ -151,9 +172,13 @@ class Pool:
             width *= 2
 
 
-def routable(snapshot: Snapshot, encoder: str) -> list[AdapterRecord]:
-    """Return the adapters that this encoder embedded. The others are reachable by name only."""
-    return [record for record in snapshot.records.values() if record.encoder == encoder]
+def routable(snapshot: Snapshot, encoder: str, bases: ServedBases) -> list[AdapterRecord]:
+    """Return the served adapters that this encoder embedded. The other served ones are reachable by name only."""
+    return [record for record in snapshot.records.values() if _is_routable(record, encoder, bases)]
+
+
+def _is_routable(record: AdapterRecord, encoder: str, bases: ServedBases) -> bool:
+    return record.encoder == encoder and bases.serves(record)
 
 
 def _adapters_of(records: Sequence[AdapterRecord], vectors: Vectors) -> Adapters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,10 @@ from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import Snapshot
 from retriever_svc.encoder import Vectors
-from retriever_svc.index import AdapterIndex, Match
+from retriever_svc.index import Match
+
+MayFind = Callable[[AdapterRecord, str], bool]
+"""Whether a tenant may be given an adapter without naming it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,12 @@ class Preferences:
     vectors: Vectors
 
     @classmethod
-    def of(cls, snapshot: Snapshot, tenant: str, encoder: str, index: AdapterIndex) -> Preferences:
+    def of(cls, snapshot: Snapshot, tenant: str, encoder: str, may_find: MayFind) -> Preferences:
         """Read the rankings of `tenant`. Ignore those of another encoder, and adapters that it may not be given."""
         better: dict[AdapterRef, AdapterRecord] = {}
         regions: list[AdapterRecord] = []
         for ranking in (rank.ranking for rank in snapshot.rankings.get(tenant, ())):
-            leader = _leader(ranking, snapshot, tenant, index)
+            leader = _leader(ranking, snapshot, tenant, may_find)
             anchor = snapshot.records.get((ranking.anchor.tenant, ranking.anchor.name))
             if leader is None or (anchor is not None and anchor.ref != ranking.anchor):
                 continue
@@ -71,11 +74,11 @@ class Preferences:
         return match._replace(record=replace(better, embedding=match.record.embedding))
 
 
-def _leader(ranking: Ranking, snapshot: Snapshot, tenant: str, index: AdapterIndex) -> AdapterRecord | None:
+def _leader(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind) -> AdapterRecord | None:
     """Return the best adapter that is still live in the measured version and that `tenant` may be given, or None."""
     for ref in (item.ref for item in ranking.adapters if not item.is_beaten):
         record = snapshot.records.get((ref.tenant, ref.name))
-        if record is not None and record.ref == ref and index.may_find(record, tenant):
+        if record is not None and record.ref == ref and may_find(record, tenant):
             return record
     return None
 

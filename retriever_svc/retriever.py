@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
 from retriever_svc.route import Candidate, PinnedAdapter, Reason, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
+from retriever_svc.served_bases import BaseCounts
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
 
@@ -49,6 +50,14 @@ class NoTimings:
 
     def searched(self, seconds: float) -> None:
         pass
+
+
+class PoolSize(NamedTuple):
+    """The generation in service, how many adapters a tenant may use, and how many of all tenants are not served."""
+
+    generation: int
+    num_adapters: int
+    unserved: BaseCounts = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +154,7 @@ class Retriever:
             plan = routed_plan(request, planned, generation, self._temperature)
             live = {row.ref for row in plan.adapters}
             approval = pool.index.requires_approval
-            plan = with_trials(plan, pool.snapshot, request.tenant, live, requires_approval=approval)
+            plan = with_trials(plan, pool.snapshot, request.tenant, live, requires_approval=approval, bases=pool.bases)
             return Route(plan, candidates, generation, abstained=False)
         if request.fallback == "error":
             best = matches[0] if matches else None
@@ -162,17 +171,19 @@ class Retriever:
     ) -> Plan:
         """Return the plan of the (name, weight) pairs that a client chose. Make no encoder call.
 
-        Raises: AdapterNotFound, as `resolve` does; PlanInvalid if these adapters cannot form a plan; StaleIndex.
+        Raises: AdapterNotFound, as `resolve` does; AdapterIncompatible; PlanInvalid if these adapters cannot form a
+        plan; StaleIndex.
         """
-        snapshot = self._pool_at(min_generation, tenant).snapshot
-        return named_plan(snapshot, tenant, choices, strategy, owner_names=self._owner_names)
+        pool = self._pool_at(min_generation, tenant)
+        return named_plan(pool.snapshot, tenant, choices, strategy, owner_names=self._owner_names, bases=pool.bases)
 
     def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
         """Return the plan that was made at `generation`, with exactly the versions it pinned. Make no encoder call.
 
-        Raises: PlanGone, PlanInvalid; StaleIndex if this pool is older than the plan.
+        Raises: PlanGone, AdapterIncompatible, PlanInvalid; StaleIndex if this pool is older than the plan.
         """
-        return replayed_plan(self._pool_at(generation, tenant).snapshot, tenant, strategy, pinned, generation)
+        pool = self._pool_at(generation, tenant)
+        return replayed_plan(pool.snapshot, tenant, strategy, pinned, generation, bases=pool.bases)
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
@@ -185,7 +196,8 @@ class Retriever:
 
     def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """Return a page of the adapters that `tenant` may use. Raises: StaleIndex."""
-        return self._pool_at(min_generation, tenant).listings.page(tenant, request)
+        pool = self._pool_at(min_generation, tenant)
+        return replace(pool.listings.page(tenant, request), unserved=pool.unserved(tenant))
 
     def versions(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         """Return (generation, the kept versions that `tenant` may see of the adapter it names, the live one first).
@@ -258,10 +270,10 @@ class Retriever:
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
         return Place(pool.snapshot.generation_for(tenant), Point(None, x, y), adapters)
 
-    def count(self, tenant: str) -> tuple[int, int]:
-        """Return (generation, how many adapters `tenant` may use)."""
+    def count(self, tenant: str) -> PoolSize:
+        """Return the size of the pool in service, as `tenant` sees it."""
         pool = self._pools.current
-        return pool.snapshot.generation_for(tenant), pool.count(tenant)
+        return PoolSize(pool.snapshot.generation_for(tenant), pool.count(tenant), pool.unserved())
 
     def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
         """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`)."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from deployments.api.pool_responses import ranking_object
+from deployments.api.pool_responses import ranking_object, unserved_text
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef
 from retriever_svc import AdapterFinding, Collision, DoctorReport
@@ -20,7 +20,7 @@ Name = Callable[[AdapterRef], str]
 class Advice(TypedDict):
     """A problem of some adapters, or of the pool, with the remedy."""
 
-    problem: Literal["few_samples", "unlike_samples", "inseparable", "refit"]
+    problem: Literal["few_samples", "unlike_samples", "inseparable", "refit", "unserved"]
     adapters: list[str]
     text: str
 
@@ -60,7 +60,10 @@ def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
 
 
 def advice_of(report: DoctorReport, name: Name) -> Iterator[Advice]:
-    """Yield what to change, the pool's own problem first. `name`: the name that the caller uses for an adapter."""
+    """Yield what to change, the pool's own problems first. `name`: the name that the caller uses for an adapter."""
+    for base_model, refs in report.unserved.items():
+        text = f"{unserved_text(base_model, len(refs))}."
+        yield {"problem": "unserved", "adapters": list(map(name, refs)), "text": text}
     if report.refit is not None and report.refit.pays:
         now, then, total = report.refit.num_first, report.refit.num_refitted, report.refit.num_samples
         text = (

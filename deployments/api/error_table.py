@@ -77,6 +77,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (retriever_errors.ProjectionUnusable, 400, _INVALID, "projection_unusable"),
     (retriever_errors.RouteInvalid, 400, _INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched, 422, _INVALID, "no_adapter_matched"),
+    (retriever_errors.AdapterIncompatible, 400, _INVALID, "adapter_incompatible"),
     (retriever_errors.PlanGone, 409, _INVALID, "plan_gone"),
     (retriever_errors.StaleIndex, 503, _OVERLOADED, "stale_index"),
     (worker_errors.SamplingInvalid, 400, _INVALID, "invalid_request"),

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from deployments.api.responses import TrialObject, trial_object
 from deployments.json_types import JsonObject
 from lora_store import AdapterRecord, Ranking, Sample
-from retriever_svc import Place, Point, PoolMap
+from retriever_svc import BaseCounts, Page, Place, Point, PoolMap
 
 
 class ModelCard(TypedDict):
@@ -61,10 +61,21 @@ class Adapter(TypedDict):
     trial: TrialObject | None
 
 
+class Unserved(TypedDict):
+    """Adapters that were made for another base model. `text`: a sentence with the remedy."""
+
+    base_model: str
+    num_adapters: int
+    text: str
+
+
 class AdapterList(TypedDict):
+    """One page of the adapters that the caller may use. `unserved`: others, of base models that are not served."""
+
     object: Literal["list"]
     generation: int
     total: int
+    unserved: list[Unserved]
     data: list[Adapter]
     first_id: str | None
     last_id: str | None
@@ -106,11 +117,16 @@ class Health(TypedDict):
 
 
 class Ready(TypedDict):
-    """The readiness; with keys only the status. `refused`: preloaded adapters that were refused, with the reason."""
+    """The readiness; with keys only the status.
+
+    `unserved`: adapters of base models that are not served. `refused`: preloaded adapters that were refused, with the
+    reason.
+    """
 
     status: Literal["ready"]
     generation: NotRequired[int]
     num_adapters: NotRequired[int]
+    unserved: NotRequired[list[Unserved]]
     refused: NotRequired[dict[str, str]]
 
 
@@ -163,19 +179,38 @@ def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:
     return {"object": "list", "data": cards, "first_id": first_id, "last_id": last_id, "has_more": has_more}
 
 
-def adapter_list(
-    records: Sequence[AdapterRecord], tenant: str, *, generation: int, total: int, has_more: bool
-) -> AdapterList:
-    data = [lora_object(record, tenant) for record in records]
+def adapter_list(page: Page, tenant: str) -> AdapterList:
+    """Return one page of adapters, under the names that `tenant` uses for them."""
+    data = [lora_object(record, tenant) for _, record in page.rows]
     return {
         "object": "list",
-        "generation": generation,
-        "total": total,
+        "generation": page.generation,
+        "total": page.num_found,
+        "unserved": unserved_objects(page.unserved),
         "data": data,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
-        "has_more": has_more,
+        "has_more": page.has_more,
     }
+
+
+def unserved_objects(unserved: BaseCounts) -> list[Unserved]:
+    """Return the adapters of each base model that is not served."""
+    return [
+        {"base_model": base_model, "num_adapters": num, "text": unserved_text(base_model, num)}
+        for base_model, num in unserved
+    ]
+
+
+def unserved_text(base_model: str, num_adapters: int) -> str:
+    """Return a sentence that says what these adapters need."""
+    base_model = base_model[:200]
+    what = "1 adapter was made for" if num_adapters == 1 else f"{num_adapters} adapters were made for"
+    verb = "is" if num_adapters == 1 else "are"
+    return (
+        f"{what} {base_model} and {verb} not served: start the server with base_model: {base_model},"
+        " or add the name to accepts_base if it means the same weights"
+    )
 
 
 def lora_object(record: AdapterRecord, tenant: str) -> Adapter:

@@ -11,10 +11,11 @@ from deployments.config.app import AppConfig
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
+from retriever_svc import BaseCounts
 
 # Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
 _OF_APP = (
-    *("base_model", "base_model_name", "store_uri", "template", "max_new_tokens", "generation_config"),
+    *("base_model", "base_model_name", "accepts_base", "store_uri", "template", "max_new_tokens", "generation_config"),
     "sampling_defaults",
     *("public_requires_approval", "owner_names"),
 )
@@ -54,6 +55,7 @@ class BatchRun:
     source: BatchInput
     generation: int
     num_adapters: int
+    unserved: BaseCounts  # adapters that were made for other base models
     parts: tuple[Part, ...]
     num_done: int
 
@@ -77,10 +79,12 @@ def begin(settings: BatchSettings) -> BatchRun:
     done = output.done()
     left = tuple(part for part in parts if part.number not in done)
     try:
-        num_adapters = len(store.snapshot_at(manifest.generation).records)
+        records = store.snapshot_at(manifest.generation).records
     except GenerationGone as exc:
         raise BatchRefused(f"the run cannot be resumed: {exc}; start a new one in another output folder") from exc
-    return BatchRun(settings, source, manifest.generation, num_adapters, left, len(parts) - len(left))
+    unserved = settings.config.served_bases.unserved(records.values())
+    num_adapters = len(records) - sum(num for _, num in unserved)
+    return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, len(parts) - len(left))
 
 
 def store_of(config: AppConfig) -> LoraStore:

@@ -38,6 +38,7 @@ from retriever_svc import (
     PinnedAdapter,
     Place,
     PoolMap,
+    PoolSize,
     Region,
     ReindexStep,
     Route,
@@ -246,7 +247,7 @@ class RetrieverCalls(RoutingClient, Protocol):
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place: ...
     async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]: ...
-    async def load(self, tenant: str) -> tuple[int, int]: ...
+    async def load(self, tenant: str) -> PoolSize: ...
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
     async def samples(self, tenant: str, name: str) -> list[Sample]: ...
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
@@ -276,7 +277,7 @@ class RetrieverClient(RetrieverCalls, Protocol):
     async def broadcast_prepare_encoder(
         self, model: str, timeout_s: float, projection: str = "auto"
     ) -> list[str | BaseException]: ...
-    async def broadcast_load(self, tenant: str, timeout_s: float) -> list[tuple[int, int] | BaseException]: ...
+    async def broadcast_load(self, tenant: str, timeout_s: float) -> list[PoolSize | BaseException]: ...
 
 
 class ServeRetriever(RetrieverClient):
@@ -308,7 +309,7 @@ class ServeRetriever(RetrieverClient):
     async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
         return await self._calls.retry(RetrieverReplica.vectors, tenant, texts)
 
-    async def load(self, tenant: str) -> tuple[int, int]:
+    async def load(self, tenant: str) -> PoolSize:
         return await self._calls.retry(RetrieverReplica.load, tenant)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
@@ -340,5 +341,5 @@ class ServeRetriever(RetrieverClient):
     ) -> list[str | BaseException]:
         return await self._calls.broadcast(timeout_s, RetrieverReplica.prepare_encoder, model, projection)
 
-    async def broadcast_load(self, tenant: str, timeout_s: float) -> list[tuple[int, int] | BaseException]:
+    async def broadcast_load(self, tenant: str, timeout_s: float) -> list[PoolSize | BaseException]:
         return await self._calls.broadcast(timeout_s, RetrieverReplica.load, tenant)

@@ -45,7 +45,7 @@ def list_adapters(
         answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"], **wanted})
         rows += answer["data"]
     if as_json:
-        print_json({"generation": answer["generation"], "data": rows})
+        print_json({"generation": answer["generation"], "unserved": answer.get("unserved", []), "data": rows})
         return
     names, digests, autos = (
         Column("adapter", overflow="fold"),
@@ -62,6 +62,8 @@ def list_adapters(
     for row in rows:
         if row.get("trial"):
             out.print(f"{row['id']}: {share_of(row['trial'])}", markup=False, highlight=False)
+    for row in answer.get("unserved", []):  # a server of an earlier version has none
+        show_error(row["text"])
 
 
 @commands.command()

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from ray.exceptions import RayError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deployments.api.pool_responses import unserved_text
 from deployments.batch.dataset import answer_parts, cluster
 from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.cli.client import err, out, print_json, show_error
@@ -30,6 +31,8 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
         run = begin(settings)
         if not as_json:
             out.print(_summary(run), markup=False)
+            for base_model, num_adapters in run.unserved:
+                show_error(unserved_text(base_model, num_adapters))
         if run.parts:
             with cluster(settings.config, address, concurrency):
                 num_errors = _answer(run, concurrency)

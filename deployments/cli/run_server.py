@@ -59,8 +59,8 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
             ready = server.started()
         interrupts = server.interrupts()
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
-        for path, reason in ready["refused"].items():
-            show_error(f"not published: {path}: {reason}")
+        for problem in start_problems(ready):
+            show_error(problem)
         out.print(template_note(settings), markup=False)
         out.print(access_note(settings, host), markup=False)
         out.print(ports_note(settings), markup=False)
@@ -69,6 +69,12 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         interrupts.get()
         if not server.finish_requests():
             out.print("stopped before all requests were answered")
+
+
+def start_problems(ready: JsonObject) -> list[str]:
+    """Return a line for each base model whose adapters are not served, and for each adapter that was not published."""
+    refused = [f"not published: {path}: {reason}" for path, reason in ready["refused"].items()]
+    return [row["text"] for row in ready["unserved"]] + refused
 
 
 def next_steps(url: str, settings: AppConfig, logs: Path, program: str = "loraretriever") -> list[str]:

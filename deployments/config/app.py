@@ -38,6 +38,7 @@ from gpu_worker.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Limits, Visibility, is_valid_name
 from lora_store.location import Location
 from lora_store.peft_files import template_digest
+from retriever_svc import ServedBases
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
 EVERY_TENANT = "*"  # in source_prefixes
@@ -324,6 +325,11 @@ class AppConfig(Settings):
         """Every `base_model_name_or_path` that an adapter may have."""
         aliases = PACKAGED_ALIASES if self.base_model == PACKAGED_MODEL else ()
         return frozenset({self.base_model, self.served_base_name, *aliases, *self.accepts_base})
+
+    @cached_property
+    def served_bases(self) -> ServedBases:
+        """The base models whose adapters are served: those that publishing accepts."""
+        return ServedBases(self.served_base_name, self.accepted_bases)
 
     @property
     def weights_cache(self) -> tuple[Path, int] | None:

@@ -31,7 +31,7 @@ export async function load(wanted = 0) {
     if (!page.data.length && before.length) { before.pop(); load(); return; }
     show(page);
     onShown(page.generation);
-    sayOrHide("pool-error", "");
+    sayOrHide("pool-error", page.unserved.map(({ text }) => `${text}.`).join(" "));
   } catch (error) {
     if (number === numLoads) sayOrHide("pool-error", reasonOf(error));
   }

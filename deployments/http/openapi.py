@@ -69,7 +69,7 @@ RESPONSES_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ResponseO
 EMBEDDINGS_ANSWERS = answers(400, 404, 504, s200=EmbeddingsAnswer)
 ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=responses.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=pool_responses.ModelList)
-MODEL_ANSWERS = answers(404, s200=pool_responses.ModelCard)
+MODEL_ANSWERS = answers(400, 404, s200=pool_responses.ModelCard)
 LORAS_ANSWERS = answers(400, s200=pool_responses.AdapterList)
 LORA_ANSWERS = answers(400, 404, s200=pool_responses.AdapterShown)
 PUBLISH_ANSWERS = answers(

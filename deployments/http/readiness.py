@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deployments.api.pool_responses import Ready
+from deployments.api.pool_responses import Ready, unserved_objects
 from deployments.auth.authenticator import ANONYMOUS_TENANT, LOCAL_CALLER
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import WorkerClient, WorkerGate
 from deployments.errors import NotReady
 from deployments.publishing.preload import Preload
+from retriever_svc import PoolSize
 
 READY_WAIT_S = 5.0
 KEPT_S = 0.5  # Retriever and Worker are called once in this time, however many clients call /ready
@@ -35,7 +36,7 @@ class Readiness:
     ) -> None:
         self._preload, self._gate, self._retriever, self._worker = preload, gate, retriever, worker
         self._has_keys, self._wait_s, self._clock = has_keys, wait_s, clock
-        self._asking: asyncio.Task[tuple[int, int]] | None = None
+        self._asking: asyncio.Task[PoolSize] | None = None
         self._began_s = 0.0
         self._num_waiting = 0
 
@@ -58,12 +59,18 @@ class Readiness:
             raise NotReady(f"{MAX_WAITING} clients wait for this answer already; ask again later")
         self._num_waiting += 1
         try:
-            generation, num_adapters = await asyncio.shield(self._asked())  # other clients wait for the same task
+            size = await asyncio.shield(self._asked())  # other clients wait for the same task
         finally:
             self._num_waiting -= 1
-        return {"status": "ready", "generation": generation, "num_adapters": num_adapters, "refused": refused}
+        return {
+            "status": "ready",
+            "generation": size.generation,
+            "num_adapters": size.num_adapters,
+            "unserved": unserved_objects(size.unserved),
+            "refused": refused,
+        }
 
-    def _asked(self) -> asyncio.Task[tuple[int, int]]:
+    def _asked(self) -> asyncio.Task[PoolSize]:
         is_fresh = self._asking is not None and (not self._asking.done() or self._clock() - self._began_s < KEPT_S)
         if self._asking is None or not is_fresh:
             self._began_s = self._clock()
@@ -71,7 +78,7 @@ class Readiness:
             self._asking.add_done_callback(_retrieve)
         return self._asking
 
-    async def _ask(self) -> tuple[int, int]:
+    async def _ask(self) -> PoolSize:
         """Call both deployments. Raises: NotReady; RayActorError if replicas keep dying."""
         tenant = ANONYMOUS_TENANT if self._has_keys else LOCAL_CALLER.tenant  # private adapters are not counted
         try:
@@ -83,7 +90,7 @@ class Readiness:
             raise NotReady(f"the Retriever or the Worker did not answer within {self._wait_s:g} s") from exc
 
 
-def _retrieve(task: asyncio.Task[tuple[int, int]]) -> None:
+def _retrieve(task: asyncio.Task[PoolSize]) -> None:
     """Retrieve the error of an abandoned answer, which asyncio would log otherwise."""
     if not task.cancelled():
         task.exception()

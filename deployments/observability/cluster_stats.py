@@ -17,6 +17,7 @@ from deployments.calls.worker_client import Usage, WorkerClient
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from gpu_worker.engine.engine_status import EngineStatus
+from retriever_svc import PoolSize
 
 KEPT_S = 0.5
 _TIMEOUT_S = 3.0  # a worker answers between two steps
@@ -124,12 +125,16 @@ def _usage_object(usages: Sequence[Usage]) -> JsonObject:
     }
 
 
-def _pool_object(retrievers: ReplicaAnswers[tuple[int, int]]) -> JsonObject:
+def _pool_object(retrievers: ReplicaAnswers[PoolSize]) -> JsonObject:
     """Describe the newest generation in service and the oldest one; null where no replica answered."""
     if not retrievers.given:
         return {"generation": None, "oldest_generation": None, "num_adapters": None}
-    generation, num_adapters = max(retrievers.given)
-    return {"generation": generation, "oldest_generation": min(retrievers.given)[0], "num_adapters": num_adapters}
+    newest, oldest = max(retrievers.given), min(retrievers.given)
+    return {
+        "generation": newest.generation,
+        "oldest_generation": oldest.generation,
+        "num_adapters": newest.num_adapters,
+    }
 
 
 async def _broadcast(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_store import AdapterRecord, AdapterRef, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
 from retriever_svc import (
+    BaseCounts,
     Candidate,
     DoctorStep,
     NearSample,
@@ -18,6 +19,7 @@ from retriever_svc import (
     PinnedAdapter,
     Place,
     PoolMap,
+    PoolSize,
     Region,
     ReindexStep,
     Route,
@@ -43,6 +45,7 @@ class FakeRetriever:
     to_evaluate: Sequence[Region] = ()
     prepared: Exception | str = "other-encoder"
     near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
+    unserved: BaseCounts = ()
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
@@ -67,10 +70,10 @@ class FakeRetriever:
         return replayed_plan(self._snapshot, tenant, strategy, pinned, generation)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
-        return Listings(self._snapshot).page(tenant, request)
+        return replace(Listings(self._snapshot).page(tenant, request), unserved=self.unserved)
 
-    async def load(self, tenant: str) -> tuple[int, int]:
-        return 7, len(self._snapshot.visible_to(tenant))
+    async def load(self, tenant: str) -> PoolSize:
+        return PoolSize(7, len(self._snapshot.visible_to(tenant)), self.unserved)
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         record = self._snapshot.resolve(tenant, name)

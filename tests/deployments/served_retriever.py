@@ -16,7 +16,7 @@ from lora_store.blobs import BlobStore
 from lora_store.location import Location
 from lora_store.sample_files import write_samples
 from retriever_svc import PageRequest
-from tests.retriever_svc.pool_fakes import record_of
+from tests.retriever_svc.pool_fakes import BASE, record_of
 
 SAMPLES = {
     "german": [Sample("Translate to German: good morning."), Sample("How do you say cheese in German?")],
@@ -52,7 +52,8 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.uri, self.ticks = str(folder), Ticks()
         self.catalogue = Catalogue(Location(self.uri).child("catalogue"))
-        config = AppConfig(store_uri=self.uri, retrieval=RetrievalSettings(encoder_threads=1, poll_interval_s=7.0))
+        retrieval = RetrievalSettings(encoder_threads=1, poll_interval_s=7.0)
+        config = AppConfig(store_uri=self.uri, accepts_base=(BASE,), retrieval=retrieval)
         self.replica = RetrieverDeployment(config, sleep=self.ticks.sleep)
 
     def publish(self, *records: AdapterRecord) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable, Trial
-from retriever_svc import EncoderUnusable, RouteRequest, StaleIndex
+from retriever_svc import EncoderUnusable, PoolSize, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 from tests.retriever_svc.pool_fakes import record_of
@@ -45,7 +45,7 @@ def test_a_prompt_is_nearest_to_the_adapter_that_it_is_routed_to(tmp_path: Path)
         assert german < sums  # two adapters differ along one axis
         drawn = await here.replica.map("local")
         assert (drawn.num_adapters, round(drawn.shown_variance, 5)) == (2, 1)
-        assert await here.replica.load("local") == (1, 2)
+        assert await here.replica.load("local") == PoolSize(1, 2)
 
     run(tmp_path, scenario)
 

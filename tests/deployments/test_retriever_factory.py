@@ -14,7 +14,7 @@ from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import AdapterRecord, Embedding, Snapshot
 from retriever_svc import Encoder, IndexSettings, NoAdapterMatched, Route, RouteRequest
-from tests.deployments.adapter_records import adapter
+from tests.deployments.adapter_records import BASE, adapter
 from tests.tiny_encoder import save_tiny_encoder
 
 TEXT = "the goat eats"
@@ -29,7 +29,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(encoder: Path, tmp_path: Path) -> Callable[..., AppConfig]:
     def make(retrieval: dict[str, Any] | None = None, **settings: Any) -> AppConfig:
         own = RetrievalSettings(encoder=str(encoder), encoder_threads=1, **(retrieval or {}))
-        return AppConfig(store_uri=str(tmp_path / "store"), retrieval=own, **settings)
+        return AppConfig(store_uri=str(tmp_path / "store"), retrieval=own, **{"accepts_base": (BASE,), **settings})
 
     return make
 
@@ -68,6 +68,17 @@ def test_the_settings_decide_whether_approval_is_required(
     strict = config_of({"min_score": -1.0}, public_requires_approval=True)
     assert names(route(strict, record)) == []
     assert names(route(strict, replace(record, approved=True))) == ["goats"]
+
+
+def test_adapters_of_a_base_that_the_settings_do_not_accept_are_skipped_and_logged(
+    config_of: Callable[..., AppConfig], record: AdapterRecord, caplog: pytest.LogCaptureFixture
+) -> None:
+    for accepted in ({"accepts_base": (BASE,)}, {"base_model": f"somewhere/{BASE}", "accepts_base": ()}):
+        assert names(route(config_of({"min_score": -1.0}, **accepted), record)) == ["goats"]
+    assert "not served" not in caplog.text
+    assert names(route(config_of({"min_score": -1.0}, accepts_base=()), record)) == []
+    assert f"1 adapter was made for {BASE} and is not served" in caplog.text
+    assert names(route(config_of({"min_score": -1.0}, accepts_base=()), replace(record, base_model=""))) == ["goats"]
 
 
 def test_the_floor_of_the_settings_is_the_retrievers(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lora_store import AdapterNotFound, Sample
-from retriever_svc import PinnedAdapter, RouteRequest, StaleIndex
+from retriever_svc import PinnedAdapter, PoolSize, RouteRequest, StaleIndex
 from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 
@@ -46,7 +46,7 @@ def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
             assert len((await here.replica.page("local", ALL)).rows) == 1
             assert (await here.replica.record("local", "sums"))[0] == 1
             assert (await here.replica.map("local")).num_adapters == 1
-            assert await here.replica.load("local") == (1, 1)
+            assert await here.replica.load("local") == PoolSize(1, 1)
             assert await here.replica.catch_up(here.publish(sums)) == 2
         assert not any(call.done() for call in waiting)
         goes_on.set()

@@ -15,6 +15,7 @@ from lora_store.snapshot import Snapshot
 from retriever_svc import LivePool, Route
 
 FAKE_IDENTITY = "fake-encoder"
+BASE = "tiny"
 
 
 def digest_of(text: str) -> str:
@@ -35,6 +36,7 @@ def record_of(
     version: str = "",
     num_samples: int = 0,
     approved: bool = False,
+    base_model: str = BASE,
 ) -> AdapterRecord:
     """Return a record as in the catalogue. `weights` sets its weights' digest, by default a unique one."""
     return AdapterRecord(
@@ -43,7 +45,7 @@ def record_of(
         samples_digest=digest_of(f"samples {name}") if num_samples else None,
         visibility=visibility,
         tags=tags,
-        base_model="tiny",
+        base_model=base_model,
         ranks=(8,),
         target_modules=("q_proj",),
         num_bytes=1,

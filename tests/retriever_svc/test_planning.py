@@ -13,7 +13,7 @@ from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from lora_store.trials import Trial
-from retriever_svc import PinnedAdapter, PlanGone, Retriever, StaleIndex
+from retriever_svc import PinnedAdapter, PlanGone, Retriever, ServedBases, StaleIndex
 from retriever_svc.planning import named_plan, replayed_plan, resolve, with_trials
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -108,7 +108,7 @@ class Precondition:
     def current(self) -> Precondition:
         return self
 
-    snapshot = POOL
+    snapshot, bases = POOL, ServedBases()
 
 
 def test_a_plan_of_a_later_generation_waits_for_it() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_store.records import AdapterRecord
-from retriever_svc import IndexSettings, PoolMap, Retriever
+from retriever_svc import IndexSettings, PoolMap, PoolSize, Retriever
 from retriever_svc.index import AdapterIndex
 from retriever_svc.pool import Pool
 from retriever_svc.projection import MAX_POINTS
@@ -92,4 +92,4 @@ def test_adapters_omitted_from_a_large_map_are_placed_on_request() -> None:
 
 def test_the_count_is_the_callers_and_includes_adapters_reachable_by_name_only() -> None:
     retriever = retriever_of(*PUBLIC, PRIVATE, record_of("bare", None))
-    assert (retriever.count("local"), retriever.count("them")) == ((1, 4), (1, 5))
+    assert (retriever.count("local"), retriever.count("them")) == (PoolSize(1, 4), PoolSize(1, 5))

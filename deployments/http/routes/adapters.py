@@ -103,10 +103,7 @@ async def loras(
 ) -> AdapterList:
     """Return a page of the adapters that the caller may use and that pass the filters, and their number."""
     wanted = PageRequest(limit, after, owner=owner, tags=tuple(tag or ()), words=search)
-    page = await services.retriever.page(caller.tenant, wanted, min_generation)
-    records = [record for _, record in page.rows]
-    counted = {"generation": page.generation, "total": page.num_found}
-    return adapter_list(records, caller.tenant, **counted, has_more=page.has_more)
+    return adapter_list(await services.retriever.page(caller.tenant, wanted, min_generation), caller.tenant)
 
 
 @router.post(

@@ -64,6 +64,7 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
+    services.config.served_bases.check(versions[0], model)
     return cards.adapter(model, versions[0], caller.tenant)
 
 

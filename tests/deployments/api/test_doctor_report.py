@@ -46,6 +46,17 @@ def test_a_doctors_report_names_adapters() -> None:
     }
 
 
+def test_adapters_that_are_not_served_come_first_in_the_advice() -> None:
+    own = adapter("poet", tenant="us").ref
+    report = DoctorReport(7, 3, (), (), (), (), unserved={"org/old": (own, POET.ref)})
+    text = (
+        "2 adapters were made for org/old and are not served: start the server with base_model: org/old, or add the"
+        " name to accepts_base if it means the same weights."
+    )
+    advice = doctor_object(report, "us")["advice"]
+    assert advice == [{"problem": "unserved", "adapters": ["poet", "local/poet"], "text": text}]
+
+
 def test_adapters_of_another_tenant_have_their_unambiguous_names() -> None:
     own = adapter("poet", tenant="us").ref
     report = DoctorReport(

@@ -65,6 +65,7 @@ EXPECTED = [
     (retriever_errors.ProjectionUnusable("missing"), 400, INVALID, "projection_unusable"),
     (retriever_errors.RouteInvalid("k"), 400, INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched(0.1, 0.2), 422, INVALID, "no_adapter_matched"),
+    (retriever_errors.AdapterIncompatible("x", "a", "b"), 400, INVALID, "adapter_incompatible"),
     (retriever_errors.PlanGone("x", "d"), 409, INVALID, "plan_gone"),
     (retriever_errors.StaleIndex(2, 1), 503, OVERLOADED, "stale_index"),
     (worker_errors.SamplingInvalid("top_p"), 400, INVALID, "invalid_request"),

@@ -6,9 +6,10 @@ import asyncio
 from typing import Any
 
 from deployments.batch.planning import BatchRouting, PartPlanner
+from deployments.config.app import AppConfig
 from lora_store import Plan
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
-from tests.deployments.batching import Place, prompts
+from tests.deployments.batching import BASE, Place, prompts
 
 
 def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place) -> None:
@@ -29,6 +30,16 @@ def test_a_run_of_a_tenant_plans_for_that_tenant(place: Place) -> None:
     run = place.begin([{"prompt": "The sea"}], tenant="acme")
     [asked] = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
     assert asked.job is not None and asked.job.tenant == "acme"
+
+
+def test_a_run_of_another_base_uses_no_adapter_and_names_it_where_a_row_does(place: Place) -> None:
+    other = AppConfig(**{**dict(place.config), "base_model_name": "another-base"})
+    run = place.begin([{"prompt": "The sea", "model": "auto"}, {"prompt": "The sea", "model": "the-sea"}], config=other)
+    found, named = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
+    assert (run.num_adapters, run.unserved) == (0, ((BASE, 5),))
+    assert found.job is not None and found.job.plan.strategy == "base"
+    assert named.error is not None and named.error["code"] == "adapter_incompatible"
+    assert f"base model '{BASE}', and this server serves 'another-base'" in named.error["message"]
 
 
 def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:

@@ -14,13 +14,13 @@ from deployments.batch.run import BatchSettings, begin
 from deployments.config.app import AppConfig, SamplingDefaults
 from deployments.errors import BatchRefused
 from lora_store import Catalogue, Location, Publish
-from tests.deployments.adapter_records import adapter
+from tests.deployments.adapter_records import BASE, adapter
 from tests.deployments.batching import DEFAULTS, Place, prompts
 
 
 def test_a_run_whose_generation_was_collected_is_refused_with_the_remedy(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["one", "two"]}), tmp_path / "in.parquet")
-    config = AppConfig(store_uri=str(tmp_path / "store"))
+    config = AppConfig(store_uri=str(tmp_path / "store"), accepts_base=(BASE,))
     settings = BatchSettings(config, str(tmp_path / "in.parquet"), str(tmp_path / "out"))
     catalogue = Catalogue(Location(config.store_uri).child("catalogue"))
     catalogue.commit(lambda _: [Publish(adapter("poet"))])
@@ -30,6 +30,18 @@ def test_a_run_whose_generation_was_collected_is_refused_with_the_remedy(tmp_pat
     catalogue.vacuum(datetime.now(UTC) + timedelta(days=1))
     with pytest.raises(BatchRefused, match=r"generation 1 of the pool is no longer stored.* in another output folder"):
         begin(settings)
+
+
+def test_a_run_counts_the_adapters_of_other_bases_apart_and_keeps_its_bases(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["one", "two"]}), tmp_path / "in.parquet")
+    config = AppConfig(store_uri=str(tmp_path / "store"), accepts_base=(BASE,))
+    settings = BatchSettings(config, str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+    records = [adapter("poet"), replace(adapter("old"), base_model="org/old")]
+    Catalogue(Location(config.store_uri).child("catalogue")).commit(lambda _: [Publish(item) for item in records])
+    run = begin(settings)
+    assert (run.num_adapters, run.unserved) == (1, (("org/old", 1),))
+    with pytest.raises(BatchRefused, match=r"accepts_base was \['tiny-base'\], is \[\]"):
+        begin(replace(settings, config=AppConfig(store_uri=config.store_uri)))
 
 
 def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deployments.api.pool_responses import unserved_objects
 from tests.deployments.scripted import lines, refusal, run, scripted, words
 
 ROW = {
@@ -34,6 +35,15 @@ def test_list_shows_the_pool() -> None:
     assert "2, 4" in line
     assert "by name only" in line
     assert "fun," in line and "short" in result.stdout
+
+
+def test_list_says_which_adapters_are_not_served() -> None:
+    unserved = unserved_objects((("org/old", 12),))
+    answer = {"generation": 3, "unserved": unserved, "data": [ROW], "last_id": "poet", "has_more": False}
+    with scripted((200, answer), (200, answer)) as server:
+        shown, printed = run("list", "--url", server.url), run("list", "--json", "--url", server.url)
+    assert unserved[0]["text"] in words(shown.output)
+    assert json.loads(printed.stdout)["unserved"] == unserved
 
 
 def test_list_sends_the_search_and_prints_all_pages_as_json() -> None:

@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.api.pool_responses import unserved_objects
 from deployments.cli.local_server import Server
-from deployments.cli.run_server import access_note, next_steps, ports_note, program_of, run_server, template_note
+from deployments.cli.run_server import (
+    access_note,
+    next_steps,
+    ports_note,
+    program_of,
+    run_server,
+    start_problems,
+    template_note,
+)
 from deployments.config.app import AppConfig
 
 
@@ -61,6 +70,17 @@ def test_an_unusable_keys_file_stops_the_start(
     settings.write_text(yaml.safe_dump({"keys_file": str(keys)}))
     assert run_server(settings, {}, "127.0.0.1", 0) == 1
     assert "keys.yaml" in "".join(capsys.readouterr().err.split())
+
+
+def test_the_start_says_which_adapters_are_not_served() -> None:
+    unserved = unserved_objects((("org/old", 12), ("org/older", 1)))
+    assert start_problems({"unserved": unserved, "refused": {"/adapters/bad": "it is bad"}}) == [
+        "12 adapters were made for org/old and are not served: start the server with base_model: org/old, or add the"
+        " name to accepts_base if it means the same weights",
+        "1 adapter was made for org/older and is not served: start the server with base_model: org/older, or add the"
+        " name to accepts_base if it means the same weights",
+        "not published: /adapters/bad: it is bad",
+    ]
 
 
 def test_the_start_ends_with_next_steps_and_the_folder_of_the_logs() -> None:

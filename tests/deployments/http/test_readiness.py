@@ -19,8 +19,9 @@ from deployments.errors import NotReady
 from deployments.http.readiness import KEPT_S, MAX_WAITING, Readiness
 from deployments.publishing.preload import Preload
 from lora_store import AdapterRecord
+from retriever_svc import BaseCounts
 from tests.clocks import Clock
-from tests.deployments.adapter_records import adapter
+from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.fake_publishing import Publishing
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
@@ -56,7 +57,8 @@ def with_readiness(
     question: Callable[[Asked], Awaitable[Any]],
     *,
     worker: FakeWorker | None = None,
-    held: tuple[AdapterRecord, ...] | None = None,
+    held: tuple[AdapterRecord, ...] = POOL,
+    unserved: BaseCounts = (),
     folders: tuple[Path, ...] = (),
     has_keys: bool = False,
     **options: Any,
@@ -64,7 +66,7 @@ def with_readiness(
     """Return the result of `question`, called after the preload."""
 
     async def run() -> Any:
-        asked = Publishing(retriever=FakeHandle(FakeRetriever() if held is None else FakeRetriever(held)))
+        asked = Publishing(retriever=FakeHandle(FakeRetriever(held, unserved=unserved)))
         handle, background = FakeHandle(worker or FakeWorker()), Background()
         client = ServeWorker(handle)
         preload = Preload(folders, asked.publisher(background))
@@ -83,7 +85,13 @@ async def public(asked: Asked) -> Ready:
 
 
 def test_it_answers_with_the_generation_and_the_number_of_adapters() -> None:
-    assert with_readiness(public) == {"status": "ready", "generation": 7, "num_adapters": 2, "refused": {}}
+    assert with_readiness(public) == {
+        "status": "ready",
+        "generation": 7,
+        "num_adapters": 2,
+        "unserved": [],
+        "refused": {},
+    }
 
 
 def test_with_keys_only_the_status_is_returned_and_private_adapters_do_not_count() -> None:
@@ -94,6 +102,16 @@ def test_with_keys_only_the_status_is_returned_and_private_adapters_do_not_count
         return await asked.readiness.details()
 
     assert with_readiness(details, held=held, has_keys=True)["num_adapters"] == 1
+
+
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_the_operator_sees_how_many_adapters_of_other_bases_are_not_served(has_keys: bool) -> None:
+    async def both(asked: Asked) -> tuple[Ready, Ready]:
+        return await asked.readiness.public(), await asked.readiness.details()
+
+    shown, details = with_readiness(both, unserved=(("org/old", 12),), has_keys=has_keys)
+    assert [(row["base_model"], row["num_adapters"]) for row in details["unserved"]] == [("org/old", 12)]
+    assert ("unserved" in shown) == (not has_keys)
 
 
 def test_the_wait_for_a_worker_is_limited() -> None:

@@ -12,6 +12,7 @@ from deployments.config.parts import WorkerSettings
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
 from deployments.scaling.settings import ScalingSettings
 from gpu_worker.errors import EngineStopped
+from retriever_svc import PoolSize
 from tests.deployments.app_fakes import config_of
 from tests.deployments.console_fakes import HOLDINGS, CountingWorker
 from tests.deployments.fake_retriever import FakeRetriever
@@ -27,8 +28,8 @@ class FakeClock:
 
 
 class Behind(FakeRetriever):
-    async def load(self, tenant: str) -> tuple[int, int]:
-        return 5, 1
+    async def load(self, tenant: str) -> PoolSize:
+        return PoolSize(5, 1)
 
 
 def reader_of(

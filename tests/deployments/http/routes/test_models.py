@@ -93,7 +93,7 @@ def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Pat
     for settings, expected in cases:
         answer = get("/v1/models", base_model=str(tmp_path / "base"), **settings).json()
         assert [card["sampling_defaults"] for card in answer["data"]] == [expected] * len(answer["data"])
-    assert get("/v1/models/poet", base_model="gemma-3-270m").json()["sampling_defaults"] == {}
+    assert get("/v1/models/poet", base_model="gemma-3-270m", accepts_base=(BASE,)).json()["sampling_defaults"] == {}
 
 
 @pytest.mark.parametrize(
