@@ -48,7 +48,9 @@ class BlobStore:
 
     def put_pieces(self, digest: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
         """Store bytes that hash to `digest`, as `put` does, without holding all of them in memory."""
-        if self._files.digest(_name(digest)) != digest:
+        if self._files.digest(_name(digest)) == digest:
+            self._files.flush([_name(digest)])  # its writer may not have come so far
+        else:
             self._files.write_pieces(_name(digest), pieces())
 
     def get(self, digest: str) -> bytes:

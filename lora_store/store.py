@@ -18,7 +18,8 @@ from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import Catalogue
 from lora_store.conditional_writes import check_conditional_writes
-from lora_store.errors import AdapterNotFound, StoreUnavailable
+from lora_store.data_files import DATA_SUFFIX
+from lora_store.errors import AdapterNotFound, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, GarbageCollector
@@ -42,12 +43,15 @@ from lora_store.rules import (
 from lora_store.sample_files import parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
+from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
 from lora_store.validation import CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
+
+CATALOGUE = "catalogue"  # the folder of the catalogue's table
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +84,15 @@ class LoraStore:
         self._location = location = Location(uri)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
-        self._catalogue = Catalogue(location.child("catalogue"), sleep)
+        self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         projections = Files(location.child(PROJECTIONS))
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether this object created the pool."""
+        return self._catalogue.is_new
 
     def check_writes(self, environment: Mapping[str, str]) -> None:
         """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""
@@ -310,6 +319,22 @@ class LoraStore:
     def verify(self, wanted: Mapping[str, AdapterRef] | None = None) -> Iterator[BlobCheck]:
         """Read and hash these blobs, or all that kept versions use. Yield one result per blob."""
         return self._collector.verify(self.to_verify() if wanted is None else wanted)
+
+    def _require_new(self) -> None:
+        """Check that a catalogue may be created: the location holds no blobs and nothing of a catalogue.
+
+        Raises: StoreDamaged.
+        """
+        num_blobs = len(self._blobs.files())
+        files = Files(self._location.child(CATALOGUE)).entries()
+        data_files = [file for file in files if file.name.endswith(DATA_SUFFIX)]
+        if num_blobs or data_files:
+            raise StoreDamaged(
+                f"{self._location.uri}/{CATALOGUE}/{LOG}",
+                f"is missing, but {num_blobs} blobs and {len(data_files)} data files of its catalogue are there",
+                "mount its volume or restore a copy; with its data files, `loraretriever pool repair` restores it; to"
+                " begin a new pool, name another store_uri or first move `blobs` and `catalogue` elsewhere",
+            )
 
     def _stage_leased(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
         """Lease the record's blobs, then call `prepare`. Release the lease if that fails."""
