@@ -29,6 +29,7 @@ from lora_store.table_log import LOG, MISSING
 
 logger = logging.getLogger(__name__)
 
+CATALOGUE = "catalogue"  # the folder of the table below the store's location
 _MAX_ATTEMPTS = 200  # with eight busy writers, each wins about one attempt in eight
 _MIN_TAIL = 4096  # events since a fold; reading so many takes a quarter of a second
 _FOLD_ROWS = 10_000  # per data file

@@ -50,7 +50,6 @@ _PROPERTIES = {
     "delta.logRetentionDuration": "interval 1 days",
     "delta.deletedFileRetentionDuration": "interval 1 hours",
 }
-_NEW_SCHEMA = SCHEMA.set(0, SCHEMA.field(COLUMN).with_metadata({KEY: OURS.to_json()}))
 _WRITER = WriterProperties(
     compression="ZSTD", default_column_properties=ColumnProperties(statistics_enabled="NONE", dictionary_enabled=False)
 )
@@ -372,14 +371,19 @@ class EventTable:
                 raise
 
 
-def create_table(location: Location) -> None:
-    """Create the table, unless another process created it at the same moment. Raises: StoreUnavailable."""
+def create_table(location: Location, columns: pa.Schema = SCHEMA) -> None:
+    """Create the table with these columns, unless another process creates it at the same moment.
+
+    Raises: StoreUnavailable.
+    """
     uri, options = location.delta_uri, location.storage_options
+    column = columns.field(COLUMN).with_metadata({KEY: OURS.to_json()})
+    schema = columns.set(columns.get_field_index(COLUMN), column)
     with store_errors():
         if location.is_local:  # deltalake writes with the process's umask, so a private folder keeps others out
             make_private_folder(Path(uri, LOG))
         try:
-            DeltaTable.create(uri, _NEW_SCHEMA, mode="ignore", configuration=_PROPERTIES, storage_options=options)
+            DeltaTable.create(uri, schema, mode="ignore", configuration=_PROPERTIES, storage_options=options)
         except DeltaError:
             DeltaTable(uri, storage_options=options)  # another process created it
     Files(location).flush([commit_name(0)])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
-from lora_store.catalogue import Catalogue
+from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.data_files import DATA_SUFFIX
 from lora_store.errors import AdapterNotFound, StoreDamaged, StoreUnavailable
@@ -50,8 +50,6 @@ from lora_store.validation import CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
-
-CATALOGUE = "catalogue"  # the folder of the catalogue's table
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,10 +46,6 @@ class TableLog:
     actions: dict[int, Sequence[Action]] = field(default_factory=dict)
     newest: int = -1  # the newest version of which there is a file, damaged or not
 
-    def is_whole(self, version: int) -> bool:
-        """Return whether the whole commit of this version, or a later checkpoint, says what this version changed."""
-        return version <= self.newest and commit_name(version) not in self.damaged
-
     def all_actions(self, kind: str) -> Iterator[tuple[int, Any]]:
         """Yield (version, action) of every action of a kind, such as "add", oldest first."""
         for version in sorted(self.actions):
@@ -126,8 +122,8 @@ def _commit_actions(log: TableLog, name: str, data: bytes) -> Sequence[Action]:
 def _checkpoint_actions(_: str, data: bytes) -> Sequence[Action]:
     rows: list[Action] = pq.read_table(pa.BufferReader(data)).to_pylist()
     for row in rows:
-        for key in ("add", "metaData"):
-            for name in ("partitionValues", "configuration"):
-                if row.get(key) and name in row[key]:
-                    row[key][name] = dict(row[key][name] or ())  # maps are read as lists of pairs
+        if row.get("metaData"):  # maps are read as lists of pairs
+            table = row["metaData"]
+            table["configuration"] = dict(table["configuration"] or ())
+            table["format"]["options"] = dict(table["format"].get("options") or ())
     return rows
