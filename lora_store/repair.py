@@ -116,7 +116,7 @@ def repair(store: Location, now: datetime) -> Repaired | None:
         damaged=found.damaged,
         restored=tuple(sorted(set(restored["generation"].to_pylist()))),
         lost=tuple(_losses(found, restored)),
-        aside=aside.uri if existing else "",
+        aside="" if not existing else aside.delta_uri if aside.is_local else aside.uri,
     )
 
 
@@ -256,13 +256,20 @@ def _table_lines(found: _Found) -> list[dict[str, Any]]:
 
 
 def _write_log(files: Files, version: int, commit: bytes) -> None:
-    """Write a commit that is the whole table, and its checkpoint, with which a reader of the log begins."""
+    """Write a commit that is the whole table, and its checkpoint, with which a reader of the log begins.
+
+    Raises: StoreDamaged if another process committed this version meanwhile.
+    """
     with TemporaryDirectory() as folder, store_errors():
         Path(folder, LOG).mkdir()
         Path(folder, commit_name(0)).write_bytes(commit)
         DeltaTable(folder).create_checkpoint()
         checkpoint = Path(folder, checkpoint_name(0)).read_bytes()
         last = json.loads(Path(folder, LAST_CHECKPOINT).read_text())
+    if files.contains(commit_name(version)):
+        raise StoreDamaged(
+            commit_name(version), "was written during the repair", "stop every server of this store first"
+        )
     files.write(commit_name(version), commit)
     files.write(checkpoint_name(version), checkpoint)
     files.write(LAST_CHECKPOINT, json.dumps(last | {"version": version}).encode())

@@ -31,6 +31,7 @@ from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from gpu_worker.config import PACKAGED_MODEL
 from gpu_worker.model.packaged_model import packaged_folder
+from lora_store import LoraStore
 
 APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
@@ -78,6 +79,7 @@ class Server:
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._proxy = host, self._port
+        self.has_new_pool = False  # whether `prepare` created the pool
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
@@ -90,7 +92,10 @@ class Server:
         return _url_of(*self._proxy)
 
     def prepare(self, report: Callable[[str], None]) -> None:
-        """Convert the packaged base model before a replica needs it."""
+        """Open the pool, and convert the packaged base model, before a replica needs them. Raises: LoraStoreError."""
+        store = LoraStore(self._config.store_uri, accepts_base=self._config.accepted_bases)
+        store.check_writes(os.environ)
+        self.has_new_pool = store.is_new
         if self._config.base_model == PACKAGED_MODEL:
             report("checking the base model (the first start converts it, which takes about a minute)")
             packaged_folder(self._config.cache_dir)
