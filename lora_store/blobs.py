@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,6 +18,7 @@ from lora_store.weights_blob import digest_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PART_BYTES = 32 << 20
+_NUM_THREADS = 16  # requests to an endpoint at once
 _NAME = re.compile(r"[0-9a-f]{2}/(\.?)([0-9a-f]{64})(?:\.[0-9a-f]+)?")  # a leading dot marks a write in progress
 
 
@@ -82,6 +84,15 @@ class BlobStore:
 
     def __contains__(self, digest: str) -> bool:
         return self._files.contains(_name(digest))
+
+    def missing(self, digests: Collection[str]) -> list[str]:
+        """Return those of these blobs that do not exist."""
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            return [
+                digest
+                for digest, is_there in zip(digests, pool.map(self.__contains__, digests), strict=True)
+                if not is_there
+            ]
 
     def delete(self, digests: Collection[str]) -> list[str]:
         """Delete these blobs. Return the digests that existed."""

@@ -130,8 +130,9 @@ class EventTable:
     def update(self) -> None:
         """Read the log up to its newest version."""
         with self._errors():
-            self._table.update_incremental()
+            self._table.update_incremental()  # takes a missing log for one without news
             if self._location.is_local:  # an object in a bucket is never left half-written
+                self._require_log()
                 for version in range(self._num_checked + 1, self.version + 1):
                     if Path(self._path(commit_name(version))).stat().st_size == 0:
                         raise StoreDamaged(self._path(commit_name(version)), "is empty")
@@ -217,16 +218,9 @@ class EventTable:
         self._files.delete([name for name in stale if not _LOG_FILE.fullmatch(name)])
 
     def _commit(self, added: Sequence[AddAction], removed: Collection[str] = ()) -> bool:
-        """Commit as the version after this object's. Return False if a rival took that version.
-
-        Raises: StoreDamaged if the folder of the log is gone, for example because its volume is not mounted.
-        """
+        """Commit as the version after this object's. Return False if a rival took that version."""
         if self._location.is_local:
-            name = self._path(commit_name(self.version + 1))
-            try:
-                is_ours = create_file(Path(name), commit_of(added, removed))
-            except FileNotFoundError as exc:
-                raise StoreDamaged(self._path(LOG), MISSING) from exc
+            is_ours = create_file(Path(self._path(commit_name(self.version + 1))), commit_of(added, removed))
         else:
             is_ours = self._commit_to_bucket(added, removed)
         if is_ours:
@@ -341,9 +335,14 @@ class EventTable:
 
         Raises: StoreDamaged if the folder of the log is gone.
         """
-        if self._location.is_local and not Path(self._path(LOG)).is_dir():
-            raise StoreDamaged(self._path(LOG), MISSING)
+        if self._location.is_local:
+            self._require_log()
         return write_rows(self._files, rows, prefix, is_change=is_change)
+
+    def _require_log(self) -> None:
+        """Raises: StoreDamaged if the folder of the log is gone, for example because its volume is not mounted."""
+        if not Path(self._path(LOG)).is_dir():
+            raise StoreDamaged(self._path(LOG), MISSING)
 
     def _data_files(self) -> set[str]:
         with self._errors():

@@ -183,7 +183,8 @@ class LoraStore:
         `quota`: the limit for their tenant, checked against the newest state.
         `commit_id`: a repeated call with the same id commits nothing and returns the generation of the first call.
         Raises: PublicNameTaken; QuotaExceeded; VersionConflict; AdapterNotFound if a version was staged so long ago
-        that its lease expired and its blobs were deleted, or if it is not kept although `precondition` requires it.
+        that its lease expired and its blobs were deleted, or if it is not kept although `precondition` requires it;
+        StoreUnavailable also if a blob was deleted meanwhile.
         """
         created_at = self._now()
         records = [
@@ -196,6 +197,7 @@ class LoraStore:
         generation = self._catalogue.commit(
             lambda snapshot: publish_events(snapshot, records, precondition, keeping=keeping, quota=quota), commit_id
         )
+        self._require_blobs([item.record for item in leased])
         self._try_to_release([item.lease for item in (*staged, *renewed)])
         return generation
 
@@ -342,6 +344,18 @@ class LoraStore:
         except BaseException:
             self._try_to_release([lease])
             raise
+
+    def _require_blobs(self, records: Collection[AdapterRecord]) -> None:
+        """Check that what was just committed is still stored. Raises: StoreUnavailable; then publish again.
+
+        A lease fails where the clocks of the store's machines differ too much: a sweep takes it for an expired one.
+        """
+        missing = self._blobs.missing([digest for record in records for digest in record.blobs])
+        if missing:
+            raise StoreUnavailable(
+                f"{len(missing)} blobs were deleted while they were published, such as {missing[0]}: set the clocks of"
+                " the machines that use this store, and publish again"
+            )
 
     def _write(
         self, digest: str, weights: WeightsBlob, samples_file: bytes | None, samples: tuple[Sample, ...]
