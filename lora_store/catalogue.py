@@ -82,12 +82,13 @@ class Catalogue:
         return self._table.created_at
 
     def check_known(self, wanted: str) -> None:
-        """Check that no newer release changed what this one does not know. `wanted`: what depends on it.
+        """Check that this release may write, and knows everything that was written. `wanted`: what depends on it.
 
         Raises: StoreIsNewer.
         """
         with self._reading:
             self._refreshed()
+            self._table.format.check_writable()
             if self._table.has_unknown:
                 raise StoreIsNewer(wanted, self._table.newer_release)
 
