@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
+from lora_store.ballast import Ballast
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import CATALOGUE, Catalogue
@@ -63,7 +65,8 @@ class Withdrawn:
 class LoraStore:
     """The adapters under one URI: blobs by digest, and the catalogue of live adapters. Versions never change.
 
-    Every method may raise StoreUnavailable; then nothing is lost, and the caller may retry later.
+    Every method may raise StoreUnavailable; then nothing is lost, and the caller may retry later. Withdrawals and
+    collections work on a full disk. Every method may raise StoreDamaged, and StoreIsNewer.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class LoraStore:
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         projections = Files(location.child(PROJECTIONS))
+        self._ballast = Ballast(location)
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
 
     @property
@@ -121,6 +125,7 @@ class LoraStore:
         process can change the folder meanwhile.
         Raises: AdapterRefused with every reason; nothing is written then.
         """
+        self._ballast.fill()
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
         checked = check_folder(
             folder,
@@ -220,7 +225,7 @@ class LoraStore:
             gone[:] = [record for key in dict.fromkeys(keys) for record in snapshot.versions(key)]
             return wanted
 
-        generation = self._catalogue.commit(events, commit_id)
+        generation = self._commit_on_full_disk(events, commit_id)
         return Withdrawn(generation, tuple(gone))
 
     def expire(self, commit_id: str | None = None) -> Withdrawn:
@@ -239,7 +244,7 @@ class LoraStore:
             gone[:] = [record for key in keys for record in snapshot.versions(key)]
             return wanted
 
-        generation = self._catalogue.commit(events, commit_id)
+        generation = self._commit_on_full_disk(events, commit_id)
         return Withdrawn(generation, tuple(gone))
 
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
@@ -306,11 +311,14 @@ class LoraStore:
 
     def sweep(self, digests: Collection[str]) -> list[str]:
         """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted."""
-        return self._collector.sweep(digests)
+        return self._ballast.spend(lambda: self._collector.sweep(digests))
 
     def gc(self, retention_s: float) -> Collected:
         """Delete unused blobs, projections and files older than `retention_s`, as crashes and rivals leave them."""
-        return self._collector.gc(retention_s)
+        try:
+            return self._ballast.spend(lambda: self._collector.gc(retention_s))
+        finally:
+            self._ballast.fill()
 
     def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
         """Return the blobs that kept versions use, each with one such version; only those `tenant` sees, if given."""
@@ -319,6 +327,11 @@ class LoraStore:
     def verify(self, wanted: Mapping[str, AdapterRef] | None = None) -> Iterator[BlobCheck]:
         """Read and hash these blobs, or all that kept versions use. Yield one result per blob."""
         return self._collector.verify(self.to_verify() if wanted is None else wanted)
+
+    def _commit_on_full_disk(self, events: Callable[[Snapshot], Sequence[Event]], commit_id: str | None) -> int:
+        """Commit, once, even if the disk is full."""
+        commit_id = commit_id or uuid4().hex
+        return self._ballast.spend(lambda: self._catalogue.commit(events, commit_id))
 
     def _require_new(self) -> None:
         """Check that a catalogue may be created: the location holds no blobs and nothing of a catalogue.
