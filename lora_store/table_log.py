@@ -70,6 +70,9 @@ def read_log(files: Files) -> TableLog:
             break
     for version in range(first, log.newest + 1):
         log.actions[version] = _read(log, files, commit_name(version), partial(_commit_actions, log)) or []
+    hint = _named_checkpoint(files.read(LAST_CHECKPOINT))
+    if hint is not None and hint not in checkpoints:
+        log.damaged[LAST_CHECKPOINT] = f"names {checkpoint_name(hint)}, which is missing"
     if not log.actions and log.newest < 0:
         log.damaged[LOG] = MISSING
     return log
@@ -86,6 +89,14 @@ def check_sizes(files: Files, location: str) -> None:
         match = _COMMIT.fullmatch(f"{LOG}/{name}")
         if match and not num_bytes and int(match[1]) > max(checkpoints, default=-1):
             raise StoreDamaged(f"{location}/{LOG}/{name}", EMPTY)
+
+
+def _named_checkpoint(data: bytes | None) -> int | None:
+    """Return the version of the checkpoint that the hint for readers names; None without a hint that they can use."""
+    try:
+        return int(json.loads(data or b"")["version"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _read(

@@ -69,7 +69,7 @@ def _store(disk: Path) -> LoraStore:
 def test_withdrawing_and_collecting_empty_a_full_disk(disk: Path, make_folder: MakeFolder) -> None:
     store = _store(disk)
     for seed, name in enumerate(["poet", "coder", "stays"]):
-        publish(store, make_folder(name, seed, inputs=(name * 80_000,)), name)
+        publish(store, make_folder(name, seed, inputs=tuple(os.urandom(4000).hex() for _ in range(50))), name)
     _fill_up(disk)
     with pytest.raises(StoreFull):
         publish(store, make_folder("late", 9), "late")

@@ -169,14 +169,19 @@ def test_without_any_data_file_there_is_nothing_to_repair_from(location: Locatio
     assert Files(location).entries() == []
 
 
-@pytest.mark.parametrize("name", [checkpoint_name, lambda version: LAST_CHECKPOINT])
+@pytest.mark.parametrize("change", [_cut, _empty, None], ids=["cut", "empty", "missing"])
+@pytest.mark.parametrize("name", [checkpoint_name, lambda version: LAST_CHECKPOINT], ids=["checkpoint", "hint"])
 def test_a_broken_checkpoint_costs_nothing_while_its_commits_are_there(
-    location: Location, table: Location, fill: Fill, name: Callable[[int], str]
+    location: Location,
+    table: Location,
+    fill: Fill,
+    name: Callable[[int], str],
+    change: Callable[[bytes], bytes] | None,
 ) -> None:
     catalogue = fill(3)
     EventTable(table).compact()  # writes a checkpoint
     before = catalogue.snapshot()
-    _break(table, name(before.generation), _cut)
+    _break(table, name(before.generation), change)
     done = repair(location, NOON)
     assert done is None or done.lost == ()
     assert Catalogue(table).snapshot().records == before.records

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
 
 from lora_store import Location, StoreDamaged
@@ -17,7 +18,8 @@ def files(location: Location) -> Files:
     create_table(location)
     table = EventTable(location)
     for version in (1, 2, 3):
-        assert table.append(SCHEMA.empty_table(), version)
+        row = {"generation": version, "row": 0, "event": "withdraw"}
+        assert table.append(pa.Table.from_pylist([row], schema=SCHEMA), version)
     return Files(location)
 
 
