@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,6 +18,7 @@ from lora_store.weights_blob import digest_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PART_BYTES = 32 << 20
+_NUM_THREADS = 16  # requests to an endpoint at once
 _NAME = re.compile(r"[0-9a-f]{2}/(\.?)([0-9a-f]{64})(?:\.[0-9a-f]+)?")  # a leading dot marks a write in progress
 
 
@@ -48,7 +50,9 @@ class BlobStore:
 
     def put_pieces(self, digest: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
         """Store bytes that hash to `digest`, as `put` does, without holding all of them in memory."""
-        if self._files.digest(_name(digest)) != digest:
+        if self._files.digest(_name(digest)) == digest:
+            self._files.flush([_name(digest)])  # its writer may not have come so far
+        else:
             self._files.write_pieces(_name(digest), pieces())
 
     def get(self, digest: str) -> bytes:
@@ -80,6 +84,15 @@ class BlobStore:
 
     def __contains__(self, digest: str) -> bool:
         return self._files.contains(_name(digest))
+
+    def missing(self, digests: Collection[str]) -> list[str]:
+        """Return those of these blobs that do not exist."""
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            return [
+                digest
+                for digest, is_there in zip(digests, pool.map(self.__contains__, digests), strict=True)
+                if not is_there
+            ]
 
     def delete(self, digests: Collection[str]) -> list[str]:
         """Delete these blobs. Return the digests that existed."""

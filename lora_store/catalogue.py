@@ -12,15 +12,24 @@ from uuid import uuid4
 
 import pyarrow as pa
 
-from lora_store.errors import GenerationGone, StoreUnavailable, VersionConflict
-from lora_store.event_table import COMPACT_EVERY, EventTable
+from lora_store.errors import (
+    GenerationGone,
+    LoraStoreError,
+    StoreDamaged,
+    StoreIsNewer,
+    StoreUnavailable,
+    VersionConflict,
+)
+from lora_store.event_table import COMPACT_EVERY, EventTable, create_table
 from lora_store.events import Event, dated_events_of, fold_generation, fold_table_of, table_of
 from lora_store.history import History
 from lora_store.location import Location
 from lora_store.snapshot import Snapshot
+from lora_store.table_log import LOG, MISSING
 
 logger = logging.getLogger(__name__)
 
+CATALOGUE = "catalogue"  # the folder of the table below the store's location
 _MAX_ATTEMPTS = 200  # with eight busy writers, each wins about one attempt in eight
 _MIN_TAIL = 4096  # events since a fold; reading so many takes a quarter of a second
 _FOLD_ROWS = 10_000  # per data file
@@ -36,7 +45,7 @@ class Catalogue:
 
     The cost of opening depends on the number of live adapters, not on the length of the history: when there are more
     events than live names, and more than `min_tail`, the next writer replaces the events by a fold, which holds the
-    resulting state. Raises: StoreUnavailable.
+    resulting state. Raises: StoreUnavailable; StoreDamaged; StoreIsNewer for what only a newer release may do.
     """
 
     def __init__(
@@ -46,15 +55,42 @@ class Catalogue:
         max_attempts: int = _MAX_ATTEMPTS,
         min_tail: int = _MIN_TAIL,
         open_table: Callable[[Location], EventTable] = EventTable,
+        before_creating: Callable[[], object] = lambda: None,
     ) -> None:
+        """Open the catalogue. `before_creating` is called where there is none, and raises if there must be one."""
         self._sleep, self._max_attempts, self._min_tail = sleep, max_attempts, min_tail
         self._open_table = open_table
         self._reading, self._writing, self._maintaining = threading.Lock(), threading.RLock(), threading.Lock()
-        self._location, self._table = location, open_table(location)
+        self._location = location
+        self.is_new = False  # whether this object created the catalogue
+        try:
+            self._table = open_table(location)
+        except StoreDamaged as exc:
+            if exc.problem != MISSING or not exc.file.endswith(LOG):
+                raise
+            before_creating()
+            create_table(location)
+            self._table, self.is_new = open_table(location), True
         self._appends: EventTable | None = None  # a second table object, so that no reader waits for a write
         self._snapshot = Snapshot(0, {})
         self._history = History()
         self.snapshot()
+
+    @property
+    def created_at(self) -> datetime:
+        """The time of the catalogue's creation, in UTC."""
+        return self._table.created_at
+
+    def check_known(self, wanted: str) -> None:
+        """Check that this release may write, and knows everything that was written. `wanted`: what depends on it.
+
+        Raises: StoreIsNewer.
+        """
+        with self._reading:
+            self._refreshed()
+            self._table.format.check_writable()
+            if self._table.has_unknown:
+                raise StoreIsNewer(wanted, self._table.newer_release)
 
     def snapshot(self) -> Snapshot:
         """Return the newest state. Return the same object until something is committed."""
@@ -109,8 +145,10 @@ class Catalogue:
     def vacuum(self, before: datetime) -> None:
         """Delete files that the table no longer needs and that were written before this time.
 
-        Fold first, so that no embedding of a version that is no longer kept remains.
+        Fold first, so that no embedding of a version that is no longer kept remains. Raises: StoreIsNewer if a fold
+        would lose what only a newer release knows.
         """
+        self.check_known("fold the catalogue")
         with self._maintaining:
             if self._history.num_events:
                 self._fold()
@@ -152,12 +190,13 @@ class Catalogue:
         if not self._maintaining.acquire(blocking=False):
             return
         try:
-            if self._history.num_events + num_new > max(self._min_tail, len(self._snapshot.records)):
+            num_events = self._history.num_events + num_new
+            if num_events > max(self._min_tail, len(self._snapshot.records)) and not self._table.has_unknown:
                 self._fold()
             elif generation % COMPACT_EVERY == 0:
                 self._open_table(self._location).compact()
-        except StoreUnavailable as exc:
-            logger.warning("cannot fold the catalogue now; a later commit will: %s", exc.cause)
+        except LoraStoreError as exc:
+            logger.warning("cannot fold the catalogue now; a later commit will: %s", exc)
         finally:
             self._maintaining.release()
 
@@ -165,6 +204,8 @@ class Catalogue:
         """Replace all events so far by the state that they led to."""
         with self._reading:
             snapshot, covered, commits = self._refreshed(), self._table.read_files, dict(self._history.commits)
+            if self._table.has_unknown:
+                raise StoreIsNewer("fold the catalogue", self._table.newer_release)
         events, table = list(snapshot.folded()), self._open_table(self._location)
         starts = range(0, len(events), _FOLD_ROWS)
         parts = (

@@ -12,6 +12,9 @@ LoraStoreError
 ├── GenerationGone      the state of that generation is no longer stored
 ├── ConditionalWritesMissing  two writers of this S3 endpoint could overwrite each other
 ├── StoreUnavailable    the store's disk or endpoint does not answer
+│   └── StoreFull       the store's disk is full
+├── StoreDamaged        a file of the catalogue is missing or unreadable; waiting does not help
+├── StoreIsNewer        a newer release wrote the store, and this one would damage or misread it
 └── EncoderIncomplete   an encoder cannot be activated: live adapters have no embedding by it
 """
 
@@ -151,6 +154,49 @@ class StoreUnavailable(LoraStoreError):
 
     def __str__(self) -> str:
         return f"the adapter store cannot be reached: {self.cause}"
+
+
+class StoreFull(StoreUnavailable):
+    """The store's disk is full. Withdraw adapters and run `gc`, which work on a full disk, or enlarge the disk."""
+
+    client_message = "the store's disk is full; nothing is lost, try again once the operator has freed space"
+
+    def __str__(self) -> str:
+        return (
+            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever gc`,"
+            " or enlarge the disk"
+        )
+
+
+class StoreDamaged(LoraStoreError):
+    """A file of the catalogue is missing or unreadable. A retry does not help; `loraretriever pool repair` may.
+
+    The text is for the log and the operator: it names the file. `client_message` does not.
+    """
+
+    client_message = "the adapter store is damaged, and its operator has to repair it; the server's log names the file"
+
+    def __init__(self, file: str, problem: str, remedy: str = "") -> None:
+        super().__init__(file, problem, remedy)
+        self.file = file
+        self.problem = problem
+        self.remedy = remedy or "stop every server of this store and run `loraretriever pool repair`"
+
+    def __str__(self) -> str:
+        return f"the adapter store is damaged: {self.file} {self.problem}; {self.remedy}"
+
+
+class StoreIsNewer(LoraStoreError):
+    """A newer release of LoraRetriever changed the store. Use that release, or a later one, for what was refused."""
+
+    def __init__(self, refused: str, release: str) -> None:
+        super().__init__(refused, release)
+        self.refused = refused
+        self.release = release
+
+    def __str__(self) -> str:
+        needed = f"release {self.release} or later" if self.release else "the release that changed it, or a later one"
+        return f"this release cannot {self.refused}: a newer one changed the store. Use {needed}"
 
 
 class EncoderIncomplete(LoraStoreError):

@@ -170,6 +170,10 @@ _VISIBLE = "keep_shown"
 _FIRST_RANK, _RANK = "rank_first", "rank"
 _AS_KEPT = {"embed": _PENDING, _FIRST_RANK: "keep_rank_first", _RANK: "keep_rank"}  # names of these rows in a fold
 _FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _COMMIT, _VISIBLE, *_AS_KEPT.values())
+_CHANGES = (
+    *("publish", "offer", "withdraw", "embed", "activate_encoder", "set_visibility", "approve", "set_trial"),
+    *(_FIRST_RANK, _RANK),
+)
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
@@ -202,9 +206,20 @@ def fold_generation(table: pa.Table) -> int:
     return newest or 0
 
 
+def knows_all_events(table: pa.Table) -> bool:
+    """Return whether this release knows the kind of each event. A newer one writes others, which are skipped here."""
+    known = pc.is_in(table["event"], pa.array(_FOLD_ROWS + _CHANGES))
+    return bool(pc.all(known, min_count=0).as_py())
+
+
+def is_of_fold(table: pa.Table) -> pa.ChunkedArray:
+    """Return a mask of the rows that are part of a fold."""
+    return pc.is_in(table["event"], pa.array(_FOLD_ROWS))
+
+
 def event_counts(table: pa.Table, after: int) -> dict[int, int]:
     """Count the events of each generation above `after`, without the rows of folds."""
-    is_event = pc.invert(pc.is_in(table["event"], pa.array(_FOLD_ROWS)))
+    is_event = pc.invert(is_of_fold(table))
     generations = table["generation"].filter(pc.and_(is_event, pc.greater(table["generation"], after)))
     return {pair["values"]: pair["counts"] for pair in pc.value_counts(generations).to_pylist()}
 
@@ -228,7 +243,8 @@ def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator
 def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[tuple[int, Event]]:
     """Yield (generation, event) of every row above generation `after`, up to `until` if given, in order.
 
-    A fold above `after` replaces all events up to its generation. Arrays are views of the table's memory and repeated
+    A fold above `after` replaces all events up to its generation. Kinds of events that only a newer release knows are
+    skipped. Arrays are views of the table's memory and repeated
     values share one object, so a large pool opens in seconds and needs little more memory than its embeddings.
     """
     order = pc.sort_indices(table, [("generation", "ascending"), ("row", "ascending")])
@@ -241,15 +257,17 @@ def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> It
         rows = zip(*(_values_of(name, columns[name]) for name in columns.column_names), strict=True)
         for index, row in zip(indices.to_pylist(), rows, strict=True):
             values = dict(zip(columns.column_names, row, strict=True))
-            yield values["generation"], _event_of(values, vectors[index], scores[index])
+            event = _event_of(values, vectors[index], scores[index])
+            if event is not None:
+                yield values["generation"], event
 
 
 def _is_wanted(table: pa.Table, after: int, until: int | None) -> pa.ChunkedArray:
     """Return a mask of the rows to replay: the newest fold if it is above `after`, and all events after both."""
     generations, fold = table["generation"], fold_generation(table)
-    is_of_fold = pc.and_(pc.equal(generations, fold), pc.is_in(table["event"], pa.array(_FOLD_ROWS)))
-    is_of_fold = pc.and_(is_of_fold, pc.and_(pc.not_equal(table["event"], _COMMIT), fold > after))
-    wanted = pc.or_(is_of_fold, pc.greater(generations, max(after, fold)))
+    is_kept = pc.and_(pc.equal(generations, fold), is_of_fold(table))
+    is_kept = pc.and_(is_kept, pc.and_(pc.not_equal(table["event"], _COMMIT), fold > after))
+    wanted = pc.or_(is_kept, pc.greater(generations, max(after, fold)))
     return wanted if until is None else pc.and_(wanted, pc.less_equal(generations, until))
 
 
@@ -293,7 +311,10 @@ def _row_of(event: Event) -> dict[str, Any]:
             }
 
 
-def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_scores: NDArray[np.float32] | None) -> Event:
+def _event_of(
+    row: dict[str, Any], vector: NDArray[np.float32] | None, own_scores: NDArray[np.float32] | None
+) -> Event | None:
+    """Return the event of a row, None if its kind is unknown."""
     embedding = None
     if vector is not None:
         own_scores = np.empty(0, np.float32) if own_scores is None else own_scores
@@ -325,7 +346,7 @@ def _event_of(row: dict[str, Any], vector: NDArray[np.float32] | None, own_score
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":
             return ActivateEncoder(row["source"], row["encoder"], row["actor"], row["created_at"])
-    raise ValueError(f"the catalogue contains an unknown event {row['event']!r}: a newer version wrote it; upgrade")
+    return None
 
 
 def _record_of(

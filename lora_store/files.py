@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from deltalake.exceptions import DeltaError
 from numpy.typing import NDArray
 from pyarrow.fs import FileSelector
 
-from lora_store.errors import StoreUnavailable
+from lora_store.errors import StoreFull, StoreUnavailable
 from lora_store.location import Location
 
 Result = TypeVar("Result")
@@ -28,6 +28,8 @@ _NUM_THREADS = 16  # requests to an endpoint at once
 _CAUSE_CHARS = 100
 _PART_BYTES = 8 << 20  # of one request to an endpoint
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta prints errors as coloured trees
+_BACKTRACE = re.compile(r"\s+0: <unknown>.*", re.DOTALL)
+_FULL = re.compile(r"No space left on device|Disk quota exceeded")  # the system's words, whoever reports them
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,19 @@ class Files:
                     for piece in pieces:
                         stream.write(piece)
 
+    def flush(self, names: Collection[str]) -> None:
+        """Make these objects survive a power failure, where they are files that exist. A bucket needs no flush."""
+        if not self._is_local:
+            return
+        with store_errors():
+            paths = [Path(self._root, name) for name in names]
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    _sync(path)
+            for folder in {folder for path in paths for folder in (path.parent, path.parent.parent)}:
+                with suppress(FileNotFoundError):
+                    _sync(folder)
+
     def entries(self) -> list[StoredFile]:
         """Return every file below this location, including files that a crash left half-written."""
         below = FileSelector(self._root, recursive=True, allow_not_found=True)
@@ -138,11 +153,12 @@ class Files:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn errors of the disk or the endpoint into StoreUnavailable with a short cause."""
+    """Turn errors of the disk or the endpoint into StoreUnavailable, or StoreFull, with a short cause."""
     try:
         yield
     except (OSError, DeltaError, pa.ArrowException) as exc:
-        raise StoreUnavailable(_short(exc)) from exc
+        kind = StoreFull if _FULL.search(str(exc)) else StoreUnavailable
+        raise kind(short_cause(exc)) from exc
 
 
 def _sha256(file: pa.NativeFile) -> str:
@@ -152,45 +168,70 @@ def _sha256(file: pa.NativeFile) -> str:
     return hashed.hexdigest()
 
 
-def _short(error: Exception) -> str:
-    cause = " ".join(_DECORATION.sub(" ", str(error)).split()) or type(error).__name__
+def short_cause(error: Exception) -> str:
+    """Return the message of an error of the disk, the endpoint or a library on one line, shortened."""
+    text = _BACKTRACE.sub("", _DECORATION.sub(" ", str(error)))
+    cause = " ".join(text.split()) or type(error).__name__
     # The beginning names the attempt, the end names its outcome.
     return cause if len(cause) <= 2 * _CAUSE_CHARS else f"{cause[:_CAUSE_CHARS]} … {cause[-_CAUSE_CHARS:]}"
 
 
-def _write_local(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
-    if not path.parent.is_dir():
-        make_private_folder(path.parent)
-        _sync(path.parent.parent)
+def create_file(path: Path, data: bytes) -> bool:
+    """Write a new file that survives a power failure. Return False if there is such a file; it is not changed then.
+
+    The file is complete and flushed before it gets its name. Its folder must exist.
+    """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with open(temporary, "xb", opener=_private) as file:
-            file.writelines(pieces)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        _write_private(temporary, [data], durable=True)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+    return True
+
+
+def _write_local(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
+    make_private_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        _write_private(temporary, pieces, durable=durable)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
         _sync(path.parent)
+        _sync(path.parent.parent)  # another process may have created the folder a moment ago
+
+
+def _write_private(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool) -> None:
+    with open(path, "xb", opener=_private) as file:
+        file.writelines(pieces)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create the folder and its missing parents, accessible only to this process's user."""
+    """Create the folder and its missing parents, accessible only to this process's user, and flush the new ones."""
+    if folder.is_dir():
+        return
     for part in reversed([folder, *folder.parents]):
         if not part.is_dir():
             part.mkdir(mode=0o700, exist_ok=True)
+            _sync(part.parent)
 
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _sync(folder: Path) -> None:
-    """Flush the folder's entries to disk, so that they survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,15 @@ from datetime import datetime, timedelta
 from lora_store.adapter import AdapterRef
 from lora_store.blobs import BlobFile, BlobStore
 from lora_store.catalogue import Catalogue
-from lora_store.errors import AdapterNotFound, BlobCorrupted
+from lora_store.errors import AdapterNotFound, BlobCorrupted, StoreDamaged, StoreIsNewer
 from lora_store.files import Files, StoredFile
-from lora_store.leases import Leases
+from lora_store.leases import INTENT_S, Leases
 from lora_store.snapshot import Snapshot
 from lora_store.uploads import Uploads
 
+logger = logging.getLogger(__name__)
+
+_COLLECTING = "delete unused files of the adapter store"
 _NUM_READERS = 8
 _CHECKED_TOGETHER = 64
 TABLE_RETENTION_S = 3600.0
@@ -68,8 +72,16 @@ class GarbageCollector:
         self._projections, self._uploads = projections, uploads
 
     def sweep(self, digests: Collection[str]) -> list[str]:
-        """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted."""
+        """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted.
+
+        Delete none where a newer release may use them in a way that this one does not know; its `gc` will.
+        """
         removed: list[str] = []
+        try:
+            self._catalogue.check_known(_COLLECTING)
+        except StoreIsNewer as exc:
+            logger.info("%d blobs are left to gc: %s", len(digests), exc)
+            return removed
         wanted = list(dict.fromkeys(digests))
         self._leases.sweep(wanted, self._referenced, lambda free: removed.extend(self._blobs.delete(free)))
         return removed
@@ -79,19 +91,35 @@ class GarbageCollector:
 
         Keep the table's own files, projections and parts of uploads for at least an hour: a rival may have written one
         that it has not committed yet.
+        Raises: StoreIsNewer if a newer release may use what this one would delete; StoreDamaged if the catalogue is
+        younger than a blob that it does not list: it cannot be the catalogue of these blobs.
         """
         now = self._now()
+        self._catalogue.check_known(_COLLECTING)
         self._leases.delete_expired()
         self._uploads.delete_old(now - timedelta(seconds=max(retention_s, UPLOAD_RETENTION_S)))
         old = [file for file in self._blobs.files() if file.written_at <= now - timedelta(seconds=retention_s)]
         needed = self._referenced()
         whole = [file for file in old if file.is_whole and file.digest not in needed]
+        self._check_age(whole)
         removed = self._remove(whole, self._referenced)
         removed += self._remove([file for file in old if not file.is_whole], frozenset)  # no record uses these
         self._catalogue.vacuum(now - timedelta(seconds=max(retention_s, TABLE_RETENTION_S)))
         unused = self._delete_projections(now - timedelta(seconds=max(retention_s, PROJECTION_RETENTION_S)))
         num_bytes = sum(file.num_bytes for file in removed) + sum(file.num_bytes for file in unused)
         return Collected(sum(file.is_whole for file in removed), num_bytes, len(unused))
+
+    def _check_age(self, unused: Sequence[BlobFile]) -> None:
+        """Raises: StoreDamaged if one of these blobs was written before the catalogue was created."""
+        before = self._catalogue.created_at - timedelta(seconds=INTENT_S)  # as far as clocks may differ
+        older = [file for file in unused if file.written_at < before]
+        if older:
+            raise StoreDamaged(
+                "the catalogue",
+                f"was created after {len(older)} of the blobs that it does not list, such as {older[0].name}:"
+                " it is not the catalogue of these blobs",
+                "restore the one that lists them, or delete these blobs by hand; nothing was deleted",
+            )
 
     def _delete_projections(self, before: datetime) -> list[StoredFile]:
         """Delete the projections written before that time that no embedding is of, and vectors of unused encoders.

@@ -9,16 +9,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
+from lora_store.ballast import Ballast
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
-from lora_store.catalogue import Catalogue
+from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
-from lora_store.errors import AdapterNotFound, StoreUnavailable
+from lora_store.data_files import DATA_SUFFIX
+from lora_store.errors import AdapterNotFound, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, GarbageCollector
@@ -42,6 +45,7 @@ from lora_store.rules import (
 from lora_store.sample_files import parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Snapshot
 from lora_store.staging import Staged, staged_record
+from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
 from lora_store.validation import CheckedFolder, Label, Shapes, check_folder
@@ -61,7 +65,8 @@ class Withdrawn:
 class LoraStore:
     """The adapters under one URI: blobs by digest, and the catalogue of live adapters. Versions never change.
 
-    Every method may raise StoreUnavailable; then nothing is lost, and the caller may retry later.
+    Every method may raise StoreUnavailable; then nothing is lost, and the caller may retry later. Withdrawals and
+    collections work on a full disk. Every method may raise StoreDamaged, and StoreIsNewer.
     """
 
     def __init__(
@@ -80,10 +85,16 @@ class LoraStore:
         self._location = location = Location(uri)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
-        self._catalogue = Catalogue(location.child("catalogue"), sleep)
+        self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         projections = Files(location.child(PROJECTIONS))
+        self._ballast = Ballast(location)
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether this object created the pool."""
+        return self._catalogue.is_new
 
     def check_writes(self, environment: Mapping[str, str]) -> None:
         """Check that two writers cannot overwrite each other. Raises: ConditionalWritesMissing."""
@@ -114,6 +125,7 @@ class LoraStore:
         process can change the folder meanwhile.
         Raises: AdapterRefused with every reason; nothing is written then.
         """
+        self._ballast.fill()
         label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
         checked = check_folder(
             folder,
@@ -176,7 +188,8 @@ class LoraStore:
         `quota`: the limit for their tenant, checked against the newest state.
         `commit_id`: a repeated call with the same id commits nothing and returns the generation of the first call.
         Raises: PublicNameTaken; QuotaExceeded; VersionConflict; AdapterNotFound if a version was staged so long ago
-        that its lease expired and its blobs were deleted, or if it is not kept although `precondition` requires it.
+        that its lease expired and its blobs were deleted, or if it is not kept although `precondition` requires it;
+        StoreUnavailable also if a blob was deleted meanwhile.
         """
         created_at = self._now()
         records = [
@@ -189,6 +202,7 @@ class LoraStore:
         generation = self._catalogue.commit(
             lambda snapshot: publish_events(snapshot, records, precondition, keeping=keeping, quota=quota), commit_id
         )
+        self._require_blobs([item.record for item in leased])
         self._try_to_release([item.lease for item in (*staged, *renewed)])
         return generation
 
@@ -211,7 +225,7 @@ class LoraStore:
             gone[:] = [record for key in dict.fromkeys(keys) for record in snapshot.versions(key)]
             return wanted
 
-        generation = self._catalogue.commit(events, commit_id)
+        generation = self._commit_on_full_disk(events, commit_id)
         return Withdrawn(generation, tuple(gone))
 
     def expire(self, commit_id: str | None = None) -> Withdrawn:
@@ -230,7 +244,7 @@ class LoraStore:
             gone[:] = [record for key in keys for record in snapshot.versions(key)]
             return wanted
 
-        generation = self._catalogue.commit(events, commit_id)
+        generation = self._commit_on_full_disk(events, commit_id)
         return Withdrawn(generation, tuple(gone))
 
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
@@ -297,11 +311,14 @@ class LoraStore:
 
     def sweep(self, digests: Collection[str]) -> list[str]:
         """Delete those blobs that no kept version uses and no publish has leased. Return the digests deleted."""
-        return self._collector.sweep(digests)
+        return self._ballast.spend(lambda: self._collector.sweep(digests))
 
     def gc(self, retention_s: float) -> Collected:
         """Delete unused blobs, projections and files older than `retention_s`, as crashes and rivals leave them."""
-        return self._collector.gc(retention_s)
+        try:
+            return self._ballast.spend(lambda: self._collector.gc(retention_s))
+        finally:
+            self._ballast.fill()
 
     def to_verify(self, tenant: str | None = None) -> dict[str, AdapterRef]:
         """Return the blobs that kept versions use, each with one such version; only those `tenant` sees, if given."""
@@ -311,6 +328,27 @@ class LoraStore:
         """Read and hash these blobs, or all that kept versions use. Yield one result per blob."""
         return self._collector.verify(self.to_verify() if wanted is None else wanted)
 
+    def _commit_on_full_disk(self, events: Callable[[Snapshot], Sequence[Event]], commit_id: str | None) -> int:
+        """Commit, once, even if the disk is full."""
+        commit_id = commit_id or uuid4().hex
+        return self._ballast.spend(lambda: self._catalogue.commit(events, commit_id))
+
+    def _require_new(self) -> None:
+        """Check that a catalogue may be created: the location holds no blobs and nothing of a catalogue.
+
+        Raises: StoreDamaged.
+        """
+        num_blobs = len(self._blobs.files())
+        files = Files(self._location.child(CATALOGUE)).entries()
+        data_files = [file for file in files if file.name.endswith(DATA_SUFFIX)]
+        if num_blobs or data_files:
+            raise StoreDamaged(
+                f"{self._location.uri}/{CATALOGUE}/{LOG}",
+                f"is missing, but {num_blobs} blobs and {len(data_files)} data files of its catalogue are there",
+                "mount its volume or restore a copy; with its data files, `loraretriever pool repair` restores it; to"
+                " begin a new pool, name another store_uri or first move `blobs` and `catalogue` elsewhere",
+            )
+
     def _stage_leased(self, record: AdapterRecord, prepare: Callable[[], tuple[Sample, ...]]) -> Staged:
         """Lease the record's blobs, then call `prepare`. Release the lease if that fails."""
         lease = self._leases.acquire(record.blobs)
@@ -319,6 +357,18 @@ class LoraStore:
         except BaseException:
             self._try_to_release([lease])
             raise
+
+    def _require_blobs(self, records: Collection[AdapterRecord]) -> None:
+        """Check that what was just committed is still stored. Raises: StoreUnavailable; then publish again.
+
+        A lease fails where the clocks of the store's machines differ too much: a sweep takes it for an expired one.
+        """
+        missing = self._blobs.missing([digest for record in records for digest in record.blobs])
+        if missing:
+            raise StoreUnavailable(
+                f"{len(missing)} blobs were deleted while they were published, such as {missing[0]}: set the clocks of"
+                " the machines that use this store, and publish again"
+            )
 
     def _write(
         self, digest: str, weights: WeightsBlob, samples_file: bytes | None, samples: tuple[Sample, ...]

@@ -30,7 +30,7 @@ _INVALID, _FORBIDDEN, _LIMITED, _MISSING, _OVERLOADED, _LATE, _SERVER = (
     "timeout_error",
     "server_error",
 )
-_POISON, _FAILED = "poison_request", "request_failed"
+_POISON, _FAILED, _DAMAGED = "poison_request", "request_failed", "store_damaged"
 _KINDS = ("str", "constrained-str", "int", "float", "bool")  # pydantic's names of union members in a path
 _MAX_PARAM_CHARS = 300
 _UNFORESEEN = "internal_error"
@@ -71,6 +71,8 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (store_errors.PlanInvalid, 400, _INVALID, "plan_invalid"),
     (store_errors.VersionConflict, 503, _OVERLOADED, "version_conflict"),
     (store_errors.StoreUnavailable, 503, _OVERLOADED, "store_unavailable"),
+    (store_errors.StoreDamaged, 500, _SERVER, _DAMAGED),
+    (store_errors.StoreIsNewer, 503, _OVERLOADED, "store_is_newer"),
     (store_errors.EncoderIncomplete, 503, _OVERLOADED, "encoder_incomplete"),
     (store_errors.BlobCorrupted, 500, _SERVER, "blob_corrupted"),
     (retriever_errors.EncoderUnusable, 400, _INVALID, "encoder_unusable"),
@@ -169,7 +171,7 @@ def response_headers(error: Exception, status: int, code: str) -> dict[str, str]
         headers["x-should-retry"] = "false"
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(_cause_of(error), "retry_after_s", 1))))
-    if code in (_POISON, _FAILED):
+    if code in (_POISON, _FAILED, _DAMAGED):
         headers["x-should-retry"] = "false"  # OpenAI's clients retry every other 500
     return headers
 

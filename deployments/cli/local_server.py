@@ -82,6 +82,7 @@ class Server:
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._proxy = host, self._port
         self._session = Path()
+        self.has_new_pool = False  # whether `prepare` created the pool
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
@@ -118,6 +119,7 @@ class Server:
             store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
             store.check_writes(os.environ)
             store.snapshot()
+            self.has_new_pool = store.is_new
         except (LoraStoreError, OSError) as exc:
             raise ServerFailed(f"store_uri: the pool {config.store_uri} cannot be opened: {exc}") from exc
 

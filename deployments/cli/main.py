@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deployments.cli import batch, keys, pool, publish, routing, training
+from deployments.cli import batch, keys, pool, pool_repair, publish, routing, training
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -38,6 +38,7 @@ cli = typer.Typer(cls=KeyAnywhere, no_args_is_help=True, help=__doc__, pretty_ex
 for group in (publish, pool, routing, batch, training):
     cli.add_typer(group.commands)
 cli.add_typer(keys.commands, name="keys")
+cli.add_typer(pool_repair.commands, name="pool")
 
 
 def _print_version(is_wanted: bool) -> None:

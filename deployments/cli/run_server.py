@@ -17,6 +17,7 @@ from deployments.config.loading import load_config
 from deployments.errors import ProxyUnsafe
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
+from lora_store import LoraStoreError
 
 _READY_TIMEOUT_S = 600.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -43,7 +44,7 @@ def run_server(
         keys_of(settings)  # an unusable keys file stops the start here
         server = Server(settings, host=host, port=port, metrics_port=metrics_port, is_verbose=is_verbose)
         _serve(server, settings, host)
-    except (ServerFailed, ProxyUnsafe, ValueError, OSError) as exc:
+    except (ServerFailed, ProxyUnsafe, LoraStoreError, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
 
@@ -59,6 +60,8 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
             ready = server.started()
         interrupts = server.interrupts()
         out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
+        if server.has_new_pool:
+            out.print(f"created a new pool at {settings.store_uri}", markup=False, highlight=False, soft_wrap=True)
         for problem in start_problems(ready):
             show_error(problem)
         out.print(template_note(settings), markup=False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -18,6 +19,9 @@ from lora_store.errors import (
     PlanInvalid,
     PublicNameTaken,
     QuotaExceeded,
+    StoreDamaged,
+    StoreFull,
+    StoreIsNewer,
     StoreUnavailable,
     VersionConflict,
 )
@@ -35,6 +39,10 @@ ERRORS: list[LoraStoreError] = [
     GenerationGone(2, 9),
     ConditionalWritesMissing(200, 200),
     StoreUnavailable("s3://bucket does not answer"),
+    StoreFull("No space left on device"),
+    StoreDamaged("/pool/catalogue/part-1.zstd.parquet", "is empty"),
+    StoreDamaged("/pool/catalogue/_delta_log", "is missing", "mount its volume"),
+    StoreIsNewer("change the adapter store", "0.3.0"),
     EncoderIncomplete([AdapterRef("local", "poet", "d" * 64)]),
 ]
 
@@ -71,10 +79,26 @@ def test_a_quota_error_states_the_limit_and_the_request() -> None:
     assert message.startswith("quota exceeded: the tenant may have 5 adapters, and this publish would make it 6;")
 
 
-def test_the_location_of_the_store_is_not_in_the_message_for_clients() -> None:
-    error = StoreUnavailable("s3://secret-bucket: connection refused")
-    assert "secret-bucket" in str(error)
-    assert "bucket" not in error.client_message
+@pytest.mark.parametrize("error", [StoreUnavailable, StoreFull, lambda cause: StoreDamaged(cause, "is empty")])
+def test_the_location_of_the_store_is_not_in_the_message_for_clients(
+    error: Callable[[str], StoreUnavailable | StoreDamaged],
+) -> None:
+    made = error("s3://secret-bucket: connection refused")
+    assert "secret-bucket" in str(made)
+    assert "bucket" not in made.client_message
+
+
+def test_a_full_disk_is_called_full_and_damage_is_not_to_be_retried() -> None:
+    assert StoreFull("x").client_message.startswith("the store's disk is full")
+    assert "cannot be reached" not in str(StoreFull("x"))
+    damaged = StoreDamaged("/pool/part-1", "is empty")
+    assert str(damaged).startswith("the adapter store is damaged: /pool/part-1 is empty; ")
+    assert "loraretriever pool repair" in str(damaged) and "try again" not in damaged.client_message
+
+
+def test_a_newer_store_names_the_release_that_can() -> None:
+    assert str(StoreIsNewer("change it", "0.3.0")).endswith("Use release 0.3.0 or later")
+    assert str(StoreIsNewer("change it", "")).endswith("Use the release that changed it, or a later one")
 
 
 def test_adapters_without_an_embedding_are_named_only_by_digest() -> None:

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 import pyarrow as pa
 import pytest
 
-from lora_store import Location, Publish, StoreUnavailable
-from lora_store.event_table import EventTable
+from lora_store import Location, Publish, StoreDamaged
+from lora_store.event_table import EventTable, create_table
 from lora_store.events import table_of
 from lora_store.files import Files
 from tests.lora_store.builders import MakeRecord
@@ -29,6 +29,13 @@ class RivalFirst(EventTable):
 
 
 Rows = Callable[[str, int], pa.Table]
+
+
+@pytest.fixture
+def location(location: Location) -> Location:
+    """Return the location of an empty table."""
+    create_table(location)
+    return location
 
 
 @pytest.fixture
@@ -91,7 +98,7 @@ def test_missing_data_files_are_reported(location: Location, rows: Rows) -> None
     table = _filled(location, rows, 1)
     files = Files(location)
     files.delete([file.name for file in files.entries() if file.name.endswith("zstd.parquet")])
-    with pytest.raises(StoreUnavailable, match="data files of the catalogue are missing"):
+    with pytest.raises(StoreDamaged, match=r"zstd\.parquet is missing"):
         _refreshed(table)
 
 

@@ -15,10 +15,20 @@ from lora_store import (
     OutputProfile,
     Publish,
     Rank,
+    SetTrial,
     SetVisibility,
     Withdraw,
 )
-from lora_store.events import SCHEMA, Fold, Keep, VisibleChange, dated_events_of, fold_table_of, table_of
+from lora_store.events import (
+    SCHEMA,
+    Fold,
+    Keep,
+    VisibleChange,
+    dated_events_of,
+    fold_table_of,
+    knows_all_events,
+    table_of,
+)
 from tests.lora_store.builders import NOON, MakeRecord, embedding, ranking
 
 REF = AdapterRef("local", "poet", "d" * 64)
@@ -94,3 +104,18 @@ def test_names_on_disk_do_not_change(make_record: MakeRecord) -> None:
     plain += [ActivateEncoder("m", "i", "me", NOON), Publish(make_record()), Embed(REF, embedding())]
     names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed"]
     assert table_of(plain, 1)["event"].to_pylist() == names
+
+
+def test_a_kind_of_event_that_only_a_newer_release_knows_is_skipped_and_noticed() -> None:
+    rows = table_of([Approve(REF, "boss", NOON), Withdraw(REF, "me", NOON)], 7)
+    newer = rows.set_column(2, SCHEMA.field("event"), pa.array(["pin", "withdraw"]))
+    assert [event for _, event in dated_events_of(newer, after=0)] == [Withdraw(REF, "me", NOON)]
+    assert (knows_all_events(rows), knows_all_events(newer)) == (True, False)
+
+
+def test_every_kind_of_event_that_is_written_is_known(make_record: MakeRecord) -> None:
+    changes = [Publish(make_record()), Publish(make_record(is_offered=True)), SetTrial(REF, None, "me", NOON)]
+    changes += [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
+    folded = [Fold("model", "enc"), Keep(make_record(), is_live=True), Keep(make_record(), is_live=False)]
+    folded += [VisibleChange("acme", 3), Embed(REF, embedding()), *changes[-2:]]
+    assert knows_all_events(table_of(changes, 7)) and knows_all_events(fold_table_of(folded, 7, {"id": 3}))

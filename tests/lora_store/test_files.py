@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import pickle
@@ -12,11 +13,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from deltalake.exceptions import DeltaError
 from moto.s3.models import s3_backends
 
-from lora_store import Location, LoraStore, StoreUnavailable
+from lora_store import Location, LoraStore, StoreFull, StoreUnavailable
 from lora_store.disk_cache import DiskCache
-from lora_store.files import Files
+from lora_store.files import Files, create_file, store_errors
 from tests.lora_store.builders import BASE, MakeFolder, embedding
 from tests.s3 import S3Endpoint
 
@@ -176,3 +178,24 @@ def test_on_a_local_disk_only_the_owner_reads_the_store(tmp_path: Path, make_fol
     assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
     own = [path for path in files if "catalogue" not in path.parts and path.name != ".lock"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in own} == {0o600}
+
+
+def test_a_new_file_is_written_once_and_never_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "commit"
+    assert create_file(file, b"ours") and not create_file(file, b"theirs")
+    assert file.read_bytes() == b"ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["commit"]
+    with pytest.raises(FileNotFoundError):
+        create_file(tmp_path / "gone" / "commit", b"ours")
+
+
+def test_a_full_disk_is_told_from_one_that_cannot_be_reached() -> None:
+    for error in (
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        DeltaError("No space left on device (os error 28)"),
+    ):
+        with pytest.raises(StoreFull), store_errors():
+            raise error
+    with pytest.raises(StoreUnavailable) as found, store_errors():
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    assert not isinstance(found.value, StoreFull)

@@ -59,6 +59,9 @@ EXPECTED = [
     (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
     (store_errors.VersionConflict(3), 503, OVERLOADED, "version_conflict"),
     (store_errors.StoreUnavailable("connection refused"), 503, OVERLOADED, "store_unavailable"),
+    (store_errors.StoreFull("No space left on device"), 503, OVERLOADED, "store_unavailable"),
+    (store_errors.StoreDamaged("/pool/part-1.zstd.parquet", "is empty"), 500, "server_error", "store_damaged"),
+    (store_errors.StoreIsNewer("change the adapter store", "0.3.0"), 503, OVERLOADED, "store_is_newer"),
     (store_errors.EncoderIncomplete([]), 503, OVERLOADED, "encoder_incomplete"),
     (store_errors.BlobCorrupted("d", "e"), 500, "server_error", "blob_corrupted"),
     (retriever_errors.EncoderUnusable("m", "no weights"), 400, INVALID, "encoder_unusable"),
@@ -135,7 +138,7 @@ def test_an_error_maps_equally_from_this_process_and_from_a_replica(
         headers = error_response(raised).headers
         expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
         assert headers.get("retry-after") == expected
-        is_final = status in (409, 504) or code in ("poison_request", "request_failed")
+        is_final = status in (409, 504) or code in ("poison_request", "request_failed", "store_damaged")
         assert headers.get("x-should-retry") == ("false" if is_final else None)
         assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
 
@@ -151,7 +154,7 @@ def test_rays_errors_map_without_internal_details(error: Exception, status: int,
 
 def test_every_row_of_the_table_is_reachable() -> None:
     rows = [kind for kind, *_ in TABLE]
-    assert set(rows) == {type(error) for error, *_ in EXPECTED + RAYS_OWN} - {ActorDiedError}
+    assert set(rows) == {type(error) for error, *_ in EXPECTED + RAYS_OWN} - {ActorDiedError, store_errors.StoreFull}
     for place, kind in enumerate(rows):
         assert not issubclass(kind, tuple(rows[:place])), f"{kind.__name__} is below a row that matches it"
 

@@ -64,6 +64,13 @@ def ready_server(*statuses: int) -> Iterator[Server]:
         thread.join()
 
 
+def test_only_a_pool_that_the_start_creates_is_new(tmp_path: Path) -> None:
+    for is_new in (True, False):
+        server = Server(config_of(base_model="far/away", store_uri=str(tmp_path / "pool")), port=1)
+        server.prepare(lambda _: None)
+        assert server.has_new_pool == is_new
+
+
 def test_a_free_port_is_free() -> None:
     port = free_port("127.0.0.1")
     assert 0 < port < 65536

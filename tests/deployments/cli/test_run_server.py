@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from deployments.api.pool_responses import unserved_objects
@@ -21,6 +22,7 @@ from deployments.cli.run_server import (
     template_note,
 )
 from deployments.config.app import AppConfig
+from lora_store import LoraStore
 
 
 @pytest.mark.parametrize(
@@ -111,3 +113,16 @@ def test_a_quiet_start_keeps_rays_reports_to_itself() -> None:
     server = Server(AppConfig(), port=1, is_verbose=False)
     assert server.ray_log_level == logging.ERROR
     assert Server(AppConfig(), port=1).ray_log_level == logging.INFO
+
+
+def test_a_damaged_pool_stops_the_start_before_ray_with_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = tmp_path / "pool"
+    LoraStore(str(pool), accepts_base=["far/away"])
+    commit = pool / "catalogue" / "_delta_log" / f"{0:020}.json"
+    commit.write_bytes(commit.read_bytes()[:50])
+    assert run_server(None, {"store_uri": str(pool), "base_model": "far/away"}, "127.0.0.1", 0) == 1
+    printed = "".join(capsys.readouterr().err.split())
+    assert str(commit) in printed and "loraretrieverpoolrepair" in printed
+    assert not ray.is_initialized()

@@ -1,0 +1,67 @@
+"""The data files of the catalogue's table: rows as Parquet with checksums."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake.transaction import AddAction
+
+from lora_store.events import SCHEMA, knows_all_events
+from lora_store.files import Files
+
+DATA_SUFFIX = ".zstd.parquet"
+
+
+def write_rows(files: Files, rows: pa.Table, prefix: str, *, is_change: bool) -> AddAction:
+    """Write a data file below `files`. Return the action that makes it part of a table. Raises: StoreUnavailable.
+
+    `is_change`: the rows are new; otherwise they replace others.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        rows, sink, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
+    data = sink.getvalue()
+    name = f"{prefix}-{uuid4()}{DATA_SUFFIX}"
+    files.write(name, data)
+    return AddAction(name, data.size, {}, int(time.time() * 1000), is_change, "{}")
+
+
+def rows_in(content: bytes) -> tuple[pa.Table, bool]:
+    """Return the rows of a data file with the columns of SCHEMA, and whether a newer release's values are among them.
+
+    Columns that an earlier release did not write are null. Raises: ArrowException, OSError for a damaged file.
+    """
+    rows = pq.read_table(pa.BufferReader(content), schema=SCHEMA, page_checksum_verification=True)
+    names = [name for name in pq.read_schema(pa.BufferReader(content)).names if name not in SCHEMA.names]
+    unknown = pq.read_table(pa.BufferReader(content), columns=names).columns if names else []
+    has_unknown = any(column.null_count < len(column) for column in unknown)
+    return rows, has_unknown or not knows_all_events(rows)
+
+
+def all_columns_in(contents: Iterable[bytes], schema: pa.Schema) -> pa.Table:
+    """Return the rows of data files with the columns of SCHEMA, then those that only `schema` has.
+
+    Raises: ArrowException, OSError for a damaged file.
+    """
+    unknown = [field for field in schema if field.name not in SCHEMA.names]
+    full = pa.schema([*SCHEMA, *unknown])
+    read = partial(pq.read_table, schema=full, page_checksum_verification=True)
+    return pa.concat_tables([full.empty_table(), *(read(pa.BufferReader(content)) for content in contents)])
+
+
+def commit_of(added: Sequence[AddAction], removed: Collection[str] = (), others: Sequence[object] = ()) -> bytes:
+    """Return a commit of the Delta log: data files that become part of the table, those that no longer are, others."""
+    now_ms = int(time.time() * 1000)
+    lines: list[object] = [{"commitInfo": {"timestamp": now_ms, "operation": "WRITE"}}, *others]
+    for action in added:
+        values = {"path": action.path, "partitionValues": {}, "size": action.size}
+        lines.append({"add": values | {"modificationTime": action.modification_time, "dataChange": action.data_change}})
+    lines += [{"remove": {"path": name, "deletionTimestamp": now_ms, "dataChange": False}} for name in removed]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
