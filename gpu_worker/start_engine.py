@@ -13,7 +13,7 @@ from gpu_worker.inference_engine import InferenceEngine
 from gpu_worker.native_engine import NativeEngine
 
 
-def start_engine(
+async def start_engine(
     config: WorkerConfig,
     fetch: Fetch,
     *,
@@ -26,7 +26,7 @@ def start_engine(
     """Start the engine that `config.engine` names. Call it within the event loop that will use the engine.
 
     `niceness`: of the native engine's thread. `reports_to_ray`: whether vLLM's own metrics go to Ray's exporter.
-    Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed, and vLLM's own errors of a failed start.
+    Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
     """
     if config.engine == "native":
         return NativeEngine.start(
@@ -44,6 +44,6 @@ def start_engine(
         from gpu_worker.vllm.ray_metrics import PlanStatLogger
 
         loggers = [PlanStatLogger]
-    return VllmEngine.start(
+    return await VllmEngine.start(
         config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, stat_loggers=loggers
     )

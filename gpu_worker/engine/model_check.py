@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,18 @@ _TEXTS = (
     "In 1969 two people walked on the moon for the first time",
     "Water boils at 100 degrees, but high in the mountains it",
 )
-_MOST_TOKENS = 8  # per prompt
-_RANK = 4
+MOST_TOKENS = 8  # per prompt
+RANK = 4
 _ADAPTER_SHARE = 0.05  # of the weights' standard deviation; shifts logits by a fifth of the largest
-_DIGEST = "model-check"
+DIGEST = "model-check"
+ADAPTER_PLAN = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", DIGEST), DIGEST, 1.0),))
 _FLOAT32_BOUND = 1e-4  # maximum difference, relative to the largest logit if that is above 1
 _HALF_BOUND = 0.05  # maximum difference, relative to the largest logit
 _HALF_SHARE = 0.5  # share of tokens that may exceed it; a wrong engine exceeds it for nearly all
-_MOST_HALF_SHARE = 0.9  # upper limit of that share without an adapter, however unstable the model is
+MOST_HALF_SHARE = 0.9  # upper limit of that share without an adapter, however unstable the model is
 _JITTER = 2**-8  # relative size of the last bit in bfloat16
-_DECODE_STEPS = 3
-_PLAIN, _ADAPTED = "without an adapter", "with an adapter"  # names of the rows in error messages
+DECODE_STEPS = 3
+PLAIN, ADAPTED = "without an adapter", "with an adapter"  # names of the rows in error messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Difference:
+class Difference:
     """The difference of a row's logits from the eager ones. `beyond` (T,): tokens that exceed the bound."""
 
     beyond: Tensor
@@ -71,7 +73,7 @@ class _Difference:
     largest: float
 
     @classmethod
-    def of(cls, found: Tensor, expected: Tensor) -> _Difference:
+    def of(cls, found: Tensor, expected: Tensor) -> Difference:
         """Compare found and expected (T, V), which have the same dtype: float32 or a half precision."""
         is_exact = expected.dtype == torch.float32
         found, expected = found.float(), expected.float()
@@ -82,7 +84,7 @@ class _Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class _EagerLogits:
+class EagerLogits:
     """The eager model's logits (P, T, V), and its logits with different rounding."""
 
     logits: Tensor
@@ -93,7 +95,7 @@ class _EagerLogits:
         """Return the share of the engine's tokens that may differ from the eager ones."""
         if self.logits.dtype == torch.float32:
             return 0.0
-        return _HALF_SHARE + 2 * float(_Difference.of(self.jittered, self.logits).beyond.float().mean())
+        return _HALF_SHARE + 2 * float(Difference.of(self.jittered, self.logits).beyond.float().mean())
 
 
 class ModelCheck:
@@ -105,8 +107,10 @@ class ModelCheck:
     def __init__(self, base: BaseModel, linears: Mapping[str, nn.Linear], max_len: int, max_rank: int) -> None:
         began = time.perf_counter()
         self._base = base
-        self._adapter = _adapter(linears, min(_RANK, max_rank))
-        prompts = _prompts(base, min(_MOST_TOKENS, max_len))
+        self._adapter = check_adapter(linears, min(RANK, max_rank))
+        num_ids = base.model.get_input_embeddings().weight.shape[0]
+        ids = check_prompts(base.tokenizer, num_ids, min(MOST_TOKENS, max_len))
+        prompts = torch.tensor(ids, device=base.model.device)
         try:
             plain, adapted = self._eager_logits(prompts, linears)
         except torch.OutOfMemoryError:
@@ -115,11 +119,11 @@ class ModelCheck:
             raise self._unsupported(f"transformers' own model fails on a short prompt ({exc})") from exc
         if not plain.logits.isfinite().all():
             raise self._unsupported("the logits of transformers' own model are not finite")
-        if not _Difference.of(adapted.logits, plain.logits).beyond.any():
+        if not Difference.of(adapted.logits, plain.logits).beyond.any():
             raise self._unsupported("an adapter on its linear layers does not change its logits")
         self._rows = _rows(prompts.tolist(), plain.logits, adapted.logits)
-        self._allowed = {_PLAIN: min(plain.allowed, _MOST_HALF_SHARE), _ADAPTED: adapted.allowed}
-        self._differences: defaultdict[tuple[str, str], list[_Difference]] = defaultdict(list)
+        self._allowed = {PLAIN: min(plain.allowed, MOST_HALF_SHARE), ADAPTED: adapted.allowed}
+        self._differences: defaultdict[tuple[str, str], list[Difference]] = defaultdict(list)
         self._eager_s = time.perf_counter() - began
 
     @torch.inference_mode()
@@ -129,20 +133,20 @@ class ModelCheck:
         Raises: BaseModelUnsupported with the first difference that exceeds the bound.
         """
         began = time.perf_counter()
-        residency.try_pin([_DIGEST], {_DIGEST: self._adapter})
+        residency.try_pin([DIGEST], {DIGEST: self._adapter})
         residency.settle()
         waiting = list(self._rows)
         while waiting:
             waiting = self._run_some(forward, kv_cache, waiting)
-        residency.unpin([_DIGEST])
+        residency.unpin([DIGEST])
         residency.settle()
-        residency.evict(_DIGEST)
+        residency.evict(DIGEST)
         self._judge()
         seconds = self._eager_s + time.perf_counter() - began
         logger.info("the engine's logits agree with transformers; the check took %.2f s", seconds)
 
     @torch.inference_mode()
-    def _eager_logits(self, prompts: Tensor, linears: Mapping[str, nn.Linear]) -> tuple[_EagerLogits, _EagerLogits]:
+    def _eager_logits(self, prompts: Tensor, linears: Mapping[str, nn.Linear]) -> tuple[EagerLogits, EagerLogits]:
         """Return the logits (P, T, V) of prompts (P, T), without and with the adapter."""
         positions = torch.arange(prompts.shape[1], device=prompts.device)[None].expand_as(prompts)
 
@@ -150,16 +154,16 @@ class ModelCheck:
             found: Tensor = self._base.model(input_ids=prompts, position_ids=positions, use_cache=False).logits
             return found
 
-        def with_roundings() -> _EagerLogits:
+        def with_roundings() -> EagerLogits:
             found = logits()
             if found.dtype == torch.float32:
-                return _EagerLogits(found, found)
-            with _hooked(linears, _jittering()):
-                return _EagerLogits(found, logits())
+                return EagerLogits(found, found)
+            with hooked(linears, jittering()):
+                return EagerLogits(found, logits())
 
         with _eager(self._base):
             plain = with_roundings()
-            with _hooked(linears, _adding(self._adapter)):
+            with hooked(linears, adding(self._adapter)):
                 return plain, with_roundings()
 
     def _run_some(self, forward: ForwardPass, kv_cache: KvCache, waiting: list[_Row]) -> list[_Row]:
@@ -201,7 +205,7 @@ class ModelCheck:
         except Exception as exc:
             raise self._unsupported(f"a step of {what} failed ({exc})") from exc
         for (row, _, done, end), segment in zip(parts, segments, strict=True):
-            difference = _Difference.of(found[segment.start : segment.end], row.expected[done:end])
+            difference = Difference.of(found[segment.start : segment.end], row.expected[done:end])
             self._differences[what, row.name].append(difference)
 
     def _judge(self) -> None:
@@ -211,7 +215,7 @@ class ModelCheck:
         later tokens of the row differ too. So the allowed share grows with the share of tokens that differ in
         transformers' own model under different rounding.
         """
-        if self._allowed[_ADAPTED] >= 1:
+        if self._allowed[ADAPTED] >= 1:
             logger.warning(
                 "rounding alone changes this model's logits, so the effect of adapters can only be checked in float32"
             )
@@ -228,26 +232,24 @@ class ModelCheck:
         return BaseModelUnsupported(f"this engine does not support {self._base.model.config.model_type}: {reason}")
 
 
-def _prompts(base: BaseModel, most_tokens: int) -> Tensor:
-    """Return prompts of equal length (P, T). Ids outside the embedding are mapped to valid ones."""
-    num_ids = base.model.get_input_embeddings().weight.shape[0]
-    ids = [[token % num_ids for token in base.tokenizer(text).input_ids] for text in _TEXTS]
+def check_prompts(tokenizer: Any, num_ids: int, most_tokens: int) -> list[list[int]]:
+    """Return prompts of equal length. Ids outside the model's `num_ids` embeddings are mapped to valid ones."""
+    ids = [[token % num_ids for token in tokenizer(text).input_ids] for text in _TEXTS]
     length = min(most_tokens, *map(len, ids))
-    return torch.tensor([tokens[:length] for tokens in ids], device=base.model.device)
+    return [tokens[:length] for tokens in ids]
 
 
 def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor) -> list[_Row]:
     """Return each prompt as a row without and a row with the adapter. Every other prompt is shortened."""
-    plan = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", _DIGEST), _DIGEST, 1.0),))
     rows = []
     for index, tokens in enumerate(prompts):
         length = max(1, len(tokens) - 2 * (index % 2))
-        rows.append(_Row(_PLAIN, tokens[:length], BASE_PLAN, plain[index]))
-        rows.append(_Row(_ADAPTED, tokens[:length], plan, adapted[index]))
+        rows.append(_Row(PLAIN, tokens[:length], BASE_PLAN, plain[index]))
+        rows.append(_Row(ADAPTED, tokens[:length], ADAPTER_PLAN, adapted[index]))
     return rows
 
 
-def _adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
+def check_adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
     """Make a random adapter for every linear layer, whose effect exceeds the bound while its rounding does not."""
     generator = torch.Generator().manual_seed(0)
     modules = {}
@@ -257,7 +259,7 @@ def _adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
         a = torch.randn(rank, linear.in_features, generator=generator)
         bt = torch.randn(rank, linear.out_features, generator=generator) * spread
         modules[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
-    return DeviceAdapter(_DIGEST, modules)
+    return DeviceAdapter(DIGEST, modules)
 
 
 @contextmanager
@@ -271,7 +273,7 @@ def _eager(base: BaseModel) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -> Iterator[None]:
+def hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -> Iterator[None]:
     """Change the outputs of the linear layers within the block."""
     handles = [linear.register_forward_hook(hook_of(name)) for name, linear in linears.items()]
     try:
@@ -281,7 +283,7 @@ def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -
             handle.remove()
 
 
-def _adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
+def adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
     """Return hooks that add the adapter to the outputs of its modules."""
 
     def hook_of(name: str) -> _Hook:
@@ -293,7 +295,7 @@ def _adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
     return hook_of
 
 
-def _jittering() -> Callable[[str], _Hook]:
+def jittering() -> Callable[[str], _Hook]:
     """Return hooks that change every value by about one rounding error."""
     generator = torch.Generator().manual_seed(0)
 
@@ -309,8 +311,8 @@ def _steps(lengths: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
 
     The steps: a chunk of the first row's prompt, the rest of all prompts, then single tokens.
     """
-    prompts = [max(length - _DECODE_STEPS, 0) for length in lengths]
+    prompts = [max(length - DECODE_STEPS, 0) for length in lengths]
     yield "prompts", [prompts[0] // 2, *[0] * (len(lengths) - 1)]
     yield "prompts", prompts
-    for step in range(1, _DECODE_STEPS + 1):
+    for step in range(1, DECODE_STEPS + 1):
         yield "decode tokens", [min(done + step, length) for done, length in zip(prompts, lengths, strict=True)]

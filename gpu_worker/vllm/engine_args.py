@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import ValidationError
 from vllm import AsyncEngineArgs
 from vllm import logger as vllm_logger
 from vllm.config import (
@@ -13,13 +18,18 @@ from vllm.config import (
     CompilationMode,
     CUDAGraphMode,
     LoggingConfig,
+    ModelConfig,
     StructuredOutputsConfig,
     VllmConfig,
 )
+from vllm.model_executor.models import supports_lora
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import BaseModelUnsupported, WarmUpFailed
 from gpu_worker.vllm.front_model import FrontModel
+from gpu_worker.vllm.processes import ErrorFile, read_errors
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
@@ -29,20 +39,58 @@ MAX_PROBED_IDS = 128
 
 
 def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
-    """Return vLLM's configuration of the engine."""
+    """Return vLLM's configuration of the engine. Raises: BaseModelUnsupported."""
     set_environment(config)
-    vllm_config = _engine_args(config, model, free_fill, is_compiled).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    args = _engine_args(config, model, free_fill, is_compiled)
+    try:
+        vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        _check_class(vllm_config.model_config, model.model_type)
+    except ValueError as exc:  # pydantic's too
+        raise BaseModelUnsupported(f"vLLM refuses {model.model_type}: {_reason(exc)}") from exc
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
-    log_in_children(vllm_config)
     return vllm_config
 
 
-def log_in_children(vllm_config: VllmConfig) -> None:
-    """Let vLLM's processes print what they do, and leave the logging of this one as it is.
+def _check_class(model_config: ModelConfig, model_type: str) -> None:
+    """Raise BaseModelUnsupported if vLLM has no adapters for the class that it would serve the model with."""
+    found, name = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    if not supports_lora(found):
+        raise BaseModelUnsupported(
+            f"{model_type} cannot have adapters with the vLLM engine: vLLM's class {name} supports no LoRA"
+        )
+
+
+def _reason(error: ValueError) -> str:
+    """Return what the error says, without the inputs that pydantic lists and the architectures that vLLM lists."""
+    text = str(error)
+    if isinstance(error, ValidationError):
+        text = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+    return text.partition(" Supported architectures:")[0]
+
+
+def launch(vllm_config: VllmConfig, stat_loggers: Sequence[type]) -> AsyncLLM:
+    """Start vLLM's processes. Raises: WarmUpFailed with the errors of the process that ended."""
+    with TemporaryDirectory(prefix="loraretriever-") as folder:
+        errors = Path(folder) / "errors"
+        log_in_children(vllm_config, errors)
+        try:
+            return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
+        except Exception as exc:
+            reasons = "; then ".join(read_errors(errors)) or f"{type(exc).__name__}: {exc}"
+            raise WarmUpFailed(f"vLLM did not start: {reasons}") from exc
+
+
+def log_in_children(vllm_config: VllmConfig, errors: Path) -> None:
+    """Let vLLM's processes print what they do and write their errors to the file, and leave this one as it is.
 
     vLLM would set up this process too, which closes all its log files: it skips a process that it has set up already.
     """
-    vllm_config.logging_config = LoggingConfig(configure_logging=True)
+    logging_config = deepcopy(vllm_logger.DEFAULT_LOGGING_CONFIG)
+    logging_config["handlers"]["errors"] = {"class": f"{ErrorFile.__module__}.ErrorFile", "path": str(errors)}
+    logging_config["loggers"]["vllm"]["handlers"].append("errors")
+    file = errors.with_suffix(".json")
+    file.write_text(json.dumps(logging_config))
+    vllm_config.logging_config = LoggingConfig(configure_logging=True, pylogging_config_file=str(file))
     vllm_logger._last_configured_logging_config = vllm_config.logging_config
 
 
@@ -59,6 +107,7 @@ def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_c
     plugin = PluginSettings(
         num_rank_rows=config.num_rank_rows,
         cache_dir=str(config.cache_dir),
+        modules=tuple(model.shapes),
         use_kernel=config.lora_products == "auto",
         free_fill=free_fill,
     )

@@ -99,7 +99,7 @@ def test_cycles_of_use_and_withdrawal_leave_nothing_in_the_processes(
     scale.record("MiB that vLLM's processes grew by", (num_bytes() - before) / 2**20)
     assert num_bytes() - before < MOST_GROWTH
     [bank] = hosted.run(hosted.engine._llm.collective_rpc("describe_bank"))  # type: ignore[attr-defined]
-    assert bank["resident"] == [] and bank["shapes"].keys() == hosted.engine.module_shapes.keys()
+    assert bank["resident"] == [] and bank["ends"].keys() == hosted.engine.module_shapes.keys()
 
 
 def test_the_death_of_a_process_ends_every_job_and_the_engine(hosted: HostedEngine) -> None:
