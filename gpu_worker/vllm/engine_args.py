@@ -28,6 +28,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, WarmUpFailed
+from gpu_worker.model.base_model import config_setting
 from gpu_worker.vllm.front_model import FrontModel
 from gpu_worker.vllm.processes import ErrorFile, read_errors
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
@@ -35,7 +36,7 @@ from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
 _GPU_SHARE = 0.9  # of the GPU's memory, as vLLM's default
-MAX_PROBED_IDS = 128
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
 
 def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
@@ -52,8 +53,14 @@ def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, i
 
 
 def _check_class(model_config: ModelConfig, model_type: str) -> None:
-    """Raise BaseModelUnsupported if vLLM has no adapters for the class that it would serve the model with."""
-    found, name = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    """Raise BaseModelUnsupported unless the class that vLLM would serve the model with takes it and adapters."""
+    found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    name = found.__name__
+    kinds = set(config_setting(model_config.hf_config, "layer_types") or ()) - _ATTENTION_LAYERS
+    if kinds and model_config.using_transformers_backend():
+        raise BaseModelUnsupported(
+            f"{model_type} has layers of other kinds ({', '.join(sorted(kinds))}), for which vLLM has no class"
+        )
     if not supports_lora(found):
         raise BaseModelUnsupported(
             f"{model_type} cannot have adapters with the vLLM engine: vLLM's class {name} supports no LoRA"

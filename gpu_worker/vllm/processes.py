@@ -17,6 +17,7 @@ from pathlib import Path
 
 _PERIOD_S = 1.0
 _LONGEST_ERROR = 500  # characters
+_POINTERS = ("See stack trace for root cause", "See root cause above")  # in errors of vLLM that only follow another one
 
 
 class ErrorFile(logging.Handler):
@@ -34,6 +35,8 @@ class ErrorFile(logging.Handler):
         if error is None:
             return
         text = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_ERROR]
+        if any(pointer in text for pointer in _POINTERS):
+            return
         with suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(text) + "\n")
 
