@@ -42,7 +42,7 @@ from gpu_worker.errors import EngineStopped
 from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
 from gpu_worker.lora.lora_kernel import load_lora_kernel
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
-from gpu_worker.vllm.engine_args import build_config, launch, max_len_of
+from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_len_of
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
@@ -124,15 +124,16 @@ class VllmEngine(InferenceEngine):
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
-        llm = launch(vllm_config, stat_loggers)
-        try:
-            banks = await llm.collective_rpc("describe_bank")
-            model = narrowed(model, [bank["ends"] for bank in banks])
-            max_len = max_len_of(config, model)
-            await check_model(config, model, max_len, partial(change_banks, llm), partial(answer_check, llm))
-        except BaseException:
-            llm.shutdown()
-            raise
+        with errors_of_children(vllm_config):
+            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
+            try:
+                banks = await llm.collective_rpc("describe_bank")
+                model = narrowed(model, [bank["ends"] for bank in banks])
+                max_len = max_len_of(config, model)
+                await check_model(config, model, max_len, partial(change_banks, llm), partial(answer_check, llm))
+            except BaseException:
+                llm.shutdown()
+                raise
         return cls(llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)
 
     @property

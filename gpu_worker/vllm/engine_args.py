@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,10 +25,9 @@ from vllm.config import (
 )
 from vllm.model_executor.models import supports_lora
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.errors import BaseModelUnsupported, WarmUpFailed
+from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed
 from gpu_worker.model.base_model import config_setting
 from gpu_worker.vllm.front_model import FrontModel
 from gpu_worker.vllm.processes import ErrorFile, read_errors
@@ -75,13 +75,16 @@ def _reason(error: ValueError) -> str:
     return text.partition(" Supported architectures:")[0]
 
 
-def launch(vllm_config: VllmConfig, stat_loggers: Sequence[type]) -> AsyncLLM:
-    """Start vLLM's processes. Raises: WarmUpFailed with the errors of the process that ended."""
+@contextmanager
+def errors_of_children(vllm_config: VllmConfig) -> Iterator[None]:
+    """Raise WarmUpFailed with the errors of vLLM's processes if one ends within the block, which starts them."""
     with TemporaryDirectory(prefix="loraretriever-") as folder:
         errors = Path(folder) / "errors"
         log_in_children(vllm_config, errors)
         try:
-            return AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
+            yield
+        except GpuWorkerError:
+            raise
         except Exception as exc:
             reasons = "; then ".join(read_errors(errors)) or f"{type(exc).__name__}: {exc}"
             raise WarmUpFailed(f"vLLM did not start: {reasons}") from exc

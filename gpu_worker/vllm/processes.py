@@ -17,7 +17,7 @@ from pathlib import Path
 
 _PERIOD_S = 1.0
 _LONGEST_ERROR = 500  # characters
-_POINTERS = ("See stack trace for root cause", "See root cause above")  # in errors of vLLM that only follow another one
+_POINTER = "root cause"  # in errors of vLLM that only follow another one
 
 
 class ErrorFile(logging.Handler):
@@ -35,7 +35,7 @@ class ErrorFile(logging.Handler):
         if error is None:
             return
         text = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_ERROR]
-        if any(pointer in text for pointer in _POINTERS):
+        if _POINTER in text:
             return
         with suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(text) + "\n")
