@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import ValidationError
 from vllm import AsyncEngineArgs
 from vllm import logger as vllm_logger
 from vllm.config import (
@@ -69,9 +68,10 @@ def _check_class(model_config: ModelConfig, model_type: str) -> None:
 
 def _reason(error: ValueError) -> str:
     """Return what the error says, without the inputs that pydantic lists and the architectures that vLLM lists."""
+    list_errors: Callable[[], list[dict[str, str]]] | None = getattr(error, "errors", None)  # pydantic's have it
     text = str(error)
-    if isinstance(error, ValidationError):
-        text = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+    if list_errors is not None:
+        text = "; ".join(each["msg"].removeprefix("Value error, ") for each in list_errors())
     return text.partition(" Supported architectures:")[0]
 
 

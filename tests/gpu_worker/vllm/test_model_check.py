@@ -158,7 +158,7 @@ def test_a_short_context_is_checked_as_far_as_it_goes(max_len: int, workers: Cal
         ({}, {}, DECODE_STEPS, "worker.max_model_len is 3"),
     ],
 )
-def test_what_is_not_compared_is_logged_with_its_reason(
+def test_the_reason_for_comparing_nothing_is_logged(
     settings: Mapping[str, Any],
     changes: Mapping[str, Any],
     max_len: int,

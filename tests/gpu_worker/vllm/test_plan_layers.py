@@ -81,7 +81,7 @@ def test_a_layer_is_divided_as_adapters_name_its_parts() -> None:
 
 
 def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
-    """What vLLM stacks or does not load is no name of another module."""
+    """Names that vLLM stacks or does not load stay as they are."""
     mapper = WeightsMapper(
         orig_to_new_prefix={"gpt_neox.": "model.", "model.layers.3.": None},
         orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},

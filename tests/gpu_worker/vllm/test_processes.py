@@ -103,7 +103,7 @@ def test_each_error_of_the_processes_is_kept_once_and_without_those_that_only_po
 
 
 def test_errors_after_the_start_are_only_printed(tmp_path: Path) -> None:
-    """The front end has removed the folder by then."""
+    """The front end has removed the folder."""
     handler = ErrorFile(str(tmp_path / "removed" / "errors"))
     handler.emit(logging.makeLogRecord({"exc_info": (ValueError, ValueError("late"), None)}))
     assert not (tmp_path / "removed").exists()
