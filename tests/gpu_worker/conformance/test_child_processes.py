@@ -122,5 +122,5 @@ def test_the_death_of_a_process_ends_every_job_and_the_engine(hosted: HostedEngi
 
 def test_the_error_that_ends_a_process_at_start_is_named(tiny_folders: Mapping[str, Path]) -> None:
     """vLLM's attention has no heads of 8 values on the CPU, and only its worker knows."""
-    with pytest.raises(WarmUpFailed, match=r"^vLLM did not start: \w+: .*[Hh]ead.?size.* 8"):
+    with pytest.raises(WarmUpFailed, match=r"^vLLM did not start: \w+: .*head_dim=8"):
         HostedEngine(ENGINES["vllm"], tiny_config(tiny_folders["llama"], engine="vllm"))

@@ -16,7 +16,7 @@ from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
-from tests.gpu_worker.conformance.test_parity import NUM_NEW, assert_follows, plans_of
+from tests.gpu_worker.conformance.test_parity import NUM_NEW, assert_follows
 from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter, tiny_config
 
 MakeAdapter = Callable[..., AdapterWeights]
@@ -64,7 +64,15 @@ def test_adapters_of_layers_with_other_names_equal_the_reference(
 ) -> None:
     assert FAMILIES[family][1] in hosted.engine.module_shapes
     reference = Reference(folder)
-    plans = plans_of(adapter)
+    one, other = adapter(1), adapter(2, rank=3, modules=lambda name: ".1." in name)
+    parts = (one, 0.5), (other, 0.7)
+    plans = {
+        "base": BASE_PLAN,
+        "selection": plan_of("selection", (one, 1.0)),
+        "an adapter of one layer": plan_of("selection", (other, 1.0)),
+        "mixture": plan_of("mixture", *parts),
+        "fusion": plan_of("fusion", *parts),
+    }
     answers = hosted.answers(*[job("The parrot says", plan) for plan in plans.values()])
     for (name, plan), answer in zip(plans.items(), answers, strict=True):
         steps = reference.greedy("The parrot says", plan, hosted.pool, NUM_NEW)
