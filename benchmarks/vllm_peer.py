@@ -72,7 +72,7 @@ def plans(settings: dict[str, Any]) -> Answer:
     )
 
     async def start() -> VllmEngine:
-        return VllmEngine.start(config, fetch)
+        return await VllmEngine.start(config, fetch)
 
     loop = asyncio.Runner()
     engine = loop.run(start())

@@ -43,7 +43,7 @@ class WorkerDeployment:
     `weights_cache`: folder and quota in bytes of a disk cache that the workers of this machine share, or None.
     """
 
-    def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         config: WorkerConfig,
         stream_interval_ms: float,
@@ -66,7 +66,7 @@ class WorkerDeployment:
         use_one_thread()
         executor = load_executor(config.load_threads)
         self._fetcher = WeightsFetcher(ServeStore(store), executor, cache=self._cache, observer=self._metrics)
-        self._engine: InferenceEngine = start_engine(
+        self._engine: InferenceEngine = await start_engine(
             config,
             self._start_fetch,
             executor=executor,

@@ -14,7 +14,7 @@ from gpu_worker.errors import WorkerConfigInvalid
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
 _WIDEST_FUSION = 256  # rank rows of a fusion of the widest adapters that `admission.max_rank` allows by default
 _ONLY_NATIVE = {"max_chunk_tokens", "prompt_lookup_tokens", "prefix_cache_share", "shares_cores"}
-_ONLY_VLLM = {"tensor_parallel_size", "enforce_eager", "fusion_rank_rows"}
+_ONLY_VLLM = {"tensor_parallel_size", "enforce_eager", "fusion_rank_rows", "model_check_max_parameters"}
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
 PACKAGED_ALIASES = ("google/gemma-3-270m", "unsloth/gemma-3-270m")  # names of the same model on the model hub
 DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
@@ -36,6 +36,10 @@ class EngineSettings:
     device: Literal["cpu", "cuda"] = "cpu"  # cuda implies one GPU a worker, or worker_scaling.num_gpus
     tensor_parallel_size: AtLeastOne = 1  # processes that share the base model; vllm only, each on a GPU of its own
     enforce_eager: bool = False  # vllm only: do not compile the base model; starts within seconds, answers slower
+    # vllm only: at start, compare log probabilities with transformers' model on the CPU if the base model has at most
+    # this many parameters, whose weights then take host memory a second time; 0: never. Quantised weights are not
+    # compared. The native engine compares always.
+    model_check_max_parameters: Annotated[int, Ge(0)] = 2_000_000_000
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: AtLeastOne | None = None  # unset: the CPUs the worker's process may use
     shares_cores: bool = True  # CPU only: use fewer threads while other processes keep the cores busy

@@ -13,7 +13,7 @@ from gpu_worker.inference_engine import InferenceEngine
 from gpu_worker.native_engine import NativeEngine
 
 
-def start_engine(
+async def start_engine(
     config: WorkerConfig,
     fetch: Fetch,
     *,
@@ -27,7 +27,7 @@ def start_engine(
 
     `niceness`: of the native engine's thread, and of the thread that tokenizes.
     `reports_to_ray`: whether vLLM's own metrics go to Ray's exporter.
-    Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed, and vLLM's own errors of a failed start.
+    Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
     """
     if config.engine == "native":
         return NativeEngine.start(
@@ -45,7 +45,7 @@ def start_engine(
         from gpu_worker.vllm.ray_metrics import PlanStatLogger
 
         loggers = [PlanStatLogger]
-    return VllmEngine.start(
+    return await VllmEngine.start(
         config,
         fetch,
         executor=executor,

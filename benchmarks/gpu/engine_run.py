@@ -58,7 +58,7 @@ async def run(config: WorkerConfig, what: What, seconds: float, write: Write) ->
     front = load_front_model(config)
     hosted = Hosted(config)
     started = time.monotonic()
-    hosted.start()
+    await hosted.start()
     write({"what": "start", "start_s": time.monotonic() - started, "memory": hosted.engine.memory.summary})
     try:
         if what == "checks":

@@ -29,9 +29,9 @@ class Hosted:
     pool: dict[str, AdapterWeights] = field(default_factory=dict)
     _drawn: dict[int, dict[str, ModuleWeights]] = field(default_factory=dict)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Start the engine that the settings name. Call it within the event loop."""
-        self.engine: InferenceEngine = _start(self.config, self._fetch)
+        self.engine: InferenceEngine = await _start(self.config, self._fetch)
 
     def add(self, digest: str, seed: int, *, rank: int, size: float) -> AdapterWeights:
         """Put a random adapter of all modules into the pool. Equal seeds share their tensors."""
@@ -70,11 +70,11 @@ def job(prompt: str, plan: Plan = BASE_PLAN, *, num_new: int = 8, logprobs: int 
     return Job("gpu", prompt, plan, sampling)
 
 
-def _start(config: WorkerConfig, fetch: Fetch) -> InferenceEngine:
+async def _start(config: WorkerConfig, fetch: Fetch) -> InferenceEngine:
     if config.engine == "native":
         return NativeEngine.start(config, fetch, stream_interval_ms=0, free_fill=math.nan)
     from gpu_worker.vllm.engine import VllmEngine
 
-    return VllmEngine.start(
+    return await VllmEngine.start(
         config, fetch, stream_interval_ms=0, free_fill=math.nan, is_compiled=config.device == "cuda"
     )

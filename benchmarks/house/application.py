@@ -67,7 +67,8 @@ async def served_app(config: AppConfig) -> AsyncIterator[tuple[Ingress, httpx.As
     """Yield (the Ingress, a client of its routes) over real deployments."""
     store = FakeHandle(StoreDeployment(config, put=_Reference))
     replica = RetrieverDeployment(config)
-    worker = WorkerDeployment(config.worker_config(), 0.0, store, allow_unauthenticated_ray=True)
+    worker = WorkerDeployment.__new__(WorkerDeployment)
+    await WorkerDeployment.__init__(worker, config.worker_config(), 0.0, store, allow_unauthenticated_ray=True)
     handles = FakeHandle(replica), FakeHandle(worker), store
     ingress = Ingress(config, *handles)
     await ingress.services.preload.wait()

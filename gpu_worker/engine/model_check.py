@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +42,19 @@ _TEXTS = (
     "In 1969 two people walked on the moon for the first time",
     "Water boils at 100 degrees, but high in the mountains it",
 )
-_MOST_TOKENS = 8  # per short prompt
+MOST_TOKENS = 8  # per short prompt
 _MOST_LONG_TOKENS = 40  # of the longer prompt: all texts
-_RANK = 4
+RANK = 4
 _ADAPTER_SHARE = 0.05  # of the weights' standard deviation; shifts logits by a fifth of the largest
-_DIGEST = "model-check"
+DIGEST = "model-check"
+ADAPTER_PLAN = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", DIGEST), DIGEST, 1.0),))
 _FLOAT32_BOUND = 1e-4  # maximum difference, relative to the largest logit if that is above 1
 _HALF_BOUND = 0.05  # maximum difference, relative to the largest logit
 _HALF_SHARE = 0.5  # share of tokens that may exceed it; a wrong engine exceeds it for nearly all
-_MOST_HALF_SHARE = 0.9  # upper limit of that share without an adapter, however unstable the model is
+MOST_HALF_SHARE = 0.9  # upper limit of that share without an adapter, however unstable the model is
 _JITTER = 2**-8  # relative size of the last bit in bfloat16
-_DECODE_STEPS = 3
-_PLAIN, _ADAPTED = "without an adapter", "with an adapter"  # names of the rows in error messages
+DECODE_STEPS = 3
+PLAIN, ADAPTED = "without an adapter", "with an adapter"  # names of the rows in error messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Difference:
+class Difference:
     """The difference of a row's logits from the eager ones. `beyond` (T,): tokens that exceed the bound."""
 
     beyond: Tensor
@@ -74,7 +76,7 @@ class _Difference:
     largest: float
 
     @classmethod
-    def of(cls, found: Tensor, expected: Tensor) -> _Difference:
+    def of(cls, found: Tensor, expected: Tensor) -> Difference:
         """Compare found and expected (T, V), which have the same dtype: float32 or a half precision."""
         is_exact = expected.dtype == torch.float32
         found, expected = found.float(), expected.float()
@@ -85,7 +87,7 @@ class _Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class _EagerLogits:
+class EagerLogits:
     """The eager model's logits (P, T, V), and its logits with different rounding."""
 
     logits: Tensor
@@ -96,7 +98,7 @@ class _EagerLogits:
         """Return the share of the engine's tokens that may differ from the eager ones."""
         if self.logits.dtype == torch.float32:
             return 0.0
-        return _HALF_SHARE + 2 * float(_Difference.of(self.jittered, self.logits).beyond.float().mean())
+        return _HALF_SHARE + 2 * float(Difference.of(self.jittered, self.logits).beyond.float().mean())
 
 
 class ModelCheck:
@@ -108,13 +110,13 @@ class ModelCheck:
     def __init__(self, base: BaseModel, linears: Mapping[str, nn.Linear], max_len: int, max_rank: int) -> None:
         began = time.perf_counter()
         self._base = base
-        self._adapter = _adapter(linears, min(_RANK, max_rank))
+        self._adapter = check_adapter(linears, min(RANK, max_rank))
         self._allowed: dict[str, float] = {}
-        self._rounds = [self._round(_prompts(base, _TEXTS, min(_MOST_TOKENS, max_len)), linears)]
+        self._rounds = [self._round(_prompts(base, _TEXTS, min(MOST_TOKENS, max_len)), linears)]
         longer = _prompts(base, [" ".join(_TEXTS)], min(_MOST_LONG_TOKENS, max_len))
-        if (length := longer.shape[1]) > _MOST_TOKENS:
+        if (length := longer.shape[1]) > MOST_TOKENS:
             self._rounds.append(self._round(longer, linears, f", in rows of {length} tokens,"))
-        self._differences: defaultdict[tuple[str, str], list[_Difference]] = defaultdict(list)
+        self._differences: defaultdict[tuple[str, str], list[Difference]] = defaultdict(list)
         self._eager_s = time.perf_counter() - began
 
     def _round(self, prompts: Tensor, linears: Mapping[str, nn.Linear], suffix: str = "") -> list[_Row]:
@@ -127,10 +129,10 @@ class ModelCheck:
             raise self._unsupported(f"transformers' own model fails on a short prompt ({exc})") from exc
         if not plain.logits.isfinite().all():
             raise self._unsupported("the logits of transformers' own model are not finite")
-        if not _Difference.of(adapted.logits, plain.logits).beyond.any():
+        if not Difference.of(adapted.logits, plain.logits).beyond.any():
             raise self._unsupported("an adapter on its linear layers does not change its logits")
-        names = _PLAIN + suffix, _ADAPTED + suffix
-        self._allowed |= {names[0]: min(plain.allowed, _MOST_HALF_SHARE), names[1]: adapted.allowed}
+        names = PLAIN + suffix, ADAPTED + suffix
+        self._allowed |= {names[0]: min(plain.allowed, MOST_HALF_SHARE), names[1]: adapted.allowed}
         return _rows(prompts.tolist(), plain.logits, adapted.logits, names)
 
     @torch.inference_mode()
@@ -140,20 +142,20 @@ class ModelCheck:
         Raises: BaseModelUnsupported with the first difference that exceeds the bound.
         """
         began = time.perf_counter()
-        residency.try_pin([_DIGEST], {_DIGEST: self._adapter})
+        residency.try_pin([DIGEST], {DIGEST: self._adapter})
         residency.settle()
         for waiting in self._rounds:
             while waiting:
                 waiting = self._run_some(forward, kv_cache, waiting)
-        residency.unpin([_DIGEST])
+        residency.unpin([DIGEST])
         residency.settle()
-        residency.evict(_DIGEST)
+        residency.evict(DIGEST)
         self._judge()
         seconds = self._eager_s + time.perf_counter() - began
         logger.info("the engine's logits agree with transformers; the check took %.2f s", seconds)
 
     @torch.inference_mode()
-    def _eager_logits(self, prompts: Tensor, linears: Mapping[str, nn.Linear]) -> tuple[_EagerLogits, _EagerLogits]:
+    def _eager_logits(self, prompts: Tensor, linears: Mapping[str, nn.Linear]) -> tuple[EagerLogits, EagerLogits]:
         """Return the logits (P, T, V) of prompts (P, T), without and with the adapter."""
         positions = torch.arange(prompts.shape[1], device=prompts.device)[None].expand_as(prompts)
 
@@ -161,16 +163,16 @@ class ModelCheck:
             found: Tensor = self._base.model(input_ids=prompts, position_ids=positions, use_cache=False).logits
             return found
 
-        def with_roundings() -> _EagerLogits:
+        def with_roundings() -> EagerLogits:
             found = logits()
             if found.dtype == torch.float32:
-                return _EagerLogits(found, found)
-            with _hooked(linears, _jittering()):
-                return _EagerLogits(found, logits())
+                return EagerLogits(found, found)
+            with hooked(linears, jittering()):
+                return EagerLogits(found, logits())
 
         with _eager(self._base):
             plain = with_roundings()
-            with _hooked(linears, _adding(self._adapter)):
+            with hooked(linears, adding(self._adapter)):
                 return plain, with_roundings()
 
     def _run_some(self, forward: ForwardPass, kv_cache: KvCache, waiting: list[_Row]) -> list[_Row]:
@@ -219,7 +221,7 @@ class ModelCheck:
                 ) from exc
             raise self._unsupported(f"a step of {what} failed ({exc})") from exc
         for (row, _, done, end), segment in zip(parts, segments, strict=True):
-            difference = _Difference.of(found[segment.start : segment.end], row.expected[done:end])
+            difference = Difference.of(found[segment.start : segment.end], row.expected[done:end])
             self._differences[what, row.name].append(difference)
 
     def _judge(self) -> None:
@@ -247,25 +249,29 @@ class ModelCheck:
 
 
 def _prompts(base: BaseModel, texts: Sequence[str], most_tokens: int) -> Tensor:
-    """Return prompts of equal length (P, T). Ids outside the embedding are mapped to valid ones."""
+    """Return prompts of equal length (P, T)."""
     num_ids = base.model.get_input_embeddings().weight.shape[0]
-    ids = [[token % num_ids for token in base.tokenizer(text).input_ids] for text in texts]
+    return torch.tensor(check_prompts(base.tokenizer, num_ids, most_tokens, texts), device=base.model.device)
+
+
+def check_prompts(tokenizer: Any, num_ids: int, most_tokens: int, texts: Sequence[str] = _TEXTS) -> list[list[int]]:
+    """Return prompts of equal length. Ids outside the model's `num_ids` embeddings are mapped to valid ones."""
+    ids = [[token % num_ids for token in tokenizer(text).input_ids] for text in texts]
     length = min(most_tokens, *map(len, ids))
-    return torch.tensor([tokens[:length] for tokens in ids], device=base.model.device)
+    return [tokens[:length] for tokens in ids]
 
 
 def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor, names: tuple[str, str]) -> list[_Row]:
     """Return each prompt as a row without and a row with the adapter. Every other prompt is shortened."""
-    plan = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", _DIGEST), _DIGEST, 1.0),))
     rows = []
     for index, tokens in enumerate(prompts):
         length = max(1, len(tokens) - 2 * (index % 2))
         rows.append(_Row(names[0], tokens[:length], BASE_PLAN, plain[index]))
-        rows.append(_Row(names[1], tokens[:length], plan, adapted[index]))
+        rows.append(_Row(names[1], tokens[:length], ADAPTER_PLAN, adapted[index]))
     return rows
 
 
-def _adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
+def check_adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
     """Make a random adapter for every linear layer, whose effect exceeds the bound while its rounding does not."""
     generator = torch.Generator().manual_seed(0)
     modules = {}
@@ -275,7 +281,7 @@ def _adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
         a = torch.randn(rank, linear.in_features, generator=generator)
         bt = torch.randn(rank, linear.out_features, generator=generator) * spread
         modules[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
-    return DeviceAdapter(_DIGEST, modules)
+    return DeviceAdapter(DIGEST, modules)
 
 
 @contextmanager
@@ -289,7 +295,7 @@ def _eager(base: BaseModel) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -> Iterator[None]:
+def hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -> Iterator[None]:
     """Change the outputs of the linear layers within the block."""
     handles = [linear.register_forward_hook(hook_of(name)) for name, linear in linears.items()]
     try:
@@ -299,7 +305,7 @@ def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], _Hook]) -
             handle.remove()
 
 
-def _adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
+def adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
     """Return hooks that add the adapter to the outputs of its modules."""
 
     def hook_of(name: str) -> _Hook:
@@ -311,7 +317,7 @@ def _adding(adapter: DeviceAdapter) -> Callable[[str], _Hook]:
     return hook_of
 
 
-def _jittering() -> Callable[[str], _Hook]:
+def jittering() -> Callable[[str], _Hook]:
     """Return hooks that change every value by about one rounding error."""
     generator = torch.Generator().manual_seed(0)
 
@@ -327,8 +333,8 @@ def _steps(lengths: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
 
     The steps: a chunk of the first row's prompt, the rest of all prompts, then single tokens.
     """
-    prompts = [max(length - _DECODE_STEPS, 0) for length in lengths]
+    prompts = [max(length - DECODE_STEPS, 0) for length in lengths]
     yield "prompts", [prompts[0] // 2, *[0] * (len(lengths) - 1)]
     yield "prompts", prompts
-    for step in range(1, _DECODE_STEPS + 1):
+    for step in range(1, DECODE_STEPS + 1):
         yield "decode tokens", [min(done + step, length) for done, length in zip(prompts, lengths, strict=True)]

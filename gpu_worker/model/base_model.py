@@ -97,7 +97,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     hf_config = load_config(source)
     _check_config(hf_config)
     _check_class(hf_config)
-    head_dim = _setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
+    head_dim = config_setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
     if config.device == "cuda" and (head_dim > _LARGEST_CUDA_HEAD or head_dim % 8):
         raise BaseModelUnsupported(
             f"{hf_config.model_type} has a head size of {head_dim}; attention on cuda supports multiples of 8 up to"
@@ -118,7 +118,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
         dtype=dtype,
-        window=_setting(hf_config, "sliding_window"),
+        window=config_setting(hf_config, "sliding_window"),
         window_layers=_window_layers(hf_config),
         sampling_defaults=sampling_defaults(config),
     )
@@ -144,8 +144,8 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
 
 def check_is_text_only(config: Any) -> None:
     """Raise BaseModelUnsupported if the config is that of a multimodal model, whose parts have configs of their own."""
-    text = _setting(config, "text_config")
-    if text is not None and not _setting(config, "is_encoder_decoder"):
+    text = config_setting(config, "text_config")
+    if text is not None and not config_setting(config, "is_encoder_decoder"):
         raise BaseModelUnsupported(
             f"{config.model_type} is a multimodal model; this server serves text-only models: use one of the same"
             f" family, or save its text part ({text.model_type}) as a model of its own"
@@ -164,36 +164,36 @@ def _check_class(config: Any) -> None:
 def _check_config(config: Any) -> None:
     check_is_text_only(config)
     problems = []
-    if _setting(config, "quantization_config") is not None:
+    if config_setting(config, "quantization_config") is not None:
         problems.append("quantised weights (use engine 'vllm', or dequantise them and save the result)")
-    if _setting(config, "is_encoder_decoder"):
+    if config_setting(config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if _setting(config, name) is not None:
+        if config_setting(config, name) is not None:
             problems.append(f"soft-capping ({name})")
-    if _setting(config, "kv_lora_rank") is not None:
+    if config_setting(config, "kv_lora_rank") is not None:
         problems.append("multi-head latent attention")
-    if _setting(config, "use_bidirectional_attention"):
+    if config_setting(config, "use_bidirectional_attention"):
         problems.append("bidirectional attention")
-    layers = set(_setting(config, "layer_types") or ())
+    layers = set(config_setting(config, "layer_types") or ())
     if other := sorted(map(str, layers - {"full_attention", "sliding_attention"})):
         problems.append(f"layers of other kinds ({', '.join(other)})")
     if config.model_type in _ATTENTION_SINKS:
         problems.append("attention sinks")
-    problems += [f"a config without {name}" for name in _NEEDED if not isinstance(_setting(config, name), int)]
+    problems += [f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(config, name), int)]
     if problems:
         raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not support")
 
 
 def _window_layers(config: Any) -> frozenset[int]:
     """Return the layers with a sliding window, or none if all layers have one."""
-    kinds = _setting(config, "layer_types") or ()
+    kinds = config_setting(config, "layer_types") or ()
     layers = frozenset(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
-    has_window = isinstance(_setting(config, "sliding_window"), int)
+    has_window = isinstance(config_setting(config, "sliding_window"), int)
     return layers if has_window and len(layers) < config.num_hidden_layers else frozenset()
 
 
-def _setting(config: Any, name: str) -> Any:
+def config_setting(config: Any, name: str) -> Any:
     """Return a setting of the model's config, or None if it is absent.
 
     Raises: BaseModelUnsupported if the config has no single value because its layers differ.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -31,26 +32,28 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.delta_stream import Events, StreamPace, deltas
 from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine.model_check import ADAPTER_PLAN, DIGEST
 from gpu_worker.engine.next_tokens import failure_of
 from gpu_worker.engine.offline import generate_all
 from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.probe import Prober
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.engine.tokenizing import Tokenizing
-from gpu_worker.errors import BaseModelUnsupported, EngineStopped
+from gpu_worker.errors import EngineStopped
 from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
 from gpu_worker.lora.lora_kernel import load_lora_kernel
 from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
-from gpu_worker.vllm.engine_args import build_config, max_len_of
-from gpu_worker.vllm.front_model import FrontModel, load_front_model
+from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_len_of
+from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
+from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
 from gpu_worker.vllm.plan_ids import PlanIds
 from gpu_worker.vllm.plan_path import path_of
 from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
-from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
+from gpu_worker.vllm.sampling import check_params, probed_ids, prompt_scores, sampling_params, scored
 from gpu_worker.vllm.settings import check_device, check_gpus, check_vllm
 
 _WATCH_PERIOD_S = 5.0
@@ -99,7 +102,7 @@ class VllmEngine(InferenceEngine):
         self._num_missing_kernels = int(uses_kernel and load_lora_kernel(Path(config.cache_dir)) is None)
 
     @classmethod
-    def start(
+    async def start(
         cls,
         config: WorkerConfig,
         fetch: Fetch,
@@ -111,12 +114,12 @@ class VllmEngine(InferenceEngine):
         is_compiled: bool = True,
         stat_loggers: Sequence[type] = (),
     ) -> VllmEngine:
-        """Start vLLM and its workers, which takes from ten seconds to minutes. Call it within an event loop.
+        """Start vLLM and its workers, which takes from ten seconds to minutes and blocks the event loop for most of it.
 
         `niceness`: of the thread that tokenizes. `free_fill`: value of free bank rows, see LoraBank.
         `is_compiled`: let torch.compile compile the base model.
         `stat_loggers`: classes that vLLM reports its metrics to; none: it computes none.
-        Raises: BaseModelUnsupported, WorkerConfigInvalid, and vLLM's own errors of a failed start.
+        Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed with the error that ended a process of vLLM.
         """
         check_vllm()
         check_device(config.device)
@@ -128,11 +131,16 @@ class VllmEngine(InferenceEngine):
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
-        llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
-        if not is_checked:  # vLLM has downloaded the files meanwhile
+        with errors_of_children(vllm_config):
+            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
             try:
-                check_checkpoint(model.source)
-            except BaseModelUnsupported:
+                if not is_checked:  # vLLM has downloaded the files meanwhile
+                    check_checkpoint(model.source)
+                banks = await llm.collective_rpc("describe_bank")
+                model = narrowed(model, [bank["ends"] for bank in banks])
+                max_len = max_len_of(config, model)
+                await check_model(config, model, max_len, partial(change_banks, llm), partial(answer_check, llm))
+            except BaseException:
                 llm.shutdown()
                 raise
         return cls(
@@ -299,8 +307,8 @@ class VllmEngine(InferenceEngine):
             return [(token, None) for token in tokens]
         return [(token, scored(token, entry, num_top)) for token, entry in zip(tokens, found, strict=True)]
 
-    async def _change_bank(self, changes: list[Change]) -> None:
-        await self._llm.collective_rpc("change_bank", args=(changes,))
+    async def _change_bank(self, changes: list[Change]) -> dict[str, str]:
+        return await change_banks(self._llm, changes)
 
     def _fail(self, failure: Exception) -> None:
         self._rows.stop(failure)
@@ -309,6 +317,28 @@ class VllmEngine(InferenceEngine):
         """Start rows whose loads have ended. Called from the executor's threads."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._rows.pump)
+
+
+async def change_banks(llm: AsyncLLM, changes: list[Change]) -> dict[str, str]:
+    """Apply the changes in every worker. Return why adapters are unfit for one of them, by weights digest."""
+    refusals: list[dict[str, str]] = await llm.collective_rpc("change_bank", args=(changes,))
+    return {digest: problem for of_worker in refusals for digest, problem in of_worker.items()}
+
+
+async def answer_check(llm: AsyncLLM, prompt: CheckedPrompt) -> CheckedAnswer:
+    """Let vLLM answer a prompt of the check at start."""
+    path = path_of(ADAPTER_PLAN) if prompt.has_adapter else None
+    request = None if path is None else LoRARequest(path, 1, path)
+    name = f"{DIGEST}-{uuid.uuid4()}"
+    tokens = TokensPrompt(prompt_token_ids=prompt.tokens, cache_salt=name)
+    params = check_params(scores_prompt=prompt.scores_prompt)
+    async with aclosing(llm.generate(tokens, params, name, lora_request=request)) as outputs:
+        output = [output async for output in outputs][-1]
+    new = output.outputs[0]
+    entries = [*(output.prompt_logprobs or [None])[1:], *new.logprobs]
+    return CheckedAnswer(
+        list(new.token_ids), [{token: entry.logprob for token, entry in each.items()} for each in entries]
+    )
 
 
 def _with_fusion(job: Job) -> Job:

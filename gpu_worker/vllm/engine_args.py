@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm import AsyncEngineArgs
@@ -13,36 +18,89 @@ from vllm.config import (
     CompilationMode,
     CUDAGraphMode,
     LoggingConfig,
+    ModelConfig,
     StructuredOutputsConfig,
     VllmConfig,
 )
+from vllm.model_executor.models import supports_lora
 from vllm.usage.usage_lib import UsageContext
 
 from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed
+from gpu_worker.model.base_model import config_setting
 from gpu_worker.vllm.front_model import FrontModel
+from gpu_worker.vllm.processes import ErrorFile, read_errors
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
 _GPU_SHARE = 0.9  # of the GPU's memory, as vLLM's default
-MAX_PROBED_IDS = 128
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
 
 def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
-    """Return vLLM's configuration of the engine."""
+    """Return vLLM's configuration of the engine. Raises: BaseModelUnsupported."""
     set_environment(config)
-    vllm_config = _engine_args(config, model, free_fill, is_compiled).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    args = _engine_args(config, model, free_fill, is_compiled)
+    try:
+        vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        _check_class(vllm_config.model_config, model.model_type)
+    except ValueError as exc:  # pydantic's too
+        raise BaseModelUnsupported(f"vLLM refuses {model.model_type}: {_reason(exc)}") from exc
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
-    log_in_children(vllm_config)
     return vllm_config
 
 
-def log_in_children(vllm_config: VllmConfig) -> None:
-    """Let vLLM's processes print what they do, and leave the logging of this one as it is.
+def _check_class(model_config: ModelConfig, model_type: str) -> None:
+    """Raise BaseModelUnsupported unless the class that vLLM would serve the model with takes it and adapters."""
+    found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    name = found.__name__
+    kinds = set(config_setting(model_config.hf_config, "layer_types") or ()) - _ATTENTION_LAYERS
+    if kinds and model_config.using_transformers_backend():
+        raise BaseModelUnsupported(
+            f"{model_type} has layers of other kinds ({', '.join(sorted(kinds))}), for which vLLM has no class"
+        )
+    if not supports_lora(found):
+        raise BaseModelUnsupported(
+            f"{model_type} cannot have adapters with the vLLM engine: vLLM's class {name} supports no LoRA"
+        )
+
+
+def _reason(error: ValueError) -> str:
+    """Return what the error says, without the inputs that pydantic lists and the architectures that vLLM lists."""
+    list_errors: Callable[[], list[dict[str, str]]] | None = getattr(error, "errors", None)  # pydantic's have it
+    text = str(error)
+    if list_errors is not None:
+        text = "; ".join(each["msg"].removeprefix("Value error, ") for each in list_errors())
+    return text.partition(" Supported architectures:")[0]
+
+
+@contextmanager
+def errors_of_children(vllm_config: VllmConfig) -> Iterator[None]:
+    """Raise WarmUpFailed with the errors of vLLM's processes if one ends within the block, which starts them."""
+    with TemporaryDirectory(prefix="loraretriever-") as folder:
+        errors = Path(folder) / "errors"
+        log_in_children(vllm_config, errors)
+        try:
+            yield
+        except GpuWorkerError:
+            raise
+        except Exception as exc:
+            reasons = "; then ".join(read_errors(errors)) or f"{type(exc).__name__}: {exc}"
+            raise WarmUpFailed(f"vLLM did not start: {reasons}") from exc
+
+
+def log_in_children(vllm_config: VllmConfig, errors: Path) -> None:
+    """Let vLLM's processes print what they do and write their errors to the file, and leave this one as it is.
 
     vLLM would set up this process too, which closes all its log files: it skips a process that it has set up already.
     """
-    vllm_config.logging_config = LoggingConfig(configure_logging=True)
+    logging_config = deepcopy(vllm_logger.DEFAULT_LOGGING_CONFIG)
+    logging_config["handlers"]["errors"] = {"class": f"{ErrorFile.__module__}.ErrorFile", "path": str(errors)}
+    logging_config["loggers"]["vllm"]["handlers"].append("errors")
+    file = errors.with_suffix(".json")
+    file.write_text(json.dumps(logging_config))
+    vllm_config.logging_config = LoggingConfig(configure_logging=True, pylogging_config_file=str(file))
     vllm_logger._last_configured_logging_config = vllm_config.logging_config
 
 
@@ -59,6 +117,7 @@ def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_c
     plugin = PluginSettings(
         num_rank_rows=config.num_rank_rows,
         cache_dir=str(config.cache_dir),
+        modules=tuple(model.shapes),
         use_kernel=config.lora_products == "auto",
         free_fill=free_fill,
     )

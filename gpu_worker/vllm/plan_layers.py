@@ -6,7 +6,8 @@ path is the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,12 +26,15 @@ from vllm.lora.utils import (
 from gpu_worker.bank.bank import LoraBank, ModuleBank
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.bank.residency import Residency
+from gpu_worker.errors import PlanTooLarge
 from gpu_worker.lora.lora_kernel import LoraKernel
 from gpu_worker.lora.mapping import composition
 from gpu_worker.step.step_context import Composition
 from gpu_worker.vllm.packing import unpacked
 from gpu_worker.vllm.plan_path import is_plan_path, plan_of
 from lora_store.plan import BASE_PLAN, Plan
+
+logger = logging.getLogger(__name__)
 
 OPERATION = "loraretriever::add_plans"
 
@@ -98,28 +102,40 @@ class PlanLayers:
         model: nn.Module,
         lora_config: Any,
         *,
+        modules: Collection[str],
         num_rows: int,
         device: torch.device,
         kernel: LoraKernel | None,
         tiles: StepTables | None = None,
         free_fill: float = 0.0,
     ) -> None:
-        """`kernel`: for the products on the CPU. `tiles`: those on a GPU. Without both, torch computes them."""
+        """Wrap the layers that adapters may target.
+
+        `modules`: paths of these layers in transformers' model, which adapters name. `kernel`: for the products on the
+        CPU. `tiles`: those on a GPU. Without both, torch computes them.
+        Raises: ValueError if vLLM's model has none of the modules.
+        """
         self._device, self._kernel, self._tiles = device, kernel, tiles
-        layers = dict(_wrapped(model, lora_config, device))
-        packed = process_packed_modules_mapping(model)
-        names = {path: _slice_names(path, layer, packed) for path, layer in layers.items()}
+        layers = list(_wrapped(model, lora_config, device, modules))
         linears: dict[str, nn.Linear] = {}
         self._shares: dict[str, Share] = {}
-        for path, layer in layers.items():
-            for name, linear, share in _locals(path, layer, names[path]):
-                linears[name], self._shares[name] = linear, share
+        widths: list[list[int]] = []
+        for path, layer, names in layers:
+            widths.append([])
+            for name, linear, share in _locals(path, layer, names):
+                widths[-1].append(linear.out_features)
+                if name is not None:
+                    linears[name], self._shares[name] = linear, share
+        if not linears:
+            raise ValueError(
+                f"vLLM's {type(model).__name__} has no layer that an adapter of the base model could target"
+            )
         self.bank = LoraBank(linears, num_rows, free_fill=free_fill, device=device)
         self.residency = Residency(self.bank)
         self._linears: list[PlanLinear] = []
-        for path, layer in layers.items():
-            slices = [(self.bank.modules[name], self.bank.shapes[name][0]) for name in names[path]]
-            self._linears.append(PlanLinear(len(self._linears), slices))
+        for (_, layer, names), of_layer in zip(layers, widths, strict=True):
+            banks = [None if name is None else self.bank.modules[name] for name in names]
+            self._linears.append(PlanLinear(len(self._linears), list(zip(banks, of_layer, strict=True))))
             layer.set_mapping(self._linears[-1])
             layer.lora_a_stacked = layer.lora_b_stacked = ()  # vLLM's own, which nothing reads now
         self._step: Composition | None = None
@@ -134,23 +150,45 @@ class PlanLayers:
     def has_kernel(self) -> bool:
         return self._kernel is not None
 
-    def change(self, changes: Iterable[Sequence[Any]]) -> None:
-        """Apply ("put", digest, dtype, modules, values) and ("drop", digest), in order, between two steps."""
+    @property
+    def ends(self) -> dict[str, tuple[int, int]]:
+        """Return the ends (out, in) of this process's share of each module: its whole shape where no other has one."""
+        return {name: (share.outputs.stop, share.inputs.stop) for name, share in self._shares.items()}
+
+    def change(self, changes: Iterable[Sequence[Any]]) -> dict[str, str]:
+        """Apply ("put", digest, dtype, modules, values) and ("drop", digest), in order, between two steps.
+
+        Return the reason for each adapter that the bank cannot hold, by digest. It is left out, and may be dropped.
+        """
+        unfit: dict[str, str] = {}
         for kind, digest, *values in changes:
             if kind == "drop":
-                self.residency.unpin([digest])
-                self.residency.evict(digest)
-                continue
-            adapter = self._local(unpacked(digest, *values, device=self._device))
-            if not self.residency.try_pin([digest], {digest: adapter}):
-                raise RuntimeError(f"the bank has no room for the adapter {digest[:12]}")
+                self._drop(digest)
+            elif (problem := self._put(unpacked(digest, *values, device=self._device))) is not None:
+                unfit[digest] = problem
         self.residency.settle()
         self._last = None
+        return unfit
 
-    def _local(self, adapter: DeviceAdapter) -> DeviceAdapter:
-        """Return this process's part of the adapter."""
-        modules = {name: self._shares[name].of(module) for name, module in adapter.modules.items()}
-        return DeviceAdapter(adapter.weights_digest, modules)
+    def _drop(self, digest: str) -> None:
+        if digest in self.residency:  # otherwise it was unfit
+            self.residency.unpin([digest])
+            self.residency.evict(digest)
+
+    def _put(self, adapter: DeviceAdapter) -> str | None:
+        """Pin this process's part of the adapter, or return the reason why the bank cannot hold it."""
+        if unknown := [name for name in adapter.modules if name not in self._shares]:
+            return f"the base model has no module {unknown[0]!r} in vLLM"
+        local = {name: self._shares[name].of(module) for name, module in adapter.modules.items()}
+        for name, module in local.items():
+            if (module.bt.shape[1], module.a.shape[1]) != self.bank.shapes[name]:
+                return f"{name} has another shape in vLLM's base model"
+        digest = adapter.weights_digest
+        try:
+            has_room = self.residency.try_pin([digest], {digest: DeviceAdapter(digest, local)})
+        except PlanTooLarge as exc:
+            return str(exc)
+        return None if has_room else "the bank has no room for it"
 
     # The methods below are those that vLLM's model runner calls.
 
@@ -198,20 +236,54 @@ class PlanLayers:
             self._linears[place].add(y, x, self._step, self._num_tokens)
 
 
-def _wrapped(model: nn.Module, lora_config: Any, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Replace every linear layer by vLLM's layer with a hook for adapters, and yield it by module path."""
+def _wrapped(
+    model: nn.Module, lora_config: Any, device: torch.device, modules: Collection[str]
+) -> Iterator[tuple[str, Any, list[str | None]]]:
+    """Replace every linear layer that computes some of the modules by vLLM's layer with a hook for adapters.
+
+    Yield (path, layer, the module of each slice of its output, None for a slice that no adapter may target). Every
+    other layer stays as it is.
+    """
     packed = process_packed_modules_mapping(model)
     supported = get_supported_lora_modules(model)
     embeddings: Any = model.embedding_modules  # names of the embedding and the head, which take no adapters
-    for path, module in list(model.named_modules()):
+    module_at = _modules_by_path(model, modules)
+    for path, base_layer in list(model.named_modules()):
         leaf = path.rpartition(".")[2]
-        if leaf in embeddings or not is_supported_lora_module(path, module, supported):
+        if leaf in embeddings or not is_supported_lora_module(path, base_layer, supported):
             continue
-        with _placeholder_weight(module, device):
-            layer = from_layer(module, 1, lora_config, packed.get(leaf, []), model.config)
-        if layer is module:
-            raise ValueError(f"vLLM has no LoRA layer for {path} ({type(module).__name__})")
-        yield path, replace_submodule(model, path, layer)
+        paths = _slice_paths(path, packed, module_at)
+        names = [module_at.get(slice_path) for slice_path in paths]
+        if not any(names):
+            continue
+        with _placeholder_weight(base_layer, device):
+            layer: Any = from_layer(
+                base_layer, 1, lora_config, [path.rpartition(".")[2] for path in paths], model.config
+            )
+        if layer is base_layer or layer.n_slices != len(names):
+            logger.warning("vLLM has no LoRA layer for %s (%s)", path, type(base_layer).__name__)
+            continue
+        yield path, replace_submodule(model, path, layer), names
+
+
+def _modules_by_path(model: Any, modules: Collection[str]) -> dict[str, str]:
+    """Return the modules by their paths in vLLM's model, which names some parts otherwise than transformers does."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return {name: name for name in modules}
+    renames = mapper.get_rename_mapper()
+    return {renames.map_name(name): name for name in modules}
+
+
+def _slice_paths(path: str, packed: Mapping[str, list[str]], module_at: Mapping[str, str]) -> list[str]:
+    """Return the paths of the slices of a layer's output, such as those of q_proj, k_proj and v_proj.
+
+    A layer that is one module for adapters is one slice, whatever parts vLLM's model names for it.
+    """
+    parent, _, leaf = path.rpartition(".")
+    if path in module_at:
+        return [path]
+    return [f"{parent}.{name}" for name in packed.get(leaf, [leaf])]
 
 
 @contextmanager
@@ -230,16 +302,7 @@ def _placeholder_weight(module: Any, device: torch.device) -> Iterator[None]:
         module.weight = None
 
 
-def _slice_names(path: str, layer: Any, packed: dict[str, list[str]]) -> list[str]:
-    """Return the module paths that an adapter uses for the layer's slices, such as q_proj, k_proj and v_proj."""
-    parent, _, leaf = path.rpartition(".")
-    leaves = packed.get(leaf, [leaf])
-    if len(leaves) != layer.n_slices:
-        raise ValueError(f"{path} has {layer.n_slices} slices, but vLLM names {leaves}")
-    return [f"{parent}.{name}" for name in leaves]
-
-
-def _locals(path: str, layer: Any, names: Sequence[str]) -> Iterator[tuple[str, nn.Linear, Share]]:
+def _locals(path: str, layer: Any, names: Sequence[str | None]) -> Iterator[tuple[str | None, nn.Linear, Share]]:
     """Yield, for each slice, a layer without memory that has this process's shape, and its share of the module."""
     base = layer.base_layer
     if layer.tp_size > 1 and len(names) == 1 and hasattr(base, "output_sizes"):

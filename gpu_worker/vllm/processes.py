@@ -6,6 +6,8 @@ would keep the device's memory, which the front end's successor needs.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import threading
@@ -14,6 +16,35 @@ from contextlib import suppress
 from pathlib import Path
 
 _PERIOD_S = 1.0
+_LONGEST_ERROR = 500  # characters
+_POINTER = "root cause"  # in errors of vLLM that only follow another one
+
+
+class ErrorFile(logging.Handler):
+    """Appends the exceptions that a process of vLLM logs to a file, so that its front end can name them.
+
+    Nothing is written once the front end has removed the file's folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(logging.ERROR)
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_ERROR]
+        if _POINTER in text:
+            return
+        with suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(text) + "\n")
+
+
+def read_errors(path: Path) -> list[str]:
+    """Return the different errors in the file of an ErrorFile, in the order of their first appearance."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return list(dict.fromkeys(json.loads(line) for line in lines))
 
 
 def kill_descendants() -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.residency import RowAssignment
-from gpu_worker.errors import PlanTooLarge
+from gpu_worker.errors import AdapterUnfit, PlanTooLarge
 from gpu_worker.vllm.fusions import adapters_of, contains_any, parts_of
 from gpu_worker.vllm.packing import PackedAdapter, packed
 
 logger = logging.getLogger(__name__)
 
 Change = tuple[Any, ...]
+Send = Callable[[list[Change]], Awaitable[Mapping[str, str]]]
+"""Applies changes in all workers between two of their steps. Returns why adapters are unfit, by weights digest."""
 
 
 class PlannedResidency:
@@ -104,41 +107,49 @@ class _Part:
             self._bank.drop(digest)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Put:
+    """An adapter on its way to the workers. `is_done`: they have answered. `refusals`: why they do not hold it."""
+
+    adapter: DeviceAdapter
+    is_done: asyncio.Event = field(default_factory=asyncio.Event)
+    refusals: list[str] = field(default_factory=list)
+
+
 class RemoteBank:
     """Sends changes of the workers' banks to them, in order and several at a time.
 
-    `send`: applies changes in all workers between two of their steps. `on_failure`: called with its error, after which
-    the workers' banks are unknown and the engine must end.
+    `on_failure`: called with an error of `send`, after which the workers' banks are unknown and the engine must end.
     """
 
-    def __init__(
-        self, send: Callable[[list[Change]], Awaitable[object]], on_failure: Callable[[Exception], object]
-    ) -> None:
+    def __init__(self, send: Send, on_failure: Callable[[Exception], object]) -> None:
         self._send, self._on_failure = send, on_failure
-        self._queue: list[tuple[str, DeviceAdapter | None]] = []
-        self._written: dict[str, asyncio.Event] = {}  # digest -> set once the workers hold it
+        self._queue: list[_Put | str] = []  # a string is the digest of an adapter to drop
+        self._puts: dict[str, _Put] = {}  # the last one of each digest
         self._sender: asyncio.Task[None] | None = None
 
     def put(self, adapter: DeviceAdapter) -> None:
-        self._written[adapter.weights_digest] = asyncio.Event()
-        self._append(adapter.weights_digest, adapter)
+        put = self._puts[adapter.weights_digest] = _Put(adapter)
+        self._append(put)
 
     def drop(self, digest: str) -> None:
-        del self._written[digest]
-        self._append(digest, None)
+        del self._puts[digest]
+        self._append(digest)
 
     async def written(self, digests: Iterable[str]) -> None:
-        """Return once the workers hold these adapters, which are pinned."""
-        for digest in digests:
-            await self._written[digest].wait()
+        """Return once the workers hold these adapters, which are pinned. Raises: AdapterUnfit if they refuse one."""
+        for put in [self._puts[digest] for digest in digests]:
+            await put.is_done.wait()
+            if put.refusals:
+                raise AdapterUnfit(put.refusals[0])
 
     async def drained(self) -> None:
         """Return once all changes so far have been applied."""
         while self._sender is not None:
             await asyncio.shield(self._sender)
 
-    def _append(self, digest: str, adapter: DeviceAdapter | None) -> None:
-        self._queue.append((digest, adapter))
+    def _append(self, change: _Put | str) -> None:
+        self._queue.append(change)
         if self._sender is None:
             self._sender = asyncio.get_running_loop().create_task(self._send_all())
 
@@ -146,10 +157,10 @@ class RemoteBank:
         try:
             while self._queue:
                 changes, self._queue = self._queue, []
-                await self._send(await asyncio.to_thread(_encoded, changes))
-                for digest, adapter in changes:
-                    if adapter is not None and digest in self._written:
-                        self._written[digest].set()
+                unfit = await self._send(await asyncio.to_thread(_encoded, changes))
+                for change in changes:
+                    if isinstance(change, _Put):
+                        _end(change, unfit)
         except Exception as exc:
             logger.exception("cannot change the adapters of the vLLM workers")
             self._on_failure(exc)
@@ -157,16 +168,19 @@ class RemoteBank:
             self._sender = None
 
 
-def _encoded(changes: Sequence[tuple[str, DeviceAdapter | None]]) -> list[Change]:
+def _end(put: _Put, unfit: Mapping[str, str]) -> None:
+    digest = put.adapter.weights_digest
+    if digest in unfit:
+        logger.warning("the vLLM workers refuse the adapter %s: %s", digest[:12], unfit[digest])
+        put.refusals.append(unfit[digest])
+    put.is_done.set()
+
+
+def _encoded(changes: Sequence[_Put | str]) -> list[Change]:
     """Return the changes as plain values."""
-    encoded: list[Change] = []
-    for digest, adapter in changes:
-        if adapter is None:
-            encoded.append(("drop", digest))
-        else:
-            encoded.append(_put(packed(adapter)))
-    return encoded
+    return [("drop", change) if isinstance(change, str) else encoded_put(packed(change.adapter)) for change in changes]
 
 
-def _put(adapter: PackedAdapter) -> Change:
+def encoded_put(adapter: PackedAdapter) -> Change:
+    """Return the change that brings the adapter into the workers' banks."""
     return "put", adapter.digest, adapter.dtype, adapter.modules, adapter.values

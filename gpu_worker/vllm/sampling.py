@@ -11,12 +11,14 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, StructuredOutputsParams
 
+from gpu_worker.engine.model_check import DECODE_STEPS
 from gpu_worker.engine.row import Row
 from gpu_worker.errors import SamplingInvalid
 from gpu_worker.grammar.library import lark_of_calls, with_json_options
 from gpu_worker.request.grammar import Grammar
 from gpu_worker.sampling.logprobs import Scored
 
+_CHECKED_IDS = 20  # the most likely ids after a token, as many as vLLM returns
 _HIGHEST_TEMPERATURE = 2.0  # that vLLM accepts
 
 
@@ -50,6 +52,19 @@ def sampling_params(row: Row, vocab_size: int) -> SamplingParams:
         output_kind=RequestOutputKind.DELTA,
         structured_outputs=None if given.grammar is None else structured_outputs(given.grammar),
         skip_clone=True,
+    )
+
+
+def check_params(*, scores_prompt: bool) -> SamplingParams:
+    """Return the parameters of a prompt of the check at start."""
+    return SamplingParams(
+        max_tokens=DECODE_STEPS,
+        temperature=0,
+        logprobs=_CHECKED_IDS,
+        prompt_logprobs=_CHECKED_IDS if scores_prompt else None,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 

@@ -11,8 +11,17 @@ from vllm import __version__, envs
 from vllm import logger as vllm_logger
 from vllm.config import CompilationConfig, VllmConfig
 from vllm.lora import utils as lora_utils
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import (
+    ColumnParallelLinearWithLoRA,
+    LoRAMapping,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+)
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -33,6 +42,8 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (lora_utils, "process_packed_modules_mapping", ("model", "force_2d_moe", "enable_moe_shared_loras")),
     (BaseLinearLayerWithLoRA, "set_mapping", ("self", "punica_wrapper")),
     (BaseLinearLayerWithLoRA, "_apply_lora_to_output", ("self", "x", "output")),
+    (WeightsMapper, "get_rename_mapper", ("self",)),
+    (WeightsMapper, "map_name", ("self", "key")),
     (vllm_logger, "configure_logging_if_needed", ("config",)),
     (GPUModelRunner, "load_lora_model", ("self", "model", "vllm_config", "device")),
     (
@@ -42,6 +53,22 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     ),
 )
 """The functions that are not public and that the plug-in calls, replaces or is called by."""
+LayerAttributes = tuple[type, str, tuple[str, ...]]
+"""A class of vLLM's layers, the name of one of its functions, and the attributes that this function sets."""
+LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
+    (LinearBase, "__init__", ("input_size", "output_size")),
+    (MergedColumnParallelLinear, "__init__", ("output_sizes",)),
+    (QKVParallelLinear, "__init__", ("output_sizes",)),
+    (BaseLinearLayerWithLoRA, "__init__", ("base_layer", "tp_rank", "tp_size")),
+    (BaseLinearLayerWithLoRA, "create_lora_weights", ("lora_a_stacked", "lora_b_stacked")),
+    (ColumnParallelLinearWithLoRA, "__init__", ("n_slices",)),
+    (RowParallelLinearWithLoRA, "__init__", ("n_slices",)),
+    (ReplicatedLinearWithLoRA, "__init__", ("n_slices",)),
+    (MergedColumnParallelLinearWithLoRA, "__init__", ("n_slices", "output_ids")),
+    (MergedColumnParallelLinearWithLoRA, "create_lora_weights", ("lora_a_stacked", "lora_b_stacked")),
+    (MergedQKVParallelLinearWithLoRA, "__init__", ("n_slices", "output_ids")),
+)
+"""The attributes that `plan_layers` reads of the layers that it wraps."""
 FIELDS = (
     (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
     (CompilationConfig, "mode"),
@@ -61,13 +88,16 @@ VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class PluginSettings:
-    """How large the bank is and how its products are computed. `free_fill`: value of free rows, see LoraBank.
+    """How large the bank is, what it holds and how its products are computed.
 
+    `modules`: paths of the base model's layers that adapters may target, as transformers and adapters name them.
+    `free_fill`: value of free rows, see LoraBank.
     All of it is part of the key under which vLLM keeps a compiled model, so no value may differ between two starts.
     """
 
     num_rank_rows: int
     cache_dir: str
+    modules: tuple[str, ...]
     use_kernel: bool = True
     free_fill: float = 0.0
 
@@ -76,7 +106,8 @@ class PluginSettings:
 
     @classmethod
     def of(cls, additional_config: Mapping[str, Any]) -> PluginSettings:
-        return cls(**additional_config[KEY])
+        fields = additional_config[KEY]
+        return cls(**fields | {"modules": tuple(fields["modules"])})
 
 
 def check_device(device: str) -> None:
@@ -100,15 +131,21 @@ def check_gpus(num_processes: int, num_gpus: int) -> None:
         )
 
 
-def check_vllm(version: str = __version__, points: Iterable[ExtensionPoint] = EXTENSION_POINTS) -> None:
-    """Raise WorkerConfigInvalid unless the tested version of vLLM is installed and has all extension points."""
+def check_vllm(
+    version: str = __version__,
+    points: Iterable[ExtensionPoint] = EXTENSION_POINTS,
+    attributes: Iterable[LayerAttributes] = LAYER_ATTRIBUTES,
+) -> None:
+    """Raise WorkerConfigInvalid unless the tested version of vLLM is installed and has all that the plug-in uses."""
     problems = [text for point in points if (text := _difference(*point))]
+    problems += [text for each in attributes if (text := _missing_attributes(*each))]
     problems += [
         f"{owner.__name__} has no {name}" for owner, name in FIELDS if name not in inspect.signature(owner).parameters
     ]
     problems += [f"no variable {name}" for name in VARIABLES if name not in envs.environment_variables]
-    if not hasattr(vllm_logger, "_last_configured_logging_config"):
-        problems.append("vllm.logger has no _last_configured_logging_config")
+    for name in ("_last_configured_logging_config", "DEFAULT_LOGGING_CONFIG"):
+        if not hasattr(vllm_logger, name):
+            problems.append(f"vllm.logger has no {name}")
     if not version.startswith(TESTED_VERSION):
         problems.insert(0, f"version {TESTED_VERSION}* is needed, found {version}")
     if problems:
@@ -124,3 +161,10 @@ def _difference(owner: Any, name: str, expected: tuple[str, ...]) -> str | None:
         return f"{owner.__name__} has no {name}"
     found = tuple(inspect.signature(function).parameters)
     return None if found == expected else f"{name} takes {', '.join(found)} instead of {', '.join(expected)}"
+
+
+def _missing_attributes(owner: type, name: str, expected: tuple[str, ...]) -> str | None:
+    """Return which attributes the function does not set."""
+    names = getattr(getattr(owner, name, None), "__code__", None)
+    missing = [attribute for attribute in expected if names is None or attribute not in names.co_names]
+    return f"{owner.__name__} has no {', '.join(missing)}" if missing else None

@@ -56,6 +56,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
         self.plan_layers = PlanLayers(
             model,
             vllm_config.lora_config,
+            modules=settings.modules,
             num_rows=settings.num_rank_rows,
             device=device,
             kernel=load_lora_kernel(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,
@@ -65,14 +66,15 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
         self.model_runner.lora_manager = self.plan_layers
         return model
 
-    def change_bank(self, changes: Sequence[Sequence[Any]]) -> None:
-        self.plan_layers.change(changes)
+    def change_bank(self, changes: Sequence[Sequence[Any]]) -> dict[str, str]:
+        """See `PlanLayers.change`."""
+        return self.plan_layers.change(changes)
 
     def describe_bank(self) -> dict[str, Any]:
-        """Return the module shapes (out, in) of this process, the bank's bytes and the resident digests."""
+        """Return the ends (out, in) of this process's share of each module, the bank's bytes, the resident digests."""
         layers = self.plan_layers
         return {
-            "shapes": {name: list(shape) for name, shape in layers.bank.shapes.items()},
+            "ends": {name: list(ends) for name, ends in layers.ends.items()},
             "num_bytes": layers.bank.num_bytes,
             "resident": sorted(layers.residency.resident),
             "has_kernel": layers.has_kernel,

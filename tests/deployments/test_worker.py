@@ -70,13 +70,20 @@ class FakeStore:
         return [ref]
 
 
+async def started(*args: Any, **options: Any) -> WorkerDeployment:
+    """Return a worker that has started, as Serve starts it."""
+    worker = WorkerDeployment.__new__(WorkerDeployment)
+    await WorkerDeployment.__init__(worker, *args, **options)
+    return worker
+
+
 def test_a_worker_counts_its_own_usable_cpus(tiny_folders: Mapping[str, Path], request: pytest.FixtureRequest) -> None:
     before, allowed = torch.get_num_threads(), os.sched_getaffinity(0)
     request.addfinalizer(lambda: torch.set_num_threads(before))
     request.addfinalizer(lambda: os.sched_setaffinity(0, allowed))
 
     async def main() -> int | None:
-        worker = WorkerDeployment(tiny_config(tiny_folders["gemma3"]), 0.0, FakeHandle(FakeStore({})))
+        worker = await started(tiny_config(tiny_folders["gemma3"]), 0.0, FakeHandle(FakeStore({})))
         worker._engine.thread.stop()
         return worker._engine.thread.engine.config.num_threads
 
@@ -123,7 +130,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
                 pool.append(AdapterWeights(digest, {}))
             store = FakeStore(blobs)
             ends: list[int] = []
-            worker = WorkerDeployment(
+            worker = await started(
                 tiny_config(tiny_folders["gemma3"], num_threads=torch.get_num_threads(), shares_cores=False),
                 0.0,
                 FakeHandle(store),
@@ -153,7 +160,7 @@ def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
 
     async def main() -> None:
         with pytest.raises(WarmUpFailed, match="the first steps of the engine failed"):
-            WorkerDeployment(tiny_config(tmp_path, num_threads=1), 0.0, FakeHandle(FakeStore({})))
+            await started(tiny_config(tmp_path, num_threads=1), 0.0, FakeHandle(FakeStore({})))
 
     asyncio.run(main())
 

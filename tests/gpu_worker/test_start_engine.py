@@ -25,7 +25,7 @@ def no_fetch(digest: str) -> Future[AdapterWeights]:
 
 def test_the_native_engine_is_started_and_answers(tiny_folders: Mapping[str, Path]) -> None:
     async def run() -> list[Completion | Exception]:
-        engine = start_engine(tiny_config(tiny_folders["llama"], engine="native"), no_fetch)
+        engine = await start_engine(tiny_config(tiny_folders["llama"], engine="native"), no_fetch)
         assert isinstance(engine, NativeEngine)
         try:
             return await engine.generate([greedy("x", num_new=4)])
@@ -38,7 +38,7 @@ def test_the_native_engine_is_started_and_answers(tiny_folders: Mapping[str, Pat
 
 def test_an_engine_whose_package_is_missing_is_refused_with_the_remedy() -> None:
     with pytest.raises(WorkerConfigInvalid, match=r"'vllm' needs the package vLLM.*docs/how-to/install\.md"):
-        start_engine(WorkerConfig(engine="vllm"), no_fetch, is_installed=lambda package: False)
+        asyncio.run(start_engine(WorkerConfig(engine="vllm"), no_fetch, is_installed=lambda package: False))
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ INSTALLS = [run for run in RUNS if "pip install" in run]
 
 
 def test_every_package_but_torch_is_installed_by_hash() -> None:
-    builder, by_hash, torch, with_vllm, own = INSTALLS
+    builder, by_hash, torch, with_vllm, torchvision, own = INSTALLS
     assert builder.endswith("pip install --require-hashes --no-deps -r build.txt")
     assert "--require-hashes --no-deps -r k8s/image/requirements.txt" in by_hash
     assert "pip install --no-deps /wheels/*.whl" in own and own.endswith('&& { [ "$ENGINE" = vllm ] || pip check; }')
@@ -93,6 +93,10 @@ def test_every_package_but_torch_is_installed_by_hash() -> None:
     from_the_builders_index, from_pips_own = re.findall(r"pip install ([^;]+);", torch)
     assert from_the_builders_index == """--no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)\""""
     assert from_pips_own == "-c constraints.txt torch"
+    of_torchs_index = (
+        """--no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torchvision==' gpu_worker/vllm/"""
+    )
+    assert f'if [ "$ENGINE" = vllm ]; then  pip install {of_torchs_index}requirements.txt)";  fi' in torchvision
 
 
 def test_pip_uses_no_additional_index() -> None:
@@ -119,7 +123,7 @@ def test_the_lock_of_vllm_has_the_tested_versions_and_replaces_no_package_of_the
     assert locked.keys().isdisjoint(pins(LOCK)) and lock.LEFT_OUT not in locked
     of_cuda = {canonicalize_name(Requirement(package).name) for package in lock.CUDA_PACKAGES}
     cpu_only = {name for name in tested if name not in locked}
-    assert cpu_only == {"intel-cmplr-lib-ur", "intel-openmp"}
+    assert cpu_only == {"intel-cmplr-lib-ur", "intel-openmp", lock.LEFT_OUT_VLLM}
     assert {name: locked[name] for name in tested if name not in cpu_only | of_cuda} == {
         name: version for name, version in tested.items() if name not in cpu_only | of_cuda
     }

@@ -29,7 +29,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=2
 class StartEngine(Protocol):
     """Starts an engine whose free bank rows have the value `free_fill`. Runs inside an event loop."""
 
-    def __call__(self, config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> InferenceEngine: ...
+    async def __call__(self, config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> InferenceEngine: ...
 
 
 class HostedEngine:
@@ -46,7 +46,7 @@ class HostedEngine:
         self._thread.start()
 
         async def build() -> InferenceEngine:
-            return start(config, self._fetch, free_fill=NAN)
+            return await start(config, self._fetch, free_fill=NAN)
 
         self.engine = self.run(build(), START_S)
 

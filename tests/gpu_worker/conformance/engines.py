@@ -10,7 +10,7 @@ from gpu_worker.native_engine import NativeEngine
 from tests.gpu_worker.conformance.driver import StartEngine
 
 
-def start_native(config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> NativeEngine:
+async def start_native(config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> NativeEngine:
     return NativeEngine.start(config, fetch, stream_interval_ms=0, free_fill=free_fill)
 
 
@@ -18,7 +18,7 @@ ENGINES: dict[str, StartEngine] = {"native": start_native}
 if importlib.util.find_spec("vllm") is not None:
     from gpu_worker.vllm.engine import VllmEngine
 
-    def start_vllm(config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> VllmEngine:
-        return VllmEngine.start(config, fetch, stream_interval_ms=0, free_fill=free_fill, is_compiled=False)
+    async def start_vllm(config: WorkerConfig, fetch: Fetch, *, free_fill: float) -> VllmEngine:
+        return await VllmEngine.start(config, fetch, stream_interval_ms=0, free_fill=free_fill, is_compiled=False)
 
     ENGINES["vllm"] = start_vllm

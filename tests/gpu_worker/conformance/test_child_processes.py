@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging.handlers
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from gpu_worker.errors import EngineStopped
+from gpu_worker.errors import EngineStopped, WarmUpFailed
 from gpu_worker.request.request import SamplingParams
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import HostedEngine, job
@@ -99,7 +99,7 @@ def test_cycles_of_use_and_withdrawal_leave_nothing_in_the_processes(
     scale.record("MiB that vLLM's processes grew by", (num_bytes() - before) / 2**20)
     assert num_bytes() - before < MOST_GROWTH
     [bank] = hosted.run(hosted.engine._llm.collective_rpc("describe_bank"))  # type: ignore[attr-defined]
-    assert bank["resident"] == [] and bank["shapes"].keys() == hosted.engine.module_shapes.keys()
+    assert bank["resident"] == [] and bank["ends"].keys() == hosted.engine.module_shapes.keys()
 
 
 def test_the_death_of_a_process_ends_every_job_and_the_engine(hosted: HostedEngine) -> None:
@@ -118,3 +118,9 @@ def test_the_death_of_a_process_ends_every_job_and_the_engine(hosted: HostedEngi
     assert all(isinstance(outcome, EngineStopped) for outcome in hosted.run(kill()))
     health = hosted.engine.health()
     assert not health.is_alive and health.failure
+
+
+def test_the_error_that_ends_a_process_at_start_is_named(tiny_folders: Mapping[str, Path]) -> None:
+    """vLLM's attention has no heads of 8 values on the CPU, and only its worker knows."""
+    with pytest.raises(WarmUpFailed, match=r"^vLLM did not start: \w+: .*head_dim=8"):
+        HostedEngine(ENGINES["vllm"], tiny_config(tiny_folders["llama"], engine="vllm"))

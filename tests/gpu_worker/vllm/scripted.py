@@ -33,18 +33,23 @@ class Workers:
     running: list[Row] = field(default_factory=list)
     most_running: int = 0
     error: Exception | None = None  # for every later generate call
+    unfit: dict[str, str] = field(default_factory=dict)  # digest -> why the workers refuse it
     may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def change(self, changes: list[Change]) -> None:
+    async def change(self, changes: list[Change]) -> dict[str, str]:
         await asyncio.sleep(0)
+        refused = {}
         for change in changes:
             kind, digest = change[0], change[1]
             self.commands.append(f"{kind} {digest[:2]}")
-            if kind == "put":
+            if kind == "put" and digest in self.unfit:
+                refused[digest] = self.unfit[digest]
+            elif kind == "put":
                 self.held.add(digest)
             else:
                 assert not any(digest in row.weights_digests for row in self.running), "a running row lost an adapter"
-                self.held.remove(digest)
+                self.held.discard(digest)
+        return refused
 
     async def generate(self, row: Row) -> AsyncGenerator[Sequence[NewToken]]:
         if self.error is not None:

@@ -11,9 +11,11 @@ import pytest
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
 from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.vllm.engine_args import build_config, kv_bytes, set_compilation, set_environment, thread_variables
 from gpu_worker.vllm.front_model import load_front_model
 from gpu_worker.vllm.settings import FRONT_PID
+from tests.gpu_worker.families import save
 from tests.tiny import tiny_config
 
 BIND, COUNT = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
@@ -96,3 +98,24 @@ def test_each_process_has_room_for_the_keys_of_its_heads(
     model = load_front_model(config)
     assert model.num_kv_heads == 2
     assert kv_bytes(config, model) == share * 1000 * model.kv_token_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("stablelm", "stablelm cannot have adapters .*: vLLM's class StablelmForCausalLM supports no LoRA"),
+        ("gptj", "gptj cannot have adapters .*: vLLM's class GPTJForCausalLM supports no LoRA"),
+        ("mpt", "vLLM refuses mpt: Model architecture MptForCausalLM was supported in vLLM until"),
+        (
+            "recurrent_gemma",
+            r"recurrent_gemma has layers of other kinds \(linear_attention\), for which vLLM has no class",
+        ),
+        ("rwkv", r"vLLM refuses rwkv: Model architectures \['RwkvForCausalLM'\] are not supported for now\.$"),
+    ],
+)
+def test_a_class_that_vllm_cannot_give_adapters_is_refused_before_a_process_starts(
+    family: str, reason: str, tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    config = tiny_config(save(tmp_path, family, {}), engine="vllm")
+    with pytest.raises(BaseModelUnsupported, match=reason):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoConfig, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
-from gpu_worker.vllm.front_model import load_front_model
+from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from tests.tiny import SHAPE, byte_tokenizer, tiny_config
 
 # The tiny models have 4 attention heads, 2 key heads and MLPs of 48 values.
@@ -66,3 +66,63 @@ def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_e
     assert load_front_model(tiny_config(folder, engine="vllm", dtype="bfloat16")).dtype is torch.bfloat16
     with pytest.raises(WorkerConfigInvalid, match="'bfloat16' with a quantized base model, got 'float32'"):
         load_front_model(tiny_config(folder, engine="vllm"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma4_text", {}, "gemma4_text has no single head_dim for all its layers"),
+        ("t5gemma", {}, "t5gemma has an encoder-decoder architecture, which the vLLM engine does not support"),
+        ("rwkv", {}, "rwkv has a config without num_attention_heads, which the vLLM engine does not support"),
+        ("gpt2", {}, "no linear layer that an adapter could target"),
+        ("gemma3", {}, "gemma3 is a multimodal model"),
+        (
+            "vit",
+            {"vocab_size": 8, "max_position_embeddings": 8},
+            "vit has no language model that transformers can buil",
+        ),
+    ],
+)
+def test_a_model_that_the_front_end_cannot_describe_is_refused_in_one_sentence(
+    family: str, changes: Mapping[str, int], reason: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(family, **changes).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=reason) as found:
+        load_front_model(tiny_config(tmp_path, engine="vllm"))
+    assert "\n" not in str(found.value)
+
+
+@pytest.fixture
+def llama(tiny_folders: Mapping[str, Path]) -> FrontModel:
+    return load_front_model(tiny_config(tiny_folders["llama"], engine="vllm"))
+
+
+def test_modules_that_the_workers_hold_with_the_same_shape_are_kept_without_a_word(
+    llama: FrontModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert narrowed(llama, [llama.shapes]) == llama
+    halves = []
+    for place in (1, 2):  # each worker's share ends at half of the outputs, or at all of them
+        halves.append({name: (num_out * place // 2, num_in) for name, (num_out, num_in) in llama.shapes.items()})
+    assert narrowed(llama, halves) == llama
+    assert not caplog.records
+
+
+def test_modules_that_a_worker_lacks_or_has_otherwise_take_no_adapters(
+    llama: FrontModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, missing, *rest = llama.shapes
+    held = dict(llama.shapes) | {other: (5, 5)}
+    found = narrowed(llama, [held, {name: shape for name, shape in held.items() if name != missing}])
+    assert list(found.shapes) == rest
+    [record] = caplog.records
+    text = record.getMessage()
+    assert f"2 of the base model's {len(llama.shapes)} modules are refused" in text and f"{other}, {missing}" in text
+
+
+def test_a_model_without_a_common_module_is_refused(llama: FrontModel) -> None:
+    with pytest.raises(
+        BaseModelUnsupported, match=r"llama cannot have adapters .* other shapes .*, for example model\."
+    ):
+        narrowed(llama, [dict.fromkeys(llama.shapes, (1, 1))])

@@ -1,4 +1,4 @@
-"""The parts of an adapter that processes of one model have add up to the whole. Needs vLLM."""
+"""Layers of vLLM are found under the names of adapters, and the parts of several processes add up. Needs vLLM."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vllm.model_executor.models.utils import WeightsMapper
 
 from gpu_worker.bank.device_layout import DeviceModule
-from gpu_worker.vllm.plan_layers import Share, _locals
+from gpu_worker.vllm.plan_layers import Share, _locals, _modules_by_path, _slice_paths
 
 RANK, NUM_IN, NUM_TOKENS, SIZE = 3, 8, 5, 2
 
@@ -70,3 +71,25 @@ def test_processes_that_share_a_head_of_keys_have_the_same_columns() -> None:
 def test_a_layer_whose_parts_are_one_module_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"p has several parts .* use tensor_parallel_size 1"):
         shares(["gate_up_proj"], layer(0, NUM_IN, [12], output_size=24, output_sizes=[12, 12]))
+
+
+def test_a_layer_is_divided_as_adapters_name_its_parts() -> None:
+    packed = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    assert _slice_paths("m.gate_up_proj", packed, {"m.gate_proj": "a.gate_proj"}) == ["m.gate_proj", "m.up_proj"]
+    assert _slice_paths("m.gate_up_proj", packed, {"m.gate_up_proj": "a.gate_up_proj"}) == ["m.gate_up_proj"]
+    assert _slice_paths("m.down_proj", packed, {"m.down_proj": "a.down_proj"}) == ["m.down_proj"]
+
+
+def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
+    """Names that vLLM stacks or does not load stay as they are."""
+    mapper = WeightsMapper(
+        orig_to_new_prefix={"gpt_neox.": "model.", "model.layers.3.": None},
+        orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},
+    )
+    model = SimpleNamespace(hf_to_vllm_mapper=mapper)
+    modules = ["gpt_neox.layers.0.q_proj", "model.layers.3.dense"]
+    assert _modules_by_path(model, modules) == {
+        "model.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
+        "model.layers.3.dense": "model.layers.3.dense",
+    }
+    assert _modules_by_path(SimpleNamespace(), modules) == {name: name for name in modules}

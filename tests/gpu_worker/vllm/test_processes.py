@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.vllm.processes import descendants
+from gpu_worker.vllm.processes import ErrorFile, descendants, read_errors
 
 PROGRAM = """
 import os, subprocess, sys, time
@@ -82,3 +83,27 @@ def test_a_handler_of_the_replica_still_writes_with_vllm() -> None:
         [sys.executable, "-c", LOG_AFTER_IMPORT], capture_output=True, text=True, timeout=120, check=True
     )
     assert "still here\n" in done.stderr
+
+
+def test_each_error_of_the_processes_is_kept_once_and_without_those_that_only_point_to_it(tmp_path: Path) -> None:
+    file = tmp_path / "errors"
+    assert read_errors(file) == []
+    logger = logging.Logger("a process")
+    logger.addHandler(ErrorFile(str(file)))
+    errors = [ValueError("no\n  layer"), ValueError("no\n  layer"), KeyError("x"), OSError("y" * 1000)]
+    errors.insert(1, RuntimeError("it failed. See stack trace for root cause."))
+    for error in errors:
+        try:
+            raise error
+        except Exception:
+            logger.exception("it cannot start")
+    logger.error("without an exception")
+    logger.warning("a warning", exc_info=errors[0])
+    assert read_errors(file) == ["ValueError: no layer", "KeyError: 'x'", ("OSError: " + "y" * 1000)[:500]]
+
+
+def test_errors_after_the_start_are_only_printed(tmp_path: Path) -> None:
+    """The front end has removed the folder."""
+    handler = ErrorFile(str(tmp_path / "removed" / "errors"))
+    handler.emit(logging.makeLogRecord({"exc_info": (ValueError, ValueError("late"), None)}))
+    assert not (tmp_path / "removed").exists()

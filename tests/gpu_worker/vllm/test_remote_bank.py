@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from gpu_worker.bank.device_layout import DeviceAdapter, to_device_layout
-from gpu_worker.errors import PlanTooLarge
+from gpu_worker.errors import AdapterUnfit, PlanTooLarge
 from gpu_worker.vllm.fusions import composed, with_fusion
 from gpu_worker.vllm.remote_bank import Change, PlannedResidency, RemoteBank
 from lora_store.adapter import AdapterRef
@@ -39,12 +39,17 @@ class Far:
         self.calls: list[list[str]] = []
         self.failures: list[Exception] = []
         self.error: Exception | None = None
+        self.unfit: dict[str, str] = {}
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
-    async def send(self, changes: list[Change]) -> None:
+    async def send(self, changes: list[Change]) -> Mapping[str, str]:
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
         self.calls.append([f"{kind} {digest}" for kind, digest, *_ in changes])
+        await self.may_answer.wait()
+        return self.unfit
 
 
 def served(main: Any) -> Any:
@@ -96,6 +101,48 @@ def test_a_failure_is_reported_and_later_changes_are_sent_again() -> None:
         bank.put(two)
         await bank.drained()
         assert far.calls == [[f"put {two.weights_digest}"]]
+
+    served(main)
+
+
+def test_only_rows_of_an_adapter_that_the_workers_refuse_get_the_reason() -> None:
+    one, two = adapter(1), adapter(2)
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        far.unfit = {one.weights_digest: "the base model has no module 'm' in vLLM"}
+        bank.put(one)
+        bank.put(two)
+        for _ in range(2):  # a later request for it neither asks the workers again nor ends them
+            with pytest.raises(AdapterUnfit, match="no module 'm' in vLLM"):
+                await bank.written([two.weights_digest, one.weights_digest])
+        await bank.written([two.weights_digest])
+        bank.drop(one.weights_digest)
+        await bank.drained()
+        assert len(far.calls) == 2 and far.failures == []
+
+    served(main)
+
+
+def test_an_adapter_that_is_sent_again_is_written_when_the_second_sending_is() -> None:
+    one = adapter(1)
+
+    async def main(far: Far, bank: RemoteBank) -> None:
+        far.may_answer.clear()
+        bank.put(one)
+        while not far.calls:
+            await asyncio.sleep(0)
+        bank.drop(one.weights_digest)
+        bank.put(one)
+        waiting = asyncio.ensure_future(bank.written([one.weights_digest]))
+        far.may_answer.set()
+        far.may_answer = asyncio.Event()  # of the second sending
+        while len(far.calls) < 2:
+            assert not waiting.done(), "the first sending does not count"
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        far.may_answer.set()
+        await waiting
+        await bank.drained()
 
     served(main)
 

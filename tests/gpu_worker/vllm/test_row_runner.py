@@ -13,6 +13,7 @@ import pytest
 from gpu_worker.engine.prefetch_window import MIN_ROWS
 from gpu_worker.errors import (
     AdapterLoadFailed,
+    AdapterUnfit,
     DeadlineExceeded,
     EngineFull,
     EngineStopped,
@@ -23,7 +24,7 @@ from gpu_worker.errors import (
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.request.request import Delta
 from gpu_worker.vllm.fusions import adapters_of, parts_of
-from lora_store.plan import Plan
+from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import HeldExecutor, greedy, run
 from tests.gpu_worker.vllm.scripted import Bench
 from tests.tiny import linear_shapes, plan_of, random_adapter
@@ -245,6 +246,25 @@ def test_an_error_of_one_row_is_its_own(serve: Callable[..., Any]) -> None:
         await bench.idle()
         assert isinstance(lost.last, AdapterLoadFailed) and isinstance(large.last, PlanTooLarge)
         assert isinstance(good.last, Delta)
+
+    serve(main)
+
+
+def test_an_adapter_that_the_workers_refuse_fails_only_its_own_rows(serve: Callable[..., Any]) -> None:
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        bench.workers.may_go_on.set()
+        digest = plans[0].adapters[0].weights_digest
+        bench.workers.unfit = {digest: "the base model has no module 'up' in vLLM"}
+        asked = bench.ask(*[greedy("x", plan, num_new=2) for plan in (plans[0], plans[1], BASE_PLAN, plans[0])])
+        await bench.idle()
+        for one in (asked[0], asked[3]):
+            assert isinstance(one.last, AdapterUnfit) and str(one.last) == bench.workers.unfit[digest]
+        assert [isinstance(one.last, Delta) for one in asked[1:3]] == [True, True]
+        assert bench.runner.failure is None
+        assert bench.runner.forget([digest])
+        [again] = bench.ask(greedy("x", plans[0], num_new=2))
+        await bench.idle()
+        assert isinstance(again.last, AdapterUnfit) and bench.runner.failure is None
 
     serve(main)
 

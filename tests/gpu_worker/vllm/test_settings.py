@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 from vllm.lora import utils
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from gpu_worker.errors import WorkerConfigInvalid
-from gpu_worker.vllm.settings import EXTENSION_POINTS, PluginSettings, check_device, check_gpus, check_vllm
+from gpu_worker.vllm.settings import (
+    EXTENSION_POINTS,
+    LAYER_ATTRIBUTES,
+    PluginSettings,
+    check_device,
+    check_gpus,
+    check_vllm,
+)
 
 
 def test_the_installed_vllm_has_every_extension_point() -> None:
-    assert len(EXTENSION_POINTS) == 10
+    assert len(EXTENSION_POINTS) == 12 and len(LAYER_ATTRIBUTES) == 11
     check_vllm()
 
 
@@ -24,8 +32,17 @@ def test_each_difference_is_named_with_the_remedy() -> None:
     assert "vllm.lora.utils has no to_layer" in message and "docs/how-to/install.md" in message
 
 
+def test_an_attribute_of_a_layer_that_is_gone_is_named() -> None:
+    attributes = [(BaseLinearLayerWithLoRA, "create_lora_weights", ("lora_a_stacked", "lora_a_packed"))]
+    attributes += [(BaseLinearLayerWithLoRA, "make_lora_weights", ("lora_b_stacked",))]
+    with pytest.raises(WorkerConfigInvalid) as found:
+        check_vllm(attributes=attributes)
+    assert "BaseLinearLayerWithLoRA has no lora_a_packed;" in str(found.value)
+    assert "BaseLinearLayerWithLoRA has no lora_b_stacked." in str(found.value)
+
+
 def test_settings_reach_the_workers_unchanged() -> None:
-    sent = PluginSettings(num_rank_rows=8, cache_dir="/cache", use_kernel=False, free_fill=0.5)
+    sent = PluginSettings(num_rank_rows=8, cache_dir="/cache", modules=("a", "b"), use_kernel=False, free_fill=0.5)
     assert PluginSettings.of(sent.as_additional_config()) == sent
 
 

@@ -1,0 +1,102 @@
+"""Base models whose layers vLLM names otherwise than adapters do answer as the reference. Needs vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gpu_worker.errors import AdapterUnfit
+from lora_store.adapter import AdapterWeights
+from lora_store.plan import BASE_PLAN
+from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job
+from tests.gpu_worker.conformance.engines import ENGINES
+from tests.gpu_worker.conformance.reference import Reference
+from tests.gpu_worker.conformance.test_parity import NUM_NEW, assert_follows
+from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter, tiny_config
+
+MakeAdapter = Callable[..., AdapterWeights]
+_SIZES = {"hidden_size": 128, "intermediate_size": 96}
+# vLLM divides what is one `gate_up_proj` for adapters of the first. It serves the second with its class for any model
+# of transformers, which has all layers below `model`. Its heads have 32 values, the least that vLLM takes on the CPU.
+FAMILIES: dict[str, tuple[Mapping[str, Any], str]] = {
+    "glm4": ({"head_dim": 32}, "model.layers.0.mlp.gate_up_proj"),
+    "gpt_neox": ({"num_key_value_heads": 4}, "gpt_neox.layers.0.attention.query_key_value"),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SHAPE, **_SIZES, **FAMILIES[family][0]})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
+    path = tmp_path_factory.mktemp(family)
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def own_engine(folder: Path) -> Iterator[HostedEngine]:
+    engine = HostedEngine(ENGINES["vllm"], tiny_config(folder, engine="vllm"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def hosted(own_engine: HostedEngine) -> HostedEngine:
+    return own_engine
+
+
+def test_adapters_of_layers_with_other_names_equal_the_reference(
+    hosted: HostedEngine, adapter: MakeAdapter, folder: Path, family: str, tolerance: float
+) -> None:
+    assert FAMILIES[family][1] in hosted.engine.module_shapes
+    reference = Reference(folder)
+    one, other = adapter(1), adapter(2, rank=3, modules=lambda name: ".1." in name)
+    parts = (one, 0.5), (other, 0.7)
+    plans = {
+        "base": BASE_PLAN,
+        "selection": plan_of("selection", (one, 1.0)),
+        "an adapter of one layer": plan_of("selection", (other, 1.0)),
+        "mixture": plan_of("mixture", *parts),
+        "fusion": plan_of("fusion", *parts),
+    }
+    answers = hosted.answers(*[job("The parrot says", plan) for plan in plans.values()])
+    for (name, plan), answer in zip(plans.items(), answers, strict=True):
+        steps = reference.greedy("The parrot says", plan, hosted.pool, NUM_NEW)
+        assert_follows(name, answer, steps, reference, tolerance)
+
+
+def test_an_adapter_of_a_module_that_the_workers_lack_fails_alone(
+    hosted: HostedEngine, adapter: MakeAdapter, tolerance: float
+) -> None:
+    """The front end is made to believe in a module that no worker has."""
+    plans = [plan_of("selection", (adapter(1), 1.0)), BASE_PLAN]
+    before = hosted.answers(*[job("The parrot says", plan) for plan in plans])
+    shapes = cast("dict[str, tuple[int, int]]", hosted.engine.module_shapes)
+    shapes["model.layers.0.nowhere"] = (128, 128)
+    try:
+        unfit = random_adapter(shapes, seed=9)
+        hosted.add(unfit)
+        unfit_plan = plan_of("selection", (unfit, 1.0))
+        for _ in range(2):
+            asked = [job("The parrot says", plan) for plan in (*plans, unfit_plan)]
+            *answers, refused = hosted.outcomes(*asked)
+            assert isinstance(refused, AdapterUnfit) and "no module 'model.layers.0.nowhere' in vLLM" in str(refused)
+            assert_same([answer for answer in answers if not isinstance(answer, Exception)], before, tolerance)
+        assert hosted.engine.health().is_alive
+    finally:
+        del shapes["model.layers.0.nowhere"]
+    hosted.forget_all()
