@@ -14,7 +14,7 @@ from lora_store.adapter import Sample
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import NO_THRESHOLD, SHARES, Abstain
+from retriever_svc.calibration import NO_THRESHOLD, Abstain
 from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.embedding import embed_groups, encoding_of
@@ -115,7 +115,7 @@ class Retriever:
         answers: dict[int, RouteAnswer] = {}
         for (_, tenant, _, abstain), rows in rows_of.items():
             pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
-            found = _judged(pool, [requests[row] for row in rows], vectors, SHARES[abstain])
+            found = _judged(pool, [requests[row] for row in rows], vectors, abstain)
             crowded = [
                 place
                 for place, matches in enumerate(found)
@@ -123,7 +123,7 @@ class Retriever:
             ]
             if crowded:
                 again = [requests[rows[place]] for place in crowded]
-                others = _judged(pool, again, [vectors[p] for p in crowded], SHARES[abstain], trusted_only=True)
+                others = _judged(pool, again, [vectors[p] for p in crowded], abstain, trusted_only=True)
                 found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
             for row, matches in zip(rows, found, strict=True):
                 answers[row] = self._decide(requests[row], matches, pool)
@@ -232,7 +232,7 @@ class Retriever:
             return ()
         vectors: Vectors = embedding.vector[np.newaxis]
         [matches] = pool.index.search(vectors, num_wanted, pool.allowed(tenant))
-        [matches] = pool.judged([matches], tenant, SHARES[self._abstain], vectors)
+        [matches] = pool.judged([matches], self._abstain, vectors)
         return tuple(_candidate(match) for match in matches)
 
     def map(self, tenant: str) -> PoolMap:
@@ -284,7 +284,7 @@ def _judged(
     pool: Pool,
     requests: Sequence[RouteRequest],
     vectors: Sequence[Vectors],
-    share: float,
+    abstain: Abstain,
     *,
     trusted_only: bool = False,
 ) -> list[list[Match]]:
@@ -296,7 +296,7 @@ def _judged(
         preferences.applied(vector, matches, num, tags)[: request.num_considered]
         for request, vector, matches in zip(requests, vectors, nearest, strict=True)
     ]
-    return pool.judged(found, tenant, share, rows)
+    return pool.judged(found, abstain, rows)
 
 
 def _may_be_crowded(matches: Sequence[Match], tenant: str) -> bool:

@@ -23,6 +23,7 @@ from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace, fetch_archive
 from benchmarks.training.bigbench_tasks import read_specs, task_rng
 from retriever_svc import BulkEncoding, Encoder, Whitening, fit_whitening
+from retriever_svc.encoder_files import ENGLISH_MODEL
 from retriever_svc.ordinary_prompts import ordinary_prompts
 from retriever_svc.projection_files import ordinary_file, shipped_file
 
@@ -104,7 +105,7 @@ def fit(encoder: Encoder, tasks: dict[str, list[str]]) -> Whitening:
 
 def main(root: Path = DEFAULT_ROOT) -> None:
     """Write both files and name the tasks."""
-    encoder = Encoder()
+    encoder = Encoder(ENGLISH_MODEL)
     tasks = other_tasks(fetch_archive(Workspace(root)))
     fitted = fit(encoder, tasks)
     shipped_file(encoder.identity).write_bytes(fitted.to_bytes())
