@@ -15,11 +15,17 @@ from numpy.typing import NDArray
 from retriever_svc.encoder import Vectors
 
 NUM_NEAREST = 3
+_FOLLOW_UP_MARGIN = -0.02  # on the tune pools nine of ten follow-ups reach it, and one everyday prompt in thirty
 
 
 def ordinary_prompts() -> list[str]:
     """Return the packaged prompts."""
     return [json.loads(line)["input"] for line in _file().decode().splitlines()]
+
+
+def follow_ups() -> NDArray[np.bool_]:
+    """Return which of the packaged prompts refer to the turn before them: (J,)."""
+    return np.asarray([json.loads(line)["kind"] == "follow-up" for line in _file().decode().splitlines()], np.bool_)
 
 
 def prompts_digest() -> str:
@@ -29,6 +35,16 @@ def prompts_digest() -> str:
 
 def _file() -> bytes:
     return files("retriever_svc").joinpath("data/ordinary_prompts.jsonl").read_bytes()
+
+
+def refers_back(query: Vectors, ordinary: Vectors) -> bool:
+    """Return whether a text (D,) is like the packaged prompts (J, D) that refer to an earlier turn, in any language."""
+    is_follow_up = follow_ups()
+    if len(ordinary) != len(is_follow_up):
+        return False
+    cosines = ordinary @ query
+    own, others = (np.sort(cosines[mask])[-NUM_NEAREST:].mean() for mask in (is_follow_up, ~is_follow_up))
+    return bool(own - others > _FOLLOW_UP_MARGIN)
 
 
 def nearness(queries: Vectors, ordinary: Vectors) -> NDArray[np.float64]:

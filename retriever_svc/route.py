@@ -101,7 +101,8 @@ class Route:
     """The plan for one prompt, and its candidates, nearest first. `abstained`: the plan is the base model's.
 
     `reason`: `fits` if candidates reach their thresholds, `below_threshold` if none does, `no_candidates` if the caller
-    may use none. Only candidates that reach their thresholds are in the plan.
+    may use none. Only candidates that reach their thresholds are in the plan. `refers_back`: no adapter fits, and the
+    text is like prompts that mean the turn before them, such as "shorter, please".
     """
 
     plan: Plan
@@ -109,6 +110,7 @@ class Route:
     generation: int
     abstained: bool
     reason: Reason = "fits"
+    refers_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
