@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.errors import EncoderUnusable
-from retriever_svc.packaged_encoder import packaged_encoder
+from retriever_svc.packaged_encoder import CONVERSION, packaged_encoder
 
 DEFAULT_MODEL = "multilingual-e5-small"
 ENGLISH_MODEL = "all-MiniLM-L6-v2"  # the default of version 0.1.0, and the encoder of the paper's study
@@ -48,7 +48,12 @@ def model_folder(model: str | Path, cache_dir: Path = DEFAULT_CACHE_DIR) -> Path
 
 
 def identity_files(folder: Path) -> list[Path]:
-    """Return the files that determine the vectors, in a fixed order. Raises: EncoderUnusable."""
+    """Return the files that determine the vectors, in a fixed order. Raises: EncoderUnusable.
+
+    A converted encoder has one such file: other libraries write the rest of its files, perhaps with other bytes.
+    """
+    if (folder / CONVERSION).is_file():
+        return [folder / CONVERSION]
     return sorted(path for path in model_files(folder, str(folder)) if path.suffix in _SUFFIXES)
 
 

