@@ -1,18 +1,22 @@
 """Judge how well a prompt fits an adapter, so that the base model answers when none fits.
 
 A cosine means something different for each prompt: some prompts lie near everything. So the score s of an adapter is
-compared with the *nearness* n of the same prompt to ordinary prompts (see `ordinary_prompts`), which is measured in the
-same way: both are cosines to the mean of a few texts. The *margin* s − n says how much nearer the prompt is to the
-adapter than to what people usually ask an assistant. An operating point is the least margin at which an adapter
-answers. The adapter's own samples are a loose floor: a score below a fraction of their typical score fits no adapter.
+compared with the *nearness* n of the same prompt to ordinary prompts (see `ordinary_prompts`). Both are cosines to the
+mean of a few texts, so the *margin* s − n says how near the prompt is to the adapter, compared with what people usually
+ask an assistant. An operating point is the least margin with which an adapter answers. It is negative, because n is of
+the nearest of many ordinary prompts. Two rules limit what an adapter can draw:
+
+- The adapter's own samples are a loose floor: a score below a fraction of their typical score fits no adapter.
+- An adapter whose own vector is near ordinary prompts must be nearer to the prompt by a *handicap*. Without it, many
+  adapters with a few ordinary prompts each as samples would answer half of all everyday prompts together.
 
 The *confidence* of a candidate is the probability that it is the right adapter. It grows with the margin, and with the
 lead over the other candidates of the prompt:
 
-    confidence = 1 / (1 + exp(−(a + b · margin + c · lead)))
+    confidence = 1 / (1 + exp(−(a + b · (margin − handicap) + c · lead)))
 
-Margins and coefficients are constants, chosen on the `tune` pools of the wording benchmark: no adapter of a pool can
-move the threshold of another. Source: `python -m benchmarks.routing.wording`.
+Margins and coefficients are constants, chosen on the `tune` pools of `python -m benchmarks.routing.wording`. So no
+adapter of a pool can move the threshold of another.
 """
 
 from __future__ import annotations
@@ -27,10 +31,13 @@ from numpy.typing import NDArray
 Abstain = Literal["never", "lenient", "balanced", "strict"]
 Floats = NDArray[np.float64]
 # The least margin s − n. On the tune pools 10, 5 and 1 % of everyday prompts reach it.
-MARGINS: dict[Abstain, float] = {"never": -2.0, "lenient": -0.19, "balanced": -0.17, "strict": -0.13}
+MARGINS: dict[Abstain, float] = {"never": -2.0, "lenient": -0.22, "balanced": -0.165, "strict": -0.075}
 NO_THRESHOLD = -1.0  # the lowest possible cosine
 _FLOOR_SHARE = 0.3  # of the mean score of an adapter's own samples
-_CONSTANT, _MARGIN_WEIGHT, _LEAD_WEIGHT = -0.5, 8.0, 12.0
+# The handicap grows from 0 to its largest between these nearnesses of an adapter to ordinary prompts. Adapters of tasks
+# have 0.3 to 0.6, and means of 1 to 150 ordinary prompts have 0.69 to 0.9.
+_NEAR, _VERY_NEAR, _MAX_HANDICAP = 0.55, 0.66, 0.2
+_CONSTANT, _MARGIN_WEIGHT, _LEAD_WEIGHT = 0.26, 10.4, 18.3  # a, b and c, if half of the prompts are everyday ones
 _MAX_LEAD = 0.3  # a larger lead says nothing more; that of the only candidate
 
 
@@ -50,6 +57,15 @@ def leave_one_out_scores(vectors: np.ndarray, means_of: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Candidates:
+    """The C candidates of one prompt."""
+
+    scores: Floats  # (C,) their cosines to the prompt
+    own_scores: Sequence[np.ndarray]  # of each one's samples, as `leave_one_out_scores` returns them
+    nearness: Floats  # (C,) of their vectors to ordinary prompts
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """The thresholds and confidences of candidates, both (C,)."""
 
@@ -57,25 +73,17 @@ class Judgement:
     confidences: Floats
 
 
-def judge(
-    scores: Floats,
-    own_scores: Sequence[np.ndarray],
-    abstain: Abstain,
-    nearness: float | None,
-) -> Judgement:
-    """Judge the C candidates of one prompt.
-
-    `scores` (C,): their cosines to the prompt. `own_scores`: of each candidate's samples, as `leave_one_out_scores`
-    returns them. `nearness`: of the prompt to ordinary prompts; without it nothing is turned away.
-    """
-    if nearness is None:
-        return Judgement(np.full(len(scores), NO_THRESHOLD), np.ones(len(scores)))
-    logits = _CONSTANT + _MARGIN_WEIGHT * (scores - nearness) + _LEAD_WEIGHT * _leads(scores)
+def judge(candidates: Candidates, abstain: Abstain, nearness: float) -> Judgement:
+    """Judge the candidates of a prompt with this nearness to ordinary prompts."""
+    scores = candidates.scores
+    handicaps = _MAX_HANDICAP * ((candidates.nearness - _NEAR) / (_VERY_NEAR - _NEAR)).clip(0, 1)
+    logits = _CONSTANT + _MARGIN_WEIGHT * (scores - nearness - handicaps) + _LEAD_WEIGHT * _leads(scores)
     confidences = 1 / (1 + np.exp(-logits))
     if abstain == "never":
         return Judgement(np.full(len(scores), NO_THRESHOLD), confidences)
-    floors = np.asarray([_FLOOR_SHARE * own.mean() if len(own) else NO_THRESHOLD for own in own_scores], np.float64)
-    return Judgement(np.maximum(nearness + MARGINS[abstain], floors).clip(-1, 1), confidences)
+    floors = [_FLOOR_SHARE * own.mean() if len(own) else NO_THRESHOLD for own in candidates.own_scores]
+    thresholds = np.maximum(nearness + MARGINS[abstain] + handicaps, np.asarray(floors, np.float64))
+    return Judgement(thresholds.clip(-1, 1), confidences)
 
 
 def _leads(scores: Floats) -> Floats:

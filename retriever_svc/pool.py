@@ -10,7 +10,7 @@ import numpy as np
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from retriever_svc.calibration import Abstain, judge
+from retriever_svc.calibration import Abstain, Candidates, judge
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
@@ -80,8 +80,22 @@ class Pool:
         """
         if self.ordinary is None:
             return list(found)
-        near = nearness(queries, self.ordinary)
-        return [_judged(matches, abstain, close) for matches, close in zip(found, near.tolist(), strict=True)]
+        near = nearness(queries, self.ordinary).tolist()
+        return [self._judged(matches, abstain, close) for matches, close in zip(found, near, strict=True)]
+
+    def _judged(self, matches: Sequence[Match], abstain: Abstain, close: float) -> list[Match]:
+        assert self.ordinary is not None
+        if not matches:
+            return []
+        embeddings = [match.record.embedding for match in matches if match.record.embedding is not None]
+        candidates = Candidates(
+            scores=np.asarray([match.score for match in matches]),
+            own_scores=[embedding.own_scores for embedding in embeddings],
+            nearness=nearness(np.stack([embedding.vector for embedding in embeddings]), self.ordinary),
+        )
+        judgement = judge(candidates, abstain, close)
+        judged = zip(matches, judgement.thresholds.tolist(), judgement.confidences.tolist(), strict=True)
+        return [match._replace(threshold=threshold, confidence=confidence) for match, threshold, confidence in judged]
 
     def preferences(self, tenant: str) -> Preferences:
         """Return what the rankings of `tenant` say about its search results."""
@@ -131,17 +145,6 @@ class Pool:
 def routable(snapshot: Snapshot, encoder: str) -> list[AdapterRecord]:
     """Return the adapters that this encoder embedded. The others are reachable by name only."""
     return [record for record in snapshot.records.values() if record.encoder == encoder]
-
-
-def _judged(matches: Sequence[Match], abstain: Abstain, close: float) -> list[Match]:
-    own = [match.record.embedding.own_scores for match in matches if match.record.embedding is not None]
-    judgement = judge(np.asarray([match.score for match in matches]), own, abstain, close)
-    return [
-        match._replace(threshold=threshold, confidence=confidence)
-        for match, threshold, confidence in zip(
-            matches, judgement.thresholds.tolist(), judgement.confidences.tolist(), strict=True
-        )
-    ]
 
 
 def _distinct_weights(matches: list[Match]) -> list[Match]:

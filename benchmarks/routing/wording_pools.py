@@ -89,7 +89,7 @@ def read_everyday(part: Part) -> tuple[Prompt, ...]:
 
 
 def trained_tasks(num_texts: int) -> Iterator[list[str]]:
-    """Yield texts of each task of the `train` pool: its wordings in turn, around contents that a trade's tasks share."""
+    """Yield texts of each task of the `train` pool: its wordings in turn, around the contents of its trade."""
     for domain in _yaml(POOLS / "train" / "trades.yaml")["domains"]:
         contents = domain["contents"]
         for task in domain["tasks"]:
