@@ -59,7 +59,7 @@ QUICK_TESTS := tests/lora_store tests/retriever_svc tests/docs tests/deployments
 	tests/test_imports.py
 NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_store_,crash.py concurrency.py memory.py) \
 	$(addprefix retriever_svc/test_,bfloat16_linear.py openvino_network.py encoder.py encoder_files.py training.py calibration_attacks.py) \
-	$(addprefix docs/test_,examples.py generated_pages.py screenshots.py) lora_store/test_catalogue_folding.py lora_store/test_snapshot_visible_changes.py)
+	$(addprefix docs/test_,examples.py generated_pages.py screenshots.py site.py) lora_store/test_catalogue_folding.py lora_store/test_snapshot_visible_changes.py)
 quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3 and not endpoint and not run_models" $(QUICK_TESTS) $(NOT_QUICK)
 
@@ -79,12 +79,7 @@ test-clients: $(CLIENTS_READY) ## run other projects' clients against the server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients tests/gpu_worker/conformance/test_schema_suite.py \
 		tests/deployments/test_console_accessibility.py $(ARGS)
 
-DOCS_READY := $(VENV)/.docs-ready
-$(DOCS_READY): $(READY)
-	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[docs]'
-	touch $(DOCS_READY)
-
-docs: $(DOCS_READY) ## build the documentation into build/docs, and fail on broken links and stale pages
+docs: $(READY) ## build the documentation into build/docs, and fail on broken links and stale pages
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/mkdocs build --strict --quiet
 

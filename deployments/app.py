@@ -9,7 +9,10 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.auth.ray_token import require_token_mode
+from deployments.calls.catalogue_clients import RetrieverReplica, StoreReplica
 from deployments.calls.proxy_limits import require_own_proxy
+from deployments.calls.serve_calls import returning_refusals
+from deployments.calls.worker_client import WorkerReplica
 from deployments.config.app import AppConfig
 from deployments.ingress import Ingress
 from deployments.retriever import RetrieverDeployment
@@ -29,9 +32,12 @@ def application(args: AppConfig, address: tuple[str, int] | None = None) -> Appl
     """
     require_own_proxy(os.environ, has_keys=args.has_keys)
     require_token_mode(allow_unauthenticated=args.allow_unauthenticated_ray)
-    store = serve.deployment(StoreDeployment, name="Store", **args.store_scaling.options())
-    worker = serve.deployment(WorkerDeployment, name="Worker", **args.worker_options())
-    retriever = serve.deployment(RetrieverDeployment, name="Retriever", **args.retriever_scaling.options())
+    store_class = returning_refusals(StoreDeployment, StoreReplica)
+    worker_class = returning_refusals(WorkerDeployment, WorkerReplica)
+    retriever_class = returning_refusals(RetrieverDeployment, RetrieverReplica)
+    store = serve.deployment(store_class, name="Store", **args.store_scaling.options())
+    worker = serve.deployment(worker_class, name="Worker", **args.worker_options())
+    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.options())
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.options())
 
     store_handle = store.bind(args)

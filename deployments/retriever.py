@@ -187,6 +187,9 @@ class RetrieverDeployment:
 
         Raises: AdapterNotFound, StaleIndex.
         """
+        return await self._record(tenant, name, min_generation)
+
+    async def _record(self, tenant: str, name: str, min_generation: int) -> tuple[int, list[AdapterRecord]]:
         await self._reach_for(tenant, min_generation)
         generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
         return generation, [_as_seen_by(tenant, record) for record in versions]
@@ -196,7 +199,7 @@ class RetrieverDeployment:
 
         Raises: AdapterNotFound, StoreUnavailable.
         """
-        _, [record, *_] = await self.record(tenant, name)
+        _, [record, *_] = await self._record(tenant, name, 0)
         return list(await asyncio.to_thread(self._samples, record)) if record.ref.tenant == tenant else []
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:

@@ -16,6 +16,7 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.calls.catalogue_clients import ServeStore
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S, Usage
 from deployments.errors import ReplicaStuck
+from deployments.generation.shadows import paying_tenant
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
 from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics
@@ -86,7 +87,7 @@ class WorkerDeployment:
         trace = JobTrace(job.request_id)
         last: Delta | None = None
         try:
-            with self._usage.row(job.tenant) as row:
+            with self._usage.row(paying_tenant(job.tenant)) as row:
                 async for delta in deltas:
                     if delta is not None:
                         if last is None:
@@ -112,13 +113,17 @@ class WorkerDeployment:
         """Probe all adapters in one batch; return each shift or error."""
         return await self._engine.probe(weights_digests)
 
-    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized:
-        """Return the tokens of a prompt, which may exceed the context. Raises: PromptInvalid, PromptTooLong."""
-        return await self._engine.tokenize(prompt, template, add_special_tokens=add_special_tokens)
+    async def tokenize(
+        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+    ) -> Tokenized:
+        """See InferenceEngine."""
+        return await self._engine.tokenize(
+            prompt, template, tenant=tenant, add_special_tokens=add_special_tokens, with_texts=with_texts
+        )
 
-    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
-        """Return the text of each prompt. Raises: PromptInvalid for an id outside the vocabulary."""
-        return await self._engine.detokenize(prompts, skip_special_tokens=skip_special_tokens)
+    async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+        """See InferenceEngine."""
+        return await self._engine.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         """Drop these weights. Return whether none is left; weights in use are dropped after their last request."""

@@ -40,7 +40,18 @@ class PromptInvalid(GpuWorkerError):
 
 
 class PromptTooLong(GpuWorkerError):
-    """Prompt and new tokens exceed the context. Shorten the prompt or request fewer tokens."""
+    """Prompt and new tokens exceed the context. Shorten the prompt or request fewer tokens.
+
+    `param`: the request's field, if it is known.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class SamplingInvalid(GpuWorkerError):

@@ -88,15 +88,27 @@ class InferenceEngine(Protocol):
         """
         ...
 
-    async def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
-        """Return the tokens of a prompt, which may exceed the context.
+    async def tokenize(
+        self,
+        prompt: Prompt,
+        template: str,
+        *,
+        tenant: str,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
+    ) -> Tokenized:
+        """Return the tokens of a prompt, which may exceed the context; `with_texts`: also the text of each.
 
-        `add_special_tokens`: None for what a job with this prompt does. Raises: PromptInvalid, PromptTooLong.
+        Tenants take turns, and no number of calls delays a job. `add_special_tokens`: None for what a job with this
+        prompt does. Raises: PromptInvalid, PromptTooLong, EngineFull.
         """
         ...
 
-    async def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:
-        """Return the text of each prompt. Raises: PromptInvalid for an id outside the vocabulary."""
+    async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
+        """Return the text of each prompt, in the same turns.
+
+        Raises: PromptInvalid for an id outside the vocabulary, EngineFull.
+        """
         ...
 
     async def load(self, weights_digests: Collection[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 
@@ -14,6 +13,7 @@ from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.offline import generate_all
 from gpu_worker.engine.probe import Prober
+from gpu_worker.engine.tokenizing import Tokenizing
 from gpu_worker.engine.warm_up import warm_up
 from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
 from gpu_worker.native.kernel_loading import num_missing_kernels
@@ -23,9 +23,12 @@ from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds,
 class NativeEngine(InferenceEngine):
     """An Engine and its thread, in this process."""
 
-    def __init__(self, thread: EngineThread) -> None:
+    def __init__(self, thread: EngineThread, *, niceness: int = 0) -> None:
+        """`niceness`: of the thread that tokenizes. The engine's thread has its own."""
         self.thread = thread
         self._engine = thread.engine
+        max_waiting = self._engine.config.max_waiting
+        self._tokenizing = Tokenizing(self._engine.prepare, max_waiting=max_waiting, niceness=niceness)
         self._prober = Prober(thread, self._engine.base.dtype)
         self._num_missing_kernels = num_missing_kernels(self._engine.config)
 
@@ -51,7 +54,8 @@ class NativeEngine(InferenceEngine):
             return warm_up(Engine(config, fetch, executor=executor, free_fill=free_fill))
 
         engine = run_on_short_lived_thread(build)
-        return cls(EngineThread(engine, stream_interval_ms=stream_interval_ms, niceness=niceness))
+        thread = EngineThread(engine, stream_interval_ms=stream_interval_ms, niceness=niceness)
+        return cls(thread, niceness=niceness)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -78,13 +82,21 @@ class NativeEngine(InferenceEngine):
     async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         return await generate_all(self.thread, jobs)
 
-    async def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
-        prepare = self._engine.prepare
-        return await asyncio.to_thread(prepare.tokenize, prompt, template, add_special_tokens=add_special_tokens)
+    async def tokenize(
+        self,
+        prompt: Prompt,
+        template: str,
+        *,
+        tenant: str,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
+    ) -> Tokenized:
+        return await self._tokenizing.tokenize(
+            prompt, template, tenant=tenant, add_special_tokens=add_special_tokens, with_texts=with_texts
+        )
 
-    async def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:
-        prepare = self._engine.prepare
-        return await asyncio.to_thread(prepare.detokenize, prompts, skip_special_tokens=skip_special_tokens)
+    async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
+        return await self._tokenizing.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
 
     async def load(self, weights_digests: Collection[str]) -> None:
         await self.thread.preload(weights_digests)
@@ -110,4 +122,5 @@ class NativeEngine(InferenceEngine):
         """Do nothing: the engine is part of this process."""
 
     def stop(self) -> None:
+        self._tokenizing.close()
         self.thread.stop()

@@ -25,7 +25,8 @@ def start_engine(
 ) -> InferenceEngine:
     """Start the engine that `config.engine` names. Call it within the event loop that will use the engine.
 
-    `niceness`: of the native engine's thread. `reports_to_ray`: whether vLLM's own metrics go to Ray's exporter.
+    `niceness`: of the native engine's thread, and of the thread that tokenizes.
+    `reports_to_ray`: whether vLLM's own metrics go to Ray's exporter.
     Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed, and vLLM's own errors of a failed start.
     """
     if config.engine == "native":
@@ -45,5 +46,10 @@ def start_engine(
 
         loggers = [PlanStatLogger]
     return VllmEngine.start(
-        config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, stat_loggers=loggers
+        config,
+        fetch,
+        executor=executor,
+        stream_interval_ms=stream_interval_ms,
+        niceness=niceness,
+        stat_loggers=loggers,
     )

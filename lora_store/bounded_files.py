@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lora_store.errors import FileRefused
 from lora_store.safetensors_layout import PREFIX_BYTES, StoredTensor, tensors_in
 
-ALLOWED_DTYPES = ("F32", "F16", "BF16")
+ALLOWED_DTYPES = ("F64", "F32", "F16", "BF16")  # F64 is rounded to F32 when it is read
 AtLeastOne = Annotated[int, Ge(1)]
 _WEIGHTS_REMEDY = " (admission.max_weights_bytes): float32 weights saved as bfloat16 take half as much"
 _MAPPED_BYTES = 16 << 20  # larger data are mapped from a file, so that they need not stay in memory
@@ -83,8 +83,9 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dict[str, StoredTensor]:
     """Return every tensor of a safetensors file by its key. Check the header before reading the data.
 
-    The tensors share one buffer. Large data are mapped: from the file itself if `is_private`, as no other process can
-    change it meanwhile, otherwise from an unnamed temporary copy that is freed with the tensors.
+    The tensors share one buffer, except float64, which is rounded to float32. Large data are mapped: from the file
+    itself if `is_private`, as no other process can change it meanwhile, otherwise from an unnamed temporary copy that
+    is freed with the tensors.
     Raises: FileRefused, which lists every tensor whose dtype is not allowed.
     """
     with _open_regular(path, limits.max_weights_bytes, _WEIGHTS_REMEDY) as file:
@@ -99,7 +100,7 @@ def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dic
         data = _rest_of(file, limits.max_weights_bytes, is_private=is_private)
     entries = {key: entry for key, entry in parse_json_object(header).items() if key != "__metadata__"}
     try:
-        return tensors_in(entries, data)
+        return {key: tensor.without_float64() for key, tensor in tensors_in(entries, data).items()}
     except ValueError as exc:
         raise FileRefused(path.name, [f"is not a valid safetensors file: {exc}"]) from exc
 

@@ -24,6 +24,7 @@ _HARMLESS = frozenset(
         *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "runtime_config"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # how training began
+        *("velora_config", "monteclora_config"),  # how gradients were computed, and noise during training
         *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),  # act only with others
     }
 )
@@ -42,6 +43,9 @@ _VARIANTS = {
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA, which changes the base model's weights",
+    "arrow_config": "Arrow routing",
 }
 # These initialisations rewrite the base model's weights, so the adapter alone does not hold all of the training.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -49,7 +53,10 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The parsed `adapter_config.json`. `unsupported` lists every setting that asks for more than plain LoRA."""
+    """The parsed `adapter_config.json`. `unsupported` lists every setting that asks for more than plain LoRA.
+
+    The settings of another kind of adapter (`is_lora` is false) are not read.
+    """
 
     base_model: str | None
     rank: int
@@ -58,6 +65,7 @@ class PeftConfig:
     rank_pattern: PatternTable
     alpha_pattern: PatternTable
     unsupported: tuple[str, ...]
+    is_lora: bool = True
 
     def rank_of(self, module: str) -> int:
         return int(self.rank_pattern.get(module, self.rank))
@@ -71,6 +79,8 @@ class PeftConfig:
 def read_config(folder: Path, limits: Limits) -> PeftConfig:
     """Parse the config. Raises: FileRefused, which lists every setting of a wrong type."""
     raw = read_json(folder / CONFIG_FILE, limits.max_config_bytes)
+    if (kind := raw.get("peft_type")) != "LORA":
+        return _of_another_kind(raw.get("base_model_name_or_path"), kind)
     tables = {key: raw.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     problems = _type_problems(raw) + _table_problems(tables, limits)
     if problems:
@@ -84,6 +94,16 @@ def read_config(folder: Path, limits: Limits) -> PeftConfig:
         alpha_pattern=PatternTable(tables["alpha_pattern"]),
         unsupported=tuple(_unsupported(raw)),
     )
+
+
+def _of_another_kind(base_model: object, kind: object) -> PeftConfig:
+    reason = (
+        f"peft_type must be 'LORA', got {_short(kind)}: train a LoRA adapter, or let PEFT's save_as_lora approximate"
+        " this one"
+    )
+    patterns = PatternTable({})
+    named = base_model if isinstance(base_model, str) else None
+    return PeftConfig(named, _DEFAULT_RANK, _DEFAULT_ALPHA, False, patterns, patterns, (reason,), is_lora=False)
 
 
 def _type_problems(raw: Mapping[str, Any]) -> list[str]:
@@ -116,8 +136,6 @@ def _table_problems(tables: Mapping[str, Any], limits: Limits) -> list[str]:
 
 def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     found = []
-    if raw.get("peft_type") != "LORA":
-        found.append(f"peft_type must be 'LORA', got {_short(raw.get('peft_type'))}")
     if raw.get("bias", "none") != "none":
         found.append(f"bias must be 'none', got {_short(raw['bias'])}")
     init = raw.get("init_lora_weights")

@@ -29,6 +29,8 @@ Side = Literal["lora_a", "lora_b"]
 T = TypeVar("T")
 _SIDES: dict[str, Side] = {"A": "lora_a", "B": "lora_b"}
 _KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.lora_([AB])\.weight")
+# Of VeLoRA, which compresses the gradients' inputs, and MonteCLoRA, which perturbs A while it is trained.
+_TRAINING_STATE = re.compile(r"base_model\.model\..+\.(?:lora_velora_embed|lora_monteclora_sampler\.\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,8 @@ def write_peft_folder(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = {}
     for name, module in weights.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_a.detach().cpu().clone().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_b.detach().cpu().clone().contiguous()
+        tensors[tensor_key(name, "A")] = module.lora_a.detach().cpu().clone().contiguous()
+        tensors[tensor_key(name, "B")] = module.lora_b.detach().cpu().clone().contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if samples:
         (folder / SAMPLES_FILE).write_bytes(write_samples(samples))
@@ -105,6 +107,16 @@ def read_template(folder: Path, limits: Limits) -> str | None:
         return template_digest(read_bytes(folder / TEMPLATE_FILE, limits.max_template_bytes).decode())
     except UnicodeDecodeError as exc:
         raise FileRefused(TEMPLATE_FILE, ["is not UTF-8"]) from exc
+
+
+def tensor_key(module: str, side: str) -> str:
+    """Return the name of a module's tensor. `side`: A or B."""
+    return f"base_model.model.{module}.lora_{side}.weight"
+
+
+def is_only_for_training(key: str) -> bool:
+    """Return whether the tensor is state of the training that no prompt's answer depends on."""
+    return _TRAINING_STATE.fullmatch(key) is not None
 
 
 def split_key(key: str) -> tuple[str, Side] | None:

@@ -68,6 +68,13 @@ class StoredTensor:
             else:
                 yield part.view(f"<f{size}")
 
+    def without_float64(self) -> StoredTensor:
+        """Return it with float64 rounded to float32, in which larger numbers are infinite."""
+        if self.dtype != "F64":
+            return self
+        with np.errstate(over="ignore"):
+            return StoredTensor("F32", self.shape, self.data.view("<f8").astype("<f4").view(np.uint8))
+
     def tensor(self) -> Tensor:
         """Return it for torch: a view of the file's bytes, or a copy where they are not aligned."""
         import torch  # imported here, since it takes seconds

@@ -21,6 +21,7 @@ from lora_store.peft_files import (
     TEMPLATE_FILE,
     WEIGHTS_FILE,
     Side,
+    is_only_for_training,
     pair_modules,
     pairs_of,
     read_template,
@@ -29,6 +30,7 @@ from lora_store.peft_files import (
 from lora_store.records import VISIBILITIES, Visibility
 from lora_store.safetensors_layout import StoredTensor
 from lora_store.sample_files import read_description, read_samples
+from lora_store.tensor_names import explain_names, explain_vocabulary, misnamed_tensors, vocabulary_tensors
 
 TEMPLATES = ("alpaca", "chat")
 MAX_TAGS = 32
@@ -110,9 +112,12 @@ def check_folder(
     template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))
     if config is not None:
         reasons += _config_problems(config, accepts_base)
-    pairs = pairs_of(tensors or {})
-    if tensors is not None:
-        reasons += _tensor_problems(tensors, pairs, module_shapes, limits)
+    pairs: Pairs = {}
+    if tensors is not None and (config is None or config.is_lora):
+        explained = _explained_names(reasons, tensors, module_shapes)
+        named = {key: tensor for key, tensor in tensors.items() if key not in explained}
+        pairs = pairs_of(named)
+        reasons += _tensor_problems(named, pairs, module_shapes, limits)
         # Match the config's patterns with real module paths only: a crafted one could make matching slow.
         known = {name: pair for name, pair in pairs.items() if module_shapes is None or name in module_shapes}
         reasons += _scaling_problems(config, known) if config is not None else []
@@ -213,12 +218,23 @@ def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
     )
 
 
+def _explained_names(reasons: list[str], tensors: Mapping[str, StoredTensor], shapes: Shapes | None) -> set[str]:
+    """Add the reasons that concern many tensors to `reasons`, and return these tensors."""
+    if not tensors:
+        reasons.append(f"{WEIGHTS_FILE}: has no tensors")
+    vocabulary = vocabulary_tensors(tensors, shapes)
+    misnamed = misnamed_tensors(tensors.keys() - vocabulary, shapes)
+    reasons += explain_vocabulary(vocabulary)
+    reasons += explain_names(misnamed, len(tensors))
+    return {*vocabulary, *misnamed}
+
+
 def _tensor_problems(
     tensors: Mapping[str, StoredTensor], pairs: Pairs, shapes: Shapes | None, limits: Limits
 ) -> Iterator[str]:
-    if not tensors:
-        yield f"{WEIGHTS_FILE}: has no tensors"
     for key, tensor in tensors.items():
+        if is_only_for_training(key):
+            continue
         if split_key(key) is None:
             yield f"tensor {key[:200]!r} {_unsupported_kind(key)}"
         elif not _is_finite(tensor):
@@ -239,8 +255,6 @@ def _largest(tensor: StoredTensor) -> float:
 
 
 def _unsupported_kind(key: str) -> str:
-    if "lora_embedding_" in key or key.endswith(("embed_tokens.weight", "lm_head.weight")):
-        return "adds or changes vocabulary, which is not supported"
     if "lora_magnitude_vector" in key:
         return "belongs to DoRA, which is not supported"
     if key.endswith(".bias"):

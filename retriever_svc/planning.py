@@ -138,10 +138,15 @@ def _resolve_exactly(snapshot: Snapshot, tenant: str, name: str, *, owner_names:
 
 
 def _similar_name(snapshot: Snapshot, tenant: str, name: str) -> str:
-    """Return the name of a visible adapter that differs in its owner, in case or in - and _ only, or ""."""
+    """Return the name of a visible adapter that differs in its owner, in case or in - and _ only, or "".
+
+    The hint never names the owner of another tenant's unlisted adapter: only those who know its whole name may use it.
+    """
     for spelling in dict.fromkeys((name, name.replace("-", "_"), name.replace("_", "-"), name.lower())):
         with suppress(AdapterNotFound):
-            return snapshot.resolve(tenant, spelling).ref.name_for(tenant)
+            found = snapshot.resolve(tenant, spelling)
+            if not found.is_unlisted or found.ref.tenant == tenant:
+                return found.ref.name_for(tenant)
     return ""
 
 

@@ -244,6 +244,9 @@ _CONFIG_FILE = {
     "bare parameters": BadFolder(config(target_parameters=["x"]), "target_parameters (LoRA on bare parameters)"),
     "replicated layers": BadFolder(config(layer_replication=[[0, 1]]), "layer_replication (replicated layers)"),
     "activated lora": BadFolder(config(alora_invocation_tokens=[1]), "alora_invocation_tokens (activated LoRA)"),
+    "block-diagonal": BadFolder(config(use_bdlora={"nblocks": 2}), "use_bdlora (block-diagonal LoRA) is not supported"),
+    "kasa": BadFolder(config(kasa_config={"beta": 1e-4}), "kasa_config (KaSA, which changes the base model's weights)"),
+    "arrow": BadFolder(config(arrow_config={"top_k": 3}), "arrow_config (Arrow routing) is not supported"),
     "qalora": BadFolder(config(use_qalora=True), "use_qalora (QALoRA)"),
     "pissa": BadFolder(config(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4' changes the base"),
     "unknown setting": BadFolder(config(use_quantum=True), "sets 'use_quantum', which this version does not know"),
@@ -293,8 +296,8 @@ _TENSORS = {
         _both(config(lora_alpha=10**6, alpha_pattern={}), fill("B", 3e38, torch.float32)),
         "overflows its dtype once scaled",
     ),
-    "f64": BadFolder(fill("A", 1, torch.float64), "lora_A.weight' has dtype F64"),
-    "int8": BadFolder(fill("A", 1, torch.int8), "has dtype I8, must be one of F32, F16, BF16"),
+    "large float64": BadFolder(fill("A", 1e39, torch.float64), "lora_A.weight' contains NaN or infinity"),
+    "int8": BadFolder(fill("A", 1, torch.int8), "has dtype I8, must be one of F64, F32, F16, BF16"),
     "every b zero": BadFolder(tensors(_zero_every_b), "every lora_B is zero"),
     "unknown module": BadFolder(
         add("base_model.model.model.layers.9.x.lora_A.weight", torch.ones(4, 6)), "'model.layers.9.x'"
@@ -302,11 +305,14 @@ _TENSORS = {
     "nothing matched": BadFolder(
         rename("layers.", "blocks."), "is not a linear layer of the base model that can be adapted"
     ),
-    "keys without prefix": BadFolder(rename("base_model.model.", ""), "is not a LoRA tensor of a linear layer"),
+    "keys without prefix": BadFolder(
+        rename("base_model.model.", ""),
+        "begin with 'model.'; the names of this base begin with 'base_model.model.model.'",
+    ),
     "keys of another library": BadFolder(rename(".lora_A.", ".lora_down."), "is not a LoRA tensor of a linear layer"),
     "unknown key": BadFolder(add("model.layers.0.extra", torch.ones(2)), "'model.layers.0.extra' is not a LoRA tensor"),
     "key with adapter name": BadFolder(
-        add("{module}.lora_A.default.weight", torch.ones(4, 6)), ".lora_A.default.weight' is not a LoRA tensor"
+        add("{module}.lora_A.default.weight", torch.ones(4, 6)), ".lora_A.default.weight' must be 'base_model.model."
     ),
     "key with dots": BadFolder(
         add("base_model.model...lora_A.weight", torch.ones(4, 6)),

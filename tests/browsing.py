@@ -75,6 +75,7 @@ class Browsing:
     async def page(self, url: str, **context: Any) -> AsyncIterator[Page]:
         """Open the page at `url`. It must violate no policy, and no script of it may fail."""
         async with await self._browser.new_context(**context) as opened:
+            opened.set_default_timeout(_EXPECT_MS)
             page = await opened.new_page()
             problems: list[str] = []
             page.on("pageerror", lambda error: problems.append(str(error)))

@@ -42,7 +42,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "gpu_worker": [
         {"errors"},
-        {"config"},
+        {"config", "fairness"},
         {"device", "native", "request", "text"},
         {"bank", "grammar", "sampling"},
         {"step"},

@@ -99,6 +99,14 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (ObjectLostError, 503, _OVERLOADED, "replica_died"),
     (TimeoutError, 503, _OVERLOADED, "timeout"),
 )
+# Answers of 5xx that say nothing about the state of the server except that it is busy.
+_OF_LOAD = (
+    api_errors.EncoderBusy,
+    retriever_errors.StaleIndex,
+    worker_errors.DeadlineExceeded,
+    worker_errors.EngineFull,
+    worker_errors.WaitedTooLong,
+)
 # Ray's own messages name actors, nodes and queues.
 _SAID: dict[type[Exception], str] = {
     BackPressureError: "too many requests wait; try again later",
@@ -126,6 +134,12 @@ def _message_of(cause: Exception, kind: type[Exception]) -> str:
         logger.warning("answered with %r: %s", safe, cause)
         return safe
     return _SAID.get(kind) or str(cause)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether the error is an ordinary answer: of a wrong request, a full queue or an exceeded time."""
+    status = next((status for kind, status, _, _ in TABLE if isinstance(error, kind)), 500)
+    return status < 500 or isinstance(error, _OF_LOAD)
 
 
 def code_of(error: Exception) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -40,14 +42,29 @@ def make_key(
 
 
 def add_entry(file: Path, entry: JsonMapping) -> None:
-    """Append `entry` to the keys file. The file is replaced atomically. Raises: ValueError, OSError."""
-    old = file.read_text(encoding="utf-8") if file.exists() else ""
-    text = with_entry(old, entry)
+    """Append `entry` to the keys file. The file is replaced atomically, by one command at a time.
+
+    Raises: ValueError, OSError.
+    """
     target = file.resolve()  # a link stays a link
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as made:
-        made.write(text)
-    os.chmod(made.name, target.stat().st_mode & 0o777 if target.exists() else 0o600)
-    os.replace(made.name, target)
+    with _locked(target.parent):
+        old = target.read_text(encoding="utf-8") if target.exists() else ""
+        text = with_entry(old, entry)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as made:
+            made.write(text)
+        os.chmod(made.name, target.stat().st_mode & 0o777 if target.exists() else 0o600)
+        os.replace(made.name, target)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder, because the file itself is replaced. Waits for other commands."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # releases the lock
 
 
 def with_entry(text: str, entry: JsonMapping) -> str:

@@ -11,20 +11,27 @@ does not count here.
 
 Serve 2.60 has two transports: Ray's tasks, and gRPC from replica to replica. The environment of the process that builds
 the application decides the default, so each call names its own transport.
+
+Serve logs every error that a replica raises, with its traceback. An answer to a wrong request is not a failure of
+the replica, so `returning_refusals` makes the replica return it, and the caller raises it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
+import inspect
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.api import error_table
 from deployments.errors import PoisonRequest
 from gpu_worker.errors import EngineStopped
 
@@ -85,6 +92,51 @@ def over_object_store(handle: DeploymentHandle) -> DeploymentHandle:
     return handle.options(_by_reference=True)
 
 
+def returning_refusals(deployment: type[Replica], protocol: type) -> type[Replica]:
+    """Return the deployment with calls that return refusals as values. `protocol` names these calls."""
+    calls = {name: getattr(deployment, name) for name in dir(protocol) if not name.startswith("_")}
+    wrapped = {
+        name: _returning_stream(call) if inspect.isasyncgenfunction(call) else _returning(call)
+        for name, call in calls.items()
+    }
+    return type(deployment.__name__, (deployment,), wrapped)
+
+
+def _returning(call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+    @functools.wraps(call)
+    async def answer(*args: object, **kwargs: object) -> object:
+        try:
+            return await call(*args, **kwargs)
+        except Exception as exc:
+            if not error_table.is_refusal(exc):
+                raise
+            return exc
+
+    return answer
+
+
+def _returning_stream(call: Callable[..., AsyncGenerator[object]]) -> Callable[..., AsyncGenerator[object]]:
+    @functools.wraps(call)
+    async def answer(*args: object, **kwargs: object) -> AsyncGenerator[object]:
+        async with aclosing(call(*args, **kwargs)) as items:
+            try:
+                async for item in items:
+                    yield item
+            except Exception as exc:
+                if not error_table.is_refusal(exc):
+                    raise
+                yield exc
+
+    return answer
+
+
+def answer_or_raise(answer: T) -> T:
+    """Return the answer of a replica. Raises: the refusal that the replica returned instead."""
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 class ServeCalls(Generic[Replica]):
     """The calls of one handle. `Replica` is the Protocol that each replica of the deployment satisfies."""
 
@@ -100,7 +152,7 @@ class ServeCalls(Generic[Replica]):
     ) -> T:
         """Return one replica's answer. Raises: RayActorError if that replica dies; the error of the method."""
         answer: T = await getattr(self._handle, method.__name__).remote(*args, **kwargs)
-        return answer
+        return answer_or_raise(answer)
 
     async def retry(
         self, method: Callable[Concatenate[Replica, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -118,7 +170,7 @@ class ServeCalls(Generic[Replica]):
         response = getattr(self._handle.options(stream=True), method.__name__).remote(*args, **kwargs)
         try:
             async for item in response:
-                yield item
+                yield answer_or_raise(item)
         finally:
             response.cancel()
 

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from deployments.calls.catalogue_clients import Shapes
-from deployments.calls.serve_calls import ServeCalls
+from deployments.calls.serve_calls import ServeCalls, answer_or_raise
 from deployments.errors import WorkerStarting
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import DeadlineExceeded
@@ -86,7 +86,7 @@ class HeartbeatStream(Generic[T]):
                 raise
             raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
         self._silent_at = self._clock() + self._timeout_s
-        return item
+        return answer_or_raise(item)
 
 
 @dataclass(slots=True)
@@ -104,8 +104,10 @@ class WorkerCalls(Protocol):
 
     async def module_shapes(self) -> Shapes: ...
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]: ...
-    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized: ...
-    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]: ...
+    async def tokenize(
+        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+    ) -> Tokenized: ...
+    async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]: ...
 
 
 class WorkerReplica(WorkerCalls, Protocol):
@@ -173,11 +175,13 @@ class ServeWorker(WorkerClient):
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         return await self._calls.retry(WorkerReplica.probe_many, weights_digests)
 
-    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized:
-        return await self._calls.retry(WorkerReplica.tokenize, prompt, template, add_special_tokens)
+    async def tokenize(
+        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+    ) -> Tokenized:
+        return await self._calls.retry(WorkerReplica.tokenize, tenant, prompt, template, add_special_tokens, with_texts)
 
-    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
-        return await self._calls.retry(WorkerReplica.detokenize, prompts, skip_special_tokens)
+    async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+        return await self._calls.retry(WorkerReplica.detokenize, tenant, prompts, skip_special_tokens)
 
     def stream(self, job: Job) -> DeltaStream:
         # Over gRPC, which saves work for each token and heartbeat: benchmarks/README.md states how much.

@@ -20,6 +20,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeStatus
 
 from deployments.app import application
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
@@ -31,6 +32,7 @@ from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from gpu_worker.config import PACKAGED_MODEL
 from gpu_worker.model.packaged_model import packaged_folder
+from lora_store import LoraStore, LoraStoreError
 
 APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
@@ -45,6 +47,7 @@ _ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
 TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
 _LOOPBACK = "127.0.0.1"
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _POLL_S = 0.25
 _STARTED_TIMEOUT_S = 60.0
 _LAST_ANSWERS_S, _CALL_S = 5.0, 1.0  # containers are killed ten seconds after they were asked to stop
@@ -78,6 +81,7 @@ class Server:
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._proxy = host, self._port
+        self._session = Path()
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
     @property
@@ -89,19 +93,40 @@ class Server:
         """Return the address of Serve's proxy, after the start. It serves all applications of this Ray."""
         return _url_of(*self._proxy)
 
+    @property
+    def logs(self) -> Path:
+        """Return the folder of Serve's log files, after the start."""
+        return self._session / "logs" / "serve"
+
     def prepare(self, report: Callable[[str], None]) -> None:
-        """Convert the packaged base model before a replica needs it."""
+        """Open the pool, and convert the packaged base model, before a replica needs them.
+
+        Raises: ServerFailed, with the URI and the cause, if the pool cannot be opened.
+        """
+        report("opening the pool")
+        keep_files_private(Path.home())
+        self._open_pool()
         if self._config.base_model == PACKAGED_MODEL:
             report("checking the base model (the first start converts it, which takes about a minute)")
             packaged_folder(self._config.cache_dir)
         report("starting Ray and the deployments")
+
+    def _open_pool(self) -> None:
+        """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
+        config = self._config
+        try:
+            store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+            store.check_writes(os.environ)
+            store.snapshot()
+        except (LoraStoreError, OSError) as exc:
+            raise ServerFailed(f"store_uri: the pool {config.store_uri} cannot be opened: {exc}") from exc
 
     def start(self) -> str:
         """Start Ray and the application. Return its URL; `wait_ready` waits until it answers.
 
         Ray uses token authentication, whatever RAY_AUTH_MODE says, unless `allow_unauthenticated_ray` is set. Other
         drivers of this user find the token in `~/.ray/auth_token`. The process and its children create files that only
-        their owner can read.
+        their owner can read. Raises: ServerFailed, with the causes, if a deployment cannot start.
         """
         check_free(self._host, self._port)
         keep_files_private(Path.home())
@@ -113,7 +138,7 @@ class Server:
         os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
         bypass_http_proxy()
         with _inherited(_CHEAPER_SERVE | ({} if self._uses_proxy else _ENDS_AT_ONCE)):
-            ray.init(
+            context = ray.init(
                 "local",  # ignores RAY_ADDRESS
                 num_cpus=self._num_cpus,
                 include_dashboard=False,
@@ -123,13 +148,17 @@ class Server:
                 _temp_dir=str(sessions),
                 _metrics_export_port=self._metrics_port,
             )
+        self._session = Path(context.address_info["session_dir"])
         signal.signal(signal.SIGTERM, _leave)  # in place of Ray's handler
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
         if not self._uses_proxy:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
         serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
         app = application(self._config, None if self._uses_proxy else (self._host, self._port))
-        serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+        try:
+            serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+        except RuntimeError as exc:
+            raise ServerFailed(causes_in(serve.status(), sessions) or str(exc)) from exc
         return self.url
 
     def wait_ready(self, *, timeout_s: float) -> JsonObject:
@@ -185,6 +214,18 @@ class Server:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+
+
+def causes_in(status: ServeStatus, sessions: Path) -> str:
+    """Return why the application's deployments failed, a line for each. `sessions`: the folder of Ray's logs."""
+    app = status.applications.get(APP_NAME)
+    deployments = {} if app is None else app.deployments
+    causes = [
+        f"the deployment {name} cannot start: {deployment.message.strip().splitlines()[-1].strip()}"
+        for name, deployment in deployments.items()
+        if deployment.status in _FAILED and deployment.message.strip()
+    ]
+    return "\n".join([*causes, f"the logs are below {sessions}/session_latest/logs/serve"]) if causes else ""
 
 
 def _leave(number: int, _: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deployments.auth.key_file import keys_of
 from deployments.cli.check_adapter import folder_problem
-from deployments.cli.client import DEFAULT_URL, ServerFailed, out, show_error
+from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, out, show_error
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
@@ -64,21 +64,22 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         out.print(template_note(settings), markup=False)
         out.print(access_note(settings, host), markup=False)
         out.print(ports_note(settings), markup=False)
-        for line in next_steps(url, settings, program_of(sys.argv[0])):
+        for line in next_steps(url, settings, server.logs, program_of(sys.argv[0])):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         interrupts.get()
         if not server.finish_requests():
             out.print("stopped before all requests were answered")
 
 
-def next_steps(url: str, settings: AppConfig, program: str = "loraretriever") -> list[str]:
-    """Return three lines that say what to do with a server that just started. `program`: how to call this one."""
+def next_steps(url: str, settings: AppConfig, logs: Path, program: str = "loraretriever") -> list[str]:
+    """Return what to do with a server that just started, and its logs' folder. `program`: how to call this one."""
     options = "" if url == DEFAULT_URL else f" --url {url}"
-    options += " --key KEY" if settings.has_keys else ""
+    command = f"{KEY_VARIABLE}=KEY {program}" if settings.has_keys else program
     return [
         f"console:  {url}",
-        f'ask:      {program} ask "a prompt"{options}',
-        f"publish:  {program} publish FOLDER{options}",
+        f'ask:      {command} ask "a prompt"{options}',
+        f"publish:  {command} publish FOLDER{options}",
+        f"logs:     {logs}",
     ]
 
 

@@ -71,6 +71,8 @@ def _of_server(scheme: str, rest: str) -> tuple[tuple[str, ...], str]:
         parts[place], at, revision = parts[place].partition("@")
         if at and not _PLAIN.fullmatch(revision):
             raise ValueError("must have a branch, tag, commit or alias of A-Za-z0-9._- after @")
+        if parts[place] in (".", "..") or revision in (".", ".."):
+            raise ValueError("must not contain empty parts, '.' or '..'")
         if scheme == MODELS and not at and len(parts) > 1:
             revision = parts.pop(1)
             if not revision.isdecimal():

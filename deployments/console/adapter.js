@@ -1,6 +1,6 @@
 // The page of one adapter: samples, versions, similar adapters and code; roll back and withdraw.
 
-import { post, read, send } from "./api.js";
+import { post, read, reasonOf, send } from "./api.js";
 import { ago, byId, bytes, confirmed, element, say, sayOrHide, whole } from "./dom.js";
 import { adapterLink, trialText } from "./plan.js";
 import { codeBlocks } from "./snippets.js";
@@ -24,7 +24,7 @@ export async function open(name) {
     show(found);
     await showSimilar(found);
   } catch (error) {
-    sayOrHide("adapter-error", error.message);
+    sayOrHide("adapter-error", reasonOf(error));
   }
 }
 

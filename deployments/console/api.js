@@ -19,8 +19,12 @@ export class ApiError extends Error {
 
 const headers = () => (currentKey() ? { Authorization: `Bearer ${currentKey()}` } : {});
 
+/** Returns why a part of the page cannot be loaded. The dialog for the key says it if the key is the reason. */
+export const reasonOf = (error) => (error.status === 401 ? "" : error.message);
+
 /** Returns a successful response. `quietly`: do not ask for a missing key. Throws ApiError. */
 export async function send(method, path, { body, signal, quietly = false } = {}) {
+  const key = currentKey();
   const json = body === undefined ? {} : { "Content-Type": "application/json" };
   let response;
   try {
@@ -29,7 +33,8 @@ export async function send(method, path, { body, signal, quietly = false } = {})
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, "the server does not respond");
   }
-  if (!response.ok) throw refused(response.status, await response.text(), quietly);
+  if (!response.ok) throw refused(response.status, await response.text(), key, quietly);
+  accepted(key);
   return response;
 }
 
@@ -59,6 +64,7 @@ export async function* events(response) {
 
 /** Sends a form. `onProgress` gets the share that was sent, 0 to 1. Throws ApiError. */
 export function upload(path, form, onProgress) {
+  const key = currentKey();
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest(); // fetch does not report upload progress
     request.open("POST", path);
@@ -66,14 +72,26 @@ export function upload(path, form, onProgress) {
     request.upload.onprogress = (event) => onProgress(event.lengthComputable ? event.loaded / event.total : 0);
     request.onerror = () => reject(new ApiError(0, "the connection was lost during the upload"));
     request.onload = () => {
-      if (request.status >= 200 && request.status < 300) resolve(JSON.parse(request.responseText));
-      else reject(refused(request.status, request.responseText, false));
+      if (request.status < 200 || request.status >= 300) {
+        reject(refused(request.status, request.responseText, key, false));
+        return;
+      }
+      accepted(key);
+      resolve(JSON.parse(request.responseText));
     };
     request.send(form);
   });
 }
 
-function refused(status, text, quietly) {
+/** Reports to the page that the server has answered a request with this key. */
+const accepted = (key) => document.dispatchEvent(new CustomEvent("key-accepted", { detail: { key } }));
+
+function refused(status, text, key, quietly) {
+  if (status === 401) {
+    const message = key ? "This server does not accept your key. Ask its operator." : "This server needs a key. Ask its operator.";
+    document.dispatchEvent(new CustomEvent("key-refused", { detail: { message, quietly } }));
+    return new ApiError(status, message);
+  }
   let error = {};
   try {
     error = JSON.parse(text).error ?? {};
@@ -81,6 +99,5 @@ function refused(status, text, quietly) {
     // not JSON, such as an error page of a proxy: report the status
   }
   const message = typeof error.message === "string" ? error.message : `the server answered with status ${status}`;
-  if (status === 401 && !quietly) document.dispatchEvent(new CustomEvent("key-wanted", { detail: message }));
   return new ApiError(status, message, typeof error.param === "string" ? error.param : "");
 }

@@ -1,13 +1,13 @@
 // The conversation: sends prompts, streams answers, and keeps the turns.
 
-import { ApiError, read } from "./api.js";
+import { ApiError, read, reasonOf } from "./api.js";
 import { adapterTags, messagesOf, newTiming, optionsOf, stream, summary } from "./answers.js";
 import { ago, byId, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
+import { chosenExamples } from "./examples.js";
 import * as history from "./history.js";
 import { showPlan } from "./plan.js";
 import { showCode } from "./snippets.js";
 
-const NUM_EXAMPLES = 6;
 const WHY_NOTE = "Shows which adapters answer, and why.";
 let chat = newChat();
 let running = null; // the AbortController of the streaming answer
@@ -32,7 +32,7 @@ export function start(callbacks) {
   byId("model").addEventListener("input", soon(suggest));
   byId("new-chat").addEventListener("click", () => { open(newChat()); history.leave(); byId("prompt").focus(); });
   byId("show-code").addEventListener("click", () => showCode(nextRequest()));
-  byId("history-clear").addEventListener("click", clearHistory);
+  byId("history-clear").addEventListener("click", () => clearHistory("Clear the history?"));
   byId("history-export").addEventListener("click", exportHistory);
   updateOptions();
   open(history.last() ?? newChat());
@@ -80,18 +80,15 @@ async function suggest() {
   }
 }
 
-/** Offers a sample of some adapters as prompts. Only the caller's own adapters show samples. */
+/** Offers samples of some adapters as prompts. */
 async function showExamples() {
   try {
-    const { data } = await read("v1/loras?limit=200", { quietly: true });
-    const own = data.filter((adapter) => adapter.found_by_auto && adapter.id === adapter.name);
-    const step = Math.max(1, own.length / NUM_EXAMPLES);
-    const some = Array.from({ length: Math.min(NUM_EXAMPLES, own.length) }, (_, i) => own[Math.floor(i * step)]);
-    const shown = await Promise.all(some.map(({ id }) => read(`v1/loras/${encodeURIComponent(id)}?samples=1`, { quietly: true })));
-    byId("examples").replaceChildren(...shown.flatMap(({ id, samples }) => samples.map(({ input }) => example(id, input))));
-    sayOrHide("examples-note", shown.length ? "" : "The pool has no samples of yours yet. Publish an adapter, or ask the base model.");
+    const examples = await chosenExamples();
+    byId("examples").replaceChildren(...examples.map(({ name, input }) => example(name, input)));
+    sayOrHide("examples-note", examples.length ? "" : "The pool has no short samples of yours yet. Publish an adapter, or ask the base model.");
   } catch (error) {
-    sayOrHide("examples-note", `No examples: ${error.message}`);
+    const reason = reasonOf(error);
+    sayOrHide("examples-note", reason && `No examples: ${reason}`);
   }
 }
 
@@ -259,8 +256,13 @@ function historyRow(other) {
     element("button", { type: "button", class: "small", "aria-label": `Delete the conversation: ${first?.prompt ?? "empty"}`, onclick: remove }, "Delete"));
 }
 
-async function clearHistory() {
-  if (!(await confirmed("Clear the history?", "This deletes every conversation that this browser keeps.", "Clear"))) return;
+/** Offers to delete the conversations of a key that was forgotten. */
+export async function offerToClear() {
+  if (history.conversations().length) await clearHistory("The key is forgotten. Clear the history too?");
+}
+
+async function clearHistory(title) {
+  if (!(await confirmed(title, "This deletes every conversation that this browser keeps.", "Clear"))) return;
   history.clear();
   open(newChat());
 }

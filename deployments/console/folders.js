@@ -63,18 +63,26 @@ export function suggested(folders) {
   });
 }
 
-/** Reads the configuration and the samples of a folder. `problems` prevent a publish, as the server would refuse it. */
-export async function inspected(folder) {
+/** Reads the configuration and the samples of a folder. `problems` prevent a publish, as the server would refuse it.
+ * `bases`: the base model names that the server accepts; null if unknown. */
+export async function inspected(folder, bases) {
   const file = (name) => folder.files.find((one) => one.name === name);
   const size = folder.files.reduce((sum, one) => sum + one.size, 0);
   const problems = [];
   const config = await configOf(file(CONFIG), problems);
+  if (!problems.length && bases) problems.push(...baseProblems(config.base_model_name_or_path, bases));
   if (!file(WEIGHTS)) {
     const hasPickle = folder.files.some((one) => /\.(bin|pt|pth)$/.test(one.name));
     problems.push(`${WEIGHTS} is missing${hasPickle ? "; pickle files are never opened, so save the adapter as safetensors" : ""}`);
   }
   const samples = await samplesOf(file(SAMPLES), file(DESCRIPTION));
   return { size, problems, samples, base: config.base_model_name_or_path, rank: config.r, modules: config.target_modules };
+}
+
+function baseProblems(base, accepted) {
+  if (accepted.includes(base)) return [];
+  const given = base ? `its base model is ${base}` : `${CONFIG} names no base model`;
+  return [`${given}; this server accepts ${accepted.join(", ")}. If they are the same weights, set base_model_name_or_path in ${CONFIG} to one of these names`];
 }
 
 async function configOf(file, problems) {

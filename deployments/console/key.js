@@ -1,28 +1,41 @@
-// The dialog for the API key.
+// The button and the dialog for the API key. A server that needs no key has neither.
 
 import { currentKey, setKey } from "./api.js";
 import { byId, say } from "./dom.js";
 
-/** Connects the dialog. Calls `onChange` when the key changes. */
-export function start(onChange) {
+let isNeeded = false; // the server has refused a request for want of a key
+let acceptedKey = "";
+
+/** Connects the dialog. Calls `onChange` when the key changes, and before that `onForget` when it is forgotten. */
+export function start(onChange, onForget) {
   const dialog = byId("key-dialog");
   byId("key-button").addEventListener("click", () => open(""));
-  document.addEventListener("key-wanted", (event) => open(event.detail));
-  dialog.addEventListener("close", () => {
+  document.addEventListener("key-accepted", ({ detail }) => { acceptedKey = detail.key; mark(); });
+  document.addEventListener("key-refused", ({ detail }) => {
+    isNeeded = true;
+    acceptedKey = "";
+    mark();
+    if (!detail.quietly) open(detail.message);
+  });
+  dialog.addEventListener("close", async () => {
     const choice = dialog.returnValue, typed = byId("key").value.trim();
     byId("key").value = "";
     if (choice === "use" || choice === "forget") {
       setKey(choice === "use" ? typed : "");
+      mark();
+      if (choice === "forget") await onForget();
       onChange();
     }
-    mark();
   });
   mark();
 }
 
+/** Returns whether the server has answered a request with the present key. */
+const isAccepted = () => Boolean(currentKey()) && currentKey() === acceptedKey;
+
 function open(note) {
   const dialog = byId("key-dialog");
-  say("key-note", note || (currentKey() ? "A key is set." : "No key is set."));
+  say("key-note", note || (isAccepted() ? "The server accepts your key." : currentKey() ? "The server has not accepted your key." : "No key is set."));
   if (dialog.open) return;
   dialog.returnValue = "";
   dialog.showModal();
@@ -30,6 +43,7 @@ function open(note) {
 }
 
 function mark() {
-  say("key-button", currentKey() ? "API key ✓" : "API key");
-  byId("key-button").setAttribute("aria-label", currentKey() ? "API key: set" : "API key: not set");
+  byId("key-button").hidden = !isNeeded && !currentKey();
+  say("key-button", isAccepted() ? "API key ✓" : "API key");
+  byId("key-button").setAttribute("aria-label", `API key: ${isAccepted() ? "accepted" : currentKey() ? "not accepted" : "not set"}`);
 }

@@ -70,7 +70,7 @@ stats.start({ onGeneration: follow });
 key.start(() => {
   showAll();
   stats.refresh();
-});
+}, ask.offerToClear);
 addEventListener("hashchange", () => {
   show();
   const heading = document.querySelector(".view:not([hidden]) h2");

@@ -1,6 +1,6 @@
 // Draws the adapters as points by the similarity of their samples, with the last prompt among them.
 
-import { post, read } from "./api.js";
+import { post, read, reasonOf } from "./api.js";
 import { byId, percent, say, shape, whole } from "./dom.js";
 import { Labels } from "./labels.js";
 
@@ -37,7 +37,7 @@ export async function load(generation) {
     note("");
     draw();
   } catch (error) {
-    if (number === numLoads) note(error.message);
+    if (number === numLoads) say("map-note", reasonOf(error));
   }
 }
 

@@ -1,6 +1,6 @@
 // The table of adapters: search and paging. Arrow keys move between the rows, which are one tab stop.
 
-import { read } from "./api.js";
+import { read, reasonOf } from "./api.js";
 import { ago, byId, bytes, element, say, sayOrHide, soon, whole } from "./dom.js";
 import { adapterLink, trialLabel, trialText } from "./plan.js";
 
@@ -33,7 +33,7 @@ export async function load(wanted = 0) {
     onShown(page.generation);
     sayOrHide("pool-error", "");
   } catch (error) {
-    if (number === numLoads) sayOrHide("pool-error", error.message);
+    if (number === numLoads) sayOrHide("pool-error", reasonOf(error));
   }
 }
 

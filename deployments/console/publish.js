@@ -38,13 +38,24 @@ async function previewDropped(entries) {
 
 async function preview(folders, whyNone) {
   sayOrHide("publish-error", folders.length ? "" : whyNone);
+  const bases = folders.length ? await acceptedBases() : null;
   for (const folder of suggested(folders)) {
-    const card = cardOf(folder, await inspected(folder));
+    const card = cardOf(folder, await inspected(folder, bases));
     cards.push(card);
     byId("previews").append(card.node);
     check(card);
   }
   follow();
+}
+
+/** Returns the base model names that adapters may have here, or null if the server does not report them now. */
+async function acceptedBases() {
+  try {
+    const { data } = await read("v1/models?limit=2", { quietly: true }); // auto and the base model
+    return data.find((card) => card.accepts_base)?.accepts_base ?? null;
+  } catch {
+    return null; // the server checks it again
+  }
 }
 
 /** Shows the number of ticked folders, and whether there is anything to publish. */

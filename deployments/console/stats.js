@@ -29,7 +29,7 @@ export async function refresh() {
     connection(silent ? `${silent} replica${silent > 1 ? "s" : ""} not responding` : "live", silent ? "slow" : "good");
   } catch (error) {
     before = null;
-    connection(error.status === 401 ? "an API key is required" : error.message, "bad");
+    connection(error.status === 401 ? "key needed" : error.message, "bad");
   }
   clearTimeout(timer); // two refreshes may have run at once
   if (!document.hidden) timer = setTimeout(refresh, EVERY_MS);

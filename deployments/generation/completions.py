@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -24,18 +24,18 @@ from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Wo
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.app import AppConfig
-from deployments.generation.planner import AUTO, Planner, check_limits, check_prompt, prompt_tokens
+from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
-from retriever_svc.encoder import tokens_read
 
 WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
 # The server did not start the job, so its prompt is not charged.
 NO_ROOM = (EngineFull, WaitedTooLong, AdapterLoadFailed, BackPressureError, DeploymentUnavailableError)
 T = TypeVar("T")
+_ONLY = "0"  # the answer of a request that generates none
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices share a seed
 _SEEDS = 2**63
 
@@ -70,6 +70,17 @@ async def within(deadline: float) -> AsyncIterator[None]:
     except TimeoutError as exc:
         if limit.expired():
             raise DeadlineExceeded(0) from exc
+        raise
+
+
+@contextmanager
+def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
+    """Charge this many tokens for the block, whatever its outcome, unless the server has no room for it."""
+    usage.sent(_ONLY, 0, num_tokens)
+    try:
+        yield
+    except NO_ROOM:
+        usage.not_started(_ONLY)
         raise
 
 
@@ -232,11 +243,11 @@ class CompletionService:
             sampling, include_usage = request.sampling(), request.include_usage
             questions: Sequence[Question] = request.questions()
             check_limits(request, questions, self._config)
-            if any(question.text is None for question in questions):
-                questions = await self._with_texts(request, questions)
             with ExitStack() as stack:
                 work = self._planner.work_of(request, questions)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
+                if any(question.text is None for question in questions):
+                    questions = await self._with_texts(request, questions, caller.tenant)
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
                 context.record_versions(plans)
                 answer = _answer_to(request, questions, plans, caller, context)
@@ -266,25 +277,38 @@ class CompletionService:
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
         """Return the tokens of a text, or of a conversation as a chat would render it."""
         deadline = deadline_of(context.arrived_at, None, self._config.max_request_s)
-        question = request.question()
-        check_prompt(question.prompt, self._config)
-        texts = self._planner.texts_read(question) if request.messages is not None else ()
-        with self._authenticator.running(caller, Work(num_read=sum(map(tokens_read, texts)))):
+        question, field = request.question(), "prompt" if request.messages is None else "messages"
+        assert not isinstance(question.prompt, TokenIds)
+        check_tokenized(question.prompt, field, self._config)
+        num_read = 0 if request.messages is None else self._planner.tokens_read(question)
+        work = Work(num_tokens=prompt_tokens(question.prompt), num_read=num_read, tokens_field=field)
+        with self._authenticator.running(caller, work) as usage:
             template = await self._template_of(question, caller, context, deadline)
-            async with within(deadline):
-                await self._gate.ready()
-                return await self._worker.tokenize(question.prompt, template, request.add_special_tokens)
+            with charged(usage, work.num_tokens):
+                async with within(deadline):
+                    await self._gate.ready()
+                    found = await self._worker.tokenize(
+                        caller.tenant,
+                        question.prompt,
+                        template,
+                        request.add_special_tokens,
+                        request.return_token_strs,
+                    )
+            usage.saw(_ONLY, 0, len(found.ids), 0)
+            return found
 
     async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
         """Return the text of token ids, with special tokens."""
         deadline = deadline_of(context.arrived_at, None, self._config.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
-        with self._authenticator.running(caller, Work()):
+        work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
+        with self._authenticator.running(caller, work) as usage:
             await self._template_of(question, caller, context, deadline)
-            async with within(deadline):
-                await self._gate.ready()
-                [text] = await self._worker.detokenize([TokenIds(tuple(request.tokens))], False)
-                return text
+            with charged(usage, work.num_tokens):
+                async with within(deadline):
+                    await self._gate.ready()
+                    [text] = await self._worker.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
+                    return text
 
     async def _template_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> str:
         """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
@@ -331,7 +355,9 @@ class CompletionService:
         if started.include_usage:
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 
-    async def _with_texts(self, request: GenerationRequest, questions: Sequence[Question]) -> Sequence[Question]:
+    async def _with_texts(
+        self, request: GenerationRequest, questions: Sequence[Question], tenant: str
+    ) -> Sequence[Question]:
         """Return the questions with the texts of token ids, where the encoder or the answer needs them.
 
         Raises: PromptInvalid for an id outside the vocabulary; the errors of starting a Worker.
@@ -340,7 +366,7 @@ class CompletionService:
             return questions
         prompts = [question.prompt for question in questions if isinstance(question.prompt, TokenIds)]
         await self._gate.ready()
-        texts = iter(await self._worker.detokenize(prompts, True))
+        texts = iter(await self._worker.detokenize(tenant, prompts, True))
         return [replace(question, text=next(texts)) if question.text is None else question for question in questions]
 
 

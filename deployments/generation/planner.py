@@ -23,10 +23,11 @@ from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
 from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
 from retriever_svc import Route, RouteRequest
-from retriever_svc.encoder import MAX_CHARS, tokens_read
+from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS, tokens_read
 
 AUTO = "auto"
 _CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
+_TOKENIZED_CHARS_PER_TOKEN = 8  # of the context: more than any text of a natural language has
 
 
 def check_limits(request: GenerationRequest, questions: Sequence[Question], config: AppConfig) -> None:
@@ -79,6 +80,17 @@ def check_prompt(prompt: Prompt, config: AppConfig, num_tool_chars: int = 0) -> 
         raise PromptTooLong(f"a prompt of {len(prompt.ids)} tokens does not fit a context of {context} tokens")
 
 
+def check_tokenized(prompt: str | tuple[Message, ...], field: str, config: AppConfig) -> None:
+    """Refuse a text that is too long to be tokenized for a client that only counts. Raises: PromptTooLong."""
+    limit, num_chars = config.worker.max_model_len * _TOKENIZED_CHARS_PER_TOKEN, _num_chars(prompt)
+    if num_chars > limit:
+        raise PromptTooLong(
+            f"{field}: at most {limit} characters, {_TOKENIZED_CHARS_PER_TOKEN} for each token of the context, got"
+            f" {num_chars}; send the text in parts",
+            field,
+        )
+
+
 def _num_chars(prompt: str | tuple[Message, ...]) -> int:
     return len(prompt) if isinstance(prompt, str) else sum(message.num_chars for message in prompt)
 
@@ -100,7 +112,7 @@ class Planner:
         return Work(
             num_rows=len(questions) * request.n,
             num_tokens=sum(num_tools) + num_tokens,
-            num_read=sum(tokens_read(text) for item in questions for text in self.texts_read(item)),
+            num_read=sum(map(self.tokens_read, questions)),
             rows_field="n" if request.n > 1 else "prompt",
             tokens_field="max_tokens",
         )
@@ -165,6 +177,15 @@ class Planner:
             return [Planned(plan)] * len(questions)
         except AdapterNotFound as exc:  # through Serve it is also a RayTaskError
             raise ModelNotFound(question.model, exc.hint) from exc
+
+    def tokens_read(self, question: Question) -> int:
+        """Return how many tokens the encoder may read to find the question's adapters. Raises: ModelNotFound.
+
+        Token ids whose text is not known yet count as one token each.
+        """
+        if isinstance(question.prompt, TokenIds) and question.text is None and self.reads(question):
+            return min(len(question.prompt.ids), MAX_TOKENS)
+        return sum(map(tokens_read, self.texts_read(question)))
 
     def texts_read(self, question: Question) -> Sequence[str]:
         """Return the texts that the encoder may read to find the question's adapters. Raises: ModelNotFound."""

@@ -16,11 +16,28 @@ from gpu_worker.request.request import Job
 
 logger = logging.getLogger(__name__)
 MAX_SHADOWS = 8  # at once in one Ingress replica, so that they cannot fill the workers' queues
-DROPPED = "dropped"  # in place of a status
+DROPPED = "dropped"  # instead of a status
+_PREFIX = "shadow:"  # no tenant's name has a colon
+
+
+def shadow_tenant(owner: str) -> str:
+    """Return the tenant of the shadows of this owner's versions, which no key has.
+
+    So a shadow takes no turn of a tenant, and shares no keys and values with one.
+    """
+    return _PREFIX + owner
+
+
+def paying_tenant(tenant: str) -> str:
+    """Return the tenant whose usage a job of this tenant counts for: of a shadow, the owner of the version."""
+    return tenant.removeprefix(_PREFIX)
 
 
 class Shadows:
-    """Runs shadows in the background. Nothing that happens to one reaches a client, and no key is charged for it."""
+    """Runs shadows in the background. Nothing that happens to one reaches a client.
+
+    No key is charged for it. It runs as the pseudo-tenant of the version's owner, and counts for the owner's usage.
+    """
 
     def __init__(self, worker: WorkerClient, background: Background, metrics: RequestMetrics) -> None:
         self._worker, self._background, self._metrics = worker, background, metrics
@@ -31,9 +48,17 @@ class Shadows:
         for job, planned in zip(jobs, plans, strict=True):
             if planned.shadow is None:
                 continue
-            copy = replace(job, request_id=f"{job.request_id}-shadow", plan=planned.shadow)
             live = {row.ref for row in planned.plan.adapters}
-            digests = [row.ref.digest[:DIGEST_CHARS] for row in planned.shadow.adapters if row.ref not in live]
+            tried = [row.ref for row in planned.shadow.adapters if row.ref not in live]
+            if not tried:
+                continue
+            copy = replace(
+                job,
+                request_id=f"{job.request_id}-shadow",
+                plan=planned.shadow,
+                tenant=shadow_tenant(tried[0].tenant),
+            )
+            digests = [ref.digest[:DIGEST_CHARS] for ref in tried]
             if self._num_running >= MAX_SHADOWS:
                 self._record(digests, DROPPED, None)
                 continue

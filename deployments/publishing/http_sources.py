@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from huggingface_hub import constants, hf_hub_url
@@ -22,6 +23,7 @@ from deployments.config.source_prefixes import HUB, RUNS, SourceUri
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import ADAPTER_FILES
+from deployments.publishing.ssrf_guard import Resolve, pin_redirect, resolve_by_system
 from lora_store import AdapterRefused
 
 CHUNK_BYTES = 1 << 20
@@ -57,14 +59,21 @@ class BoundedCopy:
 
 
 def copy_over_http(
-    uri: str, place: SourceUri, work: Path, max_bytes: int, take: TakeBytes, environment: Mapping[str, str] = os.environ
+    uri: str,
+    place: SourceUri,
+    work: Path,
+    max_bytes: int,
+    take: TakeBytes,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    resolve: Resolve = resolve_by_system,
 ) -> Path:
     """Copy the adapter's files at `place` to `work`, and return it.
 
     `take` is called with the number of bytes before files are copied, and may wait.
     Raises: SourceRefused, SourceMissing, SourceUnavailable; AdapterRefused above `max_bytes`.
     """
-    server = _hub(environment) if place.scheme == HUB else _mlflow(uri, environment)
+    server = _hub(uri, environment, resolve) if place.scheme == HUB else _mlflow(uri, environment)
     with _errors_of(uri), server as client:
         list_files = _hub_files if place.scheme == HUB else _mlflow_files
         files = list_files(uri, place, client, environment)
@@ -95,11 +104,38 @@ def _errors_of(uri: str) -> Iterator[None]:
         raise SourceUnavailable(uri, f"{type(exc).__name__}: {exc}") from exc
 
 
-def _hub(environment: Mapping[str, str]) -> httpx.Client:
-    """Return a client of the hub. It follows redirects to the hub's file servers, without the token."""
+def _hub(uri: str, environment: Mapping[str, str], resolve: Resolve) -> httpx.Client:
+    """Return a client of the hub. It follows redirects to the hub's file servers, without the token.
+
+    Each hop is checked before it is sent. Over http the checked address replaces the name, as in `pin_public_address`.
+    A proxy that the environment names resolves names itself, so that it decides where they may lead.
+    """
     token = environment.get("HF_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx.Client(headers=headers, timeout=_TIMEOUT, follow_redirects=True)
+    hub = _host_and_port(httpx.URL(_endpoint(environment)))
+
+    def check(request: httpx.Request) -> None:
+        target = _host_and_port(request.url)
+        if target == hub or _has_proxy(request.url):
+            return
+        address = pin_redirect(uri, hub, target, resolve)
+        if request.url.scheme == "http":
+            request.url = request.url.copy_with(host=address)  # the header Host keeps the name
+
+    return httpx.Client(headers=headers, timeout=_TIMEOUT, follow_redirects=True, event_hooks={"request": [check]})
+
+
+def _endpoint(environment: Mapping[str, str]) -> str:
+    return environment.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+
+
+def _host_and_port(url: httpx.URL) -> tuple[str, int]:
+    return url.host, url.port or {"http": 80}.get(url.scheme, 443)
+
+
+def _has_proxy(url: httpx.URL) -> bool:
+    proxies = getproxies()
+    return not {url.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(url.host)
 
 
 def _hub_files(
@@ -108,7 +144,7 @@ def _hub_files(
     """Return the adapter's files in the repository, all of one commit."""
     if len(place.parts) < 2:
         raise SourceRefused(uri, "must name a repository, as hf://owner/repository")
-    endpoint = environment.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    endpoint = _endpoint(environment)
     repository, folder = "/".join(place.parts[:2]), "".join(f"{part}/" for part in place.parts[2:])
     revision = place.revision or "main"
     listed = _json(client, f"{endpoint}/api/models/{repository}/revision/{revision}", {"blobs": "true"})

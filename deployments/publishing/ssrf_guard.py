@@ -50,17 +50,46 @@ def pin_public_address(uri: str, location: Location, resolve: Resolve = resolve_
     endpoint = location.endpoint
     if endpoint is None or (endpoint.is_named and _is_own_choice(endpoint.host)):
         return location
-    try:
-        addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in resolve(endpoint.host, endpoint.port)]
-    except OSError as exc:
-        raise SourceUnavailable(uri, f"the address of {endpoint.host} cannot be resolved: {exc}") from exc
+    addresses = _resolved(uri, endpoint.host, endpoint.port, resolve)
     for address in addresses:
         if not _is_allowed(_plain(address), private_too=endpoint.is_named):
-            logger.warning("the source %s leads to the address %s of the host %s", uri, address, endpoint.host)
-            raise SourceRefused(uri, "leads to an address that this server does not read from")
-    if not addresses:
-        raise SourceUnavailable(uri, f"{endpoint.host} has no address")
+            raise _refused(uri, endpoint.host, address)
     return location.at_address(str(addresses[0])) if _can_be_pinned(endpoint) else location
+
+
+def pin_redirect(
+    uri: str, server: tuple[str, int], target: tuple[str, int], resolve: Resolve = resolve_by_system
+) -> str:
+    """Return a checked address of the host and port to which this server redirects.
+
+    The operator chose the server, so a redirect may lead to networks like the server's own: from a server with private
+    addresses to private ones, from one on loopback to loopback, otherwise to public addresses only.
+    Raises: SourceRefused, SourceUnavailable.
+    """
+    own = [_plain(address) for address in _resolved(uri, *server, resolve)]
+    private_too, loopback_too = not all(each.is_global for each in own), any(each.is_loopback for each in own)
+    addresses = _resolved(uri, *target, resolve)
+    for address in addresses:
+        plain = _plain(address)
+        if not (_is_allowed(plain, private_too=private_too) or (loopback_too and plain.is_loopback)):
+            raise _refused(uri, target[0], address)
+    return str(min(addresses, key=lambda address: address.version))
+
+
+def _resolved(uri: str, host: str, port: int, resolve: Resolve) -> Sequence[Address]:
+    """Return the host's addresses, at least one. Raises: SourceUnavailable."""
+    try:
+        addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in resolve(host, port)]
+    except OSError as exc:
+        raise SourceUnavailable(uri, f"the address of {host} cannot be resolved: {exc}") from exc
+    if not addresses:
+        raise SourceUnavailable(uri, f"{host} has no address")
+    return addresses
+
+
+def _refused(uri: str, host: str, address: Address) -> SourceRefused:
+    logger.warning("the source %s leads to the address %s of the host %s", uri, address, host)
+    return SourceRefused(uri, "leads to an address that this server does not read from")
 
 
 def _is_own_choice(host: str) -> bool:

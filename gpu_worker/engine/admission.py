@@ -10,9 +10,9 @@ from gpu_worker.attention.prefix import Prefix
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.loader import AdapterLoader
 from gpu_worker.bank.residency import RowAssignment
-from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.prefetch_window import PrefetchWindow
 from gpu_worker.engine.row import Row
+from gpu_worker.fairness.fair_queue import FairQueue
 
 _MAX_PASSES = 50
 
@@ -53,7 +53,7 @@ class Admission:
 
     def __init__(self, loader: AdapterLoader, residency: Pins, kv_cache: RowPlaces, window: PrefetchWindow) -> None:
         self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
-        self.waiting = FairQueue()
+        self.waiting = FairQueue[Row]()
         self._reserving: dict[RowAssignment, Row] = {}  # part of the bank -> the row that reserves it
         self._started: list[Row] = []
         self._failed: list[tuple[Row, Exception]] = []

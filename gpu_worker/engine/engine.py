@@ -26,7 +26,6 @@ from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.device_check import NOTHING_COMPUTED, DeviceCheck
 from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.forward import ForwardPass
 from gpu_worker.engine.isolation import compute_isolated
 from gpu_worker.engine.memory_plan import load_planned
@@ -38,6 +37,7 @@ from gpu_worker.engine.prompt_lookup import guess_all, settle, take
 from gpu_worker.engine.row import Row
 from gpu_worker.engine.scheduler import Scheduled, schedule
 from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed, WaitedTooLong
+from gpu_worker.fairness.fair_queue import FairQueue
 from gpu_worker.grammar.mask_thread import MaskThread
 from gpu_worker.lora.inject import target_linears
 from gpu_worker.model.base_model import BaseModel
@@ -182,7 +182,7 @@ class Engine:
         self.grammars.close()
 
     @property
-    def waiting(self) -> FairQueue:
+    def waiting(self) -> FairQueue[Row]:
         return self._admission.waiting
 
     @property

@@ -1,9 +1,10 @@
 """Check at start that the packed engine computes the same logits as the model's own code in transformers.
 
 A list of model families is not enough: a new model may attend twice in a layer, carry state from token to token, or
-bypass the layers that adapters change. So short prompts are run through the unmodified model with transformers' eager
-attention, and through the engine: prompt chunks, decode tokens, several rows at once, with and without an adapter. If
-the logits differ, the model is refused.
+bypass the layers that adapters change. So four short prompts, and a longer one that small windows and positions that
+depend on the length show in, are run through the unmodified model with transformers' eager attention, and through the
+engine: prompt chunks, decode tokens, several rows at once, with and without an adapter. If the logits differ, the model
+is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gpu_worker.bank.residency import Residency
 from gpu_worker.engine.forward import ForwardPass
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import BaseModel
+from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.step.attention_plan import Segment
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
@@ -39,7 +41,8 @@ _TEXTS = (
     "In 1969 two people walked on the moon for the first time",
     "Water boils at 100 degrees, but high in the mountains it",
 )
-_MOST_TOKENS = 8  # per prompt
+_MOST_TOKENS = 8  # per short prompt
+_MOST_LONG_TOKENS = 40  # of the longer prompt: all texts
 _RANK = 4
 _ADAPTER_SHARE = 0.05  # of the weights' standard deviation; shifts logits by a fifth of the largest
 _DIGEST = "model-check"
@@ -106,7 +109,16 @@ class ModelCheck:
         began = time.perf_counter()
         self._base = base
         self._adapter = _adapter(linears, min(_RANK, max_rank))
-        prompts = _prompts(base, min(_MOST_TOKENS, max_len))
+        self._allowed: dict[str, float] = {}
+        self._rounds = [self._round(_prompts(base, _TEXTS, min(_MOST_TOKENS, max_len)), linears)]
+        longer = _prompts(base, [" ".join(_TEXTS)], min(_MOST_LONG_TOKENS, max_len))
+        if (length := longer.shape[1]) > _MOST_TOKENS:
+            self._rounds.append(self._round(longer, linears, f", in rows of {length} tokens,"))
+        self._differences: defaultdict[tuple[str, str], list[_Difference]] = defaultdict(list)
+        self._eager_s = time.perf_counter() - began
+
+    def _round(self, prompts: Tensor, linears: Mapping[str, nn.Linear], suffix: str = "") -> list[_Row]:
+        """Compute the eager logits of prompts (P, T) and return their rows. `suffix`: of the rows' names."""
         try:
             plain, adapted = self._eager_logits(prompts, linears)
         except torch.OutOfMemoryError:
@@ -117,10 +129,9 @@ class ModelCheck:
             raise self._unsupported("the logits of transformers' own model are not finite")
         if not _Difference.of(adapted.logits, plain.logits).beyond.any():
             raise self._unsupported("an adapter on its linear layers does not change its logits")
-        self._rows = _rows(prompts.tolist(), plain.logits, adapted.logits)
-        self._allowed = {_PLAIN: min(plain.allowed, _MOST_HALF_SHARE), _ADAPTED: adapted.allowed}
-        self._differences: defaultdict[tuple[str, str], list[_Difference]] = defaultdict(list)
-        self._eager_s = time.perf_counter() - began
+        names = _PLAIN + suffix, _ADAPTED + suffix
+        self._allowed |= {names[0]: min(plain.allowed, _MOST_HALF_SHARE), names[1]: adapted.allowed}
+        return _rows(prompts.tolist(), plain.logits, adapted.logits, names)
 
     @torch.inference_mode()
     def run(self, forward: ForwardPass, residency: Residency, kv_cache: KvCache) -> None:
@@ -131,9 +142,9 @@ class ModelCheck:
         began = time.perf_counter()
         residency.try_pin([_DIGEST], {_DIGEST: self._adapter})
         residency.settle()
-        waiting = list(self._rows)
-        while waiting:
-            waiting = self._run_some(forward, kv_cache, waiting)
+        for waiting in self._rounds:
+            while waiting:
+                waiting = self._run_some(forward, kv_cache, waiting)
         residency.unpin([_DIGEST])
         residency.settle()
         residency.evict(_DIGEST)
@@ -178,6 +189,8 @@ class ModelCheck:
         done = [0] * len(rows)
         for what, ends in _steps(lengths):
             self._step(forward, what, list(zip(rows, places, done, ends, strict=True)))
+            for place, end in zip(places, ends, strict=True):
+                kv_cache.computed(place, end)
             done = ends
         for place in places:
             kv_cache.free(place)
@@ -199,6 +212,11 @@ class ModelCheck:
         except torch.OutOfMemoryError:
             raise
         except Exception as exc:
+            if isinstance(exc, AttributeError) and isinstance(exc.obj, LoraLinear):
+                raise self._unsupported(
+                    f"its code uses the {exc.name} of a linear layer instead of calling the layer, so no adapter could"
+                    " change it"
+                ) from exc
             raise self._unsupported(f"a step of {what} failed ({exc})") from exc
         for (row, _, done, end), segment in zip(parts, segments, strict=True):
             difference = _Difference.of(found[segment.start : segment.end], row.expected[done:end])
@@ -211,7 +229,7 @@ class ModelCheck:
         later tokens of the row differ too. So the allowed share grows with the share of tokens that differ in
         transformers' own model under different rounding.
         """
-        if self._allowed[_ADAPTED] >= 1:
+        if max(self._allowed.values()) >= 1:
             logger.warning(
                 "rounding alone changes this model's logits, so the effect of adapters can only be checked in float32"
             )
@@ -228,22 +246,22 @@ class ModelCheck:
         return BaseModelUnsupported(f"this engine does not support {self._base.model.config.model_type}: {reason}")
 
 
-def _prompts(base: BaseModel, most_tokens: int) -> Tensor:
+def _prompts(base: BaseModel, texts: Sequence[str], most_tokens: int) -> Tensor:
     """Return prompts of equal length (P, T). Ids outside the embedding are mapped to valid ones."""
     num_ids = base.model.get_input_embeddings().weight.shape[0]
-    ids = [[token % num_ids for token in base.tokenizer(text).input_ids] for text in _TEXTS]
+    ids = [[token % num_ids for token in base.tokenizer(text).input_ids] for text in texts]
     length = min(most_tokens, *map(len, ids))
     return torch.tensor([tokens[:length] for tokens in ids], device=base.model.device)
 
 
-def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor) -> list[_Row]:
+def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor, names: tuple[str, str]) -> list[_Row]:
     """Return each prompt as a row without and a row with the adapter. Every other prompt is shortened."""
     plan = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", _DIGEST), _DIGEST, 1.0),))
     rows = []
     for index, tokens in enumerate(prompts):
         length = max(1, len(tokens) - 2 * (index % 2))
-        rows.append(_Row(_PLAIN, tokens[:length], BASE_PLAN, plain[index]))
-        rows.append(_Row(_ADAPTED, tokens[:length], plan, adapted[index]))
+        rows.append(_Row(names[0], tokens[:length], BASE_PLAN, plain[index]))
+        rows.append(_Row(names[1], tokens[:length], plan, adapted[index]))
     return rows
 
 

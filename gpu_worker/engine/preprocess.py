@@ -163,13 +163,16 @@ class RequestPreprocessor:
         style, names = self._style_of(job), {function.name for function in tools.functions}
         return ToolCallParser(style.form, names, is_constrained=grammar is not None, max_calls=style.max_calls(tools))
 
-    def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
-        """Return the tokens of a prompt, which may exceed the context.
+    def tokenize(
+        self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None, with_texts: bool = False
+    ) -> Tokenized:
+        """Return the tokens of a prompt, which may exceed the context; `with_texts`: also the text of each.
 
         `add_special_tokens`: None for what a job with this prompt does. Raises: PromptInvalid.
         """
         ids = self._ids(prompt, template, add_special_tokens=add_special_tokens)
-        texts = tuple(self._token_bytes(token_id).decode(errors="replace") for token_id in ids)
+        read = ids if with_texts else ()
+        texts = tuple(self._token_bytes(token_id).decode(errors="replace") for token_id in read)
         return Tokenized(tuple(ids), texts, self._max_len)
 
     def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:

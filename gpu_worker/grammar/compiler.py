@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from gpu_worker.errors import EngineFull, GrammarInvalid
+from gpu_worker.fairness.fair_threads import FairThreads
 from gpu_worker.grammar.library import matcher_of
 from gpu_worker.grammar.state import GrammarState
 from gpu_worker.request.grammar import Grammar
@@ -83,11 +84,14 @@ class CheckProcess:
 class _Entry:
     """A grammar that is compiled or being compiled, and the number of requests that wait for it."""
 
-    tenant: str
     check: CheckProcess
-    compiled: Future[LLMatcher] = field(default_factory=Future)
+    compiled: Future[LLMatcher] = field(init=False)
     num_waiting: int = 0
     is_abandoned: bool = False
+
+    @property
+    def has_failed(self) -> bool:
+        return self.compiled.done() and (self.compiled.cancelled() or self.compiled.exception() is not None)
 
 
 class GrammarCompiler:
@@ -96,7 +100,7 @@ class GrammarCompiler:
     The tenant is part of the key, because a fast answer would reveal another tenant's grammars. Concurrent requests
     with one grammar compile it once. When the last of them leaves, the check is killed.
 
-    Tenants take turns, and one tenant may have at most half of the pending grammars.
+    Tenants take turns and share the places for pending grammars, as in FairThreads.
 
     Refused grammars are remembered, so that a repeated one costs nothing: invalid ones until `max_refused` others came
     later, and those that were too slow, also while an answer was generated, for ten minutes.
@@ -114,15 +118,19 @@ class GrammarCompiler:
     ) -> None:
         """`make_vocabulary` is called before the first grammar is compiled, because it takes about a second."""
         self._make_vocabulary, self._new_check = make_vocabulary, new_check
-        self._max_grammars, self._max_pending, self._max_refused = max_grammars, max_pending, max_refused
+        self._max_grammars, self._max_refused = max_grammars, max_refused
         self._clock = clock
         self._vocabulary: LLTokenizer | None = None
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._queues: OrderedDict[str, deque[Callable[[], None]]] = OrderedDict()  # by tenant; the first is next
         self._refused: OrderedDict[bytes, tuple[float, GrammarInvalid]] = OrderedDict()  # until when, and why
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
-        self._executor = ThreadPoolExecutor(_NUM_THREADS, "grammar-compiler")
+        self._threads = FairThreads(
+            "grammar-compiler",
+            num_threads=_NUM_THREADS,
+            max_calls=max_pending,
+            full=f"{max_pending} grammars are waiting for the compiler; retry later",
+        )
 
     async def compile(self, grammar: Grammar, tenant: str) -> None:
         """Return when the grammar is compiled. Leaving the call cancels a compilation without other waiters.
@@ -153,7 +161,7 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """Start no more compilations, and kill those that run."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         with self._lock:
             entries = list(self._entries.values())
         for entry in entries:
@@ -173,21 +181,13 @@ class GrammarCompiler:
             self._raise_if_refused(key, grammar.param)
             entry = self._entries.get(key)
             if entry is None:
-                self._raise_if_full(tenant)
-                entry = self._entries[key] = _Entry(tenant, self._new_check())
-                self._queues.setdefault(tenant, deque()).append(partial(self._compile, key, grammar, entry))
-                self._executor.submit(self._compile_next)
+                entry = _Entry(self._new_check())
+                entry.compiled = self._threads.submit(tenant, partial(self._compile, key, grammar, entry))
+                self._entries[key] = entry
                 self._drop_oldest()
             self._entries.move_to_end(key)
             entry.num_waiting += 1
             return key, entry
-
-    def _raise_if_full(self, tenant: str) -> None:
-        pending = [entry.tenant for entry in self._entries.values() if not entry.compiled.done()]
-        if len(pending) >= self._max_pending:
-            raise EngineFull(f"{self._max_pending} grammars are waiting for the compiler; retry later")
-        if pending.count(tenant) >= max(self._max_pending // 2, 1):
-            raise EngineFull(f"{pending.count(tenant)} of your grammars are waiting for the compiler; retry later")
 
     def _drop_oldest(self) -> None:
         """Drop entries without waiting requests, oldest first, until there is room."""
@@ -199,9 +199,10 @@ class GrammarCompiler:
         with self._lock:
             entry.num_waiting -= 1
             entry.is_abandoned = not entry.num_waiting and not entry.compiled.done()
-            if entry.is_abandoned:
+            if entry.is_abandoned or entry.has_failed:  # another failure may not come again
                 self._forget(key, entry)
         if entry.is_abandoned:
+            entry.compiled.cancel()
             entry.check.kill()
 
     def _raise_if_refused(self, key: bytes, param: str) -> None:
@@ -228,28 +229,16 @@ class GrammarCompiler:
         if self._entries.get(key) is entry:
             del self._entries[key]
 
-    def _compile_next(self) -> None:
-        with self._lock:
-            tenant, queue = self._queues.popitem(last=False)
-            compile_it = queue.popleft()
-            if queue:
-                self._queues[tenant] = queue  # behind the other tenants
-        compile_it()
-
-    def _compile(self, key: bytes, grammar: Grammar, entry: _Entry) -> None:
+    def _compile(self, key: bytes, grammar: Grammar, entry: _Entry) -> LLMatcher:
         try:
             entry.check.run(grammar)
             matcher = matcher_of(grammar, self._known_vocabulary())
             if matcher.is_error():
                 raise GrammarInvalid(_TOO_COMPLEX)
-        except Exception as exc:
-            if isinstance(exc, GrammarInvalid):
-                self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
-            with self._lock:  # another failure may not come again
-                self._forget(key, entry)
-            entry.compiled.set_exception(exc)
-        else:
-            entry.compiled.set_result(matcher)
+        except GrammarInvalid as exc:
+            self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
+            raise
+        return matcher
 
     def _known_vocabulary(self) -> LLTokenizer:
         with self._vocabulary_lock:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 
 from gpu_worker.attention.packed_attention import ATTENTION_NAME, register
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.packaged_model import packaged_folder
 from gpu_worker.model.rope import pin_longrope
 from gpu_worker.request.model_files import sampling_defaults_of_files
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
@@ -74,11 +79,24 @@ def load_tokenizer(config: WorkerConfig) -> Any:
     return tokenizer
 
 
+def load_config(source: str) -> Any:
+    """Read the model's config.json. Raises: BaseModelUnsupported for a folder of GGUF files."""
+    folder = Path(source)
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else [folder] if folder.suffix == ".gguf" else []
+    if found and not (folder / "config.json").exists():
+        raise BaseModelUnsupported(
+            f"{found[0]} is a GGUF file, which this server does not read: use the folder of the same model that has"
+            " config.json and *.safetensors"
+        )
+    return AutoConfig.from_pretrained(source)
+
+
 def load_base_model(config: WorkerConfig) -> BaseModel:
     """Load the base model into host memory and check it. Raises: BaseModelUnsupported with the reason."""
     source = model_source(config)
-    hf_config = AutoConfig.from_pretrained(source)
+    hf_config = load_config(source)
     _check_config(hf_config)
+    _check_class(hf_config)
     head_dim = _setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
     if config.device == "cuda" and (head_dim > _LARGEST_CUDA_HEAD or head_dim % 8):
         raise BaseModelUnsupported(
@@ -87,9 +105,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         )
     register()
     dtype = resolve_dtype(config.dtype, config.device)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    if not model._supports_attention_backend:
-        raise BaseModelUnsupported(f"{type(model).__name__} does not support transformers' attention interface")
+    model = load_whole(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
     tokenizer = load_tokenizer(config)
     return BaseModel(
@@ -121,13 +137,35 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()
         name = "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+        if name == "float32":
+            logger.info("this processor has no AVX-512 or AMX instructions for bfloat16: weights are float32")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def check_is_text_only(config: Any) -> None:
+    """Raise BaseModelUnsupported if the config is that of a multimodal model, whose parts have configs of their own."""
+    text = _setting(config, "text_config")
+    if text is not None and not _setting(config, "is_encoder_decoder"):
+        raise BaseModelUnsupported(
+            f"{config.model_type} is a multimodal model; this server serves text-only models: use one of the same"
+            f" family, or save its text part ({text.model_type}) as a model of its own"
+        )
+
+
+def _check_class(config: Any) -> None:
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    classes = found if isinstance(found, tuple) else (found,)
+    if not any(model_class._supports_attention_backend for model_class in classes):
+        raise BaseModelUnsupported(
+            f"{config.model_type} does not support transformers' attention interface, which this engine needs"
+        )
+
+
 def _check_config(config: Any) -> None:
+    check_is_text_only(config)
     problems = []
     if _setting(config, "quantization_config") is not None:
-        problems.append("quantised weights (for which there is worker.engine: vllm)")
+        problems.append("quantised weights (use engine 'vllm', or dequantise them and save the result)")
     if _setting(config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):

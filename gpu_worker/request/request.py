@@ -136,10 +136,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The tokens of a prompt: their ids, and each one's text. `max_len`: the tokens of prompt and answer that fit."""
+    """The tokens of a prompt. `max_len`: the tokens of prompt and answer that fit."""
 
     ids: tuple[int, ...]
-    texts: tuple[str, ...]
+    texts: tuple[str, ...]  # of each token, if they were requested
     max_len: int
 
 

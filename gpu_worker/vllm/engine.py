@@ -36,9 +36,11 @@ from gpu_worker.engine.offline import generate_all
 from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.engine.probe import Prober
 from gpu_worker.engine.row import Row, Sink
-from gpu_worker.errors import EngineStopped
+from gpu_worker.engine.tokenizing import Tokenizing
+from gpu_worker.errors import BaseModelUnsupported, EngineStopped
 from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
 from gpu_worker.lora.lora_kernel import load_lora_kernel
+from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.vllm.engine_args import build_config, max_len_of
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
@@ -66,6 +68,7 @@ class VllmEngine(InferenceEngine):
         *,
         executor: Executor | None,
         stream_interval_ms: float,
+        niceness: int,
     ) -> None:
         self._llm, self._model, self._config = llm, model, config
         self._pace = StreamPace(stream_interval_ms)
@@ -75,6 +78,7 @@ class VllmEngine(InferenceEngine):
         self._grammars = grammar_compiler(model, config.tool_parser)
         max_len = max_len_of(config, model)
         self._preprocess = RequestPreprocessor.of(config, model, max_len, self._grammars)
+        self._tokenizing = Tokenizing(self._preprocess, max_waiting=config.max_waiting, niceness=niceness)
         cache = llm.vllm_config.cache_config
         self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         loader = FusionLoader(
@@ -102,13 +106,15 @@ class VllmEngine(InferenceEngine):
         *,
         executor: Executor | None = None,
         stream_interval_ms: float = 25.0,
+        niceness: int = 0,
         free_fill: float = 0.0,
         is_compiled: bool = True,
         stat_loggers: Sequence[type] = (),
     ) -> VllmEngine:
         """Start vLLM and its workers, which takes from ten seconds to minutes. Call it within an event loop.
 
-        `free_fill`: value of free bank rows, see LoraBank. `is_compiled`: let torch.compile compile the base model.
+        `niceness`: of the thread that tokenizes. `free_fill`: value of free bank rows, see LoraBank.
+        `is_compiled`: let torch.compile compile the base model.
         `stat_loggers`: classes that vLLM reports its metrics to; none: it computes none.
         Raises: BaseModelUnsupported, WorkerConfigInvalid, and vLLM's own errors of a failed start.
         """
@@ -117,12 +123,21 @@ class VllmEngine(InferenceEngine):
         if config.device == "cuda":
             check_gpus(config.tensor_parallel_size, torch.cuda.device_count())
         model = load_front_model(config)
+        is_checked = check_checkpoint(model.source)
         if config.device == "cpu" and config.lora_products == "auto":
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
         llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
-        return cls(llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms)
+        if not is_checked:  # vLLM has downloaded the files meanwhile
+            try:
+                check_checkpoint(model.source)
+            except BaseModelUnsupported:
+                llm.shutdown()
+                raise
+        return cls(
+            llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, niceness=niceness
+        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -169,13 +184,21 @@ class VllmEngine(InferenceEngine):
     async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         return await generate_all(self, jobs)
 
-    async def tokenize(self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None) -> Tokenized:
-        return await asyncio.to_thread(
-            self._preprocess.tokenize, prompt, template, add_special_tokens=add_special_tokens
+    async def tokenize(
+        self,
+        prompt: Prompt,
+        template: str,
+        *,
+        tenant: str,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
+    ) -> Tokenized:
+        return await self._tokenizing.tokenize(
+            prompt, template, tenant=tenant, add_special_tokens=add_special_tokens, with_texts=with_texts
         )
 
-    async def detokenize(self, prompts: Sequence[TokenIds], *, skip_special_tokens: bool) -> list[str]:
-        return await asyncio.to_thread(self._preprocess.detokenize, prompts, skip_special_tokens=skip_special_tokens)
+    async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
+        return await self._tokenizing.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
 
     async def load(self, weights_digests: Collection[str]) -> None:
         await asyncio.gather(*self._rows.load(weights_digests), return_exceptions=True)
@@ -210,6 +233,7 @@ class VllmEngine(InferenceEngine):
         self._watching.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._grammars.close()
+        self._tokenizing.close()
         self._llm.shutdown()
 
     # Rows and logits, for `generate_all` and the prober.

@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.lora.inject import target_linears
-from gpu_worker.model.base_model import load_tokenizer, model_source, resolve_dtype, sampling_defaults
+from gpu_worker.model.base_model import (
+    check_is_text_only,
+    load_config,
+    load_tokenizer,
+    model_source,
+    resolve_dtype,
+    sampling_defaults,
+)
 
 _SEVERAL_PARTS = {"qkv_proj", "gate_up_proj", "query_key_value"}  # names of layers that hold several
 
@@ -44,11 +51,8 @@ class FrontModel:
 def load_front_model(config: WorkerConfig) -> FrontModel:
     """Read the model's configuration and tokenizer. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     source = model_source(config)
-    hf_config = AutoConfig.from_pretrained(source)
-    if getattr(hf_config, "text_config", None) is not None:
-        raise BaseModelUnsupported(
-            f"{hf_config.model_type} is a multimodal model; the vLLM engine serves text-only models"
-        )
+    hf_config = load_config(source)
+    check_is_text_only(hf_config)
     _check_dtype(config, hf_config)
     tokenizer = load_tokenizer(config)
     dtype = resolve_dtype(config.dtype, config.device)

@@ -41,12 +41,14 @@ class FakeWorker:
         by_digest = {digest_of(f"weights {name} "): shift for name, shift in self.shifts.items()}
         return [by_digest.get(digest, 0.5) for digest in weights_digests]
 
-    async def tokenize(self, prompt: Prompt, template: str, add_special_tokens: bool | None) -> Tokenized:
+    async def tokenize(
+        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+    ) -> Tokenized:
         """Return a token for each character, after one for a conversation's template."""
         text = prompt if isinstance(prompt, str) else f"{template}|{prompt}"
-        return Tokenized(tuple(map(ord, text)), tuple(text), 64)
+        return Tokenized(tuple(map(ord, text)), tuple(text) if with_texts else (), 64)
 
-    async def detokenize(self, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+    async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
         """Return the character of each token. Raises: PromptInvalid for ids outside the vocabulary."""
         if unknown := [token_id for prompt in prompts for token_id in prompt.ids if token_id >= _NUM_IDS]:
             raise PromptInvalid(f"the prompt has the token id {unknown[0]}")

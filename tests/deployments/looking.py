@@ -7,12 +7,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Locator, Page
+from playwright.async_api import Locator, Page, expect
 
 from tests.browsing import Browsing, address_of
+from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 
+CONFIG = json.dumps({"r": 8, "base_model_name_or_path": BASE})
 Look = Callable[[Page, Served], Awaitable[None]]
 
 
@@ -39,14 +41,16 @@ def last_turn(page: Page, part: str = "") -> Locator:
 
 
 async def go(page: Page, view: str) -> None:
+    """Follow the link to a view, and wait until the view is shown: the page shows it some time after the click."""
     await page.get_by_role("navigation").get_by_role("link", name=view, exact=True).click()
+    await expect(page.get_by_role("heading", level=2, name=view, exact=True)).to_be_visible()
 
 
 async def show_options(page: Page) -> None:
     await page.get_by_text("System prompt and more options").click()
 
 
-def folder_of(parent: Path, name: str, samples: Sequence[str] = (), config: str = '{"r": 8}') -> Path:
+def folder_of(parent: Path, name: str, samples: Sequence[str] = (), config: str = CONFIG) -> Path:
     folder = parent / name
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(config)

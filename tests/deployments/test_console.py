@@ -6,22 +6,21 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, Request, Route, expect
+from playwright.async_api import Page, expect
 
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import EngineFull, EngineStopped
 from gpu_worker.request.request import Delta
 from lora_store import AdapterRecord
 from retriever_svc import NearSample
-from tests.browsing import Browsing, drop_folder
+from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.fake_worker import DELTAS
-from tests.deployments.looking import ask, folder_of, go, last_turn, look, show_options
+from tests.deployments.looking import ask, go, last_turn, look, show_options
 
 pytestmark = pytest.mark.browser
 
@@ -36,6 +35,7 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
 
     async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#map .spot")).to_have_count(2)
         await ask(page)
         await expect(last_turn(page, ".text")).to_have_text("Hel")
         await expect(page.locator("#plan li .name")).to_have_text(["poet", "coder"])
@@ -51,7 +51,8 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
         await expect(page.locator("#map .spot.chosen")).to_have_count(2)
         await expect(page.locator("#map .prompt")).to_have_count(1)
         await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
-        assert served.retriever.called("place") == [("local", "A verse, please.", ["poet", "coder"], 7)]
+        located = served.retriever.called("place")  # again if the page has loaded the map again meanwhile
+        assert located and all(one == ("local", "A verse, please.", ["poet", "coder"], 7) for one in located)
 
     look(browsing, question, worker=CountingWorker(goes_on=goes_on))
 
@@ -106,7 +107,7 @@ def test_stop_ends_the_answer_on_the_page_and_in_the_worker(browsing: Browsing) 
         await expect(last_turn(page, ".note")).to_contain_text("stopped")
         await expect(last_turn(page, ".text")).to_have_text("Hel")
         [response] = [r for r in served.worker.responses if hasattr(r.answer, "__aiter__")]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not response.num_cancels:
                 await asyncio.sleep(0)
 
@@ -222,40 +223,6 @@ def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
     look(browsing, question, retriever=MappedRetriever(adapters_of([f"task-{number:02}" for number in range(40)])))
 
 
-def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, "verse")
-    seen: list[str] = []
-
-    async def guard(route: Route, request: Request) -> None:
-        key = await request.header_value("authorization")
-        if key == "Bearer of good news":
-            seen.append(f"{request.method} {request.url.partition('/v1/')[2].partition('?')[0]}")
-            await route.continue_()
-        else:
-            await route.fulfill(status=401, json={"error": {"message": "this server asks for a key"}})
-
-    async def question(page: Page, served: Served) -> None:
-        await page.route("**/v1/**", guard)
-        await page.reload()
-        await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
-        await page.get_by_label("API key", exact=True).fill("of good news")
-        await page.get_by_role("button", name="Use", exact=True).click()
-        await ask(page)
-        await expect(last_turn(page, ".text")).to_have_text("Hello")
-        await drop_folder(page, folder)
-        await page.get_by_role("button", name="Publish 1 adapter").click()
-        await expect(page.locator("#previews .good")).to_have_count(1)
-        expected = {"GET stats", "GET loras", "GET pool/map", "POST pool/map", "POST chat/completions", "POST loras"}
-        assert expected <= set(seen)
-        stored = await page.evaluate("JSON.stringify(localStorage) + document.cookie")
-        assert "A verse, please." in stored and "good news" not in stored
-        await page.locator("#key-button").click()
-        await page.get_by_role("button", name="Forget").click()
-        await expect(page.locator("#key-note")).to_have_text("this server asks for a key")
-
-    look(browsing, question)
-
-
 class GeneratingWorker(CountingWorker):
     """Has 100 tokens more each time that it is asked for its state."""
 
@@ -278,7 +245,7 @@ def test_the_metrics_are_live(browsing: Browsing) -> None:
         await expect(page.locator("#connection")).to_have_text("live")
         worker.holdings = replace(worker.holdings, num_running=4)  # type: ignore[type-var]
         await expect(page.locator("#metric-running")).to_have_text("4 of 32")
-        await expect(page.locator("#metric-rate")).not_to_have_text("0.0")
+        await expect(page.locator("#metric-rate")).to_have_text(re.compile("[1-9]"))
 
     look(browsing, question, worker=worker)
 
@@ -286,6 +253,7 @@ def test_the_metrics_are_live(browsing: Browsing) -> None:
 def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await expect(page.locator("#map .spot")).to_have_count(2)
+        await expect(page.locator("#examples button")).to_have_count(2)  # nothing else changes the layout
         frames = "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })"
         before = await page.locator("#map").bounding_box()
         await page.evaluate(frames, 5)

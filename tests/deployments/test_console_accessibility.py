@@ -11,7 +11,6 @@ from playwright.async_api import Page, expect
 from tests.browsing import Browsing, drop_folder
 from tests.clients.processes import node_file
 from tests.deployments.app_fakes import Served
-from tests.deployments.console_fakes import CountingWorker, MappedRetriever
 from tests.deployments.looking import ask, folder_of, go, last_turn, look, show_options
 
 pytestmark = pytest.mark.browser
@@ -40,6 +39,9 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
 
     async def question(page: Page, served: Served) -> None:
         await page.evaluate(axe)
+        await page.get_by_label("API key", exact=True).fill("of good news")
+        await check(page, "a key is needed")
+        await page.get_by_role("button", name="Use", exact=True).click()
         await expect(page.locator("#examples button")).to_have_count(2)
         await check(page, "examples")
         await ask(page)
@@ -78,7 +80,7 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
         await check(page, "published")
         await go(page, "Status")
         await check(page, "status")
-        await go(page, "API")
+        await page.get_by_role("navigation").get_by_role("link", name="API").click()
         await expect(page.locator("#operations section").first).to_be_visible(
             timeout=60_000
         )  # the server builds it once
@@ -87,4 +89,4 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
         await check(page, "API")
 
     context = {"color_scheme": theme, "viewport": {"width": width, "height": 800}, "bypass_csp": True}
-    look(browsing, question, context=context, worker=CountingWorker(), retriever=MappedRetriever())
+    look(browsing, question, context=context, api_key="of good news")

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 import pytest
 from playwright.async_api import Page, expect
 
 from gpu_worker.request.prompts import Message
+from lora_store import Sample
+from retriever_svc import Point, PoolMap
 from tests.browsing import Browsing
+from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
+from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.looking import ask, last_turn, look, show_options
 
 pytestmark = pytest.mark.browser
@@ -55,6 +63,58 @@ def test_an_example_is_a_sample_of_the_pool_and_is_asked_by_a_click(browsing: Br
         await expect(page.locator("#welcome")).to_be_hidden()
 
     look(browsing, question)
+
+
+@dataclass
+class ClusteredRetriever(MappedRetriever):
+    """Its adapters are near others of their kind, the part of the name after the last hyphen."""
+
+    samples_by_kind: Mapping[str, str] = field(default_factory=dict)
+
+    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+        kinds = sorted({_kind(record.ref.name) for record in self.held})
+        points = []
+        for number, record in enumerate(self.held):
+            angle = 2 * math.pi * kinds.index(_kind(record.ref.name)) / len(kinds)
+            points.append(Point(record.ref, math.cos(angle) + number / 10_000, math.sin(angle)))
+        return PoolMap(7, len(points), 0.625, tuple(points))
+
+    async def samples(self, tenant: str, name: str) -> list[Sample]:
+        kind = _kind(name)
+        return [Sample(self.samples_by_kind.get(kind, f"A sample of {kind}."))]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition("-")[2]
+
+
+def test_the_examples_of_a_large_pool_differ_in_kind(browsing: Browsing) -> None:
+    kinds = ["negate", "translate", "sum", "date", "rhyme", "unit"]
+    held = [adapter(f"a{number:03}-label") for number in range(300)]
+    held += [adapter(f"b{number}-{kind}") for number, kind in enumerate(kinds)]
+
+    async def question(page: Page, served: Served) -> None:
+        names = page.locator("#examples button small")
+        await expect(names).to_have_count(6)
+        shown = [_kind(name) for name in await names.all_inner_texts()]
+        assert len(set(shown)) == 6, shown
+        await page.reload()
+        await expect(names).to_have_count(6)
+        assert [_kind(name) for name in await names.all_inner_texts()] == shown, "chosen in the same way every time"
+
+    look(browsing, question, retriever=ClusteredRetriever(held))
+
+
+@pytest.mark.parametrize("long", ["word " * 30, "Who is it?\nOPTIONS:\n- this one\n- that one\n- someone else"])
+def test_samples_that_a_button_cannot_show_whole_come_last(browsing: Browsing, long: str) -> None:
+    held = [adapter("a-who"), adapter("b-negate"), adapter("c-date")]
+
+    async def question(page: Page, served: Served) -> None:
+        names = page.locator("#examples button small")
+        await expect(names).to_have_count(3)
+        assert (await names.all_inner_texts())[-1] == "a-who"
+
+    look(browsing, question, retriever=ClusteredRetriever(held, samples_by_kind={"who": long}))
 
 
 def test_history_survives_a_reload_and_can_be_deleted(browsing: Browsing) -> None:
@@ -148,6 +208,8 @@ def test_code_is_copied(browsing: Browsing) -> None:
         await ask(page)
         await answered(page, 1)
         await page.get_by_role("button", name="Code", exact=True).click()
+        await page.clock.install()
+        await page.clock.pause_at(datetime.now() + timedelta(hours=1))  # the button says it for two seconds
         await page.get_by_role("button", name="Copy curl").click()
         await expect(page.get_by_role("button", name="Copied")).to_be_visible()
         copied = await page.evaluate("navigator.clipboard.readText()")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ async def open_adapter(page: Page, name: str) -> None:
     await go(page, "Adapters")
     await page.locator("#pool-rows").get_by_role("link", name=name, exact=True).click()
     await expect(page.locator("#adapter-title")).to_have_text(name)
+    await expect(page.locator("#adapter-body")).to_be_visible()
     await expect(page.locator("#adapter-code pre")).to_have_count(2)
 
 
@@ -81,6 +84,7 @@ def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         await withdraw.click()
         await page.keyboard.press("Escape")
+        await expect(page.locator("#confirm-dialog")).to_be_hidden()
         await withdraw.click()
         await expect(page.locator("#confirm-yes")).to_be_disabled()
         await page.get_by_label("Type the name to confirm").fill("coder")
@@ -176,14 +180,17 @@ def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing,
     config = '{"r": 16, "base_model_name_or_path": "tiny-base", "target_modules": ["q_proj", "v_proj"]}'
     folders = [folder_of(parent, "verse", ["Write a verse.", "Rhyme!"], config)]
     folders += [folder_of(parent, name) for name in ("bad-one", "left-out")]
+    bodies: list[str | None] = []
     (folder_of(parent, "pickled") / "adapter_model.safetensors").rename(parent / "pickled" / "adapter_model.bin")
 
     async def question(page: Page, served: Served) -> None:
+        page.on("request", lambda request: bodies.append(request.post_data) if request.method == "POST" else None)
         if how == "drop":
             await drop_folder(page, parent)
         else:
             await go(page, "Publish")
             await page.locator("#folder").set_input_files(parent)
+        await expect(page.locator("#drop")).to_contain_text("Before you publish, the console sends only the samples")
         cards = page.locator("#previews > li")
         await expect(cards).to_have_count(4)
         verse = cards.filter(has=page.get_by_label("Publish verse"))
@@ -198,6 +205,8 @@ def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing,
         await expect(page.locator(".problem")).to_contain_text("pickle files are never opened")
         await expect(page.get_by_label("Publish pickled")).to_be_disabled()
         assert served.store.called("stage") == [], "a preview sends no file"
+        sent = {"prompt": ["Write a verse.", "Rhyme!"], "lora": {"fallback": "base"}}
+        assert [json.loads(body or "") for body in bodies] == [sent]
         await page.get_by_label("Publish left-out").uncheck()
         await page.get_by_label("Tags of all").fill("one, two")
         await page.get_by_label("Visibility").select_option("private")
@@ -218,6 +227,35 @@ def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing,
         await expect(page.get_by_label("Prompt", exact=True)).to_have_value("Write a verse.")
 
     look(browsing, question)
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        ('{"r": 8, "base_model_name_or_path": "elsewhere/tiny"}', "its base model is elsewhere/tiny"),
+        ('{"r": 8}', "adapter_config.json names no base model"),
+    ],
+)
+def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_upload(
+    browsing: Browsing, tmp_path: Path, config: str, given: str
+) -> None:
+    folder_of(tmp_path / "all", "alias", config='{"base_model_name_or_path": "an/alias"}')
+    folder_of(tmp_path / "all", "other", config=config)
+
+    async def question(page: Page, served: Served) -> None:
+        await drop_folder(page, tmp_path / "all")
+        await expect(page.locator("#previews > li")).to_have_count(2)
+        await expect(page.locator("#previews .bad .problem")).to_have_text(
+            [re.compile(f"^{given}; this server accepts an/alias, somewhere/tiny-base, tiny-base. If they are")]
+        )
+        await expect(page.get_by_label("Publish other")).to_be_disabled()
+        await expect(page.get_by_label("Publish other")).not_to_be_checked()
+        await expect(page.get_by_label("Publish alias")).to_be_checked()
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        await expect(page.locator("#previews .good")).to_have_count(1)
+        assert [upload.name for (upload, _) in served.store.called("stage")] == ["alias"]
+
+    look(browsing, question, accepts_base=("an/alias",))
 
 
 def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: Path) -> None:

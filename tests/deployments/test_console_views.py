@@ -38,9 +38,8 @@ def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Brows
         routed = [request.strategy for ([request],) in served.retriever.called("route")]
         assert sorted(routed) == ["fusion", "mixture", "mixture", "selection"]
         assert sorted(len(job.plan.adapters) for job in jobs_of(served)) == [0, 2, 2, 2, 2]
-        boxes = [await columns.nth(number).bounding_box() for number in range(5)]
-        assert all(box is not None for box in boxes)
-        assert len({box["y"] for box in boxes if box}) == 1, "they are side by side"
+        tops = await columns.evaluate_all("(nodes) => nodes.map((node) => node.getBoundingClientRect().top)")
+        assert len(tops) == 5 and len(set(tops)) == 1, "they are side by side"
 
     look(browsing, question, context={"viewport": {"width": 1440, "height": 900}})
 
@@ -98,6 +97,7 @@ def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width:
         lines = "(nodes) => nodes.map((node) => node.getClientRects().length)"
         assert await page.locator("#plan .name, #considered-list .name").evaluate_all(lines) == [1] * 4
         await go(page, "Adapters")
+        await expect(page.locator("#pool-rows .name")).to_have_count(2)
         heights = "(nodes) => nodes.map((node) => node.getBoundingClientRect().height)"
         assert await page.locator("#pool-rows .name").evaluate_all(heights) == [28, 28]
         await go(page, "Status")
@@ -108,6 +108,36 @@ def test_names_are_whole_and_metrics_are_in_even_rows(browsing: Browsing, width:
 
     held = [adapter("question_formation"), adapter("pronoun_replacement")]
     look(browsing, question, context={"viewport": {"width": width, "height": 800}}, retriever=MappedRetriever(held))
+
+
+def test_on_a_phone_the_prompt_is_in_view_and_the_links_take_two_lines(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#examples button")).to_have_count(6)
+        await expect(page.locator("#examples button:visible")).to_have_count(2)
+        bottom = "(node) => node.getBoundingClientRect().bottom"
+        assert await page.locator("#prompt").evaluate(bottom) < 844
+        tops = "(nodes) => nodes.map((node) => node.getBoundingClientRect().top)"
+        links = await page.locator("nav a").evaluate_all(tops)
+        assert len(links) == 6 and len(set(links)) <= 2
+
+    held = [adapter(f"a-task-of-the-number-{number}") for number in range(8)]
+    context = {"viewport": {"width": 390, "height": 844}}
+    look(browsing, question, context=context, retriever=MappedRetriever(held))
+
+
+def test_code_is_whole_on_the_page_of_an_adapter(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Adapters")
+        await page.locator("#pool-rows a").first.click()
+        code = page.locator("#adapter-code pre")
+        await expect(code).to_have_count(2)
+        await expect(code.last).to_be_visible()
+        cut = "(nodes) => nodes.map((node) => node.scrollWidth - node.clientWidth)"
+        assert await code.evaluate_all(cut) == [0, 0]
+
+    held = [adapter("a" * 64)]
+    context = {"viewport": {"width": 1400, "height": 900}}
+    look(browsing, question, context=context, retriever=MappedRetriever(held))
 
 
 def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
@@ -133,6 +163,9 @@ def test_every_control_has_a_name_and_a_size_to_hit(browsing: Browsing) -> None:
 
 def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
+        await page.evaluate("sessionStorage.setItem('loraretriever-key', 'any')")  # so that it has the button
+        await page.reload()
+        await expect(page.locator("#examples button")).to_have_count(2)
         await page.evaluate("document.activeElement.blur()")
         reached = set()
         for _ in range(40):

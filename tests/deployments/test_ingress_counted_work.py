@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from deployments.config.app import WorkerSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
+from gpu_worker.request.request import Prompt, Tokenized
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
@@ -195,3 +197,87 @@ def test_a_request_that_ends_before_its_first_token_is_charged_its_prompt(
     asks = ("/v1/completions", {"prompt": "x" * 400, "model": BASE, "max_tokens": 1})
     answers = asked(tmp_path, {"tokens_per_minute": 250}, asks, asks, asks, worker=FakeWorker(events=(error,)))
     assert [answer.status_code for answer in answers] == statuses
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/tokenize", {"prompt": "x" * 60}), ("/detokenize", {"tokens": [120] * 60, "model": BASE})]
+)
+def test_tokens_are_charged_and_a_key_without_any_left_does_not_use_the_worker(
+    tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 61}))
+
+    async def question(client: httpx.AsyncClient, served: Served) -> tuple[list[int], int]:
+        statuses = [(await client.post(path, json=body)).status_code for _ in range(3)]
+        return statuses, len(served.worker.called(path.strip("/")))
+
+    assert ask(question, keys_file=keys, headers=bearer("k")) == ([200, 429, 429], 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": "x" * 61}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 61}], "model": BASE}, "messages"),
+        ("/detokenize", {"tokens": [120] * 16}, "tokens"),
+    ],
+)
+def test_more_tokens_than_the_key_may_use_in_a_minute_are_refused_by_field(
+    tmp_path: Path, path: str, body: dict[str, Any], param: str
+) -> None:
+    [response] = asked(tmp_path, {"tokens_per_minute": 15}, (path, body))
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_a_text_above_eight_characters_a_token_of_the_context_is_not_tokenized(field: str) -> None:
+    def body(num_chars: int) -> dict[str, Any]:
+        text = "x" * num_chars
+        return {field: text if field == "prompt" else [{"role": "user", "content": text}], "model": BASE}
+
+    async def question(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        assert (await client.post("/tokenize", json=body(80))).status_code == 200
+        response = await client.post("/tokenize", json=body(81))
+        assert len(served.worker.called("tokenize")) == 1
+        return response
+
+    response = ask(question, engine=WorkerSettings(max_model_len=10))
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
+    assert error["message"].startswith(f"{field}: at most 80 characters, 8 for each token of the context, got 81")
+
+
+@dataclass
+class FullTokenizer(FakeWorker):
+    async def tokenize(
+        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+    ) -> Tokenized:
+        raise EngineFull("full")
+
+
+def test_a_text_that_the_server_has_no_room_for_is_not_charged(tmp_path: Path) -> None:
+    asks = ("/tokenize", {"prompt": "x" * 400})
+    answers = asked(tmp_path, {"tokens_per_minute": 150}, asks, asks, worker=FullTokenizer())
+    assert [answer.status_code for answer in answers] == [503, 503]
+
+
+@pytest.mark.parametrize("body", [{"prompt": [120] * 40}, {"prompt": [120], "echo": True, "model": BASE}])
+def test_token_ids_of_a_key_without_tokens_left_are_not_decoded(tmp_path: Path, body: dict[str, Any]) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"tokens_per_minute": 100}))
+
+    async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
+        spent = await client.post("/tokenize", json={"prompt": "x" * 100})
+        response = await client.post("/v1/completions", json=body | {"max_tokens": 3})
+        assert not served.worker.called("detokenize")
+        return [spent.status_code, response.status_code]
+
+    assert ask(question, keys_file=keys, headers=bearer("k")) == [200, 429]
+
+
+def test_token_ids_that_the_encoder_reads_are_charged_one_each_at_most_what_it_reads(tmp_path: Path) -> None:
+    one = ("/v1/completions", {"prompt": [120] * 40, "max_tokens": 3})  # 40 + 43 reserved; 40 + 8 used
+    answers = asked(tmp_path, {"tokens_per_minute": 130}, one, one, one)
+    assert [answer.status_code for answer in answers] == [200, 429, 429]
+    many = ("/v1/completions", {"prompt": [120] * 1000, "max_tokens": 3})
+    [answer] = asked(tmp_path, {"tokens_per_minute": 1003 + MAX_TOKENS}, many)
+    assert answer.status_code == 200

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from deployments.calls.worker_client import Usage
 from deployments.errors import ReplicaStuck
+from deployments.generation.shadows import shadow_tenant
 from deployments.observability.metrics import SERVE
 from deployments.worker import WorkerDeployment
 from gpu_worker.device.openmp import run_on_short_lived_thread
@@ -165,6 +166,15 @@ def test_each_tenants_usage_is_counted(serve: Callable[[Main], Any]) -> None:
         num_prompt_tokens = usages["globex"].num_prompt_tokens
         assert num_prompt_tokens > 0
         assert usages == {"acme": Usage(0, 2, 2 * num_prompt_tokens, 8), "globex": Usage(0, 1, num_prompt_tokens, 4)}
+
+    serve(main)
+
+
+def test_a_shadow_is_counted_for_the_owner_of_its_version(serve: Callable[[Main], Any]) -> None:
+    async def main(serving: Serving) -> None:
+        await serving.text(replace(serving.job(0, 4), tenant=shadow_tenant("globex")))
+        usages = await serving.worker.usage()
+        assert usages.keys() == {"globex"} and usages["globex"].num_new_tokens == 4
 
     serve(main)
 

@@ -118,6 +118,31 @@ def test_a_request_can_be_followed_through_the_logs(live: Live) -> None:
     assert asked["total_s"] >= asked["first_token_s"] >= asked["plan_s"] > 0
 
 
+def test_an_answer_to_a_wrong_request_is_no_error_in_the_logs(live: Live) -> None:
+    """a key could otherwise fill the logs, and hide the errors that matter"""
+    name, request_id = f"missing-{secrets.token_hex(4)}", f"refused-{secrets.token_hex(4)}"
+    row = {"name": name, "digest": "0" * 64, "weight": 1.0}
+    plan = {"strategy": "selection", "adapters": [row], "generation": 0}
+    bodies = [
+        completion(name, "x", 4),
+        completion("auto", "x", 4) | {"lora": {"adapters": [{"name": name}]}},
+        completion("auto", "x", 4) | {"lora": {"plan": plan}},
+        completion("auto", "x", 4) | {"structured_outputs": {"regex": f"({name}"}},
+    ]
+    statuses = [live.call("POST", "/v1/completions", json=body).status_code for body in bodies]
+    assert [*statuses, live.call("GET", f"/v1/loras/{name}").status_code] == [404, 404, 409, 400, 404]
+    last = completion("auto", "x", 4)
+    assert live.call("POST", "/v1/completions", json=last, headers={"x-request-id": request_id}).status_code == 200
+    files = [path for path in logs().rglob("*") if path.is_file()]
+
+    def lines(text: str) -> list[str]:
+        found = [line for path in files for line in path.read_text(errors="replace").splitlines() if text in line]
+        return [line for line in found if "Traceback" in line or "ERROR" in line or text == request_id]
+
+    eventually(lambda: lines(request_id))
+    assert lines(name) == []
+
+
 def test_no_log_holds_a_prompt(live: Live, url: str) -> None:
     secret = f"secret-{secrets.token_hex(8)}"
     chat = {"model": "auto", "messages": [{"role": "user", "content": secret}], "max_tokens": 2}

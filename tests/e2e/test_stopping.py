@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -76,7 +77,9 @@ def test_a_request_in_progress_is_answered_by_a_server_that_stops(tmp_path: Path
     untraced = {name: value for name, value in os.environ.items() if name != TRACING_VARIABLE}
     with serving(tmp_path, settings, untraced) as (url, server):  # traced requests would pass Serve's proxy
         log = tmp_path / "server.log"
-        until(lambda: "ready after" in log.read_text())
+        until(lambda: "logs:" in log.read_text())
+        [logs] = re.findall(r"^logs: +(/.*/session_[^/]*/logs/serve)$", log.read_text(), re.MULTILINE)
+        assert len(list(Path(logs).glob("replica_*.log"))) >= 4
         first_line, answer = asyncio.run(stop_during_a_request(httpx.URL(url), server))
         assert first_line.endswith(b"200 OK"), answer
         assert answer["usage"]["completion_tokens"] == 8

@@ -72,6 +72,8 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "gpt_neox": ({}, "keys"),
     "persimmon": ({}, "keys"),
     "stablelm": ({}, "attention interface"),
+    "falcon": ({}, "attention interface"),
+    "hunyuan_v1_moe": (_HEADS | {"num_experts": 4, "moe_topk": 2}, "uses the weight of a linear layer"),
     "gemma2": ({}, "soft-capping"),
     "vaultgemma": ({}, "soft-capping"),
     "nanochat": ({}, "soft-capping"),

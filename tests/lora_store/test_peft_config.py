@@ -6,9 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    OFTConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_store import AdapterRefused, ModuleWeights, check_folder, read_peft_folder, write_peft_folder
-from tests.bad_uploads import config
+from tests.bad_uploads import config as change
 from tests.lora_store.builders import MakeFolder
 
 
@@ -31,13 +42,39 @@ def _reason(folder: Path) -> str:
 
 def test_a_variant_of_lora_is_refused_with_a_remedy(make_folder: MakeFolder) -> None:
     folder = make_folder()
-    config(use_dora=True)(folder)
+    change(use_dora=True)(folder)
     assert _reason(folder) == "use_dora (DoRA) is not supported: retrain without it, or merge it into the base model"
+
+
+KINDS: dict[str, PeftConfig] = {
+    "VERA": VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "LOHA": LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ADALORA": AdaLoraConfig(target_modules=["q_proj", "v_proj"], total_step=10),
+    "OFT": OFTConfig(target_modules=["q_proj"], oft_block_size=2),
+    "PROMPT_TUNING": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_another_kind_is_refused_for_that_reason_alone(kind: str, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    adapted = get_peft_model(LlamaForCausalLM(config), KINDS[kind])
+    adapted.save_pretrained(tmp_path)
+    change(base_model_name_or_path="tiny-base")(tmp_path)
+    assert _reason(tmp_path).startswith(f"peft_type must be 'LORA', got {kind!r}: train a LoRA adapter, or let PEFT's")
 
 
 def test_an_unknown_setting_is_refused_with_a_remedy(make_folder: MakeFolder) -> None:
     folder = make_folder()
-    config(use_quantum=True)(folder)
+    change(use_quantum=True)(folder)
     assert "sets 'use_quantum', which this version does not know: upgrade the server, or remove" in _reason(folder)
 
 
@@ -54,5 +91,5 @@ def test_another_base_model_is_refused_with_a_remedy(
     make_folder: MakeFolder, base_model: str | None, said: str
 ) -> None:
     folder = make_folder()
-    config(base_model_name_or_path=base_model)(folder)
+    change(base_model_name_or_path=base_model)(folder)
     assert said in _reason(folder)

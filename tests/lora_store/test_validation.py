@@ -92,6 +92,7 @@ def test_a_missing_folder_is_refused(open_store: OpenStore, tmp_path: Path) -> N
         samples(*[b'{"input": "x"}'] * 201),
         samples(b'{"input": "x"}\r'),
         tensors(lambda found, _: found.update({key: tensor.bfloat16() for key, tensor in found.items()})),
+        tensors(lambda found, _: found.update({key: tensor.double() for key, tensor in found.items()})),
         tensors(lambda found, _: found[f"{Q0}.lora_B.weight"].zero_()),
     ],
 )

@@ -142,6 +142,17 @@ def test_an_unknown_name_suggests_a_visible_one_that_differs_in_spelling(
     assert (caught.value.wanted, caught.value.hint) == (name, hint)
 
 
+@pytest.mark.parametrize(("tenant", "hint"), [("acme", "step_400"), ("globex", "")])
+@pytest.mark.parametrize("name", ["step-400", "Step_400", "nobody/step_400"])
+def test_an_unlisted_adapter_is_a_hint_for_its_own_tenant_only(tenant: str, hint: str, name: str) -> None:
+    unlisted = replace(record_of("step_400", None, tenant="acme"), expires_at=datetime.now(UTC) + timedelta(hours=1))
+    snapshot = Snapshot(1, {("acme", "step_400"): unlisted})
+    with pytest.raises(AdapterNotFound) as caught:
+        resolve(snapshot, tenant, name, owner_names=True)
+    assert caught.value.hint == ("" if "/" in name else hint)
+    assert resolve(snapshot, "globex", "acme/step_400", owner_names=True) is unlisted
+
+
 def test_an_expired_adapter_is_found_by_no_name_and_no_plan() -> None:
     now = datetime.now(UTC)
     gone = replace(record_of("gone", None, tenant="a"), expires_at=now - timedelta(seconds=1))

@@ -11,6 +11,7 @@ from pydantic import Field
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
 from deployments.api.pool_responses import ModelCard, ModelList, model_list
+from deployments.auth.authenticator import Caller
 from deployments.config.app import AppConfig
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
@@ -38,7 +39,7 @@ class ModelQuery(ApiRequest):
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
 async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
     """List `auto`, the base model, then every adapter the caller may name. If `has_more`, go on `after` `last_id`."""
-    cards = _Cards.of(services.config)
+    cards = _Cards.of(services.config, caller)
     own, base = cards.own(query), cards.base
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
@@ -55,7 +56,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
 async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
-    cards = _Cards.of(services.config)
+    cards = _Cards.of(services.config, caller)
     name = model.removeprefix(f"{cards.base}:")
     if model == cards.base or name == AUTO:
         return cards.special(model)
@@ -71,12 +72,14 @@ class _Cards:
     """The cards of the models over one base model, of which they have the template and the defaults for sampling."""
 
     base: str
+    accepts_base: tuple[str, ...]  # for callers who publish: one of the names may be a path on the server
     template: str
     sampling_defaults: dict[str, float]
 
     @classmethod
-    def of(cls, config: AppConfig) -> Self:
-        return cls(config.served_base_name, config.template_in_use, config.sampling_defaults_in_use)
+    def of(cls, config: AppConfig, caller: Caller) -> Self:
+        accepted = tuple(sorted(config.accepted_bases)) if "publish" in caller.roles else ()
+        return cls(config.served_base_name, accepted, config.template_in_use, config.sampling_defaults_in_use)
 
     def own(self, query: ModelQuery) -> list[ModelCard]:
         """Return those of `auto` and the base model that belong to the page. Filters for adapters exclude them."""
@@ -87,7 +90,10 @@ class _Cards:
 
     def special(self, name: str) -> ModelCard:
         """Return the card of `auto` or of the base model."""
-        return self._card(name, 0, _OWNER, name, None if name == self.base else self.base, self.template)
+        if name != self.base:
+            return self._card(name, 0, _OWNER, name, self.base, self.template)
+        card = self._card(name, 0, _OWNER, name, None, self.template)
+        return card | {"accepts_base": list(self.accepts_base)} if self.accepts_base else card
 
     def adapter(self, name: str, record: AdapterRecord, tenant: str) -> ModelCard:
         """Return the card of an adapter. `root` is the source of the tenant's own; the others' stays private."""

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from deployments.auth import key_issuing
 from deployments.auth.api_keys import KeySet, hash_of, parse_entries
 from deployments.auth.key_issuing import add_entry, make_key, with_entry
+from deployments.json_types import JsonMapping
 from tests.deployments.key_files import entry
 
 Dump = Callable[[Any], str]
@@ -96,3 +101,31 @@ def test_a_file_that_cannot_take_the_key_is_not_changed(tmp_path: Path, content:
         add_entry(file, made(id="twice")[1])
     assert file.read_text() == content
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_commands_at_once_lose_no_entry(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    entries = [made()[1] for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda each: add_entry(file, each), entries))
+    assert {each.id for each in parse_entries(file.read_text())} == {each["id"] for each in entries}
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.yaml"]
+
+
+def test_the_file_is_read_and_replaced_under_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, seen = tmp_path / "keys.yaml", []
+
+    def with_entry_elsewhere(text: str, new: JsonMapping) -> str:
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+        seen.append(text)
+        return with_entry(text, new)
+
+    monkeypatch.setattr(key_issuing, "with_entry", with_entry_elsewhere)
+    for _ in range(2):
+        add_entry(file, made()[1])
+    assert [len(parse_entries(text)) if text else 0 for text in seen] == [0, 1]

@@ -9,12 +9,33 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import ray
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    ServeStatus,
+)
 
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import Server, _inherited
+from deployments.cli.local_server import APP_NAME, Server, _inherited, causes_in
 from deployments.config.app import ScalingSettings
+from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
+
+
+@pytest.fixture(autouse=True)
+def private_files_of_another_home(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Keep this process's umask and the user's own `~/.ray` as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 class Ready(BaseHTTPRequestHandler):
@@ -77,9 +98,58 @@ def test_an_ipv6_address_is_in_brackets() -> None:
 
 def test_only_the_packaged_model_is_prepared(tmp_path: Path) -> None:
     reported: list[str] = []
-    Server(config_of(cache_dir=tmp_path / "cache"), port=1).prepare(reported.append)
-    assert reported == ["starting Ray and the deployments"]
+    config = config_of(cache_dir=tmp_path / "cache", store_uri=str(tmp_path / "pool"))
+    Server(config, port=1).prepare(reported.append)
+    assert reported == ["opening the pool", "starting Ray and the deployments"]
     assert not (tmp_path / "cache").exists()
+    assert (tmp_path / "pool").stat().st_mode & 0o077 == 0, "no other user may read the pool"
+
+
+def test_a_pool_that_cannot_be_opened_is_named_before_ray_starts(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    LoraStore(str(pool), accepts_base=[]).snapshot()
+    [commit] = (pool / "catalogue" / "_delta_log").glob("*0.json")
+    commit.write_text('{"protocol":')
+    server = Server(config_of(store_uri=str(pool)), port=1)
+    with pytest.raises(ServerFailed) as failed:
+        server.prepare(lambda _: None)
+    assert str(failed.value).startswith(f"store_uri: the pool {pool} cannot be opened: ")
+    assert str(failed.value.__cause__) in str(failed.value)
+    assert not ray.is_initialized()
+
+
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    pool = tmp_path / "file" / "pool"
+    with pytest.raises(ServerFailed, match=f"the pool {pool} cannot be opened: "):
+        Server(config_of(store_uri=str(pool)), port=1).prepare(lambda _: None)
+
+
+def status_of(**messages: tuple[DeploymentStatus, str]) -> ServeStatus:
+    deployments = {
+        name: DeploymentStatusOverview(status=status, status_trigger="UNSPECIFIED", replica_states={}, message=message)  # type: ignore[arg-type]
+        for name, (status, message) in messages.items()
+    }
+    app = ApplicationStatusOverview(
+        status=ApplicationStatus.DEPLOY_FAILED,
+        message="Failed to update the deployments",
+        last_deployed_time_s=0.0,
+        deployments=deployments,
+    )
+    return ServeStatus(applications={APP_NAME: app})
+
+
+def test_a_failed_start_says_which_deployment_failed_and_why(tmp_path: Path) -> None:
+    failed = status_of(
+        Store=(DeploymentStatus.HEALTHY, ""),
+        Worker=(DeploymentStatus.DEPLOY_FAILED, "The deployment failed. Error:\n  File x\nValueError: no such model\n"),
+        Retriever=(DeploymentStatus.UPDATING, "still starting"),
+    )
+    first, last = causes_in(failed, tmp_path).splitlines()
+    assert first == "the deployment Worker cannot start: ValueError: no such model"
+    assert str(tmp_path) in last
+    assert causes_in(status_of(Store=(DeploymentStatus.UPDATING, "")), tmp_path) == ""
+    assert causes_in(ServeStatus(), tmp_path) == ""
 
 
 def test_the_start_waits_for_ready() -> None:

@@ -63,15 +63,17 @@ def test_an_unusable_keys_file_stops_the_start(
     assert "keys.yaml" in "".join(capsys.readouterr().err.split())
 
 
-def test_the_start_ends_with_three_next_steps() -> None:
-    assert next_steps("http://127.0.0.1:8000", AppConfig()) == [
+def test_the_start_ends_with_next_steps_and_the_folder_of_the_logs() -> None:
+    logs = Path("/tmp/session_1/logs/serve")
+    assert next_steps("http://127.0.0.1:8000", AppConfig(), logs) == [
         "console:  http://127.0.0.1:8000",
         'ask:      loraretriever ask "a prompt"',
         "publish:  loraretriever publish FOLDER",
+        "logs:     /tmp/session_1/logs/serve",
     ]
-    elsewhere = next_steps("http://127.0.0.1:9000", AppConfig(api_key="one-secret"))
-    assert elsewhere[1] == 'ask:      loraretriever ask "a prompt" --url http://127.0.0.1:9000 --key KEY'
-    assert next_steps("http://127.0.0.1:8000", AppConfig(), "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
+    elsewhere = next_steps("http://127.0.0.1:9000", AppConfig(api_key="one-secret"), logs)
+    assert elsewhere[1] == 'ask:      LORARETRIEVER_KEY=KEY loraretriever ask "a prompt" --url http://127.0.0.1:9000'
+    assert next_steps("http://127.0.0.1:8000", AppConfig(), logs, "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
 
 
 def test_a_program_that_is_not_on_the_path_is_called_by_its_file(

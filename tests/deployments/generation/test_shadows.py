@@ -14,11 +14,12 @@ import pytest
 
 from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
-from deployments.generation.shadows import MAX_SHADOWS, Shadows
+from deployments.calls.worker_client import ServeWorker
+from deployments.generation.shadows import MAX_SHADOWS, Shadows, paying_tenant, shadow_tenant
 from deployments.observability.request_metrics import RequestMetrics
 from gpu_worker.errors import EngineFull
 from gpu_worker.request.request import Delta, Job
-from lora_store import AdapterRecord, Plan, PlannedAdapter, Snapshot, Strategy, Trial
+from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Snapshot, Strategy, Trial, is_valid_name
 from retriever_svc import PinnedAdapter, Route, RouteRequest
 from retriever_svc.planning import named_plan, replayed_plan, with_trials
 from tests.deployments.adapter_records import adapter
@@ -27,6 +28,7 @@ from tests.deployments.asking import ask
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.metric_fakes import FakeMetrics
+from tests.fakes import FakeHandle
 from tests.soak import Scale
 
 LIVE, OTHER = adapter("poet"), adapter("poet", version="new")
@@ -146,6 +148,7 @@ def test_the_answer_of_a_shadow_never_reaches_a_client(failure: Exception | None
     shadows = [job for job in worker.jobs if job.request_id.endswith("-shadow")]
     assert {job.request_id for job in shadows} == shadowed and 0 < len(shadowed) < 20
     assert {job.plan.adapters[0].ref for job in shadows} == {OTHER.ref}
+    assert {job.tenant for job in worker.jobs} == {"local", "shadow:local"}
     status = {type(None): "200", EngineFull: "503", RuntimeError: "500"}[type(failure)]
     live, other = LIVE.ref.digest[:12], OTHER.ref.digest[:12]
     counts = {(live, "live", "200"): 20, (other, "shadow", status): len(shadowed)}
@@ -212,6 +215,25 @@ class UnreachableWorker:
 
     def stream(self, job: Job) -> AsyncIterator[Delta]:
         raise RuntimeError("no handle")
+
+
+def test_a_shadow_runs_as_the_owner_of_its_version_under_a_name_that_no_tenant_has() -> None:
+    """for any sender of the request, also where a version of another tenant is part of the mixture"""
+    mine = PlannedAdapter(AdapterRef("acme", "code", "mine"), "w0", 0.5)
+    live, tried = (PlannedAdapter(AdapterRef("globex", "poet", digest), digest, 0.5) for digest in ("live", "tried"))
+    planned = Planned(Plan("mixture", (mine, live), 7), shadow=Plan("mixture", (mine, tried), 7))
+    worker: Any = FakeHandle(FakeWorker())
+
+    async def run() -> None:
+        background = Background()
+        shadows = Shadows(ServeWorker(worker), background, RequestMetrics(FakeMetrics()))
+        shadows.start([Job("r", "Rhyme", planned.plan, tenant="acme")], [planned], time.monotonic() + 60)
+        await background.idle()
+
+    asyncio.run(run())
+    [(job,)] = worker.called("stream")
+    assert job.tenant == shadow_tenant("globex") and not is_valid_name(job.tenant)
+    assert (paying_tenant(job.tenant), paying_tenant("acme")) == ("globex", "acme")
 
 
 def test_shadows_that_cannot_start_are_counted_and_end() -> None:

@@ -28,6 +28,7 @@ class LocalHub:
     url: str = ""
     asked: list[str] = field(default_factory=list)
     seen_tokens: list[str] = field(default_factory=list)  # of downloads from the file server
+    file_server: str = ""  # where downloads are redirected to; "": another name of this machine
 
     @property
     def environment(self) -> dict[str, str]:
@@ -54,7 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
             case [owner, name, "resolve", commit, *path]:
                 assert commit == COMMIT
                 self.send_response(302)
-                self.send_header("Location", f"{self._other_host()}/files/{owner}/{name}/{'/'.join(path)}")
+                server = hub.file_server or self._other_host()
+                self.send_header("Location", f"{server}/files/{owner}/{name}/{'/'.join(path)}")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
             case ["files", owner, name, *path]:

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.errors import SourceRefused, SourceUnavailable
 from deployments.publishing import ssrf_guard
-from deployments.publishing.ssrf_guard import pin_public_address
+from deployments.publishing.ssrf_guard import pin_public_address, pin_redirect
 from lora_store.location import Location
 
 PUBLIC = "93.184.216.34"
@@ -133,3 +133,37 @@ def test_a_host_without_an_address_is_an_unavailable_source() -> None:
 
 def test_the_system_resolves_names() -> None:
     assert "127.0.0.1" in ssrf_guard.resolve_by_system("127.0.0.1", 80)
+
+
+HUB, FILES = ("hub.example", 443), ("files.example", 443)
+
+
+def redirect(own: str, *found: str) -> str:
+    known = {HUB[0]: [own], FILES[0]: list(found)}
+    return pin_redirect("hf://acme/sql", HUB, FILES, lambda host, port: known[host])
+
+
+@pytest.mark.parametrize(
+    ("own", "target"),
+    [(PUBLIC, PUBLIC), (INNER[0], PUBLIC), *((INNER[0], inner) for inner in INNER), ("127.0.0.1", "::1")],
+)
+def test_a_redirect_may_lead_to_networks_like_the_servers_own(own: str, target: str) -> None:
+    assert redirect(own, target) == target
+
+
+@pytest.mark.parametrize(
+    ("own", "target"),
+    [
+        *((PUBLIC, inner) for inner in INNER + NEVER),
+        *((INNER[0], never) for never in NEVER),
+        ("::1", "169.254.169.254"),
+    ],
+)
+def test_a_redirect_to_a_more_internal_address_is_refused(own: str, target: str) -> None:
+    with pytest.raises(SourceRefused):
+        redirect(own, PUBLIC, target)
+
+
+def test_a_redirect_to_a_host_without_address_is_unavailable() -> None:
+    with pytest.raises(SourceUnavailable, match=r"files\.example has no address"):
+        redirect(PUBLIC)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gpu_worker.errors import PromptInvalid, PromptTooLong
-from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Completion, Job, TokenIds
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
@@ -99,29 +98,6 @@ def test_token_ids_that_are_no_prompt_are_refused(
     outcome, neighbour = hosted.outcomes(job(TokenIds(ids)), job("neighbour"))
     assert isinstance(neighbour, Completion)
     assert isinstance(outcome, error)
-
-
-def test_tokenize_gives_the_ids_that_a_job_has(hosted: HostedEngine, reference: Reference) -> None:
-    async def ask() -> None:
-        engine = hosted.engine
-        found = await engine.tokenize("some text", "auto")
-        assert list(found.ids) == reference.tokens_of("some text") and found.max_len == 256
-        assert found.texts[1:] == tuple("some text")
-        bare = await engine.tokenize("some text", "auto", add_special_tokens=False)
-        assert bare.ids == found.ids[1:]
-        long = await engine.tokenize("x" * 500, "auto")
-        assert len(long.ids) == 501, "a count may exceed the context"
-        chat = await engine.tokenize((Message("user", "hi"),), "alpaca")
-        [answer] = await engine.generate([replace(job(""), prompt=(Message("user", "hi"),), template="alpaca")])
-        assert isinstance(answer, Completion) and answer.num_prompt_tokens == len(chat.ids)
-        with_end, without = [
-            await engine.detokenize([TokenIds(found.ids)], skip_special_tokens=skip) for skip in (False, True)
-        ]
-        assert without == ["some text"] and with_end[0].endswith("some text") and len(with_end[0]) > 9
-        with pytest.raises(PromptInvalid, match=r"token id 300.*from 0 to 299"):
-            await engine.detokenize([TokenIds((300,))], skip_special_tokens=True)
-
-    hosted.run(ask())
 
 
 def test_plans_are_not_changed_by_a_prompt_of_ids(

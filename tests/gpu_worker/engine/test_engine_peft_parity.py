@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpu_worker.model.base_model import load_base_model
 from gpu_worker.request.request import Delta, Job, SamplingParams
+from lora_store import check_folder
 from lora_store.adapter import AdapterWeights
 from lora_store.peft_files import read_peft_folder, write_peft_folder
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
-from tests.tiny import assert_equal_logits, plan_of
+from tests.tiny import assert_equal_logits, linear_shapes, plan_of, tiny_config
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -46,6 +51,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "target_modules": ALL_LINEAR,
     },
     "regular expression": {"r": 4, "lora_alpha": 4, "target_modules": r".*layers\.[02]\.(self_attn\.k|mlp\.gate)_proj"},
+}
+# Settings of the training only. PEFT saves tensors of their own with the pairs.
+TRAINING: dict[str, dict[str, Any]] = {
+    "VeLoRA": {"velora_config": VeloraConfig(num_groups=4)},
+    "MonteCLoRA": {"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2)},
 }
 PROMPTS = ["The parrot says", "x"]
 
@@ -102,6 +112,51 @@ def test_selection_equals_the_peft_model(
         with model.disable_adapter():
             base = logits_of(model, tiny_folders, job.prompt)
         assert float((expected - base).abs().max()) > 0.05, "the adapter should matter"
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_settings_of_the_training_do_not_change_the_answer(
+    kind: str, tiny_folders: Mapping[str, Path], make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    """Trained for a step, saved by PEFT, checked as an upload, and compared with PEFT's model for generating."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR, "task_type": "CAUSAL_LM", **TRAINING[kind]}
+    trained = get_peft_model(plain_model(tiny_folders), LoraConfig(**settings)).train()
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.5)
+    for key, parameter in trained.named_parameters():
+        if ".lora_B." in key:
+            torch.nn.init.normal_(parameter, std=0.15)
+    tokens = torch.arange(3, 30)[None]
+    trained(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    trained.eval().save_pretrained(tmp_path)
+    checked_equals_peft(tmp_path, tiny_folders, make_engine)
+
+
+def test_float64_tensors_are_rounded_as_by_peft(
+    trained: dict[str, Trained], tiny_folders: Mapping[str, Path], make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    shutil.copytree(trained["plain"].folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    third = {key: tensor.double() / 3 for key, tensor in tensors.items()}
+    save_file(third, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    checked_equals_peft(tmp_path, tiny_folders, make_engine)
+
+
+def checked_equals_peft(folder: Path, tiny_folders: Mapping[str, Path], make_engine: MakeEngine) -> None:
+    """Check the folder as an upload, and compare the engine's logits with PEFT's."""
+    base = load_base_model(tiny_config(tiny_folders["gemma3"]))
+    accepts = {str(tiny_folders["gemma3"])}
+    checked = check_folder(folder, accepts_base=accepts, module_shapes=linear_shapes(base))
+    weights = AdapterWeights("digest", checked.modules)
+    assert len(weights.modules) == 3 * len(ALL_LINEAR)
+    model = PeftModel.from_pretrained(plain_model(tiny_folders), folder).eval()
+    job = greedy(PROMPTS[0], plan_of("selection", (weights, 1.0)), num_new=1)
+    [answer] = run_together(make_engine(by_digest(weights)), [job])
+    expected = logits_of(model, tiny_folders, PROMPTS[0])
+    assert_equal_logits(answer.first_logits, expected)
+    with model.disable_adapter():
+        assert float((expected - logits_of(model, tiny_folders, PROMPTS[0])).abs().max()) > 0.01
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpu_worker.attention.attention_cpu import HostAttention
 from gpu_worker.attention.kv_cache import KvShape
@@ -67,7 +67,9 @@ def test_a_layer_that_no_adapter_reaches_is_refused(
     base = tiny_base("llama")
     mlp = base.model.model.layers[1].mlp
     mlp.forward = lambda x: torch.nn.functional.linear(x @ mlp.up_proj.weight.T, mlp.down_proj.weight)
-    with pytest.raises(BaseModelUnsupported, match=r"does not support llama: .*weight"):
+    with pytest.raises(
+        BaseModelUnsupported, match=r"llama: its code uses the weight of a linear layer instead of calling"
+    ):
         make_engine({}, "llama", base=base)
 
 
@@ -81,6 +83,38 @@ def test_a_model_that_depends_on_the_class_of_its_layers_is_refused(
         lambda *call: (call[-1][0] * (1 if type(attention.q_proj) is nn.Linear else 2), None)
     )
     with pytest.raises(BaseModelUnsupported, match=r"does not support llama: .*logits differ"):
+        make_engine({}, "llama", base=base)
+
+
+@pytest.mark.parametrize("window", [9, 30])
+def test_a_window_that_is_wrongly_read_is_refused(
+    window: int, make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
+) -> None:
+    """The model's own mask sees 12 tokens, which no prompt of 8 tokens shows."""
+    base = tiny_base("gemma3")
+    assert base.window == 12
+    for layer in base.window_layers:
+        base.model.model.layers[layer].self_attn.sliding_window = window
+    with pytest.raises(
+        BaseModelUnsupported, match=r"gemma3_text: for prompts .*, in rows of 40 tokens, its logits differ"
+    ):
+        make_engine({}, "gemma3", base=replace(base, window=window))
+
+
+def test_positions_that_depend_on_the_length_of_a_row_are_refused(
+    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
+) -> None:
+    """They change for all tokens of a call once it reaches position 20, which chunks and decode tokens do not see."""
+    base = tiny_base("llama")
+
+    def stretch(_: nn.Module, inputs: tuple[object, ...], kwargs: dict[str, Tensor], output: object) -> object:
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else inputs[1]
+        assert isinstance(positions, Tensor) and isinstance(output, tuple)
+        cos, sin = output
+        return (cos, sin) if int(positions.max()) < 20 else (sin, cos)
+
+    base.model.model.rotary_emb.register_forward_hook(stretch, with_kwargs=True)
+    with pytest.raises(BaseModelUnsupported, match=r"does not support llama: .*in rows of 40 tokens"):
         make_engine({}, "llama", base=base)
 
 

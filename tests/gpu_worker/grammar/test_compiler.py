@@ -224,17 +224,41 @@ def test_too_many_waiting_grammars_are_refused(make: Callable[..., GrammarCompil
     run(main())
 
 
-def test_a_tenant_leaves_room_for_the_others(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
-    compiler = make(max_pending=16)
+def test_a_lone_tenant_may_use_every_place_and_makes_room_for_another(
+    make: Callable[..., GrammarCompiler], checks: Checks
+) -> None:
+    compiler = make(max_pending=8)
 
     async def main() -> None:
-        wanted = [("a", str(number)) for number in range(9)] + [("b", "b")]
-        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), tenant)) for tenant, text in wanted]
+        texts = [str(number) for number in range(9)]
+        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), "a")) for text in texts]
         await asyncio.sleep(0)
-        with pytest.raises(EngineFull, match="8 of your grammars"):
-            await waiting.pop(8)
+        with pytest.raises(EngineFull, match="8 grammars"):
+            await waiting.pop()
+        other = asyncio.ensure_future(compiler.compile(Grammar("regex", "b"), "b"))
+        with pytest.raises(EngineFull, match="8 grammars"):
+            await waiting.pop()
+        checks.released.set()
+        await asyncio.gather(other, *waiting)
+
+    run(main())
+    assert checks.checked.index("b") < 4, "two were being compiled, and the tenants take turns"
+    assert compiler.num_grammars == 8
+
+
+def test_a_grammar_that_made_room_is_compiled_when_it_comes_again(
+    make: Callable[..., GrammarCompiler], checks: Checks
+) -> None:
+    compiler = make(max_pending=4)
+
+    async def main() -> None:
+        wanted = [("a", text) for text in "0123"] + [("b", "4")]
+        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), tenant)) for tenant, text in wanted]
+        with pytest.raises(EngineFull):
+            await waiting.pop(3)
         checks.released.set()
         await asyncio.gather(*waiting)
 
     run(main())
-    assert checks.checked.index("b") < 6, "two were being compiled, and the tenants take turns"
+    assert "3" not in checks.checked
+    assert use(compiler, Grammar("regex", "3")) == [ord("3")]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from gpu_worker.attention.packed_attention import ATTENTION_NAME
@@ -82,11 +84,60 @@ def test_a_config_whose_layers_are_not_alike_is_refused(tmp_path: Path) -> None:
         load_base_model(tiny_config(tmp_path))
 
 
-@pytest.mark.parametrize("model_type", ["llava", "bloom"])
-def test_every_number_that_a_config_lacks_is_named(model_type: str, tmp_path: Path) -> None:
-    """Models of several parts keep such numbers one level down; older families use other names."""
+def test_every_number_that_a_config_lacks_is_named(tmp_path: Path) -> None:
+    """Older families use other names."""
+    AutoConfig.for_model("bloom").save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=r"bloom has .*num_key_value_heads.*max_position"):
+        load_base_model(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [("llava", "llama"), ("gemma3", "gemma3_text"), ("qwen2_5_vl", "qwen2_5_vl_text"), ("mistral3", "mistral")],
+)
+def test_a_multimodal_model_is_refused_in_one_sentence(model_type: str, part: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    with pytest.raises(BaseModelUnsupported, match=f"{model_type} has .*num_key_value_heads.*max_position"):
+    with pytest.raises(BaseModelUnsupported) as refusal:
+        load_base_model(tiny_config(tmp_path))
+    assert str(refusal.value).startswith(
+        f"{model_type} is a multimodal model; this server serves text-only models: use"
+    )
+    assert f"({part})" in str(refusal.value)
+    assert "without" not in str(refusal.value)
+
+
+def test_a_quantised_model_is_refused_with_what_to_do(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    folder = folder_with(tmp_path, tiny_folders["gemma3"], quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(
+        BaseModelUnsupported, match=r"quantised weights \(use engine 'vllm', or dequantise them and save"
+    ):
+        load_base_model(tiny_config(folder))
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "stablelm"])
+def test_a_class_with_attention_of_its_own_is_refused_before_it_is_built(model_type: str, tmp_path: Path) -> None:
+    """Falcon looks the attention up in a table of its own, so that building it raises a KeyError."""
+    changes = {"num_key_value_heads": 2} if model_type == "falcon" else {}
+    AutoConfig.for_model(model_type, **changes).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=f"{model_type} does not support transformers' attention interface"):
+        load_base_model(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_gguf_file_is_refused_with_what_to_use(is_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    folder = tmp_path / "model-q4.gguf" if is_file else tmp_path
+    with pytest.raises(BaseModelUnsupported, match=r"model-q4.gguf is a GGUF file, .* config.json and \*.safetensors"):
+        load_base_model(tiny_config(folder))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    """transformers would fill them with random numbers, which differ at each start."""
+    shutil.copytree(tiny_folders["llama"], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelUnsupported, match="9 of the model's 30 tensors are missing"):
         load_base_model(tiny_config(tmp_path))
 
 
@@ -154,6 +205,18 @@ def test_names_of_dtypes() -> None:
     fast = torch.cpu.get_capabilities()
     has_bfloat16 = bool(fast.get("avx512_bf16") or fast.get("amx_bf16"))
     assert resolve_dtype("auto") == (torch.bfloat16 if has_bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_a_processor_without_bfloat16_is_logged_once(
+    capability: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    with caplog.at_level("INFO"):
+        assert resolve_dtype("auto") == dtype
+        assert resolve_dtype("float32") == torch.float32  # chosen, so nothing is said
+    said = ["this processor has no AVX-512 or AMX instructions for bfloat16: weights are float32"]
+    assert caplog.messages == (said if dtype == torch.float32 else [])
 
 
 def test_a_folder_or_an_id_is_loaded_under_its_own_name() -> None:

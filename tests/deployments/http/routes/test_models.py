@@ -14,6 +14,7 @@ from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, get
 from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.key_files import bearer, keys_of_all_roles
 
 MANY = [adapter(f"a{number:03}", version="even" if number % 2 == 0 else "odd") for number in range(25)]
 
@@ -65,6 +66,18 @@ def test_pages_contain_every_model_once_and_in_order(limit: int) -> None:
 )
 def test_filters_select_matching_models(query: dict[str, Any], expected: list[str]) -> None:
     assert [name for page in pages(4, **query) for name in page] == expected
+
+
+def test_only_the_base_models_card_names_the_base_models_that_adapters_may_have() -> None:
+    cards = get("/v1/models", accepts_base=("an/alias",)).json()["data"]
+    named = {card["id"]: card["accepts_base"] for card in cards if "accepts_base" in card}
+    assert named == {BASE: ["an/alias", f"somewhere/{BASE}", BASE]}
+
+
+@pytest.mark.parametrize(("role", "is_named"), [("publish", True), ("infer", False), ("admin", False)])
+def test_only_keys_that_publish_see_the_accepted_base_models(tmp_path: Path, role: str, is_named: bool) -> None:
+    answer = get(f"/v1/models/{BASE}", headers=bearer(role), keys_file=keys_of_all_roles(tmp_path))
+    assert ("accepts_base" in answer.json()) == is_named
 
 
 def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Path) -> None:

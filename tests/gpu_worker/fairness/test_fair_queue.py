@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from gpu_worker.engine.fair_queue import FairQueue
 from gpu_worker.engine.row import Row
+from gpu_worker.fairness.fair_queue import FairQueue
 from tests.gpu_worker.rows import queued_row as row
 
 
 def queue_of(*rows: Row) -> FairQueue:
-    queue = FairQueue()
+    queue = FairQueue[Row]()
     for each in rows:
         queue.append(each)
     return queue
@@ -88,7 +88,7 @@ def test_a_row_that_leaves_in_the_middle_of_a_pass_is_not_shown() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_contains_the_rows_added_and_not_removed(seed: int) -> None:
-    rng, queue, held = random.Random(seed), FairQueue(), list[Row]()
+    rng, queue, held = random.Random(seed), FairQueue[Row](), list[Row]()
     for number in range(300):
         if held and rng.random() < 0.45:
             gone = held.pop(rng.randrange(len(held)))
@@ -106,7 +106,7 @@ def test_it_contains_the_rows_added_and_not_removed(seed: int) -> None:
 
 def test_a_row_waits_for_at_most_tenants_times_sets_of_its_own() -> None:
     """New rows keep arriving for the sets just served."""
-    rng, queue = random.Random(1), FairQueue()
+    rng, queue = random.Random(1), FairQueue[Row]()
     tenants, letters = "tuvw", "abcde"
     for tenant in tenants:
         for letter in letters:
@@ -161,7 +161,7 @@ def test_a_row_is_requeued_although_its_tenant_has_no_other_rows() -> None:
 
 def flooded(**counts: int) -> FairQueue:
     """Return a queue in which the tenants have this many rows, in turn."""
-    queue = FairQueue()
+    queue = FairQueue[Row]()
     for number in range(max(counts.values())):
         for tenant, count in counts.items():
             if number < count:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
-from gpu_worker.engine.row import Row
 from gpu_worker.errors import EngineFull
 
-_Sets = dict[tuple[str, ...], dict[Row, None]]  # rows of each adapter set in order of arrival, sets in order of turn
+
+class Queued(Protocol):
+    """An item of a FairQueue: a row of an engine, or a call, whose `adapter_set` is empty."""
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def adapter_set(self) -> tuple[str, ...]: ...
 
 
-class FairQueue:
+Item = TypeVar("Item", bound=Queued)
+# The rows of each adapter set in order of arrival, and the sets in order of turn.
+_Sets: TypeAlias = dict[tuple[str, ...], dict[Item, None]]
+
+
+class FairQueue(Generic[Item]):
     """Tenants take turns, then the adapter sets of a tenant, then the rows of a set in order of arrival.
 
     When a row is dequeued, its tenant and set go behind the others; those passed over keep their place. So the first
@@ -22,27 +34,27 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._tenants: dict[str, _Sets] = {}  # in order of turn
-        self._requeued: dict[Row, None] = {}  # the most recently requeued row is last
-        self._by_tenant: dict[str, dict[Row, None]] = {}  # in order of arrival, without requeued rows
+        self._tenants: dict[str, _Sets[Item]] = {}  # in order of turn
+        self._requeued: dict[Item, None] = {}  # the most recently requeued row is last
+        self._by_tenant: dict[str, dict[Item, None]] = {}  # in order of arrival, without requeued rows
         self._len = 0  # without requeued rows
 
     def __len__(self) -> int:
         return self._len + len(self._requeued)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Item]:
         yield from self.requeued
         yield from (row for sets in self._tenants.values() for rows in sets.values() for row in rows)
 
-    def __contains__(self, row: Row) -> bool:
+    def __contains__(self, row: Item) -> bool:
         return row in self._requeued or row in self._tenants.get(row.tenant, {}).get(row.adapter_set, {})
 
     @property
-    def requeued(self) -> list[Row]:
+    def requeued(self) -> list[Item]:
         """Return the requeued rows in their order of turn: the most recently requeued first."""
         return list(reversed(self._requeued))
 
-    def displaced_by(self, tenant: str, max_rows: int) -> tuple[Row, EngineFull] | None:
+    def displaced_by(self, tenant: str, max_rows: int) -> tuple[Item, EngineFull] | None:
         """Return the row that leaves a queue of `max_rows` for one of `tenant`, with its error; None if there is room.
 
         Raises: EngineFull if no row leaves for this tenant.
@@ -55,7 +67,7 @@ class FairQueue:
             raise full
         return row, full
 
-    def row_to_displace(self, tenant: str, max_rows: int) -> Row | None:
+    def row_to_displace(self, tenant: str, max_rows: int) -> Item | None:
         """Return the row that a new row of `tenant` displaces in a full queue of `max_rows`, or None.
 
         A tenant with less than an equal share of the places displaces the newest row of the tenant with the most.
@@ -68,21 +80,21 @@ class FairQueue:
             return None
         return next(reversed(largest))
 
-    def append(self, row: Row) -> None:
+    def append(self, row: Item) -> None:
         """Add a new row."""
         self._tenants.setdefault(row.tenant, {}).setdefault(row.adapter_set, {})[row] = None
         self._by_tenant.setdefault(row.tenant, {})[row] = None
         self._len += 1
 
-    def is_first(self, row: Row) -> bool:
+    def is_first(self, row: Item) -> bool:
         """Return whether the row is the first of its tenant with its adapters."""
         return next(iter(self._tenants[row.tenant][row.adapter_set])) is row
 
-    def same_adapters(self, row: Row) -> list[Row]:
+    def same_adapters(self, row: Item) -> list[Item]:
         """Return the row and, unless it was requeued, all rows of its tenant with the same adapters."""
         return [row] if row in self._requeued else list(self._tenants[row.tenant][row.adapter_set])
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: Item) -> None:
         """Remove the row without changing the order of turns."""
         if row in self._requeued:
             del self._requeued[row]
@@ -100,7 +112,7 @@ class FairQueue:
         if not of_tenant:
             del self._by_tenant[row.tenant]
 
-    def dequeue(self, row: Row) -> None:
+    def dequeue(self, row: Item) -> None:
         """Remove the row and end the turn of its tenant and adapter set. A requeued row had its turn before."""
         was_requeued = row in self._requeued
         self.remove(row)
@@ -110,11 +122,11 @@ class FairQueue:
             if row.adapter_set in sets:
                 sets[row.adapter_set] = sets.pop(row.adapter_set)
 
-    def requeue(self, row: Row) -> None:
+    def requeue(self, row: Item) -> None:
         """Add a dequeued row again, before all others."""
         self._requeued[row] = None
 
-    def turns(self) -> Iterator[Row]:
+    def turns(self) -> Iterator[Item]:
         """Yield the requeued rows, then the first row of each set, in turn.
 
         If that row leaves the queue meanwhile, the next row of its set follows later.
@@ -136,6 +148,6 @@ class FairQueue:
                 if not sets:
                     del pending[tenant]
 
-    def _first(self, tenant: str, adapter_set: tuple[str, ...]) -> Row | None:
+    def _first(self, tenant: str, adapter_set: tuple[str, ...]) -> Item | None:
         rows = self._tenants.get(tenant, {}).get(adapter_set)
         return next(iter(rows)) if rows else None

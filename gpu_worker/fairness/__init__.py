@@ -1,0 +1,1 @@
+"""Share turns and places among tenants."""

@@ -1,0 +1,195 @@
+"""Refuse a checkpoint that lacks some of its model's weights, which would be random numbers.
+
+transformers fills missing tensors with random numbers and logs a report. vLLM 0.32 refuses missing norms only: linear
+layers, embeddings and everything in a quantised model keep what was in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from gpu_worker.errors import BaseModelUnsupported
+
+logger = logging.getLogger(__name__)
+
+_NUM_SHOWN = 3
+_REMEDY = "Copy the model's files again, and check that config.json belongs to these weights"
+_LOADER = "transformers.modeling_utils"  # the logger of its report
+_MISTRAL_FILES = "consolidated*.safetensors"  # vLLM prefers them to the other files; transformers does not read them
+
+
+def load_whole(source: str, **options: Any) -> PreTrainedModel:
+    """Load the model with all its weights. `options`: of transformers' `from_pretrained`.
+
+    Raises: BaseModelUnsupported, which names the tensors that are missing, have another shape or cannot be converted,
+    or the files that are missing or broken.
+    """
+    _read_headers(weight_files(source))
+    try:
+        return _load(AutoModelForCausalLM, source, source, **options)
+    except OSError as exc:
+        raise BaseModelUnsupported(f"the weights of {source} cannot be read: {exc}") from exc
+
+
+def check_checkpoint(source: str) -> bool:
+    """Check the names and shapes of the tensors in the files, without reading their numbers.
+
+    transformers loads tensors without numbers, so that its renamings, conversions and ties count. In a quantised
+    checkpoint, modules with tensors that transformers' class does not have, such as scales, are not compared.
+    Return False if nothing was checked: the files are not on this machine, have the format of Mistral's own tools, or
+    need a conversion that fails without numbers.
+    Raises: BaseModelUnsupported, as `load_whole`.
+    """
+    if Path(source).is_dir() and any(Path(source).glob(_MISTRAL_FILES)):
+        return False
+    tensors = _read_headers(weight_files(source))
+    if not tensors:
+        return False
+    config = AutoConfig.from_pretrained(source)
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    if is_quantised:
+        del config.quantization_config
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    options = {"config": config, "state_dict": tensors, "device_map": {"": "meta"}}
+    try:
+        _load(model_class, None, source, is_quantised=is_quantised, **options)
+    except RuntimeError:  # vLLM loads with code of its own, which may succeed
+        logger.warning("the names of the tensors of %s could not be checked", source, exc_info=True)
+        return False
+    return True
+
+
+def weight_files(source: str) -> list[Path]:
+    """Return the files of weights in this folder, or in the local cache for an id of the model hub.
+
+    Raises: BaseModelUnsupported if files are missing that the folder's index names.
+    """
+    if not Path(source).is_dir():
+        return _cached_weight_files(source)
+    folder = Path(source)
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            files = [folder / name for name in _shards(folder / index)]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise BaseModelUnsupported(
+                    f"{folder / index} names {len(files)} files, and {len(missing)} of them"
+                    f" {'is' if len(missing) == 1 else 'are'} missing ({_some(missing)}). Copy the model's files again"
+                )
+            return files
+    return sorted(folder.glob("*.safetensors"))  # vLLM accepts any name
+
+
+def _cached_weight_files(source: str) -> list[Path]:
+    """Return the files of a hub's model that are on this machine; none if some are not."""
+
+    def find(name: str) -> Path | None:
+        found = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (file := find(single)) is not None:
+            return [file]
+        if (found := find(index)) is not None:
+            files = [find(name) for name in _shards(found)]
+            return [file for file in files if file is not None] if None not in files else []
+    return []
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise BaseModelUnsupported(f"{index} is not an index of weights ({exc!r}). {_REMEDY}") from exc
+
+
+def _read_headers(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the tensors of the files, without their data. Raises: BaseModelUnsupported, which names a broken file."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_state_dict(file, map_location="meta")
+        except Exception as exc:  # of safetensors, or of torch's own format
+            raise BaseModelUnsupported(f"{file} cannot be read ({exc}). Copy the model's files again") from exc
+    return tensors
+
+
+def _load(
+    model_class: Any, path: str | None, source: str, *, is_quantised: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Load the model. Raises: BaseModelUnsupported if tensors are missing, do not fit or cannot be converted."""
+    with _Report(is_shown=path is not None) as report:
+        try:
+            model, info = model_class.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except RuntimeError as exc:
+            if is_quantised or not report.unconverted:
+                raise
+            what = f"tensors cannot be converted to those of the model ({_some(report.unconverted)})"
+            raise BaseModelUnsupported(f"{source} lacks weights: {what}. {_REMEDY}") from exc
+    unknown = {ancestor for name in info["unexpected_keys"] for ancestor in _ancestors(name)} if is_quantised else set()
+    missing = sorted(name for name in info["missing_keys"] if name.rpartition(".")[0] not in unknown)
+    others = sorted(item for item in info["mismatched_keys"] if item[0].rpartition(".")[0] not in unknown)
+    problems, of_all = [], f"of the model's {len(model.state_dict())} tensors"
+    if missing:
+        problems.append(f"{len(missing)} {of_all} are missing ({_some(missing)})")
+        if not is_quantised and (extra := sorted(info["unexpected_keys"])):
+            problems.append(f"{len(extra)} tensors of the files are not the model's ({_some(extra)})")
+    if others:
+        shapes = [f"{name} is {tuple(found)} and must be {tuple(wanted)}" for name, found, wanted in others]
+        problems.append(f"{len(others)} {of_all} have another shape ({_some(shapes)})")
+    if problems:
+        raise BaseModelUnsupported(f"{source} lacks weights: {'; '.join(problems)}. {_REMEDY}")
+    return model
+
+
+class _Report(logging.Filter):
+    """transformers' report of a load, which is the only place that names the tensors it cannot convert."""
+
+    def __init__(self, *, is_shown: bool) -> None:
+        super().__init__()
+        self._is_shown = is_shown
+        self.unconverted: list[str] = []
+
+    def __enter__(self) -> _Report:
+        logging.getLogger(_LOADER).addFilter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger(_LOADER).removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.unconverted += re.findall(r"^(\S.*?) +\| \S*CONVERSION", record.getMessage(), re.MULTILINE)
+        return self._is_shown
+
+
+def _ancestors(name: str) -> list[str]:
+    """Return the modules that contain the tensor."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names, and how many there are besides."""
+    shown = ", ".join(names[:_NUM_SHOWN])
+    return shown + (f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else "")

@@ -1,0 +1,101 @@
+"""The API key in the console, in a real Chromium, over an Ingress with fakes and real keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, Request, Response, expect
+
+from tests.browsing import Browsing, drop_folder
+from tests.deployments.app_fakes import Served
+from tests.deployments.looking import ask, folder_of, go, last_turn, look
+
+pytestmark = pytest.mark.browser
+
+KEY = "of good news"
+NEEDS_A_KEY = "This server needs a key. Ask its operator."
+
+
+async def use(page: Page, key: str) -> None:
+    """Type a key into the open dialog, and use it."""
+    await page.get_by_label("API key", exact=True).fill(key)
+    await page.get_by_role("button", name="Use", exact=True).click()
+
+
+def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "verse")
+    answered: list[Request] = []
+
+    def note(response: Response) -> None:
+        if response.ok and "/v1/" in response.url:
+            answered.append(response.request)
+
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
+        page.on("response", note)
+        await use(page, KEY)
+        await expect(page.locator("#connection")).to_have_text("live")
+        await expect(page.locator("#map .spot")).to_have_count(2)
+        await ask(page)
+        await expect(last_turn(page, ".text")).to_have_text("Hello")
+        await expect(page.locator("#map .prompt")).to_have_count(1)
+        await drop_folder(page, folder)
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        await expect(page.locator("#previews .good")).to_have_count(1)
+        sent = {f"{one.method} {one.url.partition('/v1/')[2].partition('?')[0]}" for one in answered}
+        expected = {"GET stats", "GET loras", "GET pool/map", "POST pool/map", "POST chat/completions", "POST loras"}
+        assert expected <= sent
+        assert {await one.header_value("authorization") for one in answered} == {f"Bearer {KEY}"}
+        stored = await page.evaluate("JSON.stringify(localStorage) + document.cookie")
+        assert "A verse, please." in stored and "good news" not in stored
+        await page.locator("#key-button").click()
+        await page.get_by_role("button", name="Forget").click()
+        await expect(page.locator("#confirm-title")).to_have_text("The key is forgotten. Clear the history too?")
+        await page.locator("#confirm-yes").click()
+        await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
+        assert "A verse, please." not in await page.evaluate("JSON.stringify(localStorage)")
+
+    look(browsing, question, api_key=KEY)
+
+
+def test_the_dialog_says_once_that_the_server_needs_a_key(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#key-note")).to_have_text(NEEDS_A_KEY)
+        await expect(page.locator("#connection")).to_have_text("key needed")
+        await page.get_by_role("button", name="Cancel").click()
+        for part in ("#map-note", "#examples-note", "#pool-error"):
+            await expect(page.locator(part)).to_have_text("")
+        await go(page, "Adapters")
+        await expect(page.locator("#pool-error")).to_be_hidden()
+        await expect(page.locator("#key-button")).to_be_visible()
+
+    look(browsing, question, api_key=KEY)
+
+
+def test_only_a_key_that_the_server_accepts_gets_a_tick(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        note, button = page.locator("#key-note"), page.locator("#key-button")
+        await expect(note).to_have_text(NEEDS_A_KEY)
+        await use(page, "a wrong one")
+        await expect(note).to_have_text("This server does not accept your key. Ask its operator.")
+        await expect(button).to_have_text("API key")
+        await expect(button).to_have_attribute("aria-label", "API key: not accepted")
+        await use(page, KEY)
+        await expect(button).to_have_text("API key ✓")
+        await expect(button).to_have_attribute("aria-label", "API key: accepted")
+        await button.click()
+        await expect(note).to_have_text("The server accepts your key.")
+        await use(page, "a wrong one")
+        await expect(button).to_have_text("API key")
+
+    look(browsing, question, api_key=KEY)
+
+
+def test_a_server_without_keys_has_no_button_for_one(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#connection")).to_have_text("live")
+        await expect(page.locator("#map .spot")).to_have_count(2)
+        await expect(page.locator("#key-button")).to_be_hidden()
+
+    look(browsing, question)

@@ -1,0 +1,139 @@
+"""Names that other tools give are explained in one reason, with PEFT's name of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_store import AdapterRefused, check_folder
+from lora_store.peft_files import tensor_key
+from lora_store.tensor_names import misnamed_tensors
+from tests.bad_uploads import Spoil, Tensors, add, rename, tensors
+from tests.lora_store.builders import BASE, SHAPES, MakeFolder
+
+Shapes = dict[str, tuple[int, int]]
+RIGHT = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+NUM_TENSORS = 6
+
+
+def renamed(change: Callable[[str], str]) -> Spoil:
+    """Change every tensor's name."""
+
+    def spoil(found: Tensors, _: str) -> None:
+        for key in list(found):
+            found[change(key)] = found.pop(key)
+
+    return tensors(spoil)
+
+
+def refusal(folder: Path, shapes: Shapes | None) -> tuple[str, ...]:
+    with pytest.raises(AdapterRefused) as caught:
+        check_folder(folder, accepts_base={BASE}, module_shapes=shapes)
+    return caught.value.reasons
+
+
+# Each with the first name, and where the names begin otherwise than PEFT's, if all do.
+SPELLINGS: dict[str, tuple[Callable[[str], str], str, tuple[str, str] | None]] = {
+    "the adapter's name": (
+        lambda key: key.replace(".weight", ".default.weight"),
+        RIGHT.replace(".weight", ".default.weight"),
+        None,
+    ),
+    "no prefix": (
+        lambda key: key.removeprefix("base_model.model."),
+        RIGHT.removeprefix("base_model.model."),
+        ("model.", "base_model.model.model."),
+    ),
+    "a compiled model": (
+        lambda key: f"_orig_mod.{key}",
+        f"_orig_mod.{RIGHT}",
+        ("_orig_mod.base_model.", "base_model."),
+    ),
+    "checkpointed layers": (
+        lambda key: key.replace(".mlp.", "._checkpoint_wrapped_module.mlp.").replace(
+            ".self_attn.", "._checkpoint_wrapped_module.self_attn."
+        ),
+        RIGHT.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+        None,
+    ),
+    "MLX": (
+        lambda key: key.replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b"),
+        RIGHT.replace("lora_A.weight", "lora_a"),
+        None,
+    ),
+}
+# These need the base's modules.
+PREFIXES = {
+    "a multimodal model": "language_model.model.",
+    "a multimodal model of transformers 5": "model.language_model.",
+    "data parallel": "module.model.",
+}
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, None], ids=["base", "no base"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_gives_one_reason_with_one_name(
+    spelling: str, shapes: Shapes | None, make_folder: MakeFolder
+) -> None:
+    change, first, beginnings = SPELLINGS[spelling]
+    folder = make_folder()
+    renamed(change)(folder)
+    [reason] = refusal(folder, shapes)
+    assert f"adapter_model.safetensors: all {NUM_TENSORS} tensor names " in reason
+    assert f"{first!r} must be {RIGHT!r}" in reason
+    if beginnings:
+        assert "begin with {!r}; the names of this base begin with {!r}".format(*beginnings) in reason
+    assert ("transposed" in reason) == (spelling == "MLX")
+    assert reason.endswith("Save the adapter with PEFT's save_pretrained, or rename its tensors")
+
+
+@pytest.mark.parametrize("spelling", PREFIXES)
+def test_another_prefix_gives_one_reason_with_both(spelling: str, make_folder: MakeFolder) -> None:
+    theirs = PREFIXES[spelling]
+    folder = make_folder()
+    rename("base_model.model.model.", f"base_model.model.{theirs}")(folder)
+    [reason] = refusal(folder, SHAPES)
+    assert f"all {NUM_TENSORS} tensor names begin with 'base_model.model.{theirs}" in reason
+    assert "the names of this base begin with 'base_model.model.model." in reason
+    assert f"must be {RIGHT!r}" in reason
+
+
+def test_one_misnamed_tensor_of_several_is_counted(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    renamed(lambda key: key.replace("model.layers.1.self_attn.q_proj.lora_A.", "x.layers.1.self_attn.q_proj.lora_A."))(
+        folder
+    )
+    first, second = refusal(folder, SHAPES)
+    assert "1 of 6 tensor names begin with 'base_model.model.x.layers.'" in first
+    assert second == "module 'model.layers.1.self_attn.q_proj' has lora_B but no lora_A"
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("shapes", [SHAPES, None], ids=["base", "no base"])
+def test_an_adapted_vocabulary_is_the_only_reason(layer: str, shapes: Shapes | None, make_folder: MakeFolder) -> None:
+    """PEFT saves the whole layer with the pair."""
+    where = f"base_model.model.{'model.' * (layer == 'embed_tokens')}{layer}"
+    pair = ("lora_embedding_A", "lora_embedding_B") if layer == "embed_tokens" else ("lora_A.weight", "lora_B.weight")
+    folder = make_folder()
+    for name, shape in [("base_layer.weight", (9, 6)), (pair[0], (4, 6)), (pair[1], (9, 4))]:
+        add(f"{where}.{name}", torch.ones(shape))(folder)
+    [reason] = refusal(folder, shapes)
+    assert reason.startswith(f"the adapter adds or changes vocabulary ('{where}.base_layer.weight', ")
+    assert "out of target_modules" in reason
+
+
+def test_names_that_no_module_ends_with_are_left_to_the_other_checks() -> None:
+    keys = [
+        *("model.blocks.0.mlp.up_proj.lora_A.weight", "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"),
+        *("up_proj.lora_A.weight", "lora_A.weight", f"{'x.' * 1000}lora_A.weight", "...lora_A.weight", "stray"),
+        *(RIGHT.replace("weight", "bias"), RIGHT.replace("lora_A", "lora_down")),
+    ]
+    assert misnamed_tensors(keys, SHAPES) == {}
+
+
+def test_right_names_are_not_misnamed() -> None:
+    keys = [tensor_key(module, side) for module in SHAPES for side in "AB"]
+    assert misnamed_tensors(keys, SHAPES) == misnamed_tensors(keys, None) == {}
