@@ -75,14 +75,17 @@ class Whitening:
         """Project unit rows (N, D) to unit rows (N, D)."""
         return _projected(vectors, self.mean, self.matrix)
 
-    def own_scores(self, vectors: np.ndarray, texts: Sequence[str], cores: np.ndarray, core_weight: float) -> Rows:
+    def own_scores(
+        self, vectors: np.ndarray, texts: Sequence[str], cores: np.ndarray | None = None, core_weight: float = 0.0
+    ) -> Rows:
         """Return how near one adapter's samples (n, D) are to the others, each in a space made without its text.
 
-        `cores` (n, D) and `core_weight`: as in `embedding`. See `leave_one_out_scores`.
+        `cores` (n, D) and `core_weight`: of the samples without shared wording, as in `embedding`.
         """
         scores = np.empty(len(texts) if len(texts) > 1 else 0, np.float32)
         if len(scores):
-            spaces = zip(self.held_out(vectors, texts), self.held_out(cores, texts), strict=True)
+            others = vectors if cores is None else cores
+            spaces = zip(self.held_out(vectors, texts), self.held_out(others, texts), strict=True)
             for (held_out, rows), (_, core_rows) in spaces:
                 mixed = (1 - core_weight) * rows + core_weight * core_rows
                 scores[held_out] = leave_one_out_scores(rows, mixed)[held_out]
