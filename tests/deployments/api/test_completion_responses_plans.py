@@ -38,7 +38,7 @@ def test_a_choice_says_how_well_the_best_candidate_fits() -> None:
     reason, why = explained(Planned(plan, (NEAR, FITS), reason="fits"), tenant="us")
     assert reason == "fits"
     assert why == (
-        "local/coder fits: it scores 0.750 and needs 0.500, and fits better than 62% of the pool's own samples do."
+        "local/coder fits: it scores 0.750 and needs 0.500, and is right with a probability of about 62%."
     )
 
 
