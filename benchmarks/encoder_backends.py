@@ -27,7 +27,7 @@ from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.paper.retrieval.loading import load_experiments
 from benchmarks.results_file import write_part
 from retriever_svc.encoder import INSTRUCTION, Encoder, Vectors, chunks_of, load_model, unit_rows
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 Embed = Callable[[Sequence[str]], Vectors]
 Forward = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
@@ -76,7 +76,7 @@ def runtimes(folder: Path) -> dict[str, Embed]:
     """Return all ways to embed texts, each with one thread. `folder`: for the exported network."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = load_model(DEFAULT_MODEL)
+    model = load_model(ENGLISH_MODEL)
     plain, small = folder / "encoder.onnx", folder / "encoder-int8.onnx"
     example = torch.ones(2, 8, dtype=torch.int64)
     axes = {name: {0: "texts", 1: "tokens"} for name in ("ids", "mask", "hidden")}
@@ -90,7 +90,7 @@ def runtimes(folder: Path) -> dict[str, Embed]:
         dynamo=False,
     )
     quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
-    own, reference = Encoder(num_threads=1), Encoder(num_threads=1, dtype="float32")
+    own, reference = Encoder(ENGLISH_MODEL, num_threads=1), Encoder(ENGLISH_MODEL, num_threads=1, dtype="float32")
     return {
         SERVER: own.encode_plain,
         TORCH: with_torch().encode_plain,

@@ -32,6 +32,7 @@ from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import Snapshot
 from retriever_svc import Encoder, LivePool, SavedIndexes
 from retriever_svc.encoder import unit_rows
+from retriever_svc.encoder_files import ENGLISH_MODEL
 from retriever_svc.pool import Pool
 
 try:
@@ -73,7 +74,7 @@ class Data:
 
     @classmethod
     def load(cls) -> Data:
-        encoder = Encoder()
+        encoder = Encoder(ENGLISH_MODEL)
         return cls(
             encoder,
             encoder.encode(_texts(sorted(POOL.glob("*/lora_samples.jsonl")))),

@@ -33,9 +33,9 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.results_file import commit, machine, write_results
 from benchmarks.vllm_process import MAX_LEN, Vllm
-from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.model.base_model import model_source
 from lora_store import Strategy, write_peft_folder
+from lora_store.location import DEFAULT_CACHE_DIR
 
 NUM_ADAPTERS, NUM_STOCK, WARM_TOKENS = 32, 8, 4
 STOCK, STOCK_LORA = "vLLM, no LoRA", "vLLM, 8 adapters, one a row"

@@ -46,6 +46,7 @@ from retriever_svc import (
 from retriever_svc.embedded import Embedded
 from retriever_svc.nearest_samples import NearestSamples
 from retriever_svc.retriever import Encoded
+from retriever_svc.views import chosen_view, with_views
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +114,11 @@ class RetrieverDeployment:
         if not requests:
             return []
         await self._reach_for(requests[0].tenant, max(request.min_generation for request in requests))
-        encoded = await self._prompts.encoded(requests[0].tenant, [request.text for request in requests])
-        answers = await _on(self._searches, self._retriever.route_encoded, requests, encoded)
+        views, places = with_views(requests)
+        read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
+        found = await _on(self._searches, self._retriever.route_encoded, views, read)
+        chosen = [own[chosen_view([found[place] for place in own])] for own in places]
+        answers, encoded = [found[place] for place in chosen], [read[place] for place in chosen]
         for request, answer in zip(requests, answers, strict=True):
             self._metrics.record_route(answer, request.counted)
         if failed := [answer for answer in answers if isinstance(answer, RetrieverError)]:

@@ -25,7 +25,9 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
     """
     settings = config.retrieval
     pools = LivePool(
-        lambda model: Encoder(model, num_threads=settings.encoder_threads, dtype=settings.encoder_dtype),
+        lambda model: Encoder(
+            model, num_threads=settings.encoder_threads, dtype=settings.encoder_dtype, cache_dir=config.cache_dir
+        ),
         snapshots,
         model=settings.encoder,
         settings=replace(index or IndexSettings(), requires_approval=config.public_requires_approval),

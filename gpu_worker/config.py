@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
 from annotated_types import BaseMetadata, Ge, Gt, Le
 
 from gpu_worker.errors import WorkerConfigInvalid
+from lora_store.location import DEFAULT_CACHE_DIR
 
 _CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
 _WIDEST_FUSION = 256  # rank rows of a fusion of the widest adapters that `admission.max_rank` allows by default
@@ -17,7 +18,6 @@ _ONLY_NATIVE = {"max_chunk_tokens", "prompt_lookup_tokens", "prefix_cache_share"
 _ONLY_VLLM = {"tensor_parallel_size", "enforce_eager", "fusion_rank_rows", "model_check_max_parameters"}
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
 PACKAGED_ALIASES = ("google/gemma-3-270m", "unsloth/gemma-3-270m")  # names of the same model on the model hub
-DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"
 AtLeastOne = Annotated[int, Ge(1)]
 ToolParser = Literal["auto", "hermes", "mistral", "mistral_args", "llama3_json"]
 """The form in which the base model writes tool calls; `auto`: as its chat template shows."""

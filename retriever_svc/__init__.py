@@ -1,7 +1,7 @@
 """Retrieval: the encoder, the adapter index, and the Retriever that turns prompts into plans."""
 
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import Abstain, Calibration
+from retriever_svc.calibration import Abstain
 from retriever_svc.competence import Region, Scorer
 from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
 from retriever_svc.embedding import embed_groups, embeddings_of
@@ -42,7 +42,6 @@ __all__ = [
     "Allowed",
     "BaseCounts",
     "BulkEncoding",
-    "Calibration",
     "Candidate",
     "Collision",
     "DoctorReport",

@@ -91,7 +91,7 @@ class AdapterTable:
         return mask
 
     def trusted(self, tenant: str, count: int) -> Mask:
-        """Return a mask of the first `count` rows: those that count in the calibration of `tenant`.
+        """Return a mask of the first `count` rows: those that `tenant` trusts.
 
         These are its own adapters, and the approved ones that it may find.
         """

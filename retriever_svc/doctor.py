@@ -12,7 +12,7 @@ from lora_store.adapter import AdapterRef, Sample
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import MIN_SCORES, SHARES, Abstain
+from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Allowed, Match
 from retriever_svc.output_profile import functions_agree
@@ -20,12 +20,14 @@ from retriever_svc.pool import Pool
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.refit_gain import RefitGain, refit_gain
 from retriever_svc.sample_source import SampleSource, read_samples
+from retriever_svc.shared_wording import num_wordings
 
 FEW_SAMPLES = 10
 _NEAR = 0.95  # the typical cosine of two adapters of one task that were trained on different samples
 _NUM_NEIGHBOURS = 16
 _MANY_SWAPPED = 0.2  # of the samples of two adapters; fewer are chance, or a few odd samples
-_MANY_BELOW = 0.25  # of own samples below the own threshold, which 3 % should be
+_MANY_BELOW = 0.25  # a healthy adapter turns away far less of its own samples
+FEW_WORDED = 5  # fewer samples say nothing about their wording
 _MAX_REFITTED = 512  # adapters on which a refit is tried
 _MAX_REFITTED_SAMPLES = 32  # of one adapter
 POINTS: tuple[Abstain, ...] = ("lenient", "balanced", "strict")
@@ -43,8 +45,13 @@ class AdapterFinding:
     num_first: int
     num_found: int  # among the top_k
     shadowed_by: AdapterRef | None
-    num_below: int = 0  # own samples below the adapter's own threshold at the operating point `balanced`
     turned_away: tuple[int, ...] = ()  # own samples that the adapter does not answer, at each point of `POINTS`
+    num_wordings: int = 1  # ways in which the samples are worded
+
+    @property
+    def num_below(self) -> int:
+        """The number of own samples that the adapter turns away at the operating point `balanced`."""
+        return self.turned_away[POINTS.index("balanced")] if self.turned_away else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +121,13 @@ class DoctorReport:
 
     @property
     def with_unlike_samples(self) -> tuple[AdapterFinding, ...]:
-        """The adapters whose samples differ so much that a quarter of them would be turned away."""
+        """The adapters that would turn away a quarter of their own samples."""
         return tuple(a for a in self.adapters if a.num_below >= 2 and a.num_below >= _MANY_BELOW * a.num_samples)
+
+    @property
+    def with_one_wording(self) -> tuple[AdapterFinding, ...]:
+        """The adapters whose samples repeat one instruction. Prompts in other words find them less often."""
+        return tuple(a for a in self.adapters if a.num_wordings == 1 and a.num_samples >= FEW_WORDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +197,8 @@ class _Examination:
         shadow = firsts.most_common(1)[0][0] if found and not firsts[record.ref] else None
         self.counts[record.ref] = len(found)
         counts = len(found), firsts[record.ref], num_found
-        below, turned_away = self._num_below(record), self._turned_away(record, vectors)
-        self.findings.append(AdapterFinding(record.ref, *counts, shadow, below, turned_away))
-
-    def _num_below(self, record: AdapterRecord) -> int:
-        """Return how many own samples, each compared with the others, are below the adapter's own threshold."""
-        assert record.embedding is not None
-        scores = record.embedding.own_scores
-        if len(scores) < MIN_SCORES:
-            return 0
-        [[judged]] = self.pool.judged([[Match(record, 0.0)]], self.tenant, SHARES["balanced"])
-        return int((scores < judged.threshold).sum())
+        turned_away, wordings = self._turned_away(record, vectors), num_wordings(texts)
+        self.findings.append(AdapterFinding(record.ref, *counts, shadow, turned_away, wordings))
 
     def _turned_away(self, record: AdapterRecord, vectors: Vectors) -> tuple[int, ...]:
         """Return how many of the samples (S, D), each compared with the others, the adapter would not answer."""
@@ -204,7 +207,7 @@ class _Examination:
         if len(scores) != len(vectors):
             return ()  # a single sample has none to be compared with
         own = [[Match(record, score)] for score in scores]
-        judged = (self.pool.judged(own, self.tenant, SHARES[point], vectors) for point in POINTS)
+        judged = (self.pool.judged(own, point, vectors) for point in POINTS)
         return tuple(sum(not match.fits for [match] in rows) for rows in judged)
 
     def _find_near(self, record: AdapterRecord) -> None:

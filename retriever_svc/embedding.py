@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lora_store.adapter import Sample
 from lora_store.records import Embedding
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import leave_one_out_scores
 from retriever_svc.encoder import Encoder, Vectors, project, unit_rows
 from retriever_svc.output_profile import profile_of, texts_to_encode
+from retriever_svc.shared_wording import without_shared_wording
+
+CORE_WEIGHT = 0.4  # on the tune pools of `python -m benchmarks.routing.wording` 0.3 to 0.5 are alike
 
 
 def embed_groups(
@@ -29,7 +34,8 @@ def encoding_of(
 ) -> BulkEncoding:
     """Return a chunk-by-chunk encoding of the samples of all groups, in order; `tenants` as in `embed_groups`.
 
-    Of each group: first the inputs, then those outputs that its profile needs.
+    Of each group: first the inputs, then the inputs without the wording that they share, then those outputs that its
+    profile needs.
     """
     texts = [_texts_of(samples) for samples in groups]
     owners = None
@@ -39,7 +45,8 @@ def encoding_of(
 
 
 def _texts_of(samples: Sequence[Sample]) -> list[str]:
-    return [sample.input for sample in samples] + texts_to_encode(samples)
+    inputs = [sample.input for sample in samples]
+    return inputs + without_shared_wording(inputs) + texts_to_encode(samples)
 
 
 def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
@@ -48,23 +55,30 @@ def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) ->
     embeddings: list[Embedding | None] = []
     start = 0
     for samples in groups:
-        middle, end = start + len(samples), start + len(_texts_of(samples))
-        inputs, outputs = rows[start:middle], rows[middle:end]
+        num, end = len(samples), start + len(_texts_of(samples))
+        inputs, cores, outputs = np.split(rows[start:end], [num, 2 * num])
         start = end
-        embeddings.append(_embedding_of(encoding.encoder, samples, inputs, outputs) if samples else None)
+        embeddings.append(_embedding_of(encoding.encoder, samples, inputs, cores, outputs) if samples else None)
     return embeddings
 
 
-def _embedding_of(encoder: Encoder, samples: Sequence[Sample], inputs: Vectors, outputs: Vectors) -> Embedding:
-    """Return the embedding of an adapter from its samples' vectors before the projection: inputs (S, D), outputs.
+def _embedding_of(
+    encoder: Encoder, samples: Sequence[Sample], inputs: Vectors, cores: Vectors, outputs: Vectors
+) -> Embedding:
+    """Return the embedding of an adapter from its samples' vectors before the projection.
 
-    E(adapter) = mean over its samples of E(instruction ⊕ sample), scaled to length 1, so that inner products are
-    cosines.
+    `inputs` (S, D): of the samples; `cores` (S, D): of the samples without the wording that they share.
+
+        E(adapter) = mean over its samples of (1 − w) · E(instruction ⊕ sample) + w · E(instruction ⊕ core)
+
+    scaled to length 1, so that inner products are cosines. The paper's mean has w = 0. Then the words of one training
+    set weigh more than its task, and prompts in other words find the adapter less often.
     Source: LoraRetriever (ACL Findings 2024), section 4.1.
     """
-    vector = unit_rows(project(encoder, inputs).mean(axis=0))
+    mixed = (1 - CORE_WEIGHT) * project(encoder, inputs) + CORE_WEIGHT * project(encoder, cores)
     if encoder.projection is None:
-        scores = leave_one_out_scores(inputs)
+        scores = leave_one_out_scores(inputs, (1 - CORE_WEIGHT) * inputs + CORE_WEIGHT * cores)
     else:
-        scores = encoder.projection.own_scores(inputs, [sample.input for sample in samples])
-    return Embedding(encoder.identity, vector, scores, profile_of(samples, outputs))
+        texts = [sample.input for sample in samples]
+        scores = encoder.projection.own_scores(inputs, texts, cores, CORE_WEIGHT)
+    return Embedding(encoder.identity, unit_rows(mixed.mean(axis=0)), scores, profile_of(samples, outputs))

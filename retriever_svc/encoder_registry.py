@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Literal, get_args
 
 from lora_store.snapshot import ActiveEncoder
 from retriever_svc.encoder import Encoder
+from retriever_svc.encoder_files import ENGLISH_MODEL
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.whitening import split_identity
+
+logger = logging.getLogger(__name__)
 
 LoadEncoder = Callable[[str], Encoder]
 Projection = Literal["auto", "none"]  # auto: the packaged one, if there is one for the encoder
@@ -50,6 +54,8 @@ class EncoderRegistry:
 
     def _default(self, embedded_by: str | None) -> Encoder:
         encoder = self._load(self._default_model)
+        if embedded_by is not None and split_identity(embedded_by)[0] != encoder.identity:
+            encoder = self._earlier_default(embedded_by) or encoder
         if embedded_by == encoder.identity:
             return encoder
         if embedded_by is not None and self._files is not None and self._projection == "auto":
@@ -57,6 +63,21 @@ class EncoderRegistry:
             if earlier is not None:
                 return encoder.projected(earlier)
         return self._with_default(encoder, self._projection)
+
+    def _earlier_default(self, embedded_by: str) -> Encoder | None:
+        """Return the earlier default encoder if it embedded the pool. It stays in service until a reindex."""
+        try:
+            earlier = self._load(ENGLISH_MODEL)
+        except EncoderUnusable:
+            return None
+        if earlier.identity != split_identity(embedded_by)[0]:
+            return None
+        logger.warning(
+            "the pool was embedded by %s, the default of an earlier version: `loraretriever reindex` moves it to %s",
+            ENGLISH_MODEL,
+            self._default_model,
+        )
+        return earlier
 
     def _with_default(self, encoder: Encoder, projection: str) -> Encoder:
         if projection == "none" or self._files is None:

@@ -26,7 +26,7 @@ _SCATTERED_COST = 4  # reading a row out of order costs as much as this many in 
 class Match(NamedTuple):
     """An adapter found by a search, with the cosine of its embedding to the query.
 
-    `threshold` and `confidence` are as `Calibration.judge` returns them, once the match is judged.
+    `threshold` and `confidence` are as `judge` returns them, once the match is judged.
     """
 
     record: AdapterRecord
@@ -187,10 +187,6 @@ class AdapterIndex:
         The vectors are (N, D).
         """
         return self._evenly(self._alive & self._table.visible(tenant, len(self._alive)), max_rows)
-
-    def trusted(self, tenant: str, max_rows: int) -> tuple[int, list[AdapterRecord], Vectors]:
-        """Return the same of the adapters that count in the calibration of `tenant`."""
-        return self._evenly(self._alive & self._table.trusted(tenant, len(self._alive)), max_rows)
 
     def _evenly(self, mask: Mask, max_rows: int) -> tuple[int, list[AdapterRecord], Vectors]:
         positions = np.flatnonzero(mask)

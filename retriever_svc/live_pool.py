@@ -15,7 +15,6 @@ from retriever_svc.encoder_registry import EncoderRegistry, LoadEncoder, Project
 from retriever_svc.errors import ProjectionUnusable, StaleIndex
 from retriever_svc.index import AdapterIndex, IndexSettings
 from retriever_svc.inverted_lists import InvertedLists
-from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.pool import Pool, routable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import refit
@@ -161,8 +160,7 @@ class LivePool:
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
         ordinary = None
         if self._projections is not None:
-            vectors = self._projections.ordinary(encoder)
-            ordinary = OrdinaryVectors.of(vectors, is_projected=encoder.projection is not None)
+            ordinary = self._projections.ordinary(encoder)
         lists = self._saved_lists(snapshot, encoder)
         return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases)
 

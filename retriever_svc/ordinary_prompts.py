@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass
 from importlib.resources import files
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +15,17 @@ from numpy.typing import NDArray
 from retriever_svc.encoder import Vectors
 
 NUM_NEAREST = 3
-_SMALL = 1e-4  # the least spread: equal prompts have none
+_FOLLOW_UP_MARGIN = -0.02  # on the tune pools nine of ten follow-ups reach it, and one everyday prompt in thirty
 
 
 def ordinary_prompts() -> list[str]:
     """Return the packaged prompts."""
     return [json.loads(line)["input"] for line in _file().decode().splitlines()]
+
+
+def follow_ups() -> NDArray[np.bool_]:
+    """Return which of the packaged prompts refer to the turn before them: (J,)."""
+    return np.asarray([json.loads(line)["kind"] == "follow-up" for line in _file().decode().splitlines()], np.bool_)
 
 
 def prompts_digest() -> str:
@@ -35,40 +37,30 @@ def _file() -> bytes:
     return files("retriever_svc").joinpath("data/ordinary_prompts.jsonl").read_bytes()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OrdinaryVectors:
-    """The vectors of ordinary prompts, and the spread of their nearness to each other.
+def refers_back(query: Vectors, ordinary: Vectors) -> bool:
+    """Return whether a text (D,) is like the packaged prompts (J, D) that refer to an earlier turn, in any language."""
+    is_follow_up = follow_ups()
+    if len(ordinary) != len(is_follow_up):
+        return False
+    cosines = ordinary @ query
+    own, others = (np.sort(cosines[mask])[-NUM_NEAREST:].mean() for mask in (is_follow_up, ~is_follow_up))
+    return bool(own - others > _FOLLOW_UP_MARGIN)
 
-    The nearness of a text is its mean cosine to the 3 nearest ordinary prompts, itself left out. It is -1 if there are
-    not more than 3. Dims: J prompts, D dimensions, N queries.
+
+def nearness(queries: Vectors, ordinary: Vectors) -> NDArray[np.float64]:
+    """Return the nearness of each query (N, D) to ordinary prompts (J, D): (N,). It is -1 for too few prompts.
+
+    The nearness is the cosine to the mean of the 3 nearest ordinary prompts. An adapter is a mean of texts too, so
+    both cosines can be compared: an adapter whose samples are ordinary prompts is no nearer than the nearest of these.
+    A row does not depend on the other rows.
     """
-
-    vectors: Vectors  # (J, D) unit rows
-    spread: float  # of the nearness of the ordinary prompts; infinite if nearness does not count
-
-    @classmethod
-    def of(cls, vectors: Vectors, *, is_projected: bool = True) -> Self:
-        """Measure the nearness of ordinary prompts with these vectors.
-
-        It does not count without a projection: there an adapter's mean is further from its own prompts than single
-        ordinary prompts are.
-        """
-        if len(vectors) <= NUM_NEAREST or not is_projected:
-            return cls(vectors, math.inf)
-        cosines = vectors @ vectors.T
-        np.fill_diagonal(cosines, -1)
-        return cls(vectors, max(float(_mean_of_nearest(cosines).std()), _SMALL))
-
-    def nearness(self, queries: Vectors) -> NDArray[np.float64]:
-        """Return the nearness of each query (N, D): (N,). A row does not depend on the other rows."""
-        if len(self.vectors) <= NUM_NEAREST:
-            return np.full(len(queries), -1.0)
-        cosines = [np.einsum("jd,d->j", self.vectors, query) for query in queries]  # BLAS would round by alignment
-        return np.array([_mean_of_nearest(row[np.newaxis])[0] for row in cosines])
+    if len(ordinary) <= NUM_NEAREST:
+        return np.full(len(queries), -1.0)
+    return np.asarray([_nearness(query, ordinary) for query in queries], np.float64)
 
 
-def _mean_of_nearest(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the mean of the largest entries of each row."""
-    nearest = np.partition(cosines, -NUM_NEAREST, axis=1)[:, -NUM_NEAREST:]
-    means: NDArray[np.float64] = np.sort(nearest, axis=1).mean(axis=1, dtype=np.float64)
-    return means
+def _nearness(query: Vectors, ordinary: Vectors) -> float:
+    cosines = np.einsum("jd,d->j", ordinary, query)  # BLAS would round by alignment
+    nearest = np.sort(np.argpartition(cosines, -NUM_NEAREST)[-NUM_NEAREST:])
+    mean = ordinary[nearest].sum(axis=0, dtype=np.float64)
+    return float(mean @ query / np.linalg.norm(mean))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from retriever_svc.calibration import MAX_VOTERS, Adapters, Calibration, Nearness
+from retriever_svc.calibration import Abstain, Candidates, judge
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings, listed
-from retriever_svc.ordinary_prompts import OrdinaryVectors
+from retriever_svc.ordinary_prompts import nearness
 from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
@@ -38,10 +37,9 @@ class Pool:
     snapshot: Snapshot
     encoder: Encoder
     index: AdapterIndex
-    ordinary: OrdinaryVectors | None = None  # by the same encoder
+    ordinary: Vectors | None = None  # (J, D) of ordinary prompts, by the same encoder
     bases: ServedBases = _EVERY_BASE
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
-    _calibrations: PerCallerCache[Calibration] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
@@ -58,7 +56,7 @@ class Pool:
         encoder: Encoder,
         settings: IndexSettings,
         lists: InvertedLists | None = None,
-        ordinary: OrdinaryVectors | None = None,
+        ordinary: Vectors | None = None,
         bases: ServedBases = _EVERY_BASE,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
@@ -88,36 +86,29 @@ class Pool:
         key = (_TRUSTED if trusted_only else "", tenant, *wanted)
         return self._allowed.get(key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only))
 
-    def calibration(self, tenant: str) -> Calibration:
-        """Return what judges candidates for `tenant`. Tags and other tenants' unapproved adapters do not affect it."""
-        return self._calibrations.get((tenant,), lambda: self._calibrated(tenant))
+    def judged(self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors) -> list[list[Match]]:
+        """Return the same matches with their thresholds at an operating point and their confidences.
 
-    def _calibrated(self, tenant: str) -> Calibration:
-        _, records, vectors = self.index.trusted(tenant, MAX_VOTERS)
-        ordinary = None if self.ordinary is None else self.ordinary.vectors
-        return Calibration.of(_adapters_of(records, vectors), ordinary)
-
-    def judged(
-        self, found: Sequence[list[Match]], tenant: str, share: float, queries: Vectors | None = None
-    ) -> list[list[Match]]:
-        """Return the same matches with their confidences, and with the thresholds that turn away `share` of prompts.
-
-        `found` has one list for each of `queries` (N, D). Without these, thresholds are those of prompts that are not
-        near ordinary ones.
+        `found` has one list for each of `queries` (N, D).
         """
-        matches = [match for row in found for match in row]
+        if self.ordinary is None:
+            return list(found)
+        near = nearness(queries, self.ordinary).tolist()
+        return [self._judged(matches, abstain, close) for matches, close in zip(found, near, strict=True)]
+
+    def _judged(self, matches: Sequence[Match], abstain: Abstain, close: float) -> list[Match]:
+        assert self.ordinary is not None
         if not matches:
-            return [[] for _ in found]
-        records = [match.record for match in matches]
-        vectors = np.stack([record.embedding.vector for record in records if record.embedding is not None])
-        scores = np.asarray([match.score for match in matches])
-        prompts = None
-        if self.ordinary is not None and queries is not None:
-            nearness = np.repeat(self.ordinary.nearness(queries), [len(row) for row in found])
-            prompts = Nearness(nearness, self.ordinary.spread)
-        thresholds, confidences = self.calibration(tenant).judge(_adapters_of(records, vectors), scores, share, prompts)
-        judged = map(Match, records, scores.tolist(), thresholds.tolist(), confidences.tolist())
-        return [list(islice(judged, len(row))) for row in found]
+            return []
+        embeddings = [match.record.embedding for match in matches if match.record.embedding is not None]
+        candidates = Candidates(
+            scores=np.asarray([match.score for match in matches]),
+            own_scores=[embedding.own_scores for embedding in embeddings],
+            nearness=nearness(np.stack([embedding.vector for embedding in embeddings]), self.ordinary),
+        )
+        judgement = judge(candidates, abstain, close)
+        judged = zip(matches, judgement.thresholds.tolist(), judgement.confidences.tolist(), strict=True)
+        return [match._replace(threshold=threshold, confidence=confidence) for match, threshold, confidence in judged]
 
     def preferences(self, tenant: str) -> Preferences:
         """Return what the rankings of `tenant` say about its search results."""
@@ -179,10 +170,6 @@ def routable(snapshot: Snapshot, encoder: str, bases: ServedBases) -> list[Adapt
 
 def _is_routable(record: AdapterRecord, encoder: str, bases: ServedBases) -> bool:
     return record.encoder == encoder and bases.serves(record)
-
-
-def _adapters_of(records: Sequence[AdapterRecord], vectors: Vectors) -> Adapters:
-    return Adapters(vectors, [record.embedding.own_scores for record in records if record.embedding is not None])
 
 
 def _distinct_weights(matches: list[Match]) -> list[Match]:

@@ -14,7 +14,7 @@ from lora_store.adapter import Sample
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import NO_THRESHOLD, SHARES, Abstain
+from retriever_svc.calibration import NO_THRESHOLD, Abstain
 from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.embedding import embed_groups, encoding_of
@@ -23,6 +23,7 @@ from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
+from retriever_svc.ordinary_prompts import refers_back
 from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve_version, routed_plan, with_trials
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
@@ -30,6 +31,7 @@ from retriever_svc.reindex import ReindexStep, reindex
 from retriever_svc.route import Candidate, PinnedAdapter, Reason, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.served_bases import BaseCounts
+from retriever_svc.views import chosen_view, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
 
@@ -100,12 +102,17 @@ class Retriever:
         return self._pools.current.snapshot.generation_for(tenant)
 
     def route(self, requests: Sequence[RouteRequest]) -> list[RouteAnswer]:
-        """Return one answer per request, in order, from one encoder call and one generation. Errors are returned."""
+        """Return one answer per request, in order, from one encoder call and one generation. Errors are returned.
+
+        A long text is read in several views (see `views`).
+        """
         pool = self._pools.current
         newest = {tenant: pool.snapshot.generation_for(tenant) for tenant in {request.tenant for request in requests}}
         fresh = [request for request in requests if request.min_generation <= newest[request.tenant]]
-        encoded = _encode(pool, [(request.tenant, request.text) for request in fresh], self._timings)
-        routed = iter(self.route_encoded(fresh, encoded))
+        views, places = with_views(fresh)
+        encoded = _encode(pool, [(view.tenant, view.text) for view in views], self._timings)
+        answers = self.route_encoded(views, encoded)
+        routed = iter([answers[own[chosen_view([answers[place] for place in own])]] for own in places])
         return [
             next(routed) if r.min_generation <= newest[r.tenant] else StaleIndex(r.min_generation, newest[r.tenant])
             for r in requests
@@ -116,7 +123,10 @@ class Retriever:
         return _encode(self._pools.current, texts, self._timings)
 
     def route_encoded(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
-        """Return one answer per request, in order. `encoded` has one entry per request. Errors are returned."""
+        """Return one answer per request, in order. `encoded` has one entry per request. Errors are returned.
+
+        Each text is read as a whole: the caller passes the views of a long one as requests of their own.
+        """
         began = time.perf_counter()
         rows_of: defaultdict[tuple[int, str, tuple[str, ...], Abstain], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
@@ -124,7 +134,7 @@ class Retriever:
         answers: dict[int, RouteAnswer] = {}
         for (_, tenant, _, abstain), rows in rows_of.items():
             pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
-            found = _judged(pool, [requests[row] for row in rows], vectors, SHARES[abstain])
+            found = _judged(pool, [requests[row] for row in rows], vectors, abstain)
             crowded = [
                 place
                 for place, matches in enumerate(found)
@@ -132,10 +142,10 @@ class Retriever:
             ]
             if crowded:
                 again = [requests[rows[place]] for place in crowded]
-                others = _judged(pool, again, [vectors[p] for p in crowded], SHARES[abstain], trusted_only=True)
+                others = _judged(pool, again, [vectors[p] for p in crowded], abstain, trusted_only=True)
                 found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
             for row, matches in zip(rows, found, strict=True):
-                answers[row] = self._decide(requests[row], matches, pool)
+                answers[row] = self._decide(requests[row], matches, encoded[row])
         self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
 
@@ -143,8 +153,8 @@ class Retriever:
         """Return the score that takes the place of every threshold, if one does."""
         return self._min_score if request.min_score is None and request.abstain is None else request.min_score
 
-    def _decide(self, request: RouteRequest, matches: list[Match], pool: Pool) -> Route | NoAdapterMatched:
-        least = self._least_score(request)
+    def _decide(self, request: RouteRequest, matches: list[Match], encoded: Encoded) -> Route | NoAdapterMatched:
+        pool, least = encoded.pool, self._least_score(request)
         if least is not None:
             matches = [match._replace(threshold=least) for match in matches]
         generation = pool.snapshot.generation_for(request.tenant)
@@ -160,7 +170,9 @@ class Retriever:
             best = matches[0] if matches else None
             return NoAdapterMatched(best and best.score, NO_THRESHOLD if best is None else best.threshold)
         reason: Reason = "below_threshold" if matches else "no_candidates"
-        return Route(Plan("base", generation=generation), candidates, generation, abstained=True, reason=reason)
+        back = pool.ordinary is not None and refers_back(encoded.vector, pool.ordinary)
+        plan = Plan("base", generation=generation)
+        return Route(plan, candidates, generation, abstained=True, reason=reason, refers_back=back)
 
     def plan_named(
         self,
@@ -244,7 +256,7 @@ class Retriever:
             return ()
         vectors: Vectors = embedding.vector[np.newaxis]
         [matches] = pool.index.search(vectors, num_wanted, pool.allowed(tenant))
-        [matches] = pool.judged([matches], tenant, SHARES[self._abstain], vectors)
+        [matches] = pool.judged([matches], self._abstain, vectors)
         return tuple(_candidate(match) for match in matches)
 
     def map(self, tenant: str) -> PoolMap:
@@ -296,7 +308,7 @@ def _judged(
     pool: Pool,
     requests: Sequence[RouteRequest],
     vectors: Sequence[Vectors],
-    share: float,
+    abstain: Abstain,
     *,
     trusted_only: bool = False,
 ) -> list[list[Match]]:
@@ -308,7 +320,7 @@ def _judged(
         preferences.applied(vector, matches, num, tags)[: request.num_considered]
         for request, vector, matches in zip(requests, vectors, nearest, strict=True)
     ]
-    return pool.judged(found, tenant, share, rows)
+    return pool.judged(found, abstain, rows)
 
 
 def _may_be_crowded(matches: Sequence[Match], tenant: str) -> bool:

@@ -26,7 +26,7 @@ Counted = Literal["always", "if_chosen", "never"]
 class RouteRequest:
     """One prompt, to be routed to adapters that have all of `tags`.
 
-    `abstain`: which share of in-pool prompts may go to the base model so that others do (see `calibration`); None means
+    `abstain`: how much nearer than to ordinary prompts a prompt must be to an adapter (see `calibration`); None means
     the Retriever's own. `min_score`: a cosine that takes the place of every adapter's threshold, whatever `abstain` is.
     `preferred`: the adapter of the conversation's previous turn. If it fits, it stays the best one unless another
     scores higher by more than `STICKY_MARGIN`. A pool older than `min_generation` answers with StaleIndex.
@@ -84,9 +84,9 @@ class NearSample:
 class Candidate:
     """An adapter considered for a prompt, with its cosine to the prompt.
 
-    It may answer if the score reaches the threshold, the adapter's own. `confidence`: the share of the pool's own
-    samples that fit their adapter less well than the prompt fits this one, 0..1. `samples`: the nearest samples, if the
-    request asks for them and the adapter is the tenant's own.
+    It may answer if the score reaches the threshold. `confidence`: the probability that it is the right adapter, 0..1
+    (see `calibration`). `samples`: the nearest samples, if the request asks for them and the adapter is the tenant's
+    own.
     """
 
     ref: AdapterRef
@@ -101,7 +101,8 @@ class Route:
     """The plan for one prompt, and its candidates, nearest first. `abstained`: the plan is the base model's.
 
     `reason`: `fits` if candidates reach their thresholds, `below_threshold` if none does, `no_candidates` if the caller
-    may use none. Only candidates that reach their thresholds are in the plan.
+    may use none. Only candidates that reach their thresholds are in the plan. `refers_back`: no adapter fits, and the
+    text is like prompts that mean the turn before them, such as "shorter, please".
     """
 
     plan: Plan
@@ -109,6 +110,7 @@ class Route:
     generation: int
     abstained: bool
     reason: Reason = "fits"
+    refers_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)

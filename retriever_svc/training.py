@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from retriever_svc.encoder import INSTRUCTION, load_model
+from retriever_svc.encoder import instruction_of, load_model
 from retriever_svc.encoder_files import DEFAULT_MODEL
 from retriever_svc.errors import EncoderExists, TrainingUnavailable
 from retriever_svc.training_pairs import Pair, batches_of, training_texts
@@ -118,7 +118,7 @@ def _train(
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
         bf16=settings.bf16,
-        prompts=INSTRUCTION,
+        prompts=instruction_of(network),
         batch_sampler=lambda dataset, **_: _InOrder([len(batch) for batch in batches]),
         seed=settings.seed,
         use_cpu=True,

@@ -75,12 +75,20 @@ class Whitening:
         """Project unit rows (N, D) to unit rows (N, D)."""
         return _projected(vectors, self.mean, self.matrix)
 
-    def own_scores(self, vectors: np.ndarray, texts: Sequence[str]) -> Rows:
-        """Return `leave_one_out_scores` of one adapter's samples (n, D), each in a space made without its text."""
+    def own_scores(
+        self, vectors: np.ndarray, texts: Sequence[str], cores: np.ndarray | None = None, core_weight: float = 0.0
+    ) -> Rows:
+        """Return how near one adapter's samples (n, D) are to the others, each in a space made without its text.
+
+        `cores` (n, D) and `core_weight`: of the samples without shared wording, as in `embedding`.
+        """
         scores = np.empty(len(texts) if len(texts) > 1 else 0, np.float32)
         if len(scores):
-            for held_out, rows in self.held_out(vectors, texts):
-                scores[held_out] = leave_one_out_scores(rows)[held_out]
+            others = vectors if cores is None else cores
+            spaces = zip(self.held_out(vectors, texts), self.held_out(others, texts), strict=True)
+            for (held_out, rows), (_, core_rows) in spaces:
+                mixed = (1 - core_weight) * rows + core_weight * core_rows
+                scores[held_out] = leave_one_out_scores(rows, mixed)[held_out]
         return scores
 
     def held_out(self, vectors: np.ndarray, texts: Sequence[str]) -> Iterator[tuple[NDArray[np.bool_], Rows]]:

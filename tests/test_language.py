@@ -60,6 +60,7 @@ EXCEPTIONS = {
     "tests/test_language.py": "contains the banned words",
     "tests/retriever_svc/foreign_prompts.txt": "prompts of users, not text about the program",
     "benchmarks/results/soak/": "written by runs",
+    "benchmarks/routing/pools/": "samples and prompts of users, not text about the program",
 }
 LEAST_FILES = 750
 

@@ -31,7 +31,8 @@ from rich.table import Table
 
 from benchmarks.gpu.models import LLAMA_8B, TOY, save_random
 from benchmarks.results_file import machine, write_results
-from gpu_worker.config import DEFAULT_CACHE_DIR, PACKAGED_MODEL
+from gpu_worker.config import PACKAGED_MODEL
+from lora_store.location import DEFAULT_CACHE_DIR
 
 SHARES = {
     ("kernels", "triton"): 0.1,

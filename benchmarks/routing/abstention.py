@@ -35,6 +35,7 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import model_source
 from retriever_svc import Encoder, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.calibration import Abstain
+from retriever_svc.encoder_files import ENGLISH_MODEL
 from retriever_svc.retriever import Encoded
 
 PER_TASK = 25  # prompts of each foreign task
@@ -148,7 +149,7 @@ def _foreign(listed: TaskList, spares: Sequence[Task], known: Sequence[str]) -> 
 
 def main(root: Path = DEFAULT_ROOT) -> None:
     """Measure both pools, print the table and write results/routing."""
-    listed, encoder = read_task_list(), Encoder()
+    listed, encoder = read_task_list(), Encoder(ENGLISH_MODEL)
     pool = pool_specs(listed)
     tokenizer = AutoTokenizer.from_pretrained(model_source(WorkerConfig()))
     study = study_of(listed, pool, load_parts((*listed.tasks, *listed.spares), Workspace(root), tokenizer))

@@ -24,6 +24,7 @@ from benchmarks.results_file import write_results
 from deployments.cli.routing import auroc
 from retriever_svc import Encoder, Retriever, Route, RouteRequest, fit_whitening
 from retriever_svc.encoder import INSTRUCTION
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 PER_TASK = 25  # choice questions
 EVERY_FOREIGN = 5  # of the foreign prompts, one in five
@@ -83,7 +84,7 @@ def main(root: Path = DEFAULT_ROOT) -> None:
     """Measure, print the table and write results/routing_instruction."""
     study = load_experiments(Workspace(root)).study
     samples = {task.name: task.samples for task in study.tasks}
-    loaded = encoders(samples, lambda text: Encoder(instruction=text, max_cached_texts=_MANY_TEXTS))
+    loaded = encoders(samples, lambda text: Encoder(ENGLISH_MODEL, instruction=text, max_cached_texts=_MANY_TEXTS))
     rows = rows_of(study.tasks, others_of(read_task_list(), study.tasks, study.spares), loaded)
     table = Table(*rows[0], title="choice part; shares of prompts, AUROC of the confidence")
     for row in rows:

@@ -368,7 +368,7 @@ def why(planned: Planned, tenant: str) -> str:
             f"No adapter fits, so the base model answers. {name} comes nearest: it {needs}. "
             f"lora.min_score {least:.3f} would choose it."
         )
-    fits = f"{name} fits: it {needs}, and fits better than {best.confidence:.0%} of the pool's own samples do."
+    fits = f"{name} fits: it {needs}, and is right with a probability of about {best.confidence:.0%}."
     nearer = max(planned.candidates, key=lambda candidate: candidate.score)
     if nearer.score <= best.score or nearer.score < nearer.threshold:
         return fits

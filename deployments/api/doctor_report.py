@@ -20,7 +20,7 @@ Name = Callable[[AdapterRef], str]
 class Advice(TypedDict):
     """A problem of some adapters, or of the pool, with the remedy."""
 
-    problem: Literal["few_samples", "unlike_samples", "inseparable", "refit", "unserved"]
+    problem: Literal["few_samples", "unlike_samples", "one_wording", "inseparable", "refit", "unserved"]
     adapters: list[str]
     text: str
 
@@ -96,9 +96,8 @@ def _of_a_pair(collision: Collision, first: str, second: str) -> str:
 def _of_samples(report: DoctorReport, name: Name) -> Iterator[Advice]:
     if few := report.with_few_samples:
         text = (
-            f"{_listed(few, name)} {_have(few)} few samples. With fewer than 5 the threshold is guessed from the pool, "
-            "and more prompts of the task go to the base model. Publish again with 20 samples of the kind that clients "
-            "send."
+            f"{_listed(few, name)} {_have(few)} few samples, and prompts find an adapter better with more of them. "
+            "Publish again with 20 samples of the kind that clients send."
         )
         yield {"problem": "few_samples", "adapters": [name(finding.ref) for finding in few], "text": text}
     if unlike := report.with_unlike_samples:
@@ -108,6 +107,12 @@ def _of_samples(report: DoctorReport, name: Name) -> Iterator[Advice]:
             "it once for each of them, with the samples of that task."
         )
         yield {"problem": "unlike_samples", "adapters": [name(finding.ref) for finding in unlike], "text": text}
+    if alike := report.with_one_wording:
+        text = (
+            f"{_listed(alike, name)} {_have(alike)} samples of one wording, which prompts in other words "
+            "find less often. Publish again with the instruction in three wordings or more, as clients word it."
+        )
+        yield {"problem": "one_wording", "adapters": [name(finding.ref) for finding in alike], "text": text}
 
 
 def _listed(findings: Sequence[AdapterFinding], name: Name) -> str:

@@ -87,9 +87,9 @@ class SampleRow(TypedDict):
 
 
 class RoutedCandidate(CandidateRow):
-    """A candidate for a prompt. It may answer if `score` reaches `threshold`, the adapter's own.
+    """A candidate for a prompt. It may answer if `score` reaches `threshold`, which depends on the prompt.
 
-    `confidence`: the share of the pool's own samples that fit their adapter less well than the prompt fits this one.
+    `confidence`: the probability that it is the right adapter, estimated from the score and its lead over the others.
     `samples`: those nearest to the prompt, if `lora.explain` is set and the adapter belongs to the caller's tenant.
     """
 

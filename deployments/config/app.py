@@ -21,7 +21,6 @@ from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ScalingSettings
 from gpu_worker.config import (
-    DEFAULT_CACHE_DIR,
     PACKAGED_ALIASES,
     PACKAGED_MODEL,
     EngineSettings,
@@ -36,7 +35,7 @@ from gpu_worker.request.model_files import (
 )
 from gpu_worker.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Limits, Visibility, is_valid_name
-from lora_store.location import Location
+from lora_store.location import DEFAULT_CACHE_DIR, Location
 from lora_store.peft_files import template_digest
 from retriever_svc import ServedBases
 

@@ -53,7 +53,7 @@ function candidateRow(candidate, place) {
   bar.style.setProperty("--share", inUnit(score));
   mark.style.setProperty("--share", inUnit(threshold));
   const needs = hasThreshold ? `needs ${threshold.toFixed(3)}` : "has no threshold";
-  const fit = `fits better than ${percent(confidence)} of the pool's own samples`;
+  const fit = `right with ${percent(confidence)} probability`;
   return element(
     "li",
     { class: `candidate ${place < 0 ? "" : `rank-${Math.min(place, 3)}`} ${fits ? "fits" : "below"}` },

@@ -8,8 +8,10 @@ The rule, in this order:
 3. An elliptic last turn, such as "and for coffee?", means nothing alone: earlier user turns are joined to it, back to
    the first one that is complete, at most `MAX_JOINED`.
 4. A short last turn may be complete, such as one word to be inflected. It is tried alone, and then joined likewise.
-5. A system text that gives an instruction is tried last, joined to the text. One that only describes an assistant is
-   not, since it fits every conversation.
+5. A system text that gives an instruction is tried last, joined to the text. Sentences that only describe an assistant
+   are left out, since they fit every conversation.
+6. A last turn that finds no adapter and refers to an earlier turn, such as "a bit warmer, please", keeps the adapter of
+   that turn, in any language.
 
 The first text that finds an adapter decides. The conversation itself carries what it was about: the text of the
 previous turn is searched again, and its adapter stays unless another is clearly better. So the server keeps no state of
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 from gpu_worker.request.prompts import Message
 
 MAX_JOINED = 4  # user turns, including the last
-MAX_SYSTEM_CHARS = 500
+MAX_SYSTEM_CHARS = 500  # read of a system text
 _SHORT_WORDS, _SHORT_CHARS = 3, 24
 _ELLIPTIC_WORDS = 12
 _WINDOW = 700  # characters at either end in which a client's template says what it wants
@@ -46,19 +48,21 @@ _ABOUT_CHAT = re.compile(
     r"\b(this|the|our|entire) (chat|conversation|discussion|dialog|dialogue)\b|\bchat[ _]history\b", re.IGNORECASE
 )
 _AUTOCOMPLETION = re.compile(r"\s*#+ ?task:\s+you are an autocompletion system\b", re.IGNORECASE)
-_DESCRIPTION = re.compile(r"\s*(you are|you're|act as|i am|my name is)\b[^.\n]*\b(assistant|chatbot|ai|model)\b", re.I)
+_DESCRIPTION = re.compile(
+    r"\s*(you are|you're|act as|i am|my name is)\b[^.\n]*\b(assistant|chatbot|ai|model)\b[^.\n]*[.\n]?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """The texts of a conversation that are read. `texts` are tried in order; there is at least one.
 
-    `previous`: the text by which the previous user turn is found, None for a first turn. With `is_housekeeping` the
-    base model answers.
+    `previous`: the texts by which the user turns before the last are found, the newest first, at most `MAX_JOINED`.
+    With `is_housekeeping` the base model answers.
     """
 
     texts: tuple[str, ...]
-    previous: str | None = None
+    previous: tuple[str, ...] = ()
     is_housekeeping: bool = False
 
 
@@ -69,9 +73,11 @@ def reading_of(messages: Sequence[Message]) -> Reading:
     if is_housekeeping(users[-1]) or is_housekeeping(system):
         return Reading((users[-1],), is_housekeeping=True)
     texts = _texts(users)
-    if 0 < len(system) <= MAX_SYSTEM_CHARS and len(users) < len(messages) and not _DESCRIPTION.match(system):
-        texts.append(f"{system}\n{texts[0]}")
-    return Reading(tuple(texts), _texts(users[:-1])[0] if len(users) > 1 else None)
+    order = _DESCRIPTION.sub("", system, count=1).strip()[:MAX_SYSTEM_CHARS]
+    if order and len(users) < len(messages):
+        texts.append(f"{order}\n{texts[0]}")
+    earlier = range(len(users) - 1, max(0, len(users) - 1 - MAX_JOINED), -1)
+    return Reading(tuple(texts), tuple(_texts(users[:place])[0] for place in earlier))
 
 
 def is_housekeeping(text: str) -> bool:

@@ -22,7 +22,7 @@ from gpu_worker.errors import PromptTooLong
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
 from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
-from retriever_svc import RouteRequest
+from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS, tokens_read
 
 AUTO = "auto"
@@ -193,8 +193,7 @@ class Planner:
             return ()
         if isinstance(question.prompt, tuple) and _is_read(question.lora):
             reading = reading_of(question.prompt)
-            previous = () if reading.previous is None else (reading.previous,)
-            return () if reading.is_housekeeping else (*previous, *reading.texts)
+            return () if reading.is_housekeeping else (*reading.previous[:1], *reading.texts)
         text = text_read(question.text or "", question.lora)
         return () if text is None else (text,)
 
@@ -205,29 +204,37 @@ class Planner:
     async def _plan_conversation(self, reading: Reading, options: LoraOptions, tenant: str) -> Planned:
         """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.
 
-        Raises: as `route_all`.
+        Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `route_all`.
         """
         if reading.is_housekeeping:
             return Planned(BASE_PLAN, abstained=True, reason="housekeeping")
-        preferred = await self._adapter_of(reading.previous, options, tenant)
-        for text in reading.texts[:-1]:
-            tried = self._request_of(text, options, tenant, preferred)
-            request = replace(tried, fallback="base", counted="if_chosen")
-            [planned] = await self._route([request])
-            if not planned.abstained:
-                return planned
-        [planned] = await self._route([self._request_of(reading.texts[-1], options, tenant, preferred)])
+        earlier = await self._earlier_turn(reading.previous, options, tenant)
+        preferred = None if earlier is None else earlier[1]
+        refers_back = False
+        for text in reading.texts if earlier is not None else reading.texts[:-1]:
+            tried = replace(self._request_of(text, options, tenant, preferred), fallback="base", counted="if_chosen")
+            [route] = await self._retriever.route([tried])
+            if not route.abstained:
+                return _planned(route)
+            refers_back = refers_back or route.refers_back
+        text = earlier[0] if earlier is not None and refers_back else reading.texts[-1]
+        [planned] = await self._route([self._request_of(text, options, tenant, preferred)])
         return planned
 
-    async def _adapter_of(self, text: str | None, options: LoraOptions, tenant: str) -> AdapterRef | None:
-        """Return the best adapter of the previous turn, None without one."""
-        if text is None:
-            return None
-        request = replace(
-            self._request_of(text, options, tenant), fallback="base", shows_samples=False, counted="never"
-        )
-        [route] = await self._retriever.route([request])
-        return None if route.abstained else route.plan.adapters[0].ref
+    async def _earlier_turn(
+        self, texts: Sequence[str], options: LoraOptions, tenant: str
+    ) -> tuple[str, AdapterRef] | None:
+        """Return the text and the best adapter of the previous turn, or of the turn that it refers to, or None."""
+        for text in texts:
+            request = replace(
+                self._request_of(text, options, tenant), fallback="base", shows_samples=False, counted="never"
+            )
+            [route] = await self._retriever.route([request])
+            if not route.abstained:
+                return text, route.plan.adapters[0].ref
+            if not route.refers_back:
+                return None
+        return None
 
     async def route_all(self, texts: Sequence[str], options: LoraOptions, tenant: str) -> Sequence[Planned]:
         """Return a plan for each text: the plan sent back, a plan of the named adapters, or the Retriever's choice.
@@ -245,8 +252,7 @@ class Planner:
 
     async def _route(self, requests: Sequence[RouteRequest]) -> list[Planned]:
         """Return the Retriever's choices as plans with their reasons."""
-        routes = await self._retriever.route(requests)
-        return [Planned(route.plan, route.candidates, route.abstained, route.reason) for route in routes]
+        return [_planned(route) for route in await self._retriever.route(requests)]
 
     def _request_of(
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
@@ -297,6 +303,10 @@ class Planner:
         if head != base or not tail:
             raise ModelNotFound(model)
         return tail
+
+
+def _planned(route: Route) -> Planned:
+    return Planned(route.plan, route.candidates, route.abstained, route.reason)
 
 
 def text_read(text: str, options: LoraOptions) -> str | None:

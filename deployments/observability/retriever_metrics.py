@@ -109,7 +109,7 @@ class RetrieverMetrics:
         )
         self._confidence = factory.Histogram(
             "loraretriever_best_confidence_ratio",
-            "Confidence of the candidate that fits a prompt best, 0 to 1: low if traffic fits no adapter",
+            "Largest confidence of a prompt's candidates, 0 to 1: low if traffic fits no adapter",
             _SHARES,
         )
         self._plans = factory.Gauge(

@@ -180,6 +180,6 @@ def test_the_adapters_are_in_the_headers(server_url: str) -> None:
 def test_embeddings(server_url: str) -> None:
     """embeddings with `check_embedding_ctx_length=False`"""
     model = langchain_openai.OpenAIEmbeddings(
-        model="all-MiniLM-L6-v2", base_url=server_url, api_key="none", check_embedding_ctx_length=False
+        model="multilingual-e5-small", base_url=server_url, api_key="none", check_embedding_ctx_length=False
     )
     assert model.embed_documents(["a", "bcd"]) == [[1.0, 0.5], [3.0, 0.5]]

@@ -17,7 +17,7 @@ import pytest
 
 from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable, Trial
 from retriever_svc import EncoderUnusable, PoolSize, RouteRequest, StaleIndex
-from retriever_svc.encoder_files import model_folder
+from retriever_svc.encoder_files import ENGLISH_MODEL, model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -296,8 +296,8 @@ def test_an_ended_poll_fails_the_health_check(tmp_path: Path, monkeypatch: pytes
 
 
 def short_encoder(folder: Path) -> str:
-    """Save another encoder: the packaged one, reading fewer tokens."""
-    shutil.copytree(model_folder("all-MiniLM-L6-v2"), folder)
+    """Save another encoder: the packaged English one, reading fewer tokens."""
+    shutil.copytree(model_folder(ENGLISH_MODEL), folder)
     config = folder / "sentence_bert_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_seq_length": 32}))
     return str(folder)

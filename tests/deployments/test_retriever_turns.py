@@ -131,7 +131,8 @@ class Gate:
 
 
 def long_texts(name: str, count: int) -> list[str]:
-    return [f"{name} {number} " + "x" * 5000 for number in range(count)]
+    """Return texts that share no wording, so that each is encoded once."""
+    return [f"{name} {number} {'x' * 5000} {number}" for number in range(count)]
 
 
 def test_a_prompts_batch_waits_for_one_small_chunk_of_a_publish(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retriever_svc.encoder_files import DEFAULT_MODEL, model_folder
+from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_folder
 from tests.e2e.live import Live, eventually
 
 TOPICS = ("lighthouses", "volcanoes", "violins")
@@ -121,8 +121,8 @@ def test_reindex_swaps_the_encoder_on_every_replica(live: Live, pool: list[Path]
 
 
 def other_encoder(target: Path) -> Path:
-    """The default encoder with slightly different weights."""
-    shutil.copytree(model_folder(DEFAULT_MODEL), target)
+    """The packaged English encoder with slightly different weights."""
+    shutil.copytree(model_folder(ENGLISH_MODEL), target)
     [weights] = target.rglob("model.safetensors")
     tensors = load_file(weights)
     random = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import numpy as np
 from lora_store.adapter import LOCAL_TENANT, AdapterRef
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import Snapshot
-from retriever_svc import LivePool, Route
+from retriever_svc import Encoder, LivePool, ProjectionFiles, Route
 
 FAKE_IDENTITY = "fake-encoder"
 BASE = "tiny"
@@ -119,6 +119,17 @@ class Later:
     def run(self) -> None:
         while self.waiting:
             self.waiting.pop(0)()
+
+
+class OrdinaryRows(ProjectionFiles):
+    """No projections, and chosen vectors for the ordinary prompts of any encoder: (J, D)."""
+
+    def __init__(self, rows: Sequence[Sequence[float]] | np.ndarray) -> None:
+        super().__init__()
+        self._rows = np.asarray(rows, np.float32)
+
+    def ordinary(self, encoder: Encoder) -> np.ndarray:
+        return self._rows
 
 
 def live_pool(encoder: FakeEncoder, source: Callable[[], Snapshot], **options: Any) -> LivePool:

@@ -13,7 +13,6 @@ from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc import Collision, DoctorReport, IndexSettings, ProjectionFiles, SampleSource
 from retriever_svc.doctor import POINTS, examine
 from retriever_svc.encoder import unit_rows
-from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FakeEncoder, embedding_of, record_of, snapshot_of
 from tests.retriever_svc.projectable import Projectable
@@ -127,39 +126,50 @@ def test_adapters_at_one_place_are_inseparable_and_their_outputs_are_compared() 
     assert collision.agree
 
 
-def test_samples_below_their_own_threshold_are_counted() -> None:
-    def with_scores(name: str, scores: Sequence[float]) -> AdapterRecord:
-        return replace(record_of(name, None), embedding=embedding_of(EAST, scores))
+def judged_report(
+    record: AdapterRecord, samples: Sequence[Sample], ordinary: Sequence[Sequence[float]]
+) -> DoctorReport:
+    rows = unit_rows(np.asarray(ordinary, np.float32))
+    pool = Pool.of(snapshot_of(record), FakeEncoder(TABLE, dim=3), IndexSettings(), ordinary=rows)
+    *_, last = examine(pool, "local", lambda record: samples)
+    assert last.report is not None
+    return last.report
 
-    tight = [with_scores(f"tight-{n}", np.linspace(0.9, 0.95, 20).tolist()) for n in range(14)]
-    strays = with_scores("strays", [*np.linspace(0.9, 0.95, 14), *[0.0] * 6])
-    few = with_scores("few", [0.9, 0.0, 0.0])
-    given = {r.ref.name: [Sample("east")] * len(r.embedding.own_scores) for r in (*tight, strays, few) if r.embedding}
-    report = report_on(*tight, strays, few, source=lambda record: given[record.ref.name])
-    below = {a.ref.name: a.num_below for a in report.adapters}
-    assert below == {record.ref.name: 0 for record in (*tight, few)} | {"strays": 6}
-    assert [a.ref.name for a in report.with_unlike_samples] == ["strays"]
-    assert [a.ref.name for a in report.with_few_samples] == ["few"]
-    away = {a.ref.name: a.turned_away for a in report.adapters}
-    assert away["tight-0"][1] == 0 and away["strays"][1] == 6 and len(away["few"]) == len(POINTS)
-    total = sum(a.num_samples for a in report.adapters)
-    for place, point in enumerate(POINTS):
-        assert report.turned_away[point] == pytest.approx(sum(counts[place] for counts in away.values()) / total)
-    assert list(report.turned_away.values()) == sorted(report.turned_away.values())
+
+def test_samples_that_their_adapter_would_not_answer_are_counted() -> None:
+    scores = [*np.linspace(0.9, 0.95, 14), *[0.2] * 6]  # six have little in common with the others
+    own = replace(record_of("strays", None), embedding=embedding_of(EAST, scores))
+    report = judged_report(own, [Sample("east")] * 20, [(0.5, 0.0, 0.866)] * 4)
+    [finding] = report.adapters
+    assert finding.num_below == 6 and finding.turned_away == (6, 6, 6)
+    assert report.with_unlike_samples == (finding,)
+    assert report.turned_away == {point: pytest.approx(0.3) for point in POINTS}
+    far = judged_report(own, [Sample("east")] * 20, [(-1.0, 0.0, 0.0)] * 4)
+    assert far.adapters[0].num_below == 6  # below the loose floor of the own samples
+    even = replace(own, embedding=embedding_of(EAST, np.linspace(0.9, 0.95, 20).tolist()))
+    assert judged_report(even, [Sample("east")] * 20, [(0.5, 0.0, 0.866)] * 4).with_unlike_samples == ()
 
 
 def test_samples_near_ordinary_prompts_are_turned_away_as_their_prompts_would_be() -> None:
-    scores = np.linspace(0.5, 0.95, 20).tolist()
-    own = replace(record_of("e", None), embedding=embedding_of(EAST, scores))
-    given = [Sample("east")] * 20
-    shares = []
-    for ordinary in (NORTH, EAST):
-        rows = unit_rows(np.asarray([ordinary] * 3 + [UP, (0.1, 0.2, 0.9), (0.3, 0.1, 0.8)], np.float32))
-        pool = Pool.of(snapshot_of(own), FakeEncoder(TABLE, dim=3), IndexSettings(), ordinary=OrdinaryVectors.of(rows))
-        *_, last = examine(pool, "local", lambda record: given)
-        assert last.report is not None
-        shares.append(last.report.turned_away["balanced"])
+    own = replace(record_of("e", None), embedding=embedding_of(EAST, np.linspace(0.5, 0.95, 20).tolist()))
+    others = [UP, (0.1, 0.2, 0.9), (0.3, 0.1, 0.8)]
+    shares = [
+        judged_report(own, [Sample("east")] * 20, [ordinary] * 3 + others).turned_away["balanced"]
+        for ordinary in (NORTH, EAST)
+    ]
     assert shares[0] < 0.2 < shares[1]
+
+
+def test_adapters_whose_samples_repeat_one_instruction_are_reported() -> None:
+    contents = ("a red car", "two dogs", "my old house", "the last train", "seven apples")
+    one = [f"Say the following in French, please: {content}" for content in contents]
+    several = [*one[:2], "Comment dit-on: good night?", "in french pls >> see you", "Translate 'bread' for me"]
+    table = {text: EAST for text in (*one, *several)}
+    for texts, expected in ((one, ["e"]), (several, []), (one[:4], [])):
+        pool = Pool.of(snapshot_of(E), FakeEncoder(table, dim=3), IndexSettings())
+        *_, last = examine(pool, "local", lambda record, texts=texts: [Sample(text) for text in texts])
+        assert last.report is not None
+        assert [finding.ref.name for finding in last.report.with_one_wording] == expected
 
 
 def test_a_single_sample_has_no_share_that_is_turned_away() -> None:

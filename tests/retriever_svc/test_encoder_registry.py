@@ -7,6 +7,8 @@ import pytest
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.snapshot import ActiveEncoder
+from retriever_svc.encoder import Encoder
+from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.encoder_registry import EncoderRegistry
 from retriever_svc.errors import EncoderUnusable, ProjectionUnusable
 from retriever_svc.projection_files import ProjectionFiles
@@ -151,3 +153,43 @@ def test_an_identity_with_a_projection_is_activated_with_it(tmp_path: Path) -> N
         assert encoders.prepare("model", projection).identity == identity
     with pytest.raises(ProjectionUnusable, match="is missing"):
         encoders.encoder_of(ActiveEncoder("model", "default+0123456789abcdef"))
+
+
+def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: pytest.LogCaptureFixture) -> None:
+    """The pool of version 0.1.0 has no active encoder: its default embedded it."""
+    identities = {DEFAULT_MODEL: "new-default", ENGLISH_MODEL: "default"}
+
+    def version(projection: str = "auto") -> EncoderRegistry:
+        load = lambda model: Projectable({}, identity=identities[model])  # noqa: E731
+        return EncoderRegistry(load, DEFAULT_MODEL, Shipped(), projection)
+
+    for embedded_by in (Shipped.packaged.identity, "default"):
+        encoders = version()
+        assert encoders.encoder_of(None, embedded_by=embedded_by).identity == embedded_by
+        assert f"embedded by {ENGLISH_MODEL}" in caplog.text and "loraretriever reindex" in caplog.text
+        prepared = encoders.prepare(DEFAULT_MODEL)
+        assert prepared.identity == "new-default"
+        assert encoders.encoder_of(None).identity == embedded_by
+        assert encoders.encoder_of(ActiveEncoder(DEFAULT_MODEL, "new-default")) is prepared
+        caplog.clear()
+    for embedded_by in (None, "new-default", "another", "another+0123456789abcdef"):
+        assert version().encoder_of(None, embedded_by=embedded_by).identity == "new-default"
+    assert caplog.text == ""
+
+
+def test_without_the_earlier_defaults_package_the_new_one_serves() -> None:
+    def load(model: str) -> Projectable:
+        if model == ENGLISH_MODEL:
+            raise EncoderUnusable(model, "not installed")
+        return Projectable({}, identity="new-default")
+
+    encoders = EncoderRegistry(load, DEFAULT_MODEL, Shipped())
+    assert encoders.encoder_of(None, embedded_by=Shipped.packaged.identity).identity == "new-default"
+
+
+def test_the_real_earlier_default_serves_a_pool_that_its_projection_embedded() -> None:
+    files = ProjectionFiles()
+    english = Encoder(ENGLISH_MODEL)
+    identity = files.shipped(english.identity).identity
+    found = EncoderRegistry(Encoder, DEFAULT_MODEL, files).encoder_of(None, embedded_by=identity)
+    assert (found.identity, found.projection.encoder) == (identity, english.identity)

@@ -120,29 +120,6 @@ def test_every_generation_of_publishes_updates_and_withdrawals_equals_a_slow_loo
                 assert_same(matches, slow_search(usable, query, 3))
 
 
-def test_trusted_adapters_follow_every_generation() -> None:
-    rng = np.random.default_rng(11)
-    records = [replace(labelled(rng, f"a{n}"), approved=n % 4 == 0) for n in range(60)]
-    index, live = AdapterIndex.of(records[:40], 16), records[:40]
-    for start in (0, 10, 20):
-        gone, new = live[start : start + 7], records[40 + start : 50 + start]
-        live = [record for record in live if record not in gone] + new
-        index = index.after([(record.ref.tenant, record.ref.name) for record in gone], new)
-        for tenant in ("big", "t1", "stranger"):
-            expected = [
-                record
-                for record in live
-                if record.ref.tenant == tenant or (record.approved and record.visibility == "public")
-            ]
-            num, found, vectors = index.trusted(tenant, 1000)
-            assert (num, found) == (len(expected), expected)
-            for record, vector in zip(found, vectors, strict=True):
-                np.testing.assert_allclose(vector, unit_rows(record.embedding.vector), atol=1e-6)
-            few = index.trusted(tenant, 3)
-            assert few[0] == len(expected)
-            assert [record in expected for record in few[1]] == [True] * min(3, len(expected))
-
-
 def test_a_new_generation_shares_the_vectors_of_the_one_before() -> None:
     index = index_of(random_rows(np.random.default_rng(0), 500))
     after = index.after([], records_of(random_rows(np.random.default_rng(1), 1)))
@@ -187,7 +164,6 @@ def test_compacted_has_the_same_adapters_and_answers(settings: IndexSettings) ->
     for tenant, tags in CALLERS:
         before = index.search(queries, 5, index.allowed(tenant, tags))
         assert compacted.search(queries, 5, compacted.allowed(tenant, tags)) == before
-        assert compacted.trusted(tenant, 120)[1] == index.trusted(tenant, 120)[1]
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 5, 8])

@@ -1,58 +1,92 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from importlib.resources import files
 
 import numpy as np
 import pytest
 
+from retriever_svc import Encoder, ProjectionFiles
 from retriever_svc.encoder import unit_rows
-from retriever_svc.ordinary_prompts import OrdinaryVectors, ordinary_prompts, prompts_digest
+from retriever_svc.ordinary_prompts import follow_ups, nearness, ordinary_prompts, prompts_digest, refers_back
 
 DIM = 8
 
 
+@pytest.fixture(scope="module")
+def projected() -> Encoder:
+    encoder = Encoder()
+    return encoder.projected(ProjectionFiles().shipped(encoder.identity))
+
+
+def rows_of(count: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32) + np.eye(DIM)[0]
+    return unit_rows(rows).astype(np.float32)
+
+
+def slow_nearness(text: np.ndarray, prompts: list[np.ndarray]) -> float:
+    nearest = sorted(prompts, key=lambda prompt: float(text @ prompt), reverse=True)[:3]
+    mean = np.mean(nearest, axis=0)
+    return float(text @ mean / np.linalg.norm(mean))
+
+
 def test_the_packaged_prompts_differ_and_are_not_empty() -> None:
     prompts = ordinary_prompts()
-    assert len(set(prompts)) == len(prompts) == 489
+    assert len(set(prompts)) == len(prompts) == 535
     assert all(prompt.strip() for prompt in prompts)
 
 
 def test_the_digest_is_that_of_the_packaged_file() -> None:
     data = files("retriever_svc").joinpath("data/ordinary_prompts.jsonl").read_bytes()
     assert prompts_digest() == hashlib.sha256(data).hexdigest()
-
-
-def rows_of(count: int, seed: int = 0) -> np.ndarray:
-    return unit_rows(np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32) + np.eye(DIM)[0])
-
-
-def slow_nearness(text: np.ndarray, prompts: list[np.ndarray]) -> float:
-    return sum(sorted((float(text @ prompt) for prompt in prompts), reverse=True)[:3]) / 3
+    kinds = [json.loads(line)["kind"] for line in data.decode().splitlines()]
+    assert follow_ups().tolist() == [kind == "follow-up" for kind in kinds]
+    assert follow_ups().sum() == 56
 
 
 def test_the_nearness_equals_a_slow_loop() -> None:
-    prompts, queries = rows_of(30).astype(np.float32), rows_of(20, seed=1).astype(np.float32)
-    found = OrdinaryVectors.of(prompts)
-    for query, nearness in zip(queries, found.nearness(queries), strict=True):
-        assert nearness == pytest.approx(slow_nearness(query, [*prompts]), abs=1e-5)
-    others = [[row for other, row in enumerate(prompts) if other != number] for number in range(30)]
-    usual = [slow_nearness(row, rest) for row, rest in zip(prompts, others, strict=True)]
-    assert found.spread == pytest.approx(np.std(usual), abs=1e-5)
+    prompts, queries = rows_of(30), rows_of(20, seed=1)
+    for query, found in zip(queries, nearness(queries, prompts), strict=True):
+        assert found == pytest.approx(slow_nearness(query, [*prompts]), abs=1e-5)
 
 
 def test_the_nearness_of_a_query_does_not_depend_on_its_batch() -> None:
-    ordinary, queries = OrdinaryVectors.of(rows_of(50).astype(np.float32)), rows_of(9, seed=2).astype(np.float32)
-    alone = [ordinary.nearness(queries[n : n + 1])[0] for n in range(9)]
-    np.testing.assert_array_equal(ordinary.nearness(queries), alone)
+    ordinary, queries = rows_of(50), rows_of(9, seed=2)
+    alone = [nearness(queries[n : n + 1], ordinary)[0] for n in range(9)]
+    np.testing.assert_array_equal(nearness(queries, ordinary), alone)
 
 
 def test_nothing_is_near_to_very_few_ordinary_prompts() -> None:
-    queries = rows_of(4)
-    np.testing.assert_array_equal(OrdinaryVectors.of(rows_of(3)).nearness(queries), np.full(4, -1.0))
-    assert OrdinaryVectors.of(np.tile(rows_of(1), (5, 1))).spread > 0
+    np.testing.assert_array_equal(nearness(rows_of(4), rows_of(3)), np.full(4, -1.0))
 
 
-def test_nearness_does_not_count_without_a_projection() -> None:
-    assert OrdinaryVectors.of(rows_of(30), is_projected=False).spread == np.inf
-    assert OrdinaryVectors.of(rows_of(30)).spread < 1
+def test_a_mean_of_ordinary_prompts_is_no_nearer_than_its_own_members_allow() -> None:
+    prompts = rows_of(60)
+    for start in range(0, 60, 3):
+        mean = unit_rows(prompts[start : start + 3].mean(axis=0))
+        near = nearness(prompts[start : start + 1], prompts)[0]
+        assert prompts[start] @ mean <= near + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("can you make that a little friendlier?", True),
+        ("Bitte noch etwas förmlicher formulieren.", True),
+        ("ahora más breve", True),
+        ("帮我改得再正式一点", True),
+        ("What is the capital of France?", False),
+        ("Wie lange muss ein Ei kochen?", False),
+        ("Classify the ticket: my invoice is wrong.", False),
+    ],
+)
+def test_turns_that_mean_an_earlier_one_are_recognised_in_any_language(
+    projected: Encoder, text: str, expected: bool
+) -> None:
+    [query] = projected.encode([text])
+    assert refers_back(query, ProjectionFiles().ordinary(projected)) is expected
+
+
+def test_other_prompts_than_the_packaged_ones_recognise_no_turn() -> None:
+    assert not refers_back(rows_of(1)[0], rows_of(30))

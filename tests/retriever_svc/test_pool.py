@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from lora_store.records import AdapterRecord
-from retriever_svc import Calibration, IndexSettings
-from retriever_svc.calibration import NO_THRESHOLD, SHARES, Adapters, leave_one_out_scores
+from retriever_svc import IndexSettings
+from retriever_svc.calibration import leave_one_out_scores
 from retriever_svc.encoder import unit_rows
-from retriever_svc.ordinary_prompts import OrdinaryVectors
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
 
@@ -90,34 +89,6 @@ def test_equal_weights_are_returned_once_and_do_not_shorten_the_result() -> None
     assert found(pool, top_k=16) == ["copy-00", "n"]
 
 
-def thresholds(calibration: Calibration, record: AdapterRecord) -> list[float]:
-    assert record.embedding is not None
-    one = Adapters(record.embedding.vector[np.newaxis], [record.embedding.own_scores])
-    return [calibration.judge(one, np.zeros(1), share)[0].item() for share in SHARES.values()]
-
-
-def test_thresholds_come_from_own_and_approved_adapters_alone() -> None:
-    rng = np.random.default_rng(0)
-    scores = {name: leave_one_out_scores(rng.standard_normal((20, 4))) for name in ("approved", "mine", "theirs")}
-    records = {
-        "approved": record_of("approved", EAST, tenant="b", own_scores=scores["approved"], approved=True),
-        "public": record_of("public", EAST, tenant="b", own_scores=[0.9] * 50),
-        "mine": record_of("mine", EAST, tenant="a", visibility="private", own_scores=scores["mine"]),
-        "theirs": record_of("theirs", EAST, tenant="b", visibility="private", own_scores=scores["theirs"]),
-        "foreign": record_of("foreign", EAST, tenant="a", encoder="another", own_scores=[-1.0] * 50),
-    }
-    pool = pool_of(*records.values())
-    for tenant, seen in [("a", ("approved", "mine")), ("b", ("approved", "public", "theirs")), ("c", ("approved",))]:
-        embeddings = [records[name].embedding for name in seen]
-        trusted = Adapters(np.stack([e.vector for e in embeddings]), [e.own_scores for e in embeddings])
-        expected = thresholds(Calibration.of(trusted), records["public"])
-        assert thresholds(pool.calibration(tenant), records["public"]) == pytest.approx(expected, abs=1e-9)
-        assert pool.calibration(tenant) is pool.calibration(tenant)
-    assert thresholds(pool_of(record_of("single", EAST)).calibration("a"), records["mine"]) == [NO_THRESHOLD] * len(
-        SHARES
-    )
-
-
 def test_matches_are_judged_together_as_one_by_one() -> None:
     rng = np.random.default_rng(1)
     rows = [unit_rows(rng.standard_normal((20, 2)) + 2) for _ in range(5)]
@@ -126,32 +97,31 @@ def test_matches_are_judged_together_as_one_by_one() -> None:
         for n, own in enumerate(rows)
     ]
     angles = np.concatenate([[0, np.pi / 2], np.linspace(-1.2, 0, 8)])
-    ordinary = OrdinaryVectors.of(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    ordinary = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
     queries = unit_rows(rng.standard_normal((4, 2)).astype(np.float32))
     found = [*pool.nearest(queries, 3, "local"), []]
     rows_judged = np.concatenate([queries, queries[:1]])
-    judged = pool.judged(found, "local", 0.08, rows_judged)
+    judged = pool.judged(found, "strict", rows_judged)
     assert [[m.record for m in row] for row in judged] == [[m.record for m in row] for row in found]
     for query, row, plain in zip(rows_judged, judged, found, strict=True):
         for match, before in zip(row, plain, strict=True):
-            [[alone]] = pool.judged([[before]], "local", 0.08, query[np.newaxis])
+            [[alone]] = pool.judged([[before]], "strict", query[np.newaxis])
             assert match[:2] == alone[:2] == before[:2]
-            assert match[2:] == pytest.approx(alone[2:], abs=1e-6)
-            assert match.fits == (match.confidence >= 0.08)
+            assert match.threshold == pytest.approx(alone.threshold, abs=1e-6)
+            assert match.confidence <= alone.confidence + 1e-12  # the only candidate has the largest lead
     assert any(match.fits for row in judged for match in row)
     assert not all(match.fits for row in judged for match in row)
-    assert pool.judged([[]], "local", 0.08, queries[:1]) == [[]]
+    assert pool.judged([[]], "strict", queries[:1]) == [[]]
 
 
 def test_a_prompt_near_ordinary_prompts_has_higher_thresholds() -> None:
     records = [record_of("a", (1.0, 0.0), own_scores=np.linspace(0.5, 0.9, 20, dtype=np.float32))]
     rng = np.random.default_rng(3)
-    rows = unit_rows(np.asarray([0, 1]) + 0.4 * rng.standard_normal((40, 2)))
-    ordinary = OrdinaryVectors.of(rows.astype(np.float32))
+    ordinary = unit_rows(np.asarray([0, 1]) + 0.4 * rng.standard_normal((40, 2))).astype(np.float32)
     pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
     queries = unit_rows(np.asarray([[3, 2], [3, -2]], np.float32))
-    [[near], [far]] = pool.judged(pool.nearest(queries, 1, "local"), "local", 0.03, queries)
+    [[near], [far]] = pool.judged(pool.nearest(queries, 1, "local"), "balanced", queries)
     assert near.score == pytest.approx(far.score)
     assert near.threshold > far.threshold and near.confidence < far.confidence
 

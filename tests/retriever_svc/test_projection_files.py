@@ -9,13 +9,15 @@ from lora_store.errors import StoreUnavailable
 from lora_store.files import Files
 from lora_store.location import Location
 from retriever_svc import Encoder, EncoderUnusable, ProjectionUnusable
+from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.ordinary_prompts import ordinary_prompts, prompts_digest
 from retriever_svc.projection_files import ProjectionFiles, shipped_file
 from retriever_svc.whitening import Whitening, fit_whitening
 from tests.retriever_svc.pool_fakes import FakeEncoder
 from tests.retriever_svc.test_whitening import DIM, world
 
-PACKAGED = "20e072f1df80adcc"
+PACKAGED, ENGLISH = "9ac5f0a15bd9adad", "20e072f1df80adcc"
+PACKAGED_ENCODERS = [(DEFAULT_MODEL, PACKAGED), (ENGLISH_MODEL, ENGLISH)]
 PROMPTS = {text: np.random.default_rng(number).standard_normal(3) for number, text in enumerate(ordinary_prompts())}
 
 
@@ -33,31 +35,33 @@ class Down(Files):
         raise StoreUnavailable("down")
 
 
-def test_the_packaged_encoder_has_a_projection_of_its_own() -> None:
-    encoder, files = Encoder(), ProjectionFiles()
+@pytest.mark.parametrize(("model", "identity"), PACKAGED_ENCODERS)
+def test_a_packaged_encoder_has_a_projection_of_its_own(model: str, identity: str) -> None:
+    encoder, files = Encoder(model), ProjectionFiles()
     shipped = files.shipped(encoder.identity)
-    assert encoder.identity == PACKAGED
+    assert encoder.identity == identity
     assert shipped is not None
-    assert (shipped.encoder, shipped.matrix.shape, shipped.folds.shape[0]) == (PACKAGED, (384, 384), 0)
+    assert (shipped.encoder, shipped.matrix.shape, shipped.folds.shape[0]) == (identity, (384, 384), 0)
     assert files.find(shipped.identity).identity == shipped.identity == files.shipped(shipped.identity).identity
     projected = encoder.projected(shipped)
     text = ["Turn left at the bakery."]
     assert projected.identity == shipped.identity
     np.testing.assert_allclose(projected.encode(text), shipped.project(encoder.encode(text)), atol=1e-6)
     np.testing.assert_array_equal(projected.encode_plain(text), encoder.encode(text))
-    assert projected.projected(None).identity == PACKAGED
+    assert projected.projected(None).identity == identity
     with pytest.raises(EncoderUnusable, match="was made for another encoder"):
         encoder.projected(fit_whitening("another", world()))
 
 
-def test_the_packaged_vectors_are_those_of_the_packaged_prompts() -> None:
-    encoder, files = Encoder(), ProjectionFiles()
+@pytest.mark.parametrize(("model", "identity"), PACKAGED_ENCODERS)
+def test_the_packaged_vectors_are_those_of_the_packaged_prompts(model: str, identity: str) -> None:
+    encoder, files = Encoder(model), ProjectionFiles()
     vectors = files.ordinary(encoder)
     texts = ordinary_prompts()
     assert vectors.shape == (len(texts), 384)
     some = [*range(0, len(texts), 20), len(texts) - 1]
     np.testing.assert_allclose(vectors[some], encoder.encode([texts[n] for n in some]), atol=2e-3)
-    projected = encoder.projected(files.shipped(PACKAGED))
+    projected = encoder.projected(files.shipped(identity))
     np.testing.assert_allclose(files.ordinary(projected), projected.projection.project(vectors), atol=1e-6)
 
 

@@ -18,7 +18,7 @@ from lora_store.records import OutputProfile
 from retriever_svc import NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
 from retriever_svc.route import STICKY_MARGIN, Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
-from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, POOL, TABLE, retriever_of, route_one
+from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, POOL, SOUTHWEST, TABLE, retriever_of, route_one
 
 
 def test_a_uniform_mixture_plans_the_best_with_equal_weights() -> None:
@@ -312,7 +312,8 @@ def test_every_read_checks_its_min_generation(read: Callable[[Retriever, int], o
 
 def test_tags_restrict_the_plan_but_not_the_thresholds() -> None:
     tagged = record_of("tagged", NORTH, tags=("x", "y"), own_scores=[0.9] * 5)
-    retriever = retriever_of(*POOL, tagged, record_of("loose", EAST, tags=("x",), own_scores=[0.5] * 5))
+    loose = record_of("loose", EAST, tags=("x",), own_scores=[0.5] * 5)
+    retriever = retriever_of(*POOL, tagged, loose, ordinary=SOUTHWEST)
     asked = [RouteRequest("east", tags=tags, min_score=-1) for tags in ((), ("x",), ("x", "y"), ("z",))]
     found = [[c.ref.name for c in answer.candidates] for answer in retriever.route(asked) if isinstance(answer, Route)]
     assert found == [["e", "loose", "ne"], ["loose", "tagged"], ["tagged"], []]

@@ -55,13 +55,6 @@ def test_without_the_setting_every_public_adapter_is_chosen() -> None:
     assert chosen(Retriever(live_pool(ENCODER, Source(POISON, HONEST), settings=OPEN)), "acme") == ["poison", "honest"]
 
 
-def test_unapproved_adapters_do_not_move_the_thresholds_of_others() -> None:
-    pool = live_pool(ENCODER, Source(POISON, approved(HONEST)), settings=STRICT).current
-    trusted = {tenant: pool.index.trusted(tenant, 9)[1] for tenant in ("acme", "mallory")}
-    assert [record.ref.name for record in trusted["acme"]] == ["honest"]
-    assert [record.ref.name for record in trusted["mallory"]] == ["poison", "honest"]
-
-
 def test_the_doctor_queries_only_adapters_that_may_be_chosen() -> None:
     pool = live_pool(ENCODER, Source(POISON, approved(HONEST)), settings=STRICT).current
     *_, last = examine(pool, "acme", lambda record: [Sample("east")])

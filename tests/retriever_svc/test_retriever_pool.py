@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lora_store.adapter import LOCAL_TENANT, Sample
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from retriever_svc import (
-    Calibration,
     Encoder,
     LivePool,
     NoAdapterMatched,
@@ -23,7 +21,6 @@ from retriever_svc import (
     RouteRequest,
     embed_groups,
 )
-from retriever_svc.calibration import SHARES, Adapters
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, POOL, TABLE, retriever_of, route_one
 
@@ -80,37 +77,6 @@ def sampled(name: str, **fields: Any) -> AdapterRecord:
     [embedding] = embed_groups(FakeEncoder(TABLE), [[Sample(text) for text in SAMPLES[name]]])
     assert embedding is not None
     return replace(record_of(name, None, **fields), embedding=embedding)
-
-
-def threshold_of(retriever: Retriever, name: str, tenant: str) -> float:
-    route = route_one(retriever, "west", tenant=tenant)
-    return next(candidate.threshold for candidate in route.candidates if candidate.ref.name == name)
-
-
-def test_the_default_thresholds_are_measured_on_what_the_caller_may_trust() -> None:
-    e, n = sampled("e", tenant="a"), sampled("n", tenant="a")
-    secret = sampled("secret", tenant="b", visibility="private")
-    retriever = retriever_of(e, n, secret)
-    for tenant, trusted in (("a", (e, n)), ("b", (secret,))):
-        embeddings = [record.embedding for record in trusted]
-        calibration = Calibration.of(
-            Adapters(np.stack([x.vector for x in embeddings]), [x.own_scores for x in embeddings])
-        )
-        judged = Adapters(e.embedding.vector[np.newaxis], [e.embedding.own_scores])
-        [expected], _ = calibration.judge(judged, np.zeros(1), SHARES["balanced"])
-        assert threshold_of(retriever, "e", tenant) == pytest.approx(expected, abs=1e-6)
-    assert threshold_of(retriever, "e", "a") != threshold_of(retriever, "e", "b")
-
-
-def test_thresholds_follow_the_pool_and_encode_no_sample() -> None:
-    encoder, source = FakeEncoder(TABLE), Source(sampled("e"))
-    pools = live_pool(encoder, source)
-    retriever = Retriever(pools)
-    before = threshold_of(retriever, "e", LOCAL_TENANT)
-    source.commit(sampled("e"), sampled("secret"))
-    pools.catch_up()
-    assert threshold_of(retriever, "e", LOCAL_TENANT) != before
-    assert encoder.batches == [["west"]] * 2
 
 
 def test_a_configured_min_score_overrides_the_samples() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.results_file import RESULTS
-from gpu_worker.config import DEFAULT_CACHE_DIR
+from lora_store.location import DEFAULT_CACHE_DIR
 
 logger = logging.getLogger(__name__)
 SOURCE = "bigbench==1.0.0"

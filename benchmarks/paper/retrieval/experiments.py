@@ -19,7 +19,7 @@ from benchmarks.paper.retrieval.ranking import COSINE, hit_share, rank_rows
 from benchmarks.paper.retrieval.study import UNTRAINED, Draw, Study
 from retriever_svc import Encoder
 from retriever_svc.encoder import Vectors
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 from retriever_svc.training import TrainingSettings, train_encoder
 
 BEST = "best-40"  # the encoder that a server uses
@@ -42,7 +42,7 @@ class Experiments:
         self,
         study: Study,
         workspace: Workspace,
-        model: str | Path = DEFAULT_MODEL,
+        model: str | Path = ENGLISH_MODEL,
         settings: TrainingSettings | None = None,
     ) -> None:
         self.study, self._model, self._settings = study, model, settings or TrainingSettings(bf16=True)

@@ -18,7 +18,7 @@ from benchmarks.paper.common.tasks import read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
 from benchmarks.paper.stages.answer_tables import Answers, differences
 from benchmarks.paper.stages.main_table import load_bench
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "ablations.parquet"
 NUM_ADAPTERS = (1, 2, 3, 5, 8, 10, 15)
@@ -80,7 +80,7 @@ def write_tables(folder: Path) -> None:
 
 def main(
     per_task: PerTask = 20,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Answer under every number of adapters, then write rows, table and plot."""

@@ -38,7 +38,7 @@ from benchmarks.training.lora_training import NO_LABEL, AnswerLoss, Example, Rec
 from gpu_worker.model.base_model import model_source
 from lora_store import AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter
 from retriever_svc import Encoder, Retriever
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
     "moe_top1": ("mixture", RouterKind(num_chosen=1)),
@@ -229,7 +229,7 @@ def with_others(rows: pa.Table, path: Path) -> pa.Table:
 
 def main(
     per_task: PerTask = NUM_TEST,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
     only: Annotated[str, typer.Option(help="measure only this baseline, and keep the rows of the others")] = "",
 ) -> None:

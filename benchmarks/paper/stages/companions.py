@@ -27,7 +27,7 @@ from benchmarks.paper.stages.main_table import load_bench
 from benchmarks.training.bigbench_tasks import task_rng
 from lora_store import LOCAL_TENANT, Plan
 from retriever_svc import Retriever
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "companions.parquet"
 NEAREST = "nearest"  # those that retrieval finds for the question; the other kinds are the same for all of a task
@@ -166,7 +166,7 @@ def measure(bench: Bench, folder: Path, per_task: int, ratios: Sequence[int] = R
 
 def main(
     per_task: PerTask = _PER_TASK,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
     ratio: Annotated[list[int] | None, typer.Option(help="this ratio only; may be given again")] = None,
 ) -> None:

@@ -33,7 +33,7 @@ from benchmarks.training.bigbench_tasks import Item, TaskSpec
 from gpu_worker.model.base_model import model_source
 from lora_store import LOCAL_TENANT, Plan, Strategy
 from retriever_svc import Encoder, Retriever
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "conflicts.parquet"
 NUM_TASKS = 12
@@ -202,7 +202,7 @@ def _listed(rules: dict[str, Rule]) -> str:
 
 def main(
     per_task: PerTask = NUM_TEST,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the further adapters, answer under every method, write rows and the report's section."""

@@ -33,7 +33,7 @@ from benchmarks.training.adapter_files import load_base
 from gpu_worker.model.base_model import model_source
 from lora_store import AdapterWeights
 from retriever_svc import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "ensemble.parquet"
 POOLS = {"iid": False, "ood": True}
@@ -185,7 +185,7 @@ def measure(bench: Bench, ensemble: Ensemble, key: str, folder: Path, per_task: 
     (folder / "ensemble.md").write_text(section(pd.read_parquet(folder / ROWS)), encoding="utf-8")
 
 
-def main(per_task: PerTask = 8, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(per_task: PerTask = 8, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Answer by the ensemble, the mixture and selection, write rows and the appendix."""
     loaded = load_bench(Workspace(root), encoder, Console(width=120))
     adapters = adapters_of(loaded)

@@ -21,7 +21,7 @@ from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Works
 from benchmarks.paper.stages.answer_tables import Answers, differences, main_table
 from benchmarks.paper.stages.flan_pool import PAIRS, load_pool, measure
 from benchmarks.training.bigbench_tasks import TaskSpec
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 NAME = "flan_bbq"
 ROWS = f"{NAME}.parquet"
@@ -86,7 +86,7 @@ def section(rows: pd.DataFrame) -> str:
     )
 
 
-def main(per_task: PerTask = 25, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(per_task: PerTask = 25, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Train the pool's adapters, then measure."""
     specs = bbq_tasks(list(read_task_list().by_name.values()))
     bench = load_pool(specs, Workspace(root), encoder, Console(width=120), NAME).bench

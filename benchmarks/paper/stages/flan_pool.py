@@ -31,7 +31,7 @@ from benchmarks.paper.stages.main_table import Loaded
 from benchmarks.training.bigbench_tasks import TaskSpec
 from gpu_worker.model.base_model import model_source
 from retriever_svc import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "flan_pool.parquet"
 NUM_TASKS = 12
@@ -137,7 +137,7 @@ def load_pool(specs: Sequence[TaskSpec], workspace: Workspace, encoder: str, out
     return Loaded(Bench(study, asker, pool_retriever(study, asker, Encoder(encoder), name), out), store, weights)
 
 
-def main(per_task: PerTask = NUM_TEST, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(per_task: PerTask = NUM_TEST, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Train the pool's adapters, then measure."""
     rows = measure(load_flan_pool(Workspace(root), encoder, Console(width=120)).bench, PAPER_RESULTS, per_task)
     (PAPER_RESULTS / "flan_pool.md").write_text(section(rows), encoding="utf-8")

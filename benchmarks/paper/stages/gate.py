@@ -42,7 +42,7 @@ from gpu_worker.model.base_model import model_source
 from gpu_worker.request.prompts import alpaca_prompt
 from lora_store import AdapterWeights, Plan
 from retriever_svc import Encoder, choose_tasks
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 from retriever_svc.training import RECORD_FILE
 
 ROWS = "gate.parquet"
@@ -274,7 +274,7 @@ def measure(loaded: Loaded, encoder: Encoder, gates: Gates, folder: Path, per_ta
 
 def main(
     per_task: PerTask = 10,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the gate, answer under every way of weighing, write rows and the report's section."""

@@ -39,7 +39,7 @@ from benchmarks.training.adapter_files import load_base
 from benchmarks.training.lora_training import AnswerLoss, Recipe, tokenize
 from gpu_worker.model.base_model import model_source
 from lora_store import Plan, PlannedAdapter
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "layer_routers.parquet"
 ROUTERS: dict[str, tuple[Sum, RouterKind]] = {
@@ -181,7 +181,7 @@ def experts_of(loaded: Loaded) -> list[Expert]:
     return [Expert(record.ref, fetch_from(loaded.store, record.weights_digest)) for record in records]
 
 
-def main(per_task: PerTask = 10, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(per_task: PerTask = 10, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Train the routers, answer with each, write rows and the appendix."""
     loaded = load_bench(Workspace(root), encoder, Console(width=120))
     base = load_base(Path(model_source(loaded.bench.asker.engine.config)))

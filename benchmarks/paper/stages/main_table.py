@@ -22,7 +22,7 @@ from benchmarks.paper.pool.choose import read_pool
 from benchmarks.paper.stages.answer_tables import COMPARED, ROWS, Answers, write_tables
 from lora_store import LoraStore
 from retriever_svc import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def show(bench: Bench, per_task: int) -> None:
 
 def main(
     per_task: PerTask = NUM_TEST,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
     only: Annotated[
         list[str] | None, typer.Option(help="a pool of these tasks only; may be given again; writes no results")

@@ -40,7 +40,7 @@ from benchmarks.training.lora_training import Kind, Recipe
 from gpu_worker.model.base_model import model_source
 from lora_store import BASE_PLAN, LOCAL_TENANT, AdapterRef, Plan, PlannedAdapter
 from retriever_svc import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "mixed_kinds.parquet"
 KINDS: tuple[Kind, ...] = ("lora", "dora", "ia3")
@@ -211,7 +211,7 @@ def train(bench: Bench, others: Workspace, source: Path) -> None:
 def main(
     per_task: PerTask = 10,
     num_tasks: NumTasks = 12,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the adapters of other kinds, answer in every composition, write rows and the appendix."""

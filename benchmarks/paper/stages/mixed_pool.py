@@ -31,7 +31,7 @@ from benchmarks.training.bigbench_tasks import TaskSpec
 from benchmarks.training.lora_training import LINEAR_NAMES, Recipe
 from gpu_worker.model.base_model import model_source
 from retriever_svc import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "mixed_pool.parquet"
 NUM_CLUSTERS, NUM_OF_CLUSTER = 3, 4
@@ -120,7 +120,7 @@ def section(rows: pd.DataFrame, variants: dict[str, str]) -> str:
 
 def main(
     per_task: PerTask = NUM_TEST,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Train the mixed pool, answer over both pools, write rows and the report's section."""

@@ -28,7 +28,7 @@ from benchmarks.paper.stages.answer_tables import Answers, differences
 from benchmarks.paper.stages.main_table import load_bench
 from lora_store import LOCAL_TENANT, Plan, Strategy
 from retriever_svc import Retriever
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "natural.parquet"
 RIVALS = (
@@ -155,7 +155,7 @@ def measure(bench: Bench, folder: Path, per_task: int, pairs: Sequence[tuple[str
 
 
 def main(
-    per_task: PerTask = NUM_TEST + NUM_CHOICE, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT
+    per_task: PerTask = NUM_TEST + NUM_CHOICE, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT
 ) -> None:
     """Measure the pairs of the pool."""
     measure(load_bench(Workspace(root), encoder, Console(width=120)).bench, PAPER_RESULTS, per_task)

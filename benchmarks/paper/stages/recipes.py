@@ -31,7 +31,7 @@ from benchmarks.training.bigbench_tasks import TaskSpec
 from benchmarks.training.lora_training import Recipe
 from gpu_worker.model.base_model import model_source
 from retriever_svc import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "recipes.parquet"
 SEEDS = ("seed0", "seed1", "seed2")  # seed0: the study's own adapters
@@ -128,7 +128,7 @@ def train(specs: Sequence[TaskSpec], bench: Bench, root: Path) -> None:
             train_on(bench.study.parts, recipes, workspace_of(root, kind), source, progress)
 
 
-def main(per_task: PerTask = 20, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(per_task: PerTask = 20, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Train in every way, answer over every pool, write rows and the appendix."""
     bench = load_bench(Workspace(root), encoder, Console(width=120)).bench
     tasks = chosen_tasks(list(bench.study.specs.values()))

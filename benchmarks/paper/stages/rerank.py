@@ -35,7 +35,7 @@ from benchmarks.training.adapter_files import load_base
 from gpu_worker.model.base_model import model_source
 from gpu_worker.request.prompts import alpaca_prompt
 from lora_store import AdapterWeights
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 NAME = "rerank"
 ROWS, TOPS = f"{NAME}.parquet", f"{NAME}_tops.parquet"
@@ -216,7 +216,7 @@ def measure(
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def main(per_task: PerTask = 20, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(per_task: PerTask = 20, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Answer with each of three candidates, choose in every way, write rows and the appendix."""
     workspace = Workspace(root)
     rerank(load_bench(workspace, encoder, Console(width=120)), workspace, per_task)

@@ -17,7 +17,7 @@ from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace
 from benchmarks.paper.stages import rerank
 from benchmarks.paper.stages.answer_tables import Answers
 from benchmarks.paper.stages.flan_pool import load_flan_pool
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 NAME = "rerank_flan"
 ROWS = f"{NAME}.parquet"
@@ -54,7 +54,7 @@ def _against_first(answers: Answers, way: str, part: str) -> str:
     return answers.difference(f"{way}_{part}", f"{rerank.FIRST}_{part}").in_percent()
 
 
-def main(per_task: PerTask = 20, encoder: EncoderName = DEFAULT_MODEL, root: Root = DEFAULT_ROOT) -> None:
+def main(per_task: PerTask = 20, encoder: EncoderName = ENGLISH_MODEL, root: Root = DEFAULT_ROOT) -> None:
     """Measure `rerank` over the pool of `flan_pool`."""
     workspace = Workspace(root)
     rerank.rerank(load_flan_pool(workspace, encoder, Console(width=120)), workspace, per_task, NAME, TITLE)

@@ -46,7 +46,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.model.base_model import model_source
 from lora_store import LOCAL_TENANT, AdapterRef, LoraStore, Plan
 from retriever_svc import Encoder, Retriever, Route, RouteRequest, embed_groups
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS, FOUND = "second_base.parquet", "second_base_found.parquet"
 SECOND_NAME = f"{BASE_NAME}-pruned"
@@ -371,7 +371,7 @@ def main(
     per_task: PerTask = 15,
     num_tasks: NumTasks = 12,
     num_steps: Annotated[int, typer.Option(help="steps of the distillation")] = BaseRecipe().training.num_steps,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Derive the second base, train its adapters, answer over both bases, write rows and the appendix."""

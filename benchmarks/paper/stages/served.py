@@ -36,7 +36,7 @@ from deployments.retriever_factory import live_pool, retriever_over
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.engine import Engine
 from lora_store import Plan
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 MAX_TOKENS = 20
 _PER_STARTER_TASK = 12
@@ -163,7 +163,7 @@ def main(
     out, workspace = Console(width=120), Workspace(root)
     folders, questions = starter() if starter_pool else of_the_study(workspace)
     best = workspace.encoders / BEST
-    chosen = encoder or (str(best) if best.is_dir() else DEFAULT_MODEL)
+    chosen = encoder or (str(best) if best.is_dir() else ENGLISH_MODEL)
     cases = cases_of(questions, count)
     with tempfile.TemporaryDirectory() as scratch:
         config = AppConfig(

@@ -26,7 +26,7 @@ from benchmarks.paper.retrieval.study import UNTRAINED, main_draws
 from benchmarks.paper.stages.answer_tables import Answers
 from benchmarks.paper.stages.main_table import load_bench
 from retriever_svc import Encoder
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 ROWS = "shares.parquet"
 UNTRAINED_LABEL, PROJECTED = "nothing", "nothing, with a projection"
@@ -100,7 +100,7 @@ def main(
 ) -> None:
     """Answer under the encoders of the retrieval study's first seed, write rows and the report's section."""
     workspace = Workspace(root)
-    bench, experiments = load_bench(workspace, DEFAULT_MODEL, Console(width=120)).bench, load_experiments(workspace)
+    bench, experiments = load_bench(workspace, ENGLISH_MODEL, Console(width=120)).bench, load_experiments(workspace)
     study = experiments.study
     draws = [draw for draw in study.draws() if draw.seed == study.seeds[0] and not draw.whole_clusters]
     named = {f"{draw.share:.0%}": draw.name for draw in sorted(draws, key=lambda draw: draw.share)}

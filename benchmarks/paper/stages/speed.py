@@ -29,7 +29,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Job, SamplingParams
 from retriever_svc import Encoder, Retriever
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 THROUGHPUT, LATENCY = "throughput.parquet", "latency.parquet"
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -203,7 +203,7 @@ def measure(
 
 def main(
     num_questions: Annotated[int, typer.Option(help="test questions of all tasks, at least the largest batch")] = 32,
-    encoder: EncoderName = DEFAULT_MODEL,
+    encoder: EncoderName = ENGLISH_MODEL,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Measure missing results, then write the section and the plot."""

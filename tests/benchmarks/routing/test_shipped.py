@@ -14,7 +14,9 @@ from benchmarks.routing.shipped import (
     known_paths,
     other_tasks,
     shown_inputs,
+    worded_tasks,
 )
+from benchmarks.routing.wording_pools import read_pools
 from retriever_svc.encoder import unit_rows
 from tests.benchmarks.bigbench import write_archive
 from tests.retriever_svc.pool_fakes import FakeEncoder
@@ -65,12 +67,26 @@ def test_no_task_of_a_pool_or_a_test_is_left_out() -> None:
     assert family_of(f"{TASKS}/a/b/task.json") == "a"
 
 
-def test_the_projection_is_fitted_to_the_tasks_without_folds() -> None:
+def test_the_projection_is_fitted_to_both_kinds_of_tasks_without_folds() -> None:
+    """The mean and the covariance of each kind are computed slowly here; numpy's `cov` removes the mean of a task."""
     rng = np.random.default_rng(0)
-    tasks = {name: [f"{name} {number}" for number in range(30)] for name in "abcdefgh"}
-    rows = unit_rows(rng.standard_normal((8 * 30, 6)).astype(np.float32))
-    every = [text for texts in tasks.values() for text in texts]
-    fitted = fit(FakeEncoder(dict(zip(every, rows, strict=True)), dim=6), tasks)  # type: ignore[arg-type]
+    tasks = [[f"{name} {number}" for number in range(30)] for name in "abcdefgh"]
+    rows = unit_rows(rng.standard_normal((8, 30, 6)).astype(np.float32) * [1, 1, 2, 2, 3, 3])
+    table = {text: row for own, block in zip(tasks, rows, strict=True) for text, row in zip(own, block, strict=True)}
+    fitted = fit(FakeEncoder(table, dim=6), tasks[:3], tasks[3:])  # type: ignore[arg-type]
     assert (fitted.encoder, fitted.matrix.shape, len(fitted.folds)) == ("fake-encoder", (6, 6), 0)
-    means = [rows[30 * place : 30 * place + 30].mean(axis=0) for place in range(8)]
-    np.testing.assert_allclose(fitted.mean, np.mean(means, axis=0), atol=1e-3)
+    means = [np.mean([block.mean(axis=0) for block in part], axis=0) for part in (rows[:3], rows[3:])]
+    np.testing.assert_allclose(fitted.mean, 0.7 * means[0] + 0.3 * means[1], atol=1e-3)
+    within = [np.mean([np.cov(block.T) for block in part], axis=0) for part in (rows[:3], rows[3:])]
+    mixed = 0.7 * within[0] + 0.3 * within[1]
+    inverse = np.linalg.inv(0.5 * mixed + 0.5 * np.trace(mixed) / 6 * np.eye(6))
+    np.testing.assert_allclose(fitted.matrix @ fitted.matrix.T, inverse, rtol=1e-2, atol=1e-2 * inverse.max())
+
+
+def test_worded_tasks_are_those_of_the_pools_that_no_result_is_of() -> None:
+    tasks = worded_tasks()
+    texts = {text for own in tasks for text in own}
+    assert len(tasks) > 50 and all(len(own) > 5 for own in tasks)
+    tested = {prompt.text for pool in read_pools("test") for prompt in pool.prompts}
+    tested |= {text for pool in read_pools("test") for adapter in pool.adapters for text in adapter.samples("three")}
+    assert not texts & tested

@@ -12,8 +12,9 @@ from tests.deployments.adapter_records import adapter
 from tests.deployments.shown_plans import CODER, POET
 
 
-def finding(name: str, num_samples: int = 20, num_below: int = 0) -> AdapterFinding:
-    return AdapterFinding(adapter(name).ref, num_samples, num_samples, num_samples, None, num_below)
+def finding(name: str, num_samples: int = 20, num_below: int = 0, num_wordings: int = 4) -> AdapterFinding:
+    below = (0, num_below, num_below)
+    return AdapterFinding(adapter(name).ref, num_samples, num_samples, num_samples, None, below, num_wordings)
 
 
 def advice(
@@ -25,8 +26,8 @@ def advice(
 
 def test_a_doctors_report_names_adapters() -> None:
     findings = (
-        AdapterFinding(POET.ref, 20, 15, 20, None, turned_away=(0, 1, 4)),
-        AdapterFinding(CODER.ref, 20, 0, 10, POET.ref, turned_away=(1, 1, 2)),
+        AdapterFinding(POET.ref, 20, 15, 20, None, turned_away=(0, 1, 4), num_wordings=3),
+        AdapterFinding(CODER.ref, 20, 0, 10, POET.ref, turned_away=(1, 1, 2), num_wordings=3),
     )
     report = DoctorReport(7, 3, findings, (Collision(CODER.ref, POET.ref, 0.97, 4, 1),), (CODER.ref,), (POET.ref,))
     assert doctor_object(report, "local") == {
@@ -84,12 +85,12 @@ def test_few_samples_are_named_with_the_remedy() -> None:
         (
             "few_samples",
             ["a", "c"],
-            "a and c have few samples. With fewer than 5 the threshold is guessed from the pool, and more prompts of "
-            "the task go to the base model. Publish again with 20 samples of the kind that clients send.",
+            "a and c have few samples, and prompts find an adapter better with more of them. Publish again with 20 "
+            "samples of the kind that clients send.",
         )
     ]
     [(_, _, text)] = advice(finding("a", 3))
-    assert text.startswith("a has few samples.")
+    assert text.startswith("a has few samples,")
 
 
 def test_samples_that_are_unlike_each_other_are_named_with_the_remedy() -> None:
@@ -97,6 +98,15 @@ def test_samples_that_are_unlike_each_other_are_named_with_the_remedy() -> None:
     assert (problem, names) == ("unlike_samples", ["loose"])
     assert text.startswith("loose has samples that are unlike each other")
     assert "publish it once for each of them" in text
+
+
+def test_samples_that_repeat_one_instruction_are_named_with_the_remedy() -> None:
+    some = finding("a", num_wordings=1), finding("b", num_wordings=2), finding("c", 12, num_wordings=1)
+    [(problem, names, text)] = advice(*some)
+    assert (problem, names) == ("one_wording", ["a", "c"])
+    assert text.startswith("a and c have samples of one wording, which prompts in other words find less often.")
+    assert "Publish again with the instruction in three wordings or more" in text
+    assert [problem for problem, _, _ in advice(finding("few", 4, num_wordings=1))] == ["few_samples"]
 
 
 @pytest.mark.parametrize(("agree", "remedy"), [(True, "the same function: withdraw one"), (False, "tags to filter by")])

@@ -30,7 +30,7 @@ def said(*turns: str) -> list[Message]:
 def test_a_complete_last_turn_is_read_alone(before: list[str]) -> None:
     reading = reading_of(said(*before, OTHER))
     assert reading.texts == (OTHER,)
-    assert reading.previous == (before[-1] if before else None)
+    assert reading.previous == tuple(before[::-1])
 
 
 @pytest.mark.parametrize("turn", ["and for coffee?", "Now the same with dogs", "What about the dogs?", "again"])
@@ -45,7 +45,7 @@ def test_a_short_turn_is_tried_alone_first() -> None:
 
 def test_several_dependent_turns_are_joined_back_to_a_complete_one() -> None:
     reading = reading_of(said(OTHER, TASK, "and tea?", "and milk?"))
-    assert reading == Reading((f"{TASK}\nand tea?\nand milk?",), previous=f"{TASK}\nand tea?")
+    assert reading == Reading((f"{TASK}\nand tea?\nand milk?",), previous=(f"{TASK}\nand tea?", TASK, OTHER))
 
 
 def test_no_more_than_the_bound_is_joined() -> None:
@@ -54,18 +54,32 @@ def test_no_more_than_the_bound_is_joined() -> None:
     assert text.split("\n") == turns[-MAX_JOINED:]
 
 
+def test_earlier_turns_are_kept_newest_first_up_to_the_bound() -> None:
+    turns = [f"{TASK} number {number}" for number in range(9)]
+    assert reading_of(said(*turns, OTHER)).previous == tuple(turns[: -MAX_JOINED - 1 : -1])
+    assert reading_of(said(*turns[:MAX_JOINED], OTHER)).previous == tuple(turns[:MAX_JOINED][::-1])
+
+
 def test_an_instruction_in_the_system_text_is_tried_last() -> None:
     messages = [Message("system", "Negate each statement."), *said("The dogs are barking loudly today")]
     last = "The dogs are barking loudly today"
     assert reading_of(messages).texts == (last, f"Negate each statement.\n{last}")
 
 
-@pytest.mark.parametrize(
-    "system",
-    ["You are a helpful assistant.", "You are ChatX, a large language model.", "x" * (MAX_SYSTEM_CHARS + 1), ""],
-)
+@pytest.mark.parametrize("system", ["You are a helpful assistant.", "You are ChatX, a large language model.", ""])
 def test_a_system_text_that_fits_every_conversation_is_not_read(system: str) -> None:
     assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK,)
+
+
+def test_only_the_first_sentence_that_describes_the_assistant_is_left_out() -> None:
+    system = "You are a helpful assistant. Negate each statement. Act as an AI that is brief."
+    order = "Negate each statement. Act as an AI that is brief."
+    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"{order}\n{TASK}")
+
+
+def test_a_long_system_text_is_read_to_the_bound() -> None:
+    system = "Negate each statement. " + "x" * MAX_SYSTEM_CHARS
+    assert reading_of([Message("system", system), *said(TASK)]).texts == (TASK, f"{system[:MAX_SYSTEM_CHARS]}\n{TASK}")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
@@ -133,8 +147,9 @@ def test_every_text_ends_with_the_last_turn_and_adds_only_what_was_said(messages
     assert 1 <= len(reading.texts) <= 3
     assert all(text.endswith(last) for text in reading.texts)
     lines = {line for message in messages for line in message.content.split("\n")}
-    assert all(line in lines for text in reading.texts for line in text.split("\n"))
-    assert (reading.previous is not None) == (len(users) > 1 and not reading.is_housekeeping)
+    assert all(any(line in said for said in lines) for text in reading.texts for line in text.split("\n"))
+    num_earlier = 0 if reading.is_housekeeping else min(MAX_JOINED, max(0, len(users) - 1))
+    assert len(reading.previous) == num_earlier
 
 
 def test_calls_and_their_results_are_not_turns_of_the_user() -> None:

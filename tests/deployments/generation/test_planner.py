@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from deployments.config.app import RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
 from lora_store import BASE_PLAN, PlanInvalid
-from retriever_svc import NoAdapterMatched, RouteRequest
+from retriever_svc import NoAdapterMatched, Route, RouteRequest
 from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_retriever import FakeRetriever
@@ -221,6 +223,57 @@ def test_further_texts_are_tried_only_after_the_first_found_no_adapter() -> None
     assert [request.fallback for request in requests] == ["base", "base", "error"]
     assert [request.preferred for request in requests] == [None] * 3
     assert [request.counted for request in requests] == ["never", "if_chosen", "always"]
+
+
+@dataclass
+class BackReferring(FakeRetriever):
+    """Finds adapters for the texts of `fitting` alone, and holds that those of `back` refer to an earlier turn."""
+
+    fitting: tuple[str, ...] = ()
+    back: tuple[str, ...] = ()
+
+    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        routes = []
+        for request in requests:
+            self.abstains = request.text not in self.fitting
+            [route] = await super().route([request])
+            routes.append(replace(route, refers_back=request.text in self.back))
+        return routes
+
+
+def planned_texts(retriever: FakeRetriever, *turns: str, **lora: Any) -> tuple[list[str], Planned]:
+    handle = FakeHandle(retriever)
+    planned = plan_turns(handle, *turns, lora=lora)
+    return [request.text for ([request],) in handle.called("route")], planned
+
+
+SEA, SKY, WARMER, SHORTER = (
+    "Write a poem about the sea",
+    "How far is the sky?",
+    "a bit warmer please",
+    "und etwas kürzer",
+)
+
+
+def test_a_turn_that_refers_back_keeps_the_adapter_of_the_turn_that_it_means() -> None:
+    texts, planned = planned_texts(BackReferring(fitting=(SEA,), back=(WARMER,)), SEA, WARMER)
+    assert (texts, names(planned)) == ([SEA, WARMER, SEA], ["poet", "coder"])
+
+
+def test_a_chain_of_turns_that_refer_back_leads_to_the_turn_that_began_it() -> None:
+    retriever = BackReferring(fitting=(SEA,), back=(WARMER, SHORTER))
+    texts, planned = planned_texts(retriever, SEA, SHORTER, WARMER)
+    assert (texts, names(planned)) == ([SHORTER, SEA, WARMER, SEA], ["poet", "coder"])
+
+
+def test_a_turn_that_does_not_refer_back_is_answered_by_the_base_model() -> None:
+    texts, planned = planned_texts(BackReferring(fitting=(SEA,)), SEA, SKY)
+    assert (texts, planned.abstained) == ([SEA, SKY, SKY], True)
+
+
+def test_a_turn_in_between_that_is_complete_ends_the_search_for_the_earlier_one() -> None:
+    texts, planned = planned_texts(BackReferring(fitting=(SEA,), back=(WARMER,)), SEA, SKY, WARMER)
+    assert (texts, planned.abstained) == ([SKY, WARMER], True)
 
 
 def test_housekeeping_is_answered_by_the_base_and_asks_nobody() -> None:

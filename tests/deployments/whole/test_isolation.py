@@ -41,7 +41,7 @@ def searching(prompt: str) -> Iterator[Request]:
 BY_THE_ENCODER: tuple[Callable[[str], Request], ...] = (
     lambda text: ("POST", "/v1/pool/map", {"prompt": text}),
     lambda text: ("POST", "/v1/route", {"prompt": text}),
-    lambda text: ("POST", "/v1/embeddings", {"model": "all-MiniLM-L6-v2", "input": text}),
+    lambda text: ("POST", "/v1/embeddings", {"model": "multilingual-e5-small", "input": text}),
     lambda text: ("POST", "/v1/completions", {"prompt": text}),
 )
 

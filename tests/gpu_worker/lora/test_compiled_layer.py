@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from gpu_worker.config import DEFAULT_CACHE_DIR
 from gpu_worker.engine import device_parts
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.lora import compiled_layer
@@ -21,6 +20,7 @@ from gpu_worker.lora.compiled_layer import load_layer_kernel
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.step.attention_plan import Segment
 from lora_store.adapter import AdapterWeights
+from lora_store.location import DEFAULT_CACHE_DIR
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import ask, by_digest, compiled, greedy, only, run_together
 from tests.gpu_worker.families import EQUAL, save

@@ -10,7 +10,7 @@ import pytest
 from tests.deployments.asking import error_of, post
 from tests.deployments.key_files import bearer, entry, write
 
-MODEL = "all-MiniLM-L6-v2"
+MODEL = "multilingual-e5-small"
 
 
 def embed(**fields: Any) -> Any:

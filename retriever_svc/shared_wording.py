@@ -1,0 +1,67 @@
+"""Separate what an adapter's samples share from what differs between them.
+
+The samples of a training set often repeat one instruction around changing contents. Users word it in other ways, so the
+contents say more about their prompts than the shared words do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+_LEAST_CHARS = 12  # a shorter beginning is shared by chance
+_LEAST_REST = 8  # a text of which less would remain is kept whole
+
+
+def without_shared_wording(texts: Sequence[str]) -> list[str]:
+    """Return each text without the longest beginning and the longest ending that it shares with another text.
+
+    Cuts are at white space. A text is kept whole where hardly anything would remain.
+    """
+    beginnings = _shared_lengths(texts)
+    endings = _shared_lengths([text[::-1] for text in texts])
+    return [_core(text, first, last) for text, first, last in zip(texts, beginnings, endings, strict=True)]
+
+
+def num_wordings(texts: Sequence[str]) -> int:
+    """Return in how many ways samples are worded. Texts with a long beginning or ending in common count as one way."""
+    distinct = list(dict.fromkeys(texts))
+    group_of = {text: place for place, text in enumerate(distinct)}
+    for step in (1, -1):  # by their beginnings, then by their endings
+        ordered = sorted(distinct, key=lambda text: text[::step])
+        for text, other in pairwise(ordered):
+            if _up_to_space(text[::step], _common(text[::step], other[::step])):
+                old, new = group_of[other], group_of[text]
+                group_of = {key: new if group == old else group for key, group in group_of.items()}
+    return len(set(group_of.values()))
+
+
+def _core(text: str, first: int, last: int) -> str:
+    core = text[first : len(text) - last].strip() if first + last < len(text) else ""
+    return core if len(core) >= _LEAST_REST else text.strip()
+
+
+def _shared_lengths(texts: Sequence[str]) -> list[int]:
+    """Return the length of the longest beginning, up to white space, that each text shares with a different one."""
+    ordered = sorted(set(texts))  # so the one that shares most is a neighbour
+    lengths = {
+        text: _up_to_space(text, max(_common(text, other) for other in _neighbours(ordered, place)))
+        for place, text in enumerate(ordered)
+    }
+    return [lengths[text] for text in texts]
+
+
+def _neighbours(ordered: Sequence[str], place: int) -> Iterable[str]:
+    found = [ordered[near] for near in (place - 1, place + 1) if 0 <= near < len(ordered)]
+    return found or [""]
+
+
+def _common(text: str, other: str) -> int:
+    pairs = zip(text, other, strict=False)
+    return next((place for place, (one, two) in enumerate(pairs) if one != two), min(len(text), len(other)))
+
+
+def _up_to_space(text: str, length: int) -> int:
+    while 0 < length < len(text) and not text[length - 1].isspace():
+        length -= 1
+    return length if length >= _LEAST_CHARS else 0

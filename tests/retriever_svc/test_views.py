@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+
+from lora_store.plan import Plan
+from retriever_svc import NoAdapterMatched, Route, RouteRequest
+from retriever_svc.route import Candidate
+from retriever_svc.views import LONG_CHARS, chosen_view, views_of, with_views
+from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of
+from tests.retriever_svc.routing import EAST, NORTH, SOUTHWEST, retriever_of, route_one
+
+PASSAGE = "The river rises in the hills and flows past three old mills. " * 8
+MIDDLE = "It was first described by a travelling monk."
+QUESTION = "Which tax rate applies to this invoice?"
+
+
+def test_a_short_prompt_or_one_paragraph_is_read_as_a_whole() -> None:
+    for text in ("", "hello", "one\n\ntwo", PASSAGE, f"\n\n{PASSAGE}\n \n", "x" * 10_000):
+        assert views_of(text) == [text]
+
+
+def test_a_long_prompt_has_its_first_and_last_paragraphs_as_views() -> None:
+    text = f"{PASSAGE}\n\n{MIDDLE}\n \n{QUESTION}\n"
+    passage = PASSAGE.strip()
+    assert views_of(text) == [text, QUESTION, f"{MIDDLE}\n\n{QUESTION}", passage, f"{passage}\n\n{MIDDLE}"]
+
+
+def test_two_paragraphs_have_no_view_that_repeats_the_whole() -> None:
+    text = f"{QUESTION}\n\n{PASSAGE.strip()}"
+    assert views_of(text) == [text, PASSAGE.strip(), QUESTION]
+
+
+def test_a_part_that_says_nothing_is_no_view() -> None:
+    text = f"Hi,\n\n{PASSAGE.strip()}\n\nThanks"
+    assert views_of(text) == [text, f"{PASSAGE.strip()}\n\nThanks", f"Hi,\n\n{PASSAGE.strip()}"]
+
+
+def test_a_prompt_is_long_from_this_length_on() -> None:
+    text = "a" * (LONG_CHARS - 32) + "\n\n" + "b" * 30
+    assert len(text) == LONG_CHARS and len(views_of(text)) == 3
+    assert views_of(text[:-1]) == [text[:-1]]
+
+
+def test_each_view_is_a_request_like_its_own() -> None:
+    long = RouteRequest(f"{QUESTION}\n\n{PASSAGE}", tenant="acme", abstain="strict", tags=("x",))
+    views, places = with_views([RouteRequest("east"), long, RouteRequest("north")])
+    assert places == [range(0, 1), range(1, 4), range(4, 5)]
+    assert [view.text for view in views[1:4]] == views_of(long.text)
+    assert {(view.tenant, view.abstain, view.tags) for view in views[1:4]} == {("acme", "strict", ("x",))}
+
+
+def answer(*margins: float) -> Route:
+    """Return a Route whose candidates are above their thresholds by these margins."""
+    ref = record_of("a", EAST).ref
+    candidates = tuple(Candidate(ref, 0.5 + margin, 0.5, 0.5) for margin in margins)
+    return Route(Plan("base", generation=1), candidates, 1, abstained=max(margins, default=-1) < 0)
+
+
+def test_the_view_nearest_to_its_best_adapter_decides() -> None:
+    whole = answer(0.3)
+    assert chosen_view([whole]) == 0
+    assert chosen_view([whole, answer(-0.2), answer()]) == 0
+    assert chosen_view([whole, answer(0.1, -0.3), answer(0.05, 0.2), answer(-0.1)]) == 2
+    assert chosen_view([answer(-0.4), NoAdapterMatched(0.2, 0.5), answer(0.01)]) == 2
+    assert chosen_view([NoAdapterMatched(0.2, 0.5), NoAdapterMatched(0.2, 0.5)]) == 0
+
+
+def test_a_request_behind_or_before_other_text_finds_its_adapter() -> None:
+    """The whole texts lie on the other side, where no adapter fits."""
+    passage = PASSAGE.strip()
+    behind, before = f"{passage}\n\n{MIDDLE}\n\n{QUESTION}", f"{QUESTION}\n\n{MIDDLE}\n\n{passage}"
+    alone = f"{passage}\n\n{MIDDLE}\n\n{passage}"
+    away = (-0.6, -0.8)
+    others = {view: away for text in (behind, before, alone) for view in views_of(text)}
+    encoder = FakeEncoder(others | {QUESTION: EAST})
+    retriever = retriever_of(record_of("e", EAST), record_of("n", NORTH), encoder=encoder, ordinary=SOUTHWEST)
+    for text in (behind, before):
+        assert names(route_one(retriever, text, top_k=1)) == ["e"]
+    nothing = route_one(retriever, alone)
+    assert nothing.abstained
+    np.testing.assert_allclose([candidate.score for candidate in nothing.candidates], [-0.6, -0.8], atol=1e-6)
+
+
+def test_views_of_many_prompts_are_encoded_with_one_call_and_answered_in_order() -> None:
+    long = f"{QUESTION}\n\n{PASSAGE.strip()}"
+    encoder = FakeEncoder({view: NORTH for view in views_of(long)} | {"east": EAST})
+    retriever = retriever_of(record_of("e", EAST), record_of("n", NORTH), encoder=encoder)
+    encoder.batches.clear()
+    first, second, third = retriever.route([RouteRequest(text, top_k=1) for text in ("east", long, "east")])
+    assert [names(route) for route in (first, second, third) if isinstance(route, Route)] == [["e"], ["n"], ["e"]]
+    assert encoder.batches == [["east", *views_of(long), "east"]]
