@@ -106,7 +106,8 @@ class VersionConflict(LoraStoreError):
         self.attempts = attempts
 
     def __str__(self) -> str:
-        return f"another writer committed first, {self.attempts} times in a row; retry later"
+        times = "" if self.attempts == 1 else f", {self.attempts} times in a row"
+        return f"another writer committed first{times}; retry later"
 
 
 class GenerationGone(LoraStoreError):

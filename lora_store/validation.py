@@ -31,6 +31,7 @@ from lora_store.safetensors_layout import StoredTensor
 from lora_store.sample_files import read_description, read_samples
 
 TEMPLATES = ("alpaca", "chat")
+SERVER_TEMPLATE = "server"  # in a label: the adapter names none, whatever its folder brings
 MAX_TAGS = 32
 _SHOWN_FOLDERS = 5
 _QUANTISED = re.compile(r"[48]-?bit|gptq|awq", re.IGNORECASE)
@@ -60,8 +61,9 @@ class Label:
                 )
         if len(self.tags) > MAX_TAGS:
             yield f"tags: at most {MAX_TAGS}, got {len(self.tags)}"
-        if self.template is not None and self.template not in TEMPLATES:
-            yield f"template must be one of {', '.join(TEMPLATES)}, got {self.template[:100]!r}"
+        allowed = (*TEMPLATES, SERVER_TEMPLATE)
+        if self.template is not None and self.template not in allowed:
+            yield f"template must be one of {', '.join(allowed)}, got {self.template[:100]!r}"
         if self.visibility not in VISIBILITIES:
             yield f"visibility must be one of {', '.join(VISIBILITIES)}, got {self.visibility!r}"
 
@@ -75,6 +77,7 @@ class CheckedFolder:
     samples: tuple[Sample, ...]
     base_model: str
     template: str | None = None  # named by the publisher, or the known one that the folder's chat template equals
+    is_described: bool = False  # its only sample is the description
 
     @property
     def modules(self) -> dict[str, ModuleWeights]:
@@ -119,12 +122,15 @@ def check_folder(
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
-    return CheckedFolder(config, pairs, samples or described, config.base_model or "", template)
+    is_described = bool(described and not samples)
+    return CheckedFolder(config, pairs, samples or described, config.base_model or "", template, is_described)
 
 
 def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
     """Return the publisher's template, or the known one that the folder brings. Raises: FileRefused."""
     digest = read_template(folder, limits)
+    if label.template == SERVER_TEMPLATE:
+        return None
     if label.template is not None or digest is None or templates is None:
         return label.template
     if digest not in templates:

@@ -349,6 +349,6 @@ BAD_LABELS: dict[str, BadLabel] = {
     "tenant with a slash": BadLabel({"tenant": "../them"}, "tenant '../them' must be"),
     "tag with a space": BadLabel({"tags": ["fine", "not fine"]}, "tag 'not fine' must be"),
     "33 tags": BadLabel({"tags": [f"t{number}" for number in range(33)]}, "tags: at most 32, got 33"),
-    "template of its own": BadLabel({"template": "{{ x }}"}, "template must be one of alpaca, chat, got '{{ x }}'"),
+    "template of its own": BadLabel({"template": "{{ x }}"}, "template must be one of alpaca, chat, server, got"),
     "unknown visibility": BadLabel({"visibility": "secret"}, "visibility must be one of public, private, got 'secret'"),
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, NotRequired
 
@@ -136,6 +136,8 @@ class Published:
     neighbours: tuple[Candidate, ...]
     expires_at: datetime | None = None  # of an unlisted adapter
     trial: Trial | None = None  # of a version that is not live, but takes a share of the live one's requests
+    kept: Mapping[str, object] = field(default_factory=dict)  # what it took over from the version that was live before
+    changed: Mapping[str, FieldChange] = field(default_factory=dict)  # what differs from that version
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,16 @@ class TrialObject(TypedDict):
     shadow: bool
 
 
+FieldChange = TypedDict("FieldChange", {"from": object, "to": object})
+"""The value of the version that was live before, and the new one."""
+
+
 class PublishedAdapter(TypedDict):
+    """`kept` and `changed`: of `tags`, `template`, `visibility` and the number of `samples` of a name that was live.
+
+    `kept`: what was not given, so the live version's values apply. `changed`: what differs from them.
+    """
+
     name: str
     digest: str
     generation: int
@@ -182,6 +193,8 @@ class PublishedAdapter(TypedDict):
     neighbours: list[CandidateRow]
     expires_at: NotRequired[str]
     trial: NotRequired[TrialObject]
+    kept: NotRequired[JsonObject]
+    changed: NotRequired[JsonObject]
 
 
 class SettledAdapter(TypedDict):
@@ -224,6 +237,10 @@ def published_object(published: Published) -> PublishedAdapter:
         answer["expires_at"] = published.expires_at.isoformat()
     if published.trial is not None:
         answer["trial"] = trial_object(published.trial)
+    if published.kept:
+        answer["kept"] = dict(published.kept)
+    if published.changed:
+        answer["changed"] = dict(published.changed)
     return answer
 
 

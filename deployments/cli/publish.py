@@ -72,9 +72,9 @@ Answered = tuple[Item, JsonObject]  # an item, and the status with the error or 
 class AdapterPublisher:
     """Publishes adapters through one client.
 
-    `fields`: the name, tags, template and visibility that were given. `params`: of every request. `samples`: the
-    content of a samples file that is uploaded in place of the folder's own. `sent`: is called with the size of each
-    part of a file as it is uploaded.
+    `fields`: the name, tags, template, visibility and samples that were given; an empty list clears. `params`: of every
+    request. `samples`: the content of a samples file that is uploaded in place of the folder's own. `sent`: is called
+    with the size of each part of a file as it is uploaded.
     """
 
     client: httpx.Client
@@ -136,7 +136,8 @@ class AdapterPublisher:
             if self.samples is not None:
                 parts = [part for part in parts if part[1][0] != _SAMPLES_FILE]
                 parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
-            data = {"name": item.name or folder.resolve().name, **self.fields}
+            fields = {key: value if value != [] else "" for key, value in self.fields.items()}  # a form has no lists
+            data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
 
@@ -180,12 +181,19 @@ TimeToLive = Annotated[
 def publish(
     places: Places,
     name: Annotated[str | None, typer.Option(help="name of the adapter; default: name of its folder")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable")] = None,
-    template: Annotated[str | None, typer.Option(help="prompt template: alpaca or chat")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable; default: unchanged")] = None,
+    no_tags: Annotated[bool, typer.Option("--no-tags", help="remove the tags of the live version")] = False,
+    template: Annotated[
+        str | None,
+        typer.Option(help="prompt template: alpaca, chat, or server for the server's own; default: unchanged"),
+    ] = None,
     public: Annotated[
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
     ] = None,
     samples: TrainingFile = None,
+    no_samples: Annotated[
+        bool, typer.Option("--no-samples", help="publish without samples, so that only its name finds it")
+    ] = False,
     ttl: TimeToLive = None,
     share: Share = None,
     shadow: Annotated[
@@ -198,13 +206,19 @@ def publish(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Publish adapters to a running server."""
+    """Publish adapters to a running server.
+
+    A new version of a live name keeps its tags, template, visibility and samples unless they are given.
+    """
     items = [item for place in places for item in _items_of(place)]
     _require_one(items, name, samples)
     _check_share(share, shadow)
+    _check_cleared(tag, no_tags, samples, no_samples)
     visibility = None if public is None else "public" if public else "private"
-    given = {"name": name, "tags": tag or None, "template": template, "visibility": visibility, "ttl_s": ttl}
+    tags = [] if no_tags else tag or None
+    given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
     given |= {"share": None if share is None else share / 100, "shadow": shadow or None}
+    given |= {"samples": [] if no_samples else None}
     fields = {key: value for key, value in given.items() if value is not None}
     params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
     with client_of(url) as client, _upload_progress(items) as sent:
@@ -231,6 +245,14 @@ def _check_share(share: float | None, shadow: bool) -> None:
         raise typer.BadParameter("needs --share, 100 for a copy of every request", param_hint="--shadow")
     if share == 0:
         raise typer.BadParameter("must be above 0; without --share the version becomes live", param_hint="--share")
+
+
+def _check_cleared(tag: list[str] | None, no_tags: bool, samples: Path | None, no_samples: bool) -> None:
+    """Raises: BadParameter for what is given and cleared."""
+    if tag and no_tags:
+        raise typer.BadParameter("cannot be combined with --tag", param_hint="--no-tags")
+    if samples and no_samples:
+        raise typer.BadParameter("cannot be combined with --samples", param_hint="--no-samples")
 
 
 def _items_of(place: str) -> list[Item]:
@@ -315,7 +337,23 @@ def _outcome(answer: JsonObject, is_dry: bool) -> str:
     done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
     if not is_dry and "trial" in answer:
         done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
-    return f"{answer['name']} {done}{note}"
+    return "; ".join([f"{answer['name']} {done}{note}", *_label_notes(answer)])
+
+
+def _label_notes(answer: JsonObject) -> Iterator[str]:
+    """Yield what the new version kept of the one that was live before, and what changed."""
+    kept, changed = answer.get("kept", {}), answer.get("changed", {})
+    for field in ("tags", "template", "visibility", "samples"):
+        if field in changed:
+            yield f"{field}: {_shown(field, changed[field]['to'])} (was {_shown(field, changed[field]['from'])})"
+        elif kept.get(field) and kept[field] != "public":
+            yield f"{field}: {_shown(field, kept[field])} (kept)"
+
+
+def _shown(field: str, value: object) -> str:
+    if not value:
+        return "the server's" if field == "template" else "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def share_of(trial: JsonObject) -> str:

@@ -71,6 +71,18 @@ class AdapterValidator:
         anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
         return [anew.get(id(outcome), outcome) for outcome in outcomes]
 
+    async def restaged(
+        self, items: Sequence[ValidatedAdapter], staged: Sequence[Staged]
+    ) -> dict[int, ValidatedAdapter]:
+        """Return, by the id of the earlier one, the adapters whose `staged` is another version of the same weights.
+
+        Embed those again whose samples are others.
+        """
+        changed = [(old, new) for old, new in zip(items, staged, strict=True) if new.ref != old.staged.ref]
+        anew = [new for old, new in changed if new.record.samples_digest != old.staged.record.samples_digest]
+        embedded = dict(zip([item.ref for item in anew], await self._embed(anew) if anew else [], strict=True))
+        return {id(old): replace(old, staged=new, embedded=embedded.get(new.ref, old.embedded)) for old, new in changed}
+
     async def _validate_in(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
         async with slots:
             return await self._validate_batch(batch)

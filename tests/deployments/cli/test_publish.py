@@ -197,6 +197,43 @@ def test_the_visibility_is_sent_only_if_given(tmp_path: Path, said: tuple[str, .
     assert server.sent == [{"adapters": [{"path": str(poet)} | sent]}]
 
 
+@pytest.mark.parametrize("upload", [False, True])
+def test_clearing_is_sent_as_given(tmp_path: Path, upload: bool) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    said = ("--no-tags", "--template", "server", "--no-samples", *(["--upload"] if upload else []))
+    with scripted((201, answer("poet") if upload else batch(answer("poet")))) as server:
+        assert run("publish", poet, *said, "--url", server.url).exit_code == 0
+    if upload:
+        [body] = server.bodies
+        assert all(f'name="{field}"\r\n\r\n\r\n'.encode() in body for field in ("tags", "samples"))
+    else:
+        cleared = {"tags": [], "template": "server", "samples": []}
+        assert server.sent == [{"adapters": [{"path": str(poet)} | cleared]}]
+
+
+@pytest.mark.parametrize("said", [("--no-tags", "--tag", "x"), ("--no-samples", "--samples", "train.jsonl")])
+def test_nothing_is_given_and_cleared(tmp_path: Path, said: tuple[str, ...]) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((500, {})) as server:
+        result = run("publish", poet, *said, "--url", server.url)
+    assert (result.exit_code, server.asked) == (2, [])
+    assert f"cannot be combined with {said[1 + said.index(said[0])]}" in words(result.stderr)
+
+
+def test_the_line_of_a_new_version_says_what_it_keeps_and_changes(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    kept = {"tags": ["support", "eu"], "template": None, "visibility": "public"}
+    changed = {"samples": {"from": 20, "to": 0}}
+    with scripted((201, batch(answer("poet", kept=kept, changed=changed)))) as server:
+        result = run("publish", poet, "--url", server.url)
+    assert words(result.stdout) == "poet is live at generation 4; tags: support, eu (kept); samples: none (was 20)"
+    kept, changed = {"visibility": "private"}, {"template": {"from": "alpaca", "to": None}}
+    with scripted((201, batch(answer("poet", kept=kept, changed=changed)))) as server:
+        result = run("publish", poet, "--url", server.url)
+    expected = "template: the server's (was alpaca); visibility: private (kept)"
+    assert words(result.stdout) == f"poet is live at generation 4; {expected}"
+
+
 def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) -> None:
     folders = adapters(tmp_path, *[f"a{number:03}" for number in range(70)])
     names = [folder.name for folder in folders]
