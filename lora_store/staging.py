@@ -14,7 +14,7 @@ from lora_store.validation import CheckedFolder, Label
 from lora_store.weights_blob import digest_of
 
 Kept = Literal["visibility", "tags", "template", "samples"]
-"""What a publish that does not give it takes over from the live version of the name."""
+"""A field that a publish takes over from the live version of the name if it is not given."""
 
 
 @dataclass(frozen=True, slots=True)

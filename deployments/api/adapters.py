@@ -97,7 +97,7 @@ class AdapterLabel(ApiRequest):
     tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
     template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
     # []: none, so that only its name finds it. Samples come as a file of the folder.
-    samples: list[str] | None = Field(default=None, max_length=0)
+    samples: list[Tag] | None = Field(default=None, max_length=0)
     visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default
     # Seconds after which the adapter is withdrawn. It is unlisted until then: only its name finds it.
     ttl_s: float | None = Field(default=None, ge=1, le=MAX_TTL_S, allow_inf_nan=False)

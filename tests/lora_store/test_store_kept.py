@@ -1,4 +1,4 @@
-"""What a new version of a live name keeps of the version before it, if the publish does not give it."""
+"""New versions of a live name keep what their publish does not give."""
 
 from __future__ import annotations
 
