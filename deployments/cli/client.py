@@ -6,10 +6,10 @@ import errno
 import ipaddress
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
@@ -38,10 +38,43 @@ Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, callback=server_
 Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; before or after the command")]
 Json = Annotated[bool, typer.Option("--json", help="print the server's answer as JSON")]
 JsonOutcome = Annotated[bool, typer.Option("--json", help="print the outcome as JSON")]
+# Fields of requests whose option has another name, with the names that it has in any command.
+_OTHER_NAMES = {
+    "digest": ("to", "version"),
+    "share": ("percent",),
+    "tags": ("tag",),
+    "filter": ("tag",),
+    "ttl_s": ("ttl",),
+    "retention_s": ("retention",),
+    "visibility": ("public", "wanted"),
+    "roles": ("role",),
+}
+_params: ContextVar[Sequence[Any]] = ContextVar("params", default=())  # of the command that runs
 _key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 
-class KeyAnywhere(TyperGroup):
+class Commands(TyperGroup):
+    """A group of commands. It remembers the one that runs, whose options errors name."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        name, command, rest = super().resolve_command(ctx, args)
+        _params.set(() if command is None else command.params)
+        return name, command, rest
+
+
+def name_options(message: str) -> str:
+    """Return an error's message with the option that was typed in place of the request's field before its colon."""
+    path, colon, text = message.partition(": ")
+    *_, field = [part for part in path.split(".") if not part.isdigit()] or [""]
+    wanted = (field, *_OTHER_NAMES.get(field, ()))
+    found = [param for name in wanted for param in _params.get() if param.name == name]
+    if not colon or not found:
+        return message
+    option: str = found[0].opts[-1]
+    return f"{option if option.startswith('-') else found[0].metavar or option.upper()}: {text}"
+
+
+class KeyAnywhere(Commands):
     """The group of all commands. Its option `--key` may follow the command too."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -124,7 +157,7 @@ def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
             task = progress.add_task(title, total=None)
             for line in map(json.loads, response.iter_lines()):
                 if "error" in line:
-                    fail(line["error"]["message"])
+                    fail(name_options(line["error"]["message"]))
                 if "result" in line:
                     result: JsonObject = line["result"]
                     return result
@@ -136,7 +169,7 @@ def check(response: httpx.Response) -> None:
     """Exit with the message of the server if the response is an error."""
     if response.is_error:
         response.read()
-        fail(message_of(response))
+        fail(name_options(message_of(response)))
 
 
 def message_of(response: httpx.Response) -> str:

@@ -26,6 +26,7 @@ from deployments.cli.client import (
     has_key,
     is_this_machine,
     message_of,
+    name_options,
     out,
     print_json,
     show_error,
@@ -308,7 +309,7 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     ):
         if "error" in answer:
             refused.append(str(item.place) if item.is_source else Path(item.place).name)
-            message = _named(item, answer["error"]["message"])
+            message = _named(item, name_options(answer["error"]["message"]))
             show_error(message if total == 1 else _shortened(message))
             continue
         by_name += not answer["found_by_auto"]

@@ -18,7 +18,7 @@ from deployments.api.responses import FieldChange, Published, Removed, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import WorkerClient, WorkerGate
-from deployments.errors import VersionNotKept
+from deployments.errors import NoTrial, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
 from deployments.publishing.validator import AdapterValidator, Charge, Outcome, ValidatedAdapter, free_of_charge
@@ -257,7 +257,7 @@ class Publisher:
             running = kept[0].trial
             wanted = running.digest if digest is None and running is not None else digest
             if wanted is None:
-                raise VersionNotKept(key[1], None, [record.ref.digest for record in kept])
+                raise NoTrial(key[1], [record.ref.digest for record in kept[1:]])
             trial = Trial(kept_version(kept, wanted).ref.digest, share, is_shadow)
         change = partial(self._store.set_trial, *key, trial, actor)
         return trial, await self._run("set_trial", self._settle(change))

@@ -65,6 +65,26 @@ def test_a_refusal_is_printed_with_the_servers_message(body: Any, said: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("command", "message", "said"),
+    [
+        (("rollback", "poet", "--to", "ffff"), "digest: must be longer", "--to: must be longer"),
+        (("share", "poet", "20"), "digest: no version is under trial", "--version: no version is under trial"),
+        (("share", "poet", "20"), "share: must be above 0", "PERCENT: must be above 0"),
+        (("publish", ".", "--template", "x"), "adapters.0.template: must be alpaca", "--template: must be alpaca"),
+        (("ask", "Hi", "--strategy", "best"), "lora.strategy: must be mixture", "--strategy: must be mixture"),
+        (("visibility", "poet", "all"), "visibility: must be public", "VISIBILITY: must be public"),
+        (("list", "--tag", "a b"), "tag.0: must be shorter", "--tag: must be shorter"),
+        (("show", "poet"), "digest: has no option here", "digest: has no option here"),
+        (("show", "poet"), "no adapter 'poet'", "no adapter 'poet'"),
+    ],
+)
+def test_an_error_names_the_option_that_was_typed(command: tuple[str, ...], message: str, said: str) -> None:
+    with scripted((400, {"error": {"message": message}})) as server:
+        result = run(*command, "--url", server.url)
+    assert (result.exit_code, words(result.stderr).removeprefix(".: ")) == (1, said)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("--key", "k", "list"),

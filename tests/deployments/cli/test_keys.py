@@ -32,6 +32,11 @@ def test_a_key_and_its_entry_are_printed_as_json_on_request(tmp_path: Path) -> N
     assert printed["entry"]["sha256"] == entry.sha256 == hash_of(printed["key"])
 
 
+def test_roles_are_split_at_commas() -> None:
+    [entry] = parse_entries("\n".join(new("--role", "publish,admin").stdout.splitlines()[:-1]))
+    assert entry.roles == ("infer", "publish", "admin")
+
+
 def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     keys = [new("--file", file).stdout.strip() for _ in range(2)]
@@ -44,7 +49,12 @@ def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(("--role", "root"), "roles.1"), (("--id", "a/b"), "id"), (("--requests-per-minute", "0"), "requests_per_minute")],
+    [
+        (("--role", "root"), "--role: must be"),
+        (("--id", "a/b"), "--id: must be"),
+        (("--tenant", "acme corp"), "--tenant: must be"),
+        (("--requests-per-minute", "0"), "--requests-per-minute: must be"),
+    ],
 )
 def test_a_bad_key_is_refused_before_anything_is_written(tmp_path: Path, options: Any, says: str) -> None:
     result = new("--file", tmp_path / "keys.yaml", *options)
