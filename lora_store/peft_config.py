@@ -76,7 +76,7 @@ def read_config(folder: Path, limits: Limits) -> PeftConfig:
     if problems:
         raise FileRefused(CONFIG_FILE, problems)
     return PeftConfig(
-        base_model=raw.get("base_model_name_or_path"),
+        base_model=(raw.get("base_model_name_or_path") or "").rstrip("/") or None,
         rank=raw.get("r", _DEFAULT_RANK),
         lora_alpha=raw.get("lora_alpha", _DEFAULT_ALPHA),
         use_rslora=raw.get("use_rslora", False),

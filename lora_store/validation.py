@@ -205,7 +205,8 @@ def _config_problems(config: PeftConfig, accepts_base: Collection[str]) -> Itera
 
 
 def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
-    accepted = ", ".join(map(repr, sorted(accepts_base))) or "no base model"
+    names = [name for name in sorted(accepts_base) if not os.path.isabs(name)]  # clients need no path of the server
+    accepted = ", ".join(map(repr, names)) or "no base model"
     if not base_model:
         return f"{CONFIG_FILE} names no base model (base_model_name_or_path); this server accepts {accepted}"
     copy = compare = ""
