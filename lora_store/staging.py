@@ -29,6 +29,7 @@ class Staged:
     samples: tuple[Sample, ...]
     lease: str
     keeps: frozenset[Kept] = frozenset()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ref(self) -> AdapterRef:

@@ -148,7 +148,8 @@ class LoraStore:
             "template": template is None,
             "samples": kept_samples is not None or (has_samples and not checked.samples),
         }
-        return replace(staged, keeps=frozenset(field for field, is_kept in are_kept.items() if is_kept))
+        keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
+        return replace(staged, keeps=keeps, warnings=checked.warnings)
 
     def _stage_checked(
         self,

@@ -78,6 +78,7 @@ class CheckedFolder:
     base_model: str
     template: str | None = None  # named by the publisher, or the known one that the folder's chat template equals
     is_described: bool = False  # its only sample is the description
+    warnings: tuple[str, ...] = ()  # what its publisher should know
 
     @property
     def modules(self) -> dict[str, ModuleWeights]:
@@ -122,8 +123,15 @@ def check_folder(
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
-    is_described = bool(described and not samples)
-    return CheckedFolder(config, pairs, samples or described, config.base_model or "", template, is_described)
+    return CheckedFolder(
+        config,
+        pairs,
+        samples or described,
+        config.base_model or "",
+        template,
+        is_described=bool(described and not samples),
+        warnings=tuple(_warnings_of(pairs)),
+    )
 
 
 def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
@@ -232,8 +240,11 @@ def _tensor_problems(
             yield f"tensor {key[:200]!r} contains NaN or infinity"
     for module, pair in pairs.items():
         yield from (f"module {module[:200]!r} {problem}" for problem in _pair_problems(module, pair, shapes, limits))
-    if pairs and not any(_largest(pair["lora_b"]) for pair in pairs.values() if "lora_b" in pair):
-        yield "every lora_B is zero, so the adapter would change nothing: was it trained?"
+
+
+def _warnings_of(pairs: Pairs) -> Iterator[str]:
+    if not any(_largest(pair["lora_b"]) for pair in pairs.values()):
+        yield "every lora_B is zero, so its answers are the base model's: was it trained?"
 
 
 def _is_finite(tensor: StoredTensor) -> bool:

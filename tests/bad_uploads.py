@@ -162,11 +162,6 @@ def _many_files(folder: Path) -> None:
         (folder / f"{number}.txt").touch()
 
 
-def _zero_every_b(found: Tensors, module: str) -> None:
-    for key, tensor in found.items():
-        tensor.mul_(0 if "lora_B" in key else 1)
-
-
 def _both(*spoils: Spoil) -> Spoil:
     return lambda folder: [spoil(folder) for spoil in spoils]
 
@@ -295,7 +290,6 @@ _TENSORS = {
     ),
     "f64": BadFolder(fill("A", 1, torch.float64), "lora_A.weight' has dtype F64"),
     "int8": BadFolder(fill("A", 1, torch.int8), "has dtype I8, must be one of F32, F16, BF16"),
-    "every b zero": BadFolder(tensors(_zero_every_b), "every lora_B is zero"),
     "unknown module": BadFolder(
         add("base_model.model.model.layers.9.x.lora_A.weight", torch.ones(4, 6)), "'model.layers.9.x'"
     ),

@@ -138,6 +138,7 @@ class Published:
     trial: Trial | None = None  # of a version that is not live, but takes a share of the live one's requests
     kept: Mapping[str, object] = field(default_factory=dict)  # what it took over from the version that was live before
     changed: Mapping[str, FieldChange] = field(default_factory=dict)  # what differs from that version
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,7 @@ class PublishedAdapter(TypedDict):
     trial: NotRequired[TrialObject]
     kept: NotRequired[JsonObject]
     changed: NotRequired[JsonObject]
+    warnings: NotRequired[list[str]]
 
 
 class SettledAdapter(TypedDict):
@@ -241,6 +243,8 @@ def published_object(published: Published) -> PublishedAdapter:
         answer["kept"] = dict(published.kept)
     if published.changed:
         answer["changed"] = dict(published.changed)
+    if published.warnings:
+        answer["warnings"] = list(published.warnings)
     return answer
 
 

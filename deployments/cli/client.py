@@ -191,6 +191,11 @@ def show_error(message: str) -> None:
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+def show_warning(message: str) -> None:
+    """Print a warning to stderr."""
+    err.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def fail(message: str) -> NoReturn:
     """Print an error and exit with code 1."""
     show_error(message)

@@ -30,6 +30,7 @@ from deployments.cli.client import (
     out,
     print_json,
     show_error,
+    show_warning,
 )
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import (
@@ -314,6 +315,8 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
             continue
         by_name += not answer["found_by_auto"]
         out.print(_outcome(answer, is_dry), markup=False)
+        for warning in answer.get("warnings", ()):
+            show_warning(f"warning: {answer['name']}: {warning}")
     if total > 1:
         good = "fit to publish" if is_dry else "live"
         only = f" ({by_name} by name only)" if by_name else ""

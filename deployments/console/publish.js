@@ -180,7 +180,7 @@ function formOf(folder, name, typedSamples) {
   return form;
 }
 
-function outcome({ replicas, found_by_auto, neighbours: near, kept = {}, changed = {} }, state) {
+function outcome({ replicas, found_by_auto, neighbours: near, kept = {}, changed = {}, warnings = [] }, state) {
   const parts = [state];
   if (replicas.behind) parts.push("some replicas are not up to date yet");
   if (!found_by_auto) parts.push("without samples it is used by name only");
@@ -189,7 +189,7 @@ function outcome({ replicas, found_by_auto, neighbours: near, kept = {}, changed
     if (field in changed) parts.push(`${field}: ${shown(field, changed[field].to)} (was ${shown(field, changed[field].from)})`);
     else if (kept[field]?.length || kept[field] > 0) parts.push(`${field}: ${shown(field, kept[field])} (kept)`);
   }
-  return parts.join("; ");
+  return [...parts, ...warnings.map((warning) => `warning: ${warning}`)].join("; ");
 }
 
 /** Returns the value of a field of a published adapter as text. */

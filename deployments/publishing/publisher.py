@@ -21,7 +21,14 @@ from deployments.calls.worker_client import WorkerClient, WorkerGate
 from deployments.errors import NoTrial, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.publishing.validator import AdapterValidator, Charge, Outcome, ValidatedAdapter, free_of_charge
+from deployments.publishing.validator import (
+    AdapterValidator,
+    Charge,
+    Outcome,
+    ValidatedAdapter,
+    free_of_charge,
+    warnings_of,
+)
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
@@ -159,7 +166,7 @@ def _results(
             new = outcome.staged if isinstance(outcome, ValidatedAdapter) else item
             assert isinstance(new, Staged)
             before = older.get((result.ref.tenant, result.ref.name), (None,))[0]
-            result = compared(result, new, before)
+            result = replace(compared(result, new, before), warnings=warnings_of(new, result.probe_shift))
         results.append(result)
     return results
 

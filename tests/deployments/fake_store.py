@@ -133,10 +133,11 @@ class FakeStore:
             if item.record.is_offered and not self.live.get(key_of(item.record)):
                 raise AdapterRefused(item.ref.name, ["no version is live that could share its requests"])
         self.generation += 1
-        for item, embedding in zip(staged, embeddings, strict=True):
+        for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True):
             if precondition == "live" and self._kept(item.ref)[:1] != [item.ref]:
                 continue
             record = replace(item.record, generation=self.generation, embedding=embedding, actor=actor)
+            record = replace(record, probe_shift=shift)
             if record.is_offered:
                 live, *older = self.live[key_of(record)]
                 self.live[key_of(record)] = (replace(live, trial=record.trial), replace(record, trial=None), *older)

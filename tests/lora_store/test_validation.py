@@ -116,6 +116,14 @@ def test_harmless_files_and_settings_are_accepted(
     assert checked.base_model == "tiny-base"
 
 
+def test_an_adapter_whose_b_are_all_zero_is_accepted_with_a_warning(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    assert check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None).warnings == ()
+    tensors(lambda found, _: [tensor.zero_() for key, tensor in found.items() if "lora_B" in key])(folder)
+    [warning] = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None).warnings
+    assert "every lora_B is zero" in warning
+
+
 def test_modules_are_not_checked_without_a_known_base(make_folder: MakeFolder) -> None:
     folder = make_folder()
     rename("layers.1", "layers.7")(folder)

@@ -234,6 +234,13 @@ def test_the_line_of_a_new_version_says_what_it_keeps_and_changes(tmp_path: Path
     assert words(result.stdout) == f"poet is live at generation 4; {expected}"
 
 
+def test_a_warning_is_printed_with_the_adapters_name(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, batch(answer("poet", warnings=["was it trained?"])))) as server:
+        result = run("publish", poet, "--url", server.url)
+    assert (result.exit_code, words(result.stderr)) == (0, "warning: poet: was it trained?")
+
+
 def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) -> None:
     folders = adapters(tmp_path, *[f"a{number:03}" for number in range(70)])
     names = [folder.name for folder in folders]
