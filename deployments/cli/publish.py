@@ -46,7 +46,6 @@ _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
-_SHOWN_CHARS = 300  # of a refusal in a batch
 _SAMPLES_FILE = "lora_samples.jsonl"
 _SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
@@ -61,6 +60,13 @@ class Item:
     @property
     def is_source(self) -> bool:
         return isinstance(self.place, str)
+
+    @property
+    def label(self) -> str:
+        """The adapter's name, or the URI of a source whose name the server chooses."""
+        if self.name is not None:
+            return self.name
+        return self.place if isinstance(self.place, str) else self.place.resolve().name
 
     def as_json(self) -> JsonObject:
         where = {"source": self.place} if isinstance(self.place, str) else {"path": str(self.place.resolve())}
@@ -302,31 +308,36 @@ def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
 
 
 def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
-    """Print the outcome for each adapter, and a summary of several. Return the number of failures."""
-    refused: list[str] = []
+    """Print the outcome for each adapter, the refusals, and a summary of several. Return the number of failures."""
+    refused: dict[str, list[tuple[Item, str]]] = {}  # by reason, with the whole message
     started, by_name = time.monotonic(), 0
     for item, answer in track(
         answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
     ):
         if "error" in answer:
-            refused.append(str(item.place) if item.is_source else Path(item.place).name)
-            message = _named(item, name_options(answer["error"]["message"]))
-            show_error(message if total == 1 else _shortened(message))
+            message = name_options(answer["error"]["message"])
+            refused.setdefault(message.removeprefix(f"adapter {item.label!r} refused: "), []).append((item, message))
             continue
         by_name += not answer["found_by_auto"]
         out.print(_outcome(answer, is_dry), markup=False)
         for warning in answer.get("warnings", ()):
             show_warning(f"warning: {answer['name']}: {warning}")
+    for reason, same in refused.items():
+        if len(same) == 1:
+            show_error(_named(*same[0]))
+        else:
+            show_error(f"{len(same)} adapters refused: {reason}\n  {', '.join(item.label for item, _ in same)}")
+    names = [item.label for same in refused.values() for item, _ in same]
     if total > 1:
         good = "fit to publish" if is_dry else "live"
         only = f" ({by_name} by name only)" if by_name else ""
         err.print(
-            f"{total - len(refused)} {good}{only}, {len(refused)} refused, {time.monotonic() - started:.0f} s",
+            f"{total - len(names)} {good}{only}, {len(names)} refused, {time.monotonic() - started:.0f} s",
             highlight=False,
         )
-        if refused:
-            err.print(f"refused: {', '.join(refused)}", markup=False, highlight=False, soft_wrap=True)
-    return len(refused)
+        if names:
+            err.print(f"refused: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+    return len(names)
 
 
 def _outcome(answer: JsonObject, is_dry: bool) -> str:
@@ -368,14 +379,8 @@ def share_of(trial: JsonObject) -> str:
 
 def _named(item: Item, message: str) -> str:
     """Return the message with the place in front, unless it names the adapter or the source already."""
-    name = item.name or (item.place if isinstance(item.place, str) else item.place.resolve().name)
-    return message if f"adapter {name!r}" in message or str(item.place) in message else f"{item.place}: {message}"
-
-
-def _shortened(message: str) -> str:
-    """Return the beginning of a message about one adapter of many: a mistake in each module is a long list."""
-    is_long = len(message) > _SHOWN_CHARS
-    return f"{message[:_SHOWN_CHARS]}… (publish it alone for all reasons)" if is_long else message
+    is_named = f"adapter {item.label!r}" in message or str(item.place) in message
+    return message if is_named else f"{item.place}: {message}"
 
 
 def _link_message(link: Path) -> str:

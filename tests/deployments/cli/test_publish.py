@@ -277,7 +277,7 @@ def test_a_server_that_refuses_the_request_refuses_every_folder(tmp_path: Path) 
     with scripted((403, refusal("publishing is off"))) as server:
         result = run("publish", *folders, "--url", server.url)
     assert (result.exit_code, len(server.asked)) == (1, 1)
-    assert words(result.stderr).count("publishing is off") == 2
+    assert words(result.stderr).startswith("2 adapters refused: publishing is off one, two")
 
 
 def test_an_unlisted_adapter_is_named_with_its_end(tmp_path: Path) -> None:
@@ -288,14 +288,17 @@ def test_an_unlisted_adapter_is_named_with_its_end(tmp_path: Path) -> None:
     assert words(result.stdout) == "poet is live at generation 4 (by name only, until 2026-01-02T03:04:05 UTC)"
 
 
-def test_a_long_refusal_is_shortened_among_many_and_whole_alone(tmp_path: Path) -> None:
+def test_equal_reasons_are_printed_once_and_whole_with_the_names(tmp_path: Path) -> None:
     folders = adapters(tmp_path, "one", "two")
-    row = refused(400, "adapter 'one' refused: " + "a module has another rank; " * 50)
-    for given, is_whole in ((folders, False), (folders[:1], True)):
-        with scripted((207, batch(row, answer("two")) if len(given) > 1 else batch(row))) as server:
-            said = words(run("publish", *given, "--url", server.url).stderr)
-        assert (said.count("another rank") == 50) is is_whole
-        assert ("publish it alone for all reasons" in said) is not is_whole
+    folders += adapters(tmp_path / "run", "checkpoint-5") + adapters(tmp_path, "other")
+    remedy = "it names another base; " * 50 + "set base_model_name_or_path"
+    rows = [refused(400, f"adapter {name!r} refused: {remedy}") for name in ("one", "two", "run")]
+    with scripted((207, batch(*rows, refused(400, "adapter 'other' refused: it is bad")))) as server:
+        result = run("publish", *folders, "--url", server.url)
+    said = words(result.stderr)
+    assert f"3 adapters refused: {remedy} one, two, run adapter 'other' refused: it is bad" in said
+    assert said.count("another base") == 50
+    assert said.endswith("refused: one, two, run, other"), "a checkpoint is named as its run"
 
 
 def test_one_name_cannot_be_used_for_two_adapters(tmp_path: Path) -> None:
