@@ -278,9 +278,10 @@ def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAd
     return {"name": name, "visibility": visibility, "generation": settled.generation, "replicas": replicas}
 
 
-def approval_object(ref: AdapterRef, settled: Settled) -> SettledAdapter:
+def approval_object(ref: AdapterRef, settled: Settled, *, approved: bool = True) -> SettledAdapter:
     replicas, generation = replicas_object(settled), settled.generation
-    return {"name": ref.name, "digest": ref.digest, "approved": True, "generation": generation, "replicas": replicas}
+    digest = ref.digest
+    return {"name": ref.name, "digest": digest, "approved": approved, "generation": generation, "replicas": replicas}
 
 
 def share_object(name: str, trial: Trial | None, settled: Settled) -> SettledAdapter:

@@ -148,6 +148,14 @@ def call(
         return answer
 
 
+def pages(url: str, path: str, params: Mapping[str, str | list[str]] | None = None) -> Iterator[JsonObject]:
+    """Yield every page of a list. On an error, print the server's message and exit."""
+    page: JsonObject = {"has_more": True, "last_id": ""}
+    while page["has_more"]:
+        page = call(url, "GET", path, params={"after": page["last_id"], **(params or {})})
+        yield page
+
+
 def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
     """Send a POST that streams its progress as JSON lines, and return the result. On an error, print it and exit."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

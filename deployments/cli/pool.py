@@ -18,6 +18,7 @@ from deployments.cli.client import (
     follow,
     message_of,
     out,
+    pages,
     print_json,
     show_error,
 )
@@ -38,11 +39,10 @@ def list_adapters(
 ) -> None:
     """List the adapters of the pool."""
     rows: list[JsonObject] = []
-    answer: JsonObject = {"has_more": True, "last_id": ""}
+    answer: JsonObject = {}
     given = {"search": search or None, "owner": owner, "tag": tag}
     wanted = {name: value for name, value in given.items() if value}
-    while answer["has_more"]:
-        answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"], **wanted})
+    for answer in pages(url, "/v1/loras", wanted):
         rows += answer["data"]
     if as_json:
         print_json({"generation": answer["generation"], "data": rows})
@@ -199,7 +199,11 @@ def approve(
     """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
     path = f"/v1/loras/{quote(name, safe='')}"
     if digest is None:
-        digest = _confirmed(call(url, "GET", path))
+        shown = call(url, "GET", path)
+        if shown["visibility"] != "public":
+            fail(f"{name!r} is private: make it public first with `loraretriever visibility {name} public`")
+        call(url, "POST", f"{path}/approve", json={"digest": shown["digest"]}, params={"dry_run": "true"})
+        digest = _confirmed(shown)
     answer = call(url, "POST", f"{path}/approve", json={"digest": digest})
     if as_json:
         print_json(answer)
