@@ -128,7 +128,8 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     for key, value in raw.items():
         if value and key in _VARIANTS:
             found.append(
-                f"{key} ({_VARIANTS[key]}) is not supported: retrain without it, or merge it into the base model"
+                f"{key} ({_VARIANTS[key]}) is not supported: retrain with LoRA on linear layers only;"
+                " a merged model would need a server of its own"
             )
         elif value and key not in _HARMLESS | _READ:
             found.append(

@@ -57,6 +57,7 @@ def publish_events(
         if current is not None:
             keeps_visibility = precondition == "live" or "visibility" in taken.get(record.ref, ())
             record = _successor(record, current, precondition, keeps_visibility=keeps_visibility)
+        record = _dated(record, current, snapshot.versions(key))
         if record.visibility == "public":
             owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
             _check_claim(name, record.ref.tenant, owner)
@@ -95,6 +96,16 @@ def _successor(
     if not record.is_offered and live.ref == record.ref:
         record = replace(record, trial=live.trial)
     return replace(record, expires_at=live.expires_at) if precondition == "kept" else record
+
+
+def _dated(record: AdapterRecord, live: AdapterRecord | None, kept: Iterable[AdapterRecord]) -> AdapterRecord:
+    """Return a version that is kept already with the time of its first publish, and since when it is live."""
+    earlier = next((version for version in kept if version.ref == record.ref), None)
+    if earlier is None:
+        return record
+    is_live = live is not None and live.ref == record.ref
+    since = earlier.live_since if is_live or record.is_offered else record.created_at
+    return replace(record, created_at=earlier.created_at, live_since=since)
 
 
 def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:

@@ -189,7 +189,7 @@ _FILES = {
     "many files": BadFolder(_many_files, "more than 1000 files", travels=False),
     "large weights": BadFolder(
         _sparse(WEIGHTS, (1 << 30) + 1),
-        "has 1073741825 bytes (1024 MiB), at most 1073741824 bytes (1024 MiB) (admission.max_weights_bytes)",
+        "has 1025 MiB; this server takes 1024 MiB (admission.max_weights_bytes). float32 weights take half as much",
         travels=False,
     ),
     "large config": BadFolder(_sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 1048577 bytes"),
@@ -324,7 +324,7 @@ _SAMPLE_FILES = {
     "long output": BadFolder(
         samples(b'{"input": "x", "output": "%b"}' % (b"x" * 8193)), 'line 1 has an "output" of more than 8192 bytes'
     ),
-    "long samples file": BadFolder(_sparse(SAMPLES, 1 << 21), "lora_samples.jsonl: has 2097152 bytes (2 MiB)"),
+    "long samples file": BadFolder(_sparse(SAMPLES, 1 << 21), "lora_samples.jsonl: has 2 MiB; this server takes"),
     "empty description": BadFolder(write("description.txt", b" \n"), "description.txt: is empty"),
     "binary description": BadFolder(write("description.txt", b"\xff"), "description.txt: is not UTF-8"),
     "long description": BadFolder(

@@ -39,6 +39,7 @@ class Planned:
     reason: Decision | None = None
     trials: tuple[TrialArm, ...] = ()
     shadow: Plan | None = None  # answers a copy of the request, and no client sees it
+    tags: tuple[str, ...] = ()  # which the server's choice had to have
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deployments.cli.client import err, out, print_json, show_error, show_warning
+from deployments.cli.client import counted, err, out, print_json, show_error, show_warning
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.json_types import JsonObject
@@ -97,7 +97,7 @@ def _num_lines(folder: Path) -> int:
 
 def _summary(outcome: JsonObject) -> str:
     num_samples, num_lines = outcome["num_samples"], outcome["num_lines"]
-    parts = [f"{outcome['num_modules']} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
+    parts = [counted(outcome["num_modules"], "module"), counted(num_samples, "sample")]
     if num_lines > num_samples:
         parts[-1] += f" of {num_lines}, spread over the file"
     hint = ""

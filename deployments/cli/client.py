@@ -26,12 +26,16 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
 KEY_VARIABLE = "LORARETRIEVER_KEY"
 _ANSWER_TIMEOUT_S = 300.0
+_UNAUTHORIZED = 401
 
 
 def server_url(given: str) -> str:
-    """Return the address of the server: without `/v1` and a final slash, and with a scheme."""
+    """Return the address of the server: without `/v1` and a final slash, and with a scheme. Raises: BadParameter."""
     url = given.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-    return url if "://" in url else f"http://{url}"
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme not in ("http", "https"):
+        raise typer.BadParameter("must begin with http:// or https://")
+    return url if separator else f"http://{url}"
 
 
 Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, callback=server_url, help="address of the server")]
@@ -182,11 +186,30 @@ def check(response: httpx.Response) -> None:
 
 def message_of(response: httpx.Response) -> str:
     """Return the message of an error response."""
+    if response.status_code == _UNAUTHORIZED and not has_key():
+        return f"this server requires an API key: give --key, or set {KEY_VARIABLE}"
     try:
         message: str = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {response.status_code}"
     return message
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with the noun, such as "1 sample" and "2 samples"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def behind_note(num_replicas: int) -> str:
+    """Return that this many replicas do not serve a change yet."""
+    return f"{counted(num_replicas, 'replica')} {'is' if num_replicas == 1 else 'are'} not up to date yet"
+
+
+def problem_of(error: Exception) -> str:
+    """Return what is wrong, for an error of a file with its name."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    return f"{error.filename}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
 
 
 def print_json(answer: JsonObject) -> None:

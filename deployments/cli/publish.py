@@ -20,7 +20,9 @@ from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Url,
+    behind_note,
     client_of,
+    counted,
     err,
     fail,
     has_key,
@@ -281,8 +283,9 @@ def _samples_from(file: Path) -> bytes:
         samples = training_samples(file, Limits())
     except FileRefused as exc:
         fail(f"{file}: {exc.problems[0]}")
-    noun = "sample" if len(samples) == 1 else "samples"
-    err.print(f"{len(samples)} {noun} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    err.print(
+        f"{counted(len(samples), 'sample')} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True
+    )
     return write_samples(samples)
 
 
@@ -347,7 +350,7 @@ def _outcome(answer: JsonObject, is_dry: bool) -> str:
     if is_dry:
         notes += [f"nearest is {near['name']} at {near['score']:.2f}" for near in answer.get("neighbours", ())[:1]]
     elif behind := answer["replicas"]["behind"]:
-        notes.append(f"{behind} replicas are not up to date yet")
+        notes.append(behind_note(behind))
     note = f" ({'; '.join(notes)})" if notes else ""
     done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
     if not is_dry and "trial" in answer:

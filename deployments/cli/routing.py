@@ -21,12 +21,14 @@ from deployments.cli.client import (
     Url,
     check,
     client_of,
+    counted,
     err,
     fail,
     follow,
     out,
     pages,
     print_json,
+    problem_of,
     show_error,
 )
 from deployments.field_problems import did_you_mean
@@ -75,7 +77,7 @@ def eval_routing(
     if as_json:
         print_json({"num_inside": len(inside), "num_outside": len(outside), "measures": measures})
         return
-    out.print(_table_of(measures, f"{len(inside)} prompts of adapters, {len(outside)} others"))
+    out.print(_table_of(measures, f"{counted(len(inside), 'prompt')} of adapters, {counted(len(outside), 'other')}"))
     if inside and outside:
         out.print(_operating_points(inside, outside))
 
@@ -158,9 +160,9 @@ def read_labelled(file: Path) -> list[Labelled]:
     """Read the rows of the file. Print the first invalid line and exit if there is one."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        fail(f"{file}: no such file")
-    except (OSError, UnicodeDecodeError) as exc:
+    except OSError as exc:
+        fail(problem_of(exc))
+    except UnicodeDecodeError as exc:
         fail(f"{file}: {exc}")
     rows = [_labelled(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
     return rows or fail(f"{file}: contains no prompts")
@@ -208,7 +210,8 @@ def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         return
     k = report["k"]
     shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
-    out.print(f"{report['num_adapters']} adapters, {report['num_samples']} samples: {shares}")
+    size = f"{counted(report['num_adapters'], 'adapter')}, {counted(report['num_samples'], 'sample')}"
+    out.print(f"{size}: {shares}")
     points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
     out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
     for row in report["collisions"]:
@@ -218,7 +221,7 @@ def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
             f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
         )
     for row in report["always_shadowed"]:
-        out.print(f"never first: {row['name']}, behind {row['by']}", markup=False)
+        out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
     _print_rankings(report["rankings"])
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:

@@ -225,7 +225,10 @@ class Planner:
     async def _route(self, requests: Sequence[RouteRequest]) -> list[Planned]:
         """Return the Retriever's choices as plans with their reasons."""
         routes = await self._retriever.route(requests)
-        return [Planned(route.plan, route.candidates, route.abstained, route.reason) for route in routes]
+        return [
+            Planned(route.plan, route.candidates, route.abstained, route.reason, tags=tuple(request.tags))
+            for request, route in zip(requests, routes, strict=True)
+        ]
 
     def _request_of(
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None

@@ -11,7 +11,7 @@ import pytest
 from lora_store import AdapterRecord, LoraStore, Sample, Staged, VersionConflict
 from lora_store.peft_files import TEMPLATE_FILE
 from lora_store.sample_files import DESCRIPTION_FILE
-from tests.lora_store.builders import MakeFolder, OpenStore, Stored, embedding
+from tests.lora_store.builders import FakeClock, MakeFolder, OpenStore, Stored, embedding
 
 SAMPLES = ("Write a poem.", "Rhyme this.")
 GIVEN: dict[str, Any] = {"tags": ["support"], "template": "alpaca", "visibility": "private"}
@@ -160,6 +160,23 @@ def test_a_withdrawn_name_keeps_nothing(store: LoraStore, make_folder: MakeFolde
     commit(store, store.stage(make_folder(), **GIVEN))
     store.withdraw("local", ["poet"], "me")
     assert label(commit(store, store.stage(make_folder(seed=1, inputs=())))) == ((), None, "public", 0)
+
+
+def test_a_rollback_keeps_the_time_of_the_first_publish(
+    store: LoraStore, make_folder: MakeFolder, clock: FakeClock
+) -> None:
+    first = commit(store, store.stage(make_folder()))
+    published_at = clock.at
+    clock.sleep(60)
+    commit(store, store.stage(make_folder(seed=1)))
+    clock.sleep(60)
+    store.commit([store.restage(first)], [embedding()], [1.0], "me", "kept")
+    rolled_back_at = clock.at
+    clock.sleep(60)
+    store.commit([store.restage(live(store))], [embedding(encoder="another")], [1.0], "me", "live")
+    assert live(store).ref == first.ref
+    assert (live(store).created_at, live(store).live_since) == (published_at, rolled_back_at)
+    assert first.live_since is None
 
 
 def test_a_rollback_restores_the_label_of_that_version(store: LoraStore, make_folder: MakeFolder) -> None:

@@ -186,7 +186,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "4 adapters, 80 samples: own adapter first 75.0%, among the best 3 90.0%",
         "each left out of its adapter: lenient 1.2%, balanced 3.0%, strict 8.0%",
         "collision: poet and bard, cosine 0.970, 4 and 1 samples swapped",
-        "never first: bard, behind poet",
+        "bard is never chosen first: poet always scores higher",
         "never chosen: mute",
         "unreadable samples: torn",
         "advice: Reindex with [refit].",
