@@ -11,6 +11,7 @@ DeploymentsError
 ├── RateLimited         the key has used up a rate limit
 ├── ModelNotFound       `model` is not a model that this caller may use
 ├── VersionNotKept      the server keeps no version of the adapter with that digest
+│   └── NoTrial         no version is under trial, and the request names none
 ├── VersionChanged      the live version is not the one that the request names
 ├── AdapterExists       the name is taken and the request does not allow replacing it
 ├── HostRefused         the Host header is not a name of this server
@@ -141,7 +142,9 @@ class ModelNotFound(DeploymentsError):
 
 
 class VersionNotKept(DeploymentsError):
-    """Roll back to one of the digests in `kept`."""
+    """Name one of the digests in `kept`. `wanted`: None for the one before the live one."""
+
+    param = "digest"
 
     def __init__(self, name: str, wanted: str | None, kept: Sequence[str]) -> None:
         super().__init__(name, wanted, tuple(kept))
@@ -152,6 +155,20 @@ class VersionNotKept(DeploymentsError):
     def __str__(self) -> str:
         wanted = "older version" if self.wanted is None else f"version {self.wanted!r}"
         return f"adapter {self.name!r} has no {wanted}; it has {', '.join(digest[:12] for digest in self.kept)}"
+
+
+class NoTrial(VersionNotKept):
+    """Name one of the digests in `kept`, which are not live, as the version that gets a share."""
+
+    def __init__(self, name: str, kept: Sequence[str]) -> None:
+        super().__init__(name, None, kept)
+        self.args = (name, self.kept)
+
+    def __str__(self) -> str:
+        start = f"digest: no version of {self.name!r} is under trial"
+        if not self.kept:
+            return f"{start}, and only the live one is kept; publish a new version with a share"
+        return f"{start}; name one of the kept versions: {', '.join(digest[:12] for digest in self.kept)}"
 
 
 class VersionChanged(DeploymentsError):

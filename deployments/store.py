@@ -88,6 +88,7 @@ class StoreDeployment:
                 template=upload.template,
                 visibility=upload.visibility or upload.default_visibility,
                 keeps_visibility=upload.visibility is None,
+                has_samples=upload.has_samples,
                 source=upload.origin,
                 ttl_s=upload.ttl_s,
                 share=upload.share,
@@ -106,6 +107,10 @@ class StoreDeployment:
         """Stage a kept version again. Raises: AdapterNotFound if its blobs are gone."""
         return await asyncio.to_thread(self._store.restage, record)
 
+    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
+        """Return them with what they keep of the versions that are live now. Raises: AdapterNotFound."""
+        return await asyncio.to_thread(self._store.take_over, staged)
+
     async def commit(
         self,
         staged: Sequence[Staged],
@@ -119,8 +124,8 @@ class StoreDeployment:
         """Make all of `staged` live, and return the generation. `precondition`: on the versions just before the commit.
 
         A repeated call under the same `commit_id` returns the generation of the first.
-        Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for what should be kept; VersionConflict,
-        StoreUnavailable.
+        Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for what should be kept; StoreUnavailable;
+        VersionConflict, also if another publish changed what a version keeps.
         """
         return await asyncio.to_thread(
             self._store.commit, staged, embeddings, probe_shifts, actor, precondition, quota, commit_id

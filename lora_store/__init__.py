@@ -33,7 +33,7 @@ from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, OutputProfile, Visibility
 from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
-from lora_store.staging import Staged
+from lora_store.staging import Kept, Staged
 from lora_store.store import LoraStore, Withdrawn
 from lora_store.trials import Trial, TrialVersion
 from lora_store.validation import TEMPLATES, CheckedFolder, Label, check_folder
@@ -68,6 +68,7 @@ __all__ = [
     "Event",
     "FileRefused",
     "GenerationGone",
+    "Kept",
     "Key",
     "Label",
     "Limits",

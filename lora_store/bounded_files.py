@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import tempfile
@@ -22,7 +23,7 @@ from lora_store.safetensors_layout import PREFIX_BYTES, StoredTensor, tensors_in
 
 ALLOWED_DTYPES = ("F64", "F32", "F16", "BF16")  # F64 is rounded to F32 when it is read
 AtLeastOne = Annotated[int, Ge(1)]
-_WEIGHTS_REMEDY = " (admission.max_weights_bytes): float32 weights saved as bfloat16 take half as much"
+_WEIGHTS_REMEDY = " (admission.max_weights_bytes). float32 weights take half as much when saved as bfloat16"
 _MAPPED_BYTES = 16 << 20  # larger data are mapped from a file, so that they need not stay in memory
 _COPIED_AT_ONCE = 1 << 20
 
@@ -174,7 +175,7 @@ def _open_regular(path: Path, max_bytes: int, remedy: str = "") -> Iterator[Bina
         if not stat.S_ISREG(status.st_mode):
             raise FileRefused(path.name, ["is not a regular file"])
         if status.st_size > max_bytes:
-            raise FileRefused(path.name, [f"has {_size(status.st_size)}, at most {_size(max_bytes)}{remedy}"])
+            raise FileRefused(path.name, [f"has {_size(status.st_size)}; this server takes {_size(max_bytes)}{remedy}"])
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
@@ -182,7 +183,7 @@ def _open_regular(path: Path, max_bytes: int, remedy: str = "") -> Iterator[Bina
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes} bytes" if num_bytes < 1 << 20 else f"{num_bytes} bytes ({num_bytes / (1 << 20):.0f} MiB)"
+    return f"{num_bytes} bytes" if num_bytes < 1 << 20 else f"{math.ceil(num_bytes / (1 << 20))} MiB"
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

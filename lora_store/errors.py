@@ -74,14 +74,20 @@ class FileRefused(LoraStoreError):
 
 
 class AdapterNotFound(LoraStoreError):
-    """No live adapter has this name, or no blob has this digest. `hint`: the name that was probably meant, or ""."""
+    """No live adapter has this name, or no blob has this digest. `hint`: the name that was probably meant, or "".
 
-    def __init__(self, wanted: str, hint: str = "") -> None:
-        super().__init__(wanted, hint)
+    `owner`: of a change, the other tenant that has this adapter, or "".
+    """
+
+    def __init__(self, wanted: str, hint: str = "", owner: str = "") -> None:
+        super().__init__(wanted, hint, owner)
         self.wanted = wanted
         self.hint = hint
+        self.owner = owner
 
     def __str__(self) -> str:
+        if self.owner:
+            return f"{self.wanted!r} belongs to tenant {self.owner!r}; only its own keys may change it"
         return f"no adapter {self.wanted!r}" + (f"; did you mean {self.hint!r}?" if self.hint else "")
 
 
@@ -109,7 +115,8 @@ class VersionConflict(LoraStoreError):
         self.attempts = attempts
 
     def __str__(self) -> str:
-        return f"another writer committed first, {self.attempts} times in a row; retry later"
+        times = "" if self.attempts == 1 else f", {self.attempts} times in a row"
+        return f"another writer committed first{times}; retry later"
 
 
 class GenerationGone(LoraStoreError):

@@ -86,7 +86,7 @@ def read_config(folder: Path, limits: Limits) -> PeftConfig:
     if problems:
         raise FileRefused(CONFIG_FILE, problems)
     return PeftConfig(
-        base_model=raw.get("base_model_name_or_path"),
+        base_model=(raw.get("base_model_name_or_path") or "").rstrip("/") or None,
         rank=raw.get("r", _DEFAULT_RANK),
         lora_alpha=raw.get("lora_alpha", _DEFAULT_ALPHA),
         use_rslora=raw.get("use_rslora", False),
@@ -146,7 +146,8 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     for key, value in raw.items():
         if value and key in _VARIANTS:
             found.append(
-                f"{key} ({_VARIANTS[key]}) is not supported: retrain without it, or merge it into the base model"
+                f"{key} ({_VARIANTS[key]}) is not supported: retrain with LoRA on linear layers only;"
+                " a merged model would need a server of its own"
             )
         elif value and key not in _HARMLESS | _READ:
             found.append(

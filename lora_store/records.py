@@ -59,12 +59,13 @@ class AdapterRecord:
     probe_shift: float | None
     source: str
     actor: str
-    created_at: datetime  # UTC
+    created_at: datetime  # UTC, of the first publish of this version
     generation: int
     approved: bool = False  # an admin approved this version (not the name)
     expires_at: datetime | None = None  # UTC, of an unlisted adapter: then it is withdrawn; None: listed and kept
     trial: Trial | None = None  # of a live version: another one answers a share of its requests
     is_offered: bool = False  # it was never live: it only took part in a trial
+    live_since: datetime | None = None  # UTC, of a version that was made live again; None: since its first publish
 
     @property
     def encoder(self) -> str | None:

@@ -8,12 +8,13 @@ from datetime import datetime
 from typing import Literal
 
 from lora_store.adapter import AdapterRef
-from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete, PublicNameTaken
+from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete, PublicNameTaken, VersionConflict
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetTrial, SetVisibility, Withdraw
 from lora_store.quota import TenantQuota, check_quota
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
+from lora_store.staging import Kept, take_over
 from lora_store.trials import Trial
 
 EXPIRY = "expiry"  # the author of withdrawals at the end of a time to live
@@ -27,16 +28,18 @@ def publish_events(
     records: Sequence[AdapterRecord],
     precondition: Precondition = "any",
     *,
-    keeping: Collection[Key] = (),
+    keeps: Mapping[AdapterRef, Collection[Kept]] | None = None,
     quota: TenantQuota | None = None,
 ) -> list[Event]:
     """Return publish events for the records that are not live yet. Check each record against earlier ones as well.
 
-    `keeping`: names whose new version takes over the live version's visibility, as every offered version does.
-    `quota`: applies to each tenant.
+    `keeps`: what versions took over from the live version of their name. The visibility is that of the version that is
+    live now, as for every offered version and with the precondition "live". `quota`: applies to each tenant.
     Raises: PublicNameTaken; AdapterRefused for an unlisted version of a listed adapter; QuotaExceeded; AdapterNotFound
-    for a version that must be kept and is not.
+    for a version that must be kept and is not; VersionConflict if the live version has other tags, another template or
+    other samples than those that were taken over.
     """
+    taken = keeps or {}
     if precondition == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
     if precondition == "kept":
@@ -49,8 +52,12 @@ def publish_events(
         current = live.get(key, snapshot.records.get(key))
         if record.is_offered:
             _check_offer(record, current)
+        if precondition == "any" and key in snapshot.records:
+            _check_taken_over(record, snapshot.records[key], taken.get(record.ref, ()))
         if current is not None:
-            record = _successor(record, current, precondition, keeps_visibility=key in keeping)
+            keeps_visibility = precondition == "live" or "visibility" in taken.get(record.ref, ())
+            record = _successor(record, current, precondition, keeps_visibility=keeps_visibility)
+        record = _dated(record, current, snapshot.versions(key))
         if record.visibility == "public":
             owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
             _check_claim(name, record.ref.tenant, owner)
@@ -71,6 +78,12 @@ def _check_kept(snapshot: Snapshot, records: Iterable[AdapterRecord]) -> None:
             raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
 
 
+def _check_taken_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept]) -> None:
+    """Raises: VersionConflict if another publish changed what this version took over from the live one."""
+    if take_over(record, live, keeps) != record:
+        raise VersionConflict(1)
+
+
 def _successor(
     record: AdapterRecord, live: AdapterRecord, precondition: Precondition, *, keeps_visibility: bool
 ) -> AdapterRecord:
@@ -83,6 +96,16 @@ def _successor(
     if not record.is_offered and live.ref == record.ref:
         record = replace(record, trial=live.trial)
     return replace(record, expires_at=live.expires_at) if precondition == "kept" else record
+
+
+def _dated(record: AdapterRecord, live: AdapterRecord | None, kept: Iterable[AdapterRecord]) -> AdapterRecord:
+    """Return a version that is kept already with the time of its first publish, and since when it is live."""
+    earlier = next((version for version in kept if version.ref == record.ref), None)
+    if earlier is None:
+        return record
+    is_live = live is not None and live.ref == record.ref
+    since = earlier.live_since if is_live or record.is_offered else record.created_at
+    return replace(record, created_at=earlier.created_at, live_since=since)
 
 
 def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:

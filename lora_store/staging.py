@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any, Literal
 
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.records import AdapterRecord
 from lora_store.validation import CheckedFolder, Label
 from lora_store.weights_blob import digest_of
 
+Kept = Literal["visibility", "tags", "template", "samples"]
+"""A field that a publish takes over from the live version of the name if it is not given."""
+
 
 @dataclass(frozen=True, slots=True)
 class Staged:
     """A validated version whose blobs are stored and leased. It is invisible until `commit`.
 
-    `record` lacks the fields that `commit` fills in. With `keeps_visibility`, a live version of the same name decides
-    the visibility, and `record.visibility` applies to a new name only.
+    `record` lacks the fields that `commit` fills in. `keeps`: what it took over from the live version of its name when
+    it was staged. The commit takes the visibility from the version that is live then, and fails if the rest changed.
     """
 
     record: AdapterRecord
     samples: tuple[Sample, ...]
     lease: str
-    keeps_visibility: bool = False
+    keeps: frozenset[Kept] = frozenset()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ref(self) -> AdapterRef:
@@ -38,6 +44,24 @@ def version_digest(label: Label, weights_digest: str, samples_digest: str | None
     """Return the sha256 over everything that identifies a version. Visibility is left out, as it may change later."""
     parts = [weights_digest, samples_digest, label.template, list(label.tags), base_model]
     return digest_of(json.dumps(parts).encode())
+
+
+def take_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept]) -> AdapterRecord:
+    """Return the version with the tags, template and samples of the live one, as far as `keeps` says so."""
+    changes: dict[str, Any] = {}
+    if "tags" in keeps:
+        changes["tags"] = live.tags
+    if "template" in keeps:
+        changes["template"] = live.template
+    if "samples" in keeps:
+        changes |= {"samples_digest": live.samples_digest, "num_samples": live.num_samples}
+    new = replace(record, **changes)
+    if new == record:
+        return record
+    label = Label(new.ref.name, new.ref.tenant, new.tags, new.template, new.visibility)
+    ref = replace(new.ref, digest=version_digest(label, new.weights_digest, new.samples_digest, new.base_model))
+    trial = None if new.trial is None else replace(new.trial, digest=ref.digest)
+    return replace(new, ref=ref, trial=trial)
 
 
 def staged_record(

@@ -14,7 +14,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample
+from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample, is_valid_name
 from lora_store.ballast import Ballast
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
@@ -44,11 +44,11 @@ from lora_store.rules import (
 )
 from lora_store.sample_files import parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Snapshot
-from lora_store.staging import Staged, staged_record
+from lora_store.staging import Kept, Staged, staged_record, take_over
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
-from lora_store.validation import CheckedFolder, Label, Shapes, check_folder
+from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
@@ -106,10 +106,11 @@ class LoraStore:
         *,
         tenant: str = LOCAL_TENANT,
         name: str | None = None,
-        tags: Collection[str] = (),
+        tags: Collection[str] | None = None,
         template: str | None = None,
         visibility: Visibility = "public",
         keeps_visibility: bool = False,
+        has_samples: bool = True,
         source: str | None = None,
         ttl_s: float | None = None,
         share: float | None = None,
@@ -120,13 +121,19 @@ class LoraStore:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
         `name` and `source` default to the folder's name. `module_shapes`: (out, in) of each linear layer that an
-        adapter may change. `keeps_visibility`: `visibility` is for new names only. `ttl_s`: the adapter is unlisted,
-        expires then, and has no samples. `share`: of the live version's requests, as a trial. `is_private`: no other
-        process can change the folder meanwhile.
+        adapter may change. `ttl_s`: the adapter is unlisted, expires then, and has no samples. `share`: of the live
+        version's requests, as a trial. `is_private`: no other process can change the folder meanwhile.
+
+        A new version of a live name keeps what is not given. `tags`: None keeps. `template`: None keeps; "server" names
+        none; for a new name None takes the folder's. `keeps_visibility`: `visibility` is for new names only. A folder
+        without samples keeps the live ones. A description replaces a single live sample only. `has_samples`: False
+        publishes it without any.
         Raises: AdapterRefused with every reason; nothing is written then.
         """
         self._ballast.fill()
-        label = Label(folder.name if name is None else name, tenant, tuple(sorted(set(tags))), template, visibility)
+        name = folder.name if name is None else name
+        live = self.snapshot().records.get((tenant, name)) if is_valid_name(name) else None
+        label = _label_of(name, tenant, tags, template, visibility, live)
         checked = check_folder(
             folder,
             label,
@@ -136,19 +143,39 @@ class LoraStore:
             limits=self._limits,
             is_private=is_private,
         )
-        staged = self._stage_checked(label, checked, folder.name if source is None else source, ttl_s)
+        has_samples = has_samples and ttl_s is None
+        if not has_samples:
+            checked = replace(checked, samples=())
+        expires_at = None if ttl_s is None else self._now() + timedelta(seconds=ttl_s)
+        kept_samples = live if live is not None and has_samples and _keeps_samples(checked, live) else None
+        staged = self._stage_checked(
+            label, checked, folder.name if source is None else source, expires_at, kept_samples
+        )
         if share is not None:
             trial = Trial(staged.ref.digest, share, is_shadow)
             staged = replace(staged, record=replace(staged.record, trial=trial, is_offered=True))
-        return replace(staged, keeps_visibility=keeps_visibility)
+        are_kept: dict[Kept, bool] = {
+            "visibility": keeps_visibility,
+            "tags": tags is None,
+            "template": template is None,
+            "samples": kept_samples is not None or (has_samples and not checked.samples),
+        }
+        keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
+        return replace(staged, keeps=keeps, warnings=checked.warnings)
 
-    def _stage_checked(self, label: Label, checked: CheckedFolder, source: str, ttl_s: float | None) -> Staged:
+    def _stage_checked(
+        self,
+        label: Label,
+        checked: CheckedFolder,
+        source: str,
+        expires_at: datetime | None,
+        kept_samples: AdapterRecord | None,
+    ) -> Staged:
+        """`kept_samples`: the live version whose samples it takes over."""
         label = replace(label, template=checked.template)
-        if ttl_s is not None:
-            checked = replace(checked, samples=())
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
-        samples = write_samples(checked.samples) if checked.samples else None
+        samples = write_samples(checked.samples) if checked.samples and kept_samples is None else None
         record = staged_record(
             label,
             checked,
@@ -156,9 +183,11 @@ class LoraStore:
             samples_digest=None if samples is None else digest_of(samples),
             num_bytes=weights.num_bytes(),
             source=source,
-            expires_at=None if ttl_s is None else self._now() + timedelta(seconds=ttl_s),
+            expires_at=expires_at,
         )
-        return self._stage_leased(record, partial(self._write, weights_digest, weights, samples, checked.samples))
+        if kept_samples is not None:
+            record = take_over(record, kept_samples, ["samples"])
+        return self._stage_leased(record, partial(self._write, record, weights, samples, checked.samples))
 
     def restage(self, record: AdapterRecord) -> Staged:
         """Stage a version that the catalogue keeps: lease its blobs, check that they exist, and read its samples.
@@ -168,7 +197,21 @@ class LoraStore:
         """
         unknown = replace(record, embedding=None, probe_shift=None, actor="", generation=0, approved=False)
         bare = replace(unknown, trial=None, is_offered=False)
-        return replace(self._stage_leased(bare, lambda: self._find(record)), keeps_visibility=True)
+        return replace(self._stage_leased(bare, lambda: self._find(record)), keeps=frozenset({"visibility"}))
+
+    def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
+        """Return them with what they keep of the versions that are live now, after a commit that failed for that.
+
+        A version that takes over other samples has another lease. Raises: AdapterNotFound, BlobCorrupted.
+        """
+        snapshot = self.snapshot()
+        return [self._take_over(item, snapshot.records.get((item.ref.tenant, item.ref.name))) for item in staged]
+
+    def _take_over(self, staged: Staged, live: AdapterRecord | None) -> Staged:
+        record = staged.record if live is None else take_over(staged.record, live, staged.keeps)
+        if record.samples_digest == staged.record.samples_digest:
+            return replace(staged, record=record)
+        return replace(self._stage_leased(record, lambda: self._find(record)), keeps=staged.keeps)
 
     def commit(
         self,
@@ -187,9 +230,10 @@ class LoraStore:
         `precondition`: what the versions must be in the newest state; "live" needs no lease and keeps the visibility.
         `quota`: the limit for their tenant, checked against the newest state.
         `commit_id`: a repeated call with the same id commits nothing and returns the generation of the first call.
-        Raises: PublicNameTaken; QuotaExceeded; VersionConflict; AdapterNotFound if a version was staged so long ago
-        that its lease expired and its blobs were deleted, or if it is not kept although `precondition` requires it;
-        StoreUnavailable also if a blob was deleted meanwhile.
+        Raises: PublicNameTaken; QuotaExceeded; VersionConflict, also if another publish changed what a version keeps:
+        then use `take_over`; AdapterNotFound if a version was staged so long ago that its lease expired and its
+        blobs were deleted, or if it is not kept although `precondition` requires it; StoreUnavailable also if a blob
+        was deleted meanwhile.
         """
         created_at = self._now()
         records = [
@@ -198,9 +242,9 @@ class LoraStore:
         ]
         leased = () if precondition == "live" else staged
         renewed = [self.restage(item.record) for item in leased if not self._leases.is_safe(item.lease)]
-        keeping = {(i.ref.tenant, i.ref.name) for i in staged if i.keeps_visibility or precondition == "live"}
+        keeps = {item.ref: item.keeps for item in staged}
         generation = self._catalogue.commit(
-            lambda snapshot: publish_events(snapshot, records, precondition, keeping=keeping, quota=quota), commit_id
+            lambda snapshot: publish_events(snapshot, records, precondition, keeps=keeps, quota=quota), commit_id
         )
         self._require_blobs([item.record for item in leased])
         self._try_to_release([item.lease for item in (*staged, *renewed)])
@@ -371,12 +415,14 @@ class LoraStore:
             )
 
     def _write(
-        self, digest: str, weights: WeightsBlob, samples_file: bytes | None, samples: tuple[Sample, ...]
+        self, record: AdapterRecord, weights: WeightsBlob, samples_file: bytes | None, samples: tuple[Sample, ...]
     ) -> tuple[Sample, ...]:
-        self._blobs.put_pieces(digest, weights.pieces)
+        """Write the blobs and return the samples. Without a `samples_file` they are in the store, or none."""
+        self._blobs.put_pieces(record.weights_digest, weights.pieces)
         if samples_file is not None:
             self._blobs.put(samples_file)
-        return samples
+            return samples
+        return () if record.samples_digest is None else self.samples(record.samples_digest)
 
     def _find(self, record: AdapterRecord) -> tuple[Sample, ...]:
         if not all(digest in self._blobs for digest in record.blobs):
@@ -389,3 +435,23 @@ class LoraStore:
             self._leases.release(leases)
         except StoreUnavailable as exc:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
+
+
+def _label_of(
+    name: str,
+    tenant: str,
+    tags: Collection[str] | None,
+    template: str | None,
+    visibility: Visibility,
+    live: AdapterRecord | None,
+) -> Label:
+    """Return the label of a new version: what is None is that of the live version."""
+    if live is not None:
+        tags = live.tags if tags is None else tags
+        template = (live.template or SERVER_TEMPLATE) if template is None else template
+    return Label(name, tenant, tuple(sorted(set(tags or ()))), template, visibility)
+
+
+def _keeps_samples(checked: CheckedFolder, live: AdapterRecord) -> bool:
+    """Return whether the live version's samples stay: the folder has none, or a description in place of several."""
+    return live.num_samples > 0 and (not checked.samples or (checked.is_described and live.num_samples > 1))

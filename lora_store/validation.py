@@ -33,6 +33,7 @@ from lora_store.sample_files import read_description, read_samples
 from lora_store.tensor_names import explain_names, explain_vocabulary, misnamed_tensors, vocabulary_tensors
 
 TEMPLATES = ("alpaca", "chat")
+SERVER_TEMPLATE = "server"  # in a label: the adapter names none, whatever its folder brings
 MAX_TAGS = 32
 _SHOWN_FOLDERS = 5
 _QUANTISED = re.compile(r"[48]-?bit|gptq|awq", re.IGNORECASE)
@@ -62,8 +63,9 @@ class Label:
                 )
         if len(self.tags) > MAX_TAGS:
             yield f"tags: at most {MAX_TAGS}, got {len(self.tags)}"
-        if self.template is not None and self.template not in TEMPLATES:
-            yield f"template must be one of {', '.join(TEMPLATES)}, got {self.template[:100]!r}"
+        allowed = (*TEMPLATES, SERVER_TEMPLATE)
+        if self.template is not None and self.template not in allowed:
+            yield f"template must be one of {', '.join(allowed)}, got {self.template[:100]!r}"
         if self.visibility not in VISIBILITIES:
             yield f"visibility must be one of {', '.join(VISIBILITIES)}, got {self.visibility!r}"
 
@@ -77,6 +79,8 @@ class CheckedFolder:
     samples: tuple[Sample, ...]
     base_model: str
     template: str | None = None  # named by the publisher, or the known one that the folder's chat template equals
+    is_described: bool = False  # its only sample is the description
+    warnings: tuple[str, ...] = ()  # what its publisher should know
 
     @property
     def modules(self) -> dict[str, ModuleWeights]:
@@ -124,12 +128,22 @@ def check_folder(
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
-    return CheckedFolder(config, pairs, samples or described, config.base_model or "", template)
+    return CheckedFolder(
+        config,
+        pairs,
+        samples or described,
+        config.base_model or "",
+        template,
+        is_described=bool(described and not samples),
+        warnings=tuple(_warnings_of(pairs)),
+    )
 
 
 def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
     """Return the publisher's template, or the known one that the folder brings. Raises: FileRefused."""
     digest = read_template(folder, limits)
+    if label.template == SERVER_TEMPLATE:
+        return None
     if label.template is not None or digest is None or templates is None:
         return label.template
     if digest not in templates:
@@ -204,7 +218,8 @@ def _config_problems(config: PeftConfig, accepts_base: Collection[str]) -> Itera
 
 
 def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
-    accepted = ", ".join(map(repr, sorted(accepts_base))) or "no base model"
+    names = [name for name in sorted(accepts_base) if not os.path.isabs(name)]  # clients need no path of the server
+    accepted = ", ".join(map(repr, names)) or "no base model"
     if not base_model:
         return f"{CONFIG_FILE} names no base model (base_model_name_or_path); this server accepts {accepted}"
     copy = compare = ""
@@ -241,8 +256,11 @@ def _tensor_problems(
             yield f"tensor {key[:200]!r} contains NaN or infinity"
     for module, pair in pairs.items():
         yield from (f"module {module[:200]!r} {problem}" for problem in _pair_problems(module, pair, shapes, limits))
-    if pairs and not any(_largest(pair["lora_b"]) for pair in pairs.values() if "lora_b" in pair):
-        yield "every lora_B is zero, so the adapter would change nothing: was it trained?"
+
+
+def _warnings_of(pairs: Pairs) -> Iterator[str]:
+    if not any(_largest(pair["lora_b"]) for pair in pairs.values()):
+        yield "every lora_B is zero, so its answers are the base model's: was it trained?"
 
 
 def _is_finite(tensor: StoredTensor) -> bool:

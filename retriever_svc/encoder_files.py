@@ -83,11 +83,18 @@ def _named_model(name: str, cache_dir: Path) -> Path:
     if name == ENGLISH_MODEL and (packaged := _packaged_folder()) is not None:
         return packaged
     from huggingface_hub import snapshot_download  # imported here, since it takes a third of a second
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as exc:
+        raise EncoderUnusable(name, "not a folder, and the model hub cannot be reached") from exc
     except (OSError, ValueError) as exc:
-        raise EncoderUnusable(name, f"not a local folder, and the model hub has no such model: {exc}") from exc
+        raise EncoderUnusable(name, f"not a folder, and the model hub has no such model: {_first_line(exc)}") from exc
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _packaged_folder() -> Path | None:

@@ -37,13 +37,17 @@ class SentFile:
 
 @dataclass(frozen=True, slots=True)
 class PublishItem:
-    """A PEFT folder to publish, with its publisher's description. Exactly one of `path`, `files`, `source` is set."""
+    """A PEFT folder to publish, with its publisher's description. Exactly one of `path`, `files`, `source` is set.
+
+    A new version of a live name keeps the tags, the template and the visibility that are None here, and the samples
+    that its folder does not have.
+    """
 
     path: Path | None = None
     name: str | None = None  # default: the last part of path or source
     tenant: str = LOCAL_TENANT
-    tags: tuple[str, ...] = ()
-    template: str | None = None
+    tags: tuple[str, ...] | None = None
+    template: str | None = None  # "server": the adapter names none
     files: Mapping[str, bytes | SentFile] | None = None
     source: str | None = None
     visibility: Visibility | None = None  # None: that of the live version, or for a new name `default_visibility`
@@ -51,6 +55,7 @@ class PublishItem:
     ttl_s: float | None = None  # of an unlisted adapter
     share: float | None = None  # of the live version's requests; None: the new version becomes the live one
     is_shadow: bool = False
+    has_samples: bool = True  # False: it is published without any
 
     def __post_init__(self) -> None:
         given = [what for what in (self.path, self.files, self.source) if what is not None]
@@ -83,11 +88,16 @@ def _name_of(source: str) -> str:
 
 
 class AdapterLabel(ApiRequest):
-    """The description that a publisher may send with the files."""
+    """The description that a publisher may send with the files.
+
+    A new version of a live name keeps the tags, the template, the visibility and the samples that are not given.
+    """
 
     name: str | None = Field(default=None, max_length=64)
-    tags: list[Tag] = Field(fail_fast=True, default=[], max_length=MAX_TAGS)
-    template: Literal["alpaca", "chat"] | None = None
+    tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
+    template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
+    # []: none, so that only its name finds it. Samples come as a file of the folder.
+    samples: list[Tag] | None = Field(default=None, max_length=0)
     visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default
     # Seconds after which the adapter is withdrawn. It is unlisted until then: only its name finds it.
     ttl_s: float | None = Field(default=None, ge=1, le=MAX_TTL_S, allow_inf_nan=False)
@@ -108,6 +118,28 @@ class AdapterLabel(ApiRequest):
                 raise ValueError(f"`{field}` cannot be combined with `share`: the live version's applies")
         return self
 
+    def item(
+        self,
+        *,
+        path: Path | None = None,
+        files: Mapping[str, bytes | SentFile] | None = None,
+        source: str | None = None,
+    ) -> PublishItem:
+        """Return the adapter at this place with this description."""
+        return PublishItem(
+            path,
+            self.name,
+            tags=None if self.tags is None else tuple(self.tags),
+            template=self.template,
+            files=files,
+            source=source,
+            visibility=self.visibility,
+            ttl_s=self.ttl_s,
+            share=self.share,
+            is_shadow=self.shadow,
+            has_samples=self.samples is None,
+        )
+
 
 class AdapterSource(AdapterLabel):
     """One adapter to publish: a folder of the server's own file system, or a URI below an allowed prefix."""
@@ -122,18 +154,7 @@ class AdapterSource(AdapterLabel):
         return self
 
     def upload(self) -> PublishItem:
-        path = None if self.path is None else Path(self.path)
-        return PublishItem(
-            path,
-            self.name,
-            tags=tuple(self.tags),
-            template=self.template,
-            source=self.source,
-            visibility=self.visibility,
-            ttl_s=self.ttl_s,
-            share=self.share,
-            is_shadow=self.shadow,
-        )
+        return self.item(path=None if self.path is None else Path(self.path), source=self.source)
 
 
 class PublishBatch(ApiRequest):

@@ -356,7 +356,9 @@ def why(planned: Planned, tenant: str) -> str:
     if planned.reason == "housekeeping":
         return "The prompt is the client's own, such as a request for a title, so the base model answers."
     if not planned.candidates:
-        return "The pool has no adapter with samples that this request may use, so the base model answers."
+        tags = " and ".join(map(repr, planned.tags))
+        tagged = f" and the {'tag' if len(planned.tags) == 1 else 'tags'} {tags}" if tags else ""
+        return f"The pool has no adapter with samples{tagged} that this request may use, so the base model answers."
     best = _decisive(planned)
     name, needs = best.ref.name_for(tenant), f"scores {best.score:.3f} and needs {best.threshold:.3f}"
     if best.threshold <= NO_THRESHOLD:

@@ -55,7 +55,8 @@ class Adapter(TypedDict):
     found_by_auto: bool
     probe_shift: float | None
     source: str
-    created_at: str
+    created_at: str  # of the first publish of this version
+    live_since: str
     generation: int
     expires_at: str | None
     trial: TrialObject | None
@@ -234,6 +235,7 @@ def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
         "probe_shift": record.probe_shift,
         "source": record.source,
         "created_at": record.created_at.isoformat(),
+        "live_since": (record.live_since or record.created_at).isoformat(),
         "generation": record.generation,
         "expires_at": None if record.expires_at is None else record.expires_at.isoformat(),
         "trial": None if record.trial is None else trial_object(record.trial),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, NotRequired
 
@@ -39,6 +39,7 @@ class Planned:
     reason: Decision | None = None
     trials: tuple[TrialArm, ...] = ()
     shadow: Plan | None = None  # answers a copy of the request, and no client sees it
+    tags: tuple[str, ...] = ()  # which the server's choice had to have
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""
@@ -136,6 +137,9 @@ class Published:
     neighbours: tuple[Candidate, ...]
     expires_at: datetime | None = None  # of an unlisted adapter
     trial: Trial | None = None  # of a version that is not live, but takes a share of the live one's requests
+    kept: Mapping[str, object] = field(default_factory=dict)  # what it took over from the version that was live before
+    changed: Mapping[str, FieldChange] = field(default_factory=dict)  # what differs from that version
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,16 @@ class TrialObject(TypedDict):
     shadow: bool
 
 
+FieldChange = TypedDict("FieldChange", {"from": object, "to": object})
+"""The value of the version that was live before, and the new one."""
+
+
 class PublishedAdapter(TypedDict):
+    """`kept` and `changed`: of `tags`, `template`, `visibility` and the number of `samples` of a name that was live.
+
+    `kept`: what was not given, so the live version's values apply. `changed`: what differs from them.
+    """
+
     name: str
     digest: str
     generation: int
@@ -182,6 +195,9 @@ class PublishedAdapter(TypedDict):
     neighbours: list[CandidateRow]
     expires_at: NotRequired[str]
     trial: NotRequired[TrialObject]
+    kept: NotRequired[JsonObject]
+    changed: NotRequired[JsonObject]
+    warnings: NotRequired[list[str]]
 
 
 class SettledAdapter(TypedDict):
@@ -224,6 +240,12 @@ def published_object(published: Published) -> PublishedAdapter:
         answer["expires_at"] = published.expires_at.isoformat()
     if published.trial is not None:
         answer["trial"] = trial_object(published.trial)
+    if published.kept:
+        answer["kept"] = dict(published.kept)
+    if published.changed:
+        answer["changed"] = dict(published.changed)
+    if published.warnings:
+        answer["warnings"] = list(published.warnings)
     return answer
 
 
@@ -257,9 +279,10 @@ def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAd
     return {"name": name, "visibility": visibility, "generation": settled.generation, "replicas": replicas}
 
 
-def approval_object(ref: AdapterRef, settled: Settled) -> SettledAdapter:
+def approval_object(ref: AdapterRef, settled: Settled, *, approved: bool = True) -> SettledAdapter:
     replicas, generation = replicas_object(settled), settled.generation
-    return {"name": ref.name, "digest": ref.digest, "approved": True, "generation": generation, "replicas": replicas}
+    digest = ref.digest
+    return {"name": ref.name, "digest": digest, "approved": approved, "generation": generation, "replicas": replicas}
 
 
 def share_object(name: str, trial: Trial | None, settled: Settled) -> SettledAdapter:

@@ -35,7 +35,9 @@ def make_key(
     try:
         KeyEntry.model_validate(entry)
     except ValidationError as exc:
-        first = exc.errors()[0]
+        problems = exc.errors()
+        of_given = [problem for problem in problems if id is not None or problem["loc"] != ("id",)]
+        first = (of_given or problems)[0]  # a generated id has the tenant's problem as well
         known = field_names(KeyEntry, first["loc"])
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {describe_problem(dict(first), known)}") from exc
     return key, entry

@@ -70,6 +70,7 @@ class StoreCalls(Protocol):
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged: ...
     async def restage(self, record: AdapterRecord) -> Staged: ...
+    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]: ...
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
     async def commit(
@@ -155,6 +156,9 @@ class ServeStore(StoreClient):
 
     async def restage(self, record: AdapterRecord) -> Staged:
         return await self._calls.retry(StoreReplica.restage, record)
+
+    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
+        return await self._calls.retry(StoreReplica.take_over, staged)
 
     async def commit(
         self,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deployments.cli.client import err, out, print_json, show_error
+from deployments.cli.client import counted, err, out, print_json, show_error, show_warning
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.json_types import JsonObject
@@ -76,13 +76,15 @@ def _outcome(adapter: AdapterFolder, settings: AppConfig) -> JsonObject:
         "num_samples": len(admitted.samples),
         "num_lines": _num_lines(folder),
     }
-    return {"name": adapter.name, "is_fit": True, **counted}
+    return {"name": adapter.name, "is_fit": True, **counted, "warnings": list(admitted.warnings)}
 
 
 def _print(outcome: JsonObject, *, is_named: bool) -> None:
     """Print the outcome for one folder. `is_named`: name it in a refusal too."""
     if outcome["is_fit"]:
         out.print(f"{outcome['name']}: {_summary(outcome)}", markup=False, highlight=False, soft_wrap=True)
+    for warning in outcome.get("warnings", ()):
+        show_warning(f"warning: {outcome['name']}: {warning}")
     for reason in outcome.get("reasons", ()):
         show_error(f"{outcome['name']}: refused: {reason}" if is_named else f"refused: {reason}")
 
@@ -95,7 +97,7 @@ def _num_lines(folder: Path) -> int:
 
 def _summary(outcome: JsonObject) -> str:
     num_samples, num_lines = outcome["num_samples"], outcome["num_lines"]
-    parts = [f"{outcome['num_modules']} modules", f"{num_samples} {'sample' if num_samples == 1 else 'samples'}"]
+    parts = [counted(outcome["num_modules"], "module"), counted(num_samples, "sample")]
     if num_lines > num_samples:
         parts[-1] += f" of {num_lines}, spread over the file"
     hint = ""

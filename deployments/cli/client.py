@@ -6,10 +6,10 @@ import errno
 import ipaddress
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
@@ -26,22 +26,59 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
 KEY_VARIABLE = "LORARETRIEVER_KEY"
 _ANSWER_TIMEOUT_S = 300.0
+_UNAUTHORIZED = 401
 
 
 def server_url(given: str) -> str:
-    """Return the address of the server: without `/v1` and a final slash, and with a scheme."""
+    """Return the address of the server: without `/v1` and a final slash, and with a scheme. Raises: BadParameter."""
     url = given.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-    return url if "://" in url else f"http://{url}"
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme not in ("http", "https"):
+        raise typer.BadParameter("must begin with http:// or https://")
+    return url if separator else f"http://{url}"
 
 
 Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, callback=server_url, help="address of the server")]
 Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; before or after the command")]
 Json = Annotated[bool, typer.Option("--json", help="print the server's answer as JSON")]
 JsonOutcome = Annotated[bool, typer.Option("--json", help="print the outcome as JSON")]
+# Fields of requests whose option has another name, with the names that it has in any command.
+_OTHER_NAMES = {
+    "digest": ("to", "version"),
+    "share": ("percent",),
+    "tags": ("tag",),
+    "filter": ("tag",),
+    "ttl_s": ("ttl",),
+    "retention_s": ("retention",),
+    "visibility": ("public", "wanted"),
+    "roles": ("role",),
+}
+_params: ContextVar[Sequence[Any]] = ContextVar("params", default=())  # of the command that runs
 _key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 
-class KeyAnywhere(TyperGroup):
+class Commands(TyperGroup):
+    """A group of commands. It remembers the one that runs, whose options errors name."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        name, command, rest = super().resolve_command(ctx, args)
+        _params.set(() if command is None else command.params)
+        return name, command, rest
+
+
+def name_options(message: str) -> str:
+    """Return an error's message with the option that was typed in place of the request's field before its colon."""
+    path, colon, text = message.partition(": ")
+    *_, field = [part for part in path.split(".") if not part.isdigit()] or [""]
+    wanted = (field, *_OTHER_NAMES.get(field, ()))
+    found = [param for name in wanted for param in _params.get() if param.name == name]
+    if not colon or not found:
+        return message
+    option: str = found[0].opts[-1]
+    return f"{option if option.startswith('-') else found[0].metavar or option.upper()}: {text}"
+
+
+class KeyAnywhere(Commands):
     """The group of all commands. Its option `--key` may follow the command too."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -115,6 +152,14 @@ def call(
         return answer
 
 
+def pages(url: str, path: str, params: Mapping[str, str | list[str]] | None = None) -> Iterator[JsonObject]:
+    """Yield every page of a list. On an error, print the server's message and exit."""
+    page: JsonObject = {"has_more": True, "last_id": ""}
+    while page["has_more"]:
+        page = call(url, "GET", path, params={"after": page["last_id"], **(params or {})})
+        yield page
+
+
 def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
     """Send a POST that streams its progress as JSON lines, and return the result. On an error, print it and exit."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -124,7 +169,7 @@ def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
             task = progress.add_task(title, total=None)
             for line in map(json.loads, response.iter_lines()):
                 if "error" in line:
-                    fail(line["error"]["message"])
+                    fail(name_options(line["error"]["message"]))
                 if "result" in line:
                     result: JsonObject = line["result"]
                     return result
@@ -136,16 +181,35 @@ def check(response: httpx.Response) -> None:
     """Exit with the message of the server if the response is an error."""
     if response.is_error:
         response.read()
-        fail(message_of(response))
+        fail(name_options(message_of(response)))
 
 
 def message_of(response: httpx.Response) -> str:
     """Return the message of an error response."""
+    if response.status_code == _UNAUTHORIZED and not has_key():
+        return f"this server requires an API key: give --key, or set {KEY_VARIABLE}"
     try:
         message: str = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {response.status_code}"
     return message
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with the noun, such as "1 sample" and "2 samples"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def behind_note(num_replicas: int) -> str:
+    """Return that this many replicas do not serve a change yet."""
+    return f"{counted(num_replicas, 'replica')} {'is' if num_replicas == 1 else 'are'} not up to date yet"
+
+
+def problem_of(error: Exception) -> str:
+    """Return what is wrong, for an error of a file with its name."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    return f"{error.filename}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
 
 
 def print_json(answer: JsonObject) -> None:
@@ -156,6 +220,11 @@ def print_json(answer: JsonObject) -> None:
 def show_error(message: str) -> None:
     """Print an error to stderr."""
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_warning(message: str) -> None:
+    """Print a warning to stderr."""
+    err.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:

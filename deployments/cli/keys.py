@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import JsonOutcome, err, fail, out, print_json
+from deployments.cli.client import Commands, JsonOutcome, err, fail, name_options, out, print_json
 
-commands = typer.Typer(no_args_is_help=True, help="Create API keys for a server's keys file.")
+commands = typer.Typer(cls=Commands, no_args_is_help=True, help="Create API keys for a server's keys file.")
 Limit = Annotated[int | None, typer.Option(min=0)]
 
 
 @commands.command()
 def new(
     tenant: Annotated[str, typer.Option(help="tenant of the key")],
-    role: Annotated[list[str], typer.Option(help="infer, publish or admin; repeatable")],
+    role: Annotated[list[str], typer.Option(help="infer, publish or admin; repeatable, or with commas between")],
     id: Annotated[
         str | None, typer.Option(help="id of the key in logs and in the catalogue; default: generated")
     ] = None,
@@ -39,11 +39,12 @@ def new(
     from deployments.auth.key_issuing import add_entry, block_of, make_key  # imports pydantic
 
     try:
-        key, entry = make_key(tenant, role, limits, id)
+        key, entry = make_key(tenant, [part for given in role for part in given.split(",")], limits, id)
         if file is not None:
             add_entry(file, entry)
     except (OSError, ValueError) as exc:
-        fail(str(exc) if file is None else f"{file}: {exc}")
+        message = name_options(str(exc))
+        fail(message if file is None or message.startswith("--") else f"{file}: {message}")
     if as_json:
         print_json({"key": key, "entry": entry})
         return

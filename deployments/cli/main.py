@@ -228,7 +228,8 @@ def route(
     for candidate in plan["candidates"]:
         name, shown = candidate["name"], (candidate[key] for key in ("score", "threshold", "confidence"))
         table.add_row(name, *(f"{value:.3f}" for value in shown), weights.get(name, ""))
-    out.print(table)
+    if plan["candidates"]:
+        out.print(table)
     if "why" in plan:
         out.print(plan["why"], markup=False, highlight=False)
     for candidate in plan["candidates"]:
@@ -278,8 +279,11 @@ def _require_free(host: str, port: int) -> None:
 
 
 def _text_of(prompt: list[str]) -> str:
-    """Return the words as one text; `-` alone means standard input."""
-    return sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt)
+    """Return the words as one text; `-` alone means standard input. Raises: BadParameter for an empty one."""
+    text = sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt)
+    if not text.strip():
+        raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
+    return text
 
 
 def _exit_with(code: int) -> None:

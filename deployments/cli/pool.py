@@ -12,12 +12,15 @@ from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Url,
+    behind_note,
     call,
     client_of,
+    counted,
     fail,
     follow,
     message_of,
     out,
+    pages,
     print_json,
     show_error,
 )
@@ -38,11 +41,10 @@ def list_adapters(
 ) -> None:
     """List the adapters of the pool."""
     rows: list[JsonObject] = []
-    answer: JsonObject = {"has_more": True, "last_id": ""}
+    answer: JsonObject = {}
     given = {"search": search or None, "owner": owner, "tag": tag}
     wanted = {name: value for name, value in given.items() if value}
-    while answer["has_more"]:
-        answer = call(url, "GET", "/v1/loras", params={"after": answer["last_id"], **wanted})
+    for answer in pages(url, "/v1/loras", wanted):
         rows += answer["data"]
     if as_json:
         print_json({"generation": answer["generation"], "unserved": answer.get("unserved", []), "data": rows})
@@ -76,10 +78,13 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     answer.pop("samples", None)  # none was asked for
     if answer.get("trial"):
         answer["trial"] = share_of(answer["trial"])
-    versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
+    since = _time_of(answer.pop("live_since", ""))
+    columns = ("digest", "state", "generation", "published", "live since", "by")
+    versions = Table(*columns, Column("source", overflow="fold"))
     for row in answer.pop("versions"):
-        published = row["created_at"][:19].replace("T", " ")  # to the second
-        cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], row["source"])
+        is_live = row["state"] == "live"
+        times = (_time_of(row["created_at"]), since if is_live else "")
+        cells = (row["digest"][:12], row["state"], row["generation"], *times, row["actor"], row["source"])
         versions.add_row(*map(str, cells))
     facts = Table(Column(), Column(overflow="fold"), show_header=False)
     for key, value in answer.items():
@@ -88,6 +93,11 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     out.print(facts)
     out.print(versions)
+
+
+def _time_of(text: str) -> str:
+    """Return the time to the second."""
+    return text[:19].replace("T", " ")
 
 
 @commands.command()
@@ -201,7 +211,11 @@ def approve(
     """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
     path = f"/v1/loras/{quote(name, safe='')}"
     if digest is None:
-        digest = _confirmed(call(url, "GET", path))
+        shown = call(url, "GET", path)
+        if shown["visibility"] != "public":
+            fail(f"{name!r} is private: make it public first with `loraretriever visibility {name} public`")
+        call(url, "POST", f"{path}/approve", json={"digest": shown["digest"]}, params={"dry_run": "true"})
+        digest = _confirmed(shown)
     answer = call(url, "POST", f"{path}/approve", json={"digest": digest})
     if as_json:
         print_json(answer)
@@ -229,7 +243,7 @@ def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     else:
         for problem in result["problems"]:
             show_error(f"{problem['adapter']}: {problem['problem']}")
-        out.print(f"{result['num_blobs']} blobs, {len(result['problems'])} bad")
+        out.print(f"{counted(result['num_blobs'], 'blob')}, {len(result['problems'])} bad")
     if result["problems"]:
         raise typer.Exit(1)
 
@@ -245,9 +259,8 @@ def gc(
     if as_json:
         print_json(answer)
         return
-    out.print(
-        f"removed {answer['num_blobs']} blobs and {answer['num_projections']} projections, {answer['num_bytes']} bytes"
-    )
+    blobs, projections = counted(answer["num_blobs"], "blob"), counted(answer["num_projections"], "projection")
+    out.print(f"removed {blobs} and {projections}, {counted(answer['num_bytes'], 'byte')}")
 
 
 @commands.command()
@@ -265,5 +278,5 @@ def reindex(
         print_json(result)
         return
     behind = result["replicas"]["behind"]
-    note = f" ({behind} replicas are not up to date yet)" if behind else ""
+    note = f" ({behind_note(behind)})" if behind else ""
     out.print(f"the pool uses {encoder} since generation {result['generation']}{note}", markup=False)

@@ -20,15 +20,19 @@ from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Url,
+    behind_note,
     client_of,
+    counted,
     err,
     fail,
     has_key,
     is_this_machine,
     message_of,
+    name_options,
     out,
     print_json,
     show_error,
+    show_warning,
 )
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import (
@@ -44,7 +48,6 @@ _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
-_SHOWN_CHARS = 300  # of a refusal in a batch
 _SAMPLES_FILE = "lora_samples.jsonl"
 _SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
@@ -60,6 +63,13 @@ class Item:
     def is_source(self) -> bool:
         return isinstance(self.place, str)
 
+    @property
+    def label(self) -> str:
+        """The adapter's name, or the URI of a source whose name the server chooses."""
+        if self.name is not None:
+            return self.name
+        return self.place if isinstance(self.place, str) else self.place.resolve().name
+
     def as_json(self) -> JsonObject:
         where = {"source": self.place} if isinstance(self.place, str) else {"path": str(self.place.resolve())}
         return where if self.name is None else where | {"name": self.name}
@@ -72,9 +82,9 @@ Answered = tuple[Item, JsonObject]  # an item, and the status with the error or 
 class AdapterPublisher:
     """Publishes adapters through one client.
 
-    `fields`: the name, tags, template and visibility that were given. `params`: of every request. `samples`: the
-    content of a samples file that is uploaded in place of the folder's own. `sent`: is called with the size of each
-    part of a file as it is uploaded.
+    `fields`: the name, tags, template, visibility and samples that were given; an empty list clears. `params`: of every
+    request. `samples`: the content of a samples file that is uploaded in place of the folder's own. `sent`: is called
+    with the size of each part of a file as it is uploaded.
     """
 
     client: httpx.Client
@@ -136,7 +146,8 @@ class AdapterPublisher:
             if self.samples is not None:
                 parts = [part for part in parts if part[1][0] != _SAMPLES_FILE]
                 parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
-            data = {"name": item.name or folder.resolve().name, **self.fields}
+            fields = {key: value if value != [] else "" for key, value in self.fields.items()}  # a form has no lists
+            data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
 
@@ -180,12 +191,19 @@ TimeToLive = Annotated[
 def publish(
     places: Places,
     name: Annotated[str | None, typer.Option(help="name of the adapter; default: name of its folder")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable")] = None,
-    template: Annotated[str | None, typer.Option(help="prompt template: alpaca or chat")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable; default: unchanged")] = None,
+    no_tags: Annotated[bool, typer.Option("--no-tags", help="remove the tags of the live version")] = False,
+    template: Annotated[
+        str | None,
+        typer.Option(help="prompt template: alpaca, chat, or server for the server's own; default: unchanged"),
+    ] = None,
     public: Annotated[
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
     ] = None,
     samples: TrainingFile = None,
+    no_samples: Annotated[
+        bool, typer.Option("--no-samples", help="publish without samples, so that only its name finds it")
+    ] = False,
     ttl: TimeToLive = None,
     share: Share = None,
     shadow: Annotated[
@@ -198,13 +216,19 @@ def publish(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Publish adapters to a running server."""
+    """Publish adapters to a running server.
+
+    A new version of a live name keeps its tags, template, visibility and samples unless they are given.
+    """
     items = [item for place in places for item in _items_of(place)]
     _require_one(items, name, samples)
     _check_share(share, shadow)
+    _check_cleared(tag, no_tags, samples, no_samples)
     visibility = None if public is None else "public" if public else "private"
-    given = {"name": name, "tags": tag or None, "template": template, "visibility": visibility, "ttl_s": ttl}
+    tags = [] if no_tags else tag or None
+    given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
     given |= {"share": None if share is None else share / 100, "shadow": shadow or None}
+    given |= {"samples": [] if no_samples else None}
     fields = {key: value for key, value in given.items() if value is not None}
     params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
     with client_of(url) as client, _upload_progress(items) as sent:
@@ -233,6 +257,14 @@ def _check_share(share: float | None, shadow: bool) -> None:
         raise typer.BadParameter("must be above 0; without --share the version becomes live", param_hint="--share")
 
 
+def _check_cleared(tag: list[str] | None, no_tags: bool, samples: Path | None, no_samples: bool) -> None:
+    """Raises: BadParameter for what is given and cleared."""
+    if tag and no_tags:
+        raise typer.BadParameter("cannot be combined with --tag", param_hint="--no-tags")
+    if samples and no_samples:
+        raise typer.BadParameter("cannot be combined with --samples", param_hint="--no-samples")
+
+
 def _items_of(place: str) -> list[Item]:
     """Return the adapters at `place`. A folder without any is sent as it is, so that the server says what it lacks."""
     if _SOURCE.match(place):
@@ -251,8 +283,9 @@ def _samples_from(file: Path) -> bytes:
         samples = training_samples(file, Limits())
     except FileRefused as exc:
         fail(f"{file}: {exc.problems[0]}")
-    noun = "sample" if len(samples) == 1 else "samples"
-    err.print(f"{len(samples)} {noun} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    err.print(
+        f"{counted(len(samples), 'sample')} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True
+    )
     return write_samples(samples)
 
 
@@ -278,29 +311,36 @@ def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
 
 
 def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
-    """Print the outcome for each adapter, and a summary of several. Return the number of failures."""
-    refused: list[str] = []
+    """Print the outcome for each adapter, the refusals, and a summary of several. Return the number of failures."""
+    refused: dict[str, list[tuple[Item, str]]] = {}  # by reason, with the whole message
     started, by_name = time.monotonic(), 0
     for item, answer in track(
         answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
     ):
         if "error" in answer:
-            refused.append(str(item.place) if item.is_source else Path(item.place).name)
-            message = _named(item, answer["error"]["message"])
-            show_error(message if total == 1 else _shortened(message))
+            message = name_options(answer["error"]["message"])
+            refused.setdefault(message.removeprefix(f"adapter {item.label!r} refused: "), []).append((item, message))
             continue
         by_name += not answer["found_by_auto"]
         out.print(_outcome(answer, is_dry), markup=False)
+        for warning in answer.get("warnings", ()):
+            show_warning(f"warning: {answer['name']}: {warning}")
+    for reason, same in refused.items():
+        if len(same) == 1:
+            show_error(_named(*same[0]))
+        else:
+            show_error(f"{len(same)} adapters refused: {reason}\n  {', '.join(item.label for item, _ in same)}")
+    names = [item.label for same in refused.values() for item, _ in same]
     if total > 1:
         good = "fit to publish" if is_dry else "live"
         only = f" ({by_name} by name only)" if by_name else ""
         err.print(
-            f"{total - len(refused)} {good}{only}, {len(refused)} refused, {time.monotonic() - started:.0f} s",
+            f"{total - len(names)} {good}{only}, {len(names)} refused, {time.monotonic() - started:.0f} s",
             highlight=False,
         )
-        if refused:
-            err.print(f"refused: {', '.join(refused)}", markup=False, highlight=False, soft_wrap=True)
-    return len(refused)
+        if names:
+            err.print(f"refused: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+    return len(names)
 
 
 def _outcome(answer: JsonObject, is_dry: bool) -> str:
@@ -310,12 +350,28 @@ def _outcome(answer: JsonObject, is_dry: bool) -> str:
     if is_dry:
         notes += [f"nearest is {near['name']} at {near['score']:.2f}" for near in answer.get("neighbours", ())[:1]]
     elif behind := answer["replicas"]["behind"]:
-        notes.append(f"{behind} replicas are not up to date yet")
+        notes.append(behind_note(behind))
     note = f" ({'; '.join(notes)})" if notes else ""
     done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
     if not is_dry and "trial" in answer:
         done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
-    return f"{answer['name']} {done}{note}"
+    return "; ".join([f"{answer['name']} {done}{note}", *_label_notes(answer)])
+
+
+def _label_notes(answer: JsonObject) -> Iterator[str]:
+    """Yield what the new version kept of the one that was live before, and what changed."""
+    kept, changed = answer.get("kept", {}), answer.get("changed", {})
+    for field in ("tags", "template", "visibility", "samples"):
+        if field in changed:
+            yield f"{field}: {_shown(field, changed[field]['to'])} (was {_shown(field, changed[field]['from'])})"
+        elif kept.get(field) and kept[field] != "public":
+            yield f"{field}: {_shown(field, kept[field])} (kept)"
+
+
+def _shown(field: str, value: object) -> str:
+    if not value:
+        return "the server's" if field == "template" else "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def share_of(trial: JsonObject) -> str:
@@ -326,14 +382,8 @@ def share_of(trial: JsonObject) -> str:
 
 def _named(item: Item, message: str) -> str:
     """Return the message with the place in front, unless it names the adapter or the source already."""
-    name = item.name or (item.place if isinstance(item.place, str) else item.place.resolve().name)
-    return message if f"adapter {name!r}" in message or str(item.place) in message else f"{item.place}: {message}"
-
-
-def _shortened(message: str) -> str:
-    """Return the beginning of a message about one adapter of many: a mistake in each module is a long list."""
-    is_long = len(message) > _SHOWN_CHARS
-    return f"{message[:_SHOWN_CHARS]}… (publish it alone for all reasons)" if is_long else message
+    is_named = f"adapter {item.label!r}" in message or str(item.place) in message
+    return message if is_named else f"{item.place}: {message}"
 
 
 def _link_message(link: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -15,7 +15,23 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from deployments.cli.client import DEFAULT_URL, Json, Url, check, client_of, err, fail, follow, out, print_json
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Json,
+    Url,
+    check,
+    client_of,
+    counted,
+    err,
+    fail,
+    follow,
+    out,
+    pages,
+    print_json,
+    problem_of,
+    show_error,
+)
+from deployments.field_problems import did_you_mean
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()
@@ -24,14 +40,16 @@ _BATCH = 32
 _AUROC = "AUROC of the confidence"
 _POINTS = (0.01, 0.03, 0.08, 0.15, 0.25)
 _BAR_CHARS = 20
+_SHOWN_LINES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt with its correct adapters; none if the base model should answer it."""
+    """A prompt with its correct adapters; none if the base model should answer it. `line`: of the file, from 1."""
 
     prompt: str
     adapters: frozenset[str]
+    line: int
 
 
 @commands.command("eval-routing")
@@ -47,6 +65,7 @@ def eval_routing(
     Rows whose adapter is null should be answered by the base model.
     """
     rows = read_labelled(file)
+    _require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
     with client_of(url) as client:
         tracked = track(
             _plans(client, rows), "routing", len(rows), console=err, transient=True, disable=not err.is_terminal
@@ -58,9 +77,19 @@ def eval_routing(
     if as_json:
         print_json({"num_inside": len(inside), "num_outside": len(outside), "measures": measures})
         return
-    out.print(_table_of(measures, f"{len(inside)} prompts of adapters, {len(outside)} others"))
+    out.print(_table_of(measures, f"{counted(len(inside), 'prompt')} of adapters, {counted(len(outside), 'other')}"))
     if inside and outside:
         out.print(_operating_points(inside, outside))
+
+
+def _require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
+    """Print the lines that name an adapter that the pool does not list, and exit if there are any."""
+    unknown = [(row.line, name) for row in rows for name in sorted(row.adapters) if name not in known]
+    for line, name in unknown[:_SHOWN_LINES]:
+        show_error(f"{file}: line {line}: no adapter {name!r} in the pool{did_you_mean(name, known)}")
+    if unknown:
+        rest = len(unknown) - _SHOWN_LINES
+        fail(f"and {rest} more" if rest > 0 else "correct the names; `loraretriever list` prints them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +160,16 @@ def read_labelled(file: Path) -> list[Labelled]:
     """Read the rows of the file. Print the first invalid line and exit if there is one."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        fail(f"{file}: no such file")
-    except (OSError, UnicodeDecodeError) as exc:
+    except OSError as exc:
+        fail(problem_of(exc))
+    except UnicodeDecodeError as exc:
         fail(f"{file}: {exc}")
-    rows = [_labelled(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = [_labelled(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
     return rows or fail(f"{file}: contains no prompts")
 
 
-def _labelled(line: str, place: str) -> Labelled:
+def _labelled(line: str, file: Path, number: int) -> Labelled:
+    place = f"{file}:{number}"
     try:
         raw = json.loads(line)
     except ValueError as exc:
@@ -150,7 +180,7 @@ def _labelled(line: str, place: str) -> Labelled:
     names = [adapters] if isinstance(adapters, str) else adapters
     if not isinstance(prompt, str) or not (is_outside or (isinstance(names, list) and names)):
         fail(f'{place}: must be {{"input" or "prompt": text, "adapter": name, list of names, or null}}')
-    return Labelled(prompt, frozenset() if names is None else frozenset(map(str, names)))
+    return Labelled(prompt, frozenset() if names is None else frozenset(map(str, names)), number)
 
 
 def _plans(client: httpx.Client, rows: Sequence[Labelled]) -> Iterator[tuple[Labelled, JsonObject, JsonObject]]:
@@ -180,7 +210,8 @@ def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         return
     k = report["k"]
     shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
-    out.print(f"{report['num_adapters']} adapters, {report['num_samples']} samples: {shares}")
+    size = f"{counted(report['num_adapters'], 'adapter')}, {counted(report['num_samples'], 'sample')}"
+    out.print(f"{size}: {shares}")
     points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
     out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
     for row in report["collisions"]:
@@ -190,7 +221,7 @@ def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
             f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
         )
     for row in report["always_shadowed"]:
-        out.print(f"never first: {row['name']}, behind {row['by']}", markup=False)
+        out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
     _print_rankings(report["rankings"])
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:

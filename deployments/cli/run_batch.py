@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deployments.api.pool_responses import unserved_text
 from deployments.batch.dataset import answer_parts, cluster
 from deployments.batch.run import BatchRun, BatchSettings, begin
-from deployments.cli.client import err, out, print_json, show_error
+from deployments.cli.client import counted, err, out, print_json, show_error
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.config.settings_errors import settings_error
@@ -71,8 +71,8 @@ def fail(message: str) -> int:
 
 def _summary(run: BatchRun) -> str:
     done = f", {run.num_done} of them already done" if run.num_done else ""
-    parts = f"{run.source.num_rows} rows in {run.num_done + len(run.parts)} parts{done}"
-    return f"{parts}; {run.num_adapters} adapters at generation {run.generation}"
+    parts = f"{counted(run.source.num_rows, 'row')} in {counted(run.num_done + len(run.parts), 'part')}{done}"
+    return f"{parts}; {counted(run.num_adapters, 'adapter')} at generation {run.generation}"
 
 
 def _answer(run: BatchRun, concurrency: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deployments.auth.key_file import keys_of
 from deployments.cli.check_adapter import folder_problem
-from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, out, show_error
+from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, counted, out, show_error
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
@@ -59,7 +59,9 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
             server.wait_ready(timeout_s=_READY_TIMEOUT_S)
             ready = server.started()
         interrupts = server.interrupts()
-        out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {ready['num_adapters']} adapters")
+        out.print(
+            f"ready after {time.monotonic() - started:.0f} s at {url} with {counted(ready['num_adapters'], 'adapter')}"
+        )
         if server.has_new_pool:
             out.print(f"created a new pool at {settings.store_uri}", markup=False, highlight=False, soft_wrap=True)
         for problem in start_problems(ready):

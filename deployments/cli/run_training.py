@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deployments.cli.client import err, out, print_json, show_error
+from deployments.cli.client import counted, err, out, print_json, problem_of, show_error
 from deployments.config.loading import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
@@ -40,13 +40,13 @@ def run_training(job: TrainingJob, *, as_json: bool = False) -> int:
         started = time.monotonic()
         _train(job, texts)
     except (RetrieverError, LoraStoreError, ValueError, OSError) as exc:
-        show_error(str(exc))
+        show_error(problem_of(exc))
         return 1
     took_s = time.monotonic() - started
     if as_json:
         print_json({"encoder": str(job.target), "tasks": sorted(texts), "seconds": round(took_s, 1)})
         return 0
-    out.print(f"trained {job.target} on {len(texts)} tasks in {took_s:.0f} s", markup=False, soft_wrap=True)
+    out.print(f"trained {job.target} on {counted(len(texts), 'task')} in {took_s:.0f} s", markup=False, soft_wrap=True)
     return 0
 
 
@@ -98,7 +98,7 @@ def _train(job: TrainingJob, texts: Mapping[str, Sequence[str]]) -> None:
     settings = TrainingSettings(num_epochs=job.epochs, seed=job.seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task(f"training on {len(texts)} tasks", total=None)
+        bar = progress.add_task(f"training on {counted(len(texts), 'task')}", total=None)
         train_encoder(
             texts,
             job.target,

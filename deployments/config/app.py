@@ -321,9 +321,15 @@ class AppConfig(Settings):
 
     @cached_property
     def accepted_bases(self) -> frozenset[str]:
-        """Every `base_model_name_or_path` that an adapter may have."""
-        aliases = PACKAGED_ALIASES if self.base_model == PACKAGED_MODEL else ()
-        return frozenset({self.base_model, self.served_base_name, *aliases, *self.accepts_base})
+        """Every `base_model_name_or_path` that an adapter may have: names, and the path of the base model's folder."""
+        is_packaged = self.base_model == PACKAGED_MODEL
+        names = {self.base_model, self.served_base_name, *self.accepts_base}
+        if is_packaged:
+            names.update(PACKAGED_ALIASES)
+        if is_packaged or Path(self.base_model).is_absolute() or Path(self.base_model).is_dir():
+            folder = self.cache_dir / PACKAGED_MODEL if is_packaged else Path(self.base_model).absolute()
+            names.update({str(folder), str(folder.resolve()), folder.name})
+        return frozenset(names)
 
     @cached_property
     def served_bases(self) -> ServedBases:

@@ -28,6 +28,7 @@ export function start(callbacks) {
   });
   byId("publish-form").addEventListener("submit", (event) => { event.preventDefault(); sendTicked(false); });
   byId("check-button").addEventListener("click", () => sendTicked(true));
+  byId("no-tags").addEventListener("change", (event) => { byId("tags").disabled = event.target.checked; });
   byId("preview-clear").addEventListener("click", () => { cards = []; byId("previews").replaceChildren(); follow(); });
 }
 
@@ -95,11 +96,12 @@ async function check(card) {
   const { info, notes, name } = card;
   const wanted = name.value.trim();
   const lines = info.problems.map((problem) => element("li", { class: "problem" }, problem));
-  if (!info.samples.length) lines.push(element("li", {}, "without samples it is used by name only"));
   if (!info.problems.length) {
     try {
       const live = await liveVersion(wanted);
+      if (!info.samples.length) lines.push(element("li", {}, live?.num_samples ? `its ${whole(live.num_samples)} samples stay` : "without samples it is used by name only"));
       lines.push(element("li", {}, live ? `new version of ${wanted}; the present one is kept for a rollback` : "a new name in the pool"));
+      if (live) lines.push(element("li", {}, `what you do not give stays: tags ${shown("tags", live.tags)}, template ${shown("template", live.template)}, ${live.visibility}`));
       if (info.samples.length) lines.push(...(await neighbours(card, Boolean(live))));
     } catch (error) {
       lines.push(element("li", {}, `not compared with the pool: ${error.message}`));
@@ -179,7 +181,8 @@ async function send(card, isDry) {
 function formOf(folder, name, typedSamples) {
   const form = new FormData();
   form.append("name", name);
-  for (const tag of listed(byId("tags").value)) form.append("tags", tag);
+  const tags = byId("no-tags").checked ? [""] : listed(byId("tags").value); // "": none; nothing: as before
+  for (const tag of tags) form.append("tags", tag);
   for (const field of ["template", "visibility"]) {
     if (byId(`publish-${field}`).value) form.append(field, byId(`publish-${field}`).value);
   }
@@ -188,12 +191,22 @@ function formOf(folder, name, typedSamples) {
   return form;
 }
 
-function outcome({ replicas, found_by_auto, neighbours: near }, state) {
+function outcome({ replicas, found_by_auto, neighbours: near, kept = {}, changed = {}, warnings = [] }, state) {
   const parts = [state];
   if (replicas.behind) parts.push("some replicas are not up to date yet");
   if (!found_by_auto) parts.push("without samples it is used by name only");
   else if (near.length) parts.push(`most similar: ${near[0].name} (${near[0].score.toFixed(2)})`);
-  return parts.join("; ");
+  for (const field of ["tags", "template", "visibility", "samples"]) {
+    if (field in changed) parts.push(`${field}: ${shown(field, changed[field].to)} (was ${shown(field, changed[field].from)})`);
+    else if (kept[field]?.length || kept[field] > 0) parts.push(`${field}: ${shown(field, kept[field])} (kept)`);
+  }
+  return [...parts, ...warnings.map((warning) => `warning: ${warning}`)].join("; ");
+}
+
+/** Returns the value of a field of a published adapter as text. */
+function shown(field, value) {
+  if (Array.isArray(value) ? !value.length : !value) return field === "template" ? "server default" : "none";
+  return Array.isArray(value) ? value.join(", ") : String(value);
 }
 
 /** Returns links to the adapter, and to a first prompt for it. */

@@ -215,7 +215,7 @@ class Planner:
             tried = replace(self._request_of(text, options, tenant, preferred), fallback="base", counted="if_chosen")
             [route] = await self._retriever.route([tried])
             if not route.abstained:
-                return _planned(route)
+                return _planned(tried, route)
             refers_back = refers_back or route.refers_back
         text = earlier[0] if earlier is not None and refers_back else reading.texts[-1]
         [planned] = await self._route([self._request_of(text, options, tenant, preferred)])
@@ -252,7 +252,8 @@ class Planner:
 
     async def _route(self, requests: Sequence[RouteRequest]) -> list[Planned]:
         """Return the Retriever's choices as plans with their reasons."""
-        return [_planned(route) for route in await self._retriever.route(requests)]
+        routes = await self._retriever.route(requests)
+        return [_planned(request, route) for request, route in zip(requests, routes, strict=True)]
 
     def _request_of(
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
@@ -305,8 +306,8 @@ class Planner:
         return tail
 
 
-def _planned(route: Route) -> Planned:
-    return Planned(route.plan, route.candidates, route.abstained, route.reason)
+def _planned(request: RouteRequest, route: Route) -> Planned:
+    return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags)
 
 
 def text_read(text: str, options: LoraOptions) -> str | None:

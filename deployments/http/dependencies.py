@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -144,9 +146,28 @@ def item_of(services: Services, item: PublishItem, caller: Caller, http: Request
     return replace(item, tenant=caller.tenant, default_visibility=services.config.default_visibility)
 
 
-def own_key(name: str, caller: Caller) -> Key:
-    """Return (tenant, name) of `name` or `tenant/name`. Raises: AdapterNotFound if it names another tenant."""
+@asynccontextmanager
+async def own_key(name: str, caller: Caller, services: Services) -> AsyncIterator[Key]:
+    """Yield (tenant, name) of the caller's adapter `name` or `tenant/name`, for a change of it.
+
+    Raises: AdapterNotFound if it names another tenant. Its message, and that of a change that does not find the
+    adapter, says whose it is if the caller can see it.
+    """
     tenant, slash, bare = name.rpartition("/")
-    if slash and tenant != caller.tenant:
-        raise AdapterNotFound(name)
-    return caller.tenant, bare
+    try:
+        if slash and tenant != caller.tenant:
+            raise AdapterNotFound(name)
+        yield caller.tenant, bare
+    except AdapterNotFound as exc:
+        if (owner := await _owner_of(name, caller, services)) is not None:
+            raise AdapterNotFound(name, owner=owner) from exc
+        raise
+
+
+async def _owner_of(name: str, caller: Caller, services: Services) -> str | None:
+    """Return the other tenant whose adapter the caller sees under this name, if there is one."""
+    try:
+        _, [record, *_] = await services.retriever.record(caller.tenant, name)
+    except AdapterNotFound:
+        return None
+    return None if record.ref.tenant == caller.tenant else record.ref.tenant

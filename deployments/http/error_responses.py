@@ -21,6 +21,8 @@ _INSTEAD = {
     "/api/chat": "use /v1/chat/completions",
     "/api/generate": "use /v1/completions",
     "/api/tags": "use /v1/models",
+    "/api/embed": "use /v1/embeddings",
+    "/v1/messages": "use /v1/chat/completions, or LiteLLM's proxy in front",
 }
 
 

@@ -27,9 +27,10 @@ _MAX_DIGITS = 18
 # slow line sends, and a window of ten seconds tolerates a pause.
 _WINDOW_S = 10.0
 _BYTES_PER_WINDOW = 640 << 10
-_MAX_FIELDS = 40  # name, template, visibility, ttl_s, share, shadow and at most 32 tags
+_MAX_FIELDS = 40  # name, template, samples, visibility, ttl_s, share, shadow and at most 32 tags
 _MAX_FIELD_BYTES = 4096
 _FILES = "files"
+_LISTS = ("tags", "samples")  # an empty value is an empty list
 _WHOLE_BYTES = 1 << 20  # a larger file is sent to the Store in parts
 SendPart = Callable[[str, int, Buffer], Awaitable[None]]
 """Send one part of a file to the Store: its id, its number from 0, and its bytes."""
@@ -133,16 +134,7 @@ async def read_upload(http: Request, send: SendPart, sent: list[str]) -> Publish
         if problems := list(file_problems(names)):
             raise AdapterRefused(label.name or "", problems)
         contents = {name: await _content_of(file, send, sent) for name, file in zip(names, files, strict=True)}
-    return PublishItem(
-        name=label.name,
-        tags=tuple(label.tags),
-        template=label.template,
-        files=contents,
-        visibility=label.visibility,
-        ttl_s=label.ttl_s,
-        share=label.share,
-        is_shadow=label.shadow,
-    )
+    return label.item(files=contents)
 
 
 async def _content_of(file: UploadFile, send: SendPart, sent: list[str]) -> bytes | SentFile:
@@ -162,8 +154,9 @@ def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:
         if len(values) > 1 and key != "tags":
             raise RequestInvalid(f"{key[:100]}: is given {len(values)} times", key)
     single = {key: values[0] for key, values in fields.items() if key != "tags"}
+    lists = {key: [value for value in fields[key] if value] for key in _LISTS if key in fields}
     try:
-        label = AdapterLabel.model_validate(single | {"tags": fields.get("tags", [])})
+        label = AdapterLabel.model_validate(single | lists)
     except ValidationError as exc:
         raise error_table.validation_error(exc) from exc
     if label.name is None:

@@ -14,19 +14,27 @@ from uuid import uuid4
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.adapters import PublishItem
-from deployments.api.responses import Published, Removed, Settled
+from deployments.api.responses import FieldChange, Published, Removed, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import WorkerClient, WorkerGate
-from deployments.errors import VersionNotKept
+from deployments.errors import NoTrial, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.publishing.validator import AdapterValidator, Charge, Outcome, ValidatedAdapter, free_of_charge
+from deployments.publishing.validator import (
+    AdapterValidator,
+    Charge,
+    Outcome,
+    ValidatedAdapter,
+    free_of_charge,
+    warnings_of,
+)
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
     AdapterRef,
     AdapterRefused,
+    Kept,
     Key,
     Precondition,
     QuotaExceeded,
@@ -43,7 +51,7 @@ T = TypeVar("T")
 Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
-_MAX_SWAPS = 3  # changes of the encoder during one publish
+_MAX_SWAPS = 3  # changes of the encoder, or of what a version keeps, during one publish
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ def live_already(
         record = live.get(item.ref)
         if record is None:
             continue
-        is_changed = not item.keeps_visibility and record.visibility != item.record.visibility
+        is_changed = "visibility" not in item.keeps and record.visibility != item.record.visibility
         if is_changed or item.record.is_offered or record.expires_at != item.record.expires_at:
             del live[item.ref]
     return live
@@ -91,6 +99,31 @@ def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRe
     if len(matching) != 1:
         raise VersionNotKept(kept[0].ref.name, digest, [record.ref.digest for record in kept])
     return matching[0]
+
+
+def compared(result: Published, staged: Staged, before: AdapterRecord | None) -> Published:
+    """Return the result with what the version kept of the one that was live before, and what differs from it."""
+    if before is None:
+        return result
+    old, new = _label_of(before), _label_of(staged.record)
+    keeps: set[Kept] = {*staged.keeps, "visibility"} if staged.record.is_offered else {*staged.keeps}
+    if "visibility" in keeps:  # decided by the commit
+        new["visibility"] = old["visibility"]
+    changed: dict[str, FieldChange] = {
+        field: {"from": old[field], "to": value}
+        for field, value in new.items()
+        if field not in keeps and value != old[field]
+    }
+    return replace(result, kept={field: value for field, value in new.items() if field in keeps}, changed=changed)
+
+
+def _label_of(record: AdapterRecord) -> dict[Kept, object]:
+    return {
+        "tags": list(record.tags),
+        "template": record.template,
+        "visibility": record.visibility,
+        "samples": record.num_samples,
+    }
 
 
 def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> Published | Exception:
@@ -115,6 +148,27 @@ def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> 
         return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
     assert isinstance(outcome, Exception)
     return outcome
+
+
+def _results(
+    staged: Sequence[Staged | BaseException],
+    outcomes: Sequence[Outcome],
+    older: Mapping[Key, Sequence[AdapterRecord]],
+    generation: int,
+    ready: int = 0,
+    behind: int = 0,
+) -> list[Published | Exception]:
+    """Return the result of each upload. `older`: the kept versions before the commit, by name."""
+    results: list[Published | Exception] = []
+    for item, outcome in zip(staged, outcomes, strict=True):
+        result = published_of(outcome, generation, ready, behind)
+        if isinstance(result, Published):
+            new = outcome.staged if isinstance(outcome, ValidatedAdapter) else item
+            assert isinstance(new, Staged)
+            before = older.get((result.ref.tenant, result.ref.name), (None,))[0]
+            result = replace(compared(result, new, before), warnings=warnings_of(new, result.probe_shift))
+        results.append(result)
+    return results
 
 
 class Publisher:
@@ -210,7 +264,7 @@ class Publisher:
             running = kept[0].trial
             wanted = running.digest if digest is None and running is not None else digest
             if wanted is None:
-                raise VersionNotKept(key[1], None, [record.ref.digest for record in kept])
+                raise NoTrial(key[1], [record.ref.digest for record in kept[1:]])
             trial = Trial(kept_version(kept, wanted).ref.digest, share, is_shadow)
         change = partial(self._store.set_trial, *key, trial, actor)
         return trial, await self._run("set_trial", self._settle(change))
@@ -309,23 +363,23 @@ class Publisher:
         """
         held = [item for item in staged if isinstance(item, Staged)]
         older: Mapping[Key, tuple[AdapterRecord, ...]] = {}
-        committed: set[int] = set()
+        committed: set[str] = set()
         is_unsure = False
         try:
             older = await self._store.versions([(item.ref.tenant, item.ref.name) for item in held])
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
             if change.is_dry:
-                return [published_of(outcome, 0, 0, 0) for outcome in outcomes]
+                return _results(staged, outcomes, older, generation=0)
             is_unsure = True
             generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False
-            committed = {id(outcome.staged) for outcome in outcomes if isinstance(outcome, ValidatedAdapter)}
+            committed = {outcome.staged.lease for outcome in outcomes if isinstance(outcome, ValidatedAdapter)}
         except (AdapterRefused, AdapterNotFound, QuotaExceeded, VersionConflict):
             is_unsure = False
             raise
         finally:
-            unused = [] if is_unsure else [item for item in held if id(item) not in committed]
+            unused = [] if is_unsure else [item for item in held if item.lease not in committed]
             await self._discard(unused)
             pushed_out = [record for versions in older.values() for record in versions] if committed else []
             if replaced := [*[item.record for item in unused], *pushed_out]:
@@ -333,13 +387,18 @@ class Publisher:
         generation, outcomes = await self._follow_encoder(generation, outcomes, change)
         generation = max([generation, *[record.generation for record in live.values()]])
         ready, behind = await self.catch_up(generation) if generation else (0, 0)
-        for tenant in dict.fromkeys(item.ref.tenant for item in held if id(item) in committed):
+        new = [outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter)]
+        for tenant in dict.fromkeys(outcome.staged.ref.tenant for outcome in new):
             for listener in self._listeners:
                 listener(tenant, change.actor)
-        return [published_of(outcome, generation, ready, behind) for outcome in outcomes]
+        return _results(staged, outcomes, older, generation, ready, behind)
 
     async def _commit(self, outcomes: list[Outcome], change: Change) -> tuple[int, list[Outcome]]:
-        """Return (the generation of the commit, or 0 if nothing was new; the outcomes, taken names refused)."""
+        """Return (the generation of the commit, or 0 if nothing was new; the outcomes, taken names refused).
+
+        If another publish changed what versions keep, take that over and commit again, so that neither is lost.
+        """
+        num_conflicts = 0
         while new := list(dict.fromkeys(outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter))):
             try:
                 generation = await self._store.commit(
@@ -356,6 +415,13 @@ class Publisher:
                 if not refused:
                     raise
                 outcomes = [exc if outcome in refused else outcome for outcome in outcomes]
+                continue
+            except VersionConflict:
+                num_conflicts += 1
+                taken = await self._validator.restaged(new, await self._store.take_over([item.staged for item in new]))
+                if num_conflicts > _MAX_SWAPS or not taken:
+                    raise
+                outcomes = [taken.get(id(outcome), outcome) for outcome in outcomes]
                 continue
             logger.info("published %d adapters at generation %d", len(new), generation)
             return generation, outcomes

@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import WorkerClient
-from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+from lora_store import AdapterRecord, AdapterRef, Staged
 from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
 
 VALIDATED_TOGETHER = 32  # adapters per call of the encoder and per probe
 _BATCHES_AT_ONCE = 2  # so two replicas of a deployment have work, and embedding and probing overlap
+_NO_EFFECT = (
+    "it changed the base model's output for a probe by no more than rounding, so its answers may be the base model's:"
+    " was it trained too briefly, or at too small a learning rate?"
+)
 Charge = Callable[[int], None]
 """Charge the publishing key for tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
 
@@ -32,6 +36,18 @@ class ValidatedAdapter:
 
 
 Outcome = ValidatedAdapter | AdapterRecord | BaseException  # new and good, live already, or refused
+
+
+def warnings_of(staged: Staged, shift: float | None) -> tuple[str, ...]:
+    """Return what the publisher of a valid adapter should know.
+
+    An unlisted adapter has no warnings: a training loop publishes its first steps, which change little.
+    """
+    if staged.record.is_unlisted:
+        return ()
+    if shift == 0.0 and not staged.warnings:
+        return (_NO_EFFECT,)
+    return staged.warnings
 
 
 class AdapterValidator:
@@ -71,6 +87,18 @@ class AdapterValidator:
         anew = {id(item): replace(item, embedded=e) for item, e in zip(old, embedded, strict=True)}
         return [anew.get(id(outcome), outcome) for outcome in outcomes]
 
+    async def restaged(
+        self, items: Sequence[ValidatedAdapter], staged: Sequence[Staged]
+    ) -> dict[int, ValidatedAdapter]:
+        """Return, by the id of the earlier one, the adapters whose `staged` is another version of the same weights.
+
+        Embed those again whose samples are others.
+        """
+        changed = [(old, new) for old, new in zip(items, staged, strict=True) if new.ref != old.staged.ref]
+        anew = [new for old, new in changed if new.record.samples_digest != old.staged.record.samples_digest]
+        embedded = dict(zip([item.ref for item in anew], await self._embed(anew) if anew else [], strict=True))
+        return {id(old): replace(old, staged=new, embedded=embedded.get(new.ref, old.embedded)) for old, new in changed}
+
     async def _validate_in(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
         async with slots:
             return await self._validate_batch(batch)
@@ -97,8 +125,6 @@ class AdapterValidator:
 def _outcome(staged: Staged, embedded: Embedded | None, shift: float | Exception) -> Outcome:
     if isinstance(shift, Exception):
         return shift
-    if shift == 0.0:
-        return AdapterRefused(staged.ref.name, ["it does not change the output of the base model"])
     return ValidatedAdapter(staged, embedded, shift)
 
 

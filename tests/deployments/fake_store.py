@@ -22,6 +22,7 @@ from lora_store import (
     Collected,
     Embedding,
     EncoderIncomplete,
+    Kept,
     Key,
     Precondition,
     PublicNameTaken,
@@ -30,10 +31,12 @@ from lora_store import (
     Staged,
     TenantQuota,
     Trial,
+    VersionConflict,
     Visibility,
     Withdrawn,
 )
 from lora_store.garbage_collection import Verified
+from lora_store.staging import take_over
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 
 
@@ -66,15 +69,20 @@ class FakeStore:
             raise AdapterRefused(name, ["it is bad"])
         if name.startswith("gone"):
             raise SourceMissing(name)
-        version = upload.tags[0] if upload.tags else ""
-        record = adapter(name, version=version, samples=not name.startswith("bare"), tenant=upload.tenant)
+        kept = self.live.get((upload.tenant, name), (None,))[0]
+        tags = (() if kept is None else kept.tags) if upload.tags is None else upload.tags
+        has_samples = upload.has_samples and not name.startswith("bare")
+        record = adapter(name, version=tags[0] if tags else "", samples=has_samples, tenant=upload.tenant)
         record = replace(record, visibility=upload.visibility or upload.default_visibility)
         expires_at = None if upload.ttl_s is None else datetime.now(UTC) + timedelta(seconds=upload.ttl_s)
         if upload.share is not None:
             trial = Trial(record.ref.digest, upload.share, upload.is_shadow)
             record = replace(record, trial=trial, is_offered=True)
-        staged = self._hold(replace(record, embedding=None, template=upload.template, expires_at=expires_at))
-        return replace(staged, keeps_visibility=upload.visibility is None)
+        template = (None if kept is None else kept.template) if upload.template is None else upload.template
+        template = None if template == "server" else template
+        staged = self._hold(replace(record, embedding=None, template=template, expires_at=expires_at))
+        given: dict[Kept, object] = {"visibility": upload.visibility, "tags": upload.tags, "template": upload.template}
+        return replace(staged, keeps=frozenset(field for field, value in given.items() if value is None))
 
     async def put_part(self, upload: str, number: int, data: Buffer) -> None:
         self._fail("put_part")
@@ -88,6 +96,19 @@ class FakeStore:
     async def restage(self, record: AdapterRecord) -> Staged:
         self._fail("restage")
         return self._hold(record)
+
+    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
+        self._fail("take_over")
+        return [
+            replace(item, record=take_over(item.record, self.live[key_of(item.record)][0], item.keeps))
+            if self._is_overtaken(item)
+            else item
+            for item in staged
+        ]
+
+    def _is_overtaken(self, item: Staged) -> bool:
+        kept = self.live.get(key_of(item.record))
+        return kept is not None and "tags" in item.keeps and kept[0].tags != item.record.tags
 
     async def commit(
         self,
@@ -104,16 +125,19 @@ class FakeStore:
             return self._commits[commit_id]
         if precondition == "kept" and any(item.ref not in self._kept(item.ref) for item in staged):
             raise AdapterNotFound(staged[0].ref.name)
+        if precondition == "any" and any(map(self._is_overtaken, staged)):
+            raise VersionConflict(1)
         for item in staged:
             if item.ref.name.startswith("taken"):
                 raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
             if item.record.is_offered and not self.live.get(key_of(item.record)):
                 raise AdapterRefused(item.ref.name, ["no version is live that could share its requests"])
         self.generation += 1
-        for item, embedding in zip(staged, embeddings, strict=True):
+        for item, embedding, shift in zip(staged, embeddings, probe_shifts, strict=True):
             if precondition == "live" and self._kept(item.ref)[:1] != [item.ref]:
                 continue
             record = replace(item.record, generation=self.generation, embedding=embedding, actor=actor)
+            record = replace(record, probe_shift=shift)
             if record.is_offered:
                 live, *older = self.live[key_of(record)]
                 self.live[key_of(record)] = (replace(live, trial=record.trial), replace(record, trial=None), *older)

@@ -270,10 +270,30 @@ def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: 
         await expect(notes).to_contain_text("new version of poet; the present one is kept")
         await page.get_by_role("button", name="Publish 1 adapter").click()
         await expect(page.locator("#previews .good")).to_have_count(1)
+        await expect(page.locator("#previews .good .state")).to_contain_text(
+            "tags: fun (kept); visibility: public (kept)"
+        )
         [(upload, _)] = served.store.called("stage")
-        assert upload.name == "poet"
+        assert (upload.name, upload.tags, upload.template) == ("poet", None, None)
 
-    look(browsing, question)
+    look(browsing, question, store=FakeStore(pool_of(adapter("poet", version="fun"))))
+
+
+def test_tags_and_template_of_a_new_version_are_cleared_by_choice(browsing: Browsing, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "poet", ["Write a verse."])
+
+    async def question(page: Page, served: Served) -> None:
+        await drop_folder(page, folder)
+        await page.get_by_label("No tags").check()
+        await expect(page.get_by_label("Tags of all")).to_be_disabled()
+        await page.get_by_label("Template").select_option("server default")
+        await page.get_by_role("button", name="Publish 1 adapter").click()
+        changes = "tags: none (was fun); template: server default (was alpaca)"
+        await expect(page.locator("#previews .good .state")).to_contain_text(changes)
+        [(upload, _)] = served.store.called("stage")
+        assert (upload.tags, upload.template) == ((), "server")
+
+    look(browsing, question, store=FakeStore(pool_of(adapter("poet", version="fun", template="alpaca"))))
 
 
 def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Browsing, tmp_path: Path) -> None:

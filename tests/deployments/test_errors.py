@@ -31,6 +31,7 @@ ERRORS: list[DeploymentsError] = [
     errors.RateLimited("9 requests per minute", 2.5),
     errors.ModelNotFound("peot", "poet"),
     errors.VersionNotKept("poet", "a" * 8, ["b" * 64, "c" * 64]),
+    errors.NoTrial("poet", ["b" * 64, "c" * 64]),
     errors.VersionChanged("poet", "a" * 64, "b" * 64),
     errors.AdapterExists("poet"),
     errors.HostRefused("evil.example"),

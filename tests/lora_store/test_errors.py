@@ -72,6 +72,8 @@ def test_a_refusal_lists_every_reason() -> None:
 def test_an_unknown_name_comes_with_a_suggestion() -> None:
     assert str(AdapterNotFound("peot", "poet")) == "no adapter 'peot'; did you mean 'poet'?"
     assert str(AdapterNotFound("poet")) == "no adapter 'poet'"
+    owned = "'poet' belongs to tenant 'acme'; only its own keys may change it"
+    assert str(AdapterNotFound("poet", owner="acme")) == owned
 
 
 def test_a_quota_error_states_the_limit_and_the_request() -> None:

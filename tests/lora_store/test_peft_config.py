@@ -43,7 +43,8 @@ def _reason(folder: Path) -> str:
 def test_a_variant_of_lora_is_refused_with_a_remedy(make_folder: MakeFolder) -> None:
     folder = make_folder()
     change(use_dora=True)(folder)
-    assert _reason(folder) == "use_dora (DoRA) is not supported: retrain without it, or merge it into the base model"
+    remedy = "retrain with LoRA on linear layers only; a merged model would need a server of its own"
+    assert _reason(folder) == f"use_dora (DoRA) is not supported: {remedy}"
 
 
 KINDS: dict[str, PeftConfig] = {

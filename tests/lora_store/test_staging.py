@@ -68,4 +68,4 @@ def test_the_record_describes_the_folder_without_the_fields_of_the_commit(
     assert (record.embedding, record.probe_shift, record.actor, record.generation) == (None, None, "", 0)
     assert record.created_at == datetime.fromtimestamp(0, UTC)
     staged = Staged(record, checked.samples, "lease")
-    assert (staged.ref, staged.weights_digest, staged.keeps_visibility) == (record.ref, WEIGHTS, False)
+    assert (staged.ref, staged.weights_digest, staged.keeps) == (record.ref, WEIGHTS, frozenset())

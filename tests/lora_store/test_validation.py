@@ -28,6 +28,17 @@ def test_an_error_lists_every_reason(open_store: OpenStore, make_folder: MakeFol
     assert len(caught.value.reasons) == len(wanted)
 
 
+def test_the_path_of_the_base_is_accepted_and_not_shown_to_others(make_folder: MakeFolder) -> None:
+    folder, accepted = make_folder(), {"tiny-base", "/srv/models/tiny-base"}
+    config(base_model_name_or_path="/srv/models/tiny-base/")(folder)
+    checked = check_folder(folder, accepts_base=accepted, module_shapes=None)
+    assert checked.base_model == "/srv/models/tiny-base"
+    config(base_model_name_or_path="/home/me/tiny-base")(folder)
+    with pytest.raises(AdapterRefused) as caught:
+        check_folder(folder, accepts_base=accepted, module_shapes=None)
+    assert "/srv" not in str(caught.value)
+
+
 def test_another_base_is_refused_with_the_names_that_the_server_accepts(make_folder: MakeFolder) -> None:
     folder = make_folder()
     config(base_model_name_or_path="/models/base")(folder)
@@ -104,6 +115,14 @@ def test_harmless_files_and_settings_are_accepted(
     checked = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=module_shapes)
     assert set(checked.modules) == set(module_shapes)
     assert checked.base_model == "tiny-base"
+
+
+def test_an_adapter_whose_b_are_all_zero_is_accepted_with_a_warning(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    assert check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None).warnings == ()
+    tensors(lambda found, _: [tensor.zero_() for key, tensor in found.items() if "lora_B" in key])(folder)
+    [warning] = check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None).warnings
+    assert "every lora_B is zero" in warning
 
 
 def test_modules_are_not_checked_without_a_known_base(make_folder: MakeFolder) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from retriever_svc.encoder_files import (
     DEFAULT_MODEL,
@@ -113,3 +114,23 @@ def test_unknown_packaged_weights_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"others")
     with pytest.raises(EncoderUnusable, match=f"{ENGLISH_MODEL}.*hash to"):
         check_weights(path, hashlib.sha256(b"weights").hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (LocalEntryNotFoundError("a long\ntext about connections"), "the model hub cannot be reached"),
+        (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), "the model hub cannot be reached"),
+        (OSError("404 Client Error.\nRepository not found"), "the model hub has no such model: 404 Client Error."),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(EncoderUnusable) as caught:
+        model_folder("nosuch/model")
+    assert str(caught.value) == f"encoder 'nosuch/model' cannot be used: not a folder, and {reason}"

@@ -28,6 +28,7 @@ from deployments.api.adapters import (
 from deployments.api.pool_responses import AdapterList, AdapterShown, adapter_list, shown_object
 from deployments.api.responses import (
     Published,
+    Settled,
     approval_object,
     batch_object,
     published_object,
@@ -77,7 +78,8 @@ _FORM = {
         "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": MAX_UPLOAD_FILES},
         "name": {"type": "string", "maxLength": 64},
         "tags": {"type": "array", "items": {"type": "string", "maxLength": MAX_TAG_CHARS}, "maxItems": MAX_TAGS},
-        "template": {"type": "string", "enum": ["alpaca", "chat"]},
+        "template": {"type": "string", "enum": ["alpaca", "chat", "server"]},
+        "samples": {"type": "string", "enum": [""]},
         "visibility": {"type": "string", "enum": list(VISIBILITIES)},
         "ttl_s": {"type": "number", "minimum": 1, "maximum": MAX_TTL_S},
         "share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
@@ -158,8 +160,8 @@ async def show(
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS, dependencies=[MAY_CHANGE])
 async def withdraw(name: str, caller: PublishCaller, services: AnyServices) -> JSONResponse:
     """Remove the adapter and all its versions from the pool. Running requests finish with the version they use."""
-    tenant, bare = own_key(name, caller)
-    removed = await services.publisher.withdraw(tenant, [bare], caller.key_id)
+    async with own_key(name, caller, services) as (tenant, bare):
+        removed = await services.publisher.withdraw(tenant, [bare], caller.key_id)
     return JSONResponse(removed_object(removed), 202 if removed.behind else 200)
 
 
@@ -167,17 +169,18 @@ async def withdraw(name: str, caller: PublishCaller, services: AnyServices) -> J
 async def rollback(name: str, body: RollbackRequest, caller: PublishCaller, services: AnyServices) -> JSONResponse:
     """Publish a kept version again: the one before the live one, or the one that `digest` names."""
     charge = charge_to(services, caller)
-    published = await services.publisher.rollback(own_key(name, caller), body.digest, caller.key_id, charge)
+    async with own_key(name, caller, services) as key:
+        published = await services.publisher.rollback(key, body.digest, caller.key_id, charge)
     return JSONResponse(published_object(published), status_of(published))
 
 
 @router.post("/v1/loras/{name:path}/share", response_model=None, responses=SHARE_ANSWERS, dependencies=[MAY_CHANGE])
 async def share(name: str, body: ShareRequest, caller: PublishCaller, services: AnyServices) -> JSONResponse:
     """Let a kept version answer a share of the requests to its name, or a copy of them; a share of 0 ends that."""
-    key = own_key(name, caller)
-    trial, settled = await services.publisher.set_trial(
-        key, body.digest, body.share, caller.key_id, is_shadow=body.shadow
-    )
+    async with own_key(name, caller, services) as key:
+        trial, settled = await services.publisher.set_trial(
+            key, body.digest, body.share, caller.key_id, is_shadow=body.shadow
+        )
     return JSONResponse(share_object(key[1], trial, settled), 202 if settled.behind else 200)
 
 
@@ -186,26 +189,34 @@ async def set_visibility(
     name: str, body: VisibilityRequest, caller: PublishCaller, services: AnyServices
 ) -> JSONResponse:
     """Make an adapter private, or public. A public one claims its bare name: 409 if another tenant has it."""
-    key = own_key(name, caller)
-    settled = await services.publisher.set_visibility(key, body.visibility, caller.key_id)
+    async with own_key(name, caller, services) as key:
+        settled = await services.publisher.set_visibility(key, body.visibility, caller.key_id)
     answer = visibility_object(key[1], body.visibility, settled)
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 
 @router.post("/v1/loras/{name:path}/approve", response_model=None, responses=APPROVE_ANSWERS, dependencies=[MAY_CHANGE])
-async def approve(name: str, body: ApproveRequest, caller: AdminCaller, services: AnyServices) -> JSONResponse:
+async def approve(
+    name: str,
+    body: ApproveRequest,
+    caller: AdminCaller,
+    services: AnyServices,
+    dry_run: Annotated[bool, Query(description="check everything and approve nothing")] = False,
+) -> JSONResponse:
     """Let `auto` choose this version of a public adapter for every tenant. 409 if another version is live by now."""
     if "@" in name:
         raise RequestInvalid(
             "name: give it without a version; `digest` names the version, which must be the live one", "name"
         )
-    _, versions = await services.retriever.record(caller.tenant, name)
+    generation, versions = await services.retriever.record(caller.tenant, name)
     record = versions[0]
     if record.ref.digest != body.digest:
         raise VersionChanged(name, body.digest, record.ref.digest)
     if record.visibility != "public":
         raise RequestInvalid("name: only a public adapter can be approved; make it public first", "name")
     require_approver(services, record.ref, caller)
+    if dry_run:
+        return JSONResponse(approval_object(record.ref, Settled(generation, 0, 0), approved=record.approved))
     settled = await services.publisher.approve([record.ref], caller.key_id)
     answer = approval_object(record.ref, settled)
     return JSONResponse(answer, 202 if settled.behind else 200)

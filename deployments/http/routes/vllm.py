@@ -49,8 +49,8 @@ async def unload_lora_adapter(
     body: UnloadAdapterRequest, caller: PublishCaller, services: AnyServices
 ) -> PlainTextResponse:
     """Withdraw the adapter. 404 if there is none."""
-    tenant, name = own_key(body.lora_name, caller)
-    removed = await services.publisher.withdraw(tenant, [name], caller.key_id)
+    async with own_key(body.lora_name, caller, services) as (tenant, name):
+        removed = await services.publisher.withdraw(tenant, [name], caller.key_id)
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully"
     return PlainTextResponse(text, 202 if removed.behind else 200)
 

@@ -76,6 +76,12 @@ def test_a_pool_without_candidates_and_a_clients_own_prompt_have_their_reasons()
         assert said in why
 
 
+@pytest.mark.parametrize(("tags", "said"), [(("a",), "and the tag 'a'"), (("a", "b"), "and the tags 'a' and 'b'")])
+def test_a_choice_by_tags_without_candidates_names_the_tags(tags: tuple[str, ...], said: str) -> None:
+    _, why = explained(Planned(BASE_PLAN, abstained=True, reason="no_candidates", tags=tags))
+    assert why == f"The pool has no adapter with samples {said} that this request may use, so the base model answers."
+
+
 def test_named_adapters_need_no_reason_and_explanations_come_on_request_only() -> None:
     assert explained(Planned(PLAN)) == (None, None)
     assert "why" not in plan_object(Planned(PLAN, (FITS,), reason="fits"), "local", explain=False)

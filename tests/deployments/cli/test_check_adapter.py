@@ -16,7 +16,7 @@ from tests.deployments.scripted import run, words
 def test_a_good_folder_is_fit_to_publish(folder: Path, config: Path) -> None:
     result = run("check", folder, "--config", config)
     assert result.exit_code == 0
-    assert "poet: 1 modules, 2 samples, fit to publish" in words(result.stdout)
+    assert "poet: 1 module, 2 samples, fit to publish" in words(result.stdout)
 
 
 def test_every_reason_against_a_bad_folder_is_printed(folder: Path, config: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_last_checkpoint_of_a_run_is_checked_under_the_name_of_the_run(
     (tmp_path / "my-task" / "checkpoint-90" / "adapter_model.safetensors").unlink()
     result = run("check", tmp_path / "my-task", "--config", config)
     assert result.exit_code == 0, result.stderr
-    assert words(result.stdout).startswith("my-task: 1 modules, 2 samples, fit to publish")
+    assert words(result.stdout).startswith("my-task: 1 module, 2 samples, fit to publish")
 
 
 def test_each_adapter_of_a_folder_is_checked_and_the_refused_are_counted(

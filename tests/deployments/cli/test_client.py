@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deployments.cli.client import free_port, server_url
+from deployments.cli.client import behind_note, counted, free_port, problem_of, server_url
 from tests.deployments.scripted import run, scripted, words
 
 
@@ -62,6 +63,67 @@ def test_a_refusal_is_printed_with_the_servers_message(body: Any, said: str) -> 
         result = run("ask", "Hi", "--url", server.url)
     assert result.exit_code == 1
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("command", [("list",), ("withdraw", "poet"), ("publish", "."), ("verify",)])
+def test_a_missing_key_is_asked_for_by_its_option(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORARETRIEVER_KEY", raising=False)
+    with scripted((401, {"error": {"message": "send `Authorization: Bearer KEY`"}})) as server:
+        result = run(*command, "--url", server.url)
+        wrong = run("--key", "k", *command, "--url", server.url)
+    assert (result.exit_code, wrong.exit_code) == (1, 1)
+    assert "this server requires an API key: give --key, or set LORARETRIEVER_KEY" in words(result.stderr)
+    assert "send `Authorization: Bearer KEY`" in words(wrong.stderr)
+
+
+def test_a_url_of_another_scheme_is_refused() -> None:
+    result = run("ask", "Hi", "--url", "ftp://x")
+    assert result.exit_code == 2
+    assert "'--url': must begin with http:// or https://" in words(result.stderr)
+
+
+@pytest.mark.parametrize(("command", "input"), [(("route", ""), None), (("ask", " "), None), (("route", "-"), "\n")])
+def test_an_empty_prompt_is_not_sent(command: tuple[str, ...], input: str | None) -> None:
+    with scripted((500, {})) as server:
+        result = run(*command, "--url", server.url, input=input)
+    assert (result.exit_code, server.asked) == (2, [])
+    assert "the prompt is empty" in words(result.stderr)
+
+
+def test_one_of_a_noun_is_singular() -> None:
+    assert [counted(number, "sample") for number in (0, 1, 2)] == ["0 samples", "1 sample", "2 samples"]
+    assert behind_note(1) == "1 replica is not up to date yet"
+    assert behind_note(2) == "2 replicas are not up to date yet"
+
+
+def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as missing:
+        (tmp_path / "nofile").read_text()
+    assert problem_of(missing.value) == f"{tmp_path / 'nofile'}: no such file"
+    with pytest.raises(OSError) as folder:
+        tmp_path.read_text()
+    assert problem_of(folder.value) == f"{tmp_path}: Is a directory"
+    assert problem_of(ValueError("line 3: bad")) == "line 3: bad"
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "said"),
+    [
+        (("rollback", "poet", "--to", "ffff"), "digest: must be longer", "--to: must be longer"),
+        (("share", "poet", "20"), "digest: no version is under trial", "--version: no version is under trial"),
+        (("share", "poet", "20"), "share: must be above 0", "PERCENT: must be above 0"),
+        (("publish", ".", "--template", "x"), "adapters.0.template: must be alpaca", "--template: must be alpaca"),
+        (("ask", "Hi", "--strategy", "best"), "lora.strategy: must be mixture", "--strategy: must be mixture"),
+        (("visibility", "poet", "all"), "visibility: must be public", "VISIBILITY: must be public"),
+        (("list", "--tag", "a b"), "tag.0: must be shorter", "--tag: must be shorter"),
+        (("show", "poet"), "digest: has no option here", "digest: has no option here"),
+        (("show", "poet"), "no adapter 'poet'", "no adapter 'poet'"),
+    ],
+)
+def test_an_error_names_the_option_that_was_typed(command: tuple[str, ...], message: str, said: str) -> None:
+    with scripted((400, {"error": {"message": message}})) as server:
+        result = run(*command, "--url", server.url)
+    assert (result.exit_code, words(result.stderr).removeprefix(".: ")) == (1, said)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from deployments.auth.api_keys import KeySet, hash_of, parse_entries
 from deployments.auth.authenticator import Caller, KeyLimits
-from tests.deployments.scripted import run, scripted, words
+from tests.deployments.scripted import refusal, run, scripted, words
 
 
 def new(*options: object) -> Any:
@@ -32,6 +32,11 @@ def test_a_key_and_its_entry_are_printed_as_json_on_request(tmp_path: Path) -> N
     assert printed["entry"]["sha256"] == entry.sha256 == hash_of(printed["key"])
 
 
+def test_roles_are_split_at_commas() -> None:
+    [entry] = parse_entries("\n".join(new("--role", "publish,admin").stdout.splitlines()[:-1]))
+    assert entry.roles == ("infer", "publish", "admin")
+
+
 def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     keys = [new("--file", file).stdout.strip() for _ in range(2)]
@@ -44,7 +49,12 @@ def test_a_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(("--role", "root"), "roles.1"), (("--id", "a/b"), "id"), (("--requests-per-minute", "0"), "requests_per_minute")],
+    [
+        (("--role", "root"), "--role: must be"),
+        (("--id", "a/b"), "--id: must be"),
+        (("--tenant", "acme corp"), "--tenant: must be"),
+        (("--requests-per-minute", "0"), "--requests-per-minute: must be"),
+    ],
 )
 def test_a_bad_key_is_refused_before_anything_is_written(tmp_path: Path, options: Any, says: str) -> None:
     result = new("--file", tmp_path / "keys.yaml", *options)
@@ -87,6 +97,7 @@ SHOWN = {
 }
 APPROVED = {"name": "poet", "digest": "d" * 64, "generation": 5}
 APPROVAL = ("POST", "/v1/loras/acme%2Fpoet/approve")
+CHECK = ("POST", "/v1/loras/acme%2Fpoet/approve?dry_run=true")
 
 
 def test_the_version_with_the_given_digest_is_approved() -> None:
@@ -98,9 +109,20 @@ def test_the_version_with_the_given_digest_is_approved() -> None:
 
 @pytest.mark.parametrize(("said", "is_approved"), [("y\n", True), ("n\n", False), ("", False)])
 def test_without_a_digest_the_shown_version_is_approved_after_confirmation(said: str, is_approved: bool) -> None:
-    with scripted((200, SHOWN), (200, APPROVED)) as server:
+    with scripted((200, SHOWN), (200, APPROVED), (200, APPROVED)) as server:
         result = run("approve", "acme/poet", "--url", server.url, input=said)
     assert "d" * 64 in words(result.stdout)
-    assert server.asked == [("GET", "/v1/loras/acme%2Fpoet"), *([APPROVAL] if is_approved else [])]
-    assert server.sent[1:] == ([{"digest": "d" * 64}] if is_approved else [])
+    assert server.asked == [("GET", "/v1/loras/acme%2Fpoet"), CHECK, *([APPROVAL] if is_approved else [])]
+    assert server.sent[1:] == [{"digest": "d" * 64}] * (1 + is_approved)
     assert (result.exit_code == 0) == is_approved
+
+
+def test_an_approval_that_the_server_would_refuse_is_not_asked_for() -> None:
+    with scripted((200, SHOWN), (403, refusal("this operation needs the role 'admin'"))) as server:
+        result = run("approve", "acme/poet", "--url", server.url, input="y\n")
+    assert (result.exit_code, len(server.asked), result.stdout) == (1, 2, "")
+    assert "needs the role 'admin'" in result.stderr
+    with scripted((200, SHOWN | {"visibility": "private"})) as server:
+        result = run("approve", "acme/poet", "--url", server.url, input="y\n")
+    assert (result.exit_code, len(server.asked), result.stdout) == (1, 1, "")
+    assert "'acme/poet' is private: make it public first with `loraretriever visibility" in words(result.stderr)

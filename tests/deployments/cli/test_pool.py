@@ -77,11 +77,14 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
 
 def test_show_prints_whole_digests_and_times_to_the_second() -> None:
     row = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester", "source": "poet"}
-    answer = {"digest": "0123456789abcdef" * 4, "versions": [row | {"digest": "d" * 64, "state": "live"}]}
+    versions = [row | {"digest": "d" * 64, "state": "live"}, row | {"digest": "e" * 64, "state": "kept"}]
+    since = "2026-02-03T04:05:06.789012+00:00"
+    answer = {"digest": "0123456789abcdef" * 4, "live_since": since, "versions": versions}
     with scripted((200, answer)) as server:
         printed = run("show", "poet", "--url", server.url).stdout
     assert "".join(re.findall(r"[0-9a-f]{16,}", printed)) == "0123456789abcdef" * 4
-    assert "2026-01-02 03:04:05 " in printed
+    assert printed.count("2026-01-02 03:04:05 ") == 2
+    assert printed.count("2026-02-03 04:05:06 ") == 1, "of the live version"
 
 
 def test_withdraw_continues_after_a_refusal_and_fails_at_the_end() -> None:
@@ -167,7 +170,7 @@ def test_gc_prints_the_removed_blobs(options: tuple[str, ...], seconds: float) -
     with scripted((200, {"num_blobs": 3, "num_bytes": 12, "num_projections": 1})) as server:
         result = run("gc", *options, "--url", server.url)
     assert (server.asked, server.sent) == ([("POST", "/v1/pool/gc")], [{"retention_s": seconds}])
-    assert "removed 3 blobs and 1 projections, 12 bytes" in words(result.stdout)
+    assert "removed 3 blobs and 1 projection, 12 bytes" in words(result.stdout)
 
 
 @pytest.mark.parametrize(("behind", "note"), [(0, ""), (2, " (2 replicas are not up to date yet)")])

@@ -197,6 +197,50 @@ def test_the_visibility_is_sent_only_if_given(tmp_path: Path, said: tuple[str, .
     assert server.sent == [{"adapters": [{"path": str(poet)} | sent]}]
 
 
+@pytest.mark.parametrize("upload", [False, True])
+def test_clearing_is_sent_as_given(tmp_path: Path, upload: bool) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    said = ("--no-tags", "--template", "server", "--no-samples", *(["--upload"] if upload else []))
+    with scripted((201, answer("poet") if upload else batch(answer("poet")))) as server:
+        assert run("publish", poet, *said, "--url", server.url).exit_code == 0
+    if upload:
+        [body] = server.bodies
+        assert all(f'name="{field}"\r\n\r\n\r\n'.encode() in body for field in ("tags", "samples"))
+    else:
+        cleared = {"tags": [], "template": "server", "samples": []}
+        assert server.sent == [{"adapters": [{"path": str(poet)} | cleared]}]
+
+
+@pytest.mark.parametrize("said", [("--no-tags", "--tag", "x"), ("--no-samples", "--samples", "train.jsonl")])
+def test_nothing_is_given_and_cleared(tmp_path: Path, said: tuple[str, ...]) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((500, {})) as server:
+        result = run("publish", poet, *said, "--url", server.url)
+    assert (result.exit_code, server.asked) == (2, [])
+    assert f"cannot be combined with {said[1 + said.index(said[0])]}" in words(result.stderr)
+
+
+def test_the_line_of_a_new_version_says_what_it_keeps_and_changes(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    kept = {"tags": ["support", "eu"], "template": None, "visibility": "public"}
+    changed = {"samples": {"from": 20, "to": 0}}
+    with scripted((201, batch(answer("poet", kept=kept, changed=changed)))) as server:
+        result = run("publish", poet, "--url", server.url)
+    assert words(result.stdout) == "poet is live at generation 4; tags: support, eu (kept); samples: none (was 20)"
+    kept, changed = {"visibility": "private"}, {"template": {"from": "alpaca", "to": None}}
+    with scripted((201, batch(answer("poet", kept=kept, changed=changed)))) as server:
+        result = run("publish", poet, "--url", server.url)
+    expected = "template: the server's (was alpaca); visibility: private (kept)"
+    assert words(result.stdout) == f"poet is live at generation 4; {expected}"
+
+
+def test_a_warning_is_printed_with_the_adapters_name(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, batch(answer("poet", warnings=["was it trained?"])))) as server:
+        result = run("publish", poet, "--url", server.url)
+    assert (result.exit_code, words(result.stderr)) == (0, "warning: poet: was it trained?")
+
+
 def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) -> None:
     folders = adapters(tmp_path, *[f"a{number:03}" for number in range(70)])
     names = [folder.name for folder in folders]
@@ -233,7 +277,7 @@ def test_a_server_that_refuses_the_request_refuses_every_folder(tmp_path: Path) 
     with scripted((403, refusal("publishing is off"))) as server:
         result = run("publish", *folders, "--url", server.url)
     assert (result.exit_code, len(server.asked)) == (1, 1)
-    assert words(result.stderr).count("publishing is off") == 2
+    assert words(result.stderr).startswith("2 adapters refused: publishing is off one, two")
 
 
 def test_an_unlisted_adapter_is_named_with_its_end(tmp_path: Path) -> None:
@@ -244,14 +288,17 @@ def test_an_unlisted_adapter_is_named_with_its_end(tmp_path: Path) -> None:
     assert words(result.stdout) == "poet is live at generation 4 (by name only, until 2026-01-02T03:04:05 UTC)"
 
 
-def test_a_long_refusal_is_shortened_among_many_and_whole_alone(tmp_path: Path) -> None:
+def test_equal_reasons_are_printed_once_and_whole_with_the_names(tmp_path: Path) -> None:
     folders = adapters(tmp_path, "one", "two")
-    row = refused(400, "adapter 'one' refused: " + "a module has another rank; " * 50)
-    for given, is_whole in ((folders, False), (folders[:1], True)):
-        with scripted((207, batch(row, answer("two")) if len(given) > 1 else batch(row))) as server:
-            said = words(run("publish", *given, "--url", server.url).stderr)
-        assert (said.count("another rank") == 50) is is_whole
-        assert ("publish it alone for all reasons" in said) is not is_whole
+    folders += adapters(tmp_path / "run", "checkpoint-5") + adapters(tmp_path, "other")
+    remedy = "it names another base; " * 50 + "set base_model_name_or_path"
+    rows = [refused(400, f"adapter {name!r} refused: {remedy}") for name in ("one", "two", "run")]
+    with scripted((207, batch(*rows, refused(400, "adapter 'other' refused: it is bad")))) as server:
+        result = run("publish", *folders, "--url", server.url)
+    said = words(result.stderr)
+    assert f"3 adapters refused: {remedy} one, two, run adapter 'other' refused: it is bad" in said
+    assert said.count("another base") == 50
+    assert said.endswith("refused: one, two, run, other"), "a checkpoint is named as its run"
 
 
 def test_one_name_cannot_be_used_for_two_adapters(tmp_path: Path) -> None:

@@ -23,6 +23,11 @@ def file_of(folder: Path, *rows: Any) -> Path:
     return path
 
 
+def pool(*names: str) -> tuple[int, Any]:
+    """Return the answer to a list of a pool with these adapters."""
+    return 200, {"generation": 4, "data": [{"id": name} for name in names], "last_id": "", "has_more": False}
+
+
 def shares(text: str) -> dict[str, str]:
     rows = [line.split("│") for line in text.splitlines() if "%" in line]
     return {row[1].strip(): row[2].strip() for row in rows}
@@ -38,11 +43,11 @@ def test_hits_are_counted_up_to_each_rank_and_abstentions_separately(tmp_path: P
     others = [f"x{number}" for number in range(8)]
     plans = [plan("poet"), plan("x"), plan("x"), plan("x", abstained=True)]
     wide = [plan("poet"), plan("x", "y", "bard", "poet"), plan(*others[:7], "poet"), plan(*others)]  # the last one fits
-    with scripted((200, {"data": plans}), (200, {"data": wide})) as server:
+    with scripted(pool("poet", "bard"), (200, {"data": plans}), (200, {"data": wide})) as server:
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
     assert result.exit_code == 0
-    assert server.asked == [("POST", "/v1/route")] * 2
-    assert server.sent == [{"prompt": ["a", "b", "c", "d"], "lora": options} for options in ({}, {"k": 8})]
+    assert server.asked == [("GET", "/v1/loras?after="), *[("POST", "/v1/route")] * 2]
+    assert server.sent[1:] == [{"prompt": ["a", "b", "c", "d"], "lora": options} for options in ({}, {"k": 8})]
     assert "4 prompts" in result.stdout
     assert shares(result.stdout) == {
         "hit@1": "25.0%",
@@ -61,7 +66,7 @@ def test_prompts_without_an_adapter_should_reach_the_base_model(tmp_path: Path) 
         plan("poet", abstained=True, confidence=0.001),
         plan("poet", confidence=0.1),
     ]
-    with scripted((200, {"data": plans}), (200, {"data": plans})) as server:
+    with scripted(pool("poet"), (200, {"data": plans}), (200, {"data": plans})) as server:
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
     assert "2 prompts of adapters, 2 others" in words(result.stdout)
     found = shares(result.stdout)
@@ -86,9 +91,9 @@ def test_auroc_compares_every_pair(inside: list[float], outside: list[float]) ->
 def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
     rows = [{"input": str(number), "adapter": "poet"} for number in range(33)]
     answers = [(200, {"data": [plan("poet")] * count}) for count in (32, 32, 1, 1)]
-    with scripted(*answers) as server:
+    with scripted(pool("poet"), *answers) as server:
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
-    assert [len(body["prompt"]) for body in server.sent] == [32, 32, 1, 1]
+    assert [len(body["prompt"]) for body in server.sent[1:]] == [32, 32, 1, 1]
     assert shares(result.stdout)["hit@1"] == "100.0%"
 
 
@@ -109,6 +114,22 @@ def test_an_invalid_line_is_named(rows: list[Any], said: str, tmp_path: Path) ->
         result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
     assert (result.exit_code, server.asked) == (1, [])
     assert said in words(result.stderr)
+
+
+def test_a_line_with_an_unknown_adapter_is_named_and_nothing_is_measured(tmp_path: Path) -> None:
+    rows = [{"input": "a", "adapter": "poet"}, {"input": "b", "adapter": None}, {"input": "c", "adapter": ["poett"]}]
+    with scripted(pool("poet")) as server:
+        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+    assert (result.exit_code, result.stdout, len(server.asked)) == (1, "", 1)
+    assert "line 3: no adapter 'poett' in the pool; did you mean 'poet'?" in words(result.stderr)
+
+
+def test_many_unknown_adapters_are_counted(tmp_path: Path) -> None:
+    rows = [{"input": "a", "adapter": f"nosuch-{number}"} for number in range(13)]
+    with scripted(pool("poet")) as server:
+        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+    assert result.exit_code == 1
+    assert result.stderr.count("no adapter") == 10 and "and 3 more" in result.stderr
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -165,7 +186,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "4 adapters, 80 samples: own adapter first 75.0%, among the best 3 90.0%",
         "each left out of its adapter: lenient 1.2%, balanced 3.0%, strict 8.0%",
         "collision: poet and bard, cosine 0.970, 4 and 1 samples swapped",
-        "never first: bard, behind poet",
+        "bard is never chosen first: poet always scores higher",
         "never chosen: mute",
         "unreadable samples: torn",
         "advice: Reindex with [refit].",

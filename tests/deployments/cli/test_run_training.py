@@ -57,5 +57,7 @@ def test_a_missing_file_or_store_is_named(tmp_path: Path, capsys: pytest.Capture
     job = job_of(tmp_path / "out", tmp_path / "none")
     assert run_training(job) == 1
     assert str(tmp_path / "none") in words(capsys.readouterr().err)
+    assert run_training(replace(job, samples=tmp_path / "nofile")) == 1
+    assert words(capsys.readouterr().err).endswith("nofile: no such file")
     assert run_training(replace(job, samples=None, store=str(tmp_path / "nowhere"))) == 1
     assert "no samples to train on" in words(capsys.readouterr().err)

@@ -66,11 +66,27 @@ def test_the_served_base_name_is_a_valid_name_other_than_auto(settings: dict[str
 def test_the_base_is_served_under_its_last_path_part_or_its_given_name(base_model: str, name: str, served: str) -> None:
     config = AppConfig(base_model=base_model, base_model_name=name, accepts_base=("other",))
     assert config.served_base_name == served
-    assert config.accepted_bases - set(PACKAGED_ALIASES) == {base_model, served, "other"}
+    assert {base_model, served, "other"} <= config.accepted_bases
+
+
+def test_a_hub_id_is_no_folder() -> None:
+    assert AppConfig(base_model="google/gemma-3-1b").accepted_bases == {"google/gemma-3-1b", "gemma-3-1b"}
+
+
+def test_the_path_of_the_served_folder_and_its_last_part_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "link").symlink_to("tiny")
+    config = AppConfig(base_model=f"{tmp_path}/link/", base_model_name="mine")
+    paths = {str(tmp_path / "link"), f"{tmp_path}/link/", str(tmp_path.resolve() / "tiny")}
+    assert config.accepted_bases == paths | {"link", "mine"}
+
+
+def test_the_folder_of_the_packaged_model_is_accepted(tmp_path: Path) -> None:
+    assert str(tmp_path / "gemma-3-270m") in AppConfig(cache_dir=tmp_path).accepted_bases
 
 
 def test_names_of_the_packaged_model_on_the_hub_are_accepted_with_that_model_only() -> None:
-    assert AppConfig().accepted_bases == {"gemma-3-270m", *PACKAGED_ALIASES}
+    assert AppConfig().accepted_bases > {"gemma-3-270m", *PACKAGED_ALIASES}
     assert AppConfig(base_model="google/gemma-3-1b").accepted_bases.isdisjoint(PACKAGED_ALIASES)
 
 

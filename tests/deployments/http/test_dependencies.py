@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from deployments.http.dependencies import (
     services_of,
 )
 from deployments.observability.request_metrics import context_of
-from lora_store import AdapterNotFound
-from tests.deployments.adapter_records import adapter
+from lora_store import AdapterNotFound, AdapterRecord, Key
+from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.all_routes import ROLES_OF, mounted
 from tests.deployments.app_fakes import serve_plainly, with_context
+from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.key_files import entry, write
 
 HERE, ELSEWHERE = "127.0.0.1", "10.0.0.1"
@@ -39,12 +41,13 @@ CALLER = Caller("acme", frozenset[Role]({"publish"}), "ci")
 
 
 def services(**settings: Any) -> Services:
-    async def build() -> Services:
-        served = serve_plainly(**settings)
-        await served.services.preload.wait()
-        return served.services
+    return asyncio.run(build(**settings))
 
-    return asyncio.run(build())
+
+async def build(**settings: Any) -> Services:
+    served = serve_plainly(**settings)
+    await served.services.preload.wait()
+    return served.services
 
 
 @pytest.fixture
@@ -119,9 +122,42 @@ def test_folders_of_the_server_are_published_from_its_own_machine(
 
 
 def test_an_own_adapter_is_named_with_or_without_the_tenant() -> None:
-    assert own_key("poet", CALLER) == own_key("acme/poet", CALLER) == ("acme", "poet")
-    with pytest.raises(AdapterNotFound, match="globex/poet"):
-        own_key("globex/poet", CALLER)
+    assert key_of("poet") == key_of("acme/poet") == ("acme", "poet")
+    with pytest.raises(AdapterNotFound, match="no adapter 'globex/poet'"):
+        key_of("globex/poet")
+
+
+def key_of(name: str, *held: AdapterRecord, change: Callable[[], None] = lambda: None) -> Key:
+    """Return the key of a caller's adapter, after a change of it."""
+
+    async def run() -> Key:
+        served = await build(retriever=FakeRetriever(held=held or POOL))
+        async with own_key(name, CALLER, served) as key:
+            change()
+        return key
+
+    return asyncio.run(run())
+
+
+def not_found() -> None:
+    raise AdapterNotFound("poet")
+
+
+PUBLIC = adapter("poet", tenant="globex")
+
+
+@pytest.mark.parametrize("name", ["globex/poet", "poet"])
+def test_a_change_of_anothers_public_adapter_says_whose_it_is(name: str) -> None:
+    with pytest.raises(AdapterNotFound) as caught:
+        key_of(name, PUBLIC, change=not_found)
+    assert str(caught.value) == f"{name!r} belongs to tenant 'globex'; only its own keys may change it"
+
+
+@pytest.mark.parametrize("held", [replace(PUBLIC, visibility="private"), adapter("poet", tenant="acme")])
+def test_neither_a_private_nor_an_own_adapter_gets_an_owner(held: AdapterRecord) -> None:
+    with pytest.raises(AdapterNotFound) as caught:
+        key_of("poet", held, change=not_found)
+    assert str(caught.value) == "no adapter 'poet'"
 
 
 def test_a_request_has_its_authenticated_caller_or_none() -> None:

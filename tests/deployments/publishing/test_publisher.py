@@ -30,7 +30,7 @@ def test_results_are_in_order_and_a_refusal_does_not_affect_others() -> None:
     kinds = [
         AdapterRefused,
         Published,
-        AdapterRefused,
+        Published,
         SourceMissing,
         AdapterUnfit,
         Published,
@@ -38,14 +38,14 @@ def test_results_are_in_order_and_a_refusal_does_not_affect_others() -> None:
         AdapterRefused,
     ]
     assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * len(kinds)
-    assert [published.ref.name for published in live(outcomes)] == ["poet", "bare"]
+    assert [published.ref.name for published in live(outcomes)] == ["poet", "mute", "bare"]
     refusals = [outcome for outcome in outcomes if isinstance(outcome, AdapterRefused)]
-    assert [refused.name for refused in refusals] == ["bad-1", "mute", "taken", "bad-2"]
+    assert [refused.name for refused in refusals] == ["bad-1", "taken", "bad-2"]
 
 
 def test_all_valid_adapters_are_live_by_one_commit() -> None:
     publishing = Publishing()
-    outcomes = publishing("bad", "poet", "mute", "bare")
+    outcomes = publishing("bad", "poet", "wrong", "bare")
     [(staged, embeddings, shifts, actor, *_)] = publishing.store.called("commit")
     assert [item.ref.name for item in staged] == ["poet", "bare"]
     assert [None if embedding is None else embedding.encoder for embedding in embeddings] == [ENCODER, None]
@@ -74,14 +74,25 @@ def test_each_step_gets_the_adapters_that_passed_the_previous_one() -> None:
     assert publishing.worker.called("probe_many") == [(probed,)]
 
 
-def test_an_adapter_that_changes_nothing_is_refused() -> None:
-    [outcome] = Publishing()("mute")
-    assert isinstance(outcome, AdapterRefused)
-    assert outcome.name == "mute"
-    assert "does not change" in str(outcome)
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_an_adapter_within_rounding_is_live_with_a_warning(is_dry: bool) -> None:
+    publishing = Publishing()
+    uploads = [PublishItem(Path("folders", name)) for name in ("mute", "poet")]
+    first = publishing.run(lambda publisher: publisher.publish(uploads, "tester", is_dry=is_dry))
+    again = publishing.run(lambda publisher: publisher.publish(uploads, "tester", is_dry=is_dry))
+    for mute, poet in (first, again):
+        [warning] = mute.warnings
+        assert "no more than rounding" in warning and "trained too briefly" in warning
+        assert poet.warnings == ()
 
 
-@pytest.mark.parametrize("names", [("bad",), ("mute", "wrong"), ("taken",), ()])
+def test_an_unlisted_adapter_that_changes_nothing_has_no_warning() -> None:
+    upload = PublishItem(Path("folders", "mute"), ttl_s=60)
+    [outcome] = Publishing().run(lambda publisher: publisher.publish([upload], "tester"))
+    assert (outcome.probe_shift, outcome.warnings) == (0.0, ())
+
+
+@pytest.mark.parametrize("names", [("bad",), ("wrong",), ("taken",), ()])
 def test_without_a_valid_adapter_nothing_is_stored(names: tuple[str, ...]) -> None:
     publishing = Publishing()
     assert live(publishing(*names)) == []
@@ -102,10 +113,10 @@ def test_a_taken_name_is_refused_and_the_others_are_published() -> None:
 
 def test_adapters_refused_late_are_released_everywhere() -> None:
     publishing = Publishing()
-    publishing("poet", "mute")
-    assert [[item.ref.name for item in staged] for (staged,) in publishing.store.called("discard")] == [["mute"]]
-    assert publishing.worker.called("forget") == [([adapter("mute").weights_digest],)] * 2
-    assert publishing.pool.swept == sorted(adapter("mute").blobs)
+    publishing("poet", "wrong")
+    assert [[item.ref.name for item in staged] for (staged,) in publishing.store.called("discard")] == [["wrong"]]
+    assert publishing.worker.called("forget") == [([adapter("wrong").weights_digest],)] * 2
+    assert publishing.pool.swept == sorted(adapter("wrong").blobs)
 
 
 def test_one_folder_given_twice_is_published_once() -> None:
@@ -277,9 +288,9 @@ def test_uploads_reach_the_store_through_rays_object_store() -> None:
 
 def test_a_dry_run_validates_and_leaves_nothing() -> None:
     publishing = Publishing()
-    uploads = [PublishItem(Path("folders", name)) for name in ("bad", "poet", "mute", "bare")]
+    uploads = [PublishItem(Path("folders", name)) for name in ("bad", "poet", "wrong", "bare")]
     outcomes = publishing.run(lambda publisher: publisher.publish(uploads, "tester", is_dry=True))
-    kinds = [AdapterRefused, Published, AdapterRefused, Published]
+    kinds = [AdapterRefused, Published, AdapterUnfit, Published]
     assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * 4
     assert [(p.generation, p.found_by_auto, len(p.neighbours)) for p in live(outcomes)] == [(0, True, 1), (0, False, 0)]
     assert (publishing.pool.live, publishing.pool.held, publishing.pool.generation) == ({}, [], 7)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deployments.api.adapters import PublishItem
-from deployments.api.responses import Removed
+from deployments.api.responses import Published, Removed
 from deployments.errors import VersionNotKept
-from lora_store import AdapterNotFound, Embedding, Sample, Staged, StoreUnavailable
+from lora_store import AdapterNotFound, AdapterRef, Embedding, Sample, Staged, StoreUnavailable, VersionConflict
 from retriever_svc import StaleIndex
 from tests.deployments.adapter_records import ENCODER, adapter
 from tests.deployments.fake_publishing import Publishing, live
@@ -62,6 +63,73 @@ def test_an_update_while_following_a_reindex_is_not_undone() -> None:
     publishing.store = FakeHandle(publishing.pool)
     publishing("poet")
     assert publishing.live_digests["poet"][0] == adapter("poet", version="theirs").ref.digest
+
+
+def item(**label: Any) -> PublishItem:
+    return PublishItem(Path("folders", "poet"), **label)
+
+
+def published(publishing: Publishing, upload: PublishItem, **options: Any) -> Published:
+    [outcome] = publishing.run(lambda publisher: publisher.publish([upload], "tester", **options))
+    assert isinstance(outcome, Published), outcome
+    return outcome
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_the_result_says_what_a_new_version_kept_and_changed(is_dry: bool) -> None:
+    publishing = Publishing(adapter("poet", version="support", template="alpaca"))
+    new = published(publishing, item(template="server"), is_dry=is_dry)
+    assert new.kept == {"tags": ["support"], "visibility": "public"}
+    assert new.changed == {"template": {"from": "alpaca", "to": None}}
+
+
+def test_a_version_that_is_live_already_kept_everything() -> None:
+    publishing = Publishing(adapter("poet", version="support"))
+    assert published(publishing, item()).kept == {"tags": ["support"], "template": None, "visibility": "public"}
+    assert publishing.store.called("commit") == []
+
+
+def test_a_new_name_keeps_and_changes_nothing() -> None:
+    new = published(Publishing(), item(tags=("support",)))
+    assert (new.kept, new.changed) == ({}, {})
+
+
+class Rival(FakeStore):
+    """Another publish gives the name a tag right before each of the first `num_rivals` commits."""
+
+    num_rivals = 1
+
+    async def commit(self, staged: Sequence[Staged], *more: Any) -> int:
+        if self.num_rivals:
+            self.num_rivals -= 1
+            theirs = adapter("poet", version=f"theirs-{self.num_rivals}")
+            self.live["local", "poet"] = (theirs, *self.live["local", "poet"])
+        return await super().commit(staged, *more)
+
+
+def rivalled(num_rivals: int) -> Publishing:
+    publishing = Publishing()
+    ours = replace(adapter("poet", version="ours"), ref=AdapterRef("local", "poet", "d" * 64))
+    publishing.pool = Rival({("local", "poet"): (ours,)})
+    publishing.pool.num_rivals = num_rivals
+    publishing.store = FakeHandle(publishing.pool)
+    return publishing
+
+
+def test_a_publish_keeps_the_tags_that_another_one_gives_meanwhile() -> None:
+    publishing = rivalled(1)
+    new = published(publishing, item(template="chat"))
+    live_now, theirs, _ = publishing.pool.live["local", "poet"]
+    assert (live_now.tags, theirs.tags, live_now.ref) == (("theirs-0",), ("theirs-0",), new.ref)
+    assert new.kept["tags"] == ["theirs-0"]
+    assert publishing.pool.held == []
+
+
+def test_a_name_that_others_keep_changing_is_a_conflict() -> None:
+    publishing = rivalled(10)
+    with pytest.raises(VersionConflict):
+        published(publishing, item(template="chat"))
+    assert publishing.pool.held == []
 
 
 def test_a_withdrawal_during_a_rollback_is_not_undone() -> None:

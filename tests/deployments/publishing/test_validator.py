@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from deployments.publishing.validator import (
     Outcome,
     ValidatedAdapter,
     free_of_charge,
+    warnings_of,
 )
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from tests.deployments.adapter_records import adapter
@@ -47,7 +49,15 @@ def test_outcomes_and_refusals_are_in_order() -> None:
     assert isinstance(first, ValidatedAdapter)
     assert (first.staged, first.shift) == (items[0], 0.25)
     assert (second, third) == (refused, known)
-    assert isinstance(fourth, AdapterRefused)
+    assert isinstance(fourth, ValidatedAdapter)
+    assert [len(warnings_of(item.staged, item.shift)) for item in (first, fourth)] == [0, 1]
+
+
+def test_the_warning_of_the_folder_replaces_that_of_the_probe() -> None:
+    mute = Staged(adapter("mute"), (), "hold", warnings=("every lora_B is zero",))
+    assert warnings_of(mute, 0.0) == ("every lora_B is zero",)
+    unlisted = replace(mute, record=replace(mute.record, expires_at=mute.record.created_at))
+    assert warnings_of(unlisted, 0.0) == ()
 
 
 def test_equal_versions_are_validated_once_and_batches_are_bounded() -> None:

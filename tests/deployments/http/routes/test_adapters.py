@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,35 @@ def test_uploaded_files_are_published_unchanged() -> None:
     assert staged == PublishItem(name="singer", tags=("fun", "short"), template="chat", files=files)
 
 
+KEPT = PublishItem(Path("/a"), "singer")
+CLEARED = PublishItem(Path("/a"), "singer", tags=(), template="server", has_samples=False)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ({}, KEPT),
+        ({"tags": None, "template": None, "samples": None}, KEPT),
+        ({"tags": [], "template": "server", "samples": []}, CLEARED),
+    ],
+    ids=str,
+)
+def test_a_label_that_is_absent_is_kept_and_an_empty_one_clears(label: dict[str, Any], expected: PublishItem) -> None:
+    _, [staged] = staged_by(lambda client: client.post("/v1/loras", json={"path": "/a", "name": "singer", **label}))
+    assert staged == expected
+    in_form = {field: "" if value == [] else value for field, value in label.items() if value is not None}
+    _, [staged] = staged_by(lambda client: client.post("/v1/loras", **upload(**in_form)))
+    assert replace(staged, path=Path("/a"), files=None) == expected
+
+
+def test_the_answer_says_what_a_new_version_kept_and_changed() -> None:
+    live = pool_of(adapter("poet", version="fun", template="alpaca"))
+    answer = post("/v1/loras", {"path": "/a/poet", "template": "chat"}, store=FakeStore(live)).json()
+    assert answer["kept"] == {"tags": ["fun"], "visibility": "public"}
+    assert answer["changed"] == {"template": {"from": "alpaca", "to": "chat"}}
+    assert {"kept", "changed"}.isdisjoint(post("/v1/loras", {"path": "/a/singer"}).json()), "of a new name"
+
+
 def test_a_publish_that_a_replica_has_not_seen_is_202() -> None:
     response = post("/v1/loras", {"path": "/folders/singer"}, retriever=LATE)
     assert response.status_code == 202
@@ -119,6 +149,7 @@ def test_a_batch_without_errors_has_the_status_of_one_publish(retriever: FakeRet
         ({"path": "/a", "force": True}, "force"),
         ({"path": "/a", "template": "jinja"}, "template"),
         ({"path": "/a", "tags": "fun"}, "tags"),
+        ({"path": "/a", "samples": ["Rhyme."]}, "samples"),
         ({"adapters": []}, "adapters"),
         ({"adapters": [{"path": "/a"}] * (MAX_BATCH + 1)}, "adapters"),
         ({"adapters": [{"path": "/a"}, {"name": "x"}]}, "adapters.1"),

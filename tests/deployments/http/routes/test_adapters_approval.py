@@ -99,6 +99,27 @@ def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, se
     ask(look, keys_file=keys, headers=bearer("all"), store=FakeStore(pool_of(record)), **settings)
 
 
+@pytest.mark.parametrize(
+    ("key", "record", "status"),
+    [
+        ("all", adapter("poet", tenant="globex"), 200),
+        ("publish", adapter("poet", tenant="globex"), 403),
+        ("all", adapter("poet", tenant="acme"), 403),
+        ("all", adapter("poet", tenant="acme", visibility="private"), 400),
+    ],
+)
+def test_a_dry_run_checks_an_approval_and_approves_nothing(keys: Path, key: str, record: Any, status: int) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        served.retriever._replicas[0].held = (record,)
+        path = f"/v1/loras/{record.ref.tenant}/poet/approve?dry_run=true"
+        response = await client.post(path, json={"digest": record.ref.digest})
+        assert response.status_code == status, response.text
+        assert response.json().get("approved") in (False, None)
+        assert served.store.called("approve") == []
+
+    ask(look, keys_file=keys, headers=bearer(key))
+
+
 def test_without_keys_clients_that_may_change_the_pool_may_approve() -> None:
     response = post("/v1/loras/poet/approve", {"digest": LIVE})
     assert (response.status_code, response.json()["approved"]) == (200, True)

@@ -63,6 +63,16 @@ def test_a_bad_share_is_refused(body: dict[str, Any], status: int, code: str) ->
     assert (response.status_code, error_of(response)["code"]) == (status, code)
 
 
+def test_a_share_without_a_trial_says_which_versions_could_get_it() -> None:
+    versions = [adapter("poet", version=str(number)) for number in (3, 2, 1)]
+    error = error_of(post("/v1/loras/poet/share", {"share": 0.2}, store=FakeStore(pool_of(*versions))))
+    second, first = (version.ref.digest[:12] for version in versions[1:])
+    expected = f"digest: no version of 'poet' is under trial; name one of the kept versions: {second}, {first}"
+    assert (error["message"], error["param"]) == (expected, "digest")
+    alone = error_of(post("/v1/loras/poet/share", {"share": 0.2}))
+    assert alone["message"].endswith("only the live one is kept; publish a new version with a share")
+
+
 def test_a_version_is_published_for_a_share_and_the_live_one_stays() -> None:
     store = FakeStore(pool_of(*POOL))
     body = {"path": "/folders/poet", "name": "poet", "tags": ["new"], "share": 0.25}
