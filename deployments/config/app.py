@@ -233,6 +233,16 @@ class AppConfig(Settings):
                 raise ValueError(f"{origin!r} must be '*' or scheme and host, as https://chat.example, without a path")
         return tuple(origin.lower() for origin in origins)
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _not_a_placeholder(cls, key: object) -> object:
+        """Refuse what looks like a key and is known to everybody."""
+        if isinstance(key, str) and "${" in key:
+            raise ValueError("${…} is not replaced here; write the key itself, or use keys_file")
+        if isinstance(key, str) and key and not key.strip("*"):
+            raise ValueError("is the mask that --print-config prints; write the key itself")
+        return key
+
     @model_validator(mode="after")
     def _one_kind_of_keys(self) -> Self:
         if self.api_key is not None and self.keys_file is not None:
