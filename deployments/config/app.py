@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import fields
 from functools import cached_property
@@ -188,6 +189,11 @@ class AppConfig(Settings):
             if getattr(self, name).min_replicas == 0:
                 raise ValueError(f"{name}.min_replicas must be at least 1, got 0: only workers may scale to zero")
         return self
+
+    @field_validator("base_model")
+    @classmethod
+    def _folder_with_home(cls, base: str) -> str:
+        return os.path.expanduser(base)
 
     @field_validator("store_uri")
     @classmethod

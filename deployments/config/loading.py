@@ -27,6 +27,23 @@ def load_config(path: Path | None, **changes: Any) -> AppConfig:
         raise settings_error(path, AppConfig, exc) from exc
 
 
+def require_base_model(config: AppConfig) -> None:
+    """Refuse a path of a base model where there is none, before anything is started. Raises: SettingsInvalid."""
+    base = config.base_model
+    if not base.startswith(("/", ".")) and base.count("/") < 2:
+        return  # the id of a model hub
+    if not Path(base).is_dir():
+        raise SettingsInvalid(f"base_model: {base}: no such folder")
+    if not (Path(base) / "config.json").is_file():
+        raise SettingsInvalid(f"base_model: {base} has no config.json; name the folder of a model")
+
+
+def require_keys_file(config: AppConfig) -> None:
+    """Refuse a keys file that does not exist. Raises: SettingsInvalid."""
+    if config.keys_file is not None and not config.keys_file.is_file():
+        raise SettingsInvalid(f"keys_file: {config.keys_file}: no such file; `loraretriever keys new` makes one")
+
+
 def dump_config(config: AppConfig) -> str:
     """Return the settings as YAML. A secret is masked."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

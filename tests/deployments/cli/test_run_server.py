@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from deployments.cli.local_server import Server
 from deployments.cli.run_server import access_note, next_steps, ports_note, program_of, run_server, template_note
@@ -55,11 +54,10 @@ def test_the_start_prints_the_other_ports_and_their_protection() -> None:
 def test_an_unusable_keys_file_stops_the_start(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys, settings = tmp_path / "keys.yaml", tmp_path / "settings.yaml"
+    keys = tmp_path / "keys.yaml"
     if content is not None:
         keys.write_text(content)
-    settings.write_text(yaml.safe_dump({"keys_file": str(keys)}))
-    assert run_server(settings, {}, "127.0.0.1", 0) == 1
+    assert run_server(AppConfig(keys_file=keys), "127.0.0.1", 0) == 1
     assert "keys.yaml" in "".join(capsys.readouterr().err.split())
 
 
