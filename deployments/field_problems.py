@@ -64,6 +64,8 @@ def describe_problem(problem: JsonMapping, known: Iterable[str] = (), *, shows_v
         return "is missing"
     if kind == "value_error":
         return str(context.get("error", problem["msg"]))
+    if kind in ("too_short", "too_long") and isinstance(problem.get("input"), str):
+        kind = f"string_{kind}"  # of a secret
     if kind not in _ALLOWED:
         message: str = problem["msg"]
         return message

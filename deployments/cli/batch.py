@@ -34,12 +34,15 @@ def batch(
 ) -> None:
     """Answer every row of a parquet file as the server would. A second run resumes an interrupted one."""
     from deployments.batch.run import BatchSettings
-    from deployments.cli.run_batch import configured, fail, run_batch  # Ray and torch take seconds to import
+    from deployments.cli.run_batch import configured, fail, run_batch  # Ray takes seconds to import
+    from deployments.config.loading import require_base_model
 
     defaults = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
     retrieval = {"strategy": strategy, "k": k, "weights": weights}
     try:
         settings = configured(config, store, {name: value for name, value in retrieval.items() if value is not None})
+        if address is None:  # a cluster has files of its own
+            require_base_model(settings)
     except (ValueError, OSError) as exc:
         raise typer.Exit(fail(str(exc))) from exc
     given = {name: value for name, value in defaults.items() if value is not None}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -33,6 +33,9 @@ from deployments.cli.client import (
 )
 from deployments.cli.client import check as check_answer
 from deployments.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from deployments.config.app import AppConfig
 
 cli = typer.Typer(cls=KeyAnywhere, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 for group in (publish, pool, routing, batch, training):
@@ -100,14 +103,17 @@ def serve(
         "worker": None if device is None else {"device": device},
     }
     changes = {name: value for name, value in given.items() if value}
+    settings = _settings_of_server(config, changes)
     if print_config:
-        _print_settings(config, changes)
+        from deployments.config.loading import dump_config
+
+        sys.stdout.write(dump_config(settings))
         return
     if port:
         _require_free(host, port)
     from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
 
-    _exit_with(run_server(config, changes, host, port, metrics_port, is_verbose=verbose))
+    _exit_with(run_server(settings, host, port, metrics_port, is_verbose=verbose))
 
 
 @cli.command()
@@ -254,14 +260,17 @@ def check(
     _exit_with(check_adapter(folder, config, parity, as_json=as_json))
 
 
-def _print_settings(config: Path | None, changes: JsonObject) -> None:
-    """Print the settings in use as YAML, secrets masked. Exit if they are invalid."""
-    from deployments.config.loading import dump_config, load_config  # pydantic takes half a second to import
+def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
+    """Return the settings in use. Exit if they are invalid, or name files that do not exist."""
+    from deployments.config import loading  # pydantic takes half a second to import
 
     try:
-        sys.stdout.write(dump_config(load_config(config, **changes)))
+        settings = loading.load_config(config, **changes)
+        loading.require_base_model(settings)
+        loading.require_keys_file(settings)
     except (ValueError, OSError) as exc:
         fail(str(exc))
+    return settings
 
 
 def _options_of(**options: object) -> JsonObject:

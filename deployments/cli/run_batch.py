@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pydantic import ValidationError
 from ray.exceptions import RayError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deployments.api.pool_responses import unserved_text
-from deployments.batch.dataset import answer_parts, cluster
 from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.cli.client import counted, err, out, print_json, show_error
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
-from deployments.config.settings_errors import settings_error
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonObject
 from lora_store import LoraStoreError
@@ -34,8 +31,7 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
             for base_model, num_adapters in run.unserved:
                 show_error(unserved_text(base_model, num_adapters))
         if run.parts:
-            with cluster(settings.config, address, concurrency):
-                num_errors = _answer(run, concurrency)
+            num_errors = _answer(run, address, concurrency)
     except (BatchRefused, LoraStoreError, ConnectionError, RayError) as exc:
         return fail(str(exc))
     except KeyboardInterrupt:
@@ -55,12 +51,7 @@ def run_batch(settings: BatchSettings, *, address: str | None, concurrency: int,
 
 def configured(file: Path | None, store: str | None, retrieval: JsonObject) -> AppConfig:
     """Return the settings of the file, overridden by the command line. Raises: SettingsInvalid."""
-    config = load_config(file, **({} if store is None else {"store_uri": store}))
-    merged = config.model_dump() | {"retrieval": config.retrieval.model_dump() | retrieval}
-    try:
-        return AppConfig.model_validate(merged)
-    except ValidationError as exc:
-        raise settings_error(None, AppConfig, exc) from exc
+    return load_config(file, retrieval=retrieval, **({} if store is None else {"store_uri": store}))
 
 
 def fail(message: str) -> int:
@@ -75,11 +66,16 @@ def _summary(run: BatchRun) -> str:
     return f"{parts}; {counted(run.num_adapters, 'adapter')} at generation {run.generation}"
 
 
-def _answer(run: BatchRun, concurrency: int) -> int:
-    """Answer the remaining rows with a progress bar. Return the number of rows with errors."""
+def _answer(run: BatchRun, address: str | None, concurrency: int) -> int:
+    """Start Ray and answer the remaining rows with a progress bar. Return the number of rows with errors."""
+    from deployments.batch.dataset import answer_parts, cluster  # torch takes seconds to import
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     num_errors = 0
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with (
+        cluster(run.settings.config, address, concurrency),
+        Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
+    ):
         task = progress.add_task("rows", total=run.num_rows_left)
         for part in answer_parts(run, concurrency):
             num_errors += part["num_errors"]

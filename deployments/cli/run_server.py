@@ -13,9 +13,7 @@ from deployments.cli.check_adapter import folder_problem
 from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, counted, out, show_error
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
-from deployments.config.loading import load_config
 from deployments.errors import ProxyUnsafe
-from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
 from lora_store import LoraStoreError
 
@@ -24,20 +22,18 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run_server(
-    config: Path | None,
-    changes: JsonObject,
+    settings: AppConfig,
     host: str,
     port: int,
     metrics_port: int | None = None,
     *,
     is_verbose: bool = False,
 ) -> int:
-    """Run the server until interrupted. `changes` override the settings of the file. Return the exit code."""
+    """Run the server until interrupted. Return the exit code."""
     level = logging.INFO if is_verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # polls of /ready are not worth a line
     try:
-        settings = load_config(config, **changes)
         for path in settings.preload:
             if not adapter_folders(path):
                 return _fail(f"preload: {folder_problem(path)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import fields
 from functools import cached_property
@@ -189,6 +190,11 @@ class AppConfig(Settings):
                 raise ValueError(f"{name}.min_replicas must be at least 1, got 0: only workers may scale to zero")
         return self
 
+    @field_validator("base_model")
+    @classmethod
+    def _folder_with_home(cls, base: str) -> str:
+        return os.path.expanduser(base)
+
     @field_validator("store_uri")
     @classmethod
     def _absolute(cls, uri: str) -> str:
@@ -232,6 +238,16 @@ class AppConfig(Settings):
             if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:_-]{1,253}", origin):
                 raise ValueError(f"{origin!r} must be '*' or scheme and host, as https://chat.example, without a path")
         return tuple(origin.lower() for origin in origins)
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _not_a_placeholder(cls, key: object) -> object:
+        """Refuse what looks like a key and is known to everybody."""
+        if isinstance(key, str) and "${" in key:
+            raise ValueError("${…} is not replaced here; write the key itself, or use keys_file")
+        if isinstance(key, str) and key and not key.strip("*"):
+            raise ValueError("is the mask that --print-config prints; write the key itself")
+        return key
 
     @model_validator(mode="after")
     def _one_kind_of_keys(self) -> Self:

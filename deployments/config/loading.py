@@ -12,6 +12,8 @@ from deployments.config.app import AppConfig
 from deployments.config.settings_errors import SettingsInvalid, settings_error
 from deployments.json_types import JsonObject
 
+_MUST_HAVE_VALUES = ("api_key", "keys_file")
+
 
 def load_config(path: Path | None, **changes: Any) -> AppConfig:
     """Return the settings of the YAML file, overridden by `changes`. A change of a group leaves its other settings.
@@ -23,6 +25,23 @@ def load_config(path: Path | None, **changes: Any) -> AppConfig:
         return AppConfig.model_validate(_merged(settings, changes))
     except ValidationError as exc:
         raise settings_error(path, AppConfig, exc) from exc
+
+
+def require_base_model(config: AppConfig) -> None:
+    """Refuse a path of a base model where there is none, before anything is started. Raises: SettingsInvalid."""
+    base = config.base_model
+    if not base.startswith(("/", ".")) and base.count("/") < 2:
+        return  # the id of a model hub
+    if not Path(base).is_dir():
+        raise SettingsInvalid(f"base_model: {base}: no such folder")
+    if not (Path(base) / "config.json").is_file():
+        raise SettingsInvalid(f"base_model: {base} has no config.json; name the folder of a model")
+
+
+def require_keys_file(config: AppConfig) -> None:
+    """Refuse a keys file that does not exist. Raises: SettingsInvalid."""
+    if config.keys_file is not None and not config.keys_file.is_file():
+        raise SettingsInvalid(f"keys_file: {config.keys_file}: no such file; `loraretriever keys new` makes one")
 
 
 def dump_config(config: AppConfig) -> str:
@@ -42,7 +61,9 @@ def _are_groups(*values: object) -> bool:
 
 def _read_yaml(path: Path) -> JsonObject:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_empty_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        settings = yaml.safe_load(text)
     except FileNotFoundError as exc:
         raise SettingsInvalid(f"{path}: no such file") from exc
     except yaml.YAMLError as exc:
@@ -53,3 +74,14 @@ def _read_yaml(path: Path) -> JsonObject:
         kind = "a list" if isinstance(settings, list) else f"{settings!r}"
         raise SettingsInvalid(f"{path}: must contain `name: value` lines, got {kind}")
     return settings
+
+
+def _refuse_empty_keys(path: Path, root: yaml.Node | None) -> None:
+    """Refuse a key with nothing behind its colon, which YAML reads as null: the server would start without keys."""
+    for name, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if (
+            name.value in _MUST_HAVE_VALUES
+            and isinstance(value, yaml.ScalarNode)
+            and (value.value, value.style) == ("", None)
+        ):
+            raise SettingsInvalid(f"{path}: {name.value} is empty; remove the line to run without a key")

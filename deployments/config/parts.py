@@ -58,7 +58,8 @@ class RetrievalSettings(Settings):
     softmax_temperature: float = Field(default=0.05, gt=0)
     projection: Literal["auto", "none"] = "auto"  # auto: the packaged one, if there is one for the encoder
     abstain: Abstain = "balanced"
-    min_score: float | None = None  # None: each adapter has a threshold of its own
+    # Least cosine of every adapter. None: each adapter has a threshold of its own.
+    min_score: float | None = Field(default=None, ge=-1, le=1)
     fallback: Literal["base", "error"] = "base"
     batch_size: int = Field(default=32, ge=1)  # texts; at most about 2,048 tokens together
     batch_wait_s: float = Field(default=0.0, ge=0)  # texts that arrive during a batch form the next one anyway

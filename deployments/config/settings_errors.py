@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from deployments.field_problems import describe_problem, field_names
 from deployments.json_types import JsonMapping
@@ -36,7 +37,8 @@ def settings_error(file: Path | None, model: type[BaseModel], error: ValidationE
     lines: dict[str, str] = {}  # by setting: the branches of a union repeat themselves
     for problem in error.errors(include_url=False):
         path = _setting_of(problem["loc"])
-        text = describe_problem(problem, field_names(model, problem["loc"]))
+        shows_value = not _is_secret(model, problem["loc"])
+        text = describe_problem(problem, field_names(model, problem["loc"]), shows_value=shows_value)
         for number, line in enumerate(text.splitlines()):
             lines.setdefault(f"{path}#{number}", f"{source}: {path}: {line}" if path else f"{source}: {line}")
     return SettingsInvalid("\n".join(lines.values()))
@@ -45,6 +47,11 @@ def settings_error(file: Path | None, model: type[BaseModel], error: ValidationE
 def _setting_of(place: tuple[str | int, ...]) -> str:
     """Return the path of a setting without the names that pydantic gives to the branches of a union."""
     return ".".join(str(part) for part in place if not (isinstance(part, str) and "[" in part))
+
+
+def _is_secret(model: type[BaseModel], place: tuple[str | int, ...]) -> bool:
+    field = model.model_fields.get(str(place[0])) if place else None
+    return field is not None and SecretStr in get_args(field.annotation)
 
 
 def _has(settings: object, path: list[str]) -> bool:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,26 @@ def test_a_bad_value_is_refused_by_name_and_nothing_is_written(
     assert result.exit_code == 1
     assert f"retrieval.{option.removeprefix('--')}" in words(result.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_base_model_is_refused_unless_a_cluster_has_it(rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"store_uri: {tmp_path / 'store'}\nbase_model: /nosuch/model\n")
+    result = run("batch", rows, tmp_path / "out", "--config", file)
+    assert result.exit_code == 1
+    assert "base_model: /nosuch/model: no such folder" in words(result.stderr)
+    assert run("batch", rows, tmp_path / "out", "--config", file, "--address", "a-cluster:1").exit_code == 0
+
+
+def test_a_missing_input_is_refused_without_the_engines_packages(tmp_path: Path) -> None:
+    script = f"""if True:
+        import sys
+        from deployments.cli.main import cli
+        try:
+            cli(["batch", "nofile.parquet", {str(tmp_path / "out")!r}])
+        finally:
+            print({{"torch", "ray.data"}} & set(sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.strip()) == (1, "set()")
+    assert done.stderr.strip() == "no parquet file at nofile.parquet"

@@ -236,6 +236,28 @@ def test_serve_prints_the_settings_in_use(tmp_path: Path) -> None:
     assert run("serve", "--template", "jinja", "--print-config").exit_code == 1
 
 
+@pytest.mark.parametrize("options", [(), ("--print-config",)])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("base_model: /nosuch/model", "base_model: /nosuch/model: no such folder"),
+        ("base_model: {here}", "base_model: {here} has no config.json; name the folder of a model"),
+        (
+            "keys_file: {here}/nokeys.yaml",
+            "keys_file: {here}/nokeys.yaml: no such file; `loraretriever keys new` makes",
+        ),
+    ],
+)
+def test_serve_refuses_files_that_do_not_exist_before_it_starts(
+    options: tuple[str, ...], text: str, line: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text.format(here=tmp_path))
+    result = run("serve", "--config", file, "--port", 0, *options)
+    assert result.exit_code == 1
+    assert "".join(line.format(here=tmp_path).split()) in "".join(result.stderr.split())
+
+
 def test_settings_are_printed_without_the_servers_packages() -> None:
     script = """if True:
         import sys
@@ -246,6 +268,20 @@ def test_settings_are_printed_without_the_servers_packages() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip()) == (0, "set()")
     assert "base_model: " in done.stdout
+
+
+def test_a_missing_base_model_is_refused_without_the_servers_packages() -> None:
+    script = """if True:
+        import sys
+        from deployments.cli.main import cli
+        try:
+            cli(["serve", "--base-model", "/nosuch/model", "--port", "0"])
+        finally:
+            print({"ray", "torch"} & set(sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (1, "set()")
+    assert done.stderr.strip() == "base_model: /nosuch/model: no such folder"
 
 
 def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:

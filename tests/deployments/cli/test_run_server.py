@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import ray
-import yaml
 
 from deployments.api.pool_responses import unserved_objects
 from deployments.cli.local_server import Server
@@ -66,11 +65,10 @@ def test_the_start_prints_the_other_ports_and_their_protection() -> None:
 def test_an_unusable_keys_file_stops_the_start(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys, settings = tmp_path / "keys.yaml", tmp_path / "settings.yaml"
+    keys = tmp_path / "keys.yaml"
     if content is not None:
         keys.write_text(content)
-    settings.write_text(yaml.safe_dump({"keys_file": str(keys)}))
-    assert run_server(settings, {}, "127.0.0.1", 0) == 1
+    assert run_server(AppConfig(keys_file=keys), "127.0.0.1", 0) == 1
     assert "keys.yaml" in "".join(capsys.readouterr().err.split())
 
 

@@ -90,6 +90,12 @@ def test_names_of_the_packaged_model_on_the_hub_are_accepted_with_that_model_onl
     assert AppConfig(base_model="google/gemma-3-1b").accepted_bases.isdisjoint(PACKAGED_ALIASES)
 
 
+def test_a_base_model_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert AppConfig(base_model="~/models/tiny").base_model == "/home/somebody/models/tiny"
+    assert AppConfig(base_model="org/tiny").base_model == "org/tiny"
+
+
 def test_relative_folders_are_resolved_where_the_application_is_built() -> None:
     config = AppConfig(store_uri="pool", preload=("adapters", "/abs"))
     assert config.store_uri == str(Path.cwd() / "pool")

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
+
 from deployments.config.app import AppConfig
-from deployments.config.loading import load_config
+from deployments.config.loading import load_config, require_base_model, require_keys_file
+from deployments.config.settings_errors import SettingsInvalid
 
 
 def test_changes_override_the_file(tmp_path: Path) -> None:
@@ -29,3 +33,31 @@ def test_a_change_of_a_group_leaves_its_other_settings(tmp_path: Path) -> None:
     file.write_text("worker: {max_batch_size: 8}\nretrieval: {k: 2}\n")
     config = load_config(file, worker={"max_model_len": 512}, retrieval={"k": 4})
     assert (config.worker.max_batch_size, config.worker.max_model_len, config.retrieval.k) == (8, 512, 4)
+
+
+@pytest.mark.parametrize("base_model", ["gemma-3-270m", "org/model", "gpt2"])
+def test_a_base_model_of_a_hub_need_not_be_on_this_machine(base_model: str) -> None:
+    require_base_model(AppConfig(base_model=base_model))
+
+
+@pytest.mark.parametrize("base_model", ["/nosuch/model", "./nosuch", "../a/b", "models/of/mine"])
+def test_a_path_of_a_base_model_must_be_a_folder(base_model: str) -> None:
+    with pytest.raises(SettingsInvalid, match=rf"^base_model: {re.escape(base_model)}: no such folder$"):
+        require_base_model(AppConfig(base_model=base_model))
+
+
+def test_the_folder_of_a_base_model_must_hold_one(tmp_path: Path) -> None:
+    config = AppConfig(base_model=str(tmp_path))
+    with pytest.raises(SettingsInvalid, match=r"has no config\.json"):
+        require_base_model(config)
+    (tmp_path / "config.json").touch()
+    require_base_model(config)
+
+
+def test_a_keys_file_must_exist(tmp_path: Path) -> None:
+    require_keys_file(AppConfig())
+    config = AppConfig(keys_file=tmp_path / "keys.yaml")
+    with pytest.raises(SettingsInvalid, match=r"keys\.yaml: no such file"):
+        require_keys_file(config)
+    (tmp_path / "keys.yaml").touch()
+    require_keys_file(config)

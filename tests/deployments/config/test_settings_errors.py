@@ -26,6 +26,8 @@ def message_for(folder: Path, text: str) -> str:
         ("basemodel: x", "settings.yaml: basemodel: unknown; did you mean 'base_model'?"),
         ("zzzz: 1", "settings.yaml: zzzz: unknown"),
         ("retrieval: {k: 17}", "settings.yaml: retrieval.k: must be at most 16, got 17"),
+        ("retrieval: {min_score: 2}", "settings.yaml: retrieval.min_score: must be at most 1, got 2"),
+        ("retrieval: {min_score: -1.5}", "settings.yaml: retrieval.min_score: must be at least -1, got -1.5"),
         ("worker: {max_wait_s: 0}", "settings.yaml: worker.max_wait_s: must be above 0, got 0"),
         ("template: jinja", "settings.yaml: template: must be 'auto', 'alpaca' or 'chat', got 'jinja'"),
         ("max_upload_bytes: many", "settings.yaml: max_upload_bytes: must be a whole number, got 'many'"),
@@ -65,3 +67,31 @@ def test_a_start_with_an_old_name_gives_the_new_one(tmp_path: Path, old: str, ne
 def test_serve_run_gives_the_new_name_too() -> None:
     with pytest.raises(ValidationError, match="max_in_flight: renamed to max_concurrent_requests"):
         AppConfig.model_validate({"max_in_flight": 5})
+
+
+@pytest.mark.parametrize("name", ["api_key", "keys_file"])
+@pytest.mark.parametrize("value", ["", " ", " # the key", "\n"])
+def test_an_empty_key_does_not_start_a_server_without_keys(tmp_path: Path, name: str, value: str) -> None:
+    message = message_for(tmp_path, f"template: chat\n{name}:{value}\n")
+    assert message == f"settings.yaml: {name} is empty; remove the line to run without a key"
+
+
+def test_null_is_no_key(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("api_key: null\nkeys_file: ~\n")
+    assert not load_config(tmp_path / "settings.yaml").has_keys
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ('""', "must have at least 8 characters"),
+        ("short-1", "must have at least 8 characters"),
+        ("x" * 513, "must have at most 512 characters"),
+        ("12345678", "must be a string"),
+        ("${KEY}", "${…} is not replaced here; write the key itself, or use keys_file"),
+        ("${THE_KEY_OF_THIS_SERVER}", "${…} is not replaced here; write the key itself, or use keys_file"),
+        ("'**********'", "is the mask that --print-config prints; write the key itself"),
+    ],
+)
+def test_a_bad_api_key_is_refused_without_printing_it(tmp_path: Path, value: str, line: str) -> None:
+    assert message_for(tmp_path, f"api_key: {value}") == f"settings.yaml: api_key: {line}"
