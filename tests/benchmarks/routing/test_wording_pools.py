@@ -18,7 +18,9 @@ from benchmarks.routing.wording_pools import (
 
 PARTS = ("tune", "test")
 RUN = 4  # words in a row that a prompt may not share with its own samples' wordings
-ADAPTER = WordedAdapter("a", "Adds numbers.", ("Add {input}.", "Sum: {input}", "{input} =?"), ("1 2", "3 4", "5 6", "7 8"))
+ADAPTER = WordedAdapter(
+    "a", "Adds numbers.", ("Add {input}.", "Sum: {input}", "{input} =?"), ("1 2", "3 4", "5 6", "7 8")
+)
 
 
 def words_of(text: str) -> list[str]:

@@ -37,9 +37,7 @@ def test_a_choice_says_how_well_the_best_candidate_fits() -> None:
     plan = replace(PLAN, adapters=(replace(PLAN.adapters[0], ref=CODER.ref),))
     reason, why = explained(Planned(plan, (NEAR, FITS), reason="fits"), tenant="us")
     assert reason == "fits"
-    assert why == (
-        "local/coder fits: it scores 0.750 and needs 0.500, and is right with a probability of about 62%."
-    )
+    assert why == ("local/coder fits: it scores 0.750 and needs 0.500, and is right with a probability of about 62%.")
 
 
 def test_a_choice_is_explained_by_the_adapter_that_leads_it() -> None:

@@ -247,7 +247,12 @@ def planned_texts(retriever: FakeRetriever, *turns: str, **lora: Any) -> tuple[l
     return [request.text for ([request],) in handle.called("route")], planned
 
 
-SEA, SKY, WARMER, SHORTER = "Write a poem about the sea", "How far is the sky?", "a bit warmer please", "und etwas kürzer"
+SEA, SKY, WARMER, SHORTER = (
+    "Write a poem about the sea",
+    "How far is the sky?",
+    "a bit warmer please",
+    "und etwas kürzer",
+)
 
 
 def test_a_turn_that_refers_back_keeps_the_adapter_of_the_turn_that_it_means() -> None:
