@@ -73,7 +73,8 @@ class EncoderRegistry:
         if earlier.identity != split_identity(embedded_by)[0]:
             return None
         logger.warning(
-            "the pool was embedded by %s, the default of an earlier version: `loraretriever reindex` moves it to %s",
+            "the pool was embedded by %s, the default of an earlier version, and stays so until"
+            " `loraretriever reindex --encoder %s`",
             ENGLISH_MODEL,
             self._default_model,
         )

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -26,6 +27,7 @@ from gpu_worker.native.build_kernels import prebuilt_path
 from gpu_worker.native.kernel_build import kernel_names
 from gpu_worker.native.kernel_variants import VARIANTS
 from k8s.image import lock
+from retriever_svc.encoder_files import DEFAULT_MODEL
 from tests.gpu_worker.compilers import path_with_quick_compiler
 from tests.k8s.image import BAKED_MODEL, IMAGE, ROOT, Instruction, bases, copied, instructions, is_ignored
 
@@ -229,15 +231,22 @@ def test_the_models_in_packages_are_installed() -> None:
     assert names <= pins(LOCK).keys()
 
 
-def test_the_model_is_baked_where_the_overlay_expects_it() -> None:
+def test_the_models_are_baked_where_the_overlays_expect_them() -> None:
     [run] = [run for run in RUNS if run.startswith("python -c")]
-    code = shlex.split(run)[2]
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom):
-            module = importlib.import_module(node.module)
-            assert all(hasattr(module, alias.name) for alias in node.names)
-    [folder] = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-    assert PurePosixPath(folder) / PACKAGED_MODEL == BAKED_MODEL
+    words = shlex.split(run)
+    folders = []
+    for code in (after for word, after in pairwise(words) if word == "-c"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+        folders += [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    model, encoder = map(PurePosixPath, folders)
+    assert model / PACKAGED_MODEL == BAKED_MODEL
+    overlays = [path.read_text(encoding="utf-8") for path in (ROOT / "k8s" / "overlays").glob("*/serve.yaml")]
+    found = {path for text in overlays for path in re.findall(r"\bencoder: ([^,} ]+)", text)}
+    assert found == {str(encoder / DEFAULT_MODEL)}
+    assert all("encoder: " in text for text in overlays)
 
 
 def test_the_image_runs_as_an_unprivileged_user() -> None:

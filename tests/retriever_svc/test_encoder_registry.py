@@ -166,7 +166,10 @@ def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: p
     for embedded_by in (Shipped.packaged.identity, "default"):
         encoders = version()
         assert encoders.encoder_of(None, embedded_by=embedded_by).identity == embedded_by
-        assert f"embedded by {ENGLISH_MODEL}" in caplog.text and "loraretriever reindex" in caplog.text
+        assert (
+            f"embedded by {ENGLISH_MODEL}" in caplog.text
+            and f"`loraretriever reindex --encoder {DEFAULT_MODEL}`" in caplog.text
+        )
         prepared = encoders.prepare(DEFAULT_MODEL)
         assert prepared.identity == "new-default"
         assert encoders.encoder_of(None).identity == embedded_by

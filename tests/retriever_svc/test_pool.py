@@ -96,10 +96,11 @@ def test_matches_are_judged_together_as_one_by_one() -> None:
         record_of(f"a{n}", unit_rows(own.mean(axis=0)), own_scores=leave_one_out_scores(own))
         for n, own in enumerate(rows)
     ]
-    angles = np.concatenate([[0, np.pi / 2], np.linspace(-1.2, 0, 8)])
+    angles = np.linspace(-2.6, -0.9, 10)  # ordinary prompts are on the other side
     ordinary = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
-    queries = unit_rows(rng.standard_normal((4, 2)).astype(np.float32))
+    asked = np.asarray([0.8, 0.2, -0.3, -1.5])
+    queries = np.stack([np.cos(asked), np.sin(asked)], axis=1).astype(np.float32)
     found = [*pool.nearest(queries, 3, "local"), []]
     rows_judged = np.concatenate([queries, queries[:1]])
     judged = pool.judged(found, "strict", rows_judged)

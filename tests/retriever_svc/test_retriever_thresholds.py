@@ -32,7 +32,7 @@ def test_only_candidates_that_reach_min_score_are_planned(nudge: int, abstains: 
 
 
 def test_a_prompt_nearer_to_ordinary_prompts_than_to_its_adapter_goes_to_the_base_model() -> None:
-    encoder = FakeEncoder({"on": (1.0, 0.0), "between": (0.6, 0.8), "away": (0.8, -0.6)})
+    encoder = FakeEncoder({"on": (1.0, 0.0), "between": (0.5, 0.866), "away": (0.8, -0.6)})
     retriever = retriever_of(WIDE, NARROW, encoder=encoder, ordinary=ORDINARY)
     on, between, away = (route_one(retriever, text) for text in ("on", "between", "away"))
     assert (names(on), on.abstained, on.reason) == (["wide", "narrow"], False, "fits")

@@ -18,8 +18,8 @@ def test_the_beginning_and_the_ending_that_samples_share_are_left_out() -> None:
 
 def test_each_text_loses_what_it_shares_with_any_other() -> None:
     other = "Is this film worth seeing? "
-    texts = [BEFORE + REVIEWS[0], other + REVIEWS[1], BEFORE + REVIEWS[1], other + REVIEWS[2], "What is 45 minus 18?"]
-    assert without_shared_wording(texts) == [REVIEWS[0], REVIEWS[1], REVIEWS[1], REVIEWS[2], "What is 45 minus 18?"]
+    texts = [BEFORE + REVIEWS[0], other + REVIEWS[1], BEFORE + "two lost hours", other + REVIEWS[2], "What is 45 - 18?"]
+    assert without_shared_wording(texts) == [REVIEWS[0], REVIEWS[1], "two lost hours", REVIEWS[2], "What is 45 - 18?"]
 
 
 def test_a_text_of_which_hardly_anything_would_remain_is_kept_whole() -> None:
@@ -51,7 +51,8 @@ def test_ways_of_wording_are_counted() -> None:
     assert num_wordings(one) == 1
     assert num_wordings([*one, *(review + AFTER for review in REVIEWS)]) == 2
     assert num_wordings(REVIEWS) == 3
-    assert num_wordings([*one, *REVIEWS]) == 4
+    assert num_wordings([*one, "What is 45 minus 18?", "Say it in German."]) == 3
+    assert num_wordings([*one, *REVIEWS]) == 1  # each bare review is the ending of another sample
 
 
 def test_a_text_that_shares_its_beginning_with_one_and_its_ending_with_another_joins_them() -> None:

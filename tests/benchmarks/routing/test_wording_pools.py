@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from benchmarks.routing.wording_pools import (
+    INPUT,
+    WRAPPED,
+    Prompt,
+    WordedAdapter,
+    read_everyday,
+    read_pools,
+    trained_tasks,
+)
+
+PARTS = ("tune", "test")
+RUN = 4  # words in a row that a prompt may not share with its own samples' wordings
+ADAPTER = WordedAdapter(
+    "a", "Adds numbers.", ("Add {input}.", "Sum: {input}", "{input} =?"), ("1 2", "3 4", "5 6", "7 8")
+)
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def runs_of(text: str) -> Iterator[tuple[str, ...]]:
+    words = words_of(text)
+    return zip(*[words[start:] for start in range(RUN)], strict=False)
+
+
+def test_the_samples_have_the_wordings_in_turn() -> None:
+    assert ADAPTER.samples("one") == ["Add 1 2.", "Add 3 4.", "Add 5 6.", "Add 7 8."]
+    assert ADAPTER.samples("three") == ["Add 1 2.", "Sum: 3 4", "5 6 =?", "Add 7 8."]
+    assert ADAPTER.samples("three", 2) == ["Add 1 2.", "Sum: 3 4"]
+    assert ADAPTER.samples("description") == ["Adds numbers."]
+    assert ADAPTER.samples("both", 1) == ["Add 1 2.", "Adds numbers."]
+
+
+def test_a_prompt_is_a_conversation() -> None:
+    assert Prompt("para", "Hi").messages == [("user", "Hi")]
+    assert Prompt("system", "Hi", system="Be brief.").messages == [("system", "Be brief."), ("user", "Hi")]
+    turns = Prompt("followup", "again", previous="Add 1 2.").messages
+    assert turns == [("user", "Add 1 2."), ("assistant", "…"), ("user", "again")]
+
+
+def test_there_are_pools_of_both_parts_and_none_is_in_both() -> None:
+    tune, test = ({pool.name for pool in read_pools(part)} for part in PARTS)
+    assert (len(tune), len(test)) == (6, 9)
+    assert not tune & test
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_pool_has_adapters_with_samples_and_prompts_of_every_kind(part: str) -> None:
+    for pool in read_pools(part):
+        names = [adapter.name for adapter in pool.adapters]
+        assert len(names) == len(set(names)) >= 5, pool.name
+        assert all(adapter.description.strip() and adapter.inputs for adapter in pool.adapters), pool.name
+        assert all(INPUT in wording for adapter in pool.adapters for wording in adapter.wordings), pool.name
+        assert all(len(set(adapter.wordings)) == len(adapter.wordings) >= 3 for adapter in pool.adapters), pool.name
+        owners = {prompt.own for prompt in pool.of_kind("para")}
+        assert owners == set(names), pool.name
+        assert {prompt.own for prompt in pool.of_kind("same")} == set(names), pool.name
+        assert {prompt.own for prompt in pool.of_kind("neighbour")} == {None}, pool.name
+        assert not [prompt for prompt in pool.prompts if not prompt.text.strip() or INPUT in prompt.text], pool.name
+
+
+def test_every_way_of_wrapping_a_request_is_tested() -> None:
+    kinds = {prompt.kind for pool in read_pools("test") for prompt in pool.prompts}
+    assert {"para", "typo", "last", "bare", "other", "neighbour", "same", *WRAPPED} <= kinds
+
+
+def test_no_prompt_shares_four_words_in_a_row_with_the_wordings_of_its_own_adapter() -> None:
+    shared = []
+    for part in PARTS:
+        for pool in read_pools(part):
+            wordings = {adapter.name: adapter.wordings for adapter in pool.adapters}
+            for prompt in pool.of_kind("para"):
+                own = {run for wording in wordings[prompt.own or ""] for run in runs_of(wording.replace(INPUT, " "))}
+                shared += [(pool.name, prompt.own, " ".join(run)) for run in runs_of(prompt.text) if run in own]
+    assert shared == []
+
+
+def test_no_content_of_a_prompt_is_that_of_a_sample() -> None:
+    for part in PARTS:
+        for pool in read_pools(part):
+            samples = {text for adapter in pool.adapters for text in adapter.samples("three")}
+            samples |= {text for adapter in pool.adapters for text in adapter.samples("one")}
+            assert not samples & {prompt.text for prompt in pool.prompts}, pool.name
+
+
+def test_everyday_prompts_are_for_no_adapter_and_of_one_part_only() -> None:
+    tune, test = (read_everyday(part) for part in PARTS)
+    for prompts in (tune, test):
+        assert {prompt.kind for prompt in prompts} == {"everyday", "everyday_chat"}
+        assert {prompt.own for prompt in prompts} == {None}
+        assert all(bool(prompt.previous) == (prompt.kind == "everyday_chat") for prompt in prompts)
+        assert len([prompt for prompt in prompts if prompt.kind == "everyday"]) >= 100
+    assert not {prompt.text for prompt in tune if not prompt.previous} & {p.text for p in test if not p.previous}
+
+
+def test_trained_tasks_are_worded_differently_and_have_the_number_of_texts() -> None:
+    tasks = list(trained_tasks(6))
+    assert len(tasks) > 20
+    for texts in tasks:
+        assert len(texts) == len(set(texts)) == 6
+        assert any(words_of(one)[:2] != words_of(other)[:2] for one, other in pairwise(texts))
