@@ -14,6 +14,7 @@ from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, coun
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from deployments.errors import ProxyUnsafe
+from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
 from lora_store import LoraStoreError
 
