@@ -115,11 +115,11 @@ def test_a_bad_prompt_gets_an_error_and_the_others_their_answers(offline: LoraRe
 
 
 def test_adapters_of_another_base_do_not_answer(pool: AppConfig) -> None:
-    config = AppConfig(**{**dict(pool), "base_model_name": "another-base"})
+    config = AppConfig.model_validate(pool.model_dump() | {"base_model_name": "another-base"})
     with LoraRetriever(config) as offline:
         [found] = offline.generate(["Explain the sea"], **SHORT)
         [named] = offline.generate(["Explain the sea"], model="the-sea")
-    assert (found.strategy, found.adapters) == ("base", ())
+    assert (found.strategy, list(found.adapters)) == ("base", [])
     assert named.error is not None and named.error["code"] == "adapter_incompatible"
 
 

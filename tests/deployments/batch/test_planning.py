@@ -33,7 +33,7 @@ def test_a_run_of_a_tenant_plans_for_that_tenant(place: Place) -> None:
 
 
 def test_a_run_of_another_base_uses_no_adapter_and_names_it_where_a_row_does(place: Place) -> None:
-    other = AppConfig(**{**dict(place.config), "base_model_name": "another-base"})
+    other = AppConfig.model_validate(place.config.model_dump() | {"base_model_name": "another-base"})
     run = place.begin([{"prompt": "The sea", "model": "auto"}, {"prompt": "The sea", "model": "the-sea"}], config=other)
     found, named = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
     assert (run.num_adapters, run.unserved) == (0, ((BASE, 5),))

@@ -13,6 +13,8 @@ from deployments.batch.run import BatchSettings, begin
 from deployments.cli.run_batch import configured, run_batch
 from deployments.config.app import AppConfig
 from deployments.config.settings_errors import SettingsInvalid
+from lora_store import Catalogue, Location, Publish
+from tests.deployments.adapter_records import BASE, adapter
 from tests.deployments.batching import write_rows
 from tests.deployments.scripted import words
 
@@ -32,6 +34,16 @@ def test_a_complete_run_starts_nothing(settings: BatchSettings, capsys: pytest.C
     said = words(capsys.readouterr().out)
     assert "5 rows in 3 parts, 3 of them already done; 0 adapters at generation 0" in said
     assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
+
+
+def test_a_run_says_which_adapters_are_not_served(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    Catalogue(Location(settings.config.store_uri).child("catalogue")).commit(lambda _: [Publish(adapter("poet"))])
+    for part in begin(settings).parts:
+        BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
+    assert run_batch(settings, address="no cluster is there", concurrency=1) == 0
+    printed = capsys.readouterr()
+    assert "0 adapters at generation 1" in words(printed.out)
+    assert words(printed.err).startswith(f"1 adapter was made for {BASE} and is not served: start the server with")
 
 
 def test_the_outcome_is_one_json_object_on_request(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
