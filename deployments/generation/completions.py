@@ -284,9 +284,9 @@ class CompletionService:
         work = Work(num_tokens=prompt_tokens(question.prompt), num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
             template = await self._template_of(question, caller, context, deadline)
-            with charged(usage, work.num_tokens):
-                async with within(deadline):
-                    await self._gate.ready()
+            async with within(deadline):
+                await self._gate.ready()
+                with charged(usage, work.num_tokens):
                     found = await self._worker.tokenize(
                         caller.tenant,
                         question.prompt,
@@ -304,9 +304,9 @@ class CompletionService:
         work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
         with self._authenticator.running(caller, work) as usage:
             await self._template_of(question, caller, context, deadline)
-            with charged(usage, work.num_tokens):
-                async with within(deadline):
-                    await self._gate.ready()
+            async with within(deadline):
+                await self._gate.ready()
+                with charged(usage, work.num_tokens):
                     [text] = await self._worker.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
                     return text
 
