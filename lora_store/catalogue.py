@@ -68,9 +68,8 @@ class Catalogue:
         except StoreDamaged as exc:
             if exc.problem != MISSING or not exc.file.endswith(LOG):
                 raise
-            before_creating()
-            create_table(location)
-            self._table, self.is_new = open_table(location), True
+            self.is_new = self._create(before_creating)
+            self._table = open_table(location)
         self._appends: EventTable | None = None  # a second table object, so that no reader waits for a write
         self._snapshot = Snapshot(0, {})
         self._history = History()
@@ -153,6 +152,19 @@ class Catalogue:
             if self._history.num_events:
                 self._fold()
             self._open_table(self._location).vacuum(before)
+
+    def _create(self, before_creating: Callable[[], object]) -> bool:
+        """Create the table. Return False if another process created it, and perhaps published, a moment ago."""
+        try:
+            before_creating()
+        except StoreDamaged as refused:
+            try:
+                self._open_table(self._location)
+            except StoreDamaged:
+                raise refused from None
+            return False
+        create_table(self._location)
+        return True
 
     def _refreshed(self) -> Snapshot:
         """Return the newest state. The caller holds `_reading`."""

@@ -11,7 +11,7 @@ import pytest
 
 from lora_store import BlobStore, Location, LoraStore, Staged, StoreDamaged, StoreUnavailable
 from lora_store.event_table import create_table
-from lora_store.files import Files
+from lora_store.files import Files, StoredFile
 from tests.lora_store.builders import BASE, MakeFolder, OpenStore, Stored, embedding
 from tests.lora_store.publishing import publish
 
@@ -30,6 +30,21 @@ def test_a_lost_catalogue_is_an_error_and_no_blob_is_deleted(
     with pytest.raises(StoreDamaged, match=r"_delta_log is missing, but 2 blobs .*mount its volume"):
         open_store()
     assert (stored("blobs"), stored("catalogue")) == (blobs, left)
+
+
+def test_a_pool_that_another_process_creates_a_moment_earlier_is_no_lost_one(
+    location: Location, make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = Files.entries
+
+    def rival_first(self: Files) -> list[StoredFile]:
+        monkeypatch.setattr(Files, "entries", looks)
+        publish(LoraStore(location.uri, accepts_base=[BASE]), make_folder(), "poet")
+        return looks(self)
+
+    monkeypatch.setattr(Files, "entries", rival_first)  # the first look is for blobs, where no catalogue was found
+    store = LoraStore(location.uri, accepts_base=[BASE])
+    assert not store.is_new and len(store.snapshot().records) == 1
 
 
 def test_only_the_store_that_creates_the_pool_says_that_it_is_new(open_store: OpenStore) -> None:
