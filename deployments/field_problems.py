@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args, get_origin
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 from deployments.json_types import JsonMapping
 
 _MAX_SHOWN_CHARS = 60
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([KkMmGgTt])((?:[Ii]?[Bb])?)")
 # By pydantic's error type: what is allowed, with names from the error's context.
 _ALLOWED: dict[str, str] = {
     "greater_than_equal": "must be at least {ge}",
@@ -69,8 +71,18 @@ def describe_problem(problem: JsonMapping, known: Iterable[str] = (), *, shows_v
     if kind not in _ALLOWED:
         message: str = problem["msg"]
         return message
+    is_size = kind == "int_parsing" and any(str(part).endswith("_bytes") for part in problem["loc"][-1:])
+    if is_size and (size := _SIZE.fullmatch(str(problem["input"]).strip())):
+        return f"must be a number of bytes: {size[0]} is {_num_bytes(size)}"
     bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
     return _ALLOWED[kind].format(**bounds) + (_got(problem.get("input")) if shows_value else "")
+
+
+def _num_bytes(size: re.Match[str]) -> int:
+    """Return the bytes of a size such as 8GB, 8 GiB or 8g. A letter alone means the binary unit."""
+    number, letter, unit = size.groups()
+    base = 1000 if unit.lower() == "b" else 1024
+    return round(float(number) * base ** ("kmgt".index(letter.lower()) + 1))
 
 
 def field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:

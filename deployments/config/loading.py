@@ -66,6 +66,8 @@ def _read_yaml(path: Path) -> JsonObject:
         settings = yaml.safe_load(text)
     except FileNotFoundError as exc:
         raise SettingsInvalid(f"{path}: no such file") from exc
+    except yaml.MarkedYAMLError as exc:
+        raise SettingsInvalid(f"{path}:{_describe_yaml_problem(exc, text)}") from exc
     except yaml.YAMLError as exc:
         raise SettingsInvalid(f"{path}: invalid YAML: {exc}") from exc
     if settings is None:
@@ -85,3 +87,18 @@ def _refuse_empty_keys(path: Path, root: yaml.Node | None) -> None:
             and (value.value, value.style) == ("", None)
         ):
             raise SettingsInvalid(f"{path}: {name.value} is empty; remove the line to run without a key")
+
+
+def _describe_yaml_problem(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Return `line:column: problem`, with the usual mistakes in plain words."""
+    mark, problem = error.problem_mark, str(error.problem)
+    if mark is None:
+        return f" invalid YAML: {problem}"
+    before = text.splitlines()[mark.line][: mark.column] if mark.line < len(text.splitlines()) else ""
+    if "mapping values" in problem and ":" in before:
+        problem = "put quotes around a value that has a colon and a space"
+    elif any(part in problem for part in ("mapping values", "<block end>", "<document start>")):
+        problem = "indentation does not match the lines above"
+    elif "'\\t'" in problem:
+        problem = "there is a tab; use spaces"
+    return f"{mark.line + 1}:{mark.column + 1}: {problem}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 
 from deployments.field_problems import describe_problem, field_names
 from deployments.json_types import JsonMapping
@@ -18,6 +19,9 @@ RENAMED_SETTINGS: Mapping[str, str] = {
     "worker.wedged_after_s": "worker.step_timeout_s",
 }
 """Settings of earlier versions, by their old names. Old names are refused."""
+
+
+_OPTIONS = ("host", "port", "metrics_port")
 
 
 class SettingsInvalid(ValueError):
@@ -38,7 +42,9 @@ def settings_error(file: Path | None, model: type[BaseModel], error: ValidationE
     for problem in error.errors(include_url=False):
         path = _setting_of(problem["loc"])
         shows_value = not _is_secret(model, problem["loc"])
-        text = describe_problem(problem, field_names(model, problem["loc"]), shows_value=shows_value)
+        text = _describe_misplaced(model, problem) or describe_problem(
+            problem, field_names(model, problem["loc"]), shows_value=shows_value
+        )
         for number, line in enumerate(text.splitlines()):
             lines.setdefault(f"{path}#{number}", f"{source}: {path}: {line}" if path else f"{source}: {line}")
     return SettingsInvalid("\n".join(lines.values()))
@@ -47,6 +53,18 @@ def settings_error(file: Path | None, model: type[BaseModel], error: ValidationE
 def _setting_of(place: tuple[str | int, ...]) -> str:
     """Return the path of a setting without the names that pydantic gives to the branches of a union."""
     return ".".join(str(part) for part in place if not (isinstance(part, str) and "[" in part))
+
+
+def _describe_misplaced(model: type[BaseModel], problem: ErrorDetails) -> str:
+    """Say where an unknown setting belongs, if it is one of another group or an option of the command."""
+    if problem["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
+        return ""
+    name = str(problem["loc"][-1])
+    if name in _OPTIONS:
+        return f"is an option of the command: serve --{name.replace('_', '-')} {problem['input']}"
+    places = [name] if name in model.model_fields else []
+    places += [f"{group}.{name}" for group in model.model_fields if name in field_names(model, [group, name])]
+    return f"unknown here; {' or '.join(places)}?" if places else ""
 
 
 def _is_secret(model: type[BaseModel], place: tuple[str | int, ...]) -> bool:

@@ -12,6 +12,7 @@ class Inner(BaseModel):
     model_config = ConfigDict(extra="forbid")
     strategy: Literal["mixture", "fusion"] = "mixture"
     count: int = Field(default=1, ge=1)
+    cache_bytes: int = 0
 
 
 class Outer(BaseModel):
@@ -72,5 +73,17 @@ def test_a_value_that_may_be_a_secret_is_not_quoted() -> None:
 
 def test_free_names_have_no_suggestions() -> None:
     assert field_names(Outer, ["free", "a"]) == []
-    assert field_names(Outer, ["inner", "a"]) == ["strategy", "count"]
+    assert field_names(Outer, ["inner", "a"]) == ["strategy", "count", "cache_bytes"]
     assert field_names(Outer, ["nowhere", "a"]) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [("8GB", 8 * 10**9), ("8GiB", 8 << 30), ("8g", 8 << 30), ("1.5 MiB", 3 << 19), ("20kb", 20_000), ("1T", 1 << 40)],
+)
+def test_a_size_with_a_unit_is_told_in_bytes(size: str, num_bytes: int) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Inner.model_validate({"count": size, "cache_bytes": size})
+    count, cache = caught.value.errors()
+    assert describe_problem(cache) == f"must be a number of bytes: {size} is {num_bytes}"
+    assert describe_problem(count) == f"must be a whole number, got {size!r}"

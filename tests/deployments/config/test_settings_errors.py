@@ -37,6 +37,19 @@ def message_for(folder: Path, text: str) -> str:
             "max_staging_bytes: 5",
             "settings.yaml: max_staging_bytes must be at least max_upload_bytes = 1090519040, got 5",
         ),
+        ("device: cuda", "settings.yaml: device: unknown here; worker.device?"),
+        ("worker: {base_model: x}", "settings.yaml: worker.base_model: unknown here; base_model?"),
+        ("worker: {strategy: fusion}", "settings.yaml: worker.strategy: unknown here; retrieval.strategy?"),
+        ("port: 9000", "settings.yaml: port: is an option of the command: serve --port 9000"),
+        ("metrics_port: 9464", "settings.yaml: metrics_port: is an option of the command: serve --metrics-port 9464"),
+        (
+            "worker: {host_cache_bytes: 8GB}",
+            "settings.yaml: worker.host_cache_bytes: must be a number of bytes: 8GB is 8000000000",
+        ),
+        (
+            "disk_cache_bytes: 1.5 GiB",
+            "settings.yaml: disk_cache_bytes: must be a number of bytes: 1.5 GiB is 1610612736",
+        ),
         ("- a\n- b", "settings.yaml: must contain `name: value` lines, got a list"),
     ],
 )
@@ -95,3 +108,19 @@ def test_null_is_no_key(tmp_path: Path) -> None:
 )
 def test_a_bad_api_key_is_refused_without_printing_it(tmp_path: Path, value: str, line: str) -> None:
     assert message_for(tmp_path, f"api_key: {value}") == f"settings.yaml: api_key: {line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("worker:\n  dtype: auto\n engine: native\n", "3:2: indentation does not match the lines above"),
+        ("worker:\n  dtype: auto\n    engine: native\n", "3:11: indentation does not match the lines above"),
+        ("template: chat\n  store_uri: x\n", "2:12: indentation does not match the lines above"),
+        ("  template: chat\nstore_uri: x\n", "2:1: indentation does not match the lines above"),
+        ("worker:\n\tdtype: auto\n", "2:1: there is a tab; use spaces"),
+        ("template: a: b\n", "1:12: put quotes around a value that has a colon and a space"),
+        ("template: 'chat\nstore_uri: x\n", "3:1: found unexpected end of stream"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_placed_and_explained(tmp_path: Path, text: str, message: str) -> None:
+    assert message_for(tmp_path, text) == f"settings.yaml:{message}"
