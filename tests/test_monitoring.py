@@ -79,7 +79,7 @@ def test_a_query_without_an_answer_is_found(promtool: Promtool) -> None:
         assert "FAILED" in promtool.unanswered(["sum(b)", expr], first, second)
 
 
-# What makes each alert fire for the application `a`: series, their values minute by minute.
+# What makes each alert fire for the application `a` after 30 minutes: series, their values minute by minute.
 FIRING: dict[str, dict[str, str]] = {
     "LoraRetrieverQueueWait": {
         'ray_loraretriever_queue_seconds_bucket{application="a",le="5.0"}': "0+1x30",
@@ -98,6 +98,9 @@ FIRING: dict[str, dict[str, str]] = {
     },
     "LoraRetrieverReplicaRestarts": {
         'ray_serve_deployment_replica_starts_total{application="a",deployment="Worker"}': "0+1x30",
+    },
+    "LoraRetrieverDown": {
+        'ray_serve_deployment_replica_healthy{application="a",deployment="Worker",replica="r"}': "1x20 0x20",
     },
     "LoraRetrieverColdLoads": {
         'ray_loraretriever_adapter_hits_total{application="a",level="bank"}': "0+10x30",
@@ -134,11 +137,15 @@ QUIET = {
     'ray_loraretriever_step_age_seconds{application="b",replica="r"}': "1x40",
     'ray_loraretriever_missing_kernels{application="b",replica="r"}': "0x40",
     'ray_serve_deployment_replica_starts_total{application="b",deployment="Worker"}': "3x40",
+    'ray_serve_deployment_replica_healthy{application="b",deployment="Ingress",replica="r"}': "1x40",
+    'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="old"}': "1x10 0x2 _x28",
+    'ray_serve_deployment_replica_healthy{application="b",deployment="Worker",replica="new"}': "_x12 1x28",
     'ray_loraretriever_adapter_hits_total{application="b",level="bank"}': "0+20x40",
     'ray_loraretriever_adapter_hits_total{application="b",level="store"}': "0+10x40",
     'ray_loraretriever_cold_load_failures_total{application="b"}': "2x40",
-    'ray_loraretriever_catalogue_generation{application="b",replica="r"}': "8x40",
-    'ray_loraretriever_catalogue_generation{application="b",replica="s"}': "8x40",
+    # Something is published every minute. The second replica is always sampled a generation earlier.
+    'ray_loraretriever_catalogue_generation{application="b",replica="r"}': "8+1x40",
+    'ray_loraretriever_catalogue_generation{application="b",replica="s"}': "7+1x40",
     'ray_loraretriever_catalogue_read_age_seconds{application="b",replica="r"}': "3x40",
     'ray_loraretriever_routes_total{application="b",outcome="chosen"}': "0+10x40",
     'ray_loraretriever_routes_total{application="b",outcome="abstained"}': "0+1x40",
@@ -148,11 +155,49 @@ QUIET = {
 }
 
 
+# More ways in which an alert fires: (alert, its series).
+ALSO_FIRING: list[tuple[str, dict[str, str]]] = [
+    # The first failure of a replica: the counter appears with it.
+    (
+        "LoraRetrieverLoadsFail",
+        {'ray_loraretriever_cold_load_failures_total{application="a",replica="r"}': "_x27 40x13"},
+    ),
+    (
+        "LoraRetrieverStoreUnavailable",
+        {'ray_loraretriever_errors_total{application="a",code="store_unavailable"}': "_x27 3x13"},
+    ),
+    (
+        "LoraRetrieverStoreUnavailable",
+        {'ray_loraretriever_errors_total{application="a",code="store_damaged"}': "0+1x40"},
+    ),
+    # One of two replicas stops at generation 20 while the other goes on.
+    (
+        "LoraRetrieverRetrieverBehind",
+        {
+            'ray_loraretriever_catalogue_generation{application="a",replica="r"}': "8+1x40",
+            'ray_loraretriever_catalogue_generation{application="a",replica="s"}': "7+1x13 20x26",
+        },
+    ),
+    # All replicas are gone, and so are their series.
+    (
+        "LoraRetrieverDown",
+        {'ray_serve_deployment_replica_healthy{application="a",deployment="Ingress",replica="r"}': "1x20 _x20"},
+    ),
+]
+
+
+def test_an_alert_fires_if_no_deployment_is_scraped_at_all(promtool: Promtool) -> None:
+    check = {"expr": 'count(ALERTS{alertstate="firing",alertname="LoraRetrieverDown"})', "eval_time": "30m"}
+    check |= {"exp_samples": [{"labels": "{}", "value": 1}]}
+    other = [{"series": "up", "values": "1x40"}]
+    promtool.test_rules(rules(), [{"interval": "1m", "input_series": other, "promql_expr_test": [check]}])
+
+
 def test_every_alert_fires_where_it_should_and_nowhere_else(promtool: Promtool) -> None:
     alerts = {rule["alert"] for group in rules()["groups"] for rule in group["rules"]}
     assert set(FIRING) == alerts
     tests: list[dict[str, Any]] = []
-    for firing, series in (*FIRING.items(), ("", {})):
+    for firing, series in (*FIRING.items(), *ALSO_FIRING, ("", {})):
         checks = [
             {"expr": f'count(ALERTS{{alertstate="firing",alertname="{name}"}}) or vector(0)', "eval_time": "30m"}
             | {"exp_samples": [{"labels": "{}", "value": int(name == firing)}]}
