@@ -17,6 +17,11 @@ import torch
 from filelock import FileLock
 
 RESULTS = Path(__file__).parent / "results"
+_UNCLEAN = ".unclean"  # in the names of files that git ignores
+
+
+class TreeChanged(Exception):
+    """The results are of a tree with local changes, which no commit names."""
 
 
 def write_results(
@@ -92,6 +97,13 @@ def _without_folders(argument: str) -> str:
 
 
 def _write(study: str, content: Mapping[str, Any], tables: Sequence[str], suffix: str = "") -> Path:
+    """Write both files. Those of a changed tree are written next to them, which git ignores, and refused.
+
+    Raises: TreeChanged.
+    """
+    is_changed = content["commit"].endswith("+")
+    if is_changed:
+        suffix += _UNCLEAN
     folder = RESULTS / study
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"table{suffix}.txt").write_text("\n\n".join(table.rstrip() for table in tables) + "\n", encoding="utf-8")
@@ -99,6 +111,8 @@ def _write(study: str, content: Mapping[str, Any], tables: Sequence[str], suffix
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(path)
+    if is_changed:
+        raise TreeChanged(f"the results are of a tree with local changes, so they are in {path.name} only: commit them")
     return path
 
 
@@ -110,11 +124,12 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the checked-out commit, followed by `+` if files differ from it."""
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    return run.stdout.strip() or "unknown"
+    """Return the checked-out commit, followed by `+` if files other than results differ from it."""
+    root = Path(__file__).parents[1]
+    named = subprocess.run(["git", "describe", "--always", "--abbrev=12"], capture_output=True, text=True, cwd=root)
+    changed = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+    is_changed = bool(named.stdout) and subprocess.run(changed, capture_output=True, cwd=root).returncode != 0
+    return (named.stdout.strip() or "unknown") + ("+" if is_changed else "")
 
 
 def _processor() -> str:

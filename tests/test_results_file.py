@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import results_file
-from benchmarks.results_file import vendor_of, write_part, write_results
+from benchmarks.results_file import TreeChanged, vendor_of, write_part, write_results
+
+REAL_COMMIT = results_file.commit
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(results_file, "commit", lambda: "0123456789ab")
     return tmp_path
 
 
@@ -30,6 +34,43 @@ def test_a_file_of_one_script_is_replaced(folder: Path) -> None:
     assert (content["figures"], content["runs"]) == ({"a": 3}, [{"x": 4}])
     assert content.keys() == {"machine", "commit", "command", "date", "figures", "runs"}
     assert (folder / "one" / "table.txt").read_text() == "new\n"
+
+
+def test_results_of_a_changed_tree_are_refused_and_kept_next_to_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results("one", figures={"a": 1}, table="of a commit", runs=[])
+    monkeypatch.setattr(results_file, "commit", lambda: "0123456789ab+")
+    for write in (
+        lambda: write_results("one", figures={"a": 2}, table="of none", runs=[]),
+        lambda: write_part("all", "first", figures={"a": 2}, table="of none", runs=[]),
+    ):
+        with pytest.raises(TreeChanged, match="local changes"):
+            write()
+    assert read(folder, "one")["figures"] == {"a": 1}
+    assert (folder / "one" / "table.txt").read_text() == "of a commit\n"
+    assert json.loads((folder / "one" / "results.unclean.json").read_text())["figures"] == {"a": 2}
+    assert not (folder / "all" / "results.json").exists()
+
+
+def test_a_tree_is_changed_by_tracked_files_other_than_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*args: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, check=True)
+
+    module = tmp_path / "benchmarks" / "results_file.py"
+    result = tmp_path / "benchmarks" / "results" / "one.json"
+    result.parent.mkdir(parents=True)
+    for path in (module, result):
+        path.write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    monkeypatch.setattr(results_file, "__file__", str(module))
+    result.write_text("2")
+    (tmp_path / "new").write_text("3")
+    assert not REAL_COMMIT().endswith("+")
+    module.write_text("2")
+    assert REAL_COMMIT().endswith("+")
 
 
 def test_results_of_another_vendors_processor_stay_where_they_are_to_be_kept(
