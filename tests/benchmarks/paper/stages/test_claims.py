@@ -28,6 +28,13 @@ from benchmarks.paper.stages.claims import Claim, Results, claims_table, judged_
         ("equal", -0.02, 0.05, "open"),
         ("equal", 0.04, 0.05, "fails"),
         ("equal", -0.05, -0.04, "fails"),
+        # A bound that other seeds of the resampling would move to the other side.
+        ("above", 0.004, 0.2, "open"),
+        ("above", -0.2, -0.004, "open"),
+        ("at least", -0.026, 0.2, "open"),
+        ("at least", -0.2, -0.034, "open"),
+        ("equal", -0.026, 0.02, "open"),
+        ("equal", 0.034, 0.05, "open"),
     ],
 )
 def test_a_verdict_needs_the_whole_interval(expected: claims.Expected, low: float, high: float, found: str) -> None:
