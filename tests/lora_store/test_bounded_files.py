@@ -14,7 +14,7 @@ def test_a_file_is_read_up_to_its_limit_and_refused_above(tmp_path: Path) -> Non
     file = tmp_path / "file"
     file.write_bytes(b"x" * 10)
     assert read_bytes(file, 10) == b"x" * 10
-    with pytest.raises(FileRefused, match=r"file: has 10 bytes, at most 9 bytes$"):
+    with pytest.raises(FileRefused, match=r"file: has 10 bytes; this server takes 9 bytes$"):
         read_bytes(file, 9)
 
 
