@@ -334,7 +334,7 @@ _SAMPLE_FILES = {
     "empty description": BadFolder(write("description.txt", b" \n"), "description.txt: is empty"),
     "binary description": BadFolder(write("description.txt", b"\xff"), "description.txt: is not UTF-8"),
     "long description": BadFolder(
-        write("description.txt", b"x" * 8193), "description.txt: has 8193 bytes, at most 8192"
+        write("description.txt", b"x" * 8193), "description.txt: has 8193 bytes; this server takes 8192"
     ),
 }
 

@@ -78,13 +78,13 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     answer.pop("samples", None)  # none was asked for
     if answer.get("trial"):
         answer["trial"] = share_of(answer["trial"])
-    since = _time_of(answer.pop("live_since", ""))
-    columns = ("digest", "state", "generation", "published", "live since", "by")
-    versions = Table(*columns, Column("source", overflow="fold"))
+    for field, shown in (("created_at", "published"), ("live_since", "live since")):
+        if field in answer:
+            answer[shown] = _time_of(answer.pop(field))
+    versions = Table("digest", "state", "generation", "published", "by", Column("source", overflow="fold"))
     for row in answer.pop("versions"):
-        is_live = row["state"] == "live"
-        times = (_time_of(row["created_at"]), since if is_live else "")
-        cells = (row["digest"][:12], row["state"], row["generation"], *times, row["actor"], row["source"])
+        published = _time_of(row["created_at"])
+        cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], row["source"])
         versions.add_row(*map(str, cells))
     facts = Table(Column(), Column(overflow="fold"), show_header=False)
     for key, value in answer.items():
