@@ -82,7 +82,8 @@ def _num_bytes(size: re.Match[str]) -> int:
     """Return the bytes of a size such as 8GB, 8 GiB or 8g. A letter alone means the binary unit."""
     number, letter, unit = size.groups()
     base = 1000 if unit.lower() == "b" else 1024
-    return int(float(number) * base ** ("kmgt".index(letter.lower()) + 1))
+    num_bytes: float = float(number) * base ** ("kmgt".index(letter.lower()) + 1)
+    return round(num_bytes)
 
 
 def field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:

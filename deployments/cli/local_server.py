@@ -123,8 +123,10 @@ class Server:
         except (LoraStoreError, OSError) as exc:
             raise ServerFailed(f"store_uri: the pool {config.store_uri} cannot be opened: {exc}") from exc
 
-    def start(self) -> str:
+    def start(self, report: Callable[[str], None] = lambda _: None) -> str:
         """Start Ray and the application. Return its URL; `wait_ready` waits until it answers.
+
+        `report` is told each phase that begins.
 
         Ray uses token authentication, whatever RAY_AUTH_MODE says, unless `allow_unauthenticated_ray` is set. Other
         drivers of this user find the token in `~/.ray/auth_token`. The process and its children create files that only
@@ -156,6 +158,7 @@ class Server:
         if not self._uses_proxy:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
         serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
+        report("loading the base model")
         app = application(self._config, None if self._uses_proxy else (self._host, self._port))
         try:
             serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})

@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from deployments.auth.key_file import keys_of
@@ -50,9 +51,11 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
     started = time.monotonic()
     with server:
         with out.status("starting") as status:
-            server.prepare(status.update)
-            url = server.start()
-            status.update("publishing the preloaded adapters")
+            report: Callable[[str], None] = status.update if out.is_terminal else _print_phase
+            server.prepare(report)
+            url = server.start(report)
+            if settings.preload:
+                report("publishing the preloaded adapters")
             server.wait_ready(timeout_s=_READY_TIMEOUT_S)
             ready = server.started()
         interrupts = server.interrupts()
@@ -71,6 +74,11 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
         interrupts.get()
         if not server.finish_requests():
             out.print("stopped before all requests were answered")
+
+
+def _print_phase(phase: str) -> None:
+    """Print a line for a log file, such as that of systemd, Docker or nohup."""
+    out.print(phase, markup=False, highlight=False, soft_wrap=True)
 
 
 def start_problems(ready: JsonObject) -> list[str]:

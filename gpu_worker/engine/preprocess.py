@@ -28,7 +28,7 @@ from gpu_worker.request.tool_prompts import find_style, render_conversation, sty
 from gpu_worker.request.tools import Tools, ToolStyle
 from gpu_worker.text.decode_stream import text_offsets
 from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
-from gpu_worker.text.token_bytes import TokenBytes
+from gpu_worker.text.token_bytes import TokenBytes, marker_tokens
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -278,14 +278,16 @@ def grammar_compiler(base: PromptModel, tool_parser: ToolParser = "auto") -> Gra
 
 
 def _vocabulary_of(base: PromptModel, tool_parser: ToolParser) -> LLTokenizer:
-    """Return the base model's vocabulary for grammars.
-
-    Tokens that the tokenizer calls special are never text, except for the markers of calls.
-    """
+    """Return the base model's vocabulary for grammars. Markers are never text, except for those of calls."""
     tokenizer = base.backend_tokenizer
-    visible = visible_tokens(base, find_style(base.tokenizer, tool_parser))
-    added = tokenizer.get_added_tokens_decoder().items()
-    special = [i for i, token in added if token.special and i not in visible]
+    style = find_style(base.tokenizer, tool_parser)
+    visible = visible_tokens(base, style)
+    flagged = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special = [
+        token_id
+        for token_id, marker in marker_tokens(tokenizer).items()
+        if (token_id not in visible if token_id in flagged else marker not in style.form.special)
+    ]
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids

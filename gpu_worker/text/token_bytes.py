@@ -7,6 +7,8 @@ import re
 from tokenizers import Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*>")  # of HTML, which some vocabularies have as tokens
 _SPACE = "\u2581"  # sentencepiece's symbol for a space
 
 
@@ -29,6 +31,27 @@ class TokenBytes:
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace(_SPACE, " ").encode()
+
+
+def marker_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the tokens that mark something for the model and are never text, by id.
+
+    Besides those that the tokenizer calls special, these are tokens such as `<start_of_image>` or `<|fim_prefix|>` that
+    were added to the vocabulary, or that the tokenizer never writes for their own text. Converted tokenizers often lack
+    the flag. Added white space and HTML tags are text.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    special = {token_id: token.content for token_id, token in added.items() if token.special}
+    shaped = {
+        token_id: piece
+        for piece, token_id in tokenizer.get_vocab().items()
+        if _MARKER.fullmatch(piece) and not _TAG.fullmatch(piece) and not _BYTE_PIECE.fullmatch(piece)
+    }
+    return special | {
+        token_id: piece
+        for token_id, piece in shaped.items()
+        if token_id in added or tokenizer.encode(piece, add_special_tokens=False).ids != [token_id]
+    }
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from deployments.cli.run_server import (
     template_note,
 )
 from deployments.config.app import AppConfig
+from deployments.json_types import JsonObject
 from lora_store import LoraStore
 
 
@@ -70,6 +73,49 @@ def test_an_unusable_keys_file_stops_the_start(
         keys.write_text(content)
     assert run_server(AppConfig(keys_file=keys), "127.0.0.1", 0) == 1
     assert "keys.yaml" in "".join(capsys.readouterr().err.split())
+
+
+class QuickServer(Server):
+    """A server that only reports the phases of its start, and is interrupted at once."""
+
+    def prepare(self, report: Callable[[str], None]) -> None:
+        report("starting Ray and the deployments")
+
+    def start(self, report: Callable[[str], None] = lambda _: None) -> str:
+        report("loading the base model")
+        return self.url
+
+    def wait_ready(self, *, timeout_s: float) -> JsonObject:
+        return {}
+
+    def started(self) -> JsonObject:
+        return {"num_adapters": 0, "refused": {}, "unserved": []}
+
+    @property
+    def logs(self) -> Path:
+        return Path("/tmp/session_1/logs/serve")
+
+    def interrupts(self) -> SimpleQueue[int]:
+        received = SimpleQueue[int]()
+        received.put(2)
+        return received
+
+    def finish_requests(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("has_preload", [False, True])
+def test_a_start_without_a_terminal_prints_a_line_for_each_phase(
+    has_preload: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deployments.cli.run_server.Server", QuickServer)
+    (tmp_path / "adapter_config.json").touch()
+    settings = AppConfig(preload=(tmp_path,) if has_preload else ())
+    assert run_server(settings, "127.0.0.1", 8000) == 0
+    printed = capsys.readouterr().out.splitlines()
+    phases = ["starting Ray and the deployments", "loading the base model", "publishing the preloaded adapters"]
+    assert printed[: 2 + has_preload] == phases[: 2 + has_preload]
+    assert printed[2 + has_preload].startswith("ready after 0 s at http://127.0.0.1:8000")
 
 
 def test_the_start_says_which_adapters_are_not_served() -> None:

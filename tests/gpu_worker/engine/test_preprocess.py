@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from gpu_worker.engine.preprocess import grammar_compiler
 from gpu_worker.errors import PromptInvalid
 from gpu_worker.model.base_model import BaseModel
+from gpu_worker.request.grammar import Grammar
 from gpu_worker.request.prompts import Message
 from gpu_worker.request.request import Job, SamplingParams
 from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, ask, assert_same, greedy
+from tests.gpu_worker.grammar.small_vocabulary import ids_of
 from tests.tiny import VOCABULARY, byte_tokenizer
 
 LAST, BEYOND = "<last>", "<image_soft_token>"  # the last id in the embedding, and the first one outside
@@ -60,3 +63,16 @@ def test_the_servers_sampling_applies_to_what_a_request_leaves_unset_alone(
     unset = SamplingParams(max_tokens=4, unset=frozenset({"temperature"}))
     answers = [ask(engine, Job(str(n), "Hi", sampling=params)) for n, params in enumerate((unset, SamplingParams()))]
     assert [(answer.row.sampling.temperature, answer.row.sampling.top_k) for answer in answers] == [(0, 0), (1, 0)]
+
+
+def test_a_marker_that_is_not_called_special_is_no_text_of_a_grammar(tiny_base: Callable[..., BaseModel]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[multimodal]", "<table>", "<tool_call>"])
+    marker, tag, call = tokenizer.convert_tokens_to_ids(["[multimodal]", "<table>", "<tool_call>"])
+    base = replace(tiny_base(), tokenizer=tokenizer)
+    compiler = grammar_compiler(base)
+    state = compiler.state(Grammar("regex", "(.|\n)*"), "local", [], 0, base.vocab_size)
+    state.update()
+    compiler.close()
+    assert {tag, call} <= set(ids_of(state))
+    assert marker not in ids_of(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from gpu_worker.text.token_bytes import TokenBytes
+from gpu_worker.text.token_bytes import TokenBytes, marker_tokens
 from tests.tiny import byte_tokenizer
 
 
@@ -35,3 +35,15 @@ def test_pieces_of_a_sentencepiece_vocabulary_are_their_text() -> None:
 @pytest.mark.parametrize("token_id", [259, 299, 10**6])
 def test_padding_of_the_models_output_has_no_bytes(token_id: int) -> None:
     assert TokenBytes(byte_tokenizer().backend_tokenizer)(token_id) == b""
+
+
+def test_markers_are_never_text_whether_they_are_called_special_or_not() -> None:
+    pieces = [*"<>[]_abcdefghijklmnopqrstuvwxyz.", "<0x41>", "<start_of_image>", "..", "[..", "[..]"]
+    merges = [(".", "."), ("[", ".."), ("[..", "]")]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: place for place, piece in enumerate(pieces)}, merges=merges))
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    tokenizer.add_tokens(["[multimodal]", "<|fim_prefix|>", "</tool_call>", "<table>", "</h1>", "\n\n", "word"])
+    markers = ["</tool_call>", "<end>", "<start_of_image>", "<|fim_prefix|>", "[multimodal]"]
+    found = marker_tokens(tokenizer)
+    assert sorted(found.values()) == markers
+    assert all(tokenizer.id_to_token(token_id) == marker for token_id, marker in found.items())
