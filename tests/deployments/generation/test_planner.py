@@ -208,7 +208,7 @@ def test_a_conversation_prefers_the_adapter_of_its_previous_turn() -> None:
     requests = [request for ([request],) in handle.called("route")]
     assert [request.text for request in requests] == ["Write a poem about the sea", "Write another poem about the sky"]
     assert [request.preferred for request in requests] == [None, POOL[0].ref]
-    assert [request.counted for request in requests] == ["never", "always"]
+    assert [request.counted for request in requests] == ["never", "if_chosen"]
 
 
 def test_further_texts_are_tried_only_after_the_first_found_no_adapter() -> None:
@@ -269,6 +269,17 @@ def test_a_chain_of_turns_that_refer_back_leads_to_the_turn_that_began_it() -> N
 def test_a_turn_that_does_not_refer_back_is_answered_by_the_base_model() -> None:
     texts, planned = planned_texts(BackReferring(fitting=(SEA,)), SEA, SKY)
     assert (texts, planned.abstained) == ([SEA, SKY, SKY], True)
+
+
+def test_a_conversation_is_counted_once_whatever_answers_it() -> None:
+    for retriever in (FakeRetriever(), BackReferring(fitting=(SEA,), back=(WARMER,)), BackReferring(fitting=(SEA,))):
+        handle = FakeHandle(retriever)
+        planned = plan_turns(handle, SEA, WARMER)
+        counted = [request.counted for ([request],) in handle.called("route")]
+        assert counted == (
+            ["never", "if_chosen"] if type(retriever) is FakeRetriever else ["never", "if_chosen", "always"]
+        )
+        assert planned.abstained == (getattr(retriever, "back", None) == ())
 
 
 def test_a_turn_in_between_that_is_complete_ends_the_search_for_the_earlier_one() -> None:
