@@ -147,7 +147,8 @@ def _build_services(
     publisher = _publisher(config, retriever, worker, store, background, gate, changes)
     authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
     planner = Planner(config, retriever)
-    preload = Preload(config.preload, publisher, approves=has_keys or config.public_requires_approval)
+    approves = has_keys or config.public_requires_approval
+    preload = Preload(config.preload, publisher, bases=config.served_bases, approves=approves)
     scorer = AnswerScorer(worker, gate, config.template)
     while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, worker))
     evaluation_of = _evaluate_after_publish(config, while_idle, publisher, background, changes)

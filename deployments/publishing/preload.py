@@ -12,6 +12,7 @@ from deployments.api.adapters import PublishItem
 from deployments.errors import NotReady
 from deployments.publishing.adapter_folders import adapter_folders
 from deployments.publishing.publisher import Publisher
+from retriever_svc import ServedBases
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +21,17 @@ _ACTOR = "preload"
 
 
 class Preload:
-    """Publishes the folders whose names are not live, in the background. Create it in an event loop."""
+    """Publishes the folders whose names have no served version, in the background. Create it in an event loop."""
 
-    def __init__(self, paths: Sequence[Path], publisher: Publisher, *, approves: bool = False) -> None:
-        """Start the preload. `approves`: approve its adapters, because the operator chose them."""
+    def __init__(
+        self, paths: Sequence[Path], publisher: Publisher, *, bases: ServedBases | None = None, approves: bool = False
+    ) -> None:
+        """Start the preload. `approves`: approve its adapters, because the operator chose them.
+
+        `bases`: a live version of another base model is replaced; by default none is.
+        """
         self._paths, self._publisher, self._approves = paths, publisher, approves
+        self._bases = bases or ServedBases()
         self._task = asyncio.get_event_loop().create_task(self._publish())
 
     def refused(self) -> dict[str, str]:
@@ -53,9 +60,7 @@ class Preload:
         folders = [found for path in self._paths for found in adapter_folders(path)]
         for start in range(0, len(folders), _BATCH):
             batch = [PublishItem(found.path, found.name) for found in folders[start : start + _BATCH]]
-            lacking = await self._publisher.lacking(
-                batch
-            )  # versions that were updated or rolled back since are not changed
+            lacking = await self._lacking(batch)
             outcomes = await self._publisher.publish(lacking, actor=_ACTOR) if lacking else []
             if self._approves:
                 await self._approve(batch)
@@ -65,6 +70,12 @@ class Preload:
                     _, body = error_table.describe(outcome)
                     refused[str(upload.path)] = body["error"]["message"]
         return refused
+
+    async def _lacking(self, batch: Sequence[PublishItem]) -> list[PublishItem]:
+        """Return those without a served version. Versions that were updated or rolled back since are not changed."""
+        live = await self._publisher.live(batch)
+        served = {key for key, record in live.items() if self._bases.serves(record)}
+        return [item for item in batch if (item.tenant, item.adapter_name) not in served]
 
     async def _approve(self, batch: Sequence[PublishItem]) -> None:
         """Approve the live versions that a preload published, including those from before approval was required."""

@@ -273,11 +273,6 @@ class Publisher:
         """Let `auto` choose these public versions for every tenant. Raises: AdapterNotFound, StoreUnavailable."""
         return await self._run("approve", self._settle(partial(self._store.approve, refs, actor)))
 
-    async def lacking(self, uploads: Sequence[PublishItem]) -> list[PublishItem]:
-        """Return the uploads whose name has no live version."""
-        live = await self.live(uploads)
-        return [upload for upload in uploads if (upload.tenant, upload.adapter_name) not in live]
-
     async def live(self, uploads: Sequence[PublishItem]) -> dict[Key, AdapterRecord]:
         """Return the live version of each name that has one."""
         kept = await self._store.versions([(upload.tenant, upload.adapter_name) for upload in uploads])

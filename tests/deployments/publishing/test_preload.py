@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from lora_store import VersionConflict
-from tests.deployments.adapter_records import adapter, key_of
+from tests.deployments.adapter_records import BASE, adapter, key_of, pool_of
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask
 from tests.deployments.fake_store import FakeStore
@@ -42,6 +42,19 @@ def test_the_preload_is_published_in_batches_of_one_commit_each(tmp_path: Path) 
     commits = served.store.called("commit")
     assert [len(staged) for staged, *_ in commits] == [32, 1]
     assert {actor for _, _, _, actor, *_ in commits} == {"preload"}
+
+
+@pytest.mark.parametrize(("base_model", "is_published"), [(BASE, False), ("org/old", True)])
+def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
+    tmp_path: Path, base_model: str, is_published: bool
+) -> None:
+    async def run() -> Served:
+        store = FakeStore(pool_of(replace(adapter("poet"), base_model=base_model)))
+        served = serve_plainly(store=store, preload=preload_of(tmp_path, "poet"))
+        await served.services.preload.wait()
+        return served
+
+    assert bool(asyncio.run(run()).store.called("commit")) == is_published
 
 
 def approved_at_start(served: Served) -> list[tuple[str, str]]:
