@@ -166,7 +166,7 @@ def test_a_damaged_pool_stops_the_start_before_ray_with_its_file(
     LoraStore(str(pool), accepts_base=["far/away"])
     commit = pool / "catalogue" / "_delta_log" / f"{0:020}.json"
     commit.write_bytes(commit.read_bytes()[:50])
-    assert run_server(None, {"store_uri": str(pool), "base_model": "far/away"}, "127.0.0.1", 0) == 1
+    assert run_server(AppConfig(store_uri=str(pool), base_model="far/away"), "127.0.0.1", 0) == 1
     printed = "".join(capsys.readouterr().err.split())
     assert str(commit) in printed and "loraretrieverpoolrepair" in printed
     assert not ray.is_initialized()
