@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = {"benchmarks.vllm_peer", "benchmarks.gpu.kernels"}  # run in vLLM's own environment
+# They run in environments of their own.
+ELSEWHERE = {"benchmarks.vllm_peer", "benchmarks.gpu.kernels", "benchmarks.routing.semantic_router_peer"}
 PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for folder in ("benchmarks", "examples")

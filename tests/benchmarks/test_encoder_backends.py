@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.encoder_backends import Exported, Runtime, in_chunks, pooled, top1
 from retriever_svc.encoder import Encoder, load_model
-from retriever_svc.encoder_files import DEFAULT_MODEL
+from retriever_svc.encoder_files import ENGLISH_MODEL
 
 
 def test_the_mean_leaves_out_padding_and_has_length_one() -> None:
@@ -20,7 +20,7 @@ def test_the_mean_leaves_out_padding_and_has_length_one() -> None:
 
 
 def test_an_exported_network_embeds_as_the_servers_encoder() -> None:
-    model = load_model(DEFAULT_MODEL)
+    model = load_model(ENGLISH_MODEL)
     network = Exported(model[0].auto_model).eval()
 
     @torch.inference_mode()
@@ -29,7 +29,7 @@ def test_an_exported_network_embeds_as_the_servers_encoder() -> None:
         return found
 
     texts = ["Is this review positive?", "word " * 400, "", "Translate: good morning"]
-    expected = Encoder(dtype="float32").encode_plain(texts)
+    expected = Encoder(ENGLISH_MODEL, dtype="float32").encode_plain(texts)
     np.testing.assert_allclose(in_chunks(Runtime(model, forward), texts), expected, atol=2e-5)
 
 

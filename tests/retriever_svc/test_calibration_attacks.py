@@ -77,7 +77,7 @@ def test_adapters_of_ordinary_prompts_draw_few_everyday_prompts_together(
     assert np.mean(drawn) <= MOST_DRAWN, np.mean(drawn)
 
 
-def test_the_starter_pool_answers_its_prompts_beside_the_attackers(encoder: Encoder, scale: Scale) -> None:
+def test_the_starter_pool_answers_its_prompts_next_to_the_attackers(encoder: Encoder, scale: Scale) -> None:
     num_prompts = scale.pick("held-out prompts a task", small=4, full=12)
     folders = sorted(path.parent for path in (EXAMPLES / "starter_pool").glob("*/lora_samples.jsonl"))
     honest = {folder.name: _lines(folder / "lora_samples.jsonl") for folder in folders}
