@@ -29,7 +29,7 @@ _CAUSE_CHARS = 100
 _PART_BYTES = 8 << 20  # of one request to an endpoint
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta prints errors as coloured trees
 _BACKTRACE = re.compile(r"\s+0: <unknown>.*", re.DOTALL)
-_FULL = re.compile(r"No space left on device|Disk quota exceeded")  # the system's words, whoever reports them
+_FULL = re.compile(r"No space left on device|Disk quota exceeded")  # the words of the operating system
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ _FOLD_FILE = re.compile(r"fold-0*(\d+)-")
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What a repair did. `damaged`: the problem of each damaged file. `lost`: one sentence for each loss.
+    """The outcome of a repair. `damaged`: the problem of each damaged file. `lost`: one sentence for each loss.
 
     `restored`: the generations whose rows were found outside the table. `aside`: where the damaged files are now.
     """
@@ -61,7 +61,7 @@ class Repaired:
 
 @dataclass
 class _Found:
-    """What is in the location of the table. `rows`: those of each whole data file, oldest file first."""
+    """The files in the location of the table. `rows`: those of each whole data file, oldest file first."""
 
     log: TableLog
     live: dict[str, int] = field(default_factory=dict)  # data files of the table, with the version that added them

@@ -1,4 +1,4 @@
-"""What a power failure leaves of a store in a folder: everything that was acknowledged, without a repair."""
+"""After a power failure a store in a folder has everything that was acknowledged, without a repair."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_blob_that_another_publish_wrote_is_on_the_disk(
     folder = make_folder()
     staged = store.stage(folder)
     blobs = Path(folder_uri, "blobs")
-    for digest in staged.record.blobs:  # as if written anew, without a flush
+    for digest in staged.record.blobs:  # as if just written, without a flush
         file = blobs / digest[:2] / digest
         data = file.read_bytes()
         file.unlink()

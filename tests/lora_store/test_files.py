@@ -189,7 +189,7 @@ def test_a_new_file_is_written_once_and_never_replaced(tmp_path: Path) -> None:
         create_file(tmp_path / "gone" / "commit", b"ours")
 
 
-def test_a_full_disk_is_told_from_one_that_cannot_be_reached() -> None:
+def test_a_full_disk_is_not_an_unavailable_one() -> None:
     for error in (
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         DeltaError("No space left on device (os error 28)"),

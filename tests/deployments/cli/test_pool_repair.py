@@ -59,7 +59,7 @@ def test_a_loss_is_named_and_ends_with_exit_code_1(pool: Path) -> None:
     }
 
 
-def test_where_no_pool_is_the_command_says_so_and_creates_nothing(tmp_path: Path) -> None:
+def test_a_location_without_a_pool_is_named_and_stays_empty(tmp_path: Path) -> None:
     result = run("pool", "repair", "--store", tmp_path / "nowhere")
     assert result.exit_code == 1
     assert "_delta_log is missing" in " ".join(result.output.split())
