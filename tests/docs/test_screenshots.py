@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs.screenshots import FOLDER, take
+from gpu_worker.config import PACKAGED_MODEL
 from tests.browsing import Browsing, address_of
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import serve_plainly
@@ -22,7 +23,8 @@ def test_the_command_takes_every_screenshot_of_the_documentation(browsing: Brows
     held = [adapter(name) for name in ("sentence_negation", "past_tense", "date_format")]
 
     async def run() -> None:
-        served = serve_plainly(worker=CountingWorker(), retriever=MappedRetriever(held))
+        retriever = MappedRetriever(held)
+        served = serve_plainly(worker=CountingWorker(), retriever=retriever, accepts_base=(PACKAGED_MODEL,))
         async with address_of(served) as url:
             await take(url, tmp_path)
 
