@@ -192,7 +192,9 @@ _FILES = {
         "has 1025 MiB; this server takes 1024 MiB (admission.max_weights_bytes). float32 weights take half as much",
         travels=False,
     ),
-    "large config": BadFolder(_sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 2 MiB; this server takes 1 MiB"),
+    "large config": BadFolder(
+        _sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 2 MiB; this server takes 1 MiB"
+    ),
 }
 
 _WEIGHTS_FILE = {
@@ -231,7 +233,7 @@ _CONFIG_FILE = {
         config(base_model_name_or_path=["tiny-base"]), "base_model_name_or_path must be a string"
     ),
     "other method": BadFolder(config(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
-    "dora": BadFolder(config(use_dora=True), "use_dora (DoRA) is not supported: retrain with LoRA on linear layers only"),
+    "dora": BadFolder(config(use_dora=True), "use_dora (DoRA) is not supported: retrain with LoRA on linear"),
     "saved modules": BadFolder(config(modules_to_save=["lm_head"]), "modules_to_save (fully trained modules)"),
     "bias": BadFolder(config(bias="all"), "bias must be 'none', got 'all'"),
     "lora bias": BadFolder(config(lora_bias=True), "lora_bias (LoRA biases)"),

@@ -126,7 +126,7 @@ class Server:
     def start(self, report: Callable[[str], None] = lambda _: None) -> str:
         """Start Ray and the application. Return its URL; `wait_ready` waits until it answers.
 
-        `report` gets each phase that begins.
+        `report` receives each phase that begins.
 
         Ray uses token authentication, whatever RAY_AUTH_MODE says, unless `allow_unauthenticated_ray` is set. Other
         drivers of this user find the token in `~/.ray/auth_token`. The process and its children create files that only

@@ -41,7 +41,7 @@ def require_base_model(config: AppConfig) -> None:
 def require_keys_file(config: AppConfig) -> None:
     """Refuse a keys file that does not exist. Raises: SettingsInvalid."""
     if config.keys_file is not None and not config.keys_file.is_file():
-        raise SettingsInvalid(f"keys_file: {config.keys_file}: no such file; `loraretriever keys new` makes one")
+        raise SettingsInvalid(f"keys_file: {config.keys_file}: no such file; `loraretriever keys new --file` makes one")
 
 
 def dump_config(config: AppConfig) -> str:

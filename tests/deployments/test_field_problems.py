@@ -81,7 +81,7 @@ def test_free_names_have_no_suggestions() -> None:
     ("size", "num_bytes"),
     [("8GB", 8 * 10**9), ("8GiB", 8 << 30), ("8g", 8 << 30), ("1.5 MiB", 3 << 19), ("20kb", 20_000), ("1T", 1 << 40)],
 )
-def test_a_size_with_a_unit_is_told_in_bytes(size: str, num_bytes: int) -> None:
+def test_a_size_with_a_unit_is_converted_to_bytes(size: str, num_bytes: int) -> None:
     with pytest.raises(ValidationError) as caught:
         Inner.model_validate({"count": size, "cache_bytes": size})
     count, cache = caught.value.errors()

@@ -62,7 +62,7 @@ def test_a_text_that_shares_its_beginning_with_one_and_its_ending_with_another_j
 
 
 @given(st.lists(st.text(alphabet="ab \n漢", max_size=40), max_size=8))
-def test_what_remains_is_a_part_of_its_text_and_the_order_of_texts_does_not_matter(texts: list[str]) -> None:
+def test_a_core_is_a_part_of_its_text_whatever_the_order_of_texts(texts: list[str]) -> None:
     cores = without_shared_wording(texts)
     assert all(core in text for core, text in zip(cores, texts, strict=True))
     assert all(core or not text.strip() for core, text in zip(cores, texts, strict=True))

@@ -63,7 +63,7 @@ def test_an_engine_that_applies_other_weights_fails_the_checks(tmp_path: Path) -
 
     async def failed() -> list[Check]:
         hosted = Wrong(settings_of("native", "checks", str(model), "cpu"))
-        hosted.start()
+        await hosted.start()
         try:
             return [check async for check in run_checks(hosted, torch.float32) if not check["passed"]]
         finally:

@@ -244,7 +244,7 @@ def test_serve_prints_the_settings_in_use(tmp_path: Path) -> None:
         ("base_model: {here}", "base_model: {here} has no config.json; name the folder of a model"),
         (
             "keys_file: {here}/nokeys.yaml",
-            "keys_file: {here}/nokeys.yaml: no such file; `loraretriever keys new` makes",
+            "keys_file: {here}/nokeys.yaml: no such file; `loraretriever keys new --file` makes",
         ),
     ],
 )
