@@ -51,8 +51,7 @@ def nearness(queries: Vectors, ordinary: Vectors) -> NDArray[np.float64]:
     """Return the nearness of each query (N, D) to ordinary prompts (J, D): (N,). It is -1 for too few prompts.
 
     The nearness is the cosine to the mean of the 3 nearest ordinary prompts. An adapter is a mean of texts too, so
-    both cosines can be compared: an adapter whose samples are ordinary prompts gets at most the score of the nearest of these.
-    A row does not depend on the other rows.
+    both cosines can be compared. A row does not depend on the other rows.
     """
     if len(ordinary) <= NUM_NEAREST:
         return np.full(len(queries), -1.0)

@@ -180,7 +180,7 @@ def test_worker_settings_reach_the_engine_field_by_field() -> None:
         "prefix_cache_shares_base": True,
         "prompt_lookup_tokens": 5,
         "fusion_rank_rows": None,
-        "model_check_max_parameters": None,
+        "model_check_max_parameters": 2_000_000_000,
     }
     config = AppConfig(base_model="a/b", cache_dir=Path("/c"), worker=WorkerSettings(**settings))
     worker = asdict(config.worker_config())
