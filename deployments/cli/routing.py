@@ -31,7 +31,6 @@ from deployments.cli.client import (
     problem_of,
     show_error,
 )
-from deployments.field_problems import did_you_mean
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()
@@ -84,6 +83,8 @@ def eval_routing(
 
 def _require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
     """Print the lines that name an adapter that the pool does not list, and exit if there are any."""
+    from deployments.field_problems import did_you_mean  # imports pydantic
+
     unknown = [(row.line, name) for row in rows for name in sorted(row.adapters) if name not in known]
     for line, name in unknown[:_SHOWN_LINES]:
         show_error(f"{file}: line {line}: no adapter {name!r} in the pool{did_you_mean(name, known)}")

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from deployments.cli import peft_parity
+from lora_store import ModuleWeights, Sample, write_peft_folder
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, words
 
@@ -118,3 +120,11 @@ print({{"ray", "torch", "transformers", "fastapi", "huggingface_hub"}} & set(sys
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert "fit to publish" in words(done.stdout)
     assert done.stdout.strip().splitlines()[-1] == "set()"
+
+
+def test_an_adapter_whose_b_are_all_zero_is_fit_with_a_warning(config: Path, tmp_path: Path) -> None:
+    weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.zeros(8, 2), 2.0)}
+    write_peft_folder(tmp_path / "poet", weights, base_model=BASE, samples=[Sample("Rhyme.")])
+    result = run("check", tmp_path / "poet", "--config", config)
+    assert (result.exit_code, "fit to publish" in result.stdout) == (0, True)
+    assert "warning: poet: every lora_B is zero" in words(result.stderr)

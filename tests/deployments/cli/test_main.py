@@ -292,6 +292,7 @@ def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
         "num_modules": 1,
         "num_samples": 2,
         "num_lines": 2,
+        "warnings": [],
     }
     (folder / "adapter_model.safetensors").unlink()
     refused = run("check", folder, "--config", config, "--json")

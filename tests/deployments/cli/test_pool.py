@@ -78,13 +78,19 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
 def test_show_prints_whole_digests_and_times_to_the_second() -> None:
     row = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester", "source": "poet"}
     versions = [row | {"digest": "d" * 64, "state": "live"}, row | {"digest": "e" * 64, "state": "kept"}]
-    since = "2026-02-03T04:05:06.789012+00:00"
-    answer = {"digest": "0123456789abcdef" * 4, "live_since": since, "versions": versions}
+    answer = {"digest": "0123456789abcdef" * 4, "versions": versions}
     with scripted((200, answer)) as server:
         printed = run("show", "poet", "--url", server.url).stdout
     assert "".join(re.findall(r"[0-9a-f]{16,}", printed)) == "0123456789abcdef" * 4
     assert printed.count("2026-01-02 03:04:05 ") == 2
-    assert "live since │ 2026-02-03 04:05:06 " in printed
+
+
+def test_show_prints_when_a_version_was_published_and_since_when_it_is_live() -> None:
+    times = {"created_at": "2026-01-02T03:04:05.678901+00:00", "live_since": "2026-02-03T04:05:06.789012+00:00"}
+    with scripted((200, {"id": "poet", **times, "versions": []})) as server:
+        printed = words(run("show", "poet", "--url", server.url).stdout)
+    assert "published │ 2026-01-02 03:04:05 │" in printed
+    assert "live since │ 2026-02-03 04:05:06 │" in printed
 
 
 def test_withdraw_continues_after_a_refusal_and_fails_at_the_end() -> None:
