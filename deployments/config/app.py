@@ -110,7 +110,8 @@ class AppConfig(Settings):
     # Measure adapters on each other's sample outputs after a publish, while the workers are idle; see `loraretriever
     # evaluate`. Off by default: it generates answers and changes which adapters `auto` prefers.
     evaluate_after_publish: bool = False
-    # Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for the served base model.
+    # Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for the
+    # served base model.
     preload: tuple[Path, ...] = ()
     admission: Limits = Limits()
     sampling_defaults: SamplingDefaults = SamplingDefaults()
