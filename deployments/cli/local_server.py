@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 import httpx
 import ray
@@ -46,6 +48,7 @@ _CHEAPER_SERVE = {
 _ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
 TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
+_CONTROLLER_REPORT = re.compile(r"\(raylet\).*Task ServeController")
 _LOOPBACK = "127.0.0.1"
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _POLL_S = 0.25
@@ -217,8 +220,30 @@ class Server:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+            with redirect_stdout(WithoutControllerReports(sys.stdout)):
+                serve.shutdown()
+                ray.shutdown()
+
+
+class WithoutControllerReports(StringIO):
+    """Writes to another stream, except what Ray prints about calls of Serve's controller, which ends during a stop.
+
+    Ray (2.60) prints these lines from a thread of the driver, whatever `log_to_driver` says.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream, self._is_inside = stream, False
+
+    def write(self, text: str) -> int:
+        """Write the text, unless it is such a report or the end of its line, which `print` writes apart."""
+        is_report = _CONTROLLER_REPORT.search(text) is not None
+        is_its_end = self._is_inside and text == "\n"
+        self._is_inside = is_report and not text.endswith("\n")
+        return len(text) if is_report or is_its_end else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def causes_in(status: ServeStatus, sessions: Path) -> str:

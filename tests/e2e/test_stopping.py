@@ -85,3 +85,4 @@ def test_a_request_in_progress_is_answered_by_a_server_that_stops(tmp_path: Path
         assert answer["usage"]["completion_tokens"] == 8
         assert server.wait(60) == 0
     assert "stopped before all requests were answered" not in log.read_text()
+    assert "ServeController" not in log.read_text()

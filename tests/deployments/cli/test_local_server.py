@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,7 +20,7 @@ from ray.serve.schema import (
 )
 
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import APP_NAME, Server, _inherited, causes_in
+from deployments.cli.local_server import APP_NAME, Server, WithoutControllerReports, _inherited, causes_in
 from deployments.config.app import ScalingSettings
 from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
@@ -196,6 +197,21 @@ def test_requests_pass_the_proxy_only_where_it_is_needed(
     config = config_of(ingress_scaling=ScalingSettings(max_replicas=num_ingresses))
     server = Server(config, host="::1", port=8000, uses_proxy=given)
     assert server.url == "http://[::1]:8000" and server._uses_proxy == passes_proxy
+
+
+def test_only_rays_reports_about_serves_controller_are_left_out_while_a_server_stops(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failed = "Task ServeController.listen_for_change failed. There are infinite retries remaining"
+    with redirect_stdout(WithoutControllerReports(sys.stdout)):
+        print("before")
+        print(f"\x1b[36m(raylet)\x1b[0m {failed}, so the task will be retried.")
+        print(f"(raylet) {failed}\nError: the actor is unavailable.")
+        print("(raylet) A worker died: out of memory")
+        print()
+        print(f"our own line about a {failed}", flush=True)
+    printed = ["before", "(raylet) A worker died: out of memory", "", f"our own line about a {failed}"]
+    assert capsys.readouterr().out.splitlines() == printed
 
 
 def test_variables_for_rays_processes_respect_the_users_and_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
