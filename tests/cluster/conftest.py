@@ -50,7 +50,9 @@ def running(
         machines.start()
         try:
             # One Ingress may have found the pool complete before every Retriever has read it.
-            eventually(lambda: {num for _, num in machines.on_all("Retriever", "load", "local")} == {len(TOPICS)})
+            eventually(
+                lambda: {size.num_adapters for size in machines.on_all("Retriever", "load", "local")} == {len(TOPICS)}
+            )
             quiet = asyncio.run(Load(machines.url).run(asks(2 * len(TOPICS) + 1)))
             expected = {(o.ask.model, o.ask.prompt): o.text for o in quiet if o.is_answer}
             assert len(set(expected.values())) == len(quiet), quiet

@@ -250,7 +250,9 @@ def test_the_pool_survives_the_death_of_all_nodes(running: Running, scale: Scale
         pytest.skip("everything starts again: in make soak")
     running.machines.stop()
     running.machines.start()
-    eventually(lambda: {num for _, num in running.machines.on_all("Retriever", "load", "local")} == {len(TOPICS)})
+    eventually(
+        lambda: {size.num_adapters for size in running.machines.on_all("Retriever", "load", "local")} == {len(TOPICS)}
+    )
     cards = httpx.get(f"{running.machines.url}/v1/models").json()["data"]
     assert [card["id"] for card in cards] == ["auto", "tiny", *sorted(TOPICS)]
     outcomes = asyncio.run(running.load().run(asks(len(running.expected))))
