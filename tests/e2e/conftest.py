@@ -26,10 +26,11 @@ from tests.tiny import linear_shapes, tiny_config
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
-    """Return settings in float32, so that rows of a batch can be compared with rows alone."""
+    """Return settings in float32, so that rows and prompts of a batch can be compared with those alone."""
     return AppConfig(
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
+        retrieval=RetrievalSettings(encoder_dtype="float32"),
         worker=WorkerSettings(dtype="float32", max_batch_size=16, **WORKER),
     )
 
