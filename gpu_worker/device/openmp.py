@@ -41,7 +41,8 @@ def thread_team_releaser() -> Callable[[], None]:
 
     An idle team spins on its cores for a while and so delays the threads that submit the next work.
     """
-    libraries = [ctypes.CDLL(found["filepath"]) for found in threadpool_info() if found["prefix"] == "libgomp"]
+    found = [ctypes.CDLL(found["filepath"]) for found in threadpool_info() if found["prefix"] == "libgomp"]
+    libraries = [library for library in found if hasattr(library, "omp_pause_resource_all")]  # old ones lack it
 
     def end_team() -> None:
         for library in libraries:

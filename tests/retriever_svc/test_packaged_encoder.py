@@ -24,7 +24,6 @@ TEXTS = [
     "把这句话翻译成英文:猫在睡觉。",
     "この文を要約してください。",
     "다음 문장을 번역해 주세요.",
-    "a\u0000b\u0007c\u200bd\ufeffe\u00ade",
     "Ｆｕｌｌ　ｗｉｄｔｈ　１２３",
     "ﬁne ligatures, ½ and №",
     "Übersetze: Straße, naïve café",
@@ -32,7 +31,6 @@ TEXTS = [
     "السلام عليكم",
     "नमस्ते दुनिया",
     "   spaces before and after   ",
-    "<s> </s> <unk>",
     "word " * 60,
 ]
 

@@ -83,7 +83,8 @@ def test_the_servers_message_about_a_wrong_key_is_printed() -> None:
 def test_a_url_of_another_scheme_is_refused() -> None:
     result = run("ask", "Hi", "--url", "ftp://x")
     assert result.exit_code == 2
-    assert "Invalid value for '--url': must begin with" in words(result.stderr)
+    message = words(result.stderr.replace("│", ""))
+    assert "Invalid value for '--url'" in message and "must begin with http:// or https://" in message
 
 
 @pytest.mark.parametrize(("command", "input"), [(("route", ""), None), (("ask", " "), None), (("route", "-"), "\n")])

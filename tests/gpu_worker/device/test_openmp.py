@@ -1,12 +1,15 @@
+import ctypes
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gpu_worker.device import openmp
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread, thread_team_releaser, use_one_thread
 from gpu_worker.engine.engine_thread import EngineThread
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, run
@@ -113,3 +116,11 @@ def test_a_waiting_engine_has_no_team(
     for _ in range(3):
         assert run(loop.status()) == before + 1
         assert settled(before)
+
+
+def test_a_library_without_the_function_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace()  # as the libgomp of other packages, older than OpenMP 5
+    monkeypatch.setattr(openmp, "threadpool_info", lambda: [{"prefix": "libgomp", "filepath": "libgomp.so"}])
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: old)
+    thread_team_releaser()()
+    assert vars(old) == {}
