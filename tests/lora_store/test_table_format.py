@@ -97,7 +97,14 @@ def _write_as_newer(table: Location, form: TableFormat = NEWER, *, has_values: b
         return
     row = EventTable(table).refresh()[0].to_pylist()[-1]
     version = _delta(table).version() + 1
-    plain = {"event": "publish", "tenant": "local", "name": "licensed", "generation": version, "row": 0, "commit_id": "theirs"}
+    plain = {
+        "event": "publish",
+        "tenant": "local",
+        "name": "licensed",
+        "generation": version,
+        "row": 0,
+        "commit_id": "theirs",
+    }
     rows = [
         row | plain | {"digest": "c" * 64, "visibility": "private", "license": "MIT", "trial": None},
         {"generation": version, "row": 1, "event": "pin", "tenant": "local", "name": "licensed", "license": "BSD"},

@@ -49,7 +49,7 @@ def test_a_live_version_is_replaced_only_if_it_was_made_for_another_base(
     tmp_path: Path, base_model: str, is_published: bool
 ) -> None:
     async def run() -> Served:
-        store = FakeStore(pool_of(replace(adapter("poet", version="old"), base_model=base_model)))
+        store = FakeStore(pool_of(replace(adapter("poet", version="old"), base_model=base_model, tags=())))
         served = serve_plainly(store=store, preload=preload_of(tmp_path, "poet"))
         await served.services.preload.wait()
         return served
