@@ -97,7 +97,7 @@ def test_a_chunk_with_padding_has_about_its_nominal_length(model: str) -> None:
     lengths = [len(ids) for ids in loaded.tokenizer([instruction + text for text in texts])["input_ids"]]
     num_tokens = dict(zip(keys, lengths, strict=True))
     for chunk in chunks:
-        assert len(chunk) * min(MAX_TOKENS, max(num_tokens[key] for key in chunk)) <= 1.1 * CHUNK_TOKENS
+        assert len(chunk) * min(MAX_TOKENS, max(num_tokens[key] for key in chunk)) <= 1.25 * CHUNK_TOKENS
 
 
 def test_no_chunk_is_empty_and_one_text_is_one_chunk() -> None:

@@ -40,7 +40,7 @@ def test_shells_get_completion() -> None:
         ("worker: {bank_rows: 3}", "bank_rows"),
         ("template: jinja", "template"),
         ("- a\n- list", "list"),
-        ("worker: [unclosed", "line"),
+        ("worker: [unclosed", "bad.yaml:1:18: expected"),
     ],
 )
 def test_a_bad_config_is_reported_and_nothing_starts(tmp_path: Path, folder: Path, text: str, said: str) -> None:

@@ -60,7 +60,7 @@ def test_an_encoder_is_trained_on_the_adapters_that_a_tenant_sees(tiny: Path, tm
 
 def test_a_missing_file_an_empty_store_and_no_source_are_reported(tmp_path: Path, samples: Path) -> None:
     out = tmp_path / "out"
-    assert "No such file" in words(run("train-retriever", out, "--samples", tmp_path / "none").stderr)
+    assert "no such file" in words(run("train-retriever", out, "--samples", tmp_path / "none").stderr)
     assert "no samples to train on" in words(run("train-retriever", out, "--store", tmp_path / "none").stderr)
     assert "either --store or --samples" in words(run("train-retriever", out).stderr)
     assert "neither modules.json nor config.json" in words(
