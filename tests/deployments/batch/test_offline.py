@@ -14,9 +14,10 @@ from deployments.batch.answering import PartAnswerer
 from deployments.batch.offline import LoraRetriever
 from deployments.batch.planning import PartPlanner
 from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.retriever_factory import live_pool
 from gpu_worker.config import PACKAGED_MODEL
 from lora_store import LoraStore
-from retriever_svc import Encoder, embed_groups
+from retriever_svc import embed_groups
 from tests.deployments.batching import BASE, TOPICS, Place, prompts
 
 SHORT = {"max_tokens": 6, "temperature": 0}
@@ -131,7 +132,7 @@ def test_the_real_model_answers_with_the_adapter_that_fits(tmp_path: Path) -> No
     )
     store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
     staged = [store.stage(POOL / name) for name in ("sentence_negation", "date_format")]
-    embeddings = embed_groups(Encoder(num_threads=1), [item.samples for item in staged])
+    embeddings = embed_groups(live_pool(config, store.snapshot).current.encoder, [item.samples for item in staged])
     store.commit(staged, embeddings, [1.0, 1.0], "tester")
     with LoraRetriever(config) as offline:
         assert config.base_model == PACKAGED_MODEL
