@@ -1,6 +1,7 @@
 """Make a small pool with the code of one release: `python -m tests.lora_store.pools.make FOLDER` in its checkout.
 
-The folder must not exist. A test opens the pools of all releases and compares them with their `expected.json`.
+The folder must not exist. Its path is kept in its log, so make it at /tmp/pool and move it. A test opens the pools of
+all releases and compares them with their `expected.json`.
 """
 
 from __future__ import annotations
