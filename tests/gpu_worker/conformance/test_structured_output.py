@@ -54,8 +54,8 @@ def test_json_has_no_unbounded_white_space(hosted: HostedEngine) -> None:
     """A model that prefers spaces would otherwise never end its answer."""
     spaces = tuple((token, 50.0) for token in range(256) if _BYTES(token) in (b" ", b"\n"))
     [answer] = hosted.answers(bound(of_schema(PERSON), num_new=200, logit_bias=spaces))
-    assert re.search(r"\n {32}\S", answer.text), answer.text
-    assert not re.search(r" {33}|\n\n", answer.text), answer.text
+    outside_texts = re.sub(r'"[^"]*"', '""', answer.text)
+    assert outside_texts == '{ "" : "" , "" : [ "" ] }'
 
 
 @pytest.mark.parametrize(
