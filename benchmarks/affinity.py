@@ -31,10 +31,10 @@ from rich.table import Table
 
 from benchmarks.engine_cases import RANK, random_modules
 from benchmarks.results_file import machine, write_part
-from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
+from deployments.config.app import AppConfig
 from deployments.store import StoreDeployment
 from deployments.worker import WorkerDeployment
-from gpu_worker.config import PACKAGED_MODEL
+from gpu_worker.config import PACKAGED_MODEL, NativeSettings
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.model.packaged_model import packaged_folder
 from gpu_worker.request.request import Job, SamplingParams
@@ -62,10 +62,9 @@ async def running(config: AppConfig, router: str, name: str) -> AsyncIterator[De
     options = config.worker_options()
     if router == "pow2":
         del options["request_router_config"]
-    store = serve.deployment(StoreDeployment, name="Store", **config.store_scaling.options())
+    store = serve.deployment(StoreDeployment, name="Store", **config.store_scaling.root)
     worker = serve.deployment(CountedWorker, name="Worker", **options)
-    engine = config.worker
-    bound = worker.bind(config.worker_config(), engine.stream_interval_ms, store.bind(config), None, engine.niceness)
+    bound = worker.bind(config.worker_config(), store.bind(config))
     yield serve.run(bound, name=name, route_prefix=None)
     serve.delete(name)
 
@@ -184,12 +183,10 @@ async def compare(folder: Path, rate: float, seconds: float) -> list[Case]:
     config = AppConfig(
         base_model=str(folder / "tiny"),
         store_uri=str(folder / "pool"),
-        worker=WorkerSettings(
+        worker=NativeSettings(
             num_threads=1, bank_rank_rows=RANK * BANK_ADAPTERS, max_model_len=256, host_cache_bytes=0, max_batch_size=16
         ),
-        worker_scaling=ScalingSettings(
-            min_replicas=NUM_WORKERS, max_replicas=NUM_WORKERS, num_cpus=1, max_ongoing_requests=2112
-        ),
+        worker_scaling={"num_replicas": NUM_WORKERS},
     )
     cases = []
     async with running(config, "pow2", "pow2") as pow2, running(config, "affinity", "affinity") as affinity:

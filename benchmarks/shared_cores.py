@@ -23,11 +23,11 @@ import typer
 
 from benchmarks.engine_cases import NUM_ROWS, Loaded, Quick, console, plans, sampling, shown, table_of
 from benchmarks.results_file import write_results
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from gpu_worker.request.request import Job
 
 NUM_ADAPTERS, NUM_BUSY, MOST_NEW = 8, 2, 1500
-_RAYS, _WORKERS = 15, WorkerSettings().niceness
+_RAYS, _WORKERS = 15, NativeSettings().niceness
 NICENESS = {"equal": 0, "worker": _WORKERS, "ray": min(_RAYS + _WORKERS, 19)}
 """Nice value of the streams, by the name of its result."""
 _SPAWN = multiprocessing.get_context("spawn")

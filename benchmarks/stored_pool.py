@@ -12,7 +12,7 @@ from typing import Any, Self
 from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modules
 from deployments.batch.answering import StoredWeights
 from deployments.weights import WeightsFetcher
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
 from gpu_worker.engine.engine import Engine
 from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
@@ -28,7 +28,7 @@ class StoredPool:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.config = WorkerConfig(
+        self.config = NativeWorkerConfig(
             **{"prefix_cache": False, "shares_cores": False} | settings
         )  # the cases repeat their prompts
         self._folder = tempfile.TemporaryDirectory()

@@ -24,7 +24,7 @@ from deployments.generation.completions import STREAM_LIMITS, CompletionService,
 from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
-from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
+from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, MAX_BODY_TOTAL_BYTES, SharedBytes
 from deployments.http.dependencies import KEEP_ALIVE_S, Services
 from deployments.http.listener import Listener, listening_at
 from deployments.http.readiness import Readiness
@@ -61,6 +61,7 @@ class Ingress:
         limits: StreamLimits = STREAM_LIMITS,
         keep_alive_s: float = KEEP_ALIVE_S,
         kinds: MetricFactory = SERVE,
+        max_body_total_bytes: int = MAX_BODY_TOTAL_BYTES,
     ) -> None:
         join_serve_logs()
         self._address = address
@@ -71,7 +72,7 @@ class Ingress:
             ServeWorker(worker, heartbeat_timeout_s=limits.silence_s),
             ServeStore(store),
         )
-        self.services = _build_services(config, *clients, limits, keep_alive_s, kinds)
+        self.services = _build_services(config, *clients, limits, keep_alive_s, kinds, max_body_total_bytes)
         expire = withdraw_expired(self.services.publisher.expire)
         self._expiring = asyncio.get_event_loop().create_task(expire)
 
@@ -139,6 +140,7 @@ def _build_services(
     limits: StreamLimits,
     keep_alive_s: float,
     kinds: MetricFactory,
+    max_body_total_bytes: int,
 ) -> Services:
     has_keys, background, changes = config.has_keys, Background(), ChangeMetrics(kinds)
     metrics = RequestMetrics(kinds)
@@ -167,7 +169,7 @@ def _build_services(
         metrics=metrics,
         background=background,
         in_flight=InFlight(config.max_concurrent_requests),
-        bodies=SharedBytes(config.max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),
+        bodies=SharedBytes(max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),
         uploads=UploadBudget(config.max_upload_total_bytes, always_bytes=one_upload, has_tenants=has_keys),
         preload=preload,
         keep_alive_s=keep_alive_s,

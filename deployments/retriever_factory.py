@@ -47,7 +47,6 @@ def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None =
         pools,
         min_score=settings.min_score,
         abstain=settings.abstain,
-        temperature=settings.softmax_temperature,
         owner_names=config.owner_names,
         timings=timings,
     )

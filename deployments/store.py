@@ -38,13 +38,19 @@ from lora_store.garbage_collection import Verified
 
 _NUM_STAGERS = 8
 _MAX_WAIT_S = 60.0  # longest wait of a stage for room in the byte budget
+_OBJECT_CACHE_BYTES = 256 << 20  # weights in Ray's object store
 _NO_VECTOR = np.empty(0, np.float32)
 
 
 class StoreDeployment:
     """Handles writes and blobs; the Retriever handles reads. File operations run outside the event loop."""
 
-    def __init__(self, config: AppConfig, put: Callable[[Buffer], Awaitable[Buffer]] = ray.put) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        put: Callable[[Buffer], Awaitable[Buffer]] = ray.put,
+        object_cache_bytes: int = _OBJECT_CACHE_BYTES,
+    ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
@@ -52,15 +58,13 @@ class StoreDeployment:
             config.store_uri,
             accepts_base=config.accepted_bases,
             templates=config.known_templates,
-            limits=config.admission,
+            limits=config.admission.limits,
         )
         self._store.check_writes(os.environ)
         # Separate threads: a batch from a slow source must not block the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
-        self._staging = ByteBudget(config.max_staging_bytes, _MAX_WAIT_S)
-        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(
-            self._store.read_parts, put, config.store_object_cache_bytes
-        )
+        self._staging = ByteBudget(config.max_upload_total_bytes, _MAX_WAIT_S)
+        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         """Validate an adapter, store its blobs and lease them until `commit` or `discard`.

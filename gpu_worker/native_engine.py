@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.device.openmp import run_on_short_lived_thread, use_one_thread
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_status import EngineStatus
@@ -35,7 +35,7 @@ class NativeEngine(InferenceEngine):
     @classmethod
     def start(
         cls,
-        config: WorkerConfig,
+        config: NativeWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None = None,

@@ -16,6 +16,7 @@ from deployments.errors import KeysUnavailable
 
 logger = logging.getLogger(__name__)
 
+MISSING_GRACE_S = 300.0  # how long keys stay valid while their file is missing
 _SETTLE_S = 2.0  # a file this young may change again with the same time and size
 _State = tuple[int, int, int, int, int]
 
@@ -26,7 +27,7 @@ def keys_of(config: AppConfig) -> Keys | None:
         return KeySet([single_entry(config.api_key.get_secret_value())])
     if config.keys_file is None:
         return None
-    return KeyFile(config.keys_file, missing_grace_s=config.keys_missing_grace_s)
+    return KeyFile(config.keys_file, missing_grace_s=MISSING_GRACE_S)
 
 
 class KeyFile:

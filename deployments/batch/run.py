@@ -17,10 +17,10 @@ from retriever_svc import BaseCounts
 _OF_APP = (
     *("base_model", "base_model_name", "accepts_base", "store_uri", "template", "max_new_tokens", "generation_config"),
     "sampling_defaults",
-    *("public_requires_approval", "owner_names"),
+    "public_requires_approval",
 )
 _OF_RETRIEVAL = (
-    *("encoder", "projection", "strategy", "k", "weights", "softmax_temperature"),
+    *("encoder", "projection", "strategy", "k", "weights"),
     *("abstain", "min_score", "fallback"),
 )
 _OF_WORKER = ("dtype", "max_model_len", "bank_rank_rows")
@@ -101,5 +101,6 @@ def _deciding(settings: BatchSettings) -> JsonObject:
     deciding: JsonObject = {name: config[name] for name in _OF_APP}
     deciding["retrieval"] = {name: config["retrieval"][name] for name in _OF_RETRIEVAL}
     deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
+    deciding["owner_names"] = settings.config.owner_names
     deciding["defaults"] = dict(settings.defaults)
     return deciding | {"tenant": settings.tenant, "part_rows": settings.part_rows}

@@ -67,7 +67,7 @@ def _outcome(adapter: AdapterFolder, settings: AppConfig) -> JsonObject:
             accepts_base=settings.accepted_bases,
             module_shapes=None,
             templates=settings.known_templates if has_template else None,
-            limits=settings.admission,
+            limits=settings.admission.limits,
         )
     except AdapterRefused as exc:
         return {"name": adapter.name, "is_fit": False, "reasons": list(exc.reasons)}

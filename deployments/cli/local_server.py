@@ -28,6 +28,7 @@ from deployments.app import application
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.auth.ray_token import use_token_mode
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.calls.proxy_limits import TRACING_VARIABLE
 from deployments.calls.serve_calls import bypass_http_proxy
 from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.config.app import AppConfig
@@ -47,7 +48,6 @@ _CHEAPER_SERVE = {
 # An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
 _ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
-TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
 _CONTROLLER_REPORT = re.compile(r"\(raylet\).*Task ServeController")
 _LOOPBACK = "127.0.0.1"
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -142,7 +142,7 @@ class Server:
         if not self._config.allow_unauthenticated_ray:
             use_token_mode()
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
-        os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
+        os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()
         with _inherited(_CHEAPER_SERVE | ({} if self._uses_proxy else _ENDS_AT_ONCE)):
             context = ray.init(

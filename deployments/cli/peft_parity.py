@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.row import Row
 from gpu_worker.model.base_model import model_source
@@ -35,7 +35,7 @@ _HALF = 0.5
 _MAX_LEN = 256
 
 
-def parity_with_peft(folder: Path, config: WorkerConfig) -> dict[str, float]:
+def parity_with_peft(folder: Path, config: NativeWorkerConfig) -> dict[str, float]:
     """Return the largest logit difference between this engine and PEFT, by strategy.
 
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
@@ -89,7 +89,7 @@ def _plan(strategy: Strategy, **weights: float) -> Plan:
 
 
 def _engine_logits(
-    config: WorkerConfig, adapters: Mapping[str, Mapping[str, ModuleWeights]], plans: Mapping[str, Plan]
+    config: NativeWorkerConfig, adapters: Mapping[str, Mapping[str, ModuleWeights]], plans: Mapping[str, Plan]
 ) -> tuple[list[int], dict[str, Tensor]]:
     """Return the prompt's tokens and the logits after it by strategy, computed in one batch."""
     pool = {name: AdapterWeights(name, dict(modules)) for name, modules in adapters.items()}
@@ -131,7 +131,7 @@ def _logits_of(row: Row) -> Tensor:
 
 
 def _peft_logits(
-    config: WorkerConfig,
+    config: NativeWorkerConfig,
     folder: Path,
     other: Mapping[str, ModuleWeights],
     fused: Mapping[str, ModuleWeights],

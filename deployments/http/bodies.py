@@ -29,6 +29,7 @@ from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import context_of, path_of
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
+MAX_BODY_TOTAL_BYTES = 256 << 20  # all bodies of one Ingress replica, except uploads
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 1 << 20
 _UPLOADS = "/v1/loras"

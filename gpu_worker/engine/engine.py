@@ -18,7 +18,7 @@ from gpu_worker.attention.prefix import Prefix, namespace_of
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.bank.residency import Residency, drop
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.device.thread_count import thread_count
 from gpu_worker.engine import device_parts
@@ -61,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: NativeWorkerConfig,
         fetch: Fetch,
         *,
         base: BaseModel | None = None,

@@ -28,7 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from gpu_worker.bank.device_layout import to_device_layout
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.delta_stream import Events, StreamPace, deltas
 from gpu_worker.engine.engine_status import EngineStatus
@@ -66,7 +66,7 @@ class VllmEngine(InferenceEngine):
         self,
         llm: AsyncLLM,
         model: FrontModel,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None,
@@ -104,7 +104,7 @@ class VllmEngine(InferenceEngine):
     @classmethod
     async def start(
         cls,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None = None,

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from functools import partial
 
 from gpu_worker.bank.device_layout import DeviceAdapter
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.engine.admission import Admission
 from gpu_worker.engine.counters import Counters
 from gpu_worker.engine.engine_status import EngineStatus
@@ -48,7 +48,7 @@ class RowRunner:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         generate: GenerateTokens,
         bank: RemoteBank,
         loader: FusionLoader,

@@ -53,5 +53,5 @@ def _upload_problems(manifests: Manifests) -> Iterator[str]:
             continue
         _, tmp = pod.volume_at("/tmp/upload")
         size = quantity(tmp.get("emptyDir", {}).get("sizeLimit", 0))
-        if size <= (least := config.max_upload_total_bytes + config.max_staging_bytes):
-            yield f"{pod.name}: /tmp must be larger than max_upload_total_bytes + max_staging_bytes ({least})"
+        if size <= (least := 2 * config.max_upload_total_bytes):
+            yield f"{pod.name}: /tmp must be larger than twice max_upload_total_bytes ({least})"

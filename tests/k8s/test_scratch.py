@@ -69,13 +69,8 @@ MISTAKES = [
     Mistake("home in the image", lambda m: container(m)["env"].pop(0), "gpu: HOME is not in a folder"),
     Mistake(
         "less room than uploads take",
-        lambda m: m.change_args(max_upload_total_bytes=6 << 30),
-        "cpu: /tmp must be larger than max_upload_total_bytes",
-    ),
-    Mistake(
-        "less room than validation takes",
-        lambda m: m.change_args(max_staging_bytes=6 << 30),
-        "cpu: /tmp must be larger than max_upload_total_bytes + max_staging_bytes",
+        lambda m: m.change_args(max_upload_total_bytes=3 << 30),
+        "cpu: /tmp must be larger than twice max_upload_total_bytes",
     ),
 ]
 

@@ -96,7 +96,11 @@ MISTAKES = [
         lambda m: m.change_args(worker={"max_waiting": 4096}),
         "max_batch_size + max_waiting",
     ),
-    Mistake("one replica alone", lambda m: m.change_args(retriever_scaling={"min_replicas": 1}), "one replica alone"),
+    Mistake(
+        "one replica alone",
+        lambda m: m.change_args(retriever_scaling={"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}}),
+        "one replica alone",
+    ),
     Mistake(
         "old cluster goes too early",
         lambda m: m.ray_service["spec"].update(rayClusterDeletionDelaySeconds=60),

@@ -40,7 +40,7 @@ from benchmarks.paper.stages.mixed_pool import chosen_tasks
 from benchmarks.paper.training.second_base import RECORD, BaseRecipe, make_second_base
 from benchmarks.training.adapter_files import BASE_NAME, load_base
 from benchmarks.training.bigbench_tasks import TaskSpec
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.base_model import model_source
@@ -313,7 +313,7 @@ def measure(both: TwoBases, ensemble: Ensemble, kept: Path, folder: Path, per_ta
     write_parquet(folder / FOUND, both.hits(per_task))
 
 
-def asker_over(store: LoraStore, config: WorkerConfig, kept: Path) -> Asker:
+def asker_over(store: LoraStore, config: NativeWorkerConfig, kept: Path) -> Asker:
     """Return an engine of this base whose adapters are in `store`."""
     executor = load_executor(config.load_threads)
     engine = Engine(config, loading(lambda digest: fetch_from(store, digest), executor), executor=executor)
@@ -331,8 +331,8 @@ def train_second(specs: Sequence[TaskSpec], parts: Mapping[str, Parts], workspac
 
 def make_base(workspace: Workspace, recipe: BaseRecipe, out: Console) -> tuple[Workspace, Path]:
     """Derive the second base once. Return the workspace of its adapters, and its folder there."""
-    source = Path(model_source(WorkerConfig()))
-    study = load_study([read_task_list().by_name[name] for name in read_pool()], workspace, WorkerConfig())
+    source = Path(model_source(NativeWorkerConfig()))
+    study = load_study([read_task_list().by_name[name] for name in read_pool()], workspace, NativeWorkerConfig())
     texts = [item.input for parts in study.parts.values() for item in parts.train]
     held_out = [item.input for parts in study.parts.values() for item in parts.choice]
     own = Workspace(workspace.root / _FOLDER / key_of(recipe, list(study.specs)))
@@ -347,7 +347,7 @@ def make_base(workspace: Workspace, recipe: BaseRecipe, out: Console) -> tuple[W
 
 
 def load_two(
-    study: Study, own: Workspace, configs: Mapping[str, WorkerConfig], encoder: Encoder, out: Console
+    study: Study, own: Workspace, configs: Mapping[str, NativeWorkerConfig], encoder: Encoder, out: Console
 ) -> tuple[TwoBases, Ensemble]:
     """Load both bases with their adapters, which must have been trained, and publish these into one store.
 
@@ -380,7 +380,7 @@ def main(
     own, base = make_base(workspace, replace(recipe, training=replace(recipe.training, num_steps=num_steps)), out)
     listed = read_task_list().by_name
     specs = chosen_tasks([listed[name] for name in read_pool()])[:num_tasks]
-    source = Path(model_source(WorkerConfig()))
+    source = Path(model_source(NativeWorkerConfig()))
     with Progress() as progress:
         train_all(specs, workspace, source, progress)
     configs = {FIRST: worker_config(num_tasks), SECOND: worker_config(num_tasks, base_model=str(base))}

@@ -31,8 +31,9 @@ from benchmarks.results_file import write_part
 from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from benchmarks.training.bigbench_tasks import Item
 from deployments.cli.local_server import Server
-from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool, retriever_over
+from gpu_worker.config import NativeSettings
 from gpu_worker.device.openmp import load_executor
 from gpu_worker.engine.engine import Engine
 from lora_store import Plan
@@ -170,7 +171,7 @@ def main(
             store_uri=f"{scratch}/pool",
             preload=tuple(folders),
             retrieval=RetrievalSettings(encoder=chosen, encoder_dtype="float32"),  # rows that no batch changes
-            worker=WorkerSettings(dtype="float32", max_wait_s=_TIMEOUT_S),  # all requests are sent at once
+            worker=NativeSettings(dtype="float32", max_wait_s=_TIMEOUT_S),  # all requests are sent at once
         )
         with Server(config, port=0) as server:
             server.prepare(out.print)

@@ -27,7 +27,7 @@ from benchmarks.paper.pool.choose import judge
 from benchmarks.paper.pool.train_pool import train_all
 from benchmarks.paper.stages.baselines import ROUTERS, Expert, One, merged, trained_baselines, with_others
 from benchmarks.paper.stages.main_table import Loaded
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from lora_store import BASE_PLAN, LoraStore, Plan, PlannedAdapter
 from retriever_svc import Encoder
 from tests.benchmarks.tiny_study import SPECS
@@ -142,7 +142,7 @@ def test_merged_adapters_are_the_servers_fusion(bench: Bench, asked: tuple[Asker
 
 
 def test_answers_are_computed_once_and_found_by_the_next_run(
-    bench: Bench, config: WorkerConfig, workspace: Workspace
+    bench: Bench, config: NativeWorkerConfig, workspace: Workspace
 ) -> None:
     pairs = [(question, BASE_PLAN) for question in bench.study.questions("test", 2)]
     texts = bench.asker.answers(pairs, Console(quiet=True), "base")

@@ -23,7 +23,7 @@ from benchmarks.paper.stages.second_base import FIRST, SECOND, TwoBases, load_tw
 from benchmarks.paper.training.second_base import BaseRecipe, make_second_base
 from benchmarks.training.adapter_files import BASE_NAME
 from benchmarks.training.lora_training import Recipe
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.request.prompts import alpaca_prompt
 from lora_store import BASE_PLAN, LOCAL_TENANT
 from retriever_svc import Encoder
@@ -38,7 +38,7 @@ def both(
     study: Study,
     workspace: Workspace,
     encoder: Encoder,
-    config: WorkerConfig,
+    config: NativeWorkerConfig,
     tiny_folders: Mapping[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Loaded:
