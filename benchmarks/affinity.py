@@ -71,11 +71,11 @@ async def running(config: AppConfig, router: str, name: str) -> AsyncIterator[De
 
 def staged(folder: Path, config: AppConfig, shapes: Mapping[str, tuple[int, int]], count: int) -> list[str]:
     """Stage `count` random adapters in the configuration's store and return their weights digests."""
-    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
     digests = []
     for number in range(count):
         path = folder / f"a{number}"
-        write_peft_folder(path, random_modules(number, dict(shapes)), base_model=config.served_base_name)
+        write_peft_folder(path, random_modules(number, dict(shapes)), base_model=config.served_model.name)
         digests.append(store.stage(path).weights_digest)
     return digests
 

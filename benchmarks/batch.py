@@ -101,7 +101,7 @@ def measure(folder: Path, rounds: int, rows: int, max_tokens: int, part_rows: in
     jobs = [[asked.job for asked in part.asked if asked.job is not None] for part in planned]
     alone, found = Alone(settings), []
     alone.run(jobs[:2])
-    with cluster(settings.config, None, 1):
+    with cluster(2.0, None, 1):
         for number in range(rounds):
             by_engine = alone.run(jobs)
             by_batch, start_s = batch(begin(replace(settings, output_uri=str(folder / f"out-{number}"))))

@@ -142,7 +142,7 @@ def main(
         write_tasks(folder, rows)
         settings = load_config(None, store_uri=f"{scratch}/pool", preload=[POOL])
         base = packaged_folder(settings.cache_dir)
-        models = {settings.served_base_name: None, adapter: POOL / adapter}
+        models = {settings.served_model.name: None, adapter: POOL / adapter}
         peers = {name: of_transformers(python, folder, base, path) for name, path in models.items()}
         with Server(settings, port=0) as server:
             server.prepare(out.print)

@@ -56,8 +56,8 @@ class StoreDeployment:
         self._config = config
         self._store = LoraStore(
             config.store_uri,
-            accepts_base=config.accepted_bases,
-            templates=config.known_templates,
+            accepts_base=config.served_model.accepted_names,
+            templates=config.served_model.known_templates,
             limits=config.admission.limits,
         )
         self._store.check_writes(os.environ)
@@ -72,7 +72,7 @@ class StoreDeployment:
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
         UploadMemoryFull if the byte budget had no room for a minute, or the disk is full.
         """
-        if upload.adapter_name in self._config.accepted_bases:
+        if upload.adapter_name in self._config.served_model.accepted_names:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)

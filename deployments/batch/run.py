@@ -82,13 +82,13 @@ def begin(settings: BatchSettings) -> BatchRun:
         records = store.snapshot_at(manifest.generation).records
     except GenerationGone as exc:
         raise BatchRefused(f"the run cannot be resumed: {exc}; start a new one in another output folder") from exc
-    unserved = settings.config.served_bases.unserved(records.values())
+    unserved = settings.config.served_model.bases.unserved(records.values())
     num_adapters = len(records) - sum(num for _, num in unserved)
     return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, len(parts) - len(left))
 
 
 def store_of(config: AppConfig) -> LoraStore:
-    return LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    return LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
 
 
 def _described(source: BatchInput) -> JsonObject:

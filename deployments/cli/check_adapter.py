@@ -64,9 +64,9 @@ def _outcome(adapter: AdapterFolder, settings: AppConfig) -> JsonObject:
         admitted = check_folder(
             folder,
             Label(adapter.name),
-            accepts_base=settings.accepted_bases,
+            accepts_base=settings.served_model.accepted_names,
             module_shapes=None,
-            templates=settings.known_templates if has_template else None,
+            templates=settings.served_model.known_templates if has_template else None,
             limits=settings.admission.limits,
         )
     except AdapterRefused as exc:

@@ -78,7 +78,9 @@ class Server:
         `is_verbose`: Ray reports what it starts, otherwise errors only.
         `uses_proxy`: requests pass Serve's proxy; None = if it is needed for several Ingress replicas or for traces.
         """
-        self._config, self._host = _allowing_host(config, host), host
+        if ":" not in host and (config.allowed_hosts or not config.has_keys):  # where the Host header is checked
+            config = config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
+        self._config, self._host = config, host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
@@ -119,7 +121,7 @@ class Server:
         """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
         config = self._config
         try:
-            store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+            store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
             store.check_writes(os.environ)
             store.snapshot()
             self.has_new_pool = store.is_new
@@ -277,10 +279,3 @@ def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _allowing_host(config: AppConfig, host: str) -> AppConfig:
-    """Return the settings with `host` added to `allowed_hosts` where the Host header is checked."""
-    if ":" in host or (config.has_keys and not config.allowed_hosts):
-        return config
-    return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})

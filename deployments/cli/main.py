@@ -266,8 +266,8 @@ def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
 
     try:
         settings = loading.load_config(config, **changes)
-        loading.require_base_model(settings)
-        loading.require_keys_file(settings)
+        loading.require_base_model(settings.base_model)
+        loading.require_keys_file(settings.keys_file)
     except (ValueError, OSError) as exc:
         fail(str(exc))
     return settings

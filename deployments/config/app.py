@@ -17,11 +17,11 @@ from deployments.config.parts import AdmissionSettings as AdmissionSettings
 from deployments.config.parts import RetrievalSettings as RetrievalSettings
 from deployments.config.parts import SamplingDefaults as SamplingDefaults
 from deployments.config.parts import Settings
+from deployments.config.served_model import ServedModel, find_accepted_names
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ServeOptions, default_options, with_defaults
 from gpu_worker.config import (
-    PACKAGED_ALIASES,
     PACKAGED_MODEL,
     NativeSettings,
     NativeWorkerConfig,
@@ -30,17 +30,10 @@ from gpu_worker.config import (
     VllmWorkerConfig,
     configure_worker,
 )
-from gpu_worker.request.model_files import (
-    chat_templates_of_files,
-    read_chat_template,
-    sampling_defaults_of_files,
-    template_of_files,
-)
+from gpu_worker.request.model_files import read_chat_template
 from gpu_worker.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import DEFAULT_CACHE_DIR, Location
-from lora_store.peft_files import template_digest
-from retriever_svc import ServedBases
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
 OTHER_FILES_BYTES = 16 << 20  # files of one adapter besides its weights
@@ -359,49 +352,21 @@ class AppConfig(Settings):
         return self.base_model_name or self.base_model.rstrip("/").rpartition("/")[2]
 
     @cached_property
-    def template_in_use(self) -> str:
-        """The template of chats: `alpaca` or `chat`, or `auto` where the model's files are not on this machine."""
-        if self.template != "auto":
-            return self.template
-        if self.chat_template is not None:
-            return "chat"
-        return "alpaca" if self.base_model == PACKAGED_MODEL else template_of_files(self.base_model)
-
-    @cached_property
-    def known_templates(self) -> dict[str, str] | None:
-        """The template `chat` by the digests of its files: the operator's, and the base model's own.
-
-        None where the base model's files are not on this machine, so that an adapter's file cannot be compared.
-        """
-        own = () if self.base_model == PACKAGED_MODEL else chat_templates_of_files(self.base_model)
-        if own is None:
-            return None
-        named = () if self.chat_template is None else (read_chat_template(self.chat_template),)
-        return {template_digest(source): "chat" for source in (*named, *own)}
-
-    @cached_property
-    def sampling_defaults_in_use(self) -> dict[str, float]:
-        """The values for what a request leaves unset, by name: the settings', then the base model's if it is here."""
-        has_own = self.generation_config == "auto" and self.base_model != PACKAGED_MODEL  # the packaged one has none
-        own = sampling_defaults_of_files(self.base_model) if has_own else {}
-        return own | self.sampling_defaults.given
-
-    @cached_property
-    def accepted_bases(self) -> frozenset[str]:
-        """Every `base_model_name_or_path` that an adapter may have: names, and the path of the base model's folder."""
-        is_packaged = self.base_model == PACKAGED_MODEL
-        names = {self.base_model, self.served_base_name, *self.accepts_base}
-        if is_packaged:
-            names.update(PACKAGED_ALIASES)
-        if is_packaged or Path(self.base_model).is_absolute() or Path(self.base_model).is_dir():
-            folder = self.cache_dir / PACKAGED_MODEL if is_packaged else Path(self.base_model).absolute()
-            names.update({str(folder), str(folder.resolve()), folder.name})
-        return frozenset(names)
-
-    @cached_property
-    def served_bases(self) -> ServedBases:
-        """The base models whose adapters are served: those that publishing accepts."""
-        return ServedBases(self.served_base_name, self.accepted_bases)
+    def served_model(self) -> ServedModel:
+        """The base model as clients and publishers meet it."""
+        name = self.served_base_name
+        return ServedModel(
+            name=name,
+            base=self.base_model,
+            accepted_names=find_accepted_names(self.base_model, name, self.accepts_base, self.cache_dir),
+            template=self.template,
+            chat_template=self.chat_template,
+            has_own_defaults=self.generation_config == "auto" and self.base_model != PACKAGED_MODEL,
+            given_defaults=self.sampling_defaults.given,
+            max_model_len=self.worker.max_model_len,
+            max_new_tokens=self.max_new_tokens,
+            max_request_s=self.max_request_s,
+        )
 
     @property
     def weights_cache(self) -> tuple[Path, int] | None:

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
+from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow, RequestInvalid
 from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import context_of, path_of
@@ -169,12 +169,12 @@ class _Body:
         return refusal
 
 
-def max_body_bytes(config: AppConfig, scope: Scope) -> int:
-    """Return the size limit of this request's body: the setting for uploads, a small one for all other bodies."""
+def max_body_bytes(max_upload_bytes: int, scope: Scope) -> int:
+    """Return the size limit of this request's body: that of an upload, or a small one for all other bodies."""
     kind = dict(scope["headers"]).get(b"content-type", b"")
     is_form = kind.lower().startswith(b"multipart/form-data")
     if is_form and scope["method"] == "POST" and path_of(scope) == _UPLOADS:
-        return config.max_upload_bytes + FORM_OVERHEAD_BYTES
+        return max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
 
 

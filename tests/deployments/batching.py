@@ -54,7 +54,7 @@ def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
 
 def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: Path, topics: Sequence[str]) -> int:
     """Publish a random adapter for each topic, with sentences about it as samples. Return the generation."""
-    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
     staged = []
     for topic in topics:
         path = folders / topic.replace(" ", "-")

@@ -103,7 +103,7 @@ async def served(url: str, cases: Sequence[Case]) -> list[Reply]:
 def evaluated(config: AppConfig, cases: Sequence[Case], kept: Path, out: Console) -> list[Reply]:
     """Return the study's answers over the same store, by a Retriever and an Engine in this process."""
     store = open_store(config.store_uri)
-    retriever = retriever_over(live_pool(config, store.snapshot), config)
+    retriever = retriever_over(live_pool(config, store.snapshot), config.retrieval, owner_names=config.owner_names)
     plans = [METHODS[case.method].plans(retriever, [case.question])[0] for case in cases]
     worker = config.worker_config()
     executor = load_executor(worker.load_threads)

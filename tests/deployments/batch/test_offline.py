@@ -130,7 +130,7 @@ def test_the_real_model_answers_with_the_adapter_that_fits(tmp_path: Path) -> No
         retrieval=RetrievalSettings(encoder_threads=1),
         worker=NativeSettings(max_batch_size=4, max_model_len=256, num_threads=1),
     )
-    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
     staged = [store.stage(POOL / name) for name in ("sentence_negation", "date_format")]
     embeddings = embed_groups(live_pool(config, store.snapshot).current.encoder, [item.samples for item in staged])
     store.commit(staged, embeddings, [1.0, 1.0], "tester")

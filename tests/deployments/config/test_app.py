@@ -71,12 +71,12 @@ def test_the_served_base_name_is_a_valid_name_other_than_auto(settings: dict[str
 )
 def test_the_base_is_served_under_its_last_path_part_or_its_given_name(base_model: str, name: str, served: str) -> None:
     config = AppConfig(base_model=base_model, base_model_name=name, accepts_base=("other",))
-    assert config.served_base_name == served
-    assert {base_model, served, "other"} <= config.accepted_bases
+    assert config.served_model.name == served
+    assert {base_model, served, "other"} <= config.served_model.accepted_names
 
 
 def test_a_hub_id_is_no_folder() -> None:
-    assert AppConfig(base_model="google/gemma-3-1b").accepted_bases == {"google/gemma-3-1b", "gemma-3-1b"}
+    assert AppConfig(base_model="google/gemma-3-1b").served_model.accepted_names == {"google/gemma-3-1b", "gemma-3-1b"}
 
 
 def test_the_path_of_the_served_folder_and_its_last_part_are_accepted(tmp_path: Path) -> None:
@@ -84,16 +84,16 @@ def test_the_path_of_the_served_folder_and_its_last_part_are_accepted(tmp_path: 
     (tmp_path / "link").symlink_to("tiny")
     config = AppConfig(base_model=f"{tmp_path}/link/", base_model_name="mine")
     paths = {str(tmp_path / "link"), f"{tmp_path}/link/", str(tmp_path.resolve() / "tiny")}
-    assert config.accepted_bases == paths | {"link", "mine"}
+    assert config.served_model.accepted_names == paths | {"link", "mine"}
 
 
 def test_the_folder_of_the_packaged_model_is_accepted(tmp_path: Path) -> None:
-    assert str(tmp_path / "gemma-3-270m") in AppConfig(cache_dir=tmp_path).accepted_bases
+    assert str(tmp_path / "gemma-3-270m") in AppConfig(cache_dir=tmp_path).served_model.accepted_names
 
 
 def test_names_of_the_packaged_model_on_the_hub_are_accepted_with_that_model_only() -> None:
-    assert AppConfig().accepted_bases > {"gemma-3-270m", *PACKAGED_ALIASES}
-    assert AppConfig(base_model="google/gemma-3-1b").accepted_bases.isdisjoint(PACKAGED_ALIASES)
+    assert AppConfig().served_model.accepted_names > {"gemma-3-270m", *PACKAGED_ALIASES}
+    assert AppConfig(base_model="google/gemma-3-1b").served_model.accepted_names.isdisjoint(PACKAGED_ALIASES)
 
 
 def test_a_base_model_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_an_operators_chat_template_reaches_the_workers(tmp_path: Path) -> None:
     path.write_text("{{ messages }}")
     config = AppConfig(chat_template=path)
     assert config.worker_config().chat_template == "{{ messages }}"
-    assert (config.template, config.template_in_use) == ("auto", "chat")
+    assert (config.template, config.served_model.template_in_use) == ("auto", "chat")
     assert AppConfig().worker_config().chat_template is None
 
 
@@ -368,9 +368,12 @@ def test_templates_of_the_operator_and_of_the_base_model_are_known(tmp_path: Pat
     (tmp_path / "chat_template.jinja").write_text(own)
     given.write_text("{{ messages }}")
     config = AppConfig(base_model=str(tmp_path), chat_template=given)
-    assert config.known_templates == {template_digest(own): "chat", template_digest("{{ messages }}"): "chat"}
-    assert AppConfig().known_templates == {}
-    assert AppConfig(base_model="nobody/not-on-this-machine", chat_template=given).known_templates is None
+    assert config.served_model.known_templates == {
+        template_digest(own): "chat",
+        template_digest("{{ messages }}"): "chat",
+    }
+    assert AppConfig().served_model.known_templates == {}
+    assert AppConfig(base_model="nobody/not-on-this-machine", chat_template=given).served_model.known_templates is None
 
 
 @pytest.mark.parametrize("source", [None, "{% for %}"])

@@ -40,7 +40,20 @@ def reader_of(
 ) -> StatsReader:
     handle = FakeHandle(*workers, num_silent=num_silent)
     clients = ServeRetriever(FakeHandle(*retrievers)), ServeWorker(handle)
-    return StatsReader(config_of(**settings), *clients, clock or FakeClock())
+    return reader_over(*clients, clock, **settings)
+
+
+def reader_over(retriever: ServeRetriever, worker: Any, clock: FakeClock | None = None, **settings: Any) -> StatsReader:
+    config = config_of(**settings)
+    return StatsReader(
+        config.served_model,
+        config.retrieval,
+        config.worker,
+        retriever,
+        worker,
+        clock or FakeClock(),
+        may_sleep=config.workers_scale_to_zero,
+    )
 
 
 def test_stats_are_sums_over_the_workers() -> None:
@@ -88,7 +101,7 @@ def test_the_pool_has_the_newest_generation_and_names_the_oldest() -> None:
 def test_the_pool_is_the_caller_s() -> None:
     handle = FakeHandle(FakeRetriever())
     worker = ServeWorker(FakeHandle(CountingWorker()))
-    asyncio.run(StatsReader(config_of(), ServeRetriever(handle), worker).read("them"))
+    asyncio.run(reader_over(ServeRetriever(handle), worker).read("them"))
     assert handle.called("load") == [("them",)]
 
 
