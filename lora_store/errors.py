@@ -170,8 +170,8 @@ class StoreFull(StoreUnavailable):
 
     def __str__(self) -> str:
         return (
-            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever gc`,"
-            " or enlarge the disk"
+            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever"
+            " pool gc`, or enlarge the disk"
         )
 
 

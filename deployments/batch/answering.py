@@ -16,12 +16,13 @@ from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.device.cpu_count import with_threads
 from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.offline import generate_all
-from gpu_worker.errors import EngineStopped
+from gpu_worker.errors import EngineStopped, WorkerConfigInvalid
 from gpu_worker.request.request import Completion, Job
 from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
@@ -34,7 +35,10 @@ class OfflineEngine:
     """One engine on one device that reads weights from the store. Rows have no deadline."""
 
     def __init__(self, config: AppConfig, max_waiting: int) -> None:
-        worker = replace(with_threads(config.worker_config()), max_waiting=max_waiting, max_wait_s=math.inf)
+        given = config.worker_config()
+        if not isinstance(given, NativeWorkerConfig):
+            raise WorkerConfigInvalid("worker.engine must be 'native', got 'vllm': only the native engine runs offline")
+        worker = replace(with_threads(given), max_waiting=max_waiting, max_wait_s=math.inf)
         self._executor = load_executor(worker.load_threads)
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
         self._fetcher = WeightsFetcher(StoredWeights(store_of(config)), self._executor, cache=cache)

@@ -56,6 +56,11 @@ def _name_engine(worker: object) -> object:
     return worker.get("engine", "native") if isinstance(worker, Mapping) else getattr(worker, "engine", "native")
 
 
+def _default(name: str) -> ServeOptions:
+    """Return the default of a group, without Serve, which takes seconds to import."""
+    return ServeOptions.model_construct(with_defaults({}, _SERVE_DEFAULTS[name]))
+
+
 class AppConfig(Settings):
     """All settings of the application. Unknown names and invalid values stop the start."""
 
@@ -151,16 +156,16 @@ class AppConfig(Settings):
         Annotated[NativeSettings, Tag("native")] | Annotated[VllmSettings, Tag("vllm")], Discriminator(_name_engine)
     ] = NativeSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
-    ingress_scaling: ServeOptions = ServeOptions(with_defaults({}, _SERVE_DEFAULTS["ingress_scaling"]))
+    ingress_scaling: ServeOptions = _default("ingress_scaling")
     """Serve's options of the Ingress deployment, which answers HTTP. Set `autoscaling_config` for more replicas behind
     a load balancer."""
-    retriever_scaling: ServeOptions = ServeOptions(with_defaults({}, _SERVE_DEFAULTS["retriever_scaling"]))
+    retriever_scaling: ServeOptions = _default("retriever_scaling")
     """Serve's options of the Retriever deployment, which embeds prompts and searches. Raise `num_cpus` of its
     `ray_actor_options`, or its replicas, when routing takes long."""
-    store_scaling: ServeOptions = ServeOptions(with_defaults({}, _SERVE_DEFAULTS["store_scaling"]))
+    store_scaling: ServeOptions = _default("store_scaling")
     """Serve's options of the Store deployment, which checks and keeps adapters. Two replicas survive the loss of
     one."""
-    worker_scaling: ServeOptions = ServeOptions(with_defaults({}, _SERVE_DEFAULTS["worker_scaling"]))
+    worker_scaling: ServeOptions = _default("worker_scaling")
     """Serve's options of the Worker deployment, which computes. Set `autoscaling_config` for the range of workers and
     `ray_actor_options` for their CPUs and GPUs; only workers may scale to zero."""
 
@@ -414,12 +419,13 @@ class AppConfig(Settings):
 
 
 def _complete_options(settings: JsonObject) -> JsonObject:
-    """Return the groups of Serve's options with their defaults. `device: cuda` implies the GPUs of a worker."""
-    given = {name: settings.get(name, {}) for name in _SERVE_DEFAULTS}
-    found = {
-        name: with_defaults(group, _SERVE_DEFAULTS[name]) for name, group in given.items() if isinstance(group, dict)
-    }
-    worker, actor = settings.get("worker"), found.get("worker_scaling", {}).get("ray_actor_options")
-    if isinstance(worker, Mapping) and worker.get("device") == "cuda" and isinstance(actor, dict):
+    """Return the given groups of Serve's options with their defaults. `device: cuda` implies the GPUs of a worker."""
+    given = {name: settings[name] for name in _SERVE_DEFAULTS if isinstance(settings.get(name), dict)}
+    worker, workers = settings.get("worker"), settings.get("worker_scaling", {})
+    uses_gpus = isinstance(worker, Mapping) and worker.get("device") == "cuda" and isinstance(workers, dict)
+    if uses_gpus:
+        given["worker_scaling"] = workers
+    found = {name: with_defaults(group, _SERVE_DEFAULTS[name]) for name, group in given.items()}
+    if uses_gpus and isinstance(actor := found["worker_scaling"]["ray_actor_options"], dict):
         actor.setdefault("num_gpus", worker.get("tensor_parallel_size", 1))
     return found

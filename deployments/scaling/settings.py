@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError, model_validator
@@ -93,7 +94,7 @@ def with_defaults(given: JsonMapping, defaults: JsonMapping) -> JsonObject:
     """
     given = {name: value for name, value in given.items() if value is not None}
     replaced = "num_replicas" if AUTOSCALING in given else AUTOSCALING
-    options = {name: value for name, value in defaults.items() if name != replaced} | given
+    options = deepcopy({name: value for name, value in defaults.items() if name != replaced}) | given
     for name in (AUTOSCALING, ACTOR):
         if isinstance(inner := given.get(name), Mapping):
             options[name] = dict(defaults.get(name, {})) | dict(inner)

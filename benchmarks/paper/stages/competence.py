@@ -1,4 +1,4 @@
-"""Measure `loraretriever evaluate`: `python -m benchmarks.paper.stages.competence`.
+"""Measure `loraretriever pool evaluate`: `python -m benchmarks.paper.stages.competence`.
 
 Two pools of the study's adapters: one with a copy of some adapters that was trained on exchanged answers, and one with
 an adapter without samples for each of these tasks, whose original is withdrawn after the measurement.
@@ -143,7 +143,7 @@ class Competence:
         return pa.Table.from_pylist(rows)
 
     def measured(self, name: str, copies: Sequence[str], bare: Sequence[str] = ()) -> Measured:
-        """Publish a new pool, evaluate it as `loraretriever evaluate` does, and store the rankings."""
+        """Publish a new pool, evaluate it as `loraretriever pool evaluate` does, and store the rankings."""
         shutil.rmtree(self.workspace.store_uri(f"{name}-{self._encoder.identity}"), ignore_errors=True)
         retriever = self._over(name, copies)
         store = open_store(self.workspace.store_uri(f"{name}-{self._encoder.identity}"))
@@ -228,7 +228,7 @@ def section(rows: pd.DataFrame, twins: pd.DataFrame) -> str:
     parts = [
         "## Competence\n",
         f"`flipped`: the pool with a copy of {len(tasks)} adapters, published later, that was trained on exchanged",
-        "answers. `measured`: the same pool after `loraretriever evaluate`. The packaged encoder, with projection.",
+        "answers. `measured`: the same pool, evaluated. The packaged encoder, with projection.",
         "`copy`: that copy alone; `own flipped 0.25`: its mixture with the original, a quarter of the weight on it.\n",
         table(["run", "all tasks, percent", *tasks], lines),
         differences(answers, pairs),

@@ -18,6 +18,11 @@ def test_a_number_of_replicas_is_the_default_and_a_range_replaces_it() -> None:
     assert options["autoscaling_config"] == DEFAULTS["autoscaling_config"] | {"max_replicas": 3}
 
 
+def test_defaults_are_not_shared_with_the_options_that_are_made_of_them() -> None:
+    with_defaults({}, DEFAULTS)["ray_actor_options"]["num_gpus"] = 1
+    assert "num_gpus" not in with_defaults({}, DEFAULTS)["ray_actor_options"]
+
+
 def test_options_that_are_null_have_their_defaults() -> None:
     assert with_defaults({"autoscaling_config": None, "num_replicas": 2}, DEFAULTS)["num_replicas"] == 2
 

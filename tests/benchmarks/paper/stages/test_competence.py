@@ -1,4 +1,4 @@
-"""The measurement of `loraretriever evaluate`, on the tiny study with the packaged encoder."""
+"""The measurement of `loraretriever pool evaluate`, on the tiny study with the packaged encoder."""
 
 from __future__ import annotations
 
