@@ -12,32 +12,6 @@ from typing import Protocol
 
 from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
-from lora_store.plan import STRATEGIES
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """The features of one engine on its device. Callers refuse what is missing here before they submit a job."""
-
-    engine: str
-    strategies: frozenset[str] = frozenset(STRATEGIES)
-    logprobs: bool = True
-    structured_output: bool = False  # answers that follow a grammar
-    prefix_cache: bool = False  # prompts with the same plan share computed blocks
-    quantized_base: bool = False
-    tensor_parallel: bool = False
-    own_process: bool = False  # the engine computes in child processes, which can die alone
-
-
-@dataclass(frozen=True, slots=True)
-class EngineMemory:
-    """The memory that an engine planned at its start."""
-
-    device: str
-    kv_tokens: int  # of all rows together
-    bank_rank_rows: int
-    bank_bytes: int
-    summary: str  # one line for the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +30,6 @@ class InferenceEngine(Protocol):
     weights change: it keeps its adapters until it ends. All methods belong to the event loop in which the engine was
     started. After the engine has ended they raise EngineStopped.
     """
-
-    @property
-    def capabilities(self) -> Capabilities: ...
-
-    @property
-    def memory(self) -> EngineMemory: ...
 
     @property
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -109,10 +77,6 @@ class InferenceEngine(Protocol):
 
         Raises: PromptInvalid for an id outside the vocabulary, EngineFull.
         """
-        ...
-
-    async def load(self, weights_digests: Collection[str]) -> None:
-        """Load these weights into host memory. Return when all loads have ended, also failed ones."""
         ...
 
     async def forget(self, weights_digests: Collection[str]) -> bool:

@@ -15,7 +15,7 @@ from gpu_worker.engine.offline import generate_all
 from gpu_worker.engine.probe import Prober
 from gpu_worker.engine.tokenizing import Tokenizing
 from gpu_worker.engine.warm_up import warm_up
-from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
+from gpu_worker.inference_engine import EngineHealth, InferenceEngine
 from gpu_worker.native.kernel_loading import num_missing_kernels
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
 
@@ -58,17 +58,6 @@ class NativeEngine(InferenceEngine):
         return cls(thread, niceness=niceness)
 
     @property
-    def capabilities(self) -> Capabilities:
-        prefix_cache = self._engine.config.prefix_cache
-        return Capabilities(engine="native", structured_output=True, prefix_cache=prefix_cache)
-
-    @property
-    def memory(self) -> EngineMemory:
-        plan = self._engine.memory
-        num_rows = self._engine.bank.num_rows
-        return EngineMemory(plan.device, plan.kv.num_tokens, num_rows, plan.bank_bytes, str(plan))
-
-    @property
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
         return self._engine.bank.shapes
 
@@ -97,9 +86,6 @@ class NativeEngine(InferenceEngine):
 
     async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
         return await self._tokenizing.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
-
-    async def load(self, weights_digests: Collection[str]) -> None:
-        await self.thread.preload(weights_digests)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         return await self.thread.forget(weights_digests)

@@ -1,11 +1,13 @@
 """The import rule, checked over the syntax trees: lora_store <- retriever_svc, gpu_worker <- deployments.
 
 Inside `deployments`, `gpu_worker` and `benchmarks.paper` rooms import rooms of lower floors only, so there is no ring.
+No two modules of a package import each other, directly or through others, wherever they are.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,6 +126,23 @@ def test_rooms_import_downwards_only(package: str) -> None:
             is_below = imported == room or floor_of[imported] < floor_of[room]
             assert is_below, f"{path.relative_to(ROOT)}:{line} imports {imported}, which is not below {room}"
     assert len(seen) > len(rooms)
+
+
+@pytest.mark.parametrize("package", [*sorted(PACKAGES), "benchmarks"])
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    """Imports that only a type checker reads count too."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / package).rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found = {module for _, module in imported_modules(path)} & modules.keys()
+        # `from a import b` needs the folder `a` itself only if `b` is no module of it.
+        graph[name] = {each for each in found if not any(other.startswith(f"{each}.") for other in found)}
+    assert sum(map(len, graph.values())) > len(modules) > 20
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("each of these modules is imported by the next: " + " -> ".join(error.args[1]))
 
 
 def test_benchmarks_import_neither_examples_nor_a_command_of_another_package() -> None:

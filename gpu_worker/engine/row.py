@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -30,11 +30,15 @@ from gpu_worker.text.token_bytes import TokenBytes
 from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import Plan
 
-if TYPE_CHECKING:
-    from gpu_worker.engine.prompt_lookup import PromptLookup
-
 Sink = Callable[[Delta | Exception], None]
 """Receives a request's deltas, the last with a finish reason, or an exception. Runs on the engine's thread."""
+
+
+class Lookup(Protocol):
+    """Guesses the next tokens of one row from its own earlier tokens."""
+
+    def guess(self, tokens: Sequence[int], room: int) -> list[int]: ...
+    def judge(self, num_guessed: int, num_right: int) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +74,7 @@ class Row:
     skips_prefix_cache: bool = False  # it needs logits of its whole prompt, so nothing of it may be skipped
     prefix: Prefix | None = None  # its keys in the prefix cache; None: it does not use the cache
     guess: list[int] = field(default_factory=list)  # tokens that the next step computes behind `tokens`
-    lookup: PromptLookup | None = None  # makes the guesses
+    lookup: Lookup | None = None  # makes the guesses
     has_started: bool = False
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at its first start
     num_passes: int = 0  # times that other rows entered the bank before it

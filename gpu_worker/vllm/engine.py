@@ -40,7 +40,7 @@ from gpu_worker.engine.probe import Prober
 from gpu_worker.engine.row import Row, Sink
 from gpu_worker.engine.tokenizing import Tokenizing
 from gpu_worker.errors import EngineStopped
-from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
+from gpu_worker.inference_engine import EngineHealth, InferenceEngine
 from gpu_worker.lora.lora_kernel import load_lora_kernel
 from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
@@ -148,25 +148,6 @@ class VllmEngine(InferenceEngine):
         )
 
     @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            engine="vllm",
-            structured_output=True,
-            prefix_cache=self._config.prefix_cache,
-            quantized_base=True,
-            tensor_parallel=True,
-            own_process=True,
-        )
-
-    @property
-    def memory(self) -> EngineMemory:
-        num_rows = self._config.num_rank_rows
-        values = sum(num_out + num_in for num_out, num_in in self._model.shapes.values())
-        num_bytes = num_rows * values * self._model.dtype.itemsize
-        text = f"bank {num_bytes >> 20:,} MiB + KV of {self._kv_tokens} tokens; vLLM plans the rest"
-        return EngineMemory(self._config.device, self._kv_tokens, num_rows, num_bytes, text)
-
-    @property
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
         return self._model.shapes
 
@@ -207,9 +188,6 @@ class VllmEngine(InferenceEngine):
 
     async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
         return await self._tokenizing.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
-
-    async def load(self, weights_digests: Collection[str]) -> None:
-        await asyncio.gather(*self._rows.load(weights_digests), return_exceptions=True)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         is_gone = self._rows.forget(weights_digests)
@@ -256,7 +234,7 @@ class VllmEngine(InferenceEngine):
         self._rows.cancel(rows)
 
     async def preload(self, digests: Collection[str]) -> None:
-        await self.load(digests)
+        await asyncio.gather(*self._rows.load(digests), return_exceptions=True)
 
     async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
         """Return the log probabilities of some ids after each job's prompt, or its error."""
