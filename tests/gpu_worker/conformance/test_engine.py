@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.errors import BaseModelUnsupported, EngineStopped
-from gpu_worker.request.request import SamplingParams
+from gpu_worker.front.request.request import SamplingParams
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 
 ENDLESS = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, PlanTooLarge
-from gpu_worker.request.request import Completion, SamplingParams
+from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Strategy
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, collect, job, tokens_of
