@@ -11,9 +11,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gpu_worker.errors import GrammarInvalid
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.request import Completion, Job, SamplingParams
-from gpu_worker.text.token_bytes import TokenBytes
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.request import Completion, Job, SamplingParams
+from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job
