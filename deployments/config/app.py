@@ -30,8 +30,8 @@ from gpu_worker.config import (
     VllmWorkerConfig,
     configure_worker,
 )
-from gpu_worker.request.model_files import read_chat_template
-from gpu_worker.request.request import EXPECTED_NEW_TOKENS
+from gpu_worker.front.request.model_files import read_chat_template
+from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Visibility, is_valid_name
 from lora_store.location import DEFAULT_CACHE_DIR, Location
 

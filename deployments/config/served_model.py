@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpu_worker.config import PACKAGED_ALIASES, PACKAGED_MODEL
-from gpu_worker.request.model_files import (
+from gpu_worker.front.request.model_files import (
     chat_templates_of_files,
     read_chat_template,
     sampling_defaults_of_files,

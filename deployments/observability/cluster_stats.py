@@ -18,7 +18,7 @@ from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel
 from deployments.json_types import JsonObject
 from gpu_worker.config import EngineSettings
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.front.engine_status import EngineStatus
 from retriever_svc import PoolSize
 
 KEPT_S = 0.5

@@ -7,7 +7,7 @@ from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
 from deployments.config.parts import AdmissionSettings
 from docs.generate.markdown import code, table
 from docs.generate.settings import find_meanings
-from gpu_worker.request import request
+from gpu_worker.front.request import request
 from lora_store.bounded_files import Limits
 
 
