@@ -31,6 +31,8 @@ def find_schema() -> Mapping[str, Any]:
         properties = schema["$defs"][engine.__name__]["properties"]
         for name, text in find_meanings(engine).items():
             properties[name]["description"] = text
+    worker = schema["properties"]["worker"]
+    worker["anyOf"] = worker.pop("oneOf")  # a group that names no engine is one of both
     for part in (schema, *schema["$defs"].values()):
         for field in part.get("properties", {}).values():
             if "description" in field:
@@ -52,7 +54,7 @@ def find_meanings(model: type) -> dict[str, str]:
 def settings() -> str:
     """Return a table for the top level and one for each group of settings."""
     schema = find_schema()
-    groups = {name: _find_group(field, schema) for name, field in schema["properties"].items()}
+    groups = {name: _find_group(name, schema) for name in schema["properties"]}
     single = [name for name, group in groups.items() if group is None]
     parts = ["### Top level\n\n" + _table(schema, single)]
     for name, group in groups.items():
@@ -107,9 +109,10 @@ def _table(part: Mapping[str, Any], names: Iterable[str], rows: Iterable[tuple[s
     return table(_HEAD, [*rows, *own])
 
 
-def _find_group(field: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _find_group(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the schema of a group's settings; None for a single setting, as Serve's options are."""
-    if "oneOf" in field:  # an engine's settings
+    field = schema["properties"][name]
+    if name == "worker":  # the settings of one of the engines
         return field
     reference = _reference(field)
     part = None if reference is None else schema["$defs"][reference]

@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
@@ -48,22 +49,30 @@ def test_every_error_code_has_a_cause_and_a_remedy() -> None:
     assert load("errors").keys() == codes.keys()
 
 
-@pytest.mark.parametrize(
-    ("model", "kind"),
-    [
-        (ChatCompletionRequest, "chat"),
-        (CompletionRequest, "completion"),
-        (ResponsesRequest, "responses"),
-        (RouteQuery, "route"),
-        (LoraOptions, "lora"),
-    ],
-)
-def test_every_request_field_has_a_text(model: type[LoraOptions], kind: str) -> None:
-    assert request_fields.texts_of(kind).keys() == model.model_fields.keys()
+@pytest.mark.parametrize("model", [ChatCompletionRequest, CompletionRequest, ResponsesRequest, RouteQuery, LoraOptions])
+def test_every_request_field_has_a_text(model: type[BaseModel]) -> None:
+    assert all(field.description for field in model.model_fields.values())
+    assert len(model.model_fields) > 1
 
 
-def test_ignored_fields_are_fields() -> None:
-    assert request_fields.ignored() <= request_fields.texts_of("chat").keys()
+def test_fields_that_do_nothing_are_ignored_and_those_of_responses_differ_from_chats() -> None:
+    status = {
+        name: kind for name, kind in re.findall(r"^\| `(\w+)` \| (\w+) ", request_fields.chat_fields(), re.MULTILINE)
+    }
+    ignored = {name for name, kind in status.items() if kind == "ignored"}
+    assert ignored == {"metadata", "prompt_cache_key", "safety_identifier", "user"}
+    own = re.findall(r"^\| `(\w+)` ", request_fields.responses_fields(), re.MULTILINE)
+    assert {"input", "max_output_tokens", "user", "stream"} <= set(own) and "temperature" not in own
+
+
+def test_a_text_links_the_page_that_it_names() -> None:
+    assert "see [lora options](lora-options.md)" in request_fields.route_fields()
+    assert all(f"]({target})" in _all_fields() for target in request_fields._LINKS.values())
+
+
+def _all_fields() -> str:
+    parts = (request_fields.chat_fields, request_fields.completion_fields, request_fields.lora_fields)
+    return "".join(part() for part in parts)
 
 
 def test_every_module_that_registers_metrics_is_described() -> None:

@@ -1,4 +1,4 @@
-"""Texts that are not in the code: of error codes and of request fields."""
+"""Texts that are not in the code: of error codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import yaml
 
 
 def load(name: str) -> Mapping[str, Any]:
-    """Return the texts of `errors` or `fields`."""
+    """Return the texts of `errors`."""
     texts: Mapping[str, Any] = yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
     return texts
