@@ -56,7 +56,7 @@ class CommonSettings:
     prompts begin alike."""
     prefix_cache_shares_base: bool = False
     """Let tenants share the blocks of prompts without adapters. Turn it on where tenants trust each other: equal system
-    prompts are computed once, and the time of an answer can show that somebody else sent the same prompt."""
+    prompts are computed once, and the time of an answer can show that another tenant sent the same prompt."""
     max_step_tokens: AtLeastOne = 1024
     """Prompt and decode tokens of one step. Raise it on a GPU to read prompts faster; each step then takes longer."""
     max_waiting: AtLeastOne = 2048
@@ -65,7 +65,7 @@ class CommonSettings:
     max_wait_s: Annotated[float, Gt(0)] = 90.0
     """The longest time in the queue; then the answer is 503. Lower it where clients have an alternative."""
     host_cache_bytes: Annotated[int, Ge(0)] = 1 << 30
-    """Adapter weights kept in host memory, beside those in the bank. Raise it for a pool that is larger than the bank;
+    """Adapter weights kept in host memory, besides those in the bank. Raise it for a pool that is larger than the bank;
     adapters then return to the bank without the Store."""
     step_timeout_s: Annotated[float, Gt(0)] = 120
     """A longer step counts as stuck, and Serve replaces the worker. Raise it for a slow device or a large model whose

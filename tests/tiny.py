@@ -92,7 +92,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(folder: Path, **changes: Any) -> Any:
-    """Return the configuration of a small float32 worker over a tiny model, of the native engine unless told."""
+    """Return the configuration of a small float32 worker over a tiny model, of the native engine by default."""
     settings: dict[str, Any] = {
         "engine": "native",
         "base_model": str(folder),

@@ -29,7 +29,7 @@ class ProxyLimits:
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
         """Return the limits. With Ray's tracing at a sampling ratio of 0, callers decide what is traced.
 
-        Raises: ValueError if the ratio is no number.
+        Raises: ValueError if the ratio is not a number.
         """
         ratio = environment.get(SAMPLING_VARIABLE, "")
         traces_callers = bool(environment.get(TRACING_VARIABLE)) and ratio != "" and float(ratio) == 0

@@ -110,7 +110,7 @@ class Commands(TyperGroup):
 
 
 def _show_plain_type(param: Any) -> None:
-    """Let help say TEXT or PATH for the type of a value, and nothing beside the name of an argument."""
+    """Let help say TEXT or PATH for the type of a value, and nothing next to the name of an argument."""
     if param.param_type_name == "argument":
         param.display_type_rich = lambda ctx: None
     elif param.is_flag:

@@ -80,7 +80,7 @@ class Server:
         """
         if ":" not in host and (config.allowed_hosts or not config.has_keys):  # where the Host header is checked
             config = config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
-        self._config, self._host = config, host
+        self.settings, self._host = config, host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
@@ -112,14 +112,14 @@ class Server:
         report("opening the pool")
         keep_files_private(Path.home())
         self._open_pool()
-        if self._config.base_model == PACKAGED_MODEL:
+        if self.settings.base_model == PACKAGED_MODEL:
             report("checking the base model (the first start converts it, which takes about a minute)")
-            packaged_folder(self._config.cache_dir)
+            packaged_folder(self.settings.cache_dir)
         report("starting Ray and the deployments")
 
     def _open_pool(self) -> None:
         """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
-        config = self._config
+        config = self.settings
         try:
             store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
             store.check_writes(os.environ)
@@ -141,7 +141,7 @@ class Server:
         keep_files_private(Path.home())
         sessions = sessions_folder(os.environ, os.geteuid())
         make_private(sessions.parent, os.geteuid())
-        if not self._config.allow_unauthenticated_ray:
+        if not self.settings.allow_unauthenticated_ray:
             use_token_mode()
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ.setdefault(_NICENESS_VARIABLE, "0")
@@ -164,7 +164,7 @@ class Server:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
         serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
         report("loading the base model")
-        app = application(self._config, None if self._uses_proxy else (self._host, self._port))
+        app = application(self.settings, None if self._uses_proxy else (self._host, self._port))
         try:
             serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as exc:

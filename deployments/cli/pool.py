@@ -117,7 +117,7 @@ def withdraw(
 ) -> None:
     """Remove adapters with all their versions from the pool. There is no way back.
 
-    Several adapters are asked about first, where somebody can answer.
+    A terminal asks before several are removed.
     """
     if len(names) > 1 and not yes and sys.stdin.isatty():
         typer.confirm(f"Withdraw {len(names)} adapters with all their versions?", abort=True)

@@ -42,14 +42,14 @@ def run_server(
                 return _fail(f"preload: {folder_problem(path)}")
         load_keys(settings.api_key, settings.keys_file)  # an unusable keys file stops the start here
         server = Server(settings, host=host, port=port, metrics_port=metrics_port, is_verbose=is_verbose)
-        _serve(server, settings, host)
+        _serve(server, host)
     except (ServerFailed, ProxyUnsafe, LoraStoreError, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
 
 
-def _serve(server: Server, settings: AppConfig, host: str) -> None:
-    started = time.monotonic()
+def _serve(server: Server, host: str) -> None:
+    started, settings = time.monotonic(), server.settings
     with server:
         with out.status("starting") as status:
             report: Callable[[str], None] = status.update if out.is_terminal else _print_phase

@@ -18,7 +18,7 @@ class Settings(BaseModel):
 
 
 class AdmissionSettings(Settings):
-    """What a published adapter may have."""
+    """Limits on a published adapter."""
 
     max_rank: int = Field(default=Limits().max_rank, ge=1)
     """The highest rank of a module. Raise it for adapters of a higher rank, together with `worker.bank_rank_rows`,

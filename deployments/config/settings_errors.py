@@ -52,7 +52,7 @@ def _is_engine(place: tuple[str | int, ...], number: int) -> bool:
 
 
 def _find_known(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
-    """Return the names of the settings that are allowed beside the last part of `place`."""
+    """Return the names of the settings that are allowed next to the last part of `place`."""
     if len(place) > 1 and _is_engine(place, 1):
         return [field.name for field in fields(_ENGINES[str(place[1])])]
     return field_names(model, place)

@@ -103,7 +103,7 @@ def _fields(model: type[BaseModel], *, unlike: type[BaseModel] | None = None) ->
 
 
 def _with_links(text: str) -> str:
-    """Link the pages that a text refers to. In the API's own schema it stands without links."""
+    """Link the pages that a text refers to. The API's own schema has no links."""
     for phrase, target in _LINKS.items():
         name = phrase.removeprefix("see ")
         text = text.replace(phrase, phrase.replace(name, f"[{name}]({target})"))

@@ -153,6 +153,6 @@ def test_several_folders_are_checked_together(folder: Path, tmp_path: Path, conf
         (("--dry-run", "--config", "x.yaml"), "only a server can read s3://bucket/poet"),
     ],
 )
-def test_what_cannot_be_checked_alone_is_a_usage_error(options: tuple[str, ...], said: str) -> None:
+def test_options_that_need_a_dry_run_or_a_server_are_usage_errors(options: tuple[str, ...], said: str) -> None:
     result = run("publish", "s3://bucket/poet", *options)
     assert result.exit_code == 2 and said in words(result.stderr)
