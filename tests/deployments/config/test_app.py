@@ -12,14 +12,12 @@ from deployments.config.app import OTHER_FILES_BYTES, AppConfig
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import WorkerScaling
 from gpu_worker.config import (
-    PACKAGED_ALIASES,
     NativeSettings,
     NativeWorkerConfig,
     VllmSettings,
     VllmWorkerConfig,
 )
 from gpu_worker.errors import WorkerConfigInvalid
-from lora_store.peft_files import template_digest
 
 
 @pytest.mark.parametrize(
@@ -73,27 +71,6 @@ def test_the_base_is_served_under_its_last_path_part_or_its_given_name(base_mode
     config = AppConfig(base_model=base_model, base_model_name=name, accepts_base=("other",))
     assert config.served_model.name == served
     assert {base_model, served, "other"} <= config.served_model.accepted_names
-
-
-def test_a_hub_id_is_no_folder() -> None:
-    assert AppConfig(base_model="google/gemma-3-1b").served_model.accepted_names == {"google/gemma-3-1b", "gemma-3-1b"}
-
-
-def test_the_path_of_the_served_folder_and_its_last_part_are_accepted(tmp_path: Path) -> None:
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "link").symlink_to("tiny")
-    config = AppConfig(base_model=f"{tmp_path}/link/", base_model_name="mine")
-    paths = {str(tmp_path / "link"), f"{tmp_path}/link/", str(tmp_path.resolve() / "tiny")}
-    assert config.served_model.accepted_names == paths | {"link", "mine"}
-
-
-def test_the_folder_of_the_packaged_model_is_accepted(tmp_path: Path) -> None:
-    assert str(tmp_path / "gemma-3-270m") in AppConfig(cache_dir=tmp_path).served_model.accepted_names
-
-
-def test_names_of_the_packaged_model_on_the_hub_are_accepted_with_that_model_only() -> None:
-    assert AppConfig().served_model.accepted_names > {"gemma-3-270m", *PACKAGED_ALIASES}
-    assert AppConfig(base_model="google/gemma-3-1b").served_model.accepted_names.isdisjoint(PACKAGED_ALIASES)
 
 
 def test_a_base_model_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,19 +338,6 @@ def test_an_operators_chat_template_reaches_the_workers(tmp_path: Path) -> None:
     assert config.worker_config().chat_template == "{{ messages }}"
     assert (config.template, config.served_model.template_in_use) == ("auto", "chat")
     assert AppConfig().worker_config().chat_template is None
-
-
-def test_templates_of_the_operator_and_of_the_base_model_are_known(tmp_path: Path) -> None:
-    own, given = "{{ messages[0] }}", tmp_path / "own.jinja"
-    (tmp_path / "chat_template.jinja").write_text(own)
-    given.write_text("{{ messages }}")
-    config = AppConfig(base_model=str(tmp_path), chat_template=given)
-    assert config.served_model.known_templates == {
-        template_digest(own): "chat",
-        template_digest("{{ messages }}"): "chat",
-    }
-    assert AppConfig().served_model.known_templates == {}
-    assert AppConfig(base_model="nobody/not-on-this-machine", chat_template=given).served_model.known_templates is None
 
 
 @pytest.mark.parametrize("source", [None, "{% for %}"])
