@@ -159,7 +159,7 @@ def test_missing_and_forbidden_sources_are_reported(stores: Stores) -> None:
 
 def test_a_large_upload_is_refused(tmp_path: Path) -> None:
     stores = Stores(tmp_path, admission={"max_weights_bytes": 1000})
-    more = {"optimizer.pt": b"x" * OTHER_FILES_BYTES}
+    more = {"adapter_model.safetensors": b"x" * (1001 + OTHER_FILES_BYTES)}
     with pytest.raises(AdapterRefused, match=f"at most {1000 + OTHER_FILES_BYTES}"):
         run(stores.stage(PublishItem(files=files_of(stores.adapter()) | more, name="poet")))
 

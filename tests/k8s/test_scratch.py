@@ -69,7 +69,7 @@ MISTAKES = [
     Mistake("home in the image", lambda m: container(m)["env"].pop(0), "gpu: HOME is not in a folder"),
     Mistake(
         "less room than uploads take",
-        lambda m: m.change_args(max_upload_total_bytes=3 << 30),
+        lambda m: m.change_args(max_upload_total_bytes=4 << 30),
         "cpu: /tmp must be larger than twice max_upload_total_bytes",
     ),
 ]

@@ -20,11 +20,6 @@ MISTAKES = [
     Mistake("GPU that computes nothing", lambda m: m.change_args(worker={"device": "cpu"}), "worker.device is cpu"),
     Mistake("another Ray", lambda m: m.cluster.update(rayVersion="2.59.0"), "2.59.0"),
     Mistake("proxy of unbounded headers", lambda m: m.head.container["env"].clear(), "bounds no headers"),
-    Mistake(
-        "clients behind one address",
-        lambda m: container(m, "cpu")["env"].pop(),
-        "cpu: its HTTP proxy bounds the connections",
-    ),
     Mistake("unknown setting", lambda m: m.change_args(base_modell="x"), "base_modell"),
     Mistake("unknown setting of a deployment", lambda m: m.change_args(store_scaling={"replicas": 2}), "replicas"),
     Mistake("setting of the wrong type", lambda m: m.change_args(publish_paths="perhaps"), "publish_paths"),
