@@ -1,4 +1,4 @@
-"""The trained baselines compute the server's compositions, and their training works."""
+"""LoRAHub's layers compute the server's fusion, and its search finds weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.paper.training.experts import ExpertModel, Sum
-from benchmarks.paper.training.routers import Router, RouterKind, search_weights, train_router
-from benchmarks.training.bigbench_tasks import Item
+from benchmarks.paper.training.lorahub import FusedModel, search_weights
 from benchmarks.training.lora_training import (
-    AnswerLoss,
     Example,
     FrozenLinear,
     Padded,
-    Recipe,
     freeze_linears,
-    tokenize,
 )
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.base_model import BaseModel
@@ -51,22 +46,20 @@ def frozen(tiny_folders: Mapping[str, Path]) -> torch.nn.Module:
     return model
 
 
-@pytest.fixture
-def examples(tiny_folders: Mapping[str, Path]) -> list[Example]:
-    items = [Item(f"say {n}", (f"{n}",)) for n in range(16)]
-    return tokenize(items, AutoTokenizer.from_pretrained(tiny_folders["gemma3"]))
-
-
-@pytest.mark.parametrize("how", ["mixture", "fusion"])
-def test_the_sums_equal_the_servers(
-    how: Sum, frozen: torch.nn.Module, adapters: list[AdapterWeights], tiny_folders: Mapping[str, Path]
+def test_the_sums_equal_the_servers_fusion(
+    frozen: torch.nn.Module, adapters: list[AdapterWeights], tiny_folders: Mapping[str, Path]
 ) -> None:
     text = alpaca_prompt("count to three")
     ids = AutoTokenizer.from_pretrained(tiny_folders["gemma3"])([text], return_tensors="pt")["input_ids"]
-    model = ExpertModel(frozen, adapters, how)
-    model.gates.weights = torch.tensor([WEIGHTS])
-    found = frozen(input_ids=ids).logits[0, -1]
-    plan = plan_of(how, *zip(adapters, WEIGHTS, strict=True))
+    seen: list[torch.Tensor] = []
+
+    def take_states(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(states)
+        return states.sum()
+
+    FusedModel(frozen, adapters).loss(Padded().batch([Example(ids[0], ids[0])]), torch.tensor(WEIGHTS), take_states)
+    found = frozen.lm_head(seen[0])[0, -1]
+    plan = plan_of("fusion", *zip(adapters, WEIGHTS, strict=True))
     assert_equal_logits(found.detach(), served_logits(tiny_folders["gemma3"], adapters, plan, text))
 
 
@@ -81,48 +74,6 @@ def served_logits(folder: Path, adapters: list[AdapterWeights], plan: Plan, text
         engine.run_until_idle()
     assert isinstance(found[-1], Delta) and found[-1].first_logits is not None
     return found[-1].first_logits
-
-
-@pytest.mark.parametrize(("num_chosen", "count"), [(1, 1), (3, 3), (None, 5)])
-def test_a_router_gives_weight_to_as_many_experts_as_it_chooses(num_chosen: int | None, count: int) -> None:
-    router = Router(4, 5, RouterKind(num_chosen))
-    torch.nn.init.normal_(router.gate.weight)
-    weights = router(torch.randn(7, 4), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(7))
-    assert ((weights.abs() > 1e-6).sum(dim=-1) == count).all()
-
-
-def test_the_gradient_does_not_depend_on_the_number_of_chosen_experts() -> None:
-    """The gradient is that of all experts' weights, since a single chosen expert with weight 1 has none."""
-    torch.manual_seed(0)
-    weight, vectors, worth = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7, 5)
-    gradients = []
-    for num_chosen in (1, 3, 5):
-        router = Router(4, 5, RouterKind(num_chosen))
-        router.gate.weight.data = weight.clone()
-        (router(vectors, torch.Generator().manual_seed(0)) * worth).sum().backward()
-        gradients.append(router.gate.weight.grad)
-    for gradient in gradients[:2]:
-        torch.testing.assert_close(gradient, gradients[2])
-
-
-def test_a_router_learns_which_expert_helps(
-    frozen: torch.nn.Module, adapters: list[AdapterWeights], examples: list[Example]
-) -> None:
-    """Of two copies of one adapter, one is inverted; prompts of both kinds have distant vectors."""
-    recipe = Recipe(vocabulary_len=300)
-    loss_of = AnswerLoss(frozen.model.embed_tokens.weight, examples, recipe)
-    model = ExpertModel(frozen, adapters, "mixture")
-    losses = []
-    for expert in range(3):
-        alone = torch.zeros(16, 3)
-        alone[:, expert] = 1
-        losses.append(model.loss(Padded().batch(examples), alone, loss_of).item())
-    kind = RouterKind(learning_rate=0.3, num_steps=40)
-    router = train_router(model, examples, torch.ones(16, 1), loss_of, 3, kind, lambda _: None)
-    learnt = model.loss(Padded().batch(examples), router(torch.ones(16, 1)), loss_of).item()
-    uniform = model.loss(Padded().batch(examples), torch.full((16, 3), 1 / 3), loss_of).item()
-    assert learnt < uniform - 0.01 and learnt < min(losses) + 0.1
 
 
 def test_weights_are_found_without_gradients_and_stay_bounded() -> None:
