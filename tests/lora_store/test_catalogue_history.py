@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from lora_store import Publish
+from lora_store.catalogue import History
 from lora_store.events import Fold, fold_table_of, table_of
-from lora_store.history import History
 from tests.lora_store.builders import MakeRecord
 
 

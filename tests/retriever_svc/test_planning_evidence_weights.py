@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_svc.evidence_weights import MIN_LEAD, limited_weights
+from retriever_svc.planning import MIN_LEAD, limited_weights
 
 Case = tuple[list[float], list[bool]]
 WEIGHT = st.floats(1e-6, 1.0)

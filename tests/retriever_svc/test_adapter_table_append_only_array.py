@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from retriever_svc.append_only_array import AppendOnlyArray
+from retriever_svc.adapter_table import AppendOnlyArray
 
 
 def test_views_keep_their_rows_while_the_array_outgrows_its_memory() -> None:

@@ -5,7 +5,7 @@ import re
 import pytest
 from peft.utils.other import get_pattern_key
 
-from lora_store.peft_patterns import PatternTable, pattern_problems
+from lora_store.peft_config import PatternTable, pattern_problems
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from retriever_svc.per_caller_cache import PerCallerCache
+from retriever_svc.pool import PerCallerCache
 
 
 def test_a_value_is_computed_once_per_caller() -> None:

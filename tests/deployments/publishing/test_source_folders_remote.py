@@ -7,7 +7,7 @@ import pytest
 from deployments.cli.client import free_port
 from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable
 from deployments.publishing.adapter_folders import ADAPTER_FILES
-from deployments.publishing.remote_sources import folder_of_source
+from deployments.publishing.source_folders import folder_of_source
 from lora_store import AdapterRefused, Location
 from tests.s3 import S3Endpoint
 

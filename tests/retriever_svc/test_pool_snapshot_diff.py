@@ -6,7 +6,7 @@ import pytest
 
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key
-from retriever_svc.snapshot_diff import diff_records
+from retriever_svc.pool import diff_records
 from tests.retriever_svc.pool_fakes import record_of
 
 Records = dict[Key, AdapterRecord]
