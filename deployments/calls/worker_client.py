@@ -184,7 +184,7 @@ class ServeWorker(WorkerClient):
         return await self._calls.retry(WorkerReplica.detokenize, tenant, prompts, skip_special_tokens)
 
     def stream(self, job: Job) -> DeltaStream:
-        # Over gRPC, which saves work for each token and heartbeat: benchmarks/README.md states how much.
+        # Over gRPC, which saves work for each token and heartbeat: docs/benchmarks/index.md states how much.
         response = self._handle.options(stream=True, _by_reference=False).stream.remote(job)
         return HeartbeatStream(response, self._heartbeat_timeout_s)
 

@@ -39,7 +39,7 @@ from lora_store import LoraStore, LoraStoreError
 APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
-# Serve's work on the engine's cores: benchmarks/README.md states how much each of these saves.
+# Serve's work on the engine's cores: docs/benchmarks/index.md states how much each of these saves.
 _CHEAPER_SERVE = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of the controller; Serve's own is 0.1
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # Serve's own is 100; Ray exports every 10 s
