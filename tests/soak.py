@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from benchmarks.results_file import RESULTS, commit, machine
@@ -79,10 +80,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """At full scale run only the tests that have full counts."""
+    """At full scale run only the tests that have full counts, and those with generated examples, with more of them."""
     if config.getoption("--scale") == "full":
-        config.hook.pytest_deselected(items=[item for item in items if "scale" not in item.fixturenames])
-        items[:] = [item for item in items if "scale" in item.fixturenames]
+        hypothesis.settings.load_profile("full")
+        kept = [item for item in items if "scale" in item.fixturenames or item.get_closest_marker("hypothesis")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture
