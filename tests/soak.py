@@ -12,6 +12,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from hypothesis import is_hypothesis_test
 
 from benchmarks.results_file import RESULTS, commit, machine
 
@@ -83,7 +84,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """At full scale run only the tests that have full counts, and those with generated examples, with more of them."""
     if config.getoption("--scale") == "full":
         hypothesis.settings.load_profile("full")
-        kept = [item for item in items if "scale" in item.fixturenames or item.get_closest_marker("hypothesis")]
+        kept = [
+            item for item in items if "scale" in item.fixturenames or is_hypothesis_test(getattr(item, "obj", None))
+        ]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
