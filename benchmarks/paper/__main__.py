@@ -58,6 +58,11 @@ QUICK = (
 Run = Callable[[Step], None]
 
 
+@cli.callback()
+def name_commands() -> None:
+    """Keep the name of the only command on the command line."""
+
+
 @cli.command("all")
 def run_all(
     only: Annotated[list[str] | None, typer.Option(help="this stage only; may be given again")] = None,

@@ -22,6 +22,12 @@ from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
 
+OF_STORE = {
+    "refused": ("bad", "bad-1", "bad-2"),
+    "missing": ("gone",),
+    "without_samples": ("bare",),
+    "taken": ("taken",),
+}
 SHIFTS: dict[str, float | Exception] = {"mute": 0.0, "wrong": AdapterUnfit("it is for another base"), "bare": 0.25}
 POET = ("local", "poet")
 
@@ -41,7 +47,7 @@ class Publishing:
         dying: dict[str, int] | None = None,
         store_wait_s: float = WAIT_S,
     ) -> None:
-        self.pool = FakeStore(pool_of(*live), dict(failing or {}), dict(dying or {}))
+        self.pool = FakeStore(pool_of(*live), dict(failing or {}), dict(dying or {}), **OF_STORE)
         self.store = FakeHandle(self.pool)
         self.retriever = retriever or FakeHandle(FakeRetriever())
         self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))

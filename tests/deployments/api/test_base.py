@@ -106,3 +106,8 @@ def test_a_path_is_one_adapter_and_null_is_the_base_model() -> None:
     assert (one.strategy, [choice.name for choice in one.adapters or []]) == ("selection", ["acme/poet"])
     base = options_of_path(None, LoraOptions())
     assert base.plan is not None and (base.plan.strategy, base.plan.adapters) == ("base", [])
+
+
+def test_a_plan_that_is_sent_back_may_leave_out_its_circumstances() -> None:
+    plan = PlanGiven(strategy="mixture", adapters=[PlanRow(**ROW)])
+    assert (plan.generation, plan.abstained, plan.candidates, plan.reason) == (0, False, [], None)

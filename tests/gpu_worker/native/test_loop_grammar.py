@@ -14,7 +14,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from gpu_worker.errors import GrammarFailed, GrammarInvalid, LogitsNotFinite
-from gpu_worker.front.request.grammar import ANY_OBJECT, Grammar
+from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import load_base_model
@@ -54,16 +54,6 @@ def test_random_schemas_give_valid_json_at_temperature_1(make_engine: MakeEngine
         assert finish_of(answer) == "stop", answer.text
         Draft202012Validator(schema).validate(json.loads(answer.text))
     assert_nothing_held(engine)
-
-
-def test_greedy_rows_with_and_without_a_grammar_share_a_batch(make_engine: MakeEngine) -> None:
-    free = [greedy(f"free {i}", request_id=i) for i in range(3)]
-    alone = [run_together(make_engine({}), [job])[0].tokens for job in free]
-    bound = [sampled(COLOURS, seed=i, temperature=0.0) for i in range(3)]
-    answers = run_together(make_engine({}), [*free, *bound])
-    assert [answer.tokens for answer in answers[:3]] == alone
-    for answer in answers[3:]:
-        assert answer.text in {"red", "green", "blue"} and finish_of(answer) == "stop"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -190,16 +180,6 @@ def test_the_context_free_grammars_of_lark_and_gbnf(make_engine: MakeEngine) -> 
     found = run_together(make_engine({}), [sampled(lark, 1), sampled(gbnf, 2)])
     assert re.fullmatch(r"[xy]=\d\d?(,[xy]=\d\d?)?", found[0].text)
     assert found[1].text in {"on!", "off!"}
-
-
-def test_max_tokens_cuts_an_answer_and_says_length(make_engine: MakeEngine) -> None:
-    [answer] = run_together(make_engine({}), [sampled(Grammar("json_schema", ANY_OBJECT), num_new=3)])
-    assert finish_of(answer) == "length" and answer.row.num_new_tokens == 3
-
-
-def test_a_stop_string_ends_an_answer_before_its_grammar_does(make_engine: MakeEngine) -> None:
-    [answer] = run_together(make_engine({}), [sampled(Grammar("regex", "(yes|no), and more"), stop=(" and",))])
-    assert answer.text in {"yes,", "no,"} and finish_of(answer) == "stop"
 
 
 def test_a_template_stops_no_answer_that_has_a_grammar(make_engine: MakeEngine) -> None:

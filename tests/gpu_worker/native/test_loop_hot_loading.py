@@ -243,26 +243,6 @@ def test_forgotten_weights_are_dropped_however_the_last_request_ends(
     assert engine.status() == empty
 
 
-def test_forgotten_weights_are_fetched_again_once_they_are_gone(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    """A request that arrives while others use them shares them; later requests fetch them, and they are kept."""
-    weights = random_adapter(shapes, 1)
-    pool = Pool(weights)
-    engine = make_engine(pool)
-    job = greedy("x", only(weights), num_new=6)
-    first = ask(engine, job)
-    steps(engine, 2)
-    engine.forget([weights.weights_digest])
-    second = ask(engine, job)
-    engine.run_until_idle()
-    assert pool.fetched[weights.weights_digest] == 1 and not engine.status().resident
-    third, fourth = run_together(engine, [job, job])
-    assert pool.fetched[weights.weights_digest] == 2 and len(engine.status().resident) == 1
-    for answer in (first, second, third, fourth):
-        assert_same(answer, alone(job, pool.weights))
-
-
 def test_a_hundred_cycles_of_load_use_and_forget_leave_nothing(make_engine: MakeEngine, shapes: Shapes) -> None:
     """Every other forget comes while the request runs; each cycle has new weights of another rank."""
     cycles = [random_adapter(shapes, i, rank=1 + i % 7, modules=lambda name: "layers.0" in name) for i in range(100)]
