@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from gpu_worker.front.prefix import Prefix
 
 
@@ -20,6 +22,12 @@ class RowPlaces:
     def allocate(self, num_tokens: int, longest_len: int, prefix: Prefix | None) -> int:
         self.num_free -= 1
         return 0
+
+    def num_reused(self, row: int) -> int:
+        return 0  # vLLM says itself how many tokens it found, with the row's first token
+
+    def forget(self, digests: Collection[str]) -> None:
+        """Do nothing: vLLM finds blocks by the plan's weights digests, which no other adapter gets."""
 
     def free(self) -> None:
         self.num_free += 1
