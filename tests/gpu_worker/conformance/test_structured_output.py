@@ -55,7 +55,7 @@ def test_json_has_no_unbounded_white_space(hosted: HostedEngine) -> None:
     spaces = tuple((token, 50.0) for token in range(256) if _BYTES(token) in (b" ", b"\n"))
     [answer] = hosted.answers(bound(of_schema(PERSON), num_new=200, logit_bias=spaces))
     outside_texts = re.sub(r'"[^"]*"', '""', answer.text)
-    assert outside_texts == '{ "" : "" , "" : [ "" ] }'
+    assert re.fullmatch(r'\{ "" : "" , "" : \[ ("" (, "" )*)?\] \}', outside_texts), answer.text
 
 
 @pytest.mark.parametrize(
