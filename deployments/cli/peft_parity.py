@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -133,11 +134,11 @@ def _done(weights: AdapterWeights) -> Future[AdapterWeights]:
 
 
 def _furthest(found: Mapping[bytes, float], expected: Tensor, token_bytes: Sequence[bytes]) -> float:
-    """Return the largest difference of a log probability. `expected` (V,): PEFT's. Ids may have the same bytes."""
-    return max(
-        min(abs(logprob - known) for known, text in zip(expected.tolist(), token_bytes, strict=False) if text == token)
-        for token, logprob in found.items()
-    )
+    """Return the largest difference of a log probability. `expected` (V,): PEFT's. Several ids may have one text."""
+    known: dict[bytes, list[float]] = defaultdict(list)
+    for logprob, token in zip(expected.tolist(), token_bytes, strict=False):
+        known[token].append(logprob)
+    return max(min(abs(logprob - each) for each in known[token]) for token, logprob in found.items())
 
 
 def _peft_logprobs(

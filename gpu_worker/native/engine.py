@@ -21,6 +21,7 @@ from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.delta_stream import Events
 from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Delta
 from gpu_worker.front.row import Row, Sink
 from gpu_worker.native.checks.warm_up import warm_up
 from gpu_worker.native.kernels.kernel_loading import num_missing_kernels
@@ -133,7 +134,12 @@ class NativeEngine(InferenceEngine):
         await asyncio.gather(*[asyncio.wrap_future(load) for load in loads], return_exceptions=True)
 
     def _put(self, events: Events) -> Sink:
-        return partial(asyncio.get_running_loop().call_soon_threadsafe, events.put_nowait)
+        loop = asyncio.get_running_loop()
+
+        def put(event: Delta | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        return put
 
     def _command(self, command: Callable[[], None]) -> None:
         """Queue a command for the engine's thread. Raises: EngineStopped if the thread has ended."""

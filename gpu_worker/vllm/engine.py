@@ -41,8 +41,7 @@ from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_le
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
-from gpu_worker.vllm.plan_ids import PlanIds
-from gpu_worker.vllm.plan_path import path_of
+from gpu_worker.vllm.plan_path import PlanIds, path_of
 from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner

@@ -15,18 +15,48 @@ from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import EngineStopped, GpuWorkerError, RequestFailed
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.logprobs import Scored
+from gpu_worker.front.prefix import Prefix
 from gpu_worker.front.queue import RequestQueue
 from gpu_worker.front.request.request import Delta
 from gpu_worker.front.row import Row
 from gpu_worker.vllm.fusions import FusionLoader, adapters_of
 from gpu_worker.vllm.remote_bank import PlannedResidency, RemoteBank
-from gpu_worker.vllm.row_places import RowPlaces
 
 logger = logging.getLogger(__name__)
 
 NewToken = tuple[int, Scored | None]
 GenerateTokens = Callable[[Row], AsyncGenerator[Sequence[NewToken]]]
 """Yields a row's new tokens, step by step. Closing it ends the row in the workers before it returns."""
+
+
+class RowPlaces:
+    """As many places as vLLM's batch has rows; vLLM's scheduler places keys and values.
+
+    `num_freed`: rows freed since the start.
+    """
+
+    def __init__(self, num_places: int) -> None:
+        self.num_places, self.num_free, self.num_freed = num_places, num_places, 0
+
+    def is_coming(self, num_tokens: int, prefix: Prefix | None) -> bool:
+        return False
+
+    def fits(self, num_tokens: int, prefix: Prefix | None) -> bool:
+        return self.num_free > 0
+
+    def allocate(self, num_tokens: int, longest_len: int, prefix: Prefix | None) -> int:
+        self.num_free -= 1
+        return 0
+
+    def num_reused(self, row: int) -> int:
+        return 0  # vLLM says itself how many tokens it found, with the row's first token
+
+    def forget(self, digests: Collection[str]) -> None:
+        """Do nothing: vLLM finds blocks by the plan's weights digests, which no other adapter gets."""
+
+    def free(self) -> None:
+        self.num_free += 1
+        self.num_freed += 1
 
 
 class RowRunner:
@@ -217,6 +247,7 @@ class RowRunner:
         self._queue.running.remove(row)
         self._places.free()
         self._residency.unpin(row.weights_digests)
+        self._residency.settle()
         row.is_pinned = False
         if event is not None:
             self._queue.send(row, event)
