@@ -150,6 +150,12 @@ class RequestPreprocessor:
             skips_prefix_cache=job.sampling.prompt_logprobs is not None,
         )
 
+    async def compile_grammar(self, job: Job) -> None:
+        """Wait for the compiler without a thread if the job has a new grammar. Raises: GrammarInvalid, EngineFull."""
+        grammar = self.grammar_of(job)
+        if grammar is not None and self._grammars is not None:
+            await self._grammars.compile(grammar, job.tenant)
+
     def grammar_of(self, job: Job) -> Grammar | None:
         """Return the grammar that the job's answer follows. Raises: GrammarInvalid, SamplingInvalid."""
         if job.tools is None:

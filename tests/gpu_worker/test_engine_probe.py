@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, EngineStopped, PlanTooLarge
-from gpu_worker.front import probe
-from gpu_worker.front.probe import Prober
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.front import calls
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
@@ -25,6 +24,7 @@ from tests.gpu_worker.engine_driver import (
     Shapes,
     assert_nothing_held,
     by_digest,
+    complete,
     greedy,
     run,
     run_together,
@@ -33,8 +33,8 @@ from tests.tiny import plan_of, random_adapter
 
 
 @pytest.fixture
-def shifts_of(start: Callable[[Engine], EngineThread]) -> Callable[[Engine, list[str]], list[float | Exception]]:
-    return lambda engine, digests: run(Prober(start(engine), engine.base.dtype).shifts(digests))
+def shifts_of(start: Callable[[Engine], NativeEngine]) -> Callable[[Engine, list[str]], list[float | Exception]]:
+    return lambda engine, digests: run(start(engine).probe(digests))
 
 
 def faint(shapes: Shapes, share: float) -> AdapterWeights:
@@ -69,7 +69,7 @@ def test_the_shift_is_the_largest_change_of_a_logit_in_units_of_the_largest_logi
     pool = [random_adapter(shapes, i, rank=2) for i in range(5)]
 
     def logits_of(plan: Plan) -> Tensor:
-        [answer] = run_together(make_engine(by_digest(*pool)), [greedy(probe.PROMPT, plan)])
+        [answer] = run_together(make_engine(by_digest(*pool)), [greedy(calls.PROMPT, plan)])
         return answer.first_logits
 
     base = logits_of(BASE_PLAN)
@@ -81,34 +81,33 @@ def test_the_shift_is_the_largest_change_of_a_logit_in_units_of_the_largest_logi
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Callable[[Engine], EngineThread]) -> None:
-    loop = start(make_engine({}))
-    loop.stop()
+def test_without_an_engine_there_is_no_shift(make_engine: MakeEngine, start: Callable[[Engine], NativeEngine]) -> None:
+    native = start(make_engine({}))
+    native.stop()
     with pytest.raises(EngineStopped):
-        run(Prober(loop, loop.engine.base.dtype).shifts(["a"]))
+        run(native.probe(["a"]))
 
 
 def test_a_batch_takes_one_step_and_the_base_model_one_more_the_first_time(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], EngineThread]
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], NativeEngine]
 ) -> None:
     """Loads end one by one on another thread, and no row runs before all have ended."""
     pool = [random_adapter(shapes, i) for i in range(8)]
     digests = [weights.weights_digest for weights in pool]
 
-    async def main(loop: EngineThread) -> None:
-        prober = Prober(loop, loop.engine.base.dtype)
+    async def main(native: NativeEngine) -> None:
         for batch, num_steps in ((digests[:6], 2), (digests[2:], 3), (["missing", *digests], 4)):
-            shifts = await prober.shifts(batch)
+            shifts = await native.probe(batch)
             assert all(isinstance(shift, float) and shift > 0.0 for shift in shifts[-5:])
-            assert (await loop.status()).num_running == 0
-            assert loop.engine.num_steps == num_steps
+            assert (await native.status()).num_running == 0
+            assert native.loop.num_steps == num_steps
 
     with ThreadPoolExecutor(1) as executor:
         run(main(start(make_engine(by_digest(*pool), executor=executor))))
 
 
 def test_a_cancelled_probe_does_not_cancel_loads_of_others(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], EngineThread]
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[[Engine], NativeEngine]
 ) -> None:
     weights, may_load = random_adapter(shapes, 1), threading.Event()
 
@@ -116,14 +115,13 @@ def test_a_cancelled_probe_does_not_cancel_loads_of_others(
         assert may_load.wait(PATIENCE_S)
         return weights
 
-    async def main(loop: EngineThread) -> None:
-        prober = Prober(loop, loop.engine.base.dtype)
-        leaving = asyncio.create_task(prober.shifts([weights.weights_digest]))
-        while not loop.engine.loader.loading:
+    async def main(native: NativeEngine) -> None:
+        leaving = asyncio.create_task(native.probe([weights.weights_digest]))
+        while not native.loop.loader.loading:
             await asyncio.sleep(0)
-        await loop.status()  # asked after the load started: the probe waits for it
+        await native.status()  # asked after the load started: the probe waits for it
         job = greedy("x", plan_of("selection", (weights, 1.0)))
-        staying = asyncio.create_task(loop.complete(job))
+        staying = asyncio.create_task(complete(native, job))
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from gpu_worker.front.counters import Counters
+from gpu_worker.front.engine_status import Counters
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import MakeEngine, Shapes, by_digest, greedy, only
 from tests.tiny import random_adapter
