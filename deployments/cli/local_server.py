@@ -21,6 +21,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from deployments.app import application
@@ -83,6 +84,7 @@ class Server:
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._proxy = host, self._port
         self._session, self._control_plane = Path(), ("", 0)
+        self._app: DeploymentHandle | None = None
         self.has_new_pool = False  # whether `prepare` created the pool
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
@@ -169,7 +171,7 @@ class Server:
         report("loading the base model")
         app = application(self._config, None if self._uses_proxy else (self._host, self._port))
         try:
-            serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+            self._app = serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as exc:
             raise ServerFailed(causes_in(serve.status(), sessions) or str(exc)) from exc
         return self.url
@@ -193,7 +195,8 @@ class Server:
 
     def started(self) -> JsonObject:
         """Return the state of the start in full, with the paths of refused folders."""
-        answer: JsonObject = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
+        assert self._app is not None, "the server has not been started"
+        answer: JsonObject = self._app.started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
         return answer
 
     def interrupts(self) -> SimpleQueue[int]:
@@ -208,11 +211,11 @@ class Server:
 
         Behind Serve's proxy it does nothing: there Serve decides what happens to them.
         """
-        if self._uses_proxy:
+        if self._uses_proxy or self._app is None:
             return True
         with printing_to(self._stop_log):
             try:
-                answering = serve.get_app_handle(APP_NAME).finish_requests.remote(_LAST_ANSWERS_S)
+                answering = self._app.finish_requests.remote(_LAST_ANSWERS_S)
                 is_answered: bool = answering.result(timeout_s=_LAST_ANSWERS_S + _CALL_S)
             except (RayServeException, RayError, TimeoutError) as exc:
                 logger.warning("requests in progress could not be finished: %r", exc)
@@ -227,6 +230,8 @@ class Server:
     ) -> None:
         if ray.is_initialized():
             with printing_to(self._stop_log):
+                if self._app is not None:
+                    self._app.shutdown()  # what it reports to the controller would start another Ray after the end
                 asyncio.run(_shut_down_serve(self._control_plane))
                 ray.shutdown()
 

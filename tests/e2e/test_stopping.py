@@ -99,11 +99,24 @@ def test_a_signal_to_all_processes_stops_the_server_without_a_line_of_rays(tmp_p
     settings = settings_of(tmp_path, min_workers=1, max_workers=1)
     with serving(tmp_path, settings, untraced()) as (_, server):
         printed = started_log(tmp_path)
+        started = psutil.Process(server.pid).children(recursive=True)
         os.killpg(server.pid, number)
         assert server.wait(60) == 0
+        _, left = psutil.wait_procs(started, timeout=30)
+        assert left == [] and processes_of_session(server.pid) == []
     lines = (tmp_path / "server.log").read_text().removeprefix(printed).splitlines()
     own = ["stopped before all requests were answered"] if number == signal.SIGTERM else []  # Ray's processes end first
     assert lines in ([], own)
+
+
+def processes_of_session(leader: int) -> list[str]:
+    """Return the commands of the processes that this leader's session still has."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(command_of(process))
+    return found
 
 
 def untraced() -> dict[str, str]:
