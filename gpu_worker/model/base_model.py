@@ -74,6 +74,10 @@ def load_tokenizer(config: WorkerConfig) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model_source(config))
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json may ask for both; transformers ignores it
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     if config.base_model == PACKAGED_MODEL:
         flag_markers(tokenizer)
     if config.chat_template is not None:

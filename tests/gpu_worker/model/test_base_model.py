@@ -269,3 +269,12 @@ def test_the_markers_of_the_packaged_model_have_no_text_in_answers(
         assert found.decode(ids, skip_special_tokens=True) == shown
         stream = IncrementalDetokenizer(found, [])
         assert "".join(map(stream.push, ids)) + stream.finish() == shown
+
+
+def test_a_tokenizer_that_asks_for_truncation_and_padding_reads_texts_whole(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.save_pretrained(tmp_path)
+    found = load_tokenizer(WorkerConfig(base_model=str(tmp_path)))
+    assert found.backend_tokenizer.encode("abcde").ids == found("abcde").input_ids
