@@ -349,23 +349,29 @@ class BodyMemoryFull(DeploymentsError):
 
 
 class UploadMemoryFull(DeploymentsError):
-    """Uploads in progress leave no room for this one, or the server's disk is full.
-
-    `max_bytes`: the budget; None if the disk is full.
-    """
+    """Uploads in progress leave no room for this one (`max_upload_total_bytes`, `max_staging_bytes`)."""
 
     kind = Kind.BUSY
     code = "overloaded"
     remedy = RETRY_LATER
 
-    def __init__(self, max_bytes: int | None) -> None:
+    def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self.max_bytes = max_bytes
 
     def __str__(self) -> str:
-        if self.max_bytes is None:
-            return "the server has no disk space for uploads below TMPDIR; retry later"
         return f"uploads in progress would exceed {self.max_bytes} bytes; retry later"
+
+
+class UploadDiskFull(DeploymentsError):
+    """The server has no disk space for uploads below `TMPDIR`."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "Retry once the operator has freed space."
+
+    def __str__(self) -> str:
+        return "the server has no disk space for uploads below TMPDIR; retry later"
 
 
 class ServerOverloaded(DeploymentsError):

@@ -44,6 +44,7 @@ ERRORS: list[DeploymentsError] = [
     errors.BodyTooSlow("slow"),
     errors.BodyMemoryFull(9),
     errors.UploadMemoryFull(9),
+    errors.UploadDiskFull(),
     errors.ServerOverloaded(9),
     errors.EncoderBusy(9),
     errors.NotReady("wait"),

@@ -43,6 +43,7 @@ EXPECTED = [
     (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
     (api_errors.BodyTooSlow("slow"), 408, INVALID, "request_too_slow"),
     (api_errors.UploadMemoryFull(9), 503, OVERLOADED, "overloaded"),
+    (api_errors.UploadDiskFull(), 503, OVERLOADED, "unavailable"),
     (api_errors.ServerOverloaded(9), 429, OVERLOADED, "overloaded"),
     (api_errors.BodyMemoryFull(9), 503, OVERLOADED, "overloaded"),
     (api_errors.EncoderBusy(9), 503, OVERLOADED, "overloaded"),
