@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from deployments.errors import EncoderBusy
-from gpu_worker.fairness.fair_share import FairShare
+from gpu_worker.front.fair_share import FairShare
 from retriever_svc.encoder import MAX_TOKENS, tokens_read
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.errors import KeyRefused, RateLimited, RequestInvalid, ServerOverloaded
-from gpu_worker.fairness.fair_share import FairShare
+from gpu_worker.front.fair_share import FairShare
 from lora_store import LOCAL_TENANT, TenantQuota
 
 Role = Literal["infer", "publish", "admin"]
