@@ -13,7 +13,7 @@ from pathlib import Path
 from ray.serve.handle import DeploymentHandle
 
 from deployments.auth.ray_token import require_token_mode
-from deployments.calls.catalogue_clients import ServeStore
+from deployments.calls.catalogue_clients import serve_store
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S, Usage
 from deployments.errors import ReplicaStuck
 from deployments.generation.shadows import paying_tenant
@@ -63,7 +63,7 @@ class WorkerDeployment:
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
         use_one_thread()
         executor = load_executor(config.load_threads)
-        self._fetcher = WeightsFetcher(ServeStore(store), executor, cache=self._cache, observer=self._metrics)
+        self._fetcher = WeightsFetcher(serve_store(store), executor, cache=self._cache, observer=self._metrics)
         self._engine: InferenceEngine = await start_engine(
             config,
             self._start_fetch,

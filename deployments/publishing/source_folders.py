@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,96 +13,61 @@ import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSystem
 
 from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem, SentFile
+from deployments.byte_budget import ByteBudget
 from deployments.config.source_prefixes import OVER_HTTP, SourcePrefix, SourceUri
-from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable, UploadMemoryFull
+from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable, UploadDiskFull
 from deployments.publishing.adapter_folders import ADAPTER_FILES, folder_bytes
 from deployments.publishing.http_sources import CHUNK_BYTES, BoundedCopy, TakeBytes, copy_over_http
 from deployments.publishing.ssrf_guard import pin_public_address
 from lora_store import AdapterRefused
 
+MAX_WAIT_S = 60.0  # longest wait of a stage for room in the byte budget
 _MAX_NAME_BYTES = 255
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ReadParts = Callable[[str, int], Iterable[bytes]]
 """Return the parts of a sent file, by its id and size."""
 
 
-class ByteBudget:
-    """Grants at most `max_bytes` at once, to waiters in the order of their arrival: a large one is never overtaken."""
-
-    def __init__(self, max_bytes: int, wait_s: float) -> None:
-        self._max_bytes, self._wait_s = max_bytes, wait_s
-        self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
-        self.num_taken = 0
-        self.most_taken = 0
-
-    @contextmanager
-    def taken(self, num_bytes: int) -> Iterator[None]:
-        """Take bytes until the block ends, at most the whole budget.
-
-        Raises: UploadMemoryFull if they do not become free within the time to wait.
-        """
-        num_bytes, ticket = min(num_bytes, self._max_bytes), object()
-        with self._changed:
-            self._waiting.append(ticket)
-            try:
-                if not self._changed.wait_for(lambda: self._may_take(ticket, num_bytes), self._wait_s):
-                    raise UploadMemoryFull(self._max_bytes)
-                self.num_taken += num_bytes
-                self.most_taken = max(self.most_taken, self.num_taken)
-            finally:
-                self._waiting.remove(ticket)
-                self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self.num_taken -= num_bytes
-                self._changed.notify_all()
-
-    def _may_take(self, ticket: object, num_bytes: int) -> bool:
-        return self._waiting[0] is ticket and self.num_taken + num_bytes <= self._max_bytes
-
-
 @contextmanager
 def disk_full_reported() -> Iterator[None]:
-    """Raise UploadMemoryFull in place of an error of a full disk. Errors of the store's own disk are not OSErrors."""
+    """Raise UploadDiskFull instead of an error of a full disk. Errors of the store's own disk are not OSErrors."""
     try:
         yield
     except (OSError, SourceUnavailable) as exc:
         cause = exc if isinstance(exc, OSError) else exc.__cause__
         if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
-            raise UploadMemoryFull(None) from exc
+            raise UploadDiskFull from exc
         raise
 
 
 def is_copied(upload: PublishItem) -> bool:
-    """Return whether `folder_of` copies this item's files, so that no other process changes them."""
+    """Return whether `open_folder` copies this item's files, so that no other process changes them."""
     if upload.source is None:
         return upload.files is not None
     return SourceUri.parse(upload.source).scheme != "file"
 
 
 @contextmanager
-def folder_of(
+def open_folder(
     upload: PublishItem,
     prefixes: Sequence[str],
     max_bytes: int,
     budget: ByteBudget | None = None,
     read_parts: ReadParts = lambda id, num_bytes: (),
+    wait_s: float = MAX_WAIT_S,
 ) -> Iterator[Path]:
     """Yield the upload as a folder, which is removed afterwards if it was made here.
 
-    Its bytes count against `budget` before they are copied or read, until the block ends. A disk that is full in the
-    block is UploadMemoryFull too.
-    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable, UploadMemoryFull.
+    Its bytes count against `budget` before they are copied or read, until the block ends; it waits `wait_s` for them. A
+    disk that is full in the block is UploadDiskFull.
+    Raises: AdapterRefused, SourceRefused, SourceMissing, SourceUnavailable, UploadMemoryFull, UploadDiskFull.
     """
     with ExitStack() as stack:
         stack.enter_context(disk_full_reported())
 
         def take(num_bytes: int) -> None:
             if budget is not None:
-                stack.enter_context(budget.taken(num_bytes))
+                stack.enter_context(budget.taken(upload.tenant, num_bytes, wait_s))
 
         if upload.path is not None:
             if not os.path.isdir(upload.path):  # unlike Path.is_dir it never raises

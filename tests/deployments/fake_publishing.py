@@ -9,7 +9,7 @@ from typing import Any
 
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Removed
-from deployments.calls.catalogue_clients import WAIT_S, ServeRetriever, ServeStore
+from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import ServeWorker, WorkerGate
 from deployments.publishing.publisher import Publisher
@@ -78,10 +78,10 @@ class Publishing:
         return asyncio.run(run())
 
     def publisher(self, background: Background) -> Publisher:
-        store, worker = ServeStore(self.store, wait_s=self._store_wait_s), ServeWorker(self.worker)
+        store, worker = serve_store(self.store, wait_s=self._store_wait_s), ServeWorker(self.worker)
         reclaimer = Reclaimer(store, worker, background, longest_request_s=1, sleep=_in_no_time)
         gate = WorkerGate(worker, None)
-        clients = store, ServeRetriever(self.retriever), worker
+        clients = store, serve_retriever(self.retriever), worker
         return Publisher(*clients, background=background, reclaimer=reclaimer, gate=gate)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -253,7 +253,7 @@ class FakeStore:
         self._fail("gc")
         return Collected(3, 12, 1)
 
-    async def verify(self, tenant: str) -> AsyncIterator[Verified]:
+    async def verify(self, tenant: str) -> AsyncGenerator[Verified]:
         self._fail("verify")
         checks = [BlobCheck(digest_of("a"), POOL[0].ref, None), BlobCheck(digest_of("b"), POOL[1].ref, "is missing")]
         for number, check in enumerate(checks, start=1):

@@ -132,7 +132,7 @@ def test_placing_a_prompt_on_the_map_requires_the_role_infer(tmp_path: Path) -> 
         return response
 
     response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "role_missing")
+    assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,11 @@ def test_only_collections_are_counted(value: object) -> None:
         (LoraOptions, {"abstain": "never", "min_score": 0.5}, "give one of both"),
         (LoraOptions, {"filter": {"tags": []}}, "filter"),
         (LoraOptions, {"strategy": "base"}, "strategy"),
-        (MergedAdapters, {"ids": ["a", "b"], "weights": [1.0]}, "1 do not go with 2 ids"),
+        (
+            MergedAdapters,
+            {"ids": ["a", "b"], "weights": [1.0]},
+            "weights has 1 items and ids has 2; they must",
+        ),
         (MergedAdapters, {"ids": ["a"], "merge_strategy": "ties"}, "other than 'linear'"),
         (MergedAdapters, {"ids": ["a"], "density": 0.5}, "density"),
     ],

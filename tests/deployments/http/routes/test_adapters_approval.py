@@ -93,7 +93,7 @@ def test_an_admin_does_not_approve_for_its_own_tenant(keys: Path, owner: str, se
         assert response.status_code == status, response.text
         assert served.store.called("approve") == ([([record.ref], "id-all")] if status == 200 else [])
         if status == 403:
-            assert error_of(response)["code"] == "self_approval"
+            assert error_of(response)["code"] == "permission_denied"
             assert "allow_self_approval" in error_of(response)["message"]
 
     ask(look, keys_file=keys, headers=bearer("all"), store=FakeStore(pool_of(record)), **settings)
@@ -147,7 +147,7 @@ def test_an_admins_key_reindexes_with_a_listed_encoder_only(
             assert response.status_code == 200, response.text
             assert served.retriever.called("reindex") == [(encoder, "auto")]
         else:
-            assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
+            assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
             assert encoder not in response.text
             assert served.retriever.calls == served.store.calls == []
 
