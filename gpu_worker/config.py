@@ -12,7 +12,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Le
 from gpu_worker.errors import WorkerConfigInvalid
 from lora_store.location import DEFAULT_CACHE_DIR
 
-_CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
+_CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: docs/benchmarks/index.md
 _WIDEST_FUSION = 256  # rank rows of a fusion of the widest adapters that `admission.max_rank` allows by default
 PACKAGED_MODEL = "gemma-3-270m"  # comes in a Python package
 PACKAGED_ALIASES = ("google/gemma-3-270m", "unsloth/gemma-3-270m")  # names of the same model on the model hub

@@ -13,6 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.pool_responses import Stats
 from deployments.calls.catalogue_clients import RetrieverClient
+from deployments.calls.shared import Shared
 from deployments.calls.worker_client import Usage, WorkerClient
 from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel
@@ -58,11 +59,14 @@ class StatsReader:
         evaluation_of: Callable[[str], JsonObject] | None = None,
     ) -> None:
         """`may_sleep`: whether there may be no worker, as the last one was scaled away."""
-        self._model, self._defaults, self._engine, self._may_sleep = model, defaults, engine, may_sleep
-        self._retriever, self._worker, self._clock = retriever, worker, clock
+        self._model = model
+        self._defaults = defaults
+        self._engine = engine
+        self._may_sleep = may_sleep
+        self._retriever = retriever
+        self._worker = worker
         self._evaluation_of = evaluation_of
-        self._reading: asyncio.Task[_Workers] | None = None
-        self._began_s = 0.0
+        self._workers = Shared(self._read_workers, kept_s=KEPT_S, clock=clock)
 
     async def read(self, tenant: str, *, sees_all: bool = True) -> Stats:
         """Return sums over the replicas that answered. Counters rise until a replica is replaced.
@@ -70,7 +74,7 @@ class StatsReader:
         Without `sees_all` the answer covers only the tenant's own requests.
         """
         (read_at, workers, usages), retrievers = await asyncio.gather(
-            self._workers(), _broadcast(partial(self._retriever.broadcast_load, tenant, _TIMEOUT_S))
+            self._workers.get(), _broadcast(partial(self._retriever.broadcast_load, tenant, _TIMEOUT_S))
         )
         return {
             "object": "stats",
@@ -82,13 +86,6 @@ class StatsReader:
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),
             "workers": self._workers_object(workers.given) | {"replicas": workers.counts} if sees_all else None,
         }
-
-    async def _workers(self) -> _Workers:
-        is_fresh = self._reading is not None and (not self._reading.done() or self._clock() - self._began_s < KEPT_S)
-        if self._reading is None or not is_fresh:
-            self._began_s = self._clock()
-            self._reading = asyncio.create_task(self._read_workers())
-        return await asyncio.shield(self._reading)  # a client that disconnects must not cancel the read of others
 
     async def _read_workers(self) -> _Workers:
         may_be_none = self._may_sleep

@@ -154,7 +154,7 @@ ASLEEP = {"worker_scaling": {"autoscaling_config": {"min_replicas": 0}}, "scale_
 
 def test_a_request_without_a_worker_in_time_is_refused_with_retry_after() -> None:
     response, served = completion(Sleeper(), BASE, **ASLEEP)
-    assert (response.status_code, error_of(response)["code"]) == (503, "worker_starting")
+    assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "1"
     assert served.worker.called("stream") == []
 

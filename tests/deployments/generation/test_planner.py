@@ -10,7 +10,7 @@ import pytest
 from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import describe
 from deployments.api.responses import Planned
-from deployments.calls.catalogue_clients import ServeRetriever
+from deployments.calls.catalogue_clients import serve_retriever
 from deployments.config.app import RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
@@ -24,13 +24,13 @@ from tests.fakes import FakeHandle
 
 def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora or {}}
-    planner = Planner(config_of().served_model, RetrievalSettings(**retrieval), ServeRetriever(handle))
+    planner = Planner(config_of().served_model, RetrievalSettings(**retrieval), serve_retriever(handle))
     [question] = ChatCompletionRequest.model_validate(body).questions()
     return asyncio.run(planner.plan(question, "local"))
 
 
 def planner_over(handle: FakeHandle) -> Planner:
-    return Planner(config_of().served_model, RetrievalSettings(), ServeRetriever(handle))
+    return Planner(config_of().served_model, RetrievalSettings(), serve_retriever(handle))
 
 
 def handle_of(*extra: str) -> FakeHandle:

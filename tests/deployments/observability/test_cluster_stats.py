@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from deployments.calls.catalogue_clients import ServeRetriever
+from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.worker_client import ServeWorker
+from deployments.config.app import AppConfig
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
 from gpu_worker.config import VllmSettings
 from gpu_worker.errors import EngineStopped
@@ -39,12 +40,14 @@ def reader_of(
     **settings: Any,
 ) -> StatsReader:
     handle = FakeHandle(*workers, num_silent=num_silent)
-    clients = ServeRetriever(FakeHandle(*retrievers)), ServeWorker(handle)
-    return reader_over(*clients, clock, **settings)
+    clients = serve_retriever(FakeHandle(*retrievers)), ServeWorker(handle)
+    return reader_over(*clients, config_of(**settings), clock)
 
 
-def reader_over(retriever: ServeRetriever, worker: Any, clock: FakeClock | None = None, **settings: Any) -> StatsReader:
-    config = config_of(**settings)
+def reader_over(
+    retriever: Any, worker: ServeWorker, config: AppConfig | None = None, clock: FakeClock | None = None
+) -> StatsReader:
+    config = config or config_of()
     return StatsReader(
         config.served_model,
         config.retrieval,
@@ -101,7 +104,7 @@ def test_the_pool_has_the_newest_generation_and_names_the_oldest() -> None:
 def test_the_pool_is_the_caller_s() -> None:
     handle = FakeHandle(FakeRetriever())
     worker = ServeWorker(FakeHandle(CountingWorker()))
-    asyncio.run(reader_over(ServeRetriever(handle), worker).read("them"))
+    asyncio.run(reader_over(serve_retriever(handle), worker).read("them"))
     assert handle.called("load") == [("them",)]
 
 
