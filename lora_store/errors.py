@@ -183,8 +183,10 @@ class StoreUnavailable(LoraStoreError):
 class StoreFull(StoreUnavailable):
     """The store's disk is full. Nothing is lost."""
 
-    remedy = "Retry once the operator has freed space. `loraretriever withdraw` and `loraretriever pool gc`"
-        " work on a full disk."
+    remedy = (
+        "Retry once the operator has freed space. `loraretriever withdraw` and `loraretriever pool gc` work on a full"
+        " disk."
+    )
     client_message = "the store's disk is full; nothing is lost, try again once the operator has freed space"
 
     def __str__(self) -> str:
