@@ -152,7 +152,8 @@ class KeyAnywhere(Commands):
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         if args and args[0] not in self.commands and (hint := MOVED.get(args[0])):
-            raise typer.BadParameter(f"there is no {args[0]!r}; use {hint}", param_hint="COMMAND")
+            show_error(f"there is no {args[0]!r}; use {hint}")
+            raise typer.Exit(2)
         return super().resolve_command(ctx, args)
 
 

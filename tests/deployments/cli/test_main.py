@@ -329,7 +329,7 @@ def test_the_commands_are_fourteen_on_two_levels() -> None:
 def test_an_old_or_foreign_name_is_answered_with_the_one_to_type(old: str) -> None:
     result = run(old, "x")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"there is no {old!r}; use {MOVED[old]}" in words(result.stderr)
+    assert result.stderr == f"there is no {old!r}; use {MOVED[old]}\n"
 
 
 def test_every_hint_names_a_command_that_exists() -> None:
