@@ -25,7 +25,7 @@ class NativeEngine(InferenceEngine):
     """An Engine and its thread, in this process."""
 
     def __init__(self, thread: EngineThread, *, niceness: int = 0) -> None:
-        """`niceness`: of the thread that tokenizes. The engine's thread has its own."""
+        """`niceness`: of the engine's thread. The thread that tokenizes comes after it."""
         self.thread = thread
         self._engine = thread.engine
         max_waiting = self._engine.config.max_waiting
