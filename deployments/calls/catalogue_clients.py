@@ -32,7 +32,9 @@ from lora_store import (
 )
 from lora_store.garbage_collection import Verified
 from retriever_svc import (
+    AskedPrompt,
     DoctorStep,
+    Draws,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -255,9 +257,10 @@ class RetrieverCalls(RoutingClient, Protocol):
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
     async def samples(self, tenant: str, name: str) -> list[Sample]: ...
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws: ...
     async def refit(self, model: str) -> str: ...
     def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]: ...
-    def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]: ...
+    def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncIterator[DoctorStep]: ...
     def regions(self, tenant: str) -> AsyncIterator[Region]: ...
 
 
@@ -275,7 +278,7 @@ class RetrieverClient(RetrieverCalls, Protocol):
     """
 
     def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]: ...
-    def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]: ...
+    def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]: ...
     def regions(self, tenant: str) -> AsyncGenerator[Region]: ...
     async def broadcast_catch_up(self, generation: int, timeout_s: float) -> list[int | BaseException]: ...
     async def broadcast_prepare_encoder(
@@ -325,14 +328,17 @@ class ServeRetriever(RetrieverClient):
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
         return await self._calls.retry(RetrieverReplica.embed, groups, tenants)
 
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
+        return await self._calls.retry(RetrieverReplica.draws, tenant, name, min_generation)
+
     async def refit(self, model: str) -> str:
         return await self._calls.once(RetrieverReplica.refit, model)
 
     def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
         return self._calls.stream(RetrieverReplica.reindex, model, projection)
 
-    def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
-        return self._calls.stream(RetrieverReplica.doctor, tenant)
+    def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
+        return self._calls.stream(RetrieverReplica.doctor, tenant, prompts)
 
     def regions(self, tenant: str) -> AsyncGenerator[Region]:
         return self._calls.stream(RetrieverReplica.regions, tenant)

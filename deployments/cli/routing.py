@@ -13,7 +13,7 @@ from typing import Annotated, Self
 import httpx
 import typer
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from deployments.cli.client import (
     DEFAULT_URL,
@@ -40,14 +40,18 @@ _AUROC = "AUROC of the confidence"
 _POINTS = (0.01, 0.03, 0.08, 0.15, 0.25)
 _BAR_CHARS = 20
 _SHOWN_LINES = 10
+_SHOWN_OTHERS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt with its correct adapters; none if the base model should answer it. `line`: of the file, from 1."""
+    """A prompt with its correct adapters; none if the base model should answer it. `line`: of the file, from 1.
+
+    `adapters` is None where the file does not say.
+    """
 
     prompt: str
-    adapters: frozenset[str]
+    adapters: frozenset[str] | None
     line: int
 
 
@@ -85,7 +89,7 @@ def _require_known(file: Path, rows: Sequence[Labelled], known: Collection[str])
     """Print the lines that name an adapter that the pool does not list, and exit if there are any."""
     from deployments.field_problems import did_you_mean  # imports pydantic
 
-    unknown = [(row.line, name) for row in rows for name in sorted(row.adapters) if name not in known]
+    unknown = [(row.line, name) for row in rows for name in sorted(row.adapters or ()) if name not in known]
     for line, name in unknown[:_SHOWN_LINES]:
         show_error(f"{file}: line {line}: no adapter {name!r} in the pool{did_you_mean(name, known)}")
     if unknown:
@@ -109,7 +113,7 @@ class Routed:
     def of(cls, row: Labelled, plan: JsonObject, wide: JsonObject) -> Self:
         """Create it from the plan that a client gets, and from one with more candidates."""
         names = [candidate["name"] for candidate in wide["candidates"]]
-        ranks = [rank for rank, name in enumerate(names) if name in row.adapters]
+        ranks = [rank for rank, name in enumerate(names) if name in (row.adapters or ())]
         confidence = max((candidate["confidence"] for candidate in plan["candidates"]), default=0.0)
         return cls(bool(row.adapters), min(ranks, default=math.inf), plan["abstained"], confidence)
 
@@ -157,19 +161,23 @@ def _share(hits: Iterable[bool]) -> float:
     return sum(marks) / len(marks)
 
 
-def read_labelled(file: Path) -> list[Labelled]:
-    """Read the rows of the file. Print the first invalid line and exit if there is one."""
+def read_labelled(file: Path, *, needs_adapter: bool = True) -> list[Labelled]:
+    """Read the rows of the file. Print the first invalid line and exit if there is one.
+
+    `needs_adapter`: a row without `adapter` is invalid.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as exc:
         fail(problem_of(exc))
     except UnicodeDecodeError as exc:
         fail(f"{file}: {exc}")
-    rows = [_labelled(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = [_labelled(line, file, number, needs_adapter=needs_adapter) for number, line in numbered]
     return rows or fail(f"{file}: contains no prompts")
 
 
-def _labelled(line: str, file: Path, number: int) -> Labelled:
+def _labelled(line: str, file: Path, number: int, *, needs_adapter: bool) -> Labelled:
     place = f"{file}:{number}"
     try:
         raw = json.loads(line)
@@ -177,10 +185,13 @@ def _labelled(line: str, file: Path, number: int) -> Labelled:
         fail(f"{place}: invalid JSON: {exc}")
     prompt = (raw.get("input") or raw.get("prompt")) if isinstance(raw, dict) else None
     adapters = raw.get("adapter") if isinstance(raw, dict) else None
-    is_outside = isinstance(raw, dict) and "adapter" in raw and adapters is None
+    is_given = isinstance(raw, dict) and "adapter" in raw
     names = [adapters] if isinstance(adapters, str) else adapters
-    if not isinstance(prompt, str) or not (is_outside or (isinstance(names, list) and names)):
+    is_known = (is_given and adapters is None) or (isinstance(names, list) and names)
+    if not isinstance(prompt, str) or not (is_known or not (is_given or needs_adapter)):
         fail(f'{place}: must be {{"input" or "prompt": text, "adapter": name, list of names, or null}}')
+    if not is_given:
+        return Labelled(prompt, None, number)
     return Labelled(prompt, frozenset() if names is None else frozenset(map(str, names)), number)
 
 
@@ -203,9 +214,25 @@ def _routed(client: httpx.Client, rows: Sequence[Labelled], options: JsonObject)
 
 
 @commands.command()
-def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+def doctor(
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='also route real prompts: JSON lines {"input" or "prompt": text}, perhaps with "adapter": name, '
+            "list of names, or null for the base model"
+        ),
+    ] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
     """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
-    report = follow(url, "/v1/pool/doctor", {}, "routing")
+    body: JsonObject = {}
+    if prompts is not None:
+        rows = read_labelled(prompts, needs_adapter=False)
+        if any(row.adapters for row in rows):
+            _require_known(prompts, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
+        body = {"prompts": [_asked(row) for row in rows]}
+    report = follow(url, "/v1/pool/doctor", body, "routing")
     if as_json:
         print_json(report)
         return
@@ -227,8 +254,32 @@ def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:
             out.print(f"{title}: {name}", markup=False)
+    if "prompts" in report:
+        _print_asked(report["prompts"])
     for advice in report["advice"]:
         out.print(f"advice: {advice['text']}", markup=False, highlight=False)
+
+
+def _asked(row: Labelled) -> JsonObject:
+    return {"prompt": row.prompt} | ({} if row.adapters is None else {"adapters": sorted(row.adapters)})
+
+
+def _print_asked(asked: JsonObject) -> None:
+    """Print which adapters answer real prompts."""
+    columns = ("right", "another adapter", "the base model")
+    if asked["num"]:
+        table = Table(Column("should answer", overflow="fold"), "prompts", *columns, Column("mostly", overflow="fold"))
+        for row in asked["adapters"]:
+            others = ", ".join(f"{other['name']} {other['num']}" for other in row["others"][:_SHOWN_OTHERS])
+            table.add_row(row["name"] or "the base model", str(row["num"]), *_shares(row), others)
+        table.add_row("all", str(asked["num"]), *_shares(asked), "")
+        out.print(table)
+    for row in asked["unlabelled"]:
+        out.print(f"{row['name'] or 'the base model'} answers {counted(row['num'], 'other prompt')}", markup=False)
+
+
+def _shares(row: JsonObject) -> list[str]:
+    return [f"{row[key] / row['num']:.1%}" for key in ("num_right", "num_other", "num_base")]
 
 
 @commands.command()
