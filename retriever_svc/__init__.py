@@ -5,7 +5,7 @@ from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain
 from retriever_svc.competence import Region, Scorer
 from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
-from retriever_svc.draws import Drawn, Draws
+from retriever_svc.draws import Drawn, DrawnAdapter, Draws
 from retriever_svc.embedding import embed_groups, embeddings_of
 from retriever_svc.encoder import Encoder
 from retriever_svc.errors import (
@@ -51,6 +51,7 @@ __all__ = [
     "DoctorReport",
     "DoctorStep",
     "Drawn",
+    "DrawnAdapter",
     "Draws",
     "Encoder",
     "EncoderExists",

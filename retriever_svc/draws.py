@@ -5,9 +5,10 @@ answers. So an approval is preceded by a measurement, as a tenant sees the pool 
 
 - the share of ordinary prompts that the version leads, each compared with the others (see `ordinary_prompts`);
 - the share of the samples of the nearest adapters of other owners that the version leads. The score of an adapter for
-  its own sample is that to its other samples, as for a new prompt.
+  its own sample is that to its other samples, as for a new prompt;
+- the same share of these samples without the wording that they share. A copy in other words leads their contents.
 
-Both are also counted for all of the owner's adapters together: many that each draw little are bounded as one.
+All are also counted for all of the owner's adapters together: many that each draw little are bounded as one.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import EVERYBODY
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import Abstain
+from retriever_svc.calibration import Abstain, leave_one_out_scores
+from retriever_svc.embedding import CORE_WEIGHT
 from retriever_svc.encoder import Vectors, unit_rows
 from retriever_svc.index import Match
 from retriever_svc.ordinary_prompts import NUM_NEAREST
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
+from retriever_svc.shared_wording import without_shared_wording
 
 MAX_ADAPTERS = 16  # of other owners, the nearest ones
 MAX_SAMPLES = 16  # of each of them
-# With more than these an approval has to be confirmed. Honest adapters stay below them: benchmarks/README.md.
+# An approval that grants more than these has to be confirmed. Most honest adapters of one trade stay below them, and
+# copies do not: benchmarks/README.md.
 MOST_ORDINARY = 0.02
-MOST_OF_AN_ADAPTER = 0.2
+MOST_OF_SAMPLES = 0.1
+MOST_OF_CONTENTS = 0.8
 _NUM_COMPARED = 4  # adapters of the pool that compete for a prompt
 
 
@@ -50,25 +56,40 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnAdapter:
+    """What a version would draw of the prompts of another owner's adapter.
+
+    `contents`: of its samples without the wording that they share.
+    """
+
+    ref: AdapterRef
+    samples: Drawn
+    contents: Drawn
+
+    @property
+    def must_be_confirmed(self) -> bool:
+        """Whether that is more than an approval may grant unasked."""
+        return self.samples.exceeds(MOST_OF_SAMPLES) or self.contents.exceeds(MOST_OF_CONTENTS)
+
+
+@dataclass(frozen=True, slots=True)
 class Draws:
-    """What a version would draw: of ordinary prompts, and of the samples of others' adapters, most drawn first."""
+    """What a version would draw: of ordinary prompts, and of the prompts of others' adapters, most drawn first."""
 
     ordinary: Drawn
-    adapters: tuple[tuple[AdapterRef, Drawn], ...] = ()
+    adapters: tuple[DrawnAdapter, ...] = ()
 
     @property
     def must_be_confirmed(self) -> bool:
         """Whether the version draws more than an approval may grant unasked."""
-        return self.ordinary.exceeds(MOST_ORDINARY) or any(
-            drawn.exceeds(MOST_OF_AN_ADAPTER) for _, drawn in self.adapters
-        )
+        return self.ordinary.exceeds(MOST_ORDINARY) or any(adapter.must_be_confirmed for adapter in self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class DrawMeasurement:
     """A measurement of one version. Encode the chunks of `encoding` before `result`.
 
-    `victims`: adapters of other owners, each with its number of texts in `encoding`.
+    `victims`: adapters of other owners, each with the number of its samples in `encoding`. Their contents follow them.
     """
 
     pool: Pool
@@ -84,53 +105,61 @@ class DrawMeasurement:
         for victim in _nearest_others(pool, record):
             own = [sample.input for sample in (read_samples(samples, victim) or ())[:MAX_SAMPLES]]
             victims.append((victim, len(own)))
-            texts += own
+            texts += [*own, *without_shared_wording(own)]
         return cls(pool, record, tuple(victims), BulkEncoding(pool.encoder, texts))
 
     def result(self, abstain: Abstain, min_score: float | None = None) -> Draws:
         """Return what the version draws at this operating point, or with one threshold for all."""
         rows, drawn, start = self.encoding.vectors(), [], 0
         for victim, num in self.victims:
-            drawn.append((victim.ref, self._drawn(rows[start : start + num], abstain, min_score, victim)))
-            start += num
-        drawn.sort(key=lambda item: (-item[1].by_owner, -item[1].by_version, str(item[0])))
+            samples, contents = rows[start : start + num], rows[start + num : start + 2 * num]
+            means_of = (1 - CORE_WEIGHT) * samples + CORE_WEIGHT * contents
+            counts = (
+                self._drawn(queries, abstain, min_score, (victim, leave_one_out_scores(queries, means_of)))
+                for queries in (samples, contents)
+            )
+            drawn.append(DrawnAdapter(victim.ref, *counts))
+            start += 2 * num
+        drawn.sort(key=lambda item: (-item.samples.by_owner, -item.contents.by_owner, str(item.ref)))
         ordinary = self.pool.ordinary if self.record.encoder == self.pool.encoder.identity else None
         return Draws(
             ordinary=Drawn(0, 0, 0) if ordinary is None else self._drawn(ordinary, abstain, min_score),
-            adapters=tuple(item for item in drawn if item[1].by_owner),
+            adapters=tuple(item for item in drawn if item.samples.by_owner or item.contents.by_owner),
         )
 
     def _drawn(
-        self, queries: Vectors, abstain: Abstain, min_score: float | None, victim: AdapterRecord | None = None
+        self,
+        queries: Vectors,
+        abstain: Abstain,
+        min_score: float | None,
+        victim: tuple[AdapterRecord, NDArray[np.float32]] | None = None,
     ) -> Drawn:
         """Return how many of the queries (N, D) are led by the version and its owner.
 
-        They are the first samples of `victim`, or ordinary prompts without one.
+        `victim`: the adapter whose samples they are, with its scores for them (N,), or (0,) if it has one sample only.
+        Without it the queries are ordinary prompts.
         """
         found = self.pool.index.search(queries, _NUM_COMPARED, self.pool.allowed(EVERYBODY))
-        competing = [
-            self._competing(row, query, matches, victim)
-            for row, (query, matches) in enumerate(zip(queries, found, strict=True))
-        ]
+        if victim is not None and len(victim[1]):
+            found = [_with_score(matches, victim[0], score) for matches, score in zip(found, victim[1], strict=True)]
+        competing = [self._with_version(matches, query) for matches, query in zip(found, queries, strict=True)]
         near = _nearness_to_others(queries) if victim is None else None
-        judged = self.pool.judged(competing, abstain, queries, near)
-        leaders = [_leader(matches, min_score) for matches in judged]
+        leaders = [_leader(matches, min_score) for matches in self.pool.judged(competing, abstain, queries, near)]
         by_version = sum(leader == self.record.ref for leader in leaders)
         by_owner = sum(leader is not None and leader.tenant == self.record.ref.tenant for leader in leaders)
         return Drawn(len(queries), by_version, by_owner)
 
-    def _competing(
-        self, row: int, query: Vectors, matches: Sequence[Match], victim: AdapterRecord | None
-    ) -> list[Match]:
-        """Return the matches with the version among them, sorted by score; of equal scores the owner's come first."""
+    def _with_version(self, matches: Sequence[Match], query: Vectors) -> list[Match]:
+        """Return the matches with the version, sorted by score; of equal scores the owner's come first."""
         assert self.record.embedding is not None
-        others = [match for match in matches if match.record.ref != self.record.ref]
-        others.append(Match(self.record, float(self.record.embedding.vector @ query)))
-        if victim is not None and victim.embedding is not None and row < len(victim.embedding.own_scores):
-            others = [match for match in others if match.record.ref != victim.ref]
-            others.append(Match(victim, float(victim.embedding.own_scores[row])))
+        found = _with_score(matches, self.record, float(self.record.embedding.vector @ query))
         owner = self.record.ref.tenant
-        return sorted(others, key=lambda match: (-match.score, match.record.ref.tenant != owner))
+        return sorted(found, key=lambda match: (-match.score, match.record.ref.tenant != owner))
+
+
+def _with_score(matches: Sequence[Match], record: AdapterRecord, score: float) -> list[Match]:
+    """Return the matches with that of the record at this score."""
+    return [*(match for match in matches if match.record.ref != record.ref), Match(record, float(score))]
 
 
 def _nearest_others(pool: Pool, record: AdapterRecord) -> list[AdapterRecord]:

@@ -17,25 +17,32 @@ class DrawnShare(TypedDict):
     owner_share: float
 
 
-class DrawnAdapter(DrawnShare):
-    """Of the samples of another owner's adapter."""
+class DrawnAdapterRow(TypedDict):
+    """Of the samples of another owner's adapter, and of these without the wording that they share."""
 
     name: str
+    samples: DrawnShare
+    contents: DrawnShare
 
 
 class DrawsObject(TypedDict):
     """What the version would draw of the requests of tenants that own neither."""
 
     ordinary_prompts: DrawnShare
-    adapters: list[DrawnAdapter]
+    adapters: list[DrawnAdapterRow]
     needs_confirmation: bool
     text: str
 
 
 def draws_object(draws: Draws, ref: AdapterRef, tenant: str) -> DrawsObject:
     """Return what the version `ref` would draw, for an approver of `tenant`."""
-    adapters: list[DrawnAdapter] = [
-        {"name": other.name_for(tenant), **_shares_of(drawn)} for other, drawn in draws.adapters
+    adapters: list[DrawnAdapterRow] = [
+        {
+            "name": adapter.ref.name_for(tenant),
+            "samples": _shares_of(adapter.samples),
+            "contents": _shares_of(adapter.contents),
+        }
+        for adapter in draws.adapters
     ]
     return {
         "ordinary_prompts": _shares_of(draws.ordinary),
@@ -50,9 +57,11 @@ def _shares_of(drawn: Drawn) -> DrawnShare:
     return {"share": drawn.by_version / num, "owner_share": drawn.by_owner / num}
 
 
-def _text_of(ordinary: DrawnShare, adapters: list[DrawnAdapter], ref: AdapterRef) -> str:
+def _text_of(ordinary: DrawnShare, adapters: list[DrawnAdapterRow], ref: AdapterRef) -> str:
     parts = [f"{_percents(ordinary, ref)} of ordinary prompts"]
-    parts += [f"{_percents(adapter, ref)} of the samples of {adapter['name']}" for adapter in adapters[:_NUM_NAMED]]
+    for adapter in adapters[:_NUM_NAMED]:
+        parts.append(f"{_percents(adapter['samples'], ref)} of the samples of {adapter['name']}")
+        parts.append(f"{_percents(adapter['contents'], ref)} of them without the wording that they share")
     rest = len(adapters) - _NUM_NAMED
     more = f", and samples of {rest} more adapters" if rest > 0 else ""
     return f"Requests of other tenants: {ref.name} would answer {', '.join(parts)}{more}."

@@ -11,7 +11,7 @@ import pytest
 from playwright.async_api import Page, Route, expect
 
 from lora_store import Trial
-from retriever_svc import Drawn, Draws
+from retriever_svc import Drawn, DrawnAdapter, Draws
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -104,7 +104,7 @@ def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
 
 def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing) -> None:
     theirs, own = adapter("poet", tenant="globex"), adapter("coder")
-    drawn = Draws(Drawn(535, 0, 0), ((own.ref, Drawn(16, 8, 12)),))
+    drawn = Draws(Drawn(535, 0, 0), (DrawnAdapter(own.ref, Drawn(16, 8, 12), Drawn(16, 0, 0)),))
 
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "coder")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lora_store import ActivateEncoder, AdapterNotFound, AdapterRef, Embed, Event, StoreUnavailable, Trial
-from retriever_svc import AskedPrompt, Drawn, EncoderUnusable, PoolSize, RouteRequest, StaleIndex
+from retriever_svc import AskedPrompt, Drawn, DrawnAdapter, EncoderUnusable, PoolSize, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import ENGLISH_MODEL, model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 from tests.retriever_svc.pool_fakes import record_of
@@ -366,7 +366,7 @@ def test_what_a_version_would_draw_is_measured_on_the_pool(tmp_path: Path) -> No
         copy = replace(german, ref=AdapterRef("mallory", "copy", german.ref.digest), weights_digest="c" * 64)
         generation = here.publish(german, sums, copy)
         draws = await here.replica.draws("acme", "mallory/copy", generation)
-        assert draws.adapters == ((german.ref, Drawn(2, 2, 2)),)
+        assert draws.adapters == (DrawnAdapter(german.ref, Drawn(2, 2, 2), Drawn(2, 2, 2)),)
         assert draws.ordinary.num == 535
         with pytest.raises(AdapterNotFound):
             await here.replica.draws("acme", f"mallory/copy@{'0' * 64}")

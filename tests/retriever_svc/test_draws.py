@@ -11,22 +11,38 @@ import pytest
 from lora_store.adapter import Sample
 from lora_store.records import AdapterRecord
 from retriever_svc import IndexSettings
-from retriever_svc.draws import MAX_ADAPTERS, MAX_SAMPLES, DrawMeasurement, Drawn, Draws
+from retriever_svc.draws import MAX_ADAPTERS, MAX_SAMPLES, DrawMeasurement, Drawn, DrawnAdapter, Draws
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FakeEncoder, record_of, snapshot_of
 
-EAST, NORTH, NEAR = (1.0, 0.0), (0.0, 1.0), (0.8, 0.6)
-ENCODER = FakeEncoder({"east": EAST, "north": NORTH, "east again": EAST})
-SAMPLES = {"maps": ["east", "east again"], "stars": ["north"], "many": ["east"] * (MAX_SAMPLES + 9)}
+EAST, NORTH, NORTHEAST = (1.0, 0.0), (0.0, 1.0), (0.8, 0.6)
+SOUTHEAST = (0.96, -0.28)
+PLEASE = "Draw a map for me, please: "
+ENCODER = FakeEncoder(
+    {
+        "east": EAST,
+        "northeast": NORTHEAST,
+        "north": NORTH,
+        f"{PLEASE}the coast": NORTH,
+        f"{PLEASE}the city": NORTH,
+        "the coast": EAST,
+        "the city": EAST,
+    }
+)
+SAMPLES = {
+    "maps": ["east", "northeast"],
+    "stars": ["north"],
+    "worded": [f"{PLEASE}the coast", f"{PLEASE}the city"],
+    "many": ["east"] * (MAX_SAMPLES + 9),
+}
+ALL = Drawn(2, 2, 2)
 
 
-def adapter(
-    name: str, vector: Sequence[float], tenant: str, *, approved: bool = True, own: Sequence[float] = (0.9, 0.9)
-) -> AdapterRecord:
-    return record_of(name, vector, tenant=tenant, approved=approved, own_scores=own, num_samples=2)
+def adapter(name: str, vector: Sequence[float], tenant: str, *, approved: bool = True) -> AdapterRecord:
+    return record_of(name, vector, tenant=tenant, approved=approved, num_samples=2)
 
 
-MAPS = adapter("maps", EAST, "acme")
+MAPS = adapter("maps", (0.95, 0.31), "acme")
 STARS = adapter("stars", NORTH, "acme")
 
 
@@ -39,39 +55,53 @@ def drawn(record: AdapterRecord, *others: AdapterRecord) -> Draws:
 
 @pytest.mark.parametrize("approved", [False, True])
 def test_a_copy_would_draw_every_sample_of_the_copied_adapter(approved: bool) -> None:
-    copy = adapter("copy", EAST, "mallory", approved=approved)
+    copy = adapter("copy", (0.95, 0.31), "mallory", approved=approved)
     draws = drawn(copy, MAPS, STARS)
-    assert draws.adapters == ((MAPS.ref, Drawn(2, 2, 2)),)
+    assert draws.adapters == (DrawnAdapter(MAPS.ref, ALL, ALL),)
     assert draws.must_be_confirmed
 
 
 def test_an_adapter_is_compared_by_the_scores_of_its_samples_to_the_others() -> None:
-    maps = adapter("maps", EAST, "acme", own=(0.7, 0.9))
-    assert drawn(adapter("near", NEAR, "mallory"), maps).adapters == ((maps.ref, Drawn(2, 1, 1)),)
+    """Each of the two samples has 0.8 to the other one, and 0.95 or more to the mean of both."""
+    [maps] = drawn(adapter("near", SOUTHEAST, "mallory"), MAPS).adapters
+    assert maps.samples == Drawn(2, 1, 1)
+
+
+def test_a_copy_in_other_words_draws_the_contents() -> None:
+    worded = adapter("worded", NORTHEAST, "acme")
+    [found] = drawn(adapter("copy", EAST, "mallory"), worded).adapters
+    assert (found.samples, found.contents) == (Drawn(2, 0, 0), ALL)
+    assert found.must_be_confirmed
 
 
 def test_an_adapter_of_one_text_is_compared_by_that_text_and_loses_a_tie() -> None:
-    alone = adapter("stars", NORTH, "acme", own=())
-    assert drawn(adapter("near", NEAR, "mallory"), alone).adapters == ()
-    assert drawn(adapter("copy", NORTH, "mallory"), alone).adapters == ((alone.ref, Drawn(1, 1, 1)),)
+    assert drawn(adapter("near", NORTHEAST, "mallory"), STARS).adapters == ()
+    [stars] = drawn(adapter("copy", NORTH, "mallory"), STARS).adapters
+    assert stars.samples == Drawn(1, 1, 1)
 
 
 def test_all_approved_adapters_of_the_owner_count_together() -> None:
-    second = adapter("second", NEAR, "mallory", approved=False)
-    first = adapter("first", EAST, "mallory", own=())
-    waiting = adapter("waiting", EAST, "mallory", approved=False)
-    assert drawn(second, MAPS, first).adapters == ((MAPS.ref, Drawn(2, 0, 2)),)
+    second = adapter("second", (0.0, -1.0), "mallory", approved=False)
+    first = adapter("first", (0.95, 0.31), "mallory")
+    waiting = adapter("waiting", (0.95, 0.31), "mallory", approved=False)
+    assert [found.samples for found in drawn(second, MAPS, first).adapters] == [Drawn(2, 0, 2)]
     assert drawn(second, MAPS, waiting).adapters == ()
 
 
 @pytest.mark.parametrize(
-    ("by_version", "by_owner", "is_asked"), [(0, 9, False), (1, 2, False), (1, 3, True), (3, 3, True)]
+    ("samples", "contents", "is_asked"),
+    [
+        (Drawn(10, 0, 9), Drawn(10, 0, 9), False),  # by other adapters, which were confirmed
+        (Drawn(10, 1, 1), Drawn(10, 8, 8), False),
+        (Drawn(10, 1, 2), Drawn(10, 0, 0), True),
+        (Drawn(10, 0, 0), Drawn(10, 1, 9), True),
+    ],
 )
-def test_a_version_is_confirmed_if_its_owner_would_draw_more_than_a_fifth(
-    by_version: int, by_owner: int, is_asked: bool
+def test_a_version_is_confirmed_if_its_owner_would_draw_many_prompts_of_an_adapter(
+    samples: Drawn, contents: Drawn, is_asked: bool
 ) -> None:
-    drawn = Drawn(10, by_version, by_owner)
-    assert Draws(Drawn(535, 0, 0), ((MAPS.ref, drawn),)).must_be_confirmed == is_asked
+    found = DrawnAdapter(MAPS.ref, samples, contents)
+    assert Draws(Drawn(535, 0, 0), (found,)).must_be_confirmed == is_asked
 
 
 @pytest.mark.parametrize(("by_owner", "is_asked"), [(10, False), (11, True)])
@@ -82,7 +112,7 @@ def test_a_version_is_confirmed_if_its_owner_would_draw_more_than_2_percent_of_o
 
 
 def test_adapters_that_other_tenants_do_not_find_are_no_victims() -> None:
-    copy = adapter("copy", EAST, "mallory")
+    copy = adapter("copy", (0.95, 0.31), "mallory")
     hidden = replace(MAPS, visibility="private")
     assert drawn(copy, hidden).adapters == drawn(copy, replace(MAPS, approved=False)).adapters == ()
     assert drawn(copy, adapter("maps", EAST, "mallory")).adapters == ()  # its own
@@ -90,14 +120,12 @@ def test_adapters_that_other_tenants_do_not_find_are_no_victims() -> None:
 
 def test_the_nearest_adapters_of_others_are_measured_behind_many_of_the_owner() -> None:
     own = [adapter(f"own-{number}", EAST, "mallory") for number in range(2 * MAX_ADAPTERS)]
-    assert drawn(adapter("copy", EAST, "mallory"), MAPS, *own).adapters[0][0] == MAPS.ref
+    assert drawn(adapter("copy", EAST, "mallory"), MAPS, *own).adapters[0].ref == MAPS.ref
 
 
 def test_at_most_so_many_samples_are_encoded() -> None:
-    many = adapter("many", EAST, "acme", own=(0.5,) * len(SAMPLES["many"]))
-    assert drawn(adapter("copy", EAST, "mallory"), many).adapters == (
-        (many.ref, Drawn(MAX_SAMPLES, *[MAX_SAMPLES] * 2)),
-    )
+    [many] = drawn(adapter("copy", EAST, "mallory"), adapter("many", EAST, "acme")).adapters
+    assert many.samples.num == many.contents.num == MAX_SAMPLES
 
 
 @pytest.mark.parametrize("vector", [None, EAST])

@@ -116,7 +116,7 @@ def test_twins_of_two_owners_both_answer_once_the_second_is_confirmed(encoder: E
     for record in globex:
         draws = drawn_by(encoder, record, acme, groups)
         assert draws.must_be_confirmed
-        assert f"{draws.adapters[0][0].name}-2" == record.ref.name
+        assert f"{draws.adapters[0].ref.name}-2" == record.ref.name
     for task in tasks:
         for route in routes(encoder, [*acme, *globex], held_out(task)):
             assert {adapter.ref.tenant for adapter in route.plan.adapters} == {"acme", "globex"}

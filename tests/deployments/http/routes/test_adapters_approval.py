@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from retriever_svc import Drawn, Draws, ReindexStep
+from retriever_svc import Drawn, DrawnAdapter, Draws, ReindexStep
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
@@ -120,7 +120,7 @@ def test_a_dry_run_checks_an_approval_and_approves_nothing(keys: Path, key: str,
     ask(look, keys_file=keys, headers=bearer(key))
 
 
-MANY = Draws(Drawn(535, 0, 0), ((POOL[1].ref, Drawn(16, 8, 12)),))
+MANY = Draws(Drawn(535, 0, 0), (DrawnAdapter(POOL[1].ref, Drawn(16, 8, 12), Drawn(16, 4, 4)),))
 
 
 @pytest.mark.parametrize(("body", "status"), [({}, 400), ({"confirmed": False}, 400), ({"confirmed": True}, 200)])
@@ -143,7 +143,8 @@ def test_an_approver_is_shown_what_the_version_would_draw(keys: Path) -> None:
         served.retriever._replicas[0].drawn = MANY
         response = await client.post("/v1/loras/poet/approve?dry_run=true", json={"digest": LIVE})
         draws = response.json()["draws"]
-        assert draws["adapters"] == [{"name": "local/coder", "share": 0.5, "owner_share": 0.75}]
+        samples, contents = {"share": 0.5, "owner_share": 0.75}, {"share": 0.25, "owner_share": 0.25}
+        assert draws["adapters"] == [{"name": "local/coder", "samples": samples, "contents": contents}]
         assert (draws["ordinary_prompts"], draws["needs_confirmation"]) == ({"share": 0.0, "owner_share": 0.0}, True)
         [(tenant, version, generation)] = served.retriever.called("draws")
         assert (tenant, version, generation) == ("acme", f"local/poet@{LIVE}", 7)
