@@ -23,16 +23,16 @@ ENCODER = FakeEncoder(
         "east": EAST,
         "northeast": NORTHEAST,
         "north": NORTH,
-        f"{PLEASE}the coast": NORTH,
-        f"{PLEASE}the city": NORTH,
-        "the coast": EAST,
-        "the city": EAST,
+        f"{PLEASE}coasts of Norway": NORTH,
+        f"{PLEASE}old towns by night": NORTH,
+        "coasts of Norway": EAST,
+        "old towns by night": EAST,
     }
 )
 SAMPLES = {
     "maps": ["east", "northeast"],
     "stars": ["north"],
-    "worded": [f"{PLEASE}the coast", f"{PLEASE}the city"],
+    "worded": [f"{PLEASE}coasts of Norway", f"{PLEASE}old towns by night"],
     "many": ["east"] * (MAX_SAMPLES + 9),
 }
 ALL = Drawn(2, 2, 2)
