@@ -98,15 +98,18 @@ class DrawMeasurement:
     encoding: BulkEncoding
 
     @classmethod
-    def of(cls, pool: Pool, record: AdapterRecord, samples: SampleSource) -> DrawMeasurement:
-        """Read the samples of the nearest adapters of other owners. A version without an embedding draws nothing."""
+    def of(cls, pool: Pool, record: AdapterRecord, samples: SampleSource, approver: str) -> DrawMeasurement:
+        """Read the samples of the nearest adapters of other owners. A version without an embedding draws nothing.
+
+        `approver`: the tenant whose part of the encoder's cache is used.
+        """
         texts: list[str] = []
         victims: list[tuple[AdapterRecord, int]] = []
         for victim in _nearest_others(pool, record):
             own = [sample.input for sample in (read_samples(samples, victim) or ())[:MAX_SAMPLES]]
             victims.append((victim, len(own)))
             texts += [*own, *without_shared_wording(own)]
-        return cls(pool, record, tuple(victims), BulkEncoding(pool.encoder, texts))
+        return cls(pool, record, tuple(victims), BulkEncoding(pool.encoder, texts, [approver] * len(texts)))
 
     def result(self, abstain: Abstain, min_score: float | None = None) -> Draws:
         """Return what the version draws at this operating point, or with one threshold for all."""

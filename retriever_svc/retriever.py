@@ -264,7 +264,7 @@ class Retriever:
 
     def draw_measurement(self, tenant: str, name: str, samples: SampleSource) -> DrawMeasurement:
         """Return a measurement of what the version that `tenant` names would draw. Raises: AdapterNotFound."""
-        return DrawMeasurement.of(self._pools.current, self.resolve(tenant, name), samples)
+        return DrawMeasurement.of(self._pools.current, self.resolve(tenant, name), samples, tenant)
 
     def draws(self, measurement: DrawMeasurement) -> Draws:
         """Return what the version would draw, at the operating point of requests without their own."""

@@ -48,7 +48,9 @@ STARS = adapter("stars", NORTH, "acme")
 
 def drawn(record: AdapterRecord, *others: AdapterRecord) -> Draws:
     pool = Pool.of(snapshot_of(*others, record), ENCODER, IndexSettings(requires_approval=True))  # type: ignore[arg-type]
-    measurement = DrawMeasurement.of(pool, record, lambda victim: [Sample(text) for text in SAMPLES[victim.ref.name]])
+    measurement = DrawMeasurement.of(
+        pool, record, lambda victim: [Sample(text) for text in SAMPLES[victim.ref.name]], "a"
+    )
     measurement.encoding.encode_all()
     return measurement.result("balanced")
 
@@ -141,7 +143,7 @@ def test_ordinary_prompts_are_compared_with_the_others() -> None:
     vector = 0.2 * rows[0] + 0.96**0.5 * rows[5]
     record = record_of("odd", vector, tenant="mallory")
     pool = Pool.of(snapshot_of(record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=rows[:4])  # type: ignore[arg-type]
-    measurement = DrawMeasurement.of(pool, record, lambda _: ())
+    measurement = DrawMeasurement.of(pool, record, lambda _: (), "a")
     assert measurement.result("balanced").ordinary == Drawn(4, 1, 1)
     assert measurement.result("never").ordinary == Drawn(4, 4, 4)
     assert measurement.result("balanced", min_score=0.3).ordinary == Drawn(4, 0, 0)
