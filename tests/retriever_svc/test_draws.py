@@ -46,6 +46,10 @@ MAPS = adapter("maps", (0.95, 0.31), "acme")
 STARS = adapter("stars", NORTH, "acme")
 
 
+def samples_of(record: AdapterRecord) -> list[Sample]:
+    return [Sample(text) for text in SAMPLES[record.ref.name]]
+
+
 def drawn(record: AdapterRecord, *others: AdapterRecord) -> Draws:
     pool = Pool.of(snapshot_of(*others, record), ENCODER, IndexSettings(requires_approval=True))  # type: ignore[arg-type]
     measurement = DrawMeasurement.of(
@@ -143,7 +147,7 @@ def test_ordinary_prompts_are_compared_with_the_others() -> None:
     vector = 0.2 * rows[0] + 0.96**0.5 * rows[5]
     record = record_of("odd", vector, tenant="mallory")
     pool = Pool.of(snapshot_of(record), FakeEncoder({}, dim=6), IndexSettings(), ordinary=rows[:4])  # type: ignore[arg-type]
-    measurement = DrawMeasurement.of(pool, record, lambda _: (), "a")
+    measurement = DrawMeasurement.of(pool, record, lambda _: (), "initech")
     assert measurement.result("balanced").ordinary == Drawn(4, 1, 1)
     assert measurement.result("never").ordinary == Drawn(4, 4, 4)
     assert measurement.result("balanced", min_score=0.3).ordinary == Drawn(4, 0, 0)
