@@ -57,7 +57,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class DrawnAdapter:
-    """What a version would draw of the prompts of another owner's adapter.
+    """The prompts of another owner's adapter that a version would draw.
 
     `contents`: of its samples without the wording that they share.
     """
@@ -74,7 +74,7 @@ class DrawnAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What a version would draw: of ordinary prompts, and of the prompts of others' adapters, most drawn first."""
+    """The prompts that a version would draw: ordinary ones, and those of others' adapters, most drawn first."""
 
     ordinary: Drawn
     adapters: tuple[DrawnAdapter, ...] = ()

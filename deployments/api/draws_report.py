@@ -1,4 +1,4 @@
-"""What an approval would let an adapter answer, in JSON and in words."""
+"""The prompts that an adapter would draw if it were approved, in JSON and in words."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DrawnAdapterRow(TypedDict):
 
 
 class DrawsObject(TypedDict):
-    """What the version would draw of the requests of tenants that own neither."""
+    """The shares that the version would draw of the requests of tenants that own neither adapter."""
 
     ordinary_prompts: DrawnShare
     adapters: list[DrawnAdapterRow]

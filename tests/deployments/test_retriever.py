@@ -360,7 +360,7 @@ def test_real_prompts_are_routed_by_the_doctor(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
-def test_what_a_version_would_draw_is_measured_on_the_pool(tmp_path: Path) -> None:
+def test_the_draws_of_a_version_are_measured_on_the_pool(tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         german, sums = await here.embedded("german", "sums")
         copy = replace(german, ref=AdapterRef("mallory", "copy", german.ref.digest), weights_digest="c" * 64)

@@ -1,4 +1,4 @@
-"""What a version would draw, with chosen vectors."""
+"""The prompts that a version would draw, with chosen vectors."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_description_alone_is_warned_of() -> None:
 
 
 def test_the_shares_are_those_of_the_benchmark() -> None:
-    """The page has means of the test pools in percent: right is the second column of figures in the rows `now`."""
+    """The page has means of the test pools in percent: right is the second column of the rows `now`."""
     page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \| now \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", page, re.MULTILINE)
     assert [float(share) / 100 for share in rows] == pytest.approx([RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE])

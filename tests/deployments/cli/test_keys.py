@@ -109,7 +109,7 @@ def test_the_version_with_the_given_digest_is_approved() -> None:
     assert f"poet {'d' * 12} is approved at generation 5" in words(result.stdout)
 
 
-def test_what_a_version_would_draw_can_be_confirmed_with_its_digest() -> None:
+def test_a_version_that_draws_many_prompts_can_be_confirmed_with_its_digest() -> None:
     refused = refusal("confirmed: must be true to approve this version. poet would answer 75.0% of …")
     with scripted((400, refused), (200, APPROVED | {"draws": MANY})) as server:
         result = run("approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
