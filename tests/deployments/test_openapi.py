@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS
 
-from retriever_svc import DoctorReport, DoctorStep, ReindexStep
+from retriever_svc import AskedPrompt, DoctorReport, DoctorStep, ReindexStep
 from tests.deployments.all_routes import APP
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import get
@@ -41,7 +41,7 @@ class Jobs(MappedRetriever):
     async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
         yield ReindexStep(0, 0, {})
 
-    async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncIterator[DoctorStep]:
         yield DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))
 
 
