@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import ray
@@ -24,16 +25,19 @@ from lora_store import (
     AdapterRefused,
     Collected,
     Embedding,
+    Feedback,
     Key,
     LoraStore,
     Precondition,
     Ranking,
+    Sample,
     Staged,
     TenantQuota,
     Trial,
     Visibility,
     Withdrawn,
 )
+from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 
 _NUM_STAGERS = 8
@@ -107,6 +111,26 @@ class StoreDeployment:
         """Stage a kept version again. Raises: AdapterNotFound if its blobs are gone."""
         return await asyncio.to_thread(self._store.restage, record)
 
+    async def resample(self, live: AdapterRecord, samples: Sequence[Sample]) -> Staged:
+        """Stage the live version's weights with other samples. Raises: AdapterNotFound if its blobs are gone."""
+        return await asyncio.to_thread(self._store.resample, live, samples)
+
+    async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
+        """Store what a client said about a prompt, in place of what it said about it before."""
+        await asyncio.to_thread(self._store.feedback.put, tenant, kind, feedback, datetime.now(UTC))
+
+    async def asked(self, tenant: str, request_id: str) -> Feedback | None:
+        """Return the prompt of a request of this tenant, None if it is not kept."""
+        return await asyncio.to_thread(self._store.feedback.get, tenant, "asked", request_id)
+
+    async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]:
+        """Return the proposals for an adapter that wait, or the outcomes of a tenant, newest first."""
+        return await asyncio.to_thread(self._store.feedback.all, tenant, kind, adapter)
+
+    async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None:
+        """Delete these proposals for an adapter."""
+        await asyncio.to_thread(self._store.feedback.delete, tenant, adapter, ids)
+
     async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
         """Return them with what they keep of the versions that are live now. Raises: AdapterNotFound."""
         return await asyncio.to_thread(self._store.take_over, staged)
@@ -163,9 +187,9 @@ class StoreDeployment:
         """Add embeddings by an encoder to be activated, and return the generation. Skip versions that are not live."""
         return await asyncio.to_thread(self._store.add_embeddings, embeddings)
 
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
         """Replace the rankings that `auto` of this tenant uses, and return the generation."""
-        return await asyncio.to_thread(self._store.rank, tenant, rankings, actor)
+        return await asyncio.to_thread(self._store.rank, tenant, rankings, actor, are_outcomes=are_outcomes)
 
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
         """Search the pool by this encoder from now on, and return the generation. Raises: EncoderIncomplete."""

@@ -21,6 +21,7 @@ from retriever_svc.errors import (
     TrainingUnavailable,
 )
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
+from retriever_svc.learning import Learnt, Resampled
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import IndexStats, LivePool
 from retriever_svc.projection import Place, Point, PoolMap
@@ -51,6 +52,7 @@ __all__ = [
     "EncoderUnusable",
     "IndexSettings",
     "IndexStats",
+    "Learnt",
     "LivePool",
     "Match",
     "NearSample",
@@ -68,6 +70,7 @@ __all__ = [
     "ProjectionUnusable",
     "Region",
     "ReindexStep",
+    "Resampled",
     "Retriever",
     "RetrieverError",
     "Route",

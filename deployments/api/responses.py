@@ -91,11 +91,13 @@ class RoutedCandidate(CandidateRow):
     """A candidate for a prompt. It may answer if `score` reaches `threshold`, which depends on the prompt.
 
     `confidence`: the probability that it is the right adapter, estimated from the score and its lead over the others.
+    `outcome`: what the tenant's outcomes for nearly the same prompts say in sum; below 0 it may not answer.
     `samples`: those nearest to the prompt, if `lora.explain` is set and the adapter belongs to the caller's tenant.
     """
 
     threshold: float
     confidence: float
+    outcome: NotRequired[float]
     samples: NotRequired[list[SampleRow]]
 
 

@@ -17,6 +17,7 @@ from lora_store import (
     AdapterRef,
     Collected,
     Embedding,
+    Feedback,
     Key,
     Plan,
     Precondition,
@@ -30,9 +31,11 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
+from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from retriever_svc import (
     DoctorStep,
+    Learnt,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -41,6 +44,7 @@ from retriever_svc import (
     PoolSize,
     Region,
     ReindexStep,
+    Resampled,
     Route,
     RouteRequest,
 )
@@ -71,6 +75,11 @@ class StoreCalls(Protocol):
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged: ...
     async def restage(self, record: AdapterRecord) -> Staged: ...
     async def take_over(self, staged: Sequence[Staged]) -> list[Staged]: ...
+    async def resample(self, live: AdapterRecord, samples: Sequence[Sample]) -> Staged: ...
+    async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None: ...
+    async def asked(self, tenant: str, request_id: str) -> Feedback | None: ...
+    async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]: ...
+    async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None: ...
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
     async def commit(
@@ -92,7 +101,7 @@ class StoreCalls(Protocol):
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int: ...
     async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int: ...
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int: ...
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int: ...
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
     async def active_encoder(self) -> str | None: ...
     async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]: ...
@@ -160,6 +169,21 @@ class ServeStore(StoreClient):
     async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
         return await self._calls.retry(StoreReplica.take_over, staged)
 
+    async def resample(self, live: AdapterRecord, samples: Sequence[Sample]) -> Staged:
+        return await self._calls.over_object_store().retry(StoreReplica.resample, live, samples)
+
+    async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
+        await self._calls.retry(StoreReplica.put_feedback, tenant, kind, feedback)
+
+    async def asked(self, tenant: str, request_id: str) -> Feedback | None:
+        return await self._calls.retry(StoreReplica.asked, tenant, request_id)
+
+    async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]:
+        return await self._calls.retry(StoreReplica.feedback, tenant, kind, adapter)
+
+    async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None:
+        await self._calls.retry(StoreReplica.delete_proposals, tenant, adapter, ids)
+
     async def commit(
         self,
         staged: Sequence[Staged],
@@ -198,8 +222,8 @@ class ServeStore(StoreClient):
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         return await self._calls.once(StoreReplica.add_embeddings, embeddings)
 
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
-        return await self._calls.once(StoreReplica.rank, tenant, rankings, actor)
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
+        return await self._calls.once(StoreReplica.rank, tenant, rankings, actor, are_outcomes)
 
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
         return await self._calls.once(StoreReplica.activate_encoder, model, identity, actor)
@@ -255,6 +279,8 @@ class RetrieverCalls(RoutingClient, Protocol):
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
     async def samples(self, tenant: str, name: str) -> list[Sample]: ...
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
+    async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled: ...
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt: ...
     async def refit(self, model: str) -> str: ...
     def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]: ...
     def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]: ...
@@ -318,6 +344,12 @@ class ServeRetriever(RetrieverClient):
 
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         return await self._calls.retry(RetrieverReplica.record, tenant, name, min_generation)
+
+    async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled:
+        return await self._calls.retry(RetrieverReplica.accept, live, texts)
+
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        return await self._calls.retry(RetrieverReplica.learn, tenant, outcomes)
 
     async def samples(self, tenant: str, name: str) -> list[Sample]:
         return await self._calls.retry(RetrieverReplica.samples, tenant, name)

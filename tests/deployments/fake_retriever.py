@@ -8,11 +8,24 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store import AdapterRecord, AdapterRef, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
+from lora_store import (
+    AdapterRecord,
+    AdapterRef,
+    Embedding,
+    Feedback,
+    Plan,
+    PlannedAdapter,
+    Ranking,
+    Sample,
+    Snapshot,
+    Strategy,
+)
+from lora_store.rankings import OUTCOME
 from retriever_svc import (
     BaseCounts,
     Candidate,
     DoctorStep,
+    Learnt,
     NearSample,
     Page,
     PageRequest,
@@ -22,13 +35,17 @@ from retriever_svc import (
     PoolSize,
     Region,
     ReindexStep,
+    Resampled,
     Route,
     RouteRequest,
 )
 from retriever_svc.embedded import Embedded
+from retriever_svc.learning import Effect
 from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, replayed_plan
 from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
+
+NO_EFFECT = Effect(100, 90, 90, 400, 4, 4)
 
 
 @dataclass
@@ -46,6 +63,7 @@ class FakeRetriever:
     prepared: Exception | str = "other-encoder"
     near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
     unserved: BaseCounts = ()
+    effect: Effect = NO_EFFECT
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
@@ -105,6 +123,15 @@ class FakeRetriever:
         if self.caught_up is not None:
             raise self.caught_up
         return generation
+
+    async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled:
+        own = await self.samples(live.ref.tenant, live.ref.name)
+        return Resampled((*own, *[Sample(text, is_accepted=True) for text in texts]), (), self.effect)
+
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        vector = np.array([1.0, 0.0], np.float32)
+        anchors = [AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "") for outcome in outcomes]
+        return Learnt(tuple(Ranking(anchor, (), self.encoder, vector, vector[:0]) for anchor in anchors), self.effect)
 
     async def refit(self, model: str) -> str:
         return f"{model}+fitted"
