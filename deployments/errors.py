@@ -13,6 +13,7 @@ DeploymentsError
 ├── VersionNotKept      the server keeps no version of the adapter with that digest
 │   └── NoTrial         no version is under trial, and the request names none
 ├── VersionChanged      the live version is not the one that the request names
+├── RequestNotKept      the server does not keep the request that an outcome names
 ├── AdapterExists       the name is taken and the request does not allow replacing it
 ├── HostRefused         the Host header is not a name of this server
 ├── OriginRefused       the request comes from a web page of another origin
@@ -186,6 +187,22 @@ class VersionChanged(DeploymentsError):
         return (
             f"digest: {self.wanted!r} is not the live version of adapter {self.name!r}; "
             f"review {self.live!r}, then approve that digest"
+        )
+
+
+class RequestNotKept(DeploymentsError):
+    """Send outcomes within a day, for requests to `auto` of a server with the setting `learning`."""
+
+    param = "request_id"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return (
+            f"request_id: no request {self.request_id[:200]!r} of yours is kept; send the x-request-id of a request to"
+            " 'auto', at most a day old, to a server with the setting learning: observe or apply"
         )
 
 

@@ -21,6 +21,7 @@ from deployments.calls.serve_calls import Background, bypass_http_proxy
 from deployments.calls.worker_client import ServeWorker, WorkerClient, WorkerGate
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
+from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
@@ -36,6 +37,7 @@ from deployments.observability.metrics import SERVE, MetricFactory
 from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
 from deployments.publishing.evaluation import AnswerScorer, Evaluator
 from deployments.publishing.idle_evaluation import IdleEvaluations, IdleScorer
+from deployments.publishing.learning import Learning
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
@@ -143,6 +145,7 @@ def _build_services(
     has_keys, background, changes = config.has_keys, Background(), ChangeMetrics(kinds)
     metrics = RequestMetrics(kinds)
     shadows = Shadows(worker, background, metrics)
+    notes = PromptNotes(store, background, is_on=config.learning != "off")
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
     publisher = _publisher(config, retriever, worker, store, background, gate, changes)
     authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
@@ -157,9 +160,10 @@ def _build_services(
         config=config,
         authenticator=authenticator,
         planner=planner,
-        completions=CompletionService(config, authenticator, planner, gate, worker, limits, shadows),
+        completions=CompletionService(config, authenticator, planner, gate, worker, limits, shadows, notes),
         publisher=publisher,
         evaluator=Evaluator(store, retriever, publisher, scorer),
+        learning=Learning(store, retriever, publisher, background, applies=config.learning == "apply"),
         store=store,
         retriever=retriever,
         readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),

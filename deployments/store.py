@@ -111,8 +111,11 @@ class StoreDeployment:
         """Stage a kept version again. Raises: AdapterNotFound if its blobs are gone."""
         return await asyncio.to_thread(self._store.restage, record)
 
-    async def resample(self, live: AdapterRecord, samples: Sequence[Sample]) -> Staged:
-        """Stage the live version's weights with other samples. Raises: AdapterNotFound if its blobs are gone."""
+    async def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
+        """Stage the live version's weights with other samples; None: its own without accepted prompts.
+
+        Raises: AdapterNotFound.
+        """
         return await asyncio.to_thread(self._store.resample, live, samples)
 
     async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None:

@@ -201,11 +201,14 @@ class LoraStore:
         bare = replace(unknown, trial=None, is_offered=False)
         return replace(self._stage_leased(bare, lambda: self._find(record)), keeps=frozenset({"visibility"}))
 
-    def resample(self, live: AdapterRecord, samples: Sequence[Sample]) -> Staged:
-        """Stage the weights of the live version with other samples. The commit fails if another one is live by then.
+    def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
+        """Stage the weights of the live version with other samples, or None for its own without accepted ones.
 
-        Raises: AdapterNotFound if its blobs were deleted.
+        The commit fails if another version is live by then. Raises: AdapterNotFound if its blobs were deleted.
         """
+        if samples is None:
+            own = () if live.samples_digest is None else self.samples(live.samples_digest)
+            samples = [sample for sample in own if not sample.is_accepted]
         data = write_samples(samples)
         record = with_samples(live, digest_of(data), len(samples))
 

@@ -76,10 +76,10 @@ class Resampled:
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """The choices that a tenant's outcomes lead to, and their effect."""
+    """The choices that a tenant's outcomes lead to. Others of them would harm the publishers' samples."""
 
     rankings: tuple[Ranking, ...]
-    effect: Effect
+    num_refused: int = 0
 
 
 def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: SampleSource, abstain: Abstain) -> Resampled:
@@ -115,7 +115,8 @@ def learn(pool: Pool, tenant: str, outcomes: Sequence[Feedback], samples: Sample
     """Return the choices of a tenant from its outcomes, which are given newest first.
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
-    from them; one that praises the base model takes every adapter away.
+    from them; one that praises the base model takes every adapter away. Leave out those that are refused alone, or all
+    if the others are refused together.
     """
     chosen = list(_bounded(outcomes))
     vectors = _encoded(pool, [outcome.text for outcome in chosen], tenant)
@@ -128,8 +129,12 @@ def learn(pool: Pool, tenant: str, outcomes: Sequence[Feedback], samples: Sample
         if adapters or outcome.adapter is None:
             anchor = AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "")
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
-    effect = _Check(pool, tenant, abstain, samples).effect({}, rankings)
-    return Learnt(tuple(rankings), effect)
+    check = _Check(pool, tenant, abstain, samples)
+    kept = rankings
+    if check.effect({}, kept).refusal is not None:
+        kept = [ranking for ranking in rankings if check.effect({}, [ranking]).refusal is None]
+        kept = kept if check.effect({}, kept).refusal is None else []
+    return Learnt(tuple(kept), len(rankings) - len(kept))
 
 
 def _bounded(outcomes: Iterable[Feedback]) -> Iterator[Feedback]:

@@ -48,6 +48,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str], ...] = (
     (store_errors.AdapterNotFound, 404, _MISSING, "model_not_found"),
     (api_errors.VersionNotKept, 404, _MISSING, "version_not_found"),
     (api_errors.VersionChanged, 409, _INVALID, "version_changed"),
+    (api_errors.RequestNotKept, 404, _MISSING, "request_not_kept"),
     (api_errors.AdapterExists, 400, _INVALID, "adapter_exists"),
     (api_errors.HostRefused, 421, _INVALID, "host_not_allowed"),
     (api_errors.OriginRefused, 403, _FORBIDDEN, "origin_not_allowed"),

@@ -214,6 +214,21 @@ class SettledAdapter(TypedDict):
     replicas: Replicas
 
 
+class SamplesChanged(TypedDict):
+    """Proposals that were accepted or rejected, or accepted prompts that were taken out of the samples.
+
+    `left_out`: prompts that are near-copies of a sample. `digest`: of the live version, unless it was a rejection.
+    """
+
+    name: str
+    action: Literal["accept", "reject", "undo"]
+    left_out: NotRequired[list[str]]
+    num_rejected: NotRequired[int]
+    digest: NotRequired[str]
+    generation: NotRequired[int]
+    replicas: NotRequired[Replicas]
+
+
 class BatchAnswer(TypedDict):
     """One object per adapter, with the status that it would have alone."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from deployments.cli import batch, keys, pool, pool_repair, publish, routing, training
+from deployments.cli import batch, keys, pool, pool_repair, publish, routing, samples, training
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -41,6 +41,7 @@ cli = typer.Typer(cls=KeyAnywhere, no_args_is_help=True, help=__doc__, pretty_ex
 for group in (publish, pool, routing, batch, training):
     cli.add_typer(group.commands)
 cli.add_typer(keys.commands, name="keys")
+cli.add_typer(samples.commands, name="samples")
 cli.add_typer(pool_repair.commands, name="pool")
 
 

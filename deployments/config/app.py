@@ -110,6 +110,10 @@ class AppConfig(Settings):
     # Measure adapters on each other's sample outputs after a publish, while the workers are idle; see `loraretriever
     # evaluate`. Off by default: it generates answers and changes which adapters `auto` prefers.
     evaluate_after_publish: bool = False
+    # off: no prompt is kept. observe: prompts of requests that name an adapter become proposed samples for its owner,
+    # prompts of other requests are kept for a day, and outcomes are counted. apply: outcomes also change which adapters
+    # `auto` chooses for their own tenant.
+    learning: Literal["off", "observe", "apply"] = "off"
     # Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for the
     # served base model.
     preload: tuple[Path, ...] = ()

@@ -131,7 +131,7 @@ class FakeRetriever:
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
         vector = np.array([1.0, 0.0], np.float32)
         anchors = [AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "") for outcome in outcomes]
-        return Learnt(tuple(Ranking(anchor, (), self.encoder, vector, vector[:0]) for anchor in anchors), self.effect)
+        return Learnt(tuple(Ranking(anchor, (), self.encoder, vector, vector[:0]) for anchor in anchors))
 
     async def refit(self, model: str) -> str:
         return f"{model}+fitted"

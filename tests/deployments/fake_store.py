@@ -100,8 +100,9 @@ class FakeStore:
         self._fail("restage")
         return self._hold(record)
 
-    async def resample(self, live: AdapterRecord, samples: Sequence[Sample]) -> Staged:
+    async def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
         self._fail("resample")
+        samples = [Sample("one"), Sample("two")] if samples is None else samples
         record = with_samples(live, digest_of("\n".join(sample.input for sample in samples)), len(samples))
         staged = replace(self._hold(record), samples=tuple(samples), replaces=live.ref.digest)
         self.held[-1] = staged

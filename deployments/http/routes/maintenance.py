@@ -31,7 +31,7 @@ async def verify(_: JobRequest, caller: AdminCaller, services: AnyServices, cont
 @router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
 async def doctor(_: JobRequest, caller: AdminCaller, services: AnyServices, context: AnyContext) -> StreamingResponse:
     """Route the samples of the tenant's adapters: report collisions, shadowed and never chosen adapters, and advise."""
-    return await _stream(maintenance.doctor(services.retriever, caller.tenant), context)
+    return await _stream(maintenance.doctor(services.store, services.retriever, caller.tenant), context)
 
 
 @router.post("/v1/pool/evaluate", response_class=StreamingResponse, responses=LINES_ANSWERS)
