@@ -69,7 +69,7 @@ class StatsReader:
             "object": "stats",
             "read_at": read_at,
             "base_model": self._config.served_base_name,
-            "defaults": {"strategy": retrieval.strategy, "k": retrieval.k},
+            "defaults": {"strategy": retrieval.strategy, "k": retrieval.k, "learning": self._config.learning},
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
             "tenant": _usage_object([usage[tenant] for usage in usages.given if tenant in usage]),
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),

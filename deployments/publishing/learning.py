@@ -16,7 +16,7 @@ from lora_store import AdapterNotFound, AdapterRecord, AdapterRefused, Feedback,
 from retriever_svc.learning import OWN_PER_ACCEPTED
 
 logger = logging.getLogger(__name__)
-QUIET_S = 2.0  # from an outcome to its application, so that one commit follows several
+QUIET_S = 1.0  # from an outcome to its application, so that one commit follows several
 Sleep = Callable[[float], Awaitable[None]]
 
 
