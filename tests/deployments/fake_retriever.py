@@ -63,7 +63,8 @@ class FakeRetriever:
     prepared: Exception | str = "other-encoder"
     near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
     unserved: BaseCounts = ()
-    effect: Effect = NO_EFFECT
+    effect: Effect = NO_EFFECT  # of accepted prompts
+    num_own: int = 4  # samples of an adapter that gets accepted prompts
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
@@ -125,7 +126,7 @@ class FakeRetriever:
         return generation
 
     async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled:
-        own = await self.samples(live.ref.tenant, live.ref.name)
+        own = [Sample(f"sample {number}") for number in range(self.num_own)]
         return Resampled((*own, *[Sample(text, is_accepted=True) for text in texts]), (), self.effect)
 
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:

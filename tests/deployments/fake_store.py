@@ -61,6 +61,7 @@ class FakeStore:
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)  # of uploaded files, by id and number
     encoder: str | None = None  # identity of the encoder that a reindex activated
     incomplete: list[EncoderIncomplete] = field(default_factory=list)  # errors of activations, in turn
+    ranked: list[tuple[str, Sequence[Ranking]]] = field(default_factory=list)
     given: dict[tuple[str, Kind, str], Feedback] = field(default_factory=dict)  # by tenant, kind and id
     _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
@@ -235,6 +236,7 @@ class FakeStore:
 
     async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
         self._fail("rank")
+        self.ranked.append((tenant, rankings))
         self.generation += 1
         return self.generation
 
