@@ -94,6 +94,7 @@ def live(
         store_uri=s3_endpoint.uri("live"),
         disk_cache_bytes=0,
         max_concurrent_requests=32,
+        learning="observe",
         retrieval=RetrievalSettings(poll_interval_s=1.0),
         worker=WorkerSettings(
             dtype="float32",
