@@ -35,9 +35,9 @@ from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
 from deployments.store import StoreDeployment
 from deployments.worker import WorkerDeployment
 from gpu_worker.config import PACKAGED_MODEL
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.model.packaged_model import packaged_folder
-from gpu_worker.request.request import Job, SamplingParams
 from lora_store import AdapterRef, LoraStore, Plan, PlannedAdapter, write_peft_folder
 from tests.tiny import FAMILIES, byte_tokenizer
 

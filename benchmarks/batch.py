@@ -23,9 +23,9 @@ from deployments.batch.answering import PARTS_AT_ONCE
 from deployments.batch.dataset import answer_parts, cluster
 from deployments.batch.planning import PartPlanner
 from deployments.batch.run import BatchRun, BatchSettings, begin, store_of
-from gpu_worker.engine.engine import Engine
+from gpu_worker.front.request.request import Job
 from gpu_worker.model.base_model import load_base_model
-from gpu_worker.request.request import Job
+from gpu_worker.native.loop import Engine
 from lora_store import AdapterWeights, decode_weights
 from tests.deployments.batching import TOPICS, prompts, publish, tiny_app, write_rows
 from tests.gpu_worker.engine_driver import fetching

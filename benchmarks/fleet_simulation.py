@@ -21,7 +21,7 @@ from ray.serve.request_router import PendingRequest
 from deployments.scaling.adapter_affinity_router import RESIDENT, AdapterAffinityRouter, short_digest
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.bank.residency import Residency
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
 from lora_store.lru_cache import LruCache
 

@@ -25,8 +25,8 @@ from benchmarks.results_file import write_results
 from benchmarks.starter_pool import HELD_OUT, POOL
 from deployments.cli.local_server import Server
 from deployments.config.loading import load_config
+from gpu_worker.front.request.prompts import alpaca_prompt
 from gpu_worker.model.packaged_model import packaged_folder
-from gpu_worker.request.prompts import alpaca_prompt
 
 CHOICE, TEXT, CHAT = "starter_choice", "starter_text", "starter_chat"
 METRICS = {CHOICE: "acc,none", TEXT: "exact_match,none", CHAT: "exact_match,none"}

@@ -46,8 +46,8 @@ from benchmarks.results_file import write_results
 from deployments.auth.private_files import sessions_folder
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
+from gpu_worker.native.engine_thread import EngineThread
 from lora_store import Plan, Sample, Strategy, write_peft_folder
 
 NUM_ADAPTERS, NUM_SAMPLES = 8, 20

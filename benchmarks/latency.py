@@ -23,8 +23,8 @@ from benchmarks import plots
 from benchmarks.engine_cases import RANK, Prompts, Quick, console, rounds_within, sampling, shown, table_of
 from benchmarks.results_file import write_results
 from benchmarks.stored_pool import StoredPool
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
+from gpu_worker.native.engine_thread import EngineThread
 from lora_store import Plan
 
 NUM_RUNNING, NUM_STEPS = 24, 128  # measured rows, and tokens per row

@@ -14,7 +14,7 @@ import typer
 
 from benchmarks.engine_cases import Loaded, Quick, console, plans, shown, table_of
 from benchmarks.results_file import write_results
-from gpu_worker.lora.compiled_layer import CompiledLayer
+from gpu_worker.native.compiled_layer import CompiledLayer
 from lora_store import Strategy
 
 NUM_STEPS = 40

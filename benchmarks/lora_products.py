@@ -1,7 +1,7 @@
 """Measure both ways to compute a step's LoRA products, without its rest: `python -m benchmarks.lora_products`.
 
 All seven modules of the 18 layers of Gemma-3-270M, bfloat16, mixtures of 3 random adapters of rank 8. The grouped way
-and the dense one (`gpu_worker/lora/mapping.py`) take turns in one process. Inputs and outputs are in a cache if they
+and the dense one (`gpu_worker/model/mapping.py`) take turns in one process. Inputs and outputs are in a cache if they
 fit, as in a step, where the base model's layers have just used them.
 """
 
@@ -22,10 +22,10 @@ from benchmarks.results_file import write_results
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
 from gpu_worker.config import WorkerConfig
-from gpu_worker.lora.dense_mapping import dense_mapping
-from gpu_worker.lora.grouped_mapping import grouped_mapping
-from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
-from gpu_worker.step.step_context import Composition, Outputs
+from gpu_worker.model.dense_mapping import dense_mapping
+from gpu_worker.model.grouped_mapping import grouped_mapping
+from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
+from gpu_worker.model.step_context import Composition, Outputs
 
 NUM_LAYERS = 18
 WIDTHS = {  # (out, in)

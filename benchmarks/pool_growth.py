@@ -31,7 +31,7 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.results_file import write_results
 from benchmarks.stored_pool import StoredPool
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job
 from lora_store import Plan
 
 POOLS = (8, 64, 1000)

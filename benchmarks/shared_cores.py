@@ -24,7 +24,7 @@ import typer
 from benchmarks.engine_cases import NUM_ROWS, Loaded, Quick, console, plans, sampling, shown, table_of
 from benchmarks.results_file import write_results
 from deployments.config.app import WorkerSettings
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 
 NUM_ADAPTERS, NUM_BUSY, MOST_NEW = 8, 2, 1500
 _RAYS, _WORKERS = 15, WorkerSettings().niceness

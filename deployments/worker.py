@@ -23,14 +23,14 @@ from deployments.observability.worker_metrics import JobTrace, TenantUsage, Work
 from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
 from deployments.weights import WeightsFetcher
+from gpu_worker.bank.load_threads import load_executor, use_one_thread
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.cpu_count import with_threads
-from gpu_worker.device.openmp import load_executor, use_one_thread
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
-from gpu_worker.inference_engine import EngineHealth, InferenceEngine
-from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
-from gpu_worker.start_engine import start_engine
+from gpu_worker.front.cpu_count import with_threads
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.start import start_engine
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
 

@@ -32,7 +32,7 @@ from benchmarks.paper.pool.choose import (
     write_pool,
 )
 from benchmarks.paper.retrieval.experiments import BEST
-from gpu_worker.device.cpu_count import usable_cpus
+from gpu_worker.front.cpu_count import usable_cpus
 
 Run = Callable[[str, Sequence[str]], None]
 """Run one stage with these arguments until it ends."""

@@ -16,13 +16,14 @@ from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
-from gpu_worker.device.cpu_count import with_threads
-from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
-from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.offline import generate_all
+from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.errors import EngineStopped
-from gpu_worker.request.request import Completion, Job
+from gpu_worker.front.cpu_count import with_threads
+from gpu_worker.front.offline import generate_all
+from gpu_worker.front.request.request import Completion, Job
+from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.loop import Engine
+from gpu_worker.native.openmp import run_on_short_lived_thread
 from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
 

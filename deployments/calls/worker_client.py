@@ -23,9 +23,9 @@ from ray.serve.schema import ServeStatus
 from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.serve_calls import ServeCalls, answer_or_raise
 from deployments.errors import WorkerStarting
-from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import DeadlineExceeded
-from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 
 HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop

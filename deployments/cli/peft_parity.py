@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.row import Row
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import model_source
-from gpu_worker.request.request import Delta, Job, SamplingParams
+from gpu_worker.native.loop import Engine
 from lora_store import (
     AdapterRef,
     AdapterWeights,

@@ -16,7 +16,7 @@ from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import Usage, WorkerClient
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.front.engine_status import EngineStatus
 from retriever_svc import PoolSize
 
 KEPT_S = 0.5

@@ -16,7 +16,7 @@ from deployments.calls.worker_client import WorkerClient
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.evaluation import Evaluator
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.front.engine_status import EngineStatus
 from lora_store import AdapterRecord, Sample
 from lora_store.lru_cache import LruCache
 from retriever_svc import Scorer

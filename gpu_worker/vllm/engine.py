@@ -27,23 +27,22 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from gpu_worker.bank.device_layout import to_device_layout
+from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.openmp import load_executor
-from gpu_worker.engine.delta_stream import Events, StreamPace, deltas
-from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.engine.model_check import ADAPTER_PLAN, DIGEST
-from gpu_worker.engine.next_tokens import failure_of
-from gpu_worker.engine.offline import generate_all
-from gpu_worker.engine.preprocess import RequestPreprocessor, grammar_compiler
-from gpu_worker.engine.probe import Prober
-from gpu_worker.engine.row import Row, Sink
-from gpu_worker.engine.tokenizing import Tokenizing
+from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
-from gpu_worker.inference_engine import Capabilities, EngineHealth, EngineMemory, InferenceEngine
-from gpu_worker.lora.lora_kernel import load_lora_kernel
+from gpu_worker.front.delta_stream import Events, StreamPace, deltas
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.offline import generate_all
+from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
+from gpu_worker.front.probe import Prober
+from gpu_worker.front.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.row import Row, Sink
+from gpu_worker.front.tokenizing import Tokenizing
 from gpu_worker.model.checkpoint import check_checkpoint
-from gpu_worker.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.model.eager_check import ADAPTER_PLAN, DIGEST
+from gpu_worker.model.lora_kernel import load_lora_kernel
 from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_len_of
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
@@ -148,25 +147,6 @@ class VllmEngine(InferenceEngine):
         )
 
     @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            engine="vllm",
-            structured_output=True,
-            prefix_cache=self._config.prefix_cache,
-            quantized_base=True,
-            tensor_parallel=True,
-            own_process=True,
-        )
-
-    @property
-    def memory(self) -> EngineMemory:
-        num_rows = self._config.num_rank_rows
-        values = sum(num_out + num_in for num_out, num_in in self._model.shapes.values())
-        num_bytes = num_rows * values * self._model.dtype.itemsize
-        text = f"bank {num_bytes >> 20:,} MiB + KV of {self._kv_tokens} tokens; vLLM plans the rest"
-        return EngineMemory(self._config.device, self._kv_tokens, num_rows, num_bytes, text)
-
-    @property
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
         return self._model.shapes
 
@@ -207,9 +187,6 @@ class VllmEngine(InferenceEngine):
 
     async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
         return await self._tokenizing.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
-
-    async def load(self, weights_digests: Collection[str]) -> None:
-        await asyncio.gather(*self._rows.load(weights_digests), return_exceptions=True)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         is_gone = self._rows.forget(weights_digests)
@@ -256,7 +233,7 @@ class VllmEngine(InferenceEngine):
         self._rows.cancel(rows)
 
     async def preload(self, digests: Collection[str]) -> None:
-        await self.load(digests)
+        await asyncio.gather(*self._rows.load(digests), return_exceptions=True)
 
     async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
         """Return the log probabilities of some ids after each job's prompt, or its error."""
@@ -288,7 +265,7 @@ class VllmEngine(InferenceEngine):
                     if output.prompt_logprobs is not None and len(row.prompt) == 1:
                         row.add_prompt_scores(prompt_scores(row, output.prompt_logprobs))
                     if row.has_unsound_prompt:
-                        raise failure_of(row)
+                        raise row.failure
                     yield self._new_tokens(row, output.outputs[0])
         except EngineDeadError as exc:
             self._fail(exc)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_worker.attention.prefix import Prefix
+from gpu_worker.front.prefix import Prefix
 
 
 class RowPlaces:

@@ -12,11 +12,6 @@ from functools import partial
 
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine.admission import Admission
-from gpu_worker.engine.counters import Counters
-from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.engine.prefetch_window import PrefetchWindow
-from gpu_worker.engine.row import Row
 from gpu_worker.errors import (
     DeadlineExceeded,
     EngineStopped,
@@ -24,8 +19,13 @@ from gpu_worker.errors import (
     RequestFailed,
     WaitedTooLong,
 )
-from gpu_worker.request.request import Delta
-from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.front.admission import Admission
+from gpu_worker.front.counters import Counters
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.logprobs import Scored
+from gpu_worker.front.prefetch_window import PrefetchWindow
+from gpu_worker.front.request.request import Delta
+from gpu_worker.front.row import Row
 from gpu_worker.vllm.fusions import FusionLoader, adapters_of
 from gpu_worker.vllm.remote_bank import PlannedResidency, RemoteBank
 from gpu_worker.vllm.row_places import RowPlaces

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.engine_cases import RANK
 from benchmarks.stored_pool import StoredPool
-from gpu_worker.request.request import Job, SamplingParams
+from gpu_worker.front.request.request import Job, SamplingParams
 from tests.gpu_worker.engine_driver import run_together
 
 

@@ -22,7 +22,7 @@ from deployments.http.middleware import RequestContextMiddleware
 from deployments.ingress import Ingress
 from deployments.observability.metrics import SERVE
 from deployments.observability.request_metrics import RequestMetrics
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore

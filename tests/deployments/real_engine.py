@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import torch
 
-from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.row import Row
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.front.row import Row
+from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.loop import Engine
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.fake_store import FakeStore

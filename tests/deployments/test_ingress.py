@@ -13,8 +13,8 @@ from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.errors import ModelNotFound, PoisonRequest, RequestInvalid
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from lora_store import BASE_PLAN
 from retriever_svc import Route, RouteRequest
 from tests.deployments.adapter_records import BASE, POOL

@@ -12,7 +12,7 @@ import pytest
 
 from deployments.config.app import WorkerSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
-from gpu_worker.request.request import Prompt, Tokenized
+from gpu_worker.front.request.request import Prompt, Tokenized
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.attention.kv_cache import KvCache, KvShape
 from gpu_worker.bank.layout_kernel import LayoutKernel, load_layout_kernel
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.lora.lora_kernel import LoraKernel, load_lora_kernel
+from gpu_worker.front.request.request import Job
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.request.request import Job
+from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
+from gpu_worker.native.attention.kv_cache import KvCache, KvShape
+from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, fingerprint, run_together
 from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gpu_worker.attention.kv_cache import KvShape
-from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.row import Row
-from gpu_worker.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.row import Row
+from gpu_worker.native.attention.kv_cache import KvShape
+from gpu_worker.native.attention.kv_pages import HostKvCache
+from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.location import DEFAULT_CACHE_DIR
 from lora_store.plan import BASE_PLAN, Plan

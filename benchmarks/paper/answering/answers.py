@@ -15,10 +15,10 @@ from filelock import FileLock
 from rich.console import Console
 
 from benchmarks.training.bigbench_tasks import Item
-from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.row import Row
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.row import Row
+from gpu_worker.native.loop import Engine
 from lora_store import AdapterWeights, Plan
 
 _CHUNK = 192  # rows saved together; an interruption loses at most these

@@ -14,10 +14,10 @@ from benchmarks.paper.common.tasks import Parts, load_parts
 from benchmarks.paper.common.workspace import Workspace
 from benchmarks.training.bigbench_tasks import Item, TaskSpec, task_rng
 from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.openmp import load_executor
-from gpu_worker.engine.engine import Engine
 from gpu_worker.model.base_model import model_source
+from gpu_worker.native.loop import Engine
 from lora_store import AdapterNotFound, AdapterWeights, LoraStore
 
 RANK = 6

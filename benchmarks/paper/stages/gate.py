@@ -38,8 +38,8 @@ from benchmarks.paper.training.packing import Packed
 from benchmarks.paper.training.ramole import GatedModel, GateRecipe, train_gates
 from benchmarks.training.adapter_files import load_base
 from benchmarks.training.lora_training import AnswerLoss, Recipe, tokenize
+from gpu_worker.front.request.prompts import alpaca_prompt
 from gpu_worker.model.base_model import model_source
-from gpu_worker.request.prompts import alpaca_prompt
 from lora_store import AdapterWeights, Plan
 from retriever_svc import Encoder, choose_tasks
 from retriever_svc.encoder_files import ENGLISH_MODEL

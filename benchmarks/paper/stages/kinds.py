@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from benchmarks.paper.common.markdown import table
 from benchmarks.paper.common.workspace import PAPER_RESULTS
-from gpu_worker.lora.inject import target_linears
+from gpu_worker.model.inject import target_linears
 from lora_store import AdapterRefused, check_folder
 
 BASE = "small"

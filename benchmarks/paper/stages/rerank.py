@@ -32,8 +32,8 @@ from benchmarks.paper.stages.answer_tables import Answers, differences
 from benchmarks.paper.stages.gate import adapters_of
 from benchmarks.paper.stages.main_table import Loaded, load_bench
 from benchmarks.training.adapter_files import load_base
+from gpu_worker.front.request.prompts import alpaca_prompt
 from gpu_worker.model.base_model import model_source
-from gpu_worker.request.prompts import alpaca_prompt
 from lora_store import AdapterWeights
 from retriever_svc.encoder_files import ENGLISH_MODEL
 

@@ -40,10 +40,10 @@ from benchmarks.paper.stages.mixed_pool import chosen_tasks
 from benchmarks.paper.training.second_base import RECORD, BaseRecipe, make_second_base
 from benchmarks.training.adapter_files import BASE_NAME, load_base
 from benchmarks.training.bigbench_tasks import TaskSpec
+from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.openmp import load_executor
-from gpu_worker.engine.engine import Engine
 from gpu_worker.model.base_model import model_source
+from gpu_worker.native.loop import Engine
 from lora_store import LOCAL_TENANT, AdapterRef, LoraStore, Plan
 from retriever_svc import Encoder, Retriever, Route, RouteRequest, embed_groups
 from retriever_svc.encoder_files import ENGLISH_MODEL

@@ -33,8 +33,8 @@ from benchmarks.training.bigbench_tasks import Item
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
 from deployments.retriever_factory import live_pool, retriever_over
-from gpu_worker.device.openmp import load_executor
-from gpu_worker.engine.engine import Engine
+from gpu_worker.bank.load_threads import load_executor
+from gpu_worker.native.loop import Engine
 from lora_store import Plan
 from retriever_svc.encoder_files import ENGLISH_MODEL
 

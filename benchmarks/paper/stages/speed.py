@@ -25,9 +25,9 @@ from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Works
 from benchmarks.paper.stages.baselines import One, trained_baselines
 from benchmarks.paper.stages.main_table import load_bench
 from benchmarks.results_file import machine
-from gpu_worker.engine.engine import Engine
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Job, SamplingParams
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Job, SamplingParams
+from gpu_worker.native.loop import Engine
 from retriever_svc import Encoder, Retriever
 from retriever_svc.encoder_files import ENGLISH_MODEL
 

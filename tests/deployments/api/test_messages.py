@@ -16,8 +16,8 @@ from deployments.calls.catalogue_clients import ServeRetriever
 from deployments.errors import RequestInvalid, Unsupported
 from deployments.generation.planner import Planner
 from gpu_worker.errors import GrammarInvalid
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle

@@ -15,8 +15,8 @@ from deployments.api.responses import Planned
 from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import LOGPROBS, ResponsesRequest
 from deployments.json_types import JsonObject
-from gpu_worker.request.request import Completion, Delta, TokenLogprob
-from gpu_worker.request.tools import ToolCallPiece
+from gpu_worker.front.request.request import Completion, Delta, TokenLogprob
+from gpu_worker.front.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN
 
 PLAN = Planned(BASE_PLAN)

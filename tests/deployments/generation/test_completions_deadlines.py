@@ -12,7 +12,7 @@ import pytest
 
 from deployments.generation.completions import within
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job
 from retriever_svc import Route, RouteRequest
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask, error_of, post

@@ -13,7 +13,7 @@ import pytest
 from deployments.api.error_table import TABLE
 from deployments.errors import RequestInvalid
 from gpu_worker.errors import EngineFull
-from gpu_worker.request.request import Delta
+from gpu_worker.front.request.request import Delta
 from tests.deployments.app_fakes import POOL, FakeRetriever, FakeWorker, Served, serve_plainly
 from tests.deployments.asking import ask
 from tests.deployments.metric_fakes import FakeMetrics

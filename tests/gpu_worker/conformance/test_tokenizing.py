@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from gpu_worker.errors import PromptInvalid
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Completion, TokenIds
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Completion, TokenIds
 from tests.gpu_worker.conformance.driver import PATIENCE_S, HostedEngine, collect, job
 from tests.gpu_worker.conformance.reference import Reference
 

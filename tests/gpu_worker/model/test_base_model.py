@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
-from gpu_worker.attention.packed_attention import ATTENTION_NAME
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import (
@@ -24,6 +23,7 @@ from gpu_worker.model.base_model import (
     resolve_dtype,
     sampling_defaults,
 )
+from gpu_worker.model.packed_attention import ATTENTION_NAME
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
 

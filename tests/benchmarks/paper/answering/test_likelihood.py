@@ -11,8 +11,8 @@ from benchmarks.paper.answering.answers import Asker
 from benchmarks.paper.answering.likelihood import Candidate, Confidences, candidates_of, most_likely
 from benchmarks.paper.answering.methods import Perfect, Routed
 from benchmarks.paper.answering.runs import Bench
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Completion, Delta, Job, SamplingParams
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams
 from lora_store import AdapterRef, Plan, PlannedAdapter
 
 

@@ -16,7 +16,7 @@ from benchmarks.paper.stages.ensemble import Ensemble, Member
 from benchmarks.paper.stages.gate import adapters_of
 from benchmarks.paper.stages.main_table import Loaded
 from benchmarks.training.adapter_files import load_base
-from gpu_worker.request.prompts import alpaca_prompt
+from gpu_worker.front.request.prompts import alpaca_prompt
 from lora_store import Plan
 from tests.benchmarks.tiny_study import SPECS
 

@@ -24,7 +24,7 @@ from benchmarks.paper.training.second_base import BaseRecipe, make_second_base
 from benchmarks.training.adapter_files import BASE_NAME
 from benchmarks.training.lora_training import Recipe
 from gpu_worker.config import WorkerConfig
-from gpu_worker.request.prompts import alpaca_prompt
+from gpu_worker.front.request.prompts import alpaca_prompt
 from lora_store import BASE_PLAN, LOCAL_TENANT
 from retriever_svc import Encoder
 from tests.benchmarks.tiny_study import RECIPE, SPECS

@@ -22,10 +22,10 @@ from benchmarks.training.lora_training import (
     freeze_linears,
     tokenize,
 )
-from gpu_worker.engine.engine import Engine
+from gpu_worker.front.request.prompts import alpaca_prompt
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.request.prompts import alpaca_prompt
-from gpu_worker.request.request import Delta, Job, SamplingParams
+from gpu_worker.native.loop import Engine
 from lora_store import AdapterWeights, Plan
 from tests.tiny import assert_equal_logits, linear_shapes, plan_of, random_adapter, tiny_config
 

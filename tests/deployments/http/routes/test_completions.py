@@ -7,7 +7,7 @@ import pytest
 
 from deployments.config.app import WorkerSettings
 from gpu_worker.errors import EngineFull
-from gpu_worker.request.request import TokenIds
+from gpu_worker.front.request.request import TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, post
 from tests.deployments.fake_worker import BROKEN, FakeWorker
