@@ -10,6 +10,7 @@ from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import InferenceEngine
 from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.front.cpu_count import with_threads
 from gpu_worker.native.engine import NativeEngine
 
 
@@ -25,10 +26,12 @@ async def start_engine(
 ) -> InferenceEngine:
     """Start the engine that `config.engine` names. Call it within the event loop that will use the engine.
 
+    Without `num_threads` in the settings the engine computes with one thread for each CPU that the process may use.
     `niceness`: of the native engine's thread, and of the thread that tokenizes.
     `reports_to_ray`: whether vLLM's own metrics go to Ray's exporter.
     Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
     """
+    config = with_threads(config)
     if config.engine == "native":
         return NativeEngine.start(
             config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, niceness=niceness

@@ -352,7 +352,7 @@ class LoraStore:
         encoder, at = ActiveEncoder(model, identity), self._now()
         return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
 
-    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, *, are_outcomes: bool = False) -> int:
+    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
         """Replace the rankings that `auto` of this tenant uses, and return the generation. See `rank_events`."""
         at = self._now()
         return self._catalogue.commit(

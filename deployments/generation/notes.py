@@ -14,7 +14,7 @@ from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
 from deployments.calls.catalogue_clients import StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.generation.conversation import reading_of
-from gpu_worker.request.request import TokenIds
+from gpu_worker.front.request.request import TokenIds
 from lora_store import Feedback
 from lora_store.lru_cache import LruCache
 from retriever_svc.encoder import MAX_CHARS

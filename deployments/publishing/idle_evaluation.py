@@ -97,7 +97,7 @@ class IdleEvaluations:
         try:
             num_regions = await self._metrics.count("evaluate", self._ranked(tenant, actor))
         except Exception as exc:
-            outcome = error_table.code_of(exc)
+            outcome = error_table.as_reported(exc).code
             logger.warning("the evaluation after a publish of tenant %s failed: %s", tenant, exc)
         self._running = None
         self._last.put(tenant, {"outcome": outcome, "num_regions": num_regions, "ended_at": time.time()})

@@ -28,16 +28,29 @@ class Tokenizing:
         )
 
     async def tokenize(
-        self, prompt: Prompt, template: str, *, tenant: str, add_special_tokens: bool | None, with_texts: bool
+        self,
+        prompt: Prompt,
+        template: str,
+        *,
+        tenant: str,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
     ) -> Tokenized:
-        """See InferenceEngine."""
+        """Return the tokens of a prompt, which may exceed the context; `with_texts`: also the text of each.
+
+        Tenants take turns, and no number of calls delays a job. `add_special_tokens`: None for what a job with this
+        prompt does. Raises: PromptInvalid, PromptTooLong, EngineFull.
+        """
         work = partial(
             self._prepare.tokenize, prompt, template, add_special_tokens=add_special_tokens, with_texts=with_texts
         )
         return await asyncio.wrap_future(self._thread.submit(tenant, work))
 
     async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
-        """See InferenceEngine."""
+        """Return the text of each prompt, in the same turns.
+
+        Raises: PromptInvalid for an id outside the vocabulary, EngineFull.
+        """
         work = partial(self._prepare.detokenize, prompts, skip_special_tokens=skip_special_tokens)
         return await asyncio.wrap_future(self._thread.submit(tenant, work))
 

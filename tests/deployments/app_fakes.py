@@ -77,7 +77,7 @@ def serve_plainly(
     handles = [
         FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
         FakeHandle(worker or FakeWorker()),
-        FakeHandle(store or FakeStore(pool_of(*POOL))),
+        FakeHandle(store or FakeStore(pool_of(*POOL), refused=("bad", "bad-one"), missing=("gone",), taken=("taken",))),
     ]
     config = config_of(worker=engine or WorkerSettings(), **settings)
     limits = StreamLimits(silence_s, worker_grace_s)
