@@ -11,7 +11,7 @@ from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete, PublicNameTaken, VersionConflict
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetTrial, SetVisibility, Withdraw
 from lora_store.quota import TenantQuota, check_quota
-from lora_store.rankings import Ranking
+from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 from lora_store.staging import Kept, take_over
@@ -269,7 +269,16 @@ def rank_events(
             and any(item.ref in live for item in ranking.adapters)
         )
     ]
-    return [Rank(tenant, ranking, place == 0, actor, at) for place, ranking in enumerate([*rankings, *kept])]
+    wanted = [*rankings, *kept]
+    if not wanted and any(ranking.is_outcome for ranking in earlier):
+        wanted = [_naming_none(tenant, earlier[0])]
+    return [Rank(tenant, ranking, place == 0, actor, at) for place, ranking in enumerate(wanted)]
+
+
+def _naming_none(tenant: str, ranking: Ranking) -> Ranking:
+    """Return an outcome that changes no choice: the last one was withdrawn, and an event names a ranking."""
+    nobody = AdapterRef(tenant, OUTCOME, "")
+    return replace(ranking, anchor=nobody, adapters=(RankedAdapter(nobody, 0.0, 0, False),))
 
 
 def _is_embedded(snapshot: Snapshot, record: AdapterRecord, identity: str) -> bool:

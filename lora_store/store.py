@@ -21,7 +21,7 @@ from lora_store.bounded_files import Limits
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.data_files import DATA_SUFFIX
-from lora_store.errors import AdapterNotFound, StoreDamaged, StoreUnavailable
+from lora_store.errors import AdapterNotFound, AdapterRefused, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
 from lora_store.feedback import FeedbackFiles
 from lora_store.files import Files
@@ -204,11 +204,13 @@ class LoraStore:
     def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
         """Stage the weights of the live version with other samples, or None for its own without accepted ones.
 
-        The commit fails if another version is live by then. Raises: AdapterNotFound if its blobs were deleted.
+        The commit fails if another version is live by then.
+        Raises: AdapterNotFound if its blobs were deleted; AdapterRefused if it has no samples.
         """
+        if live.samples_digest is None:
+            raise AdapterRefused(live.ref.name, ["it has no samples: publish it with samples first"])
         if samples is None:
-            own = () if live.samples_digest is None else self.samples(live.samples_digest)
-            samples = [sample for sample in own if not sample.is_accepted]
+            samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
         data = write_samples(samples)
         record = with_samples(live, digest_of(data), len(samples))
 

@@ -94,7 +94,7 @@ def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: Sampl
     vectors = _encoded(pool, every, live.ref.tenant)
     rows, new, left_out = list(vectors[: len(own)]), list[Sample](), list[str]()
     for text, vector in zip(texts, vectors[len(own) :], strict=True):
-        if max(float(row @ vector) for row in rows) > NEAR_COPY:
+        if max((float(row @ vector) for row in rows), default=0.0) > NEAR_COPY:
             left_out.append(text)
         else:
             rows.append(vector)
