@@ -193,7 +193,7 @@ class OutcomeRequest(ApiRequest):
     """
 
     request_id: str = Field(min_length=1, max_length=256)
-    adapter: Name | None
+    adapter: Name | None = None
     score: float = Field(ge=-1, le=1, allow_inf_nan=False)
 
 

@@ -7,11 +7,13 @@ from urllib.parse import quote
 
 import typer
 
-from deployments.cli.client import DEFAULT_URL, Json, Url, call, counted, out, print_json
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, counted, out, print_json
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(
-    no_args_is_help=True, help="Show, accept and reject prompts that requests to an adapter proposed as its samples."
+    cls=Commands,
+    no_args_is_help=True,
+    help="Show, accept and reject prompts that requests to an adapter proposed as its samples.",
 )
 Name = Annotated[str, typer.Argument(help="name of the adapter")]
 Ids = Annotated[list[str] | None, typer.Argument(help="ids that `samples list` shows; default: all")]

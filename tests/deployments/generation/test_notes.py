@@ -12,7 +12,7 @@ from deployments.api.base import LoraOptions
 from deployments.api.completions import Question
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import LOCAL_CALLER
-from deployments.calls.catalogue_clients import ServeStore
+from deployments.calls.catalogue_clients import serve_store
 from deployments.calls.serve_calls import Background
 from deployments.generation.notes import MAX_ASKED, PAUSE_S, PromptNotes
 from lora_store import Feedback, StoreUnavailable
@@ -103,7 +103,7 @@ def test_noting_is_sampled() -> None:
     async def run() -> tuple[int, int]:
         background = Background()
         handle = FakeHandle(store)
-        notes = PromptNotes(ServeStore(handle), background, is_on=True, clock=lambda: now[0])  # type: ignore[arg-type]
+        notes = PromptNotes(serve_store(handle), background, is_on=True, clock=lambda: now[0])  # type: ignore[arg-type]
         plan = await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection")
 
         async def note(number: int, model: str, planned: Planned) -> None:

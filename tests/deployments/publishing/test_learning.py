@@ -83,7 +83,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
 def test_a_version_that_was_published_meanwhile_is_kept() -> None:
     store = store_with("Rhyme.", failing={"commit": (VersionConflict(1), 9)})
     response = change(store, {"action": "accept"})
-    assert (response.status_code, error_of(response)["code"]) == (503, "version_conflict")
+    assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
     assert (waiting(store), store.held) == (["Rhyme."], [])
 
 
