@@ -63,7 +63,7 @@ def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
     [
         {"model": "tiny-base", "messages": turns("Rhyme.")},
         {"model": f"poet@{POOL[0].ref.digest}", "messages": turns("Rhyme.")},
-        {"messages": turns("Rhyme."), "lora": {"adapters": ["poet"]}},
+        {"messages": turns("Rhyme."), "lora": {"adapters": [{"name": "poet"}]}},
         {"model": "poet", "messages": turns("Rhyme.", "Rain, pain.", "shorter please")},
         {"model": "poet", "messages": turns("Generate a concise title for this chat.")},
     ],
