@@ -82,12 +82,13 @@ def _of_a_pair(collision: Collision, first: str, second: str) -> str:
         f"{collision.num_of_first} samples of {first} find {second} first, and {collision.num_of_second} the reverse"
     )
     same = (
-        "Their sample outputs show the same function: withdraw one of them, or let `loraretriever evaluate` "
+        "Their sample outputs show the same function: withdraw one of them, or let `loraretriever pool evaluate` "
         "measure which one answers better."
     )
     other = (
-        "If they do the same, withdraw one of them, or give both samples with outputs and let `loraretriever evaluate` "
-        "measure which one answers better. If not, give them samples that show the difference, or tags to filter by."
+        "If they do the same, withdraw one of them, or give both samples with outputs and let `loraretriever pool"
+        " evaluate` measure which one answers better. If not, give them samples that show the difference, or tags to"
+        " filter by."
     )
     start = f"Prompts do not distinguish {first} from {second} (cosine {collision.cosine:.2f}; {swapped}). "
     return start + (same if collision.agree else other)

@@ -1,4 +1,4 @@
-"""The commands that measure routing."""
+"""`loraretriever route --file`: measure routing with a file of prompts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import httpx
-import typer
 from rich.progress import track
 from rich.table import Table
 
 from deployments.cli.client import (
-    DEFAULT_URL,
-    Json,
-    Url,
     check,
     client_of,
     counted,
     err,
     fail,
-    follow,
     out,
     pages,
     print_json,
@@ -33,7 +28,6 @@ from deployments.cli.client import (
 )
 from deployments.json_types import JsonObject
 
-commands = typer.Typer()
 _RANKS = (1, 3, 5, 8)
 _BATCH = 32
 _AUROC = "AUROC of the confidence"
@@ -51,14 +45,7 @@ class Labelled:
     line: int
 
 
-@commands.command("eval-routing")
-def eval_routing(
-    file: Annotated[
-        Path, typer.Argument(help='JSON lines {"input" or "prompt": text, "adapter": name, list of names, or null}')
-    ],
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
+def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
     """Measure how often `auto` finds a correct adapter, and how often it abstains where none is correct.
 
     Rows whose adapter is null should be answered by the base model.
@@ -200,56 +187,3 @@ def _routed(client: httpx.Client, rows: Sequence[Labelled], options: JsonObject)
     check(response)
     data: list[JsonObject] = response.json()["data"]
     return data
-
-
-@commands.command()
-def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
-    report = follow(url, "/v1/pool/doctor", {}, "routing")
-    if as_json:
-        print_json(report)
-        return
-    k = report["k"]
-    shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
-    size = f"{counted(report['num_adapters'], 'adapter')}, {counted(report['num_samples'], 'sample')}"
-    out.print(f"{size}: {shares}")
-    points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
-    out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
-    for row in report["collisions"]:
-        first, second = row["adapters"]
-        swapped = " and ".join(map(str, row["num_swapped"]))
-        out.print(
-            f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
-        )
-    for row in report["always_shadowed"]:
-        out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
-    _print_rankings(report["rankings"])
-    for name, row in report.get("outcomes", {}).items():  # a server of an earlier version has none
-        counts = f"{row['positive']} positive, {row['negative']} negative"
-        out.print(f"outcomes of {name or 'the base model'}: {counts}", markup=False, highlight=False)
-    for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
-        for name in report[key]:
-            out.print(f"{title}: {name}", markup=False)
-    for advice in report["advice"]:
-        out.print(f"advice: {advice['text']}", markup=False, highlight=False)
-
-
-@commands.command()
-def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Measure which adapters answer each other's samples best. `auto` then prefers them. Samples need outputs."""
-    result = follow(url, "/v1/pool/evaluate", {}, "evaluating")
-    if as_json:
-        print_json(result)
-        return
-    out.print(f"{len(result['rankings'])} of {result['num_regions']} regions ranked")
-    _print_rankings(result["rankings"])
-
-
-def _print_rankings(rankings: Sequence[JsonObject]) -> None:
-    """Print one line per region: its adapters with their scores, best first."""
-    for ranking in rankings:
-        adapters = [
-            f"{item['name']} {item['score']:.2f} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
-            for item in ranking["adapters"]
-        ]
-        out.print(f"region of {ranking['region']}: {', '.join(adapters)}", markup=False)
