@@ -15,6 +15,7 @@ from retriever_svc.encoder_registry import EncoderRegistry, LoadEncoder, Project
 from retriever_svc.errors import ProjectionUnusable, StaleIndex
 from retriever_svc.index import AdapterIndex, IndexSettings
 from retriever_svc.inverted_lists import InvertedLists
+from retriever_svc.ordinary_prompts import centred
 from retriever_svc.pool import Pool, routable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import refit
@@ -158,11 +159,12 @@ class LivePool:
         return pool
 
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
-        ordinary = None
+        ordinary = centre = None
         if self._projections is not None:
-            ordinary = self._projections.ordinary(encoder)
+            centre = self._projections.centre(encoder)
+            ordinary = centred(self._projections.ordinary(encoder), centre)
         lists = self._saved_lists(snapshot, encoder)
-        return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases)
+        return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases, centre)
 
     def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:
         """Return lists that another replica trained, mapped to the positions of a pool built now."""
