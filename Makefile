@@ -83,11 +83,11 @@ docs: $(READY) ## build the documentation into build/docs, and fail on broken li
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/mkdocs build --strict --quiet
 
-gpu: ## check and measure both engines on a GPU within nine minutes, installation not counted; see benchmarks/README.md
+gpu: ## check and measure both engines on a GPU within nine minutes, installation not counted; see docs/benchmarks/index.md
 	$(MAKE) ENGINE=vllm DEVICE=cuda .venv-vllm-cuda/.ready
 	.venv-vllm-cuda/bin/python -m benchmarks.gpu $(ARGS)
 
-paper: $(READY) ## the paper's study on 46 adapters, resumed where it stopped; ARGS=--quick: ten minutes, no report
+paper: $(READY) ## the paper's main claims on 46 adapters, resumed where it stopped; ARGS=--quick: ten minutes, no results
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.paper all $(ARGS)
 
@@ -95,13 +95,14 @@ soak: $(READY) ## run the tests that have full counts at those; reports in bench
 	$(BIN)/python -m pytest --scale full $(ARGS)
 
 kernels: $(READY) ## build the CPU kernels ahead of time, as the image does; a start then compiles nothing
-	$(BIN)/python -m gpu_worker.native.build_kernels --out gpu_worker/native/prebuilt
+	$(BIN)/python -m gpu_worker.native.kernels.build_kernels --out gpu_worker/native/kernels/prebuilt
 
 # `-s` because a finding ends the process, and its report would be lost with what pytest captured.
 # The preloaded libraries come with g++. Python and torch never free everything, so leaks are not looked for. Without
 # AVX-512, as g++ 12 aligns its vectors wrongly on a stack that it checks (GCC bug 110027).
-KERNEL_TESTS := $(addprefix tests/gpu_worker/,attention/test_decode_attention.py attention/test_attention_cpu.py \
-	model/test_fused.py model/test_packed_linear.py lora/test_grouped_mapping.py lora/test_compiled_layer.py sampling)
+KERNEL_TESTS := $(addprefix tests/gpu_worker/,native/attention/test_decode_attention.py \
+	native/attention/test_attention_cpu.py native/test_fused.py model/test_packed_linear.py \
+	model/test_grouped_mapping.py native/test_compiled_layer.py native/sampling)
 sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefined behaviour
 	CXX=g++ CXXFLAGS="-g -mno-avx512f -fsanitize=address,undefined -fno-sanitize-recover=all" CI_REQUIRES_COMPILER=1 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \

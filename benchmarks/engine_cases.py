@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.results_file import machine
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.openmp import run_on_short_lived_thread
-from gpu_worker.engine.engine import Engine
+from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.model.base_model import model_source
-from gpu_worker.request.request import Job, SamplingParams
+from gpu_worker.native.loop import Engine
+from gpu_worker.native.openmp import run_on_short_lived_thread
 from lora_store import BASE_PLAN, AdapterRef, AdapterWeights, ModuleWeights, Plan, PlannedAdapter, Strategy
 
 RANK, NUM_ROWS, NUM_NEW = 8, 32, 64

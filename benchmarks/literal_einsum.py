@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gpu_worker.bank.bank import ModuleBank
-from gpu_worker.engine.engine import Engine
-from gpu_worker.lora.dense_mapping import DenseMapping
-from gpu_worker.lora.mapping import Composer
+from gpu_worker.model.dense_mapping import DenseMapping
 from gpu_worker.model.lora_linear import LoraLinear
+from gpu_worker.model.mapping import Composer
+from gpu_worker.native.loop import Engine
 
 
 class LiteralMixture:

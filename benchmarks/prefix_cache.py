@@ -17,8 +17,8 @@ import typer
 
 from benchmarks.engine_cases import NUM_NEW, NUM_ROWS, Loaded, Quick, plans, rounds_within, sampling, shown, table_of
 from benchmarks.results_file import write_results
-from gpu_worker.engine.row import Row
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
+from gpu_worker.front.row import Row
 from lora_store import Plan
 
 NUM_ADAPTERS, PREFIX_TOKENS, QUESTION_TOKENS = 8, 1000, 24

@@ -12,9 +12,10 @@ from typing import Any, Self
 from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modules
 from deployments.batch.answering import StoredWeights
 from deployments.weights import WeightsFetcher
+from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.openmp import load_executor, run_on_short_lived_thread
-from gpu_worker.engine.engine import Engine
+from gpu_worker.native.loop import Engine
+from gpu_worker.native.openmp import run_on_short_lived_thread
 from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
 
 _BATCH = 64  # adapters per commit

@@ -18,10 +18,10 @@ import typer
 
 from benchmarks.engine_cases import NUM_NEW, NUM_ROWS, Loaded, Quick, plans, shown, table_of
 from benchmarks.results_file import write_results
-from gpu_worker.engine.row import Row
-from gpu_worker.grammar.tool_grammar import tool_grammar
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.tools import HERMES, Function, Tools
+from gpu_worker.front.grammar.tool_grammar import tool_grammar
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.tools import HERMES, Function, Tools
+from gpu_worker.front.row import Row
 
 ROUNDS, NEW_SCHEMAS = 5, 20
 LABELS = "positive", "negative", "neutral"

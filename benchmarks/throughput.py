@@ -36,8 +36,8 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.literal_einsum import literal_mixture
 from benchmarks.results_file import write_results
-from gpu_worker.engine.forward import ForwardPass
-from gpu_worker.step.step_context import Composition
+from gpu_worker.model.step_context import Composition
+from gpu_worker.native.forward import ForwardPass
 from lora_store import Strategy
 
 NUM_ADAPTERS, WARM_TOKENS = 96, 4

@@ -51,7 +51,7 @@ def plans(settings: dict[str, Any]) -> Answer:
     from benchmarks.engine_cases import adapters_of, sampling
     from benchmarks.engine_cases import plans as plans_of
     from gpu_worker.config import WorkerConfig
-    from gpu_worker.request.request import Completion, Job
+    from gpu_worker.front.request.request import Completion, Job
     from gpu_worker.vllm.engine import VllmEngine
     from lora_store import AdapterWeights
 

@@ -14,6 +14,7 @@ from deployments.calls.proxy_limits import require_own_proxy
 from deployments.calls.serve_calls import returning_refusals
 from deployments.calls.worker_client import WorkerReplica
 from deployments.config.app import AppConfig
+from deployments.config.loading import require_set_keys
 from deployments.ingress import Ingress
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
@@ -21,7 +22,8 @@ from deployments.worker import WorkerDeployment
 
 
 def build_app(args: AppConfig) -> Application:
-    """Return the application behind Serve's proxies. Raises: RayUnauthenticated, ProxyUnsafe."""
+    """Return the application behind Serve's proxies. Raises: SettingsInvalid, RayUnauthenticated, ProxyUnsafe."""
+    require_set_keys(args)
     return application(args)
 
 

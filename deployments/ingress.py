@@ -16,7 +16,8 @@ from deployments.api.pool_responses import Ready
 from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight, Limiter
 from deployments.auth.key_file import keys_of
 from deployments.auth.ray_token import require_token_mode
-from deployments.calls.catalogue_clients import RetrieverClient, ServeRetriever, ServeStore, StoreClient
+from deployments.byte_budget import ByteBudget
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
 from deployments.calls.serve_calls import Background, bypass_http_proxy
 from deployments.calls.worker_client import ServeWorker, WorkerClient, WorkerGate
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
@@ -24,11 +25,10 @@ from deployments.generation.completions import STREAM_LIMITS, CompletionService,
 from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
-from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, SharedBytes
+from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
 from deployments.http.dependencies import KEEP_ALIVE_S, Services
 from deployments.http.listener import Listener, listening_at
 from deployments.http.readiness import Readiness
-from deployments.http.uploads import UploadBudget
 from deployments.json_types import JsonMapping, JsonObject
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.logs import join_serve_logs
@@ -67,9 +67,9 @@ class Ingress:
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         bypass_http_proxy()
         clients = (
-            ServeRetriever(retriever),
+            serve_retriever(retriever),
             ServeWorker(worker, heartbeat_timeout_s=limits.silence_s),
-            ServeStore(store),
+            serve_store(store),
         )
         self.services = _build_services(config, *clients, limits, keep_alive_s, kinds)
         expire = withdraw_expired(self.services.publisher.expire)
@@ -167,8 +167,8 @@ def _build_services(
         metrics=metrics,
         background=background,
         in_flight=InFlight(config.max_concurrent_requests),
-        bodies=SharedBytes(config.max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),
-        uploads=UploadBudget(config.max_upload_total_bytes, always_bytes=one_upload, has_tenants=has_keys),
+        bodies=ByteBudget(config.max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),
+        uploads=ByteBudget(config.max_upload_total_bytes, always_bytes=one_upload, has_tenants=has_keys),
         preload=preload,
         keep_alive_s=keep_alive_s,
     )

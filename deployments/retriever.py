@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -255,7 +255,7 @@ class RetrieverDeployment:
         await self._refresh()
         return (await asyncio.to_thread(self._pools.refit, model, self._samples)).identity
 
-    async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
+    async def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
         """Yield embeddings by the encoder of `model` for every adapter that has none yet, to be committed in steps.
 
         Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
@@ -265,7 +265,7 @@ class RetrieverDeployment:
         async for step in _beside_the_loop(steps):
             yield step
 
-    async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
+    async def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
         """Examine how well the tenant's adapters are retrieved; the last step has the report.
 
         Raises: StoreUnavailable.
@@ -273,7 +273,7 @@ class RetrieverDeployment:
         async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples)):
             yield step
 
-    async def regions(self, tenant: str) -> AsyncIterator[Region]:
+    async def regions(self, tenant: str) -> AsyncGenerator[Region]:
         """Yield the regions in which the tenant's adapters can be measured. Raises: StoreUnavailable."""
         await self._refresh()
         async for region in _beside_the_loop(self._retriever.regions(tenant, self._samples)):
@@ -364,6 +364,6 @@ def _as_seen_by(tenant: str, record: AdapterRecord) -> AdapterRecord:
     return replace(record, embedding=None, source=record.ref.name, actor="", trial=None)
 
 
-async def _beside_the_loop(steps: Iterator[Step]) -> AsyncIterator[Step]:
+async def _beside_the_loop(steps: Iterator[Step]) -> AsyncGenerator[Step]:
     while (step := await asyncio.to_thread(next, steps, None)) is not None:
         yield step

@@ -13,7 +13,7 @@ from pathlib import Path
 from ray.serve.handle import DeploymentHandle
 
 from deployments.auth.ray_token import require_token_mode
-from deployments.calls.catalogue_clients import ServeStore
+from deployments.calls.catalogue_clients import serve_store
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S, Usage
 from deployments.errors import ReplicaStuck
 from deployments.generation.shadows import paying_tenant
@@ -23,14 +23,13 @@ from deployments.observability.worker_metrics import JobTrace, TenantUsage, Work
 from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
 from deployments.weights import WeightsFetcher
+from gpu_worker.bank.load_threads import load_executor, use_one_thread
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.cpu_count import with_threads
-from gpu_worker.device.openmp import load_executor, use_one_thread
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
-from gpu_worker.inference_engine import EngineHealth, InferenceEngine
-from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
-from gpu_worker.start_engine import start_engine
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.start import start_engine
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
 
@@ -57,7 +56,6 @@ class WorkerDeployment:
         end_process: Callable[[int], object] = os._exit,
     ) -> None:
         join_serve_logs()
-        config = with_threads(config)
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
         self._metrics = WorkerMetrics(config.num_rank_rows, kinds)
         self._usage = TenantUsage()
@@ -65,7 +63,7 @@ class WorkerDeployment:
         self._cache = None if weights_cache is None else DiskCache(*weights_cache)
         use_one_thread()
         executor = load_executor(config.load_threads)
-        self._fetcher = WeightsFetcher(ServeStore(store), executor, cache=self._cache, observer=self._metrics)
+        self._fetcher = WeightsFetcher(serve_store(store), executor, cache=self._cache, observer=self._metrics)
         self._engine: InferenceEngine = await start_engine(
             config,
             self._start_fetch,
@@ -116,14 +114,14 @@ class WorkerDeployment:
     async def tokenize(
         self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
     ) -> Tokenized:
-        """See InferenceEngine."""
-        return await self._engine.tokenize(
+        """See Tokenizing."""
+        return await self._engine.tokenizer.tokenize(
             prompt, template, tenant=tenant, add_special_tokens=add_special_tokens, with_texts=with_texts
         )
 
     async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
-        """See InferenceEngine."""
-        return await self._engine.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
+        """See Tokenizing."""
+        return await self._engine.tokenizer.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
 
     async def forget(self, weights_digests: Collection[str]) -> bool:
         """Drop these weights. Return whether none is left; weights in use are dropped after their last request."""

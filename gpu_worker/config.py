@@ -12,7 +12,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Le
 from gpu_worker.errors import WorkerConfigInvalid
 from lora_store.location import DEFAULT_CACHE_DIR
 
-_CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: benchmarks/README.md
+_CPU_CHUNK = 192  # a step with such a chunk takes two to three decode steps: docs/benchmarks/index.md
 _WIDEST_FUSION = 256  # rank rows of a fusion of the widest adapters that `admission.max_rank` allows by default
 _ONLY_NATIVE = {"max_chunk_tokens", "prompt_lookup_tokens", "prefix_cache_share", "shares_cores"}
 _ONLY_VLLM = {"tensor_parallel_size", "enforce_eager", "fusion_rank_rows", "model_check_max_parameters"}

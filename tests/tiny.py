@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.lora.inject import target_linears
 from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.model.inject import target_linears
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.engine_cases import plan_of
 from benchmarks.gpu.hosting import Hosted, job
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.request import Completion, Job
 from gpu_worker.model.base_model import model_source
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.request import Completion, Job
 from lora_store import BASE_PLAN, AdapterRef, AdapterWeights, Plan
 
 PROMPT = "The capital of France is"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import WorkerConfig
-from gpu_worker.inference_engine import InferenceEngine
-from gpu_worker.native_engine import NativeEngine
-from gpu_worker.request.request import Completion, Job, SamplingParams
+from gpu_worker.engine import InferenceEngine
+from gpu_worker.front.request.request import Completion, Job, SamplingParams
+from gpu_worker.native.engine import NativeEngine
 from lora_store import BASE_PLAN, AdapterWeights, ModuleWeights, Plan
 
 

@@ -19,8 +19,8 @@ from benchmarks.gpu.checks import Check, outcome
 from benchmarks.gpu.speed import Measured, Sizes, bandwidth
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
-from gpu_worker.lora.dense_mapping import dense_mapping
-from gpu_worker.step.step_context import Composition
+from gpu_worker.model.dense_mapping import dense_mapping
+from gpu_worker.model.step_context import Composition
 from gpu_worker.vllm.tiled_plans import TiledPlans
 from lora_store import BASE_PLAN, AdapterRef, AdapterWeights, ModuleWeights, Plan
 

@@ -36,7 +36,7 @@ from benchmarks.routing.wording_pools import (
 )
 from deployments.cli.routing import auroc
 from deployments.generation.conversation import reading_of
-from gpu_worker.request.prompts import Message
+from gpu_worker.front.request.prompts import Message
 from retriever_svc import Encoder, ProjectionFiles, Retriever, Route, RouteRequest
 from retriever_svc.calibration import Abstain
 from retriever_svc.ordinary_prompts import ordinary_prompts

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.training.bigbench_tasks import Item, is_right
-from gpu_worker.request.prompts import alpaca_prompt
+from gpu_worker.front.request.prompts import alpaca_prompt
 
 
 @torch.inference_mode()

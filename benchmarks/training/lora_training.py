@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.training.bigbench_tasks import Item
-from gpu_worker.request.prompts import alpaca_prompt
+from gpu_worker.front.request.prompts import alpaca_prompt
 
 NO_LABEL = -100
 _JUDGED_STEPS = 10

@@ -242,7 +242,7 @@ class LoraOptions(ApiRequest):
     @model_validator(mode="after")
     def _one_kind_of_threshold(self) -> Self:
         if self.abstain is not None and self.min_score is not None:
-            raise problem("abstain", "min_score takes the place of every threshold; give one of both")
+            raise problem("abstain", "abstain and min_score cannot be combined; set one of them")
         return self
 
     @property
@@ -274,7 +274,10 @@ class MergedAdapters(ApiRequest):
     @model_validator(mode="after")
     def _as_many_weights(self) -> Self:
         if self.weights and len(self.weights) != len(self.ids):
-            raise problem("weights", f"{len(self.weights)} do not go with {len(self.ids)} ids")
+            raise problem(
+                "weights",
+                f"weights has {len(self.weights)} items and ids has {len(self.ids)}; they must have the same length",
+            )
         return self
 
     def options(self, asked: LoraOptions) -> LoraOptions:
@@ -285,7 +288,7 @@ class MergedAdapters(ApiRequest):
 
 
 def options_of_path(path: str | None, asked: LoraOptions) -> LoraOptions:
-    """Return SGLang's `lora_path` of one prompt as options: that adapter alone, or the base model for null."""
+    """Return SGLang's `lora_path` of one prompt as options: only that adapter, or the base model for null."""
     if path is None:
         return asked.model_copy(update={"plan": PlanGiven(strategy="base")})
     return asked.model_copy(update={"adapters": [AdapterChoice(name=path)], "strategy": "selection"})

@@ -22,8 +22,8 @@ from deployments.api.logprobs import (
 )
 from deployments.api.responses import Planned, PlannedRow, PlanObject, RoutedCandidate, SampleRow, candidate_rows
 from deployments.json_types import JsonObject
-from gpu_worker.request.request import Completion, Delta, FinishReason, PromptToken, TokenLogprob
-from gpu_worker.request.tools import ToolCallPiece
+from gpu_worker.front.request.request import Completion, Delta, FinishReason, PromptToken, TokenLogprob
+from gpu_worker.front.request.tools import ToolCallPiece
 from lora_store import LOCAL_TENANT, MAX_PLAN_ADAPTERS
 from retriever_svc import Candidate
 from retriever_svc.calibration import NO_THRESHOLD
@@ -61,7 +61,7 @@ class ToolCallObject(TypedDict):
 
 
 class AnswerMessage(TypedDict):
-    """`content` is null if the answer is calls alone."""
+    """`content` is null if the answer has only calls."""
 
     role: Literal["assistant"]
     content: str | None

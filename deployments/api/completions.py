@@ -40,8 +40,8 @@ from deployments.api.messages import (
 )
 from deployments.api.structured import ResponseFormat, StructuredOutputs
 from deployments.json_types import JsonMapping
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.request import (
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.request import (
     MAX_BIASED_IDS,
     MAX_LOGPROBS,
     MAX_STOP_CHARS,
@@ -50,8 +50,8 @@ from gpu_worker.request.request import (
     SamplingParams,
     TokenIds,
 )
-from gpu_worker.request.request import Prompt as AnyPrompt
-from gpu_worker.request.tools import Tools
+from gpu_worker.front.request.request import Prompt as AnyPrompt
+from gpu_worker.front.request.tools import Tools
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128

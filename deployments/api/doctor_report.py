@@ -68,7 +68,7 @@ def advice_of(report: DoctorReport, name: Name) -> Iterator[Advice]:
         now, then, total = report.refit.num_first, report.refit.num_refitted, report.refit.num_samples
         text = (
             f"A projection fitted to this pool would find the own adapter first for {then / total:.1%} of {total} "
-            f"samples, in place of {now / total:.1%}. Reindex with the same encoder and --projection refit."
+            f"samples, instead of {now / total:.1%}. Reindex with the same encoder and --projection refit."
         )
         yield {"problem": "refit", "adapters": [], "text": text}
     for collision in [item for item in report.collisions if item.is_inseparable][:MAX_PAIRS]:

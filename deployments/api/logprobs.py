@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from typing_extensions import TypedDict
 
-from gpu_worker.request.request import PromptToken, TokenLogprob
+from gpu_worker.front.request.request import PromptToken, TokenLogprob
 
 
 class Alternative(TypedDict):

@@ -22,8 +22,8 @@ from deployments.api.base import (
 from deployments.api.structured import Schema
 from deployments.field_problems import did_you_mean
 from gpu_worker.errors import GrammarInvalid
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.tools import NO_PARAMETERS, Function, ToolCall, Tools
 
 MAX_PARTS = 256  # of one message
 MAX_TOOLS = 128  # and calls of one message

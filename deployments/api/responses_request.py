@@ -37,10 +37,10 @@ from deployments.api.messages import (
 )
 from deployments.api.structured import TextFormat
 from deployments.json_types import JsonMapping, JsonObject
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import MAX_LOGPROBS
-from gpu_worker.request.tools import ToolCall, Tools
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import MAX_LOGPROBS
+from gpu_worker.front.request.tools import ToolCall, Tools
 
 LOGPROBS = "message.output_text.logprobs"
 _MAX_INCLUDED = 16

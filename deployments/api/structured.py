@@ -17,7 +17,7 @@ from deployments.api.base import (
     problem,
 )
 from gpu_worker.errors import GrammarInvalid
-from gpu_worker.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMAR_CHARS, Grammar
+from gpu_worker.front.request.grammar import ANY_OBJECT, MAX_CHOICES, MAX_GRAMMAR_CHARS, Grammar
 
 _MAX_KEYS = 1000  # at the top level of a schema
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]

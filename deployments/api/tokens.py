@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from deployments.api.base import LoraOptions, Passing, TolerantRequest, problem
 from deployments.api.completions import MAX_MESSAGES, Ids, Question, Text
 from deployments.api.messages import ChatMessage, question_text, turns_of
-from gpu_worker.request.request import Tokenized
+from gpu_worker.front.request.request import Tokenized
 
 NOT_SERVED_IN_TOKENIZE: Passing = {
     "add_generation_prompt": (True,),

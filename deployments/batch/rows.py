@@ -15,7 +15,7 @@ from deployments.api.completions import TextRequest, parse
 from deployments.api.responses import Planned
 from deployments.errors import BatchRefused, RequestInvalid
 from deployments.json_types import JsonMapping, JsonObject
-from gpu_worker.request.request import Completion, Job
+from gpu_worker.front.request.request import Completion, Job
 
 _PROMPTS = ("prompt", "messages")
 _JSON = ("messages", "lora")

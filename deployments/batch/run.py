@@ -23,7 +23,7 @@ _OF_RETRIEVAL = (
     *("encoder", "projection", "strategy", "k", "weights", "softmax_temperature"),
     *("abstain", "min_score", "fallback"),
 )
-_OF_WORKER = ("dtype", "max_model_len", "bank_rank_rows")
+_OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # read by every
 CALLBACK = "deployments.calls.h11_proxy:bound_headers"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _PREFIX_V6 = 64  # the smallest network of one customer
-_LATE = (408, "Request Timeout", "head_too_slow", "the head of the request did not arrive in time")
-_TOO_MANY = (429, "Too Many Requests", "too_many_connections", "this address has too many open connections")
+_LATE = (408, "Request Timeout", "request_too_slow", "the head of the request did not arrive in time")
+_TOO_MANY = (429, "Too Many Requests", "rate_limit_exceeded", "this address has too many open connections")
 
 
 def bound_headers() -> list[Middleware]:

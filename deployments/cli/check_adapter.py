@@ -113,7 +113,8 @@ def _check_parity(folder: Path, settings: AppConfig) -> int:
 
     with out.status("loading the base model twice"):
         differences = parity_with_peft(folder, settings.worker_config())
-    table = Table("strategy", "largest logit difference", title=f"compared with PEFT in float32, at most {TOLERANCE:g}")
+    title = f"log probabilities compared with PEFT in float32, at most {TOLERANCE:g}"
+    table = Table("strategy", "largest difference", title=title)
     for strategy, difference in differences.items():
         table.add_row(strategy, f"{difference:.1e}")
     out.print(table)

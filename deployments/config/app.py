@@ -28,13 +28,13 @@ from gpu_worker.config import (
     ToolParser,
     WorkerConfig,
 )
-from gpu_worker.request.model_files import (
+from gpu_worker.front.request.model_files import (
     chat_templates_of_files,
     read_chat_template,
     sampling_defaults_of_files,
     template_of_files,
 )
-from gpu_worker.request.request import EXPECTED_NEW_TOKENS
+from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS
 from lora_store import Limits, Visibility, is_valid_name
 from lora_store.location import DEFAULT_CACHE_DIR, Location
 from lora_store.peft_files import template_digest

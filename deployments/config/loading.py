@@ -44,6 +44,16 @@ def require_keys_file(config: AppConfig) -> None:
         raise SettingsInvalid(f"keys_file: {config.keys_file}: no such file; `loraretriever keys new --file` makes one")
 
 
+def require_set_keys(config: AppConfig) -> None:
+    """Refuse a key that Serve's own configuration file names without a value. Raises: SettingsInvalid.
+
+    Serve reads that file itself, and an empty value and `null` look the same afterwards. So both are refused.
+    """
+    for name in _MUST_HAVE_VALUES:
+        if name in config.model_fields_set and getattr(config, name) is None:
+            raise SettingsInvalid(f"{name} is empty or null; remove the line to run without a key")
+
+
 def dump_config(config: AppConfig) -> str:
     """Return the settings as YAML. A secret is masked."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

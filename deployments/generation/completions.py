@@ -29,7 +29,7 @@ from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
-from gpu_worker.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
+from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 
 WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
 # The server did not start the job, so its prompt is not charged.

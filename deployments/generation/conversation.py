@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpu_worker.request.prompts import Message
+from gpu_worker.front.request.prompts import Message
 
 MAX_JOINED = 4  # user turns, including the last
 MAX_SYSTEM_CHARS = 500  # read of a system text

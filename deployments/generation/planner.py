@@ -19,8 +19,8 @@ from deployments.generation.conversation import Reading, reading_of
 from deployments.observability.request_metrics import RequestContext
 from deployments.observability.tracing import tracer
 from gpu_worker.errors import PromptTooLong
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
 from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
 from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS

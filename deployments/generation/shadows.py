@@ -12,7 +12,7 @@ from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import DeltaStream, StreamEnd, WorkerClient
 from deployments.observability.request_metrics import DIGEST_CHARS, RequestMetrics
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 
 logger = logging.getLogger(__name__)
 MAX_SHADOWS = 8  # at once in one Ingress replica, so that they cannot fill the workers' queues

@@ -13,10 +13,11 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.pool_responses import Stats
 from deployments.calls.catalogue_clients import RetrieverClient
+from deployments.calls.shared import Shared
 from deployments.calls.worker_client import Usage, WorkerClient
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.front.engine_status import EngineStatus
 from retriever_svc import PoolSize
 
 KEPT_S = 0.5
@@ -51,10 +52,11 @@ class StatsReader:
         clock: Callable[[], float] = time.monotonic,
         evaluation_of: Callable[[str], JsonObject] | None = None,
     ) -> None:
-        self._config, self._retriever, self._worker, self._clock = config, retriever, worker, clock
+        self._config = config
+        self._retriever = retriever
+        self._worker = worker
         self._evaluation_of = evaluation_of
-        self._reading: asyncio.Task[_Workers] | None = None
-        self._began_s = 0.0
+        self._workers = Shared(self._read_workers, kept_s=KEPT_S, clock=clock)
 
     async def read(self, tenant: str, *, sees_all: bool = True) -> Stats:
         """Return sums over the replicas that answered. Counters rise until a replica is replaced.
@@ -62,7 +64,7 @@ class StatsReader:
         Without `sees_all` the answer covers only the tenant's own requests.
         """
         (read_at, workers, usages), retrievers = await asyncio.gather(
-            self._workers(), _broadcast(partial(self._retriever.broadcast_load, tenant, _TIMEOUT_S))
+            self._workers.get(), _broadcast(partial(self._retriever.broadcast_load, tenant, _TIMEOUT_S))
         )
         retrieval = self._config.retrieval
         return {
@@ -75,13 +77,6 @@ class StatsReader:
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),
             "workers": self._workers_object(workers.given) | {"replicas": workers.counts} if sees_all else None,
         }
-
-    async def _workers(self) -> _Workers:
-        is_fresh = self._reading is not None and (not self._reading.done() or self._clock() - self._began_s < KEPT_S)
-        if self._reading is None or not is_fresh:
-            self._began_s = self._clock()
-            self._reading = asyncio.create_task(self._read_workers())
-        return await asyncio.shield(self._reading)  # a client that disconnects must not cancel the read of others
 
     async def _read_workers(self) -> _Workers:
         may_be_none = self._config.workers_scale_to_zero

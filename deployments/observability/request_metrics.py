@@ -16,7 +16,7 @@ from deployments.api.base import HARMLESS
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
 from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
-from gpu_worker.request.request import Delta
+from gpu_worker.front.request.request import Delta
 
 DIGEST_CHARS = 12
 CONTEXT_KEY = "context"
@@ -226,7 +226,7 @@ class ChangeMetrics:
         return result
 
     def _count(self, change: str, outcome: object) -> None:
-        code = error_table.code_of(outcome) if isinstance(outcome, Exception) else "ok"
+        code = error_table.as_reported(outcome).code if isinstance(outcome, Exception) else "ok"
         self._changes.inc(1, {"change": change, "outcome": code})
 
 

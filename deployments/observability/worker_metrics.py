@@ -14,9 +14,8 @@ from opentelemetry import context, trace
 from deployments.calls.worker_client import Usage
 from deployments.observability.metrics import OTHER, SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from deployments.observability.tracing import tracer
-from gpu_worker.engine.counters import Counters
-from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.request.request import Delta
+from gpu_worker.front.engine_status import Counters, EngineStatus
+from gpu_worker.front.request.request import Delta
 
 logger = logging.getLogger(__name__)
 _MAX_TENANTS = 4096  # tenants come and go with the keys file

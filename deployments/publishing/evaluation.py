@@ -15,8 +15,8 @@ from deployments.calls.worker_client import StreamEnd, WorkerClient, WorkerGate
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
 from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Ranking, Sample
 from retriever_svc import Region, Scorer
 from retriever_svc.competence import evaluate

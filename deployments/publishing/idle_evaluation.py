@@ -16,7 +16,7 @@ from deployments.calls.worker_client import WorkerClient
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.evaluation import Evaluator
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.front.engine_status import EngineStatus
 from lora_store import AdapterRecord, Sample
 from lora_store.lru_cache import LruCache
 from retriever_svc import Scorer
@@ -97,7 +97,7 @@ class IdleEvaluations:
         try:
             num_regions = await self._metrics.count("evaluate", self._ranked(tenant, actor))
         except Exception as exc:
-            outcome = error_table.code_of(exc)
+            outcome = error_table.as_reported(exc).code
             logger.warning("the evaluation after a publish of tenant %s failed: %s", tenant, exc)
         self._running = None
         self._last.put(tenant, {"outcome": outcome, "num_regions": num_regions, "ended_at": time.time()})

@@ -16,7 +16,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 
 RESIDENT = "resident"  # key in a replica's routing stats
 _EXPECTED_S = 3.0  # until sent requests appear in the stats: their period plus the delay of the controller

@@ -6,7 +6,7 @@ from deployments.api import adapters, base, completions, messages
 from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
 from docs.generate.markdown import code, table
 from docs.generate.settings import meanings_of
-from gpu_worker.request import request
+from gpu_worker.front.request import request
 from lora_store.bounded_files import Limits
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gpu_worker.bank.bank_layout import Arrangement, BankLayout
 from gpu_worker.bank.device_layout import DeviceAdapter, Pair, check_finite, check_shapes, to_device_layout
+from gpu_worker.bank.device_memory import zeros_on_huge_pages
 from gpu_worker.bank.layout_kernel import LayoutKernel
-from gpu_worker.device.device_memory import zeros_on_huge_pages
 from lora_store.adapter import AdapterWeights
 from lora_store.weights_blob import BlobLayout, StoredModules
 

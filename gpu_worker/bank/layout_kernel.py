@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.bank.bank_layout import Arrangement
-from gpu_worker.native.kernel_loading import SUFFIXES, functions, load_library
+from gpu_worker.native.kernels.kernel_loading import SUFFIXES, functions, load_library
 from lora_store.adapter import ModuleWeights
 from lora_store.weights_blob import BlobLayout, StoredModules
 

@@ -1,1 +1,1 @@
-"""The base model."""
+"""The base model and its LoRA layers, which both engines use."""

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from gpu_worker.bank.bank import ModuleBank
-from gpu_worker.step.step_context import StepContext
+from gpu_worker.model.step_context import StepContext
 
 
 class LoraLinear(nn.Module):

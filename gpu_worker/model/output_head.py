@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gpu_worker.grammar.state import BITS, only_id
+from gpu_worker.front.grammar.state import BITS, only_id
 from gpu_worker.model.packed_linear import PANEL, KernelLinear, PackedLinear
-from gpu_worker.step.step_context import StepContext
+from gpu_worker.model.step_context import StepContext
 
 
 class OutputHead(nn.Module):

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gpu_worker.device.device_memory import zeros_on_huge_pages
-from gpu_worker.native.kernel_loading import load_library
+from gpu_worker.bank.device_memory import zeros_on_huge_pages
+from gpu_worker.native.kernels.kernel_loading import load_library
 
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
 PANEL = 32  # outputs of a panel of the kernel

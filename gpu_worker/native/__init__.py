@@ -1,1 +1,1 @@
-"""The compiled CPU kernels, and how they are built and loaded."""
+"""The native engine: one thread that computes a packed step for all rows at once."""

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from gpu_worker.config import WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
-from gpu_worker.lora.inject import target_linears
 from gpu_worker.model.base_model import (
     check_is_text_only,
     config_setting,
@@ -24,6 +23,7 @@ from gpu_worker.model.base_model import (
     resolve_dtype,
     sampling_defaults,
 )
+from gpu_worker.model.inject import target_linears
 
 logger = logging.getLogger(__name__)
 

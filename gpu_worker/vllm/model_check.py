@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine.model_check import (
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.eager_check import (
     ADAPTED,
     DECODE_STEPS,
     DIGEST,
@@ -39,8 +40,7 @@ from gpu_worker.engine.model_check import (
     hooked,
     jittering,
 )
-from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.lora.inject import target_linears
+from gpu_worker.model.inject import target_linears
 from gpu_worker.vllm.front_model import FrontModel
 from gpu_worker.vllm.packing import packed
 from gpu_worker.vllm.remote_bank import Send, encoded_put

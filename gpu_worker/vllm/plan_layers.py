@@ -27,9 +27,9 @@ from gpu_worker.bank.bank import LoraBank, ModuleBank
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.bank.residency import Residency
 from gpu_worker.errors import PlanTooLarge
-from gpu_worker.lora.lora_kernel import LoraKernel
-from gpu_worker.lora.mapping import composition
-from gpu_worker.step.step_context import Composition
+from gpu_worker.model.lora_kernel import LoraKernel
+from gpu_worker.model.mapping import composition
+from gpu_worker.model.step_context import Composition
 from gpu_worker.vllm.packing import unpacked
 from gpu_worker.vllm.plan_path import is_plan_path, plan_of
 from lora_store.plan import BASE_PLAN, Plan

@@ -11,12 +11,12 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, StructuredOutputsParams
 
-from gpu_worker.engine.model_check import DECODE_STEPS
-from gpu_worker.engine.row import Row
 from gpu_worker.errors import SamplingInvalid
-from gpu_worker.grammar.library import lark_of_calls, with_json_options
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.sampling.logprobs import Scored
+from gpu_worker.front.grammar.library import lark_of_calls, with_json_options
+from gpu_worker.front.logprobs import Scored
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.row import Row
+from gpu_worker.model.eager_check import DECODE_STEPS
 
 _CHECKED_IDS = 20  # the most likely ids after a token, as many as vLLM returns
 _HIGHEST_TEMPERATURE = 2.0  # that vLLM accepts

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gpu_worker.bank.bank import InputBank, LoraBank, ModuleBank
 from gpu_worker.bank.residency import Residency
-from gpu_worker.device.transfer import to_device
-from gpu_worker.step.step_context import Outputs
+from gpu_worker.model.step_context import Outputs
+from gpu_worker.model.transfer import to_device
 from lora_store.plan import Plan, PlannedAdapter
 
 _TILE = 16  # tokens, the least that a tensor core multiplies

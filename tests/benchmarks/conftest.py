@@ -15,7 +15,7 @@ from benchmarks.paper.answering.runs import Bench, pool_retriever
 from benchmarks.paper.answering.study import Study, Weights, load_asker, load_study
 from benchmarks.paper.common.workspace import Workspace
 from benchmarks.paper.pool.train_pool import train_all
-from benchmarks.paper.stages.main_table import Loaded
+from benchmarks.paper.stages.stage import Loaded
 from gpu_worker.config import WorkerConfig
 from lora_store import LoraStore
 from retriever_svc import Encoder
@@ -67,5 +67,5 @@ def bench(study: Study, asked: tuple[Asker, LoraStore, Weights], encoder: Encode
 
 
 @pytest.fixture(scope="session")
-def loaded(bench: Bench, asked: tuple[Asker, LoraStore, Weights]) -> Loaded:
-    return Loaded(bench, asked[1], asked[2])
+def loaded(bench: Bench, asked: tuple[Asker, LoraStore, Weights], encoder: Encoder) -> Loaded:
+    return Loaded(bench, asked[1], asked[2], encoder)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.literal_einsum import literal_mixture
-from gpu_worker.engine.engine import Engine
+from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import by_digest, greedy, run_together
 from tests.tiny import plan_of, random_adapter

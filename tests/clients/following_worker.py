@@ -8,12 +8,12 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-from gpu_worker.grammar.library import make_vocabulary, matcher_of
-from gpu_worker.grammar.tool_grammar import tool_grammar
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.request import Delta, Job
-from gpu_worker.request.tool_parser import ToolCallParser
-from gpu_worker.request.tools import HERMES, Tools
+from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.tool_grammar import tool_grammar
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.front.request.tool_parser import ToolCallParser
+from gpu_worker.front.request.tools import HERMES, Tools
 from tests.clients.scripted_worker import ScriptedWorker
 
 _END = 256

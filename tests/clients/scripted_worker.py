@@ -8,8 +8,8 @@ from typing import Any
 
 import jsonschema
 
-from gpu_worker.request.grammar import ANY_OBJECT, Grammar
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.grammar import ANY_OBJECT, Grammar
+from gpu_worker.front.request.request import Delta, Job
 from tests.deployments.fake_worker import FakeWorker
 
 JOKE = {"setup": "Why?", "punchline": "Because."}  # what standard tests ask for in words

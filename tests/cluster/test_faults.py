@@ -21,8 +21,8 @@ from benchmarks.results_file import write_part
 from deployments.calls.serve_calls import retry_on_replica_death
 from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
-from gpu_worker.native_engine import NativeEngine
-from gpu_worker.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.native.engine import NativeEngine
 from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
 from tests.cluster.running import TOPICS, Running, asks
 from tests.e2e.live import eventually

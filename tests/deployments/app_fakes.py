@@ -22,7 +22,7 @@ from deployments.http.middleware import RequestContextMiddleware
 from deployments.ingress import Ingress
 from deployments.observability.metrics import SERVE
 from deployments.observability.request_metrics import RequestMetrics
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
@@ -77,7 +77,7 @@ def serve_plainly(
     handles = [
         FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
         FakeHandle(worker or FakeWorker()),
-        FakeHandle(store or FakeStore(pool_of(*POOL))),
+        FakeHandle(store or FakeStore(pool_of(*POOL), refused=("bad", "bad-one"), missing=("gone",), taken=("taken",))),
     ]
     config = config_of(worker=engine or WorkerSettings(), **settings)
     limits = StreamLimits(silence_s, worker_grace_s)

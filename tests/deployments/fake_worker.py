@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deployments.calls.worker_client import Usage
-from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import EngineStopped, PromptInvalid
-from gpu_worker.request.request import Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from tests.deployments.adapter_records import digest_of, given
 
 DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job
 from tests.deployments.adapter_records import BASE
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from playwright.async_api import Page, expect
 
-from gpu_worker.engine.engine_status import EngineStatus
 from gpu_worker.errors import EngineFull, EngineStopped
-from gpu_worker.request.request import Delta
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Delta
 from lora_store import AdapterRecord
 from retriever_svc import NearSample
 from tests.browsing import Browsing

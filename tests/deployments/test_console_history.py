@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 import pytest
 from playwright.async_api import Page, expect
 
-from gpu_worker.request.prompts import Message
+from gpu_worker.front.request.prompts import Message
 from lora_store import Sample
 from retriever_svc import Point, PoolMap
 from tests.browsing import Browsing

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gpu_worker.request.request import Delta, Job, TokenLogprob
+from gpu_worker.front.request.request import Delta, Job, TokenLogprob
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post

@@ -12,7 +12,7 @@ import pytest
 
 from deployments.config.app import WorkerSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
-from gpu_worker.request.request import Prompt, Tokenized
+from gpu_worker.front.request.request import Prompt, Tokenized
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
@@ -116,7 +116,7 @@ def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 4}))
 
     async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
-        worker: Any = served.worker._replicas[0]
+        worker: Any = served.worker.replicas[0]
         worker.goes_on = asyncio.Event()
         running = asyncio.create_task(client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2}))
         while len(served.worker.called("stream")) < 4:
@@ -142,7 +142,7 @@ def test_placing_a_prompt_on_the_map_requires_the_role_infer(tmp_path: Path) -> 
         return response
 
     response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "role_missing")
+    assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
 
 
 @pytest.mark.parametrize(

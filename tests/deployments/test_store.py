@@ -14,7 +14,7 @@ import torch
 
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.calls.catalogue_clients import Buffer
-from deployments.errors import SourceMissing, SourceRefused, UploadMemoryFull
+from deployments.errors import SourceMissing, SourceRefused, UploadDiskFull
 from deployments.store import StoreDeployment
 from lora_store import (
     AdapterNotFound,
@@ -127,7 +127,7 @@ def test_only_weights_that_others_may_change_are_copied(tmp_path: Path, monkeypa
     folder = stores.adapter()
     files = files_of(folder)
     for shared in (PublishItem(folder), PublishItem(source=f"file://{folder}")):
-        with pytest.raises(UploadMemoryFull, match="no disk space"):
+        with pytest.raises(UploadDiskFull, match="no disk space"):
             run(stores.stage(shared))
     with local_hub(repositories={"acme/poet@main": files}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)

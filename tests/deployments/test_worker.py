@@ -22,11 +22,11 @@ from deployments.errors import ReplicaStuck
 from deployments.generation.shadows import shadow_tenant
 from deployments.observability.metrics import SERVE
 from deployments.worker import WorkerDeployment
-from gpu_worker.device.openmp import run_on_short_lived_thread
-from gpu_worker.engine.row import Row
 from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
+from gpu_worker.front.request.request import Job
+from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.request.request import Job
+from gpu_worker.native.openmp import run_on_short_lived_thread
 from lora_store import AdapterNotFound, AdapterWeights, encode_weights
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle

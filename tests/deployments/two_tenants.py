@@ -101,13 +101,13 @@ class TwoTenants:
 
     @property
     def store(self) -> StoreDeployment:
-        store: StoreDeployment = self.served.store._replicas[0]
+        store: StoreDeployment = self.served.store.replicas[0]
         return store
 
     def computed_texts(self, patch: pytest.MonkeyPatch) -> list[str]:
         """Record every later text that the encoder's model computes."""
         texts_so_far: list[str] = []
-        encoder = self.served.retriever._replicas[0]._pools.current.encoder  # type: ignore[attr-defined]
+        encoder = self.served.retriever.replicas[0]._pools.current.encoder  # type: ignore[attr-defined]
         compute = encoder._compute
 
         def counted(texts: list[str]) -> Vectors:

@@ -12,13 +12,13 @@ import yaml
 
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
+from deployments.api.error_table import reported_errors
 from deployments.api.responses_request import ResponsesRequest
 from deployments.config.app import AppConfig
 from docs.generate import clients, error_codes, metrics, request_fields, settings_files
 from docs.generate.__main__ import DOCS, stale_pages
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import block_names, filled, pages_with_blocks, table
-from docs.generate.texts import load
 
 
 def test_no_generated_page_is_out_of_date() -> None:
@@ -40,10 +40,14 @@ def test_a_cell_with_a_bar_stays_one_cell() -> None:
     assert table(("a", "b"), [("x|y", "two\nlines")]).splitlines()[2] == r"| x\|y | two lines |"
 
 
-def test_every_error_code_has_a_cause_and_a_remedy() -> None:
-    codes = error_codes.codes()
-    assert len(codes) > 50
-    assert load("errors").keys() == codes.keys()
+def test_every_error_has_a_row_with_its_cause_and_remedy() -> None:
+    rows = error_codes.error_codes().splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
+    assert all(len(row) == 5 and all(row) for row in cells)
+    assert len(cells) == len(list(reported_errors())) + 1  # and the framework's own
+    assert ["`overloaded`", "503", "`overloaded_error`", "The worker's queue is full (`worker.max_waiting`)."] in [
+        row[:4] for row in cells
+    ]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_seeds_are_repeatable_and_stops_end_answers(client: openai.OpenAI) -> No
     assert "seven" not in counting.choices[0].text
 
 
-def test_errors_have_the_clients_own_classes(client: openai.OpenAI) -> None:
+def test_refused_chats_raise_the_clients_own_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         chat(client, "hi", model="no-such-adapter")
     assert missing.value.code == "model_not_found"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gpu_worker.engine.engine import Engine
-from gpu_worker.step.step_context import StepContext
+from gpu_worker.model.step_context import StepContext
+from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from tests.gpu_worker.engine_driver import Shapes
 

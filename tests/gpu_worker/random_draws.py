@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.request.request import SamplingParams
-from gpu_worker.sampling.draw import Draw
+from gpu_worker.front.draw import Draw
+from gpu_worker.front.request.request import SamplingParams
 
 SETTINGS: dict[str, list[Any]] = {
     "temperature": [0, 1e-45, 1e-40, 1e-3, 0.3, 1.0, 1.0, 1.0, 2.0, 100.0],

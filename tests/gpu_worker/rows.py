@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gpu_worker.engine.row import Row
-from gpu_worker.request.request import SamplingParams
-from gpu_worker.text.incremental_detokenizer import IncrementalDetokenizer
-from gpu_worker.text.token_bytes import TokenBytes
+from gpu_worker.front.request.request import SamplingParams
+from gpu_worker.front.row import Row
+from gpu_worker.front.text.incremental_detokenizer import IncrementalDetokenizer
+from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
 from tests.tiny import byte_tokenizer

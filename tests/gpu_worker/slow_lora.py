@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
-from gpu_worker.step.step_context import Composition
+from gpu_worker.model.step_context import Composition
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.tiny import plan_of

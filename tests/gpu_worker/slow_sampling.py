@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from gpu_worker.request.request import SamplingParams
-from gpu_worker.sampling.draw import GREEDY_BELOW, Draw
+from gpu_worker.front.draw import GREEDY_BELOW, Draw
+from gpu_worker.front.request.request import SamplingParams
 
 ROUNDING = 1e-6
 """Relative to the mass that is drawn from. The fast passes add float32 masses in another order, so a uniform number

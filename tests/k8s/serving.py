@@ -18,9 +18,9 @@ from deployments.cli.local_server import APP_NAME
 from deployments.config.app import AppConfig, ScalingSettings
 from lora_store.location import Location
 from tests.k8s import placement
+from tests.k8s.general import secrets_made_by_hand
 from tests.k8s.image import BAKED_MODEL
 from tests.k8s.manifests import Document, Manifests, Pod, quantity
-from tests.k8s.references import secrets_made_by_hand
 
 
 def problems(manifests: Manifests) -> Iterator[str]:

@@ -22,10 +22,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from gpu_worker.config import PACKAGED_MODEL
-from gpu_worker.native import kernel_loading
-from gpu_worker.native.build_kernels import prebuilt_path
-from gpu_worker.native.kernel_build import kernel_names
-from gpu_worker.native.kernel_variants import VARIANTS
+from gpu_worker.native.kernels import kernel_loading
+from gpu_worker.native.kernels.build_kernels import prebuilt_path
+from gpu_worker.native.kernels.kernel_build import kernel_names
+from gpu_worker.native.kernels.kernel_variants import VARIANTS
 from k8s.image import lock
 from retriever_svc.encoder_files import DEFAULT_MODEL
 from tests.gpu_worker.compilers import path_with_quick_compiler
@@ -181,13 +181,13 @@ def test_the_kernels_are_built_in_a_separate_stage_and_packaged() -> None:
     ]
     [copy] = [i.rest for i in instructions(DOCKERFILE) if i.rest.startswith("--from=kernels")]
     _, built, target = copy.split()
-    assert f"RUN python -m gpu_worker.native.build_kernels --out {built}\n" in DOCKERFILE
+    assert f"RUN python -m gpu_worker.native.kernels.build_kernels --out {built}\n" in DOCKERFILE
     assert ROOT / target == kernel_loading.PREBUILT
     order = [i.rest for i in stage("wheel")]
     build = next(place for place, rest in enumerate(order) if rest.startswith("pip wheel "))
     assert order.index("gpu_worker gpu_worker") < order.index(copy) < build
-    assert "native/prebuilt/*/*.so" in PROJECT["tool"]["setuptools"]["package-data"]["gpu_worker"]
-    library = "gpu_worker/native/prebuilt/x86-64-v3/fused.so"
+    assert "native/kernels/prebuilt/*/*.so" in PROJECT["tool"]["setuptools"]["package-data"]["gpu_worker"]
+    library = "gpu_worker/native/kernels/prebuilt/x86-64-v3/fused.so"
     assert is_ignored(library, IGNORED), "libraries of the builder's own machine"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from benchmarks.paper.answering.answers import Asker, Question, loading
 from benchmarks.paper.answering.stores import fetch_from, open_store, publish
 from benchmarks.paper.common.tasks import Parts, load_parts
 from benchmarks.paper.common.workspace import Workspace
-from benchmarks.training.bigbench_tasks import Item, TaskSpec, task_rng
+from benchmarks.training.bigbench_tasks import TaskSpec, task_rng
 from gpu_worker.bank.bank import LoraBank
+from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.config import WorkerConfig
-from gpu_worker.device.openmp import load_executor
-from gpu_worker.engine.engine import Engine
 from gpu_worker.model.base_model import model_source
+from gpu_worker.native.loop import Engine
 from lora_store import AdapterNotFound, AdapterWeights, LoraStore
 
 RANK = 6
@@ -94,18 +94,3 @@ def _is_live(store: LoraStore, name: str) -> bool:
     except AdapterNotFound:
         return False
     return True
-
-
-Scores = dict[str, list[float]]
-"""Scores by task, one per question."""
-
-
-def scores_by_task(
-    questions: Sequence[Question], texts: Sequence[str], rate: Callable[[str, Item, str], float]
-) -> Scores:
-    """Return `rate(task, item, text)` of every answer, in the order of the questions' numbers."""
-    rows = sorted((q.task, q.number, rate(q.task, q.item, text)) for q, text in zip(questions, texts, strict=True))
-    scores: Scores = {}
-    for task, _, value in rows:
-        scores.setdefault(task, []).append(value)
-    return scores

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.paper.training.packing import Packed
 from benchmarks.training.adapter_files import load_base
 from benchmarks.training.lora_training import NO_LABEL, Batch, Example, Recipe, batches, lr_share
-from gpu_worker.request.prompts import alpaca_prompt
+from gpu_worker.front.request.prompts import alpaca_prompt
 
 RECORD = "second_base.json"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`, `/v1/completions`, `/v1/responses`, and `/v1/route`, which shows the plans alone."""
+"""`/v1/chat/completions`, `/v1/completions`, `/v1/responses`, and `/v1/route`, which only shows the plans."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class ModelQuery(ApiRequest):
 
     limit: int = Field(default=MAX_PAGE, ge=1, le=MAX_PAGE)
     after: str = Field(default="", max_length=256, description="the last id of the page before")
-    owner: str | None = Field(default=None, max_length=64, description="adapters of this tenant alone")
+    owner: str | None = Field(default=None, max_length=64, description="only adapters of this tenant")
     tag: list[Tag] = Field(fail_fast=True, default=[], max_length=32, description="adapters that carry all of these")
     name: str = Field(default="", max_length=256, description="ids with this in them, in any case")
 

@@ -10,8 +10,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from deployments.api.completion_responses import Answer, why
 from deployments.api.responses import Planned
-from gpu_worker.request.request import Completion, Delta, PromptToken, TokenLogprob
-from gpu_worker.request.tools import ToolCallPiece
+from gpu_worker.front.request.request import Completion, Delta, PromptToken, TokenLogprob
+from gpu_worker.front.request.tools import ToolCallPiece
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from retriever_svc import Candidate
 from tests.deployments.adapter_records import BASE as BASE_NAME

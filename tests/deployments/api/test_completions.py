@@ -11,8 +11,8 @@ from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.error_table import validation_error
 from deployments.errors import RequestInvalid
 from gpu_worker.errors import SamplingInvalid
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import SamplingParams, TokenIds
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import SamplingParams, TokenIds
 
 USER = {"role": "user", "content": "Hi"}
 SAMPLING = {

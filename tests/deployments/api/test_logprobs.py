@@ -4,7 +4,7 @@ from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.completion_choice import Logprobs
 
 from deployments.api.logprobs import chat_logprobs, prompt_logprobs, text_logprobs
-from gpu_worker.request.request import PromptToken, TokenLogprob
+from gpu_worker.front.request.request import PromptToken, TokenLogprob
 
 HALF = TokenLogprob(b"\xc3", -0.5, ((b"\xc3", -0.5), (b"\xe2", -1.5)), 0)
 REST = TokenLogprob(b"\xa9", -0.25, ((b" a", -0.125),), 0)

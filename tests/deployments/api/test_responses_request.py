@@ -13,8 +13,8 @@ from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import validation_error
 from deployments.api.responses_request import LOGPROBS, ResponsesRequest
 from deployments.errors import RequestInvalid, Unsupported
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.prompts import Message
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.prompts import Message
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 USER = {"role": "user", "content": "Hi"}

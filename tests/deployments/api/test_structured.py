@@ -11,7 +11,7 @@ from deployments.api.base import NOT_SERVED_IN_STRUCTURED, ignored_fields
 from deployments.api.completions import parse
 from deployments.errors import RequestInvalid, Unsupported
 from gpu_worker.errors import GrammarInvalid, SamplingInvalid
-from gpu_worker.request.grammar import MAX_GRAMMAR_CHARS, Grammar
+from gpu_worker.front.request.grammar import MAX_GRAMMAR_CHARS, Grammar
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import validation_error
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest, tokenize_answer
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Tokenized
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Tokenized
 
 FOUND = Tokenized((5, 6), ("a", "b"), 64)
 

@@ -11,7 +11,7 @@ from deployments.api.responses import Planned
 from deployments.batch.rows import ANSWER, Asked, answered, bodies_of, check_columns, request_of
 from deployments.errors import BatchRefused, RequestInvalid
 from gpu_worker.errors import PromptTooLong
-from gpu_worker.request.request import Completion, Job
+from gpu_worker.front.request.request import Completion, Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
 
 

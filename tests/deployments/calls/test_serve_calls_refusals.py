@@ -16,7 +16,7 @@ from deployments.calls.serve_calls import ServeCalls, returning_refusals
 from deployments.calls.worker_client import ServeWorker, WorkerReplica
 from deployments.errors import EncoderBusy
 from gpu_worker.errors import AdapterLoadFailed, EngineFull, EngineStopped, GrammarInvalid
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 from lora_store import BASE_PLAN, AdapterNotFound, StoreUnavailable
 from retriever_svc import PlanGone, StaleIndex
 from tests.deployments.app_fakes import config_of

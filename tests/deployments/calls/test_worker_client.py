@@ -13,7 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.worker_client import ServeWorker, StreamEnd
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 from tests.deployments.fake_worker import DELTAS, SHAPES, FakeWorker
 from tests.fakes import FakeHandle
 

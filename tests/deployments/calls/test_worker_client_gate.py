@@ -155,7 +155,7 @@ ASLEEP = {"worker_scaling": ScalingSettings(min_replicas=0), "scale_from_zero_ti
 
 def test_a_request_without_a_worker_in_time_is_refused_with_retry_after() -> None:
     response, served = completion(Sleeper(), BASE, **ASLEEP)
-    assert (response.status_code, error_of(response)["code"]) == (503, "worker_starting")
+    assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "1"
     assert served.worker.called("stream") == []
 

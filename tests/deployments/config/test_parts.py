@@ -6,7 +6,7 @@ import pytest
 
 from deployments.config.app import AppConfig
 from deployments.config.parts import SamplingDefaults
-from gpu_worker.request.request import SAMPLING_DEFAULTS, SamplingParams
+from gpu_worker.front.request.request import SAMPLING_DEFAULTS, SamplingParams
 
 
 @pytest.mark.parametrize(

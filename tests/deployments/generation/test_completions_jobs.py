@@ -10,7 +10,7 @@ import pytest
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.responses import Planned
 from deployments.generation.completions import jobs_of, merge, seed_of
-from gpu_worker.request.tools import Function, Tools
+from gpu_worker.front.request.tools import Function, Tools
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import POOL
 

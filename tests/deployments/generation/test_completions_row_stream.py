@@ -22,7 +22,7 @@ from deployments.errors import PoisonRequest, WorkerStarting
 from deployments.generation.completions import NO_ROOM, RowStream, StreamLimits
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job
 from tests.fakes import FakeHandle, as_ray_raises
 from tests.virtual_time import run_in_virtual_time
 

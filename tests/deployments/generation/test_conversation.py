@@ -13,8 +13,8 @@ from deployments.generation.conversation import (
     is_short,
     reading_of,
 )
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.tools import ToolCall
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.tools import ToolCall
 
 TASK = "Negate the statement: the chemists have loved shopping"
 OTHER = "Turn this statement into a question: the florists learn maths"

@@ -18,7 +18,7 @@ from deployments.calls.worker_client import ServeWorker
 from deployments.generation.shadows import MAX_SHADOWS, Shadows, paying_tenant, shadow_tenant
 from deployments.observability.request_metrics import RequestMetrics
 from gpu_worker.errors import EngineFull
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job
 from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Snapshot, Strategy, Trial, is_valid_name
 from retriever_svc import PinnedAdapter, Route, RouteRequest
 from retriever_svc.planning import named_plan, replayed_plan, with_trials

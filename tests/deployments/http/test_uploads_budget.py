@@ -13,9 +13,10 @@ from fastapi import Request
 from starlette.types import Message
 
 from deployments.api.adapters import PublishItem, SentFile
+from deployments.byte_budget import ByteBudget
 from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyTooSlow, UploadMemoryFull
-from deployments.http.uploads import UploadBudget
+from deployments.http.uploads import count_upload
 from lora_store import Staged, StoreUnavailable
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
@@ -36,20 +37,20 @@ def request_of(*parts: bytes, announced: int | str | None = None) -> Request:
     return Request({"type": "http", "headers": headers}, receive)
 
 
-def read(budget: UploadBudget, http: Request, count: int) -> int:
+def read(budget: ByteBudget, http: Request, count: int) -> int:
     """Return the budget's use after this many pieces of the request were read."""
 
     async def run() -> int:
-        with budget.reading(http, "a") as counted:
+        with count_upload(http, "a", budget) as body:
             for _ in range(count):
-                await counted.receive()
+                await body.receive()
             return budget.num_bytes
 
     return asyncio.run(run())
 
 
 def test_an_announced_length_counts_at_once_and_until_the_end() -> None:
-    budget = UploadBudget(10)
+    budget = ByteBudget(10)
     assert read(budget, request_of(announced=10), 0) == 10
     assert budget.num_bytes == 0
     with pytest.raises(UploadMemoryFull, match="10 bytes"):
@@ -58,7 +59,7 @@ def test_an_announced_length_counts_at_once_and_until_the_end() -> None:
 
 
 def test_an_unannounced_body_counts_as_it_arrives() -> None:
-    budget = UploadBudget(10)
+    budget = ByteBudget(10)
     assert read(budget, request_of(b"1234", b"567", b"890"), 2) == 7
     with pytest.raises(UploadMemoryFull):
         read(budget, request_of(b"123456", b"78901"), 2)
@@ -66,7 +67,7 @@ def test_an_unannounced_body_counts_as_it_arrives() -> None:
 
 
 def test_bytes_beyond_the_announced_length_count_too() -> None:
-    budget = UploadBudget(10)
+    budget = ByteBudget(10)
     assert read(budget, request_of(b"1234", b"5678", announced=5), 1) == 5
     assert read(budget, request_of(b"1234", b"5678", announced=5), 2) == 8
 
@@ -74,16 +75,16 @@ def test_bytes_beyond_the_announced_length_count_too() -> None:
 @pytest.mark.parametrize("announced", ["-5", "five", "²", "9" * 400])
 def test_an_invalid_length_announces_nothing(announced: str) -> None:
     http = Request({"type": "http", "headers": [(b"content-length", announced.encode("latin-1", "replace"))]})
-    with UploadBudget(10).reading(http, "a"):
+    with count_upload(http, "a", ByteBudget(10)):
         pass
 
 
 def test_uploads_of_one_tenant_leave_room_for_another() -> None:
-    budget = UploadBudget(1000, always_bytes=500, has_tenants=True)
-    with budget.reading(request_of(announced=500), "a"):
-        with pytest.raises(UploadMemoryFull), budget.reading(request_of(announced=400), "a"):
+    budget = ByteBudget(1000, always_bytes=500, has_tenants=True)
+    with count_upload(request_of(announced=500), "a", budget):
+        with pytest.raises(UploadMemoryFull), count_upload(request_of(announced=400), "a", budget):
             pass
-        with budget.reading(request_of(announced=500), "b"):
+        with count_upload(request_of(announced=500), "b", budget):
             assert budget.num_bytes == 1000
     assert budget.num_bytes == 0
 
@@ -98,11 +99,11 @@ def test_an_upload_below_the_minimum_rate_is_refused_and_frees_its_budget(sent: 
         return messages.pop(0)
 
     async def run() -> None:
-        budget = UploadBudget(1 << 20)
+        budget = ByteBudget(1 << 20)
         http = Request({"type": "http", "headers": [(b"content-length", b"1000000")]}, receive)
-        with pytest.raises(BodyTooSlow, match="640 KiB in 10 s"), budget.reading(http, "a") as counted:
+        with pytest.raises(BodyTooSlow, match="640 KiB in 10 s"), count_upload(http, "a", budget) as body:
             while True:
-                await counted.receive()
+                await body.receive()
         assert budget.num_bytes == 0
 
     run_in_virtual_time(run())
@@ -114,7 +115,7 @@ def test_an_upload_that_keeps_its_rate_may_take_longer_than_one_window() -> None
         return {"type": "http.request", "body": b"x" * (640 << 10), "more_body": True}
 
     async def run() -> None:
-        with UploadBudget(10 << 20).reading(Request({"type": "http", "headers": []}, receive), "a") as http:
+        with count_upload(Request({"type": "http", "headers": []}, receive), "a", ByteBudget(10 << 20)) as http:
             for _ in range(4):
                 assert (await http.receive())["more_body"]
 
@@ -145,7 +146,7 @@ def test_a_full_disk_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
         served: Served = serve_plainly()
         async with http_of(served) as client:
             refused = await upload(client, 9000)
-        assert refused.status_code == 503 and error_of(refused)["code"] == "upload_memory_full"
+        assert refused.status_code == 503 and error_of(refused)["code"] == "unavailable"
         assert "no disk space" in error_of(refused)["message"]
         assert served.services.uploads.num_bytes == 0
 
@@ -173,7 +174,7 @@ async def one_in_progress(leaves: bool) -> None:
             headers={"content-type": "multipart/form-data; boundary=b", "content-length": str(ONE + 501 - held)},
         )
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-        assert error_of(refused)["code"] == "upload_memory_full"
+        assert error_of(refused)["code"] == "overloaded"
         store.let_go.set()
         await served.services.background.idle()
         if not leaves:

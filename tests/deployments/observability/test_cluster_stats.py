@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.calls.catalogue_clients import ServeRetriever
+from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.worker_client import ServeWorker
 from deployments.config.parts import WorkerSettings
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
@@ -40,7 +40,7 @@ def reader_of(
     **settings: Any,
 ) -> StatsReader:
     handle = FakeHandle(*workers, num_silent=num_silent)
-    clients = ServeRetriever(FakeHandle(*retrievers)), ServeWorker(handle)
+    clients = serve_retriever(FakeHandle(*retrievers)), ServeWorker(handle)
     return StatsReader(config_of(**settings), *clients, clock or FakeClock())
 
 
@@ -89,7 +89,7 @@ def test_the_pool_has_the_newest_generation_and_names_the_oldest() -> None:
 def test_the_pool_is_the_caller_s() -> None:
     handle = FakeHandle(FakeRetriever())
     worker = ServeWorker(FakeHandle(CountingWorker()))
-    asyncio.run(StatsReader(config_of(), ServeRetriever(handle), worker).read("them"))
+    asyncio.run(StatsReader(config_of(), serve_retriever(handle), worker).read("them"))
     assert handle.called("load") == [("them",)]
 
 

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from deployments.observability.tracing import otlp, tracer
 from deployments.observability.worker_metrics import JobTrace
-from gpu_worker.request.request import Delta
+from gpu_worker.front.request.request import Delta
 from tests.deployments.asking import post
 from tests.deployments.fake_worker import DELTAS, FakeWorker
 

@@ -4,7 +4,7 @@ import pytest
 
 from deployments.calls.worker_client import Usage
 from deployments.observability.worker_metrics import TenantUsage
-from gpu_worker.request.request import Delta
+from gpu_worker.front.request.request import Delta
 
 
 def test_tokens_count_as_they_arrive_and_a_row_runs_until_its_end() -> None:

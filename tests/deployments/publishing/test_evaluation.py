@@ -8,7 +8,7 @@ import pytest
 from deployments.calls.worker_client import ServeWorker, WorkerGate
 from deployments.publishing.evaluation import AnswerScorer
 from gpu_worker.errors import AdapterLoadFailed
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta, Job
 from lora_store import Sample
 from retriever_svc import Region
 from tests.deployments.adapter_records import POOL

@@ -14,8 +14,8 @@ from deployments.api.adapters import PublishItem
 from deployments.calls.worker_client import ServeWorker
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.idle_evaluation import MAX_REGIONS, POLL_S, QUIET_S, IdleEvaluations, IdleScorer
-from gpu_worker.engine.engine_status import EngineStatus
-from gpu_worker.request.request import Delta, Job
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Delta, Job
 from lora_store import AdapterRecord, Sample, StoreUnavailable
 from retriever_svc import Region
 from tests.deployments.adapter_records import POOL, pool_of

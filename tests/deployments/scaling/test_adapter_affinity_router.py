@@ -10,7 +10,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter, short_digest
-from gpu_worker.request.request import Job
+from gpu_worker.front.request.request import Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
 from tests.deployments.adapter_records import digest_of
 

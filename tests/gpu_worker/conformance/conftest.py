@@ -65,7 +65,7 @@ def hosted(session_engine: HostedEngine) -> Iterator[HostedEngine]:
 
 @pytest.fixture
 def tolerance(hosted: HostedEngine) -> float:
-    return TOLERANCE[hosted.engine.capabilities.engine]
+    return TOLERANCE[hosted.config.engine]
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ import psutil
 
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import WorkerConfig
-from gpu_worker.engine.engine_status import EngineStatus
+from gpu_worker.engine import InferenceEngine
 from gpu_worker.errors import AdapterLoadFailed
-from gpu_worker.inference_engine import InferenceEngine
-from gpu_worker.request.request import Completion, Delta, Job, Prompt, SamplingParams
+from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.request.request import Completion, Delta, Job, Prompt, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 

@@ -6,7 +6,7 @@ import importlib.util
 
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import WorkerConfig
-from gpu_worker.native_engine import NativeEngine
+from gpu_worker.native.engine import NativeEngine
 from tests.gpu_worker.conformance.driver import StartEngine
 
 

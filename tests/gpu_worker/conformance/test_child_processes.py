@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from gpu_worker.errors import EngineStopped, WarmUpFailed
-from gpu_worker.request.request import SamplingParams
+from gpu_worker.front.request.request import SamplingParams
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES

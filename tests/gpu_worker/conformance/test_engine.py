@@ -12,8 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.errors import BaseModelUnsupported, EngineStopped
-from gpu_worker.request.request import SamplingParams
-from lora_store.plan import STRATEGIES
+from gpu_worker.front.request.request import SamplingParams
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 
 ENDLESS = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)
@@ -29,11 +28,6 @@ def own(session_engine: HostedEngine, start_again: Callable[[HostedEngine], Host
 
 def test_an_engine_describes_itself(hosted: HostedEngine) -> None:
     engine = hosted.engine
-    assert engine.capabilities.strategies == set(STRATEGIES)
-    assert engine.memory.device == "cpu"
-    assert engine.memory.bank_rank_rows == hosted.config.num_rank_rows
-    assert engine.memory.kv_tokens >= hosted.config.max_model_len
-    assert engine.memory.bank_bytes > 0 and engine.memory.summary
     assert engine.num_missing_kernels == 0
     shapes = engine.module_shapes
     assert shapes["model.layers.0.self_attn.q_proj"] == (128, 64)

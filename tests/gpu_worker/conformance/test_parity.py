@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.request.request import Completion, SamplingParams
+from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.peft_files import write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan

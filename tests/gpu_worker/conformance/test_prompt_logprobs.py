@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpu_worker.errors import PromptInvalid, PromptTooLong
-from gpu_worker.request.request import Completion, Job, TokenIds
+from gpu_worker.front.request.request import Completion, Job, TokenIds
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job, tokens_of

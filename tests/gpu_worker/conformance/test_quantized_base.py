@@ -69,7 +69,6 @@ def hosted(folders: tuple[Path, Path]) -> Iterator[HostedEngine]:
 def test_mixtures_over_a_quantized_base_equal_the_reference(
     hosted: HostedEngine, adapter: MakeAdapter, folders: tuple[Path, Path]
 ) -> None:
-    assert hosted.engine.capabilities.quantized_base
     reference = Reference(folders[1])
     one, other = adapter(1), adapter(2)
     parts = (one, 0.7), (other, 0.6)

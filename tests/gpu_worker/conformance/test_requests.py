@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptInvalid, PromptTooLong, SamplingInvalid
-from gpu_worker.request.prompts import Message
-from gpu_worker.request.request import Completion, Delta, SamplingParams
-from gpu_worker.text.token_bytes import TokenBytes
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Completion, Delta, SamplingParams
+from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, collect, job, tokens_of
 from tests.tiny import byte_tokenizer, plan_of

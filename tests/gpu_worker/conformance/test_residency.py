@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from gpu_worker.errors import AdapterLoadFailed, AdapterUnfit, PlanTooLarge
-from gpu_worker.request.request import Completion, SamplingParams
+from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.plan import BASE_PLAN, Strategy
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, collect, job, tokens_of
@@ -211,16 +211,6 @@ def test_a_slow_load_delays_only_its_own_job(hosted: HostedEngine, adapter: Make
     assert all(isinstance(answer, Completion) for answer in hosted.run(both()))
 
 
-def test_load_brings_weights_into_host_memory_before_a_job_needs_them(
-    hosted: HostedEngine, adapter: MakeAdapter
-) -> None:
-    weights = adapter(1)
-    hosted.run(hosted.engine.load([weights.weights_digest, "0" * 64]))  # the second load fails
-    assert hosted.status().host_cache_bytes > 0
-    hosted.answers(job("loaded", plan_of("selection", (weights, 1.0))))
-    assert hosted.fetched == [weights.weights_digest, "0" * 64]
-
-
 def test_a_probe_measures_the_effect_of_each_adapter(hosted: HostedEngine, adapter: MakeAdapter) -> None:
     large, small = adapter(1, size=0.2), adapter(2, size=0.05)
     idle = AdapterWeights("c" * 64, {n: ModuleWeights(m.lora_a, m.lora_b * 0, 1.0) for n, m in large.modules.items()})
@@ -250,5 +240,5 @@ def test_only_the_same_tenant_finds_a_prompt_under_the_same_plan(hosted: HostedE
         return [answer.num_cached_tokens for each in jobs for answer in hosted.answers(each)]
 
     assert found("first") == found("second") == [0] * len(plans)
-    cached = {"native": 144, "vllm": 128}[hosted.engine.capabilities.engine]
+    cached = {"native": 144, "vllm": 128}[hosted.config.engine]
     assert found("first") == found("second") == [cached] * len(plans)

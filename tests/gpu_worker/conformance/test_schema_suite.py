@@ -6,11 +6,11 @@ import json
 import random
 
 from gpu_worker.errors import GrammarInvalid
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.request import Completion, Job, SamplingParams
-from gpu_worker.text.token_bytes import TokenBytes
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.request import Completion, Job, SamplingParams
+from gpu_worker.front.text.token_bytes import TokenBytes
 from tests.gpu_worker.conformance.driver import HostedEngine, job
-from tests.gpu_worker.grammar.schemas import is_valid, suite_schemas
+from tests.gpu_worker.front.grammar.schemas import is_valid, suite_schemas
 from tests.soak import Scale
 from tests.tiny import byte_tokenizer
 

@@ -11,9 +11,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gpu_worker.errors import GrammarInvalid
-from gpu_worker.request.grammar import Grammar
-from gpu_worker.request.request import Completion, Job, SamplingParams
-from gpu_worker.text.token_bytes import TokenBytes
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.request import Completion, Job, SamplingParams
+from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.conformance.driver import GREEDY, HostedEngine, assert_same, job
@@ -55,7 +55,7 @@ def test_json_has_no_unbounded_white_space(hosted: HostedEngine) -> None:
     spaces = tuple((token, 50.0) for token in range(256) if _BYTES(token) in (b" ", b"\n"))
     [answer] = hosted.answers(bound(of_schema(PERSON), num_new=200, logit_bias=spaces))
     outside_texts = re.sub(r'"[^"]*"', '""', answer.text)
-    assert outside_texts == '{ "" : "" , "" : [ "" ] }'
+    assert re.fullmatch(r'\{ "" : "" , "" : \[ ("" (, "" )*)?\] \}', outside_texts), answer.text
 
 
 @pytest.mark.parametrize(

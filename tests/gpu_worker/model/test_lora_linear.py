@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_worker.attention.kv_pages import HostKvCache
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.residency import Residency
-from gpu_worker.lora.dense_mapping import DenseMapping
-from gpu_worker.lora.grouped_mapping import GroupedMapping
-from gpu_worker.lora.lora_kernel import LoraKernel
-from gpu_worker.lora.mapping import composition
+from gpu_worker.model.attention_plan import Segment
+from gpu_worker.model.dense_mapping import DenseMapping
+from gpu_worker.model.grouped_mapping import GroupedMapping
+from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.model.lora_linear import LoraLinear, outputs_of
-from gpu_worker.step.attention_plan import Segment
-from gpu_worker.step.step_context import Outputs, StepContext
+from gpu_worker.model.mapping import composition
+from gpu_worker.model.step_context import Outputs, StepContext
+from gpu_worker.native.attention.kv_pages import HostKvCache
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
 from lora_store.plan import Plan, PlannedAdapter
 from tests.gpu_worker.engine_driver import kv_shape

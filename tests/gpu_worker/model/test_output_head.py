@@ -11,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gpu_worker.attention.kv_pages import HostKvCache
-from gpu_worker.grammar.state import num_words
+from gpu_worker.front.draw import Draw
+from gpu_worker.front.grammar.state import num_words
+from gpu_worker.front.request.request import SamplingParams
+from gpu_worker.model.attention_plan import Segment
 from gpu_worker.model.output_head import OutputHead, rows_in_parts
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
-from gpu_worker.request.request import SamplingParams
-from gpu_worker.sampling.draw import Draw
-from gpu_worker.sampling.sampling import Sampler
-from gpu_worker.sampling.sampling_kernel import load_sampling_kernel
-from gpu_worker.step.attention_plan import Segment
-from gpu_worker.step.step_context import StepContext
+from gpu_worker.model.step_context import StepContext
+from gpu_worker.native.attention.kv_pages import HostKvCache
+from gpu_worker.native.sampling.sampling import Sampler
+from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
 from tests.gpu_worker.engine_driver import compiled, kv_shape
 
 VOCABULARY, WIDTH = 2_500, 8  # 79 panels, the last one of four ids

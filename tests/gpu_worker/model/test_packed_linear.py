@@ -19,7 +19,7 @@ from gpu_worker.model.packed_linear import (
     may_use_tiles,
     packed,
 )
-from gpu_worker.native.kernel_variants import this_processor
+from gpu_worker.native.kernels.kernel_variants import this_processor
 from tests.gpu_worker.engine_driver import compiled
 
 needs_bf16 = pytest.mark.skipif(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.engine.engine import Engine
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.rope import pin_longrope
+from gpu_worker.native.loop import Engine
 from tests.gpu_worker.engine_driver import MakeEngine, greedy, run_together
 from tests.tiny import SHAPE, byte_tokenizer, tiny_config
 

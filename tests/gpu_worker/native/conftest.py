@@ -1,21 +1,77 @@
+"""Fixtures of the tests of compiled layers."""
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from tests.gpu_worker.compilers import path_with_quick_compiler
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests look for libraries and compute little."""
-    monkeypatch.setenv("PATH", path_with_quick_compiler(tmp_path_factory.mktemp("quick")))
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.packed_linear import load_linear_kernel
+from gpu_worker.native import device_parts
+from gpu_worker.native.attention import attention_cpu
+from gpu_worker.native.compiled_layer import LayerKernel, load_layer_kernel
+from gpu_worker.native.loop import Engine
+from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.engine_driver import MakeEngine, compiled
+from tests.gpu_worker.native.compiled_layers import MakeBf16, randomise
+from tests.tiny import tiny_config
 
 
 @pytest.fixture
-def no_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Remove the environment's own compiler."""
-    for name in ("CXX", "CXXFLAGS"):
-        monkeypatch.delenv(name, raising=False)
-    yield monkeypatch
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the tokens of every call of the kernel."""
+    seen, call = list[int](), LayerKernel.__call__
+
+    def counted(kernel: LayerKernel, layer: int, step: int, cache: int, x: Tensor, y: Tensor) -> None:
+        seen.append(x.shape[1])
+        call(kernel, layer, step, cache, x, y)
+
+    monkeypatch.setattr(LayerKernel, "__call__", counted)
+    return seen
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Record the calls of the layer's parts around the attention, with their numbers of tokens."""
+    seen = list[tuple[str, int]]()
+    before, after = LayerKernel.before_attention, LayerKernel.after_attention
+
+    def first(kernel: LayerKernel, layer: int, step: int, x: Tensor) -> None:
+        seen.append(("before", x.shape[1]))
+        before(kernel, layer, step, x)
+
+    def second(kernel: LayerKernel, layer: int, step: int, x: Tensor, attended: Tensor, y: Tensor) -> None:
+        seen.append(("after", x.shape[1]))
+        after(kernel, layer, step, x, attended, y)
+
+    monkeypatch.setattr(LayerKernel, "before_attention", first)
+    monkeypatch.setattr(LayerKernel, "after_attention", second)
+    return seen
+
+
+@pytest.fixture
+def make_bf16(make_engine: MakeEngine, tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> MakeBf16:
+    """Return a factory of engines in bfloat16, whose layers are compiled on every processor, by default.
+
+    Torch attends for prompts of nine tokens and more, as it does for long prompts.
+    """
+    monkeypatch.setattr(attention_cpu, "_MOST_READS", 44)
+    monkeypatch.setattr(attention_cpu, "_MOST_READS_BEHIND", 44)
+    kernel = compiled(load_linear_kernel)
+    compiled(load_layer_kernel)
+    monkeypatch.setattr(device_parts, "make_linear_kernel", lambda config: kernel)
+
+    def make(adapters: Mapping[str, AdapterWeights], family: str = "gemma3", **changes: Any) -> Engine:
+        base = changes.pop("base", None) or load_base_model(tiny_config(tiny_folders[family], dtype="bfloat16"))
+        randomise(base.model)
+        if not changes.pop("compiles", True):
+            with monkeypatch.context() as patched:
+                patched.setattr(device_parts, "compile_layers", lambda model, kernel: 0)
+                return make_engine(adapters, family, base=base, dtype="bfloat16", **changes)
+        return make_engine(adapters, family, base=base, dtype="bfloat16", **changes)
+
+    return make

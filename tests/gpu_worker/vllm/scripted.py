@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 from gpu_worker.bank.device_layout import to_device_layout
-from gpu_worker.engine.preprocess import RequestPreprocessor
-from gpu_worker.engine.row import Row
 from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.front.preprocess import RequestPreprocessor
+from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.request.request import Delta, Job
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner

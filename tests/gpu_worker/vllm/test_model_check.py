@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.model_check import DECODE_STEPS, DIGEST
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.eager_check import DECODE_STEPS, DIGEST
 from gpu_worker.vllm.front_model import FrontModel, load_front_model
 from gpu_worker.vllm.model_check import (
     CheckedAnswer,

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.engine.prefetch_window import MIN_ROWS
 from gpu_worker.errors import (
     AdapterLoadFailed,
     AdapterUnfit,
@@ -21,8 +20,9 @@ from gpu_worker.errors import (
     RequestFailed,
     WaitedTooLong,
 )
+from gpu_worker.front.prefetch_window import MIN_ROWS
+from gpu_worker.front.request.request import Delta
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.request.request import Delta
 from gpu_worker.vllm.fusions import adapters_of, parts_of
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import HeldExecutor, greedy, run

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.engine.preprocess import RequestPreprocessor
-from gpu_worker.engine.row import Row
 from gpu_worker.errors import SamplingInvalid
+from gpu_worker.front.preprocess import RequestPreprocessor
+from gpu_worker.front.request.request import Job, SamplingParams
+from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.request.request import Job, SamplingParams
 from gpu_worker.vllm.sampling import probed_ids, prompt_scores, sampling_params, scored
 
 GIVEN = SamplingParams(

@@ -7,7 +7,7 @@ import pytest
 
 from deployments.config.app import WorkerSettings
 from gpu_worker.errors import EngineFull
-from gpu_worker.request.request import TokenIds
+from gpu_worker.front.request.request import TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, post
 from tests.deployments.fake_worker import BROKEN, FakeWorker
@@ -37,7 +37,7 @@ def test_http_streams_events() -> None:
 def test_an_error_before_the_first_token_is_a_status_over_http() -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": True}, worker=FakeWorker([EngineFull("full")]))
     assert response.status_code == 503
-    assert error_of(response)["code"] == "engine_full"
+    assert error_of(response)["code"] == "overloaded"
     assert response.headers["retry-after"] == "1"
 
 
@@ -45,7 +45,7 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": True}, worker=FakeWorker(BROKEN))
     assert response.status_code == 200
     last = response.text.rstrip("\n").split("\n\n")[-1]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
     assert "[DONE]" not in response.text
 
 

@@ -37,7 +37,7 @@ def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         body = {"lora_name": "poet", "lora_path": "/folders/poet"}
         response = await client.post("/v1/load_lora_adapter", json=body)
-        assert (response.status_code, error_of(response)["code"]) == (400, "adapter_exists")
+        assert (response.status_code, error_of(response)["code"]) == (400, "invalid_request")
         assert "'poet' has already been loaded" in error_of(response)["message"]
         assert served.store.called("stage") == []
         response = await client.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
@@ -49,7 +49,7 @@ def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
-        ({"lora_name": "gone", "lora_path": "/nowhere"}, 404, "source_not_found"),
+        ({"lora_name": "gone", "lora_path": "/nowhere"}, 404, "adapter_refused"),
         ({"lora_name": "bad", "lora_path": "/folders/bad"}, 400, "adapter_refused"),
         ({"lora_name": "x"}, 400, "invalid_request"),
         ({"lora_path": "/folders/x"}, 400, "invalid_request"),

@@ -1,1 +1,0 @@
-"""Devices: memory, threads and transfers."""

@@ -1,1 +1,0 @@
-"""The engine: scheduling, steps and rows."""

@@ -1,1 +1,0 @@
-"""Share turns and places among tenants."""

@@ -1,0 +1,188 @@
+"""Move requests from the queue to the running batch, in turn and only with all adapters in the bank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from gpu_worker.bank.device_layout import DeviceAdapter
+from gpu_worker.bank.loader import AdapterLoader
+from gpu_worker.bank.residency import RowAssignment
+from gpu_worker.front.fair_queue import FairQueue
+from gpu_worker.front.prefetch_window import PrefetchWindow
+from gpu_worker.front.prefix import Prefix
+from gpu_worker.front.row import Row
+
+_MAX_PASSES = 50
+
+
+class RowPlaces(Protocol):
+    """The places for running rows: a KvCache, or a count of rows if the engine's own cache is elsewhere."""
+
+    num_freed: int  # rows freed, or awaited prefixes computed, since the start
+
+    @property
+    def num_free(self) -> int: ...
+    def is_coming(self, num_tokens: int, prefix: Prefix | None) -> bool: ...
+    def fits(self, num_tokens: int, prefix: Prefix | None) -> bool: ...
+    def allocate(self, num_tokens: int, longest_len: int, prefix: Prefix | None) -> int: ...
+
+
+class Pins(Protocol):
+    """The adapters in the bank and their pins: a RowAssignment, or several."""
+
+    @property
+    def num_changes(self) -> int: ...
+    def __contains__(self, digest: object) -> bool: ...
+    def part_of(self, digests: Sequence[str]) -> RowAssignment: ...
+    def try_pin(self, digests: Sequence[str], loaded: Mapping[str, DeviceAdapter]) -> bool: ...
+    def unpin(self, digests: Sequence[str]) -> None: ...
+    def settle(self) -> None: ...
+
+
+class Admission:
+    """The waiting rows. The weights of the next ones are prefetched within `window`.
+
+    A row brings all its adapters into the bank or none, and does not block others while it waits. A row that was passed
+    over `_MAX_PASSES` times reserves its part of the bank: until it runs, no other row pins adapters there. A row that
+    has its adapters but does not fit the KV cache blocks all rows behind it. A row whose prompt begins like one that is
+    being computed waits for those blocks. Both wait only for running rows, which wait for nothing, so there is no
+    deadlock.
+    """
+
+    def __init__(self, loader: AdapterLoader, residency: Pins, kv_cache: RowPlaces, window: PrefetchWindow) -> None:
+        self._loader, self._residency, self._kv_cache, self._window = loader, residency, kv_cache, window
+        self.waiting = FairQueue[Row]()
+        self._reserving: dict[RowAssignment, Row] = {}  # part of the bank -> the row that reserves it
+        self._started: list[Row] = []
+        self._failed: list[tuple[Row, Exception]] = []
+        self._is_full = False  # the KV cache has no room for the next row
+        self._num_joined = 0  # rows appended, requeued or removed
+        self._seen: tuple[int, ...] | None = None  # state when no row could start; None: search again
+
+    def append(self, row: Row) -> None:
+        """Queue the row. If the window has room, start loading its missing adapters."""
+        self.waiting.append(row)
+        self._num_joined += 1
+        if self.waiting.is_first(row):
+            self._has_weights(row)
+
+    def requeue(self, row: Row) -> None:
+        """Requeue a preempted row before all others. Its adapters stay pinned, so it needs only KV."""
+        self.waiting.requeue(row)
+        self._num_joined += 1
+
+    def remove(self, row: Row) -> None:
+        """Remove the row from the queue and release its pins."""
+        self.waiting.remove(row)
+        self._num_joined += 1
+        self._window.discard(row)
+        if row.is_pinned:
+            self._residency.unpin(row.weights_digests)
+            self._residency.settle()
+            row.is_pinned = False
+
+    def clear(self) -> list[Row]:
+        """Remove all rows from the queue and return them."""
+        rows = list(self.waiting)
+        for row in rows:
+            self.remove(row)
+        return rows
+
+    def admit(self) -> tuple[list[Row], list[tuple[Row, Exception]]]:
+        """Return the rows that start now, and those whose loads or plan failed. The caller settles the bank.
+
+        If nothing has changed since no row could start, skip the search, because thousands of rows may wait.
+        """
+        self._started, self._failed = [], []
+        num_ended = self._loader.num_ended  # loads end on other threads; later ones count for the next call
+        if self._seen != self._state(num_ended):
+            self._walk()
+            waits_for_growth = (
+                self._is_full and self._kv_cache.num_free > 0
+            )  # a growing row may soon need no spare page
+            is_settled = not (self._started or self._failed or waits_for_growth)
+            self._seen = self._state(num_ended) if is_settled else None
+        return self._started, self._failed
+
+    def _state(self, num_ended: int) -> tuple[int, ...]:
+        """Return counters of which one rises whenever a waiting row may become able to start."""
+        return num_ended, self._residency.num_changes, self._kv_cache.num_freed, self._num_joined
+
+    def _walk(self) -> None:
+        """Start rows in turn while there is KV, then begin prefetches."""
+        self._is_full = self._kv_cache.num_free == 0
+        self._window.refresh()
+        for row in self.waiting.requeued:
+            if not self._is_full:
+                self._try_start(row)
+        for row in list(self._reserving.values()):
+            if self._is_reserved(row) and not self._is_full:
+                self._try_start(row)
+        for row in self.waiting.turns():
+            if self._is_full:
+                if not self._window.has_room:
+                    break
+                self._has_weights(row)
+            elif row.is_pinned or not row.plan.adapters or not self._is_reserved(row):
+                self._try_start(row)
+
+    def _is_reserved(self, row: Row) -> bool:
+        """Return whether a row reserves this row's part of the bank. While it waits for a load it reserves nothing."""
+        part = self._residency.part_of(row.weights_digests)
+        reserving = self._reserving.get(part)
+        if reserving is None or reserving not in self.waiting:
+            self._reserving.pop(part, None)
+            return False
+        return self._has_weights(reserving)
+
+    def _has_weights(self, row: Row) -> bool:
+        """Return whether all missing adapters of the row are loaded. Start the other loads within the window."""
+        missing = [digest for digest in row.adapter_set if digest not in self._residency]
+        unrequested = [digest for digest in missing if digest not in row.loads]
+        if unrequested:
+            if row not in self._window and not self._window.has_room:
+                return False
+            for digest in unrequested:
+                row.loads[digest] = self._loader.load(digest)
+            self._window.add(row)
+        return all(row.loads[digest].done() for digest in missing)
+
+    def _try_start(self, row: Row) -> None:
+        """Start the row, fail it, or let it wait."""
+        if not self._has_weights(row) or self._kv_cache.is_coming(len(row.tokens), row.prefix):
+            return
+        try:
+            self._pin(row)
+        except Exception as exc:  # a failed load or plan concerns all rows with the same adapters
+            self._fail(row, exc)
+            return
+        if not row.is_pinned:
+            row.num_passes += 1
+            if row.num_passes > _MAX_PASSES and not self._is_reserved(row):
+                self._reserving[self._residency.part_of(row.weights_digests)] = row
+        elif self._kv_cache.fits(len(row.tokens), row.prefix):
+            self._start(row)
+        else:
+            self._is_full = True
+
+    def _start(self, row: Row) -> None:
+        self.waiting.dequeue(row)
+        self._window.discard(row)  # its weights are in the bank now
+        row.kv_row = self._kv_cache.allocate(len(row.tokens), row.longest_len, row.prefix)
+        row.start_by = math.inf
+        self._started.append(row)
+        self._is_full = self._kv_cache.num_free == 0
+
+    def _pin(self, row: Row) -> None:
+        """Bring the row's adapters into the bank if there is room. Raises: the error of its loads or plan."""
+        if not row.is_pinned:
+            missing = [digest for digest in row.adapter_set if digest not in self._residency]
+            loaded = {digest: row.loads[digest].result() for digest in missing}
+            row.is_pinned = self._residency.try_pin(row.weights_digests, loaded)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        for companion in self.waiting.same_adapters(row):
+            self.remove(companion)
+            self._failed.append((companion, error))

@@ -1,0 +1,108 @@
+"""The grammar of an answer that calls functions, in the form of its model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from gpu_worker.errors import SamplingInvalid
+from gpu_worker.front.request.grammar import ANY_OBJECT, Grammar
+from gpu_worker.front.request.tools import Function, ToolForm, Tools
+
+_OPEN = {
+    "additionalProperties",
+    "patternProperties",
+    "unevaluatedProperties",
+    "$ref",
+    "allOf",
+    "anyOf",
+    "oneOf",
+}
+
+
+def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Grammar | None:
+    """Return the grammar of an answer with these tools, None for one that the model may write as it likes.
+
+    - An answer that must call follows the schemas of all functions.
+    - An answer that may call follows the schemas of the strict ones, where there are any; other arguments are any
+      object. It is text with calls in it, or, if `answer` is its grammar, calls or what that allows.
+
+    Raises: GrammarInvalid; SamplingInvalid for an `answer` that is not a JSON schema.
+    """
+    is_forced = tools.required or tools.only is not None
+    if not is_forced and answer is None and not any(function.strict for function in tools.functions):
+        return None
+    places = [n for n, function in enumerate(tools.functions) if tools.only in (None, function.name)]
+    schemas = {f"/{n}/function/parameters": _schema_of(tools.functions[n], is_forced) for n in places}
+    if form.is_bare and answer is not None and not is_forced:
+        form = replace(form, opening=form.marker)  # else the answer's own object could not be distinguished from a call
+    rules = [_calls(form, [tools.functions[n] for n in places])]
+    if is_forced:
+        rules.append("start: calls")
+    elif answer is not None:
+        _require_schema(answer)
+        rules.append(f"start: calls | schema_{len(schemas)}")
+        schemas[""] = json.loads(answer.text)
+    else:
+        rules.append(_text_with_calls(form))
+    text = json.dumps({"rules": "\n".join([*rules, ""]), "schemas": schemas})
+    return Grammar("tool_calls", text, "tools")
+
+
+def _require_schema(answer: Grammar) -> None:
+    if answer.kind != "json_schema":
+        raise SamplingInvalid(
+            f"{answer.param} cannot be combined with tools unless it is a JSON schema; use response_format, or"
+            " tool_choice 'none'",
+            answer.param,
+        )
+
+
+def _schema_of(function: Function, is_forced: bool) -> dict[str, Any]:
+    """Return the schema of the function's arguments, without undeclared ones: a weak model might never end them."""
+    if not is_forced and not function.strict:
+        return dict(json.loads(ANY_OBJECT))
+    schema: dict[str, Any] = json.loads(function.parameters)
+    closed = {} if _OPEN & schema.keys() else {"additionalProperties": False}
+    return {"type": "object"} | schema | closed
+
+
+def _calls(form: ToolForm, functions: list[Function]) -> str:
+    """Return the rules of one or more calls: `calls`, and `rest`, which is what follows the marker."""
+    bodies = [_body(form, function.name, place) for place, function in enumerate(functions)]
+    repeated = f"({_quoted(form.separator)} call)*"
+    parts = [
+        f"calls: {_quoted(form.opening)} call {repeated} {_quoted(form.closing)}",
+        f"rest: {_quoted(form.opening.removeprefix(form.marker))} call {_rest_separator(form)} {_quoted(form.closing)}",
+        "call: " + " | ".join(f"call_{place}" for place in range(len(bodies))),
+        *[f"call_{place}: {body}" for place, body in enumerate(bodies)],
+    ]
+    return "\n".join(parts)
+
+
+def _rest_separator(form: ToolForm) -> str:
+    """Return how further calls follow in the middle of text: none where each begins with the marker."""
+    return "" if form.marker in form.separator else f"({_quoted(form.separator)} call)*"
+
+
+def _body(form: ToolForm, name: str, place: int) -> str:
+    if form.arguments_key is None:
+        return f"{_quoted(name + form.before_arguments)} schema_{place}"
+    head = f'{{"name": "{name}", "{form.arguments_key}": '
+    return f'{_quoted(head)} schema_{place} "}}"'
+
+
+def _text_with_calls(form: ToolForm) -> str:
+    """Return the rules of an answer that may call.
+
+    The lazy lexeme ends at the first marker, and calls must follow it.
+    """
+    if form.is_bare:
+        return "start: calls | PLAIN\nPLAIN: /([^{< \\t\\r\\n](.|\\n)*)?/"
+    lazy = f"to_marker[lazy]: TEXT {_quoted(form.marker)}"
+    return f"start: (to_marker rest)* end\nend: TEXT\n{lazy}\nTEXT: /(.|\\n)*/"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text) if text else ""

@@ -1,0 +1,90 @@
+"""Cache the token ids of recent prompts, so that the `n` rows of one request tokenize its prompt once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from gpu_worker.errors import GpuWorkerError
+from gpu_worker.front.request.request import Job
+
+MAX_PROMPTS = 64
+
+_Outcome = Sequence[int] | GpuWorkerError | None
+"""The token ids of a prompt, or its error; None if tokenizing failed for another reason."""
+
+
+class PromptMemo:
+    """A thread-safe cache of token ids, or errors, by tenant, template and prompt.
+
+    The tenant is part of the key, because a fast answer would reveal another tenant's prompts. Concurrent rows wait for
+    the first one to tokenize. Keys are digests, and errors are stored without traceback and cause, so no prompt text
+    stays in memory.
+    """
+
+    def __init__(self, max_prompts: int = MAX_PROMPTS) -> None:
+        self._max_prompts = max_prompts
+        self._known: OrderedDict[bytes, Future[_Outcome]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def tokens(self, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
+        """Return the result of `tokenize` for the job's prompt, from the cache if possible.
+
+        Raises: what `tokenize` raises. A GpuWorkerError is cached too.
+        """
+        key = _key_of(job)
+        with self._lock:
+            found = self._known.get(key)
+            if found is None:
+                made = self._known[key] = Future()
+                if len(self._known) > self._max_prompts:
+                    self._known.popitem(last=False)
+            else:
+                self._known.move_to_end(key)
+        return self._made(key, made, job, tokenize) if found is None else _outcome(found.result(), job, tokenize)
+
+    def _made(
+        self, key: bytes, made: Future[_Outcome], job: Job, tokenize: Callable[[Job], Sequence[int]]
+    ) -> Sequence[int]:
+        """Tokenize the prompt and pass the outcome to the waiting rows. Raises: what `tokenize` raises."""
+        try:
+            tokens = tokenize(job)
+        except GpuWorkerError as exc:
+            made.set_result(copy.copy(exc))  # a copy, because raising adds frames to `exc`
+            raise
+        except BaseException:
+            self._forget(key)
+            made.set_result(None)
+            raise
+        made.set_result(tokens)
+        return tokens
+
+    def _forget(self, key: bytes) -> None:
+        with self._lock:
+            self._known.pop(key, None)
+
+
+def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]) -> Sequence[int]:
+    """Return the cached ids. Raises: a new copy of the cached error, because raising adds frames to it."""
+    if known is None:
+        return tokenize(job)
+    if isinstance(known, GpuWorkerError):
+        raise copy.copy(known)
+    return known
+
+
+def _key_of(job: Job) -> bytes:
+    parts = [job.tenant, job.template]
+    if isinstance(job.prompt, tuple):
+        parts += [repr(job.tools), *map(repr, job.prompt)]
+    else:
+        parts.append(job.prompt if isinstance(job.prompt, str) else repr(job.prompt.ids))
+    digest = hashlib.sha256(type(job.prompt).__name__.encode())
+    for part in parts:
+        data = part.encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.digest()

@@ -1,1 +1,0 @@
-"""A step's LoRA products, and the layers that add them."""

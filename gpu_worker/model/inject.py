@@ -1,0 +1,44 @@
+"""Replace the base model's linear layers by LoraLinear."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gpu_worker.bank.bank import LoraBank
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.lora_linear import LoraLinear
+from gpu_worker.model.output_head import OutputHead
+from gpu_worker.model.packed_linear import LinearKernel, packed
+from gpu_worker.model.step_context import StepContext
+
+
+def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:
+    """Return every linear layer an adapter may target, by module path: all except the output head.
+
+    Subclasses with their own `forward`, such as Phi-3.5-MoE's router, are excluded.
+    Raises: BaseModelUnsupported if there is none.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not output_head
+    }
+    if not linears:
+        raise BaseModelUnsupported("the base model has no linear layer that an adapter could target")
+    return linears
+
+
+def inject(
+    model: PreTrainedModel, bank: LoraBank, step: StepContext, linear_kernel: LinearKernel | None = None
+) -> None:
+    """Replace every module of `bank` in `model`, in place. Pack the base weights where that is faster."""
+    for name, module_bank in bank.modules.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, leaf)
+        setattr(parent, leaf, LoraLinear(packed(linear, linear_kernel), module_bank, step))
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        whole = packed(head, linear_kernel)
+        model.set_output_embeddings(OutputHead(whole, step) if head.weight.device.type == "cpu" else whole)

@@ -1,0 +1,1 @@
+"""What tells a broken model, device or request from a working one."""

@@ -1,1 +1,0 @@
-"""Shared state of the layers in one step."""

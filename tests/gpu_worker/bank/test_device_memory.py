@@ -1,0 +1,111 @@
+"""The memory that a container may still use."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.bank.device_memory import (
+    MappingLimit,
+    cgroup_bytes,
+    free_bytes,
+    mapping_limits,
+    share_of,
+    zeros_on_huge_pages,
+)
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+
+
+def test_unused_memory_and_cached_files_count_as_free(tmp_path: Path) -> None:
+    stat = "anon 300\ninactive_file 100\ntotal_inactive_file 150"
+    write(tmp_path, {"memory.max": "1000", "memory.current": "600", "memory.stat": stat})
+    assert cgroup_bytes(tmp_path) == [500]
+    write(
+        tmp_path / "memory",
+        {"memory.limit_in_bytes": "2000", "memory.usage_in_bytes": "800", "memory.stat": stat},
+    )
+    assert cgroup_bytes(tmp_path) == [500, 1350]
+
+
+def test_without_limits_the_list_is_empty(tmp_path: Path) -> None:
+    assert cgroup_bytes(tmp_path) == []
+    write(tmp_path, {"memory.max": "max"})
+    assert cgroup_bytes(tmp_path) == []
+
+
+def test_workers_of_one_device_plan_with_at_most_its_memory() -> None:
+    """If they plan at once, each sees all memory as free; the last of several finds less than its share."""
+    assert share_of(80, 80, 1.0) == 80
+    assert share_of(80, 80, 0.5) + share_of(80, 80, 0.5) == 80
+    assert 3 * share_of(80, 80, 0.333) <= 80
+    assert share_of(30, 80, 0.5) == 30
+
+
+def test_this_machine_has_free_memory_below_its_total() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
+    assert 1 << 20 < free_bytes(torch.device("cpu")) < total
+
+
+def proc_of(root: Path, overcommit: int) -> Path:
+    """Write a /proc of a process with 3 MiB of mappings, 1 MiB of it data, on a machine with 5 MiB left to commit."""
+    files = {
+        "self/status": "Name:\tpython\nVmSize:\t    3072 kB\nVmData:\t    1024 kB\nThreads:\t1",
+        "sys/vm/overcommit_memory": f"{overcommit}",
+        "meminfo": "MemTotal:  90000 kB\nCommitLimit:    7168 kB\nCommitted_AS:    2048 kB\nHugePages_Total:  0",
+    }
+    write(root, files)
+    return root
+
+
+def test_mappings_are_limited_by_the_process_and_by_strict_overcommit(tmp_path: Path) -> None:
+    bounds = {resource.RLIMIT_AS: 10 << 20, resource.RLIMIT_DATA: 4 << 20}
+    assert mapping_limits(proc_of(tmp_path, 2), lambda kind: (bounds[kind], -1)) == [
+        MappingLimit("RLIMIT_AS", 7 << 20),
+        MappingLimit("RLIMIT_DATA", 3 << 20),
+        MappingLimit("vm.overcommit_memory=2", 5 << 20),
+    ]
+
+
+def test_without_limits_mappings_are_unlimited(tmp_path: Path) -> None:
+    for overcommit in (0, 1):
+        limits = mapping_limits(proc_of(tmp_path, overcommit), lambda kind: (resource.RLIM_INFINITY, -1))
+        assert limits == []
+
+
+def test_this_process_reads_its_own_limits() -> None:
+    assert all(limit.free_bytes > 0 for limit in mapping_limits())
+    bounded = mapping_limits(limits_of=lambda kind: (1 << 50, -1))
+    assert [limit.name for limit in bounded[:2]] == ["RLIMIT_AS", "RLIMIT_DATA"]
+    assert all(0 < limit.free_bytes < 1 << 50 for limit in bounded[:2])
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 7), (2, 1024, 1024)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_tensors_are_zeros_that_outlive_their_maker(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = zeros_on_huge_pages(*shape, dtype=dtype)
+    gc.collect()
+    assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x.any()
+    assert x.fill_(2).eq(2).all()
+
+
+def test_large_tensors_are_on_huge_pages_where_linux_has_them() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this Linux has no huge pages")
+    before = huge_page_bytes()
+    x = zeros_on_huge_pages(8, 1024, 1024, dtype=torch.float32).fill_(1)
+    assert huge_page_bytes() > before and x.eq(1).all()
+
+
+def huge_page_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))

@@ -1,0 +1,47 @@
+"""A vocabulary of all bytes and a few longer tokens, and grammars compiled for it."""
+
+from __future__ import annotations
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.state import GrammarState
+from gpu_worker.front.request.grammar import Grammar
+
+END, OTHER_END, SPECIAL, EMPTY = 256, 257, 258, 259
+PIECES = [
+    b'{"',
+    b'"}',
+    b'":',
+    b', "',
+    b"  ",
+    b"\n ",
+    b"12",
+    b"true}",
+    b"re",
+    b"ed",
+    b"\xc3\xbc",
+    b"gr\xc3",
+    b"}\n",
+    b"-0.",
+]
+TOKENS = [*(bytes([byte]) for byte in range(256)), b"<end>", b"<other>", b"<start>", b"", *PIECES]
+
+
+def vocabulary_of(tokens: list[bytes]) -> LLTokenizer:
+    return make_vocabulary(tokens.__getitem__, len(tokens), [END, OTHER_END], [SPECIAL])
+
+
+def compiled(grammar: Grammar, tokens: list[bytes] = TOKENS) -> LLMatcher:
+    matcher = matcher_of(grammar, vocabulary_of(tokens))
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher
+
+
+def state_of(grammar: Grammar, tokens: list[int], num_prompt: int = 0) -> GrammarState:
+    return GrammarState(compiled(grammar), tokens, num_prompt, len(TOKENS))
+
+
+def ids_of(state: GrammarState) -> list[int]:
+    return np.flatnonzero(np.unpackbits(state.allowed.view(np.uint8), bitorder="little")).tolist()

@@ -1,0 +1,264 @@
+"""The cache of compiled grammars: shared by concurrent requests, per tenant, bounded, and cancelled when all leave."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from llguidance import LLTokenizer
+
+from gpu_worker.errors import EngineFull, GrammarInvalid
+from gpu_worker.front.grammar.compiler import CheckProcess, GrammarCompiler
+from gpu_worker.front.request.grammar import Grammar
+from tests.gpu_worker.engine_driver import run
+from tests.gpu_worker.front.grammar.small_vocabulary import TOKENS, ids_of, vocabulary_of
+
+GOOD = Grammar("regex", "ab")
+
+
+class FakeCheck(CheckProcess):
+    """A check that ends when it is released, and refuses grammars with "bad" in their text."""
+
+    def __init__(self, released: threading.Event, checked: list[str]) -> None:
+        super().__init__()
+        self._released, self._checked = released, checked
+        self.killed = threading.Event()
+
+    def run(self, grammar: Grammar) -> None:
+        self._checked.append(grammar.text)
+        while not self._released.wait(0.005):
+            if self.killed.is_set():
+                raise GrammarInvalid("killed")
+        if "bad" in grammar.text:
+            raise GrammarInvalid("no", "/properties/bad")
+
+    def kill(self) -> None:
+        self.killed.set()
+
+
+class Checks:
+    """Makes the checks of a compiler and remembers them."""
+
+    def __init__(self) -> None:
+        self.released, self.checked, self.made = threading.Event(), list[str](), list[FakeCheck]()
+        self.num_vocabularies = 0
+
+    def __call__(self) -> FakeCheck:
+        self.made.append(FakeCheck(self.released, self.checked))
+        return self.made[-1]
+
+    def vocabulary(self) -> LLTokenizer:
+        self.num_vocabularies += 1
+        return vocabulary_of(TOKENS)
+
+
+@pytest.fixture
+def checks() -> Checks:
+    return Checks()
+
+
+@pytest.fixture
+def make(checks: Checks) -> Iterator[Callable[..., GrammarCompiler]]:
+    made: list[GrammarCompiler] = []
+
+    def build(**changes: Any) -> GrammarCompiler:
+        made.append(GrammarCompiler(checks.vocabulary, **{"new_check": checks, **changes}))
+        return made[-1]
+
+    yield build
+    checks.released.set()
+    for compiler in made:
+        compiler.close()
+
+
+def use(compiler: GrammarCompiler, grammar: Grammar = GOOD, tenant: str = "a") -> list[int]:
+    state = compiler.state(grammar, tenant, [], 0, len(TOKENS))
+    state.update()
+    return ids_of(state)
+
+
+def test_a_grammar_is_compiled_once_for_each_tenant(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler = make()
+    checks.released.set()
+    for tenant in "aab":
+        assert use(compiler, tenant=tenant) == [ord("a")]
+    assert checks.checked == ["ab", "ab"] and compiler.num_grammars == 2
+    assert checks.num_vocabularies == 1
+
+
+def test_rows_with_one_grammar_have_states_of_their_own(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler, tokens = make(), [ord("a")]
+    checks.released.set()
+    ahead = compiler.state(GOOD, "a", tokens, 0, len(TOKENS))
+    ahead.update()
+    assert ids_of(ahead) == [ord("b")] and use(compiler) == [ord("a")]
+
+
+def test_requests_that_wait_together_share_a_compilation(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler = make()
+
+    async def main() -> None:
+        waiting = [asyncio.ensure_future(compiler.compile(GOOD, "a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        assert not checks.made[0].killed.is_set(), "two others wait"
+        checks.released.set()
+        await asyncio.gather(*waiting[1:])
+
+    run(main())
+    assert checks.checked == ["ab"]
+
+
+def test_the_check_is_killed_when_the_last_request_leaves(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler = make()
+
+    async def main() -> None:
+        waiting = [asyncio.ensure_future(compiler.compile(GOOD, "a")) for _ in range(2)]
+        await asyncio.sleep(0)
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    run(main())
+    assert checks.made[0].killed.is_set() and compiler.num_grammars == 0
+    checks.released.set()
+    assert use(compiler) == [ord("a")], "a later request compiles it again"
+
+
+def test_a_refusal_is_remembered_and_names_the_field_of_each_request(
+    make: Callable[..., GrammarCompiler], checks: Checks
+) -> None:
+    compiler = make()
+    checks.released.set()
+    for param in ("response_format", "structured_outputs.regex"):
+        with pytest.raises(GrammarInvalid) as refused:
+            use(compiler, Grammar("regex", "bad", param))
+        assert (refused.value.param, refused.value.pointer) == (param, "/properties/bad")
+        assert str(refused.value) == f"{param} at /properties/bad cannot be compiled: no"
+    assert checks.checked == ["bad"]
+
+
+def test_many_refusals_are_remembered_apart_from_compiled_grammars(
+    make: Callable[..., GrammarCompiler], checks: Checks
+) -> None:
+    compiler = make(max_grammars=1, max_refused=2)
+    checks.released.set()
+    for text in ("bad 1", "bad 2", "a", "b", "bad 1", "bad 3", "bad 1", "bad 2"):
+        try:
+            use(compiler, Grammar("regex", text))
+        except GrammarInvalid as refused:
+            assert text.startswith("bad") and refused.pointer == "/properties/bad"
+    assert checks.checked == ["bad 1", "bad 2", "a", "b", "bad 3", "bad 2"], "the second was forgotten for the third"
+
+
+def test_a_slow_grammar_is_refused_for_a_while(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    now = [100.0]
+    compiler = make(clock=lambda: now[0])
+    checks.released.set()
+    state = compiler.state(GOOD, "a", [], 0, len(TOKENS))
+    state.give_up("it took more than 2 s")
+    with pytest.raises(
+        GrammarInvalid, match=r"grammar cannot be compiled: an earlier answer failed .* make it simpler"
+    ):
+        use(compiler)
+    assert use(compiler, tenant="b") == [ord("a")], "other tenants know nothing of it"
+    now[0] += 600
+    assert use(compiler) == [ord("a")] and checks.checked == ["ab", "ab", "ab"]
+
+
+def test_a_check_that_was_killed_refuses_nothing(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    """its error is the result of the kill, and a later request may have the time"""
+    compiler = make()
+
+    async def leave() -> None:
+        waiting = asyncio.ensure_future(compiler.compile(Grammar("regex", "ab"), "a"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(leave())
+    checks.released.set()
+    assert use(compiler) == [ord("a")]
+
+
+def test_a_failure_of_the_machine_is_not_remembered(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler, limits = make(new_check=CheckProcess), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # a process needs pipes
+    try:
+        with pytest.raises(EngineFull, match="Too many open files"):
+            use(compiler)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert compiler.num_grammars == 0
+    assert use(compiler) == [ord("a")]
+
+
+def test_the_oldest_unused_grammars_are_dropped(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler = make(max_grammars=3)
+    checks.released.set()
+    for text in ("a", "b", "c", "a", "d"):
+        use(compiler, Grammar("regex", text))
+    assert compiler.num_grammars == 3
+    use(compiler, Grammar("regex", "a"))
+    assert checks.checked == ["a", "b", "c", "d"], "a was used after b"
+    use(compiler, Grammar("regex", "b"))
+    assert checks.checked == ["a", "b", "c", "d", "b"]
+
+
+def test_too_many_waiting_grammars_are_refused(make: Callable[..., GrammarCompiler], checks: Checks) -> None:
+    compiler = make(max_pending=3)
+
+    async def main() -> None:
+        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", "a"), tenant)) for tenant in "abcd"]
+        await asyncio.sleep(0)
+        with pytest.raises(EngineFull, match="3 grammars"):
+            await waiting[3]
+        checks.released.set()
+        await asyncio.gather(*waiting[:3])
+
+    run(main())
+
+
+def test_a_lone_tenant_may_use_every_place_and_makes_room_for_another(
+    make: Callable[..., GrammarCompiler], checks: Checks
+) -> None:
+    compiler = make(max_pending=8)
+
+    async def main() -> None:
+        texts = [str(number) for number in range(9)]
+        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), "a")) for text in texts]
+        await asyncio.sleep(0)
+        with pytest.raises(EngineFull, match="8 grammars"):
+            await waiting.pop()
+        other = asyncio.ensure_future(compiler.compile(Grammar("regex", "b"), "b"))
+        with pytest.raises(EngineFull, match="8 grammars"):
+            await waiting.pop()
+        checks.released.set()
+        await asyncio.gather(other, *waiting)
+
+    run(main())
+    assert checks.checked.index("b") < 4, "two were being compiled, and the tenants take turns"
+    assert compiler.num_grammars == 8
+
+
+def test_a_grammar_that_made_room_is_compiled_when_it_comes_again(
+    make: Callable[..., GrammarCompiler], checks: Checks
+) -> None:
+    compiler = make(max_pending=4)
+
+    async def main() -> None:
+        wanted = [("a", text) for text in "0123"] + [("b", "4")]
+        waiting = [asyncio.ensure_future(compiler.compile(Grammar("regex", text), tenant)) for tenant, text in wanted]
+        with pytest.raises(EngineFull):
+            await waiting.pop(3)
+        checks.released.set()
+        await asyncio.gather(*waiting)
+
+    run(main())
+    assert "3" not in checks.checked
+    assert use(compiler, Grammar("regex", "3")) == [ord("3")]

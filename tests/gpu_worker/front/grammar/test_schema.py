@@ -1,0 +1,88 @@
+"""Schemas of clients in the library's form: no text that the grammar allows is invalid for the schema."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gpu_worker.errors import GrammarInvalid
+from gpu_worker.front.grammar.check import check
+from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.schema import parse_schema, prepared, subschemas
+from gpu_worker.front.request.grammar import Grammar
+
+_END = 256
+_VOCABULARY = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < _END else b"", _END + 1, [_END])
+NUMBER, TEXT = {"type": "integer"}, {"type": "string"}
+
+
+def allows(schema: Any, text: str) -> bool:
+    grammar = Grammar("json_schema", json.dumps(schema))
+    check(grammar)
+    matcher = matcher_of(grammar, _VOCABULARY)
+    return bool(matcher.consume_tokens(list(text.encode()))) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        # `\u0066` is the letter f: the name would escape the schema of "foo".
+        ({"properties": {"foo": NUMBER}, "additionalProperties": TEXT}, '{"foo":1}', '{"\\u0066oo":"x"}'),
+        (TEXT, '"a\\n\\"\\\\é"', '"\\u0041"'),
+        ({"type": "string", "pattern": "^\\s$"}, '"\u2003"', '"\u0085"'),
+        ({"type": "string", "pattern": "^[a\\s]\\S$"}, '" x"', '"\u0085x"'),
+        ({"patternProperties": {"^\\s$": NUMBER}, "additionalProperties": False}, '{" ":1}', '{"\u0085":1}'),
+        ({"type": "object", "minProperties": 1}, '{"a":1}', "{}"),
+        ({"propertyNames": TEXT, "type": "object", "additionalProperties": NUMBER}, '{"é":1}', '{"é":"x"}'),
+        (
+            {"type": "object", "propertyNames": {"type": "string", "enum": ["a", "b"]}, "additionalProperties": NUMBER},
+            '{"b":1}',
+            '{"c":1}',
+        ),
+        ({"type": "object", "properties": {"a": {"type": "string", "format": "password"}}}, '{"a":"x"}', '{"a":1}'),
+        ({"type": "string", "format": "date"}, '"2024-02-29"', '"2024-02-31"'),
+        ({"format": "date", "allOf": [{"pattern": "9$"}]}, '"2000-02-29"', '"1900-02-29"'),
+        ({"format": "time"}, '"22:48:59.60+01:30"', '"22:48:60Z"'),
+        ({"format": "date-time"}, '"2024-02-29T22:48:59Z"', '"2239-04-05t22:48:60z"'),
+    ],
+)
+def test_a_grammar_allows_what_its_schema_allows(schema: Any, valid: str, invalid: str) -> None:
+    assert allows(schema, valid)
+    assert not allows(schema, invalid)
+
+
+@pytest.mark.parametrize(
+    ("schema", "pointer", "message"),
+    [
+        ({"properties": {"a": {"minProperties": 2}}}, "/properties/a", "minProperties 2 cannot be guaranteed"),
+        ({"minProperties": 3, "required": ["a"], "properties": {"a": NUMBER}}, "", "lower it to 2"),
+        ({"items": {"propertyNames": {"pattern": "^a"}}}, "/items", "propertyNames"),
+        ({"items": {"format": "json-pointer"}}, "/items", "json-pointer"),
+        ({"properties": {"a": {"enum": ["a\x00b"]}}}, "/properties/a", r"control character '\\x00'"),
+        ({"items": {"const": [{"a": {"b\x7f": "x"}}]}}, "/items", r"control character '\\x7f'"),
+    ],
+)
+def test_a_schema_that_could_give_invalid_texts_is_refused(schema: Any, pointer: str, message: str) -> None:
+    with pytest.raises(GrammarInvalid, match=message) as refused:
+        check(Grammar("json_schema", json.dumps(schema)))
+    assert refused.value.pointer == pointer
+
+
+def test_values_are_not_read_as_schemas() -> None:
+    schema = {"const": {"format": "password"}, "enum": [{"pattern": "\\s"}], "default": {"propertyNames": {}}}
+    assert prepared(schema) == schema
+
+
+def test_every_subschema_is_found_with_its_pointer() -> None:
+    leaf = {"type": "string"}
+    schema = {"$defs": {"a/b": leaf}, "anyOf": [leaf, {"items": leaf}], "not": leaf, "const": leaf}
+    assert [pointer for pointer, _ in subschemas(schema)] == ["/$defs/a~1b", "/anyOf/0", "/anyOf/1/items", "/anyOf/1",
+                                                              "/not", ""]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"not": ' * 5000 + "1" + "}" * 5000])
+def test_a_text_that_is_no_schema_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"JSON|deeply"):
+        parse_schema(text)

@@ -1,0 +1,146 @@
+"""The texts that a grammar of calls allows, and what the parser makes of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from gpu_worker.errors import GrammarInvalid, SamplingInvalid
+from gpu_worker.front.grammar.check import check
+from gpu_worker.front.grammar.library import make_vocabulary, matcher_of
+from gpu_worker.front.grammar.tool_grammar import tool_grammar
+from gpu_worker.front.request.grammar import Grammar
+from gpu_worker.front.request.tool_parser import ToolCallParser
+from gpu_worker.front.request.tools import FORMS, HERMES, LLAMA3_JSON, Function, ToolForm, Tools, joined_calls
+
+END = 256
+VOCABULARY = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < END else b"", END + 1, [END])
+CITY: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/Name"}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["city"],
+    "$defs": {"Name": {"enum": ["Rome", "Z\u00fcrich"]}},
+}
+WEATHER, NOW = Function("get_weather", "", json.dumps(CITY)), Function("now")
+STRICT = Function("get_weather", "", json.dumps(CITY), strict=True)
+ANSWER = Grammar("json_schema", '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}')
+FORM = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+
+
+def grammar_of(form: ToolForm, *functions: Function, answer: Grammar | None = None, **options: Any) -> Grammar:
+    grammar = tool_grammar(Tools(functions, **options), form, answer)
+    assert grammar is not None
+    check(grammar)
+    return grammar
+
+
+def allows(grammar: Grammar, text: str) -> bool:
+    matcher = matcher_of(grammar, VOCABULARY)
+    return bool(matcher.consume_tokens(list(text.encode()))) and bool(matcher.is_accepting())
+
+
+def call(form: ToolForm, name: str, arguments: str) -> str:
+    if form.arguments_key is None:
+        return f"{name}{form.before_arguments}{arguments}"
+    return f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}'
+
+
+def written(form: ToolForm, *calls: str) -> str:
+    return form.opening + form.separator.join(calls) + form.closing
+
+
+ROME, NOTHING = '{"city": "Rome", "days": 3}', "{}"
+
+
+@FORM
+def test_an_answer_that_must_call_is_calls_that_follow_their_schemas(form: ToolForm) -> None:
+    grammar = grammar_of(form, WEATHER, NOW, required=True)
+    rome, now = call(form, "get_weather", ROME), call(form, "now", NOTHING)
+    assert all(allows(grammar, written(form, *calls)) for calls in ([rome], [now], [rome, now, rome]))
+    wrong = [call(form, "get_weather", '{"city": "Bern"}'), call(form, "now", '{"a": 1}'), call(form, "later", NOTHING)]
+    assert not any(allows(grammar, text) for text in ("", "Hello", *[written(form, each) for each in wrong]))
+
+
+@FORM
+def test_a_named_function_is_the_only_one(form: ToolForm) -> None:
+    grammar = grammar_of(form, WEATHER, NOW, required=True, only="now")
+    assert allows(grammar, written(form, call(form, "now", NOTHING)))
+    assert not allows(grammar, written(form, call(form, "get_weather", ROME)))
+
+
+@FORM
+def test_an_answer_that_may_call_is_free_unless_a_function_is_strict(form: ToolForm) -> None:
+    assert tool_grammar(Tools((WEATHER, NOW)), form, None) is None
+    grammar = grammar_of(form, STRICT, NOW)
+    bern, any_now = call(form, "get_weather", '{"city": "Bern"}'), call(form, "now", '{"a": [1]}')
+    rome = call(form, "get_weather", ROME)
+    assert all(allows(grammar, text) for text in ("", "Hello.\n", written(form, rome), written(form, any_now)))
+    assert not allows(grammar, written(form, bern))
+    if not form.is_bare:
+        assert allows(grammar, f"I look: {written(form, rome)} and {written(form, rome)} done")
+        assert not allows(grammar, f"I look: {written(form, bern)}")
+
+
+@FORM
+def test_a_response_format_is_an_alternative_to_calls(form: ToolForm) -> None:
+    grammar = grammar_of(form, WEATHER, answer=ANSWER)
+    rome = call(form, "get_weather", ROME)
+    text = form.marker + rome if form.is_bare else written(form, rome)
+    assert allows(grammar, text) and allows(grammar, '{"ok": true}')
+    assert not allows(grammar, "Hello") and not allows(grammar, '{"ok": 1}')
+    required = grammar_of(form, WEATHER, answer=ANSWER, required=True)
+    assert allows(required, written(form, rome)) and not allows(required, '{"ok": true}')
+
+
+@FORM
+def test_whatever_the_grammar_allows_is_read_as_valid_calls(form: ToolForm) -> None:
+    grammar = grammar_of(form, WEATHER, NOW, required=True)
+    chance = np.random.default_rng(5)
+    for _ in range(12):
+        matcher, tokens = matcher_of(grammar, VOCABULARY), list[int]()
+        while not matcher.is_stopped():
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            allowed = np.flatnonzero(bits)
+            token = END if END in allowed else int(chance.choice(allowed))
+            matcher.consume_token(token)
+            tokens.append(token)
+        text = bytes(tokens[:-1]).decode()
+        content, pieces, reason = ToolCallParser(form, {"get_weather", "now"}, is_constrained=True).read(text, "stop")
+        calls = joined_calls(pieces)
+        assert (content, reason) == ("", "tool_calls") and calls, text
+        for found in calls:
+            schema = CITY if found.name == "get_weather" else json.loads(NOW.parameters)
+            jsonschema.validate(json.loads(found.arguments), schema)
+
+
+def test_undeclared_arguments_are_left_out_unless_the_schema_speaks_of_them() -> None:
+    open_schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True}
+    closed = {"properties": {"a": {"type": "integer"}}}
+    for schema, is_allowed in ((open_schema, True), (closed, False)):
+        grammar = grammar_of(HERMES, Function("f", "", json.dumps(schema)), required=True)
+        assert allows(grammar, written(HERMES, call(HERMES, "f", '{"a": 1, "b": 2}'))) == is_allowed
+        assert not allows(grammar, written(HERMES, call(HERMES, "f", "[]")))
+
+
+def test_a_schema_that_cannot_be_compiled_is_refused_with_its_place() -> None:
+    bad = {"type": "object", "properties": {"a/b": {"type": "string", "pattern": "(?=x)"}}}
+    grammar = tool_grammar(Tools((NOW, Function("f", "", json.dumps(bad))), required=True), HERMES, None)
+    assert grammar is not None
+    with pytest.raises(GrammarInvalid) as caught:
+        check(grammar)
+    assert caught.value.pointer == "/1/function/parameters/properties/a~1b"
+    assert grammar.param == "tools"
+
+
+def test_only_a_schema_can_be_an_alternative_to_calls() -> None:
+    with pytest.raises(SamplingInvalid, match=r"structured_outputs\.regex cannot be combined with tools"):
+        tool_grammar(Tools((NOW,)), HERMES, Grammar("regex", "a", "structured_outputs.regex"))
+
+
+def test_a_bare_answer_begins_as_no_call_does() -> None:
+    grammar = grammar_of(LLAMA3_JSON, STRICT)
+    assert not any(allows(grammar, text) for text in ('{"ok": true}', " {}", "<tool>"))

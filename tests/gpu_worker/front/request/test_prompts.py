@@ -1,0 +1,105 @@
+"""The text that the model continues."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_worker.errors import PromptInvalid
+from gpu_worker.front.request.prompts import (
+    ALPACA_PREAMBLE,
+    ALPACA_STOPS,
+    Message,
+    alpaca_prompt,
+    render,
+    render_alpaca,
+    template_stops,
+    turn_of,
+)
+from gpu_worker.front.request.tools import ToolCall
+from tests.tiny import byte_tokenizer
+
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TURNS = [Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye")]
+
+
+def test_one_instruction_is_the_alpaca_prompt() -> None:
+    expected = f"{ALPACA_PREAMBLE}\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:\n"
+    assert alpaca_prompt("Add 1 and 2.") == expected
+    assert render([Message("user", "Add 1 and 2.")], "alpaca", byte_tokenizer()) == expected
+
+
+def test_alpaca_turns_follow_the_system_text_and_end_where_the_answer_begins() -> None:
+    assert render_alpaca(TURNS) == "\n\n".join(
+        [
+            ALPACA_PREAMBLE,
+            "Be brief.",
+            "### Instruction:\nHi",
+            "### Response:\nHello",
+            "### Instruction:\nBye",
+            "### Response:\n",
+        ]
+    )
+
+
+def test_chat_is_the_tokenizers_own_template() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert render(TURNS, "chat", tokenizer) == "<bos>[system]Be brief.[user]Hi[assistant]Hello[user]Bye[assistant]"
+
+
+def test_chat_without_a_template_is_refused() -> None:
+    with pytest.raises(PromptInvalid, match="needs a chat template"):
+        render(TURNS, "chat", byte_tokenizer())
+
+
+def test_a_conversation_the_chat_template_refuses_is_invalid() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(PromptInvalid, match="roles must alternate"):
+        render(TURNS, "chat", tokenizer)
+
+
+@pytest.mark.parametrize("name", ["", "Alpaca", "{{ 1 }}"])
+def test_an_unknown_template_is_refused_by_name(name: str) -> None:
+    with pytest.raises(PromptInvalid, match="'auto', 'alpaca' or 'chat'"):
+        render(TURNS, name, byte_tokenizer())
+
+
+def test_alpaca_stops_at_the_next_instruction_and_at_another_response() -> None:
+    tokenizer = byte_tokenizer()
+    assert template_stops("alpaca", tokenizer) == ALPACA_STOPS == ("### Instruction:", "### Response:")
+    assert template_stops("chat", tokenizer) == ()
+
+
+def test_auto_is_the_tokenizers_chat_template_or_alpaca() -> None:
+    tokenizer = byte_tokenizer()
+    assert render(TURNS, "auto", tokenizer) == render_alpaca(TURNS)
+    assert template_stops("auto", tokenizer) == ALPACA_STOPS
+    tokenizer.chat_template = CHAT
+    assert render(TURNS, "auto", tokenizer) == render(TURNS, "chat", tokenizer) != render_alpaca(TURNS)
+    assert template_stops("auto", tokenizer) == ()
+
+
+def test_a_chat_template_runs_in_a_sandbox() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages.append(1) }}"
+    with pytest.raises(PromptInvalid, match="append"):
+        render(TURNS, "chat", tokenizer)
+
+
+def test_templates_get_calls_as_objects_and_ids_of_nine_characters() -> None:
+    call, broken = ToolCall("call_0123456789", "f", '{"a": [1]}'), ToolCall("abcdefgh9", "g", "{no json")
+    turn = turn_of(Message("assistant", "Hm", (call, broken)))
+    first, second = turn["tool_calls"]
+    assert first["function"] == {"name": "f", "arguments": {"a": [1]}}
+    assert second == {"id": "abcdefgh9", "type": "function", "function": {"name": "g", "arguments": "{no json"}}
+    result = turn_of(Message("tool", "Rain", (), "call_0123456789", "f"))
+    assert result == {"role": "tool", "content": "Rain", "tool_call_id": first["id"], "name": "f"}
+    assert len(first["id"]) == 9 and first["id"].isalnum()
+    assert turn_of(Message("user", "Hi")) == {"role": "user", "content": "Hi"}
+
+
+def test_the_size_of_a_message_counts_its_calls() -> None:
+    assert Message("assistant", "Hm", (ToolCall("c1", "f", "{}"),)).num_chars == len("Hm" + "c1" + "f" + "{}")

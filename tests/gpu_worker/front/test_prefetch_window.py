@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import torch
+
+from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
+from gpu_worker.front.prefetch_window import MIN_ROWS, PrefetchWindow
+from gpu_worker.front.row import Row
+from tests.gpu_worker.rows import queued_row
+
+TEN_BYTES = DeviceAdapter("any", {"q_proj": DeviceModule(torch.zeros(1, 6).byte(), torch.zeros(1, 4).byte())})
+
+
+def loading(letter: str, *, is_done: bool = True) -> Row:
+    each = queued_row(letter)
+    each.loads[letter] = Future()
+    if is_done:
+        each.loads[letter].set_result(TEN_BYTES)
+    return each
+
+
+def window_of(count: int, *, budget: int, max_rows: int = 100, num_pending: int = 0) -> PrefetchWindow:
+    window = PrefetchWindow(budget, max_rows)
+    for number in range(count):
+        window.add(loading(chr(ord("a") + number), is_done=number >= num_pending))
+    return window
+
+
+def test_a_few_rows_load_with_any_budget() -> None:
+    assert window_of(MIN_ROWS - 1, budget=0, max_rows=1).has_room
+    assert not window_of(MIN_ROWS, budget=0).has_room
+
+
+def test_above_these_the_budget_decides() -> None:
+    assert window_of(MIN_ROWS + 1, budget=10 * (MIN_ROWS + 1) + 1).has_room
+    assert not window_of(MIN_ROWS + 1, budget=10 * (MIN_ROWS + 1)).has_room
+
+
+def test_a_load_in_progress_counts_like_the_others() -> None:
+    assert window_of(MIN_ROWS, budget=1000, num_pending=MIN_ROWS - 1).num_bytes == 10 * MIN_ROWS
+    assert window_of(MIN_ROWS, budget=1000, num_pending=MIN_ROWS).num_bytes == 0
+
+
+def test_at_most_max_rows_are_prefetched() -> None:
+    assert window_of(19, budget=1 << 30, max_rows=20).has_room
+    assert not window_of(20, budget=1 << 30, max_rows=20).has_room
+
+
+def test_weights_that_rows_share_count_once() -> None:
+    window, first, second = PrefetchWindow(100, 100), loading("a"), queued_row("ab")
+    second.loads.update(first.loads)
+    for each in (first, second):
+        window.add(each)
+    assert window.num_bytes == 10
+
+
+def test_the_loads_that_a_load_waits_for_count_like_the_others() -> None:
+    parts = {letter: loading(letter).loads[letter] for letter in "abc"}
+    window = PrefetchWindow(100, 100, lambda digest: parts if digest == "z" else {})
+    window.add(loading("a"))
+    assert window.num_bytes == 10
+    window.add(loading("z", is_done=False))
+    assert window.num_bytes == 40, "a, b and c, and z as their average"
+
+
+def test_the_last_of_several_loads_of_one_digest_counts() -> None:
+    window = PrefetchWindow(100, 100)
+    for number in range(16):
+        window.add(loading("a", is_done=number < 15))
+    assert window.num_bytes == 0
+    window.add(loading("a"))
+    assert window.num_bytes == 10
+
+
+def test_a_finished_load_counts_from_the_next_refresh_and_a_failed_one_does_not() -> None:
+    window, late = window_of(MIN_ROWS - 1, budget=10 * MIN_ROWS), loading("z", is_done=False)
+    window.add(late)
+    assert not window.has_room
+    late.loads["z"].set_exception(ConnectionError())
+    assert not window.has_room
+    window.refresh()
+    assert window.has_room and window.num_bytes == 10 * (MIN_ROWS - 1)
+
+
+def test_a_row_that_leaves_makes_room_and_keeps_nothing() -> None:
+    window, leaving = window_of(MIN_ROWS - 1, budget=0), loading("z")
+    window.add(leaving)
+    assert not window.has_room
+    window.discard(leaving)
+    assert window.has_room and not leaving.loads and leaving not in window
+    window.discard(leaving)

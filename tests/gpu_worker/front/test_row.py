@@ -1,0 +1,102 @@
+"""The text that a row releases with its tokens, and the inputs of its next token."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_worker.front.logprobs import Scored
+from gpu_worker.front.request.request import Delta, SamplingParams
+from gpu_worker.front.row import Row
+from tests.gpu_worker.rows import BYTES, queued_row, row_of
+
+END = 257
+
+
+def answering(*, stops: tuple[str, ...] = (), max_new: int = 20, **params: int) -> Row:
+    """Return a row with log probabilities that ends at END."""
+    sampling = SamplingParams(max_tokens=max_new, logprobs=0, **params)  # type: ignore[arg-type]
+    return row_of(stops=stops, sampling=sampling, max_new_tokens=max_new, end_ids=frozenset({END}))
+
+
+def taken(row: Row, text: str, *, end: int | None = None) -> list[Delta]:
+    """Return the deltas of these bytes, one token each, and of the id that ends them."""
+    tokens = BYTES.encode(text, add_special_tokens=False).ids + ([] if end is None else [end])
+    deltas = []
+    for token in tokens:
+        delta = row.append_token(token, Scored(-1.0, ()))
+        deltas += [] if delta is None else [delta]
+        if delta is not None and delta.finish_reason:
+            break
+    return deltas
+
+
+def test_tokens_join_to_the_text_and_have_its_offsets() -> None:
+    deltas = taken(answering(), "né🙂", end=END)
+    *entries, end = [entry for delta in deltas for entry in delta.logprobs]
+    assert b"".join(entry.token for entry in entries).decode() == "né🙂" == "".join(delta.text for delta in deltas)
+    assert [entry.text_offset for entry in entries] == [0, 1, 1, 2, 2, 2, 2]
+    assert not any(entry.is_end for entry in entries) and end.is_end
+    assert [len(delta.logprobs) for delta in deltas] == [1, 2, 4, 1], (
+        "each token is reported with the text that it completes"
+    )
+
+
+def test_tokens_removed_by_a_stop_string_are_not_reported() -> None:
+    deltas = taken(answering(stops=("##",)), "a#b##c")
+    assert "".join(delta.text for delta in deltas) == "a#b"
+    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#b"
+
+
+def test_held_back_tokens_are_reported_at_the_end() -> None:
+    deltas = taken(answering(stops=("##",), max_new=2), "a#")
+    assert deltas[-1].finish_reason == "length"
+    assert b"".join(entry.token for delta in deltas for entry in delta.logprobs) == b"a#"
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "reason", "num_new"),
+    [("abcdef", None, "length", 4), ("ab", END, "stop", 3), ("a##bc", None, "stop", 3)],
+    ids=["as long as it may get", "an end id", "a stop string"],
+)
+def test_only_the_last_delta_has_the_reason(text: str, end: int | None, reason: str, num_new: int) -> None:
+    *others, last = taken(answering(stops=("##",), max_new=4), text, end=end)
+    assert (last.finish_reason, last.num_new_tokens, last.num_prompt_tokens) == (reason, num_new, 1)
+    assert {delta.finish_reason for delta in others} == {None}
+
+
+def test_an_end_id_adds_no_text_and_has_its_log_probability() -> None:
+    [_, last] = taken(answering(), "a", end=END)
+    [entry] = last.logprobs
+    assert (last.text, entry.token, entry.text_offset, entry.is_end) == ("", b"<eos>", 1, True)
+
+
+def test_each_new_token_has_a_log_probability_also_where_the_answer_is_its_end_alone() -> None:
+    [only] = taken(answering(max_new=1), "", end=END)
+    assert (only.finish_reason, only.num_new_tokens, len(only.logprobs)) == ("stop", 1, 1)
+
+
+def test_end_ids_are_forbidden_until_min_tokens_are_generated() -> None:
+    row, forbidden = answering(min_tokens=2), []
+    for token in BYTES.encode("abc", add_special_tokens=False).ids:
+        forbidden.append(row.draw().forbidden)
+        row.append_token(token)
+    assert forbidden == [(END,), (END,), ()]
+
+
+def test_a_stop_string_before_min_tokens_ends_nothing() -> None:
+    deltas = taken(answering(stops=("#",), min_tokens=4), "a##b#c")
+    assert "".join(delta.text for delta in deltas) == "a##b"
+    assert deltas[-1].finish_reason == "stop"
+
+
+def test_the_draw_has_the_seed_and_the_position_of_the_next_token() -> None:
+    row = row_of(tokens=[256, 1, 2], seed=9, max_new_tokens=5)
+    assert (row.draw().seed, row.draw().position, row.draw().num_prompt_tokens) == (9, 3, 3)
+    row.append_token(65)
+    assert (row.draw().position, list(row.draw().tokens), row.draw().num_prompt_tokens) == (4, [256, 1, 2, 65], 3)
+    assert (row.num_new_tokens, row.longest_len) == (1, 8)
+
+
+def test_rows_of_the_same_adapters_have_the_same_set_in_any_order() -> None:
+    assert queued_row("ba").adapter_set == queued_row("ab").adapter_set == ("a", "b")
+    assert queued_row("ba").weights_digests == ["b", "a"]

@@ -1,0 +1,130 @@
+"""Streamed text, compared with the whole text cut at its earliest stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from gpu_worker.front.text.incremental_detokenizer import IncrementalDetokenizer
+from tests.tiny import byte_tokenizer
+
+BYTES: Tokenizer = byte_tokenizer().backend_tokenizer
+ALPHABET = st.sampled_from("ab\n#é漢🙂")
+
+
+def tokens_of(text: str) -> list[int]:
+    ids: list[int] = BYTES.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def deltas(tokens: Sequence[int], stops: Sequence[str], tokenizer: Tokenizer = BYTES) -> tuple[list[str], bool]:
+    """Return the text released by each token, then at the end; and whether a stop string ended it."""
+    stream = IncrementalDetokenizer(tokenizer, stops)
+    pieces = []
+    for token in tokens:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            return pieces, True
+    return [*pieces, stream.finish()], False
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """Return everything before the stop string that is completed first, and starts first among those."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@given(text=st.text(ALPHABET, max_size=24), stops=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
+def test_deltas_join_to_the_text_cut_at_the_earliest_stop(text: str, stops: list[str]) -> None:
+    pieces, stopped = deltas(tokens_of(text), stops)
+    assert "".join(pieces) == cut(text, stops)
+    assert stopped == any(stop in text for stop in stops)
+
+
+@given(text=st.text(ALPHABET, max_size=24), stops=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
+def test_only_a_possible_beginning_of_a_stop_is_held_back(text: str, stops: list[str]) -> None:
+    stream, released, seen = IncrementalDetokenizer(BYTES, stops), "", ""
+    for character in text:
+        for token in tokens_of(character):
+            released += stream.push(token)
+        seen += character
+        if stream.stopped:
+            return
+        held = seen[len(released) :]
+        assert seen.startswith(released)
+        assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+def test_a_stop_string_across_tokens_is_never_shown() -> None:
+    pieces, stopped = deltas(tokens_of("answer\n\n### Instruction: more"), ["### Instruction:"])
+    assert stopped
+    assert "".join(pieces) == "answer\n\n"
+
+
+def test_a_false_start_is_released_with_what_follows() -> None:
+    pieces, stopped = deltas(tokens_of("a##b"), ["###"])
+    assert pieces == ["a", "", "", "##b", ""]
+    assert not stopped
+
+
+def test_the_end_releases_an_unfinished_stop() -> None:
+    assert deltas(tokens_of("a##"), ["###"]) == (["a", "", "", "##"], False)
+
+
+def test_a_character_appears_with_its_last_byte() -> None:
+    assert deltas(tokens_of("é🙂"), []) == (["", "é", "", "", "", "🙂", ""], False)
+
+
+def test_an_incomplete_character_at_the_end_is_shown_as_invalid() -> None:
+    assert deltas(tokens_of("é🙂")[:-1], ["#"]) == (["", "é", "", "", "", "\ufffd"], False)
+
+
+def test_nothing_follows_a_stop_string_not_even_unfinished_bytes() -> None:
+    stream = IncrementalDetokenizer(BYTES, ["#"])
+    assert [stream.push(token) for token in tokens_of("a#🙂")[:-1]] == ["a", "", "", "", ""]
+    assert stream.stopped and stream.finish() == ""
+
+
+def test_special_tokens_have_no_text() -> None:
+    assert deltas([*tokens_of("a"), 256, 258, *tokens_of("b")], [])[0] == ["a", "", "", "b", ""]
+
+
+def test_stops_before_min_tokens_are_shown_and_later_ones_end_it() -> None:
+    stream = IncrementalDetokenizer(BYTES, ["#"])
+    early = [stream.push(token, may_stop=False) for token in tokens_of("a#")]
+    assert early == ["a", "#"] and not stream.stopped
+    late = [stream.push(token) for token in tokens_of("b#")]
+    assert late == ["b", ""] and stream.stopped
+    assert stream.push(tokens_of("c")[0]) == stream.finish() == ""
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """Return a tokenizer of characters and single bytes, like sentencepiece models such as Gemma and Llama."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {piece: 256 + i for i, piece in enumerate(["▁", "a", "b", "é"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+FALLBACK = byte_fallback_tokenizer()
+
+
+@given(tokens=st.lists(st.integers(0, 299), max_size=12))
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["bytes", "byte fallback"])
+def test_tokens_without_text_do_not_break_the_stream(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    pieces, _ = deltas(tokens, [], tokenizer)
+    assert all(isinstance(piece, str) for piece in pieces)
+
+
+def test_text_after_stray_bytes_is_released() -> None:
+    stray = [103, 0xA9]  # "g", then a stray continuation byte: together they are not valid text
+    pieces, _ = deltas([*stray, 257, 258], [], FALLBACK)
+    assert "".join(pieces).endswith("ab")

@@ -1,0 +1,109 @@
+"""Pages on a device and in host memory: where values are written, who owns pages, and which are freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.model.attention_plan import Segment
+from gpu_worker.native.attention.kv_cache import KvShape
+from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
+from tests.gpu_worker.engine_driver import kv_shape
+from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
+
+CPU = torch.device("cpu")
+
+
+def test_tokens_are_written_to_their_rows_pages_in_order() -> None:
+    cache = DeviceKvCache(kv_shape(num_tokens=24, page_tokens=4, max_len=12), CPU, slow_varlen_attn)
+    rows = [cache.allocate(1, 12) for _ in range(2)]
+    for row in (rows[0], rows[1], rows[0]):  # so that the pages of a row are not in order
+        assert cache.grow(row, cache.num_free_tokens and 5 if row == rows[1] else 9)
+    plan = cache.attention([Segment(rows[1], 0, 3, 2), Segment(rows[0], 3, 5, 4)])
+    key, value = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
+    plan.attend(1, torch.randn(4, 8, 4), key, value, scaling=1.0, sliding_window=None)
+    [group] = plan.groups
+    tables, expected = group.block_table.tolist(), torch.zeros(2, *group.store.shape[2:])
+    for token, (segment, position) in enumerate([(0, 2), (0, 3), (0, 4), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8)]):
+        page, slot = tables[segment][position // 4], position % 4
+        expected[0, page, slot], expected[1, page, slot] = key[:, token], value[:, token]
+    assert torch.equal(group.store[1], expected)
+    assert not group.store[0].any()
+
+
+def test_host_tokens_are_written_to_their_rows_pages_only() -> None:
+    cache = HostKvCache(kv_shape(num_tokens=24, page_tokens=4, max_len=12))
+    rows = [cache.allocate(1, 12) for _ in range(2)]
+    for row, length in ((rows[1], 5), (rows[0], 9)):  # so that the pages of the first row are not adjacent
+        assert cache.grow(row, length)
+    plan = cache.attention([Segment(rows[1], 0, 3, 2), Segment(rows[0], 3, 5, 4)])
+    key, value = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
+    plan.attend(1, torch.randn(4, 8, 4), key, value, scaling=1.0, sliding_window=None)
+    expected = torch.zeros(2, 2, 24, 4)
+    for token, (row, position) in enumerate([(1, 2), (1, 3), (1, 4), (0, 4), (0, 5), (0, 6), (0, 7), (0, 8)]):
+        page = plan.groups[1].pages.table[rows[row], position // 4]
+        expected[0, :, page * 4 + position % 4], expected[1, :, page * 4 + position % 4] = (
+            key[:, token],
+            value[:, token],
+        )
+    assert torch.equal(torch.stack([cache.keys[1], cache.values[1]]), expected)
+    assert not cache.keys[0].any() and not cache.values[0].any()
+
+
+@pytest.mark.parametrize("build", [HostKvCache, lambda shape: DeviceKvCache(shape, CPU, slow_varlen_attn)])
+def test_freed_pages_are_wiped_and_the_others_are_not(build: Callable[[KvShape], HostKvCache | DeviceKvCache]) -> None:
+    cache = build(kv_shape(num_tokens=80, page_tokens=16, max_len=40))
+    row, other = cache.allocate(20, 20), cache.allocate(20, 20)
+    tokens = torch.full((2, 20, 4), float("nan"))
+    for each in (row, other):
+        plan = cache.attention([Segment(each, 0, 20, 0)])
+        plan.attend(0, torch.zeros(4, 20, 4), tokens, tokens, scaling=1.0, sliding_window=None)
+    [store] = cache.stores
+    num_written = int(store.isnan().sum())
+    assert num_written == 2 * 2 * 20 * 2 * 4
+    cache.free(row)
+    assert int(store.isnan().sum()) == num_written / 2
+    cache.free(other)
+    assert not store.any()
+
+
+def test_host_memory_is_used_for_written_tokens_only() -> None:
+    """32 TiB are mapped, far more than a machine has."""
+    shape = kv_shape(num_heads=8, head_dim=512, num_rows=4, max_len=1 << 27, num_tokens=1 << 29, page_tokens=1 << 16)
+    before = int(Path("/proc/self/statm").read_text().split()[1])
+    cache = HostKvCache(shape)
+    assert cache.num_bytes == 1 << 45
+    cache.keys[1][7, -1] = 1
+    assert float(cache.keys[1][7, -1].sum()) == 512
+    assert int(Path("/proc/self/statm").read_text().split()[1]) - before < 2048, "pages of the operating system"
+
+
+@given(st.data())
+def test_pages_have_one_owner_and_are_all_freed(data: st.DataObject) -> None:
+    shape = kv_shape(num_tokens=60, page_tokens=4, max_len=40, num_rows=6)
+    cache = DeviceKvCache(shape, torch.device("cpu"))
+    lengths: dict[int, int] = {}
+    for _ in range(data.draw(st.integers(1, 40))):
+        kind = data.draw(st.sampled_from(["join", "grow", "leave"]))
+        if kind == "join" and cache.fits(length := data.draw(st.integers(1, 40))):
+            lengths[cache.allocate(length, data.draw(st.integers(length, 40)))] = length
+        elif kind == "grow" and lengths:
+            row = data.draw(st.sampled_from(sorted(lengths)))
+            lengths[row] += cache.grow(row, lengths[row] + 1) if lengths[row] < 40 else 0
+        elif lengths:
+            cache.free(row := data.draw(st.sampled_from(sorted(lengths))))
+            del lengths[row]
+        held = sum(shape.pages_of(length) for length in lengths.values())
+        assert cache.num_free_tokens == (shape.num_pages - held) * 4
+        assert cache.num_free == 6 - len(lengths)
+        if lengths:
+            segments = [Segment(row, n, 1, length - 1) for n, (row, length) in enumerate(lengths.items())]
+            [group] = cache.attention(segments).groups
+            tables = zip(group.block_table.tolist(), lengths.values(), strict=True)
+            pages = [page for table, length in tables for page in table[: shape.pages_of(length)]]
+            assert len(set(pages)) == len(pages), "no page is of two rows"

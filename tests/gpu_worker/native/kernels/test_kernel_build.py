@@ -1,0 +1,71 @@
+"""The search for a compiler, its call, and the names of its libraries."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.native.kernels.kernel_build import (
+    FOLDER,
+    Compiler,
+    KernelUnavailable,
+    file_name,
+    kernel_names,
+    source_of,
+)
+from gpu_worker.native.kernels.kernel_variants import VARIANTS
+from tests.gpu_worker.compilers import script
+
+
+def test_the_compiler_of_the_environment_is_used(tmp_path: Path, no_options: pytest.MonkeyPatch) -> None:
+    compiler = script(tmp_path / "my c++", "exit 0")
+    assert Compiler.find({"CXX": f"'{compiler}' -B /x", "CXXFLAGS": "-g -O1", "PATH": ""}) == Compiler(
+        (str(compiler), "-B", "/x"), ("-g", "-O1")
+    )
+    with pytest.raises(KernelUnavailable, match=r"no C\+\+ compiler found \(nonesuch\)"):
+        Compiler.find({"CXX": "nonesuch", "PATH": os.environ["PATH"]})
+
+
+def test_a_compiler_that_hangs_is_ended(tmp_path: Path) -> None:
+    compiler = Compiler((str(script(tmp_path / "c++", "exec sleep 60")),))
+    began = time.monotonic()
+    with pytest.raises(KernelUnavailable, match=r"did not finish within 0\.2 s"):
+        compiler.compile(source_of("fused"), (), tmp_path / "fused.so", limit_s=0.2)
+    assert time.monotonic() - began < 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c++"]
+
+
+def test_every_source_is_a_kernel() -> None:
+    assert kernel_names() == sorted(path.stem for path in FOLDER.iterdir() if path.suffix == ".cpp")
+    assert {"decode_attention", "fused", "grouped_lora"} <= set(kernel_names())
+
+
+def test_the_name_of_a_library_depends_on_all_its_inputs() -> None:
+    names = {file_name("fused", *variant.options) for variant in VARIANTS} | {file_name("grouped_lora")}
+    assert len(names) == len(VARIANTS) + 1
+
+
+def test_a_failing_compiler_leaves_nothing_and_its_output_is_in_the_error(tmp_path: Path) -> None:
+    compiler = Compiler((str(script(tmp_path / "c++", 'echo "unknown option" >&2; exit 1')), "-B"), ("-g",))
+    with pytest.raises(KernelUnavailable, match=r"c\+\+ -B -g -O3 .* failed: unknown option"):
+        compiler.compile(source_of("fused"), (), tmp_path / "fused.so")
+    assert [path.name for path in tmp_path.iterdir()] == ["c++"]
+
+
+def test_the_first_compiler_on_the_path_is_used(tmp_path: Path) -> None:
+    for name in ("clang++", "g++"):
+        script(tmp_path / name, "exit 0")
+    assert Compiler.find({"PATH": str(tmp_path)}) == Compiler((str(tmp_path / "g++"),))
+    (tmp_path / "g++").unlink()
+    assert Compiler.find({"PATH": str(tmp_path)}).command == (str(tmp_path / "clang++"),)
+
+
+def test_a_library_can_be_read_by_all_and_written_by_its_owner(tmp_path: Path) -> None:
+    """The compiler's own umask may differ."""
+    made = 'for last; do :; done; echo library > "$last"; chmod 600 "$last"'
+    Compiler((str(script(tmp_path / "c++", made)),)).compile(source_of("fused"), (), tmp_path / "fused.so")
+    assert (tmp_path / "fused.so").read_text() == "library\n"
+    assert (tmp_path / "fused.so").stat().st_mode & 0o777 == 0o644

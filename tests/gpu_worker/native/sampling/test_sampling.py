@@ -1,0 +1,199 @@
+"""Tokens chosen for a whole batch, by the kernel and by torch, compared with a slow loop over the vocabulary."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_worker.front.draw import Draw
+from gpu_worker.front.request.request import SamplingParams
+from gpu_worker.native.sampling.sampling import Sampler
+from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
+from tests.gpu_worker.engine_driver import compiled
+from tests.gpu_worker.random_draws import UNSOUND, random_batch
+from tests.gpu_worker.slow_sampling import kept_slowly, scored_slowly, tokens_slowly
+from tests.soak import Scale
+
+DTYPES = [torch.float32, torch.bfloat16]
+VOCABULARIES = [1, 7, 300, 512, 2048, 4099, 6000]
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    return Sampler(compiled(load_sampling_kernel) if request.param == "kernel" else None)
+
+
+def logits_of(seed: int, vocabulary: int = 50, size: float = 2.0) -> Tensor:
+    return torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def tokens_of(sampler: Sampler, logits: Tensor, draws: list[Draw]) -> list[int | None]:
+    return sampler(logits, draws)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_random_batch_equals_the_slow_loop(sampler: Sampler, dtype: torch.dtype, scale: Scale) -> None:
+    """Settings and rows are random. Ids may differ only if a bound is met within 1e-6 of the mass."""
+    chance = random.Random(f"{dtype}")
+    num_sampled, num_ambiguous = 0, 0
+    for number in range(scale.pick("batches", small=40, full=1000)):
+        vocabulary = VOCABULARIES[number % len(VOCABULARIES)]
+        logits, draws = random_batch(chance, 1 + number % 9, vocabulary)
+        logits = logits.to(dtype)
+        before = logits.clone()
+        tokens, scores = sampler(logits, draws)
+        assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "logits do not change"
+        assert sampler(logits, draws) == (tokens, scores), "nothing is kept between calls"
+        for row, draw, token, scored in zip(logits, draws, tokens, scores, strict=True):
+            expected = tokens_slowly(row, draw)
+            assert token in expected, draw
+            num_sampled += 1
+            num_ambiguous += len(expected) > 1
+            assert (scored is None) == (token is None or draw.params.logprobs is None)
+            if scored is not None and token is not None:
+                logprob, top = scored_slowly(row, token, draw.params.logprobs or 0)
+                assert scored.logprob == pytest.approx(logprob, rel=1e-5, abs=1e-5)
+                assert [i for i, _ in scored.top] == [i for i, _ in top]
+                assert [own for _, own in scored.top] == pytest.approx([own for _, own in top], rel=1e-5, abs=1e-5)
+    assert num_ambiguous < 0.05 * num_sampled, "the tolerance must not hide the comparison"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(min_p=0.02),
+        SamplingParams(top_k=50, top_p=0.95),
+        SamplingParams(top_p=0.95),
+        SamplingParams(top_k=5000, top_p=0.9),
+        SamplingParams(top_p=0.9, temperature=1.5),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_of_262144_equals_the_slow_loop(params: SamplingParams, dtype: torch.dtype, scale: Scale) -> None:
+    vocabulary, num_rows = 262_144, scale.pick("rows", small=1, full=10)
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(num_rows, vocabulary, generator=generator) * 4
+    logits[:, ::1009] += 12  # a head of a few hundred ids, as after a real prompt
+    logits = logits.to(dtype)
+    draws = [Draw(params, 5, position) for position in range(num_rows)]
+    allowed = [tokens_slowly(row, draw) for row, draw in zip(logits, draws, strict=True)]
+    for sampler in (Sampler(compiled(load_sampling_kernel)), Sampler()):
+        for token, ids in zip(tokens_of(sampler, logits, draws), allowed, strict=True):
+            assert token in ids
+
+
+@pytest.mark.parametrize(
+    ("params", "vocabulary", "size"),
+    [
+        (SamplingParams(), 50, 2.0),
+        (SamplingParams(temperature=0.3), 50, 2.0),
+        (SamplingParams(top_p=0.8), 50, 2.0),
+        (SamplingParams(top_k=10, top_p=0.6), 50, 2.0),
+        (SamplingParams(top_k=10_000, top_p=0.5), 50, 2.0),
+        (SamplingParams(top_p=0.9), 3000, 0.1),  # nearly flat: about 2700 ids
+        (SamplingParams(top_p=0.9), 20_000, 0.1),
+        (SamplingParams(top_k=1500, top_p=0.95), 3000, 0.1),
+        (SamplingParams(min_p=0.05, top_p=0.7, top_k=12, temperature=1.5), 50, 2.0),
+    ],
+    ids=str,
+)
+def test_ids_are_drawn_as_often_as_their_probability(
+    params: SamplingParams, vocabulary: int, size: float, sampler: Sampler
+) -> None:
+    logits, count = logits_of(1, vocabulary, size), 2000 if vocabulary == 50 else 300
+    values = logits.double()
+    ranked = sorted(range(vocabulary), key=lambda i: -float(values[i]))
+    masses = ((values - values.max()) / params.temperature).exp().tolist()
+    kept = kept_slowly(ranked, masses, params)
+    total = math.fsum(masses[i] for i in kept)
+    drawn: list[int | None] = []
+    for start in range(0, count, 100):
+        draws = [Draw(params, 3, position) for position in range(start, start + 100)]
+        drawn += tokens_of(sampler, logits.expand(100, -1).contiguous(), draws)
+    assert set(drawn) <= set(kept)
+    for i in kept[:20]:
+        share = masses[i] / total
+        assert drawn.count(i) == pytest.approx(count * share, abs=5 * math.sqrt(count * share) + 1)
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_draw_does_not_depend_on_the_batch(place: int, sampler: Sampler) -> None:
+    params = SamplingParams(top_p=0.9, seed=11)
+    logits = logits_of(3)
+    alone = [tokens_of(sampler, logits[None], [Draw(params, 11, position)])[0] for position in range(20)]
+    for position in range(20):
+        batch = torch.stack([logits_of(100 + i) for i in range(8)])
+        batch[place] = logits
+        draws = [Draw(SamplingParams(temperature=0.5 + i), i, 7) for i in range(8)]
+        draws[place] = Draw(params, 11, position)
+        assert tokens_of(sampler, batch, draws)[place] == alone[position]
+    assert len(set(alone)) > 3, "positions should draw different numbers"
+
+
+def test_a_batch_without_rows_has_no_tokens(sampler: Sampler) -> None:
+    for vocabulary in (300, 512):
+        assert sampler(torch.zeros(0, vocabulary), []) == ([], [])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_greedy_and_sampled_rows_share_a_batch(dtype: torch.dtype, sampler: Sampler) -> None:
+    logits = torch.stack([logits_of(seed, size=20.0) for seed in range(30)]).to(dtype)
+    logits[range(30), range(10, 40)] = 300.0
+    kinds = [SamplingParams(temperature=0), SamplingParams(top_k=1, temperature=5.0), SamplingParams()]
+    assert tokens_of(sampler, logits, [Draw(kinds[i % 3], 5, i) for i in range(30)]) == list(range(10, 40))
+
+
+def test_greedy_takes_the_first_of_equal_logits(sampler: Sampler) -> None:
+    logits = torch.zeros(2, 600)
+    logits[0, [400, 17, 599]] = 3.0
+    draws = [Draw(SamplingParams(temperature=0), 0, 0), Draw(SamplingParams(top_k=1), 0, 0)]
+    assert tokens_of(sampler, logits, draws) == [17, 0]
+
+
+def test_huge_equal_logits_share_their_probability(sampler: Sampler) -> None:
+    logits = torch.tensor([[3e30, 2e30, 3e30]])
+    draw = Draw(SamplingParams(logprobs=2), 1, 1)
+    [token], [scored] = sampler(logits, [draw])
+    assert token is not None and scored is not None
+    half = pytest.approx(math.log(0.5))
+    assert (scored.logprob, scored.top) == (half, ((0, half), (2, half)))
+    assert scored_slowly(logits[0], token, 2) == (half, [(0, half), (2, half)])
+
+
+def test_forbidden_ids_are_not_drawn(sampler: Sampler) -> None:
+    logits = torch.zeros(2, 4)
+    logits[:, 1] = 50.0
+    greedy = Draw(SamplingParams(temperature=0), 0, 0, forbidden=(1,))
+    for position in range(50):
+        tokens = tokens_of(sampler, logits, [greedy, Draw(SamplingParams(), 0, position, forbidden=(1, 2))])
+        assert tokens[0] != 1
+        assert tokens[1] in {0, 3}
+
+
+@pytest.mark.parametrize("break_row", UNSOUND, ids=["nan", "negative nan", "inf", "nothing possible"])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9)], ids=str
+)
+def test_a_non_finite_row_gives_none_and_others_continue(
+    break_row: Callable[[Tensor], Tensor], params: SamplingParams, sampler: Sampler
+) -> None:
+    logits = torch.stack([logits_of(seed) for seed in range(3)])
+    draws = [Draw(replace(params, logprobs=2), 1, 1)] * 3
+    tokens, scores = sampler(logits, draws)
+    logits[1] = break_row(logits[1])
+    assert sampler(logits, draws) == ([tokens[0], None, tokens[2]], [scores[0], None, scores[2]])
+
+
+def test_ids_of_probability_zero_are_never_drawn(sampler: Sampler) -> None:
+    logits = torch.full((1, 5), -math.inf)
+    logits[0, 2] = 0.0
+    for params in (SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.99)):
+        assert {tokens_of(sampler, logits, [Draw(params, 0, i)])[0] for i in range(50)} == {2}

@@ -1,0 +1,386 @@
+"""The engine's submissions, refusals, loads, cancellations and deliveries."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import processors
+from torch import Tensor
+
+from gpu_worker.errors import (
+    AdapterLoadFailed,
+    AdapterUnfit,
+    EngineFull,
+    LogitsNotFinite,
+    PlanTooLarge,
+    PromptInvalid,
+    PromptTooLong,
+    SamplingInvalid,
+)
+from gpu_worker.front.request.prompts import ALPACA_STOPS, Message
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.model.base_model import BaseModel
+from gpu_worker.native.loop import Engine
+from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.plan import BASE_PLAN
+from tests.gpu_worker.engine_driver import (
+    BASE_JOB,
+    Alone,
+    HeldExecutor,
+    MakeEngine,
+    Shapes,
+    always_says,
+    ask,
+    assert_nothing_held,
+    assert_same,
+    by_digest,
+    fetching,
+    greedy,
+    run_together,
+)
+from tests.tiny import InlineExecutor, assert_equal_logits, byte_tokenizer, plan_of, random_adapter, tiny_config
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_failed_load_costs_one_request_and_the_next_retries(
+    failures: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    good = random_adapter(shapes, 1)
+    to_fail = [OSError("the store is away")] * failures
+
+    def fetch(digest: str) -> AdapterWeights:
+        if to_fail:
+            raise to_fail.pop()
+        return good
+
+    engine = make_engine(fetch)
+    job = greedy("needs it", plan_of("selection", (good, 1.0)), "job")
+    for _ in range(failures):
+        failed, base = run_together(engine, [job, BASE_JOB])
+        assert isinstance(failed.error, AdapterLoadFailed)
+        assert str(failed.error.__cause__) == "the store is away"
+        assert_same(base, alone(BASE_JOB, {}))
+        assert_nothing_held(engine)
+    [answer] = run_together(engine, [job])
+    assert_same(answer, alone(job, by_digest(good)))
+
+
+def test_a_slow_load_does_not_delay_later_requests(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
+    good, executor = random_adapter(shapes, 1), HeldExecutor()
+    engine = make_engine(by_digest(good), executor=executor)
+    slow_job = greedy("waits", plan_of("selection", (good, 1.0)), "slow")
+    slow = ask(engine, slow_job)
+    assert not engine.step(), "nothing can run yet"
+    base = ask(engine, BASE_JOB)
+    while not base.is_finished:
+        assert engine.step()
+    assert slow.events == []
+    executor.release()
+    engine.run_until_idle()
+    assert_same(base, alone(BASE_JOB, {}))
+    assert_same(slow, alone(slow_job, by_digest(good)))
+
+
+def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngine, shapes: Shapes) -> None:
+    good, base_is_done = random_adapter(shapes, 1), threading.Event()
+
+    def fetch(digest: str) -> AdapterWeights:
+        assert base_is_done.wait(20)
+        return good
+
+    with ThreadPoolExecutor(1) as executor:
+        engine = make_engine(fetch, executor=executor)
+        slow = ask(engine, greedy("waits", plan_of("selection", (good, 1.0)), "slow"))
+        row = engine.prepare(BASE_JOB, lambda event: base_is_done.set() if event.finish_reason else None)  # type: ignore[union-attr]
+        engine.submit(row)
+        engine.run_until_idle()
+    assert slow.is_finished
+
+
+def misfits(shapes: Shapes) -> Iterator[tuple[str, dict[str, ModuleWeights]]]:
+    name, (num_out, num_in) = next(iter(shapes.items()))
+    yield (
+        "model.layers.99.mlp.up_proj",
+        {"model.layers.99.mlp.up_proj": ModuleWeights(torch.ones(2, num_in), torch.ones(num_out, 2), 1.0)},
+    )
+    yield name, {name: ModuleWeights(torch.ones(2, num_in + 1), torch.ones(num_out, 2), 1.0)}
+    yield name, {name: ModuleWeights(torch.ones(2, num_in), torch.ones(num_out + 1, 2), 1.0)}
+    yield name, {name: ModuleWeights(torch.ones(2, num_in), torch.ones(num_out, 3), 1.0)}
+    yield name, {name: ModuleWeights(torch.ones(0, num_in), torch.ones(num_out, 0), 1.0)}
+    yield "module", {}
+
+
+@pytest.mark.parametrize(
+    "kind", range(6), ids=["no such module", "input size", "output size", "unequal ranks", "rank zero", "no modules"]
+)
+def test_an_adapter_that_does_not_fit_fails_its_request_by_name(
+    kind: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    named, modules = list(misfits(shapes))[kind]
+    misfit = AdapterWeights("misfit", modules)
+    engine = make_engine(by_digest(misfit))
+    bad, base = run_together(engine, [greedy("x", plan_of("selection", (misfit, 1.0)), "bad"), BASE_JOB])
+    assert isinstance(bad.error, AdapterUnfit)
+    assert named in str(bad.error)
+    assert_same(base, alone(BASE_JOB, {}))
+    assert_nothing_held(engine)
+
+
+def test_weights_under_another_digest_fail_their_request(make_engine: MakeEngine, shapes: Shapes) -> None:
+    wanted, other = random_adapter(shapes, 1), random_adapter(shapes, 2)
+    engine = make_engine({wanted.weights_digest: other})
+    bad, base = run_together(engine, [greedy("x", plan_of("selection", (wanted, 1.0)), "bad"), BASE_JOB])
+    assert isinstance(bad.error, AdapterLoadFailed)
+    assert base.is_finished
+    assert_nothing_held(engine)
+
+
+def test_a_plan_larger_than_the_bank_is_refused_and_the_largest_that_fits_runs(
+    make_engine: MakeEngine, shapes: Shapes
+) -> None:
+    pool = [random_adapter(shapes, i, rank=4) for i in range(3)]
+    engine = make_engine(by_digest(*pool), bank_rank_rows=8)
+    third = 1 / 3
+    too_large = greedy("x", plan_of("mixture", *[(weights, third) for weights in pool]), "large")
+    fits = greedy("x", plan_of("mixture", *[(weights, third) for weights in pool[:2]]), "fits")
+    large, other = run_together(engine, [too_large, fits])
+    assert isinstance(large.error, PlanTooLarge) and "12" in str(large.error) and "8" in str(large.error)
+    assert other.is_finished
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "max_tokens", "new_tokens"),
+    [(159, None, 1), (159, 1, 1), (160, None, None), (159, 2, None), (5000, None, None), (10, 150, 150)],
+)
+def test_prompt_and_new_tokens_fit_the_context_or_are_refused(
+    num_prompt_tokens: int, max_tokens: int | None, new_tokens: int | None, make_engine: MakeEngine
+) -> None:
+    engine = make_engine({}, max_model_len=160)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    job = Job("1", "x" * (num_prompt_tokens - 1), sampling=params)  # the tokenizer prepends <bos>
+    if new_tokens is None:
+        with pytest.raises(PromptTooLong, match="160"):
+            engine.prepare(job, lambda event: None)
+        return
+    [answer] = run_together(engine, [job])
+    assert len(answer.tokens) == new_tokens
+    assert isinstance(answer.events[-1], Delta) and answer.events[-1].finish_reason == "length"
+
+
+def test_a_prompt_of_too_many_characters_is_refused(make_engine: MakeEngine) -> None:
+    """It is refused before it is tokenized: 64 characters per token, a template's included."""
+    prepare = make_engine({}, max_model_len=10).prepare
+    with pytest.raises(PromptTooLong, match="641 characters"):
+        prepare(Job("1", "x" * 641), lambda event: None)
+    with pytest.raises(PromptTooLong, match="641 prompt tokens"):
+        prepare(Job("1", "x" * 640), lambda event: None)
+
+
+def test_without_max_tokens_an_answer_may_fill_the_context_within_the_workers_limit(make_engine: MakeEngine) -> None:
+    job = Job("1", "x")  # two tokens
+    for limit, expected in ((8192, 510), (300, 300)):
+        row = make_engine({}, max_model_len=512, max_new_tokens=limit).prepare(job, lambda event: None)
+        assert row.max_new_tokens == expected
+        assert row.expected_len == 2 + 256, "estimates of load do not count a whole context"
+    with pytest.raises(SamplingInvalid, match="min_tokens must be at most the 510 new tokens"):
+        engine = make_engine({}, max_model_len=512)
+        engine.prepare(Job("1", "x", sampling=SamplingParams(min_tokens=511)), lambda event: None)
+
+
+def test_a_prompt_whose_logits_are_not_finite_fails_its_own_row_only(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+
+    def spoil(module: torch.nn.Module, inputs: object, logits: Tensor) -> Tensor:
+        return torch.cat([logits[:, :2], torch.full_like(logits[:, 2:], torch.nan)], dim=1)  # of the prompt's tokens
+
+    engine.base.model.get_output_embeddings().register_forward_hook(spoil)
+    scored = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, prompt_logprobs=1)
+    bad, good = run_together(engine, [Job("bad", "scored", sampling=scored), greedy("good")])
+    assert isinstance(bad.error, LogitsNotFinite)
+    assert len(good.tokens) == 8
+    assert_nothing_held(engine)
+
+
+def test_a_preempted_row_keeps_the_scores_of_its_prompt(make_engine: MakeEngine) -> None:
+    scored = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, prompt_logprobs=2)
+    jobs = [Job(str(number), f"{number} " * 20, sampling=scored) for number in range(4)]
+    tight, ample = make_engine({}, kv_tokens=160), make_engine({})
+    found, expected = run_together(tight, jobs), run_together(ample, jobs)
+    assert tight.counters.num_preemptions > 0 == ample.counters.num_preemptions
+    for answer, other in zip(found, expected, strict=True):
+        [prompt, known] = [
+            [entry for event in each.events if isinstance(event, Delta) for entry in event.prompt]
+            for each in (answer, other)
+        ]
+        assert [entry.token_id for entry in prompt] == answer.row.tokens[: answer.row.num_prompt_tokens]
+        assert [entry.logprob for entry in prompt[1:]] == pytest.approx([e.logprob for e in known[1:]], abs=1e-4)
+
+
+def test_a_row_without_new_tokens_counts_none(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    [answer] = run_together(engine, [Job("1", "only read", sampling=SamplingParams(max_tokens=0))])
+    assert (engine.counters.num_new_tokens, engine.counters.num_prompt_tokens) == (0, answer.row.num_prompt_tokens)
+    assert_nothing_held(engine)
+
+
+def test_a_full_queue_refuses_without_a_trace(make_engine: MakeEngine) -> None:
+    engine = make_engine({}, max_waiting=2)
+    jobs = [greedy("x", BASE_PLAN, i) for i in range(3)]
+    queued = [ask(engine, job) for job in jobs[:2]]
+    with pytest.raises(EngineFull, match="2 requests"):
+        ask(engine, jobs[2])
+    engine.run_until_idle()
+    assert all(answer.is_finished for answer in queued)
+    assert ask(engine, jobs[2]) and engine.has_work
+
+
+def test_an_empty_prompt_is_invalid(tiny_base: Callable[..., BaseModel], make_engine: MakeEngine) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no <bos>
+    engine = make_engine({}, base=replace(tiny_base(), tokenizer=tokenizer))
+    with pytest.raises(PromptInvalid, match="no tokens"):
+        engine.prepare(Job("1", ""), lambda event: None)
+
+
+def test_a_prompt_of_invalid_unicode_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(PromptInvalid):
+        make_engine({}).prepare(Job("1", "half a pair \ud83d"), lambda event: None)
+
+
+@pytest.mark.parametrize("stop_string", ALPACA_STOPS)
+def test_messages_are_rendered_and_the_answer_ends_with_the_template(make_engine: MakeEngine, stop_string: str) -> None:
+    engine = make_engine({}, max_model_len=400)
+    messages = (Message("user", "Hi"),)
+    stop = SamplingParams(max_tokens=8, stop=("mine",))
+    row = engine.prepare(Job("1", messages, sampling=stop), lambda event: None)
+    text = engine.base.tokenizer.decode(row.tokens, skip_special_tokens=True)
+    assert text.endswith("### Instruction:\nHi\n\n### Response:\n")
+    for token in engine.base.tokenizer(f"yes{stop_string}", add_special_tokens=False).input_ids:
+        row.detokenizer.push(token)
+    assert row.detokenizer.stopped
+
+
+@pytest.mark.parametrize("template", ["chat", "auto"])
+def test_a_chat_prompt_begins_with_one_bos(
+    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine, template: str
+) -> None:
+    base = tiny_base()
+    base.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    engine = make_engine({}, base=base)
+    row = engine.prepare(Job("1", (Message("user", "Hi"),), template=template), lambda event: None)
+    assert row.tokens.count(256) == 1
+
+
+def test_a_cancelled_request_frees_its_row_and_pins_and_the_others_go_on_unchanged(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    pool = [random_adapter(shapes, i) for i in range(2)]
+    adapters = by_digest(*pool)
+    engine = make_engine(adapters, max_batch_size=2)
+    leaving = ask(engine, greedy("leaves", plan_of("selection", (pool[0], 1.0)), "leaves", num_new=50))
+    staying_job = greedy("stays", plan_of("selection", (pool[1], 1.0)), "stays", num_new=20)
+    staying = ask(engine, staying_job)
+    queued_job = greedy("queued", BASE_PLAN, "queued")
+    queued = ask(engine, queued_job)
+    for _ in range(5):
+        engine.step()
+    assert (engine.kv_cache.num_free, engine.residency.num_pins, len(engine.waiting)) == (0, 2, 1)
+    num_events = len(leaving.events)
+    engine.cancel(leaving.row)
+    assert (engine.kv_cache.num_free, engine.residency.num_pins) == (1, 1)
+    engine.run_until_idle()
+    assert len(leaving.events) == num_events, "a cancelled request gets no more events"
+    assert queued.row.kv_row == leaving.row.kv_row
+    assert_same(staying, alone(staying_job, adapters))
+    assert_same(queued, alone(queued_job, adapters))
+    assert_nothing_held(engine)
+
+
+def test_cancelling_a_waiting_request_frees_its_place_even_while_it_loads(
+    make_engine: MakeEngine, shapes: Shapes
+) -> None:
+    good, executor = random_adapter(shapes, 1), HeldExecutor()
+    engine = make_engine(by_digest(good), executor=executor, max_waiting=1)
+    loading = ask(engine, greedy("x", plan_of("selection", (good, 1.0)), "loading"))
+    engine.step()
+    engine.cancel(loading.row)
+    assert not engine.has_work
+    base = ask(engine, BASE_JOB)
+    executor.release()
+    engine.run_until_idle()
+    assert base.is_finished and loading.events == []
+    assert_nothing_held(engine)
+
+
+def test_cancelling_an_unknown_or_ended_request_does_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    [answer] = run_together(engine, [BASE_JOB])
+    engine.cancel(answer.row)
+    engine.cancel(engine.prepare(BASE_JOB, lambda event: None))
+    assert answer.is_finished
+    assert_nothing_held(engine)
+
+
+def test_a_wide_plan_starts_eventually(make_engine: MakeEngine, shapes: Shapes) -> None:
+    small, wide = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=8)
+    engine = make_engine(by_digest(small, wide), bank_rank_rows=8)
+    small_plan = plan_of("selection", (small, 1.0))
+    stream = [ask(engine, greedy("small", small_plan, i, num_new=6)) for i in range(2)]
+    engine.step()
+    waiting = ask(engine, greedy("wide", plan_of("selection", (wide, 1.0)), "wide"))
+    for number in range(200):
+        engine.step()
+        if number % 3 == 0:
+            stream.append(ask(engine, greedy("small", small_plan, 10 + number, num_new=6)))
+        if waiting.is_finished:
+            return
+    raise AssertionError("the wide plan never ran")
+
+
+def test_min_tokens_prevents_every_end_and_max_tokens_ends_the_answer(make_engine: MakeEngine) -> None:
+    engine = make_engine({})
+    always_says(engine.base.model, 257)  # <eos>
+    least = SamplingParams(max_tokens=9, min_tokens=5, temperature=0)
+    at_once, later, never, stopped = run_together(
+        engine,
+        [
+            Job("0", "x", sampling=SamplingParams(max_tokens=9, temperature=0)),
+            Job("1", "x", sampling=least),
+            Job("2", "x", sampling=SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)),
+            Job("3", "x", sampling=replace(least, ignore_eos=True, stop_token_ids=(257, 3))),
+        ],
+    )
+    assert at_once.tokens == [257] and at_once.text == ""
+    assert len(later.tokens) == 6 and later.tokens.index(257) == 5
+    assert never.tokens == [257] * 9
+    assert len(stopped.tokens) == 6 and stopped.tokens.index(257) == 5 and 3 not in stopped.tokens
+    reasons = [a.events[-1].finish_reason for a in (at_once, later, never, stopped)]  # type: ignore[union-attr]
+    assert reasons == ["stop", "stop", "length", "stop"]
+
+
+def test_the_first_logits_are_the_models_own_even_with_min_tokens(make_engine: MakeEngine) -> None:
+    params = SamplingParams(max_tokens=3, min_tokens=2, temperature=0)
+    plain, least = run_together(make_engine({}), [BASE_JOB, Job("least", str(BASE_JOB.prompt), sampling=params)])
+    assert_equal_logits(least.first_logits, plain.first_logits)
+
+
+def test_counts_grow_and_only_the_last_delta_has_a_reason(make_engine: MakeEngine) -> None:
+    [answer] = run_together(make_engine({}), [greedy("count", BASE_PLAN, 0, num_new=10)])
+    deltas = [event for event in answer.events if isinstance(event, Delta)]
+    counts = [delta.num_new_tokens for delta in deltas]
+    assert counts == sorted(set(counts)) and counts[-1] == 10
+    assert {delta.num_prompt_tokens for delta in deltas} == {len("count") + 1}
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+
+
+def test_the_engine_loads_its_own_base_model(tiny_folders: Mapping[str, Path]) -> None:
+    engine = Engine(tiny_config(tiny_folders["llama"]), fetching({}.__getitem__, InlineExecutor()))
+    [answer] = run_together(engine, [BASE_JOB])
+    assert answer.is_finished

@@ -1,0 +1,76 @@
+"""Supported model families give transformers' own tokens; all others are refused at start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.native.loop import Engine
+from tests.gpu_worker.engine_driver import MakeEngine, greedy, run_together
+from tests.gpu_worker.families import EQUAL, REFUSED, save
+from tests.soak import Scale
+from tests.tiny import tiny_config
+
+PROMPTS = ["a", "the quick brown fox", "0123456789" * 3, "x y", "lorem ipsum dolor "]
+NUM_NEW = 8
+SMALL_EQUAL, SMALL_REFUSED = 6, 6
+
+
+def engine_over(folder: Path, make_engine: MakeEngine, **changes: object) -> Engine:
+    """Start an engine that takes its prompts in chunks."""
+    base = load_base_model(tiny_config(folder, **changes))
+    return make_engine({}, base=base, max_step_tokens=16, **changes)
+
+
+def continuations(folder: Path) -> list[list[int]]:
+    """Return the greedy tokens of transformers' eager model, each prompt alone and without a cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt).input_ids
+        with torch.inference_mode():
+            for _ in range(NUM_NEW):
+                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        found.append(tokens[-NUM_NEW:])
+    return found
+
+
+def some(names: Sequence[str], what: str, small: int, scale: Scale) -> Sequence[str]:
+    """Return the first names, or all of them in a full run."""
+    return names[: scale.pick(what, small=small, full=len(names))]
+
+
+def test_supported_families_give_transformers_own_tokens(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
+    jobs = [greedy(prompt, num_new=NUM_NEW) for prompt in PROMPTS]
+    for name in some(list(EQUAL), "families served", SMALL_EQUAL, scale):
+        folder = save(tmp_path / name, name, EQUAL[name])
+        answers = run_together(engine_over(folder, make_engine), jobs)
+        assert [answer.tokens for answer in answers] == continuations(folder), name
+
+
+def test_supported_families_start_in_bfloat16(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
+    """Experts with random weights tie more often than trained ones, but that does not justify a refusal.
+
+    OLMo rotates by float32 angles.
+    """
+    names = ["olmo", *(name for name in EQUAL if name != "olmo")]
+    for name in some(names, "families in bfloat16", SMALL_EQUAL, scale):
+        engine_over(save(tmp_path / name, name, EQUAL[name]), make_engine, dtype="bfloat16")
+
+
+def test_unsupported_families_are_refused_at_start_by_name(
+    tmp_path: Path, make_engine: MakeEngine, scale: Scale
+) -> None:
+    for name in some(list(REFUSED), "families refused", SMALL_REFUSED, scale):
+        settings, reason = REFUSED[name]
+        folder = save(tmp_path / name, name, settings)
+        with pytest.raises(BaseModelUnsupported, match=reason) as refusal:
+            engine_over(folder, make_engine)
+        assert name.replace("_", "") in str(refusal.value).lower().replace("_", ""), name

@@ -1,0 +1,309 @@
+"""A pool that changes while the engine serves: loads, forgetting, updates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import pytest
+
+from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.native.loop import Engine
+from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.engine_driver import (
+    BASE_JOB,
+    Alone,
+    Answer,
+    HeldExecutor,
+    MakeEngine,
+    Shapes,
+    ask,
+    assert_nothing_held,
+    assert_same,
+    by_digest,
+    greedy,
+    only,
+    run_together,
+    steps,
+)
+from tests.tiny import plan_of, random_adapter
+
+
+class Pool:
+    """Returns weights by digest, counts calls, and can be switched off."""
+
+    def __init__(self, *weights: AdapterWeights) -> None:
+        self.weights = by_digest(*weights)
+        self.fetched: Counter[str] = Counter()
+        self.is_down = False
+
+    def __call__(self, digest: str) -> AdapterWeights:
+        self.fetched[digest] += 1
+        if self.is_down:
+            raise ConnectionError("the store is away")
+        return self.weights[digest]
+
+
+def test_resident_adapters_are_not_fetched_again(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
+    """The host cache keeps only the last adapter, and the store is switched off."""
+    first, second, other = (random_adapter(shapes, i) for i in range(3))
+    pool = Pool(first, second, other)
+    engine = make_engine(pool, host_cache_bytes=0)
+    run_together(engine, [greedy("x", only(weights)) for weights in (first, second)])
+    pool.is_down = True
+    both = greedy("both", plan_of("mixture", (first, 0.5), (second, 0.5)), "both")
+    answer, failed = run_together(engine, [both, greedy("x", only(other), "other")])
+    assert_same(answer, alone(both, pool.weights))
+    assert isinstance(failed.error, AdapterLoadFailed)
+    assert pool.fetched[first.weights_digest] == pool.fetched[second.weights_digest] == 1
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with another row that waits for its load"])
+def test_an_adapter_evicted_while_a_request_waits_is_fetched_again(
+    beside: bool, make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    evicted, wide, late = (random_adapter(shapes, i, rank=rank) for i, rank in enumerate((2, 8, 2)))
+    pool, executor = Pool(evicted, wide, late), HeldExecutor()
+    engine = make_engine(pool, executor=executor, bank_rank_rows=8, max_batch_size=1, host_cache_bytes=0)
+    first = ask(engine, greedy("x", only(evicted)))
+    executor.release()
+    engine.run_until_idle()
+    assert first.is_finished
+    wide_job = greedy("wide", only(wide), "wide", num_new=2)
+    plan = plan_of("mixture", (evicted, 0.5), (late, 0.5)) if beside else only(evicted)
+    job = greedy("evicted", plan, "evicted")
+    wide_answer, answer = ask(engine, wide_job), ask(engine, job)
+    assert pool.fetched[evicted.weights_digest] == 1, "it is in the bank as the request comes"
+    executor.release()
+    while not wide_answer.is_finished:
+        engine.step()
+    assert not engine.step(), "the request waits for its fetch"
+    executor.release()
+    engine.run_until_idle()
+    assert pool.fetched[evicted.weights_digest] == 2
+    assert_same(wide_answer, alone(wide_job, pool.weights))
+    assert_same(answer, alone(job, pool.weights))
+
+
+def token_times(engine: Engine, answers: list[Answer]) -> list[list[int]]:
+    """Return the number of reported tokens of each request after each step, until all have ended."""
+    times = []
+    while not all(answer.is_finished for answer in answers):
+        assert engine.step()
+        deltas = [[event for event in answer.events if isinstance(event, Delta)] for answer in answers]
+        times.append([received[-1].num_new_tokens if received else 0 for received in deltas])
+    return times
+
+
+def test_stalled_fetches_do_not_change_the_token_times_of_others(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    """More fetches stall than there are loading threads."""
+    good, slow = random_adapter(shapes, 1), [random_adapter(shapes, 10 + i, rank=1) for i in range(6)]
+    stalled: dict[str, Future[AdapterWeights]] = {weights.weights_digest: Future() for weights in slow}
+
+    def fetch(digest: str) -> Future[AdapterWeights]:
+        if digest in stalled:
+            return stalled[digest]
+        fetched: Future[AdapterWeights] = Future()
+        fetched.set_result(good)
+        return fetched
+
+    jobs = [greedy("good " * i, only(good), f"good-{i}", num_new=5 + i) for i in range(1, 4)] + [BASE_JOB]
+    engine = make_engine({}, fetch=fetch, load_threads=2)
+    undisturbed = [ask(engine, job) for job in jobs]
+    expected = token_times(engine, undisturbed)
+
+    engine = make_engine({}, fetch=fetch, load_threads=2)
+    slow_jobs = [greedy("slow", only(weights), weights.weights_digest) for weights in slow]
+    waiting = [ask(engine, job) for job in slow_jobs[:3]]
+    answers = [ask(engine, job) for job in jobs]
+    waiting += [ask(engine, job) for job in slow_jobs[3:]]
+    assert token_times(engine, answers) == expected
+    for found, reference in zip(answers, undisturbed, strict=True):
+        assert_same(found, reference)
+
+    assert not any(answer.events for answer in waiting)
+    for weights in slow:
+        stalled[weights.weights_digest].set_result(weights)
+    engine.run_until_idle()
+    for job, answer in zip(slow_jobs, waiting, strict=True):
+        assert_same(answer, alone(job, by_digest(*slow)))
+
+
+def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    resident, loading = (random_adapter(shapes, i) for i in range(2))
+    pool, executor = Pool(resident, loading), HeldExecutor()
+    engine = make_engine(pool, executor=executor)
+    warm = ask(engine, greedy("x", only(resident)))
+    executor.release()
+    engine.run_until_idle()
+    assert warm.is_finished
+    stalled = ask(engine, greedy("y", only(loading), "stalled"))
+    stalled.row.num_passes = 1000
+    job = greedy("z", only(resident), "behind")
+    behind = ask(engine, job)
+    steps(engine, 20)
+    assert_same(behind, alone(job, pool.weights))
+    assert not stalled.is_finished
+    executor.release()
+    engine.run_until_idle()
+    assert stalled.is_finished
+
+
+def test_forgetting_idle_weights_frees_them_at_once(make_engine: MakeEngine, shapes: Shapes) -> None:
+    gone, kept = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=5)
+    engine = make_engine(by_digest(gone, kept))
+    empty = engine.status()
+    run_together(engine, [greedy("x", only(weights)) for weights in (gone, kept)])
+    full = engine.status()
+    assert (len(full.resident), full.occupied_rows) == (2, 8)
+    assert engine.queue.forget([gone.weights_digest, "never seen"])
+    assert engine.residency.resident == {kept.weights_digest}
+    assert 0 < engine.status().host_cache_bytes < full.host_cache_bytes
+    assert engine.queue.forget([kept.weights_digest])
+    assert engine.status() == empty
+
+
+def test_forgotten_weights_stay_exactly_until_their_last_request_ends(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    """One request runs and one waits for a row: both use the version that is then forgotten."""
+    weights = random_adapter(shapes, 1)
+    pool = Pool(weights)
+    engine = make_engine(pool, max_batch_size=1)
+    empty = engine.status()
+    running_job, waiting_job = (greedy(name, only(weights), name, num_new=6) for name in ("runs", "waits"))
+    running, waiting = ask(engine, running_job), ask(engine, waiting_job)
+    steps(engine, 3)
+    assert not engine.queue.forget([weights.weights_digest])
+    assert engine.status().num_forgetting == 1
+    while not running.is_finished:
+        engine.step()
+    assert not engine.queue.forget([weights.weights_digest]), "the other still needs it"
+    engine.run_until_idle()
+    assert engine.status() == empty
+    assert engine.queue.forget([weights.weights_digest])
+    assert_same(running, alone(running_job, pool.weights))
+    assert_same(waiting, alone(waiting_job, pool.weights))
+    assert pool.fetched == {weights.weights_digest: 1}
+
+
+def test_a_request_that_waits_for_its_load_keeps_weights_forgotten_meanwhile(
+    make_engine: MakeEngine, shapes: Shapes, alone: Alone
+) -> None:
+    weights, executor = random_adapter(shapes, 1), HeldExecutor()
+    engine = make_engine(by_digest(weights), executor=executor)
+    empty = engine.status()
+    job = greedy("loads", only(weights), "loads")
+    answer = ask(engine, job)
+    assert not engine.queue.forget([weights.weights_digest])
+    executor.release()
+    engine.run_until_idle()
+    assert_same(answer, alone(job, by_digest(weights)))
+    assert engine.status() == empty
+
+
+def test_an_abandoned_load_is_forgotten_when_it_ends(make_engine: MakeEngine, shapes: Shapes) -> None:
+    weights, executor = random_adapter(shapes, 1), HeldExecutor()
+    engine = make_engine(by_digest(weights), executor=executor)
+    answer = ask(engine, greedy("leaves", only(weights)))
+    engine.cancel(answer.row)
+    assert not engine.queue.forget([weights.weights_digest])
+    executor.release()
+    engine.step()  # a finished load wakes the engine
+    assert engine.status().host_cache_bytes == 0
+    assert engine.queue.forget([weights.weights_digest])
+
+
+def end_by_cancel(engine: Engine, answer: Answer) -> None:
+    engine.cancel(answer.row)
+
+
+def end_by_failing_all(engine: Engine, answer: Answer) -> None:
+    engine.fail_all(ConnectionError("it ends"))
+
+
+@pytest.mark.parametrize("end", [end_by_cancel, end_by_failing_all])
+@pytest.mark.parametrize("num_steps", [0, 3], ids=["waiting", "running"])
+def test_forgotten_weights_are_dropped_however_the_last_request_ends(
+    num_steps: int, end: Callable[[Engine, Answer], None], make_engine: MakeEngine, shapes: Shapes
+) -> None:
+    weights = random_adapter(shapes, 1)
+    engine = make_engine(by_digest(weights))
+    empty = engine.status()
+    answer = ask(engine, greedy("x", only(weights), num_new=50))
+    steps(engine, num_steps)
+    assert not engine.queue.forget([weights.weights_digest])
+    end(engine, answer)
+    assert engine.status() == empty
+
+
+def test_a_hundred_cycles_of_load_use_and_forget_leave_nothing(make_engine: MakeEngine, shapes: Shapes) -> None:
+    """Every other forget comes while the request runs; each cycle has new weights of another rank."""
+    cycles = [random_adapter(shapes, i, rank=1 + i % 7, modules=lambda name: "layers.0" in name) for i in range(100)]
+    engine = make_engine(by_digest(*cycles))
+    empty = engine.status()
+    for number, weights in enumerate(cycles):
+        answer = ask(engine, greedy("cycle", only(weights), number, num_new=3))
+        if number % 2:
+            engine.step()
+            assert not engine.queue.forget([weights.weights_digest])
+        engine.run_until_idle()
+        assert answer.is_finished
+        assert engine.queue.forget([weights.weights_digest])
+        assert engine.status() == empty
+    assert_nothing_held(engine)
+    engine.bank.set_active(engine.bank.num_rows)
+    assert all(bank.a.isnan().all() and bank.bt.isnan().all() for bank in engine.bank.modules.values())
+
+
+PROMPTS = ("the first prompt", "a second, longer prompt that takes its time", "third")
+
+
+def jobs_for(version: AdapterWeights, partner: AdapterWeights, name: str) -> list[Job]:
+    plans = (only(version), plan_of("mixture", (version, 0.6), (partner, 0.5)), only(version))
+    return [
+        greedy(prompt, plan, f"{name}-{i}", num_new=6)
+        for i, (prompt, plan) in enumerate(zip(PROMPTS, plans, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def lone_answers() -> dict[str, Answer]:
+    """Return the answers of runs alone by request id, shared by the offsets below."""
+    return {}
+
+
+@pytest.mark.parametrize("offset", range(14))
+def test_running_rows_end_as_version_1_and_new_ones_as_version_2(
+    offset: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone, lone_answers: dict[str, Answer]
+) -> None:
+    """Three requests for version 1 come a step apart; `offset` steps after the first, version 2 takes its place."""
+    first, second = (random_adapter(shapes, i, size=0.3) for i in (1, 2))
+    partner = random_adapter(shapes, 3, rank=3)
+    adapters = by_digest(first, second, partner)
+    engine = make_engine(adapters, bank_rank_rows=12, max_step_tokens=24)
+    old_jobs, new_jobs = jobs_for(first, partner, "old"), jobs_for(second, partner, "new")
+    old: list[Answer] = []
+    new: list[Answer] = []
+    for step in range(14):
+        if step == offset:
+            engine.queue.forget([first.weights_digest])
+            new = [ask(engine, job) for job in new_jobs]
+        if step < len(old_jobs):
+            old.append(ask(engine, old_jobs[step]))
+        engine.step()
+    engine.run_until_idle()
+    for job, answer in zip(old_jobs + new_jobs, old + new, strict=True):
+        if job.request_id not in lone_answers:
+            lone_answers[job.request_id] = alone(job, adapters)
+        assert_same(answer, lone_answers[job.request_id])
+    assert all(before.tokens != after.tokens for before, after in zip(old, new, strict=True))
+    engine.queue.forget([first.weights_digest])
+    assert engine.residency.resident == {second.weights_digest, partner.weights_digest}
+    assert_nothing_held(engine)

@@ -1,0 +1,184 @@
+"""Planned memory equals used memory, and a plan that does not fit stops the start with the sum."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.bank.device_memory import MappingLimit
+from gpu_worker.config import WorkerConfig
+from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.model.base_model import BaseModel, load_base_model
+from gpu_worker.native.loop import Engine
+from gpu_worker.native.memory_plan import MemoryPlan, plan_memory
+from tests.tiny import tiny_config
+
+GIB = 1 << 30
+TOKEN_BYTES = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, float32
+
+
+@pytest.fixture
+def plan(tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]) -> Callable[..., MemoryPlan]:
+    base = tiny_base("llama")
+
+    def make(free_bytes: int, *limits: MappingLimit, **changes: object) -> MemoryPlan:
+        return plan_memory(tiny_config(tiny_folders["llama"], **changes), base, free_bytes, limits)
+
+    return make
+
+
+def test_the_parts_of_the_plan_equal_the_engines_use(
+    plan: Callable[..., MemoryPlan], make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="gpu_worker.native.memory_plan"):
+        engine = make_engine({}, "llama", kv_tokens=320)
+    planned = plan(GIB, kv_tokens=320)
+    assert planned.bank_bytes == engine.memory.bank_bytes == engine.bank.num_bytes
+    assert planned.kv_bytes == engine.memory.kv_bytes == engine.kv_cache.num_bytes == 320 * TOKEN_BYTES
+    assert planned.weights_bytes == sum(parameter.nbytes for parameter in engine.base.model.parameters())
+    assert str(engine.memory) in caplog.text
+    assert planned.total_bytes == sum(
+        (planned.weights_bytes, planned.bank_bytes, planned.headroom_bytes, planned.kv_bytes)
+    )
+
+
+def test_with_enough_memory_every_row_may_have_its_maximum_length(plan: Callable[..., MemoryPlan]) -> None:
+    assert plan(GIB).kv.num_tokens == 8 * 160
+    assert plan(GIB, max_model_len=150).kv.num_tokens == 8 * 160, "whole pages"
+    assert plan(GIB, max_model_len=5000).kv.num_tokens == 8 * 512, "the model's own bound"
+    assert plan(GIB, kv_tokens=200).kv.num_tokens == 208
+    assert plan(GIB, kv_tokens=1_000_000).kv.num_tokens == 8 * 160, "no more than rows can use"
+
+
+def windowed(base: BaseModel) -> BaseModel:
+    """Return a base model of three layers, two of which see 20 tokens."""
+    return replace(base, window=20, window_layers=frozenset({0, 1}))
+
+
+def test_layers_with_a_window_plan_what_rows_and_prefixes_hold(
+    tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
+) -> None:
+    """Eight rows of 512 tokens hold at most four pages each in a window, and a step computes four pages more."""
+    base, folder = tiny_base("llama"), tiny_folders["llama"]
+    of_layer, ample = TOKEN_BYTES // 3, {"max_model_len": 512, "max_step_tokens": 64}
+    for changes, num_window_tokens in (
+        ({}, (8 * 4 * 2 + 4) * 16),
+        ({"prefix_cache": False}, (8 * 4 + 4) * 16),
+        ({"prefix_cache_share": 0.5}, (8 * 4 + 16 + 4) * 16),
+    ):
+        found = plan_memory(tiny_config(folder, **ample, **changes), windowed(base), GIB)
+        assert (found.kv.num_tokens, found.kv.num_window_tokens) == (8 * 512, num_window_tokens)
+        assert found.kv_bytes == (8 * 512 + 2 * num_window_tokens) * of_layer
+        saved = (8 * 512 - num_window_tokens) * 2 * of_layer / (1 << 20)
+        assert f"KV of 4096 tokens (2 of 3 layers keep a window of 20, which saves {saved:,.0f} MiB)" in str(found)
+    short = plan_memory(tiny_config(folder, max_model_len=20), windowed(base), GIB)
+    assert short.kv.window_layers == frozenset(), "no row outgrows the window"
+
+
+@pytest.mark.parametrize("num_tokens", [512, 1024, 2000, 4000])
+def test_memory_that_is_left_is_used_with_windows_too(
+    num_tokens: int, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
+) -> None:
+    base = windowed(tiny_base("llama"))
+    config = tiny_config(tiny_folders["llama"], max_model_len=512, prefix_cache=False)
+    ample = plan_memory(config, base, GIB)
+    fixed = ample.total_bytes - ample.kv_bytes - int(0.05 * GIB)
+    wanted = num_tokens + 2 * min(num_tokens, 576)
+    found = plan_memory(config, base, int((fixed + wanted * TOKEN_BYTES // 3) / 0.95) + 2)
+    assert found.kv.num_tokens == num_tokens // 16 * 16 and found.total_bytes <= found.free_bytes
+
+
+def test_less_memory_gives_less_kv_and_too_little_stops_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
+    ample = plan(GIB)
+    fixed = ample.total_bytes - ample.kv_bytes - int(0.05 * GIB)
+    for num_tokens in (1024, 160):
+        found = plan(int((fixed + num_tokens * TOKEN_BYTES) / 0.95) + 2)
+        assert found.kv.num_tokens == num_tokens and found.total_bytes <= found.free_bytes
+    with pytest.raises(WorkerConfigInvalid, match=r"KV of 160 tokens .* = .* MiB of .* MiB free on cpu"):
+        plan(int((fixed + 159 * TOKEN_BYTES) / 0.95))
+
+
+def test_memory_that_may_not_be_mapped_stops_the_start_with_the_sum(plan: Callable[..., MemoryPlan]) -> None:
+    found = plan(GIB, kv_tokens=160)
+    needed = found.total_bytes
+    assert plan(GIB, MappingLimit("RLIMIT_AS", needed), kv_tokens=160) == found
+    message = r"KV of 160 tokens \d+ MiB = \d+ MiB of .* and of \d+ MiB that RLIMIT_AS leaves; lower kv_tokens"
+    for limits in ([("RLIMIT_AS", needed - 1)], [("RLIMIT_DATA", needed), ("RLIMIT_AS", needed - 1)]):
+        with pytest.raises(WorkerConfigInvalid, match=message):
+            plan(GIB, *[MappingLimit(*limit) for limit in limits], kv_tokens=160)
+
+
+def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Runs in a separate process, because the limit applies to all of it."""
+    script = f"""
+import resource
+from pathlib import Path
+from gpu_worker.config import WorkerConfig
+from gpu_worker.native.loop import Engine
+from gpu_worker.errors import WorkerConfigInvalid
+from tests.tiny import tiny_config
+
+[used] = [int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize")]
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), resource.RLIM_INFINITY))
+config = tiny_config(Path({str(tiny_folders["llama"])!r}), max_model_len=512, max_batch_size=10_000,
+                     max_step_tokens=10_000, bank_rank_rows=8, kv_tokens=5_120_000)
+try:
+    Engine(config, lambda digest: None)
+except WorkerConfigInvalid as exc:
+    print(exc)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "that RLIMIT_AS leaves" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"), [({"kv_tokens": 160 * 8}, "KV"), ({"bank_rank_rows": 100_000}, "bank"), ({}, "weights")]
+)
+def test_the_sum_contains_the_setting_that_cannot_fit(
+    changes: dict[str, object], part: str, plan: Callable[..., MemoryPlan]
+) -> None:
+    needed = plan(GIB, **changes)
+    with pytest.raises(WorkerConfigInvalid) as caught:
+        plan((needed.total_bytes - needed.headroom_bytes) // 2, **changes)
+    terms = re.findall(r"([\d,]+) MiB", str(caught.value))
+    assert part in str(caught.value) and len(terms) == 6
+
+
+def test_a_tied_output_head_in_bfloat16_counts_in_addition_to_the_embedding(
+    tiny_folders: Mapping[str, Path],
+) -> None:
+    """gemma3 ties them; the CPU packs a second copy of the head."""
+    config = tiny_config(tiny_folders["gemma3"], dtype="bfloat16")
+    base = load_base_model(config)
+    embedding = base.model.get_input_embeddings().weight
+    assert base.model.get_output_embeddings().weight is embedding
+    num_bytes = sum(parameter.nbytes for parameter in base.model.parameters())
+    assert plan_memory(config, base, GIB).weights_bytes == num_bytes + embedding.nbytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"kv_tokens": 159}, "kv_tokens"), ({"device": "cuda", "dtype": "float32"}, "float32")],
+)
+def test_a_config_that_could_never_run_is_refused(
+    changes: dict[str, object], named: str, tiny_folders: Mapping[str, Path]
+) -> None:
+    with pytest.raises(WorkerConfigInvalid, match=named):
+        tiny_config(tiny_folders["llama"], **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_missing_device_stops_the_start() -> None:
+    with pytest.raises(WorkerConfigInvalid, match="cuda"):
+        Engine(WorkerConfig(device="cuda"), lambda digest: pytest.fail("nothing is fetched"))

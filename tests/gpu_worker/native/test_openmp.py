@@ -1,0 +1,127 @@
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpu_worker.bank.load_threads import load_executor, use_one_thread
+from gpu_worker.native import openmp
+from gpu_worker.native.engine import NativeEngine
+from gpu_worker.native.openmp import run_on_short_lived_thread, thread_team_releaser
+from tests.gpu_worker.engine_driver import MakeEngine, by_digest, run
+
+MANY = 1 << 20  # values: torch uses its threads for this many
+
+
+def computing_threads() -> int:
+    """Return the threads of this process after the caller has made torch use as many as allowed."""
+    torch.ones(MANY).neg()
+    return num_threads()
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def settled_threads() -> int:
+    """Return the number of threads once it has not changed for a moment."""
+    found, since = num_threads(), time.monotonic()
+    while time.monotonic() - since < 0.05:
+        if (now := num_threads()) != found:
+            found, since = now, time.monotonic()
+        os.sched_yield()
+    return found
+
+
+def settled(expected: int) -> bool:
+    """Wait until this many threads are left: the system removes them a moment after they were joined."""
+    deadline = time.monotonic() + 10
+    while num_threads() != expected and time.monotonic() < deadline:
+        os.sched_yield()
+    return num_threads() == expected
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted through /proc")
+
+
+@pytest.fixture
+def two_threads(request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    settled_threads()  # none of an earlier test is counted
+
+
+def test_a_short_lived_thread_leaves_no_team(two_threads: None) -> None:
+    before = computing_threads()  # includes this thread's own team
+    inside = run_on_short_lived_thread(computing_threads)
+    assert inside == before + 2, "it has a thread and a team of two, its own included, while it runs"
+    assert settled(before)
+
+
+def test_a_short_lived_thread_passes_on_result_and_error() -> None:
+    assert run_on_short_lived_thread(lambda: "made") == "made"
+    with pytest.raises(ZeroDivisionError):
+        run_on_short_lived_thread(lambda: 1 / 0)
+
+
+def test_loads_use_one_thread_and_other_work_is_unaffected(two_threads: None) -> None:
+    before = computing_threads()
+    with load_executor(1) as executor:
+        assert executor.submit(computing_threads).result() == before + 1
+        assert executor.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_a_single_threaded_thread_does_not_affect_others(two_threads: None) -> None:
+    def alone() -> int:
+        use_one_thread()
+        return torch.get_num_threads()
+
+    assert run_on_short_lived_thread(alone) == 1
+    assert torch.get_num_threads() == 2
+    assert run_on_short_lived_thread(torch.get_num_threads) == 2
+
+
+def test_an_ended_team_is_started_again(two_threads: None) -> None:
+    """This can be repeated: ended threads are not counted."""
+
+    def rounds() -> list[tuple[int, bool]]:
+        end_team, found = thread_team_releaser(), []
+        for _ in range(3):
+            with_team = computing_threads()
+            end_team()
+            found.append((with_team - alone, settled(alone)))
+        return found
+
+    with ThreadPoolExecutor(1) as executor:
+        alone = executor.submit(num_threads).result()
+        assert executor.submit(rounds).result() == [(1, True)] * 3
+
+
+def test_a_waiting_engine_has_no_team(
+    two_threads: None,
+    make_engine: MakeEngine,
+    start: Callable[..., NativeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(by_digest())
+    native = start(engine)
+    monkeypatch.setattr(engine, "status", computing_threads)  # on the engine's thread
+    before = num_threads()
+    for _ in range(3):
+        assert run(native.status()) == before + 1
+        assert settled(before)
+
+
+def test_a_library_without_the_function_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace()  # as the libgomp of other packages, older than OpenMP 5
+    monkeypatch.setattr(openmp, "threadpool_info", lambda: [{"prefix": "libgomp", "filepath": "libgomp.so"}])
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: old)
+    thread_team_releaser()()
+    assert vars(old) == {}
