@@ -21,30 +21,24 @@ from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest, Weig
 from retriever_svc.served_bases import ServedBases
 
 _MIN_DIGEST_CHARS = 8
-_LEAST_WEIGHT = 0.02  # a companion with less does not change the answer, and costs a slot in the bank
+_LEAST_SHARE = 0.02  # of the best adapter's weight; a companion with less changes nothing and takes a slot of the bank
 _EVERY_BASE = ServedBases()
 MIN_LEAD = 3.0  # weight of the best adapter : total weight of the companions
 CLOSE_SCORES = 0.05  # an adapter whose score is at most this much lower may share the lead
 
 
 def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
-    """Return the plan of the best match (`selection`) or of all of them. `matches`: at least one, best first."""
+    """Return the plan of the best match (`selection`) or of those with weight. `matches`: at least one, best first."""
     planned = matches[:1] if request.strategy == "selection" else matches
-    weights = _weights(planned, request.weighting, temperature)
     if request.weighting == "evidence":
-        planned, weights = _with_effect(planned, weights)
+        lowest = planned[0].score + temperature * math.log(_LEAST_SHARE)
+        planned = [match for match in planned if match.score >= lowest]
+    weights = _weights(planned, request.weighting, temperature)
     rows = tuple(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score)
         for match, weight in zip(planned, weights, strict=True)
     )
     return Plan(request.strategy, rows, generation, _common_template([match.record for match in planned]))
-
-
-def _with_effect(matches: Sequence[Match], weights: Sequence[float]) -> tuple[list[Match], list[float]]:
-    """Return the matches whose weights change the answer, and these weights, which sum to 1 again."""
-    pairs = [pair for pair in zip(matches, weights, strict=True) if pair[1] >= _LEAST_WEIGHT]
-    total = sum(weight for _, weight in pairs)
-    return [match for match, _ in pairs], [weight / total for _, weight in pairs]
 
 
 def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
