@@ -274,8 +274,8 @@ def test_a_companion_without_weight_is_no_part_of_the_plan() -> None:
     assert names(close) == ["e", "near"]
     assert sum(a.weight for a in close.plan.adapters) == pytest.approx(1)
     assert len(route_one(retriever, weighting="softmax").plan.adapters) == 3
-    many = [record_of(f"a{n}", EAST) for n in range(64)]
-    assert len(route_one(retriever_of(*many), weighting="evidence", top_k=64).plan.adapters) == 64
+    many = [record_of(f"a{n}", EAST) for n in range(16)]
+    assert len(route_one(retriever_of(*many), weighting="evidence", top_k=16).plan.adapters) == 16
 
 
 def test_a_commit_to_the_catalogue_is_read_after_catching_up(tmp_path: Path) -> None:
