@@ -27,7 +27,6 @@ from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
-from retriever_svc.ordinary_prompts import refers_back
 from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve, resolve_version, routed_plan, with_trials
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
@@ -175,7 +174,7 @@ class Retriever:
             best = matches[0] if matches else None
             return NoAdapterMatched(best and best.score, NO_THRESHOLD if best is None else best.threshold)
         reason: Reason = "below_threshold" if matches else "no_candidates"
-        back = pool.ordinary is not None and refers_back(encoded.vector, pool.ordinary)
+        back = pool.refers_back(encoded.vector)
         plan = Plan("base", generation=generation)
         return Route(plan, candidates, generation, abstained=True, reason=reason, refers_back=back)
 
