@@ -95,11 +95,11 @@ def served(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def serving(
-    folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str]
+    folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str], *, leads_group: bool = False
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run `loraretriever serve` with this environment until it is ready. Yield its address and its process.
 
-    The process leads a session and a process group, which its children share.
+    `leads_group`: the process leads a session and a process group of its own, which its children share.
     """
     file, port = folder / "settings.yaml", free_port("127.0.0.1")
     file.write_text(yaml.safe_dump(dict(settings)))
@@ -107,7 +107,7 @@ def serving(
     command = [str(program), "serve", "--config", str(file), "--port", str(port)]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=leads_group
         )
     url = f"http://127.0.0.1:{port}"
     try:

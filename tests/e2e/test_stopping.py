@@ -97,7 +97,7 @@ def test_a_request_in_progress_is_answered_by_a_server_that_stops(tmp_path: Path
 def test_a_signal_to_all_processes_stops_the_server_without_a_line_of_rays(tmp_path: Path, number: int) -> None:
     """Ctrl-C in a terminal, `timeout` and systemd send their signals to the processes of Ray too."""
     settings = settings_of(tmp_path, min_workers=1, max_workers=1)
-    with serving(tmp_path, settings, untraced()) as (_, server):
+    with serving(tmp_path, settings, untraced(), leads_group=True) as (_, server):
         printed = started_log(tmp_path)
         started = psutil.Process(server.pid).children(recursive=True)
         os.killpg(server.pid, number)

@@ -201,7 +201,7 @@ def test_requests_pass_the_proxy_only_where_it_is_needed(
     assert server.url == "http://[::1]:8000" and server._uses_proxy == passes_proxy
 
 
-def test_what_a_process_prints_during_a_stop_goes_to_the_file(tmp_path: Path) -> None:
+def test_the_output_of_a_process_that_stops_ray_goes_to_a_file(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
