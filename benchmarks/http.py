@@ -47,7 +47,7 @@ from deployments.auth.private_files import sessions_folder
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from gpu_worker.front.request.request import Job
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from lora_store import Plan, Sample, Strategy, write_peft_folder
 
 NUM_ADAPTERS, NUM_SAMPLES = 8, 20
@@ -77,9 +77,8 @@ class Bench:
 
     def __init__(self, loaded: Loaded, config: AppConfig, url: str, client: httpx.AsyncClient) -> None:
         self.prompts, self._url, self._client = loaded.prompts, url, client
-        worker = config.worker
         self._request_id = ""  # the last one sent
-        self._loop = EngineThread(loaded.engine, stream_interval_ms=worker.stream_interval_ms, niceness=worker.niceness)
+        self._loop = NativeEngine(loaded.engine, niceness=config.worker.niceness)
         self._ways: dict[str, Ask] = {
             ENGINE_ONE: self._engine("selection"),
             HTTP_ONE: lambda row, prompt, num_new: self._post(prompt, num_new, model=f"adapter-{row % NUM_ADAPTERS}"),
@@ -95,8 +94,9 @@ class Bench:
         by_row: list[Plan] = plans(strategy, NUM_ADAPTERS)
 
         async def ask(row: int, prompt: Prompt, num_new: int) -> None:
-            completion, _ = await self._loop.complete(Job("alone", prompt.text, by_row[row], sampling(num_new)))
-            assert completion.num_new_tokens == num_new
+            job = Job("alone", prompt.text, by_row[row], sampling(num_new))
+            deltas = [delta async for delta in self._loop.stream(job) if delta is not None]
+            assert deltas[-1].num_new_tokens == num_new
 
         return ask
 

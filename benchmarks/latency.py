@@ -24,7 +24,7 @@ from benchmarks.engine_cases import RANK, Prompts, Quick, console, rounds_within
 from benchmarks.results_file import write_results
 from benchmarks.stored_pool import StoredPool
 from gpu_worker.front.request.request import Job
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from lora_store import Plan
 
 NUM_RUNNING, NUM_STEPS = 24, 128  # measured rows, and tokens per row
@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, pool: StoredPool) -> None:
         self._pool = pool
-        self._loop = EngineThread(pool.engine, stream_interval_ms=0)
+        self._loop = NativeEngine(pool.engine, stream_interval_ms=0)
         self._prompts = Prompts(pool.engine.base.tokenizer)
         self._numbers = itertools.count()
         self._cold = itertools.cycle(range(NUM_HOT, NUM_HOT + NUM_COLD))
@@ -59,7 +59,8 @@ class Bench:
 
     async def _milliseconds(self, job: Job) -> float:
         started = time.perf_counter()
-        await self._loop.complete(job)
+        async for _ in self._loop.stream(job):
+            pass
         return 1000 * (time.perf_counter() - started)
 
     async def first_tokens(self, count: int) -> dict[str, list[float]]:
@@ -107,8 +108,9 @@ class Bench:
         plan = self._pool.plan("mixture", *[(3 * row + place) % NUM_HOT for place in range(3)])
         found = []
         async for delta in self._loop.stream(self.job(plan, num_new)):
-            found.append((time.perf_counter(), delta.num_new_tokens))
-            started.set()
+            if delta is not None:
+                found.append((time.perf_counter(), delta.num_new_tokens))
+                started.set()
         return found
 
     async def _disturb(self, kind: str) -> None:

@@ -1,17 +1,29 @@
 """The interface between a Worker and its engine.
 
-Two engines implement it: `gpu_worker.native.engine` and `gpu_worker.vllm`. The tests in `tests/gpu_worker/conformance`
-run over both and define its meaning.
+Two engines implement it: `gpu_worker.native.engine` and `gpu_worker.vllm.engine`. They differ in how rows are computed;
+what a call makes of a row is the same, and stands here. The tests in `tests/gpu_worker/conformance` run over both
+engines and define the meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from gpu_worker.front.calls import CompletionSink, Prober, first_logits_of
+from gpu_worker.front.delta_stream import Events, StreamPace, deltas
 from gpu_worker.front.engine_status import EngineStatus
-from gpu_worker.front.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.preprocess import RequestPreprocessor
+from gpu_worker.front.request.request import Completion, Delta, Job
+from gpu_worker.front.row import Row, Sink
+from gpu_worker.front.tokenizing import Tokenizing
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,88 +35,173 @@ class EngineHealth:
     failure: str | None = None  # the error that ended the engine
 
 
-class InferenceEngine(Protocol):
+class InferenceEngine(ABC):
     """One base model that answers many jobs in one batch, each with its own plan of adapters.
 
     Weights come from the `fetch` that the engine was started with, by digest, when a job needs them. A job never sees
     weights change: it keeps its adapters until it ends. All methods belong to the event loop in which the engine was
     started. After the engine has ended they raise EngineStopped.
+
+    `tokenizer`: tokenizes for clients that only count or read tokens.
     """
 
+    def __init__(
+        self,
+        prepare: RequestPreprocessor,
+        *,
+        dtype: torch.dtype,
+        max_waiting: int,
+        stream_interval_ms: float,
+        niceness: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`dtype`: of the products. `niceness`: of the thread that tokenizes. `clock`: that of deadlines."""
+        self._preprocess, self._clock = prepare, clock
+        self._pace = StreamPace(stream_interval_ms)
+        self._prober = Prober(self._first_logits, self._load, dtype)
+        self.tokenizer = Tokenizing(prepare, max_waiting=max_waiting, niceness=niceness)
+
     @property
+    @abstractmethod
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
         """(out, in) of every module an adapter may target, by the base model's module path."""
-        ...
 
     @property
+    @abstractmethod
     def num_missing_kernels(self) -> int:
         """Return how many compiled kernels are missing and replaced by slower code."""
-        ...
 
-    def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
+    async def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
         """Yield None once the job has arrived, then new text: the first at once, later texts at intervals.
 
         After `heartbeat_interval_s` without text yield None. Leaving the iterator early cancels the job.
         Raises: the error of this job, a GpuWorkerError.
         """
-        ...
+        arrived = self._clock()
+        yield None
+        [(row, events)] = await self._submit_all([job], arrived=arrived)
+        try:
+            async with aclosing(deltas(events, self._pace, heartbeat_interval_s)) as found:
+                async for delta in found:
+                    yield delta
+        finally:
+            self._cancel([row])
 
     async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         """Return each job's whole answer or error, in order. The jobs enter the queue together.
 
-        Cancelling the call cancels all unfinished jobs.
+        Cancelling the call cancels all unfinished jobs. Raises: EngineStopped.
         """
-        ...
-
-    async def tokenize(
-        self,
-        prompt: Prompt,
-        template: str,
-        *,
-        tenant: str,
-        add_special_tokens: bool | None = None,
-        with_texts: bool = False,
-    ) -> Tokenized:
-        """Return the tokens of a prompt, which may exceed the context; `with_texts`: also the text of each.
-
-        Tenants take turns, and no number of calls delays a job. `add_special_tokens`: None for what a job with this
-        prompt does. Raises: PromptInvalid, PromptTooLong, EngineFull.
-        """
-        ...
-
-    async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
-        """Return the text of each prompt, in the same turns.
-
-        Raises: PromptInvalid for an id outside the vocabulary, EngineFull.
-        """
-        ...
-
-    async def forget(self, weights_digests: Collection[str]) -> bool:
-        """Drop these weights from the device and host memory. Return whether they are all gone.
-
-        Weights in use are dropped when the last job that uses them ends.
-        """
-        ...
-
-    async def status(self) -> EngineStatus: ...
-
-    async def expected(self) -> frozenset[str]:
-        """Return the weights digests on the device and those that waiting jobs will bring in."""
-        ...
+        answers = [CompletionSink() for _ in jobs]
+        rows = await asyncio.to_thread(self._prepare_all, jobs, answers)
+        self._submit(rows)
+        try:
+            waiting = [asyncio.wrap_future(answer.future) for answer in answers]
+            ended = await asyncio.gather(*waiting, return_exceptions=True)
+        except asyncio.CancelledError:
+            self._cancel(rows)
+            raise
+        return [_without_exits(outcome) for outcome in ended]
 
     async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
         """Return how far each adapter moves the base model's output on a fixed prompt, relative to its largest value.
 
         A shift within rounding is 0.0; an adapter that cannot be probed gets its error.
         """
-        ...
+        return await self._prober.shifts(weights_digests)
 
+    @abstractmethod
+    async def forget(self, weights_digests: Collection[str]) -> bool:
+        """Drop these weights from the device and host memory. Return whether they are all gone.
+
+        Weights in use are dropped when the last job that uses them ends.
+        """
+
+    @abstractmethod
+    async def status(self) -> EngineStatus:
+        """Return the state between two steps."""
+
+    @abstractmethod
+    async def expected(self) -> frozenset[str]:
+        """Return the weights digests on the device and those that waiting jobs will bring in."""
+
+    @abstractmethod
     def health(self) -> EngineHealth: ...
 
+    @abstractmethod
     def kill(self) -> None:
         """Kill the processes that the engine has started, if any, because this one is about to end itself."""
-        ...
 
+    @abstractmethod
     def stop(self) -> None:
         """End every job with EngineStopped and release the device. Blocks until that is done."""
-        ...
+
+    @abstractmethod
+    def _submit(self, rows: Sequence[Row]) -> None:
+        """Queue prepared rows between the same two steps. A refused row gets its error. Raises: EngineStopped."""
+
+    @abstractmethod
+    def _cancel(self, rows: Sequence[Row]) -> None:
+        """Cancel those of the rows that have not ended, before the next step."""
+
+    @abstractmethod
+    async def _load(self, weights_digests: Collection[str]) -> None:
+        """Load these weights into host memory. Return when all loads have ended, also failed ones."""
+
+    def _prepare(
+        self, job: Job, sink: Sink, *, capture_first_logits: bool = False, arrived: float | None = None
+    ) -> Row:
+        """See RequestPreprocessor. May be called from any thread."""
+        return self._preprocess(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
+
+    def _put(self, events: Events) -> Sink:
+        """Return a sink that puts a row's events into the queue of a caller in this event loop."""
+        return events.put_nowait
+
+    async def _first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
+        """Return what follows each job's prompt, or its error. Queue all jobs together.
+
+        The native engine returns the logits (V,) float32, vLLM the log probabilities of some ids, always the same.
+        Raises: errors of preparing the jobs, such as PromptTooLong, and EngineStopped.
+        """
+        submitted = await self._submit_all(jobs, capture_first_logits=True)
+        try:
+            return [await first_logits_of(events) for _, events in submitted]
+        finally:
+            self._cancel([row for row, _ in submitted])
+
+    async def _submit_all(
+        self, jobs: Sequence[Job], *, capture_first_logits: bool = False, arrived: float | None = None
+    ) -> list[tuple[Row, Events]]:
+        """Queue all jobs between the same two steps. Return each job's row and its queue of events."""
+        queues = [Events() for _ in jobs]
+        sinks = [self._put(events) for events in queues]
+        for job in jobs:
+            await self._preprocess.compile_grammar(job)
+
+        def prepare() -> list[Row]:
+            return [
+                self._prepare(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
+                for job, sink in zip(jobs, sinks, strict=True)
+            ]
+
+        rows = await asyncio.to_thread(prepare)
+        self._submit(rows)
+        return list(zip(rows, queues, strict=True))
+
+    def _prepare_all(self, jobs: Sequence[Job], answers: Sequence[CompletionSink]) -> list[Row]:
+        """Prepare the jobs and return their rows. Jobs that cannot be prepared get their error as the answer."""
+        rows: list[Row] = []
+        for job, answer in zip(jobs, answers, strict=True):
+            try:
+                rows.append(self._prepare(job, answer))
+            except Exception as exc:
+                answer(exc)
+        return rows
+
+
+def _without_exits(outcome: Completion | BaseException) -> Completion | Exception:
+    """Return the outcome, or raise what is no error of a job, such as a cancellation."""
+    if isinstance(outcome, Completion | Exception):
+        return outcome
+    raise outcome

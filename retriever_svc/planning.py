@@ -15,7 +15,6 @@ from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from lora_store.trials import TrialVersion
 from retriever_svc.errors import PlanGone
-from retriever_svc.evidence_weights import CLOSE_SCORES, limited_weights
 from retriever_svc.index import Match
 from retriever_svc.output_profile import functions_agree
 from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest
@@ -23,6 +22,8 @@ from retriever_svc.served_bases import ServedBases
 
 _MIN_DIGEST_CHARS = 8
 _EVERY_BASE = ServedBases()
+MIN_LEAD = 3.0  # weight of the best adapter : total weight of the companions
+CLOSE_SCORES = 0.05  # an adapter whose score is at most this much lower may share the lead
 
 
 def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
@@ -225,3 +226,22 @@ def _shares_lead(match: Match, best: Match, caller: str) -> bool:
 def _common_template(records: Sequence[AdapterRecord]) -> str | None:
     templates = {record.template for record in records}
     return templates.pop() if len(templates) == 1 else None
+
+
+def limited_weights(weights: Sequence[float], shares_lead: Sequence[bool], min_lead: float = MIN_LEAD) -> list[float]:
+    """Return the weights with the companions limited; the sum stays the same.
+
+    Companions found by similar inputs may have another function. At equal weights they cost two fifths of the right
+    answers (benchmarks/paper/REPORT.md).
+    `weights`: positive, that of the best adapter first. `shares_lead`: whether an adapter does the same as the best one
+    and scores close to it; such an adapter is not limited. The others, C, get
+    w_i · min(1, w_0 / (min_lead · Σ_{j ∈ C} w_j)).
+    """
+    companions = sum(w for w, shares in zip(weights[1:], shares_lead[1:], strict=True) if not shares)
+    factor = 1.0 if companions == 0 else min(1.0, weights[0] / (min_lead * companions))
+    limited = [
+        w if place == 0 or shares else w * factor
+        for place, (w, shares) in enumerate(zip(weights, shares_lead, strict=True))
+    ]
+    scale = sum(weights) / sum(limited)
+    return [w * scale for w in limited]

@@ -96,7 +96,7 @@ def advice_of(report: DoctorReport, name: Name) -> Iterator[Advice]:
         now, then, total = report.refit.num_first, report.refit.num_refitted, report.refit.num_samples
         text = (
             f"A projection fitted to this pool would find the own adapter first for {then / total:.1%} of {total} "
-            f"samples, in place of {now / total:.1%}. Reindex with the same encoder and --projection refit."
+            f"samples, instead of {now / total:.1%}. Reindex with the same encoder and --projection refit."
         )
         yield {"problem": "refit", "adapters": [], "text": text}
     for collision in [item for item in report.collisions if item.is_inseparable][:MAX_PAIRS]:
@@ -110,12 +110,13 @@ def _of_a_pair(collision: Collision, first: str, second: str) -> str:
         f"{collision.num_of_first} samples of {first} find {second} first, and {collision.num_of_second} the reverse"
     )
     same = (
-        "Their sample outputs show the same function: withdraw one of them, or let `loraretriever evaluate` "
+        "Their sample outputs show the same function: withdraw one of them, or let `loraretriever pool evaluate` "
         "measure which one answers better."
     )
     other = (
-        "If they do the same, withdraw one of them, or give both samples with outputs and let `loraretriever evaluate` "
-        "measure which one answers better. If not, give them samples that show the difference, or tags to filter by."
+        "If they do the same, withdraw one of them, or give both samples with outputs and let `loraretriever pool"
+        " evaluate` measure which one answers better. If not, give them samples that show the difference, or tags to"
+        " filter by."
     )
     start = f"Prompts do not distinguish {first} from {second} (cosine {collision.cosine:.2f}; {swapped}). "
     return start + (same if collision.agree else other)

@@ -1,11 +1,13 @@
-"""An engine of this process over a store, and the second stage of a batch run: answer a part's rows and write them."""
+"""An engine in this process over a store, and the second stage of a batch run: answer a part's rows and write them."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 
 from deployments.batch.output import BatchOutput
@@ -17,13 +19,11 @@ from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
+from gpu_worker.engine import InferenceEngine
 from gpu_worker.errors import EngineStopped
-from gpu_worker.front.cpu_count import with_threads
-from gpu_worker.front.offline import generate_all
 from gpu_worker.front.request.request import Completion, Job
-from gpu_worker.native.engine_thread import EngineThread
-from gpu_worker.native.loop import Engine
-from gpu_worker.native.openmp import run_on_short_lived_thread
+from gpu_worker.start import start_engine
 from lora_store import AdapterWeights, LoraStore
 from lora_store.disk_cache import DiskCache
 
@@ -32,26 +32,57 @@ _MAX_TRIES = 2  # after the first: memory on a shared device may have been short
 
 
 class OfflineEngine:
-    """One engine on one device that reads weights from the store. Rows have no deadline."""
+    """The engine that the settings name, in this process, with weights from the store. Rows have no deadline.
+
+    It has a thread with an event loop of its own, so it may be called from any event loop.
+    """
 
     def __init__(self, config: AppConfig, max_waiting: int) -> None:
-        worker = replace(with_threads(config.worker_config()), max_waiting=max_waiting, max_wait_s=math.inf)
+        """Start the engine. Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed."""
+        worker = replace(config.worker_config(), max_waiting=max_waiting, max_wait_s=math.inf)
         self._executor = load_executor(worker.load_threads)
         cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
         self._fetcher = WeightsFetcher(StoredWeights(store_of(config)), self._executor, cache=cache)
-        engine = run_on_short_lived_thread(lambda: Engine(worker, self._start_fetch, executor=self._executor))
-        self.engine = EngineThread(engine)
-        self._asyncio_loop: asyncio.AbstractEventLoop | None = None  # that of the newest call
+        self._asyncio_loop = asyncio.new_event_loop()
         self._turn = asyncio.Lock()
+        self._stopping = asyncio.Event()
+        started: Future[InferenceEngine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(worker, started), name="offline-engine", daemon=True)
+        self._thread.start()
+        try:
+            self.engine = started.result()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self.engine.stop()
+        """Stop the engine and free its memory."""
+        with suppress(RuntimeError):  # the event loop is closed, because the engine did not start
+            self._asyncio_loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
         self._executor.shutdown(wait=False)
 
     async def complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
         """Answer all rows at once, then repeat the rows whose engine step failed. Raises: EngineStopped."""
-        self._asyncio_loop = asyncio.get_running_loop()
-        outcomes = await generate_all(self.engine, jobs)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._complete(jobs), self._asyncio_loop))
+
+    def _run(self, worker: NativeWorkerConfig | VllmWorkerConfig, started: Future[InferenceEngine]) -> None:
+        """Run the event loop until the engine has stopped."""
+        with asyncio.Runner(loop_factory=lambda: self._asyncio_loop) as runner:
+            runner.run(self._serve(worker, started))
+
+    async def _serve(self, worker: NativeWorkerConfig | VllmWorkerConfig, started: Future[InferenceEngine]) -> None:
+        try:
+            engine = await start_engine(worker, self._start_fetch, executor=self._executor)
+        except BaseException as exc:
+            started.set_exception(exc)
+            return
+        started.set_result(engine)
+        await self._stopping.wait()
+        engine.stop()
+
+    async def _complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        outcomes = await self.engine.generate(jobs)
         return [
             await self._again(job) if isinstance(outcome, EngineStopped) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
@@ -64,14 +95,13 @@ class OfflineEngine:
         """
         async with self._turn:
             for _ in range(_MAX_TRIES):
-                [outcome] = await generate_all(self.engine, [job])
+                [outcome] = await self.engine.generate([job])
                 if not isinstance(outcome, EngineStopped):
                     break
             return outcome
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
-        """Start a fetch on the event loop. The engine's thread calls this."""
-        assert self._asyncio_loop is not None
+        """Start a fetch on the event loop. The engine may call this from another thread."""
         return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
 
 

@@ -1,8 +1,10 @@
-"""Compare the first-token logits of the engine with those of PEFT, in float32 and for every strategy."""
+"""Compare what the engine says of the next token with what PEFT says, in float32 and for every strategy."""
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -11,14 +13,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.config import WorkerConfig
-from gpu_worker.front.request.request import Delta, Job, SamplingParams
-from gpu_worker.front.row import Row
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
+from gpu_worker.front.request.request import Job, SamplingParams
+from gpu_worker.front.text.token_bytes import TokenBytes
 from gpu_worker.model.base_model import model_source
-from gpu_worker.native.loop import Engine
+from gpu_worker.start import start_engine
 from lora_store import (
+    LOCAL_TENANT,
     AdapterRef,
     AdapterWeights,
     ModuleWeights,
@@ -29,14 +32,15 @@ from lora_store import (
     write_peft_folder,
 )
 
-TOLERANCE = 1e-3  # of a logit; other summation orders differ by less
+TOLERANCE = 1e-3  # of a log probability; other summation orders differ by less
 PROMPT = "The parrot says that the weather in the harbour is"
 _HALF = 0.5
+_NUM_COMPARED = 20  # tokens
 _MAX_LEN = 256
 
 
-def parity_with_peft(folder: Path, config: WorkerConfig) -> dict[str, float]:
-    """Return the largest logit difference between this engine and PEFT, by strategy.
+def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> dict[str, float]:
+    """Return the largest difference from PEFT of a likely token's log probability, by strategy.
 
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
     PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
@@ -48,9 +52,12 @@ def parity_with_peft(folder: Path, config: WorkerConfig) -> dict[str, float]:
         "mixture": _plan("mixture", adapter=_HALF, other=_HALF),
         "fusion": _plan("fusion", adapter=_HALF, other=_HALF),
     }
-    tokens, found = _engine_logits(config, {"adapter": adapter, "other": other}, plans)
-    expected = _peft_logits(config, folder, other, _fused(adapter, other), tokens)
-    return {strategy: float((found[strategy] - expected[strategy]).abs().max()) for strategy in plans}
+    tokens, found = asyncio.run(_engine_answers(config, {"adapter": adapter, "other": other}, plans))
+    expected = _peft_logprobs(config, folder, other, _fused(adapter, other), tokens)
+    tokenizer = AutoTokenizer.from_pretrained(model_source(config))
+    read = TokenBytes(tokenizer.backend_tokenizer)
+    token_bytes = [read(token_id) for token_id in range(len(tokenizer))]
+    return {strategy: _furthest(found[strategy], expected[strategy], token_bytes) for strategy in plans}
 
 
 def _noisy(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
@@ -88,10 +95,15 @@ def _plan(strategy: Strategy, **weights: float) -> Plan:
     return Plan(strategy, tuple(rows))
 
 
-def _engine_logits(
-    config: WorkerConfig, adapters: Mapping[str, Mapping[str, ModuleWeights]], plans: Mapping[str, Plan]
-) -> tuple[list[int], dict[str, Tensor]]:
-    """Return the prompt's tokens and the logits after it by strategy, computed in one batch."""
+async def _engine_answers(
+    config: NativeWorkerConfig | VllmWorkerConfig,
+    adapters: Mapping[str, Mapping[str, ModuleWeights]],
+    plans: Mapping[str, Plan],
+) -> tuple[Sequence[int], dict[str, dict[bytes, float]]]:
+    """Return the prompt's tokens, and by strategy the log probabilities of the likeliest next tokens.
+
+    The engine is the one that the settings name, on the CPU. It computes all strategies in one batch.
+    """
     pool = {name: AdapterWeights(name, dict(modules)) for name, modules in adapters.items()}
     config = replace(
         config,
@@ -102,21 +114,19 @@ def _engine_logits(
         max_batch_size=len(plans),
         bank_rank_rows=sum(weights.max_rank for weights in pool.values()),
     )
-    engine = Engine(config, lambda name: _done(pool[name]))
-    events: dict[str, list[Delta | Exception]] = {strategy: [] for strategy in plans}
-    sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-    rows = {}
-    for strategy, plan in plans.items():
-        rows[strategy] = engine.prepare(
-            Job(strategy, PROMPT, plan, sampling), events[strategy].append, capture_first_logits=True
-        )
-        engine.submit(rows[strategy])
-    engine.run_until_idle()
-    engine.close()
-    for error in (event for row_events in events.values() for event in row_events if isinstance(event, Exception)):
-        raise error
-    row = next(iter(rows.values()))
-    return row.tokens[: row.num_prompt_tokens], {strategy: _logits_of(row) for strategy, row in rows.items()}
+    sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, logprobs=_NUM_COMPARED)
+    engine = await start_engine(config, lambda name: _done(pool[name]))
+    try:
+        tokenized = await engine.tokenizer.tokenize(PROMPT, "auto", tenant=LOCAL_TENANT)
+        outcomes = await engine.generate([Job(strategy, PROMPT, plan, sampling) for strategy, plan in plans.items()])
+    finally:
+        engine.stop()
+    found: dict[str, dict[bytes, float]] = {}
+    for strategy, outcome in zip(plans, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+        found[strategy] = dict(outcome.logprobs[0].top)
+    return tokenized.ids, found
 
 
 def _done(weights: AdapterWeights) -> Future[AdapterWeights]:
@@ -125,19 +135,22 @@ def _done(weights: AdapterWeights) -> Future[AdapterWeights]:
     return future
 
 
-def _logits_of(row: Row) -> Tensor:
-    assert row.first_logits is not None
-    return row.first_logits
+def _furthest(found: Mapping[bytes, float], expected: Tensor, token_bytes: Sequence[bytes]) -> float:
+    """Return the largest difference of a log probability. `expected` (V,): PEFT's. Several ids may have one text."""
+    known: dict[bytes, list[float]] = defaultdict(list)
+    for logprob, token in zip(expected.tolist(), token_bytes, strict=False):
+        known[token].append(logprob)
+    return max(min(abs(logprob - each) for each in known[token]) for token, logprob in found.items())
 
 
-def _peft_logits(
-    config: WorkerConfig,
+def _peft_logprobs(
+    config: NativeWorkerConfig | VllmWorkerConfig,
     folder: Path,
     other: Mapping[str, ModuleWeights],
     fused: Mapping[str, ModuleWeights],
     tokens: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Return the logits by strategy, computed by PEFT and transformers."""
+    """Return the log probabilities (V,) of the next token by strategy, computed by PEFT and transformers."""
     base = AutoModelForCausalLM.from_pretrained(model_source(config), dtype=torch.float32, attn_implementation="eager")
     with tempfile.TemporaryDirectory() as folder_of_copies:
         # The copy must be first: PEFT scales a concatenation by 1 only if its first adapter is not rank-stabilised.
@@ -147,9 +160,9 @@ def _peft_logits(
         model.load_adapter(str(Path(folder_of_copies) / "fusion"), adapter_name="fusion")
         model.load_adapter(str(folder), adapter_name="selection")
     model.add_weighted_adapter(["other", "selection"], [_HALF, _HALF], "mixture", combination_type="cat")
-    logits = {}
+    logprobs = {}
     for strategy in ("selection", "mixture", "fusion"):
         model.set_adapter(strategy)
         with torch.inference_mode():
-            logits[strategy] = model(input_ids=torch.tensor([tokens])).logits[0, -1].float()
-    return logits
+            logprobs[strategy] = model(input_ids=torch.tensor([tokens])).logits[0, -1].float().log_softmax(-1)
+    return logprobs

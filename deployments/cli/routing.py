@@ -1,30 +1,25 @@
-"""The commands that measure routing."""
+"""`loraretriever route --file`: measure routing with a file of prompts."""
 
 from __future__ import annotations
 
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import httpx
-import typer
 from rich.progress import track
-from rich.table import Column, Table
+from rich.table import Table
 
 from deployments.cli.client import (
-    DEFAULT_URL,
-    Json,
-    Url,
     check,
     client_of,
     counted,
     err,
     fail,
-    follow,
     out,
     pages,
     print_json,
@@ -33,14 +28,12 @@ from deployments.cli.client import (
 )
 from deployments.json_types import JsonObject
 
-commands = typer.Typer()
 _RANKS = (1, 3, 5, 8)
 _BATCH = 32
 _AUROC = "AUROC of the confidence"
 _POINTS = (0.01, 0.03, 0.08, 0.15, 0.25)
 _BAR_CHARS = 20
 _SHOWN_LINES = 10
-_SHOWN_OTHERS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +48,13 @@ class Labelled:
     line: int
 
 
-@commands.command("eval-routing")
-def eval_routing(
-    file: Annotated[
-        Path, typer.Argument(help='JSON lines {"input" or "prompt": text, "adapter": name, list of names, or null}')
-    ],
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
+def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
     """Measure how often `auto` finds a correct adapter, and how often it abstains where none is correct.
 
     Rows whose adapter is null should be answered by the base model.
     """
     rows = read_labelled(file)
-    _require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
+    require_known(file, rows, url)
     with client_of(url) as client:
         tracked = track(
             _plans(client, rows), "routing", len(rows), console=err, transient=True, disable=not err.is_terminal
@@ -85,10 +71,11 @@ def eval_routing(
         out.print(_operating_points(inside, outside))
 
 
-def _require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
+def require_known(file: Path, rows: Sequence[Labelled], url: str) -> None:
     """Print the lines that name an adapter that the pool does not list, and exit if there are any."""
     from deployments.field_problems import did_you_mean  # imports pydantic
 
+    known = {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]}
     unknown = [(row.line, name) for row in rows for name in sorted(row.adapters or ()) if name not in known]
     for line, name in unknown[:_SHOWN_LINES]:
         show_error(f"{file}: line {line}: no adapter {name!r} in the pool{did_you_mean(name, known)}")
@@ -211,93 +198,3 @@ def _routed(client: httpx.Client, rows: Sequence[Labelled], options: JsonObject)
     check(response)
     data: list[JsonObject] = response.json()["data"]
     return data
-
-
-@commands.command()
-def doctor(
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help='also route real prompts: JSON lines {"input" or "prompt": text}, perhaps with "adapter": name, '
-            "list of names, or null for the base model"
-        ),
-    ] = None,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
-    body: JsonObject = {}
-    if prompts is not None:
-        rows = read_labelled(prompts, needs_adapter=False)
-        if any(row.adapters for row in rows):
-            _require_known(prompts, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
-        body = {"prompts": [_asked(row) for row in rows]}
-    report = follow(url, "/v1/pool/doctor", body, "routing")
-    if as_json:
-        print_json(report)
-        return
-    k = report["k"]
-    shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
-    size = f"{counted(report['num_adapters'], 'adapter')}, {counted(report['num_samples'], 'sample')}"
-    out.print(f"{size}: {shares}")
-    points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
-    out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
-    for row in report["collisions"]:
-        first, second = row["adapters"]
-        swapped = " and ".join(map(str, row["num_swapped"]))
-        out.print(
-            f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
-        )
-    for row in report["always_shadowed"]:
-        out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
-    _print_rankings(report["rankings"])
-    for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
-        for name in report[key]:
-            out.print(f"{title}: {name}", markup=False)
-    if "prompts" in report:
-        _print_asked(report["prompts"])
-    for advice in report["advice"]:
-        out.print(f"advice: {advice['text']}", markup=False, highlight=False)
-
-
-def _asked(row: Labelled) -> JsonObject:
-    return {"prompt": row.prompt} | ({} if row.adapters is None else {"adapters": sorted(row.adapters)})
-
-
-def _print_asked(asked: JsonObject) -> None:
-    """Print which adapters answer real prompts."""
-    columns = ("right", "another adapter", "the base model")
-    if asked["num"]:
-        table = Table(Column("should answer", overflow="fold"), "prompts", *columns, Column("mostly", overflow="fold"))
-        for row in asked["adapters"]:
-            others = ", ".join(f"{other['name']} {other['num']}" for other in row["others"][:_SHOWN_OTHERS])
-            table.add_row(row["name"] or "the base model", str(row["num"]), *_shares(row), others)
-        table.add_row("all", str(asked["num"]), *_shares(asked), "")
-        out.print(table)
-    for row in asked["unlabelled"]:
-        out.print(f"{row['name'] or 'the base model'} answers {counted(row['num'], 'other prompt')}", markup=False)
-
-
-def _shares(row: JsonObject) -> list[str]:
-    return [f"{row[key] / row['num']:.1%}" for key in ("num_right", "num_other", "num_base")]
-
-
-@commands.command()
-def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Measure which adapters answer each other's samples best. `auto` then prefers them. Samples need outputs."""
-    result = follow(url, "/v1/pool/evaluate", {}, "evaluating")
-    if as_json:
-        print_json(result)
-        return
-    out.print(f"{len(result['rankings'])} of {result['num_regions']} regions ranked")
-    _print_rankings(result["rankings"])
-
-
-def _print_rankings(rankings: Sequence[JsonObject]) -> None:
-    """Print one line per region: its adapters with their scores, best first."""
-    for ranking in rankings:
-        adapters = [
-            f"{item['name']} {item['score']:.2f} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
-            for item in ranking["adapters"]
-        ]
-        out.print(f"region of {ranking['region']}: {', '.join(adapters)}", markup=False)

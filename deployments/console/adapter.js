@@ -55,7 +55,7 @@ function show(adapter) {
 }
 
 function factsOf(adapter) {
-  const { tags, visibility, found_by_auto, ranks, num_bytes, num_samples, target_modules, base_model, template, created_at, digest, trial } = adapter;
+  const { tags, visibility, found_by_auto, ranks, num_bytes, num_samples, target_modules, base_model, template, created_at, live_since, digest, trial } = adapter;
   const rows = {
     Tags: tags.join(", ") || "none",
     Visibility: visibility,
@@ -66,6 +66,7 @@ function factsOf(adapter) {
     "Base model": base_model,
     Template: template ?? "the server's",
     Published: ago(created_at),
+    "Live since": ago(live_since),
     Version: digest.slice(0, 12),
     Trial: trial ? trialText(trial) : "none",
   };

@@ -14,8 +14,7 @@ from opentelemetry import context, trace
 from deployments.calls.worker_client import Usage
 from deployments.observability.metrics import OTHER, SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from deployments.observability.tracing import tracer
-from gpu_worker.front.counters import Counters
-from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from gpu_worker.bank.device_layout import DeviceAdapter
-from gpu_worker.bank.loader import AdapterLoader
 from gpu_worker.errors import PlanTooLarge
 
 
@@ -107,6 +106,12 @@ class RowAssignment(ABC):
         assert digest not in self._pins, "a pinned adapter cannot be evicted"
         self.num_changes += 1
         self._bank.free(self._vacate(digest))
+
+    def drop(self, digests: Collection[str]) -> None:
+        """Free the rows of those of these adapters that are resident. None may be pinned."""
+        for digest in digests:
+            if digest in self._rows:
+                self.evict(digest)
 
     def _make_room(self, num_missing: int, wanted: Sequence[str]) -> list[list[int]] | None:
         """Let adapters leave until there is room. Return the rows of each, still to be freed, or None without room."""
@@ -214,11 +219,3 @@ class Residency(RowAssignment):
     def _is_unwritten(self, row: int) -> bool:
         owner = self._owner[row]
         return owner is not None and owner[0] in self._unwritten
-
-
-def drop(digests: Collection[str], loader: AdapterLoader, residency: RowAssignment) -> None:
-    """Drop these weights from the bank and host memory. No row uses them, and no load of them is in progress."""
-    for digest in digests:
-        loader.discard(digest)
-        if digest in residency:
-            residency.evict(digest)

@@ -6,27 +6,24 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.bank.residency import Residency, drop
-from gpu_worker.config import WorkerConfig
-from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed, WaitedTooLong
-from gpu_worker.front.admission import Admission
-from gpu_worker.front.counters import Counters
-from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.bank.residency import Residency
+from gpu_worker.config import NativeWorkerConfig
+from gpu_worker.errors import EngineStopped, RequestFailed
+from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.fair_queue import FairQueue
 from gpu_worker.front.logprobs import Scored
-from gpu_worker.front.prefetch_window import PrefetchWindow
 from gpu_worker.front.prefix import Prefix, namespace_of
 from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
+from gpu_worker.front.queue import RequestQueue
 from gpu_worker.front.request.request import Delta
 from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
@@ -50,7 +47,6 @@ from gpu_worker.native.thread_count import thread_count
 logger = logging.getLogger(__name__)
 
 _LONGEST_SLEEP_S = 3600.0  # locks do not accept arbitrarily long timeouts
-_WINDOW_BATCHES = 2  # batches of requests whose weights are prefetched
 
 
 class Engine:
@@ -61,7 +57,7 @@ class Engine:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: NativeWorkerConfig,
         fetch: Fetch,
         *,
         base: BaseModel | None = None,
@@ -71,7 +67,7 @@ class Engine:
         build_kv_cache: Callable[[KvShape], KvCache] | None = None,
     ) -> None:
         self._threads = thread_count(config.num_threads, shares_cores=config.shares_cores and config.device == "cpu")
-        self.config, self.clock, self._next_due = config, clock, math.inf
+        self.config, self.clock = config, clock
         self.base, self.memory = load_planned(config, base)
         self.max_len = self.memory.kv.max_len
         context = StepContext()
@@ -95,85 +91,40 @@ class Engine:
         self.loaded = threading.Event()
         self.on_loaded: Callable[[], None] = self.loaded.set
         self.loader = device_parts.make_loader(config, fetch, self.bank, self._executor, lambda: self.on_loaded())
-        window = PrefetchWindow(config.host_cache_bytes, _WINDOW_BATCHES * config.max_batch_size)
-        self._admission = Admission(self.loader, self.residency, self.kv_cache, window)
-        self.running, self._forgetting, self.counters = list[Row](), set[str](), Counters()
+        self.queue = RequestQueue(config, self.loader, self.residency, self.kv_cache, clock=clock)
+        self.running = self.queue.running
 
     def submit(self, row: Row) -> None:
-        """Queue the row. Its missing adapters start loading if the prefetch window has room.
-
-        A single tenant may use all of `max_waiting`; several tenants have equal shares. Raises: EngineFull.
-        """
-        if (displaced := self.waiting.displaced_by(row.tenant, self.config.max_waiting)) is not None:
-            self._admission.remove(displaced[0])
-            self.send(*displaced)
-        if not row.capture_first_logits:  # probes are not traffic
-            self.counters.count_request(row.weights_digests, self.residency, self.loader)
-        row.arrived_at = self.clock()
-        row.start_by = row.arrived_at + self.config.max_wait_s
+        """Queue the row, with its keys in the prefix cache. Raises: EngineFull."""
         if self.config.prefix_cache and not row.skips_prefix_cache:
             namespace = namespace_of(row.plan, row.tenant, shares_base=self.config.prefix_cache_shares_base)
             row.prefix = Prefix(row.tokens, namespace, row.adapter_set, self.kv_cache.shape.page_tokens)
-        self._next_due = min(self._next_due, row.start_by, row.deadline)
-        self._admission.append(row)
-
-    def preload(self, digests: Collection[str]) -> list[Future[DeviceAdapter]]:
-        """Start loading the adapters that are not in the bank, and return the loads."""
-        return [self.loader.load(digest) for digest in digests if digest not in self.residency]
+        self.queue.submit(row)
 
     def cancel(self, row: Row) -> None:
         """Cancel the request, running or waiting. Its KV, pins and queue place are free for the next step."""
         if row in self.running:
             self._release([row])
         elif row in self.waiting:
-            self._admission.remove(row)
-        self._drop_forgotten()
-
-    def forget(self, digests: Collection[str]) -> bool:
-        """Drop these weights, and the blocks they computed, from bank, KV cache and host memory.
-
-        Return whether they are all gone.
-
-        Weights in use are dropped when the last request or load that uses them ends, even if it came after this call.
-        A later request fetches the weights again.
-        """
-        self._forgetting.update(digests)
-        self._drop_forgotten()
-        return self._forgetting.isdisjoint(digests)
+            self.queue.remove(row)
+        self.queue.drop_forgotten()
 
     def status(self) -> EngineStatus:
         """Return the current state."""
-        return EngineStatus(
-            resident=self.residency.resident,
-            occupied_rows=self.residency.occupied_rows,
-            active_rows=self.residency.active_rows,
-            num_running=len(self.running),
-            num_waiting=len(self.waiting),
-            waiting_tokens=sum(row.expected_len for row in self.waiting),
-            free_kv_rows=self.kv_cache.num_free,
-            free_kv_tokens=self.kv_cache.num_free_tokens,
+        return self.queue.status(
             kv_tokens=sum(row.num_computed for row in self.running),
-            host_cache_bytes=self.loader.cached_bytes,
-            num_forgetting=len(self._forgetting),
+            free_kv_tokens=self.kv_cache.num_free_tokens,
             prefix_cache_tokens=self.kv_cache.num_cached_tokens,
             num_threads=self._threads.count,
-            counters=self.counters.copy(),
         )
-
-    def expected(self) -> frozenset[str]:
-        """Return the weights digests in the bank and those that waiting requests will bring in."""
-        return self.residency.resident.union(*[row.weights_digests for row in self.waiting])
 
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`. Raises: errors of freeing on a lost device, after sending all events."""
-        waiting = list(self.waiting)
         try:
             self._end([(row, error) for row in self.running])
-            self._admission.clear()
         finally:
-            for row in waiting:
-                self.send(row, error)
-        self._drop_forgotten()
+            self.queue.end_all_waiting(error)
+        self.queue.drop_forgotten()
 
     def close(self) -> None:
         """Start no more loads and compilations."""
@@ -183,7 +134,11 @@ class Engine:
 
     @property
     def waiting(self) -> FairQueue[Row]:
-        return self._admission.waiting
+        return self.queue.waiting
+
+    @property
+    def counters(self) -> Counters:
+        return self.queue.counters
 
     @property
     def num_steps(self) -> int:
@@ -192,7 +147,8 @@ class Engine:
     @property
     def seconds_to_due(self) -> float | None:
         """Return the seconds until a request may be overdue, at most an hour; None if no request has a deadline."""
-        return None if self._next_due == math.inf else min(max(self._next_due - self.clock(), 0.0), _LONGEST_SLEEP_S)
+        due = self.queue.next_due
+        return None if due == math.inf else min(max(due - self.clock(), 0.0), _LONGEST_SLEEP_S)
 
     @property
     def has_work(self) -> bool:
@@ -205,9 +161,9 @@ class Engine:
         `max_tokens`: limit of this step, if lower than `max_step_tokens`.
         Raises: EngineStopped if the device is broken.
         """
-        self._end_overdue()
+        self._end(self.queue.end_overdue())
         self._grow()
-        self._admit()
+        self.queue.admit()
         has_run = bool(self.running)
         if has_run:
             self._threads.update(computes=True)
@@ -217,7 +173,7 @@ class Engine:
             self.counters.step_s += time.perf_counter() - began
             self.counters.num_evicted_blocks = self.kv_cache.num_evicted
             self._threads.update(computes=bool(self.running))
-        self._drop_forgotten()
+        self.queue.drop_forgotten()
         return has_run
 
     def run_until_idle(self) -> None:
@@ -226,22 +182,6 @@ class Engine:
             self.loaded.clear()
             if not self.step() and self.waiting:
                 self.loaded.wait(self.seconds_to_due)
-
-    def _end_overdue(self) -> None:
-        """End requests past their deadline, and those that have waited too long to start."""
-        now = self.clock()
-        if now < self._next_due:
-            return
-        self._end([(row, DeadlineExceeded(row.num_new_tokens)) for row in self.running if row.deadline <= now])
-        for row in [row for row in self.waiting if row.deadline <= now or row.start_by <= now]:
-            is_past = row.deadline <= now
-            error = DeadlineExceeded(row.num_new_tokens) if is_past else WaitedTooLong(self.config.max_wait_s)
-            try:
-                self._admission.remove(row)
-            finally:
-                self.send(row, error)
-        due = [row.deadline for row in self.running] + [min(row.deadline, row.start_by) for row in self.waiting]
-        self._next_due = min(due, default=math.inf)
 
     def _grow(self) -> None:
         """Give every running row KV for its tokens. If there is not enough, preempt the rows that joined last.
@@ -258,25 +198,9 @@ class Engine:
 
     def _preempt(self, row: Row) -> None:
         """Free the row's KV and requeue it. It keeps its tokens and recomputes them as one prompt."""
-        kv_row, row.kv_row, row.num_computed = row.kv_row, -1, 0
-        self._admission.requeue(row)
-        self.counters.num_preemptions += 1
+        kv_row, row.kv_row = row.kv_row, -1
+        self.queue.requeue(row)
         self.kv_cache.free(kv_row)
-
-    def _admit(self) -> None:
-        started, failed = self._admission.admit()
-        for row, error in failed:
-            self.send(row, error)
-        if started:
-            now = self.clock()
-            for row in started:
-                row.num_computed = self.kv_cache.num_reused(row.kv_row)
-                if not row.has_started:
-                    row.has_started, row.queued_s = True, now - row.arrived_at
-                    row.num_cached_tokens = row.num_computed
-                    self.counters.num_cached_tokens += row.num_computed
-            self.running += started
-            self.residency.settle()
 
     def _compute(self, max_tokens: int) -> None:
         """Compute the scheduled tokens, isolating rows that fail, and deliver the new tokens.
@@ -318,7 +242,7 @@ class Engine:
             made.append((row, event))
         self._end([(row, event) for row, event in made if event is not None and _is_last(event)])
         texts = [(row, event) for row, event in made if event is not None and not _is_last(event)]
-        self._release([row for row, event in texts if not self.send(row, event)])
+        self._release([row for row, event in texts if not self.queue.send(row, event)])
 
     def _end_failed(self, failed: Sequence[tuple[Row, Exception]], num_tokens: int, *, works: bool) -> None:
         """End the rows that could not be computed. `works`: other rows were computed; otherwise check the device.
@@ -335,7 +259,7 @@ class Engine:
             for row, cause in failed:
                 error = RequestFailed(row.request_id) if works else EngineStopped(NOTHING_COMPUTED)
                 error.__cause__ = cause
-                self.send(row, error)
+                self.queue.send(row, error)
         self._device_check.require()
 
     def _append_token(
@@ -353,22 +277,13 @@ class Engine:
             logger.exception("cannot decode token %d of request %s", token, row.request_id)
             return RequestFailed(row.request_id)
 
-    def send(self, row: Row, event: Delta | Exception) -> bool:
-        """Send the event to the request's client. Return False, after a warning, if the client is gone."""
-        try:
-            row.sink(event)
-        except Exception:
-            logger.warning("the client of request %s is gone", row.request_id, exc_info=True)
-            return False
-        return True
-
     def _end(self, ended: Sequence[tuple[Row, Delta | Exception]]) -> None:
         """Free the resources of these running rows, then send their last events, even if freeing raises."""
         try:
             self._release([row for row, _ in ended])
         finally:
             for row, event in ended:
-                self.send(row, event)
+                self.queue.send(row, event)
 
     def _release(self, rows: Sequence[Row]) -> None:
         """Remove these rows from the batch and free their KV and pins, also after a failed step.
@@ -384,16 +299,6 @@ class Engine:
             row.is_pinned = False
         self.residency.unpin([digest for row in rows for digest in row.weights_digests])
         self.residency.settle()
-
-    def _drop_forgotten(self) -> None:
-        """Drop the weights to forget that are no longer used or being loaded."""
-        if not self._forgetting:
-            return
-        used = {digest for row in (*self.running, *self.waiting) for digest in row.weights_digests}
-        unused = self._forgetting - used - self.loader.loading
-        drop(unused, self.loader, self.residency)
-        self.kv_cache.forget(unused)
-        self._forgetting -= unused
 
 
 def _is_last(event: Delta | Exception) -> bool:

@@ -1,15 +1,14 @@
 """vLLM behind the InferenceEngine interface.
 
-The queue, the loads and the residency of adapters are the native engine's, in this process. vLLM gets a row when all
-its adapters are in the workers' banks, and never more rows than its batch has places. So vLLM's scheduler needs no
-change, and no request can name an adapter that the workers lack, which would end their process.
+The queue, the loads and the residency of adapters are those of `front` and `bank`, in this process. vLLM gets a row
+when all its adapters are in the workers' banks, and never more rows than its batch has places. So vLLM's scheduler
+needs no change, and no request can name an adapter that the workers lack, which would end their process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from concurrent.futures import Executor
@@ -19,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from vllm import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
@@ -29,17 +27,13 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from gpu_worker.bank.device_layout import to_device_layout
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
-from gpu_worker.front.delta_stream import Events, StreamPace, deltas
 from gpu_worker.front.engine_status import EngineStatus
-from gpu_worker.front.offline import generate_all
 from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
-from gpu_worker.front.probe import Prober
-from gpu_worker.front.request.request import Completion, Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.request.request import Job
 from gpu_worker.front.row import Row, Sink
-from gpu_worker.front.tokenizing import Tokenizing
 from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.model.eager_check import ADAPTER_PLAN, DIGEST
 from gpu_worker.model.lora_kernel import load_lora_kernel
@@ -47,8 +41,7 @@ from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_le
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
-from gpu_worker.vllm.plan_ids import PlanIds
-from gpu_worker.vllm.plan_path import path_of
+from gpu_worker.vllm.plan_path import PlanIds, path_of
 from gpu_worker.vllm.processes import kill_descendants
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
@@ -65,24 +58,27 @@ class VllmEngine(InferenceEngine):
         self,
         llm: AsyncLLM,
         model: FrontModel,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None,
         stream_interval_ms: float,
         niceness: int,
     ) -> None:
-        self._llm, self._model, self._config = llm, model, config
-        self._pace = StreamPace(stream_interval_ms)
-        self._loop = asyncio.get_running_loop()
-        self._executor = executor or load_executor(config.load_threads)
         # It checks each grammar, so that vLLM gets none that it cannot compile.
         self._grammars = grammar_compiler(model, config.tool_parser)
-        max_len = max_len_of(config, model)
-        self._preprocess = RequestPreprocessor.of(config, model, max_len, self._grammars)
-        self._tokenizing = Tokenizing(self._preprocess, max_waiting=config.max_waiting, niceness=niceness)
+        super().__init__(
+            RequestPreprocessor.of(config, model, max_len_of(config, model), self._grammars),
+            dtype=model.dtype,
+            max_waiting=config.max_waiting,
+            stream_interval_ms=stream_interval_ms,
+            niceness=niceness,
+        )
+        self._llm, self._model, self._config = llm, model, config
+        self._loop = asyncio.get_running_loop()
+        self._executor = executor or load_executor(config.load_threads)
         cache = llm.vllm_config.cache_config
-        self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+        kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         loader = FusionLoader(
             fetch,
             to_device_layout=partial(to_device_layout, shapes=model.shapes, dtype=model.dtype),
@@ -91,10 +87,9 @@ class VllmEngine(InferenceEngine):
             on_done=self._loaded,
         )
         self._bank = RemoteBank(self._change_bank, self._fail)
-        self._rows = RowRunner(config, self._generate, self._bank, loader, kv_tokens=self._kv_tokens)
+        self._rows = RowRunner(config, self._generate, self._bank, loader, kv_tokens=kv_tokens)
         watching = self._rows.watch(lambda: llm.collective_rpc("check_health"), _WATCH_PERIOD_S)
         self._watching = self._loop.create_task(watching)
-        self._prober = Prober(self, model.dtype)
         self._plan_ids = PlanIds()
         self._request_numbers = itertools.count()
         uses_kernel = config.device == "cpu" and config.lora_products == "auto"
@@ -103,7 +98,7 @@ class VllmEngine(InferenceEngine):
     @classmethod
     async def start(
         cls,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None = None,
@@ -154,40 +149,6 @@ class VllmEngine(InferenceEngine):
     def num_missing_kernels(self) -> int:
         return self._num_missing_kernels
 
-    async def stream(self, job: Job, heartbeat_interval_s: float | None = None) -> AsyncGenerator[Delta | None]:
-        arrived = time.monotonic()
-        yield None
-        events = Events()
-        if (grammar := self._preprocess.grammar_of(job)) is not None:
-            await self._grammars.compile(grammar, job.tenant)
-        row = await asyncio.to_thread(self._preprocess, _with_fusion(job), events.put_nowait, arrived=arrived)
-        self._rows.submit([row])
-        try:
-            async with aclosing(deltas(events, self._pace, heartbeat_interval_s)) as found:
-                async for delta in found:
-                    yield delta
-        finally:
-            self._rows.cancel([row])
-
-    async def generate(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
-        return await generate_all(self, jobs)
-
-    async def tokenize(
-        self,
-        prompt: Prompt,
-        template: str,
-        *,
-        tenant: str,
-        add_special_tokens: bool | None = None,
-        with_texts: bool = False,
-    ) -> Tokenized:
-        return await self._tokenizing.tokenize(
-            prompt, template, tenant=tenant, add_special_tokens=add_special_tokens, with_texts=with_texts
-        )
-
-    async def detokenize(self, prompts: Sequence[TokenIds], *, tenant: str, skip_special_tokens: bool) -> list[str]:
-        return await self._tokenizing.detokenize(prompts, tenant=tenant, skip_special_tokens=skip_special_tokens)
-
     async def forget(self, weights_digests: Collection[str]) -> bool:
         is_gone = self._rows.forget(weights_digests)
         await self._bank.drained()
@@ -198,9 +159,6 @@ class VllmEngine(InferenceEngine):
 
     async def expected(self) -> frozenset[str]:
         return self._rows.expected()
-
-    async def probe(self, weights_digests: Sequence[str]) -> list[float | Exception]:
-        return await self._prober.shifts(weights_digests)
 
     def health(self) -> EngineHealth:
         if self._llm.errored:
@@ -218,36 +176,24 @@ class VllmEngine(InferenceEngine):
         self._watching.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._grammars.close()
-        self._tokenizing.close()
+        self.tokenizer.close()
         self._llm.shutdown()
 
-    # Rows and logits, for `generate_all` and the prober.
-
-    def prepare(self, job: Job, sink: Sink) -> Row:
-        return self._preprocess(_with_fusion(job), sink)
-
-    def submit(self, rows: Sequence[Row]) -> None:
+    def _submit(self, rows: Sequence[Row]) -> None:
         self._rows.submit(rows)
 
-    def cancel(self, rows: Sequence[Row]) -> None:
+    def _cancel(self, rows: Sequence[Row]) -> None:
         self._rows.cancel(rows)
 
-    async def preload(self, digests: Collection[str]) -> None:
-        await asyncio.gather(*self._rows.load(digests), return_exceptions=True)
+    async def _load(self, weights_digests: Collection[str]) -> None:
+        await asyncio.gather(*self._rows.load(weights_digests), return_exceptions=True)
 
-    async def first_logits(self, jobs: Sequence[Job]) -> list[Tensor | Exception]:
-        """Return the log probabilities of some ids after each job's prompt, or its error."""
-        queues = [Events() for _ in jobs]
-        rows = [
-            self._preprocess(job, events.put_nowait, capture_first_logits=True)
-            for job, events in zip(jobs, queues, strict=True)
-        ]
-        self._rows.submit(rows)
-        try:
-            ended = [await events.get() for events in queues]
-        finally:
-            self._rows.cancel(rows)
-        return [_first_logits(event) for event in ended]
+    def _prepare(
+        self, job: Job, sink: Sink, *, capture_first_logits: bool = False, arrived: float | None = None
+    ) -> Row:
+        """Prepare the job with a fusion as the one adapter that it is."""
+        job = replace(job, plan=with_fusion(job.plan))
+        return super()._prepare(job, sink, capture_first_logits=capture_first_logits, arrived=arrived)
 
     async def _generate(self, row: Row) -> AsyncGenerator[Sequence[NewToken]]:
         """Run the row in vLLM. Raises: EngineStopped if vLLM fails for another reason than the request itself."""
@@ -316,14 +262,3 @@ async def answer_check(llm: AsyncLLM, prompt: CheckedPrompt) -> CheckedAnswer:
     return CheckedAnswer(
         list(new.token_ids), [{token: entry.logprob for token, entry in each.items()} for each in entries]
     )
-
-
-def _with_fusion(job: Job) -> Job:
-    return replace(job, plan=with_fusion(job.plan))
-
-
-def _first_logits(event: Delta | Exception) -> Tensor | Exception:
-    if isinstance(event, Exception):
-        return event
-    assert event.first_logits is not None, "a probe's first delta has its log probabilities"
-    return event.first_logits

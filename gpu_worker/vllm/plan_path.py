@@ -5,10 +5,13 @@ vLLM also puts the path into the keys of its prefix cache, so prompts share comp
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from lora_store.adapter import AdapterRef
 from lora_store.plan import Plan, PlannedAdapter
 
 SCHEME = "plan://"
+_MAX_KEPT = 65_536  # a multiple of the plans that can run at once: an id that is dropped has not run for long
 
 
 def path_of(plan: Plan) -> str | None:
@@ -32,3 +35,22 @@ def plan_of(path: str) -> Plan:
     pairs = [member.split("=") for member in path.removeprefix(SCHEME).split(",")]
     adapters = tuple(PlannedAdapter(AdapterRef("-", "-", digest), digest, float(weight)) for digest, weight in pairs)
     return Plan("mixture", adapters)
+
+
+class PlanIds:
+    """Ids by plan path, never used twice. To vLLM requests of equal paths are one, so a path has one id at a time."""
+
+    def __init__(self, max_kept: int = _MAX_KEPT) -> None:
+        self._ids: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._max_kept = max_kept
+        self._next = 1  # 0 is the base model
+
+    def __call__(self, path: str) -> int:
+        """Return the id of the path. The least recently used paths are forgotten."""
+        if path in self._ids:
+            self._ids.move_to_end(path)
+            return self._ids[path]
+        self._ids[path], self._next = self._next, self._next + 1
+        if len(self._ids) > self._max_kept:
+            self._ids.popitem(last=False)
+        return self._ids[path]

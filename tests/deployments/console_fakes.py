@@ -7,8 +7,7 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from gpu_worker.front.counters import Counters
-from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta, Job
 from retriever_svc import Place, Point, PoolMap
 from tests.deployments.fake_retriever import FakeRetriever

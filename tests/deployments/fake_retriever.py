@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -119,20 +119,20 @@ class FakeRetriever:
     async def refit(self, model: str) -> str:
         return f"{model}+fitted"
 
-    async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
+    async def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
         for item in self.steps.pop(0):
             step = given(item)
             assert isinstance(step, ReindexStep)
             yield step
 
-    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncIterator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
         self.asked.append(prompts)
         for item in self.steps.pop(0):
             step = given(item)
             assert isinstance(step, DoctorStep)
             yield step
 
-    async def regions(self, tenant: str) -> AsyncIterator[Region]:
+    async def regions(self, tenant: str) -> AsyncGenerator[Region]:
         for region in self.to_evaluate:
             yield region
 

@@ -17,13 +17,13 @@ import torch
 
 from gpu_worker.front.request.request import Delta, Job
 from gpu_worker.front.row import Row
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
-from tests.gpu_worker.engine_driver import fetching
+from tests.gpu_worker.engine_driver import fetching, stream_text
 from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
 
 _THREADS = 4
@@ -36,12 +36,12 @@ GOOD: tuple[tuple[str, dict[str, Any]], ...] = (
 class EngineWorker(FakeWorker):
     """Streams from an engine; everything else is the fake's."""
 
-    def __init__(self, loop: EngineThread) -> None:
+    def __init__(self, loop: NativeEngine) -> None:
         super().__init__()
         self._loop = loop
 
     async def stream(self, job: Job) -> AsyncIterator[Delta]:
-        async with aclosing(self._loop.stream(job)) as deltas:
+        async with aclosing(stream_text(self._loop, job)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -53,7 +53,7 @@ class HttpFront:
     runner: asyncio.Runner
     served: Served
     client: httpx.AsyncClient
-    engine: EngineThread
+    engine: NativeEngine
     quiet: list[str] = field(default_factory=list)  # answers of the good requests without any others
     earlier: frozenset[threading.Thread] = field(default_factory=lambda: frozenset(threading.enumerate()))
 
@@ -74,7 +74,7 @@ class HttpFront:
         while (holdings := await self.engine.status()).num_running + holdings.num_waiting:
             await asyncio.sleep(0.001)
         gc.collect()
-        engine = self.engine.engine
+        engine = self.engine.loop
         return {
             "engine": holdings,
             "pins": engine.residency.num_pins,
@@ -101,7 +101,7 @@ def open_front(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[HttpFr
     }
     config = tiny_config(folder, max_model_len=320)
     engine = Engine(config, fetching(held.__getitem__, InlineExecutor()), base=base, executor=InlineExecutor())
-    loop = EngineThread(engine, stream_interval_ms=0)
+    loop = NativeEngine(engine, stream_interval_ms=0)
     with asyncio.Runner() as runner:
         runner.get_loop().set_default_executor(_full_executor())
         served = runner.run(_serve(loop, settings))
@@ -116,7 +116,7 @@ def open_front(tiny_base: Any, folder: Path, **settings: Any) -> Iterator[HttpFr
             loop.stop()
 
 
-async def _serve(loop: EngineThread, settings: dict[str, Any]) -> Served:
+async def _serve(loop: NativeEngine, settings: dict[str, Any]) -> Served:
     served = serve_plainly(worker=EngineWorker(loop), store=FakeStore(pool_of(*POOL)), **settings)
     await served.services.preload.wait()
     return served

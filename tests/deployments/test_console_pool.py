@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,17 @@ def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Bro
         await expect(page.locator("#adapter-body")).to_be_hidden()
 
     look(browsing, question)
+
+
+def test_a_version_that_was_rolled_back_to_shows_since_when_it_is_live(browsing: Browsing) -> None:
+    now = datetime.now(UTC)
+    record = replace(adapter("poet"), created_at=now - timedelta(days=3.5), live_since=now - timedelta(hours=2.5))
+
+    async def question(page: Page, served: Served) -> None:
+        await open_adapter(page, "poet")
+        await expect(page.locator("#adapter-facts")).to_contain_text("Published3 d agoLive since2 h ago")
+
+    look(browsing, question, retriever=MappedRetriever([record]), store=FakeStore(pool_of(record)))
 
 
 def test_withdrawing_needs_the_name(browsing: Browsing) -> None:

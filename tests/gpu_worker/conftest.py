@@ -16,7 +16,7 @@ from gpu_worker.front.request.request import Job
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, fingerprint, run_together
@@ -101,31 +101,31 @@ def alone(
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Engine], EngineThread]]:
+def start() -> Iterator[Callable[[Engine], NativeEngine]]:
     """Return a starter of engine threads, which are stopped at the end of the test."""
-    loops: list[EngineThread] = []
+    started: list[NativeEngine] = []
 
-    def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> EngineThread:
-        loops.append(EngineThread(engine, stream_interval_ms=stream_interval_ms))
-        return loops[-1]
+    def make(engine: Engine, *, stream_interval_ms: float = 0.0) -> NativeEngine:
+        started.append(NativeEngine(engine, stream_interval_ms=stream_interval_ms))
+        return started[-1]
 
     yield make
-    for loop in loops:
-        if loop.is_alive:
-            loop.stop()
+    for native in started:
+        if native.health().is_alive:
+            native.stop()
 
 
 @pytest.fixture
 def gated(
-    make_engine: Callable[..., Engine], start: Callable[..., EngineThread]
-) -> Iterator[Callable[..., tuple[Engine, Gate, EngineThread]]]:
+    make_engine: Callable[..., Engine], start: Callable[..., NativeEngine]
+) -> Iterator[Callable[..., tuple[Engine, Gate, NativeEngine]]]:
     """Return a maker of engines with a gate, which opens before the thread stops, and a thread.
 
     Each token is a letter, so each step has a delta.
     """
     gates: list[Gate] = []
 
-    def make(*args: Any, **changes: Any) -> tuple[Engine, Gate, EngineThread]:
+    def make(*args: Any, **changes: Any) -> tuple[Engine, Gate, NativeEngine]:
         engine = make_engine(*args, **changes)
         [letter] = engine.base.tokenizer("a", add_special_tokens=False).input_ids
         always_says(engine.base.model, letter)

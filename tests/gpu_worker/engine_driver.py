@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.engine import InferenceEngine
+from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams
 from gpu_worker.front.row import Row
 from gpu_worker.native.attention.kv_cache import KvShape
 from gpu_worker.native.attention.kv_pages import HostKvCache
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.location import DEFAULT_CACHE_DIR
@@ -133,7 +136,7 @@ class Gate:
             self.permits.acquire()
 
 
-Gated = Callable[..., tuple[Engine, Gate, EngineThread]]  # the fixture `gated`
+Gated = Callable[..., tuple[Engine, Gate, NativeEngine]]  # the fixture `gated`
 
 
 class BrokenSink(Exception):
@@ -162,6 +165,20 @@ BASE_JOB = greedy("the base model alone", BASE_PLAN, "base")
 def only(weights: AdapterWeights) -> Plan:
     """A plan of one adapter with weight 1."""
     return plan_of("selection", (weights, 1.0))
+
+
+async def stream_text(engine: InferenceEngine, job: Job) -> AsyncGenerator[Delta]:
+    """Stream the job's deltas without heartbeats."""
+    async with aclosing(engine.stream(job)) as deltas:
+        async for delta in deltas:
+            if delta is not None:
+                yield delta
+
+
+async def complete(engine: InferenceEngine, job: Job) -> tuple[Completion, Delta]:
+    """Stream the job to its end. Return the whole answer and its last delta."""
+    deltas = [delta async for delta in stream_text(engine, job)]
+    return Completion.joined(deltas), deltas[-1]
 
 
 def steps(engine: Engine, count: int) -> None:
@@ -196,9 +213,10 @@ def fingerprint(job: Job, adapters: Mapping[str, AdapterWeights]) -> bytes:
 
 
 def compiled(load: Callable[[Path], Made | None]) -> Made:
-    """Return the kernel of `load`. Without a compiler skip the test; in CI fail."""
+    """Return the kernel of `load`. Without a compiler skip the test; in CI fail. With one the kernel must be there."""
     found = load(DEFAULT_CACHE_DIR)
     if found is None:
+        assert shutil.which(os.environ.get("CXX", "c++")) is None, f"{load.__name__} returns no kernel"
         (pytest.fail if os.environ.get("CI_REQUIRES_COMPILER") else pytest.skip)("no C++ compiler (Debian package g++)")
     return found
 

@@ -62,7 +62,7 @@ from deployments.http.openapi import (
     VISIBILITY_ANSWERS,
     WITHDRAW_ANSWERS,
 )
-from deployments.http.uploads import read_upload
+from deployments.http.uploads import count_upload, read_upload
 from deployments.publishing.validator import Charge
 from lora_store import VISIBILITIES
 from retriever_svc import PageRequest
@@ -151,7 +151,7 @@ async def show(
 ) -> AdapterShown:
     """Return one adapter and its kept versions, the live one first.
 
-    With `samples` also so many samples of the live version. Other tenants' adapters show none.
+    With `samples` also this many samples of the live version. Other tenants' adapters show none.
     """
     generation, versions = await services.retriever.record(caller.tenant, name)
     found = await services.retriever.samples(caller.tenant, name) if samples else []
@@ -258,9 +258,9 @@ async def _publish_files(services: Services, caller: Caller, http: Request, *, i
     """Publish an upload. It counts against the budget until it is published, even if the client has left before."""
     sent: list[str] = []
     with ExitStack() as stack:
-        counted = stack.enter_context(services.uploads.reading(http, caller.tenant))
+        body = stack.enter_context(count_upload(http, caller.tenant, services.uploads))
         try:
-            item = item_of(services, await read_upload(counted, services.store.put_part, sent), caller, http)
+            item = item_of(services, await read_upload(body, services.store.put_part, sent), caller, http)
         except BaseException:
             if sent:
                 services.background.start(services.store.delete_parts(sent), "deleting the parts of a failed upload")

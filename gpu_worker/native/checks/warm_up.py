@@ -37,8 +37,8 @@ def warm_up(engine: Engine) -> Engine:
         engine.step(max_tokens=_MAX_STEP_TOKENS)
         _check(events)
     _check_ends(events)
-    engine.forget([DIGEST])
-    engine.counters = counters
+    engine.queue.forget([DIGEST])
+    engine.queue.counters = counters
     return engine
 
 

@@ -123,7 +123,7 @@ def test_two_adapters_that_prompts_cannot_separate_are_both_named(agree: bool, r
 def test_a_refit_is_advised_first_with_what_it_gains() -> None:
     [(problem, names, text), (second, *_)] = advice(finding("a", 3), refit=RefitGain(1000, 807, 70, 22))
     assert (problem, names, second) == ("refit", [], "few_samples")
-    assert "85.5% of 1000 samples, in place of 80.7%" in text
+    assert "85.5% of 1000 samples, instead of 80.7%" in text
     assert "--projection refit" in text
 
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 from deployments.observability.worker_metrics import COUNTER_METRICS, WorkerMetrics
-from gpu_worker.front.counters import Counters
-from gpu_worker.front.engine_status import EngineStatus
+from gpu_worker.front.engine_status import Counters, EngineStatus
 from tests.deployments.metric_fakes import FakeMetrics
 
 HELD = EngineStatus(

@@ -19,23 +19,23 @@ from tests.gpu_worker.conformance.reference import Reference
 def test_tokenize_gives_the_ids_that_a_job_has(hosted: HostedEngine, reference: Reference) -> None:
     async def ask() -> None:
         engine = hosted.engine
-        found = await engine.tokenize("some text", "auto", tenant="a", with_texts=True)
+        found = await engine.tokenizer.tokenize("some text", "auto", tenant="a", with_texts=True)
         assert list(found.ids) == reference.tokens_of("some text") and found.max_len == 256
         assert found.texts[1:] == tuple("some text")
-        bare = await engine.tokenize("some text", "auto", tenant="a", add_special_tokens=False)
+        bare = await engine.tokenizer.tokenize("some text", "auto", tenant="a", add_special_tokens=False)
         assert (bare.ids, bare.texts) == (found.ids[1:], ()), "texts are made only where they are requested"
-        long = await engine.tokenize("x" * 500, "auto", tenant="a")
+        long = await engine.tokenizer.tokenize("x" * 500, "auto", tenant="a")
         assert len(long.ids) == 501, "a count may exceed the context"
-        chat = await engine.tokenize((Message("user", "hi"),), "alpaca", tenant="a")
+        chat = await engine.tokenizer.tokenize((Message("user", "hi"),), "alpaca", tenant="a")
         [answer] = await engine.generate([replace(job(""), prompt=(Message("user", "hi"),), template="alpaca")])
         assert isinstance(answer, Completion) and answer.num_prompt_tokens == len(chat.ids)
         with_end, without = [
-            await engine.detokenize([TokenIds(found.ids)], tenant="a", skip_special_tokens=skip)
+            await engine.tokenizer.detokenize([TokenIds(found.ids)], tenant="a", skip_special_tokens=skip)
             for skip in (False, True)
         ]
         assert without == ["some text"] and with_end[0].endswith("some text") and len(with_end[0]) > 9
         with pytest.raises(PromptInvalid, match=r"token id 300.*from 0 to 299"):
-            await engine.detokenize([TokenIds((300,))], tenant="a", skip_special_tokens=True)
+            await engine.tokenizer.detokenize([TokenIds((300,))], tenant="a", skip_special_tokens=True)
 
     hosted.run(ask())
 
@@ -54,9 +54,11 @@ def test_no_number_of_tokenizing_calls_delays_the_prompt_of_a_job(hosted: Hosted
     held = HeldIds((104, 105))
     held.released = threading.Event()
 
+    tokenizer = hosted.engine.tokenizer
+
     async def ask() -> None:
         calls = [
-            asyncio.ensure_future(hosted.engine.detokenize([TokenIds(held)], tenant="a", skip_special_tokens=True))
+            asyncio.ensure_future(tokenizer.detokenize([TokenIds(held)], tenant="a", skip_special_tokens=True))
             for _ in range(48)
         ]
         await asyncio.sleep(0)

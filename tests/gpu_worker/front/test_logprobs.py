@@ -14,11 +14,11 @@ from gpu_worker.front.draw import Draw
 from gpu_worker.front.logprobs import Scored
 from gpu_worker.front.request.request import Delta, Job, SamplingParams, TokenLogprob
 from gpu_worker.front.text.token_bytes import TokenBytes
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.sampling.sampling import Sampler
 from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
 from lora_store.plan import BASE_PLAN
-from tests.gpu_worker.engine_driver import Answer, MakeEngine, Shapes, compiled, run, run_together
+from tests.gpu_worker.engine_driver import Answer, MakeEngine, Shapes, compiled, complete, run, run_together
 from tests.gpu_worker.slow_sampling import scored_slowly
 from tests.tiny import byte_tokenizer, plan_of, random_adapter
 
@@ -119,11 +119,11 @@ def test_a_batch_equals_each_row_alone(make_engine: MakeEngine, shapes: Shapes) 
             assert [value for _, value in entry.top] == pytest.approx([v for _, v in other.top], abs=1e-4)
 
 
-def test_merged_deltas_report_all_their_tokens(make_engine: MakeEngine, start: Callable[..., EngineThread]) -> None:
+def test_merged_deltas_report_all_their_tokens(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
     job = Job("1", "x", BASE_PLAN, SamplingParams(max_tokens=20, temperature=0, logprobs=1, ignore_eos=True))
     [answer] = run_together(make_engine({}), [job])
-    loop = start(make_engine({}), stream_interval_ms=20.0)
-    completion, _ = run(loop.complete(job))
+    native = start(make_engine({}), stream_interval_ms=20.0)
+    completion, _ = run(complete(native, job))
     assert [entry.token for entry in completion.logprobs] == [entry.token for entry in reported(answer)]
     assert len(completion.logprobs) == 20
 

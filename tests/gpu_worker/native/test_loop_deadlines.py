@@ -10,7 +10,7 @@ import pytest
 
 from gpu_worker.errors import DeadlineExceeded, WaitedTooLong
 from gpu_worker.front.request.request import Delta
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.plan import BASE_PLAN
 from tests.clocks import Clock
@@ -24,9 +24,11 @@ from tests.gpu_worker.engine_driver import (
     assert_nothing_held,
     assert_same,
     by_digest,
+    complete,
     fetching,
     greedy,
     run,
+    stream_text,
 )
 from tests.tiny import InlineExecutor, plan_of, random_adapter, tiny_config
 
@@ -67,14 +69,6 @@ def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: Mak
     assert late.row not in engine.waiting and not late.row.loads
 
 
-def test_a_deadline_in_the_past_ends_the_request_at_once(make_engine: MakeEngine) -> None:
-    engine = make_engine({}, clock=Clock(1000.0))
-    late = ask(engine, replace(greedy("late"), time_left_s=-1.0))
-    assert not engine.step()
-    assert isinstance(late.error, DeadlineExceeded)
-    assert engine.num_steps == 0
-
-
 def test_the_time_left_counts_from_the_arrival_of_the_job(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(1000.0))
     job, sink = replace(greedy("x"), time_left_s=10.0), lambda event: None
@@ -111,18 +105,6 @@ def test_every_delta_has_the_waiting_time_of_its_request(make_engine: MakeEngine
     assert {event.queued_s for event in second.events} == {4.5}
 
 
-def test_the_next_deadline_is_found_after_each_one(make_engine: MakeEngine) -> None:
-    clock = Clock(1000.0)
-    engine = make_engine({}, clock=clock, max_wait_s=50.0)
-    answers = [ask(engine, replace(greedy("x", BASE_PLAN, i, 100), time_left_s=10.0 * i)) for i in (3, 1, 2)]
-    ended = []
-    for _ in range(4):
-        engine.step()
-        ended.append([isinstance(answer.error, DeadlineExceeded) for answer in answers])
-        clock.at += 10
-    assert ended == [[False] * 3, [False, True, False], [False, True, True], [True] * 3]
-
-
 def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(1000.0), max_batch_size=1, max_wait_s=1e300)
     ask(engine, replace(greedy("x"), time_left_s=1e300))
@@ -131,14 +113,14 @@ def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine)
 
 
 def test_an_idle_loop_wakes_for_a_deadline(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., EngineThread]
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
 ) -> None:
     """Nothing runs and no request arrives: this one waits for a load that never ends."""
     weights, executor = random_adapter(shapes, 1), HeldExecutor()
-    loop = start(make_engine(by_digest(weights), executor=executor, max_wait_s=0.05))
+    native = start(make_engine(by_digest(weights), executor=executor, max_wait_s=0.05))
 
     async def main() -> None:
-        await loop.complete(greedy("x", plan_of("selection", (weights, 1.0))))
+        await complete(native, greedy("x", plan_of("selection", (weights, 1.0))))
 
     with pytest.raises(WaitedTooLong):
         run(main())
@@ -146,13 +128,13 @@ def test_an_idle_loop_wakes_for_a_deadline(
 
 def test_a_stream_ends_with_the_deadline_as_its_error(gated: Gated) -> None:
     clock = Clock(1000.0)
-    _, gate, loop = gated({}, clock=clock)
+    _, gate, native = gated({}, clock=clock)
 
     async def main() -> None:
         found: list[Delta] = []
         gate.permits.release()
         try:
-            async for delta in loop.stream(replace(greedy("x", num_new=100), time_left_s=10.0)):
+            async for delta in stream_text(native, replace(greedy("x", num_new=100), time_left_s=10.0)):
                 found.append(delta)
                 clock.at = 1010.0
                 gate.open()

@@ -13,7 +13,7 @@ from gpu_worker.errors import DeadlineExceeded, EngineStopped, RequestFailed
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.native.attention.kv_cache import KvShape
 from gpu_worker.native.attention.kv_pages import HostKvCache
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
@@ -26,6 +26,7 @@ from tests.gpu_worker.engine_driver import (
     assert_nothing_held,
     assert_same,
     by_digest,
+    complete,
     greedy,
     run,
     run_together,
@@ -179,20 +180,20 @@ def test_a_deadline_is_reported_although_the_device_is_lost(make_engine: MakeEng
 
 
 def test_the_thread_of_a_lost_device_ends_and_all_its_streams_fail(
-    make_engine: MakeEngine, start: Callable[..., EngineThread]
+    make_engine: MakeEngine, start: Callable[..., NativeEngine]
 ) -> None:
     executor = ThreadPoolExecutor(1)
     engine, lose = losing(make_engine, max_batch_size=2, executor=executor)
-    loop = start(engine)
+    native = start(engine)
 
     async def main() -> list[object]:
         lose()
         jobs = [greedy("x", BASE_PLAN, number, num_new=50) for number in range(6)]
-        return await asyncio.gather(*[loop.complete(job) for job in jobs], return_exceptions=True)
+        return await asyncio.gather(*[complete(native, job) for job in jobs], return_exceptions=True)
 
     assert [type(error) for error in run(main())] == [EngineStopped] * 6
-    assert not loop.is_alive and isinstance(loop.failure, OutOfMemory)
+    assert not native.health().is_alive and isinstance(native.failure, OutOfMemory)
     with pytest.raises(EngineStopped):
-        run(loop.complete(greedy("late")))
+        run(complete(native, greedy("late")))
     with pytest.raises(RuntimeError, match="shutdown"):
         executor.submit(int)

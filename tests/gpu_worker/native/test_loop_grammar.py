@@ -14,16 +14,25 @@ import torch
 from jsonschema import Draft202012Validator
 
 from gpu_worker.errors import GrammarFailed, GrammarInvalid, LogitsNotFinite
-from gpu_worker.front.request.grammar import ANY_OBJECT, Grammar
+from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.output_head import OutputHead
 from gpu_worker.model.packed_linear import KernelLinear
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.plan import BASE_PLAN, Plan, Strategy
-from tests.gpu_worker.engine_driver import Answer, ask, assert_nothing_held, by_digest, greedy, run, run_together
+from tests.gpu_worker.engine_driver import (
+    Answer,
+    ask,
+    assert_nothing_held,
+    by_digest,
+    complete,
+    greedy,
+    run,
+    run_together,
+)
 from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.soak import Scale
 from tests.tiny import plan_of, random_adapter, tiny_config
@@ -54,16 +63,6 @@ def test_random_schemas_give_valid_json_at_temperature_1(make_engine: MakeEngine
         assert finish_of(answer) == "stop", answer.text
         Draft202012Validator(schema).validate(json.loads(answer.text))
     assert_nothing_held(engine)
-
-
-def test_greedy_rows_with_and_without_a_grammar_share_a_batch(make_engine: MakeEngine) -> None:
-    free = [greedy(f"free {i}", request_id=i) for i in range(3)]
-    alone = [run_together(make_engine({}), [job])[0].tokens for job in free]
-    bound = [sampled(COLOURS, seed=i, temperature=0.0) for i in range(3)]
-    answers = run_together(make_engine({}), [*free, *bound])
-    assert [answer.tokens for answer in answers[:3]] == alone
-    for answer in answers[3:]:
-        assert answer.text in {"red", "green", "blue"} and finish_of(answer) == "stop"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -175,33 +174,6 @@ def test_choices_are_drawn_as_seeds_say_and_a_finished_grammar_ends_the_answer(m
     assert texts == again and set(texts) <= set(choices) and len(set(texts)) > 1
 
 
-def test_a_regular_expression_holds_with_log_probabilities_and_penalties(make_engine: MakeEngine) -> None:
-    grammar = Grammar("regex", "[a-c]{4,9}-[0-9]{3}")
-    changes = {"logprobs": 3, "frequency_penalty": 1.5, "top_p": 0.9, "logit_bias": ((97, 5.0),)}
-    for answer in run_together(make_engine({}), [sampled(grammar, seed, **changes) for seed in range(4)]):
-        assert re.fullmatch(r"[a-c]{4,9}-[0-9]{3}", answer.text)
-        entries = [entry for event in answer.events if isinstance(event, Delta) for entry in event.logprobs]
-        assert b"".join(entry.token for entry in entries if not entry.is_end).decode() == answer.text
-
-
-def test_the_context_free_grammars_of_lark_and_gbnf(make_engine: MakeEngine) -> None:
-    lark = Grammar("grammar", 'start: pair ("," pair)?\npair: /[xy]/ "=" /[0-9]{1,2}/')
-    gbnf = Grammar("grammar", 'root ::= ("on" | "off") "!"')
-    found = run_together(make_engine({}), [sampled(lark, 1), sampled(gbnf, 2)])
-    assert re.fullmatch(r"[xy]=\d\d?(,[xy]=\d\d?)?", found[0].text)
-    assert found[1].text in {"on!", "off!"}
-
-
-def test_max_tokens_cuts_an_answer_and_says_length(make_engine: MakeEngine) -> None:
-    [answer] = run_together(make_engine({}), [sampled(Grammar("json_schema", ANY_OBJECT), num_new=3)])
-    assert finish_of(answer) == "length" and answer.row.num_new_tokens == 3
-
-
-def test_a_stop_string_ends_an_answer_before_its_grammar_does(make_engine: MakeEngine) -> None:
-    [answer] = run_together(make_engine({}), [sampled(Grammar("regex", "(yes|no), and more"), stop=(" and",))])
-    assert answer.text in {"yes,", "no,"} and finish_of(answer) == "stop"
-
-
 def test_a_template_stops_no_answer_that_has_a_grammar(make_engine: MakeEngine) -> None:
     text = "### Instruction: x"
     job = sampled(Grammar("choice", json.dumps([text])))
@@ -250,14 +222,14 @@ def test_a_step_without_grammars_starts_no_thread(make_engine: MakeEngine) -> No
 
 
 def test_structured_jobs_stream_through_the_engine_thread(
-    make_engine: MakeEngine, start: Callable[[Engine], EngineThread]
+    make_engine: MakeEngine, start: Callable[[Engine], NativeEngine]
 ) -> None:
     thread = start(make_engine({}))
 
     async def answers() -> tuple[str, Exception | None]:
-        completion, _ = await thread.complete(sampled(COLOURS))
+        completion, _ = await complete(thread, sampled(COLOURS))
         try:
-            await thread.complete(sampled(Grammar("regex", "a(b", "structured_outputs.regex")))
+            await complete(thread, sampled(Grammar("regex", "a(b", "structured_outputs.regex")))
         except GrammarInvalid as exc:
             return completion.text, exc
         return completion.text, None

@@ -162,10 +162,10 @@ def test_forgetting_idle_weights_frees_them_at_once(make_engine: MakeEngine, sha
     run_together(engine, [greedy("x", only(weights)) for weights in (gone, kept)])
     full = engine.status()
     assert (len(full.resident), full.occupied_rows) == (2, 8)
-    assert engine.forget([gone.weights_digest, "never seen"])
+    assert engine.queue.forget([gone.weights_digest, "never seen"])
     assert engine.residency.resident == {kept.weights_digest}
     assert 0 < engine.status().host_cache_bytes < full.host_cache_bytes
-    assert engine.forget([kept.weights_digest])
+    assert engine.queue.forget([kept.weights_digest])
     assert engine.status() == empty
 
 
@@ -180,14 +180,14 @@ def test_forgotten_weights_stay_exactly_until_their_last_request_ends(
     running_job, waiting_job = (greedy(name, only(weights), name, num_new=6) for name in ("runs", "waits"))
     running, waiting = ask(engine, running_job), ask(engine, waiting_job)
     steps(engine, 3)
-    assert not engine.forget([weights.weights_digest])
+    assert not engine.queue.forget([weights.weights_digest])
     assert engine.status().num_forgetting == 1
     while not running.is_finished:
         engine.step()
-    assert not engine.forget([weights.weights_digest]), "the other still needs it"
+    assert not engine.queue.forget([weights.weights_digest]), "the other still needs it"
     engine.run_until_idle()
     assert engine.status() == empty
-    assert engine.forget([weights.weights_digest])
+    assert engine.queue.forget([weights.weights_digest])
     assert_same(running, alone(running_job, pool.weights))
     assert_same(waiting, alone(waiting_job, pool.weights))
     assert pool.fetched == {weights.weights_digest: 1}
@@ -201,7 +201,7 @@ def test_a_request_that_waits_for_its_load_keeps_weights_forgotten_meanwhile(
     empty = engine.status()
     job = greedy("loads", only(weights), "loads")
     answer = ask(engine, job)
-    assert not engine.forget([weights.weights_digest])
+    assert not engine.queue.forget([weights.weights_digest])
     executor.release()
     engine.run_until_idle()
     assert_same(answer, alone(job, by_digest(weights)))
@@ -213,11 +213,11 @@ def test_an_abandoned_load_is_forgotten_when_it_ends(make_engine: MakeEngine, sh
     engine = make_engine(by_digest(weights), executor=executor)
     answer = ask(engine, greedy("leaves", only(weights)))
     engine.cancel(answer.row)
-    assert not engine.forget([weights.weights_digest])
+    assert not engine.queue.forget([weights.weights_digest])
     executor.release()
     engine.step()  # a finished load wakes the engine
     assert engine.status().host_cache_bytes == 0
-    assert engine.forget([weights.weights_digest])
+    assert engine.queue.forget([weights.weights_digest])
 
 
 def end_by_cancel(engine: Engine, answer: Answer) -> None:
@@ -238,29 +238,9 @@ def test_forgotten_weights_are_dropped_however_the_last_request_ends(
     empty = engine.status()
     answer = ask(engine, greedy("x", only(weights), num_new=50))
     steps(engine, num_steps)
-    assert not engine.forget([weights.weights_digest])
+    assert not engine.queue.forget([weights.weights_digest])
     end(engine, answer)
     assert engine.status() == empty
-
-
-def test_forgotten_weights_are_fetched_again_once_they_are_gone(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    """A request that arrives while others use them shares them; later requests fetch them, and they are kept."""
-    weights = random_adapter(shapes, 1)
-    pool = Pool(weights)
-    engine = make_engine(pool)
-    job = greedy("x", only(weights), num_new=6)
-    first = ask(engine, job)
-    steps(engine, 2)
-    engine.forget([weights.weights_digest])
-    second = ask(engine, job)
-    engine.run_until_idle()
-    assert pool.fetched[weights.weights_digest] == 1 and not engine.status().resident
-    third, fourth = run_together(engine, [job, job])
-    assert pool.fetched[weights.weights_digest] == 2 and len(engine.status().resident) == 1
-    for answer in (first, second, third, fourth):
-        assert_same(answer, alone(job, pool.weights))
 
 
 def test_a_hundred_cycles_of_load_use_and_forget_leave_nothing(make_engine: MakeEngine, shapes: Shapes) -> None:
@@ -272,10 +252,10 @@ def test_a_hundred_cycles_of_load_use_and_forget_leave_nothing(make_engine: Make
         answer = ask(engine, greedy("cycle", only(weights), number, num_new=3))
         if number % 2:
             engine.step()
-            assert not engine.forget([weights.weights_digest])
+            assert not engine.queue.forget([weights.weights_digest])
         engine.run_until_idle()
         assert answer.is_finished
-        assert engine.forget([weights.weights_digest])
+        assert engine.queue.forget([weights.weights_digest])
         assert engine.status() == empty
     assert_nothing_held(engine)
     engine.bank.set_active(engine.bank.num_rows)
@@ -313,7 +293,7 @@ def test_running_rows_end_as_version_1_and_new_ones_as_version_2(
     new: list[Answer] = []
     for step in range(14):
         if step == offset:
-            engine.forget([first.weights_digest])
+            engine.queue.forget([first.weights_digest])
             new = [ask(engine, job) for job in new_jobs]
         if step < len(old_jobs):
             old.append(ask(engine, old_jobs[step]))
@@ -324,6 +304,6 @@ def test_running_rows_end_as_version_1_and_new_ones_as_version_2(
             lone_answers[job.request_id] = alone(job, adapters)
         assert_same(answer, lone_answers[job.request_id])
     assert all(before.tokens != after.tokens for before, after in zip(old, new, strict=True))
-    engine.forget([first.weights_digest])
+    engine.queue.forget([first.weights_digest])
     assert engine.residency.resident == {second.weights_digest, partner.weights_digest}
     assert_nothing_held(engine)

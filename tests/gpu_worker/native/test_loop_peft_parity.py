@@ -181,37 +181,6 @@ def test_the_tokens_of_a_prompt_are_scored_as_by_peft_in_float64(
             assert [value for _, _, value in entry.top] == pytest.approx(known, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"plain": 0.5, "attention only": 0.5},
-        {"plain": 0.7, "rank pattern": -0.4},
-        {"rank pattern": 1 / 3, "both patterns": 1 / 3, "attention only": 1 / 3},
-        {"plain": 1.5, "rank-stabilised": 0.25, "both patterns": 0.25},
-    ],
-    ids=" + ".join,
-)
-def test_mixture_equals_pefts_concatenation(
-    parts: dict[str, float],
-    trained: dict[str, Trained],
-    tiny_folders: Mapping[str, Path],
-    make_engine: MakeEngine,
-) -> None:
-    """The first is never rank-stabilised: PEFT would scale its concatenation by that factor instead of 1."""
-    first, *others = [trained[name].folder for name in parts]
-    model = PeftModel.from_pretrained(plain_model(tiny_folders), first, adapter_name="0")
-    for i, folder in enumerate(others, 1):
-        model.load_adapter(folder, adapter_name=str(i))
-    names = [str(i) for i in range(len(parts))]
-    model.add_weighted_adapter(names, list(parts.values()), "mixed", combination_type="cat")
-    model.set_adapter("mixed")
-    model.eval()
-    plan = plan_of("mixture", *[(trained[name].weights, weight) for name, weight in parts.items()])
-    engine = make_engine(by_digest(*[trained[name].weights for name in parts]))
-    [answer] = run_together(engine, [greedy(PROMPTS[0], plan, num_new=1)])
-    assert_equal_logits(answer.first_logits, logits_of(model, tiny_folders, PROMPTS[0]))
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_written_here_is_the_same_adapter_under_peft(
     name: str, trained: dict[str, Trained], tiny_folders: Mapping[str, Path], tmp_path: Path

@@ -174,7 +174,7 @@ def test_a_preempted_row_keeps_its_adapters_until_it_ends(end: str, make_engine:
     waits = ask(engine, job_of(50, 60, 1, plan_of("selection", (weights, 1.0))))
     until_preempted(engine)
     assert waits.row in engine.waiting and waits.row.is_pinned
-    assert not engine.forget([weights.weights_digest])
+    assert not engine.queue.forget([weights.weights_digest])
     assert engine.residency.num_pins == 2 and weights.weights_digest in engine.residency
     if end == "cancel":
         engine.cancel(waits.row)
@@ -183,7 +183,7 @@ def test_a_preempted_row_keeps_its_adapters_until_it_ends(end: str, make_engine:
     else:
         engine.fail_all(EngineStopped("over"))
         assert isinstance(waits.error, EngineStopped)
-    assert engine.forget([weights.weights_digest])
+    assert engine.queue.forget([weights.weights_digest])
     assert_nothing_held(engine)
 
 

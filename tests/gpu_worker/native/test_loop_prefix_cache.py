@@ -125,37 +125,6 @@ def test_answers_with_the_cache_equal_those_without(
         assert_nothing_held(engine)
 
 
-def test_the_same_prompt_under_other_plans_is_computed_again(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    """One prompt with one adapter after another, other weights and other strategies; then all of them again.
-
-    llama.cpp#26207 reports a cache whose key lacks the adapters.
-    """
-    pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
-    first, second = pool
-    plans = [
-        BASE_PLAN,
-        only(first),
-        only(second),
-        plan_of("mixture", (first, 0.5), (second, 0.5)),
-        plan_of("mixture", (first, 0.5), (second, 0.4)),
-        plan_of("mixture", (first, 0.4), (second, 0.5)),
-        plan_of("fusion", (first, 0.5), (second, 0.5)),
-        plan_of("mixture", (first, 0.5)),
-    ]
-    engine, jobs = make_engine(by_digest(*pool)), [job_of("what?", plan) for plan in plans]
-    for job in jobs:
-        [answer] = run_together(engine, [job])
-        assert answer.row.num_cached_tokens == 0
-        assert_same(answer, alone(job, by_digest(*pool)))
-    num_blocks = len(PROMPT + "what?") // PAGE
-    for job in jobs:
-        [answer] = run_together(engine, [job])
-        assert answer.row.num_cached_tokens == num_blocks * PAGE
-        assert_same(answer, alone(job, by_digest(*pool)))
-
-
 def test_a_new_version_of_an_adapter_finds_nothing_of_the_old_one(make_engine: MakeEngine, shapes: Shapes) -> None:
     """Both versions have one name; the plans differ in the digest of the weights. vllm#42125 reports the opposite."""
     old, new = (random_adapter(shapes, seed, rank=3) for seed in (1, 2))
@@ -252,7 +221,7 @@ def test_forgotten_weights_leave_no_blocks(make_engine: MakeEngine, shapes: Shap
     num_each = engine.kv_cache.num_cached_tokens // 3
     running = ask(engine, job_of("x", only(pool[0])))
     engine.step()
-    assert not engine.forget([pool[0].weights_digest]), "a running row uses them"
+    assert not engine.queue.forget([pool[0].weights_digest]), "a running row uses them"
     assert running.row.num_cached_tokens > 0
     engine.run_until_idle()
     assert engine.kv_cache.num_cached_tokens == num_each

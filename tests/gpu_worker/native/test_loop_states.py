@@ -152,7 +152,7 @@ class EngineStates(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, 4))
     def forget(self, place: int) -> None:
-        self.engine.forget([self.world.pool[place].weights_digest])
+        self.engine.queue.forget([self.world.pool[place].weights_digest])
 
     @precondition(lambda self: self.engine.running)
     @rule()
@@ -201,7 +201,7 @@ class EngineStates(RuleBasedStateMachine):
         self.check()
         assert_nothing_held(self.engine)
         self.store.end(self.store.num_pending, well=True)
-        assert self.engine.forget([weights.weights_digest for weights in self.world.pool])
+        assert self.engine.queue.forget([weights.weights_digest for weights in self.world.pool])
         held = self.engine.status()
         assert (held.resident, held.occupied_rows, held.host_cache_bytes, held.num_forgetting) == (frozenset(), 0, 0, 0)
         stayed = [(job, answer) for job, answer in self.answers if id(answer.row) not in self.cancelled]

@@ -19,11 +19,11 @@ from gpu_worker.front.request.tool_prompts import find_style
 from gpu_worker.front.request.tools import Function, Tools
 from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
 from lora_store.plan import Strategy
 from tests.gpu_worker.chat_templates import HERMES_TEMPLATE, LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, TEMPLATES
-from tests.gpu_worker.engine_driver import Answer, by_digest, run, run_together
+from tests.gpu_worker.engine_driver import Answer, by_digest, complete, run, run_together
 from tests.tiny import plan_of, random_adapter
 
 MakeEngine = Callable[..., Engine]
@@ -171,13 +171,13 @@ def test_options_that_contradict_the_grammar_are_refused(make_engine: MakeEngine
 
 
 def test_a_schema_that_cannot_be_compiled_is_refused_before_the_job_is_queued(
-    make_engine: MakeEngine, tiny_base: TinyBase, start: Callable[[Engine], EngineThread]
+    make_engine: MakeEngine, tiny_base: TinyBase, start: Callable[[Engine], NativeEngine]
 ) -> None:
     bad = Function("f", "", json.dumps({"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)"}}}))
     thread = start(make_engine({}, base=with_template(tiny_base(), None), max_model_len=1600))
 
     async def ask() -> None:
         with pytest.raises(GrammarInvalid, match="tools at /1/function/parameters/properties/a cannot be compiled"):
-            await thread.complete(asked(Tools((NOW, bad), required=True)))
+            await complete(thread, asked(Tools((NOW, bad), required=True)))
 
     run(ask())

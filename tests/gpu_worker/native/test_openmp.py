@@ -11,7 +11,7 @@ import torch
 
 from gpu_worker.bank.load_threads import load_executor, use_one_thread
 from gpu_worker.native import openmp
-from gpu_worker.native.engine_thread import EngineThread
+from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.openmp import run_on_short_lived_thread, thread_team_releaser
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, run
 
@@ -107,15 +107,15 @@ def test_an_ended_team_is_started_again(two_threads: None) -> None:
 def test_a_waiting_engine_has_no_team(
     two_threads: None,
     make_engine: MakeEngine,
-    start: Callable[..., EngineThread],
+    start: Callable[..., NativeEngine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine(by_digest())
-    loop = start(engine)
+    native = start(engine)
     monkeypatch.setattr(engine, "status", computing_threads)  # on the engine's thread
     before = num_threads()
     for _ in range(3):
-        assert run(loop.status()) == before + 1
+        assert run(native.status()) == before + 1
         assert settled(before)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.vllm.fusions import parts_of, with_fusion
-from gpu_worker.vllm.plan_path import is_plan_path, path_of, plan_of
+from gpu_worker.vllm.plan_path import PlanIds, is_plan_path, path_of, plan_of
 from lora_store.adapter import AdapterRef
 from lora_store.plan import BASE_PLAN, MAX_ABS_WEIGHT, Plan, PlannedAdapter, Strategy
 
@@ -60,3 +60,15 @@ def test_a_plan_without_weight_is_the_base_model() -> None:
     assert path_of(BASE_PLAN) is None
     assert path_of(plan("mixture", {"a": 0.0})) is None
     assert not is_plan_path("/not/a/real/path")
+
+
+def test_a_path_keeps_its_id_and_other_paths_have_others() -> None:
+    ids = PlanIds()
+    assert [ids("a"), ids("b"), ids("a"), ids("c"), ids("b")] == [1, 2, 1, 3, 2]
+
+
+def test_the_path_that_was_not_used_for_the_longest_is_forgotten_and_its_id_is_not_used_again() -> None:
+    ids = PlanIds(max_kept=2)
+    assert [ids("a"), ids("b"), ids("a"), ids("c")] == [1, 2, 1, 3]
+    assert ids("a") == 1
+    assert ids("b") == 4

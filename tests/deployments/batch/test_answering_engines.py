@@ -1,0 +1,73 @@
+"""Which engine answers an offline run: the one that the settings name."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from deployments.batch.answering import PartAnswerer
+from deployments.batch.offline import LoraRetriever
+from deployments.batch.planning import PartPlanner
+from deployments.config.app import AppConfig
+from gpu_worker.errors import WorkerConfigInvalid
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.native.engine import NativeEngine
+from tests.deployments.batching import TOPICS, Place, prompts, publish, tiny_app
+from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, linear_shapes, tiny_config
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+def named(pool: AppConfig, engine: str) -> AppConfig:
+    return pool.model_copy(update={"worker": pool.worker.__class__(engine=engine)})
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_is_refused_and_no_other_answers(pool: AppConfig) -> None:
+    with pytest.raises(WorkerConfigInvalid, match=r"'vllm' needs the package vLLM.*docs/how-to/install\.md"):
+        LoraRetriever(named(pool, "vllm"))
+
+
+def test_the_native_engine_is_warmed_up_and_answers_from_any_event_loop(place: Place) -> None:
+    run = place.begin(prompts(6))
+    answerer = PartAnswerer(run)
+    assert isinstance(answerer.engine, NativeEngine) and answerer.engine.loop.num_steps == 0
+    try:
+        planned = asyncio.run(PartPlanner(run).plan(run.parts[0]))
+        assert asyncio.run(answerer.answer(planned)) == asyncio.run(answerer.answer(planned))
+    finally:
+        answerer.close()
+    assert not answerer.engine.health().is_alive
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+def test_vllm_answers_a_batch_of_every_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gemma3_with_wide_heads()
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight  # tied to the head
+        embeddings /= 8
+        embeddings[256:] = 0  # no special token is ever chosen
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    config = tiny_app(folder, str(tmp_path / "pool"), engine="vllm", enforce_eager=True, num_threads=1)
+    publish(config, linear_shapes(load_base_model(tiny_config(folder))), tmp_path / "adapters", TOPICS[:5])
+    place = Place(tmp_path, config)
+    run = place.begin(prompts(12))
+    answerer = PartAnswerer(run)
+    try:
+        assert type(answerer.engine).__name__ == "VllmEngine"
+        for part in run.parts:
+            planned = asyncio.run(PartPlanner(run).plan(part))
+            asyncio.run(answerer.answer(planned))
+    finally:
+        answerer.close()
+    found = place.written()
+    assert len(found) == 12 and [row["error"] for row in found] == [None] * 12
+    assert {row["strategy"] for row in found} == {"mixture", "fusion", "base", "selection"}
+    assert all(row["num_new_tokens"] in (5, 6) for row in found)

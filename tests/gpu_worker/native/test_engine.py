@@ -1,0 +1,282 @@
+"""The engine on its own thread, with asyncio callers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from gpu_worker.errors import AdapterLoadFailed, EngineFull, PromptTooLong
+from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.native.engine import NativeEngine
+from lora_store.adapter import AdapterWeights
+from lora_store.plan import BASE_PLAN, Plan
+from tests.gpu_worker.engine_driver import (
+    PATIENCE_S,
+    Gated,
+    MakeEngine,
+    Shapes,
+    assert_nothing_held,
+    by_digest,
+    complete,
+    greedy,
+    run,
+    run_together,
+    stream_text,
+)
+from tests.tiny import plan_of, random_adapter
+
+
+async def collect(stream: AsyncIterator[Delta]) -> list[Delta]:
+    return [delta async for delta in stream]
+
+
+def jobs_over(pool: list[AdapterWeights], count: int) -> list[Job]:
+    plans: list[Plan] = [BASE_PLAN, *(plan_of("selection", (weights, 1.0)) for weights in pool)]
+    plans.append(plan_of("mixture", *[(weights, 0.5) for weights in pool]))
+    params = SamplingParams(max_tokens=10, seed=5, temperature=0.8)
+    return [Job(str(i), f"prompt {i}", plans[i % len(plans)], params) for i in range(count)]
+
+
+@pytest.mark.parametrize("stream_interval_ms", [0.0, 1.0, 1000.0])
+def test_streams_join_to_the_text_of_a_run_without_a_thread(
+    stream_interval_ms: float, make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
+) -> None:
+    pool = [random_adapter(shapes, i) for i in range(2)]
+    jobs = jobs_over(pool, 4)
+    expected = [answer.text for answer in run_together(make_engine(by_digest(*pool)), jobs)]
+    native = start(make_engine(by_digest(*pool)), stream_interval_ms=stream_interval_ms)
+
+    async def main() -> list[list[Delta]]:
+        return await asyncio.gather(*(collect(stream_text(native, job)) for job in jobs))
+
+    streams = run(main())
+    assert ["".join(delta.text for delta in deltas) for deltas in streams] == expected
+    for deltas in streams:
+        assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
+def test_twenty_streams_at_once_equal_a_run_without_a_thread(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
+) -> None:
+    pool = [random_adapter(shapes, i) for i in range(3)]
+    jobs = jobs_over(pool, 20)
+    answers = run_together(make_engine(by_digest(*pool)), jobs)
+    engine = make_engine(by_digest(*pool), max_batch_size=4)
+    native = start(engine)
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(complete(native, job) for job in jobs))
+
+    for answer, (completion, last) in zip(answers, run(main()), strict=True):
+        assert completion.text == answer.text
+        assert completion.num_new_tokens == last.num_new_tokens == len(answer.tokens)
+        assert completion.finish_reason == last.finish_reason
+    native.stop()
+    assert_nothing_held(engine)
+
+
+def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> None:
+    _, gate, native = gated({})
+
+    async def main() -> None:
+        async with aclosing(stream_text(native, greedy("first", num_new=5))) as stream:
+            gate.permits.release()
+            first = await anext(stream)
+            assert first.num_new_tokens == 1 and first.finish_reason is None
+            gate.open()
+            assert (await collect(stream))[-1].num_new_tokens == 5
+
+    run(main())
+
+
+def test_a_watched_stream_gives_heartbeats_while_there_is_no_text(gated: Gated) -> None:
+    _, gate, native = gated({}, max_batch_size=1)
+    job = greedy("watched", BASE_PLAN, "watched", num_new=5)
+
+    async def main() -> None:
+        async with aclosing(native.stream(job, 0.01)) as stream:
+            assert [await anext(stream) for _ in range(4)] == [None] * 4
+            gate.open()
+            deltas = [delta async for delta in stream if delta is not None]
+        async with aclosing(native.stream(job, 100.0)) as again:
+            first, *others = [delta async for delta in again]
+        assert first is None and "".join(d.text for d in others if d) == "".join(d.text for d in deltas) != ""
+        assert None not in others
+
+    run(main())
+
+
+def test_an_error_of_prepare_reaches_only_its_caller(
+    make_engine: MakeEngine, start: Callable[..., NativeEngine]
+) -> None:
+    native = start(make_engine({}))
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(
+            complete(native, greedy("x" * 500, BASE_PLAN, "long")),
+            complete(native, greedy("fine")),
+            return_exceptions=True,
+        )
+
+    refused, (completion, _) = run(main())
+    assert isinstance(refused, PromptTooLong)
+    assert completion.num_new_tokens == 8
+
+
+def test_a_failed_load_reaches_its_caller(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
+) -> None:
+    native = start(make_engine({}))
+    with pytest.raises(AdapterLoadFailed):
+        run(complete(native, greedy("x", plan_of("selection", (random_adapter(shapes, 1), 1.0)))))
+
+
+def test_a_finished_load_wakes_the_sleeping_loop(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
+) -> None:
+    good, may_load = random_adapter(shapes, 1), threading.Event()
+
+    def fetch(digest: str) -> AdapterWeights:
+        assert may_load.wait(PATIENCE_S)
+        return good
+
+    async def main(native: NativeEngine) -> None:
+        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (good, 1.0)))))
+        while not native.loop.waiting:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(int)
+        may_load.set()
+        assert (await task)[0].num_new_tokens == 8
+
+    with ThreadPoolExecutor(1) as executor:
+        run(main(start(make_engine(fetch, executor=executor))))
+
+
+def test_a_full_queue_refuses_only_later_requests(gated: Gated) -> None:
+    _, gate, native = gated({}, max_batch_size=1, max_waiting=1)
+
+    async def main() -> list[Any]:
+        first = asyncio.create_task(complete(native, greedy("x", BASE_PLAN, "first", num_new=150)))
+        await asyncio.to_thread(gate.wait_for_step)  # running, so that the next one waits
+        others = [asyncio.create_task(complete(native, greedy("x", BASE_PLAN, i))) for i in range(3)]
+        while native._commands.qsize() < len(others):
+            await asyncio.sleep(0)
+        gate.open()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    first, *others = run(main())
+    assert first[0].num_new_tokens == 150
+    assert [type(other) for other in others if isinstance(other, Exception)] == [EngineFull] * 2
+    assert [other[0].num_new_tokens for other in others if not isinstance(other, Exception)] == [8]
+
+
+def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:
+    _, gate, native = gated({})
+
+    async def begin() -> None:
+        gate.permits.release()
+        stream = stream_text(
+            native, greedy("gone", BASE_PLAN, "gone", num_new=50)
+        )  # keep a reference: a collected iterator cancels
+        await anext(stream)
+        await asyncio.to_thread(gate.wait_for_step)
+        await asyncio.to_thread(gate.wait_for_step)  # the second step is in progress
+
+    run(begin())  # the event loop is closed
+    gate.open()
+    completion, _ = run(complete(native, greedy("stays", BASE_PLAN, "stays")))
+    assert completion.num_new_tokens == 8
+
+
+def test_two_requests_of_one_id_do_not_cancel_each_other(
+    make_engine: MakeEngine, start: Callable[..., NativeEngine]
+) -> None:
+    native = start(make_engine({}))
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(
+            complete(native, greedy("x", BASE_PLAN, "same", num_new=1)),
+            complete(native, greedy("x", BASE_PLAN, "same", num_new=100)),
+        )
+
+    short, long = run(main())
+    assert (short[0].num_new_tokens, long[0].num_new_tokens) == (1, 100)
+
+
+def test_an_idle_loop_is_not_hanging_and_one_in_a_long_step_is(gated: Gated) -> None:
+    _, gate, native = gated({})
+    assert native.health().busy_s == 0.0
+
+    async def main() -> None:
+        task = asyncio.create_task(complete(native, greedy("x")))
+        await asyncio.to_thread(gate.wait_for_step)
+        earlier = native.health().busy_s
+        assert native.health().busy_s > earlier > 0.0
+        gate.open()
+        await task
+
+    run(main())
+
+
+def test_a_loop_in_a_long_command_is_hanging(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
+    """A command may hang like a step: cancelling a request wipes its rows on the device."""
+    native, may_end, has_begun = start(make_engine({})), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        has_begun.set()
+        assert may_end.wait(PATIENCE_S)
+
+    async def main() -> None:
+        for _ in range(2):  # the first wakes the thread, the second is queued after it
+            asked = asyncio.create_task(native._run_on_engine(hang))
+            await asyncio.to_thread(has_begun.wait, PATIENCE_S)
+            earlier = native.health().busy_s
+            assert native.health().busy_s > earlier > 0.0
+            may_end.set()
+            await asked
+            may_end.clear()
+            has_begun.clear()
+
+    run(main())
+
+
+def test_a_loop_that_waits_for_a_slow_load_is_not_hanging(
+    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
+) -> None:
+    good, may_load = random_adapter(shapes, 1), threading.Event()
+
+    def fetch(digest: str) -> AdapterWeights:
+        assert may_load.wait(PATIENCE_S)
+        return good
+
+    async def main(native: NativeEngine) -> None:
+        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (good, 1.0)))))
+        while not native.loop.waiting:
+            await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(2):
+                while native.health().busy_s > 0.0:  # until the thread sleeps
+                    await asyncio.sleep(0)
+        finally:
+            may_load.set()
+            await task
+
+    with ThreadPoolExecutor(1) as executor:
+        run(main(start(make_engine(fetch, executor=executor))))
+
+
+def test_the_engines_thread_alone_is_nice(make_engine: MakeEngine) -> None:
+    engine, seen = make_engine({}), list[int]()
+    engine.base.model.register_forward_pre_hook(lambda module, inputs: seen.append(os.nice(0)))
+    own = os.nice(0)
+    native = NativeEngine(engine, niceness=3)
+    run(complete(native, greedy("x", num_new=1)))
+    native.stop()
+    assert seen == [own + 3] and os.nice(0) == own
