@@ -22,6 +22,7 @@ from deployments.cli.client import (
     fail,
     follow,
     out,
+    pages,
     print_json,
     show_error,
 )
@@ -161,7 +162,7 @@ def doctor(
     if prompts is not None:
         rows = read_labelled(prompts, needs_adapter=False)
         if any(row.adapters for row in rows):
-            require_known(prompts, rows, url)
+            require_known(prompts, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
         body = {"prompts": [_asked(row) for row in rows]}
     report = follow(url, "/v1/pool/doctor", body, "routing")
     if as_json:
@@ -182,6 +183,9 @@ def doctor(
     for row in report["always_shadowed"]:
         out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
     _print_rankings(report["rankings"])
+    for name, row in report.get("outcomes", {}).items():  # a server of an earlier version has none
+        counts = f"{row['positive']} positive, {row['negative']} negative"
+        out.print(f"outcomes of {name or 'the base model'}: {counts}", markup=False, highlight=False)
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:
             out.print(f"{title}: {name}", markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -54,7 +54,7 @@ def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
     Rows whose adapter is null should be answered by the base model.
     """
     rows = read_labelled(file)
-    require_known(file, rows, url)
+    require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
     with client_of(url) as client:
         tracked = track(
             _plans(client, rows), "routing", len(rows), console=err, transient=True, disable=not err.is_terminal
@@ -71,11 +71,10 @@ def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
         out.print(_operating_points(inside, outside))
 
 
-def require_known(file: Path, rows: Sequence[Labelled], url: str) -> None:
+def require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
     """Print the lines that name an adapter that the pool does not list, and exit if there are any."""
     from deployments.field_problems import did_you_mean  # imports pydantic
 
-    known = {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]}
     unknown = [(row.line, name) for row in rows for name in sorted(row.adapters or ()) if name not in known]
     for line, name in unknown[:_SHOWN_LINES]:
         show_error(f"{file}: line {line}: no adapter {name!r} in the pool{did_you_mean(name, known)}")

@@ -109,6 +109,14 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         assert part in said
 
 
+@pytest.mark.parametrize("command", ["doctor", "evaluate", "verify"])
+def test_a_report_is_printed_as_json(command: str) -> None:
+    result = {"rankings": [RANKING], "problems": []}
+    with scripted((200, lines({"done": 1, "total": 1}, {"result": result}))) as server:
+        ran = run("pool", command, "--json", "--url", server.url)
+    assert (ran.exit_code, json.loads(ran.stdout)) == (0, result)
+
+
 REPORT = {
     "k": 3,
     "num_adapters": 0,
@@ -138,9 +146,6 @@ ASKED = {
 }
 
 
-LISTED = 200, {"generation": 4, "data": [{"id": "poet"}, {"id": "coder"}], "last_id": "", "has_more": False}
-
-
 def test_the_doctor_takes_real_prompts(tmp_path: Path) -> None:
     rows = [
         {"input": "a verse", "adapter": "poet"},
@@ -150,7 +155,10 @@ def test_the_doctor_takes_real_prompts(tmp_path: Path) -> None:
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    with scripted(LISTED, (200, lines({"done": 4, "total": 4}, {"result": REPORT | {"prompts": ASKED}}))) as server:
+    listed = {"generation": 4, "data": [{"id": "poet"}, {"id": "coder"}], "last_id": "", "has_more": False}
+    with scripted(
+        (200, listed), (200, lines({"done": 4, "total": 4}, {"result": REPORT | {"prompts": ASKED}}))
+    ) as server:
         result = run("pool", "doctor", "--prompts", file, "--url", server.url)
     assert result.exit_code == 0, result.output
     assert server.sent[-1] == {
@@ -176,11 +184,3 @@ def test_an_invalid_prompt_for_the_doctor_is_named_by_its_line(row: Any, tmp_pat
         result = run("pool", "doctor", "--prompts", file, "--url", server.url)
     assert (result.exit_code, server.asked) == (1, [])
     assert "prompts.jsonl:1: must be" in words(result.stderr)
-
-
-@pytest.mark.parametrize("command", ["doctor", "evaluate", "verify"])
-def test_a_report_is_printed_as_json(command: str) -> None:
-    result = {"rankings": [RANKING], "problems": []}
-    with scripted((200, lines({"done": 1, "total": 1}, {"result": result}))) as server:
-        ran = run("pool", command, "--json", "--url", server.url)
-    assert (ran.exit_code, json.loads(ran.stdout)) == (0, result)
