@@ -35,8 +35,8 @@ from retriever_svc.shared_wording import without_shared_wording
 MAX_ADAPTERS = 16  # of other owners, the nearest ones
 MAX_SAMPLES = 16  # of each of them
 # An approval that grants more than these has to be confirmed. Most honest adapters of one trade stay below them, and
-# copies do not: benchmarks/README.md.
-MOST_ORDINARY = 0.02
+# copies do not: `python -m benchmarks.routing.draws`.
+MOST_ORDINARY = 0.1  # six honest adapters of the starter pool draw 3 % together
 MOST_OF_SAMPLES = 0.1
 MOST_OF_CONTENTS = 0.8
 _NUM_COMPARED = 4  # adapters of the pool that compete for a prompt

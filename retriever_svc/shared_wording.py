@@ -12,7 +12,7 @@ from itertools import pairwise
 FEW_WORDED = 5  # fewer samples say nothing about their wording
 # How often `auto` answers a reworded prompt with the right adapter, by what its owner gave: means of the test pools of
 # `python -m benchmarks.routing.wording`.
-RIGHT_BY_DESCRIPTION, RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE = 0.397, 0.495, 0.624
+RIGHT_BY_DESCRIPTION, RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE = 0.423, 0.495, 0.624
 _LEAST_CHARS = 12  # a shorter beginning is shared by chance
 _LEAST_REST = 8  # a text of which less would remain is kept whole
 

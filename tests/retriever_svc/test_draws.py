@@ -110,8 +110,8 @@ def test_a_version_is_confirmed_if_its_owner_would_draw_many_prompts_of_an_adapt
     assert Draws(Drawn(535, 0, 0), (found,)).must_be_confirmed == is_asked
 
 
-@pytest.mark.parametrize(("by_owner", "is_asked"), [(10, False), (11, True)])
-def test_a_version_is_confirmed_if_its_owner_would_draw_more_than_2_percent_of_ordinary_prompts(
+@pytest.mark.parametrize(("by_owner", "is_asked"), [(50, False), (51, True)])
+def test_a_version_is_confirmed_if_its_owner_would_draw_more_than_a_tenth_of_ordinary_prompts(
     by_owner: int, is_asked: bool
 ) -> None:
     assert Draws(Drawn(500, 1, by_owner)).must_be_confirmed == is_asked

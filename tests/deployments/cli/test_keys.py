@@ -104,14 +104,12 @@ def test_the_version_with_the_given_digest_is_approved() -> None:
 
 def test_a_version_that_draws_many_prompts_can_be_confirmed_with_its_digest() -> None:
     refused = refusal("confirmed: must be true to approve this version. poet would answer 75.0% of …")
+    given = ("access", "approve", "acme/poet", "--digest", "d" * 64)
     with scripted((400, refused), (200, APPROVED | {"draws": MANY})) as server:
-        result = run("access", "approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
+        result = run(*given, "--url", server.url)
         assert result.exit_code == 1
         assert "--confirmed: must be true" in words(result.stderr)
-        assert (
-            run("access", "approve", "acme/poet", "--digest", "d" * 64, "--confirmed", "--url", server.url).exit_code
-            == 0
-        )
+        assert run(*given, "--confirmed", "--url", server.url).exit_code == 0
     assert server.sent == [{"digest": "d" * 64}, {"digest": "d" * 64, "confirmed": True}]
 
 

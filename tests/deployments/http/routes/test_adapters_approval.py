@@ -126,7 +126,7 @@ MANY = Draws(Drawn(535, 0, 0), (DrawnAdapter(POOL[1].ref, Drawn(16, 8, 12), Draw
 @pytest.mark.parametrize(("body", "status"), [({}, 400), ({"confirmed": False}, 400), ({"confirmed": True}, 200)])
 def test_a_version_that_draws_many_prompts_of_others_has_to_be_confirmed(keys: Path, body: Any, status: int) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
-        served.retriever._replicas[0].drawn = MANY
+        served.retriever.replicas[0].drawn = MANY
         response = await client.post("/v1/loras/poet/approve", json={"digest": LIVE} | body)
         assert response.status_code == status, response.text
         assert served.store.called("approve") == ([([POOL[0].ref], "id-all")] if status == 200 else [])
@@ -140,7 +140,7 @@ def test_a_version_that_draws_many_prompts_of_others_has_to_be_confirmed(keys: P
 
 def test_an_approver_is_shown_what_the_version_would_draw(keys: Path) -> None:
     async def look(client: httpx.AsyncClient, served: Served) -> None:
-        served.retriever._replicas[0].drawn = MANY
+        served.retriever.replicas[0].drawn = MANY
         response = await client.post("/v1/loras/poet/approve?dry_run=true", json={"digest": LIVE})
         draws = response.json()["draws"]
         samples, contents = {"share": 0.5, "owner_share": 0.75}, {"share": 0.25, "owner_share": 0.25}
