@@ -23,12 +23,15 @@ from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import AdapterRecord, LoraStore, LoraStoreError, Plan, Sample, Strategy
+from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
+    AskedPrompt,
     BulkEncoding,
     DoctorStep,
+    Draws,
     IndexSettings,
     IndexStats,
+    Learnt,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -37,6 +40,7 @@ from retriever_svc import (
     PoolSize,
     Region,
     ReindexStep,
+    Resampled,
     RetrieverError,
     Route,
     RouteRequest,
@@ -268,19 +272,40 @@ class RetrieverDeployment:
         async for step in _beside_the_loop(steps):
             yield step
 
-    async def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
         """Examine how well the tenant's adapters are retrieved; the last step has the report.
 
-        Raises: StoreUnavailable.
+        Raises: AdapterNotFound for an unknown name in the prompts, StoreUnavailable.
         """
-        async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples)):
+        async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples, prompts=prompts)):
             yield step
+
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
+        """Return which prompts this version would answer for other tenants if it were approved.
+
+        Raises: AdapterNotFound, StaleIndex, StoreUnavailable.
+        """
+        await self._reach_for(tenant, min_generation)
+        measurement = await asyncio.to_thread(self._retriever.draw_measurement, tenant, name, self._samples)
+        await self._encode_in_turns(measurement.encoding, tenant)
+        return await _on(self._searches, self._retriever.draws, measurement)
 
     async def regions(self, tenant: str) -> AsyncGenerator[Region]:
         """Yield the regions in which the tenant's adapters can be measured. Raises: StoreUnavailable."""
         await self._refresh()
         async for region in _beside_the_loop(self._retriever.regions(tenant, self._samples)):
             yield region
+
+    async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled:
+        """Return the samples of a live version with these prompts of clients, and what they do to the pool.
+
+        Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
+        """
+        return await asyncio.to_thread(self._retriever.accept, live, texts, self._samples)
+
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        """Return the choices that these outcomes lead to for the tenant, and what they do. Raises: StoreUnavailable."""
+        return await asyncio.to_thread(self._retriever.learn, tenant, outcomes, self._samples)
 
     async def index_stats(self) -> IndexStats:
         return await _on(self._lookups, self._pools.stats)

@@ -10,11 +10,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from deployments.api.base import ApiRequest
+from deployments.api.base import MAX_ADAPTERS, MAX_TEXT_CHARS, AdapterName, ApiRequest
 from lora_store import LOCAL_TENANT, Visibility
+from retriever_svc import AskedPrompt
 
 MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
+MAX_DOCTOR_PROMPTS = 10_000
 MAX_TAGS = 32
 MAX_TAG_CHARS = 256
 MAX_TTL_S = 30 * 86_400
@@ -169,6 +171,34 @@ class RollbackRequest(ApiRequest):
     digest: str | None = Field(default=None, min_length=8, max_length=64)
 
 
+class SamplesRequest(ApiRequest):
+    """`POST /v1/loras/{name}/samples`: accept or reject proposed prompts, or undo: take every accepted prompt out.
+
+    `ids`: of the proposals; None: all that wait.
+    """
+
+    action: Literal["accept", "reject", "undo"]
+    ids: list[Annotated[str, Field(max_length=64)]] | None = Field(default=None, min_length=1, max_length=MAX_BATCH)
+
+    @model_validator(mode="after")
+    def _undo_takes_no_ids(self) -> Self:
+        if self.action == "undo" and self.ids is not None:
+            raise ValueError("`ids` cannot be combined with `undo`, which takes every accepted prompt out")
+        return self
+
+
+class OutcomeRequest(ApiRequest):
+    """`POST /v1/outcomes`: how well an adapter answered a request to `auto`, or None: the base model.
+
+    `request_id`: the `x-request-id` of the answer. A later outcome of the same request replaces the earlier one, and a
+    score of 0 withdraws it.
+    """
+
+    request_id: str = Field(min_length=1, max_length=256)
+    adapter: Name | None = None
+    score: float = Field(ge=-1, le=1, allow_inf_nan=False)
+
+
 class ShareRequest(ApiRequest):
     """`POST /v1/loras/{name}/share`: a kept version answers a share of the requests that name no version; 0 ends that.
 
@@ -193,6 +223,9 @@ class ApproveRequest(ApiRequest):
     """
 
     digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="the whole `digest` that GET /v1/loras/{name} shows")
+    confirmed: bool = Field(
+        default=False, description="also if the version would draw many ordinary prompts, or prompts of other adapters"
+    )
 
 
 class LoadAdapterRequest(ApiRequest):
@@ -217,7 +250,23 @@ class UnloadAdapterRequest(ApiRequest):
 
 
 class JobRequest(ApiRequest):
-    """`POST /v1/pool/verify`, `/doctor` and `/evaluate`: an empty object, so that no HTML form can start a job."""
+    """`POST /v1/pool/verify` and `/evaluate`: an empty object, so that no HTML form can start a job."""
+
+
+class DoctorPrompt(ApiRequest):
+    """A prompt of a client. `adapters`: those that should answer it, [] for the base model; unset: unknown."""
+
+    prompt: str = Field(min_length=1, max_length=MAX_TEXT_CHARS)
+    adapters: list[AdapterName] | None = Field(fail_fast=True, default=None, max_length=MAX_ADAPTERS)
+
+    def asked(self) -> AskedPrompt:
+        return AskedPrompt(self.prompt, None if self.adapters is None else tuple(self.adapters))
+
+
+class DoctorRequest(JobRequest):
+    """`POST /v1/pool/doctor`. `prompts`: real ones, to count which adapters answer them."""
+
+    prompts: list[DoctorPrompt] = Field(fail_fast=True, default=[], max_length=MAX_DOCTOR_PROMPTS)
 
 
 class GcRequest(ApiRequest):

@@ -10,6 +10,7 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from deployments.api import error_table
+from deployments.api.draws_report import DrawsObject
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef, Plan, Strategy, Trial, TrialVersion
 from retriever_svc import Candidate
@@ -91,11 +92,13 @@ class RoutedCandidate(CandidateRow):
     """A candidate for a prompt. It may answer if `score` reaches `threshold`, which depends on the prompt.
 
     `confidence`: the probability that it is the right adapter, estimated from the score and its lead over the others.
+    `outcome`: what the tenant's outcomes for nearly the same prompts say in sum; below 0 it may not answer.
     `samples`: those nearest to the prompt, if `lora.explain` is set and the adapter belongs to the caller's tenant.
     """
 
     threshold: float
     confidence: float
+    outcome: NotRequired[float]
     samples: NotRequired[list[SampleRow]]
 
 
@@ -207,9 +210,25 @@ class SettledAdapter(TypedDict):
     visibility: NotRequired[str]
     digest: NotRequired[str]
     approved: NotRequired[bool]
+    draws: NotRequired[DrawsObject]
     trial: NotRequired[TrialObject | None]
     generation: int
     replicas: Replicas
+
+
+class SamplesChanged(TypedDict):
+    """Proposals that were accepted or rejected, or accepted prompts that were taken out of the samples.
+
+    `left_out`: prompts that are near-copies of a sample. `digest`: of the live version, unless it was a rejection.
+    """
+
+    name: str
+    action: Literal["accept", "reject", "undo"]
+    left_out: NotRequired[list[str]]
+    num_rejected: NotRequired[int]
+    digest: NotRequired[str]
+    generation: NotRequired[int]
+    replicas: NotRequired[Replicas]
 
 
 class BatchAnswer(TypedDict):
@@ -279,10 +298,15 @@ def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAd
     return {"name": name, "visibility": visibility, "generation": settled.generation, "replicas": replicas}
 
 
-def approval_object(ref: AdapterRef, settled: Settled, *, approved: bool = True) -> SettledAdapter:
-    replicas, generation = replicas_object(settled), settled.generation
-    digest = ref.digest
-    return {"name": ref.name, "digest": digest, "approved": approved, "generation": generation, "replicas": replicas}
+def approval_object(ref: AdapterRef, settled: Settled, draws: DrawsObject, *, approved: bool = True) -> SettledAdapter:
+    return {
+        "name": ref.name,
+        "digest": ref.digest,
+        "approved": approved,
+        "draws": draws,
+        "generation": settled.generation,
+        "replicas": replicas_object(settled),
+    }
 
 
 def share_object(name: str, trial: Trial | None, settled: Settled) -> SettledAdapter:

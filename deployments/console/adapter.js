@@ -1,4 +1,4 @@
-// The page of one adapter: samples, versions, similar adapters and code; roll back and withdraw.
+// The page of one adapter: samples, versions, similar adapters and code; roll back, approve and withdraw.
 
 import { post, read, reasonOf, send } from "./api.js";
 import { ago, byId, bytes, confirmed, element, say, sayOrHide, whole } from "./dom.js";
@@ -12,7 +12,9 @@ let handlers = { onAsk: () => {}, onChange: () => {} };
 export function start(callbacks) {
   handlers = callbacks;
   byId("adapter-ask").addEventListener("click", () => handlers.onAsk(shown.id, ""));
+  byId("adapter-approve").addEventListener("click", approve);
   byId("adapter-withdraw").addEventListener("click", withdraw);
+  byId("adapter-accept-all").addEventListener("click", () => decide("accept"));
 }
 
 /** Shows the adapter of this name. */
@@ -22,7 +24,7 @@ export async function open(name) {
     const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}`);
     if (byId("adapter-title").textContent !== name) return; // another one was opened meanwhile
     show(found);
-    await showSimilar(found);
+    await Promise.all([showSimilar(found), showProposed(found)]);
   } catch (error) {
     sayOrHide("adapter-error", reasonOf(error));
   }
@@ -41,6 +43,7 @@ function show(adapter) {
   const isOwn = adapter.id === adapter.name; // only its own tenant may change an adapter
   sayOrHide("adapter-error", "");
   byId("adapter-body").hidden = byId("adapter-actions").hidden = false;
+  byId("adapter-approve").hidden = isOwn || adapter.approved || adapter.visibility !== "public";
   byId("adapter-withdraw").hidden = !isOwn;
   byId("adapter-facts").replaceChildren(...factsOf(adapter));
   byId("adapter-samples").replaceChildren(...adapter.samples.map(sampleRow));
@@ -102,12 +105,48 @@ async function showSimilar(adapter) {
   if (shown === adapter) byId("adapter-similar").replaceChildren(...(rows.length ? rows : [element("li", { class: "muted" }, "no other adapter")]));
 }
 
+/** Shows the prompts that its owner may accept as samples. */
+async function showProposed(adapter) {
+  byId("adapter-proposed-part").hidden = true;
+  if (adapter.id !== adapter.name) return;
+  try {
+    const { proposed } = await read(`v1/loras/${encodeURIComponent(adapter.id)}?proposed=true`, { quietly: true });
+    if (shown !== adapter) return;
+    byId("adapter-proposed").replaceChildren(...proposed.map(proposedRow));
+    byId("adapter-proposed-part").hidden = !proposed.length;
+  } catch {
+    // a key without the role publish does not see them
+  }
+}
+
+function proposedRow({ id, input, key_id }) {
+  const button = (label, action) =>
+    element("button", { type: "button", class: "small", "aria-label": `${label}: ${input}`, onclick: () => decide(action, [id]) }, label);
+  return element("li", {}, element("span", {}, input), " ", element("small", {}, key_id), " ", button("Accept", "accept"), " ", button("Reject", "reject"));
+}
+
+/** Accepts or rejects these prompts, or all. */
+async function decide(action, ids) {
+  await change(async () => (await post(`${path()}/samples`, { action, ids })).generation ?? null, () => open(shown.id));
+}
+
 const path = () => `v1/loras/${encodeURIComponent(shown.id)}`;
 
 async function rollback(digest, createdAt) {
   const text = `Version ${digest.slice(0, 12)}, published ${ago(createdAt)}, becomes live for the next request. The current version is kept.`;
   if (!(await confirmed(`Roll back ${shown.id}?`, text, "Roll back"))) return;
   await change(async () => (await post(`${path()}/rollback`, { digest })).generation, () => open(shown.id));
+}
+
+async function approve() {
+  const url = `${path()}/approve`, { id, digest } = shown;
+  await change(async () => {
+    const { draws, generation } = await post(`${url}?dry_run=true`, { digest });
+    const text = `Then auto may choose version ${digest.slice(0, 12)} for every tenant. ${draws.text}`;
+    const yes = draws.needs_confirmation ? "Approve it all the same" : "Approve";
+    if (!(await confirmed(`Approve ${id}?`, text, yes))) return generation;
+    return (await post(url, { digest, confirmed: true })).generation;
+  }, () => open(id));
 }
 
 async function withdraw() {

@@ -90,6 +90,10 @@ ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=responses.PublishedAdapter, 
 VISIBILITY_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 APPROVE_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 SHARE_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+SAMPLES_ANSWERS = answers(
+    400, 404, 409, s200=responses.SamplesChanged, s201=responses.SamplesChanged, s202=responses.SamplesChanged
+)
+OUTCOME_ANSWERS = answers(400, 404, s201=pool_responses.Outcome)
 MAP_ANSWERS = answers(400, s200=pool_responses.PoolPicture)
 PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
 STATS_ANSWERS = answers(s200=pool_responses.Stats)
@@ -98,6 +102,7 @@ UNLOAD_ANSWERS = _answer_text(answers(400, 404), "text/plain", 200, 202)
 TOKENIZE_ANSWERS = answers(400, 404, 504, s200=TokenizeAnswer)
 DETOKENIZE_ANSWERS = answers(400, 404, 504, s200=DetokenizeAnswer)
 LINES_ANSWERS = _answer_text(answers(400), "application/x-ndjson", 200)
+DOCTOR_ANSWERS = _answer_text(answers(400, 404), "application/x-ndjson", 200)
 GC_ANSWERS = answers(400, s200=pool_responses.CollectedBlobs)
 HEALTH_ANSWERS: Answers = {200: {"model": pool_responses.Health}}
 READY_ANSWERS = answers(s200=pool_responses.Ready)
