@@ -83,11 +83,11 @@ docs: $(READY) ## build the documentation into build/docs, and fail on broken li
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/mkdocs build --strict --quiet
 
-gpu: ## check and measure both engines on a GPU within nine minutes, installation not counted; see benchmarks/README.md
+gpu: ## check and measure both engines on a GPU within nine minutes, installation not counted; see docs/benchmarks/index.md
 	$(MAKE) ENGINE=vllm DEVICE=cuda .venv-vllm-cuda/.ready
 	.venv-vllm-cuda/bin/python -m benchmarks.gpu $(ARGS)
 
-paper: $(READY) ## the paper's study on 46 adapters, resumed where it stopped; ARGS=--quick: ten minutes, no report
+paper: $(READY) ## the paper's main claims on 46 adapters, resumed where it stopped; ARGS=--quick: ten minutes, no results
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.paper all $(ARGS)
 

@@ -14,6 +14,7 @@ from deployments.calls.proxy_limits import require_own_proxy
 from deployments.calls.serve_calls import returning_refusals
 from deployments.calls.worker_client import WorkerReplica
 from deployments.config.app import AppConfig
+from deployments.config.loading import require_set_keys
 from deployments.ingress import Ingress
 from deployments.retriever import RetrieverDeployment
 from deployments.store import StoreDeployment
@@ -21,7 +22,8 @@ from deployments.worker import WorkerDeployment
 
 
 def build_app(args: AppConfig) -> Application:
-    """Return the application behind Serve's proxies. Raises: RayUnauthenticated, ProxyUnsafe."""
+    """Return the application behind Serve's proxies. Raises: SettingsInvalid, RayUnauthenticated, ProxyUnsafe."""
+    require_set_keys(args)
     return application(args)
 
 
@@ -35,20 +37,16 @@ def application(args: AppConfig, address: tuple[str, int] | None = None) -> Appl
     store_class = returning_refusals(StoreDeployment, StoreReplica)
     worker_class = returning_refusals(WorkerDeployment, WorkerReplica)
     retriever_class = returning_refusals(RetrieverDeployment, RetrieverReplica)
-    store = serve.deployment(store_class, name="Store", **args.store_scaling.options())
+    store = serve.deployment(store_class, name="Store", **args.store_scaling.root)
     worker = serve.deployment(worker_class, name="Worker", **args.worker_options())
-    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.options())
-    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.options())
+    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.root)
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.root)
 
     store_handle = store.bind(args)
-    engine = args.worker
     worker_handle = worker.bind(
         args.worker_config(),
-        engine.stream_interval_ms,
         store_handle,
         args.weights_cache,
-        engine.niceness,
-        engine.step_timeout_s,
         allow_unauthenticated_ray=args.allow_unauthenticated_ray,
     )
     return ingress.bind(args, retriever.bind(args), worker_handle, store_handle, address=address)

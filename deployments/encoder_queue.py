@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from deployments.errors import EncoderBusy
+from gpu_worker.front.fair_share import FairShare
 from retriever_svc.encoder import MAX_TOKENS, tokens_read
 
 T = TypeVar("T")
@@ -37,9 +38,7 @@ class EncoderQueue(Generic[T]):
 
     Turns: in a turn, a tenant gets about `TURN_TOKENS` of texts of one call. Tenants take turns, and so do the calls of
     a tenant. So a short text waits for the current batch, and then for at most one turn of each other tenant.
-    Places: at most `max_waiting` texts wait. A call without room takes the places of the newest calls of the tenant
-    that has most, as long as that tenant still has more than the caller would have; otherwise it is refused. A single
-    tenant may use every place.
+    Places: at most `max_waiting` texts wait. Tenants share them by the rule of FairShare, call by call.
     Errors: a batch that fails is encoded again by tenant, then by text. A text that fails alone fails its call.
     """
 
@@ -49,12 +48,11 @@ class EncoderQueue(Generic[T]):
         *,
         batch_size: int,
         max_waiting: int,
-        wait_s: float = 0.0,
     ) -> None:
-        """Create a queue. `encode` takes (tenant, text) pairs. `wait_s`: how long an idle encoder waits for texts."""
-        self._encode, self._batch_size, self._max_waiting, self._wait_s = encode, batch_size, max_waiting, wait_s
+        """Create a queue. `encode` takes (tenant, text) pairs."""
+        self._encode, self._batch_size, self._max_waiting = encode, batch_size, max_waiting
         self._tenants: dict[str, deque[_Asked[T]]] = {}  # in order of turn
-        self._num_waiting: dict[str, int] = {}
+        self._places = FairShare()
         self._numbers = itertools.count()
         self._feeding: asyncio.Task[None] | None = None
 
@@ -69,7 +67,7 @@ class EncoderQueue(Generic[T]):
         future: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
         asked = _Asked(tenant, next(self._numbers), deque(enumerate(texts)), future, num_texts=len(texts))
         self._tenants.setdefault(tenant, deque()).append(asked)
-        self._count(tenant, len(texts))
+        self._places.take(tenant, len(texts))
         if self._feeding is None or self._feeding.done():
             self._feeding = asyncio.create_task(self._feed())
         try:
@@ -80,10 +78,10 @@ class EncoderQueue(Generic[T]):
 
     @property
     def num_waiting(self) -> int:
-        return sum(self._num_waiting.values())
+        return self._places.num_held
 
     async def _feed(self) -> None:
-        await asyncio.sleep(self._wait_s)
+        await asyncio.sleep(0)
         while batch := self._next_batch():
             await self._answer(batch)
 
@@ -115,7 +113,7 @@ class EncoderQueue(Generic[T]):
             while asked.waiting and spent < TURN_TOKENS and len(batch) < self._batch_size:
                 place, text = asked.waiting.popleft()
                 batch.append((asked, place, text))
-                self._count(tenant, -1)
+                self._places.give(tenant)
                 spent += tokens_read(text)
             tokens += spent
             if asked.waiting:
@@ -127,10 +125,9 @@ class EncoderQueue(Generic[T]):
 
     def _make_room(self, tenant: str, num_texts: int) -> None:
         """Make room for a call, or refuse it. Raises: EncoderBusy."""
-        own = self._num_waiting.get(tenant, 0) + num_texts
         while self.num_waiting + num_texts > self._max_waiting:
-            most = max(self._num_waiting, key=self._num_waiting.__getitem__, default=tenant)
-            if most == tenant or self._num_waiting[most] <= own:
+            most = self._places.displaced_by(tenant, self._max_waiting, num_texts)
+            if most is None:
                 raise EncoderBusy(self.num_waiting)
             self._fail(max(self._tenants[most], key=lambda asked: asked.number), EncoderBusy(self.num_waiting))
 
@@ -145,15 +142,10 @@ class EncoderQueue(Generic[T]):
         if calls is None or asked not in calls:
             return
         calls.remove(asked)
-        self._count(asked.tenant, -len(asked.waiting))
+        self._places.give(asked.tenant, len(asked.waiting))
         asked.waiting.clear()
         if not calls:
             del self._tenants[asked.tenant]
-
-    def _count(self, tenant: str, change: int) -> None:
-        self._num_waiting[tenant] = self._num_waiting.get(tenant, 0) + change
-        if not self._num_waiting[tenant]:
-            del self._num_waiting[tenant]
 
 
 def _parts(batch: Sequence[_Waiting[T]]) -> list[list[_Waiting[T]]]:

@@ -1,64 +1,33 @@
-"""Errors of the API itself.
-
-DeploymentsError
-├── RequestInvalid      the request breaks a rule; `param` names the field
-├── Unsupported         the request uses a part of the OpenAI API that this server does not serve
-├── ResponseNotStored   the request continues an earlier response, and none is stored
-├── KeyRefused          the request has no API key, or an unknown one
-├── KeysUnavailable     the keys file has been missing for too long
-├── RoleMissing         the key does not have the role that this operation needs
-├── SelfApproval        an admin approves an adapter of its own tenant
-├── RateLimited         the key has used up a rate limit
-├── ModelNotFound       `model` is not a model that this caller may use
-├── VersionNotKept      the server keeps no version of the adapter with that digest
-│   └── NoTrial         no version is under trial, and the request names none
-├── VersionChanged      the live version is not the one that the request names
-├── AdapterExists       the name is taken and the request does not allow replacing it
-├── HostRefused         the Host header is not a name of this server
-├── OriginRefused       the request comes from a web page of another origin
-├── PublishingDisabled  this server does not accept changes from this client
-├── SourceRefused       adapters must not be published from this URI
-├── SourceMissing       the source has no adapter
-├── SourceUnavailable   the source cannot be read at the moment
-├── BodyNotAllowed      the method does not take a body
-├── BodyTooLarge        the body is larger than the limit
-├── BodyTooSlow         the body did not arrive in time
-├── BodyMemoryFull      the memory for request bodies is used up
-├── UploadMemoryFull    the byte budget for uploads, or the disk, is used up
-├── ServerOverloaded    this replica is at its limit of concurrent requests
-├── EncoderBusy         too many prompts wait for the encoder
-├── NotReady            the server is still starting
-├── WorkerStarting      all workers were scaled to zero and none has started in time
-├── PoisonRequest       a third replica died while it worked on this request
-├── ReplicaStuck        a health check found the engine stuck; Serve replaces the replica
-├── RayUnauthenticated  Ray runs without authentication
-├── ProxyUnsafe         Ray's HAProxy hides client addresses, and no keys are set
-└── BatchRefused        an offline run cannot start or resume
-"""
+"""Errors of the API itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_store.error_kinds import RETRY_LATER, FieldError, Kind, ReportedError
 
-class DeploymentsError(Exception):
+
+class DeploymentsError(ReportedError):
     """Base class of the errors of the API itself."""
 
 
-class RequestInvalid(DeploymentsError):
-    """Correct the request."""
+class RequestInvalid(DeploymentsError, FieldError):
+    """A field is unknown, missing or out of its range. `param` names it."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)
-        self.message = message
-        self.param = param
-
-    def __str__(self) -> str:
-        return self.message
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Correct that field."
 
 
 class Unsupported(DeploymentsError):
-    """Leave this field out. `what`: the unsupported use of it, and after a colon what to do instead."""
+    """The field is part of the OpenAI API, and this server does not serve it.
+
+    `what`: the unsupported use of it, and after a colon what to do instead.
+    """
+
+    kind = Kind.INVALID
+    code = "unsupported"
+    remedy = "Leave it out. [Compatibility](compatibility.md) lists such fields."
 
     def __init__(self, param: str, what: str) -> None:
         super().__init__(param, what)
@@ -71,8 +40,11 @@ class Unsupported(DeploymentsError):
 
 
 class ResponseNotStored(DeploymentsError):
-    """Send the whole conversation. Clients of the Responses API know the code of this error and do so."""
+    """A request to `/v1/responses` continues an earlier response, and the server stores none."""
 
+    kind = Kind.INVALID
+    code = "previous_response_not_found"
+    remedy = "Send the whole conversation in `input`, as clients do that know this code."
     param = "previous_response_id"
 
     def __str__(self) -> str:
@@ -80,15 +52,27 @@ class ResponseNotStored(DeploymentsError):
 
 
 class KeyRefused(DeploymentsError):
-    """Send a valid key."""
+    """The key is missing or unknown."""
+
+    kind = Kind.UNAUTHENTICATED
+    code = "invalid_api_key"
+    remedy = "Send `Authorization: Bearer KEY` with a valid key."
 
 
 class KeysUnavailable(DeploymentsError):
-    """Retry once the operator has restored the keys file."""
+    """The keys file has been missing for longer than five minutes."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "The operator restores the file."
 
 
 class RoleMissing(DeploymentsError):
-    """Use a key that has this role."""
+    """The key lacks the role that this call needs."""
+
+    kind = Kind.FORBIDDEN
+    code = "permission_denied"
+    remedy = "Use a key with that role."
 
     def __init__(self, key_id: str, role: str) -> None:
         super().__init__(key_id, role)
@@ -100,7 +84,11 @@ class RoleMissing(DeploymentsError):
 
 
 class SelfApproval(DeploymentsError):
-    """Have another tenant's admin approve it."""
+    """An admin tried to approve an adapter of its own tenant."""
+
+    kind = Kind.FORBIDDEN
+    code = "permission_denied"
+    remedy = "Ask another tenant's admin, or set `allow_self_approval`."
 
     def __init__(self, name: str, tenant: str) -> None:
         super().__init__(name, tenant)
@@ -115,7 +103,11 @@ class SelfApproval(DeploymentsError):
 
 
 class RateLimited(DeploymentsError):
-    """Retry after `retry_after_s`."""
+    """A limit of the key is used up."""
+
+    kind = Kind.LIMITED
+    code = "rate_limit_exceeded"
+    remedy = RETRY_LATER
 
     def __init__(self, limit: str, retry_after_s: float) -> None:
         super().__init__(limit, retry_after_s)
@@ -127,8 +119,14 @@ class RateLimited(DeploymentsError):
 
 
 class ModelNotFound(DeploymentsError):
-    """Use `auto`, the base model, or an adapter that the caller may use. `hint`: a similar name."""
+    """`model` does not exist or is not visible to the caller.
 
+    `hint`: a similar name, or "".
+    """
+
+    kind = Kind.MISSING
+    code = "model_not_found"
+    remedy = "Use `auto`, the base model, or an adapter that `GET /v1/models` lists."
     param = "model"
 
     def __init__(self, model: str, hint: str = "") -> None:
@@ -142,8 +140,14 @@ class ModelNotFound(DeploymentsError):
 
 
 class VersionNotKept(DeploymentsError):
-    """Name one of the digests in `kept`. `wanted`: None for the one before the live one."""
+    """No kept version of the adapter has this digest.
 
+    `wanted`: the digest, or None for the version before the live one.
+    """
+
+    kind = Kind.MISSING
+    code = "version_not_found"
+    remedy = "`loraretriever show NAME` lists the kept versions."
     param = "digest"
 
     def __init__(self, name: str, wanted: str | None, kept: Sequence[str]) -> None:
@@ -158,7 +162,9 @@ class VersionNotKept(DeploymentsError):
 
 
 class NoTrial(VersionNotKept):
-    """Name one of the digests in `kept`, which are not live, as the version that gets a share."""
+    """No version of the adapter is under trial, and the request names none."""
+
+    remedy = "Name a kept version that is not live, or publish a new one with a share."
 
     def __init__(self, name: str, kept: Sequence[str]) -> None:
         super().__init__(name, None, kept)
@@ -172,8 +178,11 @@ class NoTrial(VersionNotKept):
 
 
 class VersionChanged(DeploymentsError):
-    """Review the live version, then send its digest."""
+    """Another version is live than the one whose digest the request names."""
 
+    kind = Kind.CONFLICT
+    code = "version_changed"
+    remedy = "Look at the live version, then name its digest."
     param = "digest"
 
     def __init__(self, name: str, wanted: str, live: str) -> None:
@@ -190,7 +199,11 @@ class VersionChanged(DeploymentsError):
 
 
 class AdapterExists(DeploymentsError):
-    """Unload it first, or set `load_inplace`."""
+    """vLLM's load call names an adapter that is already live."""
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Unload it first, or set `load_inplace`."
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -201,7 +214,11 @@ class AdapterExists(DeploymentsError):
 
 
 class HostRefused(DeploymentsError):
-    """Use an IP address or a known name of the server."""
+    """Without keys, `Host` must be a loopback name, an IP address, or listed in `allowed_hosts`."""
+
+    kind = Kind.WRONG_HOST
+    code = "permission_denied"
+    remedy = "Use such an address, or add the name to `allowed_hosts`."
 
     def __init__(self, host: str) -> None:
         super().__init__(host)
@@ -213,7 +230,11 @@ class HostRefused(DeploymentsError):
 
 
 class OriginRefused(DeploymentsError):
-    """Send the request from a page of this server."""
+    """Without keys, pages of other origins may not send requests."""
+
+    kind = Kind.FORBIDDEN
+    code = "permission_denied"
+    remedy = "Serve the page from this server's own origin, or use keys."
 
     def __init__(self, origin: str) -> None:
         super().__init__(origin)
@@ -224,11 +245,22 @@ class OriginRefused(DeploymentsError):
 
 
 class PublishingDisabled(DeploymentsError):
-    """Publish from the server's machine, or allow remote publishing."""
+    """This client may not change the pool: it is on another machine, or `publish_paths` is off."""
+
+    kind = Kind.FORBIDDEN
+    code = "permission_denied"
+    remedy = (
+        "Publish from the server's machine, or use a key with the role `publish`. See [keys and "
+        "tenants](../how-to/keys-and-tenants.md)."
+    )
 
 
 class SourceRefused(DeploymentsError):
-    """Publish from a URI below one of the tenant's `source_prefixes`."""
+    """The source URI is not below one of the tenant's `source_prefixes`."""
+
+    kind = Kind.FORBIDDEN
+    code = "permission_denied"
+    remedy = "Publish from such a place, or ask the operator to add a prefix."
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(source, reason)
@@ -240,7 +272,11 @@ class SourceRefused(DeploymentsError):
 
 
 class SourceMissing(DeploymentsError):
-    """Give the folder of the adapter."""
+    """No adapter is at that path or URI."""
+
+    kind = Kind.MISSING
+    code = "adapter_refused"
+    remedy = "Name the folder that holds `adapter_config.json`."
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
@@ -251,10 +287,14 @@ class SourceMissing(DeploymentsError):
 
 
 class SourceUnavailable(DeploymentsError):
-    """Retry later. The server's log has the cause.
+    """The source does not answer.
 
     The text is for the log, because it may quote endpoints and paths. `client_message` quotes the client only.
     """
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "Retry after `Retry-After` seconds. The server's log says why."
 
     def __init__(self, source: str, cause: str) -> None:
         super().__init__(source, cause)
@@ -270,19 +310,35 @@ class SourceUnavailable(DeploymentsError):
 
 
 class BodyNotAllowed(DeploymentsError):
-    """Send the request without a body."""
+    """The request's method takes no body, and it has one."""
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Send the request without a body."
 
 
 class BodyTooLarge(DeploymentsError):
-    """Send a smaller body."""
+    """The body exceeds 4 MiB, or an upload exceeds `admission.max_weights_bytes` and 16 MiB."""
+
+    kind = Kind.TOO_LARGE
+    code = "body_too_large"
+    remedy = "Send less, for example fewer prompts in one request."
 
 
 class BodyTooSlow(DeploymentsError):
-    """Send the body faster."""
+    """The body did not arrive in time."""
+
+    kind = Kind.TOO_SLOW
+    code = "request_too_slow"
+    remedy = "Send it again over a faster connection."
 
 
 class BodyMemoryFull(DeploymentsError):
-    """Retry once other requests have ended."""
+    """Request bodies in memory would exceed 256 MiB."""
+
+    kind = Kind.BUSY
+    code = "overloaded"
+    remedy = RETRY_LATER
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
@@ -293,20 +349,37 @@ class BodyMemoryFull(DeploymentsError):
 
 
 class UploadMemoryFull(DeploymentsError):
-    """Retry once other uploads have ended. `max_bytes`: the budget; None if the disk is full."""
+    """Uploads in progress leave no room for this one (`max_upload_total_bytes`)."""
 
-    def __init__(self, max_bytes: int | None) -> None:
+    kind = Kind.BUSY
+    code = "overloaded"
+    remedy = RETRY_LATER
+
+    def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self.max_bytes = max_bytes
 
     def __str__(self) -> str:
-        if self.max_bytes is None:
-            return "the server has no disk space for uploads below TMPDIR; retry later"
         return f"uploads in progress would exceed {self.max_bytes} bytes; retry later"
 
 
+class UploadDiskFull(DeploymentsError):
+    """The server has no disk space for uploads below `TMPDIR`."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "Retry once the operator has freed space."
+
+    def __str__(self) -> str:
+        return "the server has no disk space for uploads below TMPDIR; retry later"
+
+
 class ServerOverloaded(DeploymentsError):
-    """Retry later."""
+    """An Ingress replica works on `max_concurrent_requests` requests."""
+
+    kind = Kind.FULL
+    code = "overloaded"
+    remedy = RETRY_LATER
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
@@ -317,7 +390,11 @@ class ServerOverloaded(DeploymentsError):
 
 
 class EncoderBusy(DeploymentsError):
-    """Retry later, or send fewer prompts at once."""
+    """Too many prompts wait for the encoder (`retrieval.max_waiting`)."""
+
+    kind = Kind.BUSY
+    code = "overloaded"
+    remedy = "Retry after `Retry-After` seconds, or name adapters, which needs no encoder."
 
     def __init__(self, num_waiting: int) -> None:
         super().__init__(num_waiting)
@@ -328,11 +405,19 @@ class EncoderBusy(DeploymentsError):
 
 
 class NotReady(DeploymentsError):
-    """Wait until `/ready` answers 200."""
+    """The server is starting."""
+
+    kind = Kind.UNAVAILABLE
+    code = "not_ready"
+    remedy = "Wait until `GET /ready` answers 200."
 
 
 class WorkerStarting(DeploymentsError):
-    """Retry later: a worker is starting."""
+    """All workers were scaled to zero, and none started within `scale_from_zero_timeout_s`."""
+
+    kind = Kind.UNAVAILABLE
+    code = "not_ready"
+    remedy = "Retry after `Retry-After` seconds. A worker is starting."
 
     def __init__(self, waited_s: float) -> None:
         super().__init__(waited_s)
@@ -343,7 +428,11 @@ class WorkerStarting(DeploymentsError):
 
 
 class PoisonRequest(DeploymentsError):
-    """Do not retry: this request seems to kill the replicas that work on it."""
+    """Three replicas died while they worked on this request."""
+
+    kind = Kind.BROKEN
+    code = "request_failed"
+    remedy = "Do not repeat it. Report it with its `x-request-id`."
 
     def __init__(self, num_deaths: int) -> None:
         super().__init__(num_deaths)
@@ -353,12 +442,67 @@ class PoisonRequest(DeploymentsError):
         return f"{self.num_deaths} replicas died in turn while they worked on this request; do not send it again"
 
 
+class DeploymentBusy(DeploymentsError):
+    """Too many requests wait for one of the deployments."""
+
+    kind = Kind.BUSY
+    code = "overloaded"
+    remedy = RETRY_LATER
+
+    def __str__(self) -> str:
+        return "too many requests wait; retry later"
+
+
+class DeploymentUnavailable(DeploymentsError):
+    """No replica of one of the deployments runs."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = RETRY_LATER
+
+    def __str__(self) -> str:
+        return "a component of the server is unavailable; retry later"
+
+
+class NoAnswerInTime(DeploymentsError):
+    """A component of the server did not answer in time."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = RETRY_LATER
+
+    def __str__(self) -> str:
+        return "a component of the server did not answer in time; retry later"
+
+
+class ReplicaDied(DeploymentsError):
+    """A replica died while it worked on the request."""
+
+    kind = Kind.UNAVAILABLE
+    code = "replica_died"
+    remedy = "Repeat the request."
+
+    def __str__(self) -> str:
+        return "the replica that worked on this request has died; send the request again"
+
+
+class Unforeseen(DeploymentsError):
+    """The server met an error that it does not know. The log has the details under the request's id."""
+
+    kind = Kind.UNFORESEEN
+    code = "internal_error"
+    remedy = "Report it with the `x-request-id` of the answer."
+
+    def __str__(self) -> str:
+        return "the server failed to answer this request"
+
+
 class ReplicaStuck(DeploymentsError):
-    """The engine's thread is stuck or has ended; Serve replaces the replica."""
+    """A health check found the engine's thread stuck or ended. Serve replaces the replica."""
 
 
 class RayUnauthenticated(DeploymentsError):
-    """Switch on Ray's token mode, or allow Ray without it. `mode`: the value of RAY_AUTH_MODE, if set."""
+    """Ray runs without token authentication. `mode`: the value of RAY_AUTH_MODE, if set."""
 
     def __init__(self, mode: str | None) -> None:
         super().__init__(mode)
@@ -375,7 +519,7 @@ class RayUnauthenticated(DeploymentsError):
 
 
 class ProxyUnsafe(DeploymentsError):
-    """Set `keys_file`, or start Ray without its HAProxy."""
+    """Ray's HAProxy hides client addresses, and no keys are set."""
 
     def __init__(self, variable: str) -> None:
         super().__init__(variable)
@@ -389,4 +533,4 @@ class ProxyUnsafe(DeploymentsError):
 
 
 class BatchRefused(DeploymentsError):
-    """Correct the input or the settings, or choose another output folder. Nothing was written."""
+    """An offline run cannot start or resume. Nothing was written."""

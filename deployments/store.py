@@ -3,72 +3,83 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
 
 from deployments.api.adapters import PublishItem
 from deployments.auth.ray_token import require_token_mode
+from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.config.app import AppConfig
 from deployments.observability.logs import join_serve_logs
-from deployments.publishing.source_folders import ByteBudget, folder_of, is_copied
+from deployments.publishing.source_folders import is_copied, open_folder
 from deployments.weights import ObjectCache
 from lora_store import (
     AdapterRecord,
-    AdapterRef,
     AdapterRefused,
-    Collected,
-    Embedding,
     Key,
     LoraStore,
-    Precondition,
-    Ranking,
     Staged,
-    TenantQuota,
-    Trial,
-    Visibility,
-    Withdrawn,
 )
 from lora_store.garbage_collection import Verified
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _NUM_STAGERS = 8
-_MAX_WAIT_S = 60.0  # longest wait of a stage for room in the byte budget
+_OBJECT_CACHE_BYTES = 256 << 20  # weights in Ray's object store
 _NO_VECTOR = np.empty(0, np.float32)
+
+
+def in_thread(
+    method: Callable[Concatenate[LoraStore, P], T],
+) -> Callable[Concatenate[StoreDeployment, P], Coroutine[Any, Any, T]]:
+    """Return the method of the deployment that runs this one of its store on a thread. It raises the same errors."""
+
+    @functools.wraps(method)
+    async def call(self: StoreDeployment, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.to_thread(getattr(self._store, method.__name__), *args, **kwargs)
+
+    return call
 
 
 class StoreDeployment:
     """Handles writes and blobs; the Retriever handles reads. File operations run outside the event loop."""
 
-    def __init__(self, config: AppConfig, put: Callable[[Buffer], Awaitable[Buffer]] = ray.put) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        put: Callable[[Buffer], Awaitable[Buffer]] = ray.put,
+        object_cache_bytes: int = _OBJECT_CACHE_BYTES,
+    ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
         self._store = LoraStore(
             config.store_uri,
-            accepts_base=config.accepted_bases,
-            templates=config.known_templates,
-            limits=config.admission,
+            accepts_base=config.served_model.accepted_names,
+            templates=config.served_model.known_templates,
+            limits=config.admission.limits,
         )
         self._store.check_writes(os.environ)
         # Separate threads: a batch from a slow source must not block the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
-        self._staging = ByteBudget(config.max_staging_bytes, _MAX_WAIT_S)
-        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(
-            self._store.read_parts, put, config.store_object_cache_bytes
-        )
+        self._staging = ByteBudget(config.max_upload_total_bytes)
+        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         """Validate an adapter, store its blobs and lease them until `commit` or `discard`.
 
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
-        UploadMemoryFull if the byte budget had no room for a minute, or the disk is full.
+        UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull.
         """
-        if upload.adapter_name in self._config.accepted_bases:
+        if upload.adapter_name in self._config.served_model.accepted_names:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)
@@ -77,7 +88,7 @@ class StoreDeployment:
         config = self._config
         prefixes = config.source_prefixes_of(upload.tenant) if upload.source is not None else ()
         read_parts = self._store.uploads.parts
-        with folder_of(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as folder:
+        with open_folder(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as folder:
             return self._store.stage(
                 folder,
                 is_private=is_copied(upload),
@@ -103,73 +114,20 @@ class StoreDeployment:
         """Delete the parts of these files."""
         await asyncio.to_thread(self._store.uploads.delete, uploads)
 
-    async def restage(self, record: AdapterRecord) -> Staged:
-        """Stage a kept version again. Raises: AdapterNotFound if its blobs are gone."""
-        return await asyncio.to_thread(self._store.restage, record)
-
-    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
-        """Return them with what they keep of the versions that are live now. Raises: AdapterNotFound."""
-        return await asyncio.to_thread(self._store.take_over, staged)
-
-    async def commit(
-        self,
-        staged: Sequence[Staged],
-        embeddings: Sequence[Embedding | None],
-        probe_shifts: Sequence[float | None],
-        actor: str,
-        precondition: Precondition = "any",
-        quota: TenantQuota | None = None,
-        commit_id: str | None = None,
-    ) -> int:
-        """Make all of `staged` live, and return the generation. `precondition`: on the versions just before the commit.
-
-        A repeated call under the same `commit_id` returns the generation of the first.
-        Raises: PublicNameTaken; QuotaExceeded; AdapterNotFound for what should be kept; StoreUnavailable;
-        VersionConflict, also if another publish changed what a version keeps.
-        """
-        return await asyncio.to_thread(
-            self._store.commit, staged, embeddings, probe_shifts, actor, precondition, quota, commit_id
-        )
-
-    async def discard(self, staged: Sequence[Staged]) -> None:
-        """Give up these staged versions and delete blobs that nothing else uses."""
-        await asyncio.to_thread(self._store.discard, staged)
-
-    async def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
-        """Withdraw all of `names` at one generation, or none.
-
-        A repeated call under the same `commit_id` returns the generation of the first.
-        Raises: AdapterNotFound, StoreUnavailable.
-        """
-        return await asyncio.to_thread(self._store.withdraw, tenant, names, actor, commit_id)
-
-    async def expire(self, commit_id: str | None = None) -> Withdrawn:
-        """Withdraw the unlisted adapters whose time to live is over. Raises: StoreUnavailable, VersionConflict."""
-        return await asyncio.to_thread(self._store.expire, commit_id)
-
-    async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
-        """Set the visibility and return the generation. Raises: AdapterNotFound, PublicNameTaken, StoreUnavailable."""
-        return await asyncio.to_thread(self._store.set_visibility, tenant, name, visibility, actor)
-
-    async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
-        """Start, change or end a name's trial, and return the generation. Raises: AdapterNotFound, AdapterRefused."""
-        return await asyncio.to_thread(self._store.set_trial, tenant, name, trial, actor)
-
-    async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
-        """Let `auto` choose these versions for every tenant, and return the generation. Raises: AdapterNotFound."""
-        return await asyncio.to_thread(self._store.approve, refs, actor)
-
-    async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
-        """Add embeddings by an encoder to be activated, and return the generation. Skip versions that are not live."""
-        return await asyncio.to_thread(self._store.add_embeddings, embeddings)
-
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
-        """Replace the rankings that `auto` of this tenant uses, and return the generation."""
-        return await asyncio.to_thread(self._store.rank, tenant, rankings, actor)
-
-    async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
-        """Search the pool by this encoder from now on, and return the generation. Raises: EncoderIncomplete."""
-        return await asyncio.to_thread(self._store.activate_encoder, model, identity, actor)
+    restage = in_thread(LoraStore.restage)
+    take_over = in_thread(LoraStore.take_over)
+    commit = in_thread(LoraStore.commit)
+    discard = in_thread(LoraStore.discard)
+    withdraw = in_thread(LoraStore.withdraw)
+    expire = in_thread(LoraStore.expire)
+    set_visibility = in_thread(LoraStore.set_visibility)
+    set_trial = in_thread(LoraStore.set_trial)
+    approve = in_thread(LoraStore.approve)
+    add_embeddings = in_thread(LoraStore.add_embeddings)
+    rank = in_thread(LoraStore.rank)
+    activate_encoder = in_thread(LoraStore.activate_encoder)
+    sweep = in_thread(LoraStore.sweep)
+    gc = in_thread(LoraStore.gc)
 
     async def ping(self) -> None:
         """Check that the catalogue can be read. Raises: StoreUnavailable."""
@@ -191,15 +149,7 @@ class StoreDeployment:
         snapshot = await asyncio.to_thread(self._store.snapshot)
         return sorted(set(digests) - snapshot.referenced())
 
-    async def sweep(self, digests: Collection[str]) -> list[str]:
-        """Delete those blobs that nothing refers to and no stage has leased. Return the deleted ones."""
-        return await asyncio.to_thread(self._store.sweep, digests)
-
-    async def gc(self, retention_s: float) -> Collected:
-        """Delete everything that nothing refers to and that is older than `retention_s`."""
-        return await asyncio.to_thread(self._store.gc, retention_s)
-
-    async def verify(self, tenant: str) -> AsyncIterator[Verified]:
+    async def verify(self, tenant: str) -> AsyncGenerator[Verified]:
         """Read and hash again every blob of the versions that `tenant` sees: its own and the public ones."""
         wanted = await asyncio.to_thread(self._store.to_verify, tenant)
         checks, total = iter(self._store.verify(wanted)), len(wanted)

@@ -1,76 +1,60 @@
-"""Errors of the worker.
-
-GpuWorkerError
-├── BaseModelUnsupported   the engine does not support the base model; raised at start
-├── WorkerConfigInvalid    a setting is out of range; raised at start
-├── PromptInvalid          the prompt cannot be rendered or tokenized
-├── PromptTooLong          prompt and new tokens exceed `max_model_len`
-├── SamplingInvalid        a sampling parameter is out of range
-├── GrammarInvalid         the grammar of the answer cannot be compiled
-├── GrammarFailed          the grammar needs too much time or memory while the answer is generated
-├── PlanTooLarge           the plan's adapters need more rank rows than the bank has
-├── AdapterUnfit           the adapter's tensors do not match the base model
-├── AdapterLoadFailed      the weights could not be fetched; only requests that need them fail
-├── LogitsNotFinite        the plan produces non-finite logits; only its own request fails
-├── RequestFailed          the request fails in every step; do not retry it
-├── DeadlineExceeded       the request's deadline has passed; its resources are free
-├── WaitedTooLong          the request did not start within `max_wait_s`; retry later
-├── EngineFull             the queue has `max_waiting` requests; retry later
-├── WarmUpFailed           the engine could not compute its first tokens; raised at start
-└── EngineStopped          the engine has stopped or its device is broken; retry on another replica
-"""
+"""Errors of the worker."""
 
 from __future__ import annotations
 
+from lora_store.error_kinds import RETRY_LATER, FieldError, Kind, ReportedError
 
-class GpuWorkerError(Exception):
+
+class GpuWorkerError(ReportedError):
     """Base class of the errors that `gpu_worker` raises."""
 
 
 class BaseModelUnsupported(GpuWorkerError):
-    """The engine does not support the base model."""
+    """The engine does not support the base model. Raised at start."""
 
 
 class WorkerConfigInvalid(GpuWorkerError, ValueError):
-    """A worker setting is out of range. A ValueError, so that pydantic reports it with the setting's path."""
+    """A worker setting is out of range. Raised at start.
+
+    It is a ValueError, so that pydantic reports it with the setting's path.
+    """
 
 
 class PromptInvalid(GpuWorkerError):
-    """The prompt cannot be rendered or tokenized."""
+    """The prompt cannot be rendered by the base model's chat template, or cannot be tokenized."""
+
+    kind = Kind.INVALID
+    code = "invalid_prompt"
+    remedy = "Change the messages, for example the order of roles."
 
 
-class PromptTooLong(GpuWorkerError):
-    """Prompt and new tokens exceed the context. Shorten the prompt or request fewer tokens.
+class PromptTooLong(GpuWorkerError, FieldError):
+    """Prompt and new tokens together exceed `worker.max_model_len`, or `max_tokens` exceeds `max_new_tokens`."""
 
-    `param`: the request's field, if it is known.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)
-        self.message = message
-        self.param = param
-
-    def __str__(self) -> str:
-        return self.message
+    kind = Kind.INVALID
+    code = "context_length_exceeded"
+    remedy = "Shorten the prompt or lower `max_tokens`."
 
 
-class SamplingInvalid(GpuWorkerError):
-    """A sampling parameter is out of range; `param` names it."""
+class SamplingInvalid(GpuWorkerError, FieldError):
+    """A sampling parameter is out of its range. `param` names it."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)
-        self.message = message
-        self.param = param
-
-    def __str__(self) -> str:
-        return self.message
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Correct that field."
 
 
 class GrammarInvalid(GpuWorkerError):
-    """The grammar cannot be compiled. Change it.
+    """The schema, regular expression or grammar of the answer cannot be compiled, or needs too much time or memory.
 
     `pointer`: JSON pointer of the invalid part of a schema; `param`: the request's field that has the grammar.
     """
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = (
+        "The message names the field, the JSON pointer inside a schema, and the reason. Remove or replace that part."
+    )
 
     def __init__(self, message: str, pointer: str = "", param: str | None = None) -> None:
         super().__init__(message, pointer, param)
@@ -82,27 +66,52 @@ class GrammarInvalid(GpuWorkerError):
 
 
 class GrammarFailed(GpuWorkerError):
-    """The grammar needs too much time or memory while the answer is generated. Use a simpler one."""
+    """The grammar became too complex while the answer was generated."""
+
+    kind = Kind.UNANSWERABLE
+    code = "request_failed"
+    remedy = "Use a simpler grammar."
 
 
 class PlanTooLarge(GpuWorkerError):
-    """The adapters of the plan exceed the bank. Use fewer adapters."""
+    """The plan's adapters have more rank rows together than the bank (`worker.bank_rank_rows`). With vLLM, the widest
+    adapter of a fusion has more than the rows for fusions (`worker.fusion_rank_rows`)."""
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Use fewer adapters, or a larger bank. For a fusion use adapters of lower rank, or more rows for fusions."
 
 
 class AdapterUnfit(GpuWorkerError):
     """The adapter's tensors do not match the base model."""
 
+    kind = Kind.INVALID
+    code = "adapter_incompatible"
+    remedy = "Name another adapter, or publish one that was trained on this base."
+
 
 class AdapterLoadFailed(GpuWorkerError):
-    """The adapter's weights could not be fetched. Retry later."""
+    """A worker could not fetch the adapter's weights."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "Retry after `Retry-After` seconds. If it persists, run `loraretriever pool verify`."
 
 
 class LogitsNotFinite(GpuWorkerError):
-    """The plan produces non-finite logits. Use smaller weights or other adapters."""
+    """The plan's adapters drive the model out of the number range."""
+
+    kind = Kind.UNANSWERABLE
+    code = "request_failed"
+    remedy = "Use smaller weights or other adapters."
 
 
 class RequestFailed(GpuWorkerError):
-    """The request fails in every step, in a batch and alone. Change it; a retry would fail again."""
+    """The model failed to compute this request, also by itself."""
+
+    kind = Kind.BROKEN
+    code = "request_failed"
+    remedy = "Change the request; repeating it fails again. The worker's log has the cause."
 
     def __init__(self, request_id: str) -> None:
         super().__init__(request_id)
@@ -116,8 +125,11 @@ class RequestFailed(GpuWorkerError):
 
 
 class DeadlineExceeded(GpuWorkerError):
-    """The request's deadline has passed. Request fewer tokens or allow more time."""
+    """The answer was not complete within `timeout_s` or `max_request_s`."""
 
+    kind = Kind.LATE
+    code = "deadline_exceeded"
+    remedy = "Request fewer tokens or allow more time."
     param = "timeout_s"
 
     def __init__(self, num_new_tokens: int) -> None:
@@ -129,7 +141,11 @@ class DeadlineExceeded(GpuWorkerError):
 
 
 class WaitedTooLong(GpuWorkerError):
-    """The request did not start in time because the server is overloaded. Retry later."""
+    """The request could not start within `worker.max_wait_s`."""
+
+    kind = Kind.BUSY
+    code = "overloaded"
+    remedy = RETRY_LATER
 
     def __init__(self, max_wait_s: float) -> None:
         super().__init__(max_wait_s)
@@ -140,12 +156,20 @@ class WaitedTooLong(GpuWorkerError):
 
 
 class EngineFull(GpuWorkerError):
-    """The queue is full. Retry later."""
+    """The worker's queue is full (`worker.max_waiting`)."""
+
+    kind = Kind.BUSY
+    code = "overloaded"
+    remedy = RETRY_LATER
 
 
 class WarmUpFailed(GpuWorkerError):
-    """The engine could not compute its first tokens on this device. The cause names the reason."""
+    """The engine could not compute its first tokens on this device. Raised at start; its cause names the reason."""
 
 
 class EngineStopped(GpuWorkerError):
-    """The engine has stopped, or its device is broken. Retry on another replica."""
+    """The worker is stopping, or its device no longer computes."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "Retry after `Retry-After` seconds. Another worker answers."

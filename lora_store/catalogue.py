@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import islice
 from uuid import uuid4
 
 import pyarrow as pa
@@ -21,8 +22,7 @@ from lora_store.errors import (
     VersionConflict,
 )
 from lora_store.event_table import COMPACT_EVERY, EventTable, create_table
-from lora_store.events import Event, dated_events_of, fold_generation, fold_table_of, table_of
-from lora_store.history import History
+from lora_store.events import Event, commits_of, dated_events_of, event_counts, fold_generation, fold_table_of, table_of
 from lora_store.location import Location
 from lora_store.snapshot import Snapshot
 from lora_store.table_log import LOG, MISSING
@@ -34,6 +34,7 @@ _MAX_ATTEMPTS = 200  # with eight busy writers, each wins about one attempt in e
 _MIN_TAIL = 4096  # events since a fold; reading so many takes a quarter of a second
 _FOLD_ROWS = 10_000  # per data file
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
+_REMEMBERED = 256  # commits; a caller repeats a lost call within seconds
 
 
 class Catalogue:
@@ -225,3 +226,30 @@ class Catalogue:
             for start in starts
         )
         table.fold(parts, snapshot.generation, covered)
+
+
+class History:
+    """Event counts and commit ids by generation. Use it from one thread at a time."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self.commits: dict[str, int] = {}  # the newest ones, oldest first
+
+    @property
+    def num_events(self) -> int:
+        """The number of events outside folds, each of which is replayed when the catalogue is opened."""
+        return sum(self._counts.values())
+
+    def add(self, rows: pa.Table, after: int) -> None:
+        """Count the rows above generation `after` and remember their commits."""
+        self._counts |= event_counts(rows, after)
+        self.forget_until(fold_generation(rows))
+        self.commits |= commits_of(rows)
+        num_old = len(self.commits) - _REMEMBERED
+        for commit in list(islice(self.commits, max(num_old, 0))):
+            del self.commits[commit]
+
+    def forget_until(self, generation: int) -> None:
+        """Forget the events up to this generation, which a fold replaced."""
+        if self._counts and generation >= min(self._counts):
+            self._counts = {at: count for at, count in self._counts.items() if at > generation}

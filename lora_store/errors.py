@@ -1,36 +1,25 @@
-"""Errors of the adapter store.
-
-LoraStoreError
-├── AdapterRefused      the folder is not an adapter that this server accepts; `reasons` lists every problem found
-│   └── PublicNameTaken the public name belongs to another tenant
-├── QuotaExceeded       the publish would exceed the tenant's quota
-├── AdapterNotFound     no live adapter has that name, or no blob has that digest
-├── FileRefused         one file of a folder cannot be read safely or has invalid content
-├── BlobCorrupted       stored bytes no longer match their digest
-├── PlanInvalid         a plan breaks a rule (weights, size, strategy)
-├── VersionConflict     another writer committed first at every attempt
-├── GenerationGone      the state of that generation is no longer stored
-├── ConditionalWritesMissing  two writers of this S3 endpoint could overwrite each other
-├── StoreUnavailable    the store's disk or endpoint does not answer
-│   └── StoreFull       the store's disk is full
-├── StoreDamaged        a file of the catalogue is missing or unreadable; waiting does not help
-├── StoreIsNewer        a newer release wrote the store, and this one would damage or misread it
-└── EncoderIncomplete   an encoder cannot be activated: live adapters have no embedding by it
-"""
+"""Errors of the adapter store."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from lora_store.adapter import AdapterRef
+from lora_store.error_kinds import RETRY_LATER, Kind, ReportedError
 
 
-class LoraStoreError(Exception):
+class LoraStoreError(ReportedError):
     """Base class of the errors of `lora_store`."""
 
 
 class AdapterRefused(LoraStoreError):
-    """The folder cannot be stored. Fix every reason and publish again."""
+    """The folder is not a valid adapter for this base model. The message lists every reason."""
+
+    kind = Kind.INVALID
+    code = "adapter_refused"
+    remedy = (
+        "Correct every reason and publish again. `loraretriever publish --dry-run` finds most of them without a server."
+    )
 
     def __init__(self, name: str, reasons: Sequence[str]) -> None:
         super().__init__(name, tuple(reasons))
@@ -42,11 +31,19 @@ class AdapterRefused(LoraStoreError):
 
 
 class PublicNameTaken(AdapterRefused):
-    """Another tenant's public adapter has the name. Publish under another name, or keep the adapter private."""
+    """Another tenant's public adapter has this name."""
+
+    kind = Kind.CONFLICT
+    code = "name_taken"
+    remedy = "Publish under another name, or keep the adapter private."
 
 
 class QuotaExceeded(LoraStoreError):
-    """The tenant's quota is used up. Withdraw adapters, or ask for a larger quota."""
+    """The tenant would exceed the key's `max_adapters` or `max_bytes`."""
+
+    kind = Kind.FORBIDDEN
+    code = "quota_exceeded"
+    remedy = "Withdraw adapters, or ask the operator for a larger quota."
 
     def __init__(self, what: str, wanted: int, limit: int) -> None:
         super().__init__(what, wanted, limit)
@@ -62,7 +59,7 @@ class QuotaExceeded(LoraStoreError):
 
 
 class FileRefused(LoraStoreError):
-    """One file of a folder cannot be used. Fix every problem of that file."""
+    """One file of a folder cannot be read safely or has invalid content. It becomes a reason of AdapterRefused."""
 
     def __init__(self, file: str, problems: Sequence[str]) -> None:
         super().__init__(file, tuple(problems))
@@ -74,10 +71,15 @@ class FileRefused(LoraStoreError):
 
 
 class AdapterNotFound(LoraStoreError):
-    """No live adapter has this name, or no blob has this digest. `hint`: the name that was probably meant, or "".
+    """The adapter does not exist or is not visible to the caller, or no blob has this digest.
 
-    `owner`: of a change, the other tenant that has this adapter, or "".
+    `hint`: the name that was probably meant, or "". `owner`: the other tenant that has the adapter which was to be
+    changed, or "".
     """
+
+    kind = Kind.MISSING
+    code = "model_not_found"
+    remedy = "List what exists: `loraretriever list`, or `GET /v1/models`."
 
     def __init__(self, wanted: str, hint: str = "", owner: str = "") -> None:
         super().__init__(wanted, hint, owner)
@@ -92,7 +94,11 @@ class AdapterNotFound(LoraStoreError):
 
 
 class BlobCorrupted(LoraStoreError):
-    """A stored blob does not hash to its name. Publish the adapter again."""
+    """Stored weights do not match their digest."""
+
+    kind = Kind.BROKEN
+    code = "store_damaged"
+    remedy = "Publish the adapter again. `loraretriever pool verify` lists all such files."
 
     def __init__(self, digest: str, found: str) -> None:
         super().__init__(digest, found)
@@ -104,11 +110,19 @@ class BlobCorrupted(LoraStoreError):
 
 
 class PlanInvalid(LoraStoreError):
-    """A plan that no worker could run."""
+    """`lora.plan` cannot be computed."""
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Send a plan exactly as the server returned it."
 
 
 class VersionConflict(LoraStoreError):
-    """Other writers committed first at every attempt. Retry later."""
+    """Other writers of the store committed first at every attempt."""
+
+    kind = Kind.BUSY
+    code = "overloaded"
+    remedy = RETRY_LATER
 
     def __init__(self, attempts: int) -> None:
         super().__init__(attempts)
@@ -120,7 +134,7 @@ class VersionConflict(LoraStoreError):
 
 
 class GenerationGone(LoraStoreError):
-    """The events up to that generation were folded and their files deleted. Use the newest generation."""
+    """The events up to that generation were folded and their files deleted. The newest generation can be read."""
 
     def __init__(self, generation: int, newest: int) -> None:
         super().__init__(generation, newest)
@@ -132,7 +146,7 @@ class GenerationGone(LoraStoreError):
 
 
 class ConditionalWritesMissing(LoraStoreError):
-    """The S3 endpoint accepts a write that must fail. Use one that honours If-None-Match, or a shared folder."""
+    """Two writers of this S3 endpoint could overwrite each other, because it accepts a write that must fail."""
 
     def __init__(self, first: int, second: int) -> None:
         super().__init__(first, second)
@@ -148,11 +162,14 @@ class ConditionalWritesMissing(LoraStoreError):
 
 
 class StoreUnavailable(LoraStoreError):
-    """The store cannot be reached. Nothing is lost; retry later.
+    """The store cannot be reached. Nothing is lost.
 
     The text is for the log: it may contain buckets, endpoints and paths. `client_message` contains none of them.
     """
 
+    kind = Kind.UNAVAILABLE
+    code = "store_unavailable"
+    remedy = RETRY_LATER
     client_message = "the adapter store cannot be reached; nothing is lost, try again later"
 
     def __init__(self, cause: str) -> None:
@@ -164,37 +181,48 @@ class StoreUnavailable(LoraStoreError):
 
 
 class StoreFull(StoreUnavailable):
-    """The store's disk is full. Withdraw adapters and run `gc`, which work on a full disk, or enlarge the disk."""
+    """The store's disk is full. Nothing is lost."""
 
+    remedy = (
+        "Retry once the operator has freed space. `loraretriever withdraw` and `loraretriever pool gc` work on a full"
+        " disk."
+    )
     client_message = "the store's disk is full; nothing is lost, try again once the operator has freed space"
 
     def __str__(self) -> str:
         return (
-            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever gc`,"
-            " or enlarge the disk"
+            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever"
+            " pool gc`, or enlarge the disk"
         )
 
 
 class StoreDamaged(LoraStoreError):
-    """A file of the catalogue is missing or unreadable. A retry does not help; `loraretriever pool repair` may.
+    """A file of the catalogue is missing or unreadable. The server's log names it.
 
     The text is for the log and the operator: it names the file. `client_message` does not.
     """
 
+    kind = Kind.BROKEN
+    code = "store_damaged"
+    remedy = "The operator stops the server and runs `loraretriever pool repair`. A retry does not help."
     client_message = "the adapter store is damaged, and its operator has to repair it; the server's log names the file"
 
     def __init__(self, file: str, problem: str, remedy: str = "") -> None:
         super().__init__(file, problem, remedy)
         self.file = file
         self.problem = problem
-        self.remedy = remedy or "stop every server of this store and run `loraretriever pool repair`"
+        self.action = remedy or "stop every server of this store and run `loraretriever pool repair`"
 
     def __str__(self) -> str:
-        return f"the adapter store is damaged: {self.file} {self.problem}; {self.remedy}"
+        return f"the adapter store is damaged: {self.file} {self.problem}; {self.action}"
 
 
 class StoreIsNewer(LoraStoreError):
-    """A newer release of LoraRetriever changed the store. Use that release, or a later one, for what was refused."""
+    """A newer release changed the store, and this one would damage it."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "The message names the release that can. Retry once the server is upgraded."
 
     def __init__(self, refused: str, release: str) -> None:
         super().__init__(refused, release)
@@ -207,7 +235,11 @@ class StoreIsNewer(LoraStoreError):
 
 
 class EncoderIncomplete(LoraStoreError):
-    """Embed the missing adapters, then activate the encoder."""
+    """Adapters of the pool have no embedding by the encoder that is to be activated."""
+
+    kind = Kind.UNAVAILABLE
+    code = "unavailable"
+    remedy = "Run `loraretriever pool reindex` again."
 
     def __init__(self, missing: Sequence[AdapterRef]) -> None:
         super().__init__(tuple(missing))

@@ -1,30 +1,22 @@
-"""Errors of the retriever.
-
-RetrieverError
-├── EncoderUnusable     the encoder cannot be loaded, or is not the one that made the pool's embeddings
-├── ProjectionUnusable  a projection cannot be read, or there are too few samples to fit one
-├── NothingToEmbed      the adapter has no samples, so it has no embedding and is reachable by name only
-├── RouteInvalid        a route request breaks a rule
-├── AdapterIncompatible an adapter that a request names was made for another base model
-├── PlanGone            a plan to be replayed contains a version that is no longer kept
-├── TooFewSamples       there are too few samples to train an encoder
-├── TrainingUnavailable the packages that train an encoder are not installed
-├── EncoderExists       the target folder of a training exists already
-├── NoAdapterMatched    no candidate reaches its threshold and the caller wanted no base model
-└── StaleIndex          this replica has not reached the wanted generation yet; retry later
-"""
+"""Errors of the retriever."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_store.error_kinds import RETRY_LATER, Kind, ReportedError
 
-class RetrieverError(Exception):
+
+class RetrieverError(ReportedError):
     """Base class of the errors of `retriever_svc`."""
 
 
 class EncoderUnusable(RetrieverError):
-    """The model cannot be used as encoder. Give a folder with safetensors weights, or a model hub id."""
+    """The encoder's model cannot be loaded, or is not the one that embedded the pool."""
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Name a folder with safetensors weights, or a model hub id."
 
     def __init__(self, model: str, reason: str) -> None:
         super().__init__(model, reason)
@@ -36,19 +28,34 @@ class EncoderUnusable(RetrieverError):
 
 
 class ProjectionUnusable(RetrieverError):
-    """A projection cannot be read or fitted. Reindex with another `projection`."""
+    """The encoder's projection is missing next to the catalogue or damaged, or the pool has too few samples for one."""
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Reindex with the projection `auto` or `none`, or publish more samples."
 
 
 class NothingToEmbed(RetrieverError):
-    """The adapter has no samples. Publish it without an embedding."""
+    """The adapter has no samples, so it has no embedding and can be used by its name only."""
 
 
 class RouteInvalid(RetrieverError):
-    """The request has a value out of range. Correct the request."""
+    """An option of the retrieval is out of its range."""
+
+    kind = Kind.INVALID
+    code = "invalid_request"
+    remedy = "Correct that option."
 
 
 class AdapterIncompatible(RetrieverError):
-    """The adapter was made for another base model than the served one. Name another adapter."""
+    """The adapter was made for another base model than the served one."""
+
+    kind = Kind.INVALID
+    code = "adapter_incompatible"
+    remedy = (
+        "Name another adapter, or publish one that was trained on this base. If both names mean the same "
+        "weights, add the adapter's to `accepts_base`."
+    )
 
     def __init__(self, name: str, base_model: str, served: str) -> None:
         super().__init__(name, base_model, served)
@@ -66,8 +73,11 @@ class AdapterIncompatible(RetrieverError):
 
 
 class PlanGone(RetrieverError):
-    """The plan cannot be replayed: a version of it is not kept, or not visible to the caller. Request a new plan."""
+    """A version in `lora.plan` is no longer kept, or is not visible to the caller."""
 
+    kind = Kind.CONFLICT
+    code = "plan_gone"
+    remedy = "Request a new plan."
     param = "lora.plan"
 
     def __init__(self, name: str, digest: str) -> None:
@@ -85,7 +95,7 @@ class TooFewSamples(RetrieverError):
 
 
 class TrainingUnavailable(RetrieverError):
-    """Training needs packages that are not installed. Install the optional extra `train`."""
+    """Training needs packages that are not installed. The optional extra `train` installs them."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         super().__init__(packages)
@@ -96,7 +106,7 @@ class TrainingUnavailable(RetrieverError):
 
 
 class EncoderExists(RetrieverError):
-    """The target of a training exists. Choose another folder, or delete it."""
+    """The target folder of a training exists already."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -107,7 +117,14 @@ class EncoderExists(RetrieverError):
 
 
 class NoAdapterMatched(RetrieverError):
-    """No adapter fits this prompt. `best_score` is None if there was no candidate; `threshold` is the best one's."""
+    """No candidate reaches its threshold, and `fallback` is `error`.
+
+    `best_score` is None if there was no candidate; `threshold` is the best one's.
+    """
+
+    kind = Kind.UNANSWERABLE
+    code = "no_adapter_matched"
+    remedy = "Use `fallback: base`, give the adapter more samples, or lower `lora.min_score`."
 
     def __init__(self, best_score: float | None, threshold: float) -> None:
         super().__init__(best_score, threshold)
@@ -121,7 +138,11 @@ class NoAdapterMatched(RetrieverError):
 
 
 class StaleIndex(RetrieverError):
-    """This replica does not serve the wanted generation yet. Retry later."""
+    """The Retriever has not read `lora.min_generation` yet."""
+
+    kind = Kind.BUSY
+    code = "stale_index"
+    remedy = RETRY_LATER
 
     def __init__(self, wanted: int, found: int) -> None:
         super().__init__(wanted, found)

@@ -42,7 +42,7 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class IndexSettings:
-    """When a search uses inverted lists, and how many it reads. Measured: see benchmarks/README.md."""
+    """When a search uses inverted lists, and how many it reads. Measured: see docs/benchmarks/index.md."""
 
     exact_rows: int = 20_000  # up to this many rows are searched exactly
     side_rows: int = 5_000  # rows that may be missing from the lists before they are trained again

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress, count
+from operator import is_not
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from lora_store.errors import AdapterNotFound
+from lora_store.lru_cache import LruCache
+from lora_store.persistent_map import PersistentMap
 from lora_store.records import AdapterRecord
-from lora_store.snapshot import Snapshot
+from lora_store.snapshot import Key, Snapshot
 from retriever_svc.calibration import Abstain, Candidates, judge
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings, listed
 from retriever_svc.ordinary_prompts import nearness
-from retriever_svc.per_caller_cache import PerCallerCache
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
 from retriever_svc.served_bases import BaseCounts, ServedBases
-from retriever_svc.snapshot_diff import diff_records
 
 _TRUSTED = "trusted"
 _EVERY_BASE = ServedBases()
+Value = TypeVar("Value")
+_MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
+_BLOCK = 4096  # records compared at a time; other threads may run in between
+
+
+class PerCallerCache(Generic[Value]):
+    """Values by caller. Two threads may compute the same value at once; both results are equal."""
+
+    def __init__(self) -> None:
+        self._values: LruCache[tuple[str, ...], Value] = LruCache(_MAX_VALUES)
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, ...], compute: Callable[[], Value]) -> Value:
+        """Return the cached value of `key`, or compute and cache it."""
+        with self._lock:
+            cached = self._values.get(key)
+        if cached is not None:
+            return cached
+        value = compute()
+        with self._lock:
+            self._values.put(key, value)
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +112,16 @@ class Pool:
         key = (_TRUSTED if trusted_only else "", tenant, *wanted)
         return self._allowed.get(key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only))
 
-    def judged(self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors) -> list[list[Match]]:
+    def judged(
+        self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None
+    ) -> list[list[Match]]:
         """Return the same matches with their thresholds at an operating point and their confidences.
 
-        `found` has one list for each of `queries` (N, D).
+        `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
         """
         if self.ordinary is None:
             return list(found)
-        near = nearness(queries, self.ordinary).tolist()
+        near = nearness(queries, self.ordinary).tolist() if near is None else near
         return [self._judged(matches, abstain, close) for matches, close in zip(found, near, strict=True)]
 
     def _judged(self, matches: Sequence[Match], abstain: Abstain, close: float) -> list[Match]:
@@ -177,3 +205,50 @@ def _distinct_weights(matches: list[Match]) -> list[Match]:
     for match in matches:
         first.setdefault(match.record.weights_digest, match)
     return list(first.values())
+
+
+def diff_records(
+    old: Mapping[Key, AdapterRecord], new: Mapping[Key, AdapterRecord]
+) -> tuple[list[Key], list[AdapterRecord]]:
+    """Return (names whose record was removed or replaced, records that are new).
+
+    A later generation keeps the objects and the order of the earlier one, so walk both side by side: this costs a tenth
+    of looking up every name. A name that moved counts as removed and added. Compare maps that share memory only where
+    they differ.
+    """
+    if isinstance(old, PersistentMap) and isinstance(new, PersistentMap):
+        keys = new.changed_since(old)
+        if keys is not None:
+            changed = [key for key in keys if old.get(key) is not new.get(key)]
+            return [key for key in changed if key in old], [new[key] for key in changed if key in new]
+    before, after = list(old.values()), list(new.values())
+    gone: list[Key] = []
+    came: list[AdapterRecord] = []
+    i = j = 0
+    while True:
+        num_same = _num_same(before, i, after, j)
+        i, j = i + num_same, j + num_same
+        if i == len(before) or j == len(after):
+            return [*gone, *map(_key, before[i:])], [*came, *after[j:]]
+        is_replaced, is_new = _key(before[i]) == _key(after[j]), _key(after[j]) not in old
+        if is_replaced or is_new:
+            came.append(after[j])
+            j += 1
+        if is_replaced or not is_new:
+            gone.append(_key(before[i]))
+            i += 1
+
+
+def _num_same(before: Sequence[AdapterRecord], i: int, after: Sequence[AdapterRecord], j: int) -> int:
+    """Return the number of identical objects in a row, starting at `before[i]` and `after[j]`."""
+    total = 0
+    while True:
+        ours, theirs = before[i + total : i + total + _BLOCK], after[j + total : j + total + _BLOCK]
+        same = next(compress(count(), map(is_not, ours, theirs)), min(len(ours), len(theirs)))
+        total += same
+        if same < _BLOCK:
+            return total
+
+
+def _key(record: AdapterRecord) -> Key:
+    return record.ref.tenant, record.ref.name

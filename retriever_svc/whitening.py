@@ -27,7 +27,7 @@ from retriever_svc.errors import ProjectionUnusable
 
 NUM_FOLDS = 5
 MIN_SAMPLES = 200  # fewer say too little about 384 dimensions
-# Chosen on the `choice` part of the paper's study, where the top-1 hardly depends on them (`benchmarks/README.md`).
+# Chosen on the `choice` part of the paper's study, where the top-1 hardly depends on them (`docs/benchmarks/index.md`).
 _IDENTITY_SAMPLES = 50  # the multiple of the identity counts as this many samples
 _PRIOR_SAMPLES = 200  # an earlier projection, in its place, as this many
 _SEPARATOR, _DIGEST_CHARS = "+", 16

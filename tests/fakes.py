@@ -82,7 +82,7 @@ class FakeHandle:
         self.calls: list[Call] = []
         self.responses: list[FakeResponse] = []
         self.timeouts_s: list[float | None] = []
-        self._replicas, self._num_silent = replicas, num_silent
+        self.replicas, self._num_silent = replicas, num_silent
 
     def __getattr__(self, name: str) -> FakeMethod:
         if name.startswith("_"):
@@ -94,14 +94,14 @@ class FakeHandle:
 
     def call(self, name: str, args: tuple[Any, ...], *, stream: bool, by_reference: bool | None) -> FakeResponse:
         self.calls.append(Call(name, args, by_reference))
-        answer = getattr(self._replicas[0], name)(*args)
+        answer = getattr(self.replicas[0], name)(*args)
         assert hasattr(answer, "__aiter__") == stream, f"{name} and stream={stream} do not go together"
         self.responses.append(FakeResponse(answer))
         return self.responses[-1]
 
     def broadcast(self, name: str, *args: Any) -> FakeBroadcast:
         self.calls.append(Call(name, args))
-        answers = [getattr(replica, name)(*args) for replica in self._replicas]
+        answers = [getattr(replica, name)(*args) for replica in self.replicas]
         return FakeBroadcast(answers, self._num_silent, self.timeouts_s)
 
     def called(self, name: str) -> list[tuple[Any, ...]]:

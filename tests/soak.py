@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import is_hypothesis_test
 
 from benchmarks.results_file import RESULTS, commit, machine
 
@@ -79,10 +81,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """At full scale run only the tests that have full counts."""
+    """At full scale run only the tests that have full counts, and those with generated examples, with more of them."""
     if config.getoption("--scale") == "full":
-        config.hook.pytest_deselected(items=[item for item in items if "scale" not in item.fixturenames])
-        items[:] = [item for item in items if "scale" in item.fixturenames]
+        hypothesis.settings.load_profile("full")
+        kept = [
+            item for item in items if "scale" in item.fixturenames or is_hypothesis_test(getattr(item, "obj", None))
+        ]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture

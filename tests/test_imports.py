@@ -30,7 +30,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
         {"json_types"},
         {"errors", "field_problems"},
-        {"api"},
+        {"api", "byte_budget"},
         {"calls"},
         {"scaling"},
         {"config", "weights"},

@@ -61,7 +61,7 @@ class ToolCallObject(TypedDict):
 
 
 class AnswerMessage(TypedDict):
-    """`content` is null if the answer is calls alone."""
+    """`content` is null if the answer has only calls."""
 
     role: Literal["assistant"]
     content: str | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.errors import KeyRefused, RateLimited, RequestInvalid, ServerOverloaded
+from gpu_worker.front.fair_share import FairShare
 from lora_store import LOCAL_TENANT, TenantQuota
 
 Role = Literal["infer", "publish", "admin"]
@@ -185,7 +185,7 @@ class Limiter:
     def running(self, caller: Caller, work: Work) -> Iterator[TokenUsage]:
         """Reserve the rows and tokens of `work` while the request runs, then charge the tokens it used.
 
-        Raises: RateLimited; RequestInvalid: the request alone exceeds the key's limits.
+        Raises: RateLimited; RequestInvalid: the request by itself exceeds the key's limits.
         """
         account, usage = self._account(caller), TokenUsage()
         _require_rows(caller, account, work)
@@ -257,25 +257,29 @@ def _reserve(caller: Caller, bucket: TokenBucket, num_tokens: int, field: str) -
 class InFlight:
     """Counts the requests of one replica, each until the last byte of its answer.
 
-    A tenant that is alone may use every place. A tenant's share is the limit divided by the number of tenants that run
-    requests or were refused. A tenant that was refused below its share waits: for `WAITS_S`, tenants at or above their
-    share are refused, so that a free place is left when it retries.
+    Tenants share the places by the rule of FairShare. A request that runs keeps its place, so a tenant that was refused
+    below its share waits: for `WAITS_S`, tenants that have their share are refused, and a free place is left when it
+    retries.
 
     Requests without a caller take places too, but the anonymous tenant has no share: it never waits, makes no other
     share smaller, and is refused while any tenant waits.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._clock = limit, clock
-        self._counts: Counter[str] = Counter()
+        self._limit = limit
+        self._clock = clock
+        self._places = FairShare(without_share=ANONYMOUS_TENANT)
         self._waits_until: dict[str, float] = {}
-        self.count = 0
+
+    @property
+    def count(self) -> int:
+        return self._places.num_held
 
     def enter(self, tenant: str) -> None:
         """Raises: ServerOverloaded."""
         now = self._clock()
         self._waits_until = {other: until for other, until in self._waits_until.items() if until > now}
-        has_share = tenant == ANONYMOUS_TENANT or self._counts[tenant] >= self._share_with(tenant)
+        has_share = self._places.has_share(tenant, self._limit, self._waits_until)
         if self.count >= self._limit:
             if not has_share:
                 self._waits_until[tenant] = now + WAITS_S
@@ -283,18 +287,10 @@ class InFlight:
         if has_share and any(other != tenant for other in self._waits_until):
             raise ServerOverloaded(self._limit)
         self._waits_until.pop(tenant, None)
-        self._counts[tenant] += 1
-        self.count += 1
+        self._places.take(tenant)
 
     def leave(self, tenant: str) -> None:
-        self._counts[tenant] -= 1
-        if not self._counts[tenant]:
-            del self._counts[tenant]
-        self.count -= 1
-
-    def _share_with(self, tenant: str) -> int:
-        here = {other for other, count in self._counts.items() if count} | self._waits_until.keys() | {tenant}
-        return max(1, self._limit // len(here - {ANONYMOUS_TENANT}))
+        self._places.give(tenant)
 
 
 class Keys(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.serve_calls import ServeCalls
+from deployments.calls.typed_client import ServeClient, once, retry, stream
 from lora_store import (
     AdapterRecord,
     AdapterRef,
@@ -32,7 +32,9 @@ from lora_store import (
 )
 from lora_store.garbage_collection import Verified
 from retriever_svc import (
+    AskedPrompt,
     DoctorStep,
+    Draws,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -66,13 +68,22 @@ class WeightsSource(Protocol):
 
 
 class StoreCalls(Protocol):
-    """Calls that any one replica answers."""
+    """Calls that any one replica answers.
 
+    Reads, stages and writes with a commit id are repeated if their replica dies. Other writes are sent once.
+    """
+
+    @retry(over_object_store=True)
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged: ...
+    @retry
     async def restage(self, record: AdapterRecord) -> Staged: ...
+    @retry
     async def take_over(self, staged: Sequence[Staged]) -> list[Staged]: ...
+    @retry(over_object_store=True)
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
+    @once
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
+    @retry(only_with="commit_id")
     async def commit(
         self,
         staged: Sequence[Staged],
@@ -83,23 +94,38 @@ class StoreCalls(Protocol):
         quota: TenantQuota | None = None,
         commit_id: str | None = None,
     ) -> int: ...
+    @once
     async def discard(self, staged: Sequence[Staged]) -> None: ...
+    @retry(only_with="commit_id")
     async def withdraw(
         self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None
     ) -> Withdrawn: ...
+    @retry(only_with="commit_id")
     async def expire(self, commit_id: str | None = None) -> Withdrawn: ...
+    @once
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int: ...
+    @once
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int: ...
+    @retry
     async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int: ...
+    @once
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
+    @once
     async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int: ...
+    @once
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
+    @retry
     async def active_encoder(self) -> str | None: ...
+    @retry
     async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]: ...
+    @once
     async def unreferenced(self, digests: Collection[str]) -> list[str]: ...
+    @once
     async def sweep(self, digests: Collection[str]) -> list[str]: ...
+    @once
     async def gc(self, retention_s: float) -> Collected: ...
-    def verify(self, tenant: str) -> AsyncIterator[Verified]: ...
+    @stream
+    def verify(self, tenant: str) -> AsyncGenerator[Verified]: ...
 
 
 class StoreReplica(StoreCalls, Protocol):
@@ -117,148 +143,96 @@ class StoreClient(StoreCalls, WeightsSource, Protocol):
         """Check that a replica can read the catalogue, before a change begins. Raises: StoreUnavailable."""
         ...
 
-    def verify(self, tenant: str) -> AsyncGenerator[Verified]: ...
     async def broadcast_release(self, digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
         """Return the answer or error of each replica. Raises: DeploymentUnavailableError, TimeoutError."""
         ...
 
 
-class ServeStore(StoreClient):
+class ServeStore(ServeClient[StoreReplica], StoreClient):
     """Calls the Store through Serve.
 
-    Reads, stages and writes with a commit id are repeated if their replica dies. Other writes are sent once. The first
-    call of each change is a read that ends with StoreUnavailable after `wait_s`: a replica cannot start while its disk
-    is away, and calls without a replica would wait forever.
+    The first call of each change is a read that ends with StoreUnavailable after `wait_s`: a replica cannot start
+    while its disk is away, and calls without a replica would wait forever.
     """
 
-    def __init__(self, handle: DeploymentHandle, *, wait_s: float = WAIT_S) -> None:
-        self._calls: ServeCalls[StoreReplica] = ServeCalls(handle)
+    def __init__(self, handle: DeploymentHandle, wait_s: float) -> None:
+        super().__init__(handle)
         self._wait_s = wait_s
 
     async def check_available(self) -> None:
-        await self._in_time(lambda: self._calls.retry(StoreReplica.ping))
+        await self._in_time(self.calls.retry(StoreReplica.ping))
 
     async def active_encoder(self) -> str | None:
-        return await self._in_time(lambda: self._calls.retry(StoreReplica.active_encoder))
+        return await self._in_time(self.calls.retry(StoreReplica.active_encoder))
 
     async def versions(self, keys: Collection[Key]) -> dict[Key, tuple[AdapterRecord, ...]]:
-        return await self._in_time(lambda: self._calls.retry(StoreReplica.versions, keys))
-
-    async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
-        calls = self._calls.over_object_store()  # small files may be large together
-        return await calls.retry(StoreReplica.stage, upload, module_shapes)
-
-    async def put_part(self, upload: str, number: int, data: Buffer) -> None:
-        await self._calls.over_object_store().retry(StoreReplica.put_part, upload, number, data)
-
-    async def delete_parts(self, uploads: Collection[str]) -> None:
-        await self._calls.once(StoreReplica.delete_parts, uploads)
-
-    async def restage(self, record: AdapterRecord) -> Staged:
-        return await self._calls.retry(StoreReplica.restage, record)
-
-    async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
-        return await self._calls.retry(StoreReplica.take_over, staged)
-
-    async def commit(
-        self,
-        staged: Sequence[Staged],
-        embeddings: Sequence[Embedding | None],
-        probe_shifts: Sequence[float | None],
-        actor: str,
-        precondition: Precondition = "any",
-        quota: TenantQuota | None = None,
-        commit_id: str | None = None,
-    ) -> int:
-        calls, commit = self._calls, StoreReplica.commit
-        args = (staged, embeddings, probe_shifts, actor, precondition, quota, commit_id)
-        return await (calls.once(commit, *args) if commit_id is None else calls.retry(commit, *args))
-
-    async def discard(self, staged: Sequence[Staged]) -> None:
-        await self._calls.once(StoreReplica.discard, staged)
-
-    async def withdraw(self, tenant: str, names: Sequence[str], actor: str, commit_id: str | None = None) -> Withdrawn:
-        calls, withdraw = self._calls, StoreReplica.withdraw
-        args = (tenant, names, actor, commit_id)
-        return await (calls.once(withdraw, *args) if commit_id is None else calls.retry(withdraw, *args))
-
-    async def expire(self, commit_id: str | None = None) -> Withdrawn:
-        calls = self._calls
-        return await (calls.once if commit_id is None else calls.retry)(StoreReplica.expire, commit_id)
-
-    async def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:
-        return await self._calls.once(StoreReplica.set_visibility, tenant, name, visibility, actor)
-
-    async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
-        return await self._calls.retry(StoreReplica.set_trial, tenant, name, trial, actor)
-
-    async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int:
-        return await self._calls.once(StoreReplica.approve, refs, actor)
-
-    async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
-        return await self._calls.once(StoreReplica.add_embeddings, embeddings)
-
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
-        return await self._calls.once(StoreReplica.rank, tenant, rankings, actor)
-
-    async def activate_encoder(self, model: str, identity: str, actor: str) -> int:
-        return await self._calls.once(StoreReplica.activate_encoder, model, identity, actor)
-
-    async def unreferenced(self, digests: Collection[str]) -> list[str]:
-        return await self._calls.once(StoreReplica.unreferenced, digests)
-
-    async def sweep(self, digests: Collection[str]) -> list[str]:
-        return await self._calls.once(StoreReplica.sweep, digests)
-
-    async def gc(self, retention_s: float) -> Collected:
-        return await self._calls.once(StoreReplica.gc, retention_s)
+        return await self._in_time(self.calls.retry(StoreReplica.versions, keys))
 
     async def fetch(self, digest: str, *, is_suspect: bool = False) -> Sequence[Buffer]:
-        refs = await self._calls.over_object_store().once(StoreReplica.fetch, digest, is_suspect)
+        refs = await self.calls.over_object_store().once(StoreReplica.fetch, digest, is_suspect)
         return await asyncio.gather(*refs)
 
-    def verify(self, tenant: str) -> AsyncGenerator[Verified]:
-        return self._calls.stream(StoreReplica.verify, tenant)
-
     async def broadcast_release(self, digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
-        return await self._calls.broadcast(timeout_s, StoreReplica.release, digests)
+        return await self.calls.broadcast(timeout_s, StoreReplica.release, digests)
 
-    async def _in_time(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _in_time(self, call: Awaitable[T]) -> T:
         """Return the answer. Raises: StoreUnavailable if no replica answers within `wait_s`."""
         try:
             async with asyncio.timeout(self._wait_s):
-                return await call()
+                return await call
         except TimeoutError as exc:
             raise StoreUnavailable(f"no replica answered within {self._wait_s:.0f} s") from exc
+
+
+def serve_store(handle: DeploymentHandle, *, wait_s: float = WAIT_S) -> StoreClient:
+    """Return the client of a Store deployment."""
+    return ServeStore(handle, wait_s)  # type: ignore[abstract]  # the policies on `StoreCalls` implement its methods
 
 
 class RoutingClient(Protocol):
     """The calls that turn a request into a plan. Batch jobs implement them without Serve."""
 
+    @retry
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]: ...
+    @retry
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
     ) -> Plan: ...
+    @retry
     async def replay(
         self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
     ) -> Plan: ...
 
 
 class RetrieverCalls(RoutingClient, Protocol):
-    """Calls that any one replica answers."""
+    """Calls that any one replica answers: reads, which are repeated if their replica dies, except `refit`."""
 
+    @retry
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
+    @retry
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...
+    @retry
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place: ...
+    @retry
     async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]: ...
+    @retry
     async def load(self, tenant: str) -> PoolSize: ...
+    @retry
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]: ...
+    @retry
     async def samples(self, tenant: str, name: str) -> list[Sample]: ...
+    @retry
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
+    @retry
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws: ...
+    @once
     async def refit(self, model: str) -> str: ...
-    def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]: ...
-    def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]: ...
-    def regions(self, tenant: str) -> AsyncIterator[Region]: ...
+    @stream
+    def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]: ...
+    @stream
+    def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]: ...
+    @stream
+    def regions(self, tenant: str) -> AsyncGenerator[Region]: ...
 
 
 class RetrieverReplica(RetrieverCalls, Protocol):
@@ -274,9 +248,6 @@ class RetrieverClient(RetrieverCalls, Protocol):
     Broadcasts raise DeploymentUnavailableError if no replica runs, and TimeoutError if one does not answer in time.
     """
 
-    def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]: ...
-    def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]: ...
-    def regions(self, tenant: str) -> AsyncGenerator[Region]: ...
     async def broadcast_catch_up(self, generation: int, timeout_s: float) -> list[int | BaseException]: ...
     async def broadcast_prepare_encoder(
         self, model: str, timeout_s: float, projection: str = "auto"
@@ -284,66 +255,21 @@ class RetrieverClient(RetrieverCalls, Protocol):
     async def broadcast_load(self, tenant: str, timeout_s: float) -> list[PoolSize | BaseException]: ...
 
 
-class ServeRetriever(RetrieverClient):
-    """Calls the Retriever through Serve. All single calls are reads, and are repeated if their replica dies."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._calls: ServeCalls[RetrieverReplica] = ServeCalls(handle)
-
-    async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
-        return await self._calls.retry(RetrieverReplica.route, requests)
-
-    async def plan_named(
-        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
-    ) -> Plan:
-        return await self._calls.retry(RetrieverReplica.plan_named, tenant, choices, strategy, min_generation)
-
-    async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
-        return await self._calls.retry(RetrieverReplica.replay, tenant, strategy, pinned, generation)
-
-    async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
-        return await self._calls.retry(RetrieverReplica.page, tenant, request, min_generation)
-
-    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
-        return await self._calls.retry(RetrieverReplica.map, tenant, min_generation)
-
-    async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
-        return await self._calls.retry(RetrieverReplica.place, tenant, text, names, min_generation)
-
-    async def vectors(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-        return await self._calls.retry(RetrieverReplica.vectors, tenant, texts)
-
-    async def load(self, tenant: str) -> PoolSize:
-        return await self._calls.retry(RetrieverReplica.load, tenant)
-
-    async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
-        return await self._calls.retry(RetrieverReplica.record, tenant, name, min_generation)
-
-    async def samples(self, tenant: str, name: str) -> list[Sample]:
-        return await self._calls.retry(RetrieverReplica.samples, tenant, name)
-
-    async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
-        return await self._calls.retry(RetrieverReplica.embed, groups, tenants)
-
-    async def refit(self, model: str) -> str:
-        return await self._calls.once(RetrieverReplica.refit, model)
-
-    def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
-        return self._calls.stream(RetrieverReplica.reindex, model, projection)
-
-    def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
-        return self._calls.stream(RetrieverReplica.doctor, tenant)
-
-    def regions(self, tenant: str) -> AsyncGenerator[Region]:
-        return self._calls.stream(RetrieverReplica.regions, tenant)
+class ServeRetriever(ServeClient[RetrieverReplica], RetrieverClient):
+    """Calls the Retriever through Serve."""
 
     async def broadcast_catch_up(self, generation: int, timeout_s: float) -> list[int | BaseException]:
-        return await self._calls.broadcast(timeout_s, RetrieverReplica.catch_up, generation)
+        return await self.calls.broadcast(timeout_s, RetrieverReplica.catch_up, generation)
 
     async def broadcast_prepare_encoder(
         self, model: str, timeout_s: float, projection: str = "auto"
     ) -> list[str | BaseException]:
-        return await self._calls.broadcast(timeout_s, RetrieverReplica.prepare_encoder, model, projection)
+        return await self.calls.broadcast(timeout_s, RetrieverReplica.prepare_encoder, model, projection)
 
     async def broadcast_load(self, tenant: str, timeout_s: float) -> list[PoolSize | BaseException]:
-        return await self._calls.broadcast(timeout_s, RetrieverReplica.load, tenant)
+        return await self.calls.broadcast(timeout_s, RetrieverReplica.load, tenant)
+
+
+def serve_retriever(handle: DeploymentHandle) -> RetrieverClient:
+    """Return the client of a Retriever deployment."""
+    return ServeRetriever(handle)  # type: ignore[abstract]  # the policies on `RetrieverCalls` implement its methods

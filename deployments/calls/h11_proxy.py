@@ -39,8 +39,8 @@ CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # read by every
 CALLBACK = "deployments.calls.h11_proxy:bound_headers"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _PREFIX_V6 = 64  # the smallest network of one customer
-_LATE = (408, "Request Timeout", "head_too_slow", "the head of the request did not arrive in time")
-_TOO_MANY = (429, "Too Many Requests", "too_many_connections", "this address has too many open connections")
+_LATE = (408, "Request Timeout", "request_too_slow", "the head of the request did not arrive in time")
+_TOO_MANY = (429, "Too Many Requests", "rate_limit_exceeded", "this address has too many open connections")
 
 
 def bound_headers() -> list[Middleware]:
@@ -67,14 +67,14 @@ class WithoutTraceparent:
 class AddressBook:
     """The open connections of each address. Those that wait for a head are ordered by the start of the wait."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._counts: dict[str, int] = {}
         self._waiting: dict[str, dict[BoundedProtocol, None]] = {}
 
     def enter(self, address: str) -> bool:
         """Count a new connection. Return False if there are too many and none can be closed for it."""
-        if self._limit is not None and self._counts.get(address, 0) >= self._limit:
+        if self._counts.get(address, 0) >= self._limit:
             oldest = next(iter(self._waiting.get(address, ())), None)
             if oldest is None:
                 return False

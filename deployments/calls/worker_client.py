@@ -22,6 +22,7 @@ from ray.serve.schema import ServeStatus
 
 from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.serve_calls import ServeCalls, answer_or_raise
+from deployments.calls.shared import Shared
 from deployments.errors import WorkerStarting
 from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.front.engine_status import EngineStatus
@@ -184,7 +185,7 @@ class ServeWorker(WorkerClient):
         return await self._calls.retry(WorkerReplica.detokenize, tenant, prompts, skip_special_tokens)
 
     def stream(self, job: Job) -> DeltaStream:
-        # Over gRPC, which saves work for each token and heartbeat: benchmarks/README.md states how much.
+        # Over gRPC, which saves work for each token and heartbeat: docs/benchmarks/index.md states how much.
         response = self._handle.options(stream=True, _by_reference=False).stream.remote(job)
         return HeartbeatStream(response, self._heartbeat_timeout_s)
 
@@ -207,9 +208,9 @@ class WorkerGate:
     def __init__(
         self, worker: WorkerClient, timeout_s: float | None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._worker, self._timeout_s, self._clock = worker, timeout_s, clock
-        self._call: asyncio.Task[Shapes] | None = None
-        self._last: tuple[float, Shapes] | None = None  # time and content of the last answer
+        self._worker = worker
+        self._timeout_s = timeout_s
+        self._running = Shared(worker.wait_for_replica, kept_s=KEPT_S, clock=clock)
 
     async def ready(self) -> None:
         """Return when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
@@ -227,26 +228,10 @@ class WorkerGate:
         return self._timeout_s is not None and await self._worker.is_scaled_to_zero()
 
     async def _ask(self, timeout_s: float) -> Shapes:
-        if self._last is not None and self._clock() - self._last[0] < KEPT_S:
-            return self._last[1]
-        if self._call is None or self._call.done():
-            self._call = asyncio.create_task(self._wait_for_replica())
-            self._call.add_done_callback(_retrieve)
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                return await asyncio.shield(self._call)
+                return await self._running.get()
         except TimeoutError as exc:
             if limit.expired():
                 raise WorkerStarting(timeout_s) from exc
             raise
-
-    async def _wait_for_replica(self) -> Shapes:
-        shapes = await self._worker.wait_for_replica()
-        self._last = self._clock(), shapes
-        return shapes
-
-
-def _retrieve(call: asyncio.Task[Shapes]) -> None:
-    """Retrieve the error of a call whose waiters have left, which asyncio would log otherwise."""
-    if not call.cancelled():
-        call.exception()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 import httpx
 import ray
@@ -22,12 +21,14 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from deployments.app import application
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.auth.ray_token import use_token_mode
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.calls.proxy_limits import TRACING_VARIABLE
 from deployments.calls.serve_calls import bypass_http_proxy
 from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.config.app import AppConfig
@@ -39,7 +40,7 @@ from lora_store import LoraStore, LoraStoreError
 APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
-# Serve's work on the engine's cores: benchmarks/README.md states how much each of these saves.
+# Serve's work on the engine's cores: docs/benchmarks/index.md states how much each of these saves.
 _CHEAPER_SERVE = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of the controller; Serve's own is 0.1
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # Serve's own is 100; Ray exports every 10 s
@@ -47,8 +48,6 @@ _CHEAPER_SERVE = {
 # An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
 _ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
-TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
-_CONTROLLER_REPORT = re.compile(r"\(raylet\).*Task ServeController")
 _LOOPBACK = "127.0.0.1"
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _POLL_S = 0.25
@@ -78,13 +77,16 @@ class Server:
         `is_verbose`: Ray reports what it starts, otherwise errors only.
         `uses_proxy`: requests pass Serve's proxy; None = if it is needed for several Ingress replicas or for traces.
         """
-        self._config, self._host = _allowing_host(config, host), host
+        if ":" not in host and (config.allowed_hosts or not config.has_keys):  # where the Host header is checked
+            config = config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
+        self.settings, self._host = config, host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
         self._proxy = host, self._port
-        self._session = Path()
+        self._session, self._control_plane = Path(), ("", 0)
+        self._app: DeploymentHandle | None = None
         self.has_new_pool = False  # whether `prepare` created the pool
         self.ray_log_level = logging.INFO if is_verbose else logging.ERROR
 
@@ -102,6 +104,11 @@ class Server:
         """Return the folder of Serve's log files, after the start."""
         return self._session / "logs" / "serve"
 
+    @property
+    def _stop_log(self) -> Path:
+        """Return the file for what Ray prints during the stop."""
+        return self._session / "logs" / "stop.log" if self._session.name else Path(os.devnull)
+
     def prepare(self, report: Callable[[str], None]) -> None:
         """Open the pool, and convert the packaged base model, before a replica needs them.
 
@@ -110,16 +117,16 @@ class Server:
         report("opening the pool")
         keep_files_private(Path.home())
         self._open_pool()
-        if self._config.base_model == PACKAGED_MODEL:
+        if self.settings.base_model == PACKAGED_MODEL:
             report("checking the base model (the first start converts it, which takes about a minute)")
-            packaged_folder(self._config.cache_dir)
+            packaged_folder(self.settings.cache_dir)
         report("starting Ray and the deployments")
 
     def _open_pool(self) -> None:
         """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
-        config = self._config
+        config = self.settings
         try:
-            store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+            store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
             store.check_writes(os.environ)
             store.snapshot()
             self.has_new_pool = store.is_new
@@ -139,10 +146,10 @@ class Server:
         keep_files_private(Path.home())
         sessions = sessions_folder(os.environ, os.geteuid())
         make_private(sessions.parent, os.geteuid())
-        if not self._config.allow_unauthenticated_ray:
+        if not self.settings.allow_unauthenticated_ray:
             use_token_mode()
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
-        os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
+        os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()
         with _inherited(_CHEAPER_SERVE | ({} if self._uses_proxy else _ENDS_AT_ONCE)):
             context = ray.init(
@@ -156,15 +163,17 @@ class Server:
                 _metrics_export_port=self._metrics_port,
             )
         self._session = Path(context.address_info["session_dir"])
+        host, _, port = context.address_info["gcs_address"].rpartition(":")
+        self._control_plane = host, int(port)
         signal.signal(signal.SIGTERM, _leave)  # in place of Ray's handler
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
         if not self._uses_proxy:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
         serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
         report("loading the base model")
-        app = application(self._config, None if self._uses_proxy else (self._host, self._port))
+        app = application(self.settings, None if self._uses_proxy else (self._host, self._port))
         try:
-            serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+            self._app = serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as exc:
             raise ServerFailed(causes_in(serve.status(), sessions) or str(exc)) from exc
         return self.url
@@ -188,7 +197,8 @@ class Server:
 
     def started(self) -> JsonObject:
         """Return the state of the start in full, with the paths of refused folders."""
-        answer: JsonObject = serve.get_app_handle(APP_NAME).started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
+        assert self._app is not None, "the server has not been started"
+        answer: JsonObject = self._app.started.remote().result(timeout_s=_STARTED_TIMEOUT_S)
         return answer
 
     def interrupts(self) -> SimpleQueue[int]:
@@ -203,15 +213,16 @@ class Server:
 
         Behind Serve's proxy it does nothing: there Serve decides what happens to them.
         """
-        if self._uses_proxy:
+        if self._uses_proxy or self._app is None:
             return True
-        try:
-            answering = serve.get_app_handle(APP_NAME).finish_requests.remote(_LAST_ANSWERS_S)
-            is_answered: bool = answering.result(timeout_s=_LAST_ANSWERS_S + _CALL_S)
-        except (RayServeException, RayError, TimeoutError) as exc:
-            logger.warning("requests in progress could not be finished: %r", exc)
-            return False
-        return is_answered
+        with printing_to(self._stop_log):
+            try:
+                answering = self._app.finish_requests.remote(_LAST_ANSWERS_S)
+                is_answered: bool = answering.result(timeout_s=_LAST_ANSWERS_S + _CALL_S)
+            except (RayServeException, RayError, TimeoutError) as exc:
+                logger.warning("requests in progress could not be finished: %r", exc)
+                return False
+            return is_answered
 
     def __enter__(self) -> Self:
         return self
@@ -220,30 +231,60 @@ class Server:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if ray.is_initialized():
-            with redirect_stdout(WithoutControllerReports(sys.stdout)):
-                serve.shutdown()
+            with printing_to(self._stop_log):
+                if self._app is not None:
+                    self._app.shutdown()  # what it reports to the controller would start another Ray after the end
+                asyncio.run(_shut_down_serve(self._control_plane))
                 ray.shutdown()
 
 
-class WithoutControllerReports(StringIO):
-    """Writes to another stream, except what Ray prints about calls of Serve's controller, which ends during a stop.
+async def _shut_down_serve(control_plane: tuple[str, int]) -> None:
+    """Stop Serve's replicas and controller, unless Ray's control plane, which they need, has ended or ends meanwhile.
 
-    Ray (2.60) prints these lines from a thread of the driver, whatever `log_to_driver` says.
+    A signal to the whole process group, as of `timeout` or systemd, ends both at once. Without its control plane Serve
+    would wait for half a minute.
     """
+    stopping = asyncio.ensure_future(serve.shutdown_async())
+    while not stopping.done() and await _listens(*control_plane):
+        await asyncio.wait([stopping], timeout=_POLL_S)
+    stopping.cancel()
+    with suppress(asyncio.CancelledError, RayError, RayServeException):
+        await stopping
 
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        self._stream, self._is_inside = stream, False
 
-    def write(self, text: str) -> int:
-        """Write the text, unless it is such a report or the end of its line, which `print` writes apart."""
-        is_report = _CONTROLLER_REPORT.search(text) is not None
-        is_its_end = self._is_inside and text == "\n"
-        self._is_inside = is_report and not text.endswith("\n")
-        return len(text) if is_report or is_its_end else self._stream.write(text)
+async def _listens(host: str, port: int) -> bool:
+    """Return whether a process accepts connections at the address."""
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    writer.close()
+    return True
 
-    def flush(self) -> None:
-        self._stream.flush()
+
+@contextmanager
+def printing_to(file: Path) -> Iterator[None]:
+    """Append to a file what this process prints. While Ray stops, its threads and its C++ core print about themselves.
+
+    Their lines say that calls of Serve's controller end with it, or that a process of Ray has ended before this one.
+    """
+    with file.open("ab") as log:
+        _flush()
+        terminals = {number: os.dup(number) for number in (1, 2)}
+        try:
+            for number in terminals:
+                os.dup2(log.fileno(), number)
+            yield
+        finally:
+            _flush()
+            for number, terminal in terminals.items():
+                os.dup2(terminal, number)
+                os.close(terminal)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def causes_in(status: ServeStatus, sessions: Path) -> str:
@@ -277,10 +318,3 @@ def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _allowing_host(config: AppConfig, host: str) -> AppConfig:
-    """Return the settings with `host` added to `allowed_hosts` where the Host header is checked."""
-    if ":" in host or (config.has_keys and not config.allowed_hosts):
-        return config
-    return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})

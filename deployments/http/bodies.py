@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -23,12 +22,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
+from deployments.byte_budget import ByteBudget
+from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow, RequestInvalid
 from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import context_of, path_of
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
+MAX_BODY_TOTAL_BYTES = 256 << 20  # all bodies of one Ingress replica, except uploads
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 1 << 20
 _UPLOADS = "/v1/loras"
@@ -37,37 +38,6 @@ Refusal = BodyMemoryFull | BodyTooLarge | BodyTooSlow
 MAX_JSON_VALUES = 16_384
 KEEP_OF_BODY = "keep_of_body"  # in a scope's state: a function that sets how many bytes of the body are still held
 _MAX_QUOTES = 4 * MAX_JSON_VALUES  # two for each value and for each key
-
-
-class SharedBytes:
-    """Grants at most `max_bytes` at once, and to one tenant at most as many as remain free.
-
-    One tenant alone may hold a half, two a third each, and there is always room for another. A tenant that holds at
-    most `always_bytes` is refused only if the budget is full. `has_tenants=False`: all requests belong to one tenant,
-    which may use the whole budget.
-    """
-
-    def __init__(self, max_bytes: int, *, always_bytes: int = 0, has_tenants: bool = False) -> None:
-        self.max_bytes = max_bytes
-        self._always_bytes, self._has_tenants = always_bytes, has_tenants
-        self._held: Counter[str] = Counter()
-        self.num_bytes = 0
-
-    def take(self, tenant: str, num_bytes: int) -> bool:
-        """Take the bytes for this tenant. Return False, and take nothing, if they are not free for it."""
-        free, own = self.max_bytes - self.num_bytes - num_bytes, self._held[tenant] + num_bytes
-        if free < 0 or (self._has_tenants and num_bytes > 0 and own > max(free, self._always_bytes)):
-            return False
-        self.num_bytes += num_bytes
-        self._held[tenant] = own
-        return True
-
-    def give(self, tenant: str, num_bytes: int) -> None:
-        """Return bytes that the tenant took."""
-        self.num_bytes -= num_bytes
-        self._held[tenant] -= num_bytes
-        if not self._held[tenant]:
-            del self._held[tenant]
 
 
 class BodyLimit:
@@ -86,7 +56,7 @@ class BodyLimit:
         self,
         app: ASGIApp,
         limit_of: Callable[[Scope], int],
-        budget: SharedBytes,
+        budget: ByteBudget,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._app, self._limit_of, self._budget, self._patience_s = app, limit_of, budget, patience_s
@@ -100,7 +70,7 @@ class BodyLimit:
             await error_response(refusal)(scope, receive, send)
             return
         max_bytes = self._limit_of(scope)
-        budget = self._budget if max_bytes <= DEFAULT_MAX_BODY_BYTES else SharedBytes(max_bytes)
+        budget = self._budget if max_bytes <= DEFAULT_MAX_BODY_BYTES else ByteBudget(max_bytes)
         body = _Body(receive, max_bytes, budget, context_of(scope).tenant, self._patience_s)
         scope.setdefault("state", {})[KEEP_OF_BODY] = body.keep
         started = False
@@ -128,7 +98,7 @@ def _announces_body(scope: Scope) -> bool:
 class _Body:
     """Reads the messages of one request, as long as its body stays within the bounds."""
 
-    def __init__(self, receive: Receive, max_bytes: int, budget: SharedBytes, tenant: str, patience_s: float) -> None:
+    def __init__(self, receive: Receive, max_bytes: int, budget: ByteBudget, tenant: str, patience_s: float) -> None:
         self._receive, self._max_bytes, self._budget, self._tenant = receive, max_bytes, budget, tenant
         self._seconds = patience_s + max_bytes / _SLOWEST_BYTES_PER_S
         self._until: float | None = asyncio.get_running_loop().time() + self._seconds  # None: the body is complete
@@ -168,12 +138,12 @@ class _Body:
         return refusal
 
 
-def max_body_bytes(config: AppConfig, scope: Scope) -> int:
-    """Return the size limit of this request's body: the setting for uploads, a small one for all other bodies."""
+def max_body_bytes(max_upload_bytes: int, scope: Scope) -> int:
+    """Return the size limit of this request's body: that of an upload, or a small one for all other bodies."""
     kind = dict(scope["headers"]).get(b"content-type", b"")
     is_form = kind.lower().startswith(b"multipart/form-data")
     if is_form and scope["method"] == "POST" and path_of(scope) == _UPLOADS:
-        return config.max_upload_bytes + FORM_OVERHEAD_BYTES
+        return max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
 
 

@@ -13,16 +13,15 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from deployments.api.adapters import PublishItem
 from deployments.auth.authenticator import Authenticator, Caller, InFlight, Role
+from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.config.app import AppConfig
 from deployments.errors import KeyRefused, PublishingDisabled, RoleMissing, SelfApproval
 from deployments.generation.completions import CompletionService
 from deployments.generation.planner import Planner
-from deployments.http.bodies import SharedBytes
 from deployments.http.middleware import is_loopback
 from deployments.http.readiness import Readiness
-from deployments.http.uploads import UploadBudget
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
 from deployments.publishing.evaluation import Evaluator
@@ -51,8 +50,8 @@ class Services:
     metrics: RequestMetrics
     background: Background
     in_flight: InFlight
-    bodies: SharedBytes
-    uploads: UploadBudget
+    bodies: ByteBudget
+    uploads: ByteBudget
     preload: Preload
     keep_alive_s: float = KEEP_ALIVE_S
 

@@ -41,7 +41,7 @@ class ErrorResponse(JSONResponse):
 def error_response(error: Exception) -> ErrorResponse:
     """Return the response to a request that failed with `error`."""
     status, body = describe(error)
-    return ErrorResponse(body, status, response_headers(error, status, body["error"]["code"]))
+    return ErrorResponse(body, status, response_headers(error))
 
 
 def no_route(path: str) -> str:

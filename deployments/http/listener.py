@@ -1,6 +1,6 @@
 """Serve the application at an address of this machine, from the Ingress replica itself.
 
-On one machine Serve's proxy is one more process between clients and Ingress: benchmarks/README.md, "Without the proxy",
+On one machine Serve's proxy is one more process between clients and Ingress: docs/benchmarks/index.md, "Over HTTP",
 states what it costs. Connections have the proxy's protocol and limits. Serve counts requests of its proxies only, and
 its request id is in the logs of those only; the project's own metrics and log lines cover both.
 """

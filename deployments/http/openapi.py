@@ -10,56 +10,59 @@ from pydantic import TypeAdapter
 from deployments.api import pool_responses, responses
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.embeddings import EmbeddingsAnswer
+from deployments.api.error_table import RETRIED, STATUSES, reported_errors
 from deployments.api.responses_answer import ResponseObject
 from deployments.api.tokens import DetokenizeAnswer, TokenizeAnswer
 from deployments.json_types import JsonObject
 
 Answers = dict[int | str, JsonObject]
 
-_MEANING = {
-    400: "the request breaks a rule; `param` names the field, `code` `unsupported` what this server does not have",
-    401: "no key, or one that is not known",
-    403: "this client may not do this",
-    404: "there is no such model, adapter or version for this caller",
-    409: "`plan_gone`: the plan cannot be replayed, a version it pins is not kept any more",
-    413: "the body is larger than the server reads",
-    421: "The Host header is not a name of this server",
-    422: "no adapter matched and the caller wanted no fallback, or adapters drive the model out of range",
-    408: "the body came too slowly",
-    429: "too many requests of this caller; `Retry-After` says when to retry",
-    500: "the server failed",
-    503: "a part of the server is overloaded, starting or away; `Retry-After` says when to retry",
-    504: "the request's time, `timeout_s` or the server's own limit, was over",
-}
 _ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
 _EVENT = {
     "type": "object",
-    "description": "one event of the stream: a chunk or typed event as JSON, the error that broke it off, or `[DONE]`",
+    "description": "One event: a chunk or typed event as JSON, the error that ended the stream, or `[DONE]`.",
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }
 _ANYWHERE = (401, 403, 408, 413, 421, 429, 500, 503)
 
 
+def _describe_statuses() -> dict[int, str]:
+    """Return the meaning of each error status, with its codes."""
+    meanings: dict[int, dict[str, None]] = {}
+    codes: dict[int, set[str]] = {}
+    for error in reported_errors():
+        assert error.kind is not None
+        status, _ = STATUSES[error.kind]
+        codes.setdefault(status, set()).add(f"`{error.code}`")
+        meanings.setdefault(status, {})[error.kind.value] = None
+    for status in RETRIED:
+        meanings[status]["`Retry-After` says when to retry."] = None
+    return {status: f"{' '.join(meanings[status])} Codes: {', '.join(sorted(codes[status]))}." for status in codes}
+
+
+_MEANINGS = _describe_statuses()
+
+
 def answers(*refusals: int, **successes: Any) -> Answers:
     """Return the responses of a route: successes as `s201=Type`, these refusals, and those that any route may give."""
     described: Answers = {int(status[1:]): {"model": model} for status, model in successes.items()}
     for status in sorted({*refusals, *_ANYWHERE}):
-        described[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANING[status]}
+        described[status] = {"content": {"application/json": {"schema": _ERROR}}, "description": _MEANINGS[status]}
     return described
 
 
 def _also_events(described: Answers) -> Answers:
     """Add server-sent events as a second form of the success, for requests with `stream`."""
     described[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
-    described[200]["description"] = "the answer, or its chunks as server-sent events up to the last one"
+    described[200]["description"] = "The answer, or its chunks as server-sent events."
     return described
 
 
-def _of_kind(described: Answers, media_type: str, *statuses: int) -> Answers:
+def _answer_text(described: Answers, media_type: str, *statuses: int) -> Answers:
     """Describe these successes as text of that media type."""
     for status in statuses:
-        described[status] = {"content": {media_type: {"schema": {"type": "string"}}}, "description": "done"}
+        described[status] = {"content": {media_type: {"schema": {"type": "string"}}}, "description": "Done."}
     return described
 
 
@@ -90,11 +93,12 @@ SHARE_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=
 MAP_ANSWERS = answers(400, s200=pool_responses.PoolPicture)
 PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
 STATS_ANSWERS = answers(s200=pool_responses.Stats)
-LOAD_ANSWERS = _of_kind(answers(400, 404, 409, 422), "text/plain", 200, 202)
-UNLOAD_ANSWERS = _of_kind(answers(400, 404), "text/plain", 200, 202)
+LOAD_ANSWERS = _answer_text(answers(400, 404, 409, 422), "text/plain", 200, 202)
+UNLOAD_ANSWERS = _answer_text(answers(400, 404), "text/plain", 200, 202)
 TOKENIZE_ANSWERS = answers(400, 404, 504, s200=TokenizeAnswer)
 DETOKENIZE_ANSWERS = answers(400, 404, 504, s200=DetokenizeAnswer)
-LINES_ANSWERS = _of_kind(answers(400), "application/x-ndjson", 200)
+LINES_ANSWERS = _answer_text(answers(400), "application/x-ndjson", 200)
+DOCTOR_ANSWERS = _answer_text(answers(400, 404), "application/x-ndjson", 200)
 GC_ANSWERS = answers(400, s200=pool_responses.CollectedBlobs)
 HEALTH_ANSWERS: Answers = {200: {"model": pool_responses.Health}}
 READY_ANSWERS = answers(s200=pool_responses.Ready)

@@ -10,6 +10,7 @@ from pathlib import Path
 from deployments.api.pool_responses import Ready, unserved_objects
 from deployments.auth.authenticator import ANONYMOUS_TENANT, LOCAL_CALLER
 from deployments.calls.catalogue_clients import RetrieverClient
+from deployments.calls.shared import Shared
 from deployments.calls.worker_client import WorkerClient, WorkerGate
 from deployments.errors import NotReady
 from deployments.publishing.preload import Preload
@@ -21,7 +22,7 @@ MAX_WAITING = 256  # clients that wait for one answer
 
 
 class Readiness:
-    """Checks that Retriever and Worker answer and that the preload is published. Create it in an event loop."""
+    """Checks that Retriever and Worker answer and that the preload is published."""
 
     def __init__(
         self,
@@ -34,14 +35,17 @@ class Readiness:
         wait_s: float = READY_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._preload, self._gate, self._retriever, self._worker = preload, gate, retriever, worker
-        self._has_keys, self._wait_s, self._clock = has_keys, wait_s, clock
-        self._asking: asyncio.Task[PoolSize] | None = None
-        self._began_s = 0.0
+        self._preload = preload
+        self._gate = gate
+        self._retriever = retriever
+        self._worker = worker
+        self._has_keys = has_keys
+        self._wait_s = wait_s
+        self._size = Shared(self._ask, kept_s=KEPT_S, keeps_errors=True, clock=clock)
         self._num_waiting = 0
 
     async def public(self) -> Ready:
-        """Return the public answer: with keys, the status alone. Raises: NotReady."""
+        """Return the public answer: with keys, only the status. Raises: NotReady."""
         found = await self.details()
         if self._has_keys:
             return {"status": found["status"]}
@@ -59,7 +63,7 @@ class Readiness:
             raise NotReady(f"{MAX_WAITING} clients wait for this answer already; ask again later")
         self._num_waiting += 1
         try:
-            size = await asyncio.shield(self._asked())  # other clients wait for the same task
+            size = await self._size.get()
         finally:
             self._num_waiting -= 1
         return {
@@ -69,14 +73,6 @@ class Readiness:
             "unserved": unserved_objects(size.unserved),
             "refused": refused,
         }
-
-    def _asked(self) -> asyncio.Task[PoolSize]:
-        is_fresh = self._asking is not None and (not self._asking.done() or self._clock() - self._began_s < KEPT_S)
-        if self._asking is None or not is_fresh:
-            self._began_s = self._clock()
-            self._asking = asyncio.create_task(self._ask())
-            self._asking.add_done_callback(_retrieve)
-        return self._asking
 
     async def _ask(self) -> PoolSize:
         """Call both deployments. Raises: NotReady; RayActorError if replicas keep dying."""
@@ -88,9 +84,3 @@ class Readiness:
                 return await self._retriever.load(tenant)
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {self._wait_s:g} s") from exc
-
-
-def _retrieve(task: asyncio.Task[PoolSize]) -> None:
-    """Retrieve the error of an abandoned answer, which asyncio would log otherwise."""
-    if not task.cancelled():
-        task.exception()

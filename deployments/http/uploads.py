@@ -15,9 +15,9 @@ from starlette.types import Message
 
 from deployments.api import error_table
 from deployments.api.adapters import MAX_UPLOAD_FILES, AdapterLabel, PublishItem, SentFile
+from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import BodyTooSlow, RequestInvalid, UploadMemoryFull
-from deployments.http.bodies import SharedBytes
 from deployments.publishing.source_folders import disk_full_reported, file_problems
 from lora_store import AdapterRefused
 from lora_store.uploads import PART_BYTES
@@ -36,48 +36,35 @@ SendPart = Callable[[str, int, Buffer], Awaitable[None]]
 """Send one part of a file to the Store: its id, its number from 0, and its bytes."""
 
 
-class UploadBudget:
-    """Counts the bytes of uploads in progress, each from its first byte until it is published or refused.
+@contextmanager
+def count_upload(http: Request, tenant: str, budget: ByteBudget, *, window_s: float = _WINDOW_S) -> Iterator[Request]:
+    """Yield the request, and count its bytes from the first one until the block ends, when it is published or refused.
 
-    The announced length is taken at once: an upload without room is refused before it is read.
+    The announced length is taken at once: an upload without room is refused before it is read. `window_s`: the longest
+    time for 640 KiB of it. Raises while it is read: UploadMemoryFull, BodyTooSlow.
     """
+    taken, seen = 0, 0
+    pace = _Pace(window_s)
 
-    def __init__(
-        self, max_bytes: int, *, always_bytes: int = 0, has_tenants: bool = False, window_s: float = _WINDOW_S
-    ) -> None:
-        """`always_bytes`, `has_tenants`: see SharedBytes. `window_s`: the longest time for 640 KiB of an upload."""
-        self._shared = SharedBytes(max_bytes, always_bytes=always_bytes, has_tenants=has_tenants)
-        self._window_s = window_s
+    def take(num_bytes: int) -> None:
+        nonlocal taken
+        if not budget.take(tenant, num_bytes - taken):
+            raise UploadMemoryFull(budget.max_bytes)
+        taken = num_bytes
 
-    @property
-    def num_bytes(self) -> int:
-        return self._shared.num_bytes
+    async def receive() -> Message:
+        nonlocal seen
+        message = await pace.receive(http)
+        seen += len(message.get("body", b""))
+        take(max(taken, seen))
+        return message
 
-    @contextmanager
-    def reading(self, http: Request, tenant: str) -> Iterator[Request]:
-        """Yield the request and count its body. Raises while it is read: UploadMemoryFull, BodyTooSlow."""
-        taken, seen = 0, 0
-        pace = _Pace(self._window_s)
-
-        def take(num_bytes: int) -> None:
-            nonlocal taken
-            if not self._shared.take(tenant, num_bytes - taken):
-                raise UploadMemoryFull(self._shared.max_bytes)
-            taken = num_bytes
-
-        async def receive() -> Message:
-            nonlocal seen
-            message = await pace.next_of(http)
-            seen += len(message.get("body", b""))
-            take(max(taken, seen))
-            return message
-
-        try:
-            take(_announced(http))
-            with disk_full_reported():
-                yield Request(http.scope, receive)
-        finally:
-            self._shared.give(tenant, taken)
+    try:
+        take(_announced(http))
+        with disk_full_reported():
+            yield Request(http.scope, receive)
+    finally:
+        budget.give(tenant, taken)
 
 
 class _Pace:
@@ -87,7 +74,7 @@ class _Pace:
         self._window_s, self._num_bytes = window_s, 0
         self._until: float | None = None  # of the event loop's clock, from the first read
 
-    async def next_of(self, http: Request) -> Message:
+    async def receive(self, http: Request) -> Message:
         """Return the next message. Raises: BodyTooSlow."""
         clock = asyncio.get_running_loop().time
         if self._until is None:
@@ -129,15 +116,15 @@ async def read_upload(http: Request, send: SendPart, sent: list[str]) -> Publish
                 raise RequestInvalid(f"{key[:100]}: files come in parts named {_FILES!r} that have a file name", key)
             else:
                 fields.setdefault(key, []).append(value)
-        label = _label_of(fields)
+        label = _read_label(fields)
         names = [file.filename or "" for file in files]
         if problems := list(file_problems(names)):
             raise AdapterRefused(label.name or "", problems)
-        contents = {name: await _content_of(file, send, sent) for name, file in zip(names, files, strict=True)}
+        contents = {name: await _read_file(file, send, sent) for name, file in zip(names, files, strict=True)}
     return label.item(files=contents)
 
 
-async def _content_of(file: UploadFile, send: SendPart, sent: list[str]) -> bytes | SentFile:
+async def _read_file(file: UploadFile, send: SendPart, sent: list[str]) -> bytes | SentFile:
     if (file.size or 0) < _WHOLE_BYTES:
         return await file.read()
     id, number, num_bytes = uuid4().hex, 0, 0
@@ -148,7 +135,7 @@ async def _content_of(file: UploadFile, send: SendPart, sent: list[str]) -> byte
     return SentFile(id, num_bytes)
 
 
-def _label_of(fields: dict[str, list[str]]) -> AdapterLabel:
+def _read_label(fields: dict[str, list[str]]) -> AdapterLabel:
     """Return the description. Raises: RequestInvalid for an unknown field, a repeated field, or a missing name."""
     for key, values in fields.items():
         if len(values) > 1 and key != "tags":

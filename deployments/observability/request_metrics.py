@@ -226,7 +226,7 @@ class ChangeMetrics:
         return result
 
     def _count(self, change: str, outcome: object) -> None:
-        code = error_table.code_of(outcome) if isinstance(outcome, Exception) else "ok"
+        code = error_table.as_reported(outcome).code if isinstance(outcome, Exception) else "ok"
         self._changes.inc(1, {"change": change, "outcome": code})
 
 

@@ -97,7 +97,7 @@ class IdleEvaluations:
         try:
             num_regions = await self._metrics.count("evaluate", self._ranked(tenant, actor))
         except Exception as exc:
-            outcome = error_table.code_of(exc)
+            outcome = error_table.as_reported(exc).code
             logger.warning("the evaluation after a publish of tenant %s failed: %s", tenant, exc)
         self._running = None
         self._last.put(tenant, {"outcome": outcome, "num_regions": num_regions, "ended_at": time.time()})
@@ -108,7 +108,7 @@ class IdleEvaluations:
             num_regions = int((await anext(steps))["total"])
             if not 0 < num_regions <= MAX_REGIONS:
                 if num_regions:
-                    logger.info("tenant %s has %d regions: use `loraretriever evaluate`", tenant, num_regions)
+                    logger.info("tenant %s has %d regions: use `loraretriever pool evaluate`", tenant, num_regions)
                 return 0
             async for _ in steps:
                 pass

@@ -273,9 +273,18 @@ def _measured(study: str, result: Mapping[str, Any]) -> str:
     machine = " ".join(result["machine"].replace("(R)", "").split(", torch")[0].split())
     commit, changes, _ = result["commit"].partition("+")
     at = f"commit {commit[:12]}" + (" with local changes" if changes else "")
+    command = result["command"].removesuffix(".__main__")
     rounds = [run for run in result["runs"] if _ROUND.get(study, "") in run]
     in_rounds = f" in {len(rounds)} {'round' if len(rounds) == 1 else 'rounds'}" if study in _ROUND else ""
-    return f"Measured {result['date'][:10]}{in_rounds} at {at}, on {machine}."
+    code = "" if _is_in_tree(command) else ", which has the code"
+    return f"Measured {result['date'][:10]}{in_rounds} by `{command}` at {at}{code}, on {machine}."
+
+
+def _is_in_tree(command: str) -> bool:
+    """Tell whether the module of `python -m MODULE …` is one of other packages, or one that can still be run."""
+    module = command.split()[2]
+    path = RESULTS.parents[1] / module.replace(".", "/")
+    return not module.startswith("benchmarks.") or path.is_dir() or path.with_suffix(".py").exists()
 
 
 def _on(result: Mapping[str, Any]) -> str:

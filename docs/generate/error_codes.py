@@ -1,29 +1,27 @@
-"""The error codes, from the error table, with a cause and a remedy for each."""
+"""The errors of the API: one row for each class of an error that can reach a client."""
 
 from __future__ import annotations
 
-from deployments.api import error_table
-from docs.generate.markdown import code, table
-from docs.generate.texts import load
+import inspect
 
-# Codes that are given outside the table: (status, type).
-_BESIDES = {
-    "internal_error": ("500", "server_error"),
-    "http_error": ("404, 405, …", "not_found_error, invalid_request_error"),
-}
+from deployments.api.error_table import HTTP_ERROR, STATUSES, reported_errors
+from docs.generate.markdown import code, table
+
+_OF_THE_FRAMEWORK = (
+    code(HTTP_ERROR),
+    "404, 405, …",
+    code("not_found_error, invalid_request_error"),
+    "The path or the method does not exist, or a form cannot be read.",
+    "Compare with the [HTTP API](http-api.md).",
+)
 
 
 def error_codes() -> str:
-    """Return one row for each code. Raises: KeyError for a code without a text."""
-    texts, rows = load("errors"), []
-    for name, (status, kind) in sorted(codes().items()):
-        rows.append((code(name), status, code(kind), texts[name]["cause"], texts[name]["remedy"]))
-    return table(("code", "status", "`type`", "cause", "remedy"), rows)
-
-
-def codes() -> dict[str, tuple[str, str]]:
-    """Return each code with its HTTP status and error type."""
-    found: dict[str, tuple[str, str]] = {}
-    for _, status, kind, name in error_table.TABLE:
-        assert found.setdefault(name, (str(status), kind)) == (str(status), kind), f"{name} has two statuses or types"
-    return found | _BESIDES
+    """Return one row for each error, by its code: the cause is the class's docstring."""
+    rows = {_OF_THE_FRAMEWORK}
+    for error in reported_errors():
+        assert error.kind is not None
+        status, type_ = STATUSES[error.kind]
+        cause = inspect.cleandoc(error.__doc__ or "").split("\n\n")[0]
+        rows.add((code(error.code), str(status), code(type_), cause, error.remedy))
+    return table(("code", "status", "`type`", "cause", "remedy"), sorted(rows))

@@ -1,4 +1,4 @@
-"""The numbers of the page about scale, from the results of `python -m benchmarks.scale`."""
+"""The tables about scale and cost, from finished results."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from gpu_worker.errors import EngineFull
+from gpu_worker.front.fair_share import FairShare
 
 
 class Queued(Protocol):
@@ -37,10 +38,10 @@ class FairQueue(Generic[Item]):
         self._tenants: dict[str, _Sets[Item]] = {}  # in order of turn
         self._requeued: dict[Item, None] = {}  # the most recently requeued row is last
         self._by_tenant: dict[str, dict[Item, None]] = {}  # in order of arrival, without requeued rows
-        self._len = 0  # without requeued rows
+        self._places = FairShare()  # without those of requeued rows
 
     def __len__(self) -> int:
-        return self._len + len(self._requeued)
+        return self._places.num_held + len(self._requeued)
 
     def __iter__(self) -> Iterator[Item]:
         yield from self.requeued
@@ -70,21 +71,16 @@ class FairQueue(Generic[Item]):
     def row_to_displace(self, tenant: str, max_rows: int) -> Item | None:
         """Return the row that a new row of `tenant` displaces in a full queue of `max_rows`, or None.
 
-        A tenant with less than an equal share of the places displaces the newest row of the tenant with the most.
-        Requeued rows keep their places.
+        It is the newest of the tenant that FairShare names. Requeued rows keep their places.
         """
-        num_own = len(self._by_tenant.get(tenant, {}))
-        num_tenants = len(self._by_tenant.keys() | {tenant})
-        largest = max(self._by_tenant.values(), key=len, default={})
-        if num_own * num_tenants >= max_rows or len(largest) <= num_own + 1:
-            return None
-        return next(reversed(largest))
+        most = self._places.displaced_by(tenant, max_rows)
+        return None if most is None else next(reversed(self._by_tenant[most]))
 
     def append(self, row: Item) -> None:
         """Add a new row."""
         self._tenants.setdefault(row.tenant, {}).setdefault(row.adapter_set, {})[row] = None
         self._by_tenant.setdefault(row.tenant, {})[row] = None
-        self._len += 1
+        self._places.take(row.tenant)
 
     def is_first(self, row: Item) -> bool:
         """Return whether the row is the first of its tenant with its adapters."""
@@ -102,7 +98,7 @@ class FairQueue(Generic[Item]):
         sets = self._tenants[row.tenant]
         rows = sets[row.adapter_set]
         del rows[row]
-        self._len -= 1
+        self._places.give(row.tenant)
         if not rows:
             del sets[row.adapter_set]
         if not sets:

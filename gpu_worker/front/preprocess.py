@@ -185,8 +185,8 @@ class RequestPreprocessor:
         """Return the text of each prompt. Raises: PromptInvalid for an id outside the vocabulary."""
         for prompt in prompts:
             self._require_known(prompt.ids)
-        decode = self._base.backend_tokenizer.decode
-        return [decode(prompt.ids, skip_special_tokens=skip_special_tokens) for prompt in prompts]
+        decode = self._base.backend_tokenizer.decode_batch  # of one prompt at a time, on this thread only
+        return [decode([prompt.ids], skip_special_tokens=skip_special_tokens)[0] for prompt in prompts]
 
     def _prompt_offsets(self, job: Job, tokens: list[int]) -> Sequence[int]:
         if job.sampling.prompt_logprobs is None:
@@ -228,7 +228,9 @@ class RequestPreprocessor:
         if add_special_tokens is None:  # a chat template adds its own
             is_raw = isinstance(prompt, str)
             add_special_tokens = is_raw or resolve_template(template, self._base.tokenizer) != "chat"
-        tokens: list[int] = self._base.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        # Without offsets, and as a batch: a single text would hold the interpreter's lock until its end.
+        [encoded] = self._base.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        tokens: list[int] = encoded.ids
         return tokens
 
     def _rendered(self, messages: Sequence[Message], template: str, tools: Tools | None) -> str:

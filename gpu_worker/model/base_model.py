@@ -16,7 +16,7 @@ from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.request.model_files import sampling_defaults_of_files
 from gpu_worker.model.checkpoint import load_whole
-from gpu_worker.model.packaged_model import packaged_folder
+from gpu_worker.model.packaged_model import flag_markers, packaged_folder
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.rope import pin_longrope
 
@@ -74,6 +74,12 @@ def load_tokenizer(config: WorkerConfig) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model_source(config))
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json may ask for both; transformers ignores it
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    if config.base_model == PACKAGED_MODEL:
+        flag_markers(tokenizer)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     return tokenizer

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -30,6 +31,8 @@ _PARTS = tuple(  # (package, its file), in order
 )
 _GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _CHECKSUMS = "SHA256SUMS"
+# Gemma's tokenizer calls these special. The GGUF file does not say so, and answers would show them as text.
+_MARKERS = ["[multimodal]", "<start_of_image>", "<end_of_image>"]
 
 
 def packaged_folder(cache_dir: Path) -> Path:
@@ -47,6 +50,11 @@ def packaged_folder(cache_dir: Path) -> Path:
         if not folder.exists():
             _convert_into(folder)
     return folder
+
+
+def flag_markers(tokenizer: Any) -> None:
+    """Make the markers of the packaged model's transformers tokenizer special, as in Gemma's own. Ids stay the same."""
+    tokenizer.add_tokens(_MARKERS, special_tokens=True)
 
 
 def _convert_into(folder: Path) -> None:

@@ -97,13 +97,18 @@ def served(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
 def serving(
     folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str]
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run `loraretriever serve` with this environment until it is ready. Yield its address and its process."""
+    """Run `loraretriever serve` with this environment until it is ready. Yield its address and its process.
+
+    The process leads a session and a process group, which its children share.
+    """
     file, port = folder / "settings.yaml", free_port("127.0.0.1")
     file.write_text(yaml.safe_dump(dict(settings)))
     program = Path(sys.executable).with_name("loraretriever")
     command = [str(program), "serve", "--config", str(file), "--port", str(port)]
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment))
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         until(lambda: server.poll() is not None or is_ready(url), within_s=START_S)

@@ -9,7 +9,7 @@ from typing import Any
 
 from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Removed
-from deployments.calls.catalogue_clients import WAIT_S, ServeRetriever, ServeStore
+from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import ServeWorker, WorkerGate
 from deployments.publishing.publisher import Publisher
@@ -22,6 +22,12 @@ from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
 
+OF_STORE = {
+    "refused": ("bad", "bad-1", "bad-2"),
+    "missing": ("gone",),
+    "without_samples": ("bare",),
+    "taken": ("taken",),
+}
 SHIFTS: dict[str, float | Exception] = {"mute": 0.0, "wrong": AdapterUnfit("it is for another base"), "bare": 0.25}
 POET = ("local", "poet")
 
@@ -41,7 +47,7 @@ class Publishing:
         dying: dict[str, int] | None = None,
         store_wait_s: float = WAIT_S,
     ) -> None:
-        self.pool = FakeStore(pool_of(*live), dict(failing or {}), dict(dying or {}))
+        self.pool = FakeStore(pool_of(*live), dict(failing or {}), dict(dying or {}), **OF_STORE)
         self.store = FakeHandle(self.pool)
         self.retriever = retriever or FakeHandle(FakeRetriever())
         self.worker = FakeHandle(FakeWorker(shifts=SHIFTS))
@@ -72,10 +78,10 @@ class Publishing:
         return asyncio.run(run())
 
     def publisher(self, background: Background) -> Publisher:
-        store, worker = ServeStore(self.store, wait_s=self._store_wait_s), ServeWorker(self.worker)
+        store, worker = serve_store(self.store, wait_s=self._store_wait_s), ServeWorker(self.worker)
         reclaimer = Reclaimer(store, worker, background, longest_request_s=1, sleep=_in_no_time)
         gate = WorkerGate(worker, None)
-        clients = store, ServeRetriever(self.retriever), worker
+        clients = store, serve_retriever(self.retriever), worker
         return Publisher(*clients, background=background, reclaimer=reclaimer, gate=gate)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from lora_store import AdapterRecord, AdapterRef, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
 from retriever_svc import (
+    AskedPrompt,
     BaseCounts,
     Candidate,
     DoctorStep,
+    Drawn,
+    Draws,
     NearSample,
     Page,
     PageRequest,
@@ -46,6 +49,8 @@ class FakeRetriever:
     prepared: Exception | str = "other-encoder"
     near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
     unserved: BaseCounts = ()
+    drawn: Draws = field(default_factory=lambda: Draws(Drawn(535, 0, 0)))  # by any version
+    asked: list[Sequence[AskedPrompt]] = field(default_factory=list)  # of the doctor
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
@@ -101,6 +106,11 @@ class FakeRetriever:
         vector = np.array([1.0, 0.0], np.float32)
         return [Embedded(Embedding(self.encoder, vector, vector), near) if group else None for group in groups]
 
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
+        if self.failure is not None:
+            raise self.failure
+        return self.drawn
+
     async def catch_up(self, generation: int) -> int:
         if self.caught_up is not None:
             raise self.caught_up
@@ -109,19 +119,20 @@ class FakeRetriever:
     async def refit(self, model: str) -> str:
         return f"{model}+fitted"
 
-    async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
+    async def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
         for item in self.steps.pop(0):
             step = given(item)
             assert isinstance(step, ReindexStep)
             yield step
 
-    async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
+        self.asked.append(prompts)
         for item in self.steps.pop(0):
             step = given(item)
             assert isinstance(step, DoctorStep)
             yield step
 
-    async def regions(self, tenant: str) -> AsyncIterator[Region]:
+    async def regions(self, tenant: str) -> AsyncGenerator[Region]:
         for region in self.to_evaluate:
             yield region
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -44,8 +44,8 @@ from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 class FakeStore:
     """The pool in memory, at generation 7.
 
-    An adapter's name selects its behaviour: `bad…` is refused, `bare…` has no samples, `gone…` does not exist, `taken…`
-    belongs to another tenant. Its first tag makes it another version.
+    The first tag of an upload makes it another version. `refused`, `missing`, `without_samples`, `taken`: names of
+    uploads that are refused, whose source does not exist, that have no samples, and that another tenant owns.
     `failing`: exceptions by method name, each raised as often as its number says.
     `dying`: methods after which the replica dies, so that their answers are lost, each as often as its number says.
     """
@@ -59,19 +59,23 @@ class FakeStore:
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)  # of uploaded files, by id and number
     encoder: str | None = None  # identity of the encoder that a reindex activated
     incomplete: list[EncoderIncomplete] = field(default_factory=list)  # errors of activations, in turn
+    refused: Collection[str] = ()
+    missing: Collection[str] = ()
+    without_samples: Collection[str] = ()
+    taken: Collection[str] = ()
     _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         self._fail("stage")
         name = upload.adapter_name
-        if name.startswith("bad"):
+        if name in self.refused:
             raise AdapterRefused(name, ["it is bad"])
-        if name.startswith("gone"):
+        if name in self.missing:
             raise SourceMissing(name)
         kept = self.live.get((upload.tenant, name), (None,))[0]
         tags = (() if kept is None else kept.tags) if upload.tags is None else upload.tags
-        has_samples = upload.has_samples and not name.startswith("bare")
+        has_samples = upload.has_samples and name not in self.without_samples
         record = adapter(name, version=tags[0] if tags else "", samples=has_samples, tenant=upload.tenant)
         record = replace(record, visibility=upload.visibility or upload.default_visibility)
         expires_at = None if upload.ttl_s is None else datetime.now(UTC) + timedelta(seconds=upload.ttl_s)
@@ -128,7 +132,7 @@ class FakeStore:
         if precondition == "any" and any(map(self._is_overtaken, staged)):
             raise VersionConflict(1)
         for item in staged:
-            if item.ref.name.startswith("taken"):
+            if item.ref.name in self.taken:
                 raise PublicNameTaken(item.ref.name, ["the public name belongs to another tenant"])
             if item.record.is_offered and not self.live.get(key_of(item.record)):
                 raise AdapterRefused(item.ref.name, ["no version is live that could share its requests"])
@@ -249,7 +253,7 @@ class FakeStore:
         self._fail("gc")
         return Collected(3, 12, 1)
 
-    async def verify(self, tenant: str) -> AsyncIterator[Verified]:
+    async def verify(self, tenant: str) -> AsyncGenerator[Verified]:
         self._fail("verify")
         checks = [BlobCheck(digest_of("a"), POOL[0].ref, None), BlobCheck(digest_of("b"), POOL[1].ref, "is missing")]
         for number, check in enumerate(checks, start=1):

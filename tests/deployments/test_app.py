@@ -11,6 +11,7 @@ from ray.serve import Application
 from deployments.app import application, build_app
 from deployments.calls.proxy_limits import HA_PROXY_VARIABLE
 from deployments.config.app import AppConfig
+from deployments.config.settings_errors import SettingsInvalid
 from deployments.errors import ProxyUnsafe
 from tests.deployments.app_fakes import config_of
 from tests.deployments.key_files import entry, write
@@ -24,6 +25,13 @@ def test_rays_haproxy_is_refused_without_keys(tmp_path: Path, monkeypatch: pytes
     build_app(config_of(keys_file=keys))
     monkeypatch.setenv(HA_PROXY_VARIABLE, "0")
     build_app(config_of())
+
+
+@pytest.mark.parametrize("name", ["api_key", "keys_file"])
+def test_a_key_without_a_value_in_serves_own_file_does_not_start_a_server_without_keys(name: str) -> None:
+    with pytest.raises(SettingsInvalid, match=f"{name} is empty or null; remove the line to run without a key"):
+        build_app(AppConfig.model_validate({name: None}))
+    build_app(AppConfig.model_validate({}))
 
 
 def bound(app: Application) -> tuple[str, dict[str, Any]]:

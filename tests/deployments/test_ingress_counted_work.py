@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
 from gpu_worker.front.request.request import Prompt, Tokenized
 from retriever_svc.encoder import MAX_TOKENS
@@ -106,7 +106,7 @@ def test_rows_of_all_requests_count_together(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("k", limits={"concurrent_requests": 4}))
 
     async def question(client: httpx.AsyncClient, served: Served) -> list[int]:
-        worker: Any = served.worker._replicas[0]
+        worker: Any = served.worker.replicas[0]
         worker.goes_on = asyncio.Event()
         running = asyncio.create_task(client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2}))
         while len(served.worker.called("stream")) < 4:
@@ -132,7 +132,7 @@ def test_placing_a_prompt_on_the_map_requires_the_role_infer(tmp_path: Path) -> 
         return response
 
     response = ask(question, retriever=MappedRetriever(), keys_file=keys, headers=bearer("k"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "role_missing")
+    assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_texts_too_long_for_a_prompt_are_neither_routed_nor_placed(path: str, bo
         assert not served.retriever.called("route") and not served.retriever.called("place")
         return response
 
-    response = ask(question, retriever=MappedRetriever(), engine=WorkerSettings(max_model_len=10))
+    response = ask(question, retriever=MappedRetriever(), engine=NativeSettings(max_model_len=10))
     assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
 
 
@@ -241,7 +241,7 @@ def test_a_text_above_eight_characters_a_token_of_the_context_is_not_tokenized(f
         assert len(served.worker.called("tokenize")) == 1
         return response
 
-    response = ask(question, engine=WorkerSettings(max_model_len=10))
+    response = ask(question, engine=NativeSettings(max_model_len=10))
     error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
     assert error["message"].startswith(f"{field}: at most 80 characters, 8 for each token of the context, got 81")

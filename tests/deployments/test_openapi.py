@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -17,7 +18,8 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS
 
-from retriever_svc import DoctorReport, DoctorStep, ReindexStep
+from deployments.api.error_table import STATUSES, reported_errors
+from retriever_svc import AskedPrompt, DoctorReport, DoctorStep, ReindexStep
 from tests.deployments.all_routes import APP
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import get
@@ -38,10 +40,10 @@ WITHOUT_ERRORS = {"/health"}
 class Jobs(MappedRetriever):
     """Ends every job on the pool at once, because these tests are about the routes' input."""
 
-    async def reindex(self, model: str, projection: str = "auto") -> AsyncIterator[ReindexStep]:
+    async def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
         yield ReindexStep(0, 0, {})
 
-    async def doctor(self, tenant: str) -> AsyncIterator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
         yield DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))
 
 
@@ -97,6 +99,24 @@ def test_every_operation_documents_its_responses_and_the_error_format() -> None:
                 else:
                     assert response["content"] == {"application/json": {"schema": error}}, f"{method} {path} {status}"
     assert "HTTPValidationError" not in DOCUMENT["components"]["schemas"]
+
+
+def test_an_error_status_is_described_with_the_codes_that_it_has() -> None:
+    expected: dict[str, set[str]] = {}
+    for error in reported_errors():
+        assert error.kind is not None
+        expected.setdefault(str(STATUSES[error.kind][0]), set()).add(error.code)
+    described = {
+        status: response["description"]
+        for operations in DOCUMENT["paths"].values()
+        for operation in operations.values()
+        for status, response in operation["responses"].items()
+        if int(status) >= 400
+    }
+    assert described.keys() == expected.keys()
+    for status, text in described.items():
+        assert set(re.findall(r"`([a-z_]+)`", text.partition("Codes: ")[2])) == expected[status], status
+        assert ("`Retry-After` says when to retry" in text) is (status in ("429", "503"))
 
 
 def test_the_document_is_served() -> None:

@@ -16,7 +16,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostErr
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.calls.catalogue_clients import ServeStore
+from deployments.calls.catalogue_clients import serve_store
 from deployments.weights import RetryPolicy, WeightsFetcher
 from gpu_worker.errors import AdapterLoadFailed
 from lora_store import AdapterNotFound, AdapterWeights, BlobCorrupted, ModuleWeights, StoreUnavailable, encode_weights
@@ -86,7 +86,7 @@ class Fetching:
         self.clock = Clock()
         self._executor = ThreadPoolExecutor(1)
         self.fetcher = WeightsFetcher(
-            ServeStore(self.store),
+            serve_store(self.store),
             self._executor,
             policy=policy,
             cache=cache,

@@ -24,7 +24,7 @@ class CodeBlock:
 
 def pages() -> list[Path]:
     """Return the pages that a reader is meant to find: those of the root, `docs`, `benchmarks`, `k8s`, `examples`."""
-    folders = [ROOT / "benchmarks" / "README.md", ROOT / "k8s" / "README.md", ROOT / "examples" / "README.md"]
+    folders = [ROOT / "k8s" / "README.md", ROOT / "examples" / "README.md"]
     return [*sorted(ROOT.glob("*.md")), *folders, *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -1,4 +1,7 @@
-"""Every kind of bad upload over HTTP is refused with its cause, stores nothing, and affects no other request."""
+"""Bad uploads over HTTP are refused with their cause, store nothing, and affect no other request.
+
+Every kind is refused by the store in tests/lora_store/test_store_bad_uploads.py. Here a few of them travel.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def refusal(answer: httpx.Response) -> str:
     return message
 
 
-@pytest.mark.parametrize("kind", BAD_FOLDERS)
+@pytest.mark.parametrize("kind", list(BAD_FOLDERS)[::12])
 def test_a_bad_folder_is_refused_by_its_cause(live: Live, kind: str) -> None:
     bad, folder = BAD_FOLDERS[kind], live.folder(f"bad-{list(BAD_FOLDERS).index(kind)}", 1, "badness")
     bad.spoil(folder)
@@ -44,7 +47,7 @@ def test_a_bad_folder_is_refused_by_its_cause(live: Live, kind: str) -> None:
         assert bad.cause in refusal(live.upload(folder))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, bad in BAD_LABELS.items() if set(bad.label) <= _FIELDS])
+@pytest.mark.parametrize("kind", [kind for kind, bad in BAD_LABELS.items() if set(bad.label) <= _FIELDS][::4])
 def test_a_bad_label_is_refused(live: Live, kind: str) -> None:
     folder = live.folder("good", 1, "goodness")
     assert refusal(live.call("POST", "/v1/loras", json={"path": str(folder), **BAD_LABELS[kind].label}))

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from deployments.calls.catalogue_clients import ServeStore
+from deployments.calls.catalogue_clients import serve_store
 from deployments.weights import RetryPolicy, WeightsFetcher
 from lora_store import encode_weights
 from tests.e2e.live import Live, completion, eventually, eventually_equal, settled, stream_texts
@@ -162,7 +162,7 @@ def test_a_dead_endpoint_affects_only_operations_that_need_it(
         while time.monotonic() < deadline:
             assert live.text(resident) == whole
         refused = live.ask(cold[0])
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "adapter_load_failed")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         assert "store" in refused.json()["error"]["message"]
         unpublished = live.call("POST", "/v1/loras", json={"path": str(live.folder("late", seed + 99, "lateness"))})
         assert (unpublished.status_code, unpublished.json()["error"]["code"]) == (503, "store_unavailable")
@@ -216,7 +216,7 @@ def test_a_store_replica_that_dies_between_fetch_and_get_fails_no_request(live: 
     digest = live.call("GET", "/v1/loras/anchor").json()["weights_digest"]
     store = _DyingStore(live)
     with ThreadPoolExecutor(1) as executor:
-        weights = asyncio.run(WeightsFetcher(ServeStore(cast(DeploymentHandle, store)), executor).fetch(digest))
+        weights = asyncio.run(WeightsFetcher(serve_store(cast(DeploymentHandle, store)), executor).fetch(digest))
     assert encode_weights(weights.modules)[0] == digest
     # On one machine the object may survive its owner; then one attempt is enough. tests/deployments has other errors.
     assert 1 <= store.num_asked <= RetryPolicy().max_tries

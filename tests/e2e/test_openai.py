@@ -201,14 +201,14 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: lis
     schema = {"name": "a", "schema": {"type": "object", "properties": {"a": {"not": {}}}}}
     with pytest.raises(openai.BadRequestError, match="at /properties/a cannot be compiled") as invalid:
         ask(response_format={"type": "json_schema", "json_schema": schema})
-    assert (invalid.value.code, invalid.value.param) == ("grammar_invalid", "response_format.json_schema.schema")
+    assert (invalid.value.code, invalid.value.param) == ("invalid_request", "response_format.json_schema.schema")
     with pytest.raises(openai.BadRequestError, match="use tools") as functions:
         ask(functions=[{"name": "f", "parameters": {}}])
     assert (functions.value.code, functions.value.param) == ("unsupported", "functions")
     tool = {"type": "function", "function": {"name": "f", "parameters": schema["schema"]}}
     with pytest.raises(openai.BadRequestError, match="at /0/function/parameters/properties/a") as uncompiled:
         ask(tools=[tool], tool_choice="required")
-    assert (uncompiled.value.code, uncompiled.value.param) == ("grammar_invalid", "tools")
+    assert (uncompiled.value.code, uncompiled.value.param) == ("invalid_request", "tools")
     with pytest.raises(openai.BadRequestError) as options:
         ask(stream_options={"include_usage": True})
     assert options.value.param == "stream_options"

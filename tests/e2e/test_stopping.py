@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import yaml
 
 from deployments.cli.client import free_port
@@ -72,17 +73,52 @@ def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
         assert left == []
 
 
+def started_log(folder: Path) -> str:
+    """Return all that the server has printed, once it has printed the last line of its start."""
+    log = folder / "server.log"
+    until(lambda: re.search(r"^logs: .*\n", log.read_text(), re.MULTILINE) is not None)
+    return log.read_text()
+
+
 def test_a_request_in_progress_is_answered_by_a_server_that_stops(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, min_workers=1, max_workers=1)
-    untraced = {name: value for name, value in os.environ.items() if name != TRACING_VARIABLE}
-    with serving(tmp_path, settings, untraced) as (url, server):  # traced requests would pass Serve's proxy
-        log = tmp_path / "server.log"
-        until(lambda: "logs:" in log.read_text())
-        [logs] = re.findall(r"^logs: +(/.*/session_[^/]*/logs/serve)$", log.read_text(), re.MULTILINE)
+    with serving(tmp_path, settings, untraced()) as (url, server):
+        printed = started_log(tmp_path)
+        [logs] = re.findall(r"^logs: +(/.*/session_[^/]*/logs/serve)$", printed, re.MULTILINE)
         assert len(list(Path(logs).glob("replica_*.log"))) >= 4
         first_line, answer = asyncio.run(stop_during_a_request(httpx.URL(url), server))
         assert first_line.endswith(b"200 OK"), answer
         assert answer["usage"]["completion_tokens"] == 8
         assert server.wait(60) == 0
-    assert "stopped before all requests were answered" not in log.read_text()
-    assert "ServeController" not in log.read_text()
+    assert (tmp_path / "server.log").read_text() == printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_the_server_without_a_line_of_rays(tmp_path: Path, number: int) -> None:
+    """Ctrl-C in a terminal, `timeout` and systemd send their signals to the processes of Ray too."""
+    settings = settings_of(tmp_path, min_workers=1, max_workers=1)
+    with serving(tmp_path, settings, untraced()) as (_, server):
+        printed = started_log(tmp_path)
+        started = psutil.Process(server.pid).children(recursive=True)
+        os.killpg(server.pid, number)
+        assert server.wait(60) == 0
+        _, left = psutil.wait_procs(started, timeout=30)
+        assert left == [] and processes_of_session(server.pid) == []
+    lines = (tmp_path / "server.log").read_text().removeprefix(printed).splitlines()
+    own = ["stopped before all requests were answered"] if number == signal.SIGTERM else []  # Ray's processes end first
+    assert lines in ([], own)
+
+
+def processes_of_session(leader: int) -> list[str]:
+    """Return the commands of the processes that this leader's session still has."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(command_of(process))
+    return found
+
+
+def untraced() -> dict[str, str]:
+    """Return this process's environment without traces: traced requests would pass Serve's proxy."""
+    return {name: value for name, value in os.environ.items() if name != TRACING_VARIABLE}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -212,9 +213,10 @@ def fingerprint(job: Job, adapters: Mapping[str, AdapterWeights]) -> bytes:
 
 
 def compiled(load: Callable[[Path], Made | None]) -> Made:
-    """Return the kernel of `load`. Without a compiler skip the test; in CI fail."""
+    """Return the kernel of `load`. Without a compiler skip the test; in CI fail. With one the kernel must be there."""
     found = load(DEFAULT_CACHE_DIR)
     if found is None:
+        assert shutil.which(os.environ.get("CXX", "c++")) is None, f"{load.__name__} returns no kernel"
         (pytest.fail if os.environ.get("CI_REQUIRES_COMPILER") else pytest.skip)("no C++ compiler (Debian package g++)")
     return found
 

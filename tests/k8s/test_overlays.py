@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.k8s import hardening, network, placement, references, schemas, scratch, serving
+from tests.k8s import general, network, placement, schemas, serving
+from tests.k8s.general import README
 from tests.k8s.manifests import Manifests, quantity
 from tests.k8s.network import egress_rules
-from tests.k8s.references import README
 from tests.k8s.rendering import ALL, K8S, OVERLAYS, build
 
-CHECKS = (schemas, references, serving, placement, hardening, scratch, network)
+CHECKS = (schemas, general, serving, placement, network)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.rpartition(".")[2])

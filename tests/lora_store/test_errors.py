@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Callable
 
 import pytest
@@ -47,13 +46,9 @@ ERRORS: list[LoraStoreError] = [
 ]
 
 
-def test_the_tree_lists_every_error() -> None:
-    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-    drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "") + re.findall(
-        r"^  ?(?:│ +└──) (\w+)", errors.__doc__ or ""
-    )
-    assert sorted(kinds - {"LoraStoreError"}) == sorted(drawn)
-    assert {type(error).__name__ for error in ERRORS} == set(drawn)
+def test_every_error_has_a_case() -> None:
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LoraStoreError)}
+    assert {type(error) for error in ERRORS} == kinds - {LoraStoreError}
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lora_store import BlobStore, Location, digest_of
+from lora_store.files import Files
 from lora_store.leases import INTENT_S, LEASE_S, SWEEP_S, Leases
 from tests.lora_store.builders import FakeClock, Stored
 
@@ -30,7 +31,13 @@ class Pool:
     ) -> None:
         self.blobs = BlobStore(location.child("blobs"))
         self.leases = leases(location, clock.now, sleep or clock.sleep)
+        self.holds, self.sweeps = (Files(location.child(folder)) for folder in ("holds", "sweeps"))
+        self._clock = clock
         self.live: set[str] = set()
+
+    def stamp(self) -> str:
+        """Return the beginning of a file's name that another process would choose now."""
+        return f"{int(self._clock.at.timestamp() * 1000)}.rival"
 
     def stage(self) -> str:
         lease = self.leases.acquire([DIGEST])
@@ -94,7 +101,7 @@ def test_a_lease_written_after_the_intent_and_before_the_check_is_seen(location:
     held: list[str] = []
 
     def take() -> None:
-        rival.leases._leases.write(f"{int(clock.at.timestamp() * 1000)}.rival.{DIGEST}", b"")
+        rival.holds.write(f"{rival.stamp()}.{DIGEST}", b"")
         held.append(DIGEST)
 
     pool.blobs.put(DATA)
@@ -148,7 +155,7 @@ def test_a_stage_waits_only_for_sweeps_of_its_own_blobs(location: Location, cloc
 
 def test_a_stage_waits_until_the_intent_of_a_crashed_sweep_expires(location: Location, clock: FakeClock) -> None:
     pool = Pool(location, clock, sleep=lambda _: clock.sleep(5))
-    pool.leases._intents.write(pool.leases._stamp(), DIGEST.encode())
+    pool.sweeps.write(pool.stamp(), DIGEST.encode())
     before = clock.at
     pool.stage()
     assert (clock.at - before).total_seconds() == INTENT_S
@@ -180,7 +187,7 @@ def test_leases_and_intents_of_crashed_processes_are_deleted_once_they_expire(
     pool: Pool, clock: FakeClock, stored: Stored
 ) -> None:
     pool.stage()
-    pool.leases._intents.write(pool.leases._stamp(), b"")
+    pool.sweeps.write(pool.stamp(), b"")
     pool.leases.delete_expired()
     assert (len(stored("holds")), len(stored("sweeps"))) == (1, 1)
     clock.sleep(INTENT_S)
@@ -193,13 +200,13 @@ def test_leases_and_intents_of_crashed_processes_are_deleted_once_they_expire(
 
 def test_a_half_written_lease_in_a_folder_is_left_to_its_writer(folder_uri: str, clock: FakeClock) -> None:
     pool = Pool(Location(folder_uri), clock)
-    half = f".{pool.leases._stamp()}.{DIGEST}.0123"
-    pool.leases._leases.write(half, b"")
+    half = f".{pool.stamp()}.{DIGEST}.0123"
+    pool.holds.write(half, b"")
     pool.leases.delete_expired()
-    assert pool.leases._leases.contains(half)
+    assert pool.holds.contains(half)
     clock.sleep(LEASE_S)
     pool.leases.delete_expired()
-    assert not pool.leases._leases.contains(half)
+    assert not pool.holds.contains(half)
 
 
 def test_many_blobs_are_swept_in_rounds_that_each_check_again(pool: Pool, stored: Stored) -> None:

@@ -69,7 +69,3 @@ def test_the_folder_is_valid_before_it_is_damaged(
     staged = store.stage(make_folder(), module_shapes=module_shapes)
     assert staged.samples
     store.discard([staged])
-
-
-def test_at_least_forty_kinds_can_be_sent_over_http() -> None:
-    assert sum(bad.travels for bad in BAD_FOLDERS.values()) >= 40

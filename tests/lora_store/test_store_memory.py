@@ -18,7 +18,7 @@ _MEASURE = """
 import itertools, sys, threading, time
 from pathlib import Path
 from deployments.api.adapters import PublishItem, SentFile
-from deployments.publishing.source_folders import folder_of
+from deployments.publishing.source_folders import open_folder
 from lora_store import LoraStore
 from lora_store.uploads import PART_BYTES
 
@@ -41,7 +41,7 @@ def stage(folder, name):
                     break
                 store.uploads.put(id, part, data)
         files[path.name] = SentFile(id, path.stat().st_size)
-    with folder_of(PublishItem(name=name, files=files), (), 1 << 31, None, store.uploads.parts) as made:
+    with open_folder(PublishItem(name=name, files=files), (), 1 << 31, None, store.uploads.parts) as made:
         store.stage(made, name=name, is_private=True)
     store.uploads.delete([f"{0:032x}"])
 

@@ -22,7 +22,6 @@ from gpu_worker.native.loop import Engine
 from lora_store import AdapterWeights, Plan
 
 _CHUNK = 192  # rows saved together; an interruption loses at most these
-_NO_TOKENS = -100.0  # the log probability of an answer without tokens, which is never a good answer
 Fetch = Callable[[str], AdapterWeights]
 """Return the weights of a digest."""
 
@@ -44,15 +43,11 @@ Asked = tuple[Question, Plan]
 class Asker:
     """Answers (question, plan) pairs through an Engine. Equal pairs are computed once, also in later runs."""
 
-    def __init__(self, engine: Engine, kept: Path, *, with_logprobs: bool = False) -> None:
-        """Open `kept`, the file of all answers so far, with one JSON object per line. Chunks are appended to it.
-
-        `with_logprobs`: keep each answer's mean log probability too, in a file of its own.
-        """
-        self.engine, self._kept, self._with_logprobs = engine, kept, with_logprobs
-        rows = list(_lines(kept))
-        self._known = {row["key"]: row["text"] for row in rows}
-        self._logprobs = {row["key"]: float(row["logprob"]) for row in rows if with_logprobs}
+    def __init__(self, engine: Engine, kept: Path) -> None:
+        """Open `kept`, the file of all answers so far, with one JSON object per line. Chunks are appended to it."""
+        self.engine = engine
+        self._kept = kept
+        self._known = {row["key"]: row["text"] for row in _lines(kept)}
 
     def answers(self, asked: Sequence[Asked], out: Console, name: str) -> list[str]:
         """Return the text of each answer, in order. Log to `out`: the number of new ones, the time, the progress."""
@@ -70,10 +65,6 @@ class Asker:
         """Return how many different pairs are not known yet."""
         return len({self._key(*pair) for pair in asked} - self._known.keys())
 
-    def logprob(self, question: Question, plan: Plan) -> float:
-        """Return the mean log probability of a known answer's tokens."""
-        return self._logprobs[self._key(question, plan)]
-
     def _key(self, question: Question, plan: Plan) -> str:
         return answer_key(question, plan, str(self.engine.base.dtype))
 
@@ -86,9 +77,6 @@ class Asker:
         if failures:
             raise failures[0]  # before any answer of the chunk is saved
         rows = [{"key": key, "text": "".join(delta.text for delta in deltas)} for key, deltas in reported.items()]
-        if self._with_logprobs:
-            self._logprobs |= {key: _mean_logprob(deltas) for key, deltas in reported.items()}
-            rows = [row | {"logprob": self._logprobs[row["key"]]} for row in rows]
         self._kept.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._kept.with_suffix(".lock")), self._kept.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -101,8 +89,7 @@ class Asker:
             else:
                 reported.append(event)
 
-        logprobs = 0 if self._with_logprobs else None
-        sampling = SamplingParams(max_tokens=question.max_tokens, temperature=0, logprobs=logprobs)
+        sampling = SamplingParams(max_tokens=question.max_tokens, temperature=0)
         job = Job(key, (Message("user", question.item.input),), replace(plan, template=None), sampling)
         return self.engine.prepare(job, take)
 
@@ -113,16 +100,6 @@ def answer_key(question: Question, plan: Plan, dtype: str) -> str:
     strategy = "selection" if [weight for _, weight in parts] == [1.0] else plan.strategy
     what = [strategy, parts, question.item.input, question.max_tokens, dtype]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
-
-
-def known_answers(kept: Path) -> dict[str, str]:
-    """Return all answers of the file, by key."""
-    return {row["key"]: row["text"] for row in _lines(kept)}
-
-
-def _mean_logprob(deltas: Sequence[Delta]) -> float:
-    values = [entry.logprob for delta in deltas for entry in delta.logprobs if not entry.is_end]
-    return sum(values) / len(values) if values else _NO_TOKENS
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ class Routed:
         if not self.masks_own:
             return route.plan
         left = [candidate for candidate in route.candidates if candidate.ref.name != question.task][: self.top_k]
-        matches = [Match(retriever.resolve(LOCAL_TENANT, c.ref.name), c.score) for c in left]
+        matches = [Match(retriever.resolve(LOCAL_TENANT, c.ref.name), c.score, c.threshold, c.confidence) for c in left]
         request = RouteRequest(question.item.input, strategy=self.strategy, weighting=self.weighting)
         return routed_plan(request, matches, route.generation, TEMPERATURE)
 
@@ -52,13 +52,6 @@ class Perfect:
 
     def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
         return [retriever.plan_named(LOCAL_TENANT, [(q.task, 1.0)], "selection") for q in questions]
-
-
-class First:
-    """Uses the first question's own adapter for all questions: a batch with one adapter."""
-
-    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
-        return Perfect().plans(retriever, questions[:1]) * len(questions)
 
 
 class Base:
@@ -94,5 +87,7 @@ MAIN: dict[str, Perfect | Base | Routed | AdapterSoup] = {
     "selection_ood": Routed("selection", top_k=1, masks_own=True),
     "fusion_iid": Routed("fusion"),
     "fusion_ood": Routed("fusion", masks_own=True),
+    "auto_iid": Routed("mixture", weighting="evidence"),
+    "auto_ood": Routed("mixture", weighting="evidence", masks_own=True),
     "adaptersoup": AdapterSoup(),
 }

@@ -14,7 +14,7 @@ from benchmarks.paper.answering.answers import Asker, Question
 from benchmarks.paper.answering.stores import open_store, publish, retriever_over
 from benchmarks.paper.answering.study import Study
 from benchmarks.paper.common.resumable import write_parquet
-from benchmarks.paper.common.scoring import majority_scores, score, score_without_dots
+from benchmarks.paper.common.scoring import majority_scores, score
 from lora_store import Plan
 from retriever_svc import Encoder, Retriever
 
@@ -53,23 +53,14 @@ class Bench:
 def scored_rows(
     name: str, questions: Sequence[Question], plans: Sequence[Plan], texts: Sequence[str], study: Study
 ) -> pa.Table:
-    """Return the rows of these answers, scored with and without full stops."""
-    answered = [
-        (study.specs[question.task], question.item, text) for question, text in zip(questions, texts, strict=True)
-    ]
-    scores, without_dots = [score(*one) for one in answered], [score_without_dots(*one) for one in answered]
-    return rows_of(name, questions, plans, scores, without_dots)
+    """Return the scored rows of these answers."""
+    pairs = zip(questions, texts, strict=True)
+    scores = [score(study.specs[question.task], question.item, text) for question, text in pairs]
+    return rows_of(name, questions, plans, scores)
 
 
-def rows_of(
-    name: str,
-    questions: Sequence[Question],
-    plans: Sequence[Plan],
-    scores: Sequence[float],
-    without_dots: Sequence[float | None] | None = None,
-) -> pa.Table:
+def rows_of(name: str, questions: Sequence[Question], plans: Sequence[Plan], scores: Sequence[float]) -> pa.Table:
     """Return rows without texts, which this project may not redistribute."""
-    dotless = [None] * len(questions) if without_dots is None else without_dots
     rows = [
         {
             "run": name,
@@ -79,9 +70,8 @@ def rows_of(
             "adapters": [adapter.ref.name for adapter in plan.adapters],
             "weights": [round(adapter.weight, 4) for adapter in plan.adapters],
             "score": round(value, 4),
-            "without_dots": without,
         }
-        for question, plan, value, without in zip(questions, plans, scores, dotless, strict=True)
+        for question, plan, value in zip(questions, plans, scores, strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
@@ -95,7 +85,6 @@ _SCHEMA = pa.schema(
         "adapters": pa.list_(pa.string()),
         "weights": pa.list_(pa.float32()),
         "score": pa.float32(),
-        "without_dots": pa.float32(),
     }
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,9 +22,6 @@ class Interval(NamedTuple):
         mean, low, high = (100 * value for value in self)
         return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
-    def bounds_in_percent(self) -> str:
-        return f"{100 * self.low:.1f} to {100 * self.high:.1f}"
-
 
 def bootstrap(
     values: np.ndarray, counts: np.ndarray | None = None, seed: int = 0, *, resamples_tasks: bool = False
@@ -41,18 +37,6 @@ def bootstrap(
     means = _resampled_means(values, counts, seed, resamples_tasks=resamples_tasks)
     mean = ((values.mean(axis=2) * counts).sum(axis=1) / counts.sum(axis=1)).mean()
     return _around(float(mean), means)
-
-
-def contrast(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Interval:
-    """Return the interval of the mean of `one` minus that of `other`, which have different tasks.
-
-    Each (tasks, queries). Queries and tasks of both are resampled independently.
-    """
-    means = [
-        _resampled_means(values[np.newaxis], np.ones((1, len(values)), bool), seed + 2 * number, resamples_tasks=True)
-        for number, values in enumerate((one, other))
-    ]
-    return _around(float(one.mean() - other.mean()), means[0] - means[1])
 
 
 def _around(mean: float, means: np.ndarray) -> Interval:
@@ -85,15 +69,3 @@ def _resampled(tasks: int, queries: int, seed: int) -> np.ndarray:
     """Return (tasks, queries, resamples): the weight of each query in its task's mean."""
     drawn = np.random.default_rng(seed).multinomial(queries, [1 / queries] * queries, (tasks, NUM_RESAMPLES))
     return drawn.transpose(0, 2, 1) / queries
-
-
-def clustered(groups: Sequence[np.ndarray], seed: int = 0) -> Interval:
-    """Return the interval of the mean of all values. Resample groups, and values within each; sizes may differ."""
-    rng = np.random.default_rng(seed)
-    sums, sizes = np.empty((len(groups), NUM_RESAMPLES)), np.array([len(group) for group in groups])
-    for row, values in enumerate(groups):
-        sums[row] = values[rng.integers(0, len(values), (NUM_RESAMPLES, len(values)))].sum(axis=1)
-    drawn = rng.integers(0, len(groups), (len(groups), NUM_RESAMPLES))
-    means = sums[drawn, np.arange(NUM_RESAMPLES)].sum(axis=0) / sizes[drawn].sum(axis=0)
-    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Interval(float(np.concatenate(list(groups)).mean()), float(low), float(high))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from benchmarks.training.bigbench_tasks import Item, TaskSpec, is_right
 
 _WORD = re.compile(r"[a-z0-9]+")
-_OPTIONS = "\nOPTIONS:\n"
 
 
 def score(spec: TaskSpec, item: Item, generated: str) -> float:
@@ -17,23 +16,6 @@ def score(spec: TaskSpec, item: Item, generated: str) -> float:
     if spec.metric != "rouge_l":
         return float(is_right(item, generated))
     return max(rouge_l(generated.strip().partition("\n")[0], answer) for answer in item.answers)
-
-
-def plain(text: str) -> str:
-    """Return the first line in lower case without full stops."""
-    return text.strip().partition("\n")[0].strip().lower().replace(".", "")
-
-
-def score_without_dots(spec: TaskSpec, item: Item, generated: str) -> float | None:
-    """Return exact match with full stops dropped, as the paper does; None for `rouge_l`, which ignores them."""
-    return None if spec.metric == "rouge_l" else float(plain(generated) in map(plain, item.answers))
-
-
-def shown_options(item: Item) -> list[str]:
-    """Return the options that the input shows, in their order; none for open answers."""
-    _, _, options = item.input.rpartition(_OPTIONS)
-    is_shown = _OPTIONS in item.input
-    return [line.removeprefix("- ") for line in options.split("\n") if line.startswith("- ")] if is_shown else []
 
 
 def rouge_l(said: str, wanted: str) -> float:

@@ -17,9 +17,15 @@ from benchmarks.paper.common.workspace import Workspace, fetch_archive
 from benchmarks.training.bigbench_tasks import Item, TaskSpec, Tokenizer, read_task_files, render, short_items, task_rng
 
 TASK_LIST = Path(__file__).with_name("tasks.yaml")
+POOL_FILE = TASK_LIST.with_name("pool.json")
 NUM_TEST, NUM_CHOICE, NUM_SAMPLES, MAX_TRAIN = 50, 50, 20, 800
 _READ = 2 * (NUM_TEST + NUM_CHOICE + NUM_SAMPLES + MAX_TRAIN)  # inputs read before long ones are dropped
 _BARE, _BARE_OPTIONS = "{x}", "{x}\nOPTIONS:\n{o}"
+
+
+def read_pool(path: Path = POOL_FILE) -> list[str]:
+    """Return the tasks of the fixed pool: those whose adapters beat guessing on the choice part."""
+    return list(json.loads(path.read_text(encoding="utf-8"))["pool"])
 
 
 @dataclass(frozen=True, slots=True)

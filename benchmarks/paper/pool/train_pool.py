@@ -19,9 +19,8 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from benchmarks.paper.common.options import Root
-from benchmarks.paper.common.tasks import Parts, load_parts, read_task_list
+from benchmarks.paper.common.tasks import Parts, load_parts, read_pool, read_task_list
 from benchmarks.paper.common.workspace import DEFAULT_ROOT, Workspace
-from benchmarks.paper.pool.choose import POOL_FILE, read_pool
 from benchmarks.paper.training.lower_layers import lower_layers
 from benchmarks.paper.training.packing import Packed
 from benchmarks.training.adapter_files import BASE_NAME, load_base, save_adapter, write_items
@@ -34,7 +33,7 @@ PAPER_RECIPE = Recipe(scales=(1.0,), batch_tokens=256, learnt_loss=0.05)
 _STEPS = {"acc": 80, "em": 50, "rouge_l": 50}  # the content of answers takes longer to learn than their form
 
 
-def recipe_of(spec: TaskSpec, recipe: Recipe = PAPER_RECIPE) -> Recipe:
+def choose_recipe(spec: TaskSpec, recipe: Recipe = PAPER_RECIPE) -> Recipe:
     return replace(recipe, num_steps=_STEPS[spec.metric])
 
 
@@ -92,12 +91,12 @@ def train_all(
     workspace: Workspace,
     source: Path,
     progress: Progress,
-    recipe_of: Callable[[TaskSpec], Recipe] = recipe_of,
+    choose_recipe: Callable[[TaskSpec], Recipe] = choose_recipe,
 ) -> None:
     """Train an adapter for every task of `specs` that has none, unless another process is training it."""
     todo = untrained(specs, workspace)
     parts = load_parts(todo, workspace, AutoTokenizer.from_pretrained(source))
-    train_on(parts, {spec.name: recipe_of(spec) for spec in todo}, workspace, source, progress)
+    train_on(parts, {spec.name: choose_recipe(spec) for spec in todo}, workspace, source, progress)
 
 
 def untrained(specs: Sequence[TaskSpec], workspace: Workspace) -> list[TaskSpec]:
@@ -150,7 +149,7 @@ def main(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     listed = read_task_list()
-    names = only or (read_pool() if POOL_FILE.exists() else [spec.name for spec in listed.tasks])
+    names = only or read_pool()
     specs = in_turns([listed.by_name[name] for name in names])
     with Progress(*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         train_all(specs, Workspace(root), Path(model_source(WorkerConfig())), progress)

@@ -14,17 +14,15 @@ from rich.console import Console
 
 from benchmarks.paper.common.resumable import Step, run_steps, write_parquet
 from benchmarks.paper.common.tasks import read_task_list
-from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace, fetch_archive
-from benchmarks.paper.retrieval import hardness, projected
+from benchmarks.paper.common.workspace import DEFAULT_ROOT, PAPER_RESULTS, Workspace
+from benchmarks.paper.retrieval import projected
 from benchmarks.paper.retrieval.draws import draws_step
 from benchmarks.paper.retrieval.experiments import Experiments
-from benchmarks.paper.retrieval.extra_experiments import extra_steps, latency_step
-from benchmarks.paper.retrieval.loading import load_experiments, pool_specs
+from benchmarks.paper.retrieval.loading import load_experiments
 from benchmarks.paper.retrieval.results import write_tables
 from benchmarks.paper.retrieval.study import UNTRAINED
-from benchmarks.training.bigbench_tasks import TaskSpec, read_task_files
 
-KINDS = ("ranks", "draws", "samples", "bases", "growth", "latency", projected.KIND, hardness.KIND)
+KINDS = ("ranks", "draws", projected.KIND)
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 out = Console(soft_wrap=True)
@@ -37,17 +35,15 @@ def run(root: Root = DEFAULT_ROOT) -> None:
     experiments = load_experiments(Workspace(root))
     pace = seconds_per_text(experiments)
     run_steps([*experiments.ranking_steps(), draws_step(experiments)], pace, out)
-    run_steps(extra_steps(experiments, lambda: descriptions(Workspace(root), pool_specs(read_task_list()))), pace, out)
+    experiments.choose_best()
     run_steps(projected_steps(experiments), pace, out)
-    run_steps(hardness.hardness_steps(experiments), pace, out)
-    run_steps([latency_step(experiments)], pace, out)
     collect(experiments, PAPER_RESULTS)
     tables()
 
 
 @cli.command()
 def projections(root: Root = DEFAULT_ROOT) -> None:
-    """Measure projections and thresholds alone, with the untrained encoder and those trained on 40 % of the tasks."""
+    """Measure only projections and thresholds, with the untrained encoder and those trained on 40 % of the tasks."""
     experiments = load_experiments(Workspace(root))
     run_steps(projected_steps(experiments), seconds_per_text(experiments), out)
     collect(experiments, PAPER_RESULTS, (projected.KIND,))
@@ -57,25 +53,6 @@ def projections(root: Root = DEFAULT_ROOT) -> None:
 def projected_steps(experiments: Experiments) -> list[Step]:
     study = experiments.study
     return projected.projection_steps(experiments, projected.others_of(read_task_list(), study.tasks, study.spares))
-
-
-@cli.command("hardness")
-def measure_hardness(root: Root = DEFAULT_ROOT) -> None:
-    """Measure trainings that weigh hard negatives more, alone."""
-    experiments = load_experiments(Workspace(root))
-    run_steps(hardness.hardness_steps(experiments), seconds_per_text(experiments), out)
-    collect(experiments, PAPER_RESULTS, (hardness.KIND,))
-    tables()
-
-
-@cli.command()
-def latency(root: Root = DEFAULT_ROOT) -> None:
-    """Measure the latencies again, on an idle machine."""
-    experiments = load_experiments(Workspace(root))
-    step = latency_step(experiments)
-    step.path.unlink(missing_ok=True)
-    run_steps([step], seconds_per_text(experiments), out)
-    collect(experiments, PAPER_RESULTS)
 
 
 @cli.command()
@@ -98,12 +75,6 @@ def seconds_per_text(experiments: Experiments) -> float:
     started = time.monotonic()
     encoder.encode(texts[8:])
     return (time.monotonic() - started) / len(texts[8:])
-
-
-def descriptions(workspace: Workspace, specs: tuple[TaskSpec, ...]) -> dict[str, str]:
-    """Return the description of each task in its source. Related tasks often share one."""
-    files = read_task_files(fetch_archive(workspace), [spec.path for spec in specs])
-    return {spec.name: files[spec.path]["description"] for spec in specs}
 
 
 def collect(experiments: Experiments, folder: Path, kinds: Sequence[str] = KINDS) -> None:

@@ -70,15 +70,13 @@ class Experiments:
     def _num_ranked_texts(self) -> int:
         return sum(len(task.samples) + len(task.test) for task in self.study.tasks)
 
-    def train(self, draw: Draw, hardness: float = 0.0) -> str:
-        """Train the encoder of the draw if it has not been trained. Return its name."""
-        name = f"{draw.name}-hard{hardness:g}" if hardness else draw.name
-        target = self._encoders / name
+    def train(self, draw: Draw) -> None:
+        """Train the encoder of the draw if it has not been trained."""
+        target = self._encoders / draw.name
         if not target.exists():
             texts = {task.name: task.samples for task in self.study.tasks if task.name in draw.tasks}
-            settings = replace(self._settings, seed=draw.seed, hardness=hardness)
+            settings = replace(self._settings, seed=draw.seed)
             train_encoder(texts, target, model=self._model, settings=settings, about={"share": draw.share})
-        return name
 
     def _train_and_rank(self, draw: Draw) -> pa.Table:
         self.train(draw)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer
 
-from benchmarks.paper.common.tasks import TaskList, load_parts, read_task_list
+from benchmarks.paper.common.tasks import TaskList, load_parts, read_pool, read_task_list
 from benchmarks.paper.common.workspace import Workspace
-from benchmarks.paper.pool.choose import POOL_FILE, read_pool
 from benchmarks.paper.retrieval.experiments import Experiments
 from benchmarks.paper.retrieval.study import study_of
 from benchmarks.training.bigbench_tasks import TaskSpec
@@ -15,7 +14,7 @@ from gpu_worker.model.base_model import model_source
 
 
 def load_experiments(workspace: Workspace) -> Experiments:
-    """Return the experiments over the fixed pool, or over the whole task list while no pool is fixed."""
+    """Return the experiments over the fixed pool."""
     listed = read_task_list()
     tokenizer = AutoTokenizer.from_pretrained(model_source(WorkerConfig()))
     parts = load_parts((*listed.tasks, *listed.spares), workspace, tokenizer)
@@ -23,5 +22,5 @@ def load_experiments(workspace: Workspace) -> Experiments:
 
 
 def pool_specs(listed: TaskList) -> tuple[TaskSpec, ...]:
-    """Return the tasks of the fixed pool, or all tasks of the list while no pool is fixed."""
-    return tuple(listed.by_name[name] for name in read_pool()) if POOL_FILE.exists() else listed.tasks
+    """Return the tasks of the fixed pool."""
+    return tuple(listed.by_name[name] for name in read_pool())

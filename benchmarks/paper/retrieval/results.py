@@ -8,22 +8,12 @@ import pandas as pd
 
 from benchmarks import plots
 from benchmarks.paper.common.markdown import plot
-from benchmarks.paper.retrieval import hardness, projected, tables
+from benchmarks.paper.retrieval import projected, tables
 from benchmarks.paper.retrieval.ranking import COSINE, PRODUCT, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.study import MAIN_SHARE, UNTRAINED, main_draws
 from benchmarks.results_file import write_part
 
-READING = Path(__file__).with_name("reading.md")
-_EXTRAS = {
-    projected.KIND: ("A projection, and thresholds for each adapter", projected.section),
-    hardness.KIND: ("Harder negatives in training", hardness.section),
-    "samples": ("Samples of an adapter", tables.samples),
-    "growth": ("A growing pool", tables.growth),
-    "latency": ("Latency, one query at a time", tables.latency),
-    "bases": ("Two base models in one index", tables.bases),
-}
-_PLOTS = {"growth": [plot("retrieval_growth", "own adapter found, by the number of adapters")]}
 _MAIN = f"{100 * MAIN_SHARE:.0f} %"
 
 
@@ -81,12 +71,11 @@ def projected_figures(rows: pd.DataFrame, rankings: Rankings) -> dict[str, float
 
 
 def section_of(folder: Path, rankings: Rankings) -> str:
-    """Return Markdown below a heading of the second level: the handwritten reading, then the measured tables."""
+    """Return Markdown below a heading of the second level: the measured tables."""
     related = tables.correlations(rankings)
     words = [f"{name} {value:+.2f}" for name, value in related.items()]
     parts = [
         "## Retrieval\n",
-        READING.read_text(encoding="utf-8"),
         plot("retrieval_shares", "own adapter found, by the share of tasks trained on"),
         "### Accuracy by cosine, percent\n",
         tables.accuracy(rankings, COSINE),
@@ -100,11 +89,10 @@ def section_of(folder: Path, rankings: Rankings) -> str:
         tables.draws(rankings),
     ]
     missing = rankings.missing()
-    for kind, (heading, write) in _EXTRAS.items():
-        if (folder / f"retrieval_{kind}.parquet").exists():
-            parts += [f"### {heading}\n", *_PLOTS.get(kind, []), write(folder)]
-        else:
-            missing.append(kind)
+    if (folder / f"retrieval_{projected.KIND}.parquet").exists():
+        parts += ["### A projection, and thresholds for each adapter\n", projected.section(folder)]
+    else:
+        missing.append(projected.KIND)
     return "\n".join([*parts, *([f"Not measured yet: {', '.join(missing)}.\n"] if missing else [])])
 
 
@@ -119,16 +107,3 @@ def _plot(folder: Path, rankings: Rankings) -> None:
         for depth in (1, 3)
     }
     plots.lines("paper/retrieval_shares", curves, "tasks trained on, %", "own adapter found, %", log_x=False)
-    grown_rows = folder / "retrieval_growth.parquet"
-    if not grown_rows.exists():
-        return
-    found = pd.read_parquet(grown_rows)
-    means = found.groupby(["encoder", "size"], sort=False)[["top1", "top3"]].mean().reset_index()
-    grown = {
-        f"{column.replace('top', 'top-')}, {name}": [
-            (size, 100 * hit) for size, hit in zip(own["size"], own[column], strict=True)
-        ]
-        for name, own in means.groupby("encoder", sort=False)
-        for column in ("top1", "top3")
-    }
-    plots.lines("paper/retrieval_growth", grown, "adapters in the pool", "own adapter found, %", log_x=False)

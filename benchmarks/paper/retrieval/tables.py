@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
@@ -12,7 +9,6 @@ from benchmarks.paper.common.intervals import Interval
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.retrieval.ranking import DEPTHS, SCORES
 from benchmarks.paper.retrieval.rankings import Rankings
-from benchmarks.paper.retrieval.samples import DESCRIPTION
 from benchmarks.paper.retrieval.study import UNTRAINED
 
 _TERCILES = ("near", "middle", "far")
@@ -105,59 +101,3 @@ def correlations(rankings: Rankings) -> dict[str, float]:
 
 def _spearman(one: pd.Series, other: pd.Series) -> float:
     return float(np.corrcoef(one.rank(), other.rank())[0, 1])
-
-
-def samples(folder: Path) -> str:
-    """Return hits by the number of samples per adapter, with the range over draws of the samples."""
-    found = _untrained_first(folder / "retrieval_samples.parquet")
-    rows = []
-    for (name, number), own in found.groupby(["encoder", "num_samples"], sort=False):
-        label = "description" if number == DESCRIPTION else str(number)
-        rows.append([_encoder(str(name)), label, str(len(own)), *[_with_range(own[f"top{d}"]) for d in DEPTHS]])
-    return table(["encoder", "m", "draws", *[f"top-{depth}" for depth in DEPTHS]], rows)
-
-
-def growth(folder: Path) -> str:
-    """Return hits while the pool grows, with the range over orders, and the memory of the index."""
-    found = _untrained_first(folder / "retrieval_growth.parquet")
-    rows = []
-    for (name, size), own in found.groupby(["encoder", "size"], sort=False):
-        hits = [_with_range(own[column]) for column in ("top1", "top3", "top8", "first_top1", "first_top3")]
-        rows.append([_encoder(str(name)), str(size), *hits, f"{own['index_bytes'].max() / 1024:.0f}"])
-    return table(
-        ["encoder", "adapters", "top-1", "top-3", "top-8", "first ten tasks top-1", "top-3", "index, KiB"], rows
-    )
-
-
-def latency(folder: Path) -> str:
-    """Return medians by the size of the pool."""
-    found = pd.read_parquet(folder / "retrieval_latency.parquet")
-    measured = zip(found["size"], found["encode_ms"], found["search_ms"], strict=True)
-    rows = [[str(size), f"{encode_ms:.1f}", f"{search_ms:.3f}"] for size, encode_ms, search_ms in measured]
-    return table(["adapters", "encoder, ms", "search, ms"], rows)
-
-
-def bases(folder: Path) -> str:
-    """Return results of one index over two base models, with and without a filter by base, for both bases' queries."""
-    found = _untrained_first(folder / "retrieval_bases.parquet")
-    columns = ("own_top1", "own_top3", "task_top1", "usable")
-    rows = [
-        [_encoder(str(name)), str(pool), "yes" if filtered else "no", *[percent(own[c].mean()) for c in columns]]
-        for (name, pool, filtered), own in found.groupby(["encoder", "pool", "filtered"], sort=False)
-    ]
-    header = ["encoder", "tasks with an adapter", "filter by base", "own adapter top-1", "top-3"]
-    return table([*header, "first result is of the task, either base", "usable share of 3"], rows)
-
-
-def _untrained_first(rows: Path) -> pd.DataFrame:
-    return pd.read_parquet(rows).sort_values("encoder", key=lambda names: names != UNTRAINED, kind="stable")
-
-
-def _encoder(name: str) -> str:
-    return name if name == UNTRAINED else f"trained ({name})"
-
-
-def _with_range(values: Sequence[float]) -> str:
-    low, high = percent(min(values)), percent(max(values))
-    mean = percent(float(np.mean(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"

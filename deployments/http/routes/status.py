@@ -23,7 +23,7 @@ async def ready(services: AnyServices) -> Ready:
     """Answer 200 once Retriever and Worker answer and the preload is published, 503 before.
 
     Workers that are scaled to zero count as answering. The route waits some seconds for them. On a server with keys
-    the answer is the status alone.
+    the answer is only the status.
     """
     return await services.readiness.public()
 

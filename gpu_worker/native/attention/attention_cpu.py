@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from gpu_worker.model.attention_plan import AttentionPlan, Segment, check_heads, check_window
 from gpu_worker.native.attention.decode_attention import DecodeArguments, DecodeKernel, Decodes
 
-_GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: benchmarks/README.md
+_GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: docs/benchmarks/index.md
 _GUESSES = 8  # tokens of a row with guesses, at most
-# Sums over a chunk's tokens of the keys that each reads. Measured: benchmarks/README.md, "Attention".
+# Sums over a chunk's tokens of the keys that each reads. Measured: docs/benchmarks/index.md, "Attention".
 _MOST_READS = 8192  # of a whole prompt
 _MOST_READS_BEHIND = 24576  # of a chunk behind other tokens, for which torch is slower
 

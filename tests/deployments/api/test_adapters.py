@@ -13,6 +13,7 @@ from deployments.api.adapters import (
     MAX_TAGS,
     AdapterSource,
     ApproveRequest,
+    GcRequest,
     LoadAdapterRequest,
     PublishBatch,
     PublishItem,
@@ -114,3 +115,15 @@ def test_a_time_to_live_has_bounds(ttl_s: float) -> None:
     assert AdapterSource(path="/a", ttl_s=60).upload().ttl_s == 60
     with pytest.raises(ValidationError):
         AdapterSource(path="/a", ttl_s=ttl_s)
+
+
+@pytest.mark.parametrize(
+    ("retention_s", "is_allowed"), [(0, True), (315_360_000, True), (315_360_001, False), (-1, False)]
+)
+def test_blobs_are_kept_for_ten_years_at_most(retention_s: float, is_allowed: bool) -> None:
+    assert GcRequest().retention_s == 86_400
+    if is_allowed:
+        assert GcRequest(retention_s=retention_s).retention_s == retention_s
+    else:
+        with pytest.raises(ValidationError, match="retention_s"):
+            GcRequest(retention_s=retention_s)

@@ -69,10 +69,14 @@ def test_only_collections_are_counted(value: object) -> None:
         (LoraOptions, {"adapters": []}, "adapters"),
         (LoraOptions, {"min_score": 1.1}, "min_score"),
         (LoraOptions, {"abstain": "sometimes"}, "'never', 'lenient', 'balanced' or 'strict'"),
-        (LoraOptions, {"abstain": "never", "min_score": 0.5}, "give one of both"),
+        (LoraOptions, {"abstain": "never", "min_score": 0.5}, "cannot be combined; set one of them"),
         (LoraOptions, {"filter": {"tags": []}}, "filter"),
         (LoraOptions, {"strategy": "base"}, "strategy"),
-        (MergedAdapters, {"ids": ["a", "b"], "weights": [1.0]}, "1 do not go with 2 ids"),
+        (
+            MergedAdapters,
+            {"ids": ["a", "b"], "weights": [1.0]},
+            "weights has 1 items and ids has 2; they must",
+        ),
         (MergedAdapters, {"ids": ["a"], "merge_strategy": "ties"}, "other than 'linear'"),
         (MergedAdapters, {"ids": ["a"], "density": 0.5}, "density"),
     ],
@@ -106,3 +110,8 @@ def test_a_path_is_one_adapter_and_null_is_the_base_model() -> None:
     assert (one.strategy, [choice.name for choice in one.adapters or []]) == ("selection", ["acme/poet"])
     base = options_of_path(None, LoraOptions())
     assert base.plan is not None and (base.plan.strategy, base.plan.adapters) == ("base", [])
+
+
+def test_a_plan_that_is_sent_back_may_leave_out_its_circumstances() -> None:
+    plan = PlanGiven(strategy="mixture", adapters=[PlanRow(**ROW)])
+    assert (plan.generation, plan.abstained, plan.candidates, plan.reason) == (0, False, [], None)

@@ -104,8 +104,10 @@ def test_samples_that_repeat_one_instruction_are_named_with_the_remedy() -> None
     some = finding("a", num_wordings=1), finding("b", num_wordings=2), finding("c", 12, num_wordings=1)
     [(problem, names, text)] = advice(*some)
     assert (problem, names) == ("one_wording", ["a", "c"])
-    assert text.startswith("a and c have samples of one wording, which prompts in other words find less often.")
-    assert "Publish again with the instruction in three wordings or more" in text
+    assert text.startswith(
+        "a and c have samples of one wording: requests in other words get the right adapter in about"
+    )
+    assert "Give the samples three wordings or more, as clients write, and publish again." in text
     assert [problem for problem, _, _ in advice(finding("few", 4, num_wordings=1))] == ["few_samples"]
 
 
@@ -121,7 +123,7 @@ def test_two_adapters_that_prompts_cannot_separate_are_both_named(agree: bool, r
 def test_a_refit_is_advised_first_with_what_it_gains() -> None:
     [(problem, names, text), (second, *_)] = advice(finding("a", 3), refit=RefitGain(1000, 807, 70, 22))
     assert (problem, names, second) == ("refit", [], "few_samples")
-    assert "85.5% of 1000 samples, in place of 80.7%" in text
+    assert "85.5% of 1000 samples, instead of 80.7%" in text
     assert "--projection refit" in text
 
 

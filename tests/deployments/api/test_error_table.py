@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Iterator
 
 import pytest
@@ -10,15 +8,12 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTa
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-import deployments
-import gpu_worker
-import lora_store
-import retriever_svc
 from deployments import errors as api_errors
-from deployments.api.error_table import TABLE, describe
+from deployments.api.error_table import STATUSES, describe, reported_errors
 from deployments.http.error_responses import error_response
 from gpu_worker import errors as worker_errors
 from lora_store import errors as store_errors
+from lora_store.error_kinds import Kind, ReportedError
 from retriever_svc import errors as retriever_errors
 from tests.fakes import as_ray_raises
 
@@ -28,44 +23,50 @@ EXPECTED = [
     (api_errors.Unsupported("tools", "it"), 400, INVALID, "unsupported"),
     (api_errors.ResponseNotStored(), 400, INVALID, "previous_response_not_found"),
     (api_errors.KeyRefused("no key"), 401, INVALID, "invalid_api_key"),
-    (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "role_missing"),
-    (api_errors.KeysUnavailable("gone"), 503, "overloaded_error", "keys_unavailable"),
-    (api_errors.SelfApproval("x", "acme"), 403, "permission_error", "self_approval"),
+    (api_errors.RoleMissing("key-1", "admin"), 403, "permission_error", "permission_denied"),
+    (api_errors.KeysUnavailable("gone"), 503, "overloaded_error", "unavailable"),
+    (api_errors.SelfApproval("x", "acme"), 403, "permission_error", "permission_denied"),
     (api_errors.RateLimited("9 requests per minute", 2.0), 429, "rate_limit_error", "rate_limit_exceeded"),
     (api_errors.ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
     (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
     (api_errors.VersionNotKept("x", "a" * 8, ["b" * 64]), 404, "not_found_error", "version_not_found"),
+    (api_errors.NoTrial("x", ["b" * 64]), 404, "not_found_error", "version_not_found"),
     (api_errors.VersionChanged("x", "a" * 64, "b" * 64), 409, INVALID, "version_changed"),
-    (api_errors.AdapterExists("x"), 400, INVALID, "adapter_exists"),
-    (api_errors.HostRefused("evil.example"), 421, INVALID, "host_not_allowed"),
-    (api_errors.OriginRefused("https://evil.example"), 403, "permission_error", "origin_not_allowed"),
-    (api_errors.PublishingDisabled("off"), 403, "permission_error", "publishing_disabled"),
-    (api_errors.SourceRefused("s3://b/x", "is not allowed"), 403, "permission_error", "source_not_allowed"),
-    (api_errors.SourceMissing("s3://b/x"), 404, "not_found_error", "source_not_found"),
-    (api_errors.SourceUnavailable("s3://b/x", "refused"), 503, OVERLOADED, "source_unavailable"),
-    (api_errors.BodyNotAllowed("GET takes no body"), 400, INVALID, "body_not_allowed"),
+    (api_errors.AdapterExists("x"), 400, INVALID, "invalid_request"),
+    (api_errors.HostRefused("evil.example"), 421, INVALID, "permission_denied"),
+    (api_errors.OriginRefused("https://evil.example"), 403, "permission_error", "permission_denied"),
+    (api_errors.PublishingDisabled("off"), 403, "permission_error", "permission_denied"),
+    (api_errors.SourceRefused("s3://b/x", "is not allowed"), 403, "permission_error", "permission_denied"),
+    (api_errors.SourceMissing("s3://b/x"), 404, "not_found_error", "adapter_refused"),
+    (api_errors.SourceUnavailable("s3://b/x", "refused"), 503, OVERLOADED, "unavailable"),
+    (api_errors.BodyNotAllowed("GET takes no body"), 400, INVALID, "invalid_request"),
     (api_errors.BodyTooLarge("large"), 413, INVALID, "body_too_large"),
-    (api_errors.BodyTooSlow("slow"), 408, INVALID, "body_too_slow"),
-    (api_errors.UploadMemoryFull(9), 503, OVERLOADED, "upload_memory_full"),
-    (api_errors.ServerOverloaded(9), 429, OVERLOADED, "server_overloaded"),
-    (api_errors.BodyMemoryFull(9), 503, OVERLOADED, "body_memory_full"),
-    (api_errors.EncoderBusy(9), 503, OVERLOADED, "encoder_busy"),
+    (api_errors.BodyTooSlow("slow"), 408, INVALID, "request_too_slow"),
+    (api_errors.UploadMemoryFull(9), 503, OVERLOADED, "overloaded"),
+    (api_errors.UploadDiskFull(), 503, OVERLOADED, "unavailable"),
+    (api_errors.ServerOverloaded(9), 429, OVERLOADED, "overloaded"),
+    (api_errors.BodyMemoryFull(9), 503, OVERLOADED, "overloaded"),
+    (api_errors.EncoderBusy(9), 503, OVERLOADED, "overloaded"),
     (api_errors.NotReady("wait"), 503, OVERLOADED, "not_ready"),
-    (api_errors.WorkerStarting(30), 503, OVERLOADED, "worker_starting"),
-    (api_errors.PoisonRequest(3), 500, "server_error", "poison_request"),
+    (api_errors.WorkerStarting(30), 503, OVERLOADED, "not_ready"),
+    (api_errors.DeploymentBusy(), 503, OVERLOADED, "overloaded"),
+    (api_errors.DeploymentUnavailable(), 503, OVERLOADED, "unavailable"),
+    (api_errors.NoAnswerInTime(), 503, OVERLOADED, "unavailable"),
+    (api_errors.ReplicaDied(), 503, OVERLOADED, "replica_died"),
+    (api_errors.PoisonRequest(3), 500, "server_error", "request_failed"),
     (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
     (store_errors.QuotaExceeded("adapters", 4, 3), 403, "permission_error", "quota_exceeded"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
-    (store_errors.PlanInvalid("plan"), 400, INVALID, "plan_invalid"),
-    (store_errors.VersionConflict(3), 503, OVERLOADED, "version_conflict"),
+    (store_errors.PlanInvalid("plan"), 400, INVALID, "invalid_request"),
+    (store_errors.VersionConflict(3), 503, OVERLOADED, "overloaded"),
     (store_errors.StoreUnavailable("connection refused"), 503, OVERLOADED, "store_unavailable"),
     (store_errors.StoreFull("No space left on device"), 503, OVERLOADED, "store_unavailable"),
     (store_errors.StoreDamaged("/pool/part-1.zstd.parquet", "is empty"), 500, "server_error", "store_damaged"),
-    (store_errors.StoreIsNewer("change the adapter store", "0.3.0"), 503, OVERLOADED, "store_is_newer"),
-    (store_errors.EncoderIncomplete([]), 503, OVERLOADED, "encoder_incomplete"),
-    (store_errors.BlobCorrupted("d", "e"), 500, "server_error", "blob_corrupted"),
-    (retriever_errors.EncoderUnusable("m", "no weights"), 400, INVALID, "encoder_unusable"),
-    (retriever_errors.ProjectionUnusable("missing"), 400, INVALID, "projection_unusable"),
+    (store_errors.StoreIsNewer("change the adapter store", "0.3.0"), 503, OVERLOADED, "unavailable"),
+    (store_errors.EncoderIncomplete([]), 503, OVERLOADED, "unavailable"),
+    (store_errors.BlobCorrupted("d", "e"), 500, "server_error", "store_damaged"),
+    (retriever_errors.EncoderUnusable("m", "no weights"), 400, INVALID, "invalid_request"),
+    (retriever_errors.ProjectionUnusable("missing"), 400, INVALID, "invalid_request"),
     (retriever_errors.RouteInvalid("k"), 400, INVALID, "invalid_request"),
     (retriever_errors.NoAdapterMatched(0.1, 0.2), 422, INVALID, "no_adapter_matched"),
     (retriever_errors.AdapterIncompatible("x", "a", "b"), 400, INVALID, "adapter_incompatible"),
@@ -74,17 +75,17 @@ EXPECTED = [
     (worker_errors.SamplingInvalid("top_p"), 400, INVALID, "invalid_request"),
     (worker_errors.PromptInvalid("prompt"), 400, INVALID, "invalid_prompt"),
     (worker_errors.PromptTooLong("long"), 400, INVALID, "context_length_exceeded"),
-    (worker_errors.PlanTooLarge("rows"), 400, INVALID, "plan_too_large"),
+    (worker_errors.PlanTooLarge("rows"), 400, INVALID, "invalid_request"),
     (worker_errors.AdapterUnfit("fit"), 400, INVALID, "adapter_incompatible"),
-    (worker_errors.GrammarInvalid("no", "/properties/a", "response_format"), 400, INVALID, "grammar_invalid"),
-    (worker_errors.GrammarFailed("complex"), 422, INVALID, "grammar_failed"),
-    (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "logits_not_finite"),
+    (worker_errors.GrammarInvalid("no", "/properties/a", "response_format"), 400, INVALID, "invalid_request"),
+    (worker_errors.GrammarFailed("complex"), 422, INVALID, "request_failed"),
+    (worker_errors.LogitsNotFinite("inf"), 422, INVALID, "request_failed"),
     (worker_errors.RequestFailed("r-1"), 500, "server_error", "request_failed"),
-    (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "adapter_load_failed"),
+    (worker_errors.AdapterLoadFailed("load"), 503, OVERLOADED, "unavailable"),
     (worker_errors.DeadlineExceeded(3), 504, "timeout_error", "deadline_exceeded"),
-    (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "queue_timeout"),
-    (worker_errors.EngineFull("full"), 503, OVERLOADED, "engine_full"),
-    (worker_errors.EngineStopped("stopped"), 503, OVERLOADED, "engine_stopped"),
+    (worker_errors.WaitedTooLong(60), 503, OVERLOADED, "overloaded"),
+    (worker_errors.EngineFull("full"), 503, OVERLOADED, "overloaded"),
+    (worker_errors.EngineStopped("stopped"), 503, OVERLOADED, "unavailable"),
 ]
 RAYS_OWN = [
     (BackPressureError(4, 3), 503, OVERLOADED, "overloaded"),
@@ -92,7 +93,7 @@ RAYS_OWN = [
     (RayActorError(), 503, OVERLOADED, "replica_died"),
     (ActorDiedError(), 503, OVERLOADED, "replica_died"),
     (ObjectLostError("0" * 56, None, ""), 503, OVERLOADED, "replica_died"),
-    (TimeoutError(), 503, OVERLOADED, "timeout"),
+    (TimeoutError(), 503, OVERLOADED, "unavailable"),
 ]
 NEVER_REACH_A_CLIENT = {
     "ReplicaStuck": "answers Serve's health check",
@@ -138,7 +139,7 @@ def test_an_error_maps_equally_from_this_process_and_from_a_replica(
         headers = error_response(raised).headers
         expected = str(math.ceil(getattr(error, "retry_after_s", 1))) if status in (429, 503) else None
         assert headers.get("retry-after") == expected
-        is_final = status in (409, 504) or code in ("poison_request", "request_failed", "store_damaged")
+        is_final = status in (409, 500, 504)
         assert headers.get("x-should-retry") == ("false" if is_final else None)
         assert headers.get("www-authenticate") == {401: "Bearer"}.get(status)
 
@@ -152,28 +153,38 @@ def test_rays_errors_map_without_internal_details(error: Exception, status: int,
     assert not [word for word in ("actor", "deployment", "inner", "num_queued", "node") if word in message]
 
 
-def test_every_row_of_the_table_is_reachable() -> None:
-    rows = [kind for kind, *_ in TABLE]
-    assert set(rows) == {type(error) for error, *_ in EXPECTED + RAYS_OWN} - {ActorDiedError, store_errors.StoreFull}
-    for place, kind in enumerate(rows):
-        assert not issubclass(kind, tuple(rows[:place])), f"{kind.__name__} is below a row that matches it"
+def test_every_error_that_can_reach_a_client_has_a_case_and_all_of_its_texts() -> None:
+    found = set(reported_errors())
+    assert found == {type(error) for error, *_ in EXPECTED} | {api_errors.Unforeseen}
+    for error in found:
+        assert error.code.islower() and error.remedy.endswith(".") and error.__doc__, error.__name__
 
 
-def test_every_error_that_can_reach_a_client_has_a_row() -> None:
-    for package in (deployments, gpu_worker, lora_store, retriever_svc):
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            importlib.import_module(module.name)
-    roots = (
-        api_errors.DeploymentsError,
-        worker_errors.GpuWorkerError,
-        store_errors.LoraStoreError,
-        retriever_errors.RetrieverError,
-    )
-    found = {kind.__name__: kind for root in roots for kind in subclasses(root)}
+def test_errors_share_a_code_where_a_client_would_do_the_same() -> None:
+    """A new code is a new case in every client: add one only if a client can do something that it cannot do now."""
+    assert len({error.code for error in reported_errors()}) <= 30
+
+
+def test_every_other_error_is_known_to_stay_inside() -> None:
+    found = {kind.__name__ for kind in subclasses(ReportedError) if kind.__module__.endswith(".errors")}
+    bases = {"DeploymentsError", "GpuWorkerError", "LoraStoreError", "RetrieverError"}
     assert len(found) > len(EXPECTED)
-    rows = tuple(kind for kind, *_ in TABLE)
-    without = {name for name, kind in found.items() if not issubclass(kind, rows)}
-    assert without == NEVER_REACH_A_CLIENT.keys()
+    assert found - {kind.__name__ for kind in reported_errors()} - bases == NEVER_REACH_A_CLIENT.keys()
+
+
+def test_no_error_is_defined_where_the_errors_page_does_not_look() -> None:
+    """A class outside the four modules of errors would answer requests without a row in the documentation."""
+    ours = ("deployments.", "gpu_worker.", "lora_store.", "retriever_svc.")
+    elsewhere = {
+        f"{kind.__module__}.{kind.__name__}"
+        for kind in subclasses(ReportedError)
+        if kind.__module__.startswith(ours) and not kind.__module__.endswith((".errors", ".error_kinds"))
+    }
+    assert not elsewhere
+
+
+def test_every_kind_has_a_status_and_an_error() -> None:
+    assert STATUSES.keys() == set(Kind) == {error.kind for error in reported_errors()}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("secret"), as_ray_raises(KeyError("secret"))])
@@ -194,7 +205,7 @@ def test_an_unexpected_error_is_logged_and_reveals_no_details(
     assert record.exc_info[1] is error
 
 
-def test_the_first_row_that_fits_is_taken_for_a_subclass() -> None:
+def test_a_subclass_has_the_code_of_its_base() -> None:
     class Narrower(store_errors.AdapterRefused):
         """A refusal that a later version might add."""
 

@@ -140,7 +140,7 @@ def test_an_empty_answer_is_an_empty_message() -> None:
 def test_a_broken_stream_ends_with_the_failed_response_and_an_error() -> None:
     form = form_of()
     events = streamed(DELTAS[:1], form, with_end=False)
-    error = {"message": "it stopped", "type": "overloaded_error", "param": None, "code": "engine_stopped"}
+    error = {"message": "it stopped", "type": "overloaded_error", "param": None, "code": "unavailable"}
     failed, last = form.failed(error)
     assert [failed["sequence_number"], last["sequence_number"]] == [len(events), len(events) + 1]
     assert failed["response"]["status"] == "failed"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deployments.calls.catalogue_clients import RetrieverClient, ServeRetriever
+from deployments.calls.catalogue_clients import RetrieverClient, serve_retriever
 from retriever_svc import PageRequest, ReindexStep, RouteRequest
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
@@ -54,7 +54,7 @@ def test_a_read_is_repeated_with_the_same_arguments(method: str) -> None:
     replica, (read, args) = Mortal(), READS[method]
 
     async def main() -> Any:
-        return await read(ServeRetriever(FakeHandle(replica)))
+        return await read(serve_retriever(FakeHandle(replica)))
 
     assert asyncio.run(main()) == "answer"
     assert replica.asked == [(method, args)] * 2
@@ -65,7 +65,7 @@ def test_leaving_a_stream_cancels_the_work() -> None:
     handle = FakeHandle(FakeRetriever(steps=[list(steps)]))
 
     async def main() -> ReindexStep:
-        async with aclosing(ServeRetriever(handle).reindex("model")) as items:
+        async with aclosing(serve_retriever(handle).reindex("model")) as items:
             return await anext(items)
 
     assert asyncio.run(main()) == steps[0]

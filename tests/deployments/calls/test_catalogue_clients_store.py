@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.catalogue_clients import ServeStore, StoreClient
+from deployments.calls.catalogue_clients import StoreClient, serve_store
 from deployments.errors import PoisonRequest
 from lora_store import StoreUnavailable
 from tests.deployments.adapter_records import adapter, digest_of
@@ -101,11 +101,11 @@ def test_the_first_call_of_a_change_waits_a_minute_for_a_replica(method: str) ->
     async def main() -> float:
         loop = asyncio.get_running_loop()
         with pytest.raises(StoreUnavailable, match="no replica answered within 60 s"):
-            await REPEATED[method](ServeStore(FakeHandle(Absent())))
+            await REPEATED[method](serve_store(FakeHandle(Absent())))
         return loop.time()
 
     assert run_in_virtual_time(main()) == 60.0
 
 
 async def _ask(call: Ask, handle: FakeHandle) -> None:
-    await call(ServeStore(handle))
+    await call(serve_store(handle))

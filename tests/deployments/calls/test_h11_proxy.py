@@ -17,7 +17,7 @@ from deployments.calls.h11_proxy import (
     address_of,
     bound_headers,
 )
-from deployments.calls.proxy_limits import TRACEPARENT_VARIABLE, ProxyLimits
+from deployments.calls.proxy_limits import SAMPLING_VARIABLE, TRACING_VARIABLE, ProxyLimits
 from tests.deployments.proxy_server import Timers, connect, hello, let_arrive, server_of
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -107,7 +107,7 @@ def test_a_head_that_is_not_complete_in_time_is_refused(start: bytes) -> None:
 
     answer = asyncio.run(run())
     assert answer.startswith(b"HTTP/1.1 408")
-    assert code_of(answer) == "head_too_slow"
+    assert code_of(answer) == "request_too_slow"
 
 
 def test_a_connection_without_a_byte_is_closed_silently() -> None:
@@ -138,7 +138,7 @@ def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadli
 
     answer, late = asyncio.run(run())
     assert answer.startswith(b"HTTP/1.1 200")
-    assert code_of(late) == "head_too_slow"
+    assert code_of(late) == "request_too_slow"
 
 
 def test_a_partial_head_after_a_request_has_a_deadline_too() -> None:
@@ -202,7 +202,7 @@ def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> None:
                 await asyncio.sleep(0.01)
             reader, _ = await connect(port)
             answer = await until_closed(reader)
-            assert answer.startswith(b"HTTP/1.1 429") and code_of(answer) == "too_many_connections"
+            assert answer.startswith(b"HTTP/1.1 429") and code_of(answer) == "rate_limit_exceeded"
             reader, writer = await connect(port, "127.0.0.3")
             writer.write(GOOD + b"\r\n")
             assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
@@ -242,5 +242,6 @@ def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch
     headers = [(b"host", b"x"), (b"traceparent", b"00-" + b"a" * 32 + b"-bbbbbbbbbbbbbbbb-01"), (b"Tracestate", b"a=b")]
     asyncio.run(WithoutTraceparent(app)({"type": "http", "headers": headers}, None, None))  # type: ignore[arg-type]
     assert seen == [[(b"host", b"x")]] and len(headers) == 3
-    monkeypatch.setenv(TRACEPARENT_VARIABLE, "1")
+    monkeypatch.setenv(TRACING_VARIABLE, "a:b")
+    monkeypatch.setenv(SAMPLING_VARIABLE, "0")
     assert bound_headers() == []

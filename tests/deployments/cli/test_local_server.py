@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import ray
+from ray import serve
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -20,8 +23,7 @@ from ray.serve.schema import (
 )
 
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import APP_NAME, Server, WithoutControllerReports, _inherited, causes_in
-from deployments.config.app import ScalingSettings
+from deployments.cli.local_server import APP_NAME, Server, _inherited, _shut_down_serve, causes_in
 from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
@@ -194,24 +196,57 @@ def test_requests_pass_the_proxy_only_where_it_is_needed(
         monkeypatch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "a:b")
     else:
         monkeypatch.delenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", raising=False)
-    config = config_of(ingress_scaling=ScalingSettings(max_replicas=num_ingresses))
+    config = config_of(ingress_scaling={"autoscaling_config": {"max_replicas": num_ingresses}})
     server = Server(config, host="::1", port=8000, uses_proxy=given)
     assert server.url == "http://[::1]:8000" and server._uses_proxy == passes_proxy
 
 
-def test_only_rays_reports_about_serves_controller_are_left_out_while_a_server_stops(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    failed = "Task ServeController.listen_for_change failed. There are infinite retries remaining"
-    with redirect_stdout(WithoutControllerReports(sys.stdout)):
-        print("before")
-        print(f"\x1b[36m(raylet)\x1b[0m {failed}, so the task will be retried.")
-        print(f"(raylet) {failed}\nError: the actor is unavailable.")
-        print("(raylet) A worker died: out of memory")
-        print()
-        print(f"our own line about a {failed}", flush=True)
-    printed = ["before", "(raylet) A worker died: out of memory", "", f"our own line about a {failed}"]
-    assert capsys.readouterr().out.splitlines() == printed
+def test_what_a_process_prints_during_a_stop_goes_to_the_file(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from deployments.cli.local_server import printing_to
+print("before", end=" ")
+with printing_to(Path(sys.argv[1])), printing_to(Path(sys.argv[1])):
+    print("of a thread")
+    print("of the log", file=sys.stderr)
+    os.write(2, b"of the C++ core\\n")
+print("after")
+os.write(2, b"again\\n")
+"""
+    log = tmp_path / "stop.log"
+    ran = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("before after\n", "again\n")
+    assert sorted(log.read_text().splitlines()) == ["of a thread", "of the C++ core", "of the log"]
+
+
+def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = list[str]()
+
+    async def wait_for_the_controller() -> None:
+        closing.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    async def answer_at_once() -> None:
+        ended.append("answered")
+
+    async def stop() -> None:
+        async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0) as listening:
+            address = "127.0.0.1", listening.sockets[0].getsockname()[1]
+            monkeypatch.setattr(serve, "shutdown_async", answer_at_once)
+            await _shut_down_serve(address)
+            monkeypatch.setattr(serve, "shutdown_async", wait_for_the_controller)
+            stopping = asyncio.ensure_future(_shut_down_serve(address))
+            await closing.wait()
+            assert not stopping.done()
+        await stopping
+
+    closing = asyncio.Event()
+    asyncio.run(asyncio.wait_for(stop(), 60))
+    assert ended == ["answered", "cancelled"]
 
 
 def test_variables_for_rays_processes_respect_the_users_and_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,22 +18,8 @@ from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask, error_of, post
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import DELTAS, FakeWorker
-from tests.virtual_time import run_in_virtual_time
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
-
-
-class Silent(FakeWorker):
-    """Never ends an answer, after this many pieces."""
-
-    def __init__(self, num_pieces: int = 0) -> None:
-        super().__init__()
-        self._num_pieces = num_pieces
-
-    async def stream(self, job: Job) -> AsyncIterator[Delta]:
-        for delta in DELTAS[: self._num_pieces]:
-            yield delta
-        await asyncio.Event().wait()
 
 
 class SilentRetriever(FakeRetriever):
@@ -125,18 +111,6 @@ def test_a_deadline_enforced_by_the_worker_is_a_504_or_the_last_event() -> None:
     assert post("/v1/chat/completions", CHAT, worker=late).status_code == 504
     lines = post("/v1/chat/completions", CHAT | {"stream": True}, worker=late).text.strip().splitlines()
     assert '"deadline_exceeded"' in lines[-1] and "[DONE]" not in lines[-1]
-
-
-@pytest.mark.parametrize("num_pieces", [0, 2])
-def test_a_worker_that_hangs_past_the_deadline_is_abandoned(num_pieces: int) -> None:
-    async def run() -> None:
-        served = serve_plainly(worker=Silent(num_pieces), worker_grace_s=0.01)
-        with pytest.raises(DeadlineExceeded):
-            await asyncio.wait_for(served.ingress.generate(CHAT | {"timeout_s": 20}), 300)
-        [response] = served.worker.responses
-        assert response.num_cancels == 1
-
-    run_in_virtual_time(run())
 
 
 def test_within_does_not_change_other_timeouts() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from deployments.errors import SourceUnavailable
 from deployments.http.error_responses import error_response
-from deployments.publishing.remote_sources import folder_of_source
+from deployments.publishing.source_folders import folder_of_source
 from lora_store import LoraStore, LoraStoreError
 from tests.deployments.asking import error_of, post
 from tests.s3 import S3Endpoint

@@ -133,7 +133,7 @@ def test_a_role_allows_its_routes_and_no_others(keys: Path, method: str, path: s
     response = request(method, path, sent=sent, keys_file=keys, publish_paths=True)
     assert (response.status_code == 403) is (NEEDS[method, path] not in (None, role)), response.text
     if response.status_code == 403:
-        assert error_of(response)["code"] == "role_missing"
+        assert error_of(response)["code"] == "permission_denied"
 
 
 @pytest.mark.parametrize(("sent", "noted"), [({}, None), ({"Authorization": "Bearer none"}, "authorization")])
@@ -210,12 +210,12 @@ def test_a_key_publishes_privately_for_its_tenant_by_default(tmp_path: Path) -> 
 
 def test_server_folders_are_published_from_its_own_machine_only(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, host="192.0.2.7", headers=bearer("all"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
+    assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
 
 
 def test_with_keys_server_folders_are_published_only_if_allowed(keys: Path) -> None:
     response = post("/v1/loras", {"path": "/x"}, keys_file=keys, headers=bearer("all"))
-    assert (response.status_code, error_of(response)["code"]) == (403, "publishing_disabled")
+    assert (response.status_code, error_of(response)["code"]) == (403, "permission_denied")
     assert (
         post("/v1/loras", {"path": "/x"}, keys_file=keys, publish_paths=True, headers=bearer("all")).status_code == 201
     )
@@ -243,18 +243,21 @@ def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:
     ask(look, keys_file=keys, store=store, headers=bearer("all"))
 
 
-def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(tmp_path: Path) -> None:
+def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.auth.key_file.MISSING_GRACE_S", 0.0)
     path = write(tmp_path / "keys.json", entry("all"))
 
     async def look(client: httpx.AsyncClient, _: Served) -> None:
         assert (await client.get("/v1/models")).status_code == 200
         path.unlink()
         response = await client.get("/v1/models")
-        assert (response.status_code, error_of(response)["code"]) == (503, "keys_unavailable")
+        assert (response.status_code, error_of(response)["code"]) == (503, "unavailable")
         assert str(tmp_path) not in response.text
         assert (await client.get("/health")).status_code == 200
 
-    ask(look, keys_file=path, keys_missing_grace_s=0, headers=bearer("all"))
+    ask(look, keys_file=path, headers=bearer("all"))
 
 
 def by_openai(

@@ -48,7 +48,7 @@ def test_a_request_above_the_limit_is_refused_with_retry_after(streamed: bool) -
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
     error = error_of(response)
-    assert (error["type"], error["code"]) == ("overloaded_error", "server_overloaded")
+    assert (error["type"], error["code"]) == ("overloaded_error", "overloaded")
     assert "2 concurrent requests" in error["message"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.pool_responses import Ready
-from deployments.calls.catalogue_clients import ServeRetriever
+from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import ServeWorker, WorkerGate
 from deployments.errors import NotReady
@@ -71,7 +71,7 @@ def with_readiness(
         client = ServeWorker(handle)
         preload = Preload(folders, asked.publisher(background))
         await preload.wait()
-        clients = ServeRetriever(asked.retriever), client
+        clients = serve_retriever(asked.retriever), client
         readiness = Readiness(preload, WorkerGate(client, None), *clients, has_keys=has_keys, **options)
         answer = await question(Asked(readiness, handle, asked.retriever))
         await background.idle()

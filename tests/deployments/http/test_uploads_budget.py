@@ -13,9 +13,10 @@ from fastapi import Request
 from starlette.types import Message
 
 from deployments.api.adapters import PublishItem, SentFile
-from deployments.config.app import FORM_OVERHEAD_BYTES
+from deployments.byte_budget import ByteBudget
+from deployments.config.app import FORM_OVERHEAD_BYTES, OTHER_FILES_BYTES
 from deployments.errors import BodyTooSlow, UploadMemoryFull
-from deployments.http.uploads import UploadBudget
+from deployments.http.uploads import count_upload
 from lora_store import Staged, StoreUnavailable
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
@@ -24,6 +25,7 @@ from tests.deployments.fake_store import FakeStore
 from tests.virtual_time import run_in_virtual_time
 
 ONE = FORM_OVERHEAD_BYTES + 100
+LARGEST = FORM_OVERHEAD_BYTES + OTHER_FILES_BYTES + 1  # an upload with weights of one byte
 
 
 def request_of(*parts: bytes, announced: int | str | None = None) -> Request:
@@ -36,20 +38,20 @@ def request_of(*parts: bytes, announced: int | str | None = None) -> Request:
     return Request({"type": "http", "headers": headers}, receive)
 
 
-def read(budget: UploadBudget, http: Request, count: int) -> int:
+def read(budget: ByteBudget, http: Request, count: int) -> int:
     """Return the budget's use after this many pieces of the request were read."""
 
     async def run() -> int:
-        with budget.reading(http, "a") as counted:
+        with count_upload(http, "a", budget) as body:
             for _ in range(count):
-                await counted.receive()
+                await body.receive()
             return budget.num_bytes
 
     return asyncio.run(run())
 
 
 def test_an_announced_length_counts_at_once_and_until_the_end() -> None:
-    budget = UploadBudget(10)
+    budget = ByteBudget(10)
     assert read(budget, request_of(announced=10), 0) == 10
     assert budget.num_bytes == 0
     with pytest.raises(UploadMemoryFull, match="10 bytes"):
@@ -58,7 +60,7 @@ def test_an_announced_length_counts_at_once_and_until_the_end() -> None:
 
 
 def test_an_unannounced_body_counts_as_it_arrives() -> None:
-    budget = UploadBudget(10)
+    budget = ByteBudget(10)
     assert read(budget, request_of(b"1234", b"567", b"890"), 2) == 7
     with pytest.raises(UploadMemoryFull):
         read(budget, request_of(b"123456", b"78901"), 2)
@@ -66,7 +68,7 @@ def test_an_unannounced_body_counts_as_it_arrives() -> None:
 
 
 def test_bytes_beyond_the_announced_length_count_too() -> None:
-    budget = UploadBudget(10)
+    budget = ByteBudget(10)
     assert read(budget, request_of(b"1234", b"5678", announced=5), 1) == 5
     assert read(budget, request_of(b"1234", b"5678", announced=5), 2) == 8
 
@@ -74,16 +76,16 @@ def test_bytes_beyond_the_announced_length_count_too() -> None:
 @pytest.mark.parametrize("announced", ["-5", "five", "²", "9" * 400])
 def test_an_invalid_length_announces_nothing(announced: str) -> None:
     http = Request({"type": "http", "headers": [(b"content-length", announced.encode("latin-1", "replace"))]})
-    with UploadBudget(10).reading(http, "a"):
+    with count_upload(http, "a", ByteBudget(10)):
         pass
 
 
 def test_uploads_of_one_tenant_leave_room_for_another() -> None:
-    budget = UploadBudget(1000, always_bytes=500, has_tenants=True)
-    with budget.reading(request_of(announced=500), "a"):
-        with pytest.raises(UploadMemoryFull), budget.reading(request_of(announced=400), "a"):
+    budget = ByteBudget(1000, always_bytes=500, has_tenants=True)
+    with count_upload(request_of(announced=500), "a", budget):
+        with pytest.raises(UploadMemoryFull), count_upload(request_of(announced=400), "a", budget):
             pass
-        with budget.reading(request_of(announced=500), "b"):
+        with count_upload(request_of(announced=500), "b", budget):
             assert budget.num_bytes == 1000
     assert budget.num_bytes == 0
 
@@ -98,11 +100,11 @@ def test_an_upload_below_the_minimum_rate_is_refused_and_frees_its_budget(sent: 
         return messages.pop(0)
 
     async def run() -> None:
-        budget = UploadBudget(1 << 20)
+        budget = ByteBudget(1 << 20)
         http = Request({"type": "http", "headers": [(b"content-length", b"1000000")]}, receive)
-        with pytest.raises(BodyTooSlow, match="640 KiB in 10 s"), budget.reading(http, "a") as counted:
+        with pytest.raises(BodyTooSlow, match="640 KiB in 10 s"), count_upload(http, "a", budget) as body:
             while True:
-                await counted.receive()
+                await body.receive()
         assert budget.num_bytes == 0
 
     run_in_virtual_time(run())
@@ -114,7 +116,7 @@ def test_an_upload_that_keeps_its_rate_may_take_longer_than_one_window() -> None
         return {"type": "http.request", "body": b"x" * (640 << 10), "more_body": True}
 
     async def run() -> None:
-        with UploadBudget(10 << 20).reading(Request({"type": "http", "headers": []}, receive), "a") as http:
+        with count_upload(Request({"type": "http", "headers": []}, receive), "a", ByteBudget(10 << 20)) as http:
             for _ in range(4):
                 assert (await http.receive())["more_body"]
 
@@ -145,7 +147,7 @@ def test_a_full_disk_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
         served: Served = serve_plainly()
         async with http_of(served) as client:
             refused = await upload(client, 9000)
-        assert refused.status_code == 503 and error_of(refused)["code"] == "upload_memory_full"
+        assert refused.status_code == 503 and error_of(refused)["code"] == "unavailable"
         assert "no disk space" in error_of(refused)["message"]
         assert served.services.uploads.num_bytes == 0
 
@@ -156,7 +158,9 @@ def test_a_full_disk_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
 async def one_in_progress(leaves: bool) -> None:
     store = HeldStore(pool_of(*POOL))
     store.let_go, store.staging = asyncio.Event(), asyncio.Event()
-    served: Served = serve_plainly(store=store, max_upload_bytes=100, max_upload_total_bytes=ONE + 500)
+    served: Served = serve_plainly(
+        store=store, admission={"max_weights_bytes": 1}, max_upload_total_bytes=LARGEST + 500
+    )
     budget = served.services.uploads
     async with http_of(served) as client:
         first = asyncio.create_task(upload(client, 90))
@@ -169,11 +173,11 @@ async def one_in_progress(leaves: bool) -> None:
             assert budget.num_bytes == held, "its publish continues"
         refused = await client.post(
             "/v1/loras",
-            content=iter_bytes(ONE + 501 - held),
-            headers={"content-type": "multipart/form-data; boundary=b", "content-length": str(ONE + 501 - held)},
+            content=iter_bytes(LARGEST + 501 - held),
+            headers={"content-type": "multipart/form-data; boundary=b", "content-length": str(LARGEST + 501 - held)},
         )
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-        assert error_of(refused)["code"] == "upload_memory_full"
+        assert error_of(refused)["code"] == "overloaded"
         store.let_go.set()
         await served.services.background.idle()
         if not leaves:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.error_table import TABLE
+from deployments.api.error_table import HTTP_ERROR, reported_errors
 from deployments.errors import RequestInvalid
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
@@ -82,11 +82,11 @@ def test_ignored_fields_are_counted_once_by_request_and_unknown_names_together(
         (CHAT | {"temperature": -1}, {}, "400", "invalid_request"),
         ({"messages": SECRET}, {}, "400", "invalid_request"),
         (CHAT | {SECRET: 1}, {"strict_fields": True}, "400", "invalid_request"),
-        (CHAT, {"worker": FakeWorker([EngineFull("full")])}, "503", "engine_full"),
-        (CHAT, {"worker": FakeWorker(BROKEN)}, "503", "engine_full"),
-        (CHAT | {"stream": True}, {"worker": FakeWorker(BROKEN)}, "200", "engine_full"),
+        (CHAT, {"worker": FakeWorker([EngineFull("full")])}, "503", "overloaded"),
+        (CHAT, {"worker": FakeWorker(BROKEN)}, "503", "overloaded"),
+        (CHAT | {"stream": True}, {"worker": FakeWorker(BROKEN)}, "200", "overloaded"),
         (CHAT, {"worker": FakeWorker([RuntimeError("what")])}, "500", "internal_error"),
-        (CHAT, {"max_concurrent_requests": 1, "in_flight": 1}, "429", "server_overloaded"),
+        (CHAT, {"max_concurrent_requests": 1, "in_flight": 1}, "429", "overloaded"),
     ],
     ids=["unknown model", "value", "type", "key", "full", "broken", "broken stream", "unforeseen", "overload"],
 )
@@ -97,7 +97,8 @@ def test_a_refused_request_counts_by_its_code(
     in_flight = options.pop("in_flight", 0)
 
     async def send(client: httpx.AsyncClient, served: Served) -> None:
-        served.services.in_flight.count = in_flight
+        for _ in range(in_flight):
+            served.services.in_flight.enter("another tenant")
         assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
 
     kinds, [line] = recorded(send, caplog, **options)
@@ -119,7 +120,9 @@ def test_labels_are_bounded_for_any_request(caplog: pytest.LogCaptureFixture) ->
     counted = kinds["requests_total"].counts
     assert {labels[0] for labels in counted} == {"none", "/v1/models/{model:path}", "/v1/loras/{name:path}"}
     assert sum(counted.values()) == len(lines) == 2 * (len(paths) - 2), "probes are not reported"
-    assert {code for (code,) in kinds["errors_total"].counts} <= {row[3] for row in TABLE} | {"http_error"}
+    assert {code for (code,) in kinds["errors_total"].counts} <= {error.code for error in reported_errors()} | {
+        HTTP_ERROR
+    }
 
 
 def test_an_id_that_is_not_plain_is_replaced(caplog: pytest.LogCaptureFixture) -> None:

@@ -70,7 +70,7 @@ def test_an_adapter_that_can_never_be_embedded_ends_the_reindex_and_the_old_enco
     retriever = FakeRetriever(steps=[[reindex_step(2, 2, POET, unreadable=(CODER,))], []])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER])])
     *_, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
-    assert last["error"]["code"] == "encoder_incomplete"
+    assert last["error"]["code"] == "unavailable"
     assert (store.encoder, len(retriever.steps)) == (None, 1)
 
 
@@ -78,7 +78,7 @@ def test_a_pool_that_keeps_growing_ends_the_reindex_in_time() -> None:
     retriever = FakeRetriever(steps=[[reindex_step(1, 1, POET)] for _ in range(99)])
     store = FakeStore(incomplete=[EncoderIncomplete([CODER]) for _ in range(99)])
     *progress, last = lines_of(post("/v1/pool/reindex", {"encoder": "other"}, retriever=retriever, store=store))
-    assert last["error"]["code"] == "encoder_incomplete"
+    assert last["error"]["code"] == "unavailable"
     assert "1 live adapters" in last["error"]["message"]
     assert 1 < len(progress) < 10
 
@@ -86,8 +86,8 @@ def test_a_pool_that_keeps_growing_ends_the_reindex_in_time() -> None:
 @pytest.mark.parametrize(
     ("others", "code"),
     [
-        ([EncoderUnusable("other", "no such folder")], "encoder_unusable"),
-        (["another-identity"], "encoder_unusable"),
+        ([EncoderUnusable("other", "no such folder")], "invalid_request"),
+        (["another-identity"], "invalid_request"),
         ([RayActorError()], None),
     ],
 )

@@ -42,7 +42,7 @@ class Swapping(FakeRetriever):
 
 def test_a_publish_overtaken_by_a_reindex_is_embedded_by_the_new_encoder() -> None:
     publishing = Publishing(retriever=FakeHandle(Swapping()))
-    publishing.pool = Reindexed()
+    publishing.pool = Reindexed(without_samples=("bare",))
     publishing.store = FakeHandle(publishing.pool)
     assert [published.generation for published in live(publishing("poet", "bare"))] == [9, 9]
     encoders = [[e and e.encoder for e in embeddings] for _, embeddings, *_ in publishing.store.called("commit")]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deployments.api.adapters import MAX_UPLOAD_FILES, PublishItem
-from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable, UploadMemoryFull
-from deployments.publishing.source_folders import folder_of, is_copied
+from deployments.errors import SourceMissing, SourceRefused, SourceUnavailable, UploadDiskFull
+from deployments.publishing.source_folders import is_copied, open_folder
 from lora_store import AdapterRefused
 from tests.deployments.app_fakes import http_of, serve_plainly
 
@@ -16,18 +16,18 @@ MAX_BYTES = 20
 
 
 def reasons(files: dict[str, bytes]) -> tuple[str, ...]:
-    with pytest.raises(AdapterRefused) as caught, folder_of(PublishItem(name="x", files=files), (), MAX_BYTES):
+    with pytest.raises(AdapterRefused) as caught, open_folder(PublishItem(name="x", files=files), (), MAX_BYTES):
         pass
     return caught.value.reasons
 
 
 def test_files_become_a_folder_that_is_gone_afterwards() -> None:
     files = {"adapter_config.json": b"{}", "lora_samples.jsonl": b"lines"}
-    with folder_of(PublishItem(name="x", files=files), (), MAX_BYTES) as folder:
+    with open_folder(PublishItem(name="x", files=files), (), MAX_BYTES) as folder:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
         assert folder.stat().st_mode & 0o077 == 0, "others may read it"
     assert not folder.exists()
-    with pytest.raises(RuntimeError), folder_of(PublishItem(name="x", files=files), (), MAX_BYTES) as folder:
+    with pytest.raises(RuntimeError), open_folder(PublishItem(name="x", files=files), (), MAX_BYTES) as folder:
         raise RuntimeError
     assert not folder.exists()
 
@@ -47,12 +47,12 @@ def test_files_are_bounded_in_number_and_bytes() -> None:
     many = {f"f{number}": b"" for number in range(MAX_UPLOAD_FILES + 1)}
     assert reasons(many) == (f"it has {MAX_UPLOAD_FILES + 1} files, at most {MAX_UPLOAD_FILES}",)
     many.popitem()
-    with folder_of(PublishItem(name="x", files=many), (), MAX_BYTES) as folder:
+    with open_folder(PublishItem(name="x", files=many), (), MAX_BYTES) as folder:
         assert len(list(folder.iterdir())) == MAX_UPLOAD_FILES
 
 
 def test_a_folder_is_used_in_place(tmp_path: Path) -> None:
-    with folder_of(PublishItem(tmp_path), (), MAX_BYTES) as folder:
+    with open_folder(PublishItem(tmp_path), (), MAX_BYTES) as folder:
         assert folder == tmp_path
     assert tmp_path.exists()
 
@@ -60,7 +60,7 @@ def test_a_folder_is_used_in_place(tmp_path: Path) -> None:
 def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for missing in (tmp_path / "nowhere", tmp_path / "file", tmp_path / "a\0b"):
-        with pytest.raises(SourceMissing) as caught, folder_of(PublishItem(missing), (), MAX_BYTES):
+        with pytest.raises(SourceMissing) as caught, open_folder(PublishItem(missing), (), MAX_BYTES):
             pass
         assert caught.value.place == str(missing)
 
@@ -72,7 +72,7 @@ def test_an_item_is_copied_unless_its_files_are_the_publishers(tmp_path: Path) -
         PublishItem(source=f"file://{tmp_path}"),
         PublishItem(name="x", files={"a": b""}),
     ):
-        with folder_of(item, prefixes, MAX_BYTES) as folder:
+        with open_folder(item, prefixes, MAX_BYTES) as folder:
             assert is_copied(item) == (folder != tmp_path)
     assert is_copied(PublishItem(source="hf://acme/sql")) and is_copied(PublishItem(source="s3://pool/sql"))
 
@@ -90,19 +90,19 @@ def test_a_full_disk_is_reported_and_other_errors_are_not_changed(tmp_path: Path
 
     for fill in (write, copy):
         with (
-            pytest.raises(UploadMemoryFull, match="no disk space for uploads below TMPDIR"),
-            folder_of(PublishItem(tmp_path), (), MAX_BYTES),
+            pytest.raises(UploadDiskFull, match="no disk space for uploads below TMPDIR"),
+            open_folder(PublishItem(tmp_path), (), MAX_BYTES),
         ):
             fill()
     for error in (PermissionError(13, "no"), SourceUnavailable("s3://pool/sql", "refused")):
-        with pytest.raises(type(error)), folder_of(PublishItem(tmp_path), (), MAX_BYTES):
+        with pytest.raises(type(error)), open_folder(PublishItem(tmp_path), (), MAX_BYTES):
             raise error
 
 
 def test_a_source_is_refused_if_none_is_allowed() -> None:
     with (
         pytest.raises(SourceRefused, match="source prefix"),
-        folder_of(PublishItem(source="file:///data/poet"), (), MAX_BYTES),
+        open_folder(PublishItem(source="file:///data/poet"), (), MAX_BYTES),
     ):
         pass
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deployments.calls.catalogue_clients import ServeRetriever
+from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.worker_client import ServeWorker
 from deployments.errors import PoisonRequest
 from deployments.publishing.validator import (
@@ -36,7 +36,7 @@ def validate(
     **retriever: Any,
 ) -> tuple[list[Outcome], FakeHandle]:
     handle = FakeHandle(worker or FakeWorker())
-    validator = AdapterValidator(ServeRetriever(FakeHandle(FakeRetriever(**retriever))), ServeWorker(handle))
+    validator = AdapterValidator(serve_retriever(FakeHandle(FakeRetriever(**retriever))), ServeWorker(handle))
     return asyncio.run(validator.validate(items, live or {}, free_of_charge)), handle
 
 

@@ -301,7 +301,7 @@ def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, s
 def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
         kinds = FakeMetrics()
-        retriever: Any = tenants.served.retriever._replicas[0]
+        retriever: Any = tenants.served.retriever.replicas[0]
         retriever._metrics = RetrieverMetrics(kinds)
         for mine, other in itertools.permutations(TENANTS):
             for prompt in (*tenants.prompts[mine], *tenants.prompts[other], "Say hello"):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from gpu_worker.errors import PromptInvalid
-from gpu_worker.front.preprocess import grammar_compiler
+from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import Job, SamplingParams
+from gpu_worker.front.request.request import Job, SamplingParams, TokenIds
 from gpu_worker.model.base_model import BaseModel
 from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, ask, assert_same, greedy
 from tests.gpu_worker.front.grammar.small_vocabulary import ids_of
@@ -76,3 +79,34 @@ def test_a_marker_that_is_not_called_special_is_no_text_of_a_grammar(tiny_base: 
     compiler.close()
     assert {tag, call} <= set(ids_of(state))
     assert marker not in ids_of(state)
+
+
+@pytest.mark.parametrize("work", ["tokenize", "detokenize"])
+def test_other_threads_run_while_a_long_text_is_read(tiny_base: Callable[..., BaseModel], work: str) -> None:
+    """A thread that held the interpreter's lock all the time would delay the steps of every answer."""
+    prepare, stops, count = RequestPreprocessor(tiny_base(), 65_536), threading.Event(), 0
+    ids = TokenIds(prepare.tokenize("a bc " * 13_000, "auto").ids)
+
+    def run() -> None:
+        nonlocal count
+        while not stops.is_set():
+            count += 1
+            time.sleep(0)  # gives the lock back
+
+    def others_ran() -> bool:
+        before = count
+        if work == "tokenize":
+            prepare.tokenize("a bc " * 13_000, "auto")
+        else:
+            prepare.detokenize([ids], skip_special_tokens=True)
+        return count > before
+
+    other, interval = threading.Thread(target=run), sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # no thread has to give the lock back
+    try:
+        other.start()
+        assert any(others_ran() for _ in range(50))
+    finally:
+        sys.setswitchinterval(interval)
+        stops.set()
+        other.join()

@@ -15,6 +15,8 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.front.text.incremental_detokenizer import IncrementalDetokenizer
+from gpu_worker.model import base_model
 from gpu_worker.model.base_model import (
     BaseModel,
     load_base_model,
@@ -250,3 +252,29 @@ def test_the_operators_sampling_comes_before_the_base_models_own(tmp_path: Path)
     config = WorkerConfig(base_model=str(tmp_path), sampling_defaults=given)
     assert sampling_defaults(config) == {"temperature": 0.0, "top_k": 20, "top_p": 0.9}
     assert sampling_defaults(replace(config, generation_config="none")) == dict(given)
+
+
+def test_the_markers_of_the_packaged_model_have_no_text_in_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = byte_tokenizer()
+    converted.add_tokens(["[multimodal]", "<start_of_image>", "<end_of_image>", "<table>"])
+    converted.save_pretrained(tmp_path)
+    monkeypatch.setattr(base_model, "packaged_folder", lambda cache_dir: tmp_path)
+    text = "a<start_of_image>b[multimodal]<end_of_image>c<table>"
+    for source, shown in ((str(tmp_path), text), (PACKAGED_MODEL, "abc<table>")):
+        found = load_tokenizer(WorkerConfig(base_model=source)).backend_tokenizer
+        ids = found.encode(text, add_special_tokens=False).ids
+        assert ids == converted.backend_tokenizer.encode(text, add_special_tokens=False).ids and len(ids) == 7
+        assert found.decode(ids, skip_special_tokens=True) == shown
+        stream = IncrementalDetokenizer(found, [])
+        assert "".join(map(stream.push, ids)) + stream.finish() == shown
+
+
+def test_a_tokenizer_that_asks_for_truncation_and_padding_reads_texts_whole(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.save_pretrained(tmp_path)
+    found = load_tokenizer(WorkerConfig(base_model=str(tmp_path)))
+    assert found.backend_tokenizer.encode("abcde").ids == found("abcde").input_ids

@@ -69,14 +69,6 @@ def test_a_waiting_request_ends_at_its_deadline(waits_for: str, make_engine: Mak
     assert late.row not in engine.waiting and not late.row.loads
 
 
-def test_a_deadline_in_the_past_ends_the_request_at_once(make_engine: MakeEngine) -> None:
-    engine = make_engine({}, clock=Clock(1000.0))
-    late = ask(engine, replace(greedy("late"), time_left_s=-1.0))
-    assert not engine.step()
-    assert isinstance(late.error, DeadlineExceeded)
-    assert engine.num_steps == 0
-
-
 def test_the_time_left_counts_from_the_arrival_of_the_job(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(1000.0))
     job, sink = replace(greedy("x"), time_left_s=10.0), lambda event: None

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.paper.common.intervals import bootstrap, clustered, contrast
+from benchmarks.paper.common.intervals import bootstrap
 
 
 def slow_interval(values: np.ndarray, counts: np.ndarray, *, resamples_tasks: bool) -> tuple[float, float]:
@@ -79,41 +79,3 @@ def test_the_interval_for_other_tasks_is_as_wide_as_tasks_differ() -> None:
     assert bootstrap(alike, resamples_tasks=True).high - alike.mean() == pytest.approx(
         1.96 * np.sqrt(alike.mean(axis=2).var() / 40 + 0.25 / 2000), rel=0.15
     )
-
-
-def test_groups_of_different_sizes_are_resampled_as_a_loop_does() -> None:
-    rng = np.random.default_rng(3)
-    groups = [
-        (rng.random(size) < share).astype(float) for size, share in zip([4, 30, 9, 1, 60], rng.random(5), strict=True)
-    ]
-    found, means = clustered(groups), []
-    for _ in range(2000):
-        drawn = [groups[int(rng.integers(len(groups)))] for _ in groups]
-        means.append(np.concatenate([rng.choice(own, len(own)) for own in drawn]).mean())
-    low, high = np.quantile(means, [0.025, 0.975])
-    assert found.mean == pytest.approx(np.concatenate(groups).mean())
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.08 * (high - low))
-
-
-def test_a_contrast_has_the_spread_of_both_sets_of_tasks() -> None:
-    """Tasks of one set differ among themselves, those of the other do not."""
-    one, other = np.array([[0.0] * 4, [1.0] * 4] * 8), np.full((5, 3), 0.25)
-    mean, low, high = contrast(one, other)
-    assert mean == 0.25
-    alone = bootstrap(one[np.newaxis], resamples_tasks=True)
-    assert (low, high) == pytest.approx((alone.low - 0.25, alone.high - 0.25))
-    swapped = contrast(other, one)
-    assert swapped == pytest.approx((-mean, -high, -low), abs=0.1)
-
-
-def test_a_contrast_of_two_varying_sets_is_wider_than_either() -> None:
-    rng = np.random.default_rng(3)
-    one, other = rng.random((12, 6)), rng.random((12, 6))
-    widths = [
-        found.high - found.low for found in (bootstrap(v[np.newaxis], resamples_tasks=True) for v in (one, other))
-    ]
-    mean, low, high = contrast(one, other)
-    assert mean == pytest.approx(one.mean() - other.mean())
-    assert high - low == pytest.approx(float(np.hypot(*widths)), rel=0.15)
-    mean, low, high = contrast(one, one)  # not paired: the same tasks are drawn twice
-    assert mean == 0 and high - low == pytest.approx(np.sqrt(2) * widths[0], rel=0.15)

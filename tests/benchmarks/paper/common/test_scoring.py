@@ -1,24 +1,27 @@
-"""Scores of answers with and without full stops."""
+"""Scores of answers."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.paper.common.scoring import score, score_without_dots
+from benchmarks.paper.common.scoring import majority_scores, score
 from benchmarks.training.bigbench_tasks import Item, TaskSpec
 
 
-@pytest.mark.parametrize(
-    ("generated", "with_dots", "without_dots"),
-    [("Yes.\nBecause", 0.0, 1.0), ("yes", 1.0, 1.0), ("y.e.s", 0.0, 1.0), ("yes!", 0.0, 0.0), ("", 0.0, 0.0)],
-)
-def test_full_stops_of_the_first_line_count_only_with_dots(
-    generated: str, with_dots: float, without_dots: float
-) -> None:
-    spec, item = TaskSpec("t", "t", "c", "{x}", "em", ()), Item("", ("no", "yes"))
-    assert (score(spec, item, generated), score_without_dots(spec, item, generated)) == (with_dots, without_dots)
+@pytest.mark.parametrize(("generated", "expected"), [("yes\nBecause", 1.0), ("Yes.", 0.0), ("no", 1.0), ("", 0.0)])
+def test_the_first_line_has_to_be_an_accepted_answer(generated: str, expected: float) -> None:
+    assert score(TaskSpec("t", "t", "c", "{x}", "em", ()), Item("", ("no", "yes")), generated) == expected
 
 
-def test_an_answer_in_free_text_has_no_score_without_dots() -> None:
-    spec = TaskSpec("t", "t", "c", "{x}", "rouge_l", ())
-    assert score_without_dots(spec, Item("", ("A red boat.",)), "a red boat") is None
+def test_free_text_is_scored_by_its_common_words_in_order() -> None:
+    spec, item = TaskSpec("t", "t", "c", "{x}", "rouge_l", ()), Item("", ("A red boat.",))
+    assert score(spec, item, "a red boat") == 1.0
+    assert score(spec, item, "boat red") == pytest.approx(2 * 1 / (2 + 3))
+
+
+def test_the_better_of_the_commonest_answer_and_a_random_option_is_the_guess() -> None:
+    spec = TaskSpec("t", "t", "c", "{x}\nOPTIONS:\n{o}", "acc", ())
+    train = [Item("", ("b",)), Item("", ("b",)), Item("", ("a",))]
+    items = [Item("", ("a",), 4), Item("", ("b",), 4), Item("", ("b",), 4)]
+    assert majority_scores(spec, train, items) == [0.0, 1.0, 1.0]
+    assert majority_scores(spec, train, [Item("", ("a",), 4)] * 3) == [0.25] * 3

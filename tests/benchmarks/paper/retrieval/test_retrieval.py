@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,11 @@ from benchmarks import plots, results_file
 from benchmarks.paper.common.resumable import Step, run_steps
 from benchmarks.paper.common.workspace import Workspace
 from benchmarks.paper.retrieval.__main__ import collect
-from benchmarks.paper.retrieval.bases import base_rows
 from benchmarks.paper.retrieval.draws import draws_step
 from benchmarks.paper.retrieval.experiments import BEST, Experiments
-from benchmarks.paper.retrieval.extra_experiments import extra_steps, latency_step
-from benchmarks.paper.retrieval.growth import growth_rows
-from benchmarks.paper.retrieval.ranking import index_of, nearest, place_of, rank_rows
+from benchmarks.paper.retrieval.ranking import place_of, rank_rows
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.results import write_tables
-from benchmarks.paper.retrieval.samples import sample_rows
 from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task, main_draws
 from retriever_svc import Encoder
 from retriever_svc.training import TrainingSettings
@@ -65,10 +60,8 @@ def experiments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Experi
     return experiments
 
 
-def stages(experiments: Experiments) -> Iterator[list[Step]]:
-    yield [*experiments.ranking_steps(), draws_step(experiments)]
-    yield extra_steps(experiments, lambda: {name: f"{name}0" for name in STUDY.names})
-    yield [latency_step(experiments)]
+def stages(experiments: Experiments) -> list[list[Step]]:
+    return [[*experiments.ranking_steps(), draws_step(experiments)]]
 
 
 @pytest.fixture(scope="module")
@@ -125,45 +118,6 @@ def test_a_query_whose_own_adapter_is_not_found_still_has_neighbours() -> None:
     assert (place.own, place.cluster_of_1, place.cluster_of_3) == (0, 0, 2)
 
 
-def test_the_ranking_uses_all_samples_and_a_description_counts_alone(encoder: Encoder) -> None:
-    described = {task.name: task.test[0] for task in STUDY.tasks}
-    rows = sample_rows(encoder, "tiny", STUDY.tasks, described).to_pylist()
-    assert {row["num_samples"] for row in rows} == {0, 1, 5, 10, 20}
-    ranked = [row for row in rank_rows(encoder, "tiny", STUDY.tasks, ["test"]).to_pylist() if row["score"] == "cosine"]
-    share = np.mean([row["own"] == 1 for row in ranked])
-    assert [row["top1"] for row in rows if row["num_samples"] == 20] == [pytest.approx(share)]
-    [by_description] = [row for row in rows if row["num_samples"] == 0]
-    assert by_description["top1"] >= 1 / NUM_TEXTS  # at least the query that equals the description
-
-
-def test_a_pool_grown_step_by_step_equals_the_whole_pool(encoder: Encoder) -> None:
-    rows = growth_rows(encoder, "tiny", STUDY.tasks).to_pylist()
-    whole = [row for row in rows if row["size"] == NUM_POOL]
-    assert len(whole) == 5 and len({row["top1"] for row in whole}) == 1
-    small = [row for row in rows if row["size"] == 10]
-    assert all(row["top1"] == row["first_top1"] for row in small)
-    assert np.mean([row["top1"] for row in small]) > whole[0]["top1"]
-    assert all(row["index_bytes"] < whole[0]["index_bytes"] for row in small)
-
-
-def test_a_filter_by_base_leaves_only_usable_adapters(encoder: Encoder) -> None:
-    for row in base_rows(encoder, "tiny", STUDY.tasks).to_pylist():
-        if row["filtered"]:
-            assert row["usable"] == 1.0
-        elif row["pool"] == "all of both":
-            assert 0.3 < row["usable"] < 0.8 and row["own_top1"] <= row["task_top1"]
-    plain = index_of(encoder, {task.name: task.samples for task in STUDY.tasks})
-    alone = np.mean(
-        [nearest(plain, encoder.encode([text]), 1)[0][0] == task.name for task in STUDY.tasks for text in task.test]
-    )
-    [filtered] = [
-        row["own_top1"]
-        for row in base_rows(encoder, "tiny", STUDY.tasks).to_pylist()
-        if row["filtered"] and row["base"] == "a" and row["pool"] == "all of both"
-    ]
-    assert filtered == pytest.approx(alone)
-
-
 def test_a_study_is_measured_once(experiments: Experiments) -> None:
     assert all(step.path.exists() for steps in stages(experiments) for step in steps)
 
@@ -213,16 +167,10 @@ def test_section_and_results_are_written_from_the_rows(
     section = (folder / "retrieval.md").read_text()
     assert section.startswith("## Retrieval\n")
     assert section.count("| 40 % | 2 |") == 3
-    assert "Not measured yet: projections, hardness.\n" in section  # a command of their own measures them
-    latency = (folder / "retrieval_latency.parquet").rename(tmp_path / "aside")
+    assert "Not measured yet: projections.\n" in section  # a command of its own measures them
     ranks = folder / "retrieval_ranks.parquet"
     whole = pq.read_table(ranks)
     pq.write_table(whole.filter(pc.field("encoder") != "share100-seed0"), ranks)
     write_tables(folder)
-    assert (
-        (folder / "retrieval.md")
-        .read_text()
-        .endswith("Not measured yet: share100-seed0, projections, hardness, latency.\n")
-    )
-    latency.rename(folder / "retrieval_latency.parquet")
+    assert (folder / "retrieval.md").read_text().endswith("Not measured yet: share100-seed0, projections.\n")
     pq.write_table(whole, ranks)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
@@ -37,7 +37,7 @@ def test_http_streams_events() -> None:
 def test_an_error_before_the_first_token_is_a_status_over_http() -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": True}, worker=FakeWorker([EngineFull("full")]))
     assert response.status_code == 503
-    assert error_of(response)["code"] == "engine_full"
+    assert error_of(response)["code"] == "overloaded"
     assert response.headers["retry-after"] == "1"
 
 
@@ -45,7 +45,7 @@ def test_an_error_after_the_first_token_is_the_last_event_over_http() -> None:
     response = post("/v1/chat/completions", CHAT | {"stream": True}, worker=FakeWorker(BROKEN))
     assert response.status_code == 200
     last = response.text.rstrip("\n").split("\n\n")[-1]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
     assert "[DONE]" not in response.text
 
 
@@ -111,6 +111,6 @@ def test_echo_puts_the_prompt_before_the_answer_whole_and_in_a_stream(prompt: ob
     ids=str,
 )
 def test_token_ids_that_are_no_prompt_are_refused_before_any_call(ids: object, code: str, param: str | None) -> None:
-    response = post("/v1/completions", {"prompt": ids}, engine=WorkerSettings(max_model_len=10))
+    response = post("/v1/completions", {"prompt": ids}, engine=NativeSettings(max_model_len=10))
     assert response.status_code == 400
     assert (error_of(response)["code"], error_of(response)["param"]) == (code, param)

@@ -65,13 +65,13 @@ def test_a_stream_names_its_events_and_ends_with_the_last_of_them() -> None:
 
 def test_an_error_before_the_first_token_is_a_status() -> None:
     response = post(PATH, {"input": "Hi", "stream": True}, worker=FakeWorker([EngineFull("full")]))
-    assert (response.status_code, error_of(response)["code"]) == (503, "engine_full")
+    assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
 
 
 def test_an_error_after_the_first_token_ends_the_stream_as_a_failure() -> None:
     events = events_of(post(PATH, {"input": "Hi", "stream": True}, worker=FakeWorker(BROKEN)).text)
     assert [name for name, _ in events[-2:]] == ["response.failed", "error"]
-    assert events[-1][1]["error"]["code"] == "engine_stopped"
+    assert events[-1][1]["error"]["code"] == "unavailable"
 
 
 def test_refusals_name_the_field_of_this_api() -> None:

@@ -61,7 +61,7 @@ def test_an_error_in_the_middle_is_the_last_event() -> None:
     assert found[:2] == ['data: {"n": 0}\n\n', 'data: {"n": 1}\n\n']
     [last] = found[2:]
     error = json.loads(last.removeprefix("data: "))["error"]
-    assert (error["code"], error["message"]) == ("engine_stopped", "it stopped")
+    assert (error["code"], error["message"]) == ("unavailable", "it stopped")
 
 
 @pytest.mark.parametrize(("keep_alive_s", "num_comments"), [(3.0, 2), (6.0, 1), (7.0, 0)])
@@ -124,7 +124,7 @@ def lines_of(*lines: dict[str, Any] | Exception) -> list[str]:
 def test_progress_is_one_object_per_line_and_an_error_is_the_last() -> None:
     assert lines_of({"done": 1}, {"result": "a\nb"}) == ['{"done": 0}\n', '{"done": 1}\n', '{"result": "a\\nb"}\n']
     *_, last = lines_of({"done": 1}, EngineStopped("it stopped"))
-    assert json.loads(last)["error"]["code"] == "engine_stopped"
+    assert json.loads(last)["error"]["code"] == "unavailable"
 
 
 @pytest.mark.parametrize(

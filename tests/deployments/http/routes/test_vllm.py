@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from deployments.api.adapters import PublishItem
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from retriever_svc import StaleIndex
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
@@ -37,7 +37,7 @@ def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         body = {"lora_name": "poet", "lora_path": "/folders/poet"}
         response = await client.post("/v1/load_lora_adapter", json=body)
-        assert (response.status_code, error_of(response)["code"]) == (400, "adapter_exists")
+        assert (response.status_code, error_of(response)["code"]) == (400, "invalid_request")
         assert "'poet' has already been loaded" in error_of(response)["message"]
         assert served.store.called("stage") == []
         response = await client.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
@@ -49,7 +49,7 @@ def test_a_taken_name_is_refused_unless_it_may_be_replaced() -> None:
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
-        ({"lora_name": "gone", "lora_path": "/nowhere"}, 404, "source_not_found"),
+        ({"lora_name": "gone", "lora_path": "/nowhere"}, 404, "adapter_refused"),
         ({"lora_name": "bad", "lora_path": "/folders/bad"}, 400, "adapter_refused"),
         ({"lora_name": "x"}, 400, "invalid_request"),
         ({"lora_path": "/folders/x"}, 400, "invalid_request"),
@@ -105,5 +105,5 @@ def test_token_routes_refuse_unknown_models_and_missing_roles(path: str) -> None
 
 
 def test_a_text_that_cannot_fit_the_context_is_not_tokenized() -> None:
-    answer = post("/tokenize", {"prompt": "x" * 641}, engine=WorkerSettings(max_model_len=10))
+    answer = post("/tokenize", {"prompt": "x" * 641}, engine=NativeSettings(max_model_len=10))
     assert error_of(answer)["code"] == "context_length_exceeded"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -106,7 +106,6 @@ UNITS = st.sampled_from(
 
 
 @pytest.mark.parametrize("tokenizer", [LLAMA, GEMMA], ids=["strips a space", "keeps it"])
-@settings(max_examples=300, deadline=None)
 @given(prompt=st.lists(UNITS, min_size=1, max_size=12), answer=st.lists(UNITS, max_size=12))
 def test_the_pieces_join_to_the_text_of_all_ids(
     tokenizer: Tokenizer, prompt: list[list[int]], answer: list[list[int]]
@@ -116,7 +115,6 @@ def test_the_pieces_join_to_the_text_of_all_ids(
         assert "".join(streamed(tokenizer, before, after)) == behind(tokenizer, before, after)
 
 
-@settings(max_examples=500, deadline=None)
 @given(answer=st.lists(st.sampled_from([0x41, 0xA9, 0xC3, 0xE6, 0xBC, 0xA2, 0xF0, 0x9F, 0x99, 0x82]), max_size=14))
 def test_any_bytes_of_a_byte_level_vocabulary_join_to_the_text_of_all(answer: list[int]) -> None:
     token_bytes = TokenBytes(BYTE_LEVEL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -41,7 +41,6 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-@settings(max_examples=400, deadline=None)
 @given(text=st.text(ALPHABET, max_size=24), stops=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
 def test_deltas_join_to_the_text_cut_at_the_earliest_stop(text: str, stops: list[str]) -> None:
     pieces, stopped = deltas(tokens_of(text), stops)
@@ -49,7 +48,6 @@ def test_deltas_join_to_the_text_cut_at_the_earliest_stop(text: str, stops: list
     assert stopped == any(stop in text for stop in stops)
 
 
-@settings(max_examples=300, deadline=None)
 @given(text=st.text(ALPHABET, max_size=24), stops=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
 def test_only_a_possible_beginning_of_a_stop_is_held_back(text: str, stops: list[str]) -> None:
     stream, released, seen = IncrementalDetokenizer(BYTES, stops), "", ""
@@ -119,7 +117,6 @@ def byte_fallback_tokenizer() -> Tokenizer:
 FALLBACK = byte_fallback_tokenizer()
 
 
-@settings(max_examples=300, deadline=None)
 @given(tokens=st.lists(st.integers(0, 299), max_size=12))
 @pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["bytes", "byte fallback"])
 def test_tokens_without_text_do_not_break_the_stream(tokenizer: Tokenizer, tokens: list[int]) -> None:

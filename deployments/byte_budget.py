@@ -1,0 +1,77 @@
+"""A bound on bytes that are held at once: of request bodies, of uploads, of folders that are staged."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deployments.errors import UploadMemoryFull
+
+
+class ByteBudget:
+    """Grants at most `max_bytes` at once. It may be used from any thread.
+
+    Bytes cannot be taken back from their holder, so with `has_tenants` there is always room for another: a tenant may
+    hold at most as many bytes as remain free, which is a half for one tenant and a third for each of two. A tenant that
+    holds at most `always_bytes` is refused only if the budget is full.
+    """
+
+    def __init__(self, max_bytes: int, *, always_bytes: int = 0, has_tenants: bool = False) -> None:
+        """Without `has_tenants` all bytes belong to one tenant, which may use the whole budget."""
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._always_bytes = always_bytes
+        self._has_tenants = has_tenants
+        self._held: Counter[str] = Counter()
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def take(self, tenant: str, num_bytes: int) -> bool:
+        """Take the bytes for this tenant. Return False, and take nothing, if they are not free for it."""
+        with self._changed:
+            free = self.max_bytes - self.num_bytes - num_bytes
+            own = self._held[tenant] + num_bytes
+            if free < 0 or (self._has_tenants and num_bytes > 0 and own > max(free, self._always_bytes)):
+                return False
+            self.num_bytes += num_bytes
+            self._held[tenant] = own
+            return True
+
+    def give(self, tenant: str, num_bytes: int) -> None:
+        """Return bytes that the tenant took."""
+        with self._changed:
+            self.num_bytes -= num_bytes
+            self._held[tenant] -= num_bytes
+            if not self._held[tenant]:
+                del self._held[tenant]
+            self._changed.notify_all()
+
+    @contextmanager
+    def taken(self, tenant: str, num_bytes: int, wait_s: float) -> Iterator[None]:
+        """Wait for the bytes, at most the whole budget, and hold them until the block ends.
+
+        Threads get their bytes in the order of their arrival, so a large request is not overtaken by small ones.
+        Raises: UploadMemoryFull if they do not become free within `wait_s`.
+        """
+        num_bytes, ticket = min(num_bytes, self.max_bytes), object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                if not self._changed.wait_for(lambda: self._take_in_turn(ticket, tenant, num_bytes), wait_s):
+                    raise UploadMemoryFull(self.max_bytes)
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            self.give(tenant, num_bytes)
+
+    def _take_in_turn(self, ticket: object, tenant: str, num_bytes: int) -> bool:
+        return self._waiting[0] is ticket and self.take(tenant, num_bytes)

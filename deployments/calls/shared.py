@@ -1,0 +1,53 @@
+"""One call whose answer all of its callers share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Shared(Generic[T]):
+    """Makes one call for everyone who wants its answer while it runs, and until `kept_s` after it began.
+
+    A caller that leaves does not cancel the call of the others. A call that failed is made again for the next caller;
+    with `keeps_errors` only when `kept_s` have passed.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        kept_s: float,
+        keeps_errors: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._call = call
+        self._kept_s = kept_s
+        self._keeps_errors = keeps_errors
+        self._clock = clock
+        self._running: asyncio.Task[T] | None = None
+        self._began_s = 0.0
+
+    async def get(self) -> T:
+        """Return the answer. Raises: the error of the call."""
+        if self._running is None or not self._is_fresh(self._running):
+            self._began_s = self._clock()
+            self._running = asyncio.create_task(self._call())
+            self._running.add_done_callback(
+                _failed
+            )  # retrieve the error if all callers have left: asyncio would log it
+        return await asyncio.shield(self._running)
+
+    def _is_fresh(self, running: asyncio.Task[T]) -> bool:
+        if not running.done():
+            return True
+        is_kept = self._keeps_errors or not _failed(running)
+        return is_kept and self._clock() - self._began_s < self._kept_s
+
+
+def _failed(task: asyncio.Task[T]) -> bool:
+    return task.cancelled() or task.exception() is not None

@@ -1,0 +1,120 @@
+"""Calls that a client makes of its Protocol's methods, by the policy written there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pytest
+from ray.exceptions import RayActorError
+
+from deployments.calls.typed_client import ServeClient, once, retry, stream
+from tests.fakes import FakeHandle
+
+
+class Shop(Protocol):
+    """One replica of a deployment."""
+
+    @once
+    async def buy(self, what: str, amount: int = 1) -> str: ...
+    @retry
+    async def price(self, what: str) -> str: ...
+    @retry(only_with="order_id")
+    async def order(self, what: str, order_id: str | None = None) -> str: ...
+    @retry(over_object_store=True)
+    async def deliver(self, goods: bytes) -> str: ...
+    @stream
+    def catalogue(self, since: int = 0) -> AsyncGenerator[int]: ...
+
+
+class ShopClient(ServeClient[Shop], Shop):
+    """Calls the shop through Serve."""
+
+
+@dataclass
+class Replicas:
+    """The first `num_deaths` calls kill their replica. The others are answered."""
+
+    num_deaths: int = 0
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[str]]:
+        async def method(*args: Any) -> str:
+            self.asked.append((name, *args))
+            if len(self.asked) <= self.num_deaths:
+                raise RayActorError()
+            return f"answer to {name}"
+
+        return method
+
+
+def client(handle: FakeHandle) -> ShopClient:
+    return ShopClient(handle)  # type: ignore[abstract]
+
+
+def test_arguments_are_sent_in_order_with_their_defaults() -> None:
+    shop = Replicas()
+    assert asyncio.run(client(FakeHandle(shop)).buy("bread")) == "answer to buy"
+    asyncio.run(client(FakeHandle(shop)).buy(amount=3, what="milk"))
+    assert shop.asked == [("buy", "bread", 1), ("buy", "milk", 3)]
+
+
+def test_a_wrong_argument_is_refused_before_the_call() -> None:
+    shop = Replicas()
+    with pytest.raises(TypeError):
+        asyncio.run(client(FakeHandle(shop)).buy("bread", size=3))  # type: ignore[call-arg]
+    assert shop.asked == []
+
+
+def test_a_keyword_only_argument_is_refused_where_the_call_is_declared() -> None:
+    with pytest.raises(TypeError, match="price: a call between deployments has no keyword-only arguments"):
+
+        @once
+        async def price(self: object, *, currency: str) -> str: ...
+
+
+@pytest.mark.parametrize(
+    ("call", "num_sent"),
+    [
+        (lambda shop: shop.buy("bread"), 1),
+        (lambda shop: shop.order("bread"), 1),
+        (lambda shop: shop.order("bread", "7"), 2),
+        (lambda shop: shop.order("bread", order_id="7"), 2),
+        (lambda shop: shop.deliver(b"bread"), 2),
+        (lambda shop: shop.price("bread"), 2),
+    ],
+)
+def test_only_a_call_that_is_safe_to_repeat_is_repeated(
+    call: Callable[[ShopClient], Awaitable[str]], num_sent: int
+) -> None:
+    shop = Replicas(num_deaths=1)
+
+    async def main() -> None:
+        try:
+            await call(client(FakeHandle(shop)))
+        except RayActorError:
+            assert num_sent == 1
+
+    asyncio.run(main())
+    assert len(shop.asked) == num_sent
+
+
+def test_large_arguments_go_over_the_object_store() -> None:
+    handle = FakeHandle(Replicas())
+    asyncio.run(client(handle).deliver(b"bread"))
+    asyncio.run(client(handle).buy("bread"))
+    assert [call.by_reference for call in handle.calls] == [True, None]
+
+
+def test_a_stream_yields_the_items_of_one_replica() -> None:
+    class Numbers:
+        async def catalogue(self, since: int) -> AsyncGenerator[int]:
+            for number in range(since, since + 3):
+                yield number
+
+    async def main() -> list[int]:
+        return [item async for item in client(FakeHandle(Numbers())).catalogue(since=4)]
+
+    assert asyncio.run(main()) == [4, 5, 6]

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retriever_svc.planning import MIN_LEAD, limited_weights
+
+Case = tuple[list[float], list[bool]]
+WEIGHT = st.floats(1e-6, 1.0)
+CASES = st.lists(st.tuples(WEIGHT, st.booleans()), min_size=1, max_size=16).map(
+    lambda pairs: ([w for w, _ in pairs], [shares for _, shares in pairs])
+)
+
+
+def slow_limited(weights: list[float], shares_lead: list[bool]) -> list[float]:
+    """Shrink the companions by tiny steps until the best adapter has three times their weight, then keep the sum."""
+    current = list(weights)
+    companions = [place for place in range(1, len(weights)) if not shares_lead[place]]
+    while companions and current[0] < MIN_LEAD * sum(current[place] for place in companions):
+        for place in companions:
+            current[place] *= 0.9999
+    return [w * sum(weights) / sum(current) for w in current]
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares_lead", "expected"),
+    [
+        ([1.0], [True], [1.0]),
+        ([1 / 3, 1 / 3, 1 / 3], [True, False, False], [3 / 4, 1 / 8, 1 / 8]),
+        ([1 / 3, 1 / 3, 1 / 3], [True, True, True], [1 / 3, 1 / 3, 1 / 3]),
+        ([1 / 3, 1 / 3, 1 / 3], [True, True, False], [3 / 7, 3 / 7, 1 / 7]),
+        ([0.9, 0.1], [True, False], [0.9, 0.1]),
+    ],
+)
+def test_companions_together_get_a_third_of_the_best_adapters_weight(
+    weights: list[float], shares_lead: list[bool], expected: list[float]
+) -> None:
+    assert limited_weights(weights, shares_lead) == pytest.approx(expected)
+
+
+@given(CASES)
+def test_the_formula_equals_a_slow_search_for_the_limit(case: Case) -> None:
+    weights, shares_lead = case
+    bounded = [max(w, 0.01) for w in weights]  # the slow loop takes small steps
+    assert limited_weights(bounded, shares_lead) == pytest.approx(slow_limited(bounded, shares_lead), rel=1e-3)
+
+
+@given(CASES)
+def test_the_sum_is_kept_and_the_lead_is_held(case: Case) -> None:
+    weights, shares_lead = case
+    limited = limited_weights(weights, shares_lead)
+    companions = sum(w for w, shares in zip(limited[1:], shares_lead[1:], strict=True) if not shares)
+    assert math.isclose(sum(limited), sum(weights), rel_tol=1e-9)
+    assert limited[0] >= MIN_LEAD * companions * (1 - 1e-9)
+    assert all(w > 0 for w in limited)
+
+
+@given(CASES)
+def test_ratios_within_the_lead_and_within_the_companions_stay(case: Case) -> None:
+    weights, shares_lead = case
+    limited = limited_weights(weights, shares_lead)
+    leads = [True, *shares_lead[1:]]
+    for is_lead in (True, False):
+        places = [place for place, lead in enumerate(leads) if lead is is_lead]
+        ratios = [limited[place] / weights[place] for place in places]
+        assert all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
+
+
+@given(CASES)
+def test_limiting_twice_changes_nothing(case: Case) -> None:
+    weights, shares_lead = case
+    once = limited_weights(weights, shares_lead)
+    assert limited_weights(once, shares_lead) == pytest.approx(once, rel=1e-9)
