@@ -55,7 +55,7 @@ class InferenceEngine(ABC):
         niceness: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`dtype`: of the products. `niceness`: of the thread that tokenizes. `clock`: that of deadlines."""
+        """`dtype`: of the products. `niceness`: of the engine's thread. `clock`: that of deadlines."""
         self._preprocess, self._clock = prepare, clock
         self._pace = StreamPace(stream_interval_ms)
         self._prober = Prober(self._first_logits, self._load, dtype)

@@ -54,9 +54,8 @@ def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig
     }
     tokens, found = asyncio.run(_engine_answers(config, {"adapter": adapter, "other": other}, plans))
     expected = _peft_logprobs(config, folder, other, _fused(adapter, other), tokens)
-    tokenizer = AutoTokenizer.from_pretrained(model_source(config))
-    read = TokenBytes(tokenizer.backend_tokenizer)
-    token_bytes = [read(token_id) for token_id in range(len(tokenizer))]
+    read = TokenBytes(AutoTokenizer.from_pretrained(model_source(config)).backend_tokenizer)
+    token_bytes = [read(token_id) for token_id in range(len(expected["selection"]))]
     return {strategy: _furthest(found[strategy], expected[strategy], token_bytes) for strategy in plans}
 
 
@@ -138,7 +137,7 @@ def _done(weights: AdapterWeights) -> Future[AdapterWeights]:
 def _furthest(found: Mapping[bytes, float], expected: Tensor, token_bytes: Sequence[bytes]) -> float:
     """Return the largest difference of a log probability. `expected` (V,): PEFT's. Several ids may have one text."""
     known: dict[bytes, list[float]] = defaultdict(list)
-    for logprob, token in zip(expected.tolist(), token_bytes, strict=False):
+    for logprob, token in zip(expected.tolist(), token_bytes, strict=True):
         known[token].append(logprob)
     return max(min(abs(logprob - each) for each in known[token]) for token, logprob in found.items())
 

@@ -177,7 +177,7 @@ class Engine:
         return has_run
 
     def run_until_idle(self) -> None:
-        """Step until every request has ended. For callers without an EngineThread."""
+        """Step until every request has ended. For measurements and tests, without a thread."""
         while self.has_work:
             self.loaded.clear()
             if not self.step() and self.waiting:

@@ -203,7 +203,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
 
         def _hang(self) -> None:
             if isinstance(self._engine, NativeEngine):
-                self._engine.thread.engine.step = Event().wait
+                self._engine.loop.step = Event().wait
                 return
             for child in psutil.Process().children(recursive=True):
                 child.suspend()

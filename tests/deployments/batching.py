@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.config.app import AppConfig, RetrievalSettings
-from gpu_worker.config import NativeSettings
+from gpu_worker.config import NativeSettings, VllmSettings
 from lora_store import LoraStore, Sample, write_peft_folder
 from retriever_svc import Encoder, embed_groups
 from tests.tiny import random_adapter
@@ -43,12 +43,13 @@ class Place:
 def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
     """Return settings in float32, so that rows of one batch can be compared with rows of another."""
     settings = {"dtype": "float32", "num_threads": 1, "bank_rank_rows": 32, "max_model_len": 512, "max_batch_size": 16}
+    settings_of = VllmSettings if worker.get("engine") == "vllm" else NativeSettings
     return AppConfig(
         base_model=str(model),
         base_model_name=BASE,
         store_uri=store,
         retrieval=RetrievalSettings(encoder_threads=1, min_score=-1.0),  # no row abstains
-        worker=NativeSettings(**settings | worker),
+        worker=settings_of(**settings | worker),
     )
 
 

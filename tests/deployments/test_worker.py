@@ -84,8 +84,8 @@ def test_a_worker_counts_its_own_usable_cpus(tiny_folders: Mapping[str, Path], r
 
     async def main() -> int | None:
         worker = await started(tiny_config(tiny_folders["gemma3"]), 0.0, FakeHandle(FakeStore({})))
-        worker._engine.thread.stop()
-        return worker._engine.thread.engine.config.num_threads
+        worker._engine.stop()
+        return worker._engine.loop.config.num_threads
 
     os.sched_setaffinity(0, {min(allowed)})
     assert asyncio.run(main()) == 1
@@ -146,7 +146,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
             try:
                 return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 20)
             finally:
-                worker._engine.thread.stop()
+                worker._engine.stop()
 
         return asyncio.run(within())
 
@@ -203,7 +203,7 @@ def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Callable[[Main], A
     async def main(serving: Serving) -> None:
         await serving.text(serving.job(0))
         assert torch.get_num_threads() == 1
-        assert await serving.worker._engine.thread._run_on_engine(torch.get_num_threads) == 2
+        assert await serving.worker._engine._run_on_engine(torch.get_num_threads) == 2
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -344,7 +344,7 @@ def test_autoscaling_stats_have_running_requests_and_waiting_tokens(serve: Calla
 
 
 def waiting_row(serving: Serving) -> Row:
-    [row] = serving.worker._engine.thread.engine.waiting
+    [row] = serving.worker._engine.loop.waiting
     return row
 
 
@@ -361,7 +361,7 @@ def test_a_replica_whose_engine_has_ended_is_not_healthy(serve: Callable[[Main],
     async def main(serving: Serving) -> None:
         serving.worker.check_health()
         assert serving.ends == []
-        serving.worker._engine.thread.stop()
+        serving.worker._engine.stop()
         with pytest.raises(ReplicaStuck):
             serving.worker.check_health()
         assert serving.ends == [1]
@@ -371,7 +371,7 @@ def test_a_replica_whose_engine_has_ended_is_not_healthy(serve: Callable[[Main],
 
 def test_a_request_that_an_ended_engine_refuses_ends_the_process_at_once(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
-        model = serving.worker._engine.thread.engine.base.model
+        model = serving.worker._engine.loop.base.model
         model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel for this device")))
         errors = [await failure_of(serving, number) for number in range(4)]
         assert [type(error) for error in errors[:2]] == [EngineStopped] * 2
@@ -399,7 +399,7 @@ def test_a_step_that_takes_too_long_ends_the_process(
         may_end.wait(20)
 
     async def main(serving: Serving) -> None:
-        serving.worker._engine.thread.engine.base.model.register_forward_pre_hook(hang)
+        serving.worker._engine.loop.base.model.register_forward_pre_hook(hang)
         text = asyncio.create_task(serving.text(serving.job(0)))
         assert await asyncio.to_thread(has_begun.wait, 20)
         with pytest.raises(ReplicaStuck, match="a step or command of the engine has run") if ends else nullcontext():

@@ -11,6 +11,7 @@ from deployments.batch.answering import PartAnswerer
 from deployments.batch.planning import PartPlanner
 from deployments.batch.run import BatchRun
 from gpu_worker.model.base_model import load_base_model
+from gpu_worker.native.engine import NativeEngine
 from lora_store import LoraStore
 from tests.deployments.batching import BASE, TOPICS, Place, prompts, publish, tiny_app
 from tests.tiny import linear_shapes, tiny_config
@@ -97,7 +98,8 @@ def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place) -> No
     rows[5]["prompt"] = f"Say {POISON}"
     run = place.begin(rows, part_rows=6)
     answerer = PartAnswerer(run)
-    engine = answerer.engine.engine
+    assert isinstance(answerer.engine, NativeEngine)
+    engine = answerer.engine.loop
     [token] = engine.base.tokenizer(POISON, add_special_tokens=False).input_ids
 
     def break_on_poison(module: Any, args: Any, kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from deployments.batch.answering import PartAnswerer
 from deployments.batch.offline import LoraRetriever
 from deployments.batch.planning import PartPlanner
 from deployments.config.app import AppConfig
+from gpu_worker.config import VllmSettings
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
@@ -22,14 +23,10 @@ from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, linear_shapes, ti
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
-def named(pool: AppConfig, engine: str) -> AppConfig:
-    return pool.model_copy(update={"worker": pool.worker.__class__(engine=engine)})
-
-
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
 def test_an_engine_that_is_not_installed_is_refused_and_no_other_answers(pool: AppConfig) -> None:
     with pytest.raises(WorkerConfigInvalid, match=r"'vllm' needs the package vLLM.*docs/how-to/install\.md"):
-        LoraRetriever(named(pool, "vllm"))
+        LoraRetriever(pool.model_copy(update={"worker": VllmSettings()}))
 
 
 def test_the_native_engine_is_warmed_up_and_answers_from_any_event_loop(place: Place) -> None:
