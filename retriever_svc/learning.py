@@ -217,7 +217,7 @@ class _Check:
         pool = self.pool
         snapshot = Snapshot(pool.snapshot.generation, dict(records), rankings={self.tenant: ranks} if ranks else {})
         settings = IndexSettings(requires_approval=pool.index.requires_approval)
-        return Pool.of(snapshot, pool.encoder, settings, ordinary=pool.ordinary, bases=pool.bases)
+        return Pool.of(snapshot, pool.encoder, settings, ordinary=pool.ordinary, bases=pool.bases, centre=pool.centre)
 
     def _num_found(self, pool: Pool, queries: Vectors, owners: Sequence[Key]) -> int:
         fitting = ([m.record.ref for m in matches if m.fits] for matches in self._judged(pool, queries))

@@ -34,7 +34,9 @@ from lora_store import (
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from retriever_svc import (
+    AskedPrompt,
     DoctorStep,
+    Draws,
     Learnt,
     Page,
     PageRequest,
@@ -236,6 +238,8 @@ class RetrieverCalls(RoutingClient, Protocol):
     @retry
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
     @retry
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws: ...
+    @retry
     async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled: ...
     @retry
     async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt: ...
@@ -244,7 +248,7 @@ class RetrieverCalls(RoutingClient, Protocol):
     @stream
     def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]: ...
     @stream
-    def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]: ...
+    def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]: ...
     @stream
     def regions(self, tenant: str) -> AsyncGenerator[Region]: ...
 

@@ -22,9 +22,12 @@ from lora_store import (
 )
 from lora_store.rankings import OUTCOME
 from retriever_svc import (
+    AskedPrompt,
     BaseCounts,
     Candidate,
     DoctorStep,
+    Drawn,
+    Draws,
     Learnt,
     NearSample,
     Page,
@@ -63,6 +66,8 @@ class FakeRetriever:
     prepared: Exception | str = "other-encoder"
     near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
     unserved: BaseCounts = ()
+    drawn: Draws = field(default_factory=lambda: Draws(Drawn(535, 0, 0)))  # by any version
+    asked: list[Sequence[AskedPrompt]] = field(default_factory=list)  # of the doctor
     effect: Effect = NO_EFFECT  # of accepted prompts
     num_own: int = 4  # samples of an adapter that gets accepted prompts
 
@@ -120,6 +125,11 @@ class FakeRetriever:
         vector = np.array([1.0, 0.0], np.float32)
         return [Embedded(Embedding(self.encoder, vector, vector), near) if group else None for group in groups]
 
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
+        if self.failure is not None:
+            raise self.failure
+        return self.drawn
+
     async def catch_up(self, generation: int) -> int:
         if self.caught_up is not None:
             raise self.caught_up
@@ -143,7 +153,8 @@ class FakeRetriever:
             assert isinstance(step, ReindexStep)
             yield step
 
-    async def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
+        self.asked.append(prompts)
         for item in self.steps.pop(0):
             step = given(item)
             assert isinstance(step, DoctorStep)

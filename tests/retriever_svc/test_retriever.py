@@ -18,7 +18,17 @@ from lora_store.records import OutputProfile
 from retriever_svc import NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
 from retriever_svc.route import STICKY_MARGIN, Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
-from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, POOL, SOUTHWEST, TABLE, retriever_of, route_one
+from tests.retriever_svc.routing import (
+    EAST,
+    NORTH,
+    NORTHEAST,
+    POOL,
+    SOUTHWEST,
+    TABLE,
+    TEMPERATURE,
+    retriever_of,
+    route_one,
+)
 
 
 def test_a_uniform_mixture_plans_the_best_with_equal_weights() -> None:
@@ -86,6 +96,29 @@ def test_weights_by_evidence_are_equal_only_for_close_scores_and_one_function(
     ]
     plan = route_one(retriever_of(*pool, temperature=100), weighting="evidence").plan
     assert [adapter.ref.name for adapter in plan.adapters] == ["own", "other"]
+    assert [adapter.weight for adapter in plan.adapters] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("best", "others", "caller", "expected"),
+    [
+        ("acme", ["acme"], "initech", [0.5, 0.5]),
+        ("acme", ["mallory"], "initech", [0.75, 0.25]),
+        ("acme", ["mallory", "mallory"], "initech", [0.75, 0.125, 0.125]),
+        ("acme", ["mallory"], "acme", [0.75, 0.25]),
+        ("mallory", ["acme"], "acme", [0.5, 0.5]),  # the caller trusts its own
+    ],
+)
+def test_copies_of_another_owner_do_not_share_the_weight_of_the_best_adapter(
+    best: str, others: Sequence[str], caller: str, expected: list[float]
+) -> None:
+    near = (0.97, (1 - 0.97**2) ** 0.5)
+    owned = [record_of("best", EAST, tenant=best)]
+    owned += [record_of(f"near-{place}", near, tenant=tenant) for place, tenant in enumerate(others)]
+    pool = [
+        replace(record, embedding=replace(record.embedding, outputs=YES_NO)) for record in owned if record.embedding
+    ]
+    plan = route_one(retriever_of(*pool, temperature=100), weighting="evidence", tenant=caller).plan
     assert [adapter.weight for adapter in plan.adapters] == pytest.approx(expected, abs=1e-3)
 
 
@@ -254,10 +287,24 @@ def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> Non
         retriever.resolve(LOCAL_TENANT, "e")
 
 
+def test_a_companion_without_weight_is_no_part_of_the_plan() -> None:
+    """At the default temperature an adapter at right angles would have a weight of 1e-9."""
+    retriever = retriever_of(*POOL, temperature=0.05)
+    route = route_one(retriever, weighting="evidence")
+    assert [(a.ref.name, a.weight) for a in route.plan.adapters] == [("e", 1.0)]
+    assert [candidate.ref.name for candidate in route.candidates] == ["e", "ne", "n"]
+    close = route_one(retriever_of(POOL[0], record_of("near", (0.96, 0.28)), temperature=0.05), weighting="evidence")
+    assert names(close) == ["e", "near"]
+    assert sum(a.weight for a in close.plan.adapters) == pytest.approx(1)
+    assert len(route_one(retriever, weighting="softmax").plan.adapters) == 3
+    many = [record_of(f"a{n}", EAST) for n in range(16)]
+    assert len(route_one(retriever_of(*many), weighting="evidence", top_k=16).plan.adapters) == 16
+
+
 def test_a_commit_to_the_catalogue_is_read_after_catching_up(tmp_path: Path) -> None:
     catalogue = Catalogue(Location(str(tmp_path)))
     pools = live_pool(FakeEncoder(TABLE), catalogue.snapshot)
-    retriever = Retriever(pools)
+    retriever = Retriever(pools, temperature=TEMPERATURE)
     assert route_one(retriever).abstained
     generation = catalogue.commit(lambda snapshot: [Publish(record) for record in POOL])
     assert pools.catch_up(generation) == generation
