@@ -18,7 +18,7 @@ def test_stats_are_available_over_http() -> None:
     stats = response.json()
     assert response.status_code == 200
     assert (stats["object"], stats["base_model"]) == ("stats", BASE)
-    assert stats["defaults"] == {"strategy": "mixture", "k": 3}
+    assert stats["defaults"] == {"strategy": "mixture", "k": 3, "learning": "off"}
     assert stats["workers"]["num_running"] == 3
     assert stats["pool"]["generation"] == 7
 
