@@ -39,8 +39,8 @@ class NativeEngine(InferenceEngine):
     def __init__(self, loop: Engine, *, stream_interval_ms: float = 25.0, niceness: int = 0) -> None:
         """Start the thread. Build the loop with `run_on_short_lived_thread`.
 
-        `niceness`: nice value of this thread and of the one that tokenizes, so that request handling on the same cores
-        has priority.
+        `niceness`: nice value of this thread, so that request handling on the same cores has priority. The thread that
+        tokenizes comes after it.
         """
         super().__init__(
             loop.prepare,
