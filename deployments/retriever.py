@@ -25,8 +25,10 @@ from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import AdapterRecord, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
+    AskedPrompt,
     BulkEncoding,
     DoctorStep,
+    Draws,
     IndexSettings,
     IndexStats,
     Page,
@@ -268,13 +270,23 @@ class RetrieverDeployment:
         async for step in _beside_the_loop(steps):
             yield step
 
-    async def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
         """Examine how well the tenant's adapters are retrieved; the last step has the report.
 
-        Raises: StoreUnavailable.
+        Raises: AdapterNotFound for an unknown name in the prompts, StoreUnavailable.
         """
-        async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples)):
+        async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples, prompts=prompts)):
             yield step
+
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
+        """Return which prompts this version would answer for other tenants if it were approved.
+
+        Raises: AdapterNotFound, StaleIndex, StoreUnavailable.
+        """
+        await self._reach_for(tenant, min_generation)
+        measurement = await asyncio.to_thread(self._retriever.draw_measurement, tenant, name, self._samples)
+        await self._encode_in_turns(measurement.encoding, tenant)
+        return await _on(self._searches, self._retriever.draws, measurement)
 
     async def regions(self, tenant: str) -> AsyncGenerator[Region]:
         """Yield the regions in which the tenant's adapters can be measured. Raises: StoreUnavailable."""

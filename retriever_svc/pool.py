@@ -112,14 +112,16 @@ class Pool:
         key = (_TRUSTED if trusted_only else "", tenant, *wanted)
         return self._allowed.get(key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only))
 
-    def judged(self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors) -> list[list[Match]]:
+    def judged(
+        self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None
+    ) -> list[list[Match]]:
         """Return the same matches with their thresholds at an operating point and their confidences.
 
-        `found` has one list for each of `queries` (N, D).
+        `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
         """
         if self.ordinary is None:
             return list(found)
-        near = nearness(queries, self.ordinary).tolist()
+        near = nearness(queries, self.ordinary).tolist() if near is None else near
         return [self._judged(matches, abstain, close) for matches, close in zip(found, near, strict=True)]
 
     def _judged(self, matches: Sequence[Match], abstain: Abstain, close: float) -> list[Match]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 from urllib.parse import quote
 
 import typer
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json, show_warning
 from deployments.cli.pool import Name
 from deployments.json_types import JsonObject
 
@@ -40,18 +41,33 @@ def approve(
     digest: Annotated[
         str | None, typer.Option(metavar="DIGEST", help="full digest of the version that you have reviewed")
     ] = None,
+    confirmed: Annotated[
+        bool,
+        typer.Option("--confirmed", help="with --digest: also if it draws many prompts that others' adapters are for"),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what it would draw, approve nothing")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
     path = f"/v1/loras/{quote(name, safe='')}"
-    if digest is None:
+    body: JsonObject = {"digest": digest, **({"confirmed": True} if confirmed else {})}
+    if digest is None or dry_run:
         shown = call(url, "GET", path)
         if shown["visibility"] != "public":
             fail(f"{name!r} is private: make it public first with `loraretriever access public {name}`")
-        call(url, "POST", f"{path}/approve", json={"digest": shown["digest"]}, params={"dry_run": "true"})
-        digest = _confirmed(shown)
-    answer = call(url, "POST", f"{path}/approve", json={"digest": digest})
+        body["digest"] = digest or shown["digest"]
+        checked = call(url, "POST", f"{path}/approve", json=body, params={"dry_run": "true"})
+        if dry_run and as_json:
+            print_json(checked)
+            return
+        _show_approval(shown, checked)
+        if dry_run:
+            return
+        typer.confirm("Approve this version for every tenant?", abort=True)
+        if checked["draws"]["needs_confirmation"]:
+            body["confirmed"] = True
+    answer = call(url, "POST", f"{path}/approve", json=body)
     if as_json:
         print_json(answer)
         return
@@ -60,10 +76,10 @@ def approve(
     )
 
 
-def _confirmed(shown: JsonObject) -> str:
-    """Show the live version and ask for confirmation. Return its digest, or exit."""
+def _show_approval(shown: JsonObject, checked: JsonObject) -> None:
+    """Print the version to approve, and what it would draw."""
     for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
         out.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
-    typer.confirm("Approve this version for every tenant?", abort=True)
-    digest: str = shown["digest"]
-    return digest
+    draws = checked["draws"]
+    show = show_warning if draws["needs_confirmation"] else partial(out.print, markup=False, highlight=False)
+    show(draws["text"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Column, Table
 
 from deployments.cli.client import (
     DEFAULT_URL,
@@ -21,15 +22,18 @@ from deployments.cli.client import (
     fail,
     follow,
     out,
+    pages,
     print_json,
     show_error,
 )
+from deployments.cli.routing import Labelled, read_labelled, require_known
 from deployments.json_types import JsonObject
 
 if TYPE_CHECKING:
     from lora_store.repair import Repaired
 
 commands = typer.Typer(cls=Commands, help="Look after a pool: check, clean, measure and repair it.")
+_SHOWN_OTHERS = 3
 _SHOWN = 20  # damaged files and generations; a lost checkpoint may take the whole log with it
 
 
@@ -142,9 +146,25 @@ def reindex(
 
 
 @commands.command()
-def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+def doctor(
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='also route real prompts: JSON lines {"input" or "prompt": text}, perhaps with "adapter": name, '
+            "list of names, or null for the base model"
+        ),
+    ] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
     """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
-    report = follow(url, "/v1/pool/doctor", {}, "routing")
+    body: JsonObject = {}
+    if prompts is not None:
+        rows = read_labelled(prompts, needs_adapter=False)
+        if any(row.adapters for row in rows):
+            require_known(prompts, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
+        body = {"prompts": [_asked(row) for row in rows]}
+    report = follow(url, "/v1/pool/doctor", body, "routing")
     if as_json:
         print_json(report)
         return
@@ -166,8 +186,32 @@ def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:
             out.print(f"{title}: {name}", markup=False)
+    if "prompts" in report:
+        _print_asked(report["prompts"])
     for advice in report["advice"]:
         out.print(f"advice: {advice['text']}", markup=False, highlight=False)
+
+
+def _asked(row: Labelled) -> JsonObject:
+    return {"prompt": row.prompt} | ({} if row.adapters is None else {"adapters": sorted(row.adapters)})
+
+
+def _print_asked(asked: JsonObject) -> None:
+    """Print which adapters answer real prompts."""
+    columns = ("right", "another adapter", "the base model")
+    if asked["num"]:
+        table = Table(Column("should answer", overflow="fold"), "prompts", *columns, Column("mostly", overflow="fold"))
+        for row in asked["adapters"]:
+            others = ", ".join(f"{other['name']} {other['num']}" for other in row["others"][:_SHOWN_OTHERS])
+            table.add_row(row["name"] or "the base model", str(row["num"]), *_shares(row), others)
+        table.add_row("all", str(asked["num"]), *_shares(asked), "")
+        out.print(table)
+    for row in asked["unlabelled"]:
+        out.print(f"{row['name'] or 'the base model'} answers {counted(row['num'], 'other prompt')}", markup=False)
+
+
+def _shares(row: JsonObject) -> list[str]:
+    return [f"{row[key] / row['num']:.1%}" for key in ("num_right", "num_other", "num_base")]
 
 
 @commands.command()

@@ -351,6 +351,7 @@ def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
 def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     """Print the outcome for each adapter, the refusals, and a summary of several. Return the number of failures."""
     refused: dict[str, list[tuple[Item, str]]] = {}  # by reason, with the whole message
+    warned: dict[str, list[str]] = {}  # names by warning
     started, by_name = time.monotonic(), 0
     for item, answer in track(
         answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
@@ -362,7 +363,9 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
         by_name += not answer["found_by_auto"]
         out.print(_outcome(answer, is_dry), markup=False)
         for warning in answer.get("warnings", ()):
-            show_warning(f"warning: {answer['name']}: {warning}")
+            warned.setdefault(warning, []).append(answer["name"])
+    for warning, named in warned.items():
+        show_warning(f"warning: {', '.join(named)}: {warning}")
     for reason, same in refused.items():
         if len(same) == 1:
             show_error(_named(*same[0]))

@@ -38,10 +38,13 @@ _SHOWN_LINES = 10
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt with its correct adapters; none if the base model should answer it. `line`: of the file, from 1."""
+    """A prompt with its correct adapters; none if the base model should answer it. `line`: of the file, from 1.
+
+    `adapters` is None where the file does not say.
+    """
 
     prompt: str
-    adapters: frozenset[str]
+    adapters: frozenset[str] | None
     line: int
 
 
@@ -51,7 +54,7 @@ def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
     Rows whose adapter is null should be answered by the base model.
     """
     rows = read_labelled(file)
-    _require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
+    require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
     with client_of(url) as client:
         tracked = track(
             _plans(client, rows), "routing", len(rows), console=err, transient=True, disable=not err.is_terminal
@@ -68,11 +71,11 @@ def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
         out.print(_operating_points(inside, outside))
 
 
-def _require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
+def require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
     """Print the lines that name an adapter that the pool does not list, and exit if there are any."""
     from deployments.field_problems import did_you_mean  # imports pydantic
 
-    unknown = [(row.line, name) for row in rows for name in sorted(row.adapters) if name not in known]
+    unknown = [(row.line, name) for row in rows for name in sorted(row.adapters or ()) if name not in known]
     for line, name in unknown[:_SHOWN_LINES]:
         show_error(f"{file}: line {line}: no adapter {name!r} in the pool{did_you_mean(name, known)}")
     if unknown:
@@ -96,7 +99,7 @@ class Routed:
     def of(cls, row: Labelled, plan: JsonObject, wide: JsonObject) -> Self:
         """Create it from the plan that a client gets, and from one with more candidates."""
         names = [candidate["name"] for candidate in wide["candidates"]]
-        ranks = [rank for rank, name in enumerate(names) if name in row.adapters]
+        ranks = [rank for rank, name in enumerate(names) if name in (row.adapters or ())]
         confidence = max((candidate["confidence"] for candidate in plan["candidates"]), default=0.0)
         return cls(bool(row.adapters), min(ranks, default=math.inf), plan["abstained"], confidence)
 
@@ -144,19 +147,23 @@ def _share(hits: Iterable[bool]) -> float:
     return sum(marks) / len(marks)
 
 
-def read_labelled(file: Path) -> list[Labelled]:
-    """Read the rows of the file. Print the first invalid line and exit if there is one."""
+def read_labelled(file: Path, *, needs_adapter: bool = True) -> list[Labelled]:
+    """Read the rows of the file. Print the first invalid line and exit if there is one.
+
+    `needs_adapter`: a row without `adapter` is invalid.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as exc:
         fail(problem_of(exc))
     except UnicodeDecodeError as exc:
         fail(f"{file}: {exc}")
-    rows = [_labelled(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = [_labelled(line, file, number, needs_adapter=needs_adapter) for number, line in numbered]
     return rows or fail(f"{file}: contains no prompts")
 
 
-def _labelled(line: str, file: Path, number: int) -> Labelled:
+def _labelled(line: str, file: Path, number: int, *, needs_adapter: bool) -> Labelled:
     place = f"{file}:{number}"
     try:
         raw = json.loads(line)
@@ -164,10 +171,13 @@ def _labelled(line: str, file: Path, number: int) -> Labelled:
         fail(f"{place}: invalid JSON: {exc}")
     prompt = (raw.get("input") or raw.get("prompt")) if isinstance(raw, dict) else None
     adapters = raw.get("adapter") if isinstance(raw, dict) else None
-    is_outside = isinstance(raw, dict) and "adapter" in raw and adapters is None
+    is_given = isinstance(raw, dict) and "adapter" in raw
     names = [adapters] if isinstance(adapters, str) else adapters
-    if not isinstance(prompt, str) or not (is_outside or (isinstance(names, list) and names)):
+    is_known = (is_given and adapters is None) or (isinstance(names, list) and names)
+    if not isinstance(prompt, str) or not (is_known or not (is_given or needs_adapter)):
         fail(f'{place}: must be {{"input" or "prompt": text, "adapter": name, list of names, or null}}')
+    if not is_given:
+        return Labelled(prompt, None, number)
     return Labelled(prompt, frozenset() if names is None else frozenset(map(str, names)), number)
 
 

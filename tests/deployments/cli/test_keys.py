@@ -88,7 +88,9 @@ SHOWN = {
     "tags": ["fun"],
     "created_at": "2026-01-02",
 }
-APPROVED = {"name": "poet", "digest": "d" * 64, "generation": 5}
+DRAWS = {"needs_confirmation": False, "text": "poet would answer 0.0% of ordinary prompts."}
+MANY = {"needs_confirmation": True, "text": "poet would answer 75.0% of the samples of globex/rhymes."}
+APPROVED = {"name": "poet", "digest": "d" * 64, "draws": DRAWS, "generation": 5}
 APPROVAL = ("POST", "/v1/loras/acme%2Fpoet/approve")
 CHECK = ("POST", "/v1/loras/acme%2Fpoet/approve?dry_run=true")
 
@@ -100,13 +102,39 @@ def test_the_version_with_the_given_digest_is_approved() -> None:
     assert f"poet {'d' * 12} is approved at generation 5" in words(result.stdout)
 
 
+def test_a_version_that_draws_many_prompts_can_be_confirmed_with_its_digest() -> None:
+    refused = refusal("confirmed: must be true to approve this version. poet would answer 75.0% of …")
+    with scripted((400, refused), (200, APPROVED | {"draws": MANY})) as server:
+        result = run("access", "approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
+        assert result.exit_code == 1
+        assert "--confirmed: must be true" in words(result.stderr)
+        assert (
+            run("access", "approve", "acme/poet", "--digest", "d" * 64, "--confirmed", "--url", server.url).exit_code
+            == 0
+        )
+    assert server.sent == [{"digest": "d" * 64}, {"digest": "d" * 64, "confirmed": True}]
+
+
+@pytest.mark.parametrize("given", [(), ("--digest", "d" * 64)])
+def test_a_dry_run_shows_what_a_version_would_draw_and_approves_nothing(given: tuple[str, ...]) -> None:
+    with scripted((200, SHOWN), (200, APPROVED)) as server:
+        result = run("access", "approve", "acme/poet", *given, "--dry-run", "--url", server.url)
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/acme%2Fpoet"), CHECK])
+    assert DRAWS["text"] in words(result.stdout)
+
+
+@pytest.mark.parametrize("draws", [DRAWS, MANY])
 @pytest.mark.parametrize(("said", "is_approved"), [("y\n", True), ("n\n", False), ("", False)])
-def test_without_a_digest_the_shown_version_is_approved_after_confirmation(said: str, is_approved: bool) -> None:
-    with scripted((200, SHOWN), (200, APPROVED), (200, APPROVED)) as server:
+def test_without_a_digest_the_shown_version_is_approved_after_confirmation(
+    said: str, is_approved: bool, draws: dict[str, Any]
+) -> None:
+    with scripted((200, SHOWN), (200, APPROVED | {"draws": draws}), (200, APPROVED)) as server:
         result = run("access", "approve", "acme/poet", "--url", server.url, input=said)
     assert "d" * 64 in words(result.stdout)
+    assert draws["text"] in words(result.output)
     assert server.asked == [("GET", "/v1/loras/acme%2Fpoet"), CHECK, *([APPROVAL] if is_approved else [])]
-    assert server.sent[1:] == [{"digest": "d" * 64}] * (1 + is_approved)
+    confirmed = {"confirmed": True} if draws is MANY else {}
+    assert server.sent[1:] == [{"digest": "d" * 64}, *([{"digest": "d" * 64} | confirmed] if is_approved else [])]
     assert (result.exit_code == 0) == is_approved
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,72 @@ def test_a_report_is_printed_as_json(command: str) -> None:
     with scripted((200, lines({"done": 1, "total": 1}, {"result": result}))) as server:
         ran = run("pool", command, "--json", "--url", server.url)
     assert (ran.exit_code, json.loads(ran.stdout)) == (0, result)
+
+
+REPORT = {
+    "k": 3,
+    "num_adapters": 0,
+    "num_samples": 0,
+    "first_share": 0.0,
+    "found_share": 0.0,
+    "turned_away_share": {},
+    **{key: [] for key in ("collisions", "never_chosen", "always_shadowed", "unreadable", "rankings", "advice")},
+}
+ASKED = {
+    "num": 10,
+    "num_right": 6,
+    "num_other": 1,
+    "num_base": 3,
+    "adapters": [
+        {"name": None, "num": 2, "num_right": 2, "num_other": 0, "num_base": 0, "others": []},
+        {
+            "name": "poet",
+            "num": 8,
+            "num_right": 4,
+            "num_other": 1,
+            "num_base": 3,
+            "others": [{"name": "coder", "num": 1}],
+        },
+    ],
+    "unlabelled": [{"name": None, "num": 1}, {"name": "coder", "num": 2}],
+}
+
+
+def test_the_doctor_takes_real_prompts(tmp_path: Path) -> None:
+    rows = [
+        {"input": "a verse", "adapter": "poet"},
+        {"prompt": "hello", "adapter": None},
+        {"prompt": "an ode", "adapter": ["coder", "poet"]},
+        {"prompt": "and this"},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    listed = {"generation": 4, "data": [{"id": "poet"}, {"id": "coder"}], "last_id": "", "has_more": False}
+    with scripted(
+        (200, listed), (200, lines({"done": 4, "total": 4}, {"result": REPORT | {"prompts": ASKED}}))
+    ) as server:
+        result = run("pool", "doctor", "--prompts", file, "--url", server.url)
+    assert result.exit_code == 0, result.output
+    assert server.sent[-1] == {
+        "prompts": [
+            {"prompt": "a verse", "adapters": ["poet"]},
+            {"prompt": "hello", "adapters": []},
+            {"prompt": "an ode", "adapters": ["coder", "poet"]},
+            {"prompt": "and this"},
+        ]
+    }
+    said = words(result.stdout)
+    assert "poet │ 8 │ 50.0% │ 12.5% │ 37.5% │ coder 1" in said
+    assert "the base model │ 2 │ 100.0% │ 0.0% │ 0.0%" in said
+    assert "all │ 10 │ 60.0% │ 10.0% │ 30.0%" in said
+    assert "the base model answers 1 other prompt coder answers 2 other prompts" in said
+
+
+@pytest.mark.parametrize("row", [{"prompt": 3}, {"prompt": "x", "adapter": []}, {"adapter": "poet"}])
+def test_an_invalid_prompt_for_the_doctor_is_named_by_its_line(row: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(row))
+    with scripted() as server:
+        result = run("pool", "doctor", "--prompts", file, "--url", server.url)
+    assert (result.exit_code, server.asked) == (1, [])
+    assert "prompts.jsonl:1: must be" in words(result.stderr)
