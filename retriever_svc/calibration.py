@@ -10,13 +10,17 @@ the nearest of many ordinary prompts. Two rules limit what an adapter can draw:
 - An adapter whose own vector is near ordinary prompts must be nearer to the prompt by a *handicap*. Without it, many
   adapters with a few ordinary prompts each as samples would answer half of all everyday prompts together.
 
-The *confidence* of a candidate is the probability that it is the right adapter. It grows with the margin, and with the
-lead over the other candidates of the prompt:
+An adapter of a single text, such as a description, answers with a slightly smaller margin: a prompt is less near to
+one text than to the mean of several.
 
-    confidence = 1 / (1 + exp(−(a + b · (margin − handicap) + c · lead)))
+The *confidence* of a candidate is the probability that it is the right adapter. It grows with the margin up to a bound,
+beyond which only the lead over the other candidates of the prompt says more:
 
-Margins and coefficients are constants, chosen on the `tune` pools of `python -m benchmarks.routing.wording`. So no
-adapter of a pool can move the threshold of another.
+    confidence = 1 / (1 + exp(−(a + b · min(margin − handicap, bound) + c · lead)))
+
+Margins and coefficients are constants, chosen on the `tune` pools of `python -m benchmarks.routing.wording`, each pool
+with a projection that was fitted without it. So no adapter of a pool can move the threshold of another. They hold for
+any encoder: without a projection vectors are compared from the mean of the ordinary prompts (see `ordinary_prompts`).
 """
 
 from __future__ import annotations
@@ -30,14 +34,17 @@ from numpy.typing import NDArray
 
 Abstain = Literal["never", "lenient", "balanced", "strict"]
 Floats = NDArray[np.float64]
-# The least margin s − n. On the tune pools 10, 5 and 1 % of everyday prompts reach it.
-MARGINS: dict[Abstain, float] = {"never": -2.0, "lenient": -0.22, "balanced": -0.165, "strict": -0.075}
+# The least margin s − n. On the tune pools 10, 5 and 0.3 % of everyday prompts reach it, and 79, 57 and 15 % of the
+# prompts of neighbouring tasks.
+MARGINS: dict[Abstain, float] = {"never": -2.0, "lenient": -0.22, "balanced": -0.165, "strict": -0.03}
 NO_THRESHOLD = -1.0  # the lowest possible cosine
 _FLOOR_SHARE = 0.3  # of the mean score of an adapter's own samples
 # The handicap grows from 0 to its largest between these nearnesses of an adapter to ordinary prompts. Adapters of tasks
 # have 0.3 to 0.6, and means of 1 to 150 ordinary prompts have 0.69 to 0.9.
 _NEAR, _VERY_NEAR, _MAX_HANDICAP = 0.55, 0.66, 0.2
-_CONSTANT, _MARGIN_WEIGHT, _LEAD_WEIGHT = 0.26, 10.4, 18.3  # a, b and c, if half of the prompts are everyday ones
+_SINGLE_TEXT = 0.02  # by which the margin of an adapter of one text may be smaller
+_CONSTANT, _MARGIN_WEIGHT, _LEAD_WEIGHT = 1.79, 18.6, 21.7  # a, b and c, if half of the prompts are everyday ones
+_MAX_MARGIN = -0.15  # the bound of the margin in the confidence
 _MAX_LEAD = 0.3  # a larger lead says nothing more; that of the only candidate
 
 
@@ -77,12 +84,14 @@ def judge(candidates: Candidates, abstain: Abstain, nearness: float) -> Judgemen
     """Judge the candidates of a prompt with this nearness to ordinary prompts."""
     scores = candidates.scores
     handicaps = _MAX_HANDICAP * ((candidates.nearness - _NEAR) / (_VERY_NEAR - _NEAR)).clip(0, 1)
-    logits = _CONSTANT + _MARGIN_WEIGHT * (scores - nearness - handicaps) + _LEAD_WEIGHT * _leads(scores)
+    margins = np.minimum(scores - nearness - handicaps, _MAX_MARGIN)
+    logits = _CONSTANT + _MARGIN_WEIGHT * margins + _LEAD_WEIGHT * _leads(scores)
     confidences = 1 / (1 + np.exp(-logits))
     if abstain == "never":
         return Judgement(np.full(len(scores), NO_THRESHOLD), confidences)
     floors = [_FLOOR_SHARE * own.mean() if len(own) else NO_THRESHOLD for own in candidates.own_scores]
-    thresholds = np.maximum(nearness + MARGINS[abstain] + handicaps, np.asarray(floors, np.float64))
+    reliefs = np.asarray([_SINGLE_TEXT * (len(own) == 0) for own in candidates.own_scores])
+    thresholds = np.maximum(nearness + MARGINS[abstain] + handicaps - reliefs, np.asarray(floors, np.float64))
     return Judgement(thresholds.clip(-1, 1), confidences)
 
 

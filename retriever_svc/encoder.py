@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,9 @@ MAX_CHARS = MAX_TOKENS * _CHARS_PER_TOKEN  # read from each text
 CHUNK_TOKENS = 1024  # per forward pass, including padding
 _BYTES_PER_TOKEN = 3  # low estimate: one Chinese character; English has 4 to 5
 _FIXED_TOKENS = 12  # per text: the instruction and the special tokens
+# Chinese, Japanese and Korean characters, spaces before them, words and marks have a token each, or more.
+_WIDE = "\u2e80-\uffef"
+_PIECES = re.compile(rf"\s(?=[{_WIDE}])|[{_WIDE}]|[^\W{_WIDE}]+|[^\w\s]")
 
 
 def load_model(
@@ -187,8 +191,12 @@ def chunks_of(keys: Iterable[OwnedText]) -> Iterator[list[OwnedText]]:
         yield chunk
 
 
+def _num_pieces(text: str) -> int:
+    return len(_PIECES.findall(text, 0, _BYTES_PER_TOKEN * MAX_TOKENS))
+
+
 def _about_tokens(text: str) -> int:
-    return min(MAX_TOKENS, _FIXED_TOKENS + tokens_read(text))
+    return min(MAX_TOKENS, _FIXED_TOKENS + max(tokens_read(text), _num_pieces(text)))
 
 
 def unit_rows(vectors: Vectors) -> Vectors:

@@ -158,11 +158,12 @@ class LivePool:
         return pool
 
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
-        ordinary = None
+        ordinary = centre = None
         if self._projections is not None:
+            centre = self._projections.centre(encoder)
             ordinary = self._projections.ordinary(encoder)
         lists = self._saved_lists(snapshot, encoder)
-        return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases)
+        return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases, centre)
 
     def _saved_lists(self, snapshot: Snapshot, encoder: Encoder) -> InvertedLists | None:
         """Return lists that another replica trained, mapped to the positions of a pool built now."""

@@ -12,7 +12,7 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
-from retriever_svc.encoder import Vectors
+from retriever_svc.encoder import Vectors, unit_rows
 
 NUM_NEAREST = 3
 _FOLLOW_UP_MARGIN = -0.02  # on the tune pools nine of ten follow-ups reach it, and one everyday prompt in thirty
@@ -35,6 +35,15 @@ def prompts_digest() -> str:
 
 def _file() -> bytes:
     return files("retriever_svc").joinpath("data/ordinary_prompts.jsonl").read_bytes()
+
+
+def centred(vectors: Vectors, centre: Vectors | None) -> Vectors:
+    """Return the directions of vectors (N, D) from a centre (D,), or the vectors themselves for None.
+
+    All texts have a part of their vectors in common, which is larger in one encoder than in another. From the mean of
+    the ordinary prompts, the cosines of different encoders are alike.
+    """
+    return vectors if centre is None else unit_rows(vectors - centre)
 
 
 def refers_back(query: Vectors, ordinary: Vectors) -> bool:

@@ -21,14 +21,18 @@ from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest
 from retriever_svc.served_bases import ServedBases
 
 _MIN_DIGEST_CHARS = 8
+_LEAST_SHARE = 0.02  # of the best adapter's weight; a companion with less changes nothing and takes a slot of the bank
 _EVERY_BASE = ServedBases()
 MIN_LEAD = 3.0  # weight of the best adapter : total weight of the companions
 CLOSE_SCORES = 0.05  # an adapter whose score is at most this much lower may share the lead
 
 
 def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
-    """Return the plan of the best match (`selection`) or of all of them. `matches`: at least one, best first."""
+    """Return the plan of the best match (`selection`) or of those with weight. `matches`: at least one, best first."""
     planned = matches[:1] if request.strategy == "selection" else matches
+    if request.weighting == "evidence":
+        lowest = planned[0].score + temperature * math.log(_LEAST_SHARE)
+        planned = [match for match in planned if match.score >= lowest]
     weights = _weights(planned, request, temperature)
     rows = tuple(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score)

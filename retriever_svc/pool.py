@@ -21,7 +21,7 @@ from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings, listed
-from retriever_svc.ordinary_prompts import nearness
+from retriever_svc.ordinary_prompts import centred, nearness, refers_back
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
@@ -65,15 +65,19 @@ class Pool:
     index: AdapterIndex
     ordinary: Vectors | None = None  # (J, D) of ordinary prompts, by the same encoder
     bases: ServedBases = _EVERY_BASE
+    centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
     listings: Listings = field(init=False)
+    references: Vectors | None = field(init=False)  # the ordinary prompts, from the centre
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "listings", Listings(self.snapshot, self.bases))
+        references = None if self.ordinary is None else centred(self.ordinary, self.centre)
+        object.__setattr__(self, "references", references)
 
     @classmethod
     def of(
@@ -84,19 +88,21 @@ class Pool:
         lists: InvertedLists | None = None,
         ordinary: Vectors | None = None,
         bases: ServedBases = _EVERY_BASE,
+        centre: Vectors | None = None,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
         index = AdapterIndex.of(routable(snapshot, encoder.identity, bases), encoder.dim, settings, lists)
-        return cls(snapshot, encoder, index, ordinary, bases)
+        return cls(snapshot, encoder, index, ordinary, bases, centre)
 
     def after(self, snapshot: Snapshot) -> Pool:
         """Return the pool of a later generation with the same encoder. Call it from one thread on the newest pool."""
-        return Pool(snapshot, self.encoder, self._index_after(self.index, snapshot), self.ordinary, self.bases)
+        index = self._index_after(self.index, snapshot)
+        return Pool(snapshot, self.encoder, index, self.ordinary, self.bases, self.centre)
 
     def rebuilt(self, index: AdapterIndex, newest: Pool) -> Pool:
         """Return `newest` with a new index: `index` holds this pool's adapters, so apply the changes since."""
         index = self._index_after(index, newest.snapshot)
-        return Pool(newest.snapshot, newest.encoder, index, newest.ordinary, newest.bases)
+        return Pool(newest.snapshot, newest.encoder, index, newest.ordinary, newest.bases, newest.centre)
 
     def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
         gone, new = diff_records(self.snapshot.records, snapshot.records)
@@ -119,24 +125,38 @@ class Pool:
 
         `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
         """
-        if self.ordinary is None:
+        if self.references is None:
             return list(found)
-        near = nearness(queries, self.ordinary).tolist() if near is None else near
-        return [self._judged(matches, abstain, close) for matches, close in zip(found, near, strict=True)]
+        asked = centred(queries, self.centre)
+        near = nearness(asked, self.references).tolist() if near is None else near
+        return [
+            self._judged(matches, abstain, query, close)
+            for matches, query, close in zip(found, asked, near, strict=True)
+        ]
 
-    def _judged(self, matches: Sequence[Match], abstain: Abstain, close: float) -> list[Match]:
-        assert self.ordinary is not None
+    def _judged(self, matches: Sequence[Match], abstain: Abstain, query: Vectors, close: float) -> list[Match]:
+        """Judge the matches of a prompt: its vector (D,) from the centre, and its nearness to ordinary prompts."""
+        assert self.references is not None
         if not matches:
             return []
         embeddings = [match.record.embedding for match in matches if match.record.embedding is not None]
-        candidates = Candidates(
-            scores=np.asarray([match.score for match in matches]),
-            own_scores=[embedding.own_scores for embedding in embeddings],
-            nearness=nearness(np.stack([embedding.vector for embedding in embeddings]), self.ordinary),
-        )
-        judgement = judge(candidates, abstain, close)
-        judged = zip(matches, judgement.thresholds.tolist(), judgement.confidences.tolist(), strict=True)
+        vectors = centred(np.stack([embedding.vector for embedding in embeddings]), self.centre)
+        scores = np.asarray([match.score for match in matches])
+        own_scores = [embedding.own_scores for embedding in embeddings]
+        if self.centre is None:
+            compared = scores
+        else:  # own scores are not from the centre, so they set no floor
+            compared, own_scores = np.asarray(vectors @ query, np.float64), [0 * own for own in own_scores]
+        judgement = judge(Candidates(compared, own_scores, nearness(vectors, self.references)), abstain, close)
+        thresholds = judgement.thresholds
+        if abstain != "never":
+            thresholds = (thresholds + scores - compared).clip(-1, 1)
+        judged = zip(matches, thresholds.tolist(), judgement.confidences.tolist(), strict=True)
         return [match._replace(threshold=threshold, confidence=confidence) for match, threshold, confidence in judged]
+
+    def refers_back(self, query: Vectors) -> bool:
+        """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""
+        return self.references is not None and refers_back(centred(query, self.centre), self.references)
 
     def preferences(self, tenant: str) -> Preferences:
         """Return what the rankings of `tenant` say about its search results."""

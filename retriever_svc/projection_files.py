@@ -82,6 +82,13 @@ class ProjectionFiles:
             self._ordinary[plain] = self._plain_ordinary(encoder, plain)
         return project(encoder, self._ordinary[plain])
 
+    def centre(self, encoder: Encoder) -> Vectors | None:
+        """Return the mean of the ordinary prompts' vectors (D,), None for an encoder with a projection.
+
+        A projection has a centre of its own. Without one, vectors are compared from this mean (see `centred`).
+        """
+        return None if encoder.projection is not None else self.ordinary(encoder).mean(axis=0)
+
     def _plain_ordinary(self, encoder: Encoder, identity: str) -> Vectors:
         shipped = shipped_file(f"{identity}.ordinary")
         name = f"{identity}-{prompts_digest()[:16]}.ordinary.safetensors"

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from retriever_svc.encoder import MAX_CHARS, tokens_read
 from retriever_svc.errors import NoAdapterMatched, StaleIndex
 from retriever_svc.route import Route, RouteRequest
 
@@ -27,6 +28,11 @@ def views_of(text: str) -> list[str]:
         return [text]
     views = [parts[-1], "\n\n".join(parts[-2:]), parts[0], "\n\n".join(parts[:2])]
     return [text, *dict.fromkeys(view for view in views if len(view) >= _LEAST_CHARS and view != text.strip())]
+
+
+def tokens_routed(text: str) -> int:
+    """Estimate how many tokens the encoder reads to route `text`: those of each of its views."""
+    return sum(map(tokens_read, views_of(text[:MAX_CHARS])))
 
 
 def with_views(requests: Sequence[RouteRequest]) -> tuple[list[RouteRequest], list[range]]:

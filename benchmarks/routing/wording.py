@@ -2,9 +2,9 @@
 
 Each pool of `benchmarks/routing/pools` is published to a Retriever with samples of one wording, of three wordings, a
 description, or both, and is asked with prompts in the samples' wording, reworded, and wrapped in other text. Nothing is
-generated. `--part tune` is for choosing constants; results are those of `test`. With `--semantic-router PYTHON`, a
-Python that has Aurelio's package of that name, the same vectors are ranked by it too, each at the same rate of everyday
-prompts.
+generated. `--part tune` is for choosing constants; results are those of `test`. `--abstain` chooses another operating
+point, and `--no-projected` plain vectors. With `--semantic-router PYTHON`, a Python that has Aurelio's package of that
+name, the same vectors are ranked by it too, each at the same rate of everyday prompts.
 """
 
 from __future__ import annotations
@@ -198,10 +198,12 @@ def peer_outcomes(
     return outcomes
 
 
-def _outcomes(pools: Sequence[WordedPool], everyday: Sequence[Prompt], encoder: Encoder) -> Iterator[Outcome]:
+def _outcomes(
+    pools: Sequence[WordedPool], everyday: Sequence[Prompt], encoder: Encoder, abstain: Abstain
+) -> Iterator[Outcome]:
     for pool in pools:
         for kind in CONDITIONS:
-            outcome = outcome_of(pool, kind, measure(pool, everyday, kind, encoder))
+            outcome = outcome_of(pool, kind, measure(pool, everyday, kind, encoder, abstain))
             yield outcome
             out.print(f"{pool.name} {kind}: first {outcome.first:.3f} right {outcome.right:.3f}", highlight=False)
 
@@ -209,16 +211,18 @@ def _outcomes(pools: Sequence[WordedPool], everyday: Sequence[Prompt], encoder: 
 def main(
     part: Annotated[str, typer.Option(help="tune or test")] = "test",
     semantic_router: Annotated[Path | None, typer.Option(help="a Python with semantic-router")] = None,
+    abstain: Annotated[Abstain, typer.Option(help="the operating point")] = "balanced",
+    projected: Annotated[bool, typer.Option(help="with the packaged projection")] = True,
     write: bool = True,
 ) -> None:
-    """Measure every pool of a part, print the table and write results/wording."""
+    """Measure every pool of a part, print the table and write results/wording, if the options are the defaults."""
     chosen: Part = "tune" if part == "tune" else "test"
     plain = Encoder(max_cached_texts=100_000)
-    encoder = plain.projected(ProjectionFiles().shipped(plain.identity))
+    encoder = plain.projected(ProjectionFiles().shipped(plain.identity)) if projected else plain
     pools, everyday = read_pools(chosen), read_everyday(chosen)
-    outcomes = list(_outcomes(pools, everyday, encoder))
+    outcomes = list(_outcomes(pools, everyday, encoder, abstain))
     names = [field.name for field in fields(Outcome)]
-    table = Table(*names, title=f"{chosen} pools; shares of prompts")
+    table = Table(*names, title=f"{chosen} pools at {abstain}; shares of prompts")
     for outcome in outcomes:
         table.add_row(*(value if isinstance(value, str) else f"{value:.3g}" for value in asdict(outcome).values()))
     peers = []
@@ -235,7 +239,7 @@ def main(
         for kind in CONDITIONS
         for name in names[3:]
     }
-    if write:
+    if write and (chosen, abstain, projected) == ("test", "balanced", True):
         runs = [*map(asdict, outcomes), *peers]
         write_results("wording", figures=figures, table=capture.get(), runs=runs)
     out.print(table)

@@ -24,7 +24,8 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
 from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
 from retriever_svc import Route, RouteRequest
-from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS, tokens_read
+from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
+from retriever_svc.views import tokens_routed
 
 AUTO = "auto"
 _CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
@@ -186,7 +187,7 @@ class Planner:
         """
         if isinstance(question.prompt, TokenIds) and question.text is None and self.reads(question):
             return min(len(question.prompt.ids), MAX_TOKENS)
-        return sum(map(tokens_read, self.texts_read(question)))
+        return sum(map(tokens_routed, self.texts_read(question)))
 
     def texts_read(self, question: Question) -> Sequence[str]:
         """Return the texts that the encoder may read to find the question's adapters. Raises: ModelNotFound."""
@@ -194,7 +195,7 @@ class Planner:
             return ()
         if isinstance(question.prompt, tuple) and _is_read(question.lora):
             reading = reading_of(question.prompt)
-            return () if reading.is_housekeeping else (*reading.previous[:1], *reading.texts)
+            return () if reading.is_housekeeping else (*reading.previous, *reading.texts)
         text = text_read(question.text or "", question.lora)
         return () if text is None else (text,)
 

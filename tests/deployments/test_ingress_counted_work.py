@@ -78,6 +78,16 @@ def test_no_more_is_charged_than_the_encoder_reads(tmp_path: Path) -> None:
     assert [a.status_code for a in asked(tmp_path, limits, route, route)] == [200, 429]
 
 
+def test_a_long_prompt_is_charged_for_every_part_that_is_read(tmp_path: Path) -> None:
+    prompt = "\n\n".join(
+        letter * 300 for letter in "xyz"
+    )  # the whole, 256; each end, 100; each end with the middle, 201
+    route, place = ("/v1/route", {"prompt": prompt}), ("/v1/pool/map", {"prompt": "x" * 4})
+    for limit, code in ((256 + 2 * 100 + 2 * 201 + 1, 429), (256 + 2 * 100 + 2 * 201 + 2, 200)):
+        answers = asked(tmp_path, {"tokens_per_minute": limit}, route, place)
+        assert [answer.status_code for answer in answers] == [200, code]
+
+
 def test_named_adapters_are_not_charged_for_the_encoder(tmp_path: Path) -> None:
     named = {"prompt": "x" * 400, "lora": {"adapters": [{"name": "poet"}]}}
     answers = asked(tmp_path, {"tokens_per_minute": 10}, ("/v1/route", named), ("/v1/route", named))

@@ -131,6 +131,9 @@ class OrdinaryRows(ProjectionFiles):
     def ordinary(self, encoder: Encoder) -> np.ndarray:
         return self._rows
 
+    def centre(self, encoder: Encoder) -> None:
+        return None
+
 
 def live_pool(encoder: FakeEncoder, source: Callable[[], Snapshot], **options: Any) -> LivePool:
     return LivePool(lambda model: encoder, source, **options)

@@ -16,6 +16,9 @@ POOL = (record_of("e", EAST), record_of("n", NORTH), record_of("ne", NORTHEAST))
 # Ordinary prompts that are far from every text of the plane's east and north.
 SOUTHWEST = [(-0.6, -0.8), (-0.8, -0.6), (-0.7, -0.714), (-0.65, -0.76)]
 
+# At this temperature adapters at right angles have weight. At the default one a companion so far away is left out.
+TEMPERATURE = 1.0
+
 
 def retriever_of(
     *records: AdapterRecord,
@@ -25,7 +28,8 @@ def retriever_of(
 ) -> Retriever:
     """Return a Retriever over these adapters. Without `ordinary` prompts there are no thresholds."""
     files = None if ordinary is None else OrdinaryRows(ordinary)
-    return Retriever(live_pool(encoder or FakeEncoder(TABLE), Source(*records), projections=files), **options)
+    pools = live_pool(encoder or FakeEncoder(TABLE), Source(*records), projections=files)
+    return Retriever(pools, **{"temperature": TEMPERATURE} | options)
 
 
 def route_one(retriever: Retriever, text: str = "east", **fields: object) -> Route:

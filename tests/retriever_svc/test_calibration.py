@@ -41,9 +41,11 @@ def slow_judgement(
         handicap = 0.2 * min(1.0, max(0.0, (own_near[place] - 0.55) / 0.11))
         others = [other for number, other in enumerate(scores) if number != place]
         lead = max(-0.3, min(0.3, score - max(others))) if others else 0.3
-        confidence = 1 / (1 + math.exp(-(0.26 + 10.4 * (score - near - handicap) + 18.3 * lead)))
+        margin = min(score - near - handicap, -0.15)
+        confidence = 1 / (1 + math.exp(-(1.79 + 18.6 * margin + 21.7 * lead)))
         floor = 0.3 * sum(own[place]) / len(own[place]) if len(own[place]) else -1.0
-        found.append((max(near + MARGINS[point] + handicap, floor), confidence))
+        relief = 0.0 if len(own[place]) else 0.02
+        found.append((max(near + MARGINS[point] + handicap - relief, floor), confidence))
     return found
 
 
@@ -83,7 +85,7 @@ def test_candidates_are_judged_as_the_slow_formula_says(point: Abstain) -> None:
 
 def test_two_equal_scores_have_no_lead() -> None:
     found = judged([0.5, 0.5, 0.1]).confidences
-    assert found[0] == found[1] == pytest.approx(1 / (1 + math.exp(-0.26)))
+    assert found[0] == found[1] == pytest.approx(1 / (1 + math.exp(-(1.79 - 18.6 * 0.15))))
 
 
 def test_a_stricter_point_needs_a_higher_score() -> None:
@@ -118,3 +120,14 @@ def test_never_turns_nothing_away_and_keeps_the_confidence() -> None:
     never, usual = (judged([-0.9, 0.3], point=point) for point in ("never", "balanced"))
     assert never.thresholds.tolist() == [NO_THRESHOLD, NO_THRESHOLD]
     assert never.confidences.tolist() == usual.confidences.tolist()
+
+
+def test_an_adapter_of_one_text_needs_a_slightly_smaller_margin() -> None:
+    one, several = judged([0.4], [NONE]), judged([0.4], [np.full(5, 0.5, np.float32)])
+    assert several.thresholds[0] - one.thresholds[0] == pytest.approx(0.02)
+
+
+def test_beyond_a_bound_only_the_lead_raises_the_confidence() -> None:
+    near, far = (judged([0.9, 0.4], near=near).confidences for near in (0.5, 0.1))
+    assert near[0] == far[0]
+    assert judged([0.9, 0.8], near=0.1).confidences[0] < far[0]

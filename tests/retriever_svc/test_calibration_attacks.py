@@ -5,11 +5,17 @@ The tests use the packaged encoder, and everyday prompts that are not among the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from retriever_svc import Encoder
+from lora_store.adapter import Sample
+from retriever_svc import Encoder, LivePool, ProjectionFiles, Retriever, Route, RouteRequest
+from retriever_svc.embedding import embed_groups
+from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from tests.retriever_svc.attacks import everyday_prompts, held_out, narrow_groups, published, routes, starter_samples
+from tests.retriever_svc.pool_fakes import Source, record_of
 from tests.soak import Scale
 
 MOST_DRAWN = 0.1
@@ -39,3 +45,34 @@ def test_the_starter_pool_answers_its_prompts_next_to_the_attackers(encoder: Enc
     for name, prompts in asked.items():
         for route in routes(encoder, records, prompts):
             assert route.plan.adapters and route.plan.adapters[0].ref.name == name
+
+
+@pytest.mark.parametrize("model", [DEFAULT_MODEL, ENGLISH_MODEL])
+def test_the_margins_hold_for_encoders_without_a_projection(model: str, scale: Scale) -> None:
+    num_prompts = scale.pick("held-out prompts a task", small=2, full=12)
+    plain = Encoder(model)
+    samples = {name: [Sample(text) for text in texts] for name, texts in starter_samples().items()}
+    embeddings = zip(samples, embed_groups(plain, list(samples.values())), strict=True)
+    records = [
+        record_of(name, e.vector, own_scores=e.own_scores.tolist(), encoder=e.encoder)
+        for name, e in embeddings
+        if e is not None
+    ]
+    retriever = Retriever(LivePool(lambda _: plain, Source(*records), projections=ProjectionFiles(), projection="none"))
+
+    def routed(prompts: Sequence[str]) -> list[Route]:
+        answers = retriever.route([RouteRequest(prompt) for prompt in prompts])
+        return [answer for answer in answers if isinstance(answer, Route)]
+
+    asked = [(name, text) for name in samples for text in held_out(name)]
+    asked = asked[:: 12 // num_prompts]
+    own = [
+        bool(route.plan.adapters) and route.plan.adapters[0].ref.name == name
+        for (name, _), route in zip(asked, routed([text for _, text in asked]), strict=True)
+    ]
+    assert len(own) == 12 * num_prompts
+    assert np.mean(own) >= 0.9, np.mean(own)
+    everyday = routed(everyday_prompts())
+    away = [route.abstained for route in everyday]
+    assert len(away) == 131
+    assert np.mean(away) >= 0.9, np.mean(away)

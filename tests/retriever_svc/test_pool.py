@@ -7,8 +7,10 @@ import pytest
 
 from lora_store.records import AdapterRecord
 from retriever_svc import IndexSettings
-from retriever_svc.calibration import leave_one_out_scores
+from retriever_svc.calibration import NO_THRESHOLD, leave_one_out_scores
 from retriever_svc.encoder import unit_rows
+from retriever_svc.index import Match
+from retriever_svc.ordinary_prompts import centred
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
 
@@ -138,3 +140,52 @@ def test_an_index_rebuilt_during_requests_has_newer_changes() -> None:
     assert found(rebuilt) == found(newest) == ["a2", "a3", "a4", "new"]
     assert rebuilt.index.num_positions < newest.index.num_positions
     assert rebuilt.encoder.identity == FAKE_IDENTITY
+
+
+def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary_ones() -> None:
+    """What all vectors share is taken away: the same judgements as of vectors that never shared it."""
+    rng = np.random.default_rng(5)
+    half = unit_rows(rng.standard_normal((5, 8))).astype(np.float32)
+    ordinary = np.concatenate([half, -half])  # so their mean is what all vectors share
+    tasks = unit_rows(rng.standard_normal((3, 8))).astype(np.float32)
+    queries = np.concatenate([tasks[:2], half[:1]]) + 0.1 * rng.standard_normal((3, 8))
+    queries = unit_rows(queries).astype(np.float32)
+
+    def judged(shared: float) -> list[list[Match]]:
+        """Judge after adding the same large part to every vector, if `shared` is more than 0."""
+        parts = [np.hstack([part, np.full((len(part), 1), shared)]) for part in (ordinary, tasks, queries)]
+        rows, adapters, asked = [unit_rows(part.astype(np.float32)) for part in parts]
+        records = [record_of(f"a{n}", row, own_scores=[0.0] * 20) for n, row in enumerate(adapters)]
+        centre = rows.mean(axis=0) if shared else None
+        pool = Pool.of(
+            snapshot_of(*records),
+            FakeEncoder({}, dim=9),
+            IndexSettings(),
+            ordinary=centred(rows, centre),
+            centre=centre,
+        )
+        return pool.judged(pool.nearest(asked, 3, "local"), "balanced", asked)
+
+    found = list(zip(judged(0), judged(3), strict=True))
+    for plain, moved in found:
+        assert [match.record.ref for match in moved] == [match.record.ref for match in plain]
+        assert [match.fits for match in moved] == [match.fits for match in plain]
+        for one, other in zip(plain, moved, strict=True):
+            if other.threshold < 1:  # the highest that is shown
+                assert other.score - other.threshold == pytest.approx(one.score - one.threshold, abs=1e-5)
+            assert other.confidence == pytest.approx(one.confidence, abs=1e-4)
+    assert [plain[0].fits for plain, _ in found] == [True, True, False]
+
+
+def test_at_never_no_threshold_is_set_without_a_projection_either() -> None:
+    rows = unit_rows(np.random.default_rng(6).standard_normal((9, 2)) + 3).astype(np.float32)
+    centre = rows.mean(axis=0)
+    pool = Pool.of(
+        snapshot_of(record_of("a", EAST)),
+        FakeEncoder({}),
+        IndexSettings(),
+        ordinary=centred(rows, centre),
+        centre=centre,
+    )
+    [[match]] = pool.judged(pool.nearest(rows[:1], 1, "local"), "never", rows[:1])
+    assert match.threshold == NO_THRESHOLD

@@ -14,7 +14,7 @@ from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import AdapterRecord
 from retriever_svc import IndexSettings, Retriever
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, Source, live_pool, names, record_of, snapshot_of
-from tests.retriever_svc.routing import EAST, NORTH, TABLE, route_one
+from tests.retriever_svc.routing import EAST, NORTH, TABLE, TEMPERATURE, route_one
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 GOOD, BAD, OTHER = record_of("good", None), record_of("bad", EAST), record_of("other", NORTH)
@@ -31,7 +31,7 @@ def retriever_of(*records: AdapterRecord, ranking: Ranking, tenant: str = "local
     source = Source()
     source.now = snapshot_of(*records, rankings={tenant: (Rank(tenant, ranking, True, "me", NOON),)})
     settings = IndexSettings(requires_approval=approval)
-    return Retriever(live_pool(FakeEncoder(TABLE), source, settings=settings), min_score=-1.0)
+    return Retriever(live_pool(FakeEncoder(TABLE), source, settings=settings), min_score=-1.0, temperature=TEMPERATURE)
 
 
 def test_a_beaten_adapter_is_replaced_with_its_score_by_the_best_of_its_region() -> None:

@@ -131,3 +131,10 @@ def test_a_packaged_projection_is_stored_once(tmp_path: Path) -> None:
     assert stored.stat().st_mtime_ns == before
     assert files.embedded_with(fitted.identity, PACKAGED).identity == fitted.identity
     assert files.embedded_with(fitted.identity, "another") is None
+
+
+def test_only_an_encoder_without_a_projection_has_a_centre() -> None:
+    files, plain = ProjectionFiles(), FakeEncoder(PROMPTS, dim=3)
+    np.testing.assert_allclose(files.centre(plain), files.ordinary(plain).mean(axis=0))
+    plain.projection = fit_whitening(plain.identity, world())
+    assert files.centre(plain) is None

@@ -18,7 +18,17 @@ from lora_store.records import OutputProfile
 from retriever_svc import NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
 from retriever_svc.route import STICKY_MARGIN, Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
-from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, POOL, SOUTHWEST, TABLE, retriever_of, route_one
+from tests.retriever_svc.routing import (
+    EAST,
+    NORTH,
+    NORTHEAST,
+    POOL,
+    SOUTHWEST,
+    TABLE,
+    TEMPERATURE,
+    retriever_of,
+    route_one,
+)
 
 
 def test_a_uniform_mixture_plans_the_best_with_equal_weights() -> None:
@@ -277,10 +287,24 @@ def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> Non
         retriever.resolve(LOCAL_TENANT, "e")
 
 
+def test_a_companion_without_weight_is_no_part_of_the_plan() -> None:
+    """At the default temperature an adapter at right angles would have a weight of 1e-9."""
+    retriever = retriever_of(*POOL, temperature=0.05)
+    route = route_one(retriever, weighting="evidence")
+    assert [(a.ref.name, a.weight) for a in route.plan.adapters] == [("e", 1.0)]
+    assert [candidate.ref.name for candidate in route.candidates] == ["e", "ne", "n"]
+    close = route_one(retriever_of(POOL[0], record_of("near", (0.96, 0.28)), temperature=0.05), weighting="evidence")
+    assert names(close) == ["e", "near"]
+    assert sum(a.weight for a in close.plan.adapters) == pytest.approx(1)
+    assert len(route_one(retriever, weighting="softmax").plan.adapters) == 3
+    many = [record_of(f"a{n}", EAST) for n in range(16)]
+    assert len(route_one(retriever_of(*many), weighting="evidence", top_k=16).plan.adapters) == 16
+
+
 def test_a_commit_to_the_catalogue_is_read_after_catching_up(tmp_path: Path) -> None:
     catalogue = Catalogue(Location(str(tmp_path)))
     pools = live_pool(FakeEncoder(TABLE), catalogue.snapshot)
-    retriever = Retriever(pools)
+    retriever = Retriever(pools, temperature=TEMPERATURE)
     assert route_one(retriever).abstained
     generation = catalogue.commit(lambda snapshot: [Publish(record) for record in POOL])
     assert pools.catch_up(generation) == generation

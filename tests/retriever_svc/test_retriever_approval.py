@@ -11,6 +11,7 @@ from lora_store.records import AdapterRecord
 from retriever_svc import IndexSettings, PageRequest, Retriever, Route, RouteRequest
 from retriever_svc.doctor import examine
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
+from tests.retriever_svc.routing import TEMPERATURE
 
 EAST, NORTH = (1.0, 0.0), (0.0, 1.0)
 ENCODER = FakeEncoder({"east": EAST})
@@ -37,7 +38,7 @@ def test_only_an_approved_adapter_is_chosen_for_other_tenants(settings: IndexSet
     source = Source(POISON, approved(HONEST))
     pools = live_pool(ENCODER, source, settings=settings, background=lambda work: work())
     assert (pools.current.index.lists is not None) == (settings is BY_LISTS)
-    retriever = Retriever(pools, min_score=-1.0)
+    retriever = Retriever(pools, min_score=-1.0, temperature=TEMPERATURE)
     assert chosen(retriever, "acme") == ["honest"]
     assert chosen(retriever, "mallory") == ["poison", "honest"]
     assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 5, "acme")] == ["honest"]
@@ -52,7 +53,9 @@ def test_only_an_approved_adapter_is_chosen_for_other_tenants(settings: IndexSet
 
 
 def test_without_the_setting_every_public_adapter_is_chosen() -> None:
-    assert chosen(Retriever(live_pool(ENCODER, Source(POISON, HONEST), settings=OPEN)), "acme") == ["poison", "honest"]
+    assert chosen(
+        Retriever(live_pool(ENCODER, Source(POISON, HONEST), settings=OPEN), temperature=TEMPERATURE), "acme"
+    ) == ["poison", "honest"]
 
 
 def test_the_doctor_queries_only_adapters_that_may_be_chosen() -> None:

@@ -19,7 +19,7 @@ from retriever_svc import (
     ServedBases,
 )
 from tests.retriever_svc.pool_fakes import BASE, FakeEncoder, Source, live_pool, names, record_of, snapshot_of
-from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, TABLE, route_one
+from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, TABLE, TEMPERATURE, route_one
 
 BASES = ServedBases("tiny-chat", frozenset({BASE, "tiny-chat"}))
 OTHER = "org/other"
@@ -37,7 +37,7 @@ def many_samples(record: AdapterRecord) -> list[Sample]:
 
 
 def over(source: Source, bases: ServedBases = BASES) -> Retriever:
-    return Retriever(live_pool(FakeEncoder(TABLE), source, bases=bases), min_score=-1.0)
+    return Retriever(live_pool(FakeEncoder(TABLE), source, bases=bases), min_score=-1.0, temperature=TEMPERATURE)
 
 
 def test_auto_chooses_and_mixes_adapters_of_the_served_base_only() -> None:
@@ -62,7 +62,7 @@ def test_lists_counts_maps_and_neighbours_leave_out_the_other_base() -> None:
 def test_a_pool_that_changes_keeps_leaving_out_the_other_base() -> None:
     source = Source(OWN)
     pools = live_pool(FakeEncoder(TABLE), source, bases=BASES, background=lambda work: work())
-    retriever = Retriever(pools, min_score=-1.0)
+    retriever = Retriever(pools, min_score=-1.0, temperature=TEMPERATURE)
     source.commit(OWN, OLD, BARE)
     pools.catch_up(2)
     assert names(route_one(retriever, strategy="mixture", top_k=3)) == ["own"]

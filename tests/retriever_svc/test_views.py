@@ -4,8 +4,9 @@ import numpy as np
 
 from lora_store.plan import Plan
 from retriever_svc import NoAdapterMatched, Route, RouteRequest
+from retriever_svc.encoder import tokens_read
 from retriever_svc.route import Candidate
-from retriever_svc.views import LONG_CHARS, chosen_view, views_of, with_views
+from retriever_svc.views import LONG_CHARS, chosen_view, tokens_routed, views_of, with_views
 from tests.retriever_svc.pool_fakes import FakeEncoder, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, SOUTHWEST, retriever_of, route_one
 
@@ -39,6 +40,12 @@ def test_a_prompt_is_long_from_this_length_on() -> None:
     text = "a" * (LONG_CHARS - 32) + "\n\n" + "b" * 30
     assert len(text) == LONG_CHARS and len(views_of(text)) == 3
     assert views_of(text[:-1]) == [text[:-1]]
+
+
+def test_each_view_counts_with_the_tokens_that_are_read_of_it() -> None:
+    text = f"{PASSAGE}\n\n{MIDDLE}\n\n{QUESTION}"
+    assert tokens_routed(text) == sum(map(tokens_read, views_of(text))) > 2 * tokens_read(text)
+    assert tokens_routed(QUESTION) == tokens_read(QUESTION)
 
 
 def test_each_view_is_a_request_like_its_own() -> None:

@@ -26,7 +26,7 @@ from deployments.http.error_responses import error_body
 from deployments.http.openapi import CHAT_ANSWERS, RESPONSES_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
-from retriever_svc.encoder import tokens_read
+from retriever_svc.views import tokens_routed
 
 router = APIRouter(route_class=AnsweringRoute)
 _STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would buffer events
@@ -66,7 +66,7 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     config = services.config
     check_texts(body.prompt, config.served_model)
     texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
-    with services.authenticator.running(caller, Work(len(body.prompt), num_read=sum(map(tokens_read, texts)))):
+    with services.authenticator.running(caller, Work(len(body.prompt), num_read=sum(map(tokens_routed, texts)))):
         async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
             planned = await services.planner.route_all(body.prompt, body.lora, caller.tenant)
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in planned]}

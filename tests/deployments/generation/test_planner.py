@@ -308,6 +308,11 @@ def test_a_query_of_the_request_replaces_the_conversation() -> None:
     ("turns", "lora", "expected"),
     [
         (["Write a poem about the sea", "blue sky"], {}, ["Write a poem about the sea", "blue sky", "joined"]),
+        (
+            ["Sing", "Write a poem", "Please paint the sea in blue"],
+            {},
+            ["Write a poem", "Sing", "Please paint the sea in blue"],
+        ),
         (["Write a poem", "Generate a title for this conversation"], {}, []),
         (["one", "two"], {"query": "Rhyme"}, ["Rhyme"]),
         (["one", "two"], {"adapters": [{"name": "poet"}]}, []),
