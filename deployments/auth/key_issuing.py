@@ -101,7 +101,9 @@ def without_entry(text: str, id: str) -> str:
     if id not in ids:
         raise ValueError(f"no key has the id {id!r}{did_you_mean(id, ids)}; `loraretriever keys list` prints the ids")
     place, lines = ids.index(id), text.splitlines(keepends=True)
-    nodes = yaml.compose(text, Loader=yaml.SafeLoader).value
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.SequenceNode)
+    nodes = root.value
     start = nodes[place].start_mark.line
     end = nodes[place + 1].start_mark.line if place + 1 < len(nodes) else len(lines)
     left = "".join(lines[:start] + lines[end:]) if len(ids) > 1 else "[]\n"

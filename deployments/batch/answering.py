@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered
-from deployments.batch.run import BatchRun, store_of
+from deployments.batch.run import BatchRun, open_store
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
-from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
@@ -37,12 +37,18 @@ class OfflineEngine:
     It has a thread with an event loop of its own, so it may be called from any event loop.
     """
 
-    def __init__(self, config: AppConfig, max_waiting: int) -> None:
+    def __init__(
+        self,
+        config: NativeWorkerConfig | VllmWorkerConfig,
+        store: LoraStore,
+        weights_cache: tuple[Path, int] | None,
+        max_waiting: int,
+    ) -> None:
         """Start the engine. Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed."""
-        worker = replace(config.worker_config(), max_waiting=max_waiting, max_wait_s=math.inf)
+        worker = replace(config, max_waiting=max_waiting, max_wait_s=math.inf)
         self._executor = load_executor(worker.load_threads)
-        cache = None if config.weights_cache is None else DiskCache(*config.weights_cache)
-        self._fetcher = WeightsFetcher(StoredWeights(store_of(config)), self._executor, cache=cache)
+        cache = None if weights_cache is None else DiskCache(*weights_cache)
+        self._fetcher = WeightsFetcher(StoredWeights(store), self._executor, cache=cache)
         self._asyncio_loop = asyncio.new_event_loop()
         self._turn = asyncio.Lock()
         self._stopping = asyncio.Event()
@@ -109,7 +115,10 @@ class PartAnswerer(OfflineEngine):
     """Answers and writes whole parts."""
 
     def __init__(self, run: BatchRun) -> None:
-        super().__init__(run.settings.config, (PARTS_AT_ONCE + 1) * run.settings.part_rows)
+        config = run.settings.config
+        store = open_store(config.store_uri, config.served_model)
+        max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
+        super().__init__(config.worker_config(), store, config.weights_cache, max_waiting)
         self._output = BatchOutput(run.settings.output_uri)
 
     async def __call__(self, row: JsonObject) -> dict[str, int]:

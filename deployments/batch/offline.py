@@ -13,7 +13,7 @@ from typing import Any, Self
 from deployments.batch.answering import OfflineEngine
 from deployments.batch.planning import BatchRouting, asked_of
 from deployments.batch.rows import Asked, answer_of
-from deployments.batch.run import store_of
+from deployments.batch.run import open_store
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.generation.planner import Planner
@@ -66,13 +66,14 @@ class LoraRetriever:
         path = None if settings is None or isinstance(settings, AppConfig) else Path(settings)
         self._config = settings if isinstance(settings, AppConfig) else load_config(path, **changes)
         self._tenant = tenant
-        self._pools = live_pool(self._config, store_of(self._config).snapshot)
+        store = open_store(self._config.store_uri, self._config.served_model)
+        self._pools = live_pool(self._config, store.snapshot)
         self._planner = Planner(
             self._config.served_model,
             self._config.retrieval,
             BatchRouting(retriever_over(self._pools, self._config.retrieval, owner_names=self._config.owner_names)),
         )
-        self._engine = OfflineEngine(self._config, _MAX_PROMPTS)
+        self._engine = OfflineEngine(self._config.worker_config(), store, self._config.weights_cache, _MAX_PROMPTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offline")  # a notebook's own event loop is running
 
     def generate(

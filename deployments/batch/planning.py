@@ -12,7 +12,7 @@ import pyarrow as pa
 from deployments.api import error_table
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
-from deployments.batch.run import BatchRun, Part, store_of
+from deployments.batch.run import BatchRun, Part, open_store
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModel
 from deployments.generation.completions import jobs_of
@@ -37,7 +37,7 @@ class PartPlanner:
 
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
-        snapshot = store_of(config).snapshot_at(run.generation)
+        snapshot = open_store(config.store_uri, config.served_model).snapshot_at(run.generation)
         retriever = retriever_over(
             live_pool(config, lambda: snapshot), config.retrieval, owner_names=config.owner_names
         )

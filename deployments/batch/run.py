@@ -8,6 +8,7 @@ from deployments.batch.input import BatchInput, scan
 from deployments.batch.output import BatchOutput, Manifest
 from deployments.batch.rows import check_columns
 from deployments.config.app import AppConfig
+from deployments.config.served_model import ServedModel
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
@@ -68,7 +69,7 @@ def begin(settings: BatchSettings) -> BatchRun:
     """Start or resume a run, and find the missing parts. Raises: BatchRefused, StoreUnavailable."""
     source = scan(settings.input_uri)
     check_columns(source.schema)
-    store = store_of(settings.config)
+    store = open_store(settings.config.store_uri, settings.config.served_model)
     newest = store.snapshot().generation
     output = BatchOutput(settings.output_uri)
     manifest = output.begin(Manifest(generation=newest, input=_described(source), settings=_deciding(settings)))
@@ -87,8 +88,9 @@ def begin(settings: BatchSettings) -> BatchRun:
     return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, len(parts) - len(left))
 
 
-def store_of(config: AppConfig) -> LoraStore:
-    return LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
+def open_store(uri: str, model: ServedModel) -> LoraStore:
+    """Open the pool at `uri`, whose adapters are of the served base model."""
+    return LoraStore(uri, accepts_base=model.accepted_names)
 
 
 def _described(source: BatchInput) -> JsonObject:

@@ -425,11 +425,14 @@ class AppConfig(Settings):
 def _complete_options(settings: JsonObject) -> JsonObject:
     """Return the given groups of Serve's options with their defaults. `device: cuda` implies the GPUs of a worker."""
     given = {name: settings[name] for name in _SERVE_DEFAULTS if isinstance(settings.get(name), dict)}
-    worker, workers = settings.get("worker"), settings.get("worker_scaling", {})
-    uses_gpus = isinstance(worker, Mapping) and worker.get("device") == "cuda" and isinstance(workers, dict)
-    if uses_gpus:
-        given["worker_scaling"] = workers
+    worker = settings.get("worker")
+    num_gpus = 0
+    if isinstance(worker, Mapping) and worker.get("device") == "cuda":
+        num_gpus = worker.get("tensor_parallel_size", 1)
+        if "worker_scaling" not in settings:
+            given["worker_scaling"] = {}
     found = {name: with_defaults(group, _SERVE_DEFAULTS[name]) for name, group in given.items()}
-    if uses_gpus and isinstance(actor := found["worker_scaling"]["ray_actor_options"], dict):
-        actor.setdefault("num_gpus", worker.get("tensor_parallel_size", 1))
+    actor = found.get("worker_scaling", {}).get("ray_actor_options")
+    if num_gpus and isinstance(actor, dict):
+        actor.setdefault("num_gpus", num_gpus)
     return found

@@ -44,7 +44,7 @@ def require_keys_file(file: Path | None) -> None:
         raise SettingsInvalid(f"keys_file: {file}: no such file; `loraretriever keys new --file` makes one")
 
 
-def require_set_keys(config: AppConfig) -> None:
+def require_set_keys(config: Settings) -> None:
     """Refuse a key that Serve's own configuration file names without a value. Raises: SettingsInvalid.
 
     Serve reads that file itself, and an empty value and `null` look the same afterwards. So both are refused.

@@ -83,7 +83,7 @@ def test_a_worker_counts_its_own_usable_cpus(tiny_folders: Mapping[str, Path], r
     request.addfinalizer(lambda: os.sched_setaffinity(0, allowed))
 
     async def main() -> int | None:
-        worker = await started(tiny_config(tiny_folders["gemma3"]), 0.0, FakeHandle(FakeStore({})))
+        worker = await started(tiny_config(tiny_folders["gemma3"]), FakeHandle(FakeStore({})))
         worker._engine.stop()
         return worker._engine.loop.config.num_threads
 

@@ -147,10 +147,10 @@ def test_comments_of_the_entries_that_stay_are_kept() -> None:
 
 def test_the_last_key_leaves_an_empty_list_and_a_missing_one_is_named(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
-    add_entry(file, entry("key", id="ci"))
-    with pytest.raises(ValueError, match="no key has the id 'cj'; did you mean 'ci'"):
-        remove_entry(file, "cj")
-    remove_entry(file, "ci")
+    add_entry(file, entry("key", id="deploy"))
+    with pytest.raises(ValueError, match="no key has the id 'deplyo'; did you mean 'deploy'"):
+        remove_entry(file, "deplyo")
+    remove_entry(file, "deploy")
     assert parse_entries(file.read_text()) == []
     with pytest.raises(ValueError, match="no such file"):
         remove_entry(tmp_path / "none.yaml", "ci")

@@ -39,10 +39,11 @@ def test_the_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ("publish", "."),
         ("withdraw", "poet"),
         ("rollback", "poet"),
-        ("verify",),
-        ("gc",),
-        ("reindex", "--encoder", "other"),
-        ("doctor",),
+        ("status",),
+        ("pool", "verify"),
+        ("pool", "gc"),
+        ("pool", "reindex", "--encoder", "other"),
+        ("pool", "doctor"),
     ],
 )
 def test_no_server_at_the_url_is_reported(command: tuple[str, ...]) -> None:
@@ -65,7 +66,7 @@ def test_a_refusal_is_printed_with_the_servers_message(body: Any, said: str) -> 
     assert said in result.stderr
 
 
-@pytest.mark.parametrize("command", [("list",), ("withdraw", "poet"), ("publish", "."), ("verify",)])
+@pytest.mark.parametrize("command", [("list",), ("withdraw", "poet"), ("publish", "."), ("pool", "verify")])
 def test_a_missing_key_is_asked_for_by_its_option(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORARETRIEVER_KEY", raising=False)
     with scripted((401, {"error": {"message": "send `Authorization: Bearer KEY`"}})) as server:
@@ -117,9 +118,8 @@ def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
         (("rollback", "poet", "--to", "ffff"), "digest: must be longer", "--to: must be longer"),
         (("trial", "start", "poet", "20"), "digest: no version is under trial", "--version: no version is under trial"),
         (("trial", "start", "poet", "20"), "share: must be above 0", "PERCENT: must be above 0"),
-        (("publish", ".", "--template", "x"), "adapters.0.template: must be alpaca", "--template: must be alpaca"),
+        (("publish", ".", "--template", "chat"), "adapters.0.template: is another", "--template: is another"),
         (("ask", "Hi", "--strategy", "best"), "lora.strategy: must be mixture", "--strategy: must be mixture"),
-        (("visibility", "poet", "all"), "visibility: must be public", "VISIBILITY: must be public"),
         (("list", "--tag", "a b"), "tag.0: must be shorter", "--tag: must be shorter"),
         (("show", "poet"), "digest: has no option here", "digest: has no option here"),
         (("show", "poet"), "no adapter 'poet'", "no adapter 'poet'"),

@@ -235,7 +235,8 @@ def test_serve_prints_the_settings_in_use(tmp_path: Path) -> None:
     assert (printed["base_model"], printed["template"]) == ("far/model", "chat")
     assert printed["store_uri"].endswith(f"{tmp_path}/pool")
     assert (printed["worker"]["device"], printed["worker"]["max_batch_size"]) == ("cuda", 8)
-    assert (printed["worker_scaling"]["num_gpus"], printed["worker_scaling"]["max_ongoing_requests"]) == (1, 2112)
+    workers = printed["worker_scaling"]
+    assert (workers["ray_actor_options"]["num_gpus"], workers["max_ongoing_requests"]) == (1, 2112)
     assert "a-long-secret" not in result.stdout
     assert run("serve", "--template", "jinja", "--print-config").exit_code == 1
 
@@ -288,9 +289,10 @@ def test_a_missing_base_model_is_refused_without_the_servers_packages() -> None:
     assert done.stderr.strip() == "base_model: /nosuch/model: no such folder"
 
 
-def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
+def test_a_dry_run_without_a_server_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
     found = run("publish", "--dry-run", folder, "--config", config, "--json")
-    assert json.loads(found.stdout) == {
+    [outcome] = json.loads(found.stdout)["data"]
+    assert outcome == {
         "name": "poet",
         "is_fit": True,
         "num_modules": 1,
@@ -300,7 +302,7 @@ def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
     }
     (folder / "adapter_model.safetensors").unlink()
     refused = run("publish", "--dry-run", folder, "--config", config, "--json")
-    outcome = json.loads(refused.stdout)
+    [outcome] = json.loads(refused.stdout)["data"]
     assert (refused.exit_code, outcome["is_fit"], len(outcome["reasons"])) == (1, False, 1)
 
 
@@ -351,7 +353,7 @@ def test_short_options_are_those_of_long_ones() -> None:
 
 def test_help_shows_types_and_arguments_in_one_spelling() -> None:
     for command in (("ask",), ("publish",), ("keys", "new"), ("pool", "train"), ("trial", "start"), ("batch",)):
-        shown = run(*command, "-h").stdout
+        shown = "\n".join(line for line in run(*command, "-h").stdout.splitlines() if "--help" not in line)
         assert not any(odd in shown for odd in ("<str>", "<bool>", "<int", "<path>", "<list", "PLACES", "......")), (
             shown
         )
