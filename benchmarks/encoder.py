@@ -24,7 +24,7 @@ import typer
 from benchmarks.engine_cases import NUM_NEW, Loaded, Quick, console, plans, shown, table_of
 from benchmarks.results_file import write_results
 from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from lora_store.sample_files import SAMPLES_FILE, parse_samples
 from retriever_svc.bfloat16_linear import use_bfloat16
 from retriever_svc.encoder import Encoder, unit_rows
@@ -47,7 +47,7 @@ class Texts:
 
 def decode_until(stop: Event, ready: Event) -> None:
     """Decode batches of 32 rows until `stop` is set. Runs in its own process."""
-    os.nice(WorkerSettings().niceness)
+    os.nice(NativeSettings().niceness)
     loaded = Loaded(NUM_ADAPTERS, num_threads=os.cpu_count())
     asked = plans("mixture", NUM_ADAPTERS)
     prompts = loaded.prompts(0, len(asked))

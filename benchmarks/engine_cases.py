@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.results_file import machine
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig, WorkerConfig
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.model.base_model import model_source
 from gpu_worker.native.loop import Engine
@@ -102,7 +102,7 @@ class Loaded:
             return future
 
         settings = {"prefix_cache": False, "shares_cores": False} | settings  # the cases repeat their prompts
-        self.config = WorkerConfig(bank_rank_rows=RANK * num_adapters, max_batch_size=NUM_ROWS, **settings)
+        self.config = NativeWorkerConfig(bank_rank_rows=RANK * num_adapters, max_batch_size=NUM_ROWS, **settings)
         self.engine = run_on_short_lived_thread(lambda: Engine(self.config, fetch))
         self.prompts = Prompts(self.engine.base.tokenizer)
         adapters |= adapters_of(num_adapters, self.engine.bank.shapes)

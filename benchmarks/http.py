@@ -77,9 +77,8 @@ class Bench:
 
     def __init__(self, loaded: Loaded, config: AppConfig, url: str, client: httpx.AsyncClient) -> None:
         self.prompts, self._url, self._client = loaded.prompts, url, client
-        worker = config.worker
         self._request_id = ""  # the last one sent
-        self._loop = NativeEngine(loaded.engine, stream_interval_ms=worker.stream_interval_ms, niceness=worker.niceness)
+        self._loop = NativeEngine(loaded.engine, niceness=config.worker.niceness)
         self._ways: dict[str, Ask] = {
             ENGINE_ONE: self._engine("selection"),
             HTTP_ONE: lambda row, prompt, num_new: self._post(prompt, num_new, model=f"adapter-{row % NUM_ADAPTERS}"),

@@ -205,7 +205,7 @@ def main(
         scratch, config = Path(name), AppConfig()
         prompts = [{"prompt": prompt.input} for prompt in read_prompts(HELD_OUT, _PER_TASK)]
         (scratch / "prompts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in prompts), encoding="utf-8")
-        model, base = packaged_folder(config.cache_dir), config.served_base_name
+        model, base = packaged_folder(config.cache_dir), config.served_model.name
         clients = Clients(vllm_python.absolute(), guidellm.absolute(), scratch, model, counts)
         # A new server for each run: all runs have the same prompts, which would be in its caches.
         for ask in (*of_auto(clients), *of_named(clients, OURS, base)):

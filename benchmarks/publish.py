@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.results_file import machine, write_results
 from benchmarks.starter_pool import POOL
 from deployments.cli.local_server import Server
-from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings
 
 WEIGHTS, CONFIG, SAMPLES = "adapter_model.safetensors", "adapter_config.json", "lora_samples.jsonl"
 _SUBJECTS = ("lighthouses", "beekeeping", "glaciers", "typewriters", "orchids", "trams", "comets", "violins")
@@ -82,14 +82,13 @@ def publish_all(url: str, folder: Path) -> float:
 
 def config_of(folder: Path, projection: str = "auto", engine: Engine = "native") -> AppConfig:
     """Return the settings of two retrievers and two workers. `projection`: that of `retrieval.projection`."""
-    two = {"min_replicas": 2, "max_replicas": 2}
     return AppConfig(
         store_uri=str(folder / "pool"),
         preload=(POOL,),
-        worker=WorkerSettings(num_threads=1, engine=engine, step_timeout_s=300),
+        worker={"num_threads": 1, "engine": engine, "step_timeout_s": 300},
         retrieval=RetrievalSettings.model_validate({"projection": projection}),
-        retriever_scaling=ScalingSettings(**two, max_ongoing_requests=128),
-        worker_scaling=ScalingSettings(**two, num_cpus=1, max_ongoing_requests=2112),
+        retriever_scaling={"num_replicas": 2},
+        worker_scaling={"num_replicas": 2},
     )
 
 

@@ -13,7 +13,7 @@ from benchmarks.engine_cases import RANK, Shapes, console, plan_of, random_modul
 from deployments.batch.answering import StoredWeights
 from deployments.weights import WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.native.loop import Engine
 from gpu_worker.native.openmp import run_on_short_lived_thread
 from lora_store import AdapterRef, AdapterWeights, LoraStore, Plan, Strategy, write_peft_folder
@@ -29,7 +29,7 @@ class StoredPool:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.config = WorkerConfig(
+        self.config = NativeWorkerConfig(
             **{"prefix_cache": False, "shares_cores": False} | settings
         )  # the cases repeat their prompts
         self._folder = tempfile.TemporaryDirectory()

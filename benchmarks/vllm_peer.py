@@ -50,7 +50,7 @@ def plans(settings: dict[str, Any]) -> Answer:
     """Start this project's engine with `num_adapters` random adapters. A batch has its `strategy` and `num_active`."""
     from benchmarks.engine_cases import adapters_of, sampling
     from benchmarks.engine_cases import plans as plans_of
-    from gpu_worker.config import WorkerConfig
+    from gpu_worker.config import VllmWorkerConfig
     from gpu_worker.front.request.request import Completion, Job
     from gpu_worker.vllm.engine import VllmEngine
     from lora_store import AdapterWeights
@@ -62,8 +62,7 @@ def plans(settings: dict[str, Any]) -> Answer:
         fetched.set_result(pool[digest])
         return fetched
 
-    config = WorkerConfig(
-        engine="vllm",
+    config = VllmWorkerConfig(
         base_model=settings["model"],
         bank_rank_rows=settings["rank"] * settings["num_adapters"],
         max_batch_size=settings["num_rows"],

@@ -37,20 +37,16 @@ def application(args: AppConfig, address: tuple[str, int] | None = None) -> Appl
     store_class = returning_refusals(StoreDeployment, StoreReplica)
     worker_class = returning_refusals(WorkerDeployment, WorkerReplica)
     retriever_class = returning_refusals(RetrieverDeployment, RetrieverReplica)
-    store = serve.deployment(store_class, name="Store", **args.store_scaling.options())
+    store = serve.deployment(store_class, name="Store", **args.store_scaling.root)
     worker = serve.deployment(worker_class, name="Worker", **args.worker_options())
-    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.options())
-    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.options())
+    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.root)
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.root)
 
     store_handle = store.bind(args)
-    engine = args.worker
     worker_handle = worker.bind(
         args.worker_config(),
-        engine.stream_interval_ms,
         store_handle,
         args.weights_cache,
-        engine.niceness,
-        engine.step_timeout_s,
         allow_unauthenticated_ray=args.allow_unauthenticated_ray,
     )
     return ingress.bind(args, retriever.bind(args), worker_handle, store_handle, address=address)

@@ -48,10 +48,9 @@ class EncoderQueue(Generic[T]):
         *,
         batch_size: int,
         max_waiting: int,
-        wait_s: float = 0.0,
     ) -> None:
-        """Create a queue. `encode` takes (tenant, text) pairs. `wait_s`: how long an idle encoder waits for texts."""
-        self._encode, self._batch_size, self._max_waiting, self._wait_s = encode, batch_size, max_waiting, wait_s
+        """Create a queue. `encode` takes (tenant, text) pairs."""
+        self._encode, self._batch_size, self._max_waiting = encode, batch_size, max_waiting
         self._tenants: dict[str, deque[_Asked[T]]] = {}  # in order of turn
         self._places = FairShare()
         self._numbers = itertools.count()
@@ -82,7 +81,7 @@ class EncoderQueue(Generic[T]):
         return self._places.num_held
 
     async def _feed(self) -> None:
-        await asyncio.sleep(self._wait_s)
+        await asyncio.sleep(0)
         while batch := self._next_batch():
             await self._answer(batch)
 

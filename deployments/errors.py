@@ -60,7 +60,7 @@ class KeyRefused(DeploymentsError):
 
 
 class KeysUnavailable(DeploymentsError):
-    """The keys file has been missing for longer than `keys_missing_grace_s`."""
+    """The keys file has been missing for longer than five minutes."""
 
     kind = Kind.UNAVAILABLE
     code = "unavailable"
@@ -318,7 +318,7 @@ class BodyNotAllowed(DeploymentsError):
 
 
 class BodyTooLarge(DeploymentsError):
-    """The body exceeds 4 MiB, or an upload exceeds `max_upload_bytes`."""
+    """The body exceeds 4 MiB, or an upload exceeds `admission.max_weights_bytes` and 16 MiB."""
 
     kind = Kind.TOO_LARGE
     code = "body_too_large"
@@ -334,7 +334,7 @@ class BodyTooSlow(DeploymentsError):
 
 
 class BodyMemoryFull(DeploymentsError):
-    """Request bodies in memory would exceed `max_body_total_bytes`."""
+    """Request bodies in memory would exceed 256 MiB."""
 
     kind = Kind.BUSY
     code = "overloaded"
@@ -349,7 +349,7 @@ class BodyMemoryFull(DeploymentsError):
 
 
 class UploadMemoryFull(DeploymentsError):
-    """Uploads in progress leave no room for this one (`max_upload_total_bytes`, `max_staging_bytes`)."""
+    """Uploads in progress leave no room for this one (`max_upload_total_bytes`)."""
 
     kind = Kind.BUSY
     code = "overloaded"

@@ -14,7 +14,7 @@ from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.completions import TextRequest, parse
 from deployments.api.pool_responses import Ready
 from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight, Limiter
-from deployments.auth.key_file import keys_of
+from deployments.auth.key_file import load_keys
 from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
@@ -25,7 +25,7 @@ from deployments.generation.completions import STREAM_LIMITS, CompletionService,
 from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
-from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
+from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, MAX_BODY_TOTAL_BYTES
 from deployments.http.dependencies import KEEP_ALIVE_S, Services
 from deployments.http.listener import Listener, listening_at
 from deployments.http.readiness import Readiness
@@ -61,6 +61,7 @@ class Ingress:
         limits: StreamLimits = STREAM_LIMITS,
         keep_alive_s: float = KEEP_ALIVE_S,
         kinds: MetricFactory = SERVE,
+        max_body_total_bytes: int = MAX_BODY_TOTAL_BYTES,
     ) -> None:
         join_serve_logs()
         self._address = address
@@ -71,7 +72,7 @@ class Ingress:
             ServeWorker(worker, heartbeat_timeout_s=limits.silence_s),
             serve_store(store),
         )
-        self.services = _build_services(config, *clients, limits, keep_alive_s, kinds)
+        self.services = _build_services(config, *clients, limits, keep_alive_s, kinds, max_body_total_bytes)
         expire = withdraw_expired(self.services.publisher.expire)
         self._expiring = asyncio.get_event_loop().create_task(expire)
 
@@ -139,35 +140,55 @@ def _build_services(
     limits: StreamLimits,
     keep_alive_s: float,
     kinds: MetricFactory,
+    max_body_total_bytes: int,
 ) -> Services:
     has_keys, background, changes = config.has_keys, Background(), ChangeMetrics(kinds)
+    model = config.served_model
     metrics = RequestMetrics(kinds)
     shadows = Shadows(worker, background, metrics)
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
-    publisher = _publisher(config, retriever, worker, store, background, gate, changes)
-    authenticator = Authenticator(keys_of(config), Limiter(config.ingress_scaling.max_replicas))
-    planner = Planner(config, retriever)
+    longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
+    reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)
+    publisher = Publisher(
+        store, retriever, worker, background=background, reclaimer=reclaimer, gate=gate, metrics=changes
+    )
+    authenticator = Authenticator(
+        load_keys(config.api_key, config.keys_file), Limiter(config.ingress_scaling.max_replicas)
+    )
+    planner = Planner(model, config.retrieval, retriever)
     approves = has_keys or config.public_requires_approval
-    preload = Preload(config.preload, publisher, bases=config.served_bases, approves=approves)
-    scorer = AnswerScorer(worker, gate, config.template)
+    preload = Preload(config.preload, publisher, bases=model.bases, approves=approves)
+    scorer = AnswerScorer(worker, gate, model.template)
     while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, worker))
-    evaluation_of = _evaluate_after_publish(config, while_idle, publisher, background, changes)
+    evaluation_of = None
+    if config.evaluate_after_publish:
+        evaluation_of = _evaluate_after_publish(while_idle, publisher, background, changes)
     one_upload = config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return Services(
         config=config,
         authenticator=authenticator,
         planner=planner,
-        completions=CompletionService(config, authenticator, planner, gate, worker, limits, shadows),
+        completions=CompletionService(
+            model, authenticator, planner, gate, worker, limits, shadows, is_strict=config.strict_fields
+        ),
         publisher=publisher,
         evaluator=Evaluator(store, retriever, publisher, scorer),
         store=store,
         retriever=retriever,
         readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),
-        stats=StatsReader(config, retriever, worker, evaluation_of=evaluation_of),
+        stats=StatsReader(
+            model,
+            config.retrieval,
+            config.worker,
+            retriever,
+            worker,
+            may_sleep=config.workers_scale_to_zero,
+            evaluation_of=evaluation_of,
+        ),
         metrics=metrics,
         background=background,
         in_flight=InFlight(config.max_concurrent_requests),
-        bodies=ByteBudget(config.max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),
+        bodies=ByteBudget(max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),
         uploads=ByteBudget(config.max_upload_total_bytes, always_bytes=one_upload, has_tenants=has_keys),
         preload=preload,
         keep_alive_s=keep_alive_s,
@@ -175,25 +196,9 @@ def _build_services(
 
 
 def _evaluate_after_publish(
-    config: AppConfig, evaluator: Evaluator, publisher: Publisher, background: Background, changes: ChangeMetrics
-) -> Callable[[str], JsonObject] | None:
-    """Evaluate the adapters of each tenant that publishes, if configured. Return the function that reports on it."""
-    if not config.evaluate_after_publish:
-        return None
+    evaluator: Evaluator, publisher: Publisher, background: Background, changes: ChangeMetrics
+) -> Callable[[str], JsonObject]:
+    """Evaluate the adapters of each tenant that publishes. Return the function that reports on it."""
     evaluations = IdleEvaluations(evaluator, background, changes)
     publisher.subscribe(evaluations.after_publish)
     return evaluations.state_of
-
-
-def _publisher(
-    config: AppConfig,
-    retriever: RetrieverClient,
-    worker: WorkerClient,
-    store: StoreClient,
-    background: Background,
-    gate: WorkerGate,
-    changes: ChangeMetrics,
-) -> Publisher:
-    longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
-    reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)
-    return Publisher(store, retriever, worker, background=background, reclaimer=reclaimer, gate=gate, metrics=changes)

@@ -25,8 +25,10 @@ from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import AdapterRecord, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
+    AskedPrompt,
     BulkEncoding,
     DoctorStep,
+    Draws,
     IndexSettings,
     IndexStats,
     Page,
@@ -58,6 +60,8 @@ _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
 _READ_EVERY_S = 0.5
 _SAMPLES_S = 5.0  # then an answer does without the samples that would explain it
+_BATCH_TEXTS = 32  # texts that the encoder reads together; at most about 2,048 tokens
+_POLL_INTERVAL_S = 3.0  # how late a replica sees a commit that it was not notified of
 _CATCH_UP_S = 4.0  # below the publisher's timeout, so that each replica can report an error itself
 
 
@@ -74,16 +78,18 @@ class RetrieverDeployment:
         config: AppConfig,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        poll_interval_s: float = _POLL_INTERVAL_S,
         index: IndexSettings | None = None,
         kinds: MetricFactory = SERVE,
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
-        settings = config.retrieval
         self._metrics = RetrieverMetrics(kinds)
-        self._store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+        self._store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
         self._pools = live_pool(config, self._store.snapshot, index)
-        self._retriever = retriever_over(self._pools, config, timings=self._metrics)
+        self._retriever = retriever_over(
+            self._pools, config.retrieval, owner_names=config.owner_names, timings=self._metrics
+        )
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
         self._encoding = ThreadPoolExecutor(
@@ -95,15 +101,14 @@ class RetrieverDeployment:
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
         self._prompts = EncoderQueue(
             self._encode,
-            batch_size=settings.batch_size,
-            max_waiting=settings.max_waiting,
-            wait_s=settings.batch_wait_s,
+            batch_size=_BATCH_TEXTS,
+            max_waiting=config.retrieval.max_waiting,
         )
         self._pools.catch_up()  # includes commits made while the encoder and the index were built
         self._refreshing: asyncio.Task[int] | None = None
         self._read_at = self._began_reading_at = time.monotonic()
         loop = asyncio.get_event_loop()
-        self._polling = loop.create_task(self._poll(settings.poll_interval_s, sleep))
+        self._polling = loop.create_task(self._poll(poll_interval_s, sleep))
         self._reporting = loop.create_task(report_periodically(self._report))
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
@@ -265,13 +270,23 @@ class RetrieverDeployment:
         async for step in _beside_the_loop(steps):
             yield step
 
-    async def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
         """Examine how well the tenant's adapters are retrieved; the last step has the report.
 
-        Raises: StoreUnavailable.
+        Raises: AdapterNotFound for an unknown name in the prompts, StoreUnavailable.
         """
-        async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples)):
+        async for step in _beside_the_loop(self._retriever.doctor(tenant, self._samples, prompts=prompts)):
             yield step
+
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
+        """Return which prompts this version would answer for other tenants if it were approved.
+
+        Raises: AdapterNotFound, StaleIndex, StoreUnavailable.
+        """
+        await self._reach_for(tenant, min_generation)
+        measurement = await asyncio.to_thread(self._retriever.draw_measurement, tenant, name, self._samples)
+        await self._encode_in_turns(measurement.encoding, tenant)
+        return await _on(self._searches, self._retriever.draws, measurement)
 
     async def regions(self, tenant: str) -> AsyncGenerator[Region]:
         """Yield the regions in which the tenant's adapters can be measured. Raises: StoreUnavailable."""

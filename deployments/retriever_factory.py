@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from deployments.api.pool_responses import unserved_text
-from deployments.config.app import AppConfig
+from deployments.config.app import AppConfig, RetrievalSettings
 from lora_store import Snapshot
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS
@@ -34,20 +34,21 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
         saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
         projections=ProjectionFiles(Files(Location(config.store_uri).child(PROJECTIONS))),
         projection=settings.projection,
-        bases=config.served_bases,
+        bases=config.served_model.bases,
     )
     for base_model, num_adapters in pools.current.unserved():
         logger.warning(unserved_text(base_model, num_adapters))
     return pools
 
 
-def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None = None) -> Retriever:
-    settings = config.retrieval
+def retriever_over(
+    pools: LivePool, settings: RetrievalSettings, *, owner_names: bool, timings: Timings | None = None
+) -> Retriever:
+    """Return the Retriever of the pool. `owner_names`: other tenants' adapters have the name `owner/name` only."""
     return Retriever(
         pools,
         min_score=settings.min_score,
         abstain=settings.abstain,
-        temperature=settings.softmax_temperature,
-        owner_names=config.owner_names,
+        owner_names=owner_names,
         timings=timings,
     )

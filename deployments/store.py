@@ -33,6 +33,7 @@ from lora_store.garbage_collection import Verified
 P = ParamSpec("P")
 T = TypeVar("T")
 _NUM_STAGERS = 8
+_OBJECT_CACHE_BYTES = 256 << 20  # weights in Ray's object store
 _NO_VECTOR = np.empty(0, np.float32)
 
 
@@ -51,23 +52,26 @@ def in_thread(
 class StoreDeployment:
     """Handles writes and blobs; the Retriever handles reads. File operations run outside the event loop."""
 
-    def __init__(self, config: AppConfig, put: Callable[[Buffer], Awaitable[Buffer]] = ray.put) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        put: Callable[[Buffer], Awaitable[Buffer]] = ray.put,
+        object_cache_bytes: int = _OBJECT_CACHE_BYTES,
+    ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._config = config
         self._store = LoraStore(
             config.store_uri,
-            accepts_base=config.accepted_bases,
-            templates=config.known_templates,
-            limits=config.admission,
+            accepts_base=config.served_model.accepted_names,
+            templates=config.served_model.known_templates,
+            limits=config.admission.limits,
         )
         self._store.check_writes(os.environ)
         # Separate threads: a batch from a slow source must not block the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
-        self._staging = ByteBudget(config.max_staging_bytes)
-        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(
-            self._store.read_parts, put, config.store_object_cache_bytes
-        )
+        self._staging = ByteBudget(config.max_upload_total_bytes)
+        self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
         """Validate an adapter, store its blobs and lease them until `commit` or `discard`.
@@ -75,7 +79,7 @@ class StoreDeployment:
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
         UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull.
         """
-        if upload.adapter_name in self._config.accepted_bases:
+        if upload.adapter_name in self._config.served_model.accepted_names:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)

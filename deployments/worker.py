@@ -24,7 +24,7 @@ from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
 from deployments.weights import WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor, use_one_thread
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
@@ -35,6 +35,10 @@ from lora_store.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
 
+# The mean time between two pieces of text of a stream; the second piece comes after 0.5 to 1.5 of it. The streams of a
+# worker together send at most 64 pieces a second for each CPU, so many streams wait longer.
+STREAM_INTERVAL_MS = 25.0
+
 
 class WorkerDeployment:
     """One engine. Requests wait in its queue, where their adapters are prefetched.
@@ -44,13 +48,11 @@ class WorkerDeployment:
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
-        config: WorkerConfig,
-        stream_interval_ms: float,
+        config: NativeWorkerConfig | VllmWorkerConfig,
         store: DeploymentHandle,
         weights_cache: tuple[Path, int] | None = None,
-        niceness: int = 0,
-        step_timeout_s: float = 120.0,
         *,
+        stream_interval_ms: float = STREAM_INTERVAL_MS,
         allow_unauthenticated_ray: bool = False,
         kinds: MetricFactory = SERVE,
         end_process: Callable[[int], object] = os._exit,
@@ -69,11 +71,11 @@ class WorkerDeployment:
             self._start_fetch,
             executor=executor,
             stream_interval_ms=stream_interval_ms,
-            niceness=niceness,
+            niceness=config.niceness,
             reports_to_ray=True,
         )
         self._reporting = self._asyncio_loop.create_task(report_periodically(self._report))
-        self._step_timeout_s, self._end_process = step_timeout_s, end_process
+        self._step_timeout_s, self._end_process = config.step_timeout_s, end_process
 
     async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
         """Yield the first text at once, then text every `stream_interval_ms`; None is a heartbeat.

@@ -130,7 +130,7 @@ def main(
             out.print(
                 f"{ready['num_adapters']} adapters are live; {len(questions)} prompts at once, {len(SETTINGS)} times"
             )
-            by_name = asyncio.run(compare(url, questions, settings.served_base_name))
+            by_name = asyncio.run(compare(url, questions, settings.served_model.name))
     report(out, by_name)
 
 

@@ -95,7 +95,7 @@ class AdapterLoadFailed(GpuWorkerError):
 
     kind = Kind.UNAVAILABLE
     code = "unavailable"
-    remedy = "Retry after `Retry-After` seconds. If it persists, run `loraretriever verify`."
+    remedy = "Retry after `Retry-After` seconds. If it persists, run `loraretriever pool verify`."
 
 
 class LogitsNotFinite(GpuWorkerError):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import InferenceEngine
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.front.cpu_count import with_threads
@@ -15,7 +15,7 @@ from gpu_worker.native.engine import NativeEngine
 
 
 async def start_engine(
-    config: WorkerConfig,
+    config: NativeWorkerConfig | VllmWorkerConfig,
     fetch: Fetch,
     *,
     executor: Executor | None = None,
@@ -24,7 +24,7 @@ async def start_engine(
     reports_to_ray: bool = False,
     is_installed: Callable[[str], bool] = lambda package: importlib.util.find_spec(package) is not None,
 ) -> InferenceEngine:
-    """Start the engine that `config.engine` names. Call it within the event loop that will use the engine.
+    """Start the engine of this configuration. Call it within the event loop that will use the engine.
 
     Without `num_threads` in the settings the engine computes with one thread for each CPU that the process may use.
     `niceness`: of the native engine's thread, and of the thread that tokenizes.
@@ -32,7 +32,7 @@ async def start_engine(
     Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
     """
     config = with_threads(config)
-    if config.engine == "native":
+    if isinstance(config, NativeWorkerConfig):
         return NativeEngine.start(
             config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, niceness=niceness
         )

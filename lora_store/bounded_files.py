@@ -30,22 +30,32 @@ _COPIED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits on an adapter's folder. Each bounds what a check costs: raise them for publishers that you trust."""
+    """The limits on an adapter's folder. Each bounds what a check costs."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a settings file, which pydantic reads
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"use_attribute_docstrings": True}  # for the table in the docs
 
-    max_files: AtLeastOne = 1000  # files in the folder
-    max_config_bytes: AtLeastOne = 1 << 20  # bytes of `adapter_config.json`
-    max_weights_bytes: AtLeastOne = 1 << 30  # bytes of `adapter_model.safetensors`
-    max_header_bytes: AtLeastOne = 1 << 22  # bytes of the weights file's header
-    max_tensors: AtLeastOne = 20_000  # tensors in the weights file
-    max_template_bytes: AtLeastOne = 1 << 18  # bytes of `chat_template.jinja`
-    max_samples: AtLeastOne = 200  # lines of `lora_samples.jsonl` that are read, spread evenly over more
-    # bytes of one sample's input, which is cut there, of its output, and of `description.txt`
+    max_files: AtLeastOne = 1000
+    """files in the folder"""
+    max_config_bytes: AtLeastOne = 1 << 20
+    """bytes of `adapter_config.json`"""
+    max_weights_bytes: AtLeastOne = 1 << 30
+    """bytes of `adapter_model.safetensors`"""
+    max_header_bytes: AtLeastOne = 1 << 22
+    """bytes of the weights file's header"""
+    max_tensors: AtLeastOne = 20_000
+    """tensors in the weights file"""
+    max_template_bytes: AtLeastOne = 1 << 18
+    """bytes of `chat_template.jinja`"""
+    max_samples: AtLeastOne = 200
+    """lines of `lora_samples.jsonl` that are read, spread evenly over more"""
     max_sample_bytes: AtLeastOne = 8192
-    max_rank: AtLeastOne = 256  # rank of a module; it must also fit `worker.bank_rank_rows`
-    max_patterns: AtLeastOne = 1024  # entries of `rank_pattern` and of `alpha_pattern`
-    max_reasons: AtLeastOne = 50  # reasons that one refusal names
+    """bytes of one sample's input, which is cut there, of its output, and of `description.txt`"""
+    max_rank: AtLeastOne = 256
+    """rank of a module; it must also fit `worker.bank_rank_rows`"""
+    max_patterns: AtLeastOne = 1024
+    """entries of `rank_pattern` and of `alpha_pattern`"""
+    max_reasons: AtLeastOne = 50
+    """reasons that one refusal names"""
 
     @property
     def max_samples_bytes(self) -> int:

@@ -17,7 +17,9 @@ class AdapterRefused(LoraStoreError):
 
     kind = Kind.INVALID
     code = "adapter_refused"
-    remedy = "Correct every reason and publish again. `loraretriever check` finds most of them without a server."
+    remedy = (
+        "Correct every reason and publish again. `loraretriever publish --dry-run` finds most of them without a server."
+    )
 
     def __init__(self, name: str, reasons: Sequence[str]) -> None:
         super().__init__(name, tuple(reasons))
@@ -96,7 +98,7 @@ class BlobCorrupted(LoraStoreError):
 
     kind = Kind.BROKEN
     code = "store_damaged"
-    remedy = "Publish the adapter again. `loraretriever verify` lists all such files."
+    remedy = "Publish the adapter again. `loraretriever pool verify` lists all such files."
 
     def __init__(self, digest: str, found: str) -> None:
         super().__init__(digest, found)
@@ -182,14 +184,15 @@ class StoreFull(StoreUnavailable):
     """The store's disk is full. Nothing is lost."""
 
     remedy = (
-        "Retry once the operator has freed space. `loraretriever withdraw` and `loraretriever gc` work on a full disk."
+        "Retry once the operator has freed space. `loraretriever withdraw` and `loraretriever pool gc` work on a full"
+        " disk."
     )
     client_message = "the store's disk is full; nothing is lost, try again once the operator has freed space"
 
     def __str__(self) -> str:
         return (
-            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever gc`,"
-            " or enlarge the disk"
+            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever"
+            " pool gc`, or enlarge the disk"
         )
 
 
@@ -236,7 +239,7 @@ class EncoderIncomplete(LoraStoreError):
 
     kind = Kind.UNAVAILABLE
     code = "unavailable"
-    remedy = "Run `loraretriever reindex` again."
+    remedy = "Run `loraretriever pool reindex` again."
 
     def __init__(self, missing: Sequence[AdapterRef]) -> None:
         super().__init__(tuple(missing))

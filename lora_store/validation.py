@@ -225,7 +225,7 @@ def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
     copy = compare = ""
     if _QUANTISED.search(base_model):
         copy = " It is a quantised copy; its adapters usually work on the full model."
-        compare = ", and compare with `loraretriever check FOLDER --parity`"
+        compare = ", and compare with `loraretriever publish --dry-run FOLDER --parity`"
     return (
         f"the adapter names {base_model[:200]!r} as its base model; this server accepts {accepted}.{copy}"
         f" If they are the same weights, set base_model_name_or_path in {CONFIG_FILE} to a name that it accepts,"

@@ -1,9 +1,11 @@
 """Retrieval: the encoder, the adapter index, and the Retriever that turns prompts into plans."""
 
+from retriever_svc.asked_prompts import AskedPrompt, AskedReport
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain
 from retriever_svc.competence import Region, Scorer
 from retriever_svc.doctor import AdapterFinding, Collision, DoctorReport, DoctorStep
+from retriever_svc.draws import Drawn, DrawnAdapter, Draws
 from retriever_svc.embedding import embed_groups, embeddings_of
 from retriever_svc.encoder import Encoder
 from retriever_svc.errors import (
@@ -40,12 +42,17 @@ __all__ = [
     "AdapterIncompatible",
     "AdapterIndex",
     "Allowed",
+    "AskedPrompt",
+    "AskedReport",
     "BaseCounts",
     "BulkEncoding",
     "Candidate",
     "Collision",
     "DoctorReport",
     "DoctorStep",
+    "Drawn",
+    "DrawnAdapter",
+    "Draws",
     "Encoder",
     "EncoderExists",
     "EncoderUnusable",

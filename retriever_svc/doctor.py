@@ -11,6 +11,7 @@ import numpy as np
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord
+from retriever_svc.asked_prompts import AskedReport
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import Vectors
@@ -20,14 +21,13 @@ from retriever_svc.pool import Pool
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.refit_gain import RefitGain, refit_gain
 from retriever_svc.sample_source import SampleSource, read_samples
-from retriever_svc.shared_wording import num_wordings
+from retriever_svc.shared_wording import has_one_wording, num_wordings
 
 FEW_SAMPLES = 10
 _NEAR = 0.95  # the typical cosine of two adapters of one task that were trained on different samples
 _NUM_NEIGHBOURS = 16
 _MANY_SWAPPED = 0.2  # of the samples of two adapters; fewer are chance, or a few odd samples
 _MANY_BELOW = 0.25  # a healthy adapter turns away far less of its own samples
-FEW_WORDED = 5  # fewer samples say nothing about their wording
 _MAX_REFITTED = 512  # adapters on which a refit is tried
 _MAX_REFITTED_SAMPLES = 32  # of one adapter
 POINTS: tuple[Abstain, ...] = ("lenient", "balanced", "strict")
@@ -76,8 +76,9 @@ class DoctorReport:
 
     `never_chosen`: adapters in the top_k of no sample of the pool. `unreadable`: adapters whose samples could not be
     read. `rankings`: the results of the tenant's last evaluation. `refit`: what a projection fitted to these samples
-    would change. `unserved`: adapters that were made for another base model, by its name. Samples contribute to their
-    adapter's embedding, so the shares are higher than for unseen prompts.
+    would change. `unserved`: adapters that were made for another base model, by its name. `asked`: who answers the
+    prompts that the caller gave. Samples contribute to their adapter's embedding, so the shares are higher than for
+    unseen prompts.
     """
 
     generation: int
@@ -89,6 +90,7 @@ class DoctorReport:
     rankings: tuple[Ranking, ...] = ()
     refit: RefitGain | None = None
     unserved: Mapping[str, tuple[AdapterRef, ...]] = field(default_factory=dict)
+    asked: AskedReport | None = None
 
     @property
     def share_first(self) -> float:
@@ -127,12 +129,12 @@ class DoctorReport:
     @property
     def with_one_wording(self) -> tuple[AdapterFinding, ...]:
         """The adapters whose samples repeat one instruction. Prompts in other words find them less often."""
-        return tuple(a for a in self.adapters if a.num_wordings == 1 and a.num_samples >= FEW_WORDED)
+        return tuple(a for a in self.adapters if has_one_wording(a.num_samples, a.num_wordings))
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorStep:
-    """Progress: `num_done` of `num_total` adapters are examined. The last step has the report."""
+    """Progress: `num_done` of `num_total` adapters and prompts are examined. The last step has the report."""
 
     num_done: int
     num_total: int

@@ -74,7 +74,7 @@ class EncoderRegistry:
             return None
         logger.warning(
             "the pool was embedded by %s, the default of an earlier version, and stays so until"
-            " `loraretriever reindex --encoder %s`",
+            " `loraretriever pool reindex --encoder %s`",
             ENGLISH_MODEL,
             self._default_model,
         )

@@ -15,7 +15,6 @@ from retriever_svc.encoder_registry import EncoderRegistry, LoadEncoder, Project
 from retriever_svc.errors import ProjectionUnusable, StaleIndex
 from retriever_svc.index import AdapterIndex, IndexSettings
 from retriever_svc.inverted_lists import InvertedLists
-from retriever_svc.ordinary_prompts import centred
 from retriever_svc.pool import Pool, routable
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import refit
@@ -161,8 +160,7 @@ class LivePool:
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
         ordinary = centre = None
         if self._projections is not None:
-            centre = self._projections.centre(encoder)
-            ordinary = centred(self._projections.ordinary(encoder), centre)
+            ordinary, centre = self._projections.ordinary(encoder), self._projections.centre(encoder)
         lists = self._saved_lists(snapshot, encoder)
         return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases, centre)
 

@@ -17,7 +17,7 @@ from lora_store.trials import TrialVersion
 from retriever_svc.errors import PlanGone
 from retriever_svc.index import Match
 from retriever_svc.output_profile import functions_agree
-from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest, Weighting
+from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest
 from retriever_svc.served_bases import ServedBases
 
 _MIN_DIGEST_CHARS = 8
@@ -33,7 +33,7 @@ def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int
     if request.weighting == "evidence":
         lowest = planned[0].score + temperature * math.log(_LEAST_SHARE)
         planned = [match for match in planned if match.score >= lowest]
-    weights = _weights(planned, request.weighting, temperature)
+    weights = _weights(planned, request, temperature)
     rows = tuple(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score)
         for match, weight in zip(planned, weights, strict=True)
@@ -196,13 +196,14 @@ def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names
     raise AdapterNotFound(wanted)
 
 
-def _weights(matches: Sequence[Match], weighting: Weighting, temperature: float) -> list[float]:
+def _weights(matches: Sequence[Match], request: RouteRequest, temperature: float) -> list[float]:
     """Return the weights for matches with scores s, best first. They sum to 1.
 
     `uniform`: 1/n. `softmax`: w_i = exp(s_i / T) / Σ_j exp(s_j / T). `evidence`: the same, with the companions of the
-    best adapter limited as in `limited_weights`, unless they score close to it and their sample outputs show the same
-    function.
+    best adapter limited as in `limited_weights`, unless they score close to it, their sample outputs show the same
+    function, and they are of the best adapter's owner or of the caller.
     """
+    weighting = request.weighting
     if weighting == "uniform":
         return [1 / len(matches)] * len(matches)
     best = matches[0]
@@ -210,12 +211,18 @@ def _weights(matches: Sequence[Match], weighting: Weighting, temperature: float)
     weights = [part / sum(parts) for part in parts]
     if weighting == "softmax":
         return weights
-    return limited_weights(weights, [_shares_lead(match, best) for match in matches])
+    return limited_weights(weights, [_shares_lead(match, best, request.tenant) for match in matches])
 
 
-def _shares_lead(match: Match, best: Match) -> bool:
+def _shares_lead(match: Match, best: Match, caller: str) -> bool:
+    """Return whether the match may weigh as much as the best one.
+
+    The outputs of samples do not bind an adapter's weights. So copies of another owner's samples never share the lead.
+    """
     first, other = best.record.embedding, match.record.embedding
     if first is None or other is None or best.score - match.score > CLOSE_SCORES:
+        return False
+    if match.record.ref.tenant not in (best.record.ref.tenant, caller):
         return False
     return functions_agree(first.outputs, other.outputs)
 

@@ -63,7 +63,7 @@ class Pool:
     snapshot: Snapshot
     encoder: Encoder
     index: AdapterIndex
-    ordinary: Vectors | None = None  # (J, D) of ordinary prompts, by the same encoder, from the centre
+    ordinary: Vectors | None = None  # (J, D) of ordinary prompts, by the same encoder
     bases: ServedBases = _EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
@@ -72,9 +72,12 @@ class Pool:
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
     listings: Listings = field(init=False)
+    reference: Vectors | None = field(init=False)  # (J, D) of the ordinary prompts, from the centre
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "listings", Listings(self.snapshot, self.bases))
+        reference = None if self.ordinary is None else centred(self.ordinary, self.centre)
+        object.__setattr__(self, "reference", reference)
 
     @classmethod
     def of(
@@ -115,15 +118,17 @@ class Pool:
         key = (_TRUSTED if trusted_only else "", tenant, *wanted)
         return self._allowed.get(key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only))
 
-    def judged(self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors) -> list[list[Match]]:
+    def judged(
+        self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None
+    ) -> list[list[Match]]:
         """Return the same matches with their thresholds at an operating point and their confidences.
 
-        `found` has one list for each of `queries` (N, D).
+        `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
         """
-        if self.ordinary is None:
+        if self.reference is None:
             return list(found)
         asked = centred(queries, self.centre)
-        near = nearness(asked, self.ordinary).tolist()
+        near = nearness(asked, self.reference).tolist() if near is None else near
         return [
             self._judged(matches, abstain, query, close)
             for matches, query, close in zip(found, asked, near, strict=True)
@@ -131,7 +136,7 @@ class Pool:
 
     def _judged(self, matches: Sequence[Match], abstain: Abstain, query: Vectors, close: float) -> list[Match]:
         """Judge the matches of a prompt: its vector (D,) from the centre, and its nearness to ordinary prompts."""
-        assert self.ordinary is not None
+        assert self.reference is not None
         if not matches:
             return []
         embeddings = [match.record.embedding for match in matches if match.record.embedding is not None]
@@ -142,7 +147,7 @@ class Pool:
             compared = scores
         else:  # own scores are not from the centre, so they set no floor
             compared, own_scores = np.asarray(vectors @ query, np.float64), [0 * own for own in own_scores]
-        judgement = judge(Candidates(compared, own_scores, nearness(vectors, self.ordinary)), abstain, close)
+        judgement = judge(Candidates(compared, own_scores, nearness(vectors, self.reference)), abstain, close)
         thresholds = judgement.thresholds
         if abstain != "never":
             thresholds = (thresholds + scores - compared).clip(-1, 1)
@@ -151,7 +156,7 @@ class Pool:
 
     def refers_back(self, query: Vectors) -> bool:
         """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""
-        return self.ordinary is not None and refers_back(centred(query, self.centre), self.ordinary)
+        return self.reference is not None and refers_back(centred(query, self.centre), self.reference)
 
     def preferences(self, tenant: str) -> Preferences:
         """Return what the rankings of `tenant` say about its search results."""

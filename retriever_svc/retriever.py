@@ -10,20 +10,22 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lora_store.adapter import Sample
+from lora_store.adapter import AdapterRef, Sample
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
+from retriever_svc.asked_prompts import AskedPrompt, count_answers
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import NO_THRESHOLD, Abstain
 from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
+from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import Vectors
 from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
-from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve_version, routed_plan, with_trials
+from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve, resolve_version, routed_plan, with_trials
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
@@ -33,6 +35,7 @@ from retriever_svc.served_bases import BaseCounts
 from retriever_svc.views import chosen_view, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
+_ASKED_TOGETHER = 16  # prompts that the doctor routes at once, while other callers wait
 
 
 class Timings(Protocol):
@@ -258,6 +261,14 @@ class Retriever:
         [matches] = pool.judged([matches], self._abstain, vectors)
         return tuple(_candidate(match) for match in matches)
 
+    def draw_measurement(self, tenant: str, name: str, samples: SampleSource) -> DrawMeasurement:
+        """Return a measurement of what the version that `tenant` names would draw. Raises: AdapterNotFound."""
+        return DrawMeasurement.of(self._pools.current, self.resolve(tenant, name), samples, tenant)
+
+    def draws(self, measurement: DrawMeasurement) -> Draws:
+        """Return what the version would draw, at the operating point of requests without their own."""
+        return measurement.result(self._abstain, self._min_score)
+
     def map(self, tenant: str) -> PoolMap:
         """Return the map of the adapters to which `tenant` may be routed."""
         return self._pools.current.map(tenant)[1]
@@ -286,9 +297,34 @@ class Retriever:
         pool = self._pools.current
         return PoolSize(pool.snapshot.generation_for(tenant), pool.count(tenant), pool.unserved())
 
-    def doctor(self, tenant: str, samples: SampleSource, top_k: int = 3) -> Iterator[DoctorStep]:
-        """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`)."""
-        return examine(self._pools.current, tenant, samples, top_k, self._pools.projections)
+    def doctor(
+        self, tenant: str, samples: SampleSource, top_k: int = 3, prompts: Sequence[AskedPrompt] = ()
+    ) -> Iterator[DoctorStep]:
+        """Examine how well the adapters of `tenant` are retrieved; the last step has the report (see `examine`).
+
+        Route the prompts, too. Raises: AdapterNotFound for an unknown name in them.
+        """
+        pool = self._pools.current
+        wanted = [self._named(pool, tenant, prompt) for prompt in prompts]
+        routes: list[Route] = []
+        for step in examine(pool, tenant, samples, top_k, self._pools.projections):
+            total = step.num_total + len(prompts)
+            if step.report is None:
+                yield replace(step, num_total=total)
+                continue
+            for start in range(0, len(prompts), _ASKED_TOGETHER):
+                batch = [RouteRequest(prompt.text, tenant) for prompt in prompts[start : start + _ASKED_TOGETHER]]
+                routes += [answer for answer in self.route(batch) if isinstance(answer, Route)]
+                yield DoctorStep(step.num_done + len(routes), total)
+            asked = count_answers(zip(wanted, routes, strict=True)) if prompts else None
+            yield DoctorStep(total, total, replace(step.report, asked=asked))
+
+    def _named(self, pool: Pool, tenant: str, prompt: AskedPrompt) -> tuple[AdapterRef, ...] | None:
+        """Return the adapters that should answer the prompt, as in `AskedPrompt`. Raises: AdapterNotFound."""
+        if prompt.adapters is None:
+            return None
+        owner_names, snapshot = self._owner_names, pool.snapshot
+        return tuple(resolve(snapshot, tenant, name, owner_names=owner_names).ref for name in prompt.adapters)
 
     def regions(self, tenant: str, samples: SampleSource) -> Iterator[Region]:
         """Return the regions in which adapters of `tenant` can be measured (see `competence`)."""

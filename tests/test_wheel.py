@@ -116,7 +116,7 @@ def test_the_installed_command_prints_the_version_of_the_wheel(
 def test_the_installed_command_lists_its_subcommands(installed: tuple[Path, Path], tmp_path: Path) -> None:
     script = installed[0] / "bin" / "loraretriever"
     help_text = run_installed(installed, tmp_path, script, "--help")
-    commands = {"ask", "batch", "keys", "publish", "route", "serve", "train-retriever"}
+    commands = {"ask", "batch", "keys", "publish", "route", "serve", "pool"}
     assert commands <= set(re.findall(r"[a-z-]+", help_text))
 
 
@@ -124,7 +124,9 @@ def test_the_installed_command_checks_an_adapter_and_reads_its_settings(
     installed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     script, adapter = installed[0] / "bin" / "loraretriever", ROOT / "examples" / "starter_pool" / "date_format"
-    assert "fit to publish" in run_installed(installed, tmp_path, script, "check", adapter)
+    assert "fit to publish" in run_installed(
+        installed, tmp_path, script, "publish", "--dry-run", "--config", "/dev/null", adapter
+    )
     printed = run_installed(installed, tmp_path, script, "serve", "--print-config", "--store", "own-pool")
     assert f"store_uri: {tmp_path / 'own-pool'}" in printed
 

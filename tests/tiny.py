@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -24,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import configure_worker
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.inject import target_linears
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
@@ -90,9 +91,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
-def tiny_config(folder: Path, **changes: object) -> WorkerConfig:
-    """Return the settings of a small float32 worker over a tiny model."""
-    settings: dict[str, object] = {
+def tiny_config(folder: Path, **changes: Any) -> Any:
+    """Return the configuration of a small float32 worker over a tiny model, of the native engine by default."""
+    settings: dict[str, Any] = {
+        "engine": "native",
         "base_model": str(folder),
         "dtype": "float32",
         "bank_rank_rows": 32,
@@ -100,7 +102,7 @@ def tiny_config(folder: Path, **changes: object) -> WorkerConfig:
         "max_model_len": 160,
         "max_step_tokens": 64,
     }
-    return WorkerConfig(**{**settings, **changes})  # type: ignore[arg-type]
+    return configure_worker(**{**settings, **changes})
 
 
 class InlineExecutor(Executor):

@@ -20,7 +20,7 @@ from benchmarks.gpu.checks import run_checks
 from benchmarks.gpu.hosting import Hosted
 from benchmarks.gpu.models import LLAMA_8B, TOY, layer_shapes
 from benchmarks.gpu.speed import FULL, SMALL, floor_of, run_speed, shown
-from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
+from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, VllmWorkerConfig, configure_worker
 from gpu_worker.model.base_model import model_source, resolve_dtype
 from gpu_worker.vllm.front_model import load_front_model
 
@@ -52,7 +52,7 @@ def run_kernels(device: str, write: Write) -> None:
         write(row)
 
 
-async def run(config: WorkerConfig, what: What, seconds: float, write: Write) -> None:
+async def run(config: NativeWorkerConfig | VllmWorkerConfig, what: What, seconds: float, write: Write) -> None:
     """Start the engine, and write a line for its start and for each result."""
     ends_at = time.monotonic() + seconds
     front = load_front_model(config)
@@ -76,13 +76,13 @@ async def run(config: WorkerConfig, what: What, seconds: float, write: Write) ->
         hosted.engine.stop()
 
 
-def settings_of(engine: str, what: What, model: str, device: str) -> WorkerConfig:
+def settings_of(engine: str, what: What, model: str, device: str) -> NativeWorkerConfig | VllmWorkerConfig:
     sizes = FULL if device == "cuda" else SMALL
     is_check = what == "checks"
-    return WorkerConfig(
+    return configure_worker(
         engine=engine,  # type: ignore[arg-type]
         base_model=model,
-        device=device,  # type: ignore[arg-type]
+        device=device,
         dtype="auto" if device == "cuda" else "float32",
         bank_rank_rows=32 if is_check else sizes.rank * max(sizes.active),
         max_batch_size=8 if is_check else max(8, *sizes.batches),  # few rows have few graphs to capture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import InferenceEngine
 from gpu_worker.front.request.request import Completion, Job, SamplingParams
 from gpu_worker.native.engine import NativeEngine
@@ -25,7 +25,7 @@ class Hosted:
     Free rows of its bank are NaN, so that an answer shows if one is read.
     """
 
-    config: WorkerConfig
+    config: NativeWorkerConfig | VllmWorkerConfig
     pool: dict[str, AdapterWeights] = field(default_factory=dict)
     _drawn: dict[int, dict[str, ModuleWeights]] = field(default_factory=dict)
 
@@ -70,8 +70,8 @@ def job(prompt: str, plan: Plan = BASE_PLAN, *, num_new: int = 8, logprobs: int 
     return Job("gpu", prompt, plan, sampling)
 
 
-async def _start(config: WorkerConfig, fetch: Fetch) -> InferenceEngine:
-    if config.engine == "native":
+async def _start(config: NativeWorkerConfig | VllmWorkerConfig, fetch: Fetch) -> InferenceEngine:
+    if isinstance(config, NativeWorkerConfig):
         return NativeEngine.start(config, fetch, stream_interval_ms=0, free_fill=math.nan)
     from gpu_worker.vllm.engine import VllmEngine
 

@@ -59,7 +59,7 @@ def starter_retriever(folder: Path, adapters: Sequence[Path] | None = None) -> R
     embeddings = Retriever(pools).embed_groups([item.samples for item in staged])
     store.commit(staged, embeddings, [None] * len(staged), _ACTOR)
     pools.catch_up()
-    return retriever_over(pools, config)
+    return retriever_over(pools, config.retrieval, owner_names=config.owner_names)
 
 
 async def chosen(planner: Planner, case: Case, *, whole: bool) -> str | None:
@@ -100,7 +100,9 @@ def table_of(rows: Sequence[dict[str, str | None]]) -> tuple[str, dict[str, floa
 def main() -> None:
     """Measure both rules on both files and write the results."""
     with TemporaryDirectory() as folder:
-        planner = Planner(AppConfig(store_uri=str(folder)), BatchRouting(starter_retriever(Path(folder, "store"))))
+        planner = Planner(
+            AppConfig().served_model, AppConfig().retrieval, BatchRouting(starter_retriever(Path(folder, "store")))
+        )
         found = {name: asyncio.run(measure(planner, read_cases(name))) for name in CASES}
     for name, rows in found.items():
         table, figures = table_of(rows)

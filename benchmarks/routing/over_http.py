@@ -2,7 +2,7 @@
 
 Starts the server with the starter pool and its default settings, and posts chats of one new token. The answer says
 which adapters gave it. Prompts of the pool's tasks should be answered by their own adapter, all others by the base
-model. `--prompts` adds a file of yours, in the form that `loraretriever eval-routing` reads.
+model. `--prompts` adds a file of yours, in the form that `loraretriever route --file` reads.
 """
 
 from __future__ import annotations

@@ -10,11 +10,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from deployments.api.base import ApiRequest
+from deployments.api.base import MAX_ADAPTERS, MAX_TEXT_CHARS, AdapterName, ApiRequest
 from lora_store import LOCAL_TENANT, Visibility
+from retriever_svc import AskedPrompt
 
 MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
+MAX_DOCTOR_PROMPTS = 10_000
 MAX_TAGS = 32
 MAX_TAG_CHARS = 256
 MAX_TTL_S = 30 * 86_400
@@ -193,6 +195,9 @@ class ApproveRequest(ApiRequest):
     """
 
     digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="the whole `digest` that GET /v1/loras/{name} shows")
+    confirmed: bool = Field(
+        default=False, description="also if the version would draw many ordinary prompts, or prompts of other adapters"
+    )
 
 
 class LoadAdapterRequest(ApiRequest):
@@ -217,7 +222,23 @@ class UnloadAdapterRequest(ApiRequest):
 
 
 class JobRequest(ApiRequest):
-    """`POST /v1/pool/verify`, `/doctor` and `/evaluate`: an empty object, so that no HTML form can start a job."""
+    """`POST /v1/pool/verify` and `/evaluate`: an empty object, so that no HTML form can start a job."""
+
+
+class DoctorPrompt(ApiRequest):
+    """A prompt of a client. `adapters`: those that should answer it, [] for the base model; unset: unknown."""
+
+    prompt: str = Field(min_length=1, max_length=MAX_TEXT_CHARS)
+    adapters: list[AdapterName] | None = Field(fail_fast=True, default=None, max_length=MAX_ADAPTERS)
+
+    def asked(self) -> AskedPrompt:
+        return AskedPrompt(self.prompt, None if self.adapters is None else tuple(self.adapters))
+
+
+class DoctorRequest(JobRequest):
+    """`POST /v1/pool/doctor`. `prompts`: real ones, to count which adapters answer them."""
+
+    prompts: list[DoctorPrompt] = Field(fail_fast=True, default=[], max_length=MAX_DOCTOR_PROMPTS)
 
 
 class GcRequest(ApiRequest):

@@ -134,7 +134,7 @@ class ApiRequest(BaseModel):
     since each bad item would become an error object of a kilobyte on the event loop. A test checks all fields.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -227,17 +227,34 @@ class LoraOptions(ApiRequest):
     """The options of a request about adapters. Unset fields use the server's defaults."""
 
     strategy: Literal["selection", "mixture", "fusion"] | None = None
+    """`selection`: the best adapter alone. `mixture`: the weighted sum of the adapters' outputs. `fusion`: the average
+    of their parameters. See strategies. Default: the setting `retrieval.strategy`."""
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
+    """How many adapters are retrieved. Default: `retrieval.k`."""
     adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None
+    """`[{"name": "a", "weight": 0.5}]`: use these adapters and retrieve nothing. `name@digest` pins a version. Weights
+    are from -4 to 4, by default 1."""
     weights: Weighting | None = None
+    """`evidence`, `softmax` or `uniform`: see strategies. Default: `retrieval.weights`."""
     abstain: Abstain | None = None
+    """How readily the base model answers instead of adapters: `never`, `lenient`, `balanced` or `strict`, see when
+    `auto` abstains. Default: `retrieval.abstain`."""
     min_score: float | None = Field(default=None, ge=-1, le=1)
+    """Not together with `abstain`. Adapters that score below this cosine are not used. Default: each adapter has a
+    threshold of its own."""
     fallback: Literal["base", "error"] | None = None
+    """Where no adapter reaches its threshold: `base` lets the base model answer, `error` answers 422."""
     filter: LoraFilter | None = None
+    """`{"tags": ["a", "b"]}`: retrieve only adapters that carry all of these tags."""
     query: str | None = Field(default=None, min_length=1, max_length=65_536)
+    """Retrieve by this text instead of the prompt."""
     plan: PlanGiven | None = None
+    """A plan that an answer or `/v1/route` returned. It is replayed exactly and nothing is retrieved."""
     min_generation: int = Field(default=0, ge=0, lt=2**63)
+    """Plan from this generation of the pool or a later one, else 503."""
     explain: bool = False
+    """Return candidates, scores, the reason and the generation with the answer, and the samples that the prompt is
+    nearest to. Only samples of your own tenant's adapters are shown."""
 
     @model_validator(mode="after")
     def _one_kind_of_threshold(self) -> Self:

@@ -127,35 +127,67 @@ class GenerationRequest(TolerantRequest):
     """Shared fields of chat and text completions."""
 
     model: str = Field(default="auto", min_length=1, max_length=256)
+    """`auto`, the base model's name, an adapter's name, `owner/name` of another tenant, `name@digest`, or
+    `base:adapter`."""
     lora: LoraOptions = LoraOptions()
+    """Options for retrieval and composition, see lora options."""
     merged_adapters: MergedAdapters | None = None
+    """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
     lora_path: AdapterName | Paths | None = None
+    """SGLang's spelling: one adapter's name, a list with one name for each prompt, or null for the base model."""
     max_tokens: int | None = Field(default=None, ge=1)
+    """The most new tokens. Without it an answer may fill the context, within the setting `max_new_tokens`. In
+    completions 0 goes with `echo` or `prompt_logprobs`."""
     min_tokens: int = Field(default=0, ge=0)
+    """The end token and stop strings count only after this many new tokens."""
     temperature: float = Field(default=1.0, ge=0, le=2)
+    """0 is greedy. Unset: the server's default, as for `top_p`, `top_k`, `min_p` and `repetition_penalty`."""
     top_p: float = Field(default=1.0, ge=0, le=1)
+    """Sample from the smallest set of tokens with this probability. 0 leaves the most probable token."""
     top_k: int = Field(default=0, ge=-1, lt=2**31)
+    """Sample from the k most probable tokens. 0 and -1 mean all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
+    """Drop tokens below this share of the most probable token's probability."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Subtracted once from each token that the answer contains."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Subtracted for each time the answer contains the token."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    """Divides the logits of tokens in the prompt and the answer."""
     logit_bias: LogitBias = Field(default={})
+    """Token id to a number that is added to its logit."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    """Makes sampling repeatable. -1 counts as unset. In bfloat16 a repetition may still differ, since other requests in
+    the batch and a cached prefix change which kernels run, and with them the last bits of the logits."""
     stop: StopStrings = Field(default=[])
+    """One string or a list. The answer ends before the first of them."""
     stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=64)] | None = None
+    """Token ids that end the answer."""
     ignore_eos: bool = False
+    """Continue past the end token."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     response_format: ResponseFormat | None = None
+    """`{"type": "json_object"}`, or `json_schema` with a schema that the answer follows, see structured output."""
     structured_outputs: StructuredOutputs | None = None
+    """vLLM's spelling: one of `json`, `regex`, `choice`, `grammar` and `json_object`, see structured output."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    """Answers for each prompt. The first equals the one that `n: 1` gives with the same seed."""
     stream: bool = False
+    """Send server-sent events."""
     stream_options: StreamOptions | None = None
-    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # from arrival; limited by the server
-    # Accepted without effect on the answer.
+    """`{"include_usage": true}` adds usage to the last event. Needs `stream`."""
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds from arrival, at most the setting `max_request_s`. Then the answer is 504, or the stream ends with an
+    error event."""
     user: Label | None = None
+    """Accepted without effect."""
     metadata: Metadata | None = None
+    """Accepted without effect."""
     safety_identifier: Label | None = None
+    """Accepted without effect."""
     prompt_cache_key: Label | None = None
+    """Accepted without effect."""
 
     @model_validator(mode="after")
     def _one_way_to_name_adapters(self) -> Self:
@@ -261,12 +293,22 @@ class ChatCompletionRequest(GenerationRequest):
         Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
         AfterValidator(check_results),
     ]
+    """Roles `system`, `developer` (as `system`), `user`, `assistant` and `tool`; content is text or a list of text
+    parts. An assistant's message may have `tool_calls`, and a tool's message names its call in `tool_call_id`. Adapters
+    are found by the user's turns, see conversations."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Takes precedence over `max_tokens`."""
     logprobs: bool = False
+    """Report log probabilities of the tokens, before temperature and penalties."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Alternatives for each token. Needs `logprobs: true`."""
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    """Functions that the answer may call, each with a name, a description, `parameters` (a JSON schema) and `strict`,
+    see how to use tools."""
     tool_choice: Annotated[ToolChoice, word_or(ToolChoice)] | None = None
+    """`auto`, `none`, `required`, or `{"type": "function", "function": {"name": "f"}}`. Default with tools: `auto`."""
     parallel_tool_calls: bool | None = None
+    """`false`: at most one call. Default: several, if the chat template of the base model writes several."""
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -308,9 +350,15 @@ class CompletionRequest(GenerationRequest):
         Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_as_prompts, json_schema_input_type=Prompt | Prompts | Ids | IdsOfPrompts),
     ]
+    """One text, the token ids of one prompt, or a list of these. Each prompt has its own plan. It is used as it is: no
+    prompt template is applied, and token ids get no further token. `auto` finds adapters by the text of token ids."""
     max_tokens: int | None = Field(default=None, ge=0)
+    """The most new tokens. Without it an answer may fill the context, within the setting `max_new_tokens`. In
+    completions 0 goes with `echo` or `prompt_logprobs`."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Report log probabilities with this many alternatives. With `echo` also those of the prompt's tokens."""
     echo: bool = False
+    """Begin each answer with its prompt."""
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -350,7 +398,9 @@ class RouteQuery(ApiRequest):
         Field(fail_fast=True, min_length=1, max_length=MAX_QUERIES),
         BeforeValidator(_as_list, json_schema_input_type=Text | Queries),
     ]
+    """One text or a list."""
     lora: LoraOptions = LoraOptions()
+    """Options for retrieval and composition, see lora options."""
 
 
 TextRequest = ChatCompletionRequest | CompletionRequest

@@ -10,7 +10,8 @@ from typing_extensions import TypedDict
 from deployments.api.pool_responses import ranking_object, unserved_text
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef
-from retriever_svc import AdapterFinding, Collision, DoctorReport
+from retriever_svc import AdapterFinding, AskedReport, Collision, DoctorReport
+from retriever_svc.shared_wording import wording_cost
 
 MAX_NAMED = 10  # adapters in the text of one piece of advice; `adapters` has all of them
 MAX_PAIRS = 20  # of adapters that are not separable; `collisions` has all of them
@@ -55,7 +56,34 @@ def doctor_object(report: DoctorReport, tenant: str) -> JsonObject:
             if finding.shadowed_by is not None
         ],
         "unreadable": list(map(name, report.unreadable)),
+        **({} if report.asked is None else {"prompts": asked_object(report.asked, name)}),
         "advice": list(advice_of(report, name)),
+    }
+
+
+def asked_object(asked: AskedReport, name: Name) -> JsonObject:
+    """Return which adapters answer real prompts. A row whose name is null is of prompts for the base model."""
+    labelled = sorted(asked.labelled.items(), key=lambda item: "" if item[0] is None else name(item[0]))
+    counted = [counts for _, counts in labelled]
+    return {
+        "num": sum(counts.num for counts in counted),
+        "num_right": sum(counts.num_right for counts in counted),
+        "num_other": sum(counts.num_other for counts in counted),
+        "num_base": sum(counts.num_base for counts in counted),
+        "adapters": [
+            {
+                "name": None if ref is None else name(ref),
+                "num": counts.num,
+                "num_right": counts.num_right,
+                "num_other": counts.num_other,
+                "num_base": counts.num_base,
+                "others": [{"name": name(other), "num": num} for other, num in counts.others.most_common(MAX_NAMED)],
+            }
+            for ref, counts in labelled
+        ],
+        "unlabelled": [
+            {"name": None if ref is None else name(ref), "num": num} for ref, num in asked.unlabelled.most_common()
+        ],
     }
 
 
@@ -82,12 +110,13 @@ def _of_a_pair(collision: Collision, first: str, second: str) -> str:
         f"{collision.num_of_first} samples of {first} find {second} first, and {collision.num_of_second} the reverse"
     )
     same = (
-        "Their sample outputs show the same function: withdraw one of them, or let `loraretriever evaluate` "
+        "Their sample outputs show the same function: withdraw one of them, or let `loraretriever pool evaluate` "
         "measure which one answers better."
     )
     other = (
-        "If they do the same, withdraw one of them, or give both samples with outputs and let `loraretriever evaluate` "
-        "measure which one answers better. If not, give them samples that show the difference, or tags to filter by."
+        "If they do the same, withdraw one of them, or give both samples with outputs and let `loraretriever pool"
+        " evaluate` measure which one answers better. If not, give them samples that show the difference, or tags to"
+        " filter by."
     )
     start = f"Prompts do not distinguish {first} from {second} (cosine {collision.cosine:.2f}; {swapped}). "
     return start + (same if collision.agree else other)
@@ -108,10 +137,7 @@ def _of_samples(report: DoctorReport, name: Name) -> Iterator[Advice]:
         )
         yield {"problem": "unlike_samples", "adapters": [name(finding.ref) for finding in unlike], "text": text}
     if alike := report.with_one_wording:
-        text = (
-            f"{_listed(alike, name)} {_have(alike)} samples of one wording, which prompts in other words "
-            "find less often. Publish again with the instruction in three wordings or more, as clients word it."
-        )
+        text = f"{_listed(alike, name)} {_have(alike)} samples of one wording: {wording_cost()}, and publish again."
         yield {"problem": "one_wording", "adapters": [name(finding.ref) for finding in alike], "text": text}
 
 

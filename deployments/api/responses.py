@@ -10,6 +10,7 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from deployments.api import error_table
+from deployments.api.draws_report import DrawsObject
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef, Plan, Strategy, Trial, TrialVersion
 from retriever_svc import Candidate
@@ -207,6 +208,7 @@ class SettledAdapter(TypedDict):
     visibility: NotRequired[str]
     digest: NotRequired[str]
     approved: NotRequired[bool]
+    draws: NotRequired[DrawsObject]
     trial: NotRequired[TrialObject | None]
     generation: int
     replicas: Replicas
@@ -279,10 +281,15 @@ def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAd
     return {"name": name, "visibility": visibility, "generation": settled.generation, "replicas": replicas}
 
 
-def approval_object(ref: AdapterRef, settled: Settled, *, approved: bool = True) -> SettledAdapter:
-    replicas, generation = replicas_object(settled), settled.generation
-    digest = ref.digest
-    return {"name": ref.name, "digest": digest, "approved": approved, "generation": generation, "replicas": replicas}
+def approval_object(ref: AdapterRef, settled: Settled, draws: DrawsObject, *, approved: bool = True) -> SettledAdapter:
+    return {
+        "name": ref.name,
+        "digest": ref.digest,
+        "approved": approved,
+        "draws": draws,
+        "generation": settled.generation,
+        "replicas": replicas_object(settled),
+    }
 
 
 def share_object(name: str, trial: Trial | None, settled: Settled) -> SettledAdapter:

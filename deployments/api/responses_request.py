@@ -18,7 +18,7 @@ from deployments.api.base import (
     problem,
     unsupported,
 )
-from deployments.api.completions import MAX_MESSAGES, GenerationRequest, Question
+from deployments.api.completions import MAX_MESSAGES, GenerationRequest, Metadata, Question, StreamOptions
 from deployments.api.messages import (
     MAX_PARTS,
     MAX_TOOLS,
@@ -196,16 +196,37 @@ class ResponsesRequest(GenerationRequest):
         Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
         BeforeValidator(_as_items, json_schema_input_type=Text | Items),
     ]
+    """A text, or a list of messages with the roles `system`, `developer`, `user` and `assistant`; content is a text or
+    a list of text parts. It is the whole conversation. Items of the type `reasoning` are not read."""
     instructions: Text | None = None
+    """A system message before the others."""
     previous_response_id: Label | None = None
+    """Refused with 400 `previous_response_not_found`, because nothing is stored."""
     max_output_tokens: int | None = Field(default=None, ge=1)
+    """The most new tokens. Takes precedence over `max_tokens`."""
     text: TextOptions | None = None
+    """`{"format": {"type": "json_object"}}`, or `json_schema` with `name` and `schema`, see structured output."""
     include: Annotated[list[Label], Field(fail_fast=True, max_length=_MAX_INCLUDED)] | None = None
+    """`message.output_text.logprobs` reports log probabilities. Other values have no effect."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Alternatives for each token; more than 0 also reports log probabilities."""
+    stream: bool = False
+    """Send server-sent events with types, from `response.created` to `response.completed` or `response.incomplete`."""
+    stream_options: StreamOptions | None = None
+    """Accepted; the usage is always in the last event."""
+    user: Label | None = None
+    """Repeated in the response."""
+    metadata: Metadata | None = None
+    """Repeated in the response."""
     n: Literal[1] = 1
+    """A response has one answer."""
     tools: Annotated[list[ResponsesTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    """Functions that the answer may call: `{"type": "function", "name": ..., "parameters": {...}}`. Other types are
+    refused."""
     tool_choice: Annotated[ResponsesChoice, word_or(ResponsesChoice)] | None = None
+    """`auto`, `none`, `required`, or `{"type": "function", "name": ...}`."""
     parallel_tool_calls: bool | None = None
+    """`false`: at most one call in an answer."""
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

@@ -9,24 +9,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from deployments.auth.api_keys import KeySet, parse_entries, single_entry
 from deployments.auth.authenticator import Caller, Keys
-from deployments.config.app import AppConfig
 from deployments.errors import KeysUnavailable
 
 logger = logging.getLogger(__name__)
 
+MISSING_GRACE_S = 300.0  # how long keys stay valid while their file is missing
 _SETTLE_S = 2.0  # a file this young may change again with the same time and size
 _State = tuple[int, int, int, int, int]
 
 
-def keys_of(config: AppConfig) -> Keys | None:
-    """Return the keys that the settings name, or None for a server without keys. Raises: ValueError, OSError."""
-    if config.api_key is not None:
-        return KeySet([single_entry(config.api_key.get_secret_value())])
-    if config.keys_file is None:
+def load_keys(api_key: SecretStr | None, keys_file: Path | None) -> Keys | None:
+    """Return the one key or those of the file, or None for a server without keys. Raises: ValueError, OSError."""
+    if api_key is not None:
+        return KeySet([single_entry(api_key.get_secret_value())])
+    if keys_file is None:
         return None
-    return KeyFile(config.keys_file, missing_grace_s=config.keys_missing_grace_s)
+    return KeyFile(keys_file, missing_grace_s=MISSING_GRACE_S)
 
 
 class KeyFile:

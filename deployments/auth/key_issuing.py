@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.auth.api_keys import KeyEntry, hash_of, new_key, parse_entries
-from deployments.field_problems import describe_problem, field_names
+from deployments.field_problems import describe_problem, did_you_mean, field_names
 from deployments.json_types import JsonMapping, JsonObject
 
 
@@ -48,10 +48,20 @@ def add_entry(file: Path, entry: JsonMapping) -> None:
 
     Raises: ValueError, OSError.
     """
+    _rewrite(file, lambda text: with_entry(text, entry))
+
+
+def remove_entry(file: Path, id: str) -> None:
+    """Remove the entry with this id, as `add_entry` adds one. Raises: ValueError without such an entry; OSError."""
+    if not file.exists():
+        raise ValueError("no such file")
+    _rewrite(file, lambda text: without_entry(text, id))
+
+
+def _rewrite(file: Path, change: Callable[[str], str]) -> None:
     target = file.resolve()  # a link stays a link
     with _locked(target.parent):
-        old = target.read_text(encoding="utf-8") if target.exists() else ""
-        text = with_entry(old, entry)
+        text = change(target.read_text(encoding="utf-8") if target.exists() else "")
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as made:
             made.write(text)
         os.chmod(made.name, target.stat().st_mode & 0o777 if target.exists() else 0o600)
@@ -83,6 +93,25 @@ def with_entry(text: str, entry: JsonMapping) -> str:
     rewritten = json.dumps([*yaml.safe_load(text), dict(entry)], indent=1) + "\n"
     parse_entries(rewritten)
     return rewritten
+
+
+def without_entry(text: str, id: str) -> str:
+    """Return the keys file `text` without one entry. Comments of other entries are kept. Raises: ValueError."""
+    ids = [entry.id for entry in parse_entries(text)]
+    if id not in ids:
+        raise ValueError(f"no key has the id {id!r}{did_you_mean(id, ids)}; `loraretriever keys list` prints the ids")
+    place, lines = ids.index(id), text.splitlines(keepends=True)
+    nodes = yaml.compose(text, Loader=yaml.SafeLoader).value
+    start = nodes[place].start_mark.line
+    end = nodes[place + 1].start_mark.line if place + 1 < len(nodes) else len(lines)
+    left = "".join(lines[:start] + lines[end:]) if len(ids) > 1 else "[]\n"
+    try:
+        if [entry.id for entry in parse_entries(left)] == ids[:place] + ids[place + 1 :]:
+            return left
+    except ValueError:  # JSON, or a YAML list on one line
+        pass
+    entries = yaml.safe_load(text)
+    return json.dumps(entries[:place] + entries[place + 1 :], indent=1) + "\n"
 
 
 def block_of(entry: JsonMapping) -> str:

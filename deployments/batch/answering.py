@@ -19,7 +19,7 @@ from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.engine import InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.request.request import Completion, Job
@@ -66,12 +66,12 @@ class OfflineEngine:
         """Answer all rows at once, then repeat the rows whose engine step failed. Raises: EngineStopped."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._complete(jobs), self._asyncio_loop))
 
-    def _run(self, worker: WorkerConfig, started: Future[InferenceEngine]) -> None:
+    def _run(self, worker: NativeWorkerConfig | VllmWorkerConfig, started: Future[InferenceEngine]) -> None:
         """Run the event loop until the engine has stopped."""
         with asyncio.Runner(loop_factory=lambda: self._asyncio_loop) as runner:
             runner.run(self._serve(worker, started))
 
-    async def _serve(self, worker: WorkerConfig, started: Future[InferenceEngine]) -> None:
+    async def _serve(self, worker: NativeWorkerConfig | VllmWorkerConfig, started: Future[InferenceEngine]) -> None:
         try:
             engine = await start_engine(worker, self._start_fetch, executor=self._executor)
         except BaseException as exc:

@@ -15,15 +15,13 @@ from ray.data import ActorPoolStrategy, DataContext
 from deployments.batch.answering import PARTS_AT_ONCE, PartAnswerer
 from deployments.batch.planning import PartPlanner
 from deployments.batch.run import BatchRun
-from deployments.config.app import AppConfig
 
 
 @contextmanager
-def cluster(config: AppConfig, address: str | None, concurrency: int) -> Iterator[None]:
+def cluster(num_cpus_of_engine: float, address: str | None, concurrency: int) -> Iterator[None]:
     """Connect to the cluster at `address`, or start one on this machine for the duration of the run."""
     if address is None:
-        each = config.worker_scaling.num_cpus + config.retriever_scaling.num_cpus
-        num_cpus = max(math.ceil(concurrency * each) + 1, os.cpu_count() or 1)
+        num_cpus = max(math.ceil(concurrency * num_cpus_of_engine) + 1, os.cpu_count() or 1)
         ray.init(
             address="local",  # never another cluster on this machine
             num_cpus=num_cpus,

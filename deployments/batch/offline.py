@@ -67,7 +67,11 @@ class LoraRetriever:
         self._config = settings if isinstance(settings, AppConfig) else load_config(path, **changes)
         self._tenant = tenant
         self._pools = live_pool(self._config, store_of(self._config).snapshot)
-        self._planner = Planner(self._config, BatchRouting(retriever_over(self._pools, self._config)))
+        self._planner = Planner(
+            self._config.served_model,
+            self._config.retrieval,
+            BatchRouting(retriever_over(self._pools, self._config.retrieval, owner_names=self._config.owner_names)),
+        )
         self._engine = OfflineEngine(self._config, _MAX_PROMPTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offline")  # a notebook's own event loop is running
 
@@ -120,7 +124,7 @@ class LoraRetriever:
         await asyncio.to_thread(self._pools.catch_up)
         asked: list[Asked] = await asyncio.gather(
             *[
-                asked_of(self._planner, self._config, self._tenant, f"prompt-{number}", body)
+                asked_of(self._planner, self._config.served_model, self._tenant, f"prompt-{number}", body)
                 for number, body in enumerate(bodies)
             ]
         )

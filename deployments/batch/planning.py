@@ -14,7 +14,7 @@ from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part, store_of
 from deployments.calls.catalogue_clients import RoutingClient
-from deployments.config.app import AppConfig
+from deployments.config.served_model import ServedModel
 from deployments.generation.completions import jobs_of
 from deployments.generation.planner import Planner, check_limits
 from deployments.json_types import JsonObject
@@ -38,8 +38,10 @@ class PartPlanner:
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
         snapshot = store_of(config).snapshot_at(run.generation)
-        retriever = retriever_over(live_pool(config, lambda: snapshot), config)
-        self._planner = Planner(config, BatchRouting(retriever))
+        retriever = retriever_over(
+            live_pool(config, lambda: snapshot), config.retrieval, owner_names=config.owner_names
+        )
+        self._planner = Planner(config.served_model, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)
         self._settings = run.settings
 
@@ -55,17 +57,19 @@ class PartPlanner:
         return PlannedPart(part, rows, tuple(asked))
 
     async def _ask(self, number: int, body: JsonObject) -> Asked:
-        return await asked_of(self._planner, self._settings.config, self._settings.tenant, f"row-{number}", body)
+        return await asked_of(
+            self._planner, self._settings.config.served_model, self._settings.tenant, f"row-{number}", body
+        )
 
 
-async def asked_of(planner: Planner, config: AppConfig, tenant: str, name: str, body: JsonObject) -> Asked:
+async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str, body: JsonObject) -> Asked:
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)
         sampling, questions = request.sampling(), request.questions()
-        check_limits(request, questions, config)
+        check_limits(request, questions, served)
         planned = await planner.plan(questions[0], tenant)
-        [job] = jobs_of(name, sampling, questions, [planned], config.template)
+        [job] = jobs_of(name, sampling, questions, [planned], served.template)
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])
     return Asked(planned, replace(job, tenant=tenant))

@@ -17,10 +17,10 @@ from retriever_svc import BaseCounts
 _OF_APP = (
     *("base_model", "base_model_name", "accepts_base", "store_uri", "template", "max_new_tokens", "generation_config"),
     "sampling_defaults",
-    *("public_requires_approval", "owner_names"),
+    "public_requires_approval",
 )
 _OF_RETRIEVAL = (
-    *("encoder", "projection", "strategy", "k", "weights", "softmax_temperature"),
+    *("encoder", "projection", "strategy", "k", "weights"),
     *("abstain", "min_score", "fallback"),
 )
 _OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows")
@@ -82,13 +82,13 @@ def begin(settings: BatchSettings) -> BatchRun:
         records = store.snapshot_at(manifest.generation).records
     except GenerationGone as exc:
         raise BatchRefused(f"the run cannot be resumed: {exc}; start a new one in another output folder") from exc
-    unserved = settings.config.served_bases.unserved(records.values())
+    unserved = settings.config.served_model.bases.unserved(records.values())
     num_adapters = len(records) - sum(num for _, num in unserved)
     return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, len(parts) - len(left))
 
 
 def store_of(config: AppConfig) -> LoraStore:
-    return LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    return LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
 
 
 def _described(source: BatchInput) -> JsonObject:
@@ -101,5 +101,6 @@ def _deciding(settings: BatchSettings) -> JsonObject:
     deciding: JsonObject = {name: config[name] for name in _OF_APP}
     deciding["retrieval"] = {name: config["retrieval"][name] for name in _OF_RETRIEVAL}
     deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
+    deciding["owner_names"] = settings.config.owner_names
     deciding["defaults"] = dict(settings.defaults)
     return deciding | {"tenant": settings.tenant, "part_rows": settings.part_rows}

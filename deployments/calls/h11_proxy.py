@@ -67,14 +67,14 @@ class WithoutTraceparent:
 class AddressBook:
     """The open connections of each address. Those that wait for a head are ordered by the start of the wait."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._counts: dict[str, int] = {}
         self._waiting: dict[str, dict[BoundedProtocol, None]] = {}
 
     def enter(self, address: str) -> bool:
         """Count a new connection. Return False if there are too many and none can be closed for it."""
-        if self._limit is not None and self._counts.get(address, 0) >= self._limit:
+        if self._counts.get(address, 0) >= self._limit:
             oldest = next(iter(self._waiting.get(address, ())), None)
             if oldest is None:
                 return False

@@ -1,4 +1,4 @@
-"""The limits of one HTTP proxy, from its environment, because application settings do not reach that process."""
+"""The limits of one HTTP proxy. Application settings do not reach that process: Ray's own variables do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Self
 
 from deployments.errors import ProxyUnsafe
 
-CONNECTIONS_VARIABLE = "LORARETRIEVER_CONNECTIONS_PER_ADDRESS"
-TRACEPARENT_VARIABLE = "LORARETRIEVER_TRUST_TRACEPARENT"
+TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
+SAMPLING_VARIABLE = "RAY_SERVE_TRACING_SAMPLING_RATIO"
 HA_PROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
-_MAX_CONNECTIONS = 1024
+_MAX_CONNECTIONS = 4096  # a reverse proxy in front has one address for all its clients
 _SHARE_OF_FILES = 4  # one address may use 1 / n of the files that the process may open
 
 
@@ -22,23 +22,18 @@ class ProxyLimits:
 
     head_timeout_s: float = 10.0  # from the earliest time of a head until it is complete
     unread_timeout_s: float = 60.0  # how long a client may leave an answer unread
-    connections_per_address: int | None = _MAX_CONNECTIONS  # None: no limit, for a proxy behind another proxy
+    connections_per_address: int = _MAX_CONNECTIONS
     trusts_traceparent: bool = False  # whether clients decide what is traced
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """Return the limits given by the variables. 0 connections: no limit.
+        """Return the limits. With Ray's tracing at a sampling ratio of 0, callers decide what is traced.
 
-        Raises: ValueError if a variable has an invalid value.
+        Raises: ValueError if the ratio is not a number.
         """
-        given = environment.get(CONNECTIONS_VARIABLE, "")
-        if given and not given.isdecimal():
-            raise ValueError(f"{CONNECTIONS_VARIABLE} must be a number, 0 for no limit, got {given!r}")
-        connections = int(given) if given else _by_file_limit()
-        trust = environment.get(TRACEPARENT_VARIABLE, "0")
-        if trust not in ("0", "1"):
-            raise ValueError(f"{TRACEPARENT_VARIABLE} must be 0 or 1, got {trust!r}")
-        return cls(connections_per_address=connections or None, trusts_traceparent=trust == "1")
+        ratio = environment.get(SAMPLING_VARIABLE, "")
+        traces_callers = bool(environment.get(TRACING_VARIABLE)) and ratio != "" and float(ratio) == 0
+        return cls(connections_per_address=_by_file_limit(), trusts_traceparent=traces_callers)
 
 
 def _by_file_limit() -> int:

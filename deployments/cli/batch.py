@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,19 +14,21 @@ commands = typer.Typer()
 
 @commands.command()
 def batch(
-    source: Annotated[
-        str, typer.Argument(metavar="IN.parquet", help="input: a file, a folder, or an s3:// or gs:// URI")
-    ],
-    target: Annotated[str, typer.Argument(metavar="OUT.parquet", help="output folder; a second run resumes it")],
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="input: a file, a folder, or an s3:// or gs:// URI")],
+    target: Annotated[str, typer.Argument(metavar="OUTPUT", help="output folder; a second run resumes it")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings")] = None,
     store: Annotated[str | None, typer.Option(help="the pool; default: store_uri of the settings")] = None,
     tenant: Annotated[str, typer.Option(help="tenant whose private adapters may be used")] = "local",
-    model: Annotated[str | None, typer.Option(help="default model: auto, the base model, or an adapter")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="default model: auto, the base model, or an adapter")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="default max_tokens of rows")] = None,
     temperature: Annotated[float | None, typer.Option(help="default temperature of rows")] = None,
     strategy: Annotated[str | None, typer.Option(help="default strategy of rows: selection, mixture or fusion")] = None,
-    k: Annotated[int | None, typer.Option(help="default number of adapters per row")] = None,
-    weights: Annotated[str | None, typer.Option(help="default weights of rows: evidence, softmax or uniform")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="default number of adapters per row")] = None,
+    weights: Annotated[
+        Literal["evidence", "softmax", "uniform"] | None, typer.Option(help="default weights of rows")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="number of engines")] = 1,
     part_rows: Annotated[int, typer.Option(min=1, help="rows per output part")] = 256,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: this machine only")] = None,
@@ -42,7 +44,7 @@ def batch(
     try:
         settings = configured(config, store, {name: value for name, value in retrieval.items() if value is not None})
         if address is None:  # a cluster has files of its own
-            require_base_model(settings)
+            require_base_model(settings.base_model)
     except (ValueError, OSError) as exc:
         raise typer.Exit(fail(str(exc))) from exc
     given = {name: value for name, value in defaults.items() if value is not None}

@@ -1,42 +1,47 @@
-"""Run `loraretriever check`. This module is apart from `serve`, because Ray takes seconds to import."""
+"""Check adapter folders without a server, for `loraretriever publish --dry-run`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from deployments.cli.client import counted, err, out, print_json, show_error, show_warning
-from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
+from deployments.config.served_model import ServedModel
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import CONFIG_FILE, AdapterFolder, adapter_folders
-from lora_store import AdapterRefused, Label, check_folder
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
+from lora_store import AdapterRefused, Label, Limits, check_folder
 from lora_store.peft_files import TEMPLATE_FILE
 from lora_store.sample_files import SAMPLES_FILE, sample_lines
 
 _ENOUGH_SAMPLES = 20  # more improve routing little
 
 
-def check_adapter(folder: Path, config: Path | None, parity: bool, *, as_json: bool = False) -> int:
-    """Print whether the adapters at `folder` can be published, or every reason why not. Return the exit code.
+def check_adapters(folders: Sequence[Path], config: Path | None, parity: bool, *, as_json: bool = False) -> int:
+    """Print whether the adapters at `folders` can be published, or every reason why not. Return the exit code.
 
     These are the ones that `publish` finds there. `parity`: also compare the logits with those of PEFT.
     `as_json`: print an object for scripts.
     """
-    found = adapter_folders(folder)
-    if not found:
-        return _fail(folder_problem(folder))
+    found = []
+    for folder in folders:
+        found += (own := adapter_folders(folder))
+        if not own:
+            return _fail(folder_problem(folder))
     if parity and len(found) > 1:
         return _fail("--parity compares one adapter: give its folder")
     try:
         settings = load_config(config)
-        outcomes = [_outcome(adapter, settings) for adapter in found]
+        limits = settings.admission.limits
+        outcomes = [_outcome(adapter, settings.served_model, limits) for adapter in found]
     except (ValueError, OSError) as exc:
         return _fail(str(exc))
     num_refused = sum(not outcome["is_fit"] for outcome in outcomes)
     if as_json:
-        print_json(outcomes[0] if len(outcomes) == 1 else {"data": outcomes})
+        print_json({"data": outcomes})
         return min(num_refused, 1)
     for outcome in outcomes:
         _print(outcome, is_named=len(outcomes) > 1)
@@ -44,7 +49,7 @@ def check_adapter(folder: Path, config: Path | None, parity: bool, *, as_json: b
         err.print(f"{len(outcomes) - num_refused} fit to publish, {num_refused} refused", highlight=False)
     if num_refused:
         return 1
-    return _check_parity(found[0].path.resolve(), settings) if parity else 0
+    return _check_parity(found[0].path.resolve(), settings.worker_config()) if parity else 0
 
 
 def folder_problem(folder: Path) -> str:
@@ -56,7 +61,7 @@ def folder_problem(folder: Path) -> str:
     return f"{folder}: no adapter here, {CONFIG_FILE} is missing"
 
 
-def _outcome(adapter: AdapterFolder, settings: AppConfig) -> JsonObject:
+def _outcome(adapter: AdapterFolder, model: ServedModel, limits: Limits) -> JsonObject:
     """Return what the check of one folder finds. Raises: OSError."""
     folder = adapter.path.resolve()
     has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
@@ -64,10 +69,10 @@ def _outcome(adapter: AdapterFolder, settings: AppConfig) -> JsonObject:
         admitted = check_folder(
             folder,
             Label(adapter.name),
-            accepts_base=settings.accepted_bases,
+            accepts_base=model.accepted_names,
             module_shapes=None,
-            templates=settings.known_templates if has_template else None,
-            limits=settings.admission,
+            templates=model.known_templates if has_template else None,
+            limits=limits,
         )
     except AdapterRefused as exc:
         return {"name": adapter.name, "is_fit": False, "reasons": list(exc.reasons)}
@@ -108,11 +113,11 @@ def _summary(outcome: JsonObject) -> str:
     return f"{', '.join(parts)}, fit to publish{hint}"
 
 
-def _check_parity(folder: Path, settings: AppConfig) -> int:
+def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> int:
     from deployments.cli.peft_parity import TOLERANCE, parity_with_peft  # transformers takes seconds to import
 
     with out.status("loading the base model twice"):
-        differences = parity_with_peft(folder, settings.worker_config())
+        differences = parity_with_peft(folder, config)
     title = f"log probabilities compared with PEFT in float32, at most {TOLERANCE:g}"
     table = Table("strategy", "largest difference", title=title)
     for strategy, difference in differences.items():

@@ -9,7 +9,8 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Annotated, Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import httpx
 import typer
@@ -26,6 +27,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
 KEY_VARIABLE = "LORARETRIEVER_KEY"
 _ANSWER_TIMEOUT_S = 300.0
+_PROBE_TIMEOUT_S = 5.0
 _UNAUTHORIZED = 401
 
 
@@ -38,32 +40,85 @@ def server_url(given: str) -> str:
     return url if separator else f"http://{url}"
 
 
-Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, callback=server_url, help="address of the server")]
+Url = Annotated[
+    str, typer.Option("--url", "-u", envvar=URL_VARIABLE, callback=server_url, help="address of the server")
+]
 Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; before or after the command")]
 Json = Annotated[bool, typer.Option("--json", help="print the server's answer as JSON")]
 JsonOutcome = Annotated[bool, typer.Option("--json", help="print the outcome as JSON")]
 # Fields of requests whose option has another name, with the names that it has in any command.
 _OTHER_NAMES = {
     "digest": ("to", "version"),
-    "share": ("percent",),
+    "share": ("percent", "share"),
     "tags": ("tag",),
     "filter": ("tag",),
     "ttl_s": ("ttl",),
     "retention_s": ("retention",),
-    "visibility": ("public", "wanted"),
+    "visibility": ("public",),
     "roles": ("role",),
+}
+_TYPES = {str: "TEXT", Path: "PATH", int: "NUMBER", float: "NUMBER"}
+# Names of commands elsewhere and of earlier versions, with what to type.
+MOVED = {
+    "chat": "`loraretriever ask --chat`",
+    "check": "`loraretriever publish --dry-run FOLDER`, which needs no server",
+    "eval-routing": "`loraretriever route --file FILE`",
+    "share": "`loraretriever trial start NAME PERCENT`, or `trial stop NAME`",
+    "promote": "`loraretriever trial promote NAME`",
+    "visibility": "`loraretriever access public NAME`, or `access private NAME`",
+    "approve": "`loraretriever access approve NAME`",
+    "verify": "`loraretriever pool verify`",
+    "gc": "`loraretriever pool gc`",
+    "doctor": "`loraretriever pool doctor`",
+    "evaluate": "`loraretriever pool evaluate`",
+    "reindex": "`loraretriever pool reindex`",
+    "train-retriever": "`loraretriever pool train`",
+    "run": "`loraretriever ask`",
+    "ls": "`loraretriever list`",
+    "ps": "`loraretriever list`, or `status` for the server",
+    "rm": "`loraretriever withdraw`",
+    "delete": "`loraretriever withdraw`",
+    "remove": "`loraretriever withdraw`",
+    "unpublish": "`loraretriever withdraw`",
+    "stop": "Ctrl-C where `loraretriever serve` runs",
+    "logs": "the folder that `loraretriever serve` prints at its start",
+    "version": "`loraretriever --version`",
 }
 _params: ContextVar[Sequence[Any]] = ContextVar("params", default=())  # of the command that runs
 _key: ContextVar[str | None] = ContextVar("key", default=None)  # set before the command runs
 
 
 class Commands(TyperGroup):
-    """A group of commands. It remembers the one that runs, whose options errors name."""
+    """A group of commands. It remembers the one that runs, whose options errors name. Without a command it helps."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for command in self.commands.values():
+            for param in command.params:
+                _show_plain_type(param)
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         name, command, rest = super().resolve_command(ctx, args)
         _params.set(() if command is None else command.params)
         return name, command, rest
+
+
+def _show_plain_type(param: Any) -> None:
+    """Let help say TEXT or PATH for the type of a value, and nothing next to the name of an argument."""
+    if param.param_type_name == "argument":
+        param.display_type_rich = lambda ctx: None
+    elif param.is_flag:
+        param.metavar = ""
+    elif param.metavar is None:
+        annotation = param.type_descriptor.annotation
+        inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+        param.metavar = _TYPES.get(inner)
 
 
 def name_options(message: str) -> str:
@@ -74,7 +129,7 @@ def name_options(message: str) -> str:
     found = [param for name in wanted for param in _params.get() if param.name == name]
     if not colon or not found:
         return message
-    option: str = found[0].opts[-1]
+    option: str = max(found[0].opts, key=len)
     return f"{option if option.startswith('-') else found[0].metavar or option.upper()}: {text}"
 
 
@@ -82,6 +137,8 @@ class KeyAnywhere(Commands):
     """The group of all commands. Its option `--key` may follow the command too."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if not args:
+            return super().parse_args(ctx, args)
         end = args.index("--") if "--" in args else len(args)
         given: list[str] = []
         rest: list[str] = []
@@ -92,6 +149,12 @@ class KeyAnywhere(Commands):
             (given if is_key else rest).extend(args[place : place + 1 + has_value])
             place += 1 + has_value
         return super().parse_args(ctx, [*given, *rest, *args[end:]])
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        if args and args[0] not in self.commands and (hint := MOVED.get(args[0])):
+            show_error(f"there is no {args[0]!r}; use {hint}")
+            raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
 
 
 @contextmanager
@@ -231,6 +294,17 @@ def fail(message: str) -> NoReturn:
     """Print an error and exit with code 1."""
     show_error(message)
     raise typer.Exit(1)
+
+
+def answers(url: str) -> bool:
+    """Return whether anything listens at the address."""
+    try:
+        httpx.get(f"{url}/health", timeout=_PROBE_TIMEOUT_S)
+    except httpx.ConnectError:
+        return False
+    except (httpx.TransportError, httpx.InvalidURL):
+        return True  # the command itself says what is wrong
+    return True
 
 
 def is_this_machine(url: str) -> bool:

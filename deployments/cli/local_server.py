@@ -28,6 +28,7 @@ from deployments.app import application
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.auth.ray_token import use_token_mode
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.calls.proxy_limits import TRACING_VARIABLE
 from deployments.calls.serve_calls import bypass_http_proxy
 from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.config.app import AppConfig
@@ -47,7 +48,6 @@ _CHEAPER_SERVE = {
 # An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
 _ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
-TRACING_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
 _LOOPBACK = "127.0.0.1"
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _POLL_S = 0.25
@@ -77,7 +77,9 @@ class Server:
         `is_verbose`: Ray reports what it starts, otherwise errors only.
         `uses_proxy`: requests pass Serve's proxy; None = if it is needed for several Ingress replicas or for traces.
         """
-        self._config, self._host = _allowing_host(config, host), host
+        if ":" not in host and (config.allowed_hosts or not config.has_keys):  # where the Host header is checked
+            config = config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})
+        self.settings, self._host = config, host
         self._num_cpus = num_cpus or max(config.num_logical_cpus, os.cpu_count() or 1)
         self._port, self._metrics_port = port or free_port(host), metrics_port
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
@@ -115,16 +117,16 @@ class Server:
         report("opening the pool")
         keep_files_private(Path.home())
         self._open_pool()
-        if self._config.base_model == PACKAGED_MODEL:
+        if self.settings.base_model == PACKAGED_MODEL:
             report("checking the base model (the first start converts it, which takes about a minute)")
-            packaged_folder(self._config.cache_dir)
+            packaged_folder(self.settings.cache_dir)
         report("starting Ray and the deployments")
 
     def _open_pool(self) -> None:
         """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
-        config = self._config
+        config = self.settings
         try:
-            store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+            store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
             store.check_writes(os.environ)
             store.snapshot()
             self.has_new_pool = store.is_new
@@ -144,10 +146,10 @@ class Server:
         keep_files_private(Path.home())
         sessions = sessions_folder(os.environ, os.geteuid())
         make_private(sessions.parent, os.geteuid())
-        if not self._config.allow_unauthenticated_ray:
+        if not self.settings.allow_unauthenticated_ray:
             use_token_mode()
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
-        os.environ[_NICENESS_VARIABLE] = str(self._config.ray_niceness)
+        os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()
         with _inherited(_CHEAPER_SERVE | ({} if self._uses_proxy else _ENDS_AT_ONCE)):
             context = ray.init(
@@ -169,7 +171,7 @@ class Server:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
         serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
         report("loading the base model")
-        app = application(self._config, None if self._uses_proxy else (self._host, self._port))
+        app = application(self.settings, None if self._uses_proxy else (self._host, self._port))
         try:
             self._app = serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         except RuntimeError as exc:
@@ -316,10 +318,3 @@ def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _allowing_host(config: AppConfig, host: str) -> AppConfig:
-    """Return the settings with `host` added to `allowed_hosts` where the Host header is checked."""
-    if ":" in host or (config.has_keys and not config.allowed_hosts):
-        return config
-    return config.model_copy(update={"allowed_hosts": (*config.allowed_hosts, host.lower())})

@@ -8,13 +8,14 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 
-from deployments.cli import batch, keys, pool, pool_repair, publish, routing, training
+from deployments.cli import access, batch, keys, pool, pool_upkeep, publish, trial
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -37,11 +38,14 @@ from deployments.json_types import JsonObject
 if TYPE_CHECKING:
     from deployments.config.app import AppConfig
 
-cli = typer.Typer(cls=KeyAnywhere, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for group in (publish, pool, routing, batch, training):
+_HELP = {"help_option_names": ["-h", "--help"]}
+cli = typer.Typer(cls=KeyAnywhere, help=__doc__, pretty_exceptions_enable=False, context_settings=_HELP)
+for group in (publish, pool, batch):
     cli.add_typer(group.commands)
+cli.add_typer(trial.commands, name="trial")
+cli.add_typer(access.commands, name="access")
+cli.add_typer(pool_upkeep.commands, name="pool")
 cli.add_typer(keys.commands, name="keys")
-cli.add_typer(pool_repair.commands, name="pool")
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -52,19 +56,15 @@ def _print_version(is_wanted: bool) -> None:
 
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")]
 Prompt = Annotated[
-    list[str],
-    typer.Argument(metavar="PROMPT...", help="the prompt; several words are joined, and - reads standard input"),
+    list[str] | None,
+    typer.Argument(metavar="TEXT", help="the prompt; several words are joined, and - reads standard input"),
 ]
 Abstain = Annotated[
-    str | None,
-    typer.Option(
-        help="how readily the base model answers in place of adapters: never, lenient, balanced or strict; "
-        "default: the server's"
-    ),
+    Literal["never", "lenient", "balanced", "strict"] | None,
+    typer.Option(help="how readily the base model answers instead of adapters; default: the server's"),
 ]
-
 Strategy = Annotated[str | None, typer.Option(help="selection, mixture or fusion; default: the server's")]
-NumAdapters = Annotated[int | None, typer.Option("--k", help="number of adapters; default: the server's")]
+NumAdapters = Annotated[int | None, typer.Option("--k", "-k", help="number of adapters; default: the server's")]
 _CHAT = "/v1/chat/completions"
 
 
@@ -76,16 +76,18 @@ def options(key: Key = None, version: Version = False) -> None:
 
 @cli.command()
 def serve(
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on; 0 uses a free port")] = 8000,
+    port: Annotated[int, typer.Option("--port", "-p", help="port to listen on; 0 uses a free port")] = 8000,
     preload: Annotated[
         list[Path] | None, typer.Option(help="adapter folders to publish during the start; repeatable")
     ] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="port of the Prometheus metrics; default: a free port")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="model hub id or folder; overrides the settings")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", "-m", help="model hub id or folder; overrides the settings")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; overrides the settings")] = None,
     template: Annotated[str | None, typer.Option(help="auto, alpaca or chat; overrides the settings")] = None,
     store: Annotated[str | None, typer.Option(help="folder or URI of the pool; overrides the settings")] = None,
@@ -118,52 +120,43 @@ def serve(
 
 @cli.command()
 def ask(
-    prompt: Prompt,
-    model: Annotated[str, typer.Option(help="auto, the base model, or an adapter")] = "auto",
+    prompt: Prompt = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="auto, the base model, or an adapter")] = "auto",
+    talks: Annotated[
+        bool,
+        typer.Option("--chat", "-i", help="talk in several turns, one prompt a line; /new starts again, /exit ends"),
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 always picks the most likely token")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="upper bound of the answer's tokens")] = 256,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="upper bound of an answer's tokens")] = 256,
     abstain: Abstain = None,
-    system: Annotated[str | None, typer.Option(help="system message before the prompt")] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="system message before the first prompt")] = None,
     strategy: Strategy = None,
     k: NumAdapters = None,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the server's answer as JSON; with --chat all messages at the end")
+    ] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Stream the answer to a prompt, then print the adapters that gave it."""
-    messages = [{"role": "user", "content": _text_of(prompt)}]
-    body = {
-        "model": model,
-        "messages": messages if system is None else [{"role": "system", "content": system}, *messages],
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        **_options_of(abstain=abstain, strategy=strategy, k=k),
-    }
+    """Stream the answer to a prompt, then print the adapters that gave it. With --chat, talk in several turns."""
+    opening: list[JsonObject] = [] if system is None else [{"role": "system", "content": system}]
+    options = _options_of(abstain=abstain, strategy=strategy, k=k)
+    body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **options}
+    if talks:
+        _chat(url, body, opening, first=" ".join(prompt or ()), as_json=as_json)
+        return
+    body["messages"] = [*opening, {"role": "user", "content": _text_of(prompt)}]
     if as_json:
         print_json(call(url, "POST", _CHAT, json=body))
     else:
         _stream(url, body)
 
 
-@cli.command()
-def chat(
-    model: Annotated[str, typer.Option(help="auto, the base model, or an adapter")] = "auto",
-    temperature: Annotated[float, typer.Option(help="0 always picks the most likely token")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="upper bound of each answer's tokens")] = 256,
-    abstain: Abstain = None,
-    system: Annotated[str | None, typer.Option(help="system message before the first prompt")] = None,
-    strategy: Strategy = None,
-    k: NumAdapters = None,
-    as_json: Annotated[bool, typer.Option("--json", help="at the end, print all messages as JSON")] = False,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Talk in several turns, one prompt a line. /new starts again; /exit or the end of the input ends it."""
-    opening = [] if system is None else [{"role": "system", "content": system}]
-    messages: list[JsonObject] = list(opening)
-    options = _options_of(abstain=abstain, strategy=strategy, k=k)
-    body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **options}
+def _chat(url: str, body: JsonObject, opening: list[JsonObject], *, first: str, as_json: bool) -> None:
+    """Answer one prompt a line. `/new` starts again; `/exit` or the end of the input ends it."""
+    messages = list(opening)
     if sys.stdin.isatty():
         err.print("one prompt a line; /new starts again, /exit ends", style="dim", highlight=False)
-    for line in _lines():
+    for line in chain([first] if first else [], _lines()):
         if line in ("/exit", "/quit"):
             break
         if line == "/new":
@@ -213,15 +206,35 @@ def _stream(url: str, body: JsonObject, *, is_quiet: bool = False) -> str:
 
 @cli.command()
 def route(
-    prompt: Prompt,
+    prompt: Prompt = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="measure routing with JSON lines instead:"
+            ' {"input" or "prompt": text, "adapter": name, list of names, or null}',
+        ),
+    ] = None,
     abstain: Abstain = None,
     strategy: Strategy = None,
     k: NumAdapters = None,
-    tag: Annotated[list[str] | None, typer.Option(help="choose among adapters with this tag; repeatable")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", "-t", help="choose among adapters with this tag; repeatable")
+    ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Show which adapters would answer a prompt, without generating."""
+    """Show which adapters would answer a prompt, without generating. With --file, measure how often they are right."""
+    if file is not None:
+        if prompt or any(option is not None for option in (abstain, strategy, k, tag)):
+            raise typer.BadParameter(
+                "is measured with the server's defaults: leave out the prompt and options", param_hint="--file"
+            )
+        from deployments.cli.routing import measure_routing
+
+        measure_routing(file, url, as_json=as_json)
+        return
     wanted = {"tags": tag} if tag else None
     options = _options_of(abstain=abstain, strategy=strategy, k=k, filter=wanted, explain=True)
     plan = call(url, "POST", "/v1/route", json={"prompt": _text_of(prompt), **options})["data"][0]
@@ -246,18 +259,28 @@ def route(
 
 
 @cli.command()
-def check(
-    folder: Annotated[
-        Path, typer.Argument(help="the adapter folder, a folder of them, or the output of a training run")
-    ],
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
-    parity: Annotated[bool, typer.Option(help="compare the logits of each strategy with those of PEFT")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON; not with --parity")] = False,
-) -> None:
-    """Check adapter folders without a server. Publishing also checks what needs the base model."""
-    from deployments.cli.check_adapter import check_adapter  # the store's libraries take most of a second to import
-
-    _exit_with(check_adapter(folder, config, parity, as_json=as_json))
+def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Show the server: its base model, its pool and its load."""
+    found = call(url, "GET", "/v1/stats")
+    if as_json:
+        print_json(found)
+        return
+    pool_facts, workers, defaults = found["pool"], found["workers"], found["defaults"]
+    out.print(f"server:   {url}", highlight=False)
+    out.print(f"model:    {found['base_model']}", markup=False, highlight=False)
+    out.print(
+        f"pool:     {pool_facts['num_adapters']} adapters at generation {pool_facts['generation']}", highlight=False
+    )
+    out.print(f"routing:  {defaults['strategy']}, k = {defaults['k']}", highlight=False)
+    if workers is None:
+        out.print("workers:  shown to keys with the role admin", highlight=False)
+        return
+    replicas = workers["replicas"]
+    silent = f", {replicas['silent']} silent" if replicas["silent"] else ""
+    load = f"{workers['num_running']} of {workers['max_running']} rows running, {workers['num_waiting']} waiting"
+    out.print(f"workers:  {replicas['answered']}{silent}; {load}", highlight=False)
+    bank = f"{workers['bank_adapters']} adapters in {workers['bank_rows_occupied']} of {workers['bank_rows']} rank rows"
+    out.print(f"bank:     {bank}", highlight=False)
 
 
 def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
@@ -266,8 +289,8 @@ def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
 
     try:
         settings = loading.load_config(config, **changes)
-        loading.require_base_model(settings)
-        loading.require_keys_file(settings)
+        loading.require_base_model(settings.base_model)
+        loading.require_keys_file(settings.keys_file)
     except (ValueError, OSError) as exc:
         fail(str(exc))
     return settings
@@ -287,11 +310,11 @@ def _require_free(host: str, port: int) -> None:
         fail(str(exc))
 
 
-def _text_of(prompt: list[str]) -> str:
+def _text_of(prompt: list[str] | None) -> str:
     """Return the words as one text; `-` alone means standard input. Raises: BadParameter for an empty one."""
-    text = sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt)
+    text = sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt or ())
     if not text.strip():
-        raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
+        raise typer.BadParameter("the prompt is empty", param_hint="TEXT")
     return text
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.text.token_bytes import TokenBytes
 from gpu_worker.model.base_model import model_source
@@ -39,7 +39,7 @@ _NUM_COMPARED = 20  # tokens
 _MAX_LEN = 256
 
 
-def parity_with_peft(folder: Path, config: WorkerConfig) -> dict[str, float]:
+def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> dict[str, float]:
     """Return the largest difference from PEFT of a likely token's log probability, by strategy.
 
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
@@ -96,7 +96,9 @@ def _plan(strategy: Strategy, **weights: float) -> Plan:
 
 
 async def _engine_answers(
-    config: WorkerConfig, adapters: Mapping[str, Mapping[str, ModuleWeights]], plans: Mapping[str, Plan]
+    config: NativeWorkerConfig | VllmWorkerConfig,
+    adapters: Mapping[str, Mapping[str, ModuleWeights]],
+    plans: Mapping[str, Plan],
 ) -> tuple[Sequence[int], dict[str, dict[bytes, float]]]:
     """Return the prompt's tokens, and by strategy the log probabilities of the likeliest next tokens.
 
@@ -142,7 +144,7 @@ def _furthest(found: Mapping[bytes, float], expected: Tensor, token_bytes: Seque
 
 
 def _peft_logprobs(
-    config: WorkerConfig,
+    config: NativeWorkerConfig | VllmWorkerConfig,
     folder: Path,
     other: Mapping[str, ModuleWeights],
     fused: Mapping[str, ModuleWeights],

@@ -1,7 +1,8 @@
-"""The commands that show and change the pool."""
+"""The commands that list, show and withdraw adapters."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 from urllib.parse import quote
 
@@ -12,12 +13,8 @@ from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Url,
-    behind_note,
     call,
     client_of,
-    counted,
-    fail,
-    follow,
     message_of,
     out,
     pages,
@@ -28,13 +25,15 @@ from deployments.cli.publish import share_of
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()
-Name = Annotated[str, typer.Argument(help="name of the adapter")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the adapter")]
 
 
 @commands.command("list")
 def list_adapters(
-    search: Annotated[str, typer.Option(help="show adapters that match all of these words")] = "",
-    tag: Annotated[list[str] | None, typer.Option(help="show adapters with this tag; repeatable")] = None,
+    search: Annotated[str, typer.Option("--search", "-s", help="show adapters that match all of these words")] = "",
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", "-t", help="show adapters with this tag; repeatable")
+    ] = None,
     owner: Annotated[str | None, typer.Option(help="show adapters of this tenant only")] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
@@ -55,10 +54,10 @@ def list_adapters(
         Column("auto", no_wrap=True),
     )
     tags = Column("tags", overflow="fold")
-    table = Table(names, digests, "ranks", "bytes", "samples", autos, tags, title=f"generation {answer['generation']}")
+    table = Table(names, digests, "ranks", "size", "samples", autos, tags, title=f"generation {answer['generation']}")
     for row in rows:
         ranks, auto = ", ".join(map(str, row["ranks"])), "yes" if row["found_by_auto"] else "by name only"
-        cells = (row["digest"][:12], ranks, str(row["num_bytes"]), str(row["num_samples"]), auto)
+        cells = (row["digest"][:12], ranks, show_bytes(row["num_bytes"]), str(row["num_samples"]), auto)
         table.add_row(row["id"], *cells, ", ".join(row["tags"]))
     out.print(table)
     for row in rows:
@@ -95,6 +94,15 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     out.print(versions)
 
 
+def show_bytes(number: int) -> str:
+    """Return a size with its unit, such as 1.4 MiB."""
+    size, units = float(number), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
+
+
 def _time_of(text: str) -> str:
     """Return the time to the second."""
     return text[:19].replace("T", " ")
@@ -102,11 +110,17 @@ def _time_of(text: str) -> str:
 
 @commands.command()
 def withdraw(
-    names: Annotated[list[str], typer.Argument(help="adapters to remove from the pool")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="adapters to remove from the pool")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Remove adapters with all their versions from the pool."""
+    """Remove adapters with all their versions from the pool. There is no way back.
+
+    A terminal asks before several are removed.
+    """
+    if len(names) > 1 and not yes and sys.stdin.isatty():
+        typer.confirm(f"Withdraw {len(names)} adapters with all their versions?", abort=True)
     rows: list[JsonObject] = []
     with client_of(url) as client:
         for name in names:
@@ -131,7 +145,8 @@ def withdraw(
 def rollback(
     name: Name,
     to: Annotated[
-        str | None, typer.Option(help="digest of a kept version, or its beginning; default: the previous version")
+        str | None,
+        typer.Option(metavar="DIGEST", help="a kept version, or its beginning; default: the previous version"),
     ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
@@ -144,139 +159,3 @@ def rollback(
     out.print(
         f"{answer['name']} is back at {answer['digest'][:12]} since generation {answer['generation']}", markup=False
     )
-
-
-@commands.command()
-def share(
-    name: Name,
-    percent: Annotated[float, typer.Argument(min=0, max=100, help="percent of the requests; 0 ends the trial")],
-    version: Annotated[
-        str | None, typer.Option(help="digest of a kept version, or its beginning; default: the one under trial")
-    ] = None,
-    shadow: Annotated[
-        bool, typer.Option("--shadow", help="answer copies of these requests, which no client sees")
-    ] = False,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Let another kept version answer a share of the requests to an adapter's name."""
-    body: JsonObject = {"share": percent / 100, "shadow": shadow, **({} if version is None else {"digest": version})}
-    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/share", json=body)
-    if as_json:
-        print_json(answer)
-        return
-    trial = answer["trial"]
-    done = "the live version answers every request" if trial is None else share_of(trial)
-    out.print(f"{answer['name']}: {done} since generation {answer['generation']}", markup=False, highlight=False)
-
-
-@commands.command()
-def promote(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Make the version under trial the live one."""
-    path = f"/v1/loras/{quote(name, safe='')}"
-    trial = call(url, "GET", path)["trial"]
-    if trial is None:
-        fail(f"no version of {name!r} is under trial: start one with `loraretriever share`")
-    answer = call(url, "POST", f"{path}/rollback", json={"digest": trial["digest"]})
-    if as_json:
-        print_json(answer)
-        return
-    out.print(
-        f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}", markup=False
-    )
-
-
-@commands.command()
-def visibility(
-    name: Name,
-    wanted: Annotated[str, typer.Argument(help="public or private", metavar="VISIBILITY")],
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Set whether all tenants may use an adapter, or only its own."""
-    answer = call(url, "PATCH", f"/v1/loras/{quote(name, safe='')}", json={"visibility": wanted})
-    if as_json:
-        print_json(answer)
-        return
-    out.print(f"{answer['name']} is {answer['visibility']} at generation {answer['generation']}", markup=False)
-
-
-@commands.command()
-def approve(
-    name: Name,
-    digest: Annotated[str | None, typer.Option(help="full digest of the version that you have reviewed")] = None,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
-    path = f"/v1/loras/{quote(name, safe='')}"
-    if digest is None:
-        shown = call(url, "GET", path)
-        if shown["visibility"] != "public":
-            fail(f"{name!r} is private: make it public first with `loraretriever visibility {name} public`")
-        call(url, "POST", f"{path}/approve", json={"digest": shown["digest"]}, params={"dry_run": "true"})
-        digest = _confirmed(shown)
-    answer = call(url, "POST", f"{path}/approve", json={"digest": digest})
-    if as_json:
-        print_json(answer)
-        return
-    out.print(
-        f"{answer['name']} {answer['digest'][:12]} is approved at generation {answer['generation']}", markup=False
-    )
-
-
-def _confirmed(shown: JsonObject) -> str:
-    """Show the live version and ask for confirmation. Return its digest, or exit."""
-    for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
-        out.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
-    typer.confirm("Approve this version for every tenant?", abort=True)
-    digest: str = shown["digest"]
-    return digest
-
-
-@commands.command()
-def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Compare every stored blob with its digest."""
-    result = follow(url, "/v1/pool/verify", {}, "verifying")
-    if as_json:
-        print_json(result)
-    else:
-        for problem in result["problems"]:
-            show_error(f"{problem['adapter']}: {problem['problem']}")
-        out.print(f"{counted(result['num_blobs'], 'blob')}, {len(result['problems'])} bad")
-    if result["problems"]:
-        raise typer.Exit(1)
-
-
-@commands.command()
-def gc(
-    retention: Annotated[float, typer.Option(help="seconds; blobs written more recently are kept")] = 86_400,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Delete stored blobs that no version refers to, and projections that no embedding is of."""
-    answer = call(url, "POST", "/v1/pool/gc", json={"retention_s": retention})
-    if as_json:
-        print_json(answer)
-        return
-    blobs, projections = counted(answer["num_blobs"], "blob"), counted(answer["num_projections"], "projection")
-    out.print(f"removed {blobs} and {projections}, {counted(answer['num_bytes'], 'byte')}")
-
-
-@commands.command()
-def reindex(
-    encoder: Annotated[str, typer.Option(help="sentence-transformers model: a folder or a hub id")],
-    projection: Annotated[
-        str, typer.Option(help="auto: the packaged one, if any; none; refit: fit one to the pool's samples")
-    ] = "auto",
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Embed the pool with another encoder, then switch to it. The old index serves until then."""
-    result = follow(url, "/v1/pool/reindex", {"encoder": encoder, "projection": projection}, "embedding")
-    if as_json:
-        print_json(result)
-        return
-    behind = result["replicas"]["behind"]
-    note = f" ({behind_note(behind)})" if behind else ""
-    out.print(f"the pool uses {encoder} since generation {result['generation']}{note}", markup=False)

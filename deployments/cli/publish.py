@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
 import httpx
 import typer
@@ -20,6 +20,7 @@ from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Url,
+    answers,
     behind_note,
     client_of,
     counted,
@@ -168,7 +169,7 @@ class _Counted(io.FileIO):
 Places = Annotated[
     list[str],
     typer.Argument(
-        metavar="PLACES...",
+        metavar="FOLDER",
         help="adapter folders, folders of them, outputs of training runs, or URIs that the server may read: "
         "s3://, gs://, hf://OWNER/REPOSITORY@REVISION, runs:/RUN/FOLDER, models:/NAME/VERSION",
     ),
@@ -190,12 +191,16 @@ TimeToLive = Annotated[
 @commands.command()
 def publish(
     places: Places,
-    name: Annotated[str | None, typer.Option(help="name of the adapter; default: name of its folder")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="tag for filtering; repeatable; default: unchanged")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", help="name of the adapter; default: name of its folder")
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", "-t", help="tag for filtering; repeatable; default: unchanged")
+    ] = None,
     no_tags: Annotated[bool, typer.Option("--no-tags", help="remove the tags of the live version")] = False,
     template: Annotated[
-        str | None,
-        typer.Option(help="prompt template: alpaca, chat, or server for the server's own; default: unchanged"),
+        Literal["alpaca", "chat", "server"] | None,
+        typer.Option(help="prompt template, or server for the server's own; default: unchanged"),
     ] = None,
     public: Annotated[
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
@@ -210,7 +215,17 @@ def publish(
         bool, typer.Option("--shadow", help="with --share: answer copies of these requests, which no client sees")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="let the server check everything, publish nothing")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="let the server check everything, publish nothing; without a server, check what needs none",
+        ),
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="with --dry-run: check without a server, by these settings")
+    ] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="with --dry-run, without a server: compare logits with those of PEFT")
     ] = False,
     upload: Annotated[bool, typer.Option(help="upload the files even if the server is on this machine")] = False,
     as_json: Json = False,
@@ -220,6 +235,11 @@ def publish(
 
     A new version of a live name keeps its tags, template, visibility and samples unless they are given.
     """
+    if not dry_run and (config is not None or parity):
+        raise typer.BadParameter("needs --dry-run", param_hint="--parity" if parity else "--config")
+    if dry_run and (config is not None or parity or _is_alone(url)):
+        _check_alone(places, config, parity=parity, as_json=as_json)
+        return
     items = [item for place in places for item in _items_of(place)]
     _require_one(items, name, samples)
     _check_share(share, shadow)
@@ -239,6 +259,24 @@ def publish(
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
+
+
+def _is_alone(url: str) -> bool:
+    """Return whether no address was given and no server answers at the usual one. Say so."""
+    if url != DEFAULT_URL or answers(url):
+        return False
+    err.print(f"no server answers at {url}: checked without one", style="dim", highlight=False)
+    return True
+
+
+def _check_alone(places: Sequence[str], config: Path | None, *, parity: bool, as_json: bool) -> None:
+    """Check folders in this process. Exit with 1 if one is not fit. Raises: BadParameter for a source."""
+    if sources := [place for place in places if _SOURCE.match(place)]:
+        raise typer.BadParameter(f"only a server can read {sources[0]}; start one, or give --url", param_hint="FOLDER")
+    from deployments.cli.check_adapter import check_adapters  # the store's libraries take most of a second to import
+
+    if code := check_adapters([Path(place) for place in places], config, parity, as_json=as_json):
+        raise typer.Exit(code)
 
 
 def _require_one(items: Sequence[Item], name: str | None, samples: Path | None) -> None:
@@ -313,6 +351,7 @@ def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
 def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     """Print the outcome for each adapter, the refusals, and a summary of several. Return the number of failures."""
     refused: dict[str, list[tuple[Item, str]]] = {}  # by reason, with the whole message
+    warned: dict[str, list[str]] = {}  # names by warning
     started, by_name = time.monotonic(), 0
     for item, answer in track(
         answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
@@ -324,7 +363,9 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
         by_name += not answer["found_by_auto"]
         out.print(_outcome(answer, is_dry), markup=False)
         for warning in answer.get("warnings", ()):
-            show_warning(f"warning: {answer['name']}: {warning}")
+            warned.setdefault(warning, []).append(answer["name"])
+    for warning, named in warned.items():
+        show_warning(f"warning: {', '.join(named)}: {warning}")
     for reason, same in refused.items():
         if len(same) == 1:
             show_error(_named(*same[0]))

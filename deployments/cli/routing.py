@@ -1,4 +1,4 @@
-"""The commands that measure routing."""
+"""`loraretriever route --file`: measure routing with a file of prompts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import httpx
-import typer
 from rich.progress import track
 from rich.table import Table
 
 from deployments.cli.client import (
-    DEFAULT_URL,
-    Json,
-    Url,
     check,
     client_of,
     counted,
     err,
     fail,
-    follow,
     out,
     pages,
     print_json,
@@ -33,7 +28,6 @@ from deployments.cli.client import (
 )
 from deployments.json_types import JsonObject
 
-commands = typer.Typer()
 _RANKS = (1, 3, 5, 8)
 _BATCH = 32
 _AUROC = "AUROC of the confidence"
@@ -44,27 +38,23 @@ _SHOWN_LINES = 10
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt with its correct adapters; none if the base model should answer it. `line`: of the file, from 1."""
+    """A prompt with its correct adapters; none if the base model should answer it. `line`: of the file, from 1.
+
+    `adapters` is None where the file does not say.
+    """
 
     prompt: str
-    adapters: frozenset[str]
+    adapters: frozenset[str] | None
     line: int
 
 
-@commands.command("eval-routing")
-def eval_routing(
-    file: Annotated[
-        Path, typer.Argument(help='JSON lines {"input" or "prompt": text, "adapter": name, list of names, or null}')
-    ],
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
+def measure_routing(file: Path, url: str, *, as_json: bool) -> None:
     """Measure how often `auto` finds a correct adapter, and how often it abstains where none is correct.
 
     Rows whose adapter is null should be answered by the base model.
     """
     rows = read_labelled(file)
-    _require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
+    require_known(file, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
     with client_of(url) as client:
         tracked = track(
             _plans(client, rows), "routing", len(rows), console=err, transient=True, disable=not err.is_terminal
@@ -81,11 +71,11 @@ def eval_routing(
         out.print(_operating_points(inside, outside))
 
 
-def _require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
+def require_known(file: Path, rows: Sequence[Labelled], known: Collection[str]) -> None:
     """Print the lines that name an adapter that the pool does not list, and exit if there are any."""
     from deployments.field_problems import did_you_mean  # imports pydantic
 
-    unknown = [(row.line, name) for row in rows for name in sorted(row.adapters) if name not in known]
+    unknown = [(row.line, name) for row in rows for name in sorted(row.adapters or ()) if name not in known]
     for line, name in unknown[:_SHOWN_LINES]:
         show_error(f"{file}: line {line}: no adapter {name!r} in the pool{did_you_mean(name, known)}")
     if unknown:
@@ -109,7 +99,7 @@ class Routed:
     def of(cls, row: Labelled, plan: JsonObject, wide: JsonObject) -> Self:
         """Create it from the plan that a client gets, and from one with more candidates."""
         names = [candidate["name"] for candidate in wide["candidates"]]
-        ranks = [rank for rank, name in enumerate(names) if name in row.adapters]
+        ranks = [rank for rank, name in enumerate(names) if name in (row.adapters or ())]
         confidence = max((candidate["confidence"] for candidate in plan["candidates"]), default=0.0)
         return cls(bool(row.adapters), min(ranks, default=math.inf), plan["abstained"], confidence)
 
@@ -157,19 +147,23 @@ def _share(hits: Iterable[bool]) -> float:
     return sum(marks) / len(marks)
 
 
-def read_labelled(file: Path) -> list[Labelled]:
-    """Read the rows of the file. Print the first invalid line and exit if there is one."""
+def read_labelled(file: Path, *, needs_adapter: bool = True) -> list[Labelled]:
+    """Read the rows of the file. Print the first invalid line and exit if there is one.
+
+    `needs_adapter`: a row without `adapter` is invalid.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as exc:
         fail(problem_of(exc))
     except UnicodeDecodeError as exc:
         fail(f"{file}: {exc}")
-    rows = [_labelled(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = [_labelled(line, file, number, needs_adapter=needs_adapter) for number, line in numbered]
     return rows or fail(f"{file}: contains no prompts")
 
 
-def _labelled(line: str, file: Path, number: int) -> Labelled:
+def _labelled(line: str, file: Path, number: int, *, needs_adapter: bool) -> Labelled:
     place = f"{file}:{number}"
     try:
         raw = json.loads(line)
@@ -177,10 +171,13 @@ def _labelled(line: str, file: Path, number: int) -> Labelled:
         fail(f"{place}: invalid JSON: {exc}")
     prompt = (raw.get("input") or raw.get("prompt")) if isinstance(raw, dict) else None
     adapters = raw.get("adapter") if isinstance(raw, dict) else None
-    is_outside = isinstance(raw, dict) and "adapter" in raw and adapters is None
+    is_given = isinstance(raw, dict) and "adapter" in raw
     names = [adapters] if isinstance(adapters, str) else adapters
-    if not isinstance(prompt, str) or not (is_outside or (isinstance(names, list) and names)):
+    is_known = (is_given and adapters is None) or (isinstance(names, list) and names)
+    if not isinstance(prompt, str) or not (is_known or not (is_given or needs_adapter)):
         fail(f'{place}: must be {{"input" or "prompt": text, "adapter": name, list of names, or null}}')
+    if not is_given:
+        return Labelled(prompt, None, number)
     return Labelled(prompt, frozenset() if names is None else frozenset(map(str, names)), number)
 
 
@@ -200,53 +197,3 @@ def _routed(client: httpx.Client, rows: Sequence[Labelled], options: JsonObject)
     check(response)
     data: list[JsonObject] = response.json()["data"]
     return data
-
-
-@commands.command()
-def doctor(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
-    report = follow(url, "/v1/pool/doctor", {}, "routing")
-    if as_json:
-        print_json(report)
-        return
-    k = report["k"]
-    shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
-    size = f"{counted(report['num_adapters'], 'adapter')}, {counted(report['num_samples'], 'sample')}"
-    out.print(f"{size}: {shares}")
-    points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
-    out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
-    for row in report["collisions"]:
-        first, second = row["adapters"]
-        swapped = " and ".join(map(str, row["num_swapped"]))
-        out.print(
-            f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
-        )
-    for row in report["always_shadowed"]:
-        out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
-    _print_rankings(report["rankings"])
-    for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
-        for name in report[key]:
-            out.print(f"{title}: {name}", markup=False)
-    for advice in report["advice"]:
-        out.print(f"advice: {advice['text']}", markup=False, highlight=False)
-
-
-@commands.command()
-def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Measure which adapters answer each other's samples best. `auto` then prefers them. Samples need outputs."""
-    result = follow(url, "/v1/pool/evaluate", {}, "evaluating")
-    if as_json:
-        print_json(result)
-        return
-    out.print(f"{len(result['rankings'])} of {result['num_regions']} regions ranked")
-    _print_rankings(result["rankings"])
-
-
-def _print_rankings(rankings: Sequence[JsonObject]) -> None:
-    """Print one line per region: its adapters with their scores, best first."""
-    for ranking in rankings:
-        adapters = [
-            f"{item['name']} {item['score']:.2f} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
-            for item in ranking["adapters"]
-        ]
-        out.print(f"region of {ranking['region']}: {', '.join(adapters)}", markup=False)

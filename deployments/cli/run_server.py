@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deployments.auth.key_file import keys_of
+from deployments.auth.key_file import load_keys
 from deployments.cli.check_adapter import folder_problem
 from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, counted, out, show_error
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
+from deployments.config.served_model import ServedModel
 from deployments.errors import ProxyUnsafe
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
@@ -39,16 +40,16 @@ def run_server(
         for path in settings.preload:
             if not adapter_folders(path):
                 return _fail(f"preload: {folder_problem(path)}")
-        keys_of(settings)  # an unusable keys file stops the start here
+        load_keys(settings.api_key, settings.keys_file)  # an unusable keys file stops the start here
         server = Server(settings, host=host, port=port, metrics_port=metrics_port, is_verbose=is_verbose)
-        _serve(server, settings, host)
+        _serve(server, host)
     except (ServerFailed, ProxyUnsafe, LoraStoreError, ValueError, OSError) as exc:
         return _fail(str(exc))
     return 0
 
 
-def _serve(server: Server, settings: AppConfig, host: str) -> None:
-    started = time.monotonic()
+def _serve(server: Server, host: str) -> None:
+    started, settings = time.monotonic(), server.settings
     with server:
         with out.status("starting") as status:
             report: Callable[[str], None] = status.update if out.is_terminal else _print_phase
@@ -66,10 +67,18 @@ def _serve(server: Server, settings: AppConfig, host: str) -> None:
             out.print(f"created a new pool at {settings.store_uri}", markup=False, highlight=False, soft_wrap=True)
         for problem in start_problems(ready):
             show_error(problem)
-        out.print(template_note(settings), markup=False)
-        out.print(access_note(settings, host), markup=False)
-        out.print(ports_note(settings), markup=False)
-        for line in next_steps(url, settings, server.logs, program_of(sys.argv[0])):
+        out.print(template_note(settings.served_model), markup=False)
+        out.print(
+            access_note(
+                host,
+                keys_file=settings.keys_file,
+                has_keys=settings.has_keys,
+                allows_remote_publish=settings.allow_remote_publish,
+            ),
+            markup=False,
+        )
+        out.print(ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray), markup=False)
+        for line in next_steps(url, server.logs, program_of(sys.argv[0]), has_keys=settings.has_keys):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         interrupts.get()
         if not server.finish_requests():
@@ -87,10 +96,10 @@ def start_problems(ready: JsonObject) -> list[str]:
     return [row["text"] for row in ready["unserved"]] + refused
 
 
-def next_steps(url: str, settings: AppConfig, logs: Path, program: str = "loraretriever") -> list[str]:
+def next_steps(url: str, logs: Path, program: str = "loraretriever", *, has_keys: bool = False) -> list[str]:
     """Return what to do with a server that just started, and its logs' folder. `program`: how to call this one."""
     options = "" if url == DEFAULT_URL else f" --url {url}"
-    command = f"{KEY_VARIABLE}=KEY {program}" if settings.has_keys else program
+    command = f"{KEY_VARIABLE}=KEY {program}" if has_keys else program
     return [
         f"console:  {url}",
         f'ask:      {command} ask "a prompt"{options}',
@@ -105,32 +114,34 @@ def program_of(file: str) -> str:
     return name if shutil.which(name) else file
 
 
-def template_note(settings: AppConfig) -> str:
+def template_note(model: ServedModel) -> str:
     """Say which prompt template chats use."""
-    if settings.template_in_use == "alpaca":
+    if model.template_in_use == "alpaca":
         return "chats use the Alpaca prompt template"
-    if settings.template_in_use == "auto":
+    if model.template_in_use == "auto":
         return "chats use the base model's own chat template, or Alpaca's if it has none"
-    source = "the base model's own chat template" if settings.chat_template is None else str(settings.chat_template)
+    source = "the base model's own chat template" if model.chat_template is None else str(model.chat_template)
     return f"chats use {source}"
 
 
-def access_note(settings: AppConfig, host: str) -> str:
+def access_note(
+    host: str, *, keys_file: Path | None = None, has_keys: bool = False, allows_remote_publish: bool = False
+) -> str:
     """Say who may send requests and publish."""
-    if settings.keys_file is not None:
-        return f"keys from {settings.keys_file}: every request needs one"
-    if settings.api_key is not None:
+    if keys_file is not None:
+        return f"keys from {keys_file}: every request needs one"
+    if has_keys:
         return "one API key, from the settings: every request needs it"
     if host in _LOOPBACK:
         return "HTTP on loopback only, no keys: any local process may send requests and publish"
-    publishing = " and publish" if settings.allow_remote_publish else "; only this machine may publish"
+    publishing = " and publish" if allows_remote_publish else "; only this machine may publish"
     return f"no keys: anyone who reaches {host} may send requests{publishing}"
 
 
-def ports_note(settings: AppConfig) -> str:
+def ports_note(*, allows_unauthenticated: bool) -> str:
     """Describe the ports that listen besides HTTP."""
     guard = "protected by Ray's token in ~/.ray/auth_token"
-    if settings.allow_unauthenticated_ray:
+    if allows_unauthenticated:
         guard = "unprotected because of allow_unauthenticated_ray: anyone who reaches them may run code as this server"
     return (
         f"Ray also listens on all interfaces: gRPC on random ports, {guard}, and metrics without protection. "

@@ -1,4 +1,4 @@
-"""Run `loraretriever train-retriever`."""
+"""Run `loraretriever pool train`."""
 
 from __future__ import annotations
 

@@ -5,137 +5,178 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Le
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Discriminator, Field, SecretStr, Tag, field_validator, model_validator
 
+from deployments.config.parts import AdmissionSettings as AdmissionSettings
 from deployments.config.parts import RetrievalSettings as RetrievalSettings
 from deployments.config.parts import SamplingDefaults as SamplingDefaults
 from deployments.config.parts import Settings
-from deployments.config.parts import WorkerSettings as WorkerSettings
-from deployments.config.settings_errors import refuse_renamed
+from deployments.config.served_model import ServedModel, find_accepted_names
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
-from deployments.scaling.settings import ScalingSettings
+from deployments.scaling.settings import ServeOptions, default_options, with_defaults
 from gpu_worker.config import (
-    PACKAGED_ALIASES,
     PACKAGED_MODEL,
-    EngineSettings,
+    NativeSettings,
+    NativeWorkerConfig,
     ToolParser,
-    WorkerConfig,
+    VllmSettings,
+    VllmWorkerConfig,
+    configure_worker,
 )
-from gpu_worker.front.request.model_files import (
-    chat_templates_of_files,
-    read_chat_template,
-    sampling_defaults_of_files,
-    template_of_files,
-)
+from gpu_worker.front.request.model_files import read_chat_template
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS
-from lora_store import Limits, Visibility, is_valid_name
+from lora_store import Visibility, is_valid_name
 from lora_store.location import DEFAULT_CACHE_DIR, Location
-from lora_store.peft_files import template_digest
-from retriever_svc import ServedBases
 
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
+OTHER_FILES_BYTES = 16 << 20  # files of one adapter besides its weights
 EVERY_TENANT = "*"  # in source_prefixes
 _ROUTING_STATS_PERIOD_S = 1.0  # how often Serve asks each worker for its adapters and load
 _NAME = r"^[A-Za-z0-9._-]{1,64}$"
+# Retriever and Ingress accept many requests: these wait in queues of the replica, which are fair to tenants.
+_SERVE_DEFAULTS = {
+    "ingress_scaling": default_options(
+        target_ongoing_requests=500, max_ongoing_requests=10_000, max_queued_requests=-1
+    ),
+    "retriever_scaling": default_options(target_ongoing_requests=64, max_ongoing_requests=10_000),
+    "store_scaling": default_options(target_ongoing_requests=32),
+    "worker_scaling": default_options(target_ongoing_requests=48, max_ongoing_requests=2112, num_cpus=1),
+}
+
+
+def _name_engine(worker: object) -> object:
+    """Return the engine that a `worker` group names."""
+    return worker.get("engine", "native") if isinstance(worker, Mapping) else getattr(worker, "engine", "native")
+
+
+def _default(name: str) -> ServeOptions:
+    """Return the default of a group, without Serve, which takes seconds to import."""
+    return ServeOptions.model_construct(with_defaults({}, _SERVE_DEFAULTS[name]))
 
 
 class AppConfig(Settings):
     """All settings of the application. Unknown names and invalid values stop the start."""
 
-    base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
-    base_model_name: str = Field(
-        default="", pattern=r"^$|" + _NAME
-    )  # the name that clients use; default: the last path part
-    accepts_base: tuple[str, ...] = ()  # other base_model_name_or_path values that adapters may have
+    base_model: str = PACKAGED_MODEL
+    """The base model: the packaged default, a Hugging Face id, or a folder. Set it first; adapters of other base models
+    stay in the pool and are not served."""
+    base_model_name: str = Field(default="", pattern=r"^$|" + _NAME)
+    """The name by which clients ask for the base model. Unset: the last part of `base_model`. Set it to keep the name
+    when the folder changes."""
+    accepts_base: tuple[str, ...] = ()
+    """More values of `base_model_name_or_path` that adapters may have. Add the names that your training scripts write
+    for this base model; a publish refuses others."""
     store_uri: str = "loraretriever-pool"
+    """Where the pool is kept: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`. Set it before the first publish;
+    a server with another value has another pool."""
     cache_dir: Path = DEFAULT_CACHE_DIR
-    # The prompt template of chats. auto: the base model's own chat template, or Alpaca's if it has none.
+    """Where converted models, compiled kernels and copies of weights are kept. Set it to a disk with room; everything
+    in it is made again when it is missing."""
     template: Literal["auto", "alpaca", "chat"] = "auto"
-    chat_template: Path | None = None  # a Jinja file in place of the base model's own chat template
-    tool_parser: ToolParser = "auto"  # the form of tool calls with template chat; auto: as the chat template shows
-    # Sampling parameters that a request leaves unset. auto: those of the base model's generation_config.json.
+    """The prompt template of chats. `auto` is the base model's own chat template, or Alpaca's if it has none. Set the
+    one that your adapters were trained with; another one makes answers poor."""
+    chat_template: Path | None = None
+    """A Jinja file that overrides the base model's own chat template. Set it if that one is missing or wrong."""
+    tool_parser: ToolParser = "auto"
+    """The form in which the base model writes tool calls. `auto` follows its chat template. Set it if tool calls arrive
+    as text."""
     generation_config: Literal["auto", "none"] = "auto"
-    # Whether loopback clients may publish folders of the server's file system. None: only without keys. With keys, the
-    # owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear local.
+    """Whether the base model's `generation_config.json` gives the sampling parameters that a request leaves unset. Set
+    `none` to begin with those of the OpenAI API."""
     publish_paths: bool | None = None
-    # Names allowed in the `Host` header, without port, such as the name of a reverse proxy. Loopback names and IP
-    # addresses are always allowed. With keys, an empty list allows any name.
+    """Whether clients on the server's own machine may publish folders of its file system. Unset: only without keys.
+    With keys, the owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear
+    local."""
     allowed_hosts: tuple[str, ...] = ()
-    # Pages of other origins that may use this server in a browser, as `https://chat.example`, or `*` for every origin.
+    """Names allowed in the `Host` header, without port. Add the name of your reverse proxy; loopback names and IP
+    addresses are always allowed. With keys, an empty list allows any name."""
     cors_origins: tuple[str, ...] = ()
-    strict_fields: bool = False  # refuse unknown fields of OpenAI requests with 400 in place of ignoring them
-    allow_remote_publish: bool = False  # without keys: whether other machines may change the pool
-    keys_file: Path | None = None  # API keys; None: every client is the local tenant
-    # One key for every client, with every role of the local tenant; not together with keys_file.
+    """Pages of other origins that may use this server in a browser, as `https://chat.example`, or `*` for every origin.
+    Add the address of a chat page that calls this server; other pages cannot read answers."""
+    strict_fields: bool = False
+    """Refuse unknown fields of OpenAI requests with 400 instead of ignoring them. Turn it on while you write a
+    client."""
+    allow_remote_publish: bool = False
+    """Whether other machines may change the pool of a server without keys. Turn it on only in a network where everybody
+    may publish and withdraw."""
+    keys_file: Path | None = None
+    """The file with the API keys of tenants; `loraretriever keys new` writes entries. With it every request needs a
+    key, `public_requires_approval` becomes true, and other tenants' adapters are named `owner/name`."""
     api_key: SecretStr | None = Field(default=None, min_length=8, max_length=512)
-    keys_missing_grace_s: float = Field(default=300, ge=0)  # how long keys stay valid while keys_file is missing
-    public_requires_approval: bool = False  # for other tenants' `auto`; default with keys: true
-    encoders: tuple[str, ...] = ()  # with keys: encoders that a reindex may name, besides retrieval.encoder
-    owner_names: bool = False  # other tenants' adapters are owner/name only; default with keys: true
-    allow_self_approval: bool = False  # with keys: whether admins may approve their own tenant's adapters
-    # Prefixes of URIs that adapters may be published from, by tenant; "*" means every tenant. They begin with s3://,
-    # gs://, file://, hf://, runs:/ or models:/. A plain list applies to every tenant and is refused with keys.
+    """One key for every client, with every role. Set it for a server of one team; several teams need `keys_file`, and
+    both cannot be combined."""
+    public_requires_approval: bool = False
+    """Whether an admin must approve a public adapter before other tenants' `auto` finds it. True with `keys_file`. Turn
+    it off where tenants trust each other: a publisher can attract the prompts of others."""
+    allow_self_approval: bool = False
+    """With keys, whether admins may approve adapters of their own tenant. Turn it on where one team is both."""
+    encoders: tuple[str, ...] = ()
+    """With keys, encoders that a reindex may name, besides `retrieval.encoder`. Add one before you change to it;
+    without keys every encoder is allowed."""
     source_prefixes: dict[str, tuple[str, ...]] | tuple[str, ...] = ()
-    # Files of one adapter, uploaded or copied from a source. The files in themselves: `admission`.
-    max_upload_bytes: int = Field(default=1040 << 20, ge=1)
-    # All uploads in one Ingress replica at once, which spools them to disk. With keys, a tenant above
-    # `max_upload_bytes` may use at most as much as remains free.
+    """Prefixes of URIs that adapters may be published from, by tenant; `*` means every tenant. They begin with s3://,
+    gs://, file://, hf://, runs:/ or models:/. A plain list applies to every tenant and is refused with keys."""
     max_upload_total_bytes: int = Field(default=2 << 30, ge=1)
-    # Uploads and sources that one Store replica validates at once, on its disk. Others wait up to a minute, then get
-    # a 503.
-    max_staging_bytes: int = Field(default=2 << 30, ge=1)
-    # All other bodies in one Ingress replica; one body has at most 4 MiB. With keys, a tenant may use at most as
-    # much as remains free.
-    max_body_total_bytes: int = Field(default=256 << 20, ge=4 << 20)
-    max_concurrent_requests: int = Field(
-        default=1024, ge=1
-    )  # requests in one Ingress replica; above it the answer is 429
-    max_request_s: float = Field(default=600, gt=0)  # upper bound of `timeout_s`
-    # Of one answer, within max_model_len. A request without max_tokens may use all of it.
+    """Bytes of files that one Ingress replica receives at once, and that one Store replica checks at once, on their
+    disks. Raise it together with the disk for `/tmp` if many publish at once; above it publishes wait up to a minute,
+    then get a 503."""
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    """Requests in one Ingress replica. Above it the answer is 429. Lower it to protect a small machine."""
+    max_request_s: float = Field(default=600, gt=0)
+    """The upper bound of a request's `timeout_s`, in seconds. Raise it for long answers, together with the
+    `graceful_shutdown_timeout_s` of Ingress and Worker."""
     max_new_tokens: int = Field(default=8192, ge=EXPECTED_NEW_TOKENS)
-    store_object_cache_bytes: int = Field(default=256 << 20, ge=0)  # weights in Ray's object store
-    disk_cache_bytes: int = Field(default=4 << 30, ge=0)  # local copy of the weights of a remote store
-    # Start without Ray's token authentication: anyone who reaches one of Ray's ports can then run code as this server.
+    """Tokens of one answer, within `worker.max_model_len`. A request without `max_tokens` may use all of it. Lower it
+    to bound what one request costs."""
+    disk_cache_bytes: int = Field(default=4 << 30, ge=0)
+    """Bytes of weights that a machine keeps on disk from a remote store. Raise it for a large pool; 0 fetches from the
+    Store every time."""
     allow_unauthenticated_ray: bool = False
-    # nice value of the processes of Ray that `loraretriever serve` starts, added to its own. Ray's default is 15, at
-    # which any other busy process takes nearly all of a core that both want. With `ray start`: RAY_worker_niceness.
-    ray_niceness: Annotated[int, Ge(0), Le(19)] = 0
-    # Measure adapters on each other's sample outputs after a publish, while the workers are idle; see `loraretriever
-    # evaluate`. Off by default: it generates answers and changes which adapters `auto` prefers.
+    """Start without Ray's token authentication. Anyone who reaches one of Ray's ports can then run code as this server:
+    turn it on only where a network policy closes them."""
     evaluate_after_publish: bool = False
-    # Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for the
-    # served base model.
+    """Measure adapters on each other's sample outputs after a publish, while the workers are idle. It generates answers
+    and changes which adapters `auto` prefers; `loraretriever pool evaluate` does the same once."""
     preload: tuple[Path, ...] = ()
-    admission: Limits = Limits()
+    """Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for
+    the served base model."""
+    scale_from_zero_timeout_s: float = Field(default=120, gt=0)
+    """How long requests wait for the first worker after scaling to zero, in seconds. Raise it for a base model that
+    takes long to load; then the answer is 503."""
+    admission: AdmissionSettings = AdmissionSettings()
     sampling_defaults: SamplingDefaults = SamplingDefaults()
-    worker: WorkerSettings = WorkerSettings()
+    worker: Annotated[
+        Annotated[NativeSettings, Tag("native")] | Annotated[VllmSettings, Tag("vllm")], Discriminator(_name_engine)
+    ] = NativeSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
-    ingress_scaling: ScalingSettings = ScalingSettings(
-        max_ongoing_requests=10_000, max_queued_requests=-1, target_ongoing_requests=500
-    )
-    # High limits: prompts wait in the replica's own queue, which is fair to tenants.
-    retriever_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=10_000, target_ongoing_requests=64)
-    store_scaling: ScalingSettings = ScalingSettings(max_ongoing_requests=64)
-    worker_scaling: ScalingSettings = ScalingSettings(num_cpus=1, max_ongoing_requests=2112, target_ongoing_requests=48)
-    worker_target_waiting_tokens: int = Field(default=8192, ge=1)  # per engine; above it Serve adds workers
-    scale_from_zero_timeout_s: float = Field(default=120, gt=0)  # how long requests wait for the first worker
+    ingress_scaling: ServeOptions = _default("ingress_scaling")
+    """Serve's options of the Ingress deployment, which answers HTTP. Set `autoscaling_config` for more replicas behind
+    a load balancer."""
+    retriever_scaling: ServeOptions = _default("retriever_scaling")
+    """Serve's options of the Retriever deployment, which embeds prompts and searches. Raise `num_cpus` of its
+    `ray_actor_options`, or its replicas, when routing takes long."""
+    store_scaling: ServeOptions = _default("store_scaling")
+    """Serve's options of the Store deployment, which checks and keeps adapters. Two replicas survive the loss of
+    one."""
+    worker_scaling: ServeOptions = _default("worker_scaling")
+    """Serve's options of the Worker deployment, which computes. Set `autoscaling_config` for the range of workers and
+    `ray_actor_options` for their CPUs and GPUs; only workers may scale to zero."""
 
     @model_validator(mode="before")
     @classmethod
-    def _check_names_and_set_defaults(cls, settings: object) -> Any:
-        """Refuse old names. With keys, protect tenants: a publisher could attract the `auto` requests of others."""
+    def _set_defaults(cls, settings: object) -> Any:
+        """Complete Serve's options. With keys, protect tenants: publishers could attract the prompts of others."""
         if isinstance(settings, dict):
-            refuse_renamed(settings)
-            settings = settings | _scaling_groups(cls, settings)
+            settings = settings | _complete_options(settings)
         if isinstance(settings, dict) and settings.get("keys_file") is not None:
-            return {"public_requires_approval": True, "owner_names": True} | settings
+            return {"public_requires_approval": True} | settings
         return settings
 
     @model_validator(mode="after")
@@ -152,29 +193,24 @@ class AppConfig(Settings):
         device, num_gpus = self.worker.device, self.worker_scaling.num_gpus
         if (device == "cuda") != (num_gpus > 0):
             raise ValueError(
-                f"worker.device is {device} but worker_scaling.num_gpus is {num_gpus:g}: "
+                f"worker.device is {device} but worker_scaling.ray_actor_options.num_gpus is {num_gpus:g}: "
                 "cuda needs num_gpus above 0, and cpu needs 0"
             )
-        size = self.worker.tensor_parallel_size
+        size = self.worker.tensor_parallel_size if isinstance(self.worker, VllmSettings) else 1
         if device == "cuda" and size > 1 and num_gpus != size:
             raise ValueError(
-                f"worker.tensor_parallel_size is {size} but worker_scaling.num_gpus is {num_gpus:g}: "
+                f"worker.tensor_parallel_size is {size} but worker_scaling.ray_actor_options.num_gpus is {num_gpus:g}: "
                 f"set num_gpus to {size}, which reserves {size} GPUs of one machine for each worker"
             )
         return self
 
     @model_validator(mode="after")
     def _bounds_fit_each_other(self) -> Self:
-        if self.max_upload_total_bytes < self.max_upload_bytes + FORM_OVERHEAD_BYTES:
-            least = self.max_upload_bytes + FORM_OVERHEAD_BYTES
+        least = self.max_upload_bytes + FORM_OVERHEAD_BYTES
+        if self.max_upload_total_bytes < least:
             raise ValueError(
-                f"max_upload_total_bytes must be at least max_upload_bytes + {FORM_OVERHEAD_BYTES} = {least}, "
-                f"got {self.max_upload_total_bytes}"
-            )
-        if self.max_staging_bytes < self.max_upload_bytes:
-            raise ValueError(
-                f"max_staging_bytes must be at least max_upload_bytes = {self.max_upload_bytes}, "
-                f"got {self.max_staging_bytes}"
+                "max_upload_total_bytes must hold one upload, which has admission.max_weights_bytes"
+                f" + {least - self.admission.max_weights_bytes} = {least} bytes, got {self.max_upload_total_bytes}"
             )
         for name, scaling in (("ingress_scaling", self.ingress_scaling), ("worker_scaling", self.worker_scaling)):
             if scaling.graceful_shutdown_timeout_s < self.max_request_s:
@@ -188,7 +224,9 @@ class AppConfig(Settings):
     def _only_workers_scale_to_zero(self) -> Self:
         for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
             if getattr(self, name).min_replicas == 0:
-                raise ValueError(f"{name}.min_replicas must be at least 1, got 0: only workers may scale to zero")
+                raise ValueError(
+                    f"{name}.autoscaling_config.min_replicas must be at least 1, got 0: only workers may scale to zero"
+                )
         return self
 
     @field_validator("base_model")
@@ -293,6 +331,16 @@ class AppConfig(Settings):
     def may_publish_paths(self) -> bool:
         return not self.has_keys if self.publish_paths is None else self.publish_paths
 
+    @property
+    def owner_names(self) -> bool:
+        """Whether other tenants' adapters have the name `owner/name` only."""
+        return self.keys_file is not None
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """The largest upload of one adapter: its weights and its other files."""
+        return self.admission.max_weights_bytes + OTHER_FILES_BYTES
+
     @cached_property
     def default_visibility(self) -> Visibility:
         """The visibility of a new adapter whose publisher sets none."""
@@ -309,49 +357,21 @@ class AppConfig(Settings):
         return self.base_model_name or self.base_model.rstrip("/").rpartition("/")[2]
 
     @cached_property
-    def template_in_use(self) -> str:
-        """The template of chats: `alpaca` or `chat`, or `auto` where the model's files are not on this machine."""
-        if self.template != "auto":
-            return self.template
-        if self.chat_template is not None:
-            return "chat"
-        return "alpaca" if self.base_model == PACKAGED_MODEL else template_of_files(self.base_model)
-
-    @cached_property
-    def known_templates(self) -> dict[str, str] | None:
-        """The template `chat` by the digests of its files: the operator's, and the base model's own.
-
-        None where the base model's files are not on this machine, so that an adapter's file cannot be compared.
-        """
-        own = () if self.base_model == PACKAGED_MODEL else chat_templates_of_files(self.base_model)
-        if own is None:
-            return None
-        named = () if self.chat_template is None else (read_chat_template(self.chat_template),)
-        return {template_digest(source): "chat" for source in (*named, *own)}
-
-    @cached_property
-    def sampling_defaults_in_use(self) -> dict[str, float]:
-        """The values for what a request leaves unset, by name: the settings', then the base model's if it is here."""
-        has_own = self.generation_config == "auto" and self.base_model != PACKAGED_MODEL  # the packaged one has none
-        own = sampling_defaults_of_files(self.base_model) if has_own else {}
-        return own | self.sampling_defaults.given
-
-    @cached_property
-    def accepted_bases(self) -> frozenset[str]:
-        """Every `base_model_name_or_path` that an adapter may have: names, and the path of the base model's folder."""
-        is_packaged = self.base_model == PACKAGED_MODEL
-        names = {self.base_model, self.served_base_name, *self.accepts_base}
-        if is_packaged:
-            names.update(PACKAGED_ALIASES)
-        if is_packaged or Path(self.base_model).is_absolute() or Path(self.base_model).is_dir():
-            folder = self.cache_dir / PACKAGED_MODEL if is_packaged else Path(self.base_model).absolute()
-            names.update({str(folder), str(folder.resolve()), folder.name})
-        return frozenset(names)
-
-    @cached_property
-    def served_bases(self) -> ServedBases:
-        """The base models whose adapters are served: those that publishing accepts."""
-        return ServedBases(self.served_base_name, self.accepted_bases)
+    def served_model(self) -> ServedModel:
+        """The base model as clients and publishers meet it."""
+        name = self.served_base_name
+        return ServedModel(
+            name=name,
+            base=self.base_model,
+            accepted_names=find_accepted_names(self.base_model, name, self.accepts_base, self.cache_dir),
+            template=self.template,
+            chat_template=self.chat_template,
+            has_own_defaults=self.generation_config == "auto" and self.base_model != PACKAGED_MODEL,
+            given_defaults=self.sampling_defaults.given,
+            max_model_len=self.worker.max_model_len,
+            max_new_tokens=self.max_new_tokens,
+            max_request_s=self.max_request_s,
+        )
 
     @property
     def weights_cache(self) -> tuple[Path, int] | None:
@@ -365,17 +385,16 @@ class AppConfig(Settings):
         return self.worker_scaling.min_replicas == 0
 
     def worker_options(self) -> JsonObject:
-        """Return the keywords of the Worker's `Deployment.options`, with its autoscaling policy and request router."""
-        policy_kwargs = {"target_waiting_tokens": self.worker_target_waiting_tokens}
-        policy = {
-            "policy_function": "deployments.scaling.autoscaling_policy:WorkerScaling",
-            "policy_kwargs": policy_kwargs,
-        }
+        """Return Serve's options of the Worker, with its autoscaling policy and request router."""
         router = {
             "request_router_class": "deployments.scaling.adapter_affinity_router:AdapterAffinityRouter",
             "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
         }
-        return self.worker_scaling.options(policy) | {"request_router_config": router}
+        options = {"request_router_config": router} | self.worker_scaling.root
+        if scaling := options.get("autoscaling_config"):
+            policy = {"policy_function": "deployments.scaling.autoscaling_policy:WorkerScaling"}
+            options["autoscaling_config"] = {"policy": policy} | scaling
+        return options
 
     @property
     def num_logical_cpus(self) -> int:
@@ -383,31 +402,30 @@ class AppConfig(Settings):
         scalings = (self.ingress_scaling, self.retriever_scaling, self.store_scaling, self.worker_scaling)
         return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1 for Serve itself
 
-    def worker_config(self) -> WorkerConfig:
-        settings = {field.name: getattr(self.worker, field.name) for field in fields(EngineSettings)}
+    def worker_config(self) -> NativeWorkerConfig | VllmWorkerConfig:
+        """Return what a worker needs: the settings of its engine and of its base model."""
         num_gpus = self.worker_scaling.num_gpus
-        share = num_gpus if 0 < num_gpus < 1 else 1.0  # Ray places as many such workers on one GPU as fit
-        chat_template = None if self.chat_template is None else read_chat_template(self.chat_template)
-        return WorkerConfig(
-            chat_template=chat_template,
+        return configure_worker(
+            **{field.name: getattr(self.worker, field.name) for field in fields(self.worker)},
+            chat_template=None if self.chat_template is None else read_chat_template(self.chat_template),
             tool_parser=self.tool_parser,
             base_model=self.base_model,
             max_new_tokens=self.max_new_tokens,
             generation_config=self.generation_config,
             sampling_defaults=tuple(self.sampling_defaults.given.items()),
             cache_dir=self.cache_dir,
-            device_share=share,
-            **settings,
+            device_share=num_gpus if 0 < num_gpus < 1 else 1.0,  # Ray places as many such workers on one GPU as fit
         )
 
 
-def _scaling_groups(model: type[AppConfig], settings: JsonObject) -> JsonObject:
-    """Return the scaling groups with the defaults that they leave. `device: cuda` implies the GPUs of a worker."""
-    defaults = {name: field.default for name, field in model.model_fields.items()}
-    groups = {name: default for name, default in defaults.items() if isinstance(default, ScalingSettings)}
-    given = {name: settings.get(name, {}) for name in groups}
-    found = {name: groups[name].changed(group) for name, group in given.items() if isinstance(group, dict)}
-    worker = settings.get("worker")
-    if isinstance(worker, dict) and worker.get("device") == "cuda" and "worker_scaling" in found:
-        found["worker_scaling"].setdefault("num_gpus", worker.get("tensor_parallel_size", 1))
+def _complete_options(settings: JsonObject) -> JsonObject:
+    """Return the given groups of Serve's options with their defaults. `device: cuda` implies the GPUs of a worker."""
+    given = {name: settings[name] for name in _SERVE_DEFAULTS if isinstance(settings.get(name), dict)}
+    worker, workers = settings.get("worker"), settings.get("worker_scaling", {})
+    uses_gpus = isinstance(worker, Mapping) and worker.get("device") == "cuda" and isinstance(workers, dict)
+    if uses_gpus:
+        given["worker_scaling"] = workers
+    found = {name: with_defaults(group, _SERVE_DEFAULTS[name]) for name, group in given.items()}
+    if uses_gpus and isinstance(actor := found["worker_scaling"]["ray_actor_options"], dict):
+        actor.setdefault("num_gpus", worker.get("tensor_parallel_size", 1))
     return found

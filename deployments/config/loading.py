@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.config.app import AppConfig
+from deployments.config.parts import Settings
 from deployments.config.settings_errors import SettingsInvalid, settings_error
 from deployments.json_types import JsonObject
 
@@ -27,9 +28,8 @@ def load_config(path: Path | None, **changes: Any) -> AppConfig:
         raise settings_error(path, AppConfig, exc) from exc
 
 
-def require_base_model(config: AppConfig) -> None:
+def require_base_model(base: str) -> None:
     """Refuse a path of a base model where there is none, before anything is started. Raises: SettingsInvalid."""
-    base = config.base_model
     if not base.startswith(("/", ".")) and base.count("/") < 2:
         return  # the id of a model hub
     if not Path(base).is_dir():
@@ -38,10 +38,10 @@ def require_base_model(config: AppConfig) -> None:
         raise SettingsInvalid(f"base_model: {base} has no config.json; name the folder of a model")
 
 
-def require_keys_file(config: AppConfig) -> None:
+def require_keys_file(file: Path | None) -> None:
     """Refuse a keys file that does not exist. Raises: SettingsInvalid."""
-    if config.keys_file is not None and not config.keys_file.is_file():
-        raise SettingsInvalid(f"keys_file: {config.keys_file}: no such file; `loraretriever keys new --file` makes one")
+    if file is not None and not file.is_file():
+        raise SettingsInvalid(f"keys_file: {file}: no such file; `loraretriever keys new --file` makes one")
 
 
 def require_set_keys(config: AppConfig) -> None:
@@ -54,7 +54,7 @@ def require_set_keys(config: AppConfig) -> None:
             raise SettingsInvalid(f"{name} is empty or null; remove the line to run without a key")
 
 
-def dump_config(config: AppConfig) -> str:
+def dump_config(config: Settings) -> str:
     """Return the settings as YAML. A secret is masked."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return text

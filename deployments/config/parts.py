@@ -1,16 +1,12 @@
-"""The settings of a worker and of retrieval."""
+"""The groups of settings that belong to retrieval, to sampling and to published files."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, Field
 
-from gpu_worker.config import (
-    EngineSettings,
-)
+from lora_store import Limits
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import EncoderDtype
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
@@ -18,27 +14,39 @@ from retriever_svc.route import Weighting
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSettings(EngineSettings):
-    """Settings of one worker replica: those of its engine, of the engine's thread and of the streams."""
+class AdmissionSettings(Settings):
+    """Limits on a published adapter."""
 
-    stream_interval_ms: Annotated[float, Ge(0)] = 25
-    step_timeout_s: Annotated[float, Gt(0)] = 120  # a longer step counts as stuck: Serve replaces the replica
-    # nice value of the engine thread, so that HTTP handling gets priority on shared cores
-    niceness: Annotated[int, Ge(0), Le(19)] = 5
+    max_rank: int = Field(default=Limits().max_rank, ge=1)
+    """The highest rank of a module. Raise it for adapters of a higher rank, together with `worker.bank_rank_rows`,
+    which must hold at least one of them."""
+    max_weights_bytes: int = Field(default=Limits().max_weights_bytes, ge=1)
+    """Bytes of `adapter_model.safetensors`. Raise it for a large base model; an upload may have 16 MiB more for its
+    other files, and `max_upload_total_bytes` must hold it."""
+
+    @property
+    def limits(self) -> Limits:
+        """The limits on an adapter's folder."""
+        return Limits(max_rank=self.max_rank, max_weights_bytes=self.max_weights_bytes)
 
 
 class SamplingDefaults(Settings):
-    """Sampling parameters for requests that leave them unset, in place of the base model's own."""
+    """Sampling parameters for requests that leave them unset. They override those of the base model."""
 
-    temperature: float | None = Field(default=None, ge=0, le=2)  # 0 always picks the most likely token
-    top_p: float | None = Field(default=None, gt=0, le=1)  # 1: all tokens
-    top_k: int | None = Field(default=None, ge=0, lt=2**31)  # 0: all tokens
-    min_p: float | None = Field(default=None, ge=0, le=1)  # least probability, relative to the most likely token
-    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)  # 1: none
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """How random answers are. 0 always picks the most likely token. Set it where answers must repeat."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability. 1 means all tokens."""
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    """Sample from this many most likely tokens. 0 means all tokens."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Drop tokens below this share of the most likely token's probability. 0 drops none."""
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    """Divides the logits of tokens that the prompt or the answer has. 1 changes nothing; raise it for a base model that
+    repeats itself."""
 
     @property
     def given(self) -> dict[str, float]:
@@ -50,20 +58,33 @@ class RetrievalSettings(Settings):
     """Defaults for `model: auto`. The `lora` object of a request overrides them."""
 
     encoder: str = DEFAULT_ENCODER
+    """The model that embeds prompts and samples: the packaged one, a folder, or a model hub id of sentence-
+    transformers. Used for a new pool; afterwards `loraretriever pool reindex` changes the encoder."""
     encoder_threads: int | None = Field(default=None, ge=1)
-    encoder_dtype: EncoderDtype = "auto"  # auto: OpenVINO, in bfloat16 where the processor has it; float32: torch
+    """CPU threads of the encoder. Unset: the CPUs that the process may use. Set it where containers share a machine."""
+    encoder_dtype: EncoderDtype = "auto"
+    """How the encoder computes. `auto` is OpenVINO, in bfloat16 where the processor has it; `float32` is torch. Set
+    `float32` where vectors of different machines are compared; encoding then takes longer."""
     strategy: Literal["selection", "mixture", "fusion"] = "mixture"
+    """How adapters are composed. Change it when `loraretriever pool evaluate` shows better answers on your pool."""
     k: int = Field(default=3, ge=1, le=16)
-    weights: Weighting = "evidence"  # companions of another function get at most a third of the best adapter's weight
-    softmax_temperature: float = Field(default=0.05, gt=0)
-    projection: Literal["auto", "none"] = "auto"  # auto: the packaged one, if there is one for the encoder
+    """How many adapters are retrieved. Raise it where several adapters help with one prompt; each costs time."""
+    weights: Weighting = "evidence"
+    """How scores become weights. With `evidence`, companions of another function get at most a third of the best
+    adapter's weight. Change it together with `strategy`."""
+    projection: Literal["auto", "none"] = "auto"
+    """The projection after the encoder, until a reindex activates another. `auto` is the packaged one, if there is one
+    for the encoder; `none` compares plain embeddings."""
     abstain: Abstain = "balanced"
-    # Least cosine of every adapter. None: each adapter has a threshold of its own.
+    """How readily a prompt goes to the base model. With `lenient`, `balanced` and `strict`, adapters answer about 8,
+    3 and less than 1 % of everyday prompts; with `never`, every prompt gets adapters. Choose by what your users ask
+    besides your tasks."""
     min_score: float | None = Field(default=None, ge=-1, le=1)
+    """The least cosine of every adapter. Unset: each adapter has a threshold of its own. Set it only where scores of
+    your pool were measured; it overrides `abstain`."""
     fallback: Literal["base", "error"] = "base"
-    batch_size: int = Field(default=32, ge=1)  # texts; at most about 2,048 tokens together
-    batch_wait_s: float = Field(default=0.0, ge=0)  # texts that arrive during a batch form the next one anyway
-    max_waiting: int = Field(
-        default=4096, ge=256
-    )  # texts in the queue of one replica's encoder, shared fairly by tenants
-    poll_interval_s: float = Field(default=3.0, gt=0)  # how late a replica sees a commit that it was not notified of
+    """What happens to a prompt that no adapter fits: the base model answers, or the request is refused with 422. Set
+    `error` where an answer of the base model would be wrong."""
+    max_waiting: int = Field(default=4096, ge=256)
+    """Texts in the queue of one replica's encoder, which tenants share fairly. Above it the answer is 503. Raise it for
+    bursts; prompts then wait longer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -10,17 +11,9 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from deployments.field_problems import describe_problem, field_names
-from deployments.json_types import JsonMapping
+from gpu_worker.config import CommonSettings, NativeSettings, VllmSettings
 
-RENAMED_SETTINGS: Mapping[str, str] = {
-    "admins_approve_own": "allow_self_approval",
-    "max_in_flight": "max_concurrent_requests",
-    "wake_timeout_s": "scale_from_zero_timeout_s",
-    "worker.wedged_after_s": "worker.step_timeout_s",
-}
-"""Settings of earlier versions, by their old names. Old names are refused."""
-
-
+_ENGINES: Mapping[str, type[CommonSettings]] = {"native": NativeSettings, "vllm": VllmSettings}
 _OPTIONS = ("host", "port", "metrics_port")
 
 
@@ -28,53 +21,61 @@ class SettingsInvalid(ValueError):
     """The settings cannot be used. The message has one line for each mistake."""
 
 
-def refuse_renamed(settings: JsonMapping) -> None:
-    """Raise ValueError where `settings` has names of earlier versions, naming each new one."""
-    found = [f"{old}: renamed to {new}" for old, new in RENAMED_SETTINGS.items() if _has(settings, old.split("."))]
-    if found:
-        raise ValueError("\n".join(found))
-
-
 def settings_error(file: Path | None, model: type[BaseModel], error: ValidationError) -> SettingsInvalid:
     """Describe `error` in lines such as `settings.yaml: worker.max_batch: unknown; did you mean 'max_batch_size'?`."""
     source = "settings" if file is None else str(file)
     lines: dict[str, str] = {}  # by setting: the branches of a union repeat themselves
     for problem in error.errors(include_url=False):
-        path = _setting_of(problem["loc"])
+        path = _name_setting(problem)
         shows_value = not _is_secret(model, problem["loc"])
         text = _describe_misplaced(model, problem) or describe_problem(
-            problem, field_names(model, problem["loc"]), shows_value=shows_value
+            problem, _find_known(model, problem["loc"]), shows_value=shows_value
         )
         for number, line in enumerate(text.splitlines()):
             lines.setdefault(f"{path}#{number}", f"{source}: {path}: {line}" if path else f"{source}: {line}")
     return SettingsInvalid("\n".join(lines.values()))
 
 
-def _setting_of(place: tuple[str | int, ...]) -> str:
+def _name_setting(problem: ErrorDetails) -> str:
     """Return the path of a setting without the names that pydantic gives to the branches of a union."""
-    return ".".join(str(part) for part in place if not (isinstance(part, str) and "[" in part))
+    place = problem["loc"]
+    names = [str(part) for number, part in enumerate(place) if not (_is_branch(part) or _is_engine(place, number))]
+    return ".".join([*names, "engine"] if problem["type"] == "union_tag_invalid" else names)
+
+
+def _is_branch(part: str | int) -> bool:
+    return isinstance(part, str) and "[" in part
+
+
+def _is_engine(place: tuple[str | int, ...], number: int) -> bool:
+    return number == 1 and place[0] == "worker" and place[1] in _ENGINES
+
+
+def _find_known(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
+    """Return the names of the settings that are allowed next to the last part of `place`."""
+    if len(place) > 1 and _is_engine(place, 1):
+        return [field.name for field in fields(_ENGINES[str(place[1])])]
+    return field_names(model, place)
 
 
 def _describe_misplaced(model: type[BaseModel], problem: ErrorDetails) -> str:
-    """Say where an unknown setting belongs, if it is one of another group or an option of the command."""
+    """Say where an unknown setting belongs, if it is one of another group or engine, or an option of the command."""
+    if problem["type"] == "union_tag_invalid":
+        return f"must be {' or '.join(map(repr, _ENGINES))}, got {problem['ctx']['tag']!r}"
     if problem["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return ""
-    name = str(problem["loc"][-1])
+    name, place = str(problem["loc"][-1]), problem["loc"]
     if name in _OPTIONS:
         return f"is an option of the command: serve --{name.replace('_', '-')} {problem['input']}"
+    engines = [engine for engine, settings in _ENGINES.items() if name in settings.__dataclass_fields__]
+    if len(place) > 1 and _is_engine(place, 1) and engines:
+        return f"is a setting of the engine {engines[0]!r}; leave it unset, or set worker.engine to {engines[0]!r}"
     places = [name] if name in model.model_fields else []
+    places += ["worker." + name] if engines else []
     places += [f"{group}.{name}" for group in model.model_fields if name in field_names(model, [group, name])]
-    return f"unknown here; {' or '.join(places)}?" if places else ""
+    return f"unknown here; {' or '.join(dict.fromkeys(places))}?" if places else ""
 
 
 def _is_secret(model: type[BaseModel], place: tuple[str | int, ...]) -> bool:
     field = model.model_fields.get(str(place[0])) if place else None
     return field is not None and SecretStr in get_args(field.annotation)
-
-
-def _has(settings: object, path: list[str]) -> bool:
-    for part in path:
-        if not isinstance(settings, Mapping) or part not in settings:
-            return False
-        settings = settings[part]
-    return True

@@ -1,4 +1,4 @@
-// The page of one adapter: samples, versions, similar adapters and code; roll back and withdraw.
+// The page of one adapter: samples, versions, similar adapters and code; roll back, approve and withdraw.
 
 import { post, read, reasonOf, send } from "./api.js";
 import { ago, byId, bytes, confirmed, element, say, sayOrHide, whole } from "./dom.js";
@@ -12,6 +12,7 @@ let handlers = { onAsk: () => {}, onChange: () => {} };
 export function start(callbacks) {
   handlers = callbacks;
   byId("adapter-ask").addEventListener("click", () => handlers.onAsk(shown.id, ""));
+  byId("adapter-approve").addEventListener("click", approve);
   byId("adapter-withdraw").addEventListener("click", withdraw);
 }
 
@@ -41,6 +42,7 @@ function show(adapter) {
   const isOwn = adapter.id === adapter.name; // only its own tenant may change an adapter
   sayOrHide("adapter-error", "");
   byId("adapter-body").hidden = byId("adapter-actions").hidden = false;
+  byId("adapter-approve").hidden = isOwn || adapter.approved || adapter.visibility !== "public";
   byId("adapter-withdraw").hidden = !isOwn;
   byId("adapter-facts").replaceChildren(...factsOf(adapter));
   byId("adapter-samples").replaceChildren(...adapter.samples.map(sampleRow));
@@ -108,6 +110,17 @@ async function rollback(digest, createdAt) {
   const text = `Version ${digest.slice(0, 12)}, published ${ago(createdAt)}, becomes live for the next request. The current version is kept.`;
   if (!(await confirmed(`Roll back ${shown.id}?`, text, "Roll back"))) return;
   await change(async () => (await post(`${path()}/rollback`, { digest })).generation, () => open(shown.id));
+}
+
+async function approve() {
+  const url = `${path()}/approve`, { id, digest } = shown;
+  await change(async () => {
+    const { draws, generation } = await post(`${url}?dry_run=true`, { digest });
+    const text = `Then auto may choose version ${digest.slice(0, 12)} for every tenant. ${draws.text}`;
+    const yes = draws.needs_confirmation ? "Approve it all the same" : "Approve";
+    if (!(await confirmed(`Approve ${id}?`, text, yes))) return generation;
+    return (await post(url, { digest, confirmed: true })).generation;
+  }, () => open(id));
 }
 
 async function withdraw() {

@@ -23,7 +23,7 @@ from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
-from deployments.config.app import AppConfig
+from deployments.config.served_model import ServedModel
 from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
@@ -222,27 +222,30 @@ class CompletionService:
 
     def __init__(
         self,
-        config: AppConfig,
+        model: ServedModel,
         authenticator: Authenticator,
         planner: Planner,
         gate: WorkerGate,
         worker: WorkerClient,
         limits: StreamLimits,
         shadows: Shadows,
+        *,
+        is_strict: bool = False,
     ) -> None:
-        self._config, self._authenticator, self._planner = config, authenticator, planner
+        """`is_strict`: refuse unknown fields instead of ignoring them."""
+        self._model, self._authenticator, self._planner, self._is_strict = model, authenticator, planner, is_strict
         self._gate, self._worker, self._limits, self._shadows = gate, worker, limits, shadows
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
-        deadline = deadline_of(context.arrived_at, request.timeout_s, self._config.max_request_s)
+        deadline = deadline_of(context.arrived_at, request.timeout_s, self._model.max_request_s)
         async with within(deadline):
-            if self._config.strict_fields:
+            if self._is_strict:
                 refuse_ignored(request)
             context.ignored = ignored_fields(request)
             sampling, include_usage = request.sampling(), request.include_usage
             questions: Sequence[Question] = request.questions()
-            check_limits(request, questions, self._config)
+            check_limits(request, questions, self._model)
             with ExitStack() as stack:
                 work = self._planner.work_of(request, questions)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
@@ -251,7 +254,7 @@ class CompletionService:
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
                 context.record_versions(plans)
                 answer = _answer_to(request, questions, plans, caller, context)
-                template = self._config.template
+                template = self._model.template
                 jobs = [
                     replace(job, tenant=caller.tenant)
                     for job in jobs_of(answer.request_id, sampling, questions, plans, template, request.n)
@@ -276,10 +279,10 @@ class CompletionService:
 
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
         """Return the tokens of a text, or of a conversation as a chat would render it."""
-        deadline = deadline_of(context.arrived_at, None, self._config.max_request_s)
+        deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
         question, field = request.question(), "prompt" if request.messages is None else "messages"
         assert not isinstance(question.prompt, TokenIds)
-        check_tokenized(question.prompt, field, self._config)
+        check_tokenized(question.prompt, field, self._model)
         num_read = 0 if request.messages is None else self._planner.tokens_read(question)
         work = Work(num_tokens=prompt_tokens(question.prompt), num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
@@ -299,7 +302,7 @@ class CompletionService:
 
     async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
         """Return the text of token ids, with special tokens."""
-        deadline = deadline_of(context.arrived_at, None, self._config.max_request_s)
+        deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
         work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
         with self._authenticator.running(caller, work) as usage:
@@ -313,10 +316,10 @@ class CompletionService:
     async def _template_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> str:
         """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
         if question.model == AUTO and not isinstance(question.prompt, tuple):
-            return self._config.template  # without messages no template applies
+            return self._model.template  # without messages no template applies
         async with within(deadline):
             [planned] = await self._planner.plan_all([question], caller.tenant, context)
-        return planned.plan.template or self._config.template
+        return planned.plan.template or self._model.template
 
     async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""

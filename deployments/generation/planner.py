@@ -13,7 +13,8 @@ from deployments.api.completions import GenerationRequest, Question
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
-from deployments.config.app import AppConfig
+from deployments.config.parts import RetrievalSettings
+from deployments.config.served_model import ServedModel
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.conversation import Reading, reading_of
 from deployments.observability.request_metrics import RequestContext
@@ -31,24 +32,24 @@ _CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usag
 _TOKENIZED_CHARS_PER_TOKEN = 8  # of the context: more than any text of a natural language has
 
 
-def check_limits(request: GenerationRequest, questions: Sequence[Question], config: AppConfig) -> None:
+def check_limits(request: GenerationRequest, questions: Sequence[Question], model: ServedModel) -> None:
     """Check the sizes of the request before it is tokenized. The Worker counts tokens exactly.
 
     Raises: PromptTooLong, RequestInvalid.
     """
     for question in questions:
-        check_prompt(question.prompt, config, _num_tool_chars(question))
+        check_prompt(question.prompt, model, _num_tool_chars(question))
     wanted = request.token_limit
-    if wanted is not None and wanted > config.max_new_tokens:
-        raise RequestInvalid(f"max_tokens: at most {config.max_new_tokens}, got {wanted}", "max_tokens")
-    if request.min_tokens > config.max_new_tokens:
-        message = f"min_tokens: at most {config.max_new_tokens}, got {request.min_tokens}"
+    if wanted is not None and wanted > model.max_new_tokens:
+        raise RequestInvalid(f"max_tokens: at most {model.max_new_tokens}, got {wanted}", "max_tokens")
+    if request.min_tokens > model.max_new_tokens:
+        message = f"min_tokens: at most {model.max_new_tokens}, got {request.min_tokens}"
         raise RequestInvalid(message, "min_tokens")
 
 
-def check_texts(texts: Iterable[str], config: AppConfig) -> None:
+def check_texts(texts: Iterable[str], model: ServedModel) -> None:
     """Refuse texts that are too long for a prompt. Raises: PromptTooLong."""
-    _check_chars(max(map(len, texts)), config)
+    _check_chars(max(map(len, texts)), model)
 
 
 def refuse_stream_options(request: GenerationRequest) -> None:
@@ -66,24 +67,24 @@ def prompt_tokens(prompt: Prompt) -> int:
     return len(prompt.ids) if isinstance(prompt, TokenIds) else math.ceil(_num_chars(prompt) / _CHARS_PER_TOKEN)
 
 
-def _check_chars(num_chars: int, config: AppConfig) -> None:
-    context = config.worker.max_model_len
+def _check_chars(num_chars: int, model: ServedModel) -> None:
+    context = model.max_model_len
     if num_chars > context * MAX_CHARS_PER_TOKEN:
         raise PromptTooLong(f"a prompt of {num_chars} characters does not fit a context of {context} tokens")
 
 
-def check_prompt(prompt: Prompt, config: AppConfig, num_tool_chars: int = 0) -> None:
+def check_prompt(prompt: Prompt, model: ServedModel, num_tool_chars: int = 0) -> None:
     """Refuse a prompt that is too long together with its tools. Raises: PromptTooLong."""
-    context = config.worker.max_model_len
+    context = model.max_model_len
     if not isinstance(prompt, TokenIds):
-        _check_chars(num_tool_chars + _num_chars(prompt), config)
+        _check_chars(num_tool_chars + _num_chars(prompt), model)
     elif len(prompt.ids) >= context:
         raise PromptTooLong(f"a prompt of {len(prompt.ids)} tokens does not fit a context of {context} tokens")
 
 
-def check_tokenized(prompt: str | tuple[Message, ...], field: str, config: AppConfig) -> None:
+def check_tokenized(prompt: str | tuple[Message, ...], field: str, model: ServedModel) -> None:
     """Refuse a text that is too long to be tokenized for a client that only counts. Raises: PromptTooLong."""
-    limit, num_chars = config.worker.max_model_len * _TOKENIZED_CHARS_PER_TOKEN, _num_chars(prompt)
+    limit, num_chars = model.max_model_len * _TOKENIZED_CHARS_PER_TOKEN, _num_chars(prompt)
     if num_chars > limit:
         raise PromptTooLong(
             f"{field}: at most {limit} characters, {_TOKENIZED_CHARS_PER_TOKEN} for each token of the context, got"
@@ -99,8 +100,8 @@ def _num_chars(prompt: str | tuple[Message, ...]) -> int:
 class Planner:
     """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name."""
 
-    def __init__(self, config: AppConfig, retriever: RoutingClient) -> None:
-        self._config, self._retriever = config, retriever
+    def __init__(self, model: ServedModel, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
+        self._model, self._defaults, self._retriever = model, defaults, retriever
 
     def work_of(self, request: GenerationRequest, questions: Sequence[Question]) -> Work:
         """Return how much the request asks for. Raises: ModelNotFound.
@@ -259,7 +260,7 @@ class Planner:
     def _request_of(
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
     ) -> RouteRequest:
-        defaults = self._config.retrieval
+        defaults = self._defaults
         return RouteRequest(
             text=(options.query or text)[:MAX_CHARS],
             tenant=tenant,
@@ -291,12 +292,12 @@ class Planner:
     async def _named(self, options: LoraOptions, tenant: str) -> Plan:
         assert options.adapters is not None
         choices = [(choice.name, choice.weight) for choice in options.adapters]
-        strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._config.retrieval.strategy)
+        strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._defaults.strategy)
         return await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
 
     def _model_name(self, model: str) -> str | None:
         """Return `auto`, an adapter's name, or None for the base model alone. Raises: ModelNotFound."""
-        base = self._config.served_base_name
+        base = self._model.name
         if model == base:
             return None
         head, colon, tail = model.partition(":")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from deployments.config.app import AppConfig
 from deployments.http.bodies import BodyLimit, max_body_bytes
 from deployments.http.dependencies import Services
 from deployments.http.error_responses import install_error_handlers
@@ -52,14 +52,14 @@ def build_api(services: Services) -> Api:
     return app
 
 
-def _cors(config: AppConfig) -> list[Middleware]:
-    """Return the middleware that lets pages of `cors_origins` read answers. No cookie is ever needed."""
-    if not config.cors_origins:
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Return the middleware that lets pages of these origins read answers. No cookie is ever needed."""
+    if not origins:
         return []
     return [
         Middleware(
             CORSMiddleware,
-            allow_origins=config.cors_origins,
+            allow_origins=origins,
             allow_methods=_METHODS,
             allow_headers=["*"],
             expose_headers=_EXPOSED,
@@ -69,11 +69,12 @@ def _cors(config: AppConfig) -> list[Middleware]:
 
 def middleware_of(services: Services) -> list[Middleware]:
     """Return the middleware in the order in which a request passes it. No other place decides this order."""
+    limit_of = partial(max_body_bytes, services.config.max_upload_bytes)
     return [
         Middleware(RequestContextMiddleware, metrics=services.metrics),  # outermost: every answer has an id
-        *_cors(services.config),  # outside the others, so that a page can read refusals
+        *_cors(services.config.cors_origins),  # outside the others, so that a page can read refusals
         Middleware(
-            Admission, config=services.config, authenticator=services.authenticator, in_flight=services.in_flight
+            Admission, rules=services.config, authenticator=services.authenticator, in_flight=services.in_flight
         ),
-        Middleware(BodyLimit, limit_of=partial(max_body_bytes, services.config), budget=services.bodies),
+        Middleware(BodyLimit, limit_of=limit_of, budget=services.bodies),
     ]

@@ -23,12 +23,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.byte_budget import ByteBudget
-from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
+from deployments.config.app import FORM_OVERHEAD_BYTES
 from deployments.errors import BodyMemoryFull, BodyNotAllowed, BodyTooLarge, BodyTooSlow, RequestInvalid
 from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import context_of, path_of
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
+MAX_BODY_TOTAL_BYTES = 256 << 20  # all bodies of one Ingress replica, except uploads
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 1 << 20
 _UPLOADS = "/v1/loras"
@@ -137,12 +138,12 @@ class _Body:
         return refusal
 
 
-def max_body_bytes(config: AppConfig, scope: Scope) -> int:
-    """Return the size limit of this request's body: the setting for uploads, a small one for all other bodies."""
+def max_body_bytes(max_upload_bytes: int, scope: Scope) -> int:
+    """Return the size limit of this request's body: that of an upload, or a small one for all other bodies."""
     kind = dict(scope["headers"]).get(b"content-type", b"")
     is_form = kind.lower().startswith(b"multipart/form-data")
     if is_form and scope["method"] == "POST" and path_of(scope) == _UPLOADS:
-        return config.max_upload_bytes + FORM_OVERHEAD_BYTES
+        return max_upload_bytes + FORM_OVERHEAD_BYTES
     return DEFAULT_MAX_BODY_BYTES
 
 

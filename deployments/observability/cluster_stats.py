@@ -15,8 +15,10 @@ from deployments.api.pool_responses import Stats
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.shared import Shared
 from deployments.calls.worker_client import Usage, WorkerClient
-from deployments.config.app import AppConfig
+from deployments.config.parts import RetrievalSettings
+from deployments.config.served_model import ServedModel
 from deployments.json_types import JsonObject
+from gpu_worker.config import EngineSettings
 from gpu_worker.front.engine_status import EngineStatus
 from retriever_svc import PoolSize
 
@@ -46,13 +48,21 @@ class StatsReader:
 
     def __init__(
         self,
-        config: AppConfig,
+        model: ServedModel,
+        defaults: RetrievalSettings,
+        engine: EngineSettings,
         retriever: RetrieverClient,
         worker: WorkerClient,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        may_sleep: bool = False,
         evaluation_of: Callable[[str], JsonObject] | None = None,
     ) -> None:
-        self._config = config
+        """`may_sleep`: whether there may be no worker, as the last one was scaled away."""
+        self._model = model
+        self._defaults = defaults
+        self._engine = engine
+        self._may_sleep = may_sleep
         self._retriever = retriever
         self._worker = worker
         self._evaluation_of = evaluation_of
@@ -66,12 +76,11 @@ class StatsReader:
         (read_at, workers, usages), retrievers = await asyncio.gather(
             self._workers.get(), _broadcast(partial(self._retriever.broadcast_load, tenant, _TIMEOUT_S))
         )
-        retrieval = self._config.retrieval
         return {
             "object": "stats",
             "read_at": read_at,
-            "base_model": self._config.served_base_name,
-            "defaults": {"strategy": retrieval.strategy, "k": retrieval.k},
+            "base_model": self._model.name,
+            "defaults": {"strategy": self._defaults.strategy, "k": self._defaults.k},
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
             "tenant": _usage_object([usage[tenant] for usage in usages.given if tenant in usage]),
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),
@@ -79,7 +88,7 @@ class StatsReader:
         }
 
     async def _read_workers(self) -> _Workers:
-        may_be_none = self._config.workers_scale_to_zero
+        may_be_none = self._may_sleep
         answers, usages = await asyncio.gather(
             _broadcast(partial(self._worker.broadcast_load, _TIMEOUT_S), may_be_none=may_be_none),
             _broadcast(partial(self._worker.broadcast_usage, _TIMEOUT_S), may_be_none=may_be_none),
@@ -87,7 +96,7 @@ class StatsReader:
         return time.time(), answers, usages
 
     def _workers_object(self, statuses: Sequence[EngineStatus]) -> JsonObject:
-        settings, counters = self._config.worker, [status.counters for status in statuses]
+        settings, counters = self._engine, [status.counters for status in statuses]
         return {
             "num_running": sum(status.num_running for status in statuses),
             "max_running": settings.max_batch_size * len(statuses),

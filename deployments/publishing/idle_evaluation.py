@@ -108,7 +108,7 @@ class IdleEvaluations:
             num_regions = int((await anext(steps))["total"])
             if not 0 < num_regions <= MAX_REGIONS:
                 if num_regions:
-                    logger.info("tenant %s has %d regions: use `loraretriever evaluate`", tenant, num_regions)
+                    logger.info("tenant %s has %d regions: use `loraretriever pool evaluate`", tenant, num_regions)
                 return 0
             async for _ in steps:
                 pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from ray.exceptions import RayActorError
@@ -13,7 +13,7 @@ from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
 from lora_store import AdapterRef, EncoderIncomplete
-from retriever_svc import EncoderUnusable
+from retriever_svc import AskedPrompt, EncoderUnusable
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,11 @@ async def verify(store: StoreClient, tenant: str) -> AsyncGenerator[JsonObject]:
     yield {"result": {"num_blobs": done, "problems": problems}}
 
 
-async def doctor(retriever: RetrieverClient, tenant: str) -> AsyncGenerator[JsonObject]:
-    """Search by every adapter's own samples, and report how well the adapters are found."""
-    async with aclosing(retriever.doctor(tenant)) as steps:
+async def doctor(
+    retriever: RetrieverClient, tenant: str, prompts: Sequence[AskedPrompt] = ()
+) -> AsyncGenerator[JsonObject]:
+    """Search by every adapter's own samples, and by `prompts`, and report how well the adapters are found."""
+    async with aclosing(retriever.doctor(tenant, prompts)) as steps:
         async for step in steps:
             yield {"done": step.num_done, "total": step.num_total}
             if step.report is not None:

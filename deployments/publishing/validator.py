@@ -11,6 +11,7 @@ from deployments.calls.worker_client import WorkerClient
 from lora_store import AdapterRecord, AdapterRef, Staged
 from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
+from retriever_svc.shared_wording import wording_warning
 
 VALIDATED_TOGETHER = 32  # adapters per call of the encoder and per probe
 _BATCHES_AT_ONCE = 2  # so two replicas of a deployment have work, and embedding and probing overlap
@@ -45,9 +46,9 @@ def warnings_of(staged: Staged, shift: float | None) -> tuple[str, ...]:
     """
     if staged.record.is_unlisted:
         return ()
-    if shift == 0.0 and not staged.warnings:
-        return (_NO_EFFECT,)
-    return staged.warnings
+    warnings = (_NO_EFFECT,) if shift == 0.0 and not staged.warnings else staged.warnings
+    wording = wording_warning([sample.input for sample in staged.samples])
+    return warnings if wording is None else (*warnings, wording)
 
 
 class AdapterValidator:

@@ -6,6 +6,7 @@ from ray.serve.config import AutoscalingContext
 
 from deployments.json_types import JsonObject
 
+TARGET_WAITING_TOKENS = 8192  # tokens that wait in one worker; above it Serve adds workers
 ONGOING, WAITING_TOKENS = "ongoing_requests", "waiting_tokens"  # keys of a worker's autoscaling stats
 
 
@@ -16,7 +17,7 @@ class WorkerScaling:
     target_waiting_tokens), each a mean over the look-back time. Serve rounds up, and applies delays and bounds.
     """
 
-    def __init__(self, target_waiting_tokens: float) -> None:
+    def __init__(self, target_waiting_tokens: float = TARGET_WAITING_TOKENS) -> None:
         self._target_waiting_tokens = target_waiting_tokens
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, JsonObject]:

@@ -1,87 +1,166 @@
-"""Placement and scaling of one deployment: the settings, and the options that Serve takes."""
+"""The options of one Serve deployment, in Serve's own words."""
 
 from __future__ import annotations
 
-from typing import Self
+import difflib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from deployments.field_problems import did_you_mean
 from deployments.json_types import JsonMapping, JsonObject
 
+AUTOSCALING, ACTOR = "autoscaling_config", "ray_actor_options"
+_NOT_OURS = {"name", "user_config"}  # options of Serve that the application decides
+_FIXED = ("CPU", "GPU", "memory")  # resources that have options of their own
 
-class ScalingSettings(BaseModel):
-    """Placement of one deployment, and the range of its number of replicas.
 
-    CPUs are logical: they place replicas and do not bind cores. Choose a group of machines by `num_gpus`, or by a
-    custom resource that only these nodes have. Equal bounds give a fixed number of replicas.
+class ServeOptions(RootModel[dict[str, Any]]):
+    """Options that Serve gives to one deployment: see `ray.serve.deployment`.
+
+    Serve's own models check them. CPUs are logical: they place replicas and do not bind cores. Choose a group of
+    machines by `ray_actor_options.num_gpus`, or by a custom resource that only these nodes have.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min_replicas: int = Field(default=1, ge=0)  # 0: workers only
-    max_replicas: int = Field(default=1, ge=1)
-    # The number at the start, and again when settings change: Serve 2.60 drops the current number if this is set.
-    # None: the minimum, but one if the minimum is zero, so that a model that cannot be loaded is noticed at once.
-    initial_replicas: int | None = Field(default=None, ge=0)
-    num_cpus: float = Field(default=0.2, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    resources: dict[str, float] = {}  # per replica, by name
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    max_queued_requests: int = Field(default=1024, ge=-1)  # per caller, if all replicas are full; -1: no limit
-    target_ongoing_requests: float = Field(default=32, gt=0)
-    upscale_delay_s: float = Field(default=10, ge=0)  # how long the load must ask for more replicas
-    downscale_delay_s: float = Field(default=300, ge=0)  # the same for fewer; each removed worker loses a warm bank
-    look_back_s: float = Field(default=15, gt=0)  # the load is a mean over this time
-    metrics_interval_s: float = Field(default=5, gt=0)  # maximum age of a load report
-    health_check_period_s: float = Field(default=10, gt=0)  # maximum delay before Serve replaces a dead replica
-    graceful_shutdown_timeout_s: float = Field(default=600, gt=0)  # time for a removed replica to end its streams
-
-    def changed(self, given: JsonMapping) -> JsonObject:
-        """Return the settings that differ from the class's defaults, overridden by `given`."""
-        return {name: getattr(self, name) for name in self.model_fields_set} | dict(given)
+    model_config = ConfigDict(frozen=True)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
-        if self.initial_replicas is not None and not self.min_replicas <= self.initial_replicas <= self.max_replicas:
-            raise ValueError(f"initial_replicas ({self.initial_replicas}) is not between min_ and max_replicas")
-        if self.metrics_interval_s >= self.look_back_s:
-            raise ValueError(f"look_back_s ({self.look_back_s}) must be above metrics_interval_s")
+    def _check_by_serve(self) -> Self:
+        if problems := list(_find_problems(self.root)):
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
         return self
 
-    @field_validator("resources")
-    @classmethod
-    def _named_like_resources(cls, resources: dict[str, float]) -> dict[str, float]:
-        for name, amount in resources.items():
-            if name in ("CPU", "GPU", "memory") or amount <= 0:
-                raise ValueError(
-                    f"{name!r}: {amount} is not a custom resource; set CPUs and GPUs by num_cpus and num_gpus"
-                )
-        return resources
+    @property
+    def min_replicas(self) -> int:
+        """The least number of replicas."""
+        return int(self._bounds.get("min_replicas", 1))
 
-    def options(self, policy: JsonObject | None = None) -> JsonObject:
-        """Return the keywords of `Deployment.options`. `policy`: of the autoscaler; None: by ongoing requests."""
-        options: JsonObject = {
-            "max_ongoing_requests": self.max_ongoing_requests,
-            "max_queued_requests": self.max_queued_requests,
-            "health_check_period_s": self.health_check_period_s,
-            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": self.resources},
-        }
-        if self.min_replicas == self.max_replicas:
-            return options | {"num_replicas": self.min_replicas}
-        autoscaling: JsonObject = {
-            "min_replicas": self.min_replicas,
-            "max_replicas": self.max_replicas,
-            "target_ongoing_requests": self.target_ongoing_requests,
-            "upscale_delay_s": self.upscale_delay_s,
-            "downscale_delay_s": self.downscale_delay_s,
-            "look_back_period_s": self.look_back_s,
-            "metrics_interval_s": self.metrics_interval_s,
-        }
-        if self.initial_replicas is not None or self.min_replicas == 0:
-            autoscaling["initial_replicas"] = 1 if self.initial_replicas is None else self.initial_replicas
-        if policy is not None:
-            autoscaling["policy"] = policy
-        return options | {"autoscaling_config": autoscaling}
+    @property
+    def max_replicas(self) -> int:
+        """The largest number of replicas."""
+        return int(self._bounds.get("max_replicas", 1))
+
+    @property
+    def num_cpus(self) -> float:
+        """Logical CPUs that one replica reserves."""
+        return float(self.root[ACTOR].get("num_cpus") or 0)
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that one replica reserves."""
+        return float(self.root[ACTOR].get("num_gpus") or 0)
+
+    @property
+    def graceful_shutdown_timeout_s(self) -> float:
+        """How long a removed replica has to end its streams."""
+        return float(self.root["graceful_shutdown_timeout_s"])
+
+    @property
+    def _bounds(self) -> JsonObject:
+        number = self.root.get("num_replicas", 1)
+        bounds: JsonObject = self.root.get(AUTOSCALING) or {"min_replicas": number, "max_replicas": number}
+        return bounds
+
+
+def default_options(*, num_cpus: float = 0.2, target_ongoing_requests: float, **options: Any) -> JsonObject:
+    """Return the options of a deployment whose group of settings names none, with those of a range of replicas."""
+    return {
+        "num_replicas": 1,
+        AUTOSCALING: {
+            "min_replicas": 1,
+            "target_ongoing_requests": target_ongoing_requests,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 300,  # each removed worker loses a warm bank
+            "look_back_period_s": 15,
+            "metrics_interval_s": 5,
+        },
+        ACTOR: {"num_cpus": num_cpus},
+        "max_ongoing_requests": 64,
+        "max_queued_requests": 1024,
+        "health_check_period_s": 10,
+        "graceful_shutdown_timeout_s": 600,
+        **options,
+    }
+
+
+def with_defaults(given: JsonMapping, defaults: JsonMapping) -> JsonObject:
+    """Return the given options with the defaults of what they leave out, also inside of Serve's mappings.
+
+    `num_replicas` is the default, and a given `autoscaling_config` replaces it. Scaling from zero begins with one
+    replica, so that a model that cannot be loaded is noticed at once.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    replaced = "num_replicas" if AUTOSCALING in given else AUTOSCALING
+    options = deepcopy({name: value for name, value in defaults.items() if name != replaced}) | given
+    for name in (AUTOSCALING, ACTOR):
+        if isinstance(inner := given.get(name), Mapping):
+            options[name] = dict(defaults.get(name, {})) | dict(inner)
+    if isinstance(scaling := options.get(AUTOSCALING), dict) and scaling.get("min_replicas") == 0:
+        scaling.setdefault("initial_replicas", 1)
+    return options
+
+
+def _find_problems(options: JsonMapping) -> Iterator[InitErrorDetails]:
+    """Yield what Serve's models refuse, and the names that they would ignore."""
+    from ray.serve.config import AutoscalingConfig  # imports Serve, which takes seconds
+    from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema
+
+    inner: dict[str, type[BaseModel]] = {AUTOSCALING: AutoscalingConfig, ACTOR: RayActorOptionsSchema}
+    own = [name for name in DeploymentSchema.model_fields if name not in _NOT_OURS]
+    places = {name: f"{group}.{name}" for group, model in inner.items() for name in model.model_fields}
+    for name in options:
+        if name not in own:
+            yield _unknown(options, (name,), own, places)
+    number = options.get("num_replicas", 1)
+    if not isinstance(number, int) or number < 1:
+        text = f"must be a whole number of at least 1, got {number!r}; for a range set {AUTOSCALING}"
+        yield _problem(("num_replicas",), number, text)
+        return
+    if "num_replicas" in options and AUTOSCALING in options:
+        text = f"cannot be combined with {AUTOSCALING}; set one of them"
+        yield _problem(("num_replicas",), number, text)
+    for group, model in inner.items():
+        given = options.get(group, {})
+        if not isinstance(given, Mapping):
+            yield _problem((group,), given, f"must be an object with named fields, got {given!r}")
+            return
+        for name in given:
+            if name not in model.model_fields:
+                yield _unknown(given, (group, name), model.model_fields)
+        yield from _refused(model, given, (group,))
+    rest = {name: value for name, value in options.items() if name in own and not isinstance(value, Mapping)}
+    yield from _refused(DeploymentSchema, {"name": "any", **rest}, ())
+    for name, amount in options.get(ACTOR, {}).get("resources", {}).items():
+        if name in _FIXED or amount <= 0:
+            text = f"{name!r}: {amount} is not a custom resource; set CPUs and GPUs by num_cpus and num_gpus"
+            yield _problem((ACTOR, "resources"), amount, text)
+
+
+def _refused(model: type[BaseModel], given: JsonMapping, place: tuple[str, ...]) -> Iterator[InitErrorDetails]:
+    try:
+        model(**given)
+    except ValidationError as exc:
+        for error in exc.errors(include_url=False):
+            yield InitErrorDetails(
+                type=error["type"], loc=(*place, *error["loc"]), input=error["input"], ctx=error.get("ctx", {})
+            )
+
+
+def _unknown(
+    options: JsonMapping, place: tuple[str, ...], known: Any, places: Mapping[str, str] = {}
+) -> InitErrorDetails:
+    """Say that an option is unknown, and which one of Serve's it may be: one of a mapping, or one of a like name."""
+    name = place[-1]
+    near = difflib.get_close_matches(name, places, n=1)
+    if name not in places and (hint := did_you_mean(name, known)):
+        text = f"unknown{hint}"
+    else:
+        text = f"unknown here; {places[near[0]]}?" if near else "unknown"
+    return _problem(place, options[name], text)
+
+
+def _problem(place: tuple[str, ...], given: object, text: str) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError("serve_option", "{text}", {"text": text}), loc=place, input=given)

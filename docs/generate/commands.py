@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from typer.main import get_command
 
@@ -54,7 +54,9 @@ def _parameter(parameter: Any) -> tuple[str, str, str, str] | None:
 
 
 def _kind(annotation: Any) -> str:
-    [inner] = get_args(annotation) or [annotation]
+    if get_origin(annotation) is Literal:
+        return ", ".join(code(str(value)) for value in get_args(annotation))
+    inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
     return _KINDS.get(inner, str(getattr(inner, "__name__", inner)))
 
 

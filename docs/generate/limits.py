@@ -1,11 +1,12 @@
-"""Bounds on requests, which are constants of the code, and on adapters, which are settings."""
+"""Bounds on requests and on adapters, which are constants of the code, and of which two are settings."""
 
 from __future__ import annotations
 
 from deployments.api import adapters, base, completions, messages
 from deployments.api.base import MAX_LABEL_CHARS, MAX_TEXT_CHARS
+from deployments.config.parts import AdmissionSettings
 from docs.generate.markdown import code, table
-from docs.generate.settings import meanings_of
+from docs.generate.settings import find_meanings
 from gpu_worker.front.request import request
 from lora_store.bounded_files import Limits
 
@@ -13,8 +14,15 @@ from lora_store.bounded_files import Limits
 def folder_limits() -> str:
     """Return the bounds on an adapter's folder."""
     limits = Limits()
-    rows = [(text, code(name), _number(getattr(limits, name))) for name, text in meanings_of(Limits).items()]
-    return table(("bound on", "setting in `admission`", "default"), rows)
+    rows = [
+        (
+            text,
+            _number(getattr(limits, name)),
+            code(f"admission.{name}") if name in AdmissionSettings.model_fields else "",
+        )
+        for name, text in find_meanings(Limits).items()
+    ]
+    return table(("bound on", "value", "setting that changes it"), rows)
 
 
 def request_limits() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,8 +13,18 @@ from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.api.responses_request import ResponsesRequest
 from docs.generate.markdown import code, table
-from docs.generate.texts import load
 
+_LINKS = {
+    "lora options": "lora-options.md",
+    "the server's default": "../how-to/choose-a-base-model.md#sampling-defaults",
+    "structured output": "#structured-output",
+    "tokens of a prompt": "#tokens-of-a-prompt",
+    "see conversations": "../explanation/how-routing-works.md#conversations",
+    "how to use tools": "../how-to/tools.md",
+    "see strategies": "../explanation/strategies.md#weights",
+    "when `auto` abstains": "../explanation/when-auto-abstains.md",
+}
+_WITHOUT_EFFECT = "Accepted without effect"
 _SIGNS = {
     "minimum": "≥",
     "exclusiveMinimum": ">",
@@ -25,27 +35,27 @@ _SIGNS = {
 
 def chat_fields() -> str:
     """Return the fields of `POST /v1/chat/completions`."""
-    return _fields(ChatCompletionRequest, "chat")
+    return _fields(ChatCompletionRequest)
 
 
 def completion_fields() -> str:
     """Return the fields of `POST /v1/completions`."""
-    return _fields(CompletionRequest, "completion")
+    return _fields(CompletionRequest)
 
 
 def responses_fields() -> str:
     """Return the fields of `POST /v1/responses` that chats do not have, or have in another form."""
-    return _fields(ResponsesRequest, "responses", only=load("fields")["responses"])
+    return _fields(ResponsesRequest, unlike=ChatCompletionRequest)
 
 
 def route_fields() -> str:
     """Return the fields of `POST /v1/route`."""
-    return _fields(RouteQuery, "route")
+    return _fields(RouteQuery)
 
 
 def lora_fields() -> str:
     """Return the fields of the `lora` object."""
-    return _fields(LoraOptions, "lora")
+    return _fields(LoraOptions)
 
 
 def refused_fields() -> str:
@@ -79,27 +89,25 @@ def _json(value: Any) -> str:
     return json.dumps(value)
 
 
-def texts_of(kind: str) -> dict[str, str]:
-    """Return the texts of the fields of `chat`, `completion`, `responses`, `route` or `lora`."""
-    texts = load("fields")
-    return (dict(texts["both"]) if kind in ("chat", "completion", "responses") else {}) | texts[kind]
-
-
-def ignored() -> frozenset[str]:
-    """Return the fields that are accepted and change nothing."""
-    return frozenset(load("fields")["ignored"])
-
-
-def _fields(model: type[BaseModel], kind: str, *, only: Collection[str] | None = None) -> str:
-    """Return one row per field, or per field of `only`. Raises: KeyError for a field without a text."""
-    schema, texts, without_effect = model.model_json_schema(), texts_of(kind), ignored()
+def _fields(model: type[BaseModel], *, unlike: type[BaseModel] | None = None) -> str:
+    """Return one row per field. `unlike`: leave out the fields that another model has with the same meaning."""
+    schema, others = model.model_json_schema(), {} if unlike is None else unlike.model_json_schema()["properties"]
     rows = []
     for name, field in schema["properties"].items():
-        if only is not None and name not in only:
+        meaning = " ".join(field["description"].split())
+        if name in others and others[name]["description"] == field["description"]:
             continue
-        status = "ignored" if name in without_effect else "served"
-        rows.append((code(name), status, _default(name, field, schema), _range(field, schema), texts[name]))
+        status = "ignored" if meaning.startswith(_WITHOUT_EFFECT) else "served"
+        rows.append((code(name), status, _default(name, field, schema), _range(field, schema), _with_links(meaning)))
     return table(("field", "status", "default", "range", "meaning"), rows)
+
+
+def _with_links(text: str) -> str:
+    """Link the pages that a text refers to. The API's own schema has no links."""
+    for phrase, target in _LINKS.items():
+        name = phrase.removeprefix("see ")
+        text = text.replace(phrase, phrase.replace(name, f"[{name}]({target})"))
+    return text
 
 
 def _default(name: str, field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:

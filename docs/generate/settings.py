@@ -1,136 +1,122 @@
-"""The settings, from their models: allowed values and defaults from the schema, meanings from the source's comments."""
+"""The settings, from the JSON schema of their models: allowed values, defaults, and the text under each field."""
 
 from __future__ import annotations
 
-import ast
 import inspect
-import io
+import json
 import textwrap
-import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
-from deployments.config.app import AppConfig, RetrievalSettings, SamplingDefaults, WorkerSettings
-from deployments.scaling.settings import ScalingSettings
+from deployments.config.app import AppConfig
+from deployments.scaling.settings import ServeOptions
 from docs.generate.markdown import code, table
-from docs.generate.texts import load
-from lora_store import Limits
+from gpu_worker.config import CommonSettings, NativeSettings, VllmSettings
 
-_KINDS: Mapping[type, str] = {
-    AppConfig: "top",
-    WorkerSettings: "worker",
-    RetrievalSettings: "retrieval",
-    SamplingDefaults: "sampling_defaults",
-    ScalingSettings: "scaling",
-    Limits: "admission",
-}
+ENGINES: tuple[type[CommonSettings], ...] = (NativeSettings, VllmSettings)
 _HEAD = ("setting", "allowed", "default", "meaning")
+
+
+@cache
+def find_schema() -> Mapping[str, Any]:
+    """Return the JSON schema of a settings file, in which each setting has its description on one line."""
+    schema = AppConfig.model_json_schema()
+    for engine in ENGINES:
+        properties = schema["$defs"][engine.__name__]["properties"]
+        for name, text in find_meanings(engine).items():
+            properties[name]["description"] = text
+    worker = schema["properties"]["worker"]
+    worker["anyOf"] = worker.pop("oneOf")  # a group that names no engine is one of both
+    for part in (schema, *schema["$defs"].values()):
+        for field in part.get("properties", {}).values():
+            if "description" in field:
+                field["description"] = " ".join(field["description"].split())
+    return schema
+
+
+def find_meanings(model: type) -> dict[str, str]:
+    """Return the text under each field of a model. Pydantic leaves out those of a dataclass's parents."""
+    parents = [parent for parent in reversed(model.__mro__) if parent is model or is_dataclass(parent)]
+    found = {}
+    for parent in parents:
+        for name, field in TypeAdapter(parent).json_schema()["properties"].items():
+            if "description" in field:
+                found[name] = " ".join(field["description"].split())
+    return found
 
 
 def settings() -> str:
     """Return a table for the top level and one for each group of settings."""
-    schema = AppConfig.model_json_schema()
-    groups: dict[str, list[str]] = {}
-    top = []
-    for name in AppConfig.model_fields:
-        reference = _reference(schema["properties"][name])
-        if reference is None:
-            top.append(name)
-        else:
-            groups.setdefault(reference, []).append(name)
-    parts = ["### Top level\n\n" + _table(AppConfig, schema, top, schema)]
-    for names in groups.values():
-        model = AppConfig.model_fields[names[0]].annotation
-        assert model is not None
-        part = schema["$defs"][_reference(schema["properties"][names[0]])]
-        title = ", ".join(map(code, names))
-        text = textwrap.dedent(inspect.getdoc(model) or "").strip()
-        rows = _table(model, part, list(part["properties"]), schema)
-        parts.append(f"### {title}\n\n{text}\n\n{rows}{_changed(names)}")
+    schema = find_schema()
+    groups = {name: _find_group(name, schema) for name in schema["properties"]}
+    single = [name for name, group in groups.items() if group is None]
+    parts = ["### Top level\n\n" + _table(schema, single)]
+    for name, group in groups.items():
+        if name == "worker":
+            parts += _describe_worker(schema)
+        elif group is not None:
+            model = type(AppConfig.model_fields[name].default)
+            parts.append(f"### {code(name)}\n\n{_purpose(model)}\n\n{_table(group, list(group['properties']))}")
+    parts.append(_describe_options())
     return "\n".join(parts)
 
 
-def _changed(names: list[str]) -> str:
-    """Return the defaults in which the groups that share one model differ from it."""
-    lines = []
-    for name in names:
-        default = AppConfig.model_fields[name].default
-        given = {field: getattr(default, field) for field in getattr(default, "model_fields_set", ())}
-        if given:
-            said = ", ".join(f"`{field}: {_shown(value)}`" for field, value in sorted(given.items()))
-            lines.append(f"- Defaults of `{name}` that differ from the table: {said}.")
-    note = "\nA group in the settings file changes only the settings that it names.\n" if lines else ""
-    return ("\n" + "\n".join(lines) + "\n" if lines else "") + note
+def _describe_worker(schema: Mapping[str, Any]) -> list[str]:
+    """Return a table of the settings of both engines, and one of each engine's own."""
+    native, vllm = (schema["$defs"][engine.__name__] for engine in ENGINES)
+    common = [name for name in native["properties"] if name in vllm["properties"] and name != "engine"]
+    texts = [code(str(part["properties"]["engine"]["const"])) + ": " + part["properties"]["engine"]["description"]
+             for part in (native, vllm)]  # fmt: skip
+    row = (code("engine"), "`native`, `vllm`", "native", " ".join(texts))
+    parts = [f"### `worker`\n\n{_purpose(CommonSettings)}\n\n{_table(native, common, [row])}"]
+    for part in (native, vllm):
+        own = [name for name in part["properties"] if name not in (*common, "engine")]
+        parts.append(f"### `worker` with `engine: {part['properties']['engine']['const']}`\n\n{_table(part, own)}")
+    return parts
 
 
-def _table(model: type, part: Mapping[str, Any], names: list[str], schema: Mapping[str, Any]) -> str:
-    meanings = meanings_of(model)
-    properties = part["properties"]
+def _describe_options() -> str:
+    """Return the defaults of Serve's options, which its own documentation describes."""
     rows = [
-        (
-            code(name),
-            _allowed(properties[name], schema),
-            _default(properties[name], name in part.get("required", ())),
-            meanings[name],
-        )
-        for name in names
+        (code(name), code(json.dumps(to_jsonable_python(field.default))))
+        for name, field in AppConfig.model_fields.items()
+        if isinstance(field.default, ServeOptions)
     ]
-    return table(_HEAD, rows)
+    text = (
+        "Each group takes the options of Serve's [deployments](https://docs.ray.io/en/latest/serve/configure-serve-deployment.html)"
+        " under Serve's names, and a group changes only what it names. `num_replicas` is a fixed number;"
+        " `autoscaling_config` is a range, and replaces it."
+    )
+    return f"### Serve's options\n\n{text} {_purpose(ServeOptions)}\n\n{table(('group', 'default'), rows)}"
 
 
-def meanings_of(model: type) -> dict[str, str]:
-    """Return the meaning of each setting that is not a group: a description, comments in the source, or a text.
-
-    Raises: KeyError for a setting without any.
-    """
-    comments, texts = comments_of(model), load("settings")[_KINDS[model]]
-    described = TypeAdapter(model).json_schema()["properties"]
-    single = {name: field for name, field in described.items() if _reference(field) is None}
-    return {name: field.get("description") or comments.get(name) or texts[name] for name, field in single.items()}
+def _purpose(model: type) -> str:
+    """Return the first lines of a class's documentation, without what it raises."""
+    return textwrap.dedent(inspect.getdoc(model) or "").split(" Raises:")[0].strip()
 
 
-def comments_of(model: type) -> dict[str, str]:
-    """Return the comment of each field: at the end of its line, and on the lines above it."""
-    found: dict[str, str] = {}
-    for parent in reversed(model.__mro__):
-        if parent.__module__.split(".")[0] in ("deployments", "gpu_worker", "lora_store"):
-            found |= _comments_in(textwrap.dedent(inspect.getsource(parent)))
-    return found
+def _table(part: Mapping[str, Any], names: Iterable[str], rows: Iterable[tuple[str, ...]] = ()) -> str:
+    """Return a table of the named settings after `rows`. Raises: KeyError for a setting without a text."""
+    schema, found = find_schema(), part["properties"]
+    own = [(code(name), _allowed(found[name], schema), _default(name, found[name]), found[name]["description"])
+           for name in names]  # fmt: skip
+    return table(_HEAD, [*rows, *own])
 
 
-def _comments_in(source: str) -> dict[str, str]:
-    tokens = [
-        token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT
-    ]
-    by_line = {token.start[0]: (token.string.lstrip("# ").strip(), _stands_alone(token)) for token in tokens}
-    [body] = [node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    found = {}
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines = [*_above(node.lineno, by_line), *_beside(node, by_line)]
-            if lines:
-                found[node.target.id] = " ".join(lines)
-    return found
-
-
-def _stands_alone(token: tokenize.TokenInfo) -> bool:
-    return token.line.strip().startswith("#")
-
-
-def _above(line: int, by_line: Mapping[int, tuple[str, bool]]) -> list[str]:
-    texts: list[str] = []
-    while (line := line - 1) in by_line and by_line[line][1]:
-        texts.insert(0, by_line[line][0])
-    return texts
-
-
-def _beside(node: ast.AnnAssign, by_line: Mapping[int, tuple[str, bool]]) -> Iterator[str]:
-    for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
-        if line in by_line and not by_line[line][1]:
-            yield by_line[line][0]
+def _find_group(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the schema of a group's settings; None for a single setting, as Serve's options are."""
+    field = schema["properties"][name]
+    if name == "worker":  # the settings of one of the engines
+        return field
+    reference = _reference(field)
+    part = None if reference is None else schema["$defs"][reference]
+    return part if part is not None and "properties" in part else None
 
 
 def _reference(field: Mapping[str, Any]) -> str | None:
@@ -143,7 +129,7 @@ def _allowed(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if options := field.get("anyOf"):
         return " or ".join(dict.fromkeys(_allowed(option, schema) for option in options))
     if "$ref" in field:
-        return _allowed(schema["$defs"][_reference(field)], schema)
+        return "[Serve's options](#serves-options)"
     if "enum" in field:
         return ", ".join(code(str(value)) for value in field["enum"])
     if "const" in field:
@@ -167,14 +153,11 @@ def _plain(number: float) -> str:
     return str(int(number)) if number == int(number) else str(number)
 
 
-def _default(field: Mapping[str, Any], required: bool) -> str:
-    if required:
-        return "required"
-    return _shown(field.get("default"))
-
-
-def _shown(value: Any) -> str:
+def _default(name: str, field: Mapping[str, Any]) -> str:
     """Return a default as YAML writes it, with the home folder as `~`."""
+    value = field.get("default")
+    if "$ref" in field:
+        return "see below"
     if value is None or value in ([], {}, ""):
         return "unset"
     if isinstance(value, bool):

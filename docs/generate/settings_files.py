@@ -13,7 +13,9 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from deployments.config.app import AppConfig
-from docs.generate.settings import meanings_of
+from deployments.scaling.settings import ServeOptions
+from docs.generate.settings import find_meanings, find_schema
+from gpu_worker.config import CommonSettings, VllmSettings
 
 _WIDTH = 116
 _HEAD = """\
@@ -27,36 +29,37 @@ def example() -> str:
     """Return all settings as comments of a YAML file."""
     lines = [_HEAD.rstrip()]
     for name, field in AppConfig.model_fields.items():
-        inner = _fields_of(field.default)
+        inner = _find_fields(field.default)
         lines.append("")
         if inner is None:
-            lines += _setting(name, field.default, meanings_of(AppConfig)[name], "")
+            lines += _setting(name, field.default, find_meanings(AppConfig)[name], "")
         else:
             lines.append(f"# {name}:")
-            meanings = meanings_of(type(field.default))
+            meanings = find_meanings(type(field.default))
             for setting, value in inner.items():
                 lines += _setting(setting, value, meanings[setting], "  ")
+        if name == "worker":
+            lines += _vllm()
     return "\n".join(lines) + "\n"
 
 
 def schema() -> str:
     """Return the JSON schema of a settings file, with the meaning of each setting."""
-    found = AppConfig.model_json_schema()
-    models = {"AppConfig": AppConfig} | {
-        type(field.default).__name__: type(field.default)
-        for field in AppConfig.model_fields.values()
-        if _fields_of(field.default) is not None
-    }
-    for name, model in models.items():
-        part = found if model is AppConfig else found["$defs"][name]
-        for setting, meaning in meanings_of(model).items():
-            part["properties"][setting].setdefault("description", meaning)
-    return json.dumps(_portable(found), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(_portable(find_schema()), indent=2, ensure_ascii=False) + "\n"
 
 
-def _fields_of(value: object) -> dict[str, Any] | None:
+def _vllm() -> Iterator[str]:
+    """Yield what `engine: vllm` has besides the settings of both engines."""
+    yield "##   With `engine: vllm`, without the settings of the engine `native`:"
+    both, meanings = find_meanings(CommonSettings), find_meanings(VllmSettings)
+    for field in fields(VllmSettings):
+        if field.name not in both and field.name != "engine":
+            yield from (f"#{line}" for line in _setting(field.name, field.default, meanings[field.name], "  "))
+
+
+def _find_fields(value: object) -> dict[str, Any] | None:
     """Return the settings of a group by name, None for a single setting."""
-    if isinstance(value, BaseModel):
+    if isinstance(value, BaseModel) and not isinstance(value, ServeOptions):
         return {name: getattr(value, name) for name in type(value).model_fields}
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
@@ -70,7 +73,7 @@ def _setting(name: str, value: object, meaning: str, indent: str) -> Iterator[st
 
 
 def _portable(value: Any) -> Any:
-    """Return the value with `~` in place of this user's home folder."""
+    """Return the value with `~` for this user's home folder."""
     if isinstance(value, str):
         return value.replace(str(Path.home()), "~")
     if isinstance(value, Mapping):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from gpu_worker.config import WorkerConfig
 
+Config = TypeVar("Config", bound=WorkerConfig)
 _CGROUPS = Path("/sys/fs/cgroup")  # of this process, as seen inside a container
 
 
-def with_threads(config: WorkerConfig) -> WorkerConfig:
+def with_threads(config: Config) -> Config:
     """Return the config with `num_threads` set: its own value, or one thread for each usable CPU."""
     return replace(config, num_threads=config.num_threads or usable_cpus())
 

@@ -10,21 +10,24 @@ from gpu_worker.front.fair_threads import FairThreads
 from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.request import Prompt, TokenIds, Tokenized
 
+_BELOW_ENGINE = 10  # nice values: the steps of answers come first on cores that both want
+
 
 class Tokenizing:
-    """One thread that tokenizes, with tenants in turn.
+    """One thread that tokenizes, with tenants in turn, after the engine's thread.
 
     It is never one of the threads that prepare prompts, so that no amount of such calls delays an answer's first token.
     """
 
     def __init__(self, prepare: RequestPreprocessor, *, max_waiting: int, niceness: int = 0) -> None:
+        """`niceness`: of the engine's thread."""
         self._prepare = prepare
         self._thread = FairThreads(
             "tokenize",
             num_threads=1,
             max_calls=max_waiting,
             full=f"the queue of the tokenizer is full ({max_waiting} requests); retry later",
-            niceness=niceness,
+            niceness=niceness + _BELOW_ENGINE,
         )
 
     async def tokenize(

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from gpu_worker.bank.load_threads import use_one_thread
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.delta_stream import Events
@@ -39,8 +39,8 @@ class NativeEngine(InferenceEngine):
     def __init__(self, loop: Engine, *, stream_interval_ms: float = 25.0, niceness: int = 0) -> None:
         """Start the thread. Build the loop with `run_on_short_lived_thread`.
 
-        `niceness`: nice value of this thread and of the one that tokenizes, so that request handling on the same cores
-        has priority.
+        `niceness`: nice value of this thread, so that request handling on the same cores has priority. The thread that
+        tokenizes comes after it.
         """
         super().__init__(
             loop.prepare,
@@ -67,7 +67,7 @@ class NativeEngine(InferenceEngine):
     @classmethod
     def start(
         cls,
-        config: WorkerConfig,
+        config: NativeWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None = None,

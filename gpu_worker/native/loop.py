@@ -16,7 +16,7 @@ from torch import Tensor
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.bank.residency import Residency
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import EngineStopped, RequestFailed
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.fair_queue import FairQueue
@@ -57,7 +57,7 @@ class Engine:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: NativeWorkerConfig,
         fetch: Fetch,
         *,
         base: BaseModel | None = None,

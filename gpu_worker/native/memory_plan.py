@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gpu_worker.bank.device_memory import MappingLimit, free_bytes, mapping_limits
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.inject import target_linears
@@ -52,7 +52,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: WorkerConfig, base: BaseModel, num_free_bytes: int, limits: Sequence[MappingLimit] = ()
+    config: NativeWorkerConfig, base: BaseModel, num_free_bytes: int, limits: Sequence[MappingLimit] = ()
 ) -> MemoryPlan:
     """Plan the memory with the configured KV; by default with KV for all rows at their longest, or what fits.
 
@@ -88,7 +88,7 @@ def plan_memory(
     return plan
 
 
-def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:
+def _one_row(config: NativeWorkerConfig, base: BaseModel) -> KvShape:
     max_len = min(config.max_model_len, base.max_position)
     has_windows = base.window is not None and base.window < max_len
     shape = KvShape(
@@ -107,14 +107,14 @@ def _one_row(config: WorkerConfig, base: BaseModel) -> KvShape:
     return _with_pages(shape, shape.num_pages, config)
 
 
-def _with_pages(shape: KvShape, num_pages: int, config: WorkerConfig) -> KvShape:
+def _with_pages(shape: KvShape, num_pages: int, config: NativeWorkerConfig) -> KvShape:
     """Return the shape with `num_pages` for whole rows, and as many for windows as rows hold and prefixes may keep."""
     num_window_pages = min(num_pages, _most_window_pages(shape, config)) if shape.window_layers else 0
     tokens = shape.page_tokens
     return replace(shape, num_tokens=num_pages * tokens, num_window_tokens=num_window_pages * tokens)
 
 
-def _most_window_pages(shape: KvShape, config: WorkerConfig) -> int:
+def _most_window_pages(shape: KvShape, config: NativeWorkerConfig) -> int:
     """Return the most pages for windows: those of the rows of a step, and as many for kept prefixes.
 
     The rows hold the tokens that the step sees or computes; a window may begin and end within a page.
@@ -123,7 +123,7 @@ def _most_window_pages(shape: KvShape, config: WorkerConfig) -> int:
     return of_windows + int(shape.kept_share * of_windows) + shape.pages_of(config.max_step_tokens)
 
 
-def _with_budget(config: WorkerConfig, plan: MemoryPlan) -> KvShape:
+def _with_budget(config: NativeWorkerConfig, plan: MemoryPlan) -> KvShape:
     """Return the configured budget, or else one row plus all spare memory of `plan`; at most what the rows can use."""
     kv = plan.kv
     if config.kv_tokens is None:
@@ -133,7 +133,7 @@ def _with_budget(config: WorkerConfig, plan: MemoryPlan) -> KvShape:
     return _with_pages(kv, min(num_pages, kv.num_pages * config.max_batch_size), config)
 
 
-def _pages_within(num_bytes: int, kv: KvShape, config: WorkerConfig) -> int:
+def _pages_within(num_bytes: int, kv: KvShape, config: NativeWorkerConfig) -> int:
     """Return the most pages for whole rows that fit, together with the windows' pages."""
     layer_bytes = kv.page_tokens * kv.layer_token_bytes
     num_pages = num_bytes // (kv.num_layers * layer_bytes)
@@ -164,7 +164,7 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 20):,.0f} MiB"
 
 
-def load_planned(config: WorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
+def load_planned(config: NativeWorkerConfig, base: BaseModel | None) -> tuple[BaseModel, MemoryPlan]:
     """Load the base model onto its device and plan the memory. `base`: use this model, which is loaded already.
 
     Raises: BaseModelUnsupported, WorkerConfigInvalid.

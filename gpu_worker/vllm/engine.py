@@ -27,7 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from gpu_worker.bank.device_layout import to_device_layout
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
@@ -58,7 +58,7 @@ class VllmEngine(InferenceEngine):
         self,
         llm: AsyncLLM,
         model: FrontModel,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None,
@@ -98,7 +98,7 @@ class VllmEngine(InferenceEngine):
     @classmethod
     async def start(
         cls,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         fetch: Fetch,
         *,
         executor: Executor | None = None,

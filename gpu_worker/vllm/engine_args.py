@@ -25,7 +25,7 @@ from vllm.config import (
 from vllm.model_executor.models import supports_lora
 from vllm.usage.usage_lib import UsageContext
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed
 from gpu_worker.model.base_model import config_setting
 from gpu_worker.vllm.front_model import FrontModel
@@ -38,7 +38,7 @@ _GPU_SHARE = 0.9  # of the GPU's memory, as vLLM's default
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
 
-def build_config(config: WorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
+def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: float, is_compiled: bool) -> VllmConfig:
     """Return vLLM's configuration of the engine. Raises: BaseModelUnsupported."""
     set_environment(config)
     args = _engine_args(config, model, free_fill, is_compiled)
@@ -104,7 +104,7 @@ def log_in_children(vllm_config: VllmConfig, errors: Path) -> None:
     vllm_logger._last_configured_logging_config = vllm_config.logging_config
 
 
-def set_compilation(compilation: CompilationConfig, config: WorkerConfig, *, is_compiled: bool) -> None:
+def set_compilation(compilation: CompilationConfig, config: VllmWorkerConfig, *, is_compiled: bool) -> None:
     """Change what vLLM compiles and captures to what the products of the plans allow."""
     if config.device == "cuda" and config.lora_products == "torch":
         compilation.cudagraph_mode = CUDAGraphMode.NONE  # a captured graph would replay one step's plans
@@ -113,7 +113,7 @@ def set_compilation(compilation: CompilationConfig, config: WorkerConfig, *, is_
         compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
 
 
-def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_compiled: bool) -> AsyncEngineArgs:
+def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, is_compiled: bool) -> AsyncEngineArgs:
     plugin = PluginSettings(
         num_rank_rows=config.num_rank_rows,
         cache_dir=str(config.cache_dir),
@@ -150,12 +150,12 @@ def _engine_args(config: WorkerConfig, model: FrontModel, free_fill: float, is_c
     )
 
 
-def max_len_of(config: WorkerConfig, model: FrontModel) -> int:
+def max_len_of(config: VllmWorkerConfig, model: FrontModel) -> int:
     """Return the longest row: prompt plus new tokens."""
     return min(config.max_model_len, model.max_position)
 
 
-def kv_bytes(config: WorkerConfig, model: FrontModel) -> int:
+def kv_bytes(config: VllmWorkerConfig, model: FrontModel) -> int:
     """Return the bytes of the KV cache in one process. By default every row may reach its longest length.
 
     Processes divide the heads of keys among them. Where there are more processes than heads, several have the same one.
@@ -166,7 +166,7 @@ def kv_bytes(config: WorkerConfig, model: FrontModel) -> int:
     return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads
 
 
-def set_environment(config: WorkerConfig) -> None:
+def set_environment(config: VllmWorkerConfig) -> None:
     """Set what vLLM reads from the environment only, before it starts its processes."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner has no `load_lora_model`
@@ -178,7 +178,7 @@ def set_environment(config: WorkerConfig) -> None:
         os.environ.update(thread_variables(config, sorted(os.sched_getaffinity(0))))
 
 
-def thread_variables(config: WorkerConfig, cpus: Sequence[int]) -> dict[str, str]:
+def thread_variables(config: VllmWorkerConfig, cpus: Sequence[int]) -> dict[str, str]:
     """Return the variables that give vLLM's processes their threads on these CPUs.
 
     An engine that may use all of them gets one thread bound to each; vLLM would leave one CPU free. A smaller one is

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.model.base_model import (
     check_is_text_only,
@@ -57,7 +57,7 @@ class FrontModel:
         return backend
 
 
-def load_front_model(config: WorkerConfig) -> FrontModel:
+def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     """Read the model's configuration and tokenizer. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     source = model_source(config)
     hf_config = load_config(source)
@@ -147,7 +147,7 @@ def narrowed(model: FrontModel, ends: Sequence[Mapping[str, Sequence[int]]]) -> 
     return replace(model, shapes=shapes)
 
 
-def _check_dtype(config: WorkerConfig, hf_config: Any) -> None:
+def _check_dtype(config: VllmWorkerConfig, hf_config: Any) -> None:
     """Refuse float32 over quantized weights: where a processor has AMX, vLLM's products of integers refuse it."""
     if config.dtype == "float32" and getattr(hf_config, "quantization_config", None) is not None:
         raise WorkerConfigInvalid("dtype must be 'auto' or 'bfloat16' with a quantized base model, got 'float32'")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.eager_check import (
     ADAPTED,
@@ -74,7 +74,7 @@ Answer = Callable[[CheckedPrompt], Awaitable[CheckedAnswer]]
 """Lets vLLM answer a prompt with DECODE_STEPS tokens. The adapter is in the workers' banks as DIGEST."""
 
 
-async def check_model(config: WorkerConfig, model: FrontModel, max_len: int, change: Send, answer: Answer) -> None:
+async def check_model(config: VllmWorkerConfig, model: FrontModel, max_len: int, change: Send, answer: Answer) -> None:
     """Compare vLLM with transformers. The workers' banks are empty before and after.
 
     `max_len`: of prompt and answer. Raises: BaseModelUnsupported with the first difference that exceeds the bound.
@@ -96,7 +96,7 @@ async def check_model(config: WorkerConfig, model: FrontModel, max_len: int, cha
     logger.info("the engine's log probabilities agree with transformers; the check took %.2f s", seconds)
 
 
-def reason_to_skip(config: WorkerConfig, model: FrontModel, max_len: int) -> str | None:
+def reason_to_skip(config: VllmWorkerConfig, model: FrontModel, max_len: int) -> str | None:
     """Return why this model is not compared, None if it is."""
     limit = config.model_check_max_parameters
     if model.num_parameters > limit:
@@ -114,7 +114,7 @@ class EagerModel:
     Raises: BaseModelUnsupported if it cannot be loaded.
     """
 
-    def __init__(self, config: WorkerConfig, model: FrontModel) -> None:
+    def __init__(self, config: VllmWorkerConfig, model: FrontModel) -> None:
         try:
             self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 model.source, dtype=model.dtype, attn_implementation="eager"

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from functools import partial
 
 from gpu_worker.bank.device_layout import DeviceAdapter
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import EngineStopped, GpuWorkerError, RequestFailed
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.logprobs import Scored
@@ -68,7 +68,7 @@ class RowRunner:
 
     def __init__(
         self,
-        config: WorkerConfig,
+        config: VllmWorkerConfig,
         generate: GenerateTokens,
         bank: RemoteBank,
         loader: FusionLoader,

@@ -127,7 +127,7 @@ def check_gpus(num_processes: int, num_gpus: int) -> None:
     if num_gpus < num_processes:
         raise WorkerConfigInvalid(
             f"tensor_parallel_size is {num_processes}, but this worker sees {num_gpus} of the machine's GPUs;"
-            f" set worker_scaling.num_gpus to {num_processes}, or lower tensor_parallel_size"
+            f" set worker_scaling.ray_actor_options.num_gpus to {num_processes}, or lower tensor_parallel_size"
         )
 
 

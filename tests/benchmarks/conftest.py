@@ -16,7 +16,7 @@ from benchmarks.paper.answering.study import Study, Weights, load_asker, load_st
 from benchmarks.paper.common.workspace import Workspace
 from benchmarks.paper.pool.train_pool import train_all
 from benchmarks.paper.stages.stage import Loaded
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from lora_store import LoraStore
 from retriever_svc import Encoder
 from tests.benchmarks.bigbench import write_archive
@@ -42,17 +42,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Mapping[st
 
 
 @pytest.fixture(scope="session")
-def config(tiny_folders: Mapping[str, Path]) -> WorkerConfig:
+def config(tiny_folders: Mapping[str, Path]) -> NativeWorkerConfig:
     return tiny_config(tiny_folders["gemma3"], max_model_len=400, max_step_tokens=600, max_wait_s=1e6)
 
 
 @pytest.fixture(scope="session")
-def study(workspace: Workspace, config: WorkerConfig) -> Study:
+def study(workspace: Workspace, config: NativeWorkerConfig) -> Study:
     return load_study(SPECS, workspace, config)
 
 
 @pytest.fixture(scope="session")
-def asked(workspace: Workspace, config: WorkerConfig) -> tuple[Asker, LoraStore, Weights]:
+def asked(workspace: Workspace, config: NativeWorkerConfig) -> tuple[Asker, LoraStore, Weights]:
     return load_asker(workspace, config, [spec.name for spec in SPECS])
 
 

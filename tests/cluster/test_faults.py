@@ -216,9 +216,9 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
         graceful_shutdown_timeout_s=600,
         ray_actor_options={"num_cpus": 0, "resources": {"accelerator": 1}},
     )
-    config = tiny_config(running.model, num_threads=1, engine=ENGINE)
     step_timeout_s = 2.0 if ENGINE == "native" else 30.0
-    handle = serve.run(worker.bind(config, 25.0, None, None, 0, step_timeout_s), name="hanging", route_prefix=None)
+    config = tiny_config(running.model, num_threads=1, engine=ENGINE, step_timeout_s=step_timeout_s, niceness=0)
+    handle = serve.run(worker.bind(config, None), name="hanging", route_prefix=None)
     letters = tuple((int(token), 100.0) for token in LETTERS)
     num_tokens = 80
     sampling = SamplingParams(max_tokens=num_tokens, seed=11, logit_bias=letters, ignore_eos=True)

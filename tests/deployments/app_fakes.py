@@ -14,14 +14,16 @@ import httpx
 from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
-from deployments.config.app import AppConfig, WorkerSettings
+from deployments.config.app import AppConfig
 from deployments.generation.completions import StreamLimits
 from deployments.http.api import build_api
+from deployments.http.bodies import MAX_BODY_TOTAL_BYTES
 from deployments.http.dependencies import Services
 from deployments.http.middleware import RequestContextMiddleware
 from deployments.ingress import Ingress
 from deployments.observability.metrics import SERVE
 from deployments.observability.request_metrics import RequestMetrics
+from gpu_worker.config import NativeSettings
 from gpu_worker.front.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
 from tests.deployments.fake_retriever import FakeRetriever
@@ -63,11 +65,12 @@ def serve_plainly(
     retriever: FakeRetriever | None = None,
     store: FakeStore | None = None,
     retrievers: Sequence[FakeRetriever] = (),
-    engine: WorkerSettings | None = None,
+    engine: NativeSettings | None = None,
     worker_grace_s: float = 5.0,
     silence_s: float = 30.0,
     keep_alive_s: float = 10.0,
     kinds: Any = SERVE,
+    max_body_total_bytes: int = MAX_BODY_TOTAL_BYTES,
     **settings: Any,
 ) -> Served:
     """Return an Ingress without Serve's wrapper. Call this in a running event loop.
@@ -79,11 +82,18 @@ def serve_plainly(
         FakeHandle(worker or FakeWorker()),
         FakeHandle(store or FakeStore(pool_of(*POOL), refused=("bad", "bad-one"), missing=("gone",), taken=("taken",))),
     ]
-    config = config_of(worker=engine or WorkerSettings(), **settings)
+    config = config_of(worker=engine or NativeSettings(), **settings)
     limits = StreamLimits(silence_s, worker_grace_s)
     retriever_handle, worker_handle, store_handle = handles
     ingress = Ingress(
-        config, retriever_handle, worker_handle, store_handle, limits=limits, keep_alive_s=keep_alive_s, kinds=kinds
+        config,
+        retriever_handle,
+        worker_handle,
+        store_handle,
+        limits=limits,
+        keep_alive_s=keep_alive_s,
+        kinds=kinds,
+        max_body_total_bytes=max_body_total_bytes,
     )
     return Served(ingress, *handles)
 

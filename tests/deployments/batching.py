@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deployments.batch.run import BatchRun, BatchSettings, begin
-from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings
+from gpu_worker.config import NativeSettings
 from lora_store import LoraStore, Sample, write_peft_folder
 from retriever_svc import Encoder, embed_groups
 from tests.tiny import random_adapter
@@ -47,13 +48,13 @@ def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
         base_model_name=BASE,
         store_uri=store,
         retrieval=RetrievalSettings(encoder_threads=1, min_score=-1.0),  # no row abstains
-        worker=WorkerSettings(**settings | worker),
+        worker=NativeSettings(**settings | worker),
     )
 
 
 def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: Path, topics: Sequence[str]) -> int:
     """Publish a random adapter for each topic, with sentences about it as samples. Return the generation."""
-    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
     staged = []
     for topic in topics:
         path = folders / topic.replace(" ", "-")

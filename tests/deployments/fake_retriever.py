@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from lora_store import AdapterRecord, AdapterRef, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
 from retriever_svc import (
+    AskedPrompt,
     BaseCounts,
     Candidate,
     DoctorStep,
+    Drawn,
+    Draws,
     NearSample,
     Page,
     PageRequest,
@@ -46,6 +49,8 @@ class FakeRetriever:
     prepared: Exception | str = "other-encoder"
     near: tuple[NearSample, ...] = ()  # of every candidate, where a request asks for samples
     unserved: BaseCounts = ()
+    drawn: Draws = field(default_factory=lambda: Draws(Drawn(535, 0, 0)))  # by any version
+    asked: list[Sequence[AskedPrompt]] = field(default_factory=list)  # of the doctor
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
@@ -101,6 +106,11 @@ class FakeRetriever:
         vector = np.array([1.0, 0.0], np.float32)
         return [Embedded(Embedding(self.encoder, vector, vector), near) if group else None for group in groups]
 
+    async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws:
+        if self.failure is not None:
+            raise self.failure
+        return self.drawn
+
     async def catch_up(self, generation: int) -> int:
         if self.caught_up is not None:
             raise self.caught_up
@@ -115,7 +125,8 @@ class FakeRetriever:
             assert isinstance(step, ReindexStep)
             yield step
 
-    async def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
+        self.asked.append(prompts)
         for item in self.steps.pop(0):
             step = given(item)
             assert isinstance(step, DoctorStep)

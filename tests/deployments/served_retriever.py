@@ -52,9 +52,9 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.uri, self.ticks = str(folder), Ticks()
         self.catalogue = Catalogue(Location(self.uri).child("catalogue"))
-        retrieval = RetrievalSettings(encoder_threads=1, poll_interval_s=7.0)
+        retrieval = RetrievalSettings(encoder_threads=1)
         config = AppConfig(store_uri=self.uri, accepts_base=(BASE,), retrieval=retrieval)
-        self.replica = RetrieverDeployment(config, sleep=self.ticks.sleep)
+        self.replica = RetrieverDeployment(config, sleep=self.ticks.sleep, poll_interval_s=7.0)
 
     def publish(self, *records: AdapterRecord) -> int:
         events: list[Event] = [Publish(record) for record in records]

@@ -12,6 +12,7 @@ import pytest
 from playwright.async_api import Page, Route, expect
 
 from lora_store import Trial
+from retriever_svc import Drawn, DrawnAdapter, Draws
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -111,6 +112,29 @@ def test_withdrawing_needs_the_name(browsing: Browsing) -> None:
         await expect(page.locator("#view-adapters")).to_be_visible()
 
     look(browsing, question)
+
+
+def test_an_approval_shows_what_the_version_would_draw(browsing: Browsing) -> None:
+    theirs, own = adapter("poet", tenant="globex"), adapter("coder")
+    drawn = Draws(Drawn(535, 0, 0), (DrawnAdapter(own.ref, Drawn(16, 8, 12), Drawn(16, 0, 0)),))
+
+    async def question(page: Page, served: Served) -> None:
+        await open_adapter(page, "coder")
+        approve = page.get_by_role("button", name="Approve…")
+        await expect(approve).to_be_hidden()  # its own
+        await open_adapter(page, "globex/poet")
+        await approve.click()
+        await expect(page.locator("#confirm-text")).to_contain_text("50.0% (all adapters of globex 75.0%)")
+        await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
+        assert served.store.called("approve") == []
+        await approve.click()
+        async with page.expect_response(lambda answer: answer.request.url.endswith("/approve")) as answered:
+            await page.get_by_role("button", name="Approve it all the same").click()
+        assert (await answered.value).status == 200
+        assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
+
+    retriever = MappedRetriever([theirs, own], drawn=drawn)
+    look(browsing, question, retriever=retriever, store=FakeStore(pool_of(theirs, own)))
 
 
 def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsing) -> None:

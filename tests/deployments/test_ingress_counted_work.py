@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
 from gpu_worker.front.request.request import Prompt, Tokenized
 from retriever_svc.encoder import MAX_TOKENS
@@ -154,7 +154,7 @@ def test_texts_too_long_for_a_prompt_are_neither_routed_nor_placed(path: str, bo
         assert not served.retriever.called("route") and not served.retriever.called("place")
         return response
 
-    response = ask(question, retriever=MappedRetriever(), engine=WorkerSettings(max_model_len=10))
+    response = ask(question, retriever=MappedRetriever(), engine=NativeSettings(max_model_len=10))
     assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
 
 
@@ -251,7 +251,7 @@ def test_a_text_above_eight_characters_a_token_of_the_context_is_not_tokenized(f
         assert len(served.worker.called("tokenize")) == 1
         return response
 
-    response = ask(question, engine=WorkerSettings(max_model_len=10))
+    response = ask(question, engine=NativeSettings(max_model_len=10))
     error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field)
     assert error["message"].startswith(f"{field}: at most 80 characters, 8 for each token of the context, got 81")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS
 
 from deployments.api.error_table import STATUSES, reported_errors
-from retriever_svc import DoctorReport, DoctorStep, ReindexStep
+from retriever_svc import AskedPrompt, DoctorReport, DoctorStep, ReindexStep
 from tests.deployments.all_routes import APP
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import get
@@ -43,7 +43,7 @@ class Jobs(MappedRetriever):
     async def reindex(self, model: str, projection: str = "auto") -> AsyncGenerator[ReindexStep]:
         yield ReindexStep(0, 0, {})
 
-    async def doctor(self, tenant: str) -> AsyncGenerator[DoctorStep]:
+    async def doctor(self, tenant: str, prompts: Sequence[AskedPrompt] = ()) -> AsyncGenerator[DoctorStep]:
         yield DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_store import ActivateEncoder, AdapterNotFound, Embed, Event, StoreUnavailable, Trial
-from retriever_svc import EncoderUnusable, PoolSize, RouteRequest, StaleIndex
+from lora_store import ActivateEncoder, AdapterNotFound, AdapterRef, Embed, Event, StoreUnavailable, Trial
+from retriever_svc import AskedPrompt, Drawn, DrawnAdapter, EncoderUnusable, PoolSize, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import ENGLISH_MODEL, model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 from tests.retriever_svc.pool_fakes import record_of
@@ -334,6 +334,44 @@ def test_an_invalid_encoder_is_refused_before_the_first_step(tmp_path: Path) -> 
             await here.replica.prepare_encoder(str(tmp_path / "nothing"))
         with pytest.raises(EncoderUnusable):
             await anext(here.replica.reindex(str(tmp_path / "nothing")))
+
+    run(tmp_path, scenario)
+
+
+def test_real_prompts_are_routed_by_the_doctor(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        german, sums = await here.embedded("german", "sums")
+        await here.replica.catch_up(here.publish(german, sums))
+        wanted = [
+            AskedPrompt("How do you say cheese in German?", ("german",)),
+            AskedPrompt("How do you say cheese in German?", ("sums",)),
+            AskedPrompt("Add 12 and 30."),
+        ]
+        steps = [step async for step in here.replica.doctor("local", wanted)]
+        assert [(step.num_done, step.num_total) for step in steps] == [(1, 5), (2, 5), (5, 5), (5, 5)]
+        report = steps[-1].report
+        assert report is not None and report.asked is not None
+        counts = report.asked.labelled
+        assert (counts[german.ref].num_right, counts[sums.ref].num_other) == (1, 1)
+        assert dict(report.asked.unlabelled) == {sums.ref: 1}
+        with pytest.raises(AdapterNotFound):
+            await anext(here.replica.doctor("local", [AskedPrompt("x", ("nosuch",))]))
+
+    run(tmp_path, scenario)
+
+
+def test_the_draws_of_a_version_are_measured_on_the_pool(tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        german, sums = await here.embedded("german", "sums")
+        copy = replace(german, ref=AdapterRef("mallory", "copy", german.ref.digest), weights_digest="c" * 64)
+        generation = here.publish(german, sums, copy)
+        draws = await here.replica.draws("acme", "mallory/copy", generation)
+        assert draws.adapters == (DrawnAdapter(german.ref, Drawn(2, 2, 2), Drawn(2, 2, 2)),)
+        assert draws.ordinary.num == 535
+        with pytest.raises(AdapterNotFound):
+            await here.replica.draws("acme", f"mallory/copy@{'0' * 64}")
+        with pytest.raises(StaleIndex):
+            await here.replica.draws("acme", "mallory/copy", generation + 1)
 
     run(tmp_path, scenario)
 

@@ -45,7 +45,9 @@ def record(encoder: Path) -> AdapterRecord:
 
 def route(config: AppConfig, record: AdapterRecord) -> Route | Exception:
     pools = live_pool(config, lambda: Snapshot(1, {("acme", "goats"): record}))
-    [outcome] = retriever_over(pools, config).route([RouteRequest(TEXT, tenant="local")])
+    [outcome] = retriever_over(pools, config.retrieval, owner_names=config.owner_names).route(
+        [RouteRequest(TEXT, tenant="local")]
+    )
     return outcome
 
 

@@ -14,6 +14,7 @@ import torch
 
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.calls.catalogue_clients import Buffer
+from deployments.config.app import OTHER_FILES_BYTES
 from deployments.errors import SourceMissing, SourceRefused, UploadDiskFull
 from deployments.store import StoreDeployment
 from lora_store import (
@@ -41,10 +42,11 @@ POET = ("local", "poet")
 class Stores:
     """A StoreDeployment whose references are the buffers themselves."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, *, object_cache_bytes: int = 1 << 20, **settings: Any) -> None:
         self.folder = folder
         self.put: list[Buffer] = []
-        self.deployment = StoreDeployment(config_of(store_uri=str(folder / "pool"), **settings), put=self._put)
+        config = config_of(store_uri=str(folder / "pool"), **settings)
+        self.deployment = StoreDeployment(config, put=self._put, object_cache_bytes=object_cache_bytes)
 
     def _put(self, buffer: Buffer) -> Buffer:
         self.put.append(buffer)
@@ -156,9 +158,10 @@ def test_missing_and_forbidden_sources_are_reported(stores: Stores) -> None:
 
 
 def test_a_large_upload_is_refused(tmp_path: Path) -> None:
-    stores = Stores(tmp_path, max_upload_bytes=100)
-    with pytest.raises(AdapterRefused, match="at most 100"):
-        run(stores.stage(PublishItem(files=files_of(stores.adapter()), name="poet")))
+    stores = Stores(tmp_path, admission={"max_weights_bytes": 1000})
+    more = {"adapter_model.safetensors": b"x" * (1001 + OTHER_FILES_BYTES)}
+    with pytest.raises(AdapterRefused, match=f"at most {1000 + OTHER_FILES_BYTES}"):
+        run(stores.stage(PublishItem(files=files_of(stores.adapter()) | more, name="poet")))
 
 
 def test_a_file_sent_in_parts_is_the_same_version(stores: Stores) -> None:
@@ -283,7 +286,7 @@ def test_a_damaged_file_is_noticed_by_its_reader_and_reported_once_it_is_suspect
 
 def test_without_a_budget_no_weights_are_kept(tmp_path: Path) -> None:
     async def check() -> None:
-        stores = Stores(tmp_path, store_object_cache_bytes=0)
+        stores = Stores(tmp_path, object_cache_bytes=0)
         [staged] = await stores.publish(PublishItem(stores.adapter()))
         for _ in range(2):
             await stores.deployment.fetch(staged.weights_digest)

@@ -131,11 +131,15 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
             store = FakeStore(blobs)
             ends: list[int] = []
             worker = await started(
-                tiny_config(tiny_folders["gemma3"], num_threads=torch.get_num_threads(), shares_cores=False),
-                0.0,
+                tiny_config(
+                    tiny_folders["gemma3"],
+                    num_threads=torch.get_num_threads(),
+                    shares_cores=False,
+                    step_timeout_s=step_timeout_s,
+                ),
                 FakeHandle(store),
                 weights_cache,
-                step_timeout_s=step_timeout_s,
+                stream_interval_ms=0.0,
                 kinds=kinds,
                 end_process=ends.append,
             )
@@ -160,7 +164,7 @@ def test_a_replica_that_cannot_compute_its_first_tokens_does_not_start(
 
     async def main() -> None:
         with pytest.raises(WarmUpFailed, match="the first steps of the engine failed"):
-            await started(tiny_config(tmp_path, num_threads=1), 0.0, FakeHandle(FakeStore({})))
+            await started(tiny_config(tmp_path, num_threads=1), FakeHandle(FakeStore({})))
 
     asyncio.run(main())
 

@@ -130,11 +130,11 @@ async def two_tenants(
 ) -> AsyncIterator[TwoTenants]:
     """Return the application with a filled pool; `index` decides how it is searched."""
     keys = write(folder / "keys.json", *[entry(tenant, tenant) for tenant in TENANTS])
-    retrieval = RetrievalSettings(encoder_threads=1, poll_interval_s=3600.0, min_score=-1.0)
+    retrieval = RetrievalSettings(encoder_threads=1, min_score=-1.0)
     config = config_of(
         store_uri=str(folder / "pool"), keys_file=keys, retrieval=retrieval, publish_paths=True, **settings
     )
-    retriever = RetrieverDeployment(config, index=index)
+    retriever = RetrieverDeployment(config, index=index, poll_interval_s=3600.0)
     retriever._pools._background = lambda work: work()  # lists are trained before a publish is answered
     asked, worker = FakeHandle(retriever), FakeHandle(QuietWorker())
     store = FakeHandle(StoreDeployment(config, put=lambda b: b))

@@ -130,5 +130,5 @@ def test_make_serve_answers_without_chance_where_a_request_sets_nothing(engine: 
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     [file] = re.findall(r"--config (\S+)", printed)
     config = load_config(ROOT / file)
-    assert config.sampling_defaults_in_use == {"temperature": 0}
+    assert config.served_model.sampling_defaults == {"temperature": 0}
     assert config.worker.engine == engine

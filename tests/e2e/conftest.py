@@ -13,9 +13,9 @@ from ray import serve
 from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 
 from deployments.app import build_app
-from deployments.calls.proxy_limits import TRACEPARENT_VARIABLE
 from deployments.cli.local_server import Server
-from deployments.config.app import AppConfig, RetrievalSettings, ScalingSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings
+from gpu_worker.config import NativeSettings
 from gpu_worker.model.base_model import load_base_model
 from tests.e2e.live import APP, BASE, CONTEXT, Live, eventually
 from tests.e2e.starter_pool import EXAMPLES, POOL, Heldout
@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
         retrieval=RetrievalSettings(encoder_dtype="float32"),
-        worker=WorkerSettings(dtype="float32", max_batch_size=16, **WORKER),
+        worker=NativeSettings(dtype="float32", max_batch_size=16, **WORKER),
     )
 
 
@@ -58,7 +58,6 @@ def tell_often() -> Iterator[None]:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         patch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", DEFAULT_TRACING_EXPORTER_IMPORT_PATH)
         patch.setenv("RAY_SERVE_TRACING_SAMPLING_RATIO", "0")
-        patch.setenv(TRACEPARENT_VARIABLE, "1")
         yield
 
 
@@ -94,8 +93,7 @@ def live(
         store_uri=s3_endpoint.uri("live"),
         disk_cache_bytes=0,
         max_concurrent_requests=32,
-        retrieval=RetrievalSettings(poll_interval_s=1.0),
-        worker=WorkerSettings(
+        worker=NativeSettings(
             dtype="float32",
             num_threads=1,
             bank_rank_rows=32,
@@ -104,11 +102,9 @@ def live(
             host_cache_bytes=0,
             **WORKER,
         ),
-        store_scaling=ScalingSettings(max_ongoing_requests=64, health_check_period_s=1),
-        retriever_scaling=ScalingSettings(
-            min_replicas=2, max_replicas=2, max_ongoing_requests=10_000, health_check_period_s=1
-        ),
-        worker_scaling=ScalingSettings(min_replicas=2, max_replicas=2, max_ongoing_requests=2112),
+        store_scaling={"health_check_period_s": 1},
+        retriever_scaling={"num_replicas": 2, "health_check_period_s": 1},
+        worker_scaling={"num_replicas": 2},
     )
     logging_config = {"enable_access_log": False, "encoding": "JSON"}
     serve.run(build_app(config), name=APP, route_prefix=f"/{APP}", logging_config=logging_config)

@@ -13,7 +13,8 @@ from ray import serve
 
 from deployments.app import build_app
 from deployments.cli.local_server import Server
-from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings
+from gpu_worker.config import NativeSettings
 from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
 from tests.deployments.key_files import bearer, entry, write
@@ -59,7 +60,7 @@ def keyed(
         store_uri=str(folder / "pool"),
         keys_file=keys,
         retrieval=RetrievalSettings(encoder_threads=1),
-        worker=WorkerSettings(dtype="float32", num_threads=1, bank_rank_rows=32, max_model_len=512, max_batch_size=4),
+        worker=NativeSettings(dtype="float32", num_threads=1, bank_rank_rows=32, max_model_len=512, max_batch_size=4),
     )
     modules = random_adapter(linear_shapes(load_base_model(tiny_config(model))), 5, rank=4).modules
     write_peft_folder(folder / "poet", modules, base_model=BASE, samples=[Sample("Rhyme."), Sample("Write a poem.")])

@@ -74,14 +74,14 @@ def test_missing_adapters_are_reported(live: Live) -> None:
 
 
 def test_verify_finds_a_damaged_blob_and_publishing_again_repairs_it(live: Live, pool: list[Path]) -> None:
-    run(live, "verify")
+    run(live, "pool", "verify")
     digest = live.call("GET", "/v1/loras/violins").json()["weights_digest"]
     [damaged] = [path for path in live.stored("blobs") if path.endswith(digest)]
     live.overwrite(damaged, b"not what was stored")
-    said = run(live, "verify", code=1)
+    said = run(live, "pool", "verify", code=1)
     assert "violins" in said
     run(live, "publish", str(pool[2]))
-    run(live, "verify")
+    run(live, "pool", "verify")
 
 
 def test_gc_removes_unreferenced_blobs(live: Live, pool: list[Path]) -> None:
@@ -89,17 +89,17 @@ def test_gc_removes_unreferenced_blobs(live: Live, pool: list[Path]) -> None:
     folder = some.rpartition("/")[0]
     stray = f"{folder}/{'f' * 64}"
     live.overwrite(stray, b"left by a crash")
-    run(live, "gc", "--retention", "0")
+    run(live, "pool", "gc", "--retention", "0")
     assert stray not in live.stored("blobs")
-    run(live, "verify")
+    run(live, "pool", "verify")
 
 
-def test_doctor_and_eval_routing(live: Live, pool: list[Path], tmp_path: Path) -> None:
-    said = run(live, "doctor")
+def test_doctor_and_measured_routing(live: Live, pool: list[Path], tmp_path: Path) -> None:
+    said = run(live, "pool", "doctor")
     assert all(topic in said for topic in TOPICS) or "100" in said
     lines = [json.dumps({"input": f"Tell me about {topic}, quickly.", "adapter": topic}) for topic in TOPICS]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    output = run(live, "eval-routing", str(tmp_path / "prompts.jsonl"))
+    output = run(live, "route", "--file", str(tmp_path / "prompts.jsonl"))
     assert "hit@1" in output
     assert "1.000" in output or "100" in output
 
@@ -108,13 +108,13 @@ def test_reindex_swaps_the_encoder_on_every_replica(live: Live, pool: list[Path]
     before = {stats.encoder for stats in live.on_all("Retriever", "index_stats")}
     other = other_encoder(tmp_path / "encoder")
     try:
-        run(live, "reindex", "--encoder", str(other))
+        run(live, "pool", "reindex", "--encoder", str(other))
         eventually(lambda: before.isdisjoint(stats.encoder for stats in live.on_all("Retriever", "index_stats")))
         assert [live.chosen(f"Tell me about {topic}, quickly.") for topic in TOPICS] == list(TOPICS)
         live.publish(live.folder("late", 9300, "latecomers"))
         assert live.chosen("Explain latecomers, please.") == "late"
     finally:
-        run(live, "reindex", "--encoder", DEFAULT_MODEL)
+        run(live, "pool", "reindex", "--encoder", DEFAULT_MODEL)
     eventually(lambda: {stats.encoder for stats in live.on_all("Retriever", "index_stats")} == before)
     assert live.chosen("Explain latecomers, please.") == "late"
     run(live, "withdraw", "late")

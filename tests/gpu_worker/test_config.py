@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig, WorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from lora_store.bounded_files import Limits
 
@@ -17,9 +17,9 @@ def test_a_step_must_hold_every_decoding_row() -> None:
     with pytest.raises(WorkerConfigInvalid, match="max_step_tokens"):
         WorkerConfig(max_batch_size=64, max_step_tokens=63)
     with pytest.raises(WorkerConfigInvalid, match="max_chunk_tokens"):
-        WorkerConfig(max_chunk_tokens=0)
-    assert WorkerConfig(device="cpu").chunk_tokens == 192
-    assert WorkerConfig(device="cuda", max_step_tokens=4096).chunk_tokens == 4096
+        NativeWorkerConfig(max_chunk_tokens=0)
+    assert NativeWorkerConfig(device="cpu").chunk_tokens == 192
+    assert NativeWorkerConfig(device="cuda", max_step_tokens=4096).chunk_tokens == 4096
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
@@ -48,17 +48,17 @@ def test_a_gpu_computes_only_in_bfloat16() -> None:
 
 
 def test_a_configured_chunk_is_used_on_every_device() -> None:
-    assert {WorkerConfig(device=device, max_chunk_tokens=7).chunk_tokens for device in ("cpu", "cuda")} == {7}
+    assert {NativeWorkerConfig(device=device, max_chunk_tokens=7).chunk_tokens for device in ("cpu", "cuda")} == {7}
 
 
 def test_only_vllm_has_rows_for_fusions_in_its_bank() -> None:
-    assert WorkerConfig(bank_rank_rows=1024).num_rank_rows == 1024
-    default = WorkerConfig(engine="vllm", bank_rank_rows=1024)
+    assert NativeWorkerConfig(bank_rank_rows=1024).num_rank_rows == 1024
+    default = VllmWorkerConfig(bank_rank_rows=1024)
     assert (default.num_fusion_rows, default.num_rank_rows) == (256, 1280)
-    assert WorkerConfig(engine="vllm", bank_rank_rows=2048).num_fusion_rows == 512
-    assert WorkerConfig(engine="vllm", bank_rank_rows=16, fusion_rank_rows=8).num_rank_rows == 24
+    assert VllmWorkerConfig(bank_rank_rows=2048).num_fusion_rows == 512
+    assert VllmWorkerConfig(bank_rank_rows=16, fusion_rank_rows=8).num_rank_rows == 24
 
 
 def test_a_fusion_of_the_widest_adapters_that_fit_the_bank_fits_by_default() -> None:
-    assert WorkerConfig(engine="vllm").num_fusion_rows == Limits().max_rank
-    assert WorkerConfig(engine="vllm", bank_rank_rows=100).num_fusion_rows == 100
+    assert VllmWorkerConfig().num_fusion_rows == Limits().max_rank
+    assert VllmWorkerConfig(bank_rank_rows=100).num_fusion_rows == 100

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.front.request.request import Completion
 from gpu_worker.native.engine import NativeEngine
@@ -38,26 +38,4 @@ def test_the_native_engine_is_started_and_answers(tiny_folders: Mapping[str, Pat
 
 def test_an_engine_whose_package_is_missing_is_refused_with_the_remedy() -> None:
     with pytest.raises(WorkerConfigInvalid, match=r"'vllm' needs the package vLLM.*docs/how-to/install\.md"):
-        asyncio.run(start_engine(WorkerConfig(engine="vllm"), no_fetch, is_installed=lambda package: False))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("max_chunk_tokens", 64), ("prompt_lookup_tokens", 4), ("prefix_cache_share", 0.5)]
-)
-def test_a_setting_that_the_vllm_engine_lacks_is_refused_with_the_remedy(name: str, value: float) -> None:
-    with pytest.raises(
-        WorkerConfigInvalid,
-        match=f"^{name} is a setting of the engine 'native', got {value} with engine 'vllm'; leave it unset, or use",
-    ):
-        WorkerConfig(engine="vllm", **{name: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("tensor_parallel_size", 2), ("enforce_eager", True), ("fusion_rank_rows", 8)]
-)
-def test_a_setting_that_the_native_engine_lacks_is_refused_with_the_remedy(name: str, value: object) -> None:
-    with pytest.raises(
-        WorkerConfigInvalid, match=f"^{name} is a setting of the engine 'vllm', got {value} .*; leave it unset"
-    ):
-        WorkerConfig(**{name: value})
-    assert getattr(WorkerConfig(engine="vllm", **{name: value}), name) == value
+        asyncio.run(start_engine(VllmWorkerConfig(), no_fetch, is_installed=lambda package: False))

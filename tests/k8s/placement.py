@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.config.app import AppConfig, ScalingSettings
+from deployments.config.app import AppConfig
+from deployments.scaling.settings import ServeOptions
 from tests.k8s.manifests import Document, Manifests, Pod
 
 
@@ -16,8 +17,12 @@ class Room:
 
     left: dict[str, float]
 
-    def takes(self, scaling: ScalingSettings) -> bool:
-        wanted = {"CPU": scaling.num_cpus, "GPU": scaling.num_gpus, **scaling.resources}
+    def takes(self, scaling: ServeOptions) -> bool:
+        wanted = {
+            "CPU": scaling.num_cpus,
+            "GPU": scaling.num_gpus,
+            **scaling.root["ray_actor_options"].get("resources", {}),
+        }
         if any(amount > self.left.get(name, 0) + 1e-9 for name, amount in wanted.items()):
             return False
         self.left |= {name: self.left.get(name, 0) - amount for name, amount in wanted.items()}
@@ -46,7 +51,7 @@ def problems(manifests: Manifests) -> Iterator[str]:
     yield from _budget_problems(manifests)
 
 
-def _scalings(config: AppConfig) -> dict[str, ScalingSettings]:
+def _scalings(config: AppConfig) -> dict[str, ServeOptions]:
     return {
         "Ingress": config.ingress_scaling,
         "Retriever": config.retriever_scaling,
@@ -62,13 +67,13 @@ def _room(group: Document, pod: Pod) -> Room:
     return Room({"CPU": pod.requests("cpu"), "GPU": pod.requests("nvidia.com/gpu"), **custom})
 
 
-def may_hold(group: Document, pod: Pod, scaling: ScalingSettings) -> bool:
+def may_hold(group: Document, pod: Pod, scaling: ServeOptions) -> bool:
     """Return whether an empty pod of the group has room for a replica."""
     return _room(group, pod).takes(scaling)
 
 
 def _without_room(
-    scalings: Mapping[str, ScalingSettings], wanted: Mapping[str, int], rooms: Sequence[Room]
+    scalings: Mapping[str, ServeOptions], wanted: Mapping[str, int], rooms: Sequence[Room]
 ) -> Iterator[str]:
     """Place the largest replicas first, each into the first pod with room. Return those without room."""
     for name, scaling in sorted(scalings.items(), key=lambda item: (-item[1].num_gpus, -item[1].num_cpus)):

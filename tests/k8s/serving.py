@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
-from deployments.calls.proxy_limits import CONNECTIONS_VARIABLE
 from deployments.cli.local_server import APP_NAME
-from deployments.config.app import AppConfig, ScalingSettings
+from deployments.config.app import AppConfig
+from deployments.scaling.settings import ServeOptions
 from lora_store.location import Location
 from tests.k8s import placement
 from tests.k8s.general import secrets_made_by_hand
@@ -40,8 +40,6 @@ def problems(manifests: Manifests) -> Iterator[str]:
     for pod in (manifests.head, *manifests.workers):
         if {"name": CALLBACK_VARIABLE, "value": CALLBACK} not in pod.container.get("env", []):
             yield f"{pod.name}: its HTTP proxy bounds no headers: {CALLBACK_VARIABLE} is not {CALLBACK}"
-        if {"name": CONNECTIONS_VARIABLE, "value": "0"} not in pod.container.get("env", []):
-            yield f"{pod.name}: its HTTP proxy bounds the connections of the ingress controller, which is one address"
     for pod in manifests.workers:
         if serve.http_options.port != pod.ports.get("serve") or serve.http_options.host != "0.0.0.0":
             yield f"{pod.name}: its port `serve` is not where Serve listens"
@@ -129,17 +127,17 @@ def _has_model(config: AppConfig, pod: Pod) -> bool:
 
 
 def _scaling_problems(config: AppConfig) -> Iterator[str]:
-    """Check that bounds on queues do not shrink: a named group of settings replaces its default completely."""
+    """Check that bounds on queues do not shrink, and that every deployment has a second replica."""
     for name in ("ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"):
-        scaling: ScalingSettings = getattr(config, name)
-        default: ScalingSettings = AppConfig.model_fields[name].default
-        if scaling.max_ongoing_requests < default.max_ongoing_requests:
-            yield f"{name}: max_ongoing_requests is below the default's {default.max_ongoing_requests}"
-        if scaling.max_queued_requests != default.max_queued_requests:
-            yield f"{name}: max_queued_requests is not the default's {default.max_queued_requests}"
+        scaling: ServeOptions = getattr(config, name)
+        default: ServeOptions = AppConfig.model_fields[name].default
+        if scaling.root["max_ongoing_requests"] < (least := default.root["max_ongoing_requests"]):
+            yield f"{name}: max_ongoing_requests is below the default's {least}"
+        if scaling.root["max_queued_requests"] != (number := default.root["max_queued_requests"]):
+            yield f"{name}: max_queued_requests is not the default's {number}"
         if scaling.min_replicas < 2:
             yield f"{name}: one replica alone is missing while it is replaced"
-    if config.worker_scaling.max_ongoing_requests < config.worker.max_batch_size + config.worker.max_waiting:
+    if config.worker_scaling.root["max_ongoing_requests"] < config.worker.max_batch_size + config.worker.max_waiting:
         yield "worker_scaling: max_ongoing_requests is below max_batch_size + max_waiting"
 
 

@@ -17,23 +17,27 @@ MISTAKES = [
     ),
     Mistake(
         "pods too few at the least",
-        lambda m: m.change_args(worker_scaling={"min_replicas": 3}),
+        lambda m: m.change_args(worker_scaling={"autoscaling_config": {"min_replicas": 3, "max_replicas": 4}}),
         "Worker: no room at the minimum",
     ),
     Mistake(
         "pods too few at the most",
-        lambda m: m.change_args(worker_scaling={"max_replicas": 5}),
+        lambda m: m.change_args(worker_scaling={"autoscaling_config": {"min_replicas": 2, "max_replicas": 5}}),
         "Worker: no room at the maximum",
     ),
-    Mistake("pods too small", lambda m: m.change_args(worker_scaling={"num_cpus": 5}), "a Worker fits no pod"),
+    Mistake(
+        "pods too small",
+        lambda m: m.change_args(worker_scaling={"ray_actor_options": {"num_cpus": 5}}),
+        "a Worker fits no pod",
+    ),
     Mistake(
         "resource that no pod offers",
-        lambda m: m.change_args(store_scaling={"resources": {"cpu": 1}}),
+        lambda m: m.change_args(store_scaling={"ray_actor_options": {"resources": {"cpu": 1}}}),
         "Store: no room",
     ),
     Mistake(
         "guest on a GPU pod",
-        lambda m: m.change_args(retriever_scaling={"resources": {}}),
+        lambda m: m.change_args(retriever_scaling={"ray_actor_options": {"num_cpus": 1}}),
         "Retriever may take the CPUs of GPU pods",
     ),
     Mistake("no GPU for a worker", lambda m: m.cluster["workerGroupSpecs"].pop(), "a Worker fits no pod"),

@@ -20,11 +20,6 @@ MISTAKES = [
     Mistake("GPU that computes nothing", lambda m: m.change_args(worker={"device": "cpu"}), "worker.device is cpu"),
     Mistake("another Ray", lambda m: m.cluster.update(rayVersion="2.59.0"), "2.59.0"),
     Mistake("proxy of unbounded headers", lambda m: m.head.container["env"].clear(), "bounds no headers"),
-    Mistake(
-        "clients behind one address",
-        lambda m: container(m, "cpu")["env"].pop(),
-        "cpu: its HTTP proxy bounds the connections",
-    ),
     Mistake("unknown setting", lambda m: m.change_args(base_modell="x"), "base_modell"),
     Mistake("unknown setting of a deployment", lambda m: m.change_args(store_scaling={"replicas": 2}), "replicas"),
     Mistake("setting of the wrong type", lambda m: m.change_args(publish_paths="perhaps"), "publish_paths"),
@@ -96,7 +91,11 @@ MISTAKES = [
         lambda m: m.change_args(worker={"max_waiting": 4096}),
         "max_batch_size + max_waiting",
     ),
-    Mistake("one replica alone", lambda m: m.change_args(retriever_scaling={"min_replicas": 1}), "one replica alone"),
+    Mistake(
+        "one replica alone",
+        lambda m: m.change_args(retriever_scaling={"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}}),
+        "one replica alone",
+    ),
     Mistake(
         "old cluster goes too early",
         lambda m: m.ray_service["spec"].update(rayClusterDeletionDelaySeconds=60),

@@ -84,7 +84,7 @@ def test_an_unknown_setting_is_refused_with_a_remedy(make_folder: MakeFolder) ->
     [
         ("org/tiny-base", "this server accepts 'tiny-base'. If they are the same weights, "),
         ("org/tiny-base-bnb-4bit", "It is a quantised copy; its adapters usually work on the full model."),
-        ("org/tiny-base-bnb-4bit", "accepts_base, and compare with `loraretriever check FOLDER --parity`"),
+        ("org/tiny-base-bnb-4bit", "accepts_base, and compare with `loraretriever publish --dry-run FOLDER --parity`"),
         (None, "adapter_config.json names no base model (base_model_name_or_path); this server accepts 'tiny-base'"),
     ],
 )

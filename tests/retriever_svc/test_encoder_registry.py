@@ -168,7 +168,7 @@ def test_a_pool_of_the_earlier_default_is_served_by_it_until_a_reindex(caplog: p
         assert encoders.encoder_of(None, embedded_by=embedded_by).identity == embedded_by
         assert (
             f"embedded by {ENGLISH_MODEL}" in caplog.text
-            and f"`loraretriever reindex --encoder {DEFAULT_MODEL}`" in caplog.text
+            and f"`loraretriever pool reindex --encoder {DEFAULT_MODEL}`" in caplog.text
         )
         prepared = encoders.prepare(DEFAULT_MODEL)
         assert prepared.identity == "new-default"

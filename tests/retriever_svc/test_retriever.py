@@ -100,6 +100,29 @@ def test_weights_by_evidence_are_equal_only_for_close_scores_and_one_function(
 
 
 @pytest.mark.parametrize(
+    ("best", "others", "caller", "expected"),
+    [
+        ("acme", ["acme"], "initech", [0.5, 0.5]),
+        ("acme", ["mallory"], "initech", [0.75, 0.25]),
+        ("acme", ["mallory", "mallory"], "initech", [0.75, 0.125, 0.125]),
+        ("acme", ["mallory"], "acme", [0.75, 0.25]),
+        ("mallory", ["acme"], "acme", [0.5, 0.5]),  # the caller trusts its own
+    ],
+)
+def test_copies_of_another_owner_do_not_share_the_weight_of_the_best_adapter(
+    best: str, others: Sequence[str], caller: str, expected: list[float]
+) -> None:
+    near = (0.97, (1 - 0.97**2) ** 0.5)
+    owned = [record_of("best", EAST, tenant=best)]
+    owned += [record_of(f"near-{place}", near, tenant=tenant) for place, tenant in enumerate(others)]
+    pool = [
+        replace(record, embedding=replace(record.embedding, outputs=YES_NO)) for record in owned if record.embedding
+    ]
+    plan = route_one(retriever_of(*pool, temperature=100), weighting="evidence", tenant=caller).plan
+    assert [adapter.weight for adapter in plan.adapters] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
     ("lead", "min_score", "planned"),
     [
         (STICKY_MARGIN - 0.01, -1.0, ["previous", "n"]),

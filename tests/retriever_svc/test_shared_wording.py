@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_svc.shared_wording import num_wordings, without_shared_wording
+from retriever_svc.shared_wording import (
+    FEW_WORDED,
+    RIGHT_BY_DESCRIPTION,
+    RIGHT_BY_ONE_WORDING,
+    RIGHT_BY_THREE,
+    num_wordings,
+    without_shared_wording,
+    wording_warning,
+)
 
 REVIEWS = ["the plot was dull", "a joyful little film", "I walked out early"]
 BEFORE = "Classify the sentiment of this review: "
@@ -68,3 +80,28 @@ def test_a_core_is_a_part_of_its_text_whatever_the_order_of_texts(texts: list[st
     assert all(core or not text.strip() for core, text in zip(cores, texts, strict=True))
     assert without_shared_wording(texts[::-1]) == cores[::-1]
     assert num_wordings(texts) == num_wordings(texts[::-1]) <= len(set(texts))
+
+
+def test_samples_of_one_wording_are_warned_of_with_what_it_costs() -> None:
+    one = [f"Translate to German, please: {text}" for text in ("a cat", "two dogs", "the sea", "my hat", "his pen")]
+    assert wording_warning(one[: FEW_WORDED - 1]) is None
+    warning = wording_warning(one)
+    assert warning is not None
+    assert "50% of cases with one wording, and in 62% with three" in warning
+    assert wording_warning([*one, "How do you say bread in German?"]) is None
+
+
+def test_a_description_alone_is_warned_of() -> None:
+    warning = wording_warning(["Translates English into German."])
+    assert warning is not None
+    assert "40% of cases by a description" in warning
+    assert wording_warning([]) is None
+
+
+def test_the_shares_are_those_of_the_benchmark() -> None:
+    """The page has means of the test pools in percent: right is the second column of the rows `now`."""
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks" / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \| now \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", page, re.MULTILINE)
+    assert [float(share) / 100 for share in rows] == pytest.approx([RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE])
+    [described] = re.findall(r"With a description alone, .* answer in ([\d.]+) %", page)
+    assert float(described.split()[0]) / 100 == pytest.approx(RIGHT_BY_DESCRIPTION)

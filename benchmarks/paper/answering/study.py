@@ -15,7 +15,7 @@ from benchmarks.paper.common.workspace import Workspace
 from benchmarks.training.bigbench_tasks import TaskSpec, task_rng
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.bank.load_threads import load_executor
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.model.base_model import model_source
 from gpu_worker.native.loop import Engine
 from lora_store import AdapterNotFound, AdapterWeights, LoraStore
@@ -24,10 +24,10 @@ RANK = 6
 _WAIT_S = 1e6  # no client waits for these answers
 
 
-def worker_config(num_adapters: int, **changes: Any) -> WorkerConfig:
+def worker_config(num_adapters: int, **changes: Any) -> NativeWorkerConfig:
     """Return the settings of a worker whose bank holds all adapters of the pool."""
     settings: dict[str, Any] = {"bank_rank_rows": RANK * num_adapters, "max_model_len": 512, "max_wait_s": _WAIT_S}
-    return WorkerConfig(**settings | changes)
+    return NativeWorkerConfig(**settings | changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Study:
         return max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
 
 
-def load_study(specs: Sequence[TaskSpec], workspace: Workspace, config: WorkerConfig) -> Study:
+def load_study(specs: Sequence[TaskSpec], workspace: Workspace, config: NativeWorkerConfig) -> Study:
     tokenizer = AutoTokenizer.from_pretrained(model_source(config))
     return Study(workspace, {spec.name: spec for spec in specs}, load_parts(specs, workspace, tokenizer), tokenizer)
 
@@ -71,7 +71,9 @@ class Weights:
         return self.made[digest] if digest in self.made else fetch_from(self._store, digest)
 
 
-def load_asker(workspace: Workspace, config: WorkerConfig, names: Sequence[str]) -> tuple[Asker, LoraStore, Weights]:
+def load_asker(
+    workspace: Workspace, config: NativeWorkerConfig, names: Sequence[str]
+) -> tuple[Asker, LoraStore, Weights]:
     """Load an engine whose adapters are in the store of candidates. Publish `names` there, without embeddings."""
     store = open_store(workspace.store_uri("candidates"))
     weights = Weights(store)

@@ -30,7 +30,7 @@ from benchmarks.paper.training.second_base import BaseRecipe, make_second_base
 from benchmarks.training.adapter_files import BASE_NAME
 from benchmarks.training.bigbench_tasks import TaskSpec
 from gpu_worker.bank.load_threads import load_executor
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.model.base_model import model_source
 from gpu_worker.native.loop import Engine
 from lora_store import LOCAL_TENANT, AdapterRef, LoraStore, Plan
@@ -120,7 +120,7 @@ class TwoBases:
         return pa.concat_tables(tables)
 
 
-def open_asker(store: LoraStore, config: WorkerConfig, kept: Path) -> Asker:
+def open_asker(store: LoraStore, config: NativeWorkerConfig, kept: Path) -> Asker:
     """Return an engine of this base whose adapters are in `store`."""
     executor = load_executor(config.load_threads)
     engine = Engine(config, loading(lambda digest: fetch_from(store, digest), executor), executor=executor)
@@ -138,8 +138,8 @@ def train_second(specs: Sequence[TaskSpec], parts: Mapping[str, Parts], workspac
 
 def make_base(context: Context, recipe: BaseRecipe) -> tuple[Workspace, Path]:
     """Derive the second base once. Return the workspace of its adapters, and its folder there."""
-    workspace, source = context.workspace, Path(model_source(WorkerConfig()))
-    study = load_study([read_task_list().by_name[name] for name in context.tasks], workspace, WorkerConfig())
+    workspace, source = context.workspace, Path(model_source(NativeWorkerConfig()))
+    study = load_study([read_task_list().by_name[name] for name in context.tasks], workspace, NativeWorkerConfig())
     texts = [item.input for parts in study.parts.values() for item in parts.train]
     held_out = [item.input for parts in study.parts.values() for item in parts.choice]
     own = Workspace(workspace.root / _FOLDER / key_of(recipe, list(study.specs)))
@@ -160,7 +160,7 @@ def choose_tasks(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
 
 
 def load_two(
-    study: Study, own: Workspace, configs: Mapping[str, WorkerConfig], encoder: Encoder, out: Console
+    study: Study, own: Workspace, configs: Mapping[str, NativeWorkerConfig], encoder: Encoder, out: Console
 ) -> TwoBases:
     """Load both bases with their adapters, which must have been trained, and publish these into one store.
 
@@ -185,7 +185,7 @@ def answer_both(context: Context) -> pa.Table:
     listed = read_task_list().by_name
     specs = choose_tasks([listed[name] for name in context.tasks])
     with Progress() as progress:
-        train_all(specs, context.workspace, Path(model_source(WorkerConfig())), progress)
+        train_all(specs, context.workspace, Path(model_source(NativeWorkerConfig())), progress)
     configs = {FIRST: worker_config(len(specs)), SECOND: worker_config(len(specs), base_model=str(base))}
     study = load_study(specs, context.workspace, configs[FIRST])
     train_second(specs, study.parts, own, base)

@@ -25,6 +25,7 @@ from deployments.api.adapters import (
     Tag,
     VisibilityRequest,
 )
+from deployments.api.draws_report import draws_object
 from deployments.api.pool_responses import AdapterList, AdapterShown, adapter_list, shown_object
 from deployments.api.responses import (
     Published,
@@ -201,9 +202,13 @@ async def approve(
     body: ApproveRequest,
     caller: AdminCaller,
     services: AnyServices,
-    dry_run: Annotated[bool, Query(description="check everything and approve nothing")] = False,
+    dry_run: Annotated[bool, Query(description="check and measure everything, and approve nothing")] = False,
 ) -> JSONResponse:
-    """Let `auto` choose this version of a public adapter for every tenant. 409 if another version is live by now."""
+    """Let `auto` choose this version of a public adapter for every tenant. 409 if another version is live by now.
+
+    The answer's `draws` say which prompts of other tenants it then answers first. 400 if these are many, unless the
+    approver confirms it.
+    """
     if "@" in name:
         raise RequestInvalid(
             "name: give it without a version; `digest` names the version, which must be the live one", "name"
@@ -215,10 +220,15 @@ async def approve(
     if record.visibility != "public":
         raise RequestInvalid("name: only a public adapter can be approved; make it public first", "name")
     require_approver(services, record.ref, caller)
+    version = f"{record.ref.tenant}/{record.ref.name}@{record.ref.digest}"
+    measured = await services.retriever.draws(caller.tenant, version, generation)
+    draws = draws_object(measured, record.ref, caller.tenant)
     if dry_run:
-        return JSONResponse(approval_object(record.ref, Settled(generation, 0, 0), approved=record.approved))
+        return JSONResponse(approval_object(record.ref, Settled(generation, 0, 0), draws, approved=record.approved))
+    if draws["needs_confirmation"] and not body.confirmed:
+        raise RequestInvalid(f"confirmed: must be true to approve this version. {draws['text']}", "confirmed")
     settled = await services.publisher.approve([record.ref], caller.key_id)
-    answer = approval_object(record.ref, settled)
+    answer = approval_object(record.ref, settled, draws)
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 

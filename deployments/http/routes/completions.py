@@ -56,7 +56,7 @@ async def responses(
     """Answer as a chat does, in the shape of the Responses API. Nothing is stored: `input` is a whole conversation."""
     if body.previous_response_id is not None:
         raise ResponseNotStored
-    form = ResponseForm(body, context.request_id, services.config.sampling_defaults_in_use)
+    form = ResponseForm(body, context.request_id, services.config.served_model.sampling_defaults)
     return await _respond(body, caller, services, context, form)
 
 
@@ -64,7 +64,7 @@ async def responses(
 async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
     config = services.config
-    check_texts(body.prompt, config)
+    check_texts(body.prompt, config.served_model)
     texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
     with services.authenticator.running(caller, Work(len(body.prompt), num_read=sum(map(tokens_routed, texts)))):
         async with within(deadline_of(context.arrived_at, None, config.max_request_s)):

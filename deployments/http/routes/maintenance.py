@@ -9,15 +9,16 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from deployments.api.adapters import GcRequest, JobRequest, ReindexRequest
+from deployments.api.adapters import DoctorRequest, GcRequest, JobRequest, ReindexRequest
 from deployments.api.pool_responses import CollectedBlobs
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import MAY_CHANGE, AdminCaller, AnyContext, AnyServices, require_encoder
 from deployments.http.error_responses import error_body
-from deployments.http.openapi import GC_ANSWERS, LINES_ANSWERS
+from deployments.http.openapi import DOCTOR_ANSWERS, GC_ANSWERS, LINES_ANSWERS
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from deployments.publishing import maintenance
+from retriever_svc.encoder import tokens_read
 
 router = APIRouter(route_class=AnsweringRoute, dependencies=[MAY_CHANGE])
 
@@ -28,10 +29,18 @@ async def verify(_: JobRequest, caller: AdminCaller, services: AnyServices, cont
     return await _stream(maintenance.verify(services.store, caller.tenant), context)
 
 
-@router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=LINES_ANSWERS)
-async def doctor(_: JobRequest, caller: AdminCaller, services: AnyServices, context: AnyContext) -> StreamingResponse:
-    """Route the samples of the tenant's adapters: report collisions, shadowed and never chosen adapters, and advise."""
-    return await _stream(maintenance.doctor(services.retriever, caller.tenant), context)
+@router.post("/v1/pool/doctor", response_class=StreamingResponse, responses=DOCTOR_ANSWERS)
+async def doctor(
+    body: DoctorRequest, caller: AdminCaller, services: AnyServices, context: AnyContext
+) -> StreamingResponse:
+    """Route the samples of the tenant's adapters: report collisions, shadowed and never chosen adapters, and advise.
+
+    Of `prompts` report which adapters answer them. They are charged to the key like those of `/v1/route`.
+    """
+    prompts = [prompt.asked() for prompt in body.prompts]
+    if prompts:
+        services.authenticator.charge(caller, sum(tokens_read(prompt.text) for prompt in prompts), "prompts")
+    return await _stream(maintenance.doctor(services.retriever, caller.tenant, prompts), context)
 
 
 @router.post("/v1/pool/evaluate", response_class=StreamingResponse, responses=LINES_ANSWERS)

@@ -12,7 +12,7 @@ from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
 from deployments.api.pool_responses import ModelCard, ModelList, model_list
 from deployments.auth.authenticator import Caller
-from deployments.config.app import AppConfig
+from deployments.config.served_model import ServedModel
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
 from deployments.http.bodies import AnsweringRoute
@@ -39,7 +39,7 @@ class ModelQuery(ApiRequest):
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
 async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
     """List `auto`, the base model, then every adapter the caller may name. If `has_more`, go on `after` `last_id`."""
-    cards = _Cards.of(services.config, caller)
+    cards = _Cards.of(services.config.served_model, caller)
     own, base = cards.own(query), cards.base
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
@@ -56,7 +56,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
 async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
-    cards = _Cards.of(services.config, caller)
+    cards = _Cards.of(services.config.served_model, caller)
     name = model.removeprefix(f"{cards.base}:")
     if model == cards.base or name == AUTO:
         return cards.special(model)
@@ -64,7 +64,7 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
-    services.config.served_bases.check(versions[0], model)
+    services.config.served_model.bases.check(versions[0], model)
     return cards.adapter(model, versions[0], caller.tenant)
 
 
@@ -78,9 +78,9 @@ class _Cards:
     sampling_defaults: dict[str, float]
 
     @classmethod
-    def of(cls, config: AppConfig, caller: Caller) -> Self:
-        accepted = tuple(sorted(config.accepted_bases)) if "publish" in caller.roles else ()
-        return cls(config.served_base_name, accepted, config.template_in_use, config.sampling_defaults_in_use)
+    def of(cls, model: ServedModel, caller: Caller) -> Self:
+        accepted = tuple(sorted(model.accepted_names)) if "publish" in caller.roles else ()
+        return cls(model.name, accepted, model.template_in_use, model.sampling_defaults)
 
     def own(self, query: ModelQuery) -> list[ModelCard]:
         """Return those of `auto` and the base model that belong to the page. Filters for adapters exclude them."""

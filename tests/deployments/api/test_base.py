@@ -69,7 +69,7 @@ def test_only_collections_are_counted(value: object) -> None:
         (LoraOptions, {"adapters": []}, "adapters"),
         (LoraOptions, {"min_score": 1.1}, "min_score"),
         (LoraOptions, {"abstain": "sometimes"}, "'never', 'lenient', 'balanced' or 'strict'"),
-        (LoraOptions, {"abstain": "never", "min_score": 0.5}, "give one of both"),
+        (LoraOptions, {"abstain": "never", "min_score": 0.5}, "cannot be combined; set one of them"),
         (LoraOptions, {"filter": {"tags": []}}, "filter"),
         (LoraOptions, {"strategy": "base"}, "strategy"),
         (

@@ -104,8 +104,10 @@ def test_samples_that_repeat_one_instruction_are_named_with_the_remedy() -> None
     some = finding("a", num_wordings=1), finding("b", num_wordings=2), finding("c", 12, num_wordings=1)
     [(problem, names, text)] = advice(*some)
     assert (problem, names) == ("one_wording", ["a", "c"])
-    assert text.startswith("a and c have samples of one wording, which prompts in other words find less often.")
-    assert "Publish again with the instruction in three wordings or more" in text
+    assert text.startswith(
+        "a and c have samples of one wording: requests in other words get the right adapter in about"
+    )
+    assert "Give the samples three wordings or more, as clients write, and publish again." in text
     assert [problem for problem, _, _ in advice(finding("few", 4, num_wordings=1))] == ["few_samples"]
 
 

@@ -130,7 +130,9 @@ def test_tools_calls_and_results_count_as_work() -> None:
     plain, more = chat(max_tokens=1), chat(max_tokens=1, tools=[WEATHER], messages=[USER, ASSISTANT, RESULT])
     texts = len("Hi" + "Rain" + "c1" * 2 + "get_weather" * 2 + '{"city": "Rome"}')
     tokens = [math.ceil(num_chars / 4) for num_chars in (texts, Tools(FUNCTIONS[:1]).num_chars, len("Hi"))]
-    planner = Planner(config_of(), serve_retriever(FakeHandle(FakeRetriever(()))))
+    config = config_of()
+    retriever = serve_retriever(FakeHandle(FakeRetriever(())))
+    planner = Planner(config.served_model, config.retrieval, retriever)
     found = [planner.work_of(request, request.questions()).num_tokens for request in (more, plain)]
     assert found[0] - found[1] == tokens[0] + tokens[1] - tokens[2]
 

@@ -14,7 +14,7 @@ import yaml
 
 from deployments.auth import key_issuing
 from deployments.auth.api_keys import KeySet, hash_of, parse_entries
-from deployments.auth.key_issuing import add_entry, make_key, with_entry
+from deployments.auth.key_issuing import add_entry, make_key, remove_entry, with_entry, without_entry
 from deployments.json_types import JsonMapping
 from tests.deployments.key_files import entry
 
@@ -129,3 +129,28 @@ def test_the_file_is_read_and_replaced_under_one_lock(tmp_path: Path, monkeypatc
     for _ in range(2):
         add_entry(file, made()[1])
     assert [len(parse_entries(text)) if text else 0 for text in seen] == [0, 1]
+
+
+@pytest.mark.parametrize("dump", DUMPS)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_entry_is_removed_from_every_form_of_a_list(dump: Dump, place: int) -> None:
+    entries = [entry(f"key-{number}", id=f"id-{number}") for number in range(3)]
+    left = parse_entries(without_entry(dump(entries), f"id-{place}"))
+    assert [found.id for found in left] == [f"id-{number}" for number in range(3) if number != place]
+
+
+def test_comments_of_the_entries_that_stay_are_kept() -> None:
+    blocks = [yaml.safe_dump([entry(f"key-{number}", id=f"id-{number}")], sort_keys=False) for number in range(2)]
+    text = f"# all keys\n# the first\n{blocks[0]}# the second\n{blocks[1]}"
+    assert without_entry(text, "id-1") == f"# all keys\n# the first\n{blocks[0]}# the second\n"
+
+
+def test_the_last_key_leaves_an_empty_list_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    add_entry(file, entry("key", id="ci"))
+    with pytest.raises(ValueError, match="no key has the id 'cj'; did you mean 'ci'"):
+        remove_entry(file, "cj")
+    remove_entry(file, "ci")
+    assert parse_entries(file.read_text()) == []
+    with pytest.raises(ValueError, match="no such file"):
+        remove_entry(tmp_path / "none.yaml", "ci")

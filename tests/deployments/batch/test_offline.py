@@ -13,9 +13,9 @@ import ray
 from deployments.batch.answering import PartAnswerer
 from deployments.batch.offline import LoraRetriever
 from deployments.batch.planning import PartPlanner
-from deployments.config.app import AppConfig, RetrievalSettings, WorkerSettings
+from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool
-from gpu_worker.config import PACKAGED_MODEL
+from gpu_worker.config import PACKAGED_MODEL, NativeSettings
 from lora_store import LoraStore
 from retriever_svc import embed_groups
 from tests.deployments.batching import BASE, TOPICS, Place, prompts
@@ -128,9 +128,9 @@ def test_the_real_model_answers_with_the_adapter_that_fits(tmp_path: Path) -> No
     config = AppConfig(
         store_uri=str(tmp_path / "pool"),
         retrieval=RetrievalSettings(encoder_threads=1),
-        worker=WorkerSettings(max_batch_size=4, max_model_len=256, num_threads=1),
+        worker=NativeSettings(max_batch_size=4, max_model_len=256, num_threads=1),
     )
-    store = LoraStore(config.store_uri, accepts_base=config.accepted_bases)
+    store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
     staged = [store.stage(POOL / name) for name in ("sentence_negation", "date_format")]
     embeddings = embed_groups(live_pool(config, store.snapshot).current.encoder, [item.samples for item in staged])
     store.commit(staged, embeddings, [1.0, 1.0], "tester")

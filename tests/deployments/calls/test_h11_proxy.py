@@ -17,7 +17,7 @@ from deployments.calls.h11_proxy import (
     address_of,
     bound_headers,
 )
-from deployments.calls.proxy_limits import TRACEPARENT_VARIABLE, ProxyLimits
+from deployments.calls.proxy_limits import SAMPLING_VARIABLE, TRACING_VARIABLE, ProxyLimits
 from tests.deployments.proxy_server import Timers, connect, hello, let_arrive, server_of
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -242,5 +242,6 @@ def test_a_client_does_not_decide_what_is_traced(monkeypatch: pytest.MonkeyPatch
     headers = [(b"host", b"x"), (b"traceparent", b"00-" + b"a" * 32 + b"-bbbbbbbbbbbbbbbb-01"), (b"Tracestate", b"a=b")]
     asyncio.run(WithoutTraceparent(app)({"type": "http", "headers": headers}, None, None))  # type: ignore[arg-type]
     assert seen == [[(b"host", b"x")]] and len(headers) == 3
-    monkeypatch.setenv(TRACEPARENT_VARIABLE, "1")
+    monkeypatch.setenv(TRACING_VARIABLE, "a:b")
+    monkeypatch.setenv(SAMPLING_VARIABLE, "0")
     assert bound_headers() == []

@@ -14,7 +14,6 @@ from ray.exceptions import RayActorError
 from deployments.api.adapters import PublishItem
 from deployments.calls.worker_client import KEPT_S, ServeWorker, WorkerGate
 from deployments.errors import WorkerStarting
-from deployments.scaling.settings import ScalingSettings
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
@@ -150,7 +149,7 @@ def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Resp
     return answer
 
 
-ASLEEP = {"worker_scaling": ScalingSettings(min_replicas=0), "scale_from_zero_timeout_s": 0.01}
+ASLEEP = {"worker_scaling": {"autoscaling_config": {"min_replicas": 0}}, "scale_from_zero_timeout_s": 0.01}
 
 
 def test_a_request_without_a_worker_in_time_is_refused_with_retry_after() -> None:

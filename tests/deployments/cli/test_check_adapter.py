@@ -16,7 +16,7 @@ from tests.deployments.scripted import run, words
 
 
 def test_a_good_folder_is_fit_to_publish(folder: Path, config: Path) -> None:
-    result = run("check", folder, "--config", config)
+    result = run("publish", "--dry-run", folder, "--config", config)
     assert result.exit_code == 0
     assert "poet: 1 module, 2 samples, fit to publish" in words(result.stdout)
 
@@ -26,7 +26,7 @@ def test_every_reason_against_a_bad_folder_is_printed(folder: Path, config: Path
     (folder / "adapter_config.json").write_text(
         (folder / "adapter_config.json").read_text().replace(BASE, "another-base")
     )
-    result = run("check", folder, "--config", config)
+    result = run("publish", "--dry-run", folder, "--config", config)
     assert result.exit_code == 1
     reasons = words(result.stderr).split("refused: ")[1:]
     assert len(reasons) == 2
@@ -35,16 +35,16 @@ def test_every_reason_against_a_bad_folder_is_printed(folder: Path, config: Path
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path, config: Path) -> None:
-    result = run("check", tmp_path / "nowhere", "--config", config)
+    result = run("publish", "--dry-run", tmp_path / "nowhere", "--config", config)
     assert result.exit_code == 1
     assert words(result.stderr).endswith("nowhere: no such folder")
 
 
 def test_a_file_and_a_folder_without_adapters_are_refused(folder: Path, tmp_path: Path, config: Path) -> None:
-    result = run("check", folder / "adapter_config.json", "--config", config)
+    result = run("publish", "--dry-run", folder / "adapter_config.json", "--config", config)
     assert "is a file; give the folder that contains it" in words(result.stderr)
     (tmp_path / "empty").mkdir()
-    result = run("check", tmp_path / "empty", "--config", config)
+    result = run("publish", "--dry-run", tmp_path / "empty", "--config", config)
     assert words(result.stderr).endswith("no adapter here, adapter_config.json is missing")
 
 
@@ -54,7 +54,7 @@ def test_the_last_checkpoint_of_a_run_is_checked_under_the_name_of_the_run(
     for step in (90, 100):
         shutil.copytree(folder, tmp_path / "my-task" / f"checkpoint-{step}")
     (tmp_path / "my-task" / "checkpoint-90" / "adapter_model.safetensors").unlink()
-    result = run("check", tmp_path / "my-task", "--config", config)
+    result = run("publish", "--dry-run", tmp_path / "my-task", "--config", config)
     assert result.exit_code == 0, result.stderr
     assert words(result.stdout).startswith("my-task: 1 module, 2 samples, fit to publish")
 
@@ -65,13 +65,13 @@ def test_each_adapter_of_a_folder_is_checked_and_the_refused_are_counted(
     for name in ("bard", "bad", "poet"):
         shutil.copytree(folder, tmp_path / "many" / name)
     (tmp_path / "many" / "bad" / "adapter_model.safetensors").unlink()
-    result = run("check", tmp_path / "many", "--config", config)
+    result = run("publish", "--dry-run", tmp_path / "many", "--config", config)
     assert result.exit_code == 1
     assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["bard", "poet"]
     assert words(result.stderr).startswith("bad: refused: adapter_model.safetensors: is missing")
     assert words(result.stderr).endswith("2 fit to publish, 1 refused")
-    assert run("check", tmp_path / "many", "--config", config, "--parity").exit_code == 1
-    rows = json.loads(run("check", tmp_path / "many", "--config", config, "--json").stdout)["data"]
+    assert run("publish", "--dry-run", tmp_path / "many", "--config", config, "--parity").exit_code == 1
+    rows = json.loads(run("publish", "--dry-run", tmp_path / "many", "--config", config, "--json").stdout)["data"]
     assert [(row["name"], row["is_fit"]) for row in rows] == [("bad", False), ("bard", True), ("poet", True)]
 
 
@@ -85,12 +85,12 @@ def test_each_adapter_of_a_folder_is_checked_and_the_refused_are_counted(
         (300, "200 samples of 300, spread over the file, fit to publish"),
     ],
 )
-def test_check_says_how_well_auto_can_find_the_adapter(folder: Path, config: Path, count: int, hint: str) -> None:
+def test_a_dry_run_says_how_well_auto_can_find_the_adapter(folder: Path, config: Path, count: int, hint: str) -> None:
     lines = [json.dumps({"input": f"Verse {number}."}) for number in range(count)]
     (folder / "lora_samples.jsonl").write_text("".join(f"{line}\n" for line in lines))
     if not count:
         (folder / "lora_samples.jsonl").unlink()
-    result = run("check", folder, "--config", config)
+    result = run("publish", "--dry-run", folder, "--config", config)
     assert result.exit_code == 0, result.stderr
     assert hint in words(result.stdout)
 
@@ -101,7 +101,7 @@ def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
 ) -> None:
     differences = dict(zip(("selection", "mixture", "fusion"), parts, strict=True))
     monkeypatch.setattr(peft_parity, "parity_with_peft", lambda *_: differences)  # typer calls by name only
-    result = run("check", folder, "--config", config, "--parity")
+    result = run("publish", "--dry-run", folder, "--config", config, "--parity")
     assert "at most 0.001" in words(result.stdout)
     assert all(strategy in result.stdout for strategy in differences)
     apart = not parts[1] < 1e-3
@@ -109,12 +109,12 @@ def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
     assert ("mixture differ from PEFT" in result.stderr) is apart
 
 
-def test_check_runs_without_ray_torch_and_transformers(folder: Path, config: Path) -> None:
+def test_a_dry_run_without_a_server_needs_no_ray_torch_and_transformers(folder: Path, config: Path) -> None:
     """Each of them takes seconds to import."""
     script = f"""
 import sys
 from deployments.cli.main import cli
-cli(["check", {str(folder)!r}, "--config", {str(config)!r}], standalone_mode=False)
+cli(["publish", "--dry-run", {str(folder)!r}, "--config", {str(config)!r}], standalone_mode=False)
 print({{"ray", "torch", "transformers", "fastapi", "huggingface_hub"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
@@ -125,6 +125,34 @@ print({{"ray", "torch", "transformers", "fastapi", "huggingface_hub"}} & set(sys
 def test_an_adapter_whose_b_are_all_zero_is_fit_with_a_warning(config: Path, tmp_path: Path) -> None:
     weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.zeros(8, 2), 2.0)}
     write_peft_folder(tmp_path / "poet", weights, base_model=BASE, samples=[Sample("Rhyme.")])
-    result = run("check", tmp_path / "poet", "--config", config)
+    result = run("publish", "--dry-run", tmp_path / "poet", "--config", config)
     assert (result.exit_code, "fit to publish" in result.stdout) == (0, True)
     assert "warning: poet: every lora_B is zero" in words(result.stderr)
+
+
+def test_without_a_server_a_dry_run_checks_here_and_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
+    monkeypatch.setattr("deployments.cli.publish.answers", lambda url: False)
+    result = run("publish", "--dry-run", folder)
+    assert "no server answers at http://127.0.0.1:8000: checked without one" in words(result.stderr)
+    assert result.exit_code == 1 and f"names '{BASE}'" in words(result.stderr), "another base than the packaged model"
+
+
+def test_several_folders_are_checked_together(folder: Path, tmp_path: Path, config: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "bard")
+    result = run("publish", "--dry-run", folder, other, "--config", config)
+    assert words(result.stderr).endswith("2 fit to publish, 0 refused")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--config", "x.yaml"), "--config: needs --dry-run"),
+        (("--parity",), "--parity: needs --dry-run"),
+        (("--dry-run", "--config", "x.yaml"), "only a server can read s3://bucket/poet"),
+    ],
+)
+def test_options_that_need_a_dry_run_or_a_server_are_usage_errors(options: tuple[str, ...], said: str) -> None:
+    result = run("publish", "s3://bucket/poet", *options)
+    assert result.exit_code == 2 and said in words(result.stderr)

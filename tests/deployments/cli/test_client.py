@@ -115,8 +115,8 @@ def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
     ("command", "message", "said"),
     [
         (("rollback", "poet", "--to", "ffff"), "digest: must be longer", "--to: must be longer"),
-        (("share", "poet", "20"), "digest: no version is under trial", "--version: no version is under trial"),
-        (("share", "poet", "20"), "share: must be above 0", "PERCENT: must be above 0"),
+        (("trial", "start", "poet", "20"), "digest: no version is under trial", "--version: no version is under trial"),
+        (("trial", "start", "poet", "20"), "share: must be above 0", "PERCENT: must be above 0"),
         (("publish", ".", "--template", "x"), "adapters.0.template: must be alpaca", "--template: must be alpaca"),
         (("ask", "Hi", "--strategy", "best"), "lora.strategy: must be mixture", "--strategy: must be mixture"),
         (("visibility", "poet", "all"), "visibility: must be public", "VISIBILITY: must be public"),

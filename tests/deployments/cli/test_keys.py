@@ -80,13 +80,6 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         assert server.authorizations == ["Bearer k2"]
 
 
-def test_a_visibility_is_changed() -> None:
-    with scripted((200, {"name": "poet", "visibility": "public", "generation": 5})) as server:
-        result = run("visibility", "poet", "public", "--url", server.url)
-    assert (server.asked, server.sent) == ([("PATCH", "/v1/loras/poet")], [{"visibility": "public"}])
-    assert "poet is public at generation 5" in words(result.stdout)
-
-
 SHOWN = {
     "id": "acme/poet",
     "digest": "d" * 64,
@@ -95,34 +88,86 @@ SHOWN = {
     "tags": ["fun"],
     "created_at": "2026-01-02",
 }
-APPROVED = {"name": "poet", "digest": "d" * 64, "generation": 5}
+DRAWS = {"needs_confirmation": False, "text": "poet would answer 0.0% of ordinary prompts."}
+MANY = {"needs_confirmation": True, "text": "poet would answer 75.0% of the samples of globex/rhymes."}
+APPROVED = {"name": "poet", "digest": "d" * 64, "draws": DRAWS, "generation": 5}
 APPROVAL = ("POST", "/v1/loras/acme%2Fpoet/approve")
 CHECK = ("POST", "/v1/loras/acme%2Fpoet/approve?dry_run=true")
 
 
 def test_the_version_with_the_given_digest_is_approved() -> None:
     with scripted((200, APPROVED)) as server:
-        result = run("approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
+        result = run("access", "approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
     assert (server.asked, server.sent) == ([APPROVAL], [{"digest": "d" * 64}])
     assert f"poet {'d' * 12} is approved at generation 5" in words(result.stdout)
 
 
+def test_a_version_that_draws_many_prompts_can_be_confirmed_with_its_digest() -> None:
+    refused = refusal("confirmed: must be true to approve this version. poet would answer 75.0% of …")
+    with scripted((400, refused), (200, APPROVED | {"draws": MANY})) as server:
+        result = run("access", "approve", "acme/poet", "--digest", "d" * 64, "--url", server.url)
+        assert result.exit_code == 1
+        assert "--confirmed: must be true" in words(result.stderr)
+        assert (
+            run("access", "approve", "acme/poet", "--digest", "d" * 64, "--confirmed", "--url", server.url).exit_code
+            == 0
+        )
+    assert server.sent == [{"digest": "d" * 64}, {"digest": "d" * 64, "confirmed": True}]
+
+
+@pytest.mark.parametrize("given", [(), ("--digest", "d" * 64)])
+def test_a_dry_run_shows_what_a_version_would_draw_and_approves_nothing(given: tuple[str, ...]) -> None:
+    with scripted((200, SHOWN), (200, APPROVED)) as server:
+        result = run("access", "approve", "acme/poet", *given, "--dry-run", "--url", server.url)
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/acme%2Fpoet"), CHECK])
+    assert DRAWS["text"] in words(result.stdout)
+
+
+@pytest.mark.parametrize("draws", [DRAWS, MANY])
 @pytest.mark.parametrize(("said", "is_approved"), [("y\n", True), ("n\n", False), ("", False)])
-def test_without_a_digest_the_shown_version_is_approved_after_confirmation(said: str, is_approved: bool) -> None:
-    with scripted((200, SHOWN), (200, APPROVED), (200, APPROVED)) as server:
-        result = run("approve", "acme/poet", "--url", server.url, input=said)
+def test_without_a_digest_the_shown_version_is_approved_after_confirmation(
+    said: str, is_approved: bool, draws: dict[str, Any]
+) -> None:
+    with scripted((200, SHOWN), (200, APPROVED | {"draws": draws}), (200, APPROVED)) as server:
+        result = run("access", "approve", "acme/poet", "--url", server.url, input=said)
     assert "d" * 64 in words(result.stdout)
+    assert draws["text"] in words(result.output)
     assert server.asked == [("GET", "/v1/loras/acme%2Fpoet"), CHECK, *([APPROVAL] if is_approved else [])]
-    assert server.sent[1:] == [{"digest": "d" * 64}] * (1 + is_approved)
+    confirmed = {"confirmed": True} if draws is MANY else {}
+    assert server.sent[1:] == [{"digest": "d" * 64}, *([{"digest": "d" * 64} | confirmed] if is_approved else [])]
     assert (result.exit_code == 0) == is_approved
 
 
 def test_an_approval_that_the_server_would_refuse_is_not_asked_for() -> None:
     with scripted((200, SHOWN), (403, refusal("this operation needs the role 'admin'"))) as server:
-        result = run("approve", "acme/poet", "--url", server.url, input="y\n")
+        result = run("access", "approve", "acme/poet", "--url", server.url, input="y\n")
     assert (result.exit_code, len(server.asked), result.stdout) == (1, 2, "")
     assert "needs the role 'admin'" in result.stderr
     with scripted((200, SHOWN | {"visibility": "private"})) as server:
-        result = run("approve", "acme/poet", "--url", server.url, input="y\n")
+        result = run("access", "approve", "acme/poet", "--url", server.url, input="y\n")
     assert (result.exit_code, len(server.asked), result.stdout) == (1, 1, "")
-    assert "'acme/poet' is private: make it public first with `loraretriever visibility" in words(result.stderr)
+    assert "'acme/poet' is private: make it public first with `loraretriever access public" in words(result.stderr)
+
+
+def test_keys_are_listed_without_their_hashes(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    new("--id", "ci", "--requests-per-minute", 60, "--file", file)
+    new("--id", "web", "--file", file)
+    shown, printed = run("keys", "list", "--file", file), run("keys", "list", "-f", file, "--json")
+    assert "ci" in shown.stdout and "web" in shown.stdout and "requests_per_minute 60" in words(shown.stdout)
+    rows = json.loads(printed.stdout)["data"]
+    assert [row["id"] for row in rows] == ["ci", "web"]
+    assert "sha256" not in printed.stdout
+
+
+def test_a_revoked_key_is_gone_and_the_others_stay(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    for id in ("ci", "web"):
+        new("--id", id, "--file", file)
+    result = run("keys", "revoke", "ci", "--file", file)
+    assert result.exit_code == 0 and "ci is revoked" in words(result.stdout)
+    assert [entry.id for entry in parse_entries(file.read_text())] == ["web"]
+    missing = run("keys", "revoke", "wep", "--file", file)
+    assert missing.exit_code == 1 and "no key has the id 'wep'; did you mean 'web'?" in words(missing.stderr)
+    nowhere = run("keys", "list", "--file", tmp_path / "none.yaml")
+    assert nowhere.exit_code == 1 and words(nowhere.stderr).endswith("none.yaml: no such file")

@@ -24,7 +24,6 @@ from ray.serve.schema import (
 
 from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.cli.local_server import APP_NAME, Server, _inherited, _shut_down_serve, causes_in
-from deployments.config.app import ScalingSettings
 from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
@@ -197,7 +196,7 @@ def test_requests_pass_the_proxy_only_where_it_is_needed(
         monkeypatch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "a:b")
     else:
         monkeypatch.delenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", raising=False)
-    config = config_of(ingress_scaling=ScalingSettings(max_replicas=num_ingresses))
+    config = config_of(ingress_scaling={"autoscaling_config": {"max_replicas": num_ingresses}})
     server = Server(config, host="::1", port=8000, uses_proxy=given)
     assert server.url == "http://[::1]:8000" and server._uses_proxy == passes_proxy
 

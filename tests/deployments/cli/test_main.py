@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
+from deployments.cli.client import MOVED
+from deployments.cli.main import cli
 from tests.deployments.listening import listener
 from tests.deployments.scripted import run, scripted, words
 
@@ -46,14 +50,14 @@ def test_shells_get_completion() -> None:
 def test_a_bad_config_is_reported_and_nothing_starts(tmp_path: Path, folder: Path, text: str, said: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
-    for command in (("check", folder), ("serve",)):
+    for command in (("publish", "--dry-run", folder), ("serve",)):
         result = run(*command, "--config", file)
         assert result.exit_code == 1
         assert said in result.stderr
 
 
 def test_a_missing_config_is_reported(tmp_path: Path, folder: Path) -> None:
-    result = run("check", folder, "--config", tmp_path / "nowhere.yaml")
+    result = run("publish", "--dry-run", folder, "--config", tmp_path / "nowhere.yaml")
     assert result.exit_code == 1
     assert "nowhere.yaml" in words(result.stderr).replace(" ", "")
 
@@ -186,7 +190,7 @@ def test_chat_sends_every_turn_and_starts_again_on_demand() -> None:
     answers = [(200, events_of(delta("", lora=lora), delta(text))) for text in ("Hello", "Two", "Anew")]
     with scripted(*answers) as server:
         typed = "Hi\n\nMore\n/new\nAgain\n/exit\nnever sent\n"
-        result = run("chat", "--system", "Be brief.", "--k", 2, "--url", server.url, input=typed)
+        result = run("ask", "--chat", "--system", "Be brief.", "--k", 2, "--url", server.url, input=typed)
     assert (result.exit_code, result.stdout) == (0, "Hello\nTwo\nAnew\n")
     said = [[message["content"] for message in sent["messages"]] for sent in server.sent]
     assert said == [["Be brief.", "Hi"], ["Be brief.", "Hi", "Hello", "More"], ["Be brief.", "Again"]]
@@ -198,7 +202,7 @@ def test_arrow_keys_edit_the_line_of_a_chat() -> None:
     terminal, end = pty.openpty()
     with scripted((200, events_of(delta("", lora=lora), delta("Hello")))) as server:
         script = "from deployments.cli.main import main; main()"
-        command = [sys.executable, "-c", script, "chat", "--url", server.url]
+        command = [sys.executable, "-c", script, "ask", "--chat", "--url", server.url]
         process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm"})
         os.close(end)
         try:
@@ -218,7 +222,7 @@ def test_arrow_keys_edit_the_line_of_a_chat() -> None:
 def test_chat_prints_all_messages_as_json_at_the_end() -> None:
     lora = {"strategy": "base", "adapters": []}
     with scripted((200, events_of(delta("", lora=lora), delta("Hello")))) as server:
-        result = run("chat", "--json", "--url", server.url, input="Hi\n")
+        result = run("ask", "--chat", "--json", "--url", server.url, input="Hi\n")
     assert [m["content"] for m in json.loads(result.stdout)["messages"]] == ["Hi", "Hello"]
 
 
@@ -285,7 +289,7 @@ def test_a_missing_base_model_is_refused_without_the_servers_packages() -> None:
 
 
 def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
-    found = run("check", folder, "--config", config, "--json")
+    found = run("publish", "--dry-run", folder, "--config", config, "--json")
     assert json.loads(found.stdout) == {
         "name": "poet",
         "is_fit": True,
@@ -295,6 +299,96 @@ def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
         "warnings": [],
     }
     (folder / "adapter_model.safetensors").unlink()
-    refused = run("check", folder, "--config", config, "--json")
+    refused = run("publish", "--dry-run", folder, "--config", config, "--json")
     outcome = json.loads(refused.stdout)
     assert (refused.exit_code, outcome["is_fit"], len(outcome["reasons"])) == (1, False, 1)
+
+
+def test_help_has_a_short_option_and_no_command_is_no_mistake() -> None:
+    full = run("--help")
+    assert (full.exit_code, run("-h").stdout, run().stdout) == (0, full.stdout, full.stdout)
+    for group in ("trial", "access", "pool", "keys"):
+        assert (run(group).exit_code, run(group).stdout) == (0, run(group, "-h").stdout)
+
+
+def test_the_commands_are_fourteen_on_two_levels() -> None:
+    root = get_command(cli)
+    assert list(root.commands) == [
+        *("serve", "ask", "route", "status", "publish", "list", "show", "withdraw", "rollback", "batch"),
+        *("trial", "access", "pool", "keys"),
+    ]
+    assert list(root.commands["trial"].commands) == ["start", "stop", "promote"]
+    assert list(root.commands["access"].commands) == ["public", "private", "approve"]
+    assert list(root.commands["keys"].commands) == ["new", "list", "revoke"]
+    assert sorted(root.commands["pool"].commands) == sorted(
+        ["verify", "repair", "gc", "doctor", "evaluate", "reindex", "train"]
+    )
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_an_old_or_foreign_name_is_answered_with_the_one_to_type(old: str) -> None:
+    result = run(old, "x")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"there is no {old!r}; use {MOVED[old]}\n"
+
+
+def test_every_hint_names_a_command_that_exists() -> None:
+    root = get_command(cli)
+    for hint in MOVED.values():
+        for typed in re.findall(r"`loraretriever ([a-z]+)(?: ([a-z]+)\b)?", hint):
+            command = root.commands[typed[0]]
+            assert not getattr(command, "commands", None) or typed[1] in command.commands, hint
+
+
+def test_short_options_are_those_of_long_ones() -> None:
+    with scripted((200, {"choices": []})) as server:
+        run("ask", "Hi", "-m", "poet", "-n", 7, "-s", "Be brief.", "-k", 2, "--json", "-u", server.url)
+    [sent] = server.sent
+    assert (sent["model"], sent["max_tokens"], sent["lora"]) == ("poet", 7, {"k": 2})
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_help_shows_types_and_arguments_in_one_spelling() -> None:
+    for command in (("ask",), ("publish",), ("keys", "new"), ("pool", "train"), ("trial", "start"), ("batch",)):
+        shown = run(*command, "-h").stdout
+        assert not any(odd in shown for odd in ("<str>", "<bool>", "<int", "<path>", "<list", "PLACES", "......")), (
+            shown
+        )
+
+
+def test_a_choice_is_checked_before_the_server_is_asked() -> None:
+    result = run("ask", "Hi", "--abstain", "sometimes")
+    assert result.exit_code == 2 and "'never', 'lenient', 'balanced'" in words(result.stderr)
+
+
+STATS = {
+    "base_model": "tiny",
+    "defaults": {"strategy": "mixture", "k": 3},
+    "pool": {"generation": 9, "oldest_generation": 9, "num_adapters": 14},
+    "workers": {
+        "replicas": {"answered": 2, "silent": 1},
+        "num_running": 3,
+        "max_running": 64,
+        "num_waiting": 5,
+        "bank_adapters": 4,
+        "bank_rows_occupied": 40,
+        "bank_rows": 512,
+    },
+}
+
+
+def test_status_shows_the_model_the_pool_and_the_load() -> None:
+    with scripted((200, STATS), (200, STATS), (200, STATS | {"workers": None})) as server:
+        shown, printed = run("status", "-u", server.url), run("status", "--json", "-u", server.url)
+        of_user = run("status", "-u", server.url)
+    assert server.asked[0] == ("GET", "/v1/stats")
+    for part in (
+        "tiny",
+        "14 adapters at generation 9",
+        "mixture, k = 3",
+        "2, 1 silent; 3 of 64 rows running, 5 waiting",
+    ):
+        assert part in words(shown.stdout)
+    assert "4 adapters in 40 of 512 rank rows" in words(shown.stdout)
+    assert json.loads(printed.stdout) == STATS
+    assert of_user.exit_code == 0 and "shown to keys with the role admin" in words(of_user.stdout)

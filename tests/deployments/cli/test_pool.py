@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from deployments.api.pool_responses import unserved_objects
-from tests.deployments.scripted import lines, refusal, run, scripted, words
+from deployments.cli.pool import show_bytes
+from tests.deployments.scripted import refusal, run, scripted, words
 
 ROW = {
     "id": "poet",
@@ -119,89 +120,11 @@ def test_rollback_names_the_version_that_is_live_again(options: tuple[str, ...],
 TRIAL = {"digest": "e" * 64, "share": 0.1, "shadow": False}
 
 
-@pytest.mark.parametrize(
-    ("options", "body", "trial", "says"),
-    [
-        (("10", "--version", "e" * 8), {"share": 0.1, "shadow": False, "digest": "e" * 8}, TRIAL, "answers 10 %"),
-        (("50", "--shadow"), {"share": 0.5, "shadow": True}, TRIAL | {"share": 0.5, "shadow": True}, "shadows 50 %"),
-        (("0",), {"share": 0.0, "shadow": False}, None, "the live version answers every request"),
-    ],
-)
-def test_share_sends_the_share_and_prints_who_answers(
-    options: tuple[str, ...], body: dict[str, Any], trial: dict[str, Any] | None, says: str
-) -> None:
-    with scripted((200, {"name": "poet", "trial": trial, "generation": 9})) as server:
-        result = run("share", "poet", *options, "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/loras/poet/share")], [body])
-    assert says in words(result.stdout) and "since generation 9" in words(result.stdout)
-
-
-def test_promote_makes_the_version_under_trial_live() -> None:
-    answer = {"name": "poet", "digest": "e" * 64, "generation": 9}
-    with scripted((200, ROW | {"trial": TRIAL}), (201, answer)) as server:
-        result = run("promote", "poet", "--url", server.url)
-    assert server.sent[-1] == {"digest": "e" * 64}
-    assert f"poet is live as {'e' * 12}" in words(result.stdout)
-    with scripted((200, ROW | {"trial": None})) as server:
-        result = run("promote", "poet", "--url", server.url)
-    assert result.exit_code == 1 and "no version of 'poet' is under trial" in words(result.stderr)
-
-
 def test_list_and_show_name_the_version_under_trial() -> None:
     page = {"generation": 4, "data": [ROW | {"trial": TRIAL}], "last_id": "poet", "has_more": False}
     with scripted((200, page), (200, ROW | {"trial": TRIAL, "versions": []})) as server:
         for command in (("list",), ("show", "poet")):
             assert f"{'e' * 12} answers 10 % of the requests" in words(run(*command, "--url", server.url).stdout)
-
-
-def test_verify_prints_the_number_of_intact_blobs() -> None:
-    body = lines({"done": 1, "total": 2}, {"done": 2, "total": 2}, {"result": {"num_blobs": 2, "problems": []}})
-    with scripted((200, body)) as server:
-        result = run("verify", "--url", server.url)
-    assert (result.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/verify")], [{}])
-    assert "2 blobs, 0 bad" in words(result.stdout)
-
-
-def test_verify_fails_and_names_bad_blobs() -> None:
-    problem = {"adapter": "local/poet@dddddddddddd", "digest": "f" * 64, "problem": "is missing"}
-    body = lines({"done": 1, "total": 1, "problem": problem}, {"result": {"num_blobs": 1, "problems": [problem]}})
-    with scripted((200, body)) as server:
-        result = run("verify", "--url", server.url)
-    assert result.exit_code == 1
-    assert "local/poet@dddddddddddd: is missing" in words(result.stderr)
-
-
-@pytest.mark.parametrize(("options", "seconds"), [((), 86_400), (("--retention", "0"), 0)])
-def test_gc_prints_the_removed_blobs(options: tuple[str, ...], seconds: float) -> None:
-    with scripted((200, {"num_blobs": 3, "num_bytes": 12, "num_projections": 1})) as server:
-        result = run("gc", *options, "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/pool/gc")], [{"retention_s": seconds}])
-    assert "removed 3 blobs and 1 projection, 12 bytes" in words(result.stdout)
-
-
-@pytest.mark.parametrize(("behind", "note"), [(0, ""), (2, " (2 replicas are not up to date yet)")])
-def test_reindex_prints_since_when_the_pool_uses_the_encoder(behind: int, note: str) -> None:
-    result_line = {"result": {"encoder": "other", "generation": 9, "replicas": {"ready": 1, "behind": behind}}}
-    with scripted((200, lines({"done": 2, "total": 2}, result_line))) as server:
-        result = run("reindex", "--encoder", "other", "--url", server.url)
-    assert (server.asked, server.sent) == ([("POST", "/v1/pool/reindex")], [{"encoder": "other", "projection": "auto"}])
-    assert words(result.stdout) == f"the pool uses other since generation 9{note}"
-
-
-@pytest.mark.parametrize("command", [("verify",), ("reindex", "--encoder", "other"), ("doctor",)])
-@pytest.mark.parametrize(
-    ("status", "body", "said"),
-    [
-        (503, refusal("the store is down"), "the store is down"),
-        (200, lines({"done": 1, "total": 2}, refusal("it went down")), "it went down"),
-        (200, lines({"done": 1, "total": 2}), "closed the connection"),
-    ],
-)
-def test_a_failing_job_prints_the_reason(command: tuple[str, ...], status: int, body: Any, said: str) -> None:
-    with scripted((status, body)) as server:
-        result = run(*command, "--url", server.url)
-    assert result.exit_code == 1
-    assert said in words(result.stderr)
 
 
 def test_list_sends_its_filters() -> None:
@@ -215,9 +138,9 @@ def test_list_sends_its_filters() -> None:
     ("said", "answer"),
     [
         (("rollback", "poet"), {"name": "poet", "digest": "d" * 64, "generation": 5}),
-        (("visibility", "poet", "private"), {"name": "poet", "visibility": "private", "generation": 5}),
-        (("approve", "poet", "--digest", "d" * 64), {"name": "poet", "digest": "d" * 64, "generation": 5}),
-        (("gc",), {"num_blobs": 1, "num_projections": 0, "num_bytes": 9}),
+        (("access", "private", "poet"), {"name": "poet", "visibility": "private", "generation": 5}),
+        (("access", "approve", "poet", "--digest", "d" * 64), {"name": "poet", "digest": "d" * 64, "generation": 5}),
+        (("pool", "gc"), {"num_blobs": 1, "num_projections": 0, "num_bytes": 9}),
     ],
 )
 def test_changes_print_the_answer_as_json(said: tuple[str, ...], answer: dict[str, Any]) -> None:
@@ -231,3 +154,25 @@ def test_withdraw_prints_every_outcome_as_json() -> None:
         result = run("withdraw", "poet", "bard", "--json", "--url", server.url)
     rows = [{"name": "poet", "error": {"message": "no poet"}}, {"name": "bard", "generation": 5}]
     assert (result.exit_code, json.loads(result.stdout)) == (1, {"data": rows})
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (9, "9 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1_439_776, "1.4 MiB"),
+        (500 << 20, "500 MiB"),
+        (3 << 40, "3.0 TiB"),
+    ],
+)
+def test_sizes_have_a_unit(number: int, shown: str) -> None:
+    assert show_bytes(number) == shown
+
+
+def test_withdrawing_several_asks_only_where_somebody_can_answer() -> None:
+    with scripted((200, {"generation": 5})) as server:
+        assert run("withdraw", "poet", "bard", "--url", server.url).exit_code == 0
+        assert run("withdraw", "poet", "bard", "-y", "--url", server.url).exit_code == 0
+    assert len(server.asked) == 4

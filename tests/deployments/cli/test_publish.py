@@ -241,6 +241,14 @@ def test_a_warning_is_printed_with_the_adapters_name(tmp_path: Path) -> None:
     assert (result.exit_code, words(result.stderr)) == (0, "warning: poet: was it trained?")
 
 
+def test_a_warning_of_several_adapters_is_printed_once_with_their_names(tmp_path: Path) -> None:
+    folders = adapters(tmp_path, "bard", "poet")
+    answers = [answer("bard", warnings=["one wording"]), answer("poet", warnings=["one wording", "no effect"])]
+    with scripted((201, batch(*answers))) as server:
+        result = run("publish", *folders, "--url", server.url)
+    assert words(result.stderr).startswith("warning: bard, poet: one wording warning: poet: no effect")
+
+
 def test_a_folder_of_adapters_means_all_of_them_in_few_requests(tmp_path: Path) -> None:
     folders = adapters(tmp_path, *[f"a{number:03}" for number in range(70)])
     names = [folder.name for folder in folders]

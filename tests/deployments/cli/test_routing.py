@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.cli.routing import auroc
-from tests.deployments.scripted import lines, refusal, run, scripted, words
+from tests.deployments.scripted import refusal, run, scripted, words
 
 
 def plan(*names: str, abstained: bool = False, confidence: float = 0.5) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def test_hits_are_counted_up_to_each_rank_and_abstentions_separately(tmp_path: P
     plans = [plan("poet"), plan("x"), plan("x"), plan("x", abstained=True)]
     wide = [plan("poet"), plan("x", "y", "bard", "poet"), plan(*others[:7], "poet"), plan(*others)]  # the last one fits
     with scripted(pool("poet", "bard"), (200, {"data": plans}), (200, {"data": wide})) as server:
-        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
     assert result.exit_code == 0
     assert server.asked == [("GET", "/v1/loras?after="), *[("POST", "/v1/route")] * 2]
     assert server.sent[1:] == [{"prompt": ["a", "b", "c", "d"], "lora": options} for options in ({}, {"k": 8})]
@@ -67,7 +67,7 @@ def test_prompts_without_an_adapter_should_reach_the_base_model(tmp_path: Path) 
         plan("poet", confidence=0.1),
     ]
     with scripted(pool("poet"), (200, {"data": plans}), (200, {"data": plans})) as server:
-        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
     assert "2 prompts of adapters, 2 others" in words(result.stdout)
     found = shares(result.stdout)
     assert (found["answered by adapters"], found["others answered by the base model"]) == ("50.0%", "50.0%")
@@ -92,7 +92,7 @@ def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
     rows = [{"input": str(number), "adapter": "poet"} for number in range(33)]
     answers = [(200, {"data": [plan("poet")] * count}) for count in (32, 32, 1, 1)]
     with scripted(pool("poet"), *answers) as server:
-        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
     assert [len(body["prompt"]) for body in server.sent[1:]] == [32, 32, 1, 1]
     assert shares(result.stdout)["hit@1"] == "100.0%"
 
@@ -111,7 +111,7 @@ def test_prompts_are_routed_in_batches(tmp_path: Path) -> None:
 )
 def test_an_invalid_line_is_named(rows: list[Any], said: str, tmp_path: Path) -> None:
     with scripted((500, {})) as server:
-        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
     assert (result.exit_code, server.asked) == (1, [])
     assert said in words(result.stderr)
 
@@ -119,7 +119,7 @@ def test_an_invalid_line_is_named(rows: list[Any], said: str, tmp_path: Path) ->
 def test_a_line_with_an_unknown_adapter_is_named_and_nothing_is_measured(tmp_path: Path) -> None:
     rows = [{"input": "a", "adapter": "poet"}, {"input": "b", "adapter": None}, {"input": "c", "adapter": ["poett"]}]
     with scripted(pool("poet")) as server:
-        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
     assert (result.exit_code, result.stdout, len(server.asked)) == (1, "", 1)
     assert "line 3: no adapter 'poett' in the pool; did you mean 'poet'?" in words(result.stderr)
 
@@ -127,77 +127,25 @@ def test_a_line_with_an_unknown_adapter_is_named_and_nothing_is_measured(tmp_pat
 def test_many_unknown_adapters_are_counted(tmp_path: Path) -> None:
     rows = [{"input": "a", "adapter": f"nosuch-{number}"} for number in range(13)]
     with scripted(pool("poet")) as server:
-        result = run("eval-routing", file_of(tmp_path, *rows), "--url", server.url)
+        result = run("route", "--file", file_of(tmp_path, *rows), "--url", server.url)
     assert result.exit_code == 1
     assert result.stderr.count("no adapter") == 10 and "and 3 more" in result.stderr
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    result = run("eval-routing", tmp_path / "nowhere.jsonl")
+    result = run("route", "--file", tmp_path / "nowhere.jsonl")
     assert result.exit_code == 1
     assert "nowhere.jsonl: no such file" in words(result.stderr)
 
 
 def test_a_refused_route_ends_the_evaluation(tmp_path: Path) -> None:
     with scripted((503, refusal("a part of the server is not available"))) as server:
-        result = run("eval-routing", file_of(tmp_path, {"input": "a", "adapter": "poet"}), "--url", server.url)
+        result = run("route", "--file", file_of(tmp_path, {"input": "a", "adapter": "poet"}), "--url", server.url)
     assert result.exit_code == 1
     assert "not available" in words(result.stderr)
 
 
-RANKING = {
-    "region": "poet",
-    "adapters": [
-        {"name": "bard", "score": 0.9, "num_examples": 20, "is_beaten": False},
-        {"name": "poet", "score": 0.25, "num_examples": 20, "is_beaten": True},
-    ],
-}
-
-
-def test_an_evaluation_prints_its_rankings() -> None:
-    result = {"num_regions": 3, "rankings": [RANKING], "generation": 9, "replicas": {"ready": 1, "behind": 0}}
-    with scripted((200, lines({"done": 3, "total": 3}, {"result": result}))) as server:
-        ran = run("evaluate", "--url", server.url)
-    assert (ran.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/evaluate")], [{}])
-    assert "1 of 3 regions ranked" in words(ran.stdout)
-    assert "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)" in words(ran.stdout)
-
-
-def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
-    report = {
-        "k": 3,
-        "num_adapters": 4,
-        "num_samples": 80,
-        "first_share": 0.75,
-        "found_share": 0.9,
-        "turned_away_share": {"lenient": 0.012, "balanced": 0.03, "strict": 0.08},
-        "collisions": [{"adapters": ["poet", "bard"], "cosine": 0.97, "num_swapped": [4, 1]}],
-        "never_chosen": ["mute"],
-        "always_shadowed": [{"name": "bard", "by": "poet"}],
-        "unreadable": ["torn"],
-        "rankings": [RANKING],
-        "advice": [{"problem": "refit", "adapters": [], "text": "Reindex with [refit]."}],
-    }
-    with scripted((200, lines({"done": 4, "total": 4}, {"result": report}))) as server:
-        result = run("doctor", "--url", server.url)
-    assert (result.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/doctor")], [{}])
-    said = words(result.stdout)
-    for part in (
-        "4 adapters, 80 samples: own adapter first 75.0%, among the best 3 90.0%",
-        "each left out of its adapter: lenient 1.2%, balanced 3.0%, strict 8.0%",
-        "collision: poet and bard, cosine 0.970, 4 and 1 samples swapped",
-        "bard is never chosen first: poet always scores higher",
-        "never chosen: mute",
-        "unreadable samples: torn",
-        "advice: Reindex with [refit].",
-        "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)",
-    ):
-        assert part in said
-
-
-@pytest.mark.parametrize("command", ["doctor", "evaluate", "verify"])
-def test_a_report_is_printed_as_json(command: str) -> None:
-    result = {"rankings": [RANKING], "problems": []}
-    with scripted((200, lines({"done": 1, "total": 1}, {"result": result}))) as server:
-        ran = run(command, "--json", "--url", server.url)
-    assert (ran.exit_code, json.loads(ran.stdout)) == (0, result)
+@pytest.mark.parametrize("options", [("Hi",), ("--k", 2), ("--tag", "fun")])
+def test_a_file_is_measured_with_the_servers_defaults_only(tmp_path: Path, options: tuple[object, ...]) -> None:
+    result = run("route", "--file", tmp_path / "prompts.jsonl", *options)
+    assert result.exit_code == 2 and "leave out the prompt and options" in words(result.stderr)

@@ -34,33 +34,33 @@ from lora_store import LoraStore
         ({}, "::1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
         ({}, "0.0.0.0", "no keys: anyone who reaches 0.0.0.0 may send requests; only this machine may publish"),
         (
-            {"allow_remote_publish": True},
+            {"allows_remote_publish": True},
             "0.0.0.0",
             "no keys: anyone who reaches 0.0.0.0 may send requests and publish",
         ),
-        ({"keys_file": "/k.yaml"}, "0.0.0.0", "keys from /k.yaml: every request needs one"),
-        ({"api_key": "one-secret"}, "0.0.0.0", "one API key, from the settings: every request needs it"),
-        ({"keys_file": "/k.yaml"}, "127.0.0.1", "keys from /k.yaml: every request needs one"),
+        ({"keys_file": Path("/k.yaml")}, "0.0.0.0", "keys from /k.yaml: every request needs one"),
+        ({"has_keys": True}, "0.0.0.0", "one API key, from the settings: every request needs it"),
+        ({"keys_file": Path("/k.yaml")}, "127.0.0.1", "keys from /k.yaml: every request needs one"),
     ],
 )
 def test_the_start_prints_who_has_access(settings: dict[str, Any], host: str, says: str) -> None:
-    assert access_note(AppConfig(**settings), host) == says
+    assert access_note(host, **settings) == says
 
 
 def test_the_start_says_which_template_chats_use(tmp_path: Path) -> None:
     own = tmp_path / "own.jinja"
     own.write_text("{{ messages }}")
-    assert template_note(AppConfig()) == "chats use the Alpaca prompt template"
-    assert template_note(AppConfig(template="chat")) == "chats use the base model's own chat template"
-    assert template_note(AppConfig(base_model="far/away")).endswith("or Alpaca's if it has none")
-    assert template_note(AppConfig(base_model="far/away", chat_template=own)) == f"chats use {own}"
+    assert template_note(AppConfig().served_model) == "chats use the Alpaca prompt template"
+    assert template_note(AppConfig(template="chat").served_model) == "chats use the base model's own chat template"
+    assert template_note(AppConfig(base_model="far/away").served_model).endswith("or Alpaca's if it has none")
+    assert template_note(AppConfig(base_model="far/away", chat_template=own).served_model) == f"chats use {own}"
 
 
 def test_the_start_prints_the_other_ports_and_their_protection() -> None:
-    says = ports_note(AppConfig())
+    says = ports_note(allows_unauthenticated=False)
     assert says.startswith("Ray also listens on all interfaces")
     assert "protected by Ray's token in ~/.ray/auth_token" in says and "metrics without protection" in says
-    says = ports_note(AppConfig(allow_unauthenticated_ray=True))
+    says = ports_note(allows_unauthenticated=True)
     assert "run code as this server" in says and "auth_token" not in says
 
 
@@ -131,15 +131,15 @@ def test_the_start_says_which_adapters_are_not_served() -> None:
 
 def test_the_start_ends_with_next_steps_and_the_folder_of_the_logs() -> None:
     logs = Path("/tmp/session_1/logs/serve")
-    assert next_steps("http://127.0.0.1:8000", AppConfig(), logs) == [
+    assert next_steps("http://127.0.0.1:8000", logs) == [
         "console:  http://127.0.0.1:8000",
         'ask:      loraretriever ask "a prompt"',
         "publish:  loraretriever publish FOLDER",
         "logs:     /tmp/session_1/logs/serve",
     ]
-    elsewhere = next_steps("http://127.0.0.1:9000", AppConfig(api_key="one-secret"), logs)
+    elsewhere = next_steps("http://127.0.0.1:9000", logs, has_keys=True)
     assert elsewhere[1] == 'ask:      LORARETRIEVER_KEY=KEY loraretriever ask "a prompt" --url http://127.0.0.1:9000'
-    assert next_steps("http://127.0.0.1:8000", AppConfig(), logs, "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
+    assert next_steps("http://127.0.0.1:8000", logs, "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
 
 
 def test_a_program_that_is_not_on_the_path_is_called_by_its_file(

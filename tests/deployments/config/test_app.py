@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +8,35 @@ import pytest
 from pydantic import ValidationError
 from ray import serve
 
-from deployments.config.app import AppConfig, ScalingSettings, WorkerSettings
+from deployments.config.app import OTHER_FILES_BYTES, AppConfig
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
 from deployments.scaling.autoscaling_policy import WorkerScaling
-from gpu_worker.config import PACKAGED_ALIASES, EngineSettings
+from gpu_worker.config import (
+    NativeSettings,
+    NativeWorkerConfig,
+    VllmSettings,
+    VllmWorkerConfig,
+)
 from gpu_worker.errors import WorkerConfigInvalid
-from lora_store.peft_files import template_digest
 
 
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
         ({"basemodel": "x"}, "basemodel"),
-        ({"worker": {"bank_rows": 1}}, "worker.bank_rows"),
+        ({"worker": {"bank_rows": 1}}, "worker.native.bank_rows"),
         ({"retrieval": {"top_k": 1}}, "retrieval.top_k"),
         ({"store_scaling": {"replicas": 1}}, "store_scaling.replicas"),
-        ({"worker": {"bank_rank_rows": 0}}, "worker.bank_rank_rows"),
-        ({"worker": {"dtype": "int4"}}, "worker.dtype"),
+        ({"worker": {"bank_rank_rows": 0}}, "worker.native.bank_rank_rows"),
+        ({"worker": {"dtype": "int4"}}, "worker.native.dtype"),
         ({"retrieval": {"k": 17}}, "retrieval.k"),
         ({"retrieval": {"weights": "heavy"}}, "retrieval.weights"),
         ({"template": "jinja"}, "template"),
-        ({"worker_scaling": {"min_replicas": -1}}, "worker_scaling.min_replicas"),
-        ({"worker_scaling": {"resources": {"GPU": 1}}}, "worker_scaling.resources"),
-        ({"worker_scaling": {"resources": {"l4": 0}}}, "worker_scaling.resources"),
-        ({"worker_scaling": {"metrics_interval_s": 5, "look_back_s": 5}}, "worker_scaling"),
-        ({"worker_scaling": {"initial_replicas": 2}}, "worker_scaling"),
+        (
+            {"worker_scaling": {"autoscaling_config": {"min_replicas": -1}}},
+            "worker_scaling.autoscaling_config.min_replicas",
+        ),
+        ({"worker_scaling": {"autoscaling_config": {"initial_replicas": 2}}}, "worker_scaling.autoscaling_config"),
         ({"scale_from_zero_timeout_s": 0}, "scale_from_zero_timeout_s"),
         ({"base_model_name": "a/b"}, "base_model_name"),
         ({"base_model_name": "a:b"}, "base_model_name"),
@@ -65,29 +69,8 @@ def test_the_served_base_name_is_a_valid_name_other_than_auto(settings: dict[str
 )
 def test_the_base_is_served_under_its_last_path_part_or_its_given_name(base_model: str, name: str, served: str) -> None:
     config = AppConfig(base_model=base_model, base_model_name=name, accepts_base=("other",))
-    assert config.served_base_name == served
-    assert {base_model, served, "other"} <= config.accepted_bases
-
-
-def test_a_hub_id_is_no_folder() -> None:
-    assert AppConfig(base_model="google/gemma-3-1b").accepted_bases == {"google/gemma-3-1b", "gemma-3-1b"}
-
-
-def test_the_path_of_the_served_folder_and_its_last_part_are_accepted(tmp_path: Path) -> None:
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "link").symlink_to("tiny")
-    config = AppConfig(base_model=f"{tmp_path}/link/", base_model_name="mine")
-    paths = {str(tmp_path / "link"), f"{tmp_path}/link/", str(tmp_path.resolve() / "tiny")}
-    assert config.accepted_bases == paths | {"link", "mine"}
-
-
-def test_the_folder_of_the_packaged_model_is_accepted(tmp_path: Path) -> None:
-    assert str(tmp_path / "gemma-3-270m") in AppConfig(cache_dir=tmp_path).accepted_bases
-
-
-def test_names_of_the_packaged_model_on_the_hub_are_accepted_with_that_model_only() -> None:
-    assert AppConfig().accepted_bases > {"gemma-3-270m", *PACKAGED_ALIASES}
-    assert AppConfig(base_model="google/gemma-3-1b").accepted_bases.isdisjoint(PACKAGED_ALIASES)
+    assert config.served_model.name == served
+    assert {base_model, served, "other"} <= config.served_model.accepted_names
 
 
 def test_a_base_model_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,37 +139,49 @@ def test_remote_clients_may_not_change_the_pool_by_default() -> None:
     assert AppConfig().source_prefixes == ()
 
 
-def test_worker_settings_reach_the_engine_field_by_field() -> None:
-    settings = {
-        "engine": "native",
-        "device": "cpu",
-        "tensor_parallel_size": 1,
-        "enforce_eager": False,
-        "dtype": "bfloat16",
-        "num_threads": 3,
-        "shares_cores": False,
-        "lora_products": "torch",
-        "bank_rank_rows": 11,
-        "max_batch_size": 12,
-        "max_model_len": 13,
-        "kv_tokens": 130,
-        "max_step_tokens": 14,
-        "max_chunk_tokens": 13,
-        "max_waiting": 15,
-        "max_wait_s": 17.5,
-        "host_cache_bytes": 16,
-        "prefix_cache": False,
-        "prefix_cache_share": 0.25,
-        "prefix_cache_shares_base": True,
-        "prompt_lookup_tokens": 5,
-        "fusion_rank_rows": None,
-        "model_check_max_parameters": 2_000_000_000,
-    }
-    config = AppConfig(base_model="a/b", cache_dir=Path("/c"), worker=WorkerSettings(**settings))
-    worker = asdict(config.worker_config())
-    assert {key: worker[key] for key in settings} == settings
-    assert (worker["base_model"], worker["cache_dir"]) == ("a/b", Path("/c"))
-    assert settings.keys() == {field.name for field in fields(EngineSettings)}, "a setting without a case here"
+COMMON = {
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "num_threads": 3,
+    "bank_rank_rows": 11,
+    "max_batch_size": 12,
+    "max_model_len": 13,
+    "kv_tokens": 130,
+    "max_step_tokens": 14,
+    "max_waiting": 15,
+    "max_wait_s": 17.5,
+    "host_cache_bytes": 16,
+    "prefix_cache": False,
+    "prefix_cache_shares_base": True,
+    "step_timeout_s": 18.0,
+    "niceness": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config_kind", "own"),
+    [
+        (NativeSettings, NativeWorkerConfig, {"max_chunk_tokens": 13, "prompt_lookup_tokens": 5}),
+        (
+            VllmSettings,
+            VllmWorkerConfig,
+            {
+                "tensor_parallel_size": 2,
+                "enforce_eager": True,
+                "fusion_rank_rows": 9,
+                "model_check_max_parameters": 7,
+            },
+        ),
+    ],
+)
+def test_worker_settings_reach_the_engine_field_by_field(kind: Any, config_kind: Any, own: dict[str, Any]) -> None:
+    settings = COMMON | own
+    config = AppConfig(base_model="a/b", cache_dir=Path("/c"), worker=kind(**settings))
+    worker = config.worker_config()
+    assert type(worker) is config_kind
+    assert {name: getattr(worker, name) for name in settings} == settings
+    assert (worker.base_model, worker.cache_dir) == ("a/b", Path("/c"))
+    assert {*settings, "engine"} == {field.name for field in fields(kind)}, "a setting without a case here"
 
 
 def test_without_a_setting_threads_are_counted_on_the_workers_machine() -> None:
@@ -195,15 +190,15 @@ def test_without_a_setting_threads_are_counted_on_the_workers_machine() -> None:
 
 @pytest.mark.parametrize(("num_gpus", "share"), [(0.5, 0.5), (0.25, 0.25), (1, 1.0), (2, 1.0)])
 def test_a_worker_plans_with_its_share_of_the_gpu(num_gpus: float, share: float) -> None:
-    scaling = ScalingSettings(num_gpus=num_gpus, max_ongoing_requests=2112)
-    config = AppConfig(worker=WorkerSettings(device="cuda"), worker_scaling=scaling)
+    scaling = {"ray_actor_options": {"num_gpus": num_gpus}}
+    config = AppConfig(worker=NativeSettings(device="cuda"), worker_scaling=scaling)
     assert config.worker_config().device_share == share
     assert AppConfig().worker_config().device_share == 1.0
 
 
 def test_a_worker_that_could_not_start_is_refused_before_anything_starts() -> None:
     with pytest.raises(
-        ValidationError, match=r"worker\n.*max_step_tokens must be at least max_batch_size \(8\), got 4"
+        ValidationError, match=r"worker\.native\n.*max_step_tokens must be at least max_batch_size \(8\), got 4"
     ):
         AppConfig.model_validate({"worker": {"max_batch_size": 8, "max_step_tokens": 4}})
 
@@ -212,12 +207,12 @@ def test_each_bad_worker_setting_is_reported_by_its_path() -> None:
     bad = {"max_batch_size": 0, "niceness": 20, "max_wait_s": 0, "kv_token": 1}
     with pytest.raises(ValidationError) as caught:
         AppConfig.model_validate({"worker": bad})
-    assert {problem["loc"] for problem in caught.value.errors()} == {("worker", name) for name in bad}
+    assert {problem["loc"] for problem in caught.value.errors()} == {("worker", "native", name) for name in bad}
 
 
 def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
     with pytest.raises(WorkerConfigInvalid, match=r"kv_tokens must be at least max_model_len \(100\), got 99"):
-        WorkerSettings(max_model_len=100, kv_tokens=99)
+        NativeSettings(max_model_len=100, kv_tokens=99)
     with pytest.raises(ValidationError, match="kv_tokens must be at least"):
         AppConfig.model_validate({"worker": {"max_model_len": 100, "kv_tokens": 99}})
 
@@ -225,26 +220,25 @@ def test_kv_for_less_than_one_row_is_refused_before_anything_starts() -> None:
 @pytest.mark.parametrize("num_gpus", [1, 0.5, 4])
 def test_a_worker_reserves_a_gpu_for_each_process_that_shares_the_model(num_gpus: float) -> None:
     worker = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}
-    scaling = {"max_ongoing_requests": 2112}
     with pytest.raises(ValidationError, match="set num_gpus to 2"):
-        AppConfig(worker=worker, worker_scaling=scaling | {"num_gpus": num_gpus})
-    config = AppConfig(worker=worker, worker_scaling=scaling | {"num_gpus": 2})
+        AppConfig(worker=worker, worker_scaling={"ray_actor_options": {"num_gpus": num_gpus}})
+    config = AppConfig(worker=worker, worker_scaling={"ray_actor_options": {"num_gpus": 2}})
     assert config.worker_config().tensor_parallel_size == 2
     options = config.worker_options()
-    assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 2, "resources": {}}
+    assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 2}
     assert not any(name.startswith("placement_group") for name in options), "one actor sees all its GPUs"
 
 
 @pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cpu", 1), ("cpu", 0.5)])
 def test_device_and_placement_of_a_gpu_worker_must_agree(device: str, num_gpus: float) -> None:
     with pytest.raises(ValidationError, match="num_gpus"):
-        AppConfig(worker={"device": device}, worker_scaling={"num_gpus": num_gpus})
+        AppConfig(worker={"device": device}, worker_scaling={"ray_actor_options": {"num_gpus": num_gpus}})
 
 
 def test_a_gpu_worker_reserves_a_gpu() -> None:
-    config = AppConfig(worker={"device": "cuda"}, worker_scaling={"num_gpus": 1, "max_ongoing_requests": 2112})
+    config = AppConfig(worker={"device": "cuda"}, worker_scaling={"ray_actor_options": {"num_gpus": 1}})
     assert config.worker_config().device == "cuda"
-    assert config.worker_scaling.options()["ray_actor_options"]["num_gpus"] == 1
+    assert config.worker_options()["ray_actor_options"]["num_gpus"] == 1
 
 
 @pytest.mark.parametrize("name", ["ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"])
@@ -256,31 +250,33 @@ def test_serve_takes_the_scaling_of_every_deployment(name: str) -> None:
         "target_ongoing_requests": 9,
         "upscale_delay_s": 4,
         "downscale_delay_s": 40,
-        "look_back_s": 20,
+        "look_back_period_s": 20,
         "metrics_interval_s": 10,
     }
-    scaling = AppConfig.model_validate({name: settings})
-    options = scaling.worker_options() if name == "worker_scaling" else getattr(scaling, name).options()
+    config = AppConfig.model_validate({name: {"autoscaling_config": settings}})
+    options = config.worker_options() if name == "worker_scaling" else getattr(config, name).root
     assert "num_replicas" not in options
     taken = serve.deployment(AppConfig, **options)._deployment_config.autoscaling_config
-    assert (taken.min_replicas, taken.initial_replicas, taken.max_replicas) == (1, 2, 3)
-    assert (taken.upscale_delay_s, taken.downscale_delay_s, taken.target_ongoing_requests) == (4, 40, 9)
-    assert (taken.look_back_period_s, taken.metrics_interval_s) == (20, 10)
+    assert {name: getattr(taken, name) for name in settings} == settings
     assert taken.policy.is_default_policy_function() == (name != "worker_scaling")
 
 
 def test_workers_have_their_own_scaling_policy_and_router() -> None:
-    scaling = ScalingSettings(min_replicas=0, max_replicas=2)
-    config = AppConfig(worker_scaling=scaling, worker_target_waiting_tokens=77)
+    config = AppConfig(worker_scaling={"autoscaling_config": {"min_replicas": 0, "max_replicas": 2}})
     taken = serve.deployment(AppConfig, **config.worker_options())._deployment_config
-    assert taken.autoscaling_config.policy.policy_kwargs == {"target_waiting_tokens": 77}
     assert taken.autoscaling_config.policy.get_policy().__name__ == WorkerScaling.__name__
     assert taken.request_router_config.get_request_router_class().__name__ == AdapterAffinityRouter.__name__
     assert taken.request_router_config.request_routing_stats_period_s == 1
 
 
+def test_an_operators_policy_overrides_that_of_the_workers() -> None:
+    policy = {"policy_function": "ray.serve.autoscaling_policy:default_autoscaling_policy"}
+    config = AppConfig(worker_scaling={"autoscaling_config": {"max_replicas": 2, "policy": policy}})
+    assert config.worker_options()["autoscaling_config"]["policy"] == policy
+
+
 def test_only_workers_may_scale_to_zero() -> None:
-    none = ScalingSettings(min_replicas=0)
+    none = {"autoscaling_config": {"min_replicas": 0}}
     assert AppConfig(worker_scaling=none).workers_scale_to_zero and not AppConfig().workers_scale_to_zero
     for name in ("ingress_scaling", "retriever_scaling", "store_scaling"):
         with pytest.raises(ValidationError, match=name):
@@ -297,7 +293,9 @@ def test_a_removed_replica_has_time_for_the_longest_request(name: str) -> None:
 
 def test_the_worker_deployment_accepts_as_many_requests_as_its_engine() -> None:
     config = AppConfig()
-    assert config.worker_scaling.max_ongoing_requests >= config.worker.max_batch_size + config.worker.max_waiting
+    assert (
+        config.worker_scaling.root["max_ongoing_requests"] >= config.worker.max_batch_size + config.worker.max_waiting
+    )
 
 
 def test_a_relative_keys_file_is_resolved_at_the_start_and_keeps_its_links(
@@ -321,10 +319,9 @@ def test_with_keys_public_adapters_need_approval_by_default() -> None:
     assert AppConfig(public_requires_approval=True).public_requires_approval
 
 
-def test_with_keys_adapters_of_others_are_named_with_their_owner_by_default() -> None:
+def test_with_keys_adapters_of_others_are_named_with_their_owner() -> None:
     assert not AppConfig().owner_names
     assert AppConfig(keys_file=Path("keys.json")).owner_names
-    assert not AppConfig(keys_file=Path("keys.json"), owner_names=False).owner_names
 
 
 def test_with_keys_server_paths_are_published_only_if_the_setting_allows_it() -> None:
@@ -339,18 +336,8 @@ def test_an_operators_chat_template_reaches_the_workers(tmp_path: Path) -> None:
     path.write_text("{{ messages }}")
     config = AppConfig(chat_template=path)
     assert config.worker_config().chat_template == "{{ messages }}"
-    assert (config.template, config.template_in_use) == ("auto", "chat")
+    assert (config.template, config.served_model.template_in_use) == ("auto", "chat")
     assert AppConfig().worker_config().chat_template is None
-
-
-def test_templates_of_the_operator_and_of_the_base_model_are_known(tmp_path: Path) -> None:
-    own, given = "{{ messages[0] }}", tmp_path / "own.jinja"
-    (tmp_path / "chat_template.jinja").write_text(own)
-    given.write_text("{{ messages }}")
-    config = AppConfig(base_model=str(tmp_path), chat_template=given)
-    assert config.known_templates == {template_digest(own): "chat", template_digest("{{ messages }}"): "chat"}
-    assert AppConfig().known_templates == {}
-    assert AppConfig(base_model="nobody/not-on-this-machine", chat_template=given).known_templates is None
 
 
 @pytest.mark.parametrize("source", [None, "{% for %}"])
@@ -363,15 +350,22 @@ def test_a_chat_template_that_cannot_be_used_stops_the_start(tmp_path: Path, sou
 
 
 def test_a_scaling_group_changes_only_what_it_names() -> None:
-    config = AppConfig.model_validate({"worker_scaling": {"max_replicas": 3}, "store_scaling": {"num_cpus": 2}})
-    default = AppConfig().worker_scaling
-    assert config.worker_scaling == default.model_copy(update={"max_replicas": 3})
-    assert (config.store_scaling.num_cpus, config.store_scaling.max_ongoing_requests) == (2, 64)
+    config = AppConfig.model_validate(
+        {"worker_scaling": {"num_replicas": 3}, "store_scaling": {"ray_actor_options": {"resources": {"l4": 1}}}}
+    )
+    assert config.worker_scaling.root == AppConfig().worker_scaling.root | {"num_replicas": 3}
+    actor = {"num_cpus": 0.2, "resources": {"l4": 1}}
+    assert config.store_scaling.root == AppConfig().store_scaling.root | {"ray_actor_options": actor}
 
 
 def test_cuda_implies_the_gpus_of_a_worker() -> None:
     assert AppConfig.model_validate({"worker": {"device": "cuda"}}).worker_scaling.num_gpus == 1
     two = {"engine": "vllm", "device": "cuda", "tensor_parallel_size": 2}
     assert AppConfig.model_validate({"worker": two}).worker_scaling.num_gpus == 2
-    half = {"worker": {"device": "cuda"}, "worker_scaling": {"num_gpus": 0.5}}
+    half = {"worker": {"device": "cuda"}, "worker_scaling": {"ray_actor_options": {"num_gpus": 0.5}}}
     assert AppConfig.model_validate(half).worker_scaling.num_gpus == 0.5
+
+
+def test_an_upload_holds_the_largest_weights_and_their_other_files() -> None:
+    config = AppConfig(admission={"max_weights_bytes": 100})
+    assert config.max_upload_bytes == 100 + OTHER_FILES_BYTES

@@ -16,7 +16,7 @@ from gpu_worker.front.request.request import SAMPLING_DEFAULTS, SamplingParams
 )
 def test_sampling_defaults_reach_the_worker_and_are_valid_there(given: dict[str, float]) -> None:
     config = AppConfig.model_validate({"sampling_defaults": given})
-    assert dict(config.worker_config().sampling_defaults) == given == config.sampling_defaults_in_use
+    assert dict(config.worker_config().sampling_defaults) == given == config.served_model.sampling_defaults
     applied = SamplingParams(unset=frozenset(SAMPLING_DEFAULTS)).with_defaults(given)
     assert {name: getattr(applied, name) for name in given} == given
 

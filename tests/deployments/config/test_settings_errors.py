@@ -3,12 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
-from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
-from deployments.config.settings_errors import RENAMED_SETTINGS, SettingsInvalid
-from deployments.field_problems import field_names
+from deployments.config.settings_errors import SettingsInvalid
 
 
 def message_for(folder: Path, text: str) -> str:
@@ -28,14 +25,57 @@ def message_for(folder: Path, text: str) -> str:
         ("retrieval: {k: 17}", "settings.yaml: retrieval.k: must be at most 16, got 17"),
         ("retrieval: {min_score: 2}", "settings.yaml: retrieval.min_score: must be at most 1, got 2"),
         ("retrieval: {min_score: -1.5}", "settings.yaml: retrieval.min_score: must be at least -1, got -1.5"),
+        ("worker: {engine: sglang}", "settings.yaml: worker.engine: must be 'native' or 'vllm', got 'sglang'"),
+        (
+            "worker: {tensor_parallel_size: 2}",
+            "settings.yaml: worker.tensor_parallel_size: is a setting of the engine 'vllm'; leave it unset, or set"
+            " worker.engine to 'vllm'",
+        ),
+        (
+            "worker: {engine: vllm, max_chunk_tokens: 64}",
+            "settings.yaml: worker.max_chunk_tokens: is a setting of the engine 'native'; leave it unset, or set"
+            " worker.engine to 'native'",
+        ),
+        (
+            "worker: {engine: vllm, max_batch: 8}",
+            "settings.yaml: worker.max_batch: unknown; did you mean 'max_batch_size'?",
+        ),
+        ("enforce_eager: true", "settings.yaml: enforce_eager: unknown here; worker.enforce_eager?"),
+        (
+            "worker_scaling: {num_replicas: 0}",
+            "settings.yaml: worker_scaling.num_replicas: must be a whole number of at least 1, got 0; for a range set"
+            " autoscaling_config",
+        ),
+        (
+            "store_scaling: {num_replicas: 2, autoscaling_config: {max_replicas: 3}}",
+            "settings.yaml: store_scaling.num_replicas: cannot be combined with autoscaling_config; set one of them",
+        ),
+        (
+            "worker_scaling: {autoscaling_config: {max_replica: 3}}",
+            "settings.yaml: worker_scaling.autoscaling_config.max_replica: unknown; did you mean 'max_replicas'?",
+        ),
+        (
+            "worker_scaling: {ray_actor_options: {num_cpus: much}}",
+            "settings.yaml: worker_scaling.ray_actor_options.num_cpus: must be a number, got 'much'",
+        ),
+        (
+            "worker_scaling: {ray_actor_options: 3}",
+            "settings.yaml: worker_scaling.ray_actor_options: must be an object with named fields, got 3",
+        ),
+        (
+            "worker_scaling: {max_ongoing_requests: 0}",
+            "settings.yaml: worker_scaling.max_ongoing_requests: must be above 0, got 0",
+        ),
         ("worker: {max_wait_s: 0}", "settings.yaml: worker.max_wait_s: must be above 0, got 0"),
         ("template: jinja", "settings.yaml: template: must be 'auto', 'alpaca' or 'chat', got 'jinja'"),
-        ("max_upload_bytes: many", "settings.yaml: max_upload_bytes: must be a whole number, got 'many'"),
+        ("max_request_s: long", "settings.yaml: max_request_s: must be a number, got 'long'"),
+        ("admission: {max_rank: many}", "settings.yaml: admission.max_rank: must be a whole number, got 'many'"),
         ("worker: 3", "settings.yaml: worker: must be an object with named fields, got 3"),
         ("source_prefixes: 3", "settings.yaml: source_prefixes: must be an object with named fields, got 3"),
         (
-            "max_staging_bytes: 5",
-            "settings.yaml: max_staging_bytes must be at least max_upload_bytes = 1090519040, got 5",
+            "max_upload_total_bytes: 5",
+            "settings.yaml: max_upload_total_bytes must hold one upload, which has admission.max_weights_bytes"
+            " + 17825792 = 1091567616 bytes, got 5",
         ),
         ("device: cuda", "settings.yaml: device: unknown here; worker.device?"),
         ("worker: {base_model: x}", "settings.yaml: worker.base_model: unknown here; base_model?"),
@@ -68,18 +108,25 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nofile.yaml")
 
 
-@pytest.mark.parametrize(("old", "new"), sorted(RENAMED_SETTINGS.items()))
-def test_a_start_with_an_old_name_gives_the_new_one(tmp_path: Path, old: str, new: str) -> None:
-    group, _, name = old.rpartition(".")
-    text = f"{group}: {{{name}: 1}}" if group else f"{name}: 1"
-    assert message_for(tmp_path, text) == f"settings.yaml: {old}: renamed to {new}"
-    group, _, name = new.rpartition(".")
-    assert name in field_names(AppConfig, [*([group] if group else []), name])
-
-
-def test_serve_run_gives_the_new_name_too() -> None:
-    with pytest.raises(ValidationError, match="max_in_flight: renamed to max_concurrent_requests"):
-        AppConfig.model_validate({"max_in_flight": 5})
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("min_replicas", "autoscaling_config.min_replicas"),
+        ("max_replicas", "autoscaling_config.max_replicas"),
+        ("initial_replicas", "autoscaling_config.initial_replicas"),
+        ("target_ongoing_requests", "autoscaling_config.target_ongoing_requests"),
+        ("upscale_delay_s", "autoscaling_config.upscale_delay_s"),
+        ("downscale_delay_s", "autoscaling_config.downscale_delay_s"),
+        ("look_back_s", "autoscaling_config.look_back_period_s"),
+        ("metrics_interval_s", "autoscaling_config.metrics_interval_s"),
+        ("num_cpus", "ray_actor_options.num_cpus"),
+        ("num_gpus", "ray_actor_options.num_gpus"),
+        ("resources", "ray_actor_options.resources"),
+    ],
+)
+def test_an_option_of_serves_mappings_is_refused_with_its_place(tmp_path: Path, old: str, new: str) -> None:
+    message = message_for(tmp_path, f"worker_scaling: {{{old}: 1}}")
+    assert message == f"settings.yaml: worker_scaling.{old}: unknown here; {new}?"
 
 
 @pytest.mark.parametrize("name", ["api_key", "keys_file"])

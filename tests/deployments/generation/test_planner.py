@@ -24,9 +24,13 @@ from tests.fakes import FakeHandle
 
 def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora or {}}
-    planner = Planner(config_of(retrieval=RetrievalSettings(**retrieval)), serve_retriever(handle))
+    planner = Planner(config_of().served_model, RetrievalSettings(**retrieval), serve_retriever(handle))
     [question] = ChatCompletionRequest.model_validate(body).questions()
     return asyncio.run(planner.plan(question, "local"))
+
+
+def planner_over(handle: FakeHandle) -> Planner:
+    return Planner(config_of().served_model, RetrievalSettings(), serve_retriever(handle))
 
 
 def handle_of(*extra: str) -> FakeHandle:
@@ -199,7 +203,7 @@ def test_an_abstention_is_reported() -> None:
 def plan_turns(handle: FakeHandle, *turns: str, lora: dict[str, Any] | None = None) -> Planned:
     messages = [{"role": "user", "content": turn} for turn in turns]
     [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora or {}}).questions()
-    return asyncio.run(Planner(config_of(), serve_retriever(handle)).plan(question, "local"))
+    return asyncio.run(planner_over(handle).plan(question, "local"))
 
 
 def test_a_conversation_prefers_the_adapter_of_its_previous_turn() -> None:
@@ -317,5 +321,5 @@ def test_a_query_of_the_request_replaces_the_conversation() -> None:
 def test_every_text_that_may_be_encoded_is_counted(turns: list[str], lora: dict[str, Any], expected: list[str]) -> None:
     messages = [{"role": "user", "content": turn} for turn in turns]
     [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora}).questions()
-    texts = Planner(config_of(), serve_retriever(handle_of())).texts_read(question)
+    texts = planner_over(handle_of()).texts_read(question)
     assert list(texts) == ["\n".join(turns) if text == "joined" else text for text in expected]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from deployments.config.app import AppConfig, WorkerSettings
+from deployments.config.app import AppConfig
+from gpu_worker.config import NativeSettings
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
@@ -37,7 +38,7 @@ def test_a_prompt_that_cannot_fit_is_refused_without_any_call(model: str, stream
         ("/v1/completions", {"prompt": "x" * 641, **extra}),
         ("/v1/chat/completions", chat("x" * 400, "x" * 241, **extra)),
     ]:
-        status, error = refused(path, body, engine=WorkerSettings(max_model_len=10))
+        status, error = refused(path, body, engine=NativeSettings(max_model_len=10))
         assert (status, error["code"]) == (400, "context_length_exceeded")
         assert "641" in error["message"] and "10 tokens" in error["message"]
 
@@ -90,7 +91,7 @@ def test_numbers_of_messages_and_prompts_have_limits() -> None:
         {"max_concurrent_requests": 0},
         {"max_request_s": 0},
         {"max_request_s": 601},
-        {"max_upload_total_bytes": 10, "max_upload_bytes": 10},
+        {"max_upload_total_bytes": 10, "admission": {"max_weights_bytes": 10}},
     ],
     ids=str,
 )
@@ -104,5 +105,5 @@ def test_tools_and_calls_count_as_a_part_of_the_prompt() -> None:
     call = {"id": "c", "function": {"name": "f", "arguments": "x" * 641}}
     loop = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
     for body in (chat("Hi", tools=[tool]), {"messages": loop}):
-        status, error = refused("/v1/chat/completions", body, engine=WorkerSettings(max_model_len=10))
+        status, error = refused("/v1/chat/completions", body, engine=NativeSettings(max_model_len=10))
         assert (status, error["code"]) == (400, "context_length_exceeded")

@@ -243,7 +243,10 @@ def test_a_visibility_is_changed_by_its_own_tenant(keys: Path) -> None:
     ask(look, keys_file=keys, store=store, headers=bearer("all"))
 
 
-def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(tmp_path: Path) -> None:
+def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.auth.key_file.MISSING_GRACE_S", 0.0)
     path = write(tmp_path / "keys.json", entry("all"))
 
     async def look(client: httpx.AsyncClient, _: Served) -> None:
@@ -254,7 +257,7 @@ def test_without_the_keys_file_requests_are_503_once_the_grace_period_is_over(tm
         assert str(tmp_path) not in response.text
         assert (await client.get("/health")).status_code == 200
 
-    ask(look, keys_file=path, keys_missing_grace_s=0, headers=bearer("all"))
+    ask(look, keys_file=path, headers=bearer("all"))
 
 
 def by_openai(

@@ -157,9 +157,9 @@ def test_an_invalid_host_name_in_the_setting_stops_the_start(name: str) -> None:
 
 
 def test_the_name_that_the_server_listens_on_is_allowed(tmp_path: Path) -> None:
-    assert Server(config_of(allowed_hosts=()), host="Box.lan", port=1)._config.allowed_hosts == ("box.lan",)
+    assert Server(config_of(allowed_hosts=()), host="Box.lan", port=1).settings.allowed_hosts == ("box.lan",)
     keys = write(tmp_path / "keys.json", entry("k"))
-    assert Server(config_of(allowed_hosts=(), keys_file=keys), host="box.lan", port=1)._config.allowed_hosts == ()
+    assert Server(config_of(allowed_hosts=(), keys_file=keys), host="box.lan", port=1).settings.allowed_hosts == ()
 
 
 PAGE = "https://chat.example"

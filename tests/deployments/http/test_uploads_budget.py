@@ -14,7 +14,7 @@ from starlette.types import Message
 
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.byte_budget import ByteBudget
-from deployments.config.app import FORM_OVERHEAD_BYTES
+from deployments.config.app import FORM_OVERHEAD_BYTES, OTHER_FILES_BYTES
 from deployments.errors import BodyTooSlow, UploadMemoryFull
 from deployments.http.uploads import count_upload
 from lora_store import Staged, StoreUnavailable
@@ -25,6 +25,7 @@ from tests.deployments.fake_store import FakeStore
 from tests.virtual_time import run_in_virtual_time
 
 ONE = FORM_OVERHEAD_BYTES + 100
+LARGEST = FORM_OVERHEAD_BYTES + OTHER_FILES_BYTES + 1  # an upload with weights of one byte
 
 
 def request_of(*parts: bytes, announced: int | str | None = None) -> Request:
@@ -157,7 +158,9 @@ def test_a_full_disk_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
 async def one_in_progress(leaves: bool) -> None:
     store = HeldStore(pool_of(*POOL))
     store.let_go, store.staging = asyncio.Event(), asyncio.Event()
-    served: Served = serve_plainly(store=store, max_upload_bytes=100, max_upload_total_bytes=ONE + 500)
+    served: Served = serve_plainly(
+        store=store, admission={"max_weights_bytes": 1}, max_upload_total_bytes=LARGEST + 500
+    )
     budget = served.services.uploads
     async with http_of(served) as client:
         first = asyncio.create_task(upload(client, 90))
@@ -170,8 +173,8 @@ async def one_in_progress(leaves: bool) -> None:
             assert budget.num_bytes == held, "its publish continues"
         refused = await client.post(
             "/v1/loras",
-            content=iter_bytes(ONE + 501 - held),
-            headers={"content-type": "multipart/form-data; boundary=b", "content-length": str(ONE + 501 - held)},
+            content=iter_bytes(LARGEST + 501 - held),
+            headers={"content-type": "multipart/form-data; boundary=b", "content-length": str(LARGEST + 501 - held)},
         )
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert error_of(refused)["code"] == "overloaded"

@@ -8,9 +8,9 @@ import pytest
 
 from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.worker_client import ServeWorker
-from deployments.config.parts import WorkerSettings
+from deployments.config.app import AppConfig
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
-from deployments.scaling.settings import ScalingSettings
+from gpu_worker.config import VllmSettings
 from gpu_worker.errors import EngineStopped
 from retriever_svc import PoolSize
 from tests.deployments.app_fakes import config_of
@@ -41,7 +41,22 @@ def reader_of(
 ) -> StatsReader:
     handle = FakeHandle(*workers, num_silent=num_silent)
     clients = serve_retriever(FakeHandle(*retrievers)), ServeWorker(handle)
-    return StatsReader(config_of(**settings), *clients, clock or FakeClock())
+    return reader_over(*clients, config_of(**settings), clock)
+
+
+def reader_over(
+    retriever: Any, worker: ServeWorker, config: AppConfig | None = None, clock: FakeClock | None = None
+) -> StatsReader:
+    config = config or config_of()
+    return StatsReader(
+        config.served_model,
+        config.retrieval,
+        config.worker,
+        retriever,
+        worker,
+        clock or FakeClock(),
+        may_sleep=config.workers_scale_to_zero,
+    )
 
 
 def test_stats_are_sums_over_the_workers() -> None:
@@ -58,13 +73,13 @@ def test_stats_are_sums_over_the_workers() -> None:
 
 
 def test_rows_for_fusions_are_rows_of_the_bank() -> None:
-    reader = reader_of(CountingWorker(), worker=WorkerSettings(engine="vllm", fusion_rank_rows=44))
+    reader = reader_of(CountingWorker(), worker=VllmSettings(fusion_rank_rows=44))
     assert asyncio.run(reader.read("local"))["workers"]["bank_rows"] == 256 + 44
 
 
 @pytest.mark.parametrize(("min_replicas", "num_silent"), [(0, 0), (1, 1)])
 def test_workers_scaled_to_zero_do_not_count_as_missing(min_replicas: int, num_silent: int) -> None:
-    reader = reader_of(worker_scaling=ScalingSettings(min_replicas=min_replicas))
+    reader = reader_of(worker_scaling={"autoscaling_config": {"min_replicas": min_replicas}})
     workers = asyncio.run(reader.read("local"))["workers"]
     assert (workers["num_running"], workers["replicas"]) == (0, {"answered": 0, "silent": num_silent})
 
@@ -89,7 +104,7 @@ def test_the_pool_has_the_newest_generation_and_names_the_oldest() -> None:
 def test_the_pool_is_the_caller_s() -> None:
     handle = FakeHandle(FakeRetriever())
     worker = ServeWorker(FakeHandle(CountingWorker()))
-    asyncio.run(StatsReader(config_of(), serve_retriever(handle), worker).read("them"))
+    asyncio.run(reader_over(serve_retriever(handle), worker).read("them"))
     assert handle.called("load") == [("them",)]
 
 

@@ -97,7 +97,8 @@ def test_a_refused_request_counts_by_its_code(
     in_flight = options.pop("in_flight", 0)
 
     async def send(client: httpx.AsyncClient, served: Served) -> None:
-        served.services.in_flight.count = in_flight
+        for _ in range(in_flight):
+            served.services.in_flight.enter("another tenant")
         assert (await client.post(CHAT_ROUTE, json=body)).status_code == int(status)
 
     kinds, [line] = recorded(send, caplog, **options)

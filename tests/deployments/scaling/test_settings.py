@@ -5,51 +5,59 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.scaling.settings import ScalingSettings
+from deployments.scaling.settings import ServeOptions, default_options, with_defaults
+
+DEFAULTS = default_options(target_ongoing_requests=9)
 
 
-def test_min_replicas_above_max_replicas_is_refused() -> None:
-    with pytest.raises(ValidationError):
-        ScalingSettings(min_replicas=3, max_replicas=2)
+def test_a_number_of_replicas_is_the_default_and_a_range_replaces_it() -> None:
+    assert with_defaults({}, DEFAULTS)["num_replicas"] == 1
+    assert "autoscaling_config" not in with_defaults({"num_replicas": 2}, DEFAULTS)
+    options = with_defaults({"autoscaling_config": {"max_replicas": 3}}, DEFAULTS)
+    assert "num_replicas" not in options
+    assert options["autoscaling_config"] == DEFAULTS["autoscaling_config"] | {"max_replicas": 3}
 
 
-def test_equal_replica_counts_are_fixed() -> None:
-    fixed = ScalingSettings(
-        min_replicas=2, max_replicas=2, num_cpus=0.5, num_gpus=1, resources={"l4": 1}, max_ongoing_requests=7
-    )
-    assert fixed.options() == {
-        "num_replicas": 2,
-        "max_ongoing_requests": 7,
-        "max_queued_requests": 1024,
-        "health_check_period_s": 10,
-        "graceful_shutdown_timeout_s": 600,
-        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 1, "resources": {"l4": 1}},
-    }
+def test_defaults_are_not_shared_with_the_options_that_are_made_of_them() -> None:
+    with_defaults({}, DEFAULTS)["ray_actor_options"]["num_gpus"] = 1
+    assert "num_gpus" not in with_defaults({}, DEFAULTS)["ray_actor_options"]
+
+
+def test_options_that_are_null_have_their_defaults() -> None:
+    assert with_defaults({"autoscaling_config": None, "num_replicas": 2}, DEFAULTS)["num_replicas"] == 2
 
 
 @pytest.mark.parametrize(("least", "initial", "started"), [(0, None, 1), (0, 0, 0), (2, None, None), (0, 3, 3)])
 def test_initial_replicas_are_one_if_the_minimum_is_zero(least: int, initial: int | None, started: int | None) -> None:
-    scaling = ScalingSettings(min_replicas=least, max_replicas=3, initial_replicas=initial)
-    assert scaling.options()["autoscaling_config"].get("initial_replicas") == started
+    given = {"min_replicas": least, "max_replicas": 3} | ({} if initial is None else {"initial_replicas": initial})
+    options = with_defaults({"autoscaling_config": given}, DEFAULTS)
+    assert options["autoscaling_config"].get("initial_replicas") == started
+
+
+def test_bounds_and_resources_are_read_from_serves_options() -> None:
+    ranged = ServeOptions(with_defaults({"autoscaling_config": {"min_replicas": 2, "max_replicas": 5}}, DEFAULTS))
+    assert (ranged.min_replicas, ranged.max_replicas) == (2, 5)
+    assert (ranged.num_cpus, ranged.num_gpus, ranged.graceful_shutdown_timeout_s) == (0.2, 0, 600)
+    actor = {"num_cpus": 2, "num_gpus": 0.5, "resources": {"l4": 1}}
+    fixed = ServeOptions(with_defaults({"num_replicas": 3, "ray_actor_options": actor}, DEFAULTS))
+    assert (fixed.min_replicas, fixed.max_replicas, fixed.num_cpus, fixed.num_gpus) == (3, 3, 2, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("given", "said"),
     [
-        ({"initial_replicas": 2}, r"initial_replicas \(2\) is not between"),
-        ({"metrics_interval_s": 5, "look_back_s": 5}, "must be above metrics_interval_s"),
-        ({"resources": {"GPU": 1}}, "num_gpus"),
-        ({"resources": {"l4": 0}}, "'l4'"),
+        ({"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}, "max_replicas"),
+        ({"autoscaling_config": {"initial_replicas": 2}}, "initial_replicas"),
+        ({"ray_actor_options": {"resources": {"GPU": 1}}}, "num_gpus"),
+        ({"ray_actor_options": {"resources": {"l4": 0}}}, "'l4'"),
+        ({"ray_actor_options": {"num_cores": 2}}, "num_cores"),
         ({"num_cores": 2}, "num_cores"),
+        ({"name": "other"}, "name"),
+        ({"user_config": {}}, "user_config"),
+        ({"max_queued_requests": 0}, "max_queued_requests"),
     ],
     ids=str,
 )
-def test_settings_that_serve_cannot_apply_are_refused(settings: dict[str, Any], said: str) -> None:
+def test_options_that_serve_cannot_apply_are_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        ScalingSettings.model_validate(settings)
-
-
-def test_the_applications_own_policy_is_combined_with_the_bounds() -> None:
-    policy = {"policy_function": "somewhere:Policy"}
-    assert ScalingSettings(max_replicas=2).options(policy)["autoscaling_config"]["policy"] == policy
-    assert "policy" not in ScalingSettings(max_replicas=2).options()["autoscaling_config"]
+        ServeOptions(with_defaults(given, DEFAULTS))

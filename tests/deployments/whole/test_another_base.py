@@ -43,9 +43,9 @@ class QuietWorker(CountingWorker):
 
 @asynccontextmanager
 async def serving(folder: Path, base: str, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Served]]:
-    retrieval = RetrievalSettings(encoder_threads=1, poll_interval_s=3600.0, min_score=-1.0)
+    retrieval = RetrievalSettings(encoder_threads=1, min_score=-1.0)
     config = config_of(base_model=f"somewhere/{base}", store_uri=str(folder / "pool"), retrieval=retrieval, **settings)
-    retriever = RetrieverDeployment(config)
+    retriever = RetrieverDeployment(config, poll_interval_s=3600.0)
     asked, worker = FakeHandle(retriever), FakeHandle(QuietWorker())
     store = FakeHandle(StoreDeployment(config, put=lambda b: b))
     served = Served(Ingress(config, asked, worker, store), asked, worker, store)

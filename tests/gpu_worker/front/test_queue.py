@@ -158,7 +158,8 @@ def test_weights_to_forget_stay_until_their_last_row_ends() -> None:
     world = World()
     row = world.submit("a")
     world.queue.admit()
-    assert "a" in world.residency and world.queue.status(kv_tokens=0, free_kv_tokens=0).host_cache_bytes > 0
+    status = world.queue.status(kv_tokens=0, free_kv_tokens=0)
+    assert (status.resident, status.active_rows) == ({"a"}, 1) and status.host_cache_bytes > 0
     assert not world.queue.forget(["a", "b"])
     assert world.places.forgotten == {"b"}, "no row uses it"
     assert world.queue.status(kv_tokens=0, free_kv_tokens=0).num_forgetting == 1
@@ -218,7 +219,7 @@ def test_a_row_whose_client_is_gone_is_reported_to_the_engine() -> None:
     assert not world.queue.send(row, EngineStopped("x"))
 
 
-def test_all_waiting_rows_get_their_error_even_if_releasing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_waiting_rows_get_their_error_even_if_releasing_raises() -> None:
     world = World()
     rows = [world.submit("a") for _ in range(NUM_PLACES + 2)]
     for row in world.queue.admit():
@@ -228,7 +229,7 @@ def test_all_waiting_rows_get_their_error_even_if_releasing_raises(monkeypatch: 
     def lost(digests: Sequence[str]) -> None:
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(world.residency, "unpin", lost)
+    world.residency.unpin = lost  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="lost"):
         world.queue.end_all_waiting(EngineStopped("stopped"))
     assert [isinstance(world.events[row][-1], EngineStopped) for row in rows] == [True] * len(rows)

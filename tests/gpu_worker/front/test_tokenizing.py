@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -125,3 +126,17 @@ def test_no_call_starts_after_the_end() -> None:
             await asked(tokenizing, "a", "x")
 
     run(main())
+
+
+def test_the_thread_leaves_contested_cores_to_the_engines_thread() -> None:
+    class Nice(HeldPreprocessor):
+        def _note(self, call: object) -> None:
+            self.calls.append(os.nice(0))  # on Linux of this thread
+
+    tokenizing = Tokenizing(prepare := Nice(), max_waiting=1, niceness=3)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        await asked(tokenizing, "a", "text")
+
+    run(main())
+    assert prepare.calls == [min(19, os.nice(0) + 3 + 10)]

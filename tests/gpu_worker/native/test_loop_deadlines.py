@@ -105,18 +105,6 @@ def test_every_delta_has_the_waiting_time_of_its_request(make_engine: MakeEngine
     assert {event.queued_s for event in second.events} == {4.5}
 
 
-def test_the_next_deadline_is_found_after_each_one(make_engine: MakeEngine) -> None:
-    clock = Clock(1000.0)
-    engine = make_engine({}, clock=clock, max_wait_s=50.0)
-    answers = [ask(engine, replace(greedy("x", BASE_PLAN, i, 100), time_left_s=10.0 * i)) for i in (3, 1, 2)]
-    ended = []
-    for _ in range(4):
-        engine.step()
-        ended.append([isinstance(answer.error, DeadlineExceeded) for answer in answers])
-        clock.at += 10
-    assert ended == [[False] * 3, [False, True, False], [False, True, True], [True] * 3]
-
-
 def test_a_distant_deadline_does_not_cause_a_long_sleep(make_engine: MakeEngine) -> None:
     engine = make_engine({}, clock=Clock(1000.0), max_batch_size=1, max_wait_s=1e300)
     ask(engine, replace(greedy("x"), time_left_s=1e300))

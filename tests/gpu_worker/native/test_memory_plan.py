@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gpu_worker.bank.device_memory import MappingLimit
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.native.loop import Engine
@@ -123,7 +123,7 @@ def test_a_worker_in_a_process_with_too_little_address_space_is_refused_by_name(
     script = f"""
 import resource
 from pathlib import Path
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.native.loop import Engine
 from gpu_worker.errors import WorkerConfigInvalid
 from tests.tiny import tiny_config
@@ -181,4 +181,4 @@ def test_a_config_that_could_never_run_is_refused(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_a_missing_device_stops_the_start() -> None:
     with pytest.raises(WorkerConfigInvalid, match="cuda"):
-        Engine(WorkerConfig(device="cuda"), lambda digest: pytest.fail("nothing is fetched"))
+        Engine(NativeWorkerConfig(device="cuda"), lambda digest: pytest.fail("nothing is fetched"))

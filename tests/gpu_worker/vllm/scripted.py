@@ -35,6 +35,8 @@ class Workers:
     error: Exception | None = None  # for every later generate call
     unfit: dict[str, str] = field(default_factory=dict)  # digest -> why the workers refuse it
     may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    ending: list[Row] = field(default_factory=list)
+    may_end: asyncio.Event | None = None  # what the abort of a row waits for
 
     async def change(self, changes: list[Change]) -> dict[str, str]:
         await asyncio.sleep(0)
@@ -64,7 +66,8 @@ class Workers:
                 row.num_cached_tokens = 1
                 yield [(LETTER, None)]
         finally:
-            await asyncio.sleep(0)  # as the abort takes a moment
+            self.ending.append(row)
+            await (asyncio.sleep(0) if self.may_end is None else self.may_end.wait())  # the abort takes a moment
             self.running.remove(row)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.vllm.engine_args import build_config, kv_bytes, set_compilation, set_environment, thread_variables
 from gpu_worker.vllm.front_model import load_front_model
@@ -43,7 +43,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
 def test_only_an_engine_that_has_the_machine_binds_its_threads(
     num_threads: int | None, size: int, expected: dict[str, str]
 ) -> None:
-    config = WorkerConfig(engine="vllm", num_threads=num_threads, tensor_parallel_size=size)
+    config = VllmWorkerConfig(num_threads=num_threads, tensor_parallel_size=size)
     assert thread_variables(config, [2, 3, 6, 7]) == expected
 
 
@@ -64,7 +64,7 @@ def test_graphs_are_captured_only_with_products_that_a_graph_can_replay(
     graphs: CUDAGraphMode,
 ) -> None:
     compilation = CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.FULL)
-    config = WorkerConfig(engine="vllm", device=device, lora_products=products)
+    config = VllmWorkerConfig(device=device, lora_products=products)
     set_compilation(compilation, config, is_compiled=is_compiled)
     assert (compilation.mode, compilation.cudagraph_mode) == (mode, graphs)
 
@@ -85,7 +85,7 @@ def test_the_key_of_a_compiled_model_is_the_same_in_every_process(
 
 def test_sampling_on_a_gpu_needs_no_compiler_of_cuda(environment: Mapping[str, str]) -> None:
     """FlashInfer compiles its sampler when it is first used."""
-    set_environment(WorkerConfig(engine="vllm", device="cuda"))
+    set_environment(VllmWorkerConfig(device="cuda"))
     assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
 
 

@@ -14,7 +14,6 @@ from gpu_worker.errors import (
     AdapterLoadFailed,
     AdapterUnfit,
     DeadlineExceeded,
-    EngineFull,
     EngineStopped,
     PlanTooLarge,
     RequestFailed,
@@ -201,6 +200,23 @@ def test_a_deadline_ends_running_and_waiting_rows(serve: Callable[..., Any]) -> 
     assert all(isinstance(last, DeadlineExceeded) for last in serve(main))
 
 
+def test_a_row_that_ends_for_two_reasons_is_closed_once(serve: Callable[..., Any]) -> None:
+    """A second cancellation would interrupt the abort, and the workers would go on with the row."""
+
+    async def main(bench: Bench, plans: list[Plan]) -> None:
+        bench.workers.may_end = asyncio.Event()
+        [asked] = bench.ask(replace(greedy("x", plans[0]), time_left_s=0.01))
+        await bench.until(lambda: bench.workers.ending == [asked.row])
+        bench.runner.cancel([asked.row])  # the client leaves
+        await asyncio.sleep(0)
+        assert bench.workers.running == [asked.row]
+        bench.workers.may_end.set()
+        await bench.idle()
+        assert bench.workers.running == [] and isinstance(asked.last, DeadlineExceeded)
+
+    serve(main)
+
+
 def test_a_row_that_does_not_start_in_time_is_ended_and_a_running_one_is_not(serve: Callable[..., Any]) -> None:
     async def main(bench: Bench, plans: list[Plan]) -> None:
         first, second, third = bench.ask(*[greedy("x", plan, num_new=1) for plan in plans[:3]])
@@ -212,21 +228,6 @@ def test_a_row_that_does_not_start_in_time_is_ended_and_a_running_one_is_not(ser
         assert isinstance(first.last, Delta) and isinstance(second.last, Delta)
 
     serve(main, max_wait_s=0.02)
-
-
-def test_a_full_queue_displaces_the_newest_row_of_the_largest_tenant(serve: Callable[..., Any]) -> None:
-    async def main(bench: Bench, plans: list[Plan]) -> None:
-        bench.ask(*[greedy("running", num_new=1)] * 2)
-        flood = bench.ask(*[greedy("x", num_new=1)] * 4)
-        [other] = bench.ask(replace(greedy("x", num_new=1), tenant="other"))
-        assert isinstance(flood[3].last, EngineFull)
-        [refused] = bench.ask(greedy("x"))
-        assert isinstance(refused.last, EngineFull)
-        bench.workers.may_go_on.set()
-        await bench.idle()
-        assert isinstance(other.last, Delta)
-
-    serve(main, max_waiting=4)
 
 
 def test_an_error_of_one_row_is_its_own(serve: Callable[..., Any]) -> None:

@@ -56,6 +56,7 @@ def test_a_build_of_vllm_for_another_device_is_refused_with_the_packages_name() 
 def test_every_process_of_an_engine_needs_a_gpu() -> None:
     check_gpus(2, 2)
     with pytest.raises(
-        WorkerConfigInvalid, match=r"size is 4, but .* sees 1 of .* GPUs; set worker_scaling.num_gpus to 4"
+        WorkerConfigInvalid,
+        match=r"size is 4, but .* sees 1 of .* GPUs; set worker_scaling.ray_actor_options.num_gpus to 4",
     ):
         check_gpus(4, 1)

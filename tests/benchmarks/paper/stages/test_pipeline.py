@@ -18,7 +18,7 @@ from benchmarks.paper.answering.runs import Bench, run_all
 from benchmarks.paper.answering.study import Study
 from benchmarks.paper.common.workspace import Workspace
 from benchmarks.paper.pool.train_pool import train_all
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from lora_store import BASE_PLAN
 from tests.benchmarks.tiny_study import SPECS
 
@@ -56,7 +56,7 @@ def test_every_method_of_the_main_table_answers_every_question(bench: Bench, tmp
 
 
 def test_answers_are_computed_once_and_found_by_the_next_run(
-    bench: Bench, config: WorkerConfig, workspace: Workspace
+    bench: Bench, config: NativeWorkerConfig, workspace: Workspace
 ) -> None:
     pairs = [(question, BASE_PLAN) for question in bench.study.questions("test", 2)]
     texts = bench.asker.answers(pairs, Console(quiet=True), "base")

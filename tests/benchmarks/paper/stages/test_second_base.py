@@ -18,7 +18,7 @@ from benchmarks.paper.stages.second_base import FIRST, SECOND, TwoBases, find_ta
 from benchmarks.paper.training.second_base import BaseRecipe, make_second_base
 from benchmarks.training.adapter_files import BASE_NAME
 from benchmarks.training.lora_training import Recipe
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import NativeWorkerConfig
 from lora_store import LOCAL_TENANT
 from retriever_svc import Encoder
 from tests.benchmarks.tiny_study import RECIPE
@@ -30,7 +30,7 @@ def both(
     study: Study,
     workspace: Workspace,
     encoder: Encoder,
-    config: WorkerConfig,
+    config: NativeWorkerConfig,
     tiny_folders: Mapping[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> TwoBases:

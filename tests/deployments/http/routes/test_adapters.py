@@ -222,7 +222,7 @@ def test_an_upload_may_be_as_large_as_configured(too_many: int, status: int, kin
         assert len(content) > DEFAULT_MAX_BODY_BYTES
         return await client.post("/v1/loras", content=content, headers={"content-type": f"{kind}; boundary={boundary}"})
 
-    response = ask(run, max_upload_bytes=DEFAULT_MAX_BODY_BYTES)
+    response = ask(run, admission={"max_weights_bytes": 1})
     assert response.status_code == status
     if status == 413:
         assert error_of(response)["code"] == "body_too_large"

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from retriever_svc import ReindexStep
+from retriever_svc import Drawn, DrawnAdapter, Draws, ReindexStep
 from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
@@ -118,6 +118,38 @@ def test_a_dry_run_checks_an_approval_and_approves_nothing(keys: Path, key: str,
         assert served.store.called("approve") == []
 
     ask(look, keys_file=keys, headers=bearer(key))
+
+
+MANY = Draws(Drawn(535, 0, 0), (DrawnAdapter(POOL[1].ref, Drawn(16, 8, 12), Drawn(16, 4, 4)),))
+
+
+@pytest.mark.parametrize(("body", "status"), [({}, 400), ({"confirmed": False}, 400), ({"confirmed": True}, 200)])
+def test_a_version_that_draws_many_prompts_of_others_has_to_be_confirmed(keys: Path, body: Any, status: int) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        served.retriever._replicas[0].drawn = MANY
+        response = await client.post("/v1/loras/poet/approve", json={"digest": LIVE} | body)
+        assert response.status_code == status, response.text
+        assert served.store.called("approve") == ([([POOL[0].ref], "id-all")] if status == 200 else [])
+        if status == 400:
+            assert error_of(response)["param"] == "confirmed"
+            expected = "50.0% (all adapters of local 75.0%) of the samples of local/coder"
+            assert expected in error_of(response)["message"]
+
+    ask(look, keys_file=keys, headers=bearer("all"))
+
+
+def test_an_approver_is_shown_what_the_version_would_draw(keys: Path) -> None:
+    async def look(client: httpx.AsyncClient, served: Served) -> None:
+        served.retriever._replicas[0].drawn = MANY
+        response = await client.post("/v1/loras/poet/approve?dry_run=true", json={"digest": LIVE})
+        draws = response.json()["draws"]
+        samples, contents = {"share": 0.5, "owner_share": 0.75}, {"share": 0.25, "owner_share": 0.25}
+        assert draws["adapters"] == [{"name": "local/coder", "samples": samples, "contents": contents}]
+        assert (draws["ordinary_prompts"], draws["needs_confirmation"]) == ({"share": 0.0, "owner_share": 0.0}, True)
+        [(tenant, version, generation)] = served.retriever.called("draws")
+        assert (tenant, version, generation) == ("acme", f"local/poet@{LIVE}", 7)
+
+    ask(look, keys_file=keys, headers=bearer("all"))
 
 
 def test_without_keys_clients_that_may_change_the_pool_may_approve() -> None:

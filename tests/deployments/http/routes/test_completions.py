@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import TokenIds
 from tests.deployments.app_fakes import http_of, serve_plainly
@@ -111,6 +111,6 @@ def test_echo_puts_the_prompt_before_the_answer_whole_and_in_a_stream(prompt: ob
     ids=str,
 )
 def test_token_ids_that_are_no_prompt_are_refused_before_any_call(ids: object, code: str, param: str | None) -> None:
-    response = post("/v1/completions", {"prompt": ids}, engine=WorkerSettings(max_model_len=10))
+    response = post("/v1/completions", {"prompt": ids}, engine=NativeSettings(max_model_len=10))
     assert response.status_code == 400
     assert (error_of(response)["code"], error_of(response)["param"]) == (code, param)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -8,11 +10,13 @@ import pytest
 
 from deployments.publishing import maintenance
 from lora_store import StoreUnavailable
-from retriever_svc import DoctorReport, DoctorStep, EncoderUnusable
+from retriever_svc import AskedReport, DoctorReport, DoctorStep, EncoderUnusable
+from retriever_svc.asked_prompts import AskedCounts
 from tests.deployments.adapter_records import POOL, digest_of
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask, error_of, lines_of, post
 from tests.deployments.fake_retriever import FakeRetriever, reindex_step
+from tests.deployments.key_files import bearer, entry, write
 
 POET, CODER = (record.ref for record in POOL)
 BODIES: dict[str, dict[str, Any]] = {"verify": {}, "doctor": {}, "reindex": {"encoder": "other"}, "gc": {}}
@@ -41,6 +45,46 @@ def test_the_doctor_reports_at_the_end() -> None:
     *progress, last = lines_of(post("/v1/pool/doctor", {}, retriever=FakeRetriever(steps=[steps])))
     assert progress == [{"done": 1, "total": 2}, {"done": 2, "total": 2}, {"done": 2, "total": 2}]
     assert (last["result"]["generation"], last["result"]["never_chosen"]) == (7, ["poet"])
+
+
+def test_the_doctor_reports_who_answers_real_prompts() -> None:
+    counts = AskedCounts(num=4, num_right=2, num_base=1)
+    counts.others[CODER] = 1
+    asked = AskedReport({POET: counts, None: AskedCounts(num=1, num_right=1)}, Counter({None: 3, POET: 1}))
+    report = DoctorReport(7, 3, (), (), (), (), asked=asked)
+    retriever = FakeRetriever(steps=[[DoctorStep(0, 9, report)]])
+    prompts = [{"prompt": "a verse", "adapters": ["poet"]}, {"prompt": "hello", "adapters": []}, {"prompt": "and this"}]
+    *_, last = lines_of(post("/v1/pool/doctor", {"prompts": prompts}, retriever=retriever))
+    [given] = retriever.asked
+    assert [(prompt.text, prompt.adapters) for prompt in given] == [
+        ("a verse", ("poet",)),
+        ("hello", ()),
+        ("and this", None),
+    ]
+    found = last["result"]["prompts"]
+    assert [found[key] for key in ("num", "num_right", "num_other", "num_base")] == [5, 3, 1, 1]
+    assert [row["name"] for row in found["adapters"]] == [None, "poet"]
+    assert found["adapters"][1]["others"] == [{"name": "coder", "num": 1}]
+    assert found["unlabelled"] == [{"name": None, "num": 3}, {"name": "poet", "num": 1}]
+
+
+@pytest.mark.parametrize(
+    "prompt", [{}, {"prompt": ""}, {"prompt": "a", "adapter": "poet"}, {"prompt": "a", "adapters": [""]}]
+)
+def test_an_invalid_prompt_for_the_doctor_is_named(prompt: dict[str, Any]) -> None:
+    response = post("/v1/pool/doctor", {"prompts": [prompt]}, retriever=FakeRetriever())
+    assert (response.status_code, error_of(response)["param"].partition(".")[0]) == (400, "prompts")
+
+
+def test_prompts_for_the_doctor_are_charged_to_the_key(tmp_path: Path) -> None:
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        body = {"prompts": [{"prompt": "word " * 400}] * 8}
+        statuses = [(await client.post("/v1/pool/doctor", json=body)).status_code for _ in range(2)]
+        assert statuses == [200, 429]
+
+    steps = [[DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))] for _ in range(2)]
+    keys = write(tmp_path / "keys.json", entry("all", limits={"tokens_per_minute": 2048}))
+    ask(run, keys_file=keys, headers=bearer("all"), retriever=FakeRetriever(steps=steps))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from deployments.api.adapters import PublishItem
-from deployments.config.app import WorkerSettings
+from gpu_worker.config import NativeSettings
 from retriever_svc import StaleIndex
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, post
@@ -105,5 +105,5 @@ def test_token_routes_refuse_unknown_models_and_missing_roles(path: str) -> None
 
 
 def test_a_text_that_cannot_fit_the_context_is_not_tokenized() -> None:
-    answer = post("/tokenize", {"prompt": "x" * 641}, engine=WorkerSettings(max_model_len=10))
+    answer = post("/tokenize", {"prompt": "x" * 641}, engine=NativeSettings(max_model_len=10))
     assert error_of(answer)["code"] == "context_length_exceeded"

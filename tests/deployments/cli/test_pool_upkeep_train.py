@@ -34,7 +34,7 @@ def record_of(encoder: Path) -> dict[str, object]:
 def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     options = ("--samples", samples, "--encoder", tiny, "--epochs", 1, "--share", 0.5, "--seed", 4)
-    result = run("train-retriever", target, *options)
+    result = run("pool", "train", target, *options)
     assert result.exit_code == 0, result.stderr
     assert "on 2 tasks in" in words(result.stdout)
     record = record_of(target)
@@ -46,10 +46,10 @@ def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Pa
 def test_an_encoder_is_trained_on_the_adapters_that_a_tenant_sees(tiny: Path, tmp_path: Path) -> None:
     store = store_of(tmp_path, TEXTS)
     options = ("--store", store, "--encoder", tiny, "--epochs", 1)
-    printed = json.loads(run("train-retriever", tmp_path / "local", *options, "--json").stdout)
+    printed = json.loads(run("pool", "train", tmp_path / "local", *options, "--json").stdout)
     assert (printed["encoder"], printed["tasks"]) == (str(tmp_path / "local"), ["cake", "debt", "goat"])
     assert record_of(tmp_path / "local")["num_texts_of_task"] == {"cake": 3, "debt": 3, "goat": 3}
-    assert run("train-retriever", tmp_path / "other", *options, "--tenant", "other").exit_code == 0
+    assert run("pool", "train", tmp_path / "other", *options, "--tenant", "other").exit_code == 0
     assert record_of(tmp_path / "other")["num_texts_of_task"] == {
         "boat": 3,
         "local/cake": 3,
@@ -60,9 +60,9 @@ def test_an_encoder_is_trained_on_the_adapters_that_a_tenant_sees(tiny: Path, tm
 
 def test_a_missing_file_an_empty_store_and_no_source_are_reported(tmp_path: Path, samples: Path) -> None:
     out = tmp_path / "out"
-    assert "no such file" in words(run("train-retriever", out, "--samples", tmp_path / "none").stderr)
-    assert "no samples to train on" in words(run("train-retriever", out, "--store", tmp_path / "none").stderr)
-    assert "either --store or --samples" in words(run("train-retriever", out).stderr)
+    assert "no such file" in words(run("pool", "train", out, "--samples", tmp_path / "none").stderr)
+    assert "no samples to train on" in words(run("pool", "train", out, "--store", tmp_path / "none").stderr)
+    assert "either --store or --samples" in words(run("pool", "train", out).stderr)
     assert "neither modules.json nor config.json" in words(
-        run("train-retriever", out, "--samples", samples, "--encoder", tmp_path).stderr
+        run("pool", "train", out, "--samples", samples, "--encoder", tmp_path).stderr
     )

@@ -1,0 +1,72 @@
+"""The prompts that an adapter would draw if it were approved, in JSON and in words."""
+
+from __future__ import annotations
+
+from typing_extensions import TypedDict
+
+from lora_store import AdapterRef
+from retriever_svc import Drawn, Draws
+
+_NUM_NAMED = 3  # adapters in the text; `adapters` has all of them
+
+
+class DrawnShare(TypedDict):
+    """The share of some prompts that the version would answer first, and that all adapters of its owner would."""
+
+    share: float
+    owner_share: float
+
+
+class DrawnAdapterRow(TypedDict):
+    """Of the samples of another owner's adapter, and of these without the wording that they share."""
+
+    name: str
+    samples: DrawnShare
+    contents: DrawnShare
+
+
+class DrawsObject(TypedDict):
+    """The shares that the version would draw of the requests of tenants that own neither adapter."""
+
+    ordinary_prompts: DrawnShare
+    adapters: list[DrawnAdapterRow]
+    needs_confirmation: bool
+    text: str
+
+
+def draws_object(draws: Draws, ref: AdapterRef, tenant: str) -> DrawsObject:
+    """Return what the version `ref` would draw, for an approver of `tenant`."""
+    adapters: list[DrawnAdapterRow] = [
+        {
+            "name": adapter.ref.name_for(tenant),
+            "samples": _shares_of(adapter.samples),
+            "contents": _shares_of(adapter.contents),
+        }
+        for adapter in draws.adapters
+    ]
+    return {
+        "ordinary_prompts": _shares_of(draws.ordinary),
+        "adapters": adapters,
+        "needs_confirmation": draws.must_be_confirmed,
+        "text": _text_of(_shares_of(draws.ordinary), adapters, ref),
+    }
+
+
+def _shares_of(drawn: Drawn) -> DrawnShare:
+    num = max(1, drawn.num)
+    return {"share": drawn.by_version / num, "owner_share": drawn.by_owner / num}
+
+
+def _text_of(ordinary: DrawnShare, adapters: list[DrawnAdapterRow], ref: AdapterRef) -> str:
+    parts = [f"{_percents(ordinary, ref)} of ordinary prompts"]
+    for adapter in adapters[:_NUM_NAMED]:
+        parts.append(f"{_percents(adapter['samples'], ref)} of the samples of {adapter['name']}")
+        parts.append(f"{_percents(adapter['contents'], ref)} of them without the wording that they share")
+    rest = len(adapters) - _NUM_NAMED
+    more = f", and samples of {rest} more adapters" if rest > 0 else ""
+    return f"Requests of other tenants: {ref.name} would answer {', '.join(parts)}{more}."
+
+
+def _percents(drawn: DrawnShare, ref: AdapterRef) -> str:
+    all_adapters = f" (all adapters of {ref.tenant} {drawn['owner_share']:.1%})"
+    return f"{drawn['share']:.1%}" + (all_adapters if drawn["owner_share"] > drawn["share"] else "")

@@ -1,0 +1,85 @@
+"""`loraretriever access`: say who may use an adapter."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json, show_warning
+from deployments.cli.pool import Name
+from deployments.json_types import JsonObject
+
+commands = typer.Typer(cls=Commands, help="Say who may use an adapter.")
+
+
+@commands.command()
+def public(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Let all tenants use an adapter."""
+    _set_visibility(name, "public", url, as_json=as_json)
+
+
+@commands.command()
+def private(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Let only its own tenant use an adapter."""
+    _set_visibility(name, "private", url, as_json=as_json)
+
+
+def _set_visibility(name: str, wanted: str, url: str, *, as_json: bool) -> None:
+    answer = call(url, "PATCH", f"/v1/loras/{quote(name, safe='')}", json={"visibility": wanted})
+    if as_json:
+        print_json(answer)
+        return
+    out.print(f"{answer['name']} is {answer['visibility']} at generation {answer['generation']}", markup=False)
+
+
+@commands.command()
+def approve(
+    name: Name,
+    digest: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="full digest of the version that you have reviewed")
+    ] = None,
+    confirmed: Annotated[
+        bool,
+        typer.Option("--confirmed", help="with --digest: also if it draws many prompts that others' adapters are for"),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what it would draw, approve nothing")] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
+    path = f"/v1/loras/{quote(name, safe='')}"
+    body: JsonObject = {"digest": digest, **({"confirmed": True} if confirmed else {})}
+    if digest is None or dry_run:
+        shown = call(url, "GET", path)
+        if shown["visibility"] != "public":
+            fail(f"{name!r} is private: make it public first with `loraretriever access public {name}`")
+        body["digest"] = digest or shown["digest"]
+        checked = call(url, "POST", f"{path}/approve", json=body, params={"dry_run": "true"})
+        if dry_run and as_json:
+            print_json(checked)
+            return
+        _show_approval(shown, checked)
+        if dry_run:
+            return
+        typer.confirm("Approve this version for every tenant?", abort=True)
+        if checked["draws"]["needs_confirmation"]:
+            body["confirmed"] = True
+    answer = call(url, "POST", f"{path}/approve", json=body)
+    if as_json:
+        print_json(answer)
+        return
+    out.print(
+        f"{answer['name']} {answer['digest'][:12]} is approved at generation {answer['generation']}", markup=False
+    )
+
+
+def _show_approval(shown: JsonObject, checked: JsonObject) -> None:
+    """Print the version to approve, and what it would draw."""
+    for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
+        out.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
+    draws = checked["draws"]
+    show = show_warning if draws["needs_confirmation"] else partial(out.print, markup=False, highlight=False)
+    show(draws["text"])

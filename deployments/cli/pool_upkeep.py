@@ -1,0 +1,261 @@
+"""`loraretriever pool`: look after the pool of a running server, and repair or train without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Commands,
+    Json,
+    JsonOutcome,
+    Url,
+    behind_note,
+    call,
+    counted,
+    fail,
+    follow,
+    out,
+    pages,
+    print_json,
+    show_error,
+)
+from deployments.cli.routing import Labelled, read_labelled, require_known
+from deployments.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from lora_store.repair import Repaired
+
+commands = typer.Typer(cls=Commands, help="Look after a pool: check, clean, measure and repair it.")
+_SHOWN_OTHERS = 3
+_SHOWN = 20  # damaged files and generations; a lost checkpoint may take the whole log with it
+
+
+@commands.command()
+def repair(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings")] = None,
+    store: Annotated[str | None, typer.Option(help="folder or URI of the pool; overrides the settings")] = None,
+    as_json: JsonOutcome = False,
+) -> None:
+    """Repair a damaged catalogue. Stop every server of the pool first.
+
+    Every whole publish is kept. Damaged files are moved to a folder of their own. What is lost is listed, and then the
+    exit code is 1.
+    """
+    from deployments.config.loading import load_config  # pydantic and pyarrow take a second to import
+    from lora_store import Location, LoraStoreError
+    from lora_store.repair import repair
+
+    try:
+        uri = load_config(config, **({} if store is None else {"store_uri": store})).store_uri
+        done = repair(Location(uri), datetime.now(UTC))
+    except (LoraStoreError, ValueError, OSError) as exc:
+        show_error(str(exc))
+        raise typer.Exit(1) from exc
+    if as_json:
+        print_json(_facts(done))
+    else:
+        lines = [f"the catalogue of {uri} is whole; nothing was changed"] if done is None else _lines(done)
+        for line in lines:
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if done is not None and done.lost:
+        raise typer.Exit(1)
+
+
+def _facts(done: Repaired | None) -> JsonObject:
+    """Return the outcome for scripts."""
+    if done is None:
+        return {"damaged": {}, "restored": [], "lost": []}
+    return {
+        "generation": done.generation,
+        "num_adapters": done.num_adapters,
+        "damaged": dict(done.damaged),
+        "restored": list(done.restored),
+        "lost": list(done.lost),
+        "moved_to": done.aside or None,
+    }
+
+
+def _lines(done: Repaired) -> list[str]:
+    """Return the outcome for people."""
+    damaged = [f"damaged: {file} {problem}" for file, problem in done.damaged.items()]
+    lines = damaged[:_SHOWN]
+    if len(damaged) > _SHOWN:
+        lines.append(f"and {len(damaged) - _SHOWN} other files")
+    if done.restored:
+        shown = ", ".join(map(str, done.restored[:_SHOWN]))
+        lines.append(f"restored generations: {shown}{', …' if len(done.restored) > _SHOWN else ''}")
+    lines += [f"lost: {sentence}" for sentence in done.lost] or ["nothing is lost"]
+    if done.aside:
+        lines.append(f"the damaged files are in {done.aside}")
+    return [*lines, f"the pool has {done.num_adapters} adapters at generation {done.generation}"]
+
+
+@commands.command()
+def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Compare every stored blob with its digest."""
+    result = follow(url, "/v1/pool/verify", {}, "verifying")
+    if as_json:
+        print_json(result)
+    else:
+        for problem in result["problems"]:
+            show_error(f"{problem['adapter']}: {problem['problem']}")
+        out.print(f"{counted(result['num_blobs'], 'blob')}, {len(result['problems'])} bad")
+    if result["problems"]:
+        raise typer.Exit(1)
+
+
+@commands.command()
+def gc(
+    retention: Annotated[float, typer.Option(help="seconds; blobs written more recently are kept")] = 86_400,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Delete stored blobs that no version refers to, and projections that no embedding is of."""
+    answer = call(url, "POST", "/v1/pool/gc", json={"retention_s": retention})
+    if as_json:
+        print_json(answer)
+        return
+    blobs, projections = counted(answer["num_blobs"], "blob"), counted(answer["num_projections"], "projection")
+    out.print(f"removed {blobs} and {projections}, {counted(answer['num_bytes'], 'byte')}")
+
+
+@commands.command()
+def reindex(
+    encoder: Annotated[str, typer.Option("--encoder", "-e", help="sentence-transformers model: a folder or a hub id")],
+    projection: Annotated[
+        str, typer.Option(help="auto: the packaged one, if any; none; refit: fit one to the pool's samples")
+    ] = "auto",
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Embed the pool with another encoder, then switch to it. The old index serves until then."""
+    result = follow(url, "/v1/pool/reindex", {"encoder": encoder, "projection": projection}, "embedding")
+    if as_json:
+        print_json(result)
+        return
+    behind = result["replicas"]["behind"]
+    note = f" ({behind_note(behind)})" if behind else ""
+    out.print(f"the pool uses {encoder} since generation {result['generation']}{note}", markup=False)
+
+
+@commands.command()
+def doctor(
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='also route real prompts: JSON lines {"input" or "prompt": text}, perhaps with "adapter": name, '
+            "list of names, or null for the base model"
+        ),
+    ] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Route the samples of every adapter, and report adapters that are hard to find or collide, with advice."""
+    body: JsonObject = {}
+    if prompts is not None:
+        rows = read_labelled(prompts, needs_adapter=False)
+        if any(row.adapters for row in rows):
+            require_known(prompts, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
+        body = {"prompts": [_asked(row) for row in rows]}
+    report = follow(url, "/v1/pool/doctor", body, "routing")
+    if as_json:
+        print_json(report)
+        return
+    k = report["k"]
+    shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
+    size = f"{counted(report['num_adapters'], 'adapter')}, {counted(report['num_samples'], 'sample')}"
+    out.print(f"{size}: {shares}")
+    points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
+    out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
+    for row in report["collisions"]:
+        first, second = row["adapters"]
+        swapped = " and ".join(map(str, row["num_swapped"]))
+        out.print(
+            f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
+        )
+    for row in report["always_shadowed"]:
+        out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
+    _print_rankings(report["rankings"])
+    for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
+        for name in report[key]:
+            out.print(f"{title}: {name}", markup=False)
+    if "prompts" in report:
+        _print_asked(report["prompts"])
+    for advice in report["advice"]:
+        out.print(f"advice: {advice['text']}", markup=False, highlight=False)
+
+
+def _asked(row: Labelled) -> JsonObject:
+    return {"prompt": row.prompt} | ({} if row.adapters is None else {"adapters": sorted(row.adapters)})
+
+
+def _print_asked(asked: JsonObject) -> None:
+    """Print which adapters answer real prompts."""
+    columns = ("right", "another adapter", "the base model")
+    if asked["num"]:
+        table = Table(Column("should answer", overflow="fold"), "prompts", *columns, Column("mostly", overflow="fold"))
+        for row in asked["adapters"]:
+            others = ", ".join(f"{other['name']} {other['num']}" for other in row["others"][:_SHOWN_OTHERS])
+            table.add_row(row["name"] or "the base model", str(row["num"]), *_shares(row), others)
+        table.add_row("all", str(asked["num"]), *_shares(asked), "")
+        out.print(table)
+    for row in asked["unlabelled"]:
+        out.print(f"{row['name'] or 'the base model'} answers {counted(row['num'], 'other prompt')}", markup=False)
+
+
+def _shares(row: JsonObject) -> list[str]:
+    return [f"{row[key] / row['num']:.1%}" for key in ("num_right", "num_other", "num_base")]
+
+
+@commands.command()
+def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Measure which adapters answer each other's samples best. `auto` then prefers them. Samples need outputs."""
+    result = follow(url, "/v1/pool/evaluate", {}, "evaluating")
+    if as_json:
+        print_json(result)
+        return
+    out.print(f"{len(result['rankings'])} of {result['num_regions']} regions ranked")
+    _print_rankings(result["rankings"])
+
+
+def _print_rankings(rankings: Sequence[JsonObject]) -> None:
+    """Print one line per region: its adapters with their scores, best first."""
+    for ranking in rankings:
+        adapters = [
+            f"{item['name']} {item['score']:.2f} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
+            for item in ranking["adapters"]
+        ]
+        out.print(f"region of {ranking['region']}: {', '.join(adapters)}", markup=False)
+
+
+@commands.command()
+def train(
+    target: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="folder for the new encoder; use it with `pool reindex`")
+    ],
+    store: Annotated[str | None, typer.Option(help="train on the samples of the adapters in this store")] = None,
+    tenant: Annotated[str, typer.Option(help="tenant whose private adapters are used too")] = "local",
+    samples: Annotated[
+        Path | None, typer.Option(help='train on a file of JSON lines {"task": name, "text": text}')
+    ] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="share of the adapters or tasks to train on")] = 1.0,
+    seed: Annotated[int, typer.Option(help="random seed of the share, the pairs and their order")] = 0,
+    encoder: Annotated[str | None, typer.Option(help="encoder to start from; default: the standard encoder")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="number of passes over the samples")] = 3,
+    as_json: JsonOutcome = False,
+) -> None:
+    """Train an encoder as in the paper. Use `pool reindex` to switch a running server to it."""
+    if (store is None) == (samples is None):
+        fail("give either --store or --samples")
+    from deployments.cli.run_training import TrainingJob, run_training  # torch takes seconds to import
+
+    job = TrainingJob(target, store, tenant, samples, share, seed, encoder, epochs)
+    if code := run_training(job, as_json=as_json):
+        raise typer.Exit(code)

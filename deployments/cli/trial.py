@@ -1,0 +1,73 @@
+"""`loraretriever trial`: try a version on a share of the requests to an adapter's name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json
+from deployments.cli.pool import Name
+from deployments.cli.publish import share_of
+from deployments.json_types import JsonObject
+
+commands = typer.Typer(cls=Commands, help="Try a version on a share of the requests to an adapter's name.")
+
+
+@commands.command()
+def start(
+    name: Name,
+    percent: Annotated[float, typer.Argument(metavar="PERCENT", help="share of the requests, above 0 and at most 100")],
+    version: Annotated[
+        str | None,
+        typer.Option(
+            "--version", "-v", metavar="DIGEST", help="a kept version, or its beginning; default: the one under trial"
+        ),
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="answer copies of these requests, which no client sees")
+    ] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Let another kept version answer a share of the requests to an adapter's name, or change that share."""
+    if not 0 < percent <= 100:
+        raise typer.BadParameter(
+            f"must be above 0 and at most 100, got {percent:g}; `loraretriever trial stop {name}` ends a trial",
+            param_hint="PERCENT",
+        )
+    body: JsonObject = {"share": percent / 100, "shadow": shadow, **({} if version is None else {"digest": version})}
+    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/share", json=body)
+    if as_json:
+        print_json(answer)
+        return
+    done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
+    out.print(f"{answer['name']}: {done}", markup=False, highlight=False)
+
+
+@commands.command()
+def stop(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """End the trial: the live version answers every request. The version under trial is kept."""
+    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/share", json={"share": 0})
+    if as_json:
+        print_json(answer)
+        return
+    done = f"the live version answers every request since generation {answer['generation']}"
+    out.print(f"{answer['name']}: {done}", markup=False, highlight=False)
+
+
+@commands.command()
+def promote(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Make the version under trial the live one."""
+    path = f"/v1/loras/{quote(name, safe='')}"
+    trial = call(url, "GET", path)["trial"]
+    if trial is None:
+        fail(f"no version of {name!r} is under trial: start one with `loraretriever trial start {name} PERCENT`")
+    answer = call(url, "POST", f"{path}/rollback", json={"digest": trial["digest"]})
+    if as_json:
+        print_json(answer)
+        return
+    out.print(
+        f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}", markup=False
+    )
