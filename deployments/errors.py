@@ -177,6 +177,28 @@ class NoTrial(VersionNotKept):
         return f"{start}; name one of the kept versions: {', '.join(digest[:12] for digest in self.kept)}"
 
 
+class RequestNotKept(DeploymentsError):
+    """An outcome names a request that the server does not keep, or that another tenant sent."""
+
+    kind = Kind.MISSING
+    code = "request_not_kept"
+    remedy = (
+        "Send the `x-request-id` of a request to `auto`, at most a day old, to a server with `learning` set to"
+        " `observe` or `apply`."
+    )
+    param = "request_id"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return (
+            f"request_id: no request {self.request_id[:200]!r} of yours is kept; send the x-request-id of a request to"
+            " 'auto', at most a day old, to a server with the setting learning: observe or apply"
+        )
+
+
 class VersionChanged(DeploymentsError):
     """Another version is live than the one whose digest the request names."""
 

@@ -22,6 +22,7 @@ from deployments.calls.serve_calls import Background, bypass_http_proxy
 from deployments.calls.worker_client import ServeWorker, WorkerClient, WorkerGate
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
+from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import Planner, refuse_stream_options
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
@@ -36,6 +37,7 @@ from deployments.observability.metrics import SERVE, MetricFactory
 from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
 from deployments.publishing.evaluation import AnswerScorer, Evaluator
 from deployments.publishing.idle_evaluation import IdleEvaluations, IdleScorer
+from deployments.publishing.learning import Learning
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
@@ -146,6 +148,7 @@ def _build_services(
     model = config.served_model
     metrics = RequestMetrics(kinds)
     shadows = Shadows(worker, background, metrics)
+    notes = PromptNotes(store, background, is_on=config.learning != "off")
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
     longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
     reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)
@@ -169,10 +172,11 @@ def _build_services(
         authenticator=authenticator,
         planner=planner,
         completions=CompletionService(
-            model, authenticator, planner, gate, worker, limits, shadows, is_strict=config.strict_fields
+            model, authenticator, planner, gate, worker, limits, shadows, notes, is_strict=config.strict_fields
         ),
         publisher=publisher,
         evaluator=Evaluator(store, retriever, publisher, scorer),
+        learning=Learning(store, retriever, publisher, background, applies=config.learning == "apply"),
         store=store,
         retriever=retriever,
         readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),
@@ -184,6 +188,7 @@ def _build_services(
             worker,
             may_sleep=config.workers_scale_to_zero,
             evaluation_of=evaluation_of,
+            learning=config.learning,
         ),
         metrics=metrics,
         background=background,

@@ -23,7 +23,7 @@ from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import AdapterRecord, LoraStore, LoraStoreError, Plan, Sample, Strategy
+from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, Plan, Sample, Strategy
 from retriever_svc import (
     AskedPrompt,
     BulkEncoding,
@@ -31,6 +31,7 @@ from retriever_svc import (
     Draws,
     IndexSettings,
     IndexStats,
+    Learnt,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -39,6 +40,7 @@ from retriever_svc import (
     PoolSize,
     Region,
     ReindexStep,
+    Resampled,
     RetrieverError,
     Route,
     RouteRequest,
@@ -293,6 +295,17 @@ class RetrieverDeployment:
         await self._refresh()
         async for region in _beside_the_loop(self._retriever.regions(tenant, self._samples)):
             yield region
+
+    async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled:
+        """Return the samples of a live version with these prompts of clients, and what they do to the pool.
+
+        Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
+        """
+        return await asyncio.to_thread(self._retriever.accept, live, texts, self._samples)
+
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        """Return the choices that these outcomes lead to for the tenant, and what they do. Raises: StoreUnavailable."""
+        return await asyncio.to_thread(self._retriever.learn, tenant, outcomes, self._samples)
 
     async def index_stats(self) -> IndexStats:
         return await _on(self._lookups, self._pools.stats)

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -24,10 +25,12 @@ from deployments.weights import ObjectCache
 from lora_store import (
     AdapterRecord,
     AdapterRefused,
+    Feedback,
     Key,
     LoraStore,
     Staged,
 )
+from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 
 P = ParamSpec("P")
@@ -116,6 +119,7 @@ class StoreDeployment:
 
     restage = in_thread(LoraStore.restage)
     take_over = in_thread(LoraStore.take_over)
+    resample = in_thread(LoraStore.resample)
     commit = in_thread(LoraStore.commit)
     discard = in_thread(LoraStore.discard)
     withdraw = in_thread(LoraStore.withdraw)
@@ -128,6 +132,22 @@ class StoreDeployment:
     activate_encoder = in_thread(LoraStore.activate_encoder)
     sweep = in_thread(LoraStore.sweep)
     gc = in_thread(LoraStore.gc)
+
+    async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
+        """Store what a client said about a prompt, in place of what it said about it before."""
+        await asyncio.to_thread(self._store.feedback.put, tenant, kind, feedback, datetime.now(UTC))
+
+    async def asked(self, tenant: str, request_id: str) -> Feedback | None:
+        """Return the prompt of a request of this tenant, None if it is not kept."""
+        return await asyncio.to_thread(self._store.feedback.get, tenant, "asked", request_id)
+
+    async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]:
+        """Return the proposals for an adapter that wait, or the outcomes of a tenant, newest first."""
+        return await asyncio.to_thread(self._store.feedback.all, tenant, kind, adapter)
+
+    async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None:
+        """Delete these proposals for an adapter."""
+        await asyncio.to_thread(self._store.feedback.delete, tenant, adapter, ids)
 
     async def ping(self) -> None:
         """Check that the catalogue can be read. Raises: StoreUnavailable."""

@@ -23,6 +23,7 @@ from lora_store.errors import (
     VersionConflict,
 )
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetTrial, SetVisibility, Withdraw
+from lora_store.feedback import Feedback
 from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
 from lora_store.peft_config import PeftConfig
@@ -66,6 +67,7 @@ __all__ = [
     "Embedding",
     "EncoderIncomplete",
     "Event",
+    "Feedback",
     "FileRefused",
     "GenerationGone",
     "Kept",

@@ -67,7 +67,11 @@ class AdapterWeights:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One example input, used to retrieve the adapter, with its answer if the publisher gave one."""
+    """One example input, used to retrieve the adapter, with its answer if the publisher gave one.
+
+    `is_accepted`: it is a prompt of a client that the owner accepted.
+    """
 
     input: str
     output: str | None = None
+    is_accepted: bool = False

@@ -119,9 +119,9 @@ class Files:
                 with suppress(FileNotFoundError):
                     _sync(folder)
 
-    def entries(self) -> list[StoredFile]:
-        """Return every file below this location, including files that a crash left half-written."""
-        below = FileSelector(self._root, recursive=True, allow_not_found=True)
+    def entries(self, folder: str = "") -> list[StoredFile]:
+        """Return every file below this location, or a folder of it, including what a crash left half-written."""
+        below = FileSelector(f"{self._root}/{folder}".rstrip("/"), recursive=True, allow_not_found=True)
         with store_errors():
             try:
                 found = self._files.get_file_info(below)

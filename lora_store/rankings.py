@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
 
+OUTCOME = "outcome:"  # no adapter's name has a colon
+
 
 @dataclass(frozen=True, slots=True)
 class RankedAdapter:
-    """One adapter's mean score, from 0 to 1, on `num_examples` examples.
+    """One adapter's mean score on `num_examples` examples: from 0 to 1, of an outcome from -1 to 1.
 
     `is_beaten`: another adapter of the ranking is clearly better, and this one may be judged on these examples.
     """
@@ -30,6 +32,8 @@ class Ranking:
 
     A ranking names exact versions: an update of an adapter takes it out of the ranking. `vector` is that of the anchor,
     so that its region is still found after the anchor was withdrawn.
+    Of an outcome `vector` is that of the prompt. It names the adapter that a client judged there, or none if the base
+    model should answer.
     """
 
     anchor: AdapterRef
@@ -37,6 +41,11 @@ class Ranking:
     encoder: str
     vector: NDArray[np.float32] = field(compare=False, repr=False)  # (D,), length 1
     own_scores: NDArray[np.float32] = field(compare=False, repr=False)  # (S,) as in Embedding
+
+    @property
+    def is_outcome(self) -> bool:
+        """Whether a client's outcome of one request made it, and no evaluation."""
+        return self.anchor.name.startswith(OUTCOME)
 
     def to_json(self) -> str:
         """Return everything but the arrays."""

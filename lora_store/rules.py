@@ -11,7 +11,7 @@ from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete, PublicNameTaken, VersionConflict
 from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetTrial, SetVisibility, Withdraw
 from lora_store.quota import TenantQuota, check_quota
-from lora_store.rankings import Ranking
+from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 from lora_store.staging import Kept, take_over
@@ -30,20 +30,25 @@ def publish_events(
     *,
     keeps: Mapping[AdapterRef, Collection[Kept]] | None = None,
     quota: TenantQuota | None = None,
+    replaces: Mapping[AdapterRef, str] | None = None,
 ) -> list[Event]:
     """Return publish events for the records that are not live yet. Check each record against earlier ones as well.
 
     `keeps`: what versions took over from the live version of their name. The visibility is that of the version that is
     live now, as for every offered version and with the precondition "live". `quota`: applies to each tenant.
+    `replaces`: the digest that must be live now, by the version that was made from it.
     Raises: PublicNameTaken; AdapterRefused for an unlisted version of a listed adapter; QuotaExceeded; AdapterNotFound
     for a version that must be kept and is not; VersionConflict if the live version has other tags, another template or
-    other samples than those that were taken over.
+    other samples than those that were taken over, or another version is live than the one of `replaces`.
     """
     taken = keeps or {}
     if precondition == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
     if precondition == "kept":
         _check_kept(snapshot, records)
+    for ref, digest in (replaces or {}).items():
+        if _live_digest(snapshot, ref) not in (digest, ref.digest):
+            raise VersionConflict(1)
     live: dict[Key, AdapterRecord] = {}
     owners: dict[str, str] = {}
     events: list[Event] = []
@@ -76,6 +81,11 @@ def _check_kept(snapshot: Snapshot, records: Iterable[AdapterRecord]) -> None:
     for record in records:
         if record.ref not in _kept(snapshot, record):
             raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
+
+
+def _live_digest(snapshot: Snapshot, ref: AdapterRef) -> str | None:
+    live = snapshot.records.get((ref.tenant, ref.name))
+    return None if live is None else live.ref.digest
 
 
 def _check_taken_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept]) -> None:
@@ -233,21 +243,42 @@ def activate_events(snapshot: Snapshot, encoder: ActiveEncoder, actor: str, at: 
     return [ActivateEncoder(encoder.model, encoder.identity, actor, at)]
 
 
-def rank_events(snapshot: Snapshot, tenant: str, rankings: Sequence[Ranking], actor: str, at: datetime) -> list[Event]:
-    """Return events that replace the rankings of `tenant`.
+def rank_events(
+    snapshot: Snapshot,
+    tenant: str,
+    rankings: Sequence[Ranking],
+    actor: str,
+    at: datetime,
+    *,
+    are_outcomes: bool = False,
+) -> list[Event]:
+    """Return events that replace the rankings of `tenant` that an evaluation made, or those of its outcomes.
 
-    Keep an earlier ranking if its anchor was withdrawn and one of its adapters is still live: its examples cannot be
-    measured again, and they show what the adapter is for.
+    An evaluation keeps an earlier ranking if its anchor was withdrawn and one of its adapters is still live: its
+    examples cannot be measured again, and they show what the adapter is for.
     """
     live = {record.ref for record in snapshot.records.values()}
     earlier = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
     kept = [
         ranking
         for ranking in earlier
-        if (ranking.anchor.tenant, ranking.anchor.name) not in snapshot.records
-        and any(item.ref in live for item in ranking.adapters)
+        if ranking.is_outcome != are_outcomes
+        or (
+            not ranking.is_outcome
+            and (ranking.anchor.tenant, ranking.anchor.name) not in snapshot.records
+            and any(item.ref in live for item in ranking.adapters)
+        )
     ]
-    return [Rank(tenant, ranking, place == 0, actor, at) for place, ranking in enumerate([*rankings, *kept])]
+    wanted = [*rankings, *kept]
+    if not wanted and any(ranking.is_outcome for ranking in earlier):
+        wanted = [_naming_none(tenant, earlier[0])]
+    return [Rank(tenant, ranking, place == 0, actor, at) for place, ranking in enumerate(wanted)]
+
+
+def _naming_none(tenant: str, ranking: Ranking) -> Ranking:
+    """Return an outcome that changes no choice: the last one was withdrawn, and an event names a ranking."""
+    nobody = AdapterRef(tenant, OUTCOME, "")
+    return replace(ranking, anchor=nobody, adapters=(RankedAdapter(nobody, 0.0, 0, False),))
 
 
 def _is_embedded(snapshot: Snapshot, record: AdapterRecord, identity: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from os.path import lexists  # sees dangling links too, which are refused when read
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from lora_store.errors import FileRefused
 
 SAMPLES_FILE = "lora_samples.jsonl"
 DESCRIPTION_FILE = "description.txt"
+_ACCEPTED = "accepted"  # in stored samples only: a publisher's own file cannot mark a line
+_MARK = f'"{_ACCEPTED}"'.encode()
 INPUT_KEYS = ("input", "prompt", "instruction", "text", "question")  # the first one that a line has
 
 
@@ -58,13 +61,23 @@ def read_description(folder: Path, limits: Limits) -> str | None:
 
 def write_samples(samples: Sequence[Sample]) -> bytes:
     """Return the samples in the form that `read_samples` reads. Equal samples give equal bytes."""
-    lines = [{"input": s.input} | ({} if s.output is None else {"output": s.output}) for s in samples]
+    lines = [
+        {"input": s.input}
+        | ({} if s.output is None else {"output": s.output})
+        | ({_ACCEPTED: True} if s.is_accepted else {})
+        for s in samples
+    ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 def parse_samples(data: bytes) -> tuple[Sample, ...]:
     """Return the samples from the bytes that `write_samples` returned."""
-    return tuple(_parse_sample(line, len(line)) for line in data.removesuffix(b"\n").split(b"\n"))
+    lines = data.removesuffix(b"\n").split(b"\n")
+    samples = [_parse_sample(line, len(line)) for line in lines]
+    return tuple(
+        replace(sample, is_accepted=parse_json_object(line).get(_ACCEPTED) is True) if _MARK in line else sample
+        for sample, line in zip(samples, lines, strict=True)
+    )
 
 
 def _parse_sample(line: bytes, max_bytes: int) -> Sample:

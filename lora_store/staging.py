@@ -23,6 +23,7 @@ class Staged:
 
     `record` lacks the fields that `commit` fills in. `keeps`: what it took over from the live version of its name when
     it was staged. The commit takes the visibility from the version that is live then, and fails if the rest changed.
+    `replaces`: the digest of the version that it was made from, which must still be live; None: any.
     """
 
     record: AdapterRecord
@@ -30,6 +31,7 @@ class Staged:
     lease: str
     keeps: frozenset[Kept] = frozenset()
     warnings: tuple[str, ...] = ()
+    replaces: str | None = None
 
     @property
     def ref(self) -> AdapterRef:
@@ -44,6 +46,25 @@ def version_digest(label: Label, weights_digest: str, samples_digest: str | None
     """Return the sha256 over everything that identifies a version. Visibility is left out, as it may change later."""
     parts = [weights_digest, samples_digest, label.template, list(label.tags), base_model]
     return digest_of(json.dumps(parts).encode())
+
+
+def with_samples(record: AdapterRecord, samples_digest: str, num_samples: int) -> AdapterRecord:
+    """Return another version of the record: the same weights with these samples, and nothing that a commit fills in."""
+    label = Label(record.ref.name, record.ref.tenant, record.tags, record.template, record.visibility)
+    digest = version_digest(label, record.weights_digest, samples_digest, record.base_model)
+    return replace(
+        record,
+        ref=replace(record.ref, digest=digest),
+        samples_digest=samples_digest,
+        num_samples=num_samples,
+        embedding=None,
+        probe_shift=None,
+        actor="",
+        generation=0,
+        approved=False,
+        trial=None,
+        live_since=None,
+    )
 
 
 def take_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept]) -> AdapterRecord:

@@ -21,8 +21,9 @@ from lora_store.bounded_files import Limits
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
 from lora_store.data_files import DATA_SUFFIX
-from lora_store.errors import AdapterNotFound, StoreDamaged, StoreUnavailable
+from lora_store.errors import AdapterNotFound, AdapterRefused, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
+from lora_store.feedback import FeedbackFiles
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, GarbageCollector
 from lora_store.leases import Leases
@@ -44,7 +45,7 @@ from lora_store.rules import (
 )
 from lora_store.sample_files import parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Snapshot
-from lora_store.staging import Kept, Staged, staged_record, take_over
+from lora_store.staging import Kept, Staged, staged_record, take_over, with_samples
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
@@ -87,6 +88,7 @@ class LoraStore:
         self._leases = Leases(location, now, sleep)
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
+        self.feedback = FeedbackFiles(location.child("feedback"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
@@ -199,6 +201,28 @@ class LoraStore:
         bare = replace(unknown, trial=None, is_offered=False)
         return replace(self._stage_leased(bare, lambda: self._find(record)), keeps=frozenset({"visibility"}))
 
+    def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
+        """Stage the weights of the live version with other samples, or None for its own without accepted ones.
+
+        The commit fails if another version is live by then.
+        Raises: AdapterNotFound if its blobs were deleted; AdapterRefused if it has no samples.
+        """
+        if live.samples_digest is None:
+            raise AdapterRefused(live.ref.name, ["it has no samples: publish it with samples first"])
+        if samples is None:
+            samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
+        data = write_samples(samples)
+        record = with_samples(live, digest_of(data), len(samples))
+
+        def write() -> tuple[Sample, ...]:
+            if live.weights_digest not in self._blobs:
+                raise AdapterNotFound(str(live.ref))
+            self._blobs.put(data)
+            return tuple(samples)
+
+        staged = self._stage_leased(record, write)
+        return replace(staged, keeps=frozenset({"visibility"}), replaces=live.ref.digest)
+
     def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
         """Return them with what they keep of the versions that are live now, after a commit that failed for that.
 
@@ -243,8 +267,12 @@ class LoraStore:
         leased = () if precondition == "live" else staged
         renewed = [self.restage(item.record) for item in leased if not self._leases.is_safe(item.lease)]
         keeps = {item.ref: item.keeps for item in staged}
+        replaces = {item.ref: item.replaces for item in staged if item.replaces is not None}
         generation = self._catalogue.commit(
-            lambda snapshot: publish_events(snapshot, records, precondition, keeps=keeps, quota=quota), commit_id
+            lambda snapshot: publish_events(
+                snapshot, records, precondition, keeps=keeps, quota=quota, replaces=replaces
+            ),
+            commit_id,
         )
         self._require_blobs([item.record for item in leased])
         self._try_to_release([item.lease for item in (*staged, *renewed)])
@@ -270,6 +298,8 @@ class LoraStore:
             return wanted
 
         generation = self._commit_on_full_disk(events, commit_id)
+        for name in names:
+            self.feedback.delete(tenant, name)
         return Withdrawn(generation, tuple(gone))
 
     def expire(self, commit_id: str | None = None) -> Withdrawn:
@@ -324,10 +354,12 @@ class LoraStore:
         encoder, at = ActiveEncoder(model, identity), self._now()
         return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
 
-    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
+    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
         """Replace the rankings that `auto` of this tenant uses, and return the generation. See `rank_events`."""
         at = self._now()
-        return self._catalogue.commit(lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at))
+        return self._catalogue.commit(
+            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes)
+        )
 
     def load(self, weights_digest: str) -> bytes:
         """Return the weights' canonical bytes, for `decode_weights`. Raises: AdapterNotFound, BlobCorrupted."""
@@ -360,6 +392,7 @@ class LoraStore:
     def gc(self, retention_s: float) -> Collected:
         """Delete unused blobs, projections and files older than `retention_s`, as crashes and rivals leave them."""
         try:
+            self.feedback.delete_old(self._now())
             return self._ballast.spend(lambda: self._collector.gc(retention_s))
         finally:
             self._ballast.fill()

@@ -23,6 +23,7 @@ from retriever_svc.errors import (
     TrainingUnavailable,
 )
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
+from retriever_svc.learning import Learnt, Resampled
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import IndexStats, LivePool
 from retriever_svc.projection import Place, Point, PoolMap
@@ -58,6 +59,7 @@ __all__ = [
     "EncoderUnusable",
     "IndexSettings",
     "IndexStats",
+    "Learnt",
     "LivePool",
     "Match",
     "NearSample",
@@ -75,6 +77,7 @@ __all__ = [
     "ProjectionUnusable",
     "Region",
     "ReindexStep",
+    "Resampled",
     "Retriever",
     "RetrieverError",
     "Route",

@@ -234,6 +234,7 @@ class _Examination:
         by_ref = {record.ref: record for record in records}
         collisions = [self._collision(a, b, by_ref) for a, b in swapped | self.near]
         encoder, kept = self.pool.encoder, self.kept
+        ranks = self.pool.snapshot.rankings.get(self.tenant, ())
         refit = None
         if projections is not None:
             groups, texts = [vectors for vectors, _ in kept], [own for _, own in kept]
@@ -245,7 +246,7 @@ class _Examination:
             collisions=tuple(sorted(collisions, key=lambda c: (-c.cosine, str(c.first), str(c.second)))),
             never_chosen=tuple(record.ref for record in records if record.ref not in self.chosen),
             unreadable=tuple(self.unreadable),
-            rankings=tuple(rank.ranking for rank in self.pool.snapshot.rankings.get(self.tenant, ())),
+            rankings=tuple(rank.ranking for rank in ranks if not rank.ranking.is_outcome),
             refit=refit,
             unserved=self._unserved(),
         )

@@ -27,7 +27,7 @@ from retriever_svc.calibration import Abstain, leave_one_out_scores
 from retriever_svc.embedding import CORE_WEIGHT
 from retriever_svc.encoder import Vectors, unit_rows
 from retriever_svc.index import Match
-from retriever_svc.ordinary_prompts import NUM_NEAREST
+from retriever_svc.ordinary_prompts import NUM_NEAREST, centred
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.shared_wording import without_shared_wording
@@ -146,8 +146,7 @@ class DrawMeasurement:
         if victim is not None and len(victim[1]):
             found = [_with_score(matches, victim[0], score) for matches, score in zip(found, victim[1], strict=True)]
         competing = [self._with_version(matches, query) for matches, query in zip(found, queries, strict=True)]
-        reference = self.pool.reference if victim is None else None
-        near = None if reference is None else _nearness_to_others(reference)
+        near = _nearness_to_others(centred(queries, self.pool.centre)) if victim is None else None
         leaders = [_leader(matches, min_score) for matches in self.pool.judged(competing, abstain, queries, near)]
         by_version = sum(leader == self.record.ref for leader in leaders)
         by_owner = sum(leader is not None and leader.tenant == self.record.ref.tenant for leader in leaders)

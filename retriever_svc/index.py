@@ -26,18 +26,20 @@ _SCATTERED_COST = 4  # reading a row out of order costs as much as this many in 
 class Match(NamedTuple):
     """An adapter found by a search, with the cosine of its embedding to the query.
 
-    `threshold` and `confidence` are as `judge` returns them, once the match is judged.
+    `threshold` and `confidence` are as `judge` returns them, once the match is judged. `outcome`: what the tenant's
+    outcomes for nearly the same prompts say in sum; below 0 the adapter does not fit.
     """
 
     record: AdapterRecord
     score: float
     threshold: float = NO_THRESHOLD
     confidence: float = 1.0
+    outcome: float = 0.0
 
     @property
     def fits(self) -> bool:
-        """Whether the score reaches the adapter's threshold."""
-        return self.score >= self.threshold
+        """Whether the score reaches the adapter's threshold, and no outcome speaks against it."""
+        return self.score >= self.threshold and self.outcome >= 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,8 @@ class LivePool:
     def _built(self, snapshot: Snapshot, encoder: Encoder) -> Pool:
         ordinary = centre = None
         if self._projections is not None:
-            ordinary, centre = self._projections.ordinary(encoder), self._projections.centre(encoder)
+            centre = self._projections.centre(encoder)
+            ordinary = self._projections.ordinary(encoder)
         lists = self._saved_lists(snapshot, encoder)
         return Pool.of(snapshot, encoder, self._settings, lists, ordinary, self._bases, centre)
 

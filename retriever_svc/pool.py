@@ -72,12 +72,12 @@ class Pool:
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
     listings: Listings = field(init=False)
-    reference: Vectors | None = field(init=False)  # (J, D) of the ordinary prompts, from the centre
+    references: Vectors | None = field(init=False)  # the ordinary prompts, from the centre
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "listings", Listings(self.snapshot, self.bases))
-        reference = None if self.ordinary is None else centred(self.ordinary, self.centre)
-        object.__setattr__(self, "reference", reference)
+        references = None if self.ordinary is None else centred(self.ordinary, self.centre)
+        object.__setattr__(self, "references", references)
 
     @classmethod
     def of(
@@ -125,10 +125,10 @@ class Pool:
 
         `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
         """
-        if self.reference is None:
+        if self.references is None:
             return list(found)
         asked = centred(queries, self.centre)
-        near = nearness(asked, self.reference).tolist() if near is None else near
+        near = nearness(asked, self.references).tolist() if near is None else near
         return [
             self._judged(matches, abstain, query, close)
             for matches, query, close in zip(found, asked, near, strict=True)
@@ -136,7 +136,7 @@ class Pool:
 
     def _judged(self, matches: Sequence[Match], abstain: Abstain, query: Vectors, close: float) -> list[Match]:
         """Judge the matches of a prompt: its vector (D,) from the centre, and its nearness to ordinary prompts."""
-        assert self.reference is not None
+        assert self.references is not None
         if not matches:
             return []
         embeddings = [match.record.embedding for match in matches if match.record.embedding is not None]
@@ -147,7 +147,7 @@ class Pool:
             compared = scores
         else:  # own scores are not from the centre, so they set no floor
             compared, own_scores = np.asarray(vectors @ query, np.float64), [0 * own for own in own_scores]
-        judgement = judge(Candidates(compared, own_scores, nearness(vectors, self.reference)), abstain, close)
+        judgement = judge(Candidates(compared, own_scores, nearness(vectors, self.references)), abstain, close)
         thresholds = judgement.thresholds
         if abstain != "never":
             thresholds = (thresholds + scores - compared).clip(-1, 1)
@@ -156,7 +156,7 @@ class Pool:
 
     def refers_back(self, query: Vectors) -> bool:
         """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""
-        return self.reference is not None and refers_back(centred(query, self.centre), self.reference)
+        return self.references is not None and refers_back(centred(query, self.centre), self.references)
 
     def preferences(self, tenant: str) -> Preferences:
         """Return what the rankings of `tenant` say about its search results."""

@@ -1,9 +1,10 @@
-"""Apply a tenant's rankings to what a search found."""
+"""Apply a tenant's rankings, and the outcomes of its requests, to what a search found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,26 +17,43 @@ from retriever_svc.index import Match
 
 MayFind = Callable[[AdapterRecord, str], bool]
 """Whether a tenant may be given an adapter without naming it."""
+# The least cosine of a prompt to one with an outcome. On the tune pools of `python -m benchmarks.routing.wording` one
+# in 10,000 pairs of prompts for different adapters has 0.45.
+NEAR_OUTCOME = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a client said about one prompt: of an adapter, with the prompt's embedding, or None for every adapter."""
+
+    record: AdapterRecord | None
+    score: float
 
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """The best adapters of a tenant's rankings, as of one generation. Dims: R regions, D dimensions.
+    """The best adapters of a tenant's rankings, as of one generation. Dims: R regions, J judged prompts, D dimensions.
 
     `better`: by a beaten adapter, the best live one of its ranking. `regions`: the best live adapter of each ranking
-    whose anchor was withdrawn, with the anchor's embedding. `vectors` (R, D) are those embeddings' vectors.
+    whose anchor was withdrawn, with the anchor's embedding. `vectors` (R, D) are those embeddings' vectors. `judged`
+    (J, D) are the vectors of the prompts with outcomes.
     """
 
     better: dict[AdapterRef, AdapterRecord]
     regions: tuple[AdapterRecord, ...]
     vectors: Vectors
+    outcomes: tuple[Outcome, ...] = ()
+    judged: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     @classmethod
     def of(cls, snapshot: Snapshot, tenant: str, encoder: str, may_find: MayFind) -> Preferences:
         """Read the rankings of `tenant`. Ignore those of another encoder, and adapters that it may not be given."""
         better: dict[AdapterRef, AdapterRecord] = {}
         regions: list[AdapterRecord] = []
-        for ranking in (rank.ranking for rank in snapshot.rankings.get(tenant, ())):
+        rankings = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
+        for ranking in rankings:
+            if ranking.is_outcome:
+                continue
             leader = _leader(ranking, snapshot, tenant, may_find)
             anchor = snapshot.records.get((ranking.anchor.tenant, ranking.anchor.name))
             if leader is None or (anchor is not None and anchor.ref != ranking.anchor):
@@ -45,7 +63,10 @@ class Preferences:
                 embedding = Embedding(ranking.encoder, ranking.vector, ranking.own_scores)
                 regions.append(replace(leader, embedding=embedding))
         vectors = [record.embedding.vector for record in regions if record.embedding is not None]
-        return cls(better, tuple(regions), np.stack(vectors) if vectors else np.empty((0, 0), np.float32))
+        usable = [ranking for ranking in rankings if ranking.is_outcome and ranking.encoder == encoder]
+        said = [(outcome, r.vector) for r in usable for outcome in _outcomes(r, snapshot, tenant, may_find)]
+        outcomes = tuple(outcome for outcome, _ in said)
+        return cls(better, tuple(regions), _stacked(vectors), outcomes, _stacked([vector for _, vector in said]))
 
     def applied(self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str]) -> list[Match]:
         """Return the matches with beaten adapters replaced by better ones, and with those of withdrawn anchors added.
@@ -54,24 +75,61 @@ class Preferences:
         The result has at most `top_k` matches, sorted by score, and contains no weights twice. `query` (D,) has length
         1.
         """
-        if not self.better and not self.regions:
+        if not self.better and not self.regions and not self.outcomes:
             return list(matches)
         found = [self._replaced(match, tags) for match in matches]
         if self.regions:
             scores = (self.vectors @ query).tolist()
             added = zip(self.regions, scores, strict=True)
             found += [Match(record, score) for record, score in added if _has_tags(record, tags)]
+        if self.outcomes:
+            found = self._with_outcomes(query, found, tags)
         found.sort(key=lambda match: -match.score)
         distinct: dict[str, Match] = {}
         for match in found:
             distinct.setdefault(match.record.weights_digest, match)
         return list(distinct.values())[:top_k]
 
+    def _with_outcomes(self, query: Vectors, matches: Sequence[Match], tags: Sequence[str]) -> list[Match]:
+        """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
+        cosines = (self.judged @ query).tolist()
+        near = [(cosine, said) for cosine, said in zip(cosines, self.outcomes, strict=True) if cosine >= NEAR_OUTCOME]
+        if not near:
+            return list(matches)
+        against = sum(said.score for _, said in near if said.record is None)
+        sums: defaultdict[AdapterRef, float] = defaultdict(lambda: -against)
+        praised: dict[AdapterRef, Match] = {}
+        for cosine, said in sorted(near, key=lambda item: -item[0]):
+            if said.record is not None:
+                sums[said.record.ref] += said.score
+                if said.score > 0 and _has_tags(said.record, tags):
+                    praised.setdefault(said.record.ref, Match(said.record, cosine))
+        found = {match.record.ref: match for match in matches}
+        for ref, match in praised.items():
+            if sums[ref] > 0 and (ref not in found or match.score > found[ref].score):
+                found[ref] = match
+        return [match._replace(outcome=sums[ref]) for ref, match in found.items()]
+
     def _replaced(self, match: Match, tags: Sequence[str]) -> Match:
         better = self.better.get(match.record.ref)
         if better is None or not _has_tags(better, tags):
             return match
         return match._replace(record=replace(better, embedding=match.record.embedding))
+
+
+def _outcomes(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind) -> Iterator[Outcome]:
+    """Yield what an outcome says about a version that is still live and that `tenant` may be given."""
+    embedding = Embedding(ranking.encoder, ranking.vector, ranking.own_scores)
+    for item in ranking.adapters:
+        record = snapshot.records.get((item.ref.tenant, item.ref.name))
+        if record is not None and record.ref == item.ref and may_find(record, tenant):
+            yield Outcome(replace(record, embedding=embedding), item.score)
+    if not ranking.adapters:
+        yield Outcome(None, 1.0)
+
+
+def _stacked(vectors: Sequence[Vectors]) -> Vectors:
+    return np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
 
 
 def _leader(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind) -> AdapterRecord | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
+from lora_store.feedback import Feedback
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord, Embedding
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
@@ -23,6 +24,7 @@ from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import Vectors
 from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
+from retriever_svc.learning import Learnt, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
 from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve, resolve_version, routed_plan, with_trials
@@ -330,6 +332,14 @@ class Retriever:
         """Return the regions in which adapters of `tenant` can be measured (see `competence`)."""
         return regions_of(self._pools.current, tenant, samples)
 
+    def accept(self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource) -> Resampled:
+        """Return the samples of the live version with these prompts, and their effect (see `learning`)."""
+        return accept(self._pools.current, live, texts, samples, self._abstain)
+
+    def learn(self, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource) -> Learnt:
+        """Return the choices that these outcomes lead to for `tenant`, and their effect (see `learning`)."""
+        return learn(self._pools.current, tenant, outcomes, samples, self._abstain)
+
     def reindex(self, model: str, samples: SampleSource, projection: str = "auto") -> Iterator[ReindexStep]:
         """Embed every adapter that has no embedding by the encoder of `model` with the projection yet.
 
@@ -371,7 +381,7 @@ def _uncrowded(found: Sequence[list[Match]], others: dict[int, list[Match]]) -> 
 
 
 def _candidate(match: Match) -> Candidate:
-    return Candidate(match.record.ref, match.score, match.threshold, match.confidence)
+    return Candidate(match.record.ref, match.score, match.threshold, match.confidence, match.outcome)
 
 
 def _encode(pool: Pool, texts: Sequence[tuple[str, str]], timings: Timings) -> list[Encoded]:

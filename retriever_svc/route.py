@@ -85,14 +85,15 @@ class Candidate:
     """An adapter considered for a prompt, with its cosine to the prompt.
 
     It may answer if the score reaches the threshold. `confidence`: the probability that it is the right adapter, 0..1
-    (see `calibration`). `samples`: the nearest samples, if the request asks for them and the adapter is the tenant's
-    own.
+    (see `calibration`). `outcome`: what the tenant's outcomes for nearly the same prompts say in sum; below 0 it may
+    not answer. `samples`: the nearest samples, if the request asks for them and the adapter is the tenant's own.
     """
 
     ref: AdapterRef
     score: float
     threshold: float = NO_THRESHOLD
     confidence: float = 1.0
+    outcome: float = 0.0
     samples: tuple[NearSample, ...] = ()
 
 

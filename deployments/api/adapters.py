@@ -171,6 +171,34 @@ class RollbackRequest(ApiRequest):
     digest: str | None = Field(default=None, min_length=8, max_length=64)
 
 
+class SamplesRequest(ApiRequest):
+    """`POST /v1/loras/{name}/samples`: accept or reject proposed prompts, or undo: take every accepted prompt out.
+
+    `ids`: of the proposals; None: all that wait.
+    """
+
+    action: Literal["accept", "reject", "undo"]
+    ids: list[Annotated[str, Field(max_length=64)]] | None = Field(default=None, min_length=1, max_length=MAX_BATCH)
+
+    @model_validator(mode="after")
+    def _undo_takes_no_ids(self) -> Self:
+        if self.action == "undo" and self.ids is not None:
+            raise ValueError("`ids` cannot be combined with `undo`, which takes every accepted prompt out")
+        return self
+
+
+class OutcomeRequest(ApiRequest):
+    """`POST /v1/outcomes`: how well an adapter answered a request to `auto`, or None: the base model.
+
+    `request_id`: the `x-request-id` of the answer. A later outcome of the same request replaces the earlier one, and a
+    score of 0 withdraws it.
+    """
+
+    request_id: str = Field(min_length=1, max_length=256)
+    adapter: Name | None = None
+    score: float = Field(ge=-1, le=1, allow_inf_nan=False)
+
+
 class ShareRequest(ApiRequest):
     """`POST /v1/loras/{name}/share`: a kept version answers a share of the requests that name no version; 0 ends that.
 

@@ -353,6 +353,16 @@ def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
 
 def why(planned: Planned, tenant: str) -> str:
     """Return the reason of a choice in a sentence or two, with what would have changed it."""
+    said = [
+        f"Outcomes of nearly the same prompts speak {'for' if candidate.outcome > 0 else 'against'}"
+        f" {candidate.ref.name_for(tenant)}."
+        for candidate in planned.candidates
+        if candidate.outcome
+    ]
+    return " ".join([_why_chosen(planned, tenant), *said])
+
+
+def _why_chosen(planned: Planned, tenant: str) -> str:
     if planned.reason == "housekeeping":
         return "The prompt is the client's own, such as a request for a title, so the base model answers."
     if not planned.candidates:
@@ -364,6 +374,8 @@ def why(planned: Planned, tenant: str) -> str:
     if best.threshold <= NO_THRESHOLD:
         nearest = f"{name} is the nearest, with a score of {best.score:.3f}."
         return f"No adapter fits, so the base model answers. {nearest}" if planned.abstained else nearest
+    if best.outcome < 0:
+        return "No adapter fits, so the base model answers."
     if planned.reason == "below_threshold":
         least = math.floor(best.score * 1000) / 1000
         return (
@@ -383,7 +395,7 @@ def _decisive(planned: Planned) -> Candidate:
     found_as = {arm.answering: arm.version.live for arm in planned.trials}  # only live versions are candidates
     leaders = {found_as.get(row.ref, row.ref) for row in planned.plan.adapters[:1]}
     chosen = (candidate for candidate in planned.candidates if candidate.ref in leaders)
-    lacks_least = max(planned.candidates, key=lambda candidate: candidate.score - candidate.threshold)
+    lacks_least = max(planned.candidates, key=lambda item: (item.outcome >= 0, item.score - item.threshold))
     return next(chosen, lacks_least)
 
 
@@ -397,4 +409,6 @@ def _routed_candidate(candidate: Candidate, tenant: str) -> RoutedCandidate:
         "threshold": candidate.threshold,
         "confidence": candidate.confidence,
     }
+    if candidate.outcome:
+        shown["outcome"] = candidate.outcome
     return {**shown, "samples": samples} if samples else shown

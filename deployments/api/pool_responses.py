@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from deployments.api.responses import TrialObject, trial_object
 from deployments.json_types import JsonObject
-from lora_store import AdapterRecord, Ranking, Sample
+from lora_store import AdapterRecord, Feedback, Ranking, Sample
 from retriever_svc import BaseCounts, Page, Place, Point, PoolMap
 
 
@@ -97,12 +97,33 @@ class ShownSample(TypedDict):
     output: str | None
 
 
+class ProposedSample(TypedDict):
+    """A prompt of a request that named the adapter, with the key that sent it."""
+
+    id: str
+    input: str
+    key_id: str
+
+
 class AdapterShown(Adapter):
-    """`versions`: the kept versions of the name, the live one first. `samples`: as many as the query asks for."""
+    """`versions`: the kept versions of the name, the live one first. `samples`: as many as the query asks for.
+
+    `proposed`: prompts that may become samples, newest first, if the query asks for them.
+    """
 
     versions: list[AdapterVersion]
     catalogue_generation: int
     samples: list[ShownSample]
+    proposed: list[ProposedSample]
+
+
+class Outcome(TypedDict):
+    """A recorded outcome. `applies`: it changes the tenant's own choices within seconds; else it is only counted."""
+
+    request_id: str
+    adapter: str | None
+    score: float
+    applies: bool
 
 
 class CollectedBlobs(TypedDict):
@@ -243,7 +264,11 @@ def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
 
 
 def shown_object(
-    versions: Sequence[AdapterRecord], tenant: str, generation: int, samples: Sequence[Sample] = ()
+    versions: Sequence[AdapterRecord],
+    tenant: str,
+    generation: int,
+    samples: Sequence[Sample] = (),
+    proposed: Sequence[Feedback] = (),
 ) -> AdapterShown:
     """Return the live version of an adapter, with all kept versions."""
     return {
@@ -251,6 +276,7 @@ def shown_object(
         "versions": versions_object(versions),
         "catalogue_generation": generation,
         "samples": [{"input": sample.input, "output": sample.output} for sample in samples],
+        "proposed": [{"id": item.id, "input": item.text, "key_id": item.key_id} for item in proposed],
     }
 
 

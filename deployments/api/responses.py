@@ -92,11 +92,13 @@ class RoutedCandidate(CandidateRow):
     """A candidate for a prompt. It may answer if `score` reaches `threshold`, which depends on the prompt.
 
     `confidence`: the probability that it is the right adapter, estimated from the score and its lead over the others.
+    `outcome`: what the tenant's outcomes for nearly the same prompts say in sum; below 0 it may not answer.
     `samples`: those nearest to the prompt, if `lora.explain` is set and the adapter belongs to the caller's tenant.
     """
 
     threshold: float
     confidence: float
+    outcome: NotRequired[float]
     samples: NotRequired[list[SampleRow]]
 
 
@@ -212,6 +214,21 @@ class SettledAdapter(TypedDict):
     trial: NotRequired[TrialObject | None]
     generation: int
     replicas: Replicas
+
+
+class SamplesChanged(TypedDict):
+    """Proposals that were accepted or rejected, or accepted prompts that were taken out of the samples.
+
+    `left_out`: prompts that are near-copies of a sample. `digest`: of the live version, unless it was a rejection.
+    """
+
+    name: str
+    action: Literal["accept", "reject", "undo"]
+    left_out: NotRequired[list[str]]
+    num_rejected: NotRequired[int]
+    digest: NotRequired[str]
+    generation: NotRequired[int]
+    replicas: NotRequired[Replicas]
 
 
 class BatchAnswer(TypedDict):

@@ -17,6 +17,7 @@ from lora_store import (
     AdapterRef,
     Collected,
     Embedding,
+    Feedback,
     Key,
     Plan,
     Precondition,
@@ -30,11 +31,13 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
+from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from retriever_svc import (
     AskedPrompt,
     DoctorStep,
     Draws,
+    Learnt,
     Page,
     PageRequest,
     PinnedAdapter,
@@ -43,6 +46,7 @@ from retriever_svc import (
     PoolSize,
     Region,
     ReindexStep,
+    Resampled,
     Route,
     RouteRequest,
 )
@@ -80,6 +84,16 @@ class StoreCalls(Protocol):
     @retry
     async def take_over(self, staged: Sequence[Staged]) -> list[Staged]: ...
     @retry(over_object_store=True)
+    async def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged: ...
+    @retry
+    async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None: ...
+    @retry
+    async def asked(self, tenant: str, request_id: str) -> Feedback | None: ...
+    @retry
+    async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]: ...
+    @retry
+    async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None: ...
+    @retry(over_object_store=True)
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     @once
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
@@ -111,7 +125,7 @@ class StoreCalls(Protocol):
     @once
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
     @once
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int: ...
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int: ...
     @once
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
     @retry
@@ -225,6 +239,10 @@ class RetrieverCalls(RoutingClient, Protocol):
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]: ...
     @retry
     async def draws(self, tenant: str, name: str, min_generation: int = 0) -> Draws: ...
+    @retry
+    async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled: ...
+    @retry
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt: ...
     @once
     async def refit(self, model: str) -> str: ...
     @stream

@@ -183,6 +183,9 @@ def doctor(
     for row in report["always_shadowed"]:
         out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
     _print_rankings(report["rankings"])
+    for name, row in report.get("outcomes", {}).items():  # a server of an earlier version has none
+        counts = f"{row['positive']} positive, {row['negative']} negative"
+        out.print(f"outcomes of {name or 'the base model'}: {counts}", markup=False, highlight=False)
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
         for name in report[key]:
             out.print(f"{title}: {name}", markup=False)

@@ -144,6 +144,10 @@ class AppConfig(Settings):
     evaluate_after_publish: bool = False
     """Measure adapters on each other's sample outputs after a publish, while the workers are idle. It generates answers
     and changes which adapters `auto` prefers; `loraretriever pool evaluate` does the same once."""
+    learning: Literal["off", "observe", "apply"] = "off"
+    """Whether prompts of clients are kept to learn from. `observe` proposes prompts of requests that name an adapter as
+    samples to its owner, keeps prompts of other requests for a day, and counts outcomes. `apply` also lets outcomes
+    change which adapters `auto` chooses for their own tenant. `off` keeps no prompt."""
     preload: tuple[Path, ...] = ()
     """Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for
     the served base model."""

@@ -14,6 +14,7 @@ export function start(callbacks) {
   byId("adapter-ask").addEventListener("click", () => handlers.onAsk(shown.id, ""));
   byId("adapter-approve").addEventListener("click", approve);
   byId("adapter-withdraw").addEventListener("click", withdraw);
+  byId("adapter-accept-all").addEventListener("click", () => decide("accept"));
 }
 
 /** Shows the adapter of this name. */
@@ -23,7 +24,7 @@ export async function open(name) {
     const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}`);
     if (byId("adapter-title").textContent !== name) return; // another one was opened meanwhile
     show(found);
-    await showSimilar(found);
+    await Promise.all([showSimilar(found), showProposed(found)]);
   } catch (error) {
     sayOrHide("adapter-error", reasonOf(error));
   }
@@ -102,6 +103,31 @@ async function showSimilar(adapter) {
   const others = (plan.candidates ?? []).filter((candidate) => candidate.name !== adapter.id);
   const rows = others.map(({ name, score }) => element("li", {}, adapterLink(name), element("span", { class: "value" }, score.toFixed(3))));
   if (shown === adapter) byId("adapter-similar").replaceChildren(...(rows.length ? rows : [element("li", { class: "muted" }, "no other adapter")]));
+}
+
+/** Shows the prompts that its owner may accept as samples. */
+async function showProposed(adapter) {
+  byId("adapter-proposed-part").hidden = true;
+  if (adapter.id !== adapter.name) return;
+  try {
+    const { proposed } = await read(`v1/loras/${encodeURIComponent(adapter.id)}?proposed=true`, { quietly: true });
+    if (shown !== adapter) return;
+    byId("adapter-proposed").replaceChildren(...proposed.map(proposedRow));
+    byId("adapter-proposed-part").hidden = !proposed.length;
+  } catch {
+    // a key without the role publish does not see them
+  }
+}
+
+function proposedRow({ id, input, key_id }) {
+  const button = (label, action) =>
+    element("button", { type: "button", class: "small", "aria-label": `${label}: ${input}`, onclick: () => decide(action, [id]) }, label);
+  return element("li", {}, element("span", {}, input), " ", element("small", {}, key_id), " ", button("Accept", "accept"), " ", button("Reject", "reject"));
+}
+
+/** Accepts or rejects these prompts, or all. */
+async function decide(action, ids) {
+  await change(async () => (await post(`${path()}/samples`, { action, ids })).generation ?? null, () => open(shown.id));
 }
 
 const path = () => `v1/loras/${encodeURIComponent(shown.id)}`;

@@ -32,7 +32,7 @@ export function messagesOf(turns, prompt) {
 
 export const newTiming = () => ({ began: performance.now(), first: 0, last: 0, usage: null, reason: "" });
 
-/** Streams the answer to a request into the callbacks, and fills `timing`. Throws ApiError. */
+/** Streams the answer to a request into the callbacks, and fills `timing`. Returns the request's id. Throws ApiError. */
 export async function stream(request, timing, { signal, onPlan, onText }) {
   const body = { ...request, lora: { ...request.lora, explain: true }, stream: true, stream_options: { include_usage: true } };
   const response = await send("POST", "v1/chat/completions", { body, signal });
@@ -47,6 +47,7 @@ export async function stream(request, timing, { signal, onPlan, onText }) {
     timing.first ||= timing.last;
     onText(choice.delta.content ?? "");
   }
+  return response.headers.get("x-request-id");
 }
 
 /** Returns the times and numbers of tokens of an answer in words. */

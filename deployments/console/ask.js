@@ -1,6 +1,6 @@
 // The conversation: sends prompts, streams answers, and keeps the turns.
 
-import { ApiError, read, reasonOf } from "./api.js";
+import { ApiError, post, read, reasonOf } from "./api.js";
 import { adapterTags, messagesOf, newTiming, optionsOf, stream, summary } from "./answers.js";
 import { ago, byId, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
 import { chosenExamples } from "./examples.js";
@@ -142,7 +142,7 @@ async function answer(request, turn, view, mine) {
     if (isCurrent()) explain(turn);
   };
   try {
-    await stream(request, timing, { signal: mine.signal, onPlan: planned, onText });
+    turn.request = await stream(request, timing, { signal: mine.signal, onPlan: planned, onText });
     turn.note = [summary(timing), turn.answer ? "" : "the model generated no text"].filter(Boolean).join(" · ");
   } catch (error) {
     fail(error, turn, timing);
@@ -209,8 +209,31 @@ function endOf(turn) {
     element("span", { class: "buttons" },
       turn.plan ? button("Why", "Show why these adapters answered", () => explain(turn)) : null,
       turn.answer ? button("Copy", "Copy the answer", () => navigator.clipboard?.writeText(turn.answer)) : null,
+      ...(turn.request && turn.plan && turn.model === "auto" ? outcomeButtons(turn) : []),
       button("Again", "Send this prompt once more, with the present options", () => again(turn))),
   ].filter(Boolean);
+}
+
+/** Returns buttons that tell the server how well its choice answered. A server that does not learn hides them. */
+function outcomeButtons(turn) {
+  const name = turn.plan.adapters[0]?.name ?? null;
+  const buttons = [["Good", 1], ["Bad", -1]].map(([label, score]) =>
+    element("button", {
+      type: "button", class: "small outcome", title: `The answer of ${name ?? "the base model"} was ${label.toLowerCase()}`,
+      "aria-pressed": String(turn.score === score), onclick: () => judge(score),
+    }, label));
+  async function judge(score) {
+    try {
+      await post("v1/outcomes", { request_id: turn.request, adapter: name, score });
+      turn.score = score;
+      history.keep(chat);
+      for (const [place, node] of buttons.entries()) node.setAttribute("aria-pressed", String((place ? -1 : 1) === score));
+      say("ask-status", "thank you");
+    } catch (error) {
+      say("ask-status", reasonOf(error));
+    }
+  }
+  return buttons;
 }
 
 /** Takes the turn and those after it out, and sends its prompt again. */

@@ -43,6 +43,7 @@ function connection(text, state) {
 function show({ pool, tenant, workers, read_at, base_model, defaults }) {
   say("base-model", base_model);
   byId("k").placeholder = defaults.k;
+  document.documentElement.classList.toggle("learns", (defaults.learning ?? "off") !== "off");
   byId("strategy").options[0].text = `server default (${defaults.strategy})`;
   if (workers) showWorkers(workers);
   else say("metric-running", whole(tenant.num_running)); // without the role admin the server reports this tenant's metrics only

@@ -24,6 +24,7 @@ from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Wo
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.served_model import ServedModel
+from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
@@ -229,12 +230,14 @@ class CompletionService:
         worker: WorkerClient,
         limits: StreamLimits,
         shadows: Shadows,
+        notes: PromptNotes,
         *,
         is_strict: bool = False,
     ) -> None:
         """`is_strict`: refuse unknown fields instead of ignoring them."""
         self._model, self._authenticator, self._planner, self._is_strict = model, authenticator, planner, is_strict
         self._gate, self._worker, self._limits, self._shadows = gate, worker, limits, shadows
+        self._notes = notes
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
@@ -253,6 +256,7 @@ class CompletionService:
                     questions = await self._with_texts(request, questions, caller.tenant)
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
                 context.record_versions(plans)
+                self._notes.note(questions[0], plans[0], caller, context.request_id)
                 answer = _answer_to(request, questions, plans, caller, context)
                 template = self._model.template
                 jobs = [

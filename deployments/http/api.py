@@ -21,6 +21,7 @@ from deployments.http.routes import (
     embeddings,
     maintenance,
     models,
+    outcomes,
     pool_map,
     status,
     vllm,
@@ -33,7 +34,7 @@ _EXPOSED = [
     *("x-request-id", "retry-after", "x-ignored-fields", "x-ignored-headers"),
     *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason", "x-lora-why"),
 ]
-_ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console)
+_ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console, outcomes)
 
 
 def build_api(services: Services) -> Api:

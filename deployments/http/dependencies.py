@@ -25,6 +25,7 @@ from deployments.http.readiness import Readiness
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
 from deployments.publishing.evaluation import Evaluator
+from deployments.publishing.learning import Learning
 from deployments.publishing.preload import Preload
 from deployments.publishing.publisher import Publisher
 from lora_store import AdapterNotFound, AdapterRef, Key
@@ -43,6 +44,7 @@ class Services:
     completions: CompletionService
     publisher: Publisher
     evaluator: Evaluator
+    learning: Learning
     store: StoreClient
     retriever: RetrieverClient
     readiness: Readiness

@@ -90,6 +90,10 @@ ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=responses.PublishedAdapter, 
 VISIBILITY_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 APPROVE_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 SHARE_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+SAMPLES_ANSWERS = answers(
+    400, 404, 409, s200=responses.SamplesChanged, s201=responses.SamplesChanged, s202=responses.SamplesChanged
+)
+OUTCOME_ANSWERS = answers(400, 404, s201=pool_responses.Outcome)
 MAP_ANSWERS = answers(400, s200=pool_responses.PoolPicture)
 PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
 STATS_ANSWERS = answers(s200=pool_responses.Stats)

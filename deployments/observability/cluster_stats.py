@@ -57,8 +57,9 @@ class StatsReader:
         *,
         may_sleep: bool = False,
         evaluation_of: Callable[[str], JsonObject] | None = None,
+        learning: str = "off",
     ) -> None:
-        """`may_sleep`: whether there may be no worker, as the last one was scaled away."""
+        """`may_sleep`: whether there may be no worker, as the last one was scaled away. `learning`: the setting."""
         self._model = model
         self._defaults = defaults
         self._engine = engine
@@ -66,6 +67,7 @@ class StatsReader:
         self._retriever = retriever
         self._worker = worker
         self._evaluation_of = evaluation_of
+        self._learning = learning
         self._workers = Shared(self._read_workers, kept_s=KEPT_S, clock=clock)
 
     async def read(self, tenant: str, *, sees_all: bool = True) -> Stats:
@@ -80,7 +82,7 @@ class StatsReader:
             "object": "stats",
             "read_at": read_at,
             "base_model": self._model.name,
-            "defaults": {"strategy": self._defaults.strategy, "k": self._defaults.k},
+            "defaults": {"strategy": self._defaults.strategy, "k": self._defaults.k, "learning": self._learning},
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
             "tenant": _usage_object([usage[tenant] for usage in usages.given if tenant in usage]),
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),

@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError
 from deployments.api.doctor_report import doctor_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.json_types import JsonObject
+from deployments.publishing.learning import counted
 from deployments.publishing.publisher import Publisher
 from lora_store import AdapterRef, EncoderIncomplete
 from retriever_svc import AskedPrompt, EncoderUnusable
@@ -38,14 +39,15 @@ async def verify(store: StoreClient, tenant: str) -> AsyncGenerator[JsonObject]:
 
 
 async def doctor(
-    retriever: RetrieverClient, tenant: str, prompts: Sequence[AskedPrompt] = ()
+    store: StoreClient, retriever: RetrieverClient, tenant: str, prompts: Sequence[AskedPrompt] = ()
 ) -> AsyncGenerator[JsonObject]:
-    """Search by every adapter's own samples, and by `prompts`, and report how well the adapters are found."""
+    """Search by every adapter's own samples, and by `prompts`. Report how well adapters are found, and outcomes."""
     async with aclosing(retriever.doctor(tenant, prompts)) as steps:
         async for step in steps:
             yield {"done": step.num_done, "total": step.num_total}
             if step.report is not None:
-                yield {"result": doctor_object(step.report, tenant)}
+                outcomes = counted(await store.feedback(tenant, "outcome"))
+                yield {"result": {**doctor_object(step.report, tenant), "outcomes": outcomes}}
 
 
 async def reindex(

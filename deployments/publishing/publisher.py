@@ -38,6 +38,7 @@ from lora_store import (
     Key,
     Precondition,
     QuotaExceeded,
+    Sample,
     Staged,
     TenantQuota,
     Trial,
@@ -221,6 +222,15 @@ class Publisher:
         """
         return await self._run("rollback", self._rollback(key, digest, actor, charge))
 
+    async def resample(
+        self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge = free_of_charge
+    ) -> Published:
+        """Publish the live version's weights with other samples; None: its own without accepted prompts.
+
+        Raises: AdapterNotFound; VersionConflict if another version is live by now; the errors of `publish`.
+        """
+        return await self._run("resample", self._resample(live, samples, actor, charge))
+
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         """Withdraw all of `names` with all their versions, or none. Free their weights and blobs in the background.
 
@@ -328,6 +338,17 @@ class Publisher:
         staged = await self._store.restage(kept_version(kept, digest))
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
         [outcome] = await self._make_live([staged], active, change)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def _resample(
+        self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge
+    ) -> Published:
+        active = await self._store.active_encoder()
+        await self._gate.ready()
+        staged = await self._store.resample(live, samples)
+        [outcome] = await self._make_live([staged], active, Change(actor, charge=charge))
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

@@ -8,7 +8,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store import AdapterRecord, AdapterRef, Embedding, Plan, PlannedAdapter, Sample, Snapshot, Strategy
+from lora_store import (
+    AdapterRecord,
+    AdapterRef,
+    Embedding,
+    Feedback,
+    Plan,
+    PlannedAdapter,
+    Ranking,
+    Sample,
+    Snapshot,
+    Strategy,
+)
+from lora_store.rankings import OUTCOME
 from retriever_svc import (
     AskedPrompt,
     BaseCounts,
@@ -16,6 +28,7 @@ from retriever_svc import (
     DoctorStep,
     Drawn,
     Draws,
+    Learnt,
     NearSample,
     Page,
     PageRequest,
@@ -25,13 +38,17 @@ from retriever_svc import (
     PoolSize,
     Region,
     ReindexStep,
+    Resampled,
     Route,
     RouteRequest,
 )
 from retriever_svc.embedded import Embedded
+from retriever_svc.learning import Effect
 from retriever_svc.listing import Listings
 from retriever_svc.planning import named_plan, replayed_plan
 from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
+
+NO_EFFECT = Effect(100, 90, 90, 400, 4, 4)
 
 
 @dataclass
@@ -51,6 +68,8 @@ class FakeRetriever:
     unserved: BaseCounts = ()
     drawn: Draws = field(default_factory=lambda: Draws(Drawn(535, 0, 0)))  # by any version
     asked: list[Sequence[AskedPrompt]] = field(default_factory=list)  # of the doctor
+    effect: Effect = NO_EFFECT  # of accepted prompts
+    num_own: int = 4  # samples of an adapter that gets accepted prompts
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.failure is not None:
@@ -115,6 +134,15 @@ class FakeRetriever:
         if self.caught_up is not None:
             raise self.caught_up
         return generation
+
+    async def accept(self, live: AdapterRecord, texts: Sequence[str]) -> Resampled:
+        own = [Sample(f"sample {number}") for number in range(self.num_own)]
+        return Resampled((*own, *[Sample(text, is_accepted=True) for text in texts]), (), self.effect)
+
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        vector = np.array([1.0, 0.0], np.float32)
+        anchors = [AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "") for outcome in outcomes]
+        return Learnt(tuple(Ranking(anchor, (), self.encoder, vector, vector[:0]) for anchor in anchors))
 
     async def refit(self, model: str) -> str:
         return f"{model}+fitted"

@@ -22,6 +22,7 @@ from lora_store import (
     Collected,
     Embedding,
     EncoderIncomplete,
+    Feedback,
     Kept,
     Key,
     Precondition,
@@ -35,8 +36,9 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
+from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
-from lora_store.staging import take_over
+from lora_store.staging import take_over, with_samples
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 
 
@@ -63,6 +65,8 @@ class FakeStore:
     missing: Collection[str] = ()
     without_samples: Collection[str] = ()
     taken: Collection[str] = ()
+    ranked: list[tuple[str, Sequence[Ranking]]] = field(default_factory=list)
+    given: dict[tuple[str, Kind, str], Feedback] = field(default_factory=dict)  # by tenant, kind and id
     _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
@@ -100,6 +104,30 @@ class FakeStore:
     async def restage(self, record: AdapterRecord) -> Staged:
         self._fail("restage")
         return self._hold(record)
+
+    async def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
+        self._fail("resample")
+        samples = [Sample("one"), Sample("two")] if samples is None else samples
+        record = with_samples(live, digest_of("\n".join(sample.input for sample in samples)), len(samples))
+        staged = replace(self._hold(record), samples=tuple(samples), replaces=live.ref.digest)
+        self.held[-1] = staged
+        return staged
+
+    async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
+        self._fail("put_feedback")
+        self.given[tenant, kind, feedback.id] = feedback
+
+    async def asked(self, tenant: str, request_id: str) -> Feedback | None:
+        wanted = Feedback.of_request(request_id, "", None, "")
+        return self.given.get((tenant, "asked", wanted.id))
+
+    async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]:
+        found = [given for (owner, sort, _), given in self.given.items() if (owner, sort) == (tenant, kind)]
+        return [given for given in found[::-1] if given.text and adapter in (None, given.adapter)]
+
+    async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None:
+        for id in ids:
+            del self.given[tenant, "proposed", id]
 
     async def take_over(self, staged: Sequence[Staged]) -> list[Staged]:
         self._fail("take_over")
@@ -210,8 +238,9 @@ class FakeStore:
         self.generation += 1
         return self.generation
 
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str) -> int:
+    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
         self._fail("rank")
+        self.ranked.append((tenant, rankings))
         self.generation += 1
         return self.generation
 

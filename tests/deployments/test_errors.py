@@ -32,6 +32,7 @@ ERRORS: list[DeploymentsError] = [
     errors.VersionNotKept("poet", "a" * 8, ["b" * 64, "c" * 64]),
     errors.NoTrial("poet", ["b" * 64, "c" * 64]),
     errors.VersionChanged("poet", "a" * 64, "b" * 64),
+    errors.RequestNotKept("abc"),
     errors.AdapterExists("poet"),
     errors.HostRefused("evil.example"),
     errors.OriginRefused("https://evil.example"),

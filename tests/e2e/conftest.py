@@ -93,6 +93,7 @@ def live(
         store_uri=s3_endpoint.uri("live"),
         disk_cache_bytes=0,
         max_concurrent_requests=32,
+        learning="observe",
         worker=NativeSettings(
             dtype="float32",
             num_threads=1,

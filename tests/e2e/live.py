@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +131,16 @@ class Live:
         for name, namespace in actors.items():
             ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
         return len(actors)
+
+
+def run(live: Live, *words: str, code: int = 0) -> str:
+    """Run a command on a wide terminal, check its exit code, and return its output."""
+    command = [str(Path(sys.executable).with_name("loraretriever")), *words, "--url", live.url]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"}
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:

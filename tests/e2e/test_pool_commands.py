@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_folder
-from tests.e2e.live import Live, eventually
+from tests.e2e.live import Live, eventually, run
 
 TOPICS = ("lighthouses", "volcanoes", "violins")
-
-
-def run(live: Live, *words: str, code: int = 0) -> str:
-    """Run a command on a wide terminal, check its exit code, and return its output."""
-    command = [str(Path(sys.executable).with_name("loraretriever")), *words, "--url", live.url]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"}
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 
 from lora_store import AdapterRef, Publish, Rank, Ranking, Snapshot, Withdraw
 from lora_store.events import dated_events_of, fold_table_of, table_of
+from lora_store.rankings import OUTCOME
 from lora_store.rules import rank_events
 from tests.lora_store.builders import NOON, MakeRecord, OpenStore, ranking
 
@@ -45,6 +47,25 @@ def test_a_ranking_outlives_its_anchor_while_one_of_its_adapters_is_live(make_re
     assert isinstance(kept, Rank) and kept.ranking == ranking(POET, BARD) and kept.is_first
     both = after(withdrawn, Withdraw(BARD, "me", NOON))
     assert rank_events(both, "local", [], "me", NOON) == []
+
+
+def test_outcomes_and_an_evaluation_replace_their_own_rankings_only() -> None:
+    said = ranking(AdapterRef("local", f"{OUTCOME}1", ""), POET)
+    later = replace(said, anchor=AdapterRef("local", f"{OUTCOME}2", ""))
+    snapshot = Snapshot(0, {})
+    for rankings, are_outcomes in (([ranking(POET)], False), ([said], True), ([ranking(BARD)], False), ([later], True)):
+        events = rank_events(snapshot, "local", rankings, "me", NOON, are_outcomes=are_outcomes)
+        snapshot = snapshot.after(events, snapshot.generation + 1)
+    assert set(used(snapshot)) == {ranking(BARD), later}
+
+
+def test_the_last_outcome_can_be_withdrawn() -> None:
+    said = ranking(AdapterRef("local", f"{OUTCOME}1", ""), POET)
+    snapshot = after(Snapshot(0, {}), Rank("local", said, True, "me", NOON))
+    [event] = rank_events(snapshot, "local", [], "me", NOON, are_outcomes=True)
+    assert isinstance(event, Rank)
+    [left] = used(after(snapshot, event))
+    assert left.is_outcome and [item.ref.name for item in left.adapters] == [OUTCOME], "it names no adapter"
 
 
 def test_a_fold_keeps_rankings_and_what_each_tenant_can_see(make_record: MakeRecord) -> None:

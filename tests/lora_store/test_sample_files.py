@@ -17,6 +17,14 @@ def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert write_samples(parse_samples(data)) == data
 
 
+def test_only_stored_samples_are_marked_as_accepted(tmp_path: Path) -> None:
+    samples = (Sample("one"), Sample("two", is_accepted=True), Sample('says "accepted"'))
+    data = write_samples(samples)
+    assert parse_samples(data) == samples
+    (tmp_path / SAMPLES_FILE).write_bytes(data)
+    assert not any(sample.is_accepted for sample in read_samples(tmp_path, Limits())), "a publisher cannot mark a line"
+
+
 @pytest.mark.parametrize("key", ["prompt", "instruction", "text", "question"])
 def test_other_common_keys_are_read_where_there_is_no_input(tmp_path: Path, key: str) -> None:
     (tmp_path / SAMPLES_FILE).write_text(f'{{"{key}": "a"}}\n{{"{key}": "not read", "input": "b"}}\n')

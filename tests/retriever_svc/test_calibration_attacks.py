@@ -50,11 +50,12 @@ def test_the_starter_pool_answers_its_prompts_next_to_the_attackers(encoder: Enc
 @pytest.mark.parametrize("model", [DEFAULT_MODEL, ENGLISH_MODEL])
 def test_the_margins_hold_for_encoders_without_a_projection(model: str, scale: Scale) -> None:
     num_prompts = scale.pick("held-out prompts a task", small=2, full=12)
-    plain, samples = Encoder(model), starter_samples()
-    embeddings = embed_groups(plain, [[Sample(text) for text in texts] for texts in samples.values()])
+    plain = Encoder(model)
+    samples = {name: [Sample(text) for text in texts] for name, texts in starter_samples().items()}
+    embeddings = zip(samples, embed_groups(plain, list(samples.values())), strict=True)
     records = [
         record_of(name, e.vector, own_scores=e.own_scores.tolist(), encoder=e.encoder)
-        for name, e in zip(samples, embeddings, strict=True)
+        for name, e in embeddings
         if e is not None
     ]
     retriever = Retriever(LivePool(lambda _: plain, Source(*records), projections=ProjectionFiles(), projection="none"))
@@ -63,13 +64,15 @@ def test_the_margins_hold_for_encoders_without_a_projection(model: str, scale: S
         answers = retriever.route([RouteRequest(prompt) for prompt in prompts])
         return [answer for answer in answers if isinstance(answer, Route)]
 
-    asked = [(name, text) for name in samples for text in held_out(name)[:num_prompts]]
+    asked = [(name, text) for name in samples for text in held_out(name)]
+    asked = asked[:: 12 // num_prompts]
     own = [
         bool(route.plan.adapters) and route.plan.adapters[0].ref.name == name
         for (name, _), route in zip(asked, routed([text for _, text in asked]), strict=True)
     ]
     assert len(own) == 12 * num_prompts
     assert np.mean(own) >= 0.9, np.mean(own)
-    away = [route.abstained for route in routed(everyday_prompts())]
+    everyday = routed(everyday_prompts())
+    away = [route.abstained for route in everyday]
     assert len(away) == 131
     assert np.mean(away) >= 0.9, np.mean(away)

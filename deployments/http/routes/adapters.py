@@ -21,6 +21,7 @@ from deployments.api.adapters import (
     PublishBatch,
     PublishItem,
     RollbackRequest,
+    SamplesRequest,
     ShareRequest,
     Tag,
     VisibilityRequest,
@@ -29,17 +30,19 @@ from deployments.api.draws_report import draws_object
 from deployments.api.pool_responses import AdapterList, AdapterShown, adapter_list, shown_object
 from deployments.api.responses import (
     Published,
+    SamplesChanged,
     Settled,
     approval_object,
     batch_object,
     published_object,
     removed_object,
+    replicas_object,
     share_object,
     status_of,
     visibility_object,
 )
 from deployments.auth.authenticator import Caller
-from deployments.errors import RequestInvalid, VersionChanged
+from deployments.errors import RequestInvalid, RoleMissing, VersionChanged
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import (
     MAY_CHANGE,
@@ -58,13 +61,14 @@ from deployments.http.openapi import (
     LORAS_ANSWERS,
     PUBLISH_ANSWERS,
     ROLLBACK_ANSWERS,
+    SAMPLES_ANSWERS,
     SHARE_ANSWERS,
     VISIBILITY_ANSWERS,
     WITHDRAW_ANSWERS,
 )
 from deployments.http.uploads import count_upload, read_upload
 from deployments.publishing.validator import Charge
-from lora_store import VISIBILITIES
+from lora_store import VISIBILITIES, Feedback
 from retriever_svc import PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
@@ -148,6 +152,7 @@ async def show(
     services: AnyServices,
     caller: AnyCaller,
     samples: Annotated[int, Query(ge=0, le=MAX_SHOWN_SAMPLES, description="how many samples to include")] = 0,
+    proposed: Annotated[bool, Query(description="include prompts that may become samples; role publish")] = False,
 ) -> AdapterShown:
     """Return one adapter and its kept versions, the live one first.
 
@@ -155,7 +160,37 @@ async def show(
     """
     generation, versions = await services.retriever.record(caller.tenant, name)
     found = await services.retriever.samples(caller.tenant, name) if samples else []
-    return shown_object(versions, caller.tenant, generation, found[:samples])
+    waiting: list[Feedback] = []
+    if proposed:
+        if "publish" not in caller.roles:
+            raise RoleMissing(caller.key_id, "publish")
+        async with own_key(name, caller, services) as (tenant, bare):
+            waiting = await services.store.feedback(tenant, "proposed", bare)
+    return shown_object(versions, caller.tenant, generation, found[:samples], waiting)
+
+
+@router.post("/v1/loras/{name:path}/samples", response_model=None, responses=SAMPLES_ANSWERS, dependencies=[MAY_CHANGE])
+async def change_samples(name: str, body: SamplesRequest, caller: PublishCaller, services: AnyServices) -> JSONResponse:
+    """Accept prompts of clients as samples, which makes a new version; reject them; or take the accepted ones out."""
+    charge, learning = charge_to(services, caller), services.learning
+    left_out: list[str] = []
+    async with own_key(name, caller, services) as key:
+        if body.action == "reject":
+            num = await learning.reject(key, body.ids)
+            return JSONResponse({"name": key[1], "action": body.action, "num_rejected": num})
+        if body.action == "accept":
+            published, left_out = await learning.accept(key, body.ids, caller.key_id, charge)
+        else:
+            published = await learning.undo(key, caller.key_id, charge)
+    answer: SamplesChanged = {
+        "name": key[1],
+        "action": body.action,
+        "left_out": left_out,
+        "digest": published.ref.digest,
+        "generation": published.generation,
+        "replicas": replicas_object(published),
+    }
+    return JSONResponse(answer, status_of(published))
 
 
 @router.delete("/v1/loras/{name:path}", responses=WITHDRAW_ANSWERS, dependencies=[MAY_CHANGE])

@@ -40,7 +40,7 @@ async def doctor(
     prompts = [prompt.asked() for prompt in body.prompts]
     if prompts:
         services.authenticator.charge(caller, sum(tokens_read(prompt.text) for prompt in prompts), "prompts")
-    return await _stream(maintenance.doctor(services.retriever, caller.tenant, prompts), context)
+    return await _stream(maintenance.doctor(services.store, services.retriever, caller.tenant, prompts), context)
 
 
 @router.post("/v1/pool/evaluate", response_class=StreamingResponse, responses=LINES_ANSWERS)

@@ -31,6 +31,7 @@ EXPECTED = [
     (store_errors.AdapterNotFound("x"), 404, "not_found_error", "model_not_found"),
     (api_errors.VersionNotKept("x", "a" * 8, ["b" * 64]), 404, "not_found_error", "version_not_found"),
     (api_errors.NoTrial("x", ["b" * 64]), 404, "not_found_error", "version_not_found"),
+    (api_errors.RequestNotKept("x"), 404, "not_found_error", "request_not_kept"),
     (api_errors.VersionChanged("x", "a" * 64, "b" * 64), 409, INVALID, "version_changed"),
     (api_errors.AdapterExists("x"), 400, INVALID, "invalid_request"),
     (api_errors.HostRefused("evil.example"), 421, INVALID, "permission_denied"),

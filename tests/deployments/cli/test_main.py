@@ -307,16 +307,17 @@ def test_check_prints_its_outcome_as_json(config: Path, folder: Path) -> None:
 def test_help_has_a_short_option_and_no_command_is_no_mistake() -> None:
     full = run("--help")
     assert (full.exit_code, run("-h").stdout, run().stdout) == (0, full.stdout, full.stdout)
-    for group in ("trial", "access", "pool", "keys"):
+    for group in ("trial", "access", "pool", "keys", "samples"):
         assert (run(group).exit_code, run(group).stdout) == (0, run(group, "-h").stdout)
 
 
-def test_the_commands_are_fourteen_on_two_levels() -> None:
+def test_the_commands_are_fifteen_on_two_levels() -> None:
     root = get_command(cli)
     assert list(root.commands) == [
         *("serve", "ask", "route", "status", "publish", "list", "show", "withdraw", "rollback", "batch"),
-        *("trial", "access", "pool", "keys"),
+        *("trial", "access", "pool", "keys", "samples"),
     ]
+    assert list(root.commands["samples"].commands) == ["list", "accept", "reject", "undo"]
     assert list(root.commands["trial"].commands) == ["start", "stop", "promote"]
     assert list(root.commands["access"].commands) == ["public", "private", "approve"]
     assert list(root.commands["keys"].commands) == ["new", "list", "revoke"]

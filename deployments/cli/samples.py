@@ -1,0 +1,65 @@
+"""The commands for prompts of clients that may become samples."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, counted, out, print_json
+from deployments.json_types import JsonObject
+
+commands = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    help="Show, accept and reject prompts that requests to an adapter proposed as its samples.",
+)
+Name = Annotated[str, typer.Argument(help="name of the adapter")]
+Ids = Annotated[list[str] | None, typer.Argument(help="ids that `samples list` shows; default: all")]
+
+
+@commands.command("list")
+def list_proposed(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """List the prompts that wait for a decision, newest first."""
+    answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}", params={"proposed": "true"})
+    if as_json:
+        print_json({"data": answer["proposed"]})
+        return
+    for row in answer["proposed"]:
+        plain = "".join(char if char.isprintable() else " " for char in row["input"])  # no escape sequences
+        out.print(f"{row['id']}  {row['key_id']}: {' '.join(plain.split())}", markup=False, highlight=False)
+    if not answer["proposed"]:
+        out.print(f"no prompt is proposed for {name}", markup=False, highlight=False)
+
+
+@commands.command()
+def accept(name: Name, ids: Ids = None, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Publish the adapter with these prompts among its samples. Its weights stay."""
+    _change(url, name, {"action": "accept", "ids": ids}, as_json=as_json)
+
+
+@commands.command()
+def reject(name: Name, ids: Ids = None, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Drop these prompts. They are not proposed again."""
+    _change(url, name, {"action": "reject", "ids": ids}, as_json=as_json)
+
+
+@commands.command()
+def undo(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
+    """Take every accepted prompt out of the adapter's samples again."""
+    _change(url, name, {"action": "undo"}, as_json=as_json)
+
+
+def _change(url: str, name: str, body: JsonObject, *, as_json: bool) -> None:
+    given = {field: value for field, value in body.items() if value}
+    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/samples", json=given)
+    if as_json:
+        print_json(answer)
+    elif "num_rejected" in answer:
+        out.print(f"{counted(answer['num_rejected'], 'prompt')} rejected", markup=False, highlight=False)
+    else:
+        done = f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}"
+        out.print(done, markup=False, highlight=False)
+        for text in answer["left_out"]:
+            out.print(f"left out, since a sample is nearly the same: {text}", markup=False, highlight=False)

@@ -1,0 +1,90 @@
+"""Note prompts from which the server may learn: those of requests that name an adapter, and those that it routed.
+
+Nothing is noted unless the setting `learning` is on. Noting never delays or fails a request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+from deployments.api.completions import Question
+from deployments.api.responses import Planned
+from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
+from deployments.calls.catalogue_clients import StoreClient
+from deployments.calls.serve_calls import Background
+from deployments.generation.conversation import reading_of
+from gpu_worker.front.request.request import TokenIds
+from lora_store import Feedback
+from lora_store.lru_cache import LruCache
+from retriever_svc.encoder import MAX_CHARS
+
+PAUSE_S = 60.0  # between two proposals of one key for one adapter
+MAX_ASKED = 20  # prompts of routed requests in one second
+MAX_RUNNING = 32  # writes at once; more are dropped
+_MAX_REMEMBERED = 4096
+
+
+class PromptNotes:
+    """The notes of one Ingress replica. `is_on`: whether prompts may be kept at all."""
+
+    def __init__(
+        self,
+        store: StoreClient,
+        background: Background,
+        *,
+        is_on: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._background, self._is_on, self._clock = store, background, is_on, clock
+        self._proposed_at: LruCache[tuple[str, str, str], float] = LruCache(_MAX_REMEMBERED)
+        self._second, self._num_asked, self._num_running = 0, 0, 0
+
+    def note(self, question: Question, planned: Planned, caller: Caller, request_id: str) -> None:
+        """Note the prompt of one request in the background, if it may be kept."""
+        text = _text_of(question) if self._is_on and caller.tenant != ANONYMOUS_TENANT else None
+        if text is None or self._num_running >= MAX_RUNNING:
+            return
+        rows = planned.plan.adapters
+        if planned.reason is not None:
+            if self._has_room():
+                asked = Feedback.of_request(request_id, text, None, caller.key_id)
+                self._start(self._store.put_feedback(caller.tenant, "asked", asked))
+        elif _names_adapter(question) and len(rows) == 1 and rows[0].ref.tenant == caller.tenant:
+            name, now = rows[0].ref.name, self._clock()
+            last = self._proposed_at.get((caller.tenant, name, caller.key_id))
+            if last is None or now - last >= PAUSE_S:
+                self._proposed_at.put((caller.tenant, name, caller.key_id), now)
+                proposed = Feedback.proposed(text, name, caller.key_id)
+                self._start(self._store.put_feedback(caller.tenant, "proposed", proposed))
+
+    def _has_room(self) -> bool:
+        second = int(self._clock())
+        self._num_asked = self._num_asked + 1 if second == self._second else 1
+        self._second = second
+        return self._num_asked <= MAX_ASKED
+
+    def _start(self, write: Awaitable[None]) -> None:
+        self._num_running += 1
+        self._background.start(self._write(write), "noting a prompt")
+
+    async def _write(self, write: Awaitable[None]) -> None:
+        try:
+            await write
+        finally:
+            self._num_running -= 1
+
+
+def _names_adapter(question: Question) -> bool:
+    """Return whether `model` names an adapter, and no version of it."""
+    return question.alias is None and question.lora.names_adapters is None and "@" not in question.model
+
+
+def _text_of(question: Question) -> str | None:
+    """Return the text by which the router would read the prompt, None for one that means nothing alone."""
+    if isinstance(question.prompt, TokenIds) or not isinstance(question.prompt, tuple):
+        text = question.text
+    else:
+        reading = reading_of(question.prompt)
+        text = None if reading.previous or reading.is_housekeeping else reading.texts[0]
+    return text[:MAX_CHARS] if text and text.strip() else None

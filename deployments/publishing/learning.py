@@ -1,0 +1,135 @@
+"""Learn from clients: accept proposed samples, and apply the outcomes of a tenant's requests to its own choices."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+from deployments.api.responses import Published
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
+from deployments.calls.serve_calls import Background
+from deployments.errors import RequestInvalid, RequestNotKept
+from deployments.publishing.publisher import Publisher
+from deployments.publishing.validator import Charge
+from lora_store import AdapterNotFound, AdapterRecord, AdapterRefused, Feedback, Key
+from retriever_svc.learning import OWN_PER_ACCEPTED
+
+logger = logging.getLogger(__name__)
+QUIET_S = 1.0  # from an outcome to its application, so that one commit follows several
+Sleep = Callable[[float], Awaitable[None]]
+
+
+class Learning:
+    """Changes samples by proposals that their owner accepts, and a tenant's own choices by its outcomes.
+
+    `applies`: whether outcomes change choices. Otherwise they are kept and counted only.
+    """
+
+    def __init__(
+        self,
+        store: StoreClient,
+        retriever: RetrieverClient,
+        publisher: Publisher,
+        background: Background,
+        *,
+        applies: bool,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self._store, self._retriever, self._publisher = store, retriever, publisher
+        self._background, self._applies, self._sleep = background, applies, sleep
+        self._waiting: dict[str, str] = {}  # by tenant, the author of its newest outcome
+        self._is_running = False
+
+    async def accept(
+        self, key: Key, ids: Collection[str] | None, actor: str, charge: Charge
+    ) -> tuple[Published, list[str]]:
+        """Publish the live version with these proposals, or all, among its samples. Return what was left out.
+
+        Raises: AdapterNotFound; RequestInvalid for an unknown id; AdapterRefused if it has too few samples of its own,
+        or the pool's own samples would suffer; the errors of a publish.
+        """
+        live, chosen = await self._live(key), await self._proposals(key, ids)
+        resampled = await self._retriever.accept(live, [proposal.text for proposal in chosen])
+        num_own = sum(not sample.is_accepted for sample in resampled.samples)
+        if num_own < OWN_PER_ACCEPTED:
+            reason = f"it has {num_own} samples of its own, and each accepted prompt needs {OWN_PER_ACCEPTED}"
+            raise AdapterRefused(key[1], [f"{reason}: publish it with more samples"])
+        if resampled.effect.refusal is not None:
+            raise AdapterRefused(key[1], [f"{resampled.effect.refusal}: accept other prompts, or fewer"])
+        published = await self._publisher.resample(live, resampled.samples, actor, charge)
+        await self._store.delete_proposals(*key, [proposal.id for proposal in chosen])
+        return published, list(resampled.left_out)
+
+    async def reject(self, key: Key, ids: Collection[str] | None) -> int:
+        """Drop these proposals, or all. The same prompts of the same keys do not return. Return how many there were.
+
+        Raises: AdapterNotFound; RequestInvalid for an unknown id.
+        """
+        await self._live(key)
+        chosen = await self._proposals(key, ids)
+        for proposal in chosen:
+            empty = Feedback(proposal.id, "", proposal.adapter, proposal.key_id)
+            await self._store.put_feedback(key[0], "proposed", empty)
+        return len(chosen)
+
+    async def undo(self, key: Key, actor: str, charge: Charge) -> Published:
+        """Publish the live version without its accepted prompts. Raises: AdapterNotFound; the errors of a publish."""
+        return await self._publisher.resample(await self._live(key), None, actor, charge)
+
+    async def judge(self, tenant: str, outcome: tuple[str, str | None, float], key_id: str) -> None:
+        """Record an outcome: the request's id, the adapter or None for the base model, and the score.
+
+        Raises: RequestNotKept, AdapterNotFound.
+        """
+        request_id, adapter, score = outcome
+        asked = await self._store.asked(tenant, request_id)
+        if asked is None:
+            raise RequestNotKept(request_id)
+        if adapter is not None:
+            await self._retriever.record(tenant, adapter)
+        judged = Feedback.of_request(request_id, asked.text, adapter, key_id, score)
+        await self._store.put_feedback(tenant, "outcome", judged)
+        if self._applies:
+            self._waiting[tenant] = key_id
+            if not self._is_running:
+                self._is_running = True
+                self._background.start(self._apply_all(), "applying outcomes")
+
+    async def _apply_all(self) -> None:
+        try:
+            while self._waiting:
+                await self._sleep(QUIET_S)
+                tenant, actor = self._waiting.popitem()
+                learnt = await self._retriever.learn(tenant, await self._store.feedback(tenant, "outcome"))
+                if learnt.num_refused:
+                    logger.warning("%d outcomes of tenant %s would harm the pool's samples", learnt.num_refused, tenant)
+                generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
+                await self._publisher.catch_up(generation)
+        finally:
+            self._is_running = False
+
+    async def _live(self, key: Key) -> AdapterRecord:
+        kept = (await self._store.versions([key])).get(key, ())
+        if not kept:
+            raise AdapterNotFound(key[1])
+        return kept[0]
+
+    async def _proposals(self, key: Key, ids: Collection[str] | None) -> Sequence[Feedback]:
+        found = await self._store.feedback(key[0], "proposed", key[1])
+        wanted = {proposal.id for proposal in found} if ids is None else set(ids)
+        unknown = wanted - {proposal.id for proposal in found}
+        if unknown or not wanted:
+            what = f"no prompt {min(unknown)!r} is" if unknown else "no prompt is"
+            raise RequestInvalid(f"ids: {what} proposed for {key[1]!r}; list the proposed ones first", "ids")
+        return [proposal for proposal in found if proposal.id in wanted]
+
+
+def counted(outcomes: Sequence[Feedback]) -> dict[str, dict[str, int]]:
+    """Return how many outcomes praise and how many blame each adapter; "" is the base model."""
+    counts: dict[str, dict[str, int]] = {}
+    for outcome in outcomes:
+        own = counts.setdefault(outcome.adapter or "", {"positive": 0, "negative": 0})
+        own["positive"] += outcome.score > 0
+        own["negative"] += outcome.score < 0
+    return counts

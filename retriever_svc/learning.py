@@ -1,0 +1,246 @@
+"""Learn from clients: accepted prompts as samples, and outcomes as choices of one tenant.
+
+An accepted prompt is a row of its adapter's samples, so it moves the adapter's vector a little. An outcome says how an
+adapter answered one prompt. It counts for that tenant's prompts that are nearly the same, and nowhere else.
+
+Both are bounded: accepted prompts are at most a quarter of the rows, and one key has at most `MAX_PER_KEY` outcomes for
+an adapter. Both are *checked* before they apply: the samples that the publishers chose must still find their adapters,
+and ordinary prompts must still go to the base model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+
+from lora_store.adapter import AdapterRef, Sample
+from lora_store.errors import AdapterNotFound
+from lora_store.events import Rank
+from lora_store.feedback import MAX_PER_KEY, Feedback
+from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
+from lora_store.records import AdapterRecord
+from lora_store.snapshot import Key, Snapshot
+from retriever_svc.bulk import BulkEncoding
+from retriever_svc.calibration import Abstain
+from retriever_svc.embedding import embed_groups
+from retriever_svc.encoder import Vectors
+from retriever_svc.index import IndexSettings, Match
+from retriever_svc.ordinary_prompts import NUM_NEAREST
+from retriever_svc.pool import Pool
+from retriever_svc.sample_source import SampleSource, read_samples
+
+NEAR_COPY = 0.95
+OWN_PER_ACCEPTED = 3  # rows of the publisher for each accepted one, which is at most a quarter of all
+MAX_OUTCOMES = 64  # of one tenant that apply, the newest ones
+MAX_LOST = 0.01  # of the publishers' samples that no longer find their adapter
+MAX_ANSWERED = 0.02  # of ordinary prompts that an adapter answers
+_NUM_CHECKED = 16  # nearest adapters of each changed one whose samples are asked
+_MAX_SAMPLES = 32  # of one adapter that are asked
+_FOLDS = 8  # each ordinary prompt is judged by the others
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a change does to the publishers' samples, and to ordinary prompts."""
+
+    num_samples: int
+    found_before: int
+    found_after: int
+    num_ordinary: int
+    answered_before: int
+    answered_after: int
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the change must not apply, None if it may."""
+        lost = self.found_before - self.found_after
+        if lost > 0 and lost >= MAX_LOST * self.num_samples:
+            return f"{lost} of {self.num_samples} samples of this adapter and of those near it would no longer find it"
+        if self.answered_after > self.answered_before and self.answered_after >= MAX_ANSWERED * self.num_ordinary:
+            return f"adapters would answer {self.answered_after} of {self.num_ordinary} ordinary prompts"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Resampled:
+    """The samples of an adapter with accepted prompts, those that were left out as near-copies, and the effect."""
+
+    samples: tuple[Sample, ...]
+    left_out: tuple[str, ...]
+    effect: Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """The choices that a tenant's outcomes lead to. Others of them would harm the publishers' samples."""
+
+    rankings: tuple[Ranking, ...]
+    num_refused: int = 0
+
+
+def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: SampleSource, abstain: Abstain) -> Resampled:
+    """Return the samples of the live version with these prompts, the newest first, among its accepted rows.
+
+    New prompts push out the oldest accepted ones. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
+    """
+    own = list(samples(live))
+    given = [sample for sample in own if not sample.is_accepted]
+    earlier = [sample for sample in own if sample.is_accepted]
+    every = [sample.input for sample in own] + list(texts)
+    vectors = _encoded(pool, every, live.ref.tenant)
+    rows, new, left_out = list(vectors[: len(own)]), list[Sample](), list[str]()
+    for text, vector in zip(texts, vectors[len(own) :], strict=True):
+        if max((float(row @ vector) for row in rows), default=0.0) > NEAR_COPY:
+            left_out.append(text)
+        else:
+            rows.append(vector)
+            new.append(Sample(text, is_accepted=True))
+    changed = (*given, *[*new, *earlier][: len(given) // OWN_PER_ACCEPTED])
+    [embedding] = embed_groups(pool.encoder, [changed], [live.ref.tenant])
+    after = {(live.ref.tenant, live.ref.name): replace(live, embedding=embedding)}
+    effect = _Check(pool, live.ref.tenant, abstain, samples).effect(after, None)
+    return Resampled(changed, tuple(left_out), effect)
+
+
+def without_accepted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """Return the samples that the publisher gave."""
+    return tuple(sample for sample in samples if not sample.is_accepted)
+
+
+def learn(pool: Pool, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource, abstain: Abstain) -> Learnt:
+    """Return the choices of a tenant from its outcomes, which are given newest first.
+
+    A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
+    from them; one that praises the base model takes every adapter away. Leave out those that are refused alone, or all
+    if the others are refused together.
+    """
+    chosen = list(_bounded(outcomes))
+    vectors = _encoded(pool, [outcome.text for outcome in chosen], tenant)
+    none = np.empty(0, np.float32)
+    rankings = []
+    for outcome, vector in zip(chosen, vectors, strict=True):
+        adapters = tuple(
+            RankedAdapter(ref, outcome.score, 1, is_beaten) for ref, is_beaten in _said(pool, tenant, outcome)
+        )
+        if adapters or outcome.adapter is None:
+            anchor = AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "")
+            rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
+    check = _Check(pool, tenant, abstain, samples)
+    kept = rankings
+    if check.effect({}, kept).refusal is not None:
+        kept = [ranking for ranking in rankings if check.effect({}, [ranking]).refusal is None]
+        kept = kept if check.effect({}, kept).refusal is None else []
+    return Learnt(tuple(kept), len(rankings) - len(kept))
+
+
+def _bounded(outcomes: Iterable[Feedback]) -> Iterator[Feedback]:
+    """Yield the outcomes that may apply, at most `MAX_PER_KEY` of a key for an adapter."""
+    counts: Counter[tuple[str, str | None]] = Counter()
+    for outcome in outcomes:
+        says_nothing = outcome.score == 0 or (outcome.adapter is None and outcome.score < 0)
+        counts[outcome.key_id, outcome.adapter] += not says_nothing
+        if not says_nothing and counts[outcome.key_id, outcome.adapter] <= MAX_PER_KEY:
+            if sum(counts.values()) > MAX_OUTCOMES:
+                return
+            yield outcome
+
+
+def _said(pool: Pool, tenant: str, outcome: Feedback) -> Iterator[tuple[AdapterRef, bool]]:
+    """Yield the live version of the adapter that an outcome names, and whether it should not answer."""
+    if outcome.adapter is None:
+        return
+    try:
+        record = pool.snapshot.resolve(tenant, outcome.adapter)
+    except AdapterNotFound:
+        return
+    if pool.may_find(record, tenant):
+        yield record.ref, outcome.score < 0
+
+
+def _encoded(pool: Pool, texts: Sequence[str], tenant: str) -> Vectors:
+    return BulkEncoding(pool.encoder, texts, [tenant] * len(texts)).encode_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Asks the samples of changed adapters and of those near them, before and after a change."""
+
+    pool: Pool
+    tenant: str
+    abstain: Abstain
+    samples: SampleSource
+
+    def effect(self, changed: Mapping[Key, AdapterRecord], rankings: Sequence[Ranking] | None) -> Effect:
+        """Return the effect of other embeddings, or of other outcomes of the tenant. `rankings`: None keeps them."""
+        embeddings = [record.embedding for record in changed.values()]
+        vectors = [embedding.vector for embedding in embeddings if embedding is not None]
+        near = self._near([*vectors, *[ranking.vector for ranking in rankings or ()]])
+        queries, owners = self._queries(near.values())
+        wanted = ranks = self.pool.snapshot.rankings.get(self.tenant, ())
+        if rankings is not None:
+            now = datetime.now(UTC)
+            new = [Rank(self.tenant, ranking, False, "", now) for ranking in rankings]
+            wanted = (*[rank for rank in ranks if not rank.ranking.is_outcome], *new)
+        before, after = self._small(near, ranks), self._small({**near, **changed}, wanted)
+        return Effect(
+            len(owners),
+            self._num_found(before, queries, owners),
+            self._num_found(after, queries, owners),
+            0 if self.pool.ordinary is None else len(self.pool.ordinary),
+            self._num_answered(before),
+            self._num_answered(after),
+        )
+
+    def _near(self, vectors: Sequence[Vectors]) -> dict[Key, AdapterRecord]:
+        """Return the live adapters nearest to these vectors that the tenant may find."""
+        found: dict[Key, AdapterRecord] = {}
+        if vectors:
+            for matches in self.pool.index.search(np.stack(vectors), _NUM_CHECKED, self.pool.allowed(self.tenant)):
+                found |= {(m.record.ref.tenant, m.record.ref.name): m.record for m in matches}
+        return found
+
+    def _queries(self, records: Iterable[AdapterRecord]) -> tuple[Vectors, list[Key]]:
+        """Return the vectors of the publishers' samples, and the adapter of each."""
+        texts, owners = list[str](), list[Key]()
+        for record in records:
+            own = [sample.input for sample in without_accepted(read_samples(self.samples, record) or ())]
+            texts += own[:_MAX_SAMPLES]
+            owners += [(record.ref.tenant, record.ref.name)] * len(own[:_MAX_SAMPLES])
+        return _encoded(self.pool, texts, self.tenant), owners
+
+    def _small(self, records: Mapping[Key, AdapterRecord], ranks: tuple[Rank, ...]) -> Pool:
+        """Return a pool of these adapters only."""
+        pool = self.pool
+        snapshot = Snapshot(pool.snapshot.generation, dict(records), rankings={self.tenant: ranks} if ranks else {})
+        settings = IndexSettings(requires_approval=pool.index.requires_approval)
+        return Pool.of(snapshot, pool.encoder, settings, ordinary=pool.ordinary, bases=pool.bases, centre=pool.centre)
+
+    def _num_found(self, pool: Pool, queries: Vectors, owners: Sequence[Key]) -> int:
+        fitting = ([m.record.ref for m in matches if m.fits] for matches in self._judged(pool, queries))
+        return sum(
+            bool(refs) and (refs[0].tenant, refs[0].name) == own for refs, own in zip(fitting, owners, strict=True)
+        )
+
+    def _num_answered(self, pool: Pool) -> int:
+        """Return how many ordinary prompts an adapter answers, each compared with the other ordinary prompts."""
+        ordinary = pool.ordinary
+        if ordinary is None or len(ordinary) <= _FOLDS * NUM_NEAREST:
+            return 0
+        num_answered = 0
+        for fold in range(_FOLDS):
+            is_asked = np.arange(len(ordinary)) % _FOLDS == fold
+            found = self._judged(replace(pool, ordinary=ordinary[~is_asked]), ordinary[is_asked])
+            num_answered += sum(any(match.fits for match in matches) for matches in found)
+        return num_answered
+
+    def _judged(self, pool: Pool, queries: Vectors) -> list[list[Match]]:
+        if not len(queries):
+            return []
+        preferences, num = pool.preferences(self.tenant), NUM_NEAREST
+        nearest = pool.nearest(queries, num, self.tenant)
+        found = [preferences.applied(query, matches, num, ()) for query, matches in zip(queries, nearest, strict=True)]
+        return pool.judged(found, self.abstain, queries)

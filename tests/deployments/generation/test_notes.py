@@ -1,0 +1,124 @@
+"""Which prompts are noted, and that noting is off, bounded and harmless unless it is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.api.base import LoraOptions
+from deployments.api.completions import Question
+from deployments.api.responses import Planned
+from deployments.auth.authenticator import LOCAL_CALLER
+from deployments.calls.catalogue_clients import serve_store
+from deployments.calls.serve_calls import Background
+from deployments.generation.notes import MAX_ASKED, PAUSE_S, PromptNotes
+from lora_store import Feedback, StoreUnavailable
+from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.fakes import FakeHandle
+
+CHAT = "/v1/chat/completions"
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(texts)]
+
+
+def noted(*bodies: dict[str, Any], learning: str = "observe", path: str = CHAT, **options: Any) -> list[Feedback]:
+    """Return what the store was given after these requests."""
+    store = options.setdefault("store", FakeStore(pool_of(*POOL)))
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        for body in bodies:
+            answer = await client.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+
+    ask(run, learning=learning, **options)
+    given: list[Feedback] = list(store.given.values())
+    return given
+
+
+def test_nothing_is_noted_unless_the_operator_switched_it_on() -> None:
+    bodies = [{"model": "poet", "messages": turns("Rhyme.")}, {"messages": turns("Rhyme.")}]
+    assert noted(*bodies, learning="off") == []
+    assert len(noted(*bodies)) == 2
+
+
+def test_a_request_that_names_an_adapter_proposes_its_prompt() -> None:
+    system = [{"role": "system", "content": "You are a helpful assistant."}]
+    [proposed] = noted({"model": "poet", "messages": [*system, *turns("Rhyme on rain.")]})
+    assert (proposed.text, proposed.adapter, proposed.key_id) == ("Rhyme on rain.", "poet", "local")
+    [proposed] = noted({"model": "poet", "prompt": "Rhyme on snow."}, path="/v1/completions")
+    assert proposed.text == "Rhyme on snow."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "tiny-base", "messages": turns("Rhyme.")},
+        {"model": f"poet@{POOL[0].ref.digest}", "messages": turns("Rhyme.")},
+        {"messages": turns("Rhyme."), "lora": {"adapters": [{"name": "poet"}]}},
+        {"model": "poet", "messages": turns("Rhyme.", "Rain, pain.", "shorter please")},
+        {"model": "poet", "messages": turns("Generate a concise title for this chat.")},
+    ],
+    ids=["the base model", "a version", "options", "a later turn", "housekeeping"],
+)
+def test_other_prompts_propose_nothing(body: dict[str, Any]) -> None:
+    assert noted(body) == []
+
+
+def test_the_owner_of_an_adapter_never_sees_prompts_of_other_tenants() -> None:
+    foreign = adapter("poet", tenant="globex")
+    assert noted({"model": "globex/poet", "messages": turns("Our secret.")}, retriever=FakeRetriever([foreign])) == []
+
+
+def test_a_routed_request_is_kept_under_its_id_for_an_outcome() -> None:
+    store = FakeStore(pool_of(*POOL))
+
+    async def run(client: httpx.AsyncClient, served: Served) -> str:
+        answer = await client.post(CHAT, json={"messages": turns("Rhyme on rain.")})
+        return answer.headers["x-request-id"]
+
+    request_id = ask(run, store=store, learning="observe")
+    found = asyncio.run(store.asked("local", request_id))
+    assert found is not None and (found.text, found.adapter) == ("Rhyme on rain.", None)
+    assert asyncio.run(store.asked("globex", request_id)) is None
+
+
+def test_a_store_that_is_away_fails_no_request() -> None:
+    store = FakeStore(pool_of(*POOL), failing={"put_feedback": (StoreUnavailable("gone"), 9)})
+    assert noted({"model": "poet", "messages": turns("Rhyme.")}, store=store) == []
+
+
+def test_noting_is_sampled() -> None:
+    now = [1000.0]
+    store = FakeStore(pool_of(*POOL))
+
+    async def run() -> tuple[int, int]:
+        background = Background()
+        handle = FakeHandle(store)
+        notes = PromptNotes(serve_store(handle), background, is_on=True, clock=lambda: now[0])  # type: ignore[arg-type]
+        plan = await FakeRetriever().plan_named("local", [("poet", 1.0)], "selection")
+
+        async def note(number: int, model: str, planned: Planned) -> None:
+            notes.note(
+                Question(f"text {number}", f"text {number}", model, LoraOptions()), planned, LOCAL_CALLER, f"{number}"
+            )
+            await background.idle()
+
+        for number in range(3 * MAX_ASKED):
+            await note(number, "poet", Planned(plan))
+            await note(number, "auto", Planned(plan, reason="fits"))
+        first = len(store.given)
+        now[0] += PAUSE_S
+        await note(99, "poet", Planned(plan))
+        await note(99, "auto", Planned(plan, reason="fits"))
+        return first, len(store.given)
+
+    assert asyncio.run(run()) == (1 + MAX_ASKED, 1 + MAX_ASKED + 2)

@@ -1,0 +1,106 @@
+"""Accepting, rejecting and undoing samples, and applying outcomes, over fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.publishing.learning import counted
+from lora_store import Feedback, VersionConflict
+from retriever_svc.learning import Effect
+from tests.deployments.adapter_records import POOL, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+
+PATH = "/v1/loras/poet/samples"
+
+
+def proposals(*texts: str) -> list[Feedback]:
+    return [Feedback.proposed(text, "poet", "key") for text in texts]
+
+
+def store_with(*texts: str, **fields: Any) -> FakeStore:
+    store = FakeStore(pool_of(*POOL), **fields)
+    store.given = {("local", "proposed", item.id): item for item in proposals(*texts)}
+    return store
+
+
+def change(store: FakeStore, body: dict[str, Any], **options: Any) -> httpx.Response:
+    async def run(client: httpx.AsyncClient, served: Served) -> httpx.Response:
+        return await client.post(PATH, json=body)
+
+    response: httpx.Response = ask(run, store=store, **options)
+    return response
+
+
+def waiting(store: FakeStore) -> list[str]:
+    return [item.text for item in asyncio.run(store.feedback("local", "proposed", "poet"))]
+
+
+def test_accepting_publishes_the_same_weights_and_the_proposal_is_gone() -> None:
+    store = store_with("Rhyme.", "Sing.")
+    response = change(store, {"action": "accept", "ids": [proposals("Sing.")[0].id]})
+    [live, before] = store.live["local", "poet"]
+    assert (response.status_code, response.json()["digest"]) == (201, live.ref.digest)
+    assert live.ref.digest != before.ref.digest == POOL[0].ref.digest
+    assert (live.weights_digest, live.num_samples, live.actor) == (before.weights_digest, 5, "local")
+    assert (waiting(store), store.held) == (["Rhyme."], [])
+
+
+def test_accepting_names_no_proposal_for_all_of_them() -> None:
+    store = store_with("Rhyme.", "Sing.")
+    assert change(store, {"action": "accept"}).status_code == 201
+    assert (store.live["local", "poet"][0].num_samples, waiting(store)) == (6, [])
+
+
+@pytest.mark.parametrize(
+    ("texts", "body", "retriever", "says"),
+    [
+        ((), {"action": "accept"}, {}, "no prompt is proposed for 'poet'"),
+        (("Rhyme.",), {"action": "accept", "ids": ["nonsense"]}, {}, "no prompt 'nonsense' is proposed"),
+        (("Rhyme.",), {"action": "reject", "ids": ["nonsense"]}, {}, "no prompt 'nonsense' is proposed"),
+        (("Rhyme.",), {"action": "undo", "ids": ["x"]}, {}, "cannot be combined"),
+        (("Rhyme.",), {"action": "praise"}, {}, "action"),
+        (("Rhyme.",), {"action": "accept"}, {"num_own": 2}, "it has 2 samples of its own"),
+        (("Rhyme.",), {"action": "accept"}, {"effect": Effect(50, 40, 39, 400, 1, 1)}, "1 of 50 samples"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(
+    texts: tuple[str, ...], body: dict[str, Any], retriever: dict[str, Any], says: str
+) -> None:
+    store = store_with(*texts)
+    response = change(store, body, retriever=FakeRetriever(**retriever))
+    assert response.status_code == 400
+    assert says in error_of(response)["message"]
+    assert (waiting(store), len(store.live["local", "poet"]), store.held) == (list(texts), 1, [])
+
+
+def test_a_version_that_was_published_meanwhile_is_kept() -> None:
+    store = store_with("Rhyme.", failing={"commit": (VersionConflict(1), 9)})
+    response = change(store, {"action": "accept"})
+    assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
+    assert (waiting(store), store.held) == (["Rhyme."], [])
+
+
+def test_a_rejected_proposal_is_gone_and_makes_no_version() -> None:
+    store = store_with("Rhyme.", "Sing.")
+    response = change(store, {"action": "reject", "ids": [proposals("Rhyme.")[0].id]})
+    assert (response.status_code, response.json()["num_rejected"]) == (200, 1)
+    assert (waiting(store), len(store.live["local", "poet"])) == (["Sing."], 1)
+
+
+def test_outcomes_are_counted_by_adapter() -> None:
+    said = [("poet", 1.0), ("poet", 0.5), ("poet", -1.0), ("coder", 0.0), (None, -0.25)]
+    outcomes = [
+        Feedback.of_request(f"{place}", "text", adapter, "key", score) for place, (adapter, score) in enumerate(said)
+    ]
+    assert counted(outcomes) == {
+        "poet": {"positive": 2, "negative": 1},
+        "coder": {"positive": 0, "negative": 0},
+        "": {"positive": 0, "negative": 1},
+    }

@@ -1,0 +1,88 @@
+"""The console's parts that learn, in a real Chromium: proposed samples of an adapter, and buttons below an answer."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.async_api import Page, expect
+
+from lora_store import Feedback
+from tests.browsing import Browsing
+from tests.deployments.adapter_records import POOL, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.looking import ask, go, last_turn, look
+
+pytestmark = pytest.mark.browser
+TEXTS = ("Rhyme on rain.", "Sing of snow.", "Write on wind.")
+
+
+def proposing_store() -> FakeStore:
+    store = FakeStore(pool_of(*POOL))
+    for text in TEXTS:
+        proposed = Feedback.proposed(text, "poet", "team")
+        store.given["local", "proposed", proposed.id] = proposed
+    return store
+
+
+async def open_adapter(page: Page, name: str) -> None:
+    await go(page, "Adapters")
+    await page.locator("#pool-rows").get_by_role("link", name=name, exact=True).click()
+    await expect(page.locator("#adapter-body")).to_be_visible()
+
+
+def test_proposed_samples_are_accepted_and_rejected_one_by_one_or_together(browsing: Browsing) -> None:
+    store = proposing_store()
+
+    async def question(page: Page, served: Served) -> None:
+        await open_adapter(page, "poet")
+        rows = page.locator("#adapter-proposed > li")
+        await expect(rows).to_have_count(3)
+        await expect(rows.last).to_contain_text("Rhyme on rain.")
+        await expect(rows.last).to_contain_text("team")
+        await page.get_by_role("button", name="Reject: Sing of snow.").click()
+        await expect(rows).to_have_count(2)
+        assert len(store.live["local", "poet"]) == 1
+        await page.get_by_role("button", name="Accept: Rhyme on rain.").click()
+        await expect(rows).to_have_count(1)
+        assert len(store.live["local", "poet"]) == 2
+        await page.get_by_role("button", name="Accept all").click()
+        await expect(page.locator("#adapter-proposed-part")).to_be_hidden()
+        assert len(store.live["local", "poet"]) == 3
+
+    look(browsing, question, store=store)
+
+
+def test_an_adapter_without_proposals_shows_none(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await open_adapter(page, "coder")
+        await expect(page.locator("#adapter-code pre")).to_have_count(2)
+        await expect(page.locator("#adapter-proposed-part")).to_be_hidden()
+
+    look(browsing, question, store=proposing_store())
+
+
+def test_an_answer_of_auto_is_judged_by_a_button(browsing: Browsing) -> None:
+    store = FakeStore(pool_of(*POOL))
+
+    async def question(page: Page, served: Served) -> None:
+        await ask(page)
+        bad = last_turn(page).get_by_role("button", name="Bad", exact=True)
+        await bad.click()
+        await expect(bad).to_have_attribute("aria-pressed", "true")
+        [said] = [given for (_, kind, _), given in store.given.items() if kind == "outcome"]
+        assert (said.text, said.adapter, said.score) == ("A verse, please.", "poet", -1)
+        await last_turn(page).get_by_role("button", name="Good", exact=True).click()
+        await expect(bad).to_have_attribute("aria-pressed", "false")
+
+    look(browsing, question, store=store, learning="observe")
+
+
+@pytest.mark.parametrize(("learning", "model"), [("off", "auto"), ("observe", "poet")])
+def test_there_are_no_buttons_where_nothing_is_learnt(browsing: Browsing, learning: str, model: str) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_label("Model", exact=True).fill(model)
+        await ask(page)
+        await expect(last_turn(page).get_by_role("button", name="Again", exact=True)).to_be_visible()
+        await expect(last_turn(page).get_by_role("button", name="Bad", exact=True)).to_be_hidden()
+
+    look(browsing, question, learning=learning)

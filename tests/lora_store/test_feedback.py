@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_store import Location
+from lora_store.feedback import KEPT_FOR, MAX_KEPT, MAX_PER_KEY, Feedback, FeedbackFiles, Kind
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def files(store_uri: str) -> FeedbackFiles:
+    return FeedbackFiles(Location(store_uri).child("feedback"))
+
+
+@pytest.fixture
+def local(folder_uri: str) -> FeedbackFiles:
+    """In a folder, where two writes have two times."""
+    return FeedbackFiles(Location(folder_uri).child("feedback"))
+
+
+def propose(files: FeedbackFiles, text: str, key: str = "k", *, adapter: str = "poet", tenant: str = "acme") -> None:
+    files.put(tenant, "proposed", Feedback.proposed(text, adapter, key), NOW)
+
+
+def texts(files: FeedbackFiles, adapter: str = "poet", tenant: str = "acme") -> list[str]:
+    return [given.text for given in files.all(tenant, "proposed", adapter)]
+
+
+def test_feedback_survives_the_process_and_is_kept_apart_by_tenant_and_adapter(store_uri: str) -> None:
+    location = Location(store_uri).child("feedback")
+    propose(FeedbackFiles(location), "Ein Gedicht, bitte. ✓")
+    other = FeedbackFiles(location)
+    [found] = other.all("acme", "proposed", "poet")
+    assert (found.text, found.adapter, found.key_id) == ("Ein Gedicht, bitte. ✓", "poet", "k")
+    assert texts(other, "coder") == texts(other, tenant="globex") == []
+
+
+def test_a_key_keeps_its_newest_proposals_and_pushes_out_no_other_key(local: FeedbackFiles) -> None:
+    propose(local, "of another key", "other")
+    for number in range(MAX_PER_KEY + 2):
+        propose(local, f"text {number}")
+    assert texts(local) == ["text 4", "text 3", "text 2", "of another key"]
+
+
+def test_the_same_text_of_a_key_counts_once_and_does_not_return_after_a_rejection(files: FeedbackFiles) -> None:
+    propose(files, "Rhyme.")
+    propose(files, "Rhyme.")
+    [proposal] = files.all("acme", "proposed", "poet")
+    files.put("acme", "proposed", Feedback(proposal.id, "", "poet", "k"), NOW)
+    assert texts(files) == []
+    propose(files, "Rhyme.")
+    assert texts(files) == []
+    propose(files, "Rhyme.", "another key")
+    assert texts(files) == ["Rhyme."]
+
+
+@pytest.mark.parametrize(("kind", "adapter"), [("proposed", "poet"), ("outcome", None)])
+def test_each_folder_is_bounded(
+    local: FeedbackFiles, monkeypatch: pytest.MonkeyPatch, kind: Kind, adapter: str | None
+) -> None:
+    monkeypatch.setitem(MAX_KEPT, kind, 4)
+    for number in range(7):
+        given: dict[str, Any] = {"text": f"text {number}", "adapter": adapter, "key_id": f"key {number}"}
+        local.put("acme", kind, Feedback(f"{number}-{number}", **given), NOW)
+    assert [given.text for given in local.all("acme", kind, adapter)] == [f"text {n}" for n in (6, 5, 4, 3)]
+
+
+def test_asked_prompts_are_found_by_their_request_and_bounded(
+    local: FeedbackFiles, monkeypatch: pytest.MonkeyPatch, folder_uri: str
+) -> None:
+    monkeypatch.setitem(MAX_KEPT, "asked", 10)
+    for number in range(120):
+        local.put("acme", "asked", Feedback.of_request(f"id {number}", f"text {number}", None, "k"), NOW)
+    found = local.get("acme", "asked", "id 119")
+    assert found is not None and found.text == "text 119"
+    assert local.get("globex", "asked", "id 119") is None, "of another tenant"
+    assert local.get("acme", "asked", "id 3") is None, "dropped"
+    num_kept = len(os.listdir(Path(Location(folder_uri).filesystem_path, "feedback", "asked", "acme")))
+    assert num_kept <= 10 + 50
+
+
+def test_a_later_outcome_of_a_request_replaces_the_earlier_one(files: FeedbackFiles) -> None:
+    for score in (1.0, -0.5):
+        files.put("acme", "outcome", Feedback.of_request("id", "text", "poet", "k", score), NOW)
+    assert [given.score for given in files.all("acme", "outcome")] == [-0.5]
+
+
+@pytest.mark.parametrize("kind", list(KEPT_FOR))
+def test_old_feedback_is_deleted_and_young_is_kept(files: FeedbackFiles, kind: Kind) -> None:
+    adapter = "poet" if kind == "proposed" else None
+    files.put("acme", kind, Feedback("a-b", "text", adapter, "k"), NOW)
+    files.delete_old(NOW + KEPT_FOR[kind] - timedelta(hours=1))
+    assert len(files.all("acme", kind, adapter)) == 1
+    files.delete_old(NOW + KEPT_FOR[kind] + timedelta(hours=1))
+    assert files.all("acme", kind, adapter) == []
+
+
+def test_chosen_proposals_are_deleted_and_the_others_stay(files: FeedbackFiles) -> None:
+    for text in ("one", "two"):
+        propose(files, text)
+    propose(files, "one", adapter="coder")
+    files.delete("acme", "poet", [Feedback.proposed("one", "poet", "k").id])
+    assert (texts(files), texts(files, "coder")) == (["two"], ["one"])
+    files.delete("acme", "poet")
+    assert (texts(files), texts(files, "coder")) == ([], ["one"])

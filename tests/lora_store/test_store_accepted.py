@@ -1,0 +1,84 @@
+"""Versions with prompts of clients among their samples."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from lora_store import AdapterNotFound, AdapterRecord, Feedback, LoraStore, Sample, Staged, VersionConflict
+from tests.lora_store.builders import MakeFolder, OpenStore, embedding
+
+ACCEPTED = Sample("Make me a rhyme about rain", is_accepted=True)
+
+
+@pytest.fixture
+def store(open_store: OpenStore) -> LoraStore:
+    return open_store()
+
+
+def commit(store: LoraStore, staged: Staged, author: str = "owner") -> AdapterRecord:
+    store.commit([staged], [embedding()], [1.0], author)
+    return live(store)
+
+
+def live(store: LoraStore) -> AdapterRecord:
+    return store.snapshot().records["local", "poet"]
+
+
+def test_accepted_prompts_make_a_new_version_of_the_same_weights(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder(), tags=["fun"], template="alpaca"))
+    own = store.samples(first.samples_digest or "")
+    second = commit(store, store.resample(first, [*own, ACCEPTED]))
+    assert second.ref != first.ref
+    assert (second.weights_digest, second.tags, second.template) == (first.weights_digest, ("fun",), "alpaca")
+    assert store.samples(second.samples_digest or "") == (*own, ACCEPTED)
+    assert (second.num_samples, second.actor) == (len(own) + 1, "owner")
+    assert [kept.ref for kept in store.snapshot().versions(("local", "poet"))] == [second.ref, first.ref]
+
+
+def test_undo_makes_the_very_version_live_that_the_publisher_gave(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    own = store.samples(first.samples_digest or "")
+    for number in range(2):
+        samples = [*own, *[Sample(f"accepted {n}", is_accepted=True) for n in range(number + 1)]]
+        commit(store, store.resample(live(store), samples))
+    undone = commit(store, store.resample(live(store), None))
+    assert (undone.ref, undone.created_at) == (first.ref, first.created_at)
+
+
+def test_samples_of_a_version_that_is_not_live_any_more_are_refused(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    staged = store.resample(first, [*store.samples(first.samples_digest or ""), ACCEPTED])
+    newer = commit(store, store.stage(make_folder(seed=5)))
+    with pytest.raises(VersionConflict):
+        commit(store, staged)
+    assert live(store).ref == newer.ref, "the newer weights stay"
+
+
+def test_the_visibility_is_that_of_the_commit(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder(), visibility="public"))
+    staged = store.resample(first, [Sample("a"), ACCEPTED])
+    store.set_visibility("local", "poet", "private", "owner")
+    assert commit(store, staged).visibility == "private"
+
+
+def test_an_approval_does_not_pass_to_other_samples(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    store.approve([first.ref], "admin")
+    assert not commit(store, store.resample(live(store), [Sample("a"), ACCEPTED])).approved
+
+
+def test_a_version_whose_weights_are_gone_cannot_get_other_samples(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    store.withdraw("local", ["poet"], "owner")
+    store.sweep(first.blobs)
+    with pytest.raises(AdapterNotFound):
+        store.resample(first, [ACCEPTED])
+
+
+def test_a_withdrawal_deletes_the_proposals_for_the_adapter(store: LoraStore, make_folder: MakeFolder) -> None:
+    commit(store, store.stage(make_folder()))
+    store.feedback.put("local", "proposed", Feedback.proposed("Rhyme", "poet", "key"), datetime.now(UTC))
+    store.withdraw("local", ["poet"], "owner")
+    assert store.feedback.all("local", "proposed", "poet") == []

@@ -1,0 +1,211 @@
+"""What accepted prompts and outcomes change, and that neither may harm the samples that publishers chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from lora_store.adapter import Sample
+from lora_store.events import Rank
+from lora_store.feedback import MAX_PER_KEY, Feedback
+from lora_store.rankings import Ranking
+from lora_store.records import AdapterRecord
+from lora_store.snapshot import Snapshot
+from retriever_svc import IndexSettings, Retriever
+from retriever_svc.encoder import unit_rows
+from retriever_svc.learning import MAX_OUTCOMES, OWN_PER_ACCEPTED, Effect, Learnt, Resampled, accept, learn
+from retriever_svc.pool import Pool
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, names, record_of, snapshot_of
+from tests.retriever_svc.routing import route_one
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+DIM = 4
+
+
+def near(axis: int, step: float, towards: int = 3) -> np.ndarray:
+    """Return a unit vector near an axis, `step` towards another one."""
+    vector = np.zeros(DIM, np.float32)
+    vector[axis], vector[towards] = 1.0, step
+    return unit_rows(vector)
+
+
+POET_TEXTS = [f"poem {number}" for number in range(6)]
+CODER_TEXTS = [f"code {number}" for number in range(6)]
+TABLE: dict[str, np.ndarray] = {
+    **{text: near(0, 0.1 * number) for number, text in enumerate(POET_TEXTS)},
+    **{text: near(1, 0.1 * number) for number, text in enumerate(CODER_TEXTS)},
+    # Far enough from every sample that an outcome for them does not reach one.
+    **{"rhyme please": near(0, 2.5, towards=2), "rhyme now": near(0, -2.5, towards=2), "odd": near(2, 0.0, towards=3)},
+}
+SAMPLES = {"poet": [*map(Sample, POET_TEXTS)], "coder": [*map(Sample, CODER_TEXTS)]}
+ENCODER = FakeEncoder(TABLE, dim=DIM)
+
+
+def record(name: str, texts: Sequence[str], **fields: object) -> AdapterRecord:
+    vectors = np.stack([TABLE[text] for text in texts])
+    return record_of(name, unit_rows(vectors.mean(axis=0)), num_samples=len(texts), **fields)  # type: ignore[arg-type]
+
+
+POET, CODER = record("poet", POET_TEXTS), record("coder", CODER_TEXTS)
+
+
+def pool_of(*records: AdapterRecord, ordinary: np.ndarray | None = None, **fields: object) -> Pool:
+    snapshot = snapshot_of(*(records or (POET, CODER)), **fields)
+    return Pool.of(snapshot, ENCODER, IndexSettings(), ordinary=ordinary)  # type: ignore[arg-type]
+
+
+def accepted(texts: Sequence[str], own: Mapping[str, Sequence[Sample]] = SAMPLES, **fields: object) -> Resampled:
+    return accept(pool_of(**fields), POET, texts, lambda r: own[r.ref.name], "balanced")  # type: ignore[arg-type]
+
+
+def test_an_accepted_prompt_is_a_sample_beside_the_publishers() -> None:
+    found = accepted(["rhyme please"])
+    assert [*found.samples[:6]] == SAMPLES["poet"]
+    assert found.samples[6:] == (Sample("rhyme please", is_accepted=True),)
+    assert (found.left_out, found.effect.refusal) == ((), None)
+
+
+def test_near_copies_of_samples_and_of_each_other_count_once() -> None:
+    table = {"rhyme again": near(0, 2.4, towards=2), "poem 0!": near(0, 0.01)}
+    encoder = FakeEncoder({**TABLE, **table}, dim=DIM)
+    pool = Pool.of(snapshot_of(POET, CODER), encoder, IndexSettings())
+    texts = ["rhyme please", "rhyme again", "poem 0!"]
+    found = accept(pool, POET, texts, lambda r: SAMPLES[r.ref.name], "balanced")
+    assert [sample.input for sample in found.samples if sample.is_accepted] == ["rhyme please"]
+    assert found.left_out == ("rhyme again", "poem 0!")
+
+
+def test_at_most_a_quarter_of_the_rows_are_accepted_and_new_ones_push_out_the_oldest() -> None:
+    earlier = [Sample("rhyme now", is_accepted=True), Sample("odd", is_accepted=True)]
+    own = {**SAMPLES, "poet": [*SAMPLES["poet"], *earlier]}
+    found = accepted(["rhyme please"], own)
+    taken = [sample.input for sample in found.samples if sample.is_accepted]
+    assert taken == ["rhyme please", "rhyme now"]
+    assert len(taken) == len(SAMPLES["poet"]) // OWN_PER_ACCEPTED
+    assert 4 * len(taken) <= len(found.samples)
+
+
+def test_a_liar_cannot_take_a_victims_prompts() -> None:
+    """The attacker names its adapter in requests with the victim's prompts, and accepts all that are proposed."""
+    lies = [f"lie {number}" for number in range(20)]
+    table = {**TABLE, **{text: near(1, 0.05 * number, towards=2) for number, text in enumerate(lies)}}
+    encoder = FakeEncoder(table, dim=DIM)
+    pool = Pool.of(snapshot_of(POET, CODER), encoder, IndexSettings())
+    found = accept(pool, POET, lies, lambda r: SAMPLES[r.ref.name], "balanced")
+    rows = np.stack([table[sample.input] for sample in found.samples])
+    after = Retriever(
+        live_pool(encoder, Source(record_of("poet", unit_rows(rows.mean(axis=0))), CODER)), min_score=-1.0
+    )
+    assert [names(route_one(after, text))[0] for text in CODER_TEXTS] == ["coder"] * 6
+
+
+def test_a_change_that_costs_publishers_their_samples_is_refused() -> None:
+    texts = [f"poem {number}" for number in range(6)]
+    stray = {text: near(0, 0.0) for text in texts} | {"far": near(1, 0.0)}
+    beside = record_of("beside", near(0, 0.1, towards=1), num_samples=1)
+    encoder = FakeEncoder({**stray, "beside": near(0, 0.1, towards=1)}, dim=DIM)
+    poet = record_of("poet", near(0, 0.0), num_samples=6)
+    own = {"poet": [*map(Sample, texts)], "beside": [Sample("beside")]}
+    pool = Pool.of(snapshot_of(poet, beside), encoder, IndexSettings())
+    kept = accept(pool, poet, [], lambda r: own[r.ref.name], "balanced")
+    assert kept.effect.refusal is None
+    found = accept(pool, poet, ["far"], lambda r: own[r.ref.name], "balanced")
+    assert found.effect.refusal is not None and "samples" in found.effect.refusal
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [((100, 100), (0, 0), None), ((100, 99), (0, 0), "1 of 100 samples"), ((100, 100), (7, 8), "8 of 400 ordinary")],
+)
+def test_the_bounds_of_a_change(before: tuple[int, int], after: tuple[int, int], says: str | None) -> None:
+    effect = Effect(100, *before, 400, *after)
+    assert (effect.refusal is None) if says is None else says in (effect.refusal or "")
+    assert Effect(1000, 100, 91, 400, 9, 9).refusal is None, "less than one in a hundred, and no worse than before"
+
+
+def test_ordinary_prompts_that_an_adapter_would_answer_are_counted() -> None:
+    ordinary = np.stack([near(2, 0.02 * number) for number in range(40)])
+    table = {**TABLE, **{f"hello {number}": near(2, 0.3 + 0.2 * number, towards=1) for number in range(2)}}
+    encoder = FakeEncoder(table, dim=DIM)
+    small = record_of("poet", near(0, 0.0), num_samples=6)
+    pool = Pool.of(snapshot_of(small, CODER), encoder, IndexSettings(), ordinary=ordinary)
+    own = {**SAMPLES, "poet": [Sample("poem 0")] * 6}
+    effect = accept(pool, small, ["hello 0", "hello 1"], lambda r: own[r.ref.name], "never").effect
+    assert (effect.num_ordinary, effect.answered_before, effect.answered_after) == (40, 40, 40)
+    strict = accept(pool, small, ["hello 0", "hello 1"], lambda r: own[r.ref.name], "strict").effect
+    assert strict.answered_before == 0
+
+
+def outcome(text: str, adapter: str | None, score: float, key: str = "k", number: int = 0) -> Feedback:
+    return Feedback.of_request(f"{text} {adapter} {score} {key} {number}", text, adapter, key, score)
+
+
+def learnt(*outcomes: Feedback, pool: Pool | None = None, tenant: str = "local") -> Learnt:
+    return learn(pool or pool_of(), tenant, outcomes, lambda r: SAMPLES[r.ref.name], "balanced")
+
+
+def routed(rankings: Sequence[Ranking], text: str, tenant: str = "local") -> list[str]:
+    source = Source()
+    ranks = tuple(Rank("local", ranking, place == 0, "me", NOON) for place, ranking in enumerate(rankings))
+    source.now = snapshot_of(POET, CODER, rankings={"local": ranks})
+    return names(route_one(Retriever(live_pool(ENCODER, source), min_score=0.3), text, tenant=tenant))
+
+
+def test_a_praised_adapter_answers_nearly_the_same_prompts_of_that_tenant_only() -> None:
+    rankings = learnt(outcome("odd", "coder", 1)).rankings
+    assert routed([], "odd") == []
+    assert routed(rankings, "odd") == ["coder"]
+    assert routed(rankings, "odd", tenant="rival") == []
+    assert routed(rankings, "poem 0") == ["poet"], "other prompts are routed as before"
+
+
+def test_a_blamed_adapter_does_not_answer_nearly_the_same_prompts() -> None:
+    rankings = learnt(outcome("rhyme please", "poet", -1)).rankings
+    assert routed([], "rhyme please") == routed([], "poem 5") == ["poet"]
+    assert routed(rankings, "rhyme please") == []
+
+
+def test_praise_of_the_base_model_takes_every_adapter_away() -> None:
+    rankings = learnt(outcome("rhyme now", None, 1)).rankings
+    assert routed([], "rhyme now") == ["poet"]
+    assert routed(rankings, "rhyme now") == []
+
+
+def test_outcomes_of_one_prompt_count_in_sum() -> None:
+    both = learnt(outcome("rhyme please", "poet", 1, "a"), outcome("rhyme please", "poet", -0.5, "b")).rankings
+    assert routed(both, "rhyme please") == ["poet"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [outcome("odd", None, -1), outcome("odd", "coder", 0), outcome("odd", "nobody", 1)],
+    ids=["blame of the base model", "a withdrawn outcome", "an unknown adapter"],
+)
+def test_an_outcome_that_names_no_choice_changes_nothing(said: Feedback) -> None:
+    assert learnt(said).rankings == ()
+
+
+def test_one_key_has_few_outcomes_for_an_adapter_and_a_tenant_has_a_bounded_number() -> None:
+    alike = [outcome("odd", "coder", 1, number=number) for number in range(9)]
+    assert len(learnt(*alike).rankings) == MAX_PER_KEY
+    many = [outcome("odd", "coder", 1, key=f"k{number}") for number in range(MAX_OUTCOMES + 9)]
+    assert len(learnt(*many).rankings) == MAX_OUTCOMES
+
+
+def test_an_outcome_that_takes_a_publishers_samples_away_is_left_out_and_others_apply() -> None:
+    found = learnt(outcome("poem 0", "poet", -1), outcome("odd", "coder", 1))
+    assert ([ranking.adapters[0].ref.name for ranking in found.rankings], found.num_refused) == (["coder"], 1)
+
+
+def test_the_choice_says_what_outcomes_spoke_for() -> None:
+    rankings = learnt(outcome("rhyme please", "poet", -1)).rankings
+    source = Source()
+    source.now = Snapshot(
+        1, {("local", "poet"): POET}, rankings={"local": (Rank("local", rankings[0], True, "", NOON),)}
+    )
+    route = route_one(Retriever(live_pool(ENCODER, source), min_score=0.3), "rhyme please")
+    assert [(candidate.ref.name, candidate.outcome) for candidate in route.candidates] == [("poet", -1.0)]
+    assert route.abstained
