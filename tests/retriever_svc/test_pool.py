@@ -10,7 +10,6 @@ from retriever_svc import IndexSettings
 from retriever_svc.calibration import NO_THRESHOLD, leave_one_out_scores
 from retriever_svc.encoder import unit_rows
 from retriever_svc.index import Match
-from retriever_svc.ordinary_prompts import centred
 from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, record_of, snapshot_of
 
@@ -161,7 +160,7 @@ def test_without_a_projection_prompts_are_compared_from_the_mean_of_the_ordinary
             snapshot_of(*records),
             FakeEncoder({}, dim=9),
             IndexSettings(),
-            ordinary=centred(rows, centre),
+            ordinary=rows,
             centre=centre,
         )
         return pool.judged(pool.nearest(asked, 3, "local"), "balanced", asked)
@@ -184,7 +183,7 @@ def test_at_never_no_threshold_is_set_without_a_projection_either() -> None:
         snapshot_of(record_of("a", EAST)),
         FakeEncoder({}),
         IndexSettings(),
-        ordinary=centred(rows, centre),
+        ordinary=rows,
         centre=centre,
     )
     [[match]] = pool.judged(pool.nearest(rows[:1], 1, "local"), "never", rows[:1])
