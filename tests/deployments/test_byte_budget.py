@@ -72,6 +72,13 @@ def test_a_stage_without_room_in_time_is_a_503_with_the_budgets_size() -> None:
         pass
 
 
+def wait_until_waiting(budget: ByteBudget, count: int) -> None:
+    until = time.monotonic() + 10
+    while budget.num_waiting < count:
+        assert time.monotonic() < until, f"{budget.num_waiting} threads wait"
+        time.sleep(0.001)
+
+
 def test_a_large_stage_is_not_overtaken_by_small_ones() -> None:
     budget, order = ByteBudget(100), []
     began = threading.Event()
@@ -89,12 +96,10 @@ def test_a_large_stage_is_not_overtaken_by_small_ones() -> None:
         threads = [threading.Thread(target=large)]
         threads[0].start()
         assert began.wait(10)
-        while budget.num_waiting < 1:
-            time.sleep(0.001)
+        wait_until_waiting(budget, 1)
         threads.append(threading.Thread(target=small))
         threads[1].start()
-        while budget.num_waiting < 2:
-            time.sleep(0.001)
+        wait_until_waiting(budget, 2)
     for thread in threads:
         thread.join(10)
     assert order == ["large", "small"]
