@@ -23,7 +23,7 @@ _ENOUGH_SAMPLES = 20  # more improve routing little
 def check_adapters(folders: Sequence[Path], config: Path | None, parity: bool, *, as_json: bool = False) -> int:
     """Print whether the adapters at `folders` can be published, or every reason why not. Return the exit code.
 
-    These are the ones that `publish` finds there. `parity`: also compare the logits with those of PEFT.
+    These are the ones that `publish` finds there. `parity`: also compare the log probabilities with those of PEFT.
     `as_json`: print an object for scripts.
     """
     found = []

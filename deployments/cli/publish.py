@@ -225,7 +225,8 @@ def publish(
         Path | None, typer.Option("--config", "-c", help="with --dry-run: check without a server, by these settings")
     ] = None,
     parity: Annotated[
-        bool, typer.Option("--parity", help="with --dry-run, without a server: compare logits with those of PEFT")
+        bool,
+        typer.Option("--parity", help="with --dry-run, without a server: compare log probabilities with those of PEFT"),
     ] = False,
     upload: Annotated[bool, typer.Option(help="upload the files even if the server is on this machine")] = False,
     as_json: Json = False,

@@ -108,9 +108,9 @@ NEVER_REACH_A_CLIENT = {
     "WorkerConfigInvalid": "stops the application's build",
     "ConditionalWritesMissing": "stops the Store at its start",
     "GenerationGone": "ends an offline run",
-    "TooFewSamples": "ends `train-retriever`, and no request",
-    "TrainingUnavailable": "ends `train-retriever`, and no request",
-    "EncoderExists": "ends `train-retriever`, and no request",
+    "TooFewSamples": "ends `pool train`, and no request",
+    "TrainingUnavailable": "ends `pool train`, and no request",
+    "EncoderExists": "ends `pool train`, and no request",
 }
 
 
