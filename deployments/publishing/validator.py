@@ -1,4 +1,4 @@
-"""Validate staged adapters before the commit: embed their samples, and probe that they change the base model."""
+"""Validate staged adapters before the commit: embed their samples, and probe how much they change the base model."""
 
 from __future__ import annotations
 
