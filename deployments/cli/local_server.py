@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import httpx
 import ray
@@ -267,8 +267,9 @@ def printing_to(file: Path) -> Iterator[None]:
     """Append to a file what this process prints. While Ray stops, its threads and its C++ core print about themselves.
 
     Their lines say that calls of Serve's controller end with it, or that a process of Ray has ended before this one.
+    A file that cannot be written to, as on a full disk, loses the lines and does not end the stop.
     """
-    with file.open("ab") as log:
+    with _open_or_discard(file) as log:
         _flush()
         terminals = {number: os.dup(number) for number in (1, 2)}
         try:
@@ -282,9 +283,19 @@ def printing_to(file: Path) -> Iterator[None]:
                 os.close(terminal)
 
 
+def _open_or_discard(file: Path) -> BinaryIO:
+    """Open the file to append to it, or a file that keeps nothing if that fails."""
+    try:
+        return file.open("ab")
+    except OSError as exc:
+        logger.warning("what Ray prints during the stop is lost: %s", exc)
+        return open(os.devnull, "ab")
+
+
 def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the disk is full, or nobody reads the pipe
+            stream.flush()
 
 
 def causes_in(status: ServeStatus, sessions: Path) -> str:
