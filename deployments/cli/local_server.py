@@ -215,14 +215,14 @@ class Server:
         """
         if self._uses_proxy or self._app is None:
             return True
-        with printing_to(self._stop_log):
-            try:
+        try:
+            with printing_to(self._stop_log):
                 answering = self._app.finish_requests.remote(_LAST_ANSWERS_S)
                 is_answered: bool = answering.result(timeout_s=_LAST_ANSWERS_S + _CALL_S)
-            except (RayServeException, RayError, TimeoutError) as exc:
-                logger.warning("requests in progress could not be finished: %r", exc)
-                return False
-            return is_answered
+        except (RayServeException, RayError, TimeoutError) as exc:
+            logger.warning("requests in progress could not be finished: %r", exc)
+            return False
+        return is_answered
 
     def __enter__(self) -> Self:
         return self
