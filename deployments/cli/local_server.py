@@ -232,10 +232,12 @@ class Server:
     ) -> None:
         if ray.is_initialized():
             with printing_to(self._stop_log):
-                if self._app is not None:
-                    self._app.shutdown()  # what it reports to the controller would start another Ray after the end
-                asyncio.run(_shut_down_serve(self._control_plane))
-                ray.shutdown()
+                try:
+                    if self._app is not None:
+                        self._app.shutdown()  # what it reports to the controller would start another Ray after the end
+                    asyncio.run(_shut_down_serve(self._control_plane))
+                finally:
+                    ray.shutdown()
 
 
 async def _shut_down_serve(control_plane: tuple[str, int]) -> None:

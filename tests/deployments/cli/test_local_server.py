@@ -265,6 +265,20 @@ def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkey
     assert ended == ["answered", "cancelled"]
 
 
+def test_ray_stops_although_serve_could_not_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = list[str]()
+
+    async def fail() -> None:
+        raise ValueError("the controller's answer is broken")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append("ray"))
+    monkeypatch.setattr(serve, "shutdown_async", fail)
+    with pytest.raises(ValueError, match="is broken"), Server(config_of(), port=8000):
+        pass
+    assert stopped == ["ray"]
+
+
 def test_variables_for_rays_processes_respect_the_users_and_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIVEN", "the user's")
     monkeypatch.delenv("LACKING", raising=False)
