@@ -157,7 +157,7 @@ class WeightsFetcher:
         Other requests wait for the same weights, and Serve cancels what was called in the context of a client that
         leaves. vLLM's engine starts loads while it handles a request.
         """
-        return contextvars.Context().run(asyncio.run_coroutine_threadsafe, self.fetch(digest), loop)
+        return contextvars.Context().run(lambda: asyncio.run_coroutine_threadsafe(self.fetch(digest), loop))
 
     async def fetch(self, digest: str) -> AdapterWeights:
         """Return the weights. Raises: AdapterLoadFailed, with a message for the client."""
