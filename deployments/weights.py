@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -149,6 +150,14 @@ class WeightsFetcher:
         self._store, self._executor, self._cache, self._observer = store, executor, cache, observer
         self._policy = policy or RetryPolicy()
         self._clock, self._sleep, self._draw = clock, sleep, draw
+
+    def start(self, digest: str, loop: asyncio.AbstractEventLoop) -> Future[AdapterWeights]:
+        """Start `fetch` on the event loop, from any thread, without the context of the caller.
+
+        Other requests wait for the same weights, and Serve cancels what was called in the context of a client that
+        leaves. vLLM's engine starts loads while it handles a request.
+        """
+        return contextvars.Context().run(lambda: asyncio.run_coroutine_threadsafe(self.fetch(digest), loop))
 
     async def fetch(self, digest: str) -> AdapterWeights:
         """Return the weights. Raises: AdapterLoadFailed, with a message for the client."""

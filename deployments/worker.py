@@ -183,8 +183,8 @@ class WorkerDeployment:
             self._metrics.report_status(await self._engine.status())
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
-        """Start a fetch on the replica's event loop. The engine's thread calls this."""
-        return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
+        """Start a fetch on the replica's event loop. The engine may call this from another thread."""
+        return self._fetcher.start(weights_digest, self._asyncio_loop)
 
 
 def _why_wedged(health: EngineHealth) -> str:

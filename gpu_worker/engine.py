@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpu_worker.front.calls import CompletionSink, Prober, first_logits_of
+from gpu_worker.front.calls import CompletionSink, Prober, wait_for_first_logits
 from gpu_worker.front.delta_stream import Events, StreamPace, deltas
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.preprocess import RequestPreprocessor
@@ -166,7 +166,7 @@ class InferenceEngine(ABC):
         """
         submitted = await self._submit_all(jobs, capture_first_logits=True)
         try:
-            return [await first_logits_of(events) for _, events in submitted]
+            return [await wait_for_first_logits(events) for _, events in submitted]
         finally:
             self._cancel([row for row, _ in submitted])
 

@@ -27,7 +27,7 @@ async def start_engine(
     """Start the engine of this configuration. Call it within the event loop that will use the engine.
 
     Without `num_threads` in the settings the engine computes with one thread for each CPU that the process may use.
-    `niceness`: of the native engine's thread, and of the thread that tokenizes.
+    `niceness`: of the native engine's thread. The thread that tokenizes comes after it.
     `reports_to_ray`: whether vLLM's own metrics go to Ray's exporter.
     Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
     """

@@ -49,7 +49,7 @@ class ReportedError(Exception):
 
     @property
     def client_message(self) -> str:
-        """The text for clients. It differs from the text for the log where that may quote buckets or paths."""
+        """Return the text for clients. It differs from the text for the log where that may quote buckets or paths."""
         return str(self)
 
 

@@ -108,7 +108,7 @@ class OfflineEngine:
 
     def _start_fetch(self, weights_digest: str) -> Future[AdapterWeights]:
         """Start a fetch on the event loop. The engine may call this from another thread."""
-        return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(weights_digest), self._asyncio_loop)
+        return self._fetcher.start(weights_digest, self._asyncio_loop)
 
 
 class PartAnswerer(OfflineEngine):

@@ -18,10 +18,13 @@ from deployments.batch.run import BatchRun
 
 
 @contextmanager
-def cluster(num_cpus_of_engine: float, address: str | None, concurrency: int) -> Iterator[None]:
-    """Connect to the cluster at `address`, or start one on this machine for the duration of the run."""
+def cluster(num_cpus_each: float, address: str | None, concurrency: int) -> Iterator[None]:
+    """Connect to the cluster at `address`, or start one on this machine for the duration of the run.
+
+    `num_cpus_each`: logical CPUs of one engine and of the planner beside it.
+    """
     if address is None:
-        num_cpus = max(math.ceil(concurrency * num_cpus_of_engine) + 1, os.cpu_count() or 1)
+        num_cpus = max(math.ceil(concurrency * num_cpus_each) + 1, os.cpu_count() or 1)
         ray.init(
             address="local",  # never another cluster on this machine
             num_cpus=num_cpus,

@@ -43,7 +43,7 @@ class BatchInput:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The position of each file's first row."""
+        """Return the position of each file's first row."""
         return [0, *accumulate(file.num_rows for file in self.files)][:-1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
@@ -36,10 +37,10 @@ class Shared(Generic[T]):
         """Return the answer. Raises: the error of the call."""
         if self._running is None or not self._is_fresh(self._running):
             self._began_s = self._clock()
-            self._running = asyncio.create_task(self._call())
-            self._running.add_done_callback(
-                _failed
-            )  # retrieve the error if all callers have left: asyncio would log it
+            # Without the caller's context: Serve cancels what was called in the context of a client that leaves.
+            self._running = asyncio.create_task(self._call(), context=contextvars.Context())
+            # Retrieve the error if all callers have left: asyncio would log it.
+            self._running.add_done_callback(_failed)
         return await asyncio.shield(self._running)
 
     def _is_fresh(self, running: asyncio.Task[T]) -> bool:

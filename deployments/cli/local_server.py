@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import httpx
 import ray
@@ -215,14 +215,14 @@ class Server:
         """
         if self._uses_proxy or self._app is None:
             return True
-        with printing_to(self._stop_log):
-            try:
+        try:
+            with printing_to(self._stop_log):
                 answering = self._app.finish_requests.remote(_LAST_ANSWERS_S)
                 is_answered: bool = answering.result(timeout_s=_LAST_ANSWERS_S + _CALL_S)
-            except (RayServeException, RayError, TimeoutError) as exc:
-                logger.warning("requests in progress could not be finished: %r", exc)
-                return False
-            return is_answered
+        except (RayServeException, RayError, TimeoutError) as exc:
+            logger.warning("requests in progress could not be finished: %r", exc)
+            return False
+        return is_answered
 
     def __enter__(self) -> Self:
         return self
@@ -232,10 +232,12 @@ class Server:
     ) -> None:
         if ray.is_initialized():
             with printing_to(self._stop_log):
-                if self._app is not None:
-                    self._app.shutdown()  # what it reports to the controller would start another Ray after the end
-                asyncio.run(_shut_down_serve(self._control_plane))
-                ray.shutdown()
+                try:
+                    if self._app is not None:
+                        self._app.shutdown()  # what it reports to the controller would start another Ray after the end
+                    asyncio.run(_shut_down_serve(self._control_plane))
+                finally:
+                    ray.shutdown()
 
 
 async def _shut_down_serve(control_plane: tuple[str, int]) -> None:
@@ -267,8 +269,9 @@ def printing_to(file: Path) -> Iterator[None]:
     """Append to a file what this process prints. While Ray stops, its threads and its C++ core print about themselves.
 
     Their lines say that calls of Serve's controller end with it, or that a process of Ray has ended before this one.
+    A file that cannot be written to, as on a full disk, loses the lines and does not end the stop.
     """
-    with file.open("ab") as log:
+    with _open_or_discard(file) as log:
         _flush()
         terminals = {number: os.dup(number) for number in (1, 2)}
         try:
@@ -282,9 +285,19 @@ def printing_to(file: Path) -> Iterator[None]:
                 os.close(terminal)
 
 
+def _open_or_discard(file: Path) -> BinaryIO:
+    """Open the file to append to it, or a file that keeps nothing if that fails."""
+    try:
+        return file.open("ab")
+    except OSError as exc:
+        logger.warning("what Ray prints during the stop is lost: %s", exc)
+        return open(os.devnull, "ab")
+
+
 def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the disk is full, or nobody reads the pipe
+            stream.flush()
 
 
 def causes_in(status: ServeStatus, sessions: Path) -> str:

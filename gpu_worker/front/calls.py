@@ -36,7 +36,7 @@ class CompletionSink:
             self.future.set_result(Completion.joined(self._deltas))
 
 
-async def first_logits_of(events: Events) -> Tensor | Exception:
+async def wait_for_first_logits(events: Events) -> Tensor | Exception:
     """Return the logits from which a row's first token was chosen, or its error."""
     while True:
         event = await events.get()

@@ -110,7 +110,8 @@ class VllmEngine(InferenceEngine):
     ) -> VllmEngine:
         """Start vLLM and its workers, which takes from ten seconds to minutes and blocks the event loop for most of it.
 
-        `niceness`: of the thread that tokenizes. `free_fill`: value of free bank rows, see LoraBank.
+        `niceness`: the thread that tokenizes comes after threads of this nice value. `free_fill`: value of free bank
+        rows, see LoraBank.
         `is_compiled`: let torch.compile compile the base model.
         `stat_loggers`: classes that vLLM reports its metrics to; none: it computes none.
         Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed with the error that ended a process of vLLM.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -119,6 +120,26 @@ def test_weights_are_fetched_by_a_reference_in_a_list() -> None:
     assert [call.by_reference for call in fetching.store.calls] == [True], (
         "gRPC would keep the object of a reference forever"
     )
+
+
+def test_a_fetch_does_not_run_in_the_context_of_the_request_that_needed_it() -> None:
+    """Serve cancels the calls that were made in the context of a request whose client leaves."""
+    request = contextvars.ContextVar("request", default="none")
+    seen = list[str]()
+
+    class Source:
+        async def fetch(self, digest: str, *, is_suspect: bool = False) -> list[np.ndarray[Any, Any]]:
+            seen.append(request.get())
+            return [np.frombuffer(DATA, dtype=np.uint8)]
+
+    async def main(executor: ThreadPoolExecutor) -> AdapterWeights:
+        request.set("of a client")
+        fetcher = WeightsFetcher(Source(), executor)
+        return await asyncio.wrap_future(fetcher.start(DIGEST, asyncio.get_running_loop()))
+
+    with ThreadPoolExecutor(1) as executor:
+        assert_good(asyncio.run(asyncio.wait_for(main(executor), 20)))
+    assert seen == ["none"]
 
 
 PASSING = {

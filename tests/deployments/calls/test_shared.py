@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 from dataclasses import dataclass, field
 
@@ -90,6 +91,20 @@ def test_a_caller_that_leaves_does_not_cancel_the_call_of_the_others() -> None:
         assert await staying == 1 and counted.num_cancelled == 0
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_the_call_does_not_run_in_the_context_of_its_first_caller() -> None:
+    """Serve cancels the calls that were made in the context of a request whose client leaves."""
+    request = contextvars.ContextVar("request", default="none")
+
+    async def read_request() -> str:
+        return request.get()
+
+    async def main() -> str:
+        request.set("of the first caller")
+        return await Shared(read_request, kept_s=KEPT_S).get()
+
+    assert asyncio.run(main()) == "none"
 
 
 def test_an_error_that_no_caller_waits_for_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -220,6 +220,22 @@ os.write(2, b"again\\n")
     assert sorted(log.read_text().splitlines()) == ["of a thread", "of the C++ core", "of the log"]
 
 
+@pytest.mark.parametrize("file", ["/dev/full", "/missing/stop.log"])
+def test_a_log_that_cannot_be_written_to_does_not_end_the_stop(file: str) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from deployments.cli.local_server import printing_to
+with printing_to(Path(sys.argv[1])):
+    print("of a thread")
+os.write(1, b"stopped")
+os._exit(0)
+"""
+    buffering = os.environ | {"PYTHONUNBUFFERED": ""}  # so that the text reaches the file when the block ends
+    ran = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, env=buffering, check=True)
+    assert ran.stdout.endswith("stopped")
+
+
 def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = list[str]()
 
@@ -247,6 +263,20 @@ def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkey
     closing = asyncio.Event()
     asyncio.run(asyncio.wait_for(stop(), 60))
     assert ended == ["answered", "cancelled"]
+
+
+def test_ray_stops_although_serve_could_not_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = list[str]()
+
+    async def fail() -> None:
+        raise ValueError("the controller's answer is broken")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append("ray"))
+    monkeypatch.setattr(serve, "shutdown_async", fail)
+    with pytest.raises(ValueError, match="is broken"), Server(config_of(), port=8000):
+        pass
+    assert stopped == ["ray"]
 
 
 def test_variables_for_rays_processes_respect_the_users_and_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
