@@ -29,7 +29,7 @@ from retriever_svc.calibration import Abstain
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import IndexSettings, Match
-from retriever_svc.ordinary_prompts import NUM_NEAREST
+from retriever_svc.ordinary_prompts import nearness_to_others
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 
@@ -40,7 +40,7 @@ MAX_LOST = 0.01  # of the publishers' samples that no longer find their adapter
 MAX_ANSWERED = 0.02  # of ordinary prompts that an adapter answers
 _NUM_CHECKED = 16  # nearest adapters of each changed one whose samples are asked
 _MAX_SAMPLES = 32  # of one adapter that are asked
-_FOLDS = 8  # each ordinary prompt is judged by the others
+_NUM_COMPARED = 3  # adapters that compete for a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,12 @@ def _bounded(outcomes: Iterable[Feedback]) -> Iterator[Feedback]:
     counts: Counter[tuple[str, str | None]] = Counter()
     for outcome in outcomes:
         says_nothing = outcome.score == 0 or (outcome.adapter is None and outcome.score < 0)
-        counts[outcome.key_id, outcome.adapter] += not says_nothing
-        if not says_nothing and counts[outcome.key_id, outcome.adapter] <= MAX_PER_KEY:
-            if sum(counts.values()) > MAX_OUTCOMES:
-                return
-            yield outcome
+        if says_nothing or counts[outcome.key_id, outcome.adapter] == MAX_PER_KEY:
+            continue
+        counts[outcome.key_id, outcome.adapter] += 1
+        yield outcome
+        if counts.total() == MAX_OUTCOMES:
+            return
 
 
 def _said(pool: Pool, tenant: str, outcome: Feedback) -> Iterator[tuple[AdapterRef, bool]]:
@@ -227,20 +228,15 @@ class _Check:
 
     def _num_answered(self, pool: Pool) -> int:
         """Return how many ordinary prompts an adapter answers, each compared with the other ordinary prompts."""
-        ordinary = pool.ordinary
-        if ordinary is None or len(ordinary) <= _FOLDS * NUM_NEAREST:
+        if pool.ordinary is None or pool.references is None:
             return 0
-        num_answered = 0
-        for fold in range(_FOLDS):
-            is_asked = np.arange(len(ordinary)) % _FOLDS == fold
-            found = self._judged(replace(pool, ordinary=ordinary[~is_asked]), ordinary[is_asked])
-            num_answered += sum(any(match.fits for match in matches) for matches in found)
-        return num_answered
+        found = self._judged(pool, pool.ordinary, nearness_to_others(pool.references).tolist())
+        return sum(any(match.fits for match in matches) for matches in found)
 
-    def _judged(self, pool: Pool, queries: Vectors) -> list[list[Match]]:
+    def _judged(self, pool: Pool, queries: Vectors, near: Sequence[float] | None = None) -> list[list[Match]]:
         if not len(queries):
             return []
-        preferences, num = pool.preferences(self.tenant), NUM_NEAREST
+        preferences, num = pool.preferences(self.tenant), _NUM_COMPARED
         nearest = pool.nearest(queries, num, self.tenant)
         found = [preferences.applied(query, matches, num, ()) for query, matches in zip(queries, nearest, strict=True)]
-        return pool.judged(found, self.abstain, queries)
+        return pool.judged(found, self.abstain, queries, near)

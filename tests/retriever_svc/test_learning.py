@@ -195,6 +195,11 @@ def test_one_key_has_few_outcomes_for_an_adapter_and_a_tenant_has_a_bounded_numb
     assert len(learnt(*many).rankings) == MAX_OUTCOMES
 
 
+def test_a_key_with_many_outcomes_pushes_out_no_other_key() -> None:
+    flood = [outcome("odd", "coder", 1, key="loud", number=number) for number in range(MAX_OUTCOMES + 9)]
+    assert len(learnt(*flood, outcome("odd", "coder", 1, key="quiet")).rankings) == MAX_PER_KEY + 1
+
+
 def test_an_outcome_that_takes_a_publishers_samples_away_is_left_out_and_others_apply() -> None:
     found = learnt(outcome("poem 0", "poet", -1), outcome("odd", "coder", 1))
     assert ([ranking.adapters[0].ref.name for ranking in found.rankings], found.num_refused) == (["coder"], 1)
