@@ -21,7 +21,7 @@ from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, encoding_of
-from retriever_svc.encoder import Vectors
+from retriever_svc.encoder import MAX_CHARS, Vectors
 from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Resampled, accept, learn
@@ -315,7 +315,8 @@ class Retriever:
                 yield replace(step, num_total=total)
                 continue
             for start in range(0, len(prompts), _ASKED_TOGETHER):
-                batch = [RouteRequest(prompt.text, tenant) for prompt in prompts[start : start + _ASKED_TOGETHER]]
+                texts = [prompt.text[:MAX_CHARS] for prompt in prompts[start : start + _ASKED_TOGETHER]]
+                batch = [RouteRequest(text, tenant) for text in texts]
                 routes += [answer for answer in self.route(batch) if isinstance(answer, Route)]
                 yield DoctorStep(step.num_done + len(routes), total)
             asked = count_answers(zip(wanted, routes, strict=True)) if prompts else None
