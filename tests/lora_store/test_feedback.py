@@ -101,6 +101,14 @@ def test_old_feedback_is_deleted_and_young_is_kept(files: FeedbackFiles, kind: K
     assert files.all("acme", kind, adapter) == []
 
 
+def test_a_prompt_is_deleted_in_time_although_its_tenant_sends_no_more(files: FeedbackFiles) -> None:
+    files.put("quiet", "asked", Feedback.of_request("id", "text", None, "k"), NOW)
+    files.put("acme", "asked", Feedback.of_request("id", "text", None, "k"), NOW + timedelta(hours=22))
+    assert files.get("quiet", "asked", "id") is not None, "it is not a day old"
+    files.put("acme", "asked", Feedback.of_request("id", "text", None, "k"), NOW + timedelta(hours=26))
+    assert files.get("quiet", "asked", "id") is None
+
+
 def test_chosen_proposals_are_deleted_and_the_others_stay(files: FeedbackFiles) -> None:
     for text in ("one", "two"):
         propose(files, text)
