@@ -67,7 +67,10 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """The samples of an adapter with accepted prompts, those that were left out as near-copies, and the effect."""
+    """The samples of an adapter with accepted prompts, and the effect.
+
+    `left_out`: prompts that are near-copies of a sample, and those beyond the largest number of accepted ones.
+    """
 
     samples: tuple[Sample, ...]
     left_out: tuple[str, ...]
@@ -99,7 +102,9 @@ def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: Sampl
         else:
             rows.append(vector)
             new.append(Sample(text, is_accepted=True))
-    changed = (*given, *[*new, *earlier][: len(given) // OWN_PER_ACCEPTED])
+    num_accepted = len(given) // OWN_PER_ACCEPTED
+    left_out += [sample.input for sample in new[num_accepted:]]
+    changed = (*given, *[*new, *earlier][:num_accepted])
     [embedding] = embed_groups(pool.encoder, [changed], [live.ref.tenant])
     after = {(live.ref.tenant, live.ref.name): replace(live, embedding=embedding)}
     effect = _Check(pool, live.ref.tenant, abstain, samples).effect(after, None)

@@ -88,6 +88,12 @@ def test_at_most_a_quarter_of_the_rows_are_accepted_and_new_ones_push_out_the_ol
     assert 4 * len(taken) <= len(found.samples)
 
 
+def test_prompts_beyond_a_quarter_of_the_rows_are_named() -> None:
+    found = accepted(["rhyme please", "rhyme now", "odd"])
+    assert [sample.input for sample in found.samples if sample.is_accepted] == ["rhyme please", "rhyme now"]
+    assert found.left_out == ("odd",)
+
+
 def test_a_liar_cannot_take_a_victims_prompts() -> None:
     """The attacker names its adapter in requests with the victim's prompts, and accepts all that are proposed."""
     lies = [f"lie {number}" for number in range(20)]
