@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import httpx
 import ray
@@ -268,7 +268,7 @@ def printing_to(file: Path) -> Iterator[None]:
 
     Their lines say that calls of Serve's controller end with it, or that a process of Ray has ended before this one.
     """
-    with file.open("ab") as log:
+    with _open_or_discard(file) as log:
         _flush()
         terminals = {number: os.dup(number) for number in (1, 2)}
         try:
@@ -280,6 +280,14 @@ def printing_to(file: Path) -> Iterator[None]:
             for number, terminal in terminals.items():
                 os.dup2(terminal, number)
                 os.close(terminal)
+
+
+def _open_or_discard(file: Path) -> BinaryIO:
+    """Open a file to append to it. Where that fails, as on a full disk, discard what is written: a stop goes on."""
+    try:
+        return file.open("ab")
+    except OSError:
+        return open(os.devnull, "ab")
 
 
 def _flush() -> None:

@@ -23,7 +23,14 @@ from ray.serve.schema import (
 )
 
 from deployments.cli.client import ServerFailed, check_free, free_port
-from deployments.cli.local_server import APP_NAME, Server, _inherited, _shut_down_serve, causes_in
+from deployments.cli.local_server import (
+    APP_NAME,
+    Server,
+    _inherited,
+    _shut_down_serve,
+    causes_in,
+    printing_to,
+)
 from lora_store import LoraStore
 from tests.deployments.app_fakes import config_of
 from tests.deployments.listening import listener
@@ -218,6 +225,13 @@ os.write(2, b"again\\n")
     ran = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, check=True)
     assert (ran.stdout, ran.stderr) == ("before after\n", "again\n")
     assert sorted(log.read_text().splitlines()) == ["of a thread", "of the C++ core", "of the log"]
+
+
+def test_a_stop_goes_on_if_its_log_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with printing_to(tmp_path / "removed" / "stop.log"):
+        print("of a thread")
+    print("after")
+    assert capfd.readouterr().out == "after\n"
 
 
 def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
