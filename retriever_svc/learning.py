@@ -85,10 +85,18 @@ class Learnt:
     num_refused: int = 0
 
 
-def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: SampleSource, abstain: Abstain) -> Resampled:
+def accept(
+    pool: Pool,
+    live: AdapterRecord,
+    texts: Sequence[str],
+    samples: SampleSource,
+    abstain: Abstain,
+    min_score: float | None = None,
+) -> Resampled:
     """Return the samples of the live version with these prompts, the newest first, among its accepted rows.
 
-    New prompts push out the oldest accepted ones. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
+    New prompts push out the oldest accepted ones. `min_score` overrides every threshold.
+    Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
     """
     own = list(samples(live))
     given = [sample for sample in own if not sample.is_accepted]
@@ -107,7 +115,7 @@ def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: Sampl
     changed = (*given, *[*new, *earlier][:num_accepted])
     [embedding] = embed_groups(pool.encoder, [changed], [live.ref.tenant])
     after = {(live.ref.tenant, live.ref.name): replace(live, embedding=embedding)}
-    effect = _Check(pool, live.ref.tenant, abstain, samples).effect(after, None)
+    effect = _Check(pool, live.ref.tenant, abstain, min_score, samples).effect(after, None)
     return Resampled(changed, tuple(left_out), effect)
 
 
@@ -116,7 +124,14 @@ def without_accepted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     return tuple(sample for sample in samples if not sample.is_accepted)
 
 
-def learn(pool: Pool, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource, abstain: Abstain) -> Learnt:
+def learn(
+    pool: Pool,
+    tenant: str,
+    outcomes: Sequence[Feedback],
+    samples: SampleSource,
+    abstain: Abstain,
+    min_score: float | None = None,
+) -> Learnt:
     """Return the choices of a tenant from its outcomes, which are given newest first.
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
@@ -134,7 +149,7 @@ def learn(pool: Pool, tenant: str, outcomes: Sequence[Feedback], samples: Sample
         if adapters or outcome.adapter is None:
             anchor = AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "")
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
-    check = _Check(pool, tenant, abstain, samples)
+    check = _Check(pool, tenant, abstain, min_score, samples)
     kept = rankings
     if check.effect({}, kept).refusal is not None:
         kept = [ranking for ranking in rankings if check.effect({}, [ranking]).refusal is None]
@@ -178,6 +193,7 @@ class _Check:
     pool: Pool
     tenant: str
     abstain: Abstain
+    min_score: float | None
     samples: SampleSource
 
     def effect(self, changed: Mapping[Key, AdapterRecord], rankings: Sequence[Ranking] | None) -> Effect:
@@ -244,4 +260,7 @@ class _Check:
         preferences, num = pool.preferences(self.tenant), _NUM_COMPARED
         nearest = pool.nearest(queries, num, self.tenant)
         found = [preferences.applied(query, matches, num, ()) for query, matches in zip(queries, nearest, strict=True)]
-        return pool.judged(found, self.abstain, queries, near)
+        judged = pool.judged(found, self.abstain, queries, near)
+        if self.min_score is None:
+            return judged
+        return [[match._replace(threshold=self.min_score) for match in matches] for matches in judged]

@@ -335,11 +335,11 @@ class Retriever:
 
     def accept(self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource) -> Resampled:
         """Return the samples of the live version with these prompts, and their effect (see `learning`)."""
-        return accept(self._pools.current, live, texts, samples, self._abstain)
+        return accept(self._pools.current, live, texts, samples, self._abstain, self._min_score)
 
     def learn(self, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource) -> Learnt:
         """Return the choices that these outcomes lead to for `tenant`, and their effect (see `learning`)."""
-        return learn(self._pools.current, tenant, outcomes, samples, self._abstain)
+        return learn(self._pools.current, tenant, outcomes, samples, self._abstain, self._min_score)
 
     def reindex(self, model: str, samples: SampleSource, projection: str = "auto") -> Iterator[ReindexStep]:
         """Embed every adapter that has no embedding by the encoder of `model` with the projection yet.

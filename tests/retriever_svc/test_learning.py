@@ -143,6 +143,8 @@ def test_ordinary_prompts_that_an_adapter_would_answer_are_counted() -> None:
     assert (effect.num_ordinary, effect.answered_before, effect.answered_after) == (40, 40, 40)
     strict = accept(pool, small, ["hello 0", "hello 1"], lambda r: own[r.ref.name], "strict").effect
     assert strict.answered_before == 0
+    least = accept(pool, small, ["hello 0", "hello 1"], lambda r: own[r.ref.name], "strict", min_score=-1.0).effect
+    assert least.answered_before == 40, "requests without their own operating point use it, too"
 
 
 def outcome(text: str, adapter: str | None, score: float, key: str = "k", number: int = 0) -> Feedback:
