@@ -117,8 +117,12 @@ class FeedbackFiles:
         return sorted(files, key=lambda file: (file.written_at, file.name), reverse=True)
 
     def _read(self, name: str) -> Feedback | None:
+        """Return the feedback, None if there is none or a power failure left it broken."""
         content = self._files.read(name)
-        return None if content is None else Feedback(**json.loads(content))
+        try:
+            return None if content is None else Feedback(**json.loads(content))
+        except (ValueError, TypeError):
+            return None
 
 
 def _first_of_each_key(files: Sequence[StoredFile]) -> Iterator[StoredFile]:

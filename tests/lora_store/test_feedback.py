@@ -9,6 +9,7 @@ import pytest
 
 from lora_store import Location
 from lora_store.feedback import KEPT_FOR, MAX_KEPT, MAX_PER_KEY, Feedback, FeedbackFiles, Kind
+from lora_store.files import Files
 
 NOW = datetime.now(UTC)
 
@@ -89,6 +90,17 @@ def test_a_later_outcome_of_a_request_replaces_the_earlier_one(files: FeedbackFi
     for score in (1.0, -0.5):
         files.put("acme", "outcome", Feedback.of_request("id", "text", "poet", "k", score), NOW)
     assert [given.score for given in files.all("acme", "outcome")] == [-0.5]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]"])
+def test_a_broken_file_hides_no_other(folder_uri: str, content: bytes) -> None:
+    location = Location(folder_uri).child("feedback")
+    files = FeedbackFiles(location)
+    for id in ("one", "two"):
+        files.put("acme", "outcome", Feedback.of_request(id, f"text {id}", "poet", "k", 1), NOW)
+    Files(location).write(f"outcome/acme/{Feedback.of_request('one', '', None, '').id}", content)
+    assert [given.text for given in files.all("acme", "outcome")] == ["text two"]
+    assert files.get("acme", "outcome", "one") is None
 
 
 @pytest.mark.parametrize("kind", list(KEPT_FOR))
