@@ -4,8 +4,8 @@
 - *asked*: the prompt of a request to `auto`, kept for a day, so that an outcome can name the request.
 - *outcome*: how well an adapter, or the base model, answered such a request.
 
-Each is one small object that replicas write without coordination. The folders are bounded, and the oldest go first. One
-client can fill its own places only: `MAX_PER_KEY` for an adapter.
+Each is one small object that replicas write without coordination. The folders are bounded, and the oldest go first. Of
+the proposals for an adapter a key can fill only its own `MAX_PER_KEY` places.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Kind = Literal["proposed", "asked", "outcome"]
 MAX_PER_KEY = 3  # proposals of one key for one adapter
 MAX_KEPT: dict[Kind, int] = {"proposed": 64, "asked": 1000, "outcome": 1000}  # of an adapter; of a tenant; of a tenant
 KEPT_FOR: dict[Kind, timedelta] = {"proposed": timedelta(30), "asked": timedelta(1), "outcome": timedelta(30)}
+_DELETE_EVERY = timedelta(hours=1)
 _TIDY_EVERY = 50  # asked prompts that one process writes
 _NUM_READERS = 16
 _ID_CHARS = 16
@@ -62,9 +63,10 @@ class FeedbackFiles:
     def __init__(self, location: Location) -> None:
         self._files = Files(location)
         self._num_asked = 0
+        self._deleted_at: datetime | None = None
 
     def put(self, tenant: str, kind: Kind, feedback: Feedback, now: datetime) -> None:
-        """Store it in place of an earlier one with its id, and drop what is too old or too much.
+        """Store it in place of an earlier one with its id, and drop what is too old, of every tenant, or too much.
 
         A proposal that was made before changes nothing, so that a rejected one does not return.
         """
@@ -77,6 +79,9 @@ class FeedbackFiles:
         self._num_asked += kind == "asked"
         if kind != "asked" or self._num_asked % _TIDY_EVERY == 0:
             self._tidy(folder, kind, now)
+        if self._deleted_at is None or now - self._deleted_at >= _DELETE_EVERY:
+            self._deleted_at = now
+            self.delete_old(now)
 
     def get(self, tenant: str, kind: Kind, id: str) -> Feedback | None:
         """Return the asked prompt or the outcome of this request id, None if there is none."""
@@ -112,8 +117,12 @@ class FeedbackFiles:
         return sorted(files, key=lambda file: (file.written_at, file.name), reverse=True)
 
     def _read(self, name: str) -> Feedback | None:
+        """Return the feedback, None if there is none or a power failure left it broken."""
         content = self._files.read(name)
-        return None if content is None else Feedback(**json.loads(content))
+        try:
+            return None if content is None else Feedback(**json.loads(content))
+        except (ValueError, TypeError):
+            return None
 
 
 def _first_of_each_key(files: Sequence[StoredFile]) -> Iterator[StoredFile]:

@@ -319,6 +319,8 @@ class LoraStore:
             return wanted
 
         generation = self._commit_on_full_disk(events, commit_id)
+        for tenant, name in {(record.ref.tenant, record.ref.name) for record in gone}:
+            self.feedback.delete(tenant, name)
         return Withdrawn(generation, tuple(gone))
 
     def set_visibility(self, tenant: str, name: str, visibility: Visibility, actor: str) -> int:

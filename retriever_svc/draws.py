@@ -25,9 +25,9 @@ from lora_store.snapshot import EVERYBODY
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import Abstain, leave_one_out_scores
 from retriever_svc.embedding import CORE_WEIGHT
-from retriever_svc.encoder import Vectors, unit_rows
+from retriever_svc.encoder import Vectors
 from retriever_svc.index import Match
-from retriever_svc.ordinary_prompts import NUM_NEAREST, centred
+from retriever_svc.ordinary_prompts import nearness_to_others
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 from retriever_svc.shared_wording import without_shared_wording
@@ -146,7 +146,8 @@ class DrawMeasurement:
         if victim is not None and len(victim[1]):
             found = [_with_score(matches, victim[0], score) for matches, score in zip(found, victim[1], strict=True)]
         competing = [self._with_version(matches, query) for matches, query in zip(found, queries, strict=True)]
-        near = _nearness_to_others(centred(queries, self.pool.centre)) if victim is None else None
+        references = self.pool.references if victim is None else None
+        near = None if references is None else nearness_to_others(references).tolist()
         leaders = [_leader(matches, min_score) for matches in self.pool.judged(competing, abstain, queries, near)]
         by_version = sum(leader == self.record.ref for leader in leaders)
         by_owner = sum(leader is not None and leader.tenant == self.record.ref.tenant for leader in leaders)
@@ -176,16 +177,6 @@ def _nearest_others(pool: Pool, record: AdapterRecord) -> list[AdapterRecord]:
         if len(others) >= MAX_ADAPTERS or width >= allowed.num:
             return others[:MAX_ADAPTERS]
         width *= 2
-
-
-def _nearness_to_others(ordinary: Vectors) -> list[float]:
-    """Return the nearness of each ordinary prompt to the others, as `nearness` does."""
-    cosines = ordinary @ ordinary.T
-    np.fill_diagonal(cosines, -1)
-    nearest = np.argpartition(cosines, -NUM_NEAREST, axis=1)[:, -NUM_NEAREST:]
-    means = unit_rows(ordinary[nearest].mean(axis=1))
-    near: list[float] = np.sum(means * ordinary, axis=1).tolist()
-    return near
 
 
 def _leader(matches: Sequence[Match], min_score: float | None) -> AdapterRef | None:

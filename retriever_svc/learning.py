@@ -29,7 +29,7 @@ from retriever_svc.calibration import Abstain
 from retriever_svc.embedding import embed_groups
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import IndexSettings, Match
-from retriever_svc.ordinary_prompts import NUM_NEAREST
+from retriever_svc.ordinary_prompts import nearness_to_others
 from retriever_svc.pool import Pool
 from retriever_svc.sample_source import SampleSource, read_samples
 
@@ -40,7 +40,7 @@ MAX_LOST = 0.01  # of the publishers' samples that no longer find their adapter
 MAX_ANSWERED = 0.02  # of ordinary prompts that an adapter answers
 _NUM_CHECKED = 16  # nearest adapters of each changed one whose samples are asked
 _MAX_SAMPLES = 32  # of one adapter that are asked
-_FOLDS = 8  # each ordinary prompt is judged by the others
+_NUM_COMPARED = 3  # adapters that compete for a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,10 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """The samples of an adapter with accepted prompts, those that were left out as near-copies, and the effect."""
+    """The samples of an adapter with accepted prompts, and the effect.
+
+    `left_out`: prompts that are near-copies of a sample, and those beyond the largest number of accepted ones.
+    """
 
     samples: tuple[Sample, ...]
     left_out: tuple[str, ...]
@@ -82,10 +85,18 @@ class Learnt:
     num_refused: int = 0
 
 
-def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: SampleSource, abstain: Abstain) -> Resampled:
+def accept(
+    pool: Pool,
+    live: AdapterRecord,
+    texts: Sequence[str],
+    samples: SampleSource,
+    abstain: Abstain,
+    min_score: float | None = None,
+) -> Resampled:
     """Return the samples of the live version with these prompts, the newest first, among its accepted rows.
 
-    New prompts push out the oldest accepted ones. Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
+    New prompts push out the oldest accepted ones. `min_score` overrides every threshold.
+    Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
     """
     own = list(samples(live))
     given = [sample for sample in own if not sample.is_accepted]
@@ -99,10 +110,12 @@ def accept(pool: Pool, live: AdapterRecord, texts: Sequence[str], samples: Sampl
         else:
             rows.append(vector)
             new.append(Sample(text, is_accepted=True))
-    changed = (*given, *[*new, *earlier][: len(given) // OWN_PER_ACCEPTED])
+    num_accepted = len(given) // OWN_PER_ACCEPTED
+    left_out += [sample.input for sample in new[num_accepted:]]
+    changed = (*given, *[*new, *earlier][:num_accepted])
     [embedding] = embed_groups(pool.encoder, [changed], [live.ref.tenant])
     after = {(live.ref.tenant, live.ref.name): replace(live, embedding=embedding)}
-    effect = _Check(pool, live.ref.tenant, abstain, samples).effect(after, None)
+    effect = _Check(pool, live.ref.tenant, abstain, min_score, samples).effect(after, None)
     return Resampled(changed, tuple(left_out), effect)
 
 
@@ -111,7 +124,14 @@ def without_accepted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     return tuple(sample for sample in samples if not sample.is_accepted)
 
 
-def learn(pool: Pool, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource, abstain: Abstain) -> Learnt:
+def learn(
+    pool: Pool,
+    tenant: str,
+    outcomes: Sequence[Feedback],
+    samples: SampleSource,
+    abstain: Abstain,
+    min_score: float | None = None,
+) -> Learnt:
     """Return the choices of a tenant from its outcomes, which are given newest first.
 
     A positive outcome names the adapter for prompts that are nearly the same. A negative one takes the adapter away
@@ -129,7 +149,7 @@ def learn(pool: Pool, tenant: str, outcomes: Sequence[Feedback], samples: Sample
         if adapters or outcome.adapter is None:
             anchor = AdapterRef(tenant, f"{OUTCOME}{outcome.id}", "")
             rankings.append(Ranking(anchor, adapters, pool.encoder.identity, vector, none))
-    check = _Check(pool, tenant, abstain, samples)
+    check = _Check(pool, tenant, abstain, min_score, samples)
     kept = rankings
     if check.effect({}, kept).refusal is not None:
         kept = [ranking for ranking in rankings if check.effect({}, [ranking]).refusal is None]
@@ -142,11 +162,12 @@ def _bounded(outcomes: Iterable[Feedback]) -> Iterator[Feedback]:
     counts: Counter[tuple[str, str | None]] = Counter()
     for outcome in outcomes:
         says_nothing = outcome.score == 0 or (outcome.adapter is None and outcome.score < 0)
-        counts[outcome.key_id, outcome.adapter] += not says_nothing
-        if not says_nothing and counts[outcome.key_id, outcome.adapter] <= MAX_PER_KEY:
-            if sum(counts.values()) > MAX_OUTCOMES:
-                return
-            yield outcome
+        if says_nothing or counts[outcome.key_id, outcome.adapter] == MAX_PER_KEY:
+            continue
+        counts[outcome.key_id, outcome.adapter] += 1
+        yield outcome
+        if counts.total() == MAX_OUTCOMES:
+            return
 
 
 def _said(pool: Pool, tenant: str, outcome: Feedback) -> Iterator[tuple[AdapterRef, bool]]:
@@ -172,6 +193,7 @@ class _Check:
     pool: Pool
     tenant: str
     abstain: Abstain
+    min_score: float | None
     samples: SampleSource
 
     def effect(self, changed: Mapping[Key, AdapterRecord], rankings: Sequence[Ranking] | None) -> Effect:
@@ -227,20 +249,18 @@ class _Check:
 
     def _num_answered(self, pool: Pool) -> int:
         """Return how many ordinary prompts an adapter answers, each compared with the other ordinary prompts."""
-        ordinary = pool.ordinary
-        if ordinary is None or len(ordinary) <= _FOLDS * NUM_NEAREST:
+        if pool.ordinary is None or pool.references is None:
             return 0
-        num_answered = 0
-        for fold in range(_FOLDS):
-            is_asked = np.arange(len(ordinary)) % _FOLDS == fold
-            found = self._judged(replace(pool, ordinary=ordinary[~is_asked]), ordinary[is_asked])
-            num_answered += sum(any(match.fits for match in matches) for matches in found)
-        return num_answered
+        found = self._judged(pool, pool.ordinary, nearness_to_others(pool.references).tolist())
+        return sum(any(match.fits for match in matches) for matches in found)
 
-    def _judged(self, pool: Pool, queries: Vectors) -> list[list[Match]]:
+    def _judged(self, pool: Pool, queries: Vectors, near: Sequence[float] | None = None) -> list[list[Match]]:
         if not len(queries):
             return []
-        preferences, num = pool.preferences(self.tenant), NUM_NEAREST
+        preferences, num = pool.preferences(self.tenant), _NUM_COMPARED
         nearest = pool.nearest(queries, num, self.tenant)
         found = [preferences.applied(query, matches, num, ()) for query, matches in zip(queries, nearest, strict=True)]
-        return pool.judged(found, self.abstain, queries)
+        judged = pool.judged(found, self.abstain, queries, near)
+        if self.min_score is None:
+            return judged
+        return [[match._replace(threshold=self.min_score) for match in matches] for matches in judged]

@@ -67,6 +67,17 @@ def nearness(queries: Vectors, ordinary: Vectors) -> NDArray[np.float64]:
     return np.asarray([_nearness(query, ordinary) for query in queries], np.float64)
 
 
+def nearness_to_others(ordinary: Vectors) -> NDArray[np.float64]:
+    """Return the nearness of each ordinary prompt (J, D) to the others, as `nearness` measures it: (J,)."""
+    if len(ordinary) <= NUM_NEAREST:
+        return np.full(len(ordinary), -1.0)
+    cosines = ordinary @ ordinary.T
+    np.fill_diagonal(cosines, -1)
+    nearest = np.argpartition(cosines, -NUM_NEAREST, axis=1)[:, -NUM_NEAREST:]
+    means = unit_rows(ordinary[nearest].mean(axis=1, dtype=np.float64))
+    return np.asarray(np.sum(means * ordinary, axis=1), np.float64)
+
+
 def _nearness(query: Vectors, ordinary: Vectors) -> float:
     cosines = np.einsum("jd,d->j", ordinary, query)  # BLAS would round by alignment
     nearest = np.sort(np.argpartition(cosines, -NUM_NEAREST)[-NUM_NEAREST:])

@@ -161,7 +161,8 @@ class Pool:
     def preferences(self, tenant: str) -> Preferences:
         """Return what the rankings of `tenant` say about its search results."""
         return self._preferences.get(
-            (tenant,), lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find)
+            (tenant,),
+            lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre),
         )
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:

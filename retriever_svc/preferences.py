@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from lora_store.records import AdapterRecord, Embedding
 from lora_store.snapshot import Snapshot
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Match
+from retriever_svc.ordinary_prompts import centred
 
 MayFind = Callable[[AdapterRecord, str], bool]
 """Whether a tenant may be given an adapter without naming it."""
@@ -36,7 +38,7 @@ class Preferences:
 
     `better`: by a beaten adapter, the best live one of its ranking. `regions`: the best live adapter of each ranking
     whose anchor was withdrawn, with the anchor's embedding. `vectors` (R, D) are those embeddings' vectors. `judged`
-    (J, D) are the vectors of the prompts with outcomes.
+    (J, D) are the vectors of the prompts with outcomes. `centre` (D,): as in `Pool`; from it prompts are compared.
     """
 
     better: dict[AdapterRef, AdapterRecord]
@@ -44,9 +46,12 @@ class Preferences:
     vectors: Vectors
     outcomes: tuple[Outcome, ...] = ()
     judged: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    centre: Vectors | None = None
 
     @classmethod
-    def of(cls, snapshot: Snapshot, tenant: str, encoder: str, may_find: MayFind) -> Preferences:
+    def of(
+        cls, snapshot: Snapshot, tenant: str, encoder: str, may_find: MayFind, centre: Vectors | None = None
+    ) -> Preferences:
         """Read the rankings of `tenant`. Ignore those of another encoder, and adapters that it may not be given."""
         better: dict[AdapterRef, AdapterRecord] = {}
         regions: list[AdapterRecord] = []
@@ -66,7 +71,8 @@ class Preferences:
         usable = [ranking for ranking in rankings if ranking.is_outcome and ranking.encoder == encoder]
         said = [(outcome, r.vector) for r in usable for outcome in _outcomes(r, snapshot, tenant, may_find)]
         outcomes = tuple(outcome for outcome, _ in said)
-        return cls(better, tuple(regions), _stacked(vectors), outcomes, _stacked([vector for _, vector in said]))
+        judged = _stacked([vector for _, vector in said])
+        return cls(better, tuple(regions), _stacked(vectors), outcomes, judged, centre)
 
     def applied(self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str]) -> list[Match]:
         """Return the matches with beaten adapters replaced by better ones, and with those of withdrawn anchors added.
@@ -92,8 +98,9 @@ class Preferences:
 
     def _with_outcomes(self, query: Vectors, matches: Sequence[Match], tags: Sequence[str]) -> list[Match]:
         """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
-        cosines = (self.judged @ query).tolist()
-        near = [(cosine, said) for cosine, said in zip(cosines, self.outcomes, strict=True) if cosine >= NEAR_OUTCOME]
+        is_near = centred(self.judged, self.centre) @ centred(query, self.centre) >= NEAR_OUTCOME
+        cosines = (self.judged @ query).tolist()  # what other scores are compared with
+        near = list(compress(zip(cosines, self.outcomes, strict=True), is_near))
         if not near:
             return list(matches)
         against = sum(said.score for _, said in near if said.record is None)

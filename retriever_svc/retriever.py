@@ -21,7 +21,7 @@ from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, encoding_of
-from retriever_svc.encoder import Vectors
+from retriever_svc.encoder import MAX_CHARS, Vectors
 from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Resampled, accept, learn
@@ -315,7 +315,8 @@ class Retriever:
                 yield replace(step, num_total=total)
                 continue
             for start in range(0, len(prompts), _ASKED_TOGETHER):
-                batch = [RouteRequest(prompt.text, tenant) for prompt in prompts[start : start + _ASKED_TOGETHER]]
+                texts = [prompt.text[:MAX_CHARS] for prompt in prompts[start : start + _ASKED_TOGETHER]]
+                batch = [RouteRequest(text, tenant) for text in texts]
                 routes += [answer for answer in self.route(batch) if isinstance(answer, Route)]
                 yield DoctorStep(step.num_done + len(routes), total)
             asked = count_answers(zip(wanted, routes, strict=True)) if prompts else None
@@ -334,11 +335,11 @@ class Retriever:
 
     def accept(self, live: AdapterRecord, texts: Sequence[str], samples: SampleSource) -> Resampled:
         """Return the samples of the live version with these prompts, and their effect (see `learning`)."""
-        return accept(self._pools.current, live, texts, samples, self._abstain)
+        return accept(self._pools.current, live, texts, samples, self._abstain, self._min_score)
 
     def learn(self, tenant: str, outcomes: Sequence[Feedback], samples: SampleSource) -> Learnt:
         """Return the choices that these outcomes lead to for `tenant`, and their effect (see `learning`)."""
-        return learn(self._pools.current, tenant, outcomes, samples, self._abstain)
+        return learn(self._pools.current, tenant, outcomes, samples, self._abstain, self._min_score)
 
     def reindex(self, model: str, samples: SampleSource, projection: str = "auto") -> Iterator[ReindexStep]:
         """Embed every adapter that has no embedding by the encoder of `model` with the projection yet.

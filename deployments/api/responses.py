@@ -219,7 +219,8 @@ class SettledAdapter(TypedDict):
 class SamplesChanged(TypedDict):
     """Proposals that were accepted or rejected, or accepted prompts that were taken out of the samples.
 
-    `left_out`: prompts that are near-copies of a sample. `digest`: of the live version, unless it was a rejection.
+    `left_out`: prompts that are near-copies of a sample, or beyond a quarter of the samples. `digest`: of the live
+    version, unless it was a rejection.
     """
 
     name: str

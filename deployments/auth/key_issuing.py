@@ -106,6 +106,8 @@ def without_entry(text: str, id: str) -> str:
     nodes = root.value
     start = nodes[place].start_mark.line
     end = nodes[place + 1].start_mark.line if place + 1 < len(nodes) else len(lines)
+    while end > start + 1 and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
+        end -= 1  # comments before the next entry are that one's
     left = "".join(lines[:start] + lines[end:]) if len(ids) > 1 else "[]\n"
     try:
         if [entry.id for entry in parse_entries(left)] == ids[:place] + ids[place + 1 :]:

@@ -7,8 +7,9 @@ from typing import Annotated
 from urllib.parse import quote
 
 import typer
+from rich.console import Console
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json, show_warning
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, print_json, show_warning
 from deployments.cli.pool import Name
 from deployments.json_types import JsonObject
 
@@ -61,10 +62,10 @@ def approve(
         if dry_run and as_json:
             print_json(checked)
             return
-        _show_approval(shown, checked)
+        _show_approval(shown, checked, err if as_json else out)
         if dry_run:
             return
-        typer.confirm("Approve this version for every tenant?", abort=True)
+        typer.confirm("Approve this version for every tenant?", abort=True, err=as_json)
         if checked["draws"]["needs_confirmation"]:
             body["confirmed"] = True
     answer = call(url, "POST", f"{path}/approve", json=body)
@@ -76,10 +77,10 @@ def approve(
     )
 
 
-def _show_approval(shown: JsonObject, checked: JsonObject) -> None:
+def _show_approval(shown: JsonObject, checked: JsonObject, console: Console) -> None:
     """Print the version to approve, and what it would draw."""
     for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
-        out.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
     draws = checked["draws"]
-    show = show_warning if draws["needs_confirmation"] else partial(out.print, markup=False, highlight=False)
+    show = show_warning if draws["needs_confirmation"] else partial(console.print, markup=False, highlight=False)
     show(draws["text"])

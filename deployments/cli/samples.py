@@ -62,4 +62,6 @@ def _change(url: str, name: str, body: JsonObject, *, as_json: bool) -> None:
         done = f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}"
         out.print(done, markup=False, highlight=False)
         for text in answer["left_out"]:
-            out.print(f"left out, since a sample is nearly the same: {text}", markup=False, highlight=False)
+            out.print(
+                f"left out, as a near-copy or beyond a quarter of the samples: {text}", markup=False, highlight=False
+            )

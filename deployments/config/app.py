@@ -53,7 +53,8 @@ _SERVE_DEFAULTS = {
 
 def _name_engine(worker: object) -> object:
     """Return the engine that a `worker` group names."""
-    return worker.get("engine", "native") if isinstance(worker, Mapping) else getattr(worker, "engine", "native")
+    engine = worker.get("engine") if isinstance(worker, Mapping) else getattr(worker, "engine", None)
+    return "native" if engine is None else engine
 
 
 def _default(name: str) -> ServeOptions:

@@ -100,14 +100,20 @@ class Learning:
         try:
             while self._waiting:
                 await self._sleep(QUIET_S)
-                tenant, actor = self._waiting.popitem()
-                learnt = await self._retriever.learn(tenant, await self._store.feedback(tenant, "outcome"))
-                if learnt.num_refused:
-                    logger.warning("%d outcomes of tenant %s would harm the pool's samples", learnt.num_refused, tenant)
-                generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
-                await self._publisher.catch_up(generation)
+                tenant = next(iter(self._waiting))  # in order of arrival, so that no tenant keeps others waiting
+                try:
+                    await self._apply(tenant, self._waiting.pop(tenant))
+                except Exception:
+                    logger.exception("the next outcome of tenant %s applies those that could not be applied", tenant)
         finally:
             self._is_running = False
+
+    async def _apply(self, tenant: str, actor: str) -> None:
+        learnt = await self._retriever.learn(tenant, await self._store.feedback(tenant, "outcome"))
+        if learnt.num_refused:
+            logger.warning("%d outcomes of tenant %s would harm the pool's samples", learnt.num_refused, tenant)
+        generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
+        await self._publisher.catch_up(generation)
 
     async def _live(self, key: Key) -> AdapterRecord:
         kept = (await self._store.versions([key])).get(key, ())

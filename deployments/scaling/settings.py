@@ -130,18 +130,25 @@ def _find_problems(options: JsonMapping) -> Iterator[InitErrorDetails]:
         for name in given:
             if name not in model.model_fields:
                 yield _unknown(given, (group, name), model.model_fields)
-        yield from _refused(model, given, (group,))
+        known = {name: value for name, value in given.items() if name in model.model_fields}
+        yield from _refused(model, known, (group,))
     rest = {name: value for name, value in options.items() if name in own and not isinstance(value, Mapping)}
     yield from _refused(DeploymentSchema, {"name": "any", **rest}, ())
-    for name, amount in options.get(ACTOR, {}).get("resources", {}).items():
-        if name in _FIXED or amount <= 0:
+    resources = options.get(ACTOR, {}).get("resources", {})
+    for name, amount in resources.items() if isinstance(resources, Mapping) else ():
+        if not isinstance(amount, int | float):
+            yield _problem((ACTOR, "resources"), amount, f"{name!r} must be a number above 0, got {amount!r}")
+        elif name in _FIXED or amount <= 0:
             text = f"{name!r}: {amount} is not a custom resource; set CPUs and GPUs by num_cpus and num_gpus"
             yield _problem((ACTOR, "resources"), amount, text)
 
 
 def _refused(model: type[BaseModel], given: JsonMapping, place: tuple[str, ...]) -> Iterator[InitErrorDetails]:
     try:
-        model(**given)
+        # Ray takes the options of an actor as they are, so '1' is no number there.
+        model.model_validate(dict(given), strict=place == (ACTOR,) or None)
+    except ImportError as exc:  # Serve imports the function of a policy
+        yield _problem(place, given, f"cannot be used: {exc}")
     except ValidationError as exc:
         for error in exc.errors(include_url=False):
             yield InitErrorDetails(
@@ -153,13 +160,13 @@ def _unknown(
     options: JsonMapping, place: tuple[str, ...], known: Any, places: Mapping[str, str] = {}
 ) -> InitErrorDetails:
     """Say that an option is unknown, and which one of Serve's it may be: one of a mapping, or one of a like name."""
-    name = place[-1]
+    name = str(place[-1])
     near = difflib.get_close_matches(name, places, n=1)
     if name not in places and (hint := did_you_mean(name, known)):
         text = f"unknown{hint}"
     else:
         text = f"unknown here; {places[near[0]]}?" if near else "unknown"
-    return _problem(place, options[name], text)
+    return _problem(place, options[place[-1]], text)
 
 
 def _problem(place: tuple[str, ...], given: object, text: str) -> InitErrorDetails:

@@ -9,6 +9,7 @@ import pytest
 
 from lora_store import Location
 from lora_store.feedback import KEPT_FOR, MAX_KEPT, MAX_PER_KEY, Feedback, FeedbackFiles, Kind
+from lora_store.files import Files
 
 NOW = datetime.now(UTC)
 
@@ -91,6 +92,17 @@ def test_a_later_outcome_of_a_request_replaces_the_earlier_one(files: FeedbackFi
     assert [given.score for given in files.all("acme", "outcome")] == [-0.5]
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]"])
+def test_a_broken_file_hides_no_other(folder_uri: str, content: bytes) -> None:
+    location = Location(folder_uri).child("feedback")
+    files = FeedbackFiles(location)
+    for id in ("one", "two"):
+        files.put("acme", "outcome", Feedback.of_request(id, f"text {id}", "poet", "k", 1), NOW)
+    Files(location).write(f"outcome/acme/{Feedback.of_request('one', '', None, '').id}", content)
+    assert [given.text for given in files.all("acme", "outcome")] == ["text two"]
+    assert files.get("acme", "outcome", "one") is None
+
+
 @pytest.mark.parametrize("kind", list(KEPT_FOR))
 def test_old_feedback_is_deleted_and_young_is_kept(files: FeedbackFiles, kind: Kind) -> None:
     adapter = "poet" if kind == "proposed" else None
@@ -99,6 +111,14 @@ def test_old_feedback_is_deleted_and_young_is_kept(files: FeedbackFiles, kind: K
     assert len(files.all("acme", kind, adapter)) == 1
     files.delete_old(NOW + KEPT_FOR[kind] + timedelta(hours=1))
     assert files.all("acme", kind, adapter) == []
+
+
+def test_a_prompt_is_deleted_in_time_although_its_tenant_sends_no_more(files: FeedbackFiles) -> None:
+    files.put("quiet", "asked", Feedback.of_request("id", "text", None, "k"), NOW)
+    files.put("acme", "asked", Feedback.of_request("id", "text", None, "k"), NOW + timedelta(hours=22))
+    assert files.get("quiet", "asked", "id") is not None, "it is not a day old"
+    files.put("acme", "asked", Feedback.of_request("id", "text", None, "k"), NOW + timedelta(hours=26))
+    assert files.get("quiet", "asked", "id") is None
 
 
 def test_chosen_proposals_are_deleted_and_the_others_stay(files: FeedbackFiles) -> None:

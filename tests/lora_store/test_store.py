@@ -13,6 +13,7 @@ from lora_store import (
     AdapterNotFound,
     AdapterRefused,
     BlobCorrupted,
+    Feedback,
     Location,
     LoraStore,
     Sample,
@@ -276,12 +277,14 @@ def test_an_unlisted_adapter_is_withdrawn_once_its_time_is_over(
     assert (brief.record.num_samples, brief.record.samples_digest, brief.samples) == (0, None, ())
     assert store.commit([brief], [None], [0.5], "tester") == 2
     assert open_store().snapshot().resolve("local", "brief").expires_at == clock.at + timedelta(seconds=60)
+    store.feedback.put("local", "proposed", Feedback.proposed("Rhyme", "brief", "key"), clock.now())
     clock.sleep(59)
     assert store.expire() == Withdrawn(0, ())
     clock.sleep(1)
     gone = store.expire("an id")
     assert (gone.generation, [record.ref for record in gone.records]) == (3, [brief.ref])
     assert list(open_store().snapshot().records) == [("local", "kept")]
+    assert store.feedback.all("local", "proposed", "brief") == []
     assert store.expire("an id") == Withdrawn(0, ())
     assert store.sweep(gone.records[0].blobs) == [brief.weights_digest]
 

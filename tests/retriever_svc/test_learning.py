@@ -88,6 +88,12 @@ def test_at_most_a_quarter_of_the_rows_are_accepted_and_new_ones_push_out_the_ol
     assert 4 * len(taken) <= len(found.samples)
 
 
+def test_prompts_beyond_a_quarter_of_the_rows_are_named() -> None:
+    found = accepted(["rhyme please", "rhyme now", "odd"])
+    assert [sample.input for sample in found.samples if sample.is_accepted] == ["rhyme please", "rhyme now"]
+    assert found.left_out == ("odd",)
+
+
 def test_a_liar_cannot_take_a_victims_prompts() -> None:
     """The attacker names its adapter in requests with the victim's prompts, and accepts all that are proposed."""
     lies = [f"lie {number}" for number in range(20)]
@@ -137,6 +143,8 @@ def test_ordinary_prompts_that_an_adapter_would_answer_are_counted() -> None:
     assert (effect.num_ordinary, effect.answered_before, effect.answered_after) == (40, 40, 40)
     strict = accept(pool, small, ["hello 0", "hello 1"], lambda r: own[r.ref.name], "strict").effect
     assert strict.answered_before == 0
+    least = accept(pool, small, ["hello 0", "hello 1"], lambda r: own[r.ref.name], "strict", min_score=-1.0).effect
+    assert least.answered_before == 40, "requests without their own operating point use it, too"
 
 
 def outcome(text: str, adapter: str | None, score: float, key: str = "k", number: int = 0) -> Feedback:
@@ -193,6 +201,11 @@ def test_one_key_has_few_outcomes_for_an_adapter_and_a_tenant_has_a_bounded_numb
     assert len(learnt(*alike).rankings) == MAX_PER_KEY
     many = [outcome("odd", "coder", 1, key=f"k{number}") for number in range(MAX_OUTCOMES + 9)]
     assert len(learnt(*many).rankings) == MAX_OUTCOMES
+
+
+def test_a_key_with_many_outcomes_pushes_out_no_other_key() -> None:
+    flood = [outcome("odd", "coder", 1, key="loud", number=number) for number in range(MAX_OUTCOMES + 9)]
+    assert len(learnt(*flood, outcome("odd", "coder", 1, key="quiet")).rankings) == MAX_PER_KEY + 1
 
 
 def test_an_outcome_that_takes_a_publishers_samples_away_is_left_out_and_others_apply() -> None:

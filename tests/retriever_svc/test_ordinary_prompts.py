@@ -9,7 +9,14 @@ import pytest
 
 from retriever_svc import Encoder, ProjectionFiles
 from retriever_svc.encoder import unit_rows
-from retriever_svc.ordinary_prompts import follow_ups, nearness, ordinary_prompts, prompts_digest, refers_back
+from retriever_svc.ordinary_prompts import (
+    follow_ups,
+    nearness,
+    nearness_to_others,
+    ordinary_prompts,
+    prompts_digest,
+    refers_back,
+)
 
 DIM = 8
 
@@ -90,3 +97,10 @@ def test_turns_that_mean_an_earlier_one_are_recognised_in_any_language(
 
 def test_other_prompts_than_the_packaged_ones_recognise_no_turn() -> None:
     assert not refers_back(rows_of(1)[0], rows_of(30))
+
+
+def test_the_nearness_to_the_others_is_that_without_the_prompt_itself() -> None:
+    ordinary = unit_rows(np.random.default_rng(5).normal(size=(20, 8)).astype(np.float32))
+    slow = [nearness(ordinary[row : row + 1], np.delete(ordinary, row, axis=0))[0] for row in range(20)]
+    assert nearness_to_others(ordinary) == pytest.approx(slow, abs=1e-6)
+    assert nearness_to_others(ordinary[:3]).tolist() == [-1.0] * 3, "too few to compare with"

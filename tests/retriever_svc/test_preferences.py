@@ -10,9 +10,11 @@ import pytest
 
 from lora_store.adapter import AdapterRef
 from lora_store.events import Rank
-from lora_store.rankings import RankedAdapter, Ranking
+from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
 from lora_store.records import AdapterRecord
 from retriever_svc import IndexSettings, Retriever
+from retriever_svc.encoder import unit_rows
+from retriever_svc.pool import Pool
 from tests.retriever_svc.pool_fakes import FAKE_IDENTITY, FakeEncoder, Source, live_pool, names, record_of, snapshot_of
 from tests.retriever_svc.routing import EAST, NORTH, TABLE, TEMPERATURE, route_one
 
@@ -92,6 +94,25 @@ def test_a_ranking_never_leads_to_an_adapter_that_auto_may_not_choose(approval: 
         ranking = ranking_of(BAD.ref, (better, 0.9), (BAD, 0.1))
         route = route_one(retriever_of(better, BAD, ranking=ranking, approval=approval))
         assert names(route) == (["good"] if is_chosen else ["bad"])
+
+
+@pytest.mark.parametrize(("has_centre", "reached"), [(True, [True, False]), (False, [True, True])])
+def test_an_outcome_reaches_prompts_that_are_near_from_the_centre(has_centre: bool, reached: list[bool]) -> None:
+    """All texts of a plain encoder are near each other: the prompts of different tasks have a cosine of 0.9 here."""
+    prompts = unit_rows(np.concatenate([np.eye(3), np.full((3, 1), 3.0)], axis=1).astype(np.float32))
+    said = Ranking(
+        anchor=AdapterRef("local", f"{OUTCOME}1", ""),
+        adapters=(RankedAdapter(GOOD.ref, 1.0, 1, False),),
+        encoder=FAKE_IDENTITY,
+        vector=prompts[0],
+        own_scores=np.empty(0, np.float32),
+    )
+    snapshot = snapshot_of(GOOD, OTHER, rankings={"local": (Rank("local", said, True, "me", NOON),)})
+    centre = prompts.mean(axis=0) if has_centre else None
+    preferences = Pool.of(snapshot, FakeEncoder(TABLE), IndexSettings(), centre=centre).preferences("local")
+    found = [preferences.applied(prompt, [], 3, ()) for prompt in prompts[:2]]
+    assert [[match.record.ref for match in matches] == [GOOD.ref] for matches in found] == reached
+    assert found[0][0].score == pytest.approx(1), "scores are plain cosines, as those of other matches"
 
 
 def test_a_better_adapter_needs_the_tags_of_the_request() -> None:

@@ -15,7 +15,8 @@ from lora_store.errors import AdapterNotFound, PlanInvalid
 from lora_store.events import Publish
 from lora_store.location import Location
 from lora_store.records import OutputProfile
-from retriever_svc import NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
+from retriever_svc import AskedPrompt, NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
+from retriever_svc.encoder import MAX_CHARS
 from retriever_svc.route import STICKY_MARGIN, Weighting
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import (
@@ -397,3 +398,11 @@ def test_with_owner_names_a_bare_name_means_only_the_callers_own_adapter() -> No
         theirs.ref,
         mine.ref,
     ]
+
+
+def test_the_doctor_reads_as_much_of_a_prompt_as_routing_does() -> None:
+    text = "a" * MAX_CHARS
+    retriever = retriever_of(record_of("east", EAST), encoder=FakeEncoder({**TABLE, text: EAST}))
+    *_, last = retriever.doctor("local", lambda record: [], prompts=[AskedPrompt(f"{text} and more")])
+    assert last.report is not None and last.report.asked is not None
+    assert last.report.asked.unlabelled.total() == 1

@@ -18,7 +18,7 @@ from deployments.http.openapi import DOCTOR_ANSWERS, GC_ANSWERS, LINES_ANSWERS
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from deployments.publishing import maintenance
-from retriever_svc.encoder import tokens_read
+from retriever_svc.views import tokens_routed
 
 router = APIRouter(route_class=AnsweringRoute, dependencies=[MAY_CHANGE])
 
@@ -39,7 +39,7 @@ async def doctor(
     """
     prompts = [prompt.asked() for prompt in body.prompts]
     if prompts:
-        services.authenticator.charge(caller, sum(tokens_read(prompt.text) for prompt in prompts), "prompts")
+        services.authenticator.charge(caller, sum(tokens_routed(prompt.text) for prompt in prompts), "prompts")
     return await _stream(maintenance.doctor(services.store, services.retriever, caller.tenant, prompts), context)
 
 

@@ -143,6 +143,7 @@ def test_comments_of_the_entries_that_stay_are_kept() -> None:
     blocks = [yaml.safe_dump([entry(f"key-{number}", id=f"id-{number}")], sort_keys=False) for number in range(2)]
     text = f"# all keys\n# the first\n{blocks[0]}# the second\n{blocks[1]}"
     assert without_entry(text, "id-1") == f"# all keys\n# the first\n{blocks[0]}# the second\n"
+    assert without_entry(text, "id-0") == f"# all keys\n# the first\n# the second\n{blocks[1]}"
 
 
 def test_the_last_key_leaves_an_empty_list_and_a_missing_one_is_named(tmp_path: Path) -> None:

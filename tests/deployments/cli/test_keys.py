@@ -136,6 +136,14 @@ def test_without_a_digest_the_shown_version_is_approved_after_confirmation(
     assert (result.exit_code == 0) == is_approved
 
 
+def test_a_confirmed_approval_prints_only_the_answer_as_json() -> None:
+    with scripted((200, SHOWN), (200, APPROVED | {"draws": DRAWS}), (200, APPROVED)) as server:
+        result = run("access", "approve", "acme/poet", "--json", "--url", server.url, input="y\n")
+    echo, _, answer = result.stdout.partition("\n")  # a terminal echoes what is typed
+    assert (echo, json.loads(answer)) == (" y", APPROVED)
+    assert DRAWS["text"] in words(result.stderr)
+
+
 def test_an_approval_that_the_server_would_refuse_is_not_asked_for() -> None:
     with scripted((200, SHOWN), (403, refusal("this operation needs the role 'admin'"))) as server:
         result = run("access", "approve", "acme/poet", "--url", server.url, input="y\n")

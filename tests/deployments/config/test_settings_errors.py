@@ -25,6 +25,7 @@ def message_for(folder: Path, text: str) -> str:
         ("retrieval: {k: 17}", "settings.yaml: retrieval.k: must be at most 16, got 17"),
         ("retrieval: {min_score: 2}", "settings.yaml: retrieval.min_score: must be at most 1, got 2"),
         ("retrieval: {min_score: -1.5}", "settings.yaml: retrieval.min_score: must be at least -1, got -1.5"),
+        ("worker: {engine: null}", "settings.yaml: worker.engine: must be 'native', got null"),
         ("worker: {engine: sglang}", "settings.yaml: worker.engine: must be 'native' or 'vllm', got 'sglang'"),
         (
             "worker: {tensor_parallel_size: 2}",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
 
-from deployments.publishing.learning import counted
-from lora_store import Feedback, VersionConflict
-from retriever_svc.learning import Effect
+from deployments.publishing.learning import Learning, counted
+from lora_store import Feedback, StoreUnavailable, VersionConflict
+from retriever_svc.learning import Effect, Learnt
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
@@ -92,6 +93,43 @@ def test_a_rejected_proposal_is_gone_and_makes_no_version() -> None:
     response = change(store, {"action": "reject", "ids": [proposals("Rhyme.")[0].id]})
     assert (response.status_code, response.json()["num_rejected"]) == (200, 1)
     assert (waiting(store), len(store.live["local", "poet"])) == (["Sing."], 1)
+
+
+class BrokenForOne(FakeRetriever):
+    """It cannot apply the outcomes of the tenant `broken`."""
+
+    async def learn(self, tenant: str, outcomes: Sequence[Feedback]) -> Learnt:
+        if tenant == "broken":
+            raise StoreUnavailable("down")
+        return await super().learn(tenant, outcomes)
+
+
+def applied_for(*tenants: str) -> list[str]:
+    """Let each tenant judge a request, and return those whose outcomes are applied, in order."""
+    store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
+    store.given = {(tenant, "asked", asked.id): asked for tenant in tenants}
+
+    async def no_pause(seconds: float) -> None:
+        del seconds
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        services = served.services
+        learning = Learning(
+            store, BrokenForOne(), services.publisher, services.background, applies=True, sleep=no_pause
+        )
+        for tenant in tenants:
+            await learning.judge(tenant, ("id", None, 1.0), "key")
+
+    ask(run, store=store)
+    return [tenant for tenant, _ in store.ranked]
+
+
+def test_outcomes_apply_in_the_order_of_arrival_so_that_no_tenant_keeps_others_waiting() -> None:
+    assert applied_for("quiet", "loud") == ["quiet", "loud"]
+
+
+def test_a_tenant_whose_outcomes_cannot_be_applied_keeps_no_other_from_it() -> None:
+    assert applied_for("well", "broken", "also well") == ["well", "also well"]
 
 
 def test_outcomes_are_counted_by_adapter() -> None:

@@ -55,6 +55,12 @@ def test_bounds_and_resources_are_read_from_serves_options() -> None:
         ({"name": "other"}, "name"),
         ({"user_config": {}}, "user_config"),
         ({"max_queued_requests": 0}, "max_queued_requests"),
+        ({"ray_actor_options": {"resources": {"l4": "one"}}}, "'l4' must be a number above 0"),
+        ({"ray_actor_options": {"resources": None}}, "resources"),
+        ({"ray_actor_options": {"resources": ["l4"]}}, "resources"),
+        ({"ray_actor_options": {"num_gpus": "1"}}, "num_gpus"),
+        ({"ray_actor_options": {1: 2}}, "unknown"),
+        ({"autoscaling_config": {"policy": {"policy_function": "no_such_module:scale"}}}, "no_such_module"),
     ],
     ids=str,
 )

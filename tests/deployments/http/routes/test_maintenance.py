@@ -12,6 +12,8 @@ from deployments.publishing import maintenance
 from lora_store import StoreUnavailable
 from retriever_svc import AskedReport, DoctorReport, DoctorStep, EncoderUnusable
 from retriever_svc.asked_prompts import AskedCounts
+from retriever_svc.encoder import tokens_read
+from retriever_svc.views import tokens_routed
 from tests.deployments.adapter_records import POOL, digest_of
 from tests.deployments.app_fakes import Served, serve_plainly
 from tests.deployments.asking import ask, error_of, lines_of, post
@@ -76,14 +78,17 @@ def test_an_invalid_prompt_for_the_doctor_is_named(prompt: dict[str, Any]) -> No
     assert (response.status_code, error_of(response)["param"].partition(".")[0]) == (400, "prompts")
 
 
-def test_prompts_for_the_doctor_are_charged_to_the_key(tmp_path: Path) -> None:
+def test_prompts_for_the_doctor_are_charged_to_the_key_by_their_views(tmp_path: Path) -> None:
+    text = "\n\n".join(f"{word} " * 60 for word in ("tax", "river", "poem"))
+    assert 2 * tokens_read(text) <= tokens_routed(text)
+
     async def run(client: httpx.AsyncClient, served: Served) -> None:
-        body = {"prompts": [{"prompt": "word " * 400}] * 8}
+        body = {"prompts": [{"prompt": text}] * 8}
         statuses = [(await client.post("/v1/pool/doctor", json=body)).status_code for _ in range(2)]
         assert statuses == [200, 429]
 
     steps = [[DoctorStep(0, 0, DoctorReport(7, 3, (), (), (), ()))] for _ in range(2)]
-    keys = write(tmp_path / "keys.json", entry("all", limits={"tokens_per_minute": 2048}))
+    keys = write(tmp_path / "keys.json", entry("all", limits={"tokens_per_minute": 8 * tokens_routed(text)}))
     ask(run, keys_file=keys, headers=bearer("all"), retriever=FakeRetriever(steps=steps))
 
 
