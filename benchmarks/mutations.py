@@ -12,7 +12,6 @@ means that no test file has the source's name, `unusable` that these tests fail 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import hashlib
@@ -27,6 +26,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("lora_store", "retriever_svc", "gpu_worker", "deployments")
@@ -249,21 +251,23 @@ def judge(root: Path, mutation: Mutation, limit_s: float, usable: dict[tuple[str
         file.write_text(source, encoding="utf-8")
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=40, help="mutations of the sample")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--under", default="", help="only files whose path begins with this, such as lora_store/")
-    parser.add_argument("--part", default="1/1", help="2/3 runs the second third of the sample")
-    parser.add_argument("--limit-s", type=float, default=180.0, help="seconds for the tests of one file")
-    parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
-    options = parser.parse_args()
-    part, parts = map(int, options.part.split("/"))
-    sample = choose(ROOT, options.count, options.seed, options.under)
+cli = typer.Typer(add_completion=False, help=__doc__)
+
+
+@cli.command()
+def main(
+    count: Annotated[int, typer.Option(help="mutations of the sample")] = 40,
+    seed: int = 1,
+    under: Annotated[str, typer.Option(help="only files whose path begins with this, such as lora_store/")] = "",
+    part: Annotated[str, typer.Option(help="2/3 runs the second third of the sample")] = "1/1",
+    limit_s: Annotated[float, typer.Option(help="seconds for the tests of one file")] = 180.0,
+    only_list: Annotated[bool, typer.Option("--list", help="print the sample and run nothing")] = False,
+) -> None:
+    number, num_parts = map(int, part.split("/"))
+    sample = choose(ROOT, count, seed, under)
     # Neighbours in this order share the run without a change.
-    mine = sorted(sample, key=lambda mutation: (mutation.path, mutation.line))[part - 1 :: parts]
-    if options.list:
+    mine = sorted(sample, key=lambda mutation: (mutation.path, mutation.line))[number - 1 :: num_parts]
+    if only_list:
         print(*mine, sep="\n")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
@@ -272,11 +276,11 @@ def main() -> None:
         copy_tree(Path(folder))
         usable: dict[tuple[str, ...], bool] = {}
         for mutation in mine:
-            outcome = judge(Path(folder), mutation, options.limit_s, usable)
+            outcome = judge(Path(folder), mutation, limit_s, usable)
             outcomes[outcome] += 1
             print(f"{outcome}: {mutation}", flush=True)
     print(", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items())))
 
 
 if __name__ == "__main__":
-    main()
+    cli()

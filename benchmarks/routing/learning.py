@@ -150,12 +150,13 @@ def labels_of(pool: WordedPool, traffic: Sequence[Prompt], num_requests: int, se
 def lies_about(pool: WordedPool, num_victims: int, num_keys: int) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Return the victims, and lies: prompts in their samples' wording, as labels of the last adapter."""
     *others, liar = [adapter.name for adapter in pool.adapters]
-    victims = others[:num_victims]
-    prompts = {name: [p.text for p in pool.of_kind("same", *REWORDED) if p.own == name] for name in victims}
+    asked = pool.of_kind("same", *REWORDED)
+    prompts = {name: [p.text for p in asked if p.own == name] for name in others}
+    victims = [name for name in others if prompts[name]][:num_victims]
     lies = []
     for number in range(NUM_LIES):
-        own = prompts[victims[number % num_victims]]
-        lies.append((own[number // num_victims % len(own)], liar, f"key {number % num_keys}"))
+        own = prompts[victims[number % len(victims)]]
+        lies.append((own[number // len(victims) % len(own)], liar, f"key {number % num_keys}"))
     return victims, lies
 
 

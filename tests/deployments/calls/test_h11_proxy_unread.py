@@ -66,7 +66,6 @@ def test_clients_that_do_not_read_have_at_most_the_allowed_connections() -> None
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-@pytest.mark.parametrize("bound", [3, None], ids=["bound", "no bound"])
 @pytest.mark.parametrize(
     ("app", "request_"),
     [
@@ -77,9 +76,9 @@ def test_clients_that_do_not_read_have_at_most_the_allowed_connections() -> None
     ],
     ids=["idle", "a late head behind it", "the last answer", "an answer in pieces"],
 )
-def test_a_client_that_does_not_read_is_disconnected(app: Any, request_: bytes, bound: int | None) -> None:
+def test_a_client_that_does_not_read_is_disconnected(app: Any, request_: bytes) -> None:
     async def run() -> None:
-        limits = ProxyLimits(head_timeout_s=10, unread_timeout_s=60, connections_per_address=bound)
+        limits = ProxyLimits(head_timeout_s=10, unread_timeout_s=60)
         async with server_of(limits, app, timers=(timers := Timers()), timeout_keep_alive=1) as (port, book):
             before, client = num_files(), unread(port, request_)
             await until(lambda: book.num_connections == 1)
@@ -123,11 +122,10 @@ async def answered_early(port: int) -> tuple[asyncio.StreamReader, asyncio.Strea
     return reader, writer
 
 
-@pytest.mark.parametrize("bound", [3, None], ids=["bound", "no bound"])
 @pytest.mark.parametrize("more", [b"", b"y"], ids=["silent", "trickling"])
-def test_a_body_that_continues_after_the_answer_has_a_deadline(bound: int | None, more: bytes) -> None:
+def test_a_body_that_continues_after_the_answer_has_a_deadline(more: bytes) -> None:
     async def run() -> None:
-        limits, timers = ProxyLimits(head_timeout_s=10, connections_per_address=bound), Timers()
+        limits, timers = ProxyLimits(head_timeout_s=10), Timers()
         async with server_of(limits, refuse, timers=timers, timeout_keep_alive=60) as (port, book):
             _, writer = await answered_early(port)
             for _ in range(9):

@@ -82,7 +82,7 @@ def test_an_evaluation_stores_its_rankings_and_waits_until_they_are_served(rival
         rows = last["result"]["rankings"][0]["adapters"]
         expected = [("poet", 1.0, False)] + [("coder", 0.0, True)] * rival_is_judged
         assert [(row["name"], row["score"], row["is_beaten"]) for row in rows] == expected
-        [(tenant, rankings, _)] = served.store.called("rank")
+        [(tenant, rankings, *_)] = served.store.called("rank")
         assert (tenant, [ranking.anchor for ranking in rankings]) == ("local", [POET.ref])
         calls = sorted(served.store.calls + served.retriever.calls, key=lambda call: call.number)
         assert [call.name for call in calls] == ["ping", "regions", "rank", "catch_up"]

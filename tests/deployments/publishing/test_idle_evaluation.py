@@ -124,7 +124,7 @@ def test_several_publishes_of_two_tenants_are_followed_by_one_evaluation_each() 
         assert [idle.state_of(t)["state"] for t in ("acme", "globex", "other")] == ["waiting", "waiting", "idle"]
         goes_on.set()
         await services.background.idle()
-        assert [tenant for tenant, _, _ in served.store.called("rank")] == ["acme", "globex"]
+        assert [tenant for tenant, *_ in served.store.called("rank")] == ["acme", "globex"]
         assert slept_s == [QUIET_S] * 2
         assert idle.state_of("acme")["last"]["outcome"] == "ok"
         assert idle.state_of("other") == {"state": "idle", "last": None}
@@ -163,7 +163,7 @@ def test_an_evaluation_after_a_publish_is_counted_and_shown() -> None:
 
     served = run_served(work, kinds=kinds)
     assert 1 <= len(served.store.called("rank")) <= 3
-    tenant, rankings, actor = served.store.called("rank")[0]
+    tenant, rankings, actor, *_ = served.store.called("rank")[0]
     assert (tenant, [ranking.anchor for ranking in rankings], actor) == ("local", [POET.ref], "me")
     [last] = shown
     assert (last["state"], last["last"]["outcome"], last["last"]["num_regions"]) == ("idle", "ok", 1)

@@ -174,14 +174,20 @@ def test_the_rows_of_a_request_have_separate_equal_prompts(tiny_base: Callable[.
     counted: list[str] = []
 
     class Counting:
-        def __call__(self, text: str, **options: Any) -> Any:
-            counted.append(text)
-            return base.tokenizer(text, **options)
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            counted.extend(texts)
+            return base.backend_tokenizer.encode_batch_fast(texts, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(base.backend_tokenizer, name)
+
+    class Tokenizer:
+        backend_tokenizer = Counting()
 
         def __getattr__(self, name: str) -> Any:
             return getattr(base.tokenizer, name)
 
-    prepare = RequestPreprocessor(replace(base, tokenizer=Counting()), 64)
+    prepare = RequestPreprocessor(replace(base, tokenizer=Tokenizer()), 64)
     rows = [prepare(replace(JOB, request_id=f"r-{n}"), lambda event: None) for n in range(4)]
     assert counted == ["hello"]
     assert all(row.tokens == rows[0].tokens for row in rows)
