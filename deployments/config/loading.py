@@ -14,6 +14,7 @@ from deployments.config.settings_errors import SettingsInvalid, settings_error
 from deployments.json_types import JsonObject
 
 _MUST_HAVE_VALUES = ("api_key", "keys_file")
+_MASK = "**********"  # as pydantic prints a secret
 
 
 def load_config(path: Path | None, **changes: Any) -> AppConfig:
@@ -55,9 +56,22 @@ def require_set_keys(config: Settings) -> None:
 
 
 def dump_config(config: Settings) -> str:
-    """Return the settings as YAML. A secret is masked."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the settings as YAML. A secret and the values of environment variables are masked."""
+    shown = _with_masked_variables(config.model_dump(mode="json"))
+    text: str = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
     return text
+
+
+def _with_masked_variables(settings: JsonObject) -> JsonObject:
+    """Mask the values of every mapping `env_vars`, such as that of a deployment's `runtime_env`."""
+    return {
+        name: dict.fromkeys(value, _MASK)
+        if name == "env_vars" and isinstance(value, dict)
+        else _with_masked_variables(value)
+        if isinstance(value, dict)
+        else value
+        for name, value in settings.items()
+    }
 
 
 def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:

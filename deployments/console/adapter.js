@@ -145,7 +145,7 @@ async function approve() {
     const text = `Then auto may choose version ${digest.slice(0, 12)} for every tenant. ${draws.text}`;
     const yes = draws.needs_confirmation ? "Approve it all the same" : "Approve";
     if (!(await confirmed(`Approve ${id}?`, text, yes))) return generation;
-    return (await post(url, { digest, confirmed: true })).generation;
+    return (await post(url, { digest, confirmed: draws.needs_confirmation })).generation;
   }, () => open(id));
 }
 

@@ -395,3 +395,12 @@ def test_status_shows_the_model_the_pool_and_the_load() -> None:
     assert "4 adapters in 40 of 512 rank rows" in words(shown.stdout)
     assert json.loads(printed.stdout) == STATS
     assert of_user.exit_code == 0 and "shown to keys with the role admin" in words(of_user.stdout)
+
+
+def test_printed_settings_hide_the_values_of_environment_variables(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    variables = {"env_vars": {"AWS_SECRET_ACCESS_KEY": "correct-horse"}}
+    file.write_text(json.dumps({"store_scaling": {"ray_actor_options": {"runtime_env": variables}}}))
+    result = run("serve", "--config", file, "--print-config")
+    assert result.exit_code == 0 and "AWS_SECRET_ACCESS_KEY" in result.stdout
+    assert "correct-horse" not in result.output
