@@ -42,8 +42,7 @@ def running(
         "store_uri": str(folder / "pool"),
         "preload": [str(folder / "adapters")],
         **{f"worker.{name}": value for name, value in WORKER.items()},
-        "worker_scaling.min_replicas": num_workers,
-        "worker_scaling.max_replicas": num_workers,
+        "worker_scaling.num_replicas": num_workers,
     }
     machines = Machines(settings, folder)
     with own_ray():

@@ -75,7 +75,9 @@ class Machines:
             args[last] = value
         scalings: dict[str, Any] = config["applications"][0]["args"]
         self._sizes = {
-            name.partition("_")[0].capitalize(): args.get("min_replicas", 1)
+            name.partition("_")[0].capitalize(): args.get("autoscaling_config", {}).get(
+                "min_replicas", args.get("num_replicas", 1)
+            )
             for name, args in scalings.items()
             if name.endswith("_scaling")
         }

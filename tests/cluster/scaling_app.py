@@ -66,15 +66,17 @@ def long_model(folder: Path) -> Path:
 def settings_of(folder: Path, *, min_workers: int, max_workers: int) -> dict[str, Any]:
     """Return settings under which workers are added and removed within seconds."""
     scaling = {
-        "min_replicas": min_workers,
-        "max_replicas": max_workers,
-        "num_cpus": 1,
+        "autoscaling_config": {
+            "min_replicas": min_workers,
+            "max_replicas": max_workers,
+            "target_ongoing_requests": TARGET_REQUESTS,
+            "upscale_delay_s": 1,
+            "downscale_delay_s": 1,
+            "look_back_period_s": 2,
+            "metrics_interval_s": 0.5,
+        },
+        "ray_actor_options": {"num_cpus": 1},
         "max_ongoing_requests": 2112,
-        "target_ongoing_requests": TARGET_REQUESTS,
-        "upscale_delay_s": 1,
-        "downscale_delay_s": 1,
-        "look_back_s": 2,
-        "metrics_interval_s": 0.5,
     }
     return {
         "base_model": str(long_model(folder / "model")),
@@ -125,7 +127,7 @@ def serving(
 @contextmanager
 def on_machines(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield the address of the application on several nodes, with these settings over its YAML file."""
-    scaling = settings["worker_scaling"] | {"num_cpus": 0, "resources": {"accelerator": 1}}
+    scaling = settings["worker_scaling"] | {"ray_actor_options": {"num_cpus": 0, "resources": {"accelerator": 1}}}
     machines = Machines({**settings, "worker_scaling": scaling, "preload": []}, folder)
     with own_ray():
         machines.start()
