@@ -35,7 +35,7 @@ def test_only_gpu_pods_of_the_vllm_overlay_have_its_image(rendered: Callable[[st
     with_vllm, without = rendered("gpu-s3-vllm"), rendered("gpu-s3")
     assert (with_vllm.config.worker.engine, without.config.worker.engine) == ("vllm", "native")
     images = [{pod.name: pod.container["image"] for pod in found.workers} for found in (with_vllm, without)]
-    assert images[0].pop("gpu") == "loraretriever-vllm:0.1.0" and images[1].pop("gpu") == "loraretriever-cuda:0.1.0"
+    assert images[0].pop("gpu") == "loraretriever-vllm:0.2.0" and images[1].pop("gpu") == "loraretriever-cuda:0.2.0"
     assert images[0] == images[1] != {}
 
 
