@@ -192,9 +192,8 @@ def test_models_and_loras_list_the_pool(url: str, client: openai.OpenAI) -> None
 
 def test_route_shows_the_plan_without_generating(url: str, heldout: list[Heldout]) -> None:
     prompts = [item.input for item in heldout[:3]]
-    plans = httpx.post(
-        f"{url}/v1/route", json={"prompt": prompts, "lora": {"k": 2, "min_score": -1}}, timeout=60
-    ).json()["data"]
+    options = {"k": 2, "min_score": -1, "weights": "uniform"}  # evidence leaves out companions without weight
+    plans = httpx.post(f"{url}/v1/route", json={"prompt": prompts, "lora": options}, timeout=60).json()["data"]
     assert [len(plan["adapters"]) for plan in plans] == [2, 2, 2]
     for plan in plans:
         scores = [candidate["score"] for candidate in plan["candidates"]]
