@@ -116,7 +116,7 @@ def test_the_openai_client_raises_the_error_that_ends_a_stream(running: Running)
     assert error is not None, "every kill came after the stream's end"
     assert error.code == "replica_died"
     assert isinstance(error.body, dict) and error.body["type"] == "overloaded_error"
-    assert "try again" in error.message
+    assert "send the request again" in error.message
 
 
 def error_of_a_stream_cut_off(running: Running) -> openai.APIError | None:
