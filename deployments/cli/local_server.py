@@ -18,6 +18,7 @@ from typing import BinaryIO, Self
 import httpx
 import ray
 from ray import serve
+from ray._private import auto_init_hook
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
@@ -231,6 +232,8 @@ class Server:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if ray.is_initialized():
+            # Threads of Serve's handles call Ray until the process ends. A call after its end would start another Ray.
+            auto_init_hook.enable_auto_connect = False
             with printing_to(self._stop_log):
                 try:
                     if self._app is not None:

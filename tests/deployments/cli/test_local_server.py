@@ -14,6 +14,7 @@ from threading import Thread
 import pytest
 import ray
 from ray import serve
+from ray._private import auto_init_hook
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -22,6 +23,7 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
+from deployments.cli import local_server
 from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.cli.local_server import (
     APP_NAME,
@@ -271,6 +273,23 @@ def test_a_stop_does_not_wait_for_serve_once_rays_control_plane_has_ended(monkey
     assert ended == ["answered", "cancelled"]
 
 
+def test_no_thread_can_start_another_ray_once_the_server_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[str]()
+
+    async def stop_serve(_: object) -> None:
+        pass
+
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(local_server, "_shut_down_serve", stop_serve)
+    monkeypatch.setattr(ray, "shutdown", lambda: monkeypatch.setattr(ray, "is_initialized", lambda: False))
+    monkeypatch.setattr(ray, "init", lambda: started.append("another"))
+    with Server(config_of(), port=8000):
+        pass
+    auto_init_hook.auto_init_ray()
+    assert started == []
+
+
 def test_ray_stops_although_serve_could_not_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = list[str]()
 
@@ -279,6 +298,7 @@ def test_ray_stops_although_serve_could_not_be_stopped(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "shutdown", lambda: stopped.append("ray"))
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)  # restored after the test
     monkeypatch.setattr(serve, "shutdown_async", fail)
     with pytest.raises(ValueError, match="is broken"), Server(config_of(), port=8000):
         pass
