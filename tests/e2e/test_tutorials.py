@@ -42,7 +42,7 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
         ),
         (
             "how-to/train-an-adapter.md",
-            ["20 samples, fit to publish", "\nbilling\n", "ticket-queue is live", "ticket-queue was withdrawn"],
+            ["ticket-queue is fit to publish", "\nbilling\n", "ticket-queue is live", "ticket-queue was withdrawn"],
         ),
     ],
 )
