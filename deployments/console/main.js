@@ -64,7 +64,7 @@ map.start({ onChoose: (name) => { location.hash = `adapter/${encodeURIComponent(
 ask.start({ onPlan: (prompt, chosen) => map.place(prompt, chosen?.adapters.map((one) => one.name) ?? [], follow) });
 compare.start();
 pool.start({ onShown: seen });
-adapter.start({ onAsk: use, onChange: follow });
+adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; } });
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
 stats.start({ onGeneration: follow });
 key.start(() => {
