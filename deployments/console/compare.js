@@ -7,19 +7,20 @@ import { byId, element, say } from "./dom.js";
 const auto = (lora) => ({ model: "auto", lora });
 let running = null;
 
-/** The ways to answer: their labels, and the model and options of `lora` that they set. */
-const WAYS = {
-  auto: { label: "auto", note: "the server's default", changes: () => auto({ strategy: undefined }) },
-  selection: { label: "selection", note: "the best adapter alone", changes: () => auto({ strategy: "selection" }) },
-  mixture: { label: "mixture", note: "adapters blended by weight", changes: () => auto({ strategy: "mixture" }) },
-  fusion: { label: "fusion", note: "parameters averaged", changes: () => auto({ strategy: "fusion" }) },
-  base: { label: "base model", note: "no adapter", changes: () => ({ model: byId("base-model").textContent, lora: {} }) },
-};
+const AUTO = { label: "auto", note: "the server's default", changes: () => auto({ strategy: undefined }) };
+const BASE = { label: "base model", note: "no adapter", changes: () => ({ model: byId("base-model").textContent, lora: {} }) };
+let ways = {}; // the ways to answer: their labels, and the model and options of `lora` that they set
+
+/** Offers the default, each strategy (what it composes, by name) and the base model. */
+export function offer(strategies) {
+  const routed = Object.entries(strategies).map(([name, note]) => [name, { label: name, note, changes: () => auto({ strategy: name }) }]);
+  ways = Object.fromEntries([["auto", AUTO], ...routed, ["base", BASE]]);
+  byId("ways").replaceChildren(...Object.entries(ways).map(([name, { label }]) =>
+    element("label", { class: "tick" }, element("input", { type: "checkbox", name: "way", value: name, checked: true }), label)));
+}
 
 export function start() {
-  const ticks = Object.entries(WAYS).map(([name, { label }]) =>
-    element("label", { class: "tick" }, element("input", { type: "checkbox", name: "way", value: name, checked: true }), label));
-  byId("ways").append(...ticks);
+  offer({});
   byId("compare-form").addEventListener("submit", (event) => { event.preventDefault(); compare(); });
   byId("compare-stop").addEventListener("click", () => running?.abort());
   byId("compare-prompt").addEventListener("keydown", (event) => {
@@ -34,7 +35,7 @@ async function compare() {
   const mine = (running = new AbortController());
   const prompt = byId("compare-prompt").value;
   const names = [...byId("ways").querySelectorAll("input:checked")].map((tick) => tick.value);
-  const columns = names.map((name) => ({ ...WAYS[name], ...column(WAYS[name]) }));
+  const columns = names.map((name) => ({ ...ways[name], ...column(ways[name]) }));
   byId("compared").replaceChildren(...columns.map(({ node }) => node));
   byId("compare-stop").disabled = false;
   say("compare-status", names.length ? "answering…" : "choose at least one way");
