@@ -9,19 +9,24 @@ const PROMPTS_AT_ONCE = 4;
 const auto = (lora) => ({ model: "auto", lora });
 let running = null;
 
-/** The ways to answer: their labels, and the model and options of `lora` that they set. */
-const WAYS = {
-  auto: { label: "auto", note: "the server's default", changes: () => auto({ strategy: undefined }) },
-  selection: { label: "selection", note: "the best adapter alone", changes: () => auto({ strategy: "selection" }) },
-  mixture: { label: "mixture", note: "adapters blended by weight", changes: () => auto({ strategy: "mixture" }) },
-  fusion: { label: "fusion", note: "parameters averaged", changes: () => auto({ strategy: "fusion" }) },
-  base: { label: "base model", note: "no adapter", changes: () => ({ model: byId("base-model").textContent, lora: {} }) },
-};
+const AUTO = { label: "auto", note: "the server's default", changes: () => auto({ strategy: undefined }) };
+const BASE = { label: "base model", note: "no adapter", changes: () => ({ model: byId("base-model").textContent, lora: {} }) };
+let offered = {}; // the ways to answer: their labels, and the model and options of `lora` that they set
+let isTicked = true; // whether a way that is offered for the first time is ticked
+
+const ticksOf = () => [...byId("ways").querySelectorAll("input")];
+
+/** Offers the default, each strategy (what it composes, by name) and the base model. Ticks stay as they are. */
+export function offer(strategies) {
+  const before = Object.fromEntries(ticksOf().map(({ value, checked }) => [value, checked]));
+  const routed = Object.entries(strategies).map(([name, note]) => [name, { label: name, note, changes: () => auto({ strategy: name }) }]);
+  offered = Object.fromEntries([["auto", AUTO], ...routed, ["base", BASE]]);
+  byId("ways").replaceChildren(...Object.entries(offered).map(([name, { label }]) =>
+    element("label", { class: "tick" }, element("input", { type: "checkbox", name: "way", value: name, checked: before[name] ?? isTicked }), label)));
+}
 
 export function start() {
-  const ticks = Object.entries(WAYS).map(([name, { label }]) =>
-    element("label", { class: "tick" }, element("input", { type: "checkbox", name: "way", value: name, checked: true }), label));
-  byId("ways").append(...ticks);
+  offer({});
   byId("compare-form").addEventListener("submit", (event) => { event.preventDefault(); compareOne(); });
   byId("compare-file").addEventListener("change", ({ target }) => { compareFile(target.files[0]); target.value = ""; });
   byId("compare-stop").addEventListener("click", () => running?.abort());
@@ -36,12 +41,13 @@ export function start() {
 export function prepare(names, prompt = "") {
   byId("compare-models").value = names.join(", ");
   byId("compare-prompt").value = prompt;
-  for (const tick of byId("ways").querySelectorAll("input")) tick.checked = false;
+  isTicked = false;
+  for (const tick of ticksOf()) tick.checked = false;
 }
 
 /** Returns the ways that are ticked, and one for each adapter or version that is named. */
 function chosenWays() {
-  const ticked = [...byId("ways").querySelectorAll("input:checked")].map((tick) => WAYS[tick.value]);
+  const ticked = ticksOf().filter(({ checked }) => checked).map(({ value }) => offered[value]);
   const named = [...new Set(listed(byId("compare-models").value))];
   return [...ticked, ...named.map((model) => ({ label: model, note: "by name", changes: () => ({ model, lora: {} }) }))];
 }
