@@ -1,0 +1,32 @@
+"""Model names that stand for a policy: which adapters answer, how they are composed, and with which sampling."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+
+from lora_store.adapter import AdapterRef
+
+KEPT_POLICIES = 16  # versions of one name; `name@digest` and rollback can use these
+MAX_NAMES = 1000  # of one tenant
+MAX_POLICY_CHARS = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPolicy:
+    """One version of a name. `policy`: JSON, from which the digest of `ref` is made.
+
+    `approved`: an admin let every tenant use this version.
+    """
+
+    ref: AdapterRef
+    policy: str
+    actor: str
+    created_at: datetime  # UTC
+    approved: bool = False
+
+
+def policy_digest(policy: str) -> str:
+    """Return the digest of a policy."""
+    return hashlib.sha256(policy.encode()).hexdigest()
