@@ -65,6 +65,12 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
     "prompt": (),
     "truncation": ("disabled",),
 }
+NOT_SERVED_IN_ANTHROPIC: Passing = NOT_SERVED | {
+    "container": (),
+    "context_management": ({},),
+    "mcp_servers": ([],),
+    "output_format": (),
+}
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
     "function_call": (),
@@ -115,6 +121,8 @@ _WHAT = {
     "guided_grammar": "guided_grammar: use structured_outputs.grammar",
     "chat_template": "templates of clients",
     "suffix": "text after the answer",
+    "output_format": "output_format: use output_config.format",
+    "mcp_servers": "tools that a server runs",
     "store": "stored answers",
     "background": "answers in the background: leave it out, and set stream: true for long answers",
     "conversation": "stored conversations: send the whole conversation in input",
@@ -212,7 +220,7 @@ class PlanRow(ApiRequest):
 
 
 class PlanGiven(ApiRequest):
-    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` are not read."""
+    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` and `policy` are not read."""
 
     strategy: Literal["base", "selection", "mixture", "fusion"]
     adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
@@ -221,6 +229,7 @@ class PlanGiven(ApiRequest):
     candidates: list[Any] = Field(default=[], max_length=64)
     reason: str | None = Field(default=None, max_length=64)
     why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
+    policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
 
 
 class LoraOptions(ApiRequest):

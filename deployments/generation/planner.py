@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from deployments.api.base import LoraOptions, PlanGiven
-from deployments.api.completions import GenerationRequest, Question
+from deployments.api.completions import GenerationRequest, PolicyFields, Question
+from deployments.api.names import NamePolicy
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
@@ -22,12 +24,13 @@ from deployments.observability.tracing import tracer
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
-from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
+from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
 from retriever_svc.views import tokens_routed
 
 AUTO = "auto"
+P = TypeVar("P", bound=PolicyFields)
 _CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
 _TOKENIZED_CHARS_PER_TOKEN = 8  # of the context: more than any text of a natural language has
 
@@ -67,6 +70,11 @@ def prompt_tokens(prompt: Prompt) -> int:
     return len(prompt.ids) if isinstance(prompt, TokenIds) else math.ceil(_num_chars(prompt) / _CHARS_PER_TOKEN)
 
 
+def tool_tokens(question: Question) -> int:
+    """Return about how many tokens the question's tools have."""
+    return math.ceil(_num_tool_chars(question) / _CHARS_PER_TOKEN)
+
+
 def _check_chars(num_chars: int, model: ServedModel) -> None:
     context = model.max_model_len
     if num_chars > context * MAX_CHARS_PER_TOKEN:
@@ -98,10 +106,46 @@ def _num_chars(prompt: str | tuple[Message, ...]) -> int:
 
 
 class Planner:
-    """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name."""
+    """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name.
+
+    A model name was replaced by its policy before; no adapter is called like one.
+    """
 
     def __init__(self, model: ServedModel, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
         self._model, self._defaults, self._retriever = model, defaults, retriever
+
+    async def named(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
+        """Return the newest policy of a model name, None for any other model. Raises: ModelNotFound, StaleIndex."""
+        if model == AUTO or self._model_name(model) != model:
+            return None
+        return next(iter(await self._retriever.policies(tenant, model, min_generation)), None)
+
+    async def settle(self, policy: NamePolicy, tenant: str) -> NamePolicy:
+        """Return a policy with the owners of its adapters, so that it means the same for every tenant.
+
+        Raises: ModelNotFound, AdapterNotFound, AdapterIncompatible, PlanInvalid, RequestInvalid if no request could be
+        planned by it.
+        """
+        settled = await self._with_owners(policy, tenant)
+        if policy.variant is not None:
+            settled = settled.model_copy(update={"variant": await self._with_owners(policy.variant, tenant)})
+        return settled
+
+    async def _with_owners(self, policy: P, tenant: str) -> P:
+        given, name = policy.lora.adapters or [], self._model_name(policy.model)
+        if name == AUTO and not given:
+            return policy
+        [planned] = await self._plan_alike([Question("", "", policy.model, policy.lora)], tenant)
+        names = [
+            f"{row.ref.tenant}/{row.ref.name}" + (f"@{row.ref.digest}" if "@" in wanted else "")
+            for row, wanted in zip(
+                planned.plan.adapters, [choice.name for choice in given] or [name or ""], strict=False
+            )
+        ]
+        if not given:
+            return policy.model_copy(update={"model": names[0]}) if names else policy
+        adapters = [choice.model_copy(update={"name": name}) for choice, name in zip(given, names, strict=True)]
+        return policy.model_copy(update={"lora": policy.lora.model_copy(update={"adapters": adapters})})
 
     def work_of(self, request: GenerationRequest, questions: Sequence[Question]) -> Work:
         """Return how much the request asks for. Raises: ModelNotFound.
@@ -109,7 +153,7 @@ class Planner:
         An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
         """
         num_new = EXPECTED_NEW_TOKENS if request.token_limit is None else request.token_limit
-        num_tools = [math.ceil(_num_tool_chars(item) / _CHARS_PER_TOKEN) for item in questions]
+        num_tools = map(tool_tokens, questions)
         num_tokens = sum(prompt_tokens(item.prompt) + request.n * num_new for item in questions)
         return Work(
             num_rows=len(questions) * request.n,

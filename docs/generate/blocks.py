@@ -17,6 +17,7 @@ from docs.generate.request_fields import (
     completion_fields,
     lora_fields,
     refused_fields,
+    messages_fields,
     responses_fields,
     route_fields,
 )
@@ -37,6 +38,7 @@ BLOCKS: Mapping[str, Block] = {
     "refused-families": refused_families,
     "refused-fields": refused_fields,
     "request-limits": request_limits,
+    "messages-fields": messages_fields,
     "responses-fields": responses_fields,
     "route-fields": route_fields,
     "scale-costs": scale_costs,
