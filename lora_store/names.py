@@ -9,8 +9,8 @@ from datetime import datetime
 from lora_store.adapter import AdapterRef
 
 KEPT_POLICIES = 16  # versions of one name; `name@digest` and rollback can use these
-MAX_NAMES = 1000  # of one tenant
-MAX_POLICY_CHARS = 32_768
+MAX_NAMES = 256  # of one tenant
+MAX_POLICY_CHARS = 16_384
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,10 @@ class NameList(TypedDict):
 
 
 class NameSettled(TypedDict):
-    """A change of a name. `replicas`: the Retriever replicas that answer by it, and those that are behind; none for a dry run."""
+    """A change of a name. `replicas`: the Retriever replicas that answer by it, and those that are behind.
+
+    A dry run has neither them nor a generation.
+    """
 
     name: str
     generation: NotRequired[int]

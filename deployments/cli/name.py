@@ -52,7 +52,8 @@ def list_names(
         return
     import yaml
 
-    table = Table("name", "digest", "since", "approved", "by", Column("policy", overflow="fold"))
+    fixed = [Column(title, no_wrap=True) for title in ("digest", "since", "approved")]
+    table = Table(Column("name", overflow="fold"), *fixed, "by", Column("policy", overflow="fold"))
     for row in answer["data"] if name is None else answer["versions"]:
         policy = yaml.safe_dump(row["policy"], sort_keys=False).strip()
         cells = (row["digest"][:12], row["created_at"][:19].replace("T", " "), "yes" if row["approved"] else "no")

@@ -16,8 +16,8 @@ from docs.generate.request_fields import (
     chat_fields,
     completion_fields,
     lora_fields,
-    refused_fields,
     messages_fields,
+    refused_fields,
     responses_fields,
     route_fields,
 )

@@ -13,7 +13,6 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from deployments.api.anthropic_answer import CountedTokens, MessageForm
 from deployments.api.anthropic_request import CountTokensRequest, MessagesRequest
-from deployments.api.base import ignored_fields
 from deployments.api.completion_responses import plan_object
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest, RouteQuery
 from deployments.api.responses import RouteAnswer
@@ -34,6 +33,7 @@ from deployments.http.openapi import (
     ROUTE_ANSWERS,
     TEXT_ANSWERS,
 )
+from deployments.http.routes.vllm import note_ignored
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from retriever_svc.views import tokens_routed
@@ -81,7 +81,7 @@ async def count_tokens(
     body: CountTokensRequest, caller: InferCaller, services: AnyServices, context: AnyContext
 ) -> CountedTokens:
     """Return how many tokens the prompt of such a message has, with its tools."""
-    context.ignored = ignored_fields(body)
+    note_ignored(body, services, context)
     return {"input_tokens": await services.completions.count_tokens(body, caller, context)}
 
 
