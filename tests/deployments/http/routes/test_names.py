@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.names import NamePolicy
-from tests.deployments.adapter_records import BASE, POOL, adapter, digest_of, pool_of
+from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
 from tests.deployments.fake_names import FakeNames
@@ -314,12 +313,3 @@ def test_a_policy_with_a_private_adapter_cannot_be_approved(tmp_path: Path) -> N
         keys_file=keys,
     )
     assert "names 'local/secret', which is private" in error_of(response)["message"]
-
-
-def test_a_stored_policy_reads_as_it_was_written_and_its_order_does_not_matter() -> None:
-    fields = {"temperature": 0, "lora": {"k": 2, "strategy": "fusion"}, "variant": {"share": 0.5, "stop": "x"}}
-    texts = {NamePolicy.model_validate(dict(items)).to_json() for items in (fields.items(), reversed(fields.items()))}
-    [text] = texts
-    assert NamePolicy.model_validate_json(text) == NamePolicy.model_validate(fields)
-    assert digest_of(text)  # plain JSON without the fields that are unset
-    assert "top_p" not in text
