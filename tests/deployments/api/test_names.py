@@ -18,7 +18,7 @@ def test_a_stored_policy_reads_as_it_was_written_and_its_order_does_not_matter()
 
 
 def test_a_policy_of_a_newer_release_is_refused_with_the_field() -> None:
-    with pytest.raises(RequestInvalid, match="newer release: lora.later: unknown field"):
+    with pytest.raises(RequestInvalid, match=r"newer release: lora\.later: unknown field"):
         parse_policy('{"lora": {"later": 1}}')
 
 
