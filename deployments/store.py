@@ -129,7 +129,6 @@ class StoreDeployment:
     approve = in_thread(LoraStore.approve)
     set_name = in_thread(LoraStore.set_name)
     approve_name = in_thread(LoraStore.approve_name)
-    remove_name = in_thread(LoraStore.remove_name)
     add_embeddings = in_thread(LoraStore.add_embeddings)
     rank = in_thread(LoraStore.rank)
     activate_encoder = in_thread(LoraStore.activate_encoder)

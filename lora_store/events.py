@@ -102,18 +102,9 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class SetName:
-    """A policy becomes the newest version of its name, or a kept version is approved."""
+    """A policy becomes the newest version of its name, or a kept version is approved; "" removes the name."""
 
     named: NamedPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveName:
-    """A name and all its versions are removed. `ref` is the version that was the newest."""
-
-    ref: AdapterRef
-    actor: str
-    at: datetime  # UTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +134,7 @@ class VisibleChange:
     generation: int
 
 
-Change = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | SetTrial | Rank | SetName | RemoveName
+Change = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | SetTrial | Rank | SetName
 Event = Change | Fold | Keep | VisibleChange
 
 SCHEMA = pa.schema(
@@ -198,7 +189,7 @@ _AS_KEPT = {
 _FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _COMMIT, _VISIBLE, *_AS_KEPT.values())
 _CHANGES = (
     *("publish", "offer", "withdraw", "embed", "activate_encoder", "set_visibility", "approve", "set_trial"),
-    *(_FIRST_RANK, _RANK, _NAME, "remove_name"),
+    *(_FIRST_RANK, _RANK, _NAME),
 )
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
@@ -327,8 +318,6 @@ def _row_of(event: Event) -> dict[str, Any]:
                 "actor": named.actor,
                 "created_at": named.created_at,
             }
-        case RemoveName(ref, actor, at):
-            return {"event": "remove_name", **_ref_row(ref), "actor": actor, "created_at": at}
         case Embed(ref, embedding):
             return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
         case Keep(record, is_live):
@@ -384,8 +373,6 @@ def _event_of(
             return SetName(
                 NamedPolicy(_ref_of(row), row["source"], row["actor"], row["created_at"], bool(row["approved"]))
             )
-        case "remove_name":
-            return RemoveName(_ref_of(row), row["actor"], row["created_at"])
         case "embed" | "keep_pending" if embedding is not None:
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":

@@ -15,9 +15,9 @@ MAX_POLICY_CHARS = 16_384
 
 @dataclass(frozen=True, slots=True)
 class NamedPolicy:
-    """One version of a name. `policy`: JSON, from which the digest of `ref` is made.
+    """One version of a name.
 
-    `approved`: an admin let every tenant use this version.
+    `policy`: JSON, from which the digest of `ref` is made; "" removes the name. `approved`: every tenant may use it.
     """
 
     ref: AdapterRef

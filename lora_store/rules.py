@@ -24,7 +24,6 @@ from lora_store.events import (
     Event,
     Publish,
     Rank,
-    RemoveName,
     SetName,
     SetTrial,
     SetVisibility,
@@ -247,12 +246,17 @@ def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, a
 
 
 def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
-    """Return the event that makes this policy the newest of its name; nothing if it is that already.
+    """Return the event that makes this policy the newest of its name, or removes it; nothing if it is that already.
 
-    A policy that is kept as an approved version stays approved. Raises: NameTaken, QuotaExceeded.
+    A policy that is kept as an approved version stays approved.
+    Raises: NameTaken, QuotaExceeded; AdapterNotFound for a name to remove that does not exist.
     """
     key = (named.ref.tenant, named.ref.name)
     kept = snapshot.names.get(key, ())
+    if not named.policy:
+        if not kept:
+            raise AdapterNotFound(key[1])
+        return [SetName(named)]
     if kept and kept[0].ref == named.ref:
         return []
     _check_no_adapter(snapshot, key)
@@ -282,13 +286,6 @@ def approve_name_events(snapshot: Snapshot, ref: AdapterRef) -> list[Event]:
         raise AdapterNotFound(f"{ref.tenant}/{ref.name}@{ref.digest[:12]}")
     _check_no_adapter(snapshot, key)
     return [] if found[0].approved else [SetName(replace(found[0], approved=True))]
-
-
-def remove_name_events(snapshot: Snapshot, key: Key, actor: str, at: datetime) -> list[Event]:
-    """Return the event that removes a name. Raises: AdapterNotFound."""
-    if key not in snapshot.names:
-        raise AdapterNotFound(key[1])
-    return [RemoveName(snapshot.names[key][0].ref, actor, at)]
 
 
 def embed_events(snapshot: Snapshot, embeddings: Mapping[AdapterRef, Embedding]) -> list[Event]:

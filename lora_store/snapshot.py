@@ -18,7 +18,6 @@ from lora_store.events import (
     Keep,
     Publish,
     Rank,
-    RemoveName,
     SetName,
     SetTrial,
     SetVisibility,
@@ -237,16 +236,11 @@ class _State:
             case Rank(tenant):
                 self.visible_changes[tenant] = max(generation, self.visible_changes.get(tenant, 0))
             case SetName(NamedPolicy(ref=ref, approved=approved)):
-                self._note_name(ref, generation, is_open=approved)
-            case RemoveName(ref):
-                self._note_name(ref, generation, is_open=False)
+                kept = self.names.get((ref.tenant, ref.name), ())
+                owner = EVERYBODY if approved or any(named.approved for named in kept) else ref.tenant
+                self.visible_changes[owner] = max(generation, self.visible_changes.get(owner, 0))
             case VisibleChange(tenant, newest):
                 self.visible_changes[tenant] = newest
-
-    def _note_name(self, ref: AdapterRef, generation: int, *, is_open: bool) -> None:
-        is_open = is_open or any(named.approved for named in self.names.get((ref.tenant, ref.name), ()))
-        owner = EVERYBODY if is_open else ref.tenant
-        self.visible_changes[owner] = max(generation, self.visible_changes.get(owner, 0))
 
     def apply(self, event: Event) -> None:
         """Change the state as the event says."""
@@ -272,8 +266,6 @@ class _State:
                 self.rankings[tenant] = (rank,) if rank.is_first else (*self.rankings.get(tenant, ()), rank)
             case SetName(named):
                 self._set_name(named)
-            case RemoveName(ref):
-                self.names.pop((ref.tenant, ref.name))
             case Fold(model, identity):
                 self._reset(None if model is None or identity is None else ActiveEncoder(model, identity))
             case Keep(record, is_live):
@@ -328,6 +320,9 @@ class _State:
         """Make it the newest version of its name. An approval of a kept version leaves it in its place."""
         key = (named.ref.tenant, named.ref.name)
         kept = self.names.get(key, ())
+        if not named.policy:
+            self.names.pop(key)
+            return
         place = next((place for place, old in enumerate(kept) if old.ref == named.ref), 0)
         if place and named == replace(kept[place], approved=True):
             self.names[key] = (*kept[:place], named, *kept[place + 1 :])

@@ -42,7 +42,6 @@ from lora_store.rules import (
     name_events,
     publish_events,
     rank_events,
-    remove_name_events,
     trial_events,
     visibility_events,
     withdraw_events,
@@ -349,9 +348,9 @@ class LoraStore:
         return self._catalogue.commit(lambda snapshot: approve_events(snapshot, refs, actor, at))
 
     def set_name(self, key: Key, policy: str, actor: str) -> int:
-        """Make this policy, in JSON, the newest of a model name, and return the generation.
+        """Make this policy, in JSON, the newest of a model name, and return the generation; "" removes the name.
 
-        Raises: NameTaken, QuotaExceeded, VersionConflict.
+        Raises: NameTaken, QuotaExceeded, VersionConflict; AdapterNotFound for a name to remove that does not exist.
         """
         named = NamedPolicy(AdapterRef(*key, policy_digest(policy)), policy, actor, self._now())
         return self._catalogue.commit(lambda snapshot: name_events(snapshot, named))
@@ -362,11 +361,6 @@ class LoraStore:
         Raises: AdapterNotFound for a version that is not kept; NameTaken, VersionConflict.
         """
         return self._catalogue.commit(lambda snapshot: approve_name_events(snapshot, ref))
-
-    def remove_name(self, key: Key, actor: str) -> int:
-        """Remove a model name with its versions, and return the generation. Raises: AdapterNotFound."""
-        at = self._now()
-        return self._catalogue.commit(lambda snapshot: remove_name_events(snapshot, key, actor, at))
 
     def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         """Add embeddings by an encoder that is to be activated, and return the generation. Skip versions not live."""

@@ -127,11 +127,8 @@ class MessageForm:
         if "usage" in chunk:
             self._usage = _usage_of(chunk["usage"])
             end = {"stop_reason": self._reason, "stop_sequence": self._stop}
-            yield {"type": "message_delta", "delta": end, "usage": self._usage} | self._warning()
+            yield {"type": "message_delta", "delta": end, "usage": self._usage}
             yield {"type": "message_stop"}
-
-    def _warning(self) -> JsonObject:
-        return {"warning": self._extras["warning"]} if "warning" in self._extras else {}
 
     def _add_text(self, text: str) -> Iterator[JsonObject]:
         if not self._is_open or self._blocks[-1]["type"] != "text":

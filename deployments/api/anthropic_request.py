@@ -18,7 +18,6 @@ from deployments.api.base import (
     unsupported,
 )
 from deployments.api.completions import (
-    MAX_LABEL_CHARS,
     MAX_MESSAGES,
     MAX_STOPS,
     GenerationRequest,
@@ -31,10 +30,12 @@ from deployments.api.messages import (
     CallId,
     ChosenFunction,
     FunctionDefinition,
-    FunctionName,
     Label,
+    Parts,
     Text,
+    TextPart,
     ToolChoice,
+    as_parts,
     check_tools,
     question_text,
     tools_of,
@@ -53,30 +54,12 @@ _CHOICES: dict[str, Literal["auto", "required", "function", "none"]] = {
     "tool": "function",
     "none": "none",
 }
-MetadataValue = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 
 
-def _as_blocks(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class TextBlock(TolerantRequest):
-    type: Literal["text"]
-    text: Text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_alone(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("type") in ("image", "document", "search_result"):
-            raise unsupported("", f"blocks of type {data['type']!r}")
-        return data
-
-
-TextBlocks = Annotated[list[TextBlock], Field(max_length=MAX_PARTS)]
-_TextBlocks = Annotated[
-    list[TextBlock],
+_Text = Annotated[
+    list[TextPart],
     Field(fail_fast=True, max_length=MAX_PARTS),
-    BeforeValidator(_as_blocks, json_schema_input_type=Text | TextBlocks),
+    BeforeValidator(as_parts, json_schema_input_type=Text | Parts),
 ]
 
 
@@ -89,7 +72,7 @@ class ContentBlock(TolerantRequest):
     name: Label | None = None
     input: Schema | None = None
     tool_use_id: CallId | None = None
-    content: _TextBlocks = Field(default=[])
+    content: _Text = Field(default=[])
     is_error: bool = False
 
     @model_validator(mode="before")
@@ -118,17 +101,14 @@ class AnthropicMessage(TolerantRequest):
     content: Annotated[
         list[ContentBlock],
         Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(_as_blocks, json_schema_input_type=Text | Blocks),
+        BeforeValidator(as_parts, json_schema_input_type=Text | Blocks),
     ]
 
 
-class AnthropicTool(TolerantRequest):
+class AnthropicTool(FunctionDefinition):
     """A tool that the client runs."""
 
-    name: FunctionName
-    description: Text | None = None
-    input_schema: Schema
-    strict: bool | None = None
+    parameters: Schema | None = Field(alias="input_schema")
     type: Literal["custom"] = "custom"
 
     @model_validator(mode="before")
@@ -164,7 +144,7 @@ class Conversation(TolerantRequest):
     messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     """Messages of `user` and `assistant`; content is a text or a list of blocks of the types `text`, `tool_use` and
     `tool_result`. Blocks of `thinking` are not read; images and documents are refused."""
-    system: _TextBlocks | None = None
+    system: _Text | None = None
     """A text or a list of text blocks before the conversation."""
     tools: Annotated[list[AnthropicTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     """Tools that the client runs: `name`, `description` and `input_schema`. Tools that a server runs are refused."""
@@ -191,12 +171,7 @@ class Conversation(TolerantRequest):
         choice = self._choice
         if not self.tools or (choice is not None and choice.type == "none"):
             return None
-        functions = [
-            FunctionDefinition(
-                name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-            ).function(f"tools.{place}.input_schema")
-            for place, tool in enumerate(self.tools)
-        ]
+        functions = [tool.function(f"tools.{place}.input_schema") for place, tool in enumerate(self.tools)]
         is_single = self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use
         return tools_of(functions, choice, False if is_single else None)
 
@@ -245,8 +220,6 @@ class MessagesRequest(Conversation, GenerationRequest):
     """`{"format": {"type": "json_schema", "schema": {...}}}`, see structured output."""
     n: Literal[1] = 1
     """A message has one answer."""
-    metadata: Annotated[dict[Label, MetadataValue | None], Field(max_length=16)] | None = None  # type: ignore[assignment]
-    """Accepted without effect."""
 
     @property
     def include_usage(self) -> bool:

@@ -25,7 +25,7 @@ UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of t
 ROLES = ("function",)
 ITEMS = ("item_reference",)
 INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
-PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
+PARTS = ("image_url", "image", "input_audio", "audio", "file", "document", "video_url", "refusal")
 MAX_ADAPTERS = 16
 Weight = Annotated[float, Field(ge=-4, le=4)]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from deployments.api import error_table
 from deployments.api.base import ApiRequest, problem
 from deployments.api.completions import GenerationRequest, PolicyFields, Question
-from deployments.api.responses import Planned, Replicas
+from deployments.api.responses import Planned
 from deployments.errors import RequestInvalid
 from deployments.json_types import JsonObject
 from lora_store import NamedPolicy
@@ -170,20 +170,6 @@ class NameShown(NameVersion):
 class NameList(TypedDict):
     object: Literal["list"]
     data: list[NameShown]
-
-
-class NameSettled(TypedDict):
-    """A change of a name. `replicas`: the Retriever replicas that answer by it, and those that are behind.
-
-    A dry run has neither them nor a generation.
-    """
-
-    name: str
-    generation: NotRequired[int]
-    replicas: NotRequired[Replicas]
-    digest: NotRequired[str]
-    approved: NotRequired[bool]
-    policy: NotRequired[JsonObject]
 
 
 def name_object(named: NamedPolicy, tenant: str) -> NameShown:

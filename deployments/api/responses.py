@@ -206,7 +206,7 @@ class PublishedAdapter(TypedDict):
 
 
 class SettledAdapter(TypedDict):
-    """An adapter whose visibility, approval or trial was changed."""
+    """An adapter whose visibility, approval or trial was changed, or a model name whose policy was."""
 
     name: str
     visibility: NotRequired[str]
@@ -214,6 +214,7 @@ class SettledAdapter(TypedDict):
     approved: NotRequired[bool]
     draws: NotRequired[DrawsObject]
     trial: NotRequired[TrialObject | None]
+    policy: NotRequired[JsonObject]
     generation: int
     replicas: Replicas
 

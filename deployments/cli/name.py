@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from urllib.parse import quote
 import typer
 from rich.table import Column, Table
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, print_json
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(cls=Commands, help="Let model names stand for policies: which adapters answer, and how.")
@@ -50,12 +51,10 @@ def list_names(
     if as_json:
         print_json(answer)
         return
-    import yaml
-
     fixed = [Column(title, no_wrap=True) for title in ("digest", "since", "approved")]
     table = Table(Column("name", overflow="fold"), *fixed, "by", Column("policy", overflow="fold"))
     for row in answer["data"] if name is None else answer["versions"]:
-        policy = yaml.safe_dump(row["policy"], sort_keys=False).strip()
+        policy = json.dumps(row["policy"], indent=1)
         cells = (row["digest"][:12], row["created_at"][:19].replace("T", " "), "yes" if row["approved"] else "no")
         table.add_row(row.get("id", name), *cells, row["actor"], policy)
     out.print(table)
@@ -80,19 +79,15 @@ def rollback(
 def approve(
     name: Annotated[str, typer.Argument(metavar="NAME", help="model name, as OWNER/NAME")],
     digest: Annotated[str, typer.Argument(metavar="DIGEST", help="full digest of the version")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show its policy, approve nothing")] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Let every tenant use a version of a model name. Each still gets only adapters that it may use itself."""
-    params = {"dry_run": "true"} if dry_run else {}
-    answer = call(url, "POST", f"{_path(name)}/approve", json={"digest": digest}, params=params)
-    if dry_run and not as_json:
-        import yaml
-
-        out.print(yaml.safe_dump(answer["policy"], sort_keys=False), markup=False, highlight=False, end="")
-        return
-    _report(answer, as_json=as_json)
+    """Let every tenant use a version of a model name, after a question. With --json, do not ask."""
+    if not as_json:
+        shown = call(url, "POST", f"{_path(name)}/approve", json={"digest": digest}, params={"dry_run": "true"})
+        err.print(json.dumps(shown["policy"], indent=2), markup=False, highlight=False)
+        typer.confirm("Approve this policy for every tenant?", abort=True, err=True)
+    _report(call(url, "POST", f"{_path(name)}/approve", json={"digest": digest}), as_json=as_json)
 
 
 @commands.command()

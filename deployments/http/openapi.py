@@ -12,7 +12,7 @@ from deployments.api.anthropic_answer import AnthropicErrorAnswer, CountedTokens
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.embeddings import EmbeddingsAnswer
 from deployments.api.error_table import RETRIED, STATUSES, reported_errors
-from deployments.api.names import NameList, NameSettled, NameShown
+from deployments.api.names import NameList, NameShown
 from deployments.api.responses_answer import ResponseObject
 from deployments.api.tokens import DetokenizeAnswer, TokenizeAnswer
 from deployments.json_types import JsonObject
@@ -89,7 +89,7 @@ MODELS_ANSWERS = answers(400, s200=pool_responses.ModelList)
 MODEL_ANSWERS = answers(400, 404, s200=pool_responses.ModelCard)
 NAMES_ANSWERS = answers(400, s200=NameList)
 NAME_ANSWERS = answers(400, 404, s200=NameShown)
-SETTLED_NAME_ANSWERS = answers(400, 404, 409, 422, s200=NameSettled, s202=NameSettled)
+SETTLED_NAME_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 LORAS_ANSWERS = answers(400, s200=pool_responses.AdapterList)
 LORA_ANSWERS = answers(400, 404, s200=pool_responses.AdapterShown)
 PUBLISH_ANSWERS = answers(

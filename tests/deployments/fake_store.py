@@ -40,7 +40,7 @@ from lora_store import (
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
-from lora_store.rules import approve_name_events, name_events, remove_name_events
+from lora_store.rules import approve_name_events, name_events
 from lora_store.staging import take_over, with_samples
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 from tests.deployments.fake_names import FakeNames
@@ -228,9 +228,6 @@ class FakeStore:
 
     async def approve_name(self, ref: AdapterRef) -> int:
         return self.model_names.commit(lambda snapshot: approve_name_events(snapshot, ref))
-
-    async def remove_name(self, key: Key, actor: str) -> int:
-        return self.model_names.commit(lambda snapshot: remove_name_events(snapshot, key, actor, datetime.now(UTC)))
 
     async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
         self._fail("set_trial")

@@ -24,7 +24,6 @@ from lora_store.events import (
     SCHEMA,
     Fold,
     Keep,
-    RemoveName,
     SetName,
     VisibleChange,
     dated_events_of,
@@ -50,7 +49,7 @@ NAMED = NamedPolicy(AdapterRef("local", "support", "e" * 64), '{"temperature":0}
         Rank("acme", ranking(REF), False, "me", NOON),
         SetName(NAMED),
         SetName(replace(NAMED, approved=True)),
-        RemoveName(REF, "me", NOON),
+        SetName(replace(NAMED, policy="")),
     ],
     ids=lambda event: type(event).__name__,
 )
@@ -110,8 +109,8 @@ def test_names_on_disk_do_not_change(make_record: MakeRecord) -> None:
     assert rows == ["fold", "keep_shown", "keep_live", "keep_older", "keep_pending", "keep_commit"]
     plain = [Withdraw(REF, "me", NOON), SetVisibility(REF, "public", "me", NOON), Approve(REF, "me", NOON)]
     plain += [ActivateEncoder("m", "i", "me", NOON), Publish(make_record()), Embed(REF, embedding())]
-    plain += [SetName(NAMED), RemoveName(REF, "me", NOON)]
-    names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed", "set_name", "remove_name"]
+    plain += [SetName(NAMED)]
+    names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed", "set_name"]
     assert fold_table_of([SetName(NAMED)], 1, {})["event"].to_pylist() == ["keep_name"]
     assert table_of(plain, 1)["event"].to_pylist() == names
 
@@ -126,7 +125,7 @@ def test_a_kind_of_event_that_only_a_newer_release_knows_is_skipped_and_noticed(
 def test_every_kind_of_event_that_is_written_is_known(make_record: MakeRecord) -> None:
     changes = [Publish(make_record()), Publish(make_record(is_offered=True)), SetTrial(REF, None, "me", NOON)]
     changes += [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
-    changes += [SetName(NAMED), RemoveName(REF, "me", NOON)]
+    changes += [SetName(NAMED)]
     folded = [Fold("model", "enc"), Keep(make_record(), is_live=True), Keep(make_record(), is_live=False)]
     folded += [VisibleChange("acme", 3), Embed(REF, embedding()), *changes[3:5], SetName(NAMED)]
     assert knows_all_events(table_of(changes, 7)) and knows_all_events(fold_table_of(folded, 7, {"id": 3}))

@@ -78,7 +78,7 @@ def test_only_approved_versions_are_seen_by_other_tenants(store: LoraStore) -> N
     assert store.snapshot().generation_for("them") == 3
     store.set_name(OWN, "a", "me")
     assert policies(store, "local", "support") == [("a", True), ("b", False)]
-    store.remove_name(OWN, "me")
+    store.set_name(OWN, "", "me")
     assert policies(store, "them", "support") == policies(store, "local", "support") == []
 
 
@@ -121,7 +121,7 @@ def test_an_adapter_cannot_have_a_model_name_that_its_tenant_uses(
     with pytest.raises(PublicNameTaken, match="'support' is a model name: choose another name"):
         publish(tenant=tenant, visibility="private")
     assert not store.snapshot().records
-    store.remove_name(OWN, "me")
+    store.set_name(OWN, "", "me")
     publish(tenant=tenant)
 
 
@@ -136,7 +136,7 @@ def test_an_adapter_cannot_be_made_public_over_an_approved_name(store: LoraStore
 @pytest.mark.parametrize(
     "change",
     [
-        lambda store: store.remove_name(OWN, "me"),
+        lambda store: store.set_name(OWN, "", "me"),
         lambda store: store.approve_name(ref_of(OWN, "a")),
     ],
     ids=["remove", "approve"],
@@ -144,7 +144,7 @@ def test_an_adapter_cannot_be_made_public_over_an_approved_name(store: LoraStore
 def test_a_name_that_does_not_exist_is_reported(store: LoraStore, change: Callable[[LoraStore], int]) -> None:
     store.set_name(OWN, "b", "me")
     store.set_name(("local", "other"), "a", "me")
-    store.remove_name(OWN, "me")
+    store.set_name(OWN, "", "me")
     with pytest.raises(AdapterNotFound) as caught:
         change(store)
     assert isinstance(caught.value, LoraStoreError) and store.snapshot().generation == 3

@@ -13,7 +13,6 @@ from deployments.api.names import (
     ApproveNameRequest,
     NameList,
     NamePolicy,
-    NameSettled,
     NameShown,
     name_object,
     parse_policy,
@@ -115,7 +114,7 @@ async def approve_name(
     shown = version_object(found[0], caller.tenant)
     about = {"digest": body.digest, "approved": not dry_run, "policy": shown["policy"]}
     if dry_run:
-        return JSONResponse({"name": name, **about})
+        return _settled(name, Settled(0, 0, 0), **about)
     try:
         settled = await services.publisher.change_name(partial(services.store.approve_name, found[0].ref))
     except AdapterNotFound as exc:
@@ -128,7 +127,7 @@ async def remove_name(name: str, caller: PublishCaller, services: AnyServices) -
     """Remove a model name with its versions. Requests to it are then answered 404; running ones finish."""
     key = _own_key(name, caller)
     try:
-        settled = await services.publisher.change_name(partial(services.store.remove_name, key, caller.key_id))
+        settled = await services.publisher.change_name(partial(services.store.set_name, key, "", caller.key_id))
     except AdapterNotFound as exc:
         raise ModelNotFound(name) from exc
     return _settled(key[1], settled)
@@ -164,9 +163,5 @@ async def _require_public(named: NamedPolicy, services: Services) -> None:
 
 
 def _settled(name: str, settled: Settled, **about: object) -> JSONResponse:
-    answer: NameSettled = {
-        "name": name,
-        "generation": settled.generation,
-        "replicas": replicas_object(settled),
-    }
-    return JSONResponse({**answer, **about}, 202 if settled.behind else 200)
+    answer = {"name": name, **about, "generation": settled.generation, "replicas": replicas_object(settled)}
+    return JSONResponse(answer, 202 if settled.behind else 200)
