@@ -13,8 +13,9 @@ import numpy as np
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.feedback import Feedback
 from lora_store.names import NamedPolicy
-from lora_store.plan import Plan, Strategy
+from lora_store.plan import Plan
 from lora_store.records import AdapterRecord, Embedding
+from lora_store.strategies.registry import Strategy
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import NO_THRESHOLD, Abstain

@@ -21,7 +21,13 @@ from lora_store import NamedPolicy
 
 R = TypeVar("R", bound=GenerationRequest)
 _OF_ONE_REQUEST = ("query", "plan", "min_generation", "explain")  # fields of `lora`
-_ONE_OF = (("abstain", "min_score"), ("response_format", "structured_outputs"))  # one given field excludes the other
+_REPLACES = {  # the field of the policy that goes with another one of it, by the field of the request
+    "abstain": "min_score",
+    "min_score": "abstain",
+    "strategy": "strategy_options",
+    "response_format": "structured_outputs",
+    "structured_outputs": "response_format",
+}
 _SHOWN_DIGEST_CHARS = 12
 _DRAWN_BITS = 64
 
@@ -143,7 +149,7 @@ M = TypeVar("M", bound=ApiRequest)
 def _filled(own: M, policy: ApiRequest, leaves: tuple[str, ...] = ()) -> M:
     """Return `own` with the fields that only the policy sets, without those that `leaves` names."""
     given = own.model_fields_set
-    taken = {*given, *leaves, *(name for pair in _ONE_OF if given & {*pair} for name in pair)}
+    taken = {*given, *leaves, *(_REPLACES[name] for name in given if name in _REPLACES)}
     found = {name: getattr(policy, name) for name in policy.model_fields_set - taken}
     return own.model_copy(update=found) if found else own
 

@@ -48,18 +48,8 @@ def test_list_shows_names_or_the_versions_of_one(given: tuple[str, ...], answer:
     ("command", "asked", "sent", "says"),
     [
         (("rollback", "support"), ROLLBACK, [{}], "is in use at generation 9"),
-        (
-            ("rollback", "support", "--to", "abcdefgh"),
-            ("POST", "/v1/names/support/rollback"),
-            [{"digest": "abcdefgh"}],
-            "is in use",
-        ),
-        (
-            ("approve", "acme/support", DIGEST),
-            ("POST", "/v1/names/acme/support/approve"),
-            [{"digest": DIGEST}],
-            "is approved",
-        ),
+        (("rollback", "support", "--to", "abcdefgh"), ROLLBACK, [{"digest": "abcdefgh"}], "is in use at generation 9"),
+        (("approve", "acme/support", DIGEST, "--json"), APPROVE, [{"digest": DIGEST}], '"approved": true'),
         (("remove", "support"), ("DELETE", "/v1/names/support"), [], "is removed at generation 9"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -67,13 +57,11 @@ def test_list_shows_names_or_the_versions_of_one(given: tuple[str, ...], answer:
 def test_a_change_is_sent_and_its_generation_printed(
     command: tuple[str, ...], asked: tuple[str, str], sent: list[Any], says: str
 ) -> None:
-    about = (
-        {} if command[0] == "remove" else {"digest": DIGEST, **({"approved": True} if command[0] == "approve" else {})}
-    )
+    about = {} if command[0] == "remove" else {"digest": DIGEST, "approved": command[0] == "approve"}
     with scripted((200, {"name": command[1], "generation": 9, **about})) as server:
         result = run("name", *command, "--url", server.url)
     assert (server.asked, [body for body in server.sent if body is not None]) == ([asked], sent)
-    assert says in words(result.stdout) and "9" in words(result.stdout)
+    assert says in words(result.stdout)
 
 
 def test_an_approval_shows_the_policy_and_asks() -> None:

@@ -67,9 +67,14 @@ def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
         "stop": ["a"],
         "structured_outputs": {"regex": "x"},
     }
-    body = CHAT | {"lora": {"min_score": 0.5}, "temperature": 1.5, "response_format": {"type": "text"}}
+    policy["lora"] |= {"strategy": "fusion", "strategy_options": {}}
+    body = CHAT | {
+        "lora": {"min_score": 0.5, "strategy": "mixture"},
+        "temperature": 1.5,
+        "response_format": {"type": "text"},
+    }
     _, job, [([request],)] = answered(policy, body | {"max_completion_tokens": 2})
-    assert (request.top_k, request.abstain, request.min_score) == (3, None, 0.5)
+    assert (request.top_k, request.abstain, request.min_score, request.strategy) == (3, None, 0.5, "mixture")
     assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (1.5, ("a",), 2)
     assert job.sampling.grammar is None
 
