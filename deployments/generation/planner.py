@@ -42,12 +42,13 @@ def check_limits(request: GenerationRequest, questions: Sequence[Question], mode
     """
     for question in questions:
         check_prompt(question.prompt, model, _num_tool_chars(question))
-    wanted = request.token_limit
-    if wanted is not None and wanted > model.max_new_tokens:
-        raise RequestInvalid(f"max_tokens: at most {model.max_new_tokens}, got {wanted}", "max_tokens")
-    if request.min_tokens > model.max_new_tokens:
-        message = f"min_tokens: at most {model.max_new_tokens}, got {request.min_tokens}"
-        raise RequestInvalid(message, "min_tokens")
+    _check_new_tokens(request.token_limit, request.min_tokens, model)
+
+
+def _check_new_tokens(max_tokens: int | None, min_tokens: int, model: ServedModel) -> None:
+    for field, wanted in (("max_tokens", max_tokens), ("min_tokens", min_tokens)):
+        if wanted is not None and wanted > model.max_new_tokens:
+            raise RequestInvalid(f"{field}: at most {model.max_new_tokens}, got {wanted}", field)
 
 
 def check_texts(texts: Iterable[str], model: ServedModel) -> None:
@@ -132,6 +133,7 @@ class Planner:
         return settled
 
     async def _with_owners(self, policy: P, tenant: str) -> P:
+        _check_new_tokens(policy.max_tokens, policy.min_tokens, self._model)
         given, name = policy.lora.adapters or [], self._model_name(policy.model)
         if name == AUTO and not given:
             return policy

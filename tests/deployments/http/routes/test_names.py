@@ -237,6 +237,7 @@ def test_names_are_listed_among_the_models_page_by_page() -> None:
             "lora.plan: belongs to a single request",
         ),
         ("x", {"variant": {"temperature": 0}}, 400, "invalid_request", "variant.share"),
+        ("x", {"variant": {"share": 0.5, "max_tokens": 10**6}}, 400, "invalid_request", "max_tokens: at most"),
         ("x", {"variant": {"share": 1}}, 400, "invalid_request", "variant.share"),
         ("x", {"model": "nobody"}, 404, "model_not_found", "nobody"),
         ("x", {"model": "poet", "lora": {"k": 2}}, 400, "invalid_request", "lora.k"),
