@@ -127,6 +127,8 @@ class StoreDeployment:
     set_visibility = in_thread(LoraStore.set_visibility)
     set_trial = in_thread(LoraStore.set_trial)
     approve = in_thread(LoraStore.approve)
+    set_name = in_thread(LoraStore.set_name)
+    approve_name = in_thread(LoraStore.approve_name)
     add_embeddings = in_thread(LoraStore.add_embeddings)
     rank = in_thread(LoraStore.rank)
     activate_encoder = in_thread(LoraStore.activate_encoder)

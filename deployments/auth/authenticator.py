@@ -316,7 +316,7 @@ class Authenticator:
             return LOCAL_CALLER
         scheme, _, key = (authorization or "").strip().partition(" ")
         if scheme.lower() != _SCHEME or not key:
-            raise KeyRefused("this server requires an API key: send `Authorization: Bearer KEY`")
+            raise KeyRefused("this server requires an API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
         caller = self._keys.find(key.strip())
         if caller is None:
             raise KeyRefused("the API key is not valid on this server")

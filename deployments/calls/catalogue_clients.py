@@ -19,6 +19,7 @@ from lora_store import (
     Embedding,
     Feedback,
     Key,
+    NamedPolicy,
     Plan,
     Precondition,
     Ranking,
@@ -122,6 +123,10 @@ class StoreCalls(Protocol):
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int: ...
     @retry
     async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int: ...
+    @retry
+    async def set_name(self, key: Key, policy: str, actor: str) -> int: ...
+    @retry
+    async def approve_name(self, ref: AdapterRef) -> int: ...
     @once
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
     @once
@@ -216,6 +221,8 @@ class RoutingClient(Protocol):
     async def replay(
         self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
     ) -> Plan: ...
+    @retry
+    async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]: ...
 
 
 class RetrieverCalls(RoutingClient, Protocol):
@@ -223,6 +230,8 @@ class RetrieverCalls(RoutingClient, Protocol):
 
     @retry
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
+    @retry
+    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]: ...
     @retry
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...
     @retry

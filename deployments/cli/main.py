@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from deployments.cli import access, batch, keys, pool, pool_upkeep, publish, samples, trial
+from deployments.cli import access, batch, keys, name, pool, pool_upkeep, publish, samples, trial
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -47,6 +47,7 @@ for group in (publish, pool, batch):
     cli.add_typer(group.commands)
 cli.add_typer(trial.commands, name="trial")
 cli.add_typer(access.commands, name="access")
+cli.add_typer(name.commands, name="name")
 cli.add_typer(pool_upkeep.commands, name="pool")
 cli.add_typer(keys.commands, name="keys")
 cli.add_typer(samples.commands, name="samples")

@@ -21,6 +21,7 @@ from deployments.http.routes import (
     embeddings,
     maintenance,
     models,
+    names,
     outcomes,
     pool_map,
     status,
@@ -29,12 +30,13 @@ from deployments.http.routes import (
 
 # Serve traces every call already: FastAPI's own spans would duplicate its spans.
 _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
-_METHODS = ["GET", "POST", "PATCH", "DELETE"]
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _EXPOSED = [
     *("x-request-id", "retry-after", "x-ignored-fields", "x-ignored-headers"),
     *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason", "x-lora-why"),
+    "x-lora-policy",
 ]
-_ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console, outcomes)
+_ROUTES = (completions, embeddings, models, names, adapters, vllm, maintenance, pool_map, status, console, outcomes)
 
 
 def build_api(services: Services) -> Api:

@@ -162,6 +162,8 @@ class Admission:
         if path.startswith(_GUARDED):
             authorization = headers.get("authorization")
             context.ignores_key = authorization is not None and not self._rules.has_keys
+            if authorization is None and (key := headers.get("x-api-key")) is not None:  # of Anthropic's clients
+                authorization = f"Bearer {key}"
             context.caller = self._authenticator.authenticate(authorization)
             context.tenant = context.caller.tenant
         if path in _PROBES:

@@ -26,6 +26,7 @@ from deployments.observability.request_metrics import RequestMetrics
 from gpu_worker.config import NativeSettings
 from gpu_worker.front.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
+from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
@@ -77,10 +78,14 @@ def serve_plainly(
 
     `engine`: changes of the Worker's settings; `kinds`: kinds of metrics.
     """
+    names = FakeNames()
+    pool = pool_of(*POOL)
     handles = [
-        FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
+        FakeHandle(*(retrievers or [retriever or FakeRetriever(model_names=names)])),
         FakeHandle(worker or FakeWorker()),
-        FakeHandle(store or FakeStore(pool_of(*POOL), refused=("bad", "bad-one"), missing=("gone",), taken=("taken",))),
+        FakeHandle(
+            store or FakeStore(pool, refused=("bad", "bad-one"), missing=("gone",), taken=("taken",), model_names=names)
+        ),
     ]
     config = config_of(worker=engine or NativeSettings(), **settings)
     limits = StreamLimits(silence_s, worker_grace_s)

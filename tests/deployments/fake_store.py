@@ -25,6 +25,7 @@ from lora_store import (
     Feedback,
     Kept,
     Key,
+    NamedPolicy,
     Precondition,
     PublicNameTaken,
     Ranking,
@@ -35,11 +36,14 @@ from lora_store import (
     VersionConflict,
     Visibility,
     Withdrawn,
+    policy_digest,
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
+from lora_store.rules import approve_name_events, name_events
 from lora_store.staging import take_over, with_samples
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
+from tests.deployments.fake_names import FakeNames
 
 
 @dataclass
@@ -67,6 +71,7 @@ class FakeStore:
     taken: Collection[str] = ()
     ranked: list[tuple[str, Sequence[Ranking]]] = field(default_factory=list)
     given: dict[tuple[str, Kind, str], Feedback] = field(default_factory=dict)  # by tenant, kind and id
+    model_names: FakeNames = field(default_factory=FakeNames)
     _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
@@ -215,6 +220,14 @@ class FakeStore:
         self.generation += 1
         self.live[tenant, name] = (replace(kept[0], visibility=visibility), *kept[1:])
         return self.generation
+
+    async def set_name(self, key: Key, policy: str, actor: str) -> int:
+        self._fail("set_name")
+        named = NamedPolicy(AdapterRef(*key, policy_digest(policy)), policy, actor, datetime(2026, 1, 3, tzinfo=UTC))
+        return self.model_names.commit(lambda snapshot: name_events(snapshot, named))
+
+    async def approve_name(self, ref: AdapterRef) -> int:
+        return self.model_names.commit(lambda snapshot: approve_name_events(snapshot, ref))
 
     async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
         self._fail("set_trial")
