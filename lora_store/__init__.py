@@ -28,7 +28,7 @@ from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
-from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
+from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
 from lora_store.quota import TenantQuota
 from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, OutputProfile, Visibility
@@ -36,6 +36,8 @@ from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Kept, Staged
 from lora_store.store import LoraStore, Withdrawn
+from lora_store.strategies.registry import ROUTED_STRATEGIES, STRATEGIES, RoutedStrategy, Strategy
+from lora_store.strategies.strategy import MAX_PLAN_ADAPTERS, StrategyOption
 from lora_store.trials import Trial, TrialVersion
 from lora_store.validation import TEMPLATES, CheckedFolder, Label, check_folder
 from lora_store.weights_blob import check_digest, decode_weights, digest_of, encode_weights, weights_in
@@ -45,6 +47,7 @@ __all__ = [
     "KEPT_VERSIONS",
     "LOCAL_TENANT",
     "MAX_PLAN_ADAPTERS",
+    "ROUTED_STRATEGIES",
     "STRATEGIES",
     "TEMPLATES",
     "VISIBILITIES",
@@ -91,6 +94,7 @@ __all__ = [
     "Rank",
     "RankedAdapter",
     "Ranking",
+    "RoutedStrategy",
     "Sample",
     "SetTrial",
     "SetVisibility",
@@ -101,6 +105,7 @@ __all__ = [
     "StoreIsNewer",
     "StoreUnavailable",
     "Strategy",
+    "StrategyOption",
     "TenantQuota",
     "Trial",
     "TrialVersion",

@@ -22,6 +22,8 @@ class ModelCard(TypedDict):
     parent: str | None
     template: str  # of its chats: alpaca or chat; auto where this replica has not the model's files
     sampling_defaults: dict[str, float]  # for parameters that a request leaves unset, the settings' or the base model's
+    strategies: NotRequired[dict[str, str]]  # of auto: the names of the strategies, with what each composes
+    weights: NotRequired[dict[str, str]]  # of auto: the names of the weightings, with the weights that they give
     accepts_base: NotRequired[list[str]]  # base models that adapters may name; of the base model, for keys that publish
 
 

@@ -21,7 +21,7 @@ _OF_APP = (
     "public_requires_approval",
 )
 _OF_RETRIEVAL = (
-    *("encoder", "projection", "strategy", "k", "weights"),
+    *("encoder", "projection", "strategy", "k", "weights", "strategy_options"),
     *("abstain", "min_score", "fallback"),
 )
 _OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows")

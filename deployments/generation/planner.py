@@ -22,7 +22,7 @@ from deployments.observability.tracing import tracer
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
-from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
+from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, Plan, Strategy
 from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
 from retriever_svc.views import tokens_routed
@@ -261,10 +261,15 @@ class Planner:
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
     ) -> RouteRequest:
         defaults = self._defaults
+        strategy = options.strategy or defaults.strategy
+        try:
+            chosen = STRATEGIES[strategy].read_options(options.strategy_options or {}, defaults.strategy_options)
+        except ValueError as exc:
+            raise RequestInvalid(f"lora.strategy_options: {exc}", "lora.strategy_options") from exc
         return RouteRequest(
             text=(options.query or text)[:MAX_CHARS],
             tenant=tenant,
-            strategy=options.strategy or defaults.strategy,
+            strategy=strategy,
             top_k=options.k or defaults.k,
             weighting=options.weights or defaults.weights,
             min_score=options.min_score,
@@ -274,6 +279,7 @@ class Planner:
             preferred=preferred,
             abstain=options.abstain,
             shows_samples=options.explain,
+            options=chosen,
         )
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:

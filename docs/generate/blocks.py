@@ -22,6 +22,7 @@ from docs.generate.request_fields import (
 )
 from docs.generate.scale import scale_costs, scale_formula, scale_measured, scale_needs
 from docs.generate.settings import settings
+from docs.generate.strategies import strategies, weightings
 
 BLOCKS: Mapping[str, Block] = {
     **BENCHMARK_BLOCKS,
@@ -44,4 +45,6 @@ BLOCKS: Mapping[str, Block] = {
     "scale-measured": scale_measured,
     "scale-needs": scale_needs,
     "settings": settings,
+    "strategies": strategies,
+    "weightings": weightings,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, expect
@@ -42,6 +43,52 @@ def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Brows
         assert len(tops) == 5 and len(set(tops)) == 1, "they are side by side"
 
     look(browsing, question, context={"viewport": {"width": 1440, "height": 900}})
+
+
+def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.goto(page.url.partition("#")[0] + "#adapter/poet")
+        await page.get_by_role("button", name="Compare version").first.click()
+        await expect(page.get_by_label("Prompt to compare")).to_have_value("A sample of poet.")
+        models = page.get_by_label("Adapters or versions")
+        live, kept = (await models.input_value()).split(", ")
+        assert (live, kept.partition("@")[0]) == ("poet", "poet")
+        await models.fill("poet, coder, poet")
+        await page.get_by_role("button", name="Compare").click()
+        await expect(page.locator("#compared h3")).to_have_text(["poet by name", "coder by name"])
+        await expect(page.locator("#compare-status")).to_have_text("2 ways, 1 different answer")
+        named = [choices for _, choices, *_ in served.retriever.called("plan_named")]
+        assert sorted(choice for [choice] in named) == [("coder", 1.0), ("poet", 1.0)]
+
+    look(browsing, question)
+
+
+def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_answers(
+    browsing: Browsing, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = ['{"input": "One", "output": "Hello"}', "", '{"input": "Two", "output": "Bye"}', "Three"]
+    file.write_text("\n".join(lines))
+
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Compare")
+        for way in ("auto", "selection", "mixture", "fusion"):
+            await page.get_by_label(way, exact=True).uncheck()
+        await page.get_by_label("Adapters or versions").fill("poet")
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(page.locator("#compare-status")).to_have_text(
+            "3 of 3 prompts, 2 ways; most right: base model, poet (1 of 2)"
+        )
+        await expect(page.locator("#tabled tbody tr").first).to_have_text("OneHello✓ Hello✓ Hello")
+        await expect(page.locator("#tabled tbody tr").nth(2)).to_have_text("ThreeHelloHello")
+        await expect(page.locator("#tabled tfoot")).to_have_text("Right1 of 21 of 2")
+        assert len(jobs_of(served)) == 6
+        file.write_text('{"input": 5}')
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(page.locator("#compare-status")).to_contain_text('line 1 of the file needs "input"')
+        assert len(jobs_of(served)) == 6
+
+    look(browsing, question)
 
 
 def test_one_way_that_fails_does_not_stop_the_others(browsing: Browsing) -> None:

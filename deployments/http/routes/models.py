@@ -19,8 +19,8 @@ from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
 from deployments.http.openapi import MODEL_ANSWERS, MODELS_ANSWERS
 from deployments.http.routes.adapters import MAX_PAGE
-from lora_store import AdapterNotFound, AdapterRecord
-from retriever_svc import PageRequest
+from lora_store import ROUTED_STRATEGIES, STRATEGIES, AdapterNotFound, AdapterRecord
+from retriever_svc import WEIGHTINGS, PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
 _OWNER = "loraretriever"
@@ -92,7 +92,10 @@ class _Cards:
     def special(self, name: str) -> ModelCard:
         """Return the card of `auto` or of the base model."""
         if name != self.base:
-            return self._card(name, 0, _OWNER, name, self.base, self.template)
+            card = self._card(name, 0, _OWNER, name, self.base, self.template)
+            strategies = {each: STRATEGIES[each].summary for each in ROUTED_STRATEGIES}
+            weights = {each: weighting.summary for each, weighting in WEIGHTINGS.items()}
+            return card | {"strategies": strategies, "weights": weights}
         card = self._card(name, 0, _OWNER, name, None, self.template)
         return card | {"accepts_base": list(self.accepts_base)} if self.accepts_base else card
 
