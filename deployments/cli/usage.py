@@ -10,7 +10,13 @@ from rich.table import Column, Table
 from deployments.cli.client import DEFAULT_URL, Json, Url, call, out, print_json
 
 commands = typer.Typer()
-_NUMBERS = ("requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
+_NUMBERS = {
+    "requests": "requests",
+    "errors": "errors",
+    "prompt_tokens": "prompt",
+    "cached_tokens": "cached",
+    "completion_tokens": "new",
+}
 _BASE_MODEL = "(base model)"
 
 
@@ -41,11 +47,9 @@ def usage(
     if as_json:
         print_json(report)
         return
-    titles = [name.replace("_", " ") for name in _NUMBERS]
-    numbers = [Column(title, justify="right") for title in titles]
-    table = Table(
-        *(Column(name, overflow="fold") for name in groups), *numbers, title=f"{report['start']} to {report['end']}"
-    )
+    columns = [Column(name, overflow="fold") for name in groups]
+    columns += [Column(title, justify="right", no_wrap=True) for title in _NUMBERS.values()]
+    table = Table(*columns, title=f"{report['start']} to {report['end']}; prompt, cached and new are tokens")
     for row in report["data"]:
         table.add_row(*(row[name] or _BASE_MODEL for name in groups), *(f"{row[name]:,}" for name in _NUMBERS))
     out.print(table)

@@ -170,20 +170,21 @@ async def main():
 asyncio.run(main())
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
+    pool = Pool()
+
+    async def send() -> None:
+        log = UsageLog(tmp_path, BASE, pool.put)
+        log.record(context("own"))
+        await log.send_all()
+
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "written\n"
-        pool = Pool()
-
-        async def send() -> None:
-            log = UsageLog(tmp_path, BASE, pool.put)
-            log.record(context("own"))
-            await log.send_all()
-
-        asyncio.run(send())
-        assert pool.ids == ["own"]
-        other.kill()
-        other.wait()
-        asyncio.run(send())
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "written\n"
+            asyncio.run(send())
+            assert pool.ids == ["own"]
+        finally:
+            other.kill()
+    asyncio.run(send())
     assert pool.ids == ["one", "own", "own", "two"]
     assert list(tmp_path.glob("*.jsonl")) == []
 
