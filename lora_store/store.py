@@ -52,6 +52,7 @@ from lora_store.staging import Kept, Staged, staged_record, take_over, with_samp
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
+from lora_store.usage import UsageFiles
 from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
@@ -92,6 +93,7 @@ class LoraStore:
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         self.feedback = FeedbackFiles(location.child("feedback"))
+        self.usage = UsageFiles(location.child("usage"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)

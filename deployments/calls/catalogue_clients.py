@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.api.adapters import PublishItem
 from deployments.calls.typed_client import ServeClient, once, retry, stream
+from deployments.json_types import JsonObject
 from lora_store import (
     AdapterRecord,
     AdapterRef,
@@ -34,6 +35,7 @@ from lora_store import (
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
+from lora_store.usage import UsageQuery
 from retriever_svc import (
     AskedPrompt,
     DoctorStep,
@@ -94,6 +96,10 @@ class StoreCalls(Protocol):
     async def feedback(self, tenant: str, kind: Kind, adapter: str | None = None) -> list[Feedback]: ...
     @retry
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None: ...
+    @retry(over_object_store=True)
+    async def put_usage(self, segment: str, lines: bytes) -> None: ...
+    @retry(over_object_store=True)
+    async def usage(self, query: UsageQuery) -> list[JsonObject]: ...
     @retry(over_object_store=True)
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     @once

@@ -41,6 +41,7 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("GET", "/v1/pool/map"): None,
     ("POST", "/v1/pool/map"): "infer",
     ("GET", "/v1/stats"): None,
+    ("GET", "/v1/usage"): None,
     ("POST", "/v1/chat/completions"): "infer",
     ("POST", "/v1/completions"): "infer",
     ("POST", "/v1/responses"): "infer",

@@ -14,6 +14,7 @@ from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.key_files import entry, write
 from tests.deployments.looking import ask, go, last_turn, look
 
 pytestmark = pytest.mark.browser
@@ -234,3 +235,26 @@ def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Brow
         await expect(page.get_by_role("heading", name="Publish", exact=True)).to_be_visible()
 
     look(browsing, question)
+
+
+def test_an_admin_sees_who_used_what_and_another_key_does_not(browsing: Browsing, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("user", roles=["infer"]), entry("admin", "ops"))
+
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_label("API key", exact=True).fill("user")
+        await page.get_by_role("button", name="Use", exact=True).click()
+        for _ in range(2):
+            await ask(page)
+            await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        await go(page, "Status")
+        await expect(page.locator("#connection")).to_have_text("live")
+        await expect(page.locator("#usage")).to_be_hidden()
+        await page.evaluate("sessionStorage.setItem('loraretriever-key', 'admin')")
+        await page.reload()
+        rows = page.locator("#usage-rows tr")
+        await expect(rows).to_have_count(1)
+        assert (await rows.all_inner_texts())[0].split("\t")[:3] == ["acme", "3", "0"]  # the map was asked once
+        await page.get_by_label("By", exact=True).select_option("adapter")
+        await expect(rows.first).to_contain_text("local/")
+
+    look(browsing, question, keys_file=keys, cache_dir=tmp_path)
