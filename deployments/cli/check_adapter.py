@@ -20,7 +20,9 @@ from lora_store.sample_files import SAMPLES_FILE, sample_lines
 _ENOUGH_SAMPLES = 20  # more improve routing little
 
 
-def check_adapters(folders: Sequence[Path], config: Path | None, parity: bool, *, as_json: bool = False) -> int:
+def check_adapters(
+    folders: Sequence[Path], config: Path | None, parity: bool, *, base_name: str | None = None, as_json: bool = False
+) -> int:
     """Print whether the adapters at `folders` can be published, or every reason why not. Return the exit code.
 
     These are the ones that `publish` finds there. `parity`: also compare the log probabilities with those of PEFT.
@@ -36,7 +38,7 @@ def check_adapters(folders: Sequence[Path], config: Path | None, parity: bool, *
     try:
         settings = load_config(config)
         limits = settings.admission.limits
-        outcomes = [_outcome(adapter, settings.served_model, limits) for adapter in found]
+        outcomes = [_outcome(adapter, base_name, settings.served_model, limits) for adapter in found]
     except (ValueError, OSError) as exc:
         return _fail(str(exc))
     num_refused = sum(not outcome["is_fit"] for outcome in outcomes)
@@ -61,14 +63,14 @@ def folder_problem(folder: Path) -> str:
     return f"{folder}: no adapter here, {CONFIG_FILE} is missing"
 
 
-def _outcome(adapter: AdapterFolder, model: ServedModel, limits: Limits) -> JsonObject:
+def _outcome(adapter: AdapterFolder, base_name: str | None, model: ServedModel, limits: Limits) -> JsonObject:
     """Return what the check of one folder finds. Raises: OSError."""
     folder = adapter.path.resolve()
     has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
     try:
         admitted = check_folder(
             folder,
-            Label(adapter.name),
+            Label(adapter.name, base_model=base_name),
             accepts_base=model.accepted_names,
             module_shapes=None,
             templates=model.known_templates if has_template else None,

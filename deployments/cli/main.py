@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from deployments.cli import access, batch, keys, pool, pool_upkeep, publish, samples, trial
+from deployments.cli import access, batch, compose, keys, pool, pool_upkeep, publish, samples, trial
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 cli = typer.Typer(cls=KeyAnywhere, help=__doc__, pretty_exceptions_enable=False, context_settings=_HELP)
-for group in (publish, pool, batch):
+for group in (publish, pool, compose, batch):
     cli.add_typer(group.commands)
 cli.add_typer(trial.commands, name="trial")
 cli.add_typer(access.commands, name="access")

@@ -48,7 +48,7 @@ def test_another_base_is_refused_with_the_names_that_the_server_accepts(make_fol
     wanted = [
         "'/models/base'",
         "accepts 'tiny-base'",
-        "set base_model_name_or_path in adapter_config.json",
+        "publish it with --base-name",
         "accepts_base",
     ]
     assert [part for part in wanted if part not in reason] == []
