@@ -262,7 +262,7 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict, result: Impo
     """Return what to import, and note all names in `result`. Raises: ValueError for conflicts."""
     moves: list[Move] = []
     refused = []
-    for key in wanted.records:
+    for key in sorted(wanted.records):
         versions, live, shown = wanted.versions(key), store.records.get(key), "/".join(key)
         problem = _problem(store, versions[0])
         if live is not None and problem is None:

@@ -127,7 +127,7 @@ def state_events(snapshot: Snapshot, at: datetime) -> Iterator[Event]:
     """Yield events that lead from an empty pool to this state, apart from the generations."""
     if snapshot.encoder is not None:
         yield ActivateEncoder(snapshot.encoder.model, snapshot.encoder.identity, COPIED_BY, at)
-    for key in snapshot.records:
+    for key in sorted(snapshot.records):
         yield from version_events(snapshot.versions(key))
     yield from (Embed(ref, embedding) for ref, embedding in snapshot.pending.items())
     for ranks in snapshot.rankings.values():

@@ -179,6 +179,7 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
         samples = () if digest is None else parse_samples(b"".join(read_checked(source, blob_file(digest))))
         modules = read_modules(source, record)
         write_peft_folder(folder / place, modules, base_model=record.base_model, samples=samples)
-        entry = {"name": name, "source": place, "owner": tenant, "visibility": record.visibility}
-        entries.append(entry | {"tags": list(record.tags), "template": record.template or "server"})
+        entry = {"name": name, "source": place} | ({"owner": tenant} if has_owners else {})
+        label = {"visibility": record.visibility, "tags": list(record.tags), "template": record.template or "server"}
+        entries.append(entry | label)
     (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))
