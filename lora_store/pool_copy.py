@@ -8,16 +8,16 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from lora_store.blobs import BlobStore
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.errors import AdapterNotFound, BlobCorrupted, StoreUnavailable
-from lora_store.events import Embed, Event
+from lora_store.events import Event
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS
 from lora_store.leases import Leases
@@ -41,43 +41,23 @@ Move = tuple[tuple[AdapterRecord, ...], str | None]
 """The versions of a name, the live one first, and the digest that is live in the store until they are imported."""
 Report = Callable[[int, int], object]
 """Report how much is done, and of how much."""
-Select = Callable[[PoolState], PoolState]
-"""Return the part of a pool that is copied."""
 _NUM_THREADS = 8
 _TOGETHER = 32  # names per commit of an import
 _NUM_SHOWN = 10
 
 
-def ignore(done: int, total: int) -> None:
-    """Report no progress."""
-
-
-def whole(state: PoolState) -> PoolState:
-    """Select all of a pool."""
-    return state
-
-
-class ExportTarget(Protocol):
-    """The place that a pool is exported to. It is complete once it is finished."""
-
-    num_threads: int
-
-    def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None: ...
-    def finish(self, state: PoolState) -> None: ...
-
-
 def export_pool(
     source: PoolSource,
-    target: ExportTarget,
-    select: Select = whole,
-    progress: Report = ignore,
+    target: ArchiveTarget | StoreTarget,
+    names: Sequence[str] = (),
+    progress: Report = lambda done, total: None,
 ) -> PoolState:
-    """Copy what `select` takes of the source, as of one generation, and return that.
+    """Copy these adapters of the source, or all, as of one generation, and return what was copied.
 
     The files come first. If one is gone, because its adapter was withdrawn meanwhile, a newer generation is exported.
     Raises: BlobCorrupted, AdapterNotFound for a damaged source; the errors of the source and the target.
     """
-    state, done = select(source.state()), set[str]()
+    state, done = source.state().named(names), set[str]()
     while True:
         files = _files_of(state)
         missing = [name for name in files if name not in done]
@@ -94,7 +74,7 @@ def export_pool(
                 break
             except AdapterNotFound as gone:
                 pool.shutdown(cancel_futures=True)
-                state = select(source.state())
+                state = source.state().named(names)
                 if any(name.endswith(gone.wanted) for name in _files_of(state)):
                     raise
     target.finish(state)
@@ -205,50 +185,36 @@ def put_file(blobs: BlobStore, files: Files, name: str, pieces: Callable[[], Ite
         raise
 
 
-@dataclass
-class Imported:
-    """What an import did, or would do: names by `new`, `equal`, `skipped` and `replaced`.
-
-    `num_unembedded`: imported adapters that another encoder embedded than the store's, so that `auto` finds them only
-    after a reindex.
-    """
-
-    generation: int
-    names: dict[str, list[str]] = field(
-        default_factory=lambda: {kind: [] for kind in ("new", "equal", "skipped", "replaced")}
-    )
-    num_unembedded: int = 0
-
-
 def import_pool(
     source: PoolSource,
     uri: str,
     on_conflict: Conflict = "refuse",
-    select: Select = whole,
+    names: Sequence[str] = (),
     *,
     is_dry: bool = False,
-    progress: Report = ignore,
-) -> Imported:
-    """Add the adapters of the source to the store, with all their versions. Servers may use the store meanwhile.
+    progress: Report = lambda done, total: None,
+) -> dict[str, Any]:
+    """Add these adapters of the source, or all, to the store, with their versions. Servers may use it meanwhile.
 
+    Return the store's `generation`, the names that are `new`, `equal`, `skipped` and `replaced`, and `num_unembedded`:
+    how many `auto` finds only after a reindex, since another encoder than the store's embedded them.
     A name whose live version is equal is left alone, so an import that was interrupted continues when it is repeated.
     `on_conflict`: for the other names that are live in the store. "replace" publishes the live version of the source as
     a new version. Raises: ValueError for conflicts that are refused, before anything is stored; BlobCorrupted.
     """
-    state = select(source.state())
+    state = source.state().named(names)
     state.check_digests()
     location = Location(uri)
     is_there = bool(Files(location).entries(CATALOGUE))
     catalogue = Catalogue(location.child(CATALOGUE)) if is_there or not is_dry else None
     before = Snapshot(0, {}) if catalogue is None else catalogue.snapshot()
-    result = Imported(before.generation)
-    moves = _plan(state.snapshot, before, on_conflict, result)
+    moves, result = _plan(state.snapshot, before, on_conflict)
     active = _encoder_of(before) or _encoder_of(state.snapshot)
-    result.num_unembedded = sum(versions[0].encoder not in (None, active) for versions, _ in moves)
-    if not is_dry:
-        assert catalogue is not None
-        result.generation = _Importer(source, state, location, catalogue).run(before, moves, active, progress)
-    return result
+    generation = before.generation
+    if not is_dry and catalogue is not None:
+        generation = _Importer(source, state, location, catalogue).run(before, moves, active, progress)
+    num_unembedded = sum(versions[0].encoder not in (None, active) for versions, _ in moves)
+    return {"generation": generation, **result, "num_unembedded": num_unembedded}
 
 
 def _encoder_of(snapshot: Snapshot) -> str | None:
@@ -258,22 +224,23 @@ def _encoder_of(snapshot: Snapshot) -> str | None:
     return next((record.encoder for record in snapshot.records.values() if record.encoder is not None), None)
 
 
-def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict, result: Imported) -> list[Move]:
-    """Return what to import, and note all names in `result`. Raises: ValueError for conflicts."""
+def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[list[Move], dict[str, list[str]]]:
+    """Return what to import, and all names by what becomes of them. Raises: ValueError for conflicts."""
+    names: dict[str, list[str]] = {kind: [] for kind in ("new", "equal", "skipped", "replaced")}
     moves: list[Move] = []
     refused = []
     for key in sorted(wanted.records):
         versions, live, shown = wanted.versions(key), store.records.get(key), "/".join(key)
         problem = _problem(store, versions[0])
         if live is not None and problem is None:
-            result.names["equal"].append(shown)
+            names["equal"].append(shown)
         elif problem is None:
-            result.names["new"].append(shown)
+            names["new"].append(shown)
             moves.append((versions, None))
         elif on_conflict == "skip":
-            result.names["skipped"].append(shown)
+            names["skipped"].append(shown)
         elif on_conflict == "replace" and live is not None:
-            result.names["replaced"].append(shown)
+            names["replaced"].append(shown)
             moves.append(((replace(versions[0], trial=None),), live.ref.digest))
         else:
             refused.append(f"{shown} {problem}")
@@ -283,7 +250,7 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict, result: Impo
             f"{len(refused)} of {len(wanted.records)} adapters are in conflict, and nothing was imported:"
             f" {'; '.join(refused[:_NUM_SHOWN])}{rest}. Say what to do with --conflict skip or replace"
         )
-    return moves
+    return moves, names
 
 
 def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
@@ -352,6 +319,4 @@ class _Importer:
             if has_changed or (live is None and _problem(newest, new)):
                 raise ValueError(f"{new.ref} or its name was published while it was imported; import again")
             events += version_events(versions)
-            if new.ref in self._state.snapshot.pending:
-                events.append(Embed(new.ref, self._state.snapshot.pending[new.ref]))
         return events

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.data_files import rows_in
 from lora_store.errors import AdapterNotFound, StoreIsNewer
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, dated_events_of, table_of
+from lora_store.events import ActivateEncoder, Approve, Event, Publish, dated_events_of, table_of
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, stem_of
 from lora_store.location import Location
@@ -64,18 +64,29 @@ class PoolState:
         return cls(snapshot, tuple(sorted(name for name in names if stem_of(name) in stems)))
 
     def only(self, keys: Collection[Key]) -> PoolState:
-        """Return the part of the state that belongs to these names."""
-        whole = self.snapshot
-        tenants = {tenant for tenant, _ in keys}
-        part = Snapshot(
-            whole.generation,
-            {key: whole.records[key] for key in keys},
-            {key: whole.previous[key] for key in keys if key in whole.previous},
-            whole.encoder,
-            {ref: embedding for ref, embedding in whole.pending.items() if (ref.tenant, ref.name) in keys},
-            rankings={tenant: ranks for tenant, ranks in whole.rankings.items() if tenant in tenants},
-        )
+        """Return the part of the state that belongs to these names, and the rankings of their tenants."""
+        whole, tenants = self.snapshot, {tenant for tenant, _ in keys}
+        records = {key: whole.records[key] for key in keys}
+        older = {key: whole.previous[key] for key in keys if key in whole.previous}
+        rankings = {tenant: ranks for tenant, ranks in whole.rankings.items() if tenant in tenants}
+        part = Snapshot(whole.generation, records, older, whole.encoder, rankings=rankings)
         return replace(self, snapshot=part)
+
+    def named(self, names: Sequence[str]) -> PoolState:
+        """Return the part with these names, as `find` takes them; all of it for none. Raises: ValueError."""
+        refs = [self.find(name).ref for name in names]
+        return self.only([(ref.tenant, ref.name) for ref in refs]) if names else self
+
+    def find(self, name: str) -> AdapterRecord:
+        """Return the live version that is meant by `name` or `owner/name`. Raises: ValueError."""
+        owner, _, bare = name.rpartition("/")
+        found = [record for key, record in self.snapshot.records.items() if key[1] == bare and owner in ("", key[0])]
+        if not found:
+            raise ValueError(f"no adapter {name!r} in this pool")
+        if len(found) > 1:
+            owners = " or ".join(sorted(f"{record.ref.tenant}/{bare}" for record in found))
+            raise ValueError(f"{len(found)} tenants have an adapter {name!r}: say {owners}")
+        return found[0]
 
     def blobs(self) -> dict[str, int | None]:
         """Return the digests of all blobs with their sizes; None for samples, whose size is not recorded."""
@@ -124,12 +135,11 @@ class PoolState:
 
 
 def state_events(snapshot: Snapshot, at: datetime) -> Iterator[Event]:
-    """Yield events that lead from an empty pool to this state, apart from the generations."""
+    """Yield events that lead from an empty pool to this state, without generations and without a reindex that runs."""
     if snapshot.encoder is not None:
         yield ActivateEncoder(snapshot.encoder.model, snapshot.encoder.identity, COPIED_BY, at)
     for key in sorted(snapshot.records):
         yield from version_events(snapshot.versions(key))
-    yield from (Embed(ref, embedding) for ref, embedding in snapshot.pending.items())
     for ranks in snapshot.rankings.values():
         yield from ranks
 

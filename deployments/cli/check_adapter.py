@@ -45,8 +45,13 @@ def check_adapters(
     if as_json:
         print_json({"data": outcomes})
         return min(num_refused, 1)
+    refused: dict[str, list[str]] = {}  # names by reason
     for outcome in outcomes:
-        _print(outcome, is_named=len(outcomes) > 1)
+        _print(outcome)
+        for reason in outcome.get("reasons", ()):
+            refused.setdefault(reason, []).append(outcome["name"])
+    for reason, names in refused.items():
+        show_error(f"{', '.join(names)}: refused: {reason}" if len(outcomes) > 1 else f"refused: {reason}")
     if len(outcomes) > 1:
         err.print(f"{len(outcomes) - num_refused} fit to publish, {num_refused} refused", highlight=False)
     if num_refused:
@@ -86,14 +91,12 @@ def _outcome(adapter: AdapterFolder, base_name: str | None, model: ServedModel, 
     return {"name": adapter.name, "is_fit": True, **counted, "warnings": list(admitted.warnings)}
 
 
-def _print(outcome: JsonObject, *, is_named: bool) -> None:
-    """Print the outcome for one folder. `is_named`: name it in a refusal too."""
+def _print(outcome: JsonObject) -> None:
+    """Print the outcome for a folder that is fit."""
     if outcome["is_fit"]:
         out.print(f"{outcome['name']}: {_summary(outcome)}", markup=False, highlight=False, soft_wrap=True)
     for warning in outcome.get("warnings", ()):
         show_warning(f"warning: {outcome['name']}: {warning}")
-    for reason in outcome.get("reasons", ()):
-        show_error(f"{outcome['name']}: refused: {reason}" if is_named else f"refused: {reason}")
 
 
 def _num_lines(folder: Path) -> int:

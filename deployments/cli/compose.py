@@ -34,7 +34,7 @@ def compose(
     adapters of its key's tenant, and the key needs the role admin.
     """
     weights = _weights_in(adapters)
-    from deployments.cli.pool_transfer import find_adapter, pool_of, read_modules  # torch takes seconds to import
+    from deployments.cli.pool_transfer import pool_of, read_modules  # torch takes seconds to import
     from lora_store import write_peft_folder
     from lora_store.composition import compose
 
@@ -42,8 +42,8 @@ def compose(
     with pool_of(store, url) as source:
         if folder.exists():
             raise ValueError(f"{folder}: exists; choose another name or folder")
-        snapshot = source.state().snapshot
-        records = {part: find_adapter(snapshot, part) for part in weights}
+        state = source.state()
+        records = {part: state.find(part) for part in weights}
         bases = sorted({record.base_model for record in records.values()})
         if len(bases) > 1:
             raise ValueError(f"--adapters: their base models differ, {' and '.join(bases)}")

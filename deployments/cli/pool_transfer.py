@@ -20,14 +20,12 @@ from lora_store import (
     AdapterRecord,
     LoraStoreError,
     ModuleWeights,
-    Snapshot,
     weights_in,
     write_peft_folder,
 )
 from lora_store.pool_copy import (
     ArchiveTarget,
     Conflict,
-    Imported,
     Report,
     StoreTarget,
     export_pool,
@@ -65,13 +63,13 @@ def export_to(target: str, names: Sequence[str], store: str | None, url: str, *,
     """Export to a new archive, store, or folder of PEFT folders. On an error, print it and exit."""
     with pool_of(store, url) as source, _progress("copying") as report:
         if as_peft:
-            state = _select(source.state(), names)
+            state = source.state().named(names)
             _write_peft(source, state, Path(target))
         elif target.endswith(ARCHIVE):
             with ArchiveTarget(Path(target)) as archive:
-                state = export_pool(source, archive, lambda state: _select(state, names), report)
+                state = export_pool(source, archive, names, report)
         else:
-            state = export_pool(source, StoreTarget(target), lambda state: _select(state, names), report)
+            state = export_pool(source, StoreTarget(target), names, report)
     snapshot, num_bytes = state.snapshot, sum(size or 0 for size in state.blobs().values())
     if as_json:
         facts = {"target": target, "generation": snapshot.generation, "num_adapters": len(snapshot.records)}
@@ -95,25 +93,21 @@ def import_from(
     with _failures(), _progress("importing") as report:
         uri = load_config(config, **({} if store is None else {"store_uri": store})).store_uri
         pool: PoolSource = ArchivedPool(Path(source)) if source.endswith(ARCHIVE) else StoredPool(source)
-        select = lambda state: _select(state, names)  # noqa: E731 - a part of the call
-        done = import_pool(pool, uri, conflict, select, is_dry=is_dry, progress=report)
+        done = import_pool(pool, uri, conflict, names, is_dry=is_dry, progress=report)
     if as_json:
-        print_json({"store": uri, "generation": done.generation, **done.names, "num_unembedded": done.num_unembedded})
+        print_json({"store": uri, **done})
         return
-    _say(done, uri, is_dry=is_dry)
-
-
-def _say(done: Imported, uri: str, *, is_dry: bool) -> None:
-    for kind, names in done.names.items():
-        if names and kind != "equal":
-            out.print(f"{kind}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in done.names.items())
+    for kind in ("new", "skipped", "replaced"):
+        if done[kind]:
+            out.print(f"{kind}: {', '.join(done[kind])}", markup=False, highlight=False, soft_wrap=True)
+    counts = ", ".join(f"{len(done[kind])} {kind}" for kind in ("new", "equal", "skipped", "replaced"))
     would = "would be imported into" if is_dry else "are now in"
-    out.print(f"{counts}; {would} {uri}, generation {done.generation}", markup=False, highlight=False, soft_wrap=True)
-    if done.num_unembedded:
+    said = f"{counts}; {would} {uri}, generation {done['generation']}"
+    out.print(said, markup=False, highlight=False, soft_wrap=True)
+    if done["num_unembedded"]:
         show_warning(
-            f"auto does not find {counted(done.num_unembedded, 'adapter')} yet, embedded by another encoder than this"
-            " pool's: run `loraretriever pool reindex`"
+            f"auto does not find {counted(done['num_unembedded'], 'adapter')} yet, embedded by another encoder than"
+            " the pool's: run `loraretriever pool reindex`"
         )
 
 
@@ -138,24 +132,6 @@ def _progress(title: str) -> Iterator[Report]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def find_adapter(snapshot: Snapshot, name: str) -> AdapterRecord:
-    """Return the live version that is meant by `name` or `owner/name`. Raises: ValueError."""
-    owner, slash, bare = name.rpartition("/")
-    found = [record for key, record in snapshot.records.items() if key[1] == bare and (not slash or key[0] == owner)]
-    if not found:
-        raise ValueError(f"no adapter {name!r} in this pool")
-    if len(found) > 1:
-        owners = " or ".join(f"{record.ref.tenant}/{bare}" for record in found)
-        raise ValueError(f"{len(found)} tenants have an adapter {name!r}: say {owners}")
-    return found[0]
-
-
-def _select(state: PoolState, names: Sequence[str]) -> PoolState:
-    """Return the part of the pool with these names, all of it for none. Raises: ValueError."""
-    refs = [find_adapter(state.snapshot, name).ref for name in names]
-    return state.only([(ref.tenant, ref.name) for ref in refs]) if names else state
 
 
 def read_modules(source: PoolSource, record: AdapterRecord) -> dict[str, ModuleWeights]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import AdapterNotFound, AdapterRef, BlobCorrupted, LoraStore, Snapshot, StoreIsNewer
+from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreIsNewer
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
@@ -49,7 +49,6 @@ def fill(store: LoraStore, make_folder: MakeFolder) -> None:
             store.approve([staged.ref], ADMIN)
         ranked.append(staged.ref)
     store.rank("local", [ranking(ranked[1], ranked[3])], ADMIN)
-    store.add_embeddings({ranked[1]: embedding(0.1, 0.2, encoder="next")})
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def archive(pool: LoraStore, store_uri: str, tmp_path: Path) -> Path:
 def state_of(snapshot: Snapshot) -> dict[str, object]:
     """Return everything in a snapshot but generations."""
     versions = {key: [replace(record, generation=0) for record in snapshot.versions(key)] for key in snapshot.records}
-    return {"versions": versions, "pending": dict(snapshot.pending), "ranks": dict(snapshot.rankings)}
+    return {"versions": versions, "ranks": dict(snapshot.rankings)}
 
 
 def test_an_archive_restores_versions_trials_approvals_and_rankings(
@@ -79,7 +78,8 @@ def test_an_archive_restores_versions_trials_approvals_and_rankings(
     done = import_pool(ArchivedPool(archive), str(tmp_path / "new"))
     restored = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     assert state_of(restored.snapshot()) == state_of(pool.snapshot())
-    assert done.names == {"new": ["acme/secret", "local/poet"], "equal": [], "skipped": [], "replaced": []}
+    names = {"new": ["acme/secret", "local/poet"], "equal": [], "skipped": [], "replaced": []}
+    assert done == {"generation": 2, **names, "num_unembedded": 0}
     assert all(check.problem is None for check in restored.verify())
     assert restored.snapshot().referenced() == pool.snapshot().referenced()
 
@@ -196,9 +196,9 @@ def test_an_interrupted_import_continues_with_what_is_missing(
         import_pool(Scripted(folder_uri, lambda at, name: fail_at(1)(at - 2, name)), copy)
     assert len(LoraStore(copy, accepts_base=[BASE]).snapshot().records) == 1
     done = import_pool(StoredPool(folder_uri), copy)
-    assert (len(done.names["equal"]), len(done.names["new"])) == (1, 1)
+    assert (len(done["equal"]), len(done["new"])) == (1, 1)
     assert facts(copy) == facts(folder_uri)
-    assert import_pool(StoredPool(folder_uri), copy).generation == done.generation
+    assert import_pool(StoredPool(folder_uri), copy)["generation"] == done["generation"]
 
 
 def other_pool(uri: str, make_folder: MakeFolder) -> LoraStore:
@@ -229,7 +229,7 @@ def test_skip_keeps_the_store_s_version_and_imports_the_rest(
     store = other_pool(str(tmp_path / "new"), make_folder)
     kept = store.snapshot().records["local", "poet"]
     done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
-    assert (done.names["skipped"], done.names["new"]) == (["local/poet"], ["acme/secret"])
+    assert (done["skipped"], done["new"]) == (["local/poet"], ["acme/secret"])
     assert store.snapshot().records["local", "poet"] == kept
     assert ("acme", "secret") in store.snapshot().records
 
@@ -242,11 +242,11 @@ def test_replace_publishes_a_new_version_and_keeps_the_older_ones(
     plan = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "replace", is_dry=True)
     assert store.snapshot().versions(("local", "poet")) == before
     done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "replace")
-    assert plan.names == done.names
+    assert plan["replaced"] == done["replaced"]
     live, *older = store.snapshot().versions(("local", "poet"))
     assert (live.ref, live.trial) == (pool.snapshot().records["local", "poet"].ref, None)
     assert older == list(before)
-    assert done.names["replaced"] == ["local/poet"]
+    assert done["replaced"] == ["local/poet"]
 
 
 @pytest.mark.parametrize("on_conflict", ["refuse", "replace"])
@@ -363,15 +363,13 @@ def test_adapters_of_another_encoder_are_counted(
     other = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     other.commit([other.stage(make_folder("mine", 70))], [embedding(encoder="other")], [0.5], "maker")
     done = import_pool(StoredPool(store_uri), str(tmp_path / "new"))
-    assert done.num_unembedded == 2
+    assert done["num_unembedded"] == 2
     assert other.snapshot().rankings == {}
 
 
 def test_a_part_of_a_pool_is_copied_with_its_own_files_only(pool: LoraStore, store_uri: str, tmp_path: Path) -> None:
-    copied = export_pool(
-        StoredPool(store_uri), StoreTarget(str(tmp_path / "new")), lambda state: state.only([("acme", "secret")])
-    )
+    copied = export_pool(StoredPool(store_uri), StoreTarget(str(tmp_path / "new")), ["secret"])
     copy = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     assert copy.snapshot().referenced() == set(pool.snapshot().records["acme", "secret"].blobs)
-    assert AdapterRef("local", "poet", "") not in copied.snapshot.pending
+    assert list(copied.snapshot.records) == [("acme", "secret")]
     assert copy.snapshot().rankings == {}

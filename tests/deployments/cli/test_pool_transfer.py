@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from deployments.cli import pool_transfer
 from deployments.cli.pool_transfer import ServedPool
 from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, read_peft_folder, write_peft_folder
 from lora_store.pool_copy import StoreTarget, export_pool
@@ -157,5 +156,5 @@ def test_wrong_weights_are_refused(adapters: str) -> None:
 
 def test_one_name_of_two_tenants_needs_its_owner(pool: LoraStore, tmp_path: Path) -> None:
     publish(pool, tmp_path, "poet", tenant="acme", visibility="private")
-    with pytest.raises(ValueError, match="say local/poet or acme/poet"):
-        pool_transfer.find_adapter(pool.snapshot(), "poet")
+    with pytest.raises(ValueError, match="say acme/poet or local/poet"):
+        pool.pool_state(None).find("poet")
