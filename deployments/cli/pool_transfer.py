@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from deployments.cli.client import check, client_of, counted, err, fail, out, print_json, show_warning
 from deployments.config.loading import load_config
+from deployments.json_types import JsonObject
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
@@ -155,7 +156,7 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
         samples = () if digest is None else parse_samples(b"".join(read_checked(source, blob_file(digest))))
         modules = read_modules(source, record)
         write_peft_folder(folder / place, modules, base_model=record.base_model, samples=samples)
-        entry = {"name": name, "source": place} | ({"owner": tenant} if has_owners else {})
-        label = {"visibility": record.visibility, "tags": list(record.tags), "template": record.template or "server"}
-        entries.append(entry | label)
+        entry: JsonObject = {"name": name, "source": place, "visibility": record.visibility}
+        entry |= {"tags": list(record.tags), "template": record.template or "server"}
+        entries.append(entry | ({"owner": tenant} if has_owners else {}))
     (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))
