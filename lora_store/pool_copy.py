@@ -106,6 +106,8 @@ class ArchiveTarget:
         self._path, self._partial = path, path.with_name(f"{path.name}.partial")
         if path.exists():
             raise ValueError(f"{path}: exists; name a new archive")
+        self._partial.unlink(missing_ok=True)
+        self._partial.touch(mode=0o600)
         self._archive = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> ArchiveTarget:
@@ -125,12 +127,13 @@ class ArchiveTarget:
         entry.size, entry.mtime, entry.mode = num_bytes, int(time.time()), 0o600
         self._archive.addfile(entry, _Reader(first, parts))  # type: ignore[arg-type]  # read is all that it calls
         for _ in parts:  # reads to the end, which checks the digest
-            raise BlobCorrupted(name.rpartition("/")[2], "more bytes than recorded")
+            raise BlobCorrupted(name.rpartition("/")[2], "another digest")
 
     def finish(self, state: PoolState) -> None:
         data = state.to_parquet()
         self.add(CATALOGUE_FILE, len(data), lambda: iter([data]))
         self._archive.close()
+        Files(Location(str(self._path.parent))).flush([self._partial.name])
         self._partial.replace(self._path)
 
 
@@ -241,7 +244,8 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
             names["skipped"].append(shown)
         elif on_conflict == "replace" and live is not None:
             names["replaced"].append(shown)
-            moves.append(((replace(versions[0], trial=None),), live.ref.digest))
+            new = replace(versions[0], trial=None, live_since=datetime.now(UTC))
+            moves.append(((new,), live.ref.digest))
         else:
             refused.append(f"{shown} {problem}")
     if refused:

@@ -75,6 +75,7 @@ def state_of(snapshot: Snapshot) -> dict[str, object]:
 def test_an_archive_restores_versions_trials_approvals_and_rankings(
     pool: LoraStore, archive: Path, tmp_path: Path
 ) -> None:
+    assert archive.stat().st_mode & 0o777 == 0o600
     done = import_pool(ArchivedPool(archive), str(tmp_path / "new"))
     restored = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     assert state_of(restored.snapshot()) == state_of(pool.snapshot())
@@ -244,6 +245,7 @@ def test_replace_publishes_a_new_version_and_keeps_the_older_ones(
     done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "replace")
     assert plan["replaced"] == done["replaced"]
     live, *older = store.snapshot().versions(("local", "poet"))
+    assert live.live_since is not None and live.live_since > live.created_at
     assert (live.ref, live.trial) == (pool.snapshot().records["local", "poet"].ref, None)
     assert older == list(before)
     assert done["replaced"] == ["local/poet"]
