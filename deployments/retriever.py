@@ -89,9 +89,7 @@ class RetrieverDeployment:
         self._metrics = RetrieverMetrics(kinds)
         self._store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
         self._pools = live_pool(config, self._store.snapshot, index)
-        self._retriever = retriever_over(
-            self._pools, config.retrieval, owner_names=config.owner_names, timings=self._metrics
-        )
+        self._retriever = retriever_over(self._pools, config, self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
         self._encoding = ThreadPoolExecutor(

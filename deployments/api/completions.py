@@ -141,7 +141,8 @@ class GenerationRequest(TolerantRequest):
     min_tokens: int = Field(default=0, ge=0)
     """The end token and stop strings count only after this many new tokens."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    """0 is greedy. Unset: the server's default, as for `top_p`, `top_k`, `min_p` and `repetition_penalty`."""
+    """0 is greedy. Unset: the server's default, as for `top_p`, `top_k`, `min_p`, `repetition_penalty` and
+    `max_repeats`."""
     top_p: float = Field(default=1.0, ge=0, le=1)
     """Sample from the smallest set of tokens with this probability. 0 leaves the most probable token."""
     top_k: int = Field(default=0, ge=-1, lt=2**31)
@@ -154,6 +155,9 @@ class GenerationRequest(TolerantRequest):
     """Subtracted for each time the answer contains the token."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     """Divides the logits of tokens in the prompt and the answer."""
+    max_repeats: int = Field(default=0, ge=0, lt=2**31)
+    """End the answer once it repeats a passage of up to 64 tokens more than this many times in a row, within at least
+    24 tokens. 0: do not look."""
     logit_bias: LogitBias = Field(default={})
     """Token id to a number that is added to its logit."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -230,6 +234,7 @@ class GenerationRequest(TolerantRequest):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
+            max_repeats=self.max_repeats,
             logit_bias=tuple(sorted(self.logit_bias.items())),
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,

@@ -47,6 +47,9 @@ class SamplingDefaults(Settings):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     """Divides the logits of tokens that the prompt or the answer has. 1 changes nothing; raise it for a base model that
     repeats itself."""
+    max_repeats: int | None = Field(default=None, ge=0, lt=2**31)
+    """End an answer once it repeats a passage of up to 64 tokens more than this many times in a row. 0 does not look.
+    Set it for a small base model, which may repeat a sentence until `max_tokens`."""
 
     @property
     def given(self) -> dict[str, float]:

@@ -58,7 +58,7 @@ def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
     job = served.job
     assert job.prompt == (Message("user", "Hi"),)
     assert [row.ref for row in job.plan.adapters] == [POOL[1].ref]
-    unset = frozenset({"top_p", "min_p", "repetition_penalty"})
+    unset = frozenset({"top_p", "min_p", "repetition_penalty", "max_repeats"})
     assert job.sampling == SamplingParams(max_tokens=9, temperature=0.25, top_k=4, seed=11, stop=("a",), unset=unset)
     assert job.template == "chat"  # the template that its adapter names
     assert answer["id"] == f"chatcmpl-{job.request_id}"
