@@ -36,7 +36,7 @@ from lora_store.rules import activate_events
 from lora_store.snapshot import Snapshot
 
 Conflict = Literal["refuse", "skip", "replace"]
-"""What an import does with a name whose live version in the store is another one."""
+"""The fate of a name whose live version in the store is another one: refuse all, leave it, publish a new version."""
 Move = tuple[tuple[AdapterRecord, ...], str | None]
 """The versions of a name, the live one first, and the digest that is live in the store until they are imported."""
 Report = Callable[[int, int], object]

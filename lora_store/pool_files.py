@@ -50,7 +50,7 @@ def is_projection(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """What a pool holds at one generation. `projections`: the files' names that its encoders need."""
+    """The content of a pool at one generation. `projections`: the names of the files that its encoders need."""
 
     snapshot: Snapshot
     projections: tuple[str, ...] = ()

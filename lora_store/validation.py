@@ -47,7 +47,7 @@ T = TypeVar("T")
 class Label:
     """The publisher's metadata for an adapter, in addition to its folder.
 
-    `base_model`: the base that its folder was trained on, in place of the one that the folder names.
+    `base_model`: the base that it was trained on, instead of the one that its folder names.
     """
 
     name: str

@@ -107,7 +107,7 @@ class AdapterLabel(ApiRequest):
     # The live version stays, and this one answers a share of the requests to its name, or with `shadow` a copy of them.
     share: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     shadow: bool = False
-    # The accepted base model that it was trained on, in place of the name in its folder. Shapes are checked as always.
+    # The accepted base model that it was trained on, instead of the name in its folder. Shapes are checked as always.
     base_model: str | None = Field(default=None, min_length=1, max_length=4096)
 
     @model_validator(mode="after")

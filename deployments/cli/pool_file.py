@@ -29,7 +29,7 @@ from deployments.publishing.adapter_folders import adapter_folders
 
 
 class _Described(BaseModel):
-    """What a file says of an adapter. A field that is not given stays as it is in the live version."""
+    """The description of an adapter in a file. A field that is not given stays as it is in the live version."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -156,7 +156,7 @@ def _item(file: Path, entry: _Entry, defaults: _Described) -> tuple[str | None, 
             fail(f"{file}: adapters: {entry.source}: needs a name")
         return owner, Item(entry.source, entry.name, fields)
     folder = file.parent / entry.source
-    found = adapter_folders(folder)  # of a training run, its last checkpoint
+    found = adapter_folders(folder)  # the last checkpoint of a training run
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters"
         fail(f"{file}: adapters: {entry.source}: has {what}; list each adapter's own folder")

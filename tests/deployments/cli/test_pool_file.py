@@ -59,7 +59,7 @@ def test_each_adapter_is_sent_with_its_own_description(tmp_path: Path) -> None:
     assert "1 adapter of other owners" in words(result.stderr)
 
 
-def test_what_is_new_changed_and_unchanged_is_told_apart(tmp_path: Path) -> None:
+def test_new_changed_and_unchanged_adapters_are_told_apart(tmp_path: Path) -> None:
     file = write(tmp_path, *({"source": name} for name in ("new", "tagged", "heavier", "same")))
     rows = [
         published("new"),
