@@ -73,7 +73,6 @@ def export_pool(
                     progress(len(done), len(files))
                 break
             except AdapterNotFound as gone:
-                pool.shutdown(cancel_futures=True)
                 state = source.state().named(names)
                 if any(name.endswith(gone.wanted) for name in _files_of(state)):
                     raise
