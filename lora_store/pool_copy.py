@@ -44,6 +44,7 @@ Report = Callable[[int, int], object]
 _NUM_THREADS = 8
 _TOGETHER = 32  # names per commit of an import
 _NUM_SHOWN = 10
+_UNFINISHED = "unfinished-export"  # a file in the store until its catalogue is written
 
 
 def export_pool(
@@ -153,7 +154,7 @@ class _Reader:
 class StoreTarget:
     """A new store. Without a catalogue, which comes last, no server opens it. Files that it has are not copied again.
 
-    Raises: ValueError if there is a pool.
+    Raises: ValueError if it holds anything but an export that was interrupted.
     """
 
     num_threads = _NUM_THREADS
@@ -161,24 +162,37 @@ class StoreTarget:
     def __init__(self, uri: str) -> None:
         self._location = Location(uri)
         self._files, self._blobs = Files(self._location), BlobStore(self._location.child("blobs"))
-        if self._files.entries(CATALOGUE) and Catalogue(self._location.child(CATALOGUE)).snapshot().generation:
-            raise ValueError(f"{uri}: holds a pool; name a new place, or add to it with `loraretriever pool import`")
+        if not self._files.contains(_UNFINISHED):
+            _require_empty(self._files, uri)
+        elif self._files.entries(CATALOGUE) and Catalogue(self._location.child(CATALOGUE)).snapshot().generation:
+            self._files.delete([_UNFINISHED])
+            raise ValueError(f"{uri}: holds a finished export; name a new place")
+        self._files.write(_UNFINISHED, b"")
 
     def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        put_file(self._blobs, self._files, name, pieces)
+        _put(self._blobs, self._files, name, pieces)
 
     def finish(self, state: PoolState) -> None:
         needed = state.blobs()
         self._blobs.delete([file.digest for file in self._blobs.files() if file.digest not in needed])
         events = list(state_events(state.snapshot, datetime.now(UTC)))
         Catalogue(self._location.child(CATALOGUE)).commit(lambda _: events)
+        self._files.delete([_UNFINISHED])
 
 
-def put_file(blobs: BlobStore, files: Files, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+def _require_empty(files: Files, uri: str) -> None:
+    """Raises: ValueError if there is a pool, or what is left of a damaged one."""
+    if files.entries(CATALOGUE):
+        raise ValueError(f"{uri}: holds a pool; name a new place, or add to it with `loraretriever pool import`")
+    if files.entries("blobs"):
+        raise ValueError(f"{uri}: holds blobs but no catalogue: it may be a damaged pool; name a new place")
+
+
+def _put(blobs: BlobStore, files: Files, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
     """Store a file, unless there is such a blob. Leave no damaged one behind."""
     digest = name.rpartition("/")[2]
     if not name.startswith("blobs/"):
-        files.write_pieces(name, pieces())
+        files.write(name, b"".join(pieces()))
         return
     try:
         blobs.put_pieces(digest, pieces)
@@ -208,6 +222,8 @@ def import_pool(
     state.check_digests()
     location = Location(uri)
     is_there = bool(Files(location).entries(CATALOGUE))
+    if not is_there:
+        _require_empty(Files(location), uri)
     catalogue = Catalogue(location.child(CATALOGUE)) if is_there or not is_dry else None
     before = Snapshot(0, {}) if catalogue is None else catalogue.snapshot()
     moves, result = _plan(state.snapshot, before, on_conflict)
@@ -243,7 +259,8 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
             names["skipped"].append(shown)
         elif on_conflict == "replace" and live is not None:
             names["replaced"].append(shown)
-            new = replace(versions[0], trial=None, live_since=datetime.now(UTC))
+            kept = {"visibility": live.visibility, "expires_at": live.expires_at}  # as a publish keeps them
+            new = replace(versions[0], trial=None, live_since=datetime.now(UTC), **kept)
             moves.append(((new,), live.ref.digest))
         else:
             refused.append(f"{shown} {problem}")
@@ -304,13 +321,15 @@ class _Importer:
                 list(pool.map(self._copy, map(blob_file, digests)))
             generation = self._catalogue.commit(partial(self._events, moves))
             if missing := self._blobs.missing(digests):
-                raise StoreUnavailable(f"{len(missing)} blobs were deleted while they were imported; import again")
+                raise StoreUnavailable(
+                    f"{len(missing)} blobs were deleted while they were imported: withdraw their adapters, import again"
+                )
         finally:
             self._leases.release(leases)
         return generation
 
     def _copy(self, name: str) -> None:
-        put_file(self._blobs, self._files, name, partial(read_checked, self._source, name))
+        _put(self._blobs, self._files, name, partial(read_checked, self._source, name))
 
     def _events(self, moves: Sequence[Move], newest: Snapshot) -> list[Event]:
         """Return the events of these moves. Raises: ValueError if the store's names changed since they were planned."""

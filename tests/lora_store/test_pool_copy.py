@@ -180,6 +180,22 @@ def test_an_interrupted_export_is_no_pool_and_continues(
         StoreTarget(copy)
 
 
+@pytest.mark.parametrize("how", ["export", "import", "dry import"])
+def test_a_store_that_lost_its_catalogue_is_never_written_to(
+    how: str, folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(Path(folder_uri) / "blobs", damaged / "blobs")
+    before = sorted(damaged.rglob("*"))
+    with pytest.raises(ValueError, match="blobs but no catalogue"):
+        if how == "export":
+            StoreTarget(str(damaged))
+        else:
+            import_pool(StoredPool(folder_uri), str(damaged), is_dry=how == "dry import")
+    assert sorted(damaged.rglob("*")) == before
+
+
 def test_an_interrupted_archive_leaves_nothing(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
     with pytest.raises(Interrupted), ArchiveTarget(tmp_path / "pool.tar") as target:
@@ -260,6 +276,18 @@ def test_a_public_name_of_another_tenant_is_never_taken(
     other_pool(str(tmp_path / "new"), make_folder)
     with pytest.raises(ValueError, match="acme/poet is public, and its name belongs to tenant 'local'"):
         import_pool(StoredPool(store_uri), str(tmp_path / "new"), on_conflict)  # type: ignore[arg-type]
+
+
+def test_replace_keeps_who_may_use_the_adapter(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
+    """Otherwise a public version would take the bare name that another tenant has."""
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    for tenant, visibility in [("acme", "public"), ("local", "private")]:
+        staged = store.stage(make_folder("poet", 50), tenant=tenant, visibility=visibility)  # type: ignore[arg-type]
+        store.commit([staged], [None], [0.5], "maker")
+    import_pool(StoredPool(folder_uri), str(tmp_path / "new"), "replace")
+    assert store.snapshot().records["local", "poet"].visibility == "private"
+    assert store.snapshot().public["poet"].ref.tenant == "acme"
 
 
 def test_a_name_published_during_the_import_is_not_overwritten(
