@@ -259,8 +259,8 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
             names["skipped"].append(shown)
         elif on_conflict == "replace" and live is not None:
             names["replaced"].append(shown)
-            kept = {"visibility": live.visibility, "expires_at": live.expires_at}  # as a publish keeps them
-            new = replace(versions[0], trial=None, live_since=datetime.now(UTC), **kept)
+            new = replace(versions[0], trial=None, live_since=datetime.now(UTC))
+            new = replace(new, visibility=live.visibility, expires_at=live.expires_at)  # as a publish keeps them
             moves.append(((new,), live.ref.digest))
         else:
             refused.append(f"{shown} {problem}")
