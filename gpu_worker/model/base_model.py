@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 _ATTENTION_SINKS = ("gpt_oss",)
 _LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
-_NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
+_NEEDED = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
+    "max_position_embeddings",
+)
+_WITHOUT_GROUPS = ("gpt_neox", "gptj", "opt", "persimmon")  # each head has keys of its own, and no setting says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         num_layers=hf_config.num_hidden_layers,
-        num_kv_heads=config_setting(hf_config, "num_key_value_heads") or hf_config.num_attention_heads,
+        num_kv_heads=_num_kv_heads(hf_config),
         head_dim=head_dim,
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
@@ -188,9 +192,15 @@ def _check_config(config: Any) -> None:
         problems.append(f"layers of other kinds ({', '.join(other)})")
     if config.model_type in _ATTENTION_SINKS:
         problems.append("attention sinks")
-    problems += [f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(config, name), int)]
+    found = {name: config_setting(config, name) for name in _NEEDED} | {"num_key_value_heads": _num_kv_heads(config)}
+    problems += [f"a config without {name}" for name, value in found.items() if not isinstance(value, int)]
     if problems:
         raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not support")
+
+
+def _num_kv_heads(config: Any) -> Any:
+    name = "num_attention_heads" if config.model_type in _WITHOUT_GROUPS else "num_key_value_heads"
+    return config_setting(config, name)
 
 
 def _window_layers(config: Any) -> frozenset[int]:

@@ -24,7 +24,7 @@ from tests.gpu_worker.families import EQUAL, MULTIMODAL, save, save_multimodal
 from tests.soak import Scale
 from tests.tiny import assert_equal_logits, linear_shapes, plan_of, tiny_config
 
-NEW_FAMILIES = ("gpt_neox", "gptj", "opt")
+NEW_FAMILIES = ("gpt_neox", "gptj", "opt", "persimmon")
 PROMPTS = ["The parrot says", "x", "0123456789" * 3]
 NUM_NEW = 5
 ALL_TEXT = r".*(language_model|text_model)\..*\w+_proj"
