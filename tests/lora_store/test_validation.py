@@ -39,21 +39,6 @@ def test_the_path_of_the_base_is_accepted_and_not_shown_to_others(make_folder: M
     assert "/srv" not in str(caught.value)
 
 
-def test_another_base_is_refused_with_the_names_that_the_server_accepts(make_folder: MakeFolder) -> None:
-    folder = make_folder()
-    config(base_model_name_or_path="/models/base")(folder)
-    with pytest.raises(AdapterRefused) as caught:
-        check_folder(folder, accepts_base={"tiny-base"}, module_shapes=None)
-    [reason] = caught.value.reasons
-    wanted = [
-        "'/models/base'",
-        "accepts 'tiny-base'",
-        "set base_model_name_or_path in adapter_config.json",
-        "accepts_base",
-    ]
-    assert [part for part in wanted if part not in reason] == []
-
-
 def test_the_configs_patterns_are_not_matched_with_made_up_modules(
     open_store: OpenStore, make_folder: MakeFolder, module_shapes: dict[str, tuple[int, int]]
 ) -> None:
@@ -79,11 +64,6 @@ def test_the_list_of_reasons_is_limited_and_counts_the_omitted_ones(
         open_store().stage(folder, module_shapes=module_shapes)
     assert len(caught.value.reasons) == 51
     assert caught.value.reasons[-1] == "and 50 more"
-
-
-def test_a_missing_folder_is_refused(open_store: OpenStore, tmp_path: Path) -> None:
-    with pytest.raises(AdapterRefused, match="'nowhere' is not a folder"):
-        open_store().stage(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

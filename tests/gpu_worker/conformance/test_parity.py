@@ -14,6 +14,7 @@ from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights
 from lora_store.peft_files import write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan
+from lora_store.strategies.registry import STRATEGIES
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference, Step
 from tests.tiny import plan_of
@@ -47,6 +48,10 @@ def plans_of(adapter: MakeAdapter) -> dict[str, Plan]:
         "mixture with a weight of zero": plan_of("mixture", (plain, 0.0), (partial, 1.0)),
         "fusion of one": plan_of("fusion", (plain, 1.0)),
         "fusion of three": plan_of("fusion", (plain, 0.5), (partial, 0.3), (unequal, 0.4)),
+    } | {
+        f"registered {name}": plan_of(name, (plain, 0.8), (unequal, 0.2))
+        for name, strategy in STRATEGIES.items()
+        if strategy.most_adapters > 1
     }
 
 
