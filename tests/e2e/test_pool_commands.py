@@ -41,25 +41,6 @@ def test_publish_show_and_roll_back(live: Live, pool: list[Path]) -> None:
     assert live.call("GET", "/v1/loras/volcanoes").json()["digest"] == second["digest"]
 
 
-def test_a_folder_of_folders_is_one_commit(live: Live, tmp_path: Path) -> None:
-    many = tmp_path / "many"
-    for number in range(5):
-        shutil.copytree(live.folder(f"many-{number}", 9200 + number, f"thing {number}"), many / f"many-{number}")
-    (many / "many-3" / "adapter_config.json").write_text("{}")
-    said = run(live, "publish", str(many), code=1)
-    assert "many-3" in said
-    records = live.call("GET", "/v1/loras").json()["data"]
-    found = {record["name"]: record["generation"] for record in records if record["name"].startswith("many-")}
-    assert sorted(found) == ["many-0", "many-1", "many-2", "many-4"]
-    assert len(set(found.values())) == 1
-    run(live, "withdraw", *found)
-
-
-def test_missing_adapters_are_reported(live: Live) -> None:
-    for words in (["withdraw", "nobody"], ["show", "nobody"], ["rollback", "nobody"]):
-        assert "nobody" in run(live, *words, code=1)
-
-
 def test_verify_finds_a_damaged_blob_and_publishing_again_repairs_it(live: Live, pool: list[Path]) -> None:
     run(live, "pool", "verify")
     digest = live.call("GET", "/v1/loras/violins").json()["weights_digest"]
@@ -68,16 +49,6 @@ def test_verify_finds_a_damaged_blob_and_publishing_again_repairs_it(live: Live,
     said = run(live, "pool", "verify", code=1)
     assert "violins" in said
     run(live, "publish", str(pool[2]))
-    run(live, "pool", "verify")
-
-
-def test_gc_removes_unreferenced_blobs(live: Live, pool: list[Path]) -> None:
-    [some, *_] = live.stored("blobs")
-    folder = some.rpartition("/")[0]
-    stray = f"{folder}/{'f' * 64}"
-    live.overwrite(stray, b"left by a crash")
-    run(live, "pool", "gc", "--retention", "0")
-    assert stray not in live.stored("blobs")
     run(live, "pool", "verify")
 
 
