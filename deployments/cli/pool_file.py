@@ -160,4 +160,4 @@ def _item(file: Path, entry: _Entry, defaults: _Described) -> tuple[str | None, 
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters"
         fail(f"{file}: adapters: {entry.source}: has {what}; list each adapter's own folder")
-    return owner, Item(found[0].path, entry.name or found[0].name, fields)
+    return owner, Item(found[0].path, entry.name or found[0].new_name, fields)
