@@ -118,7 +118,7 @@ def _say(file: Path, rows: list[JsonObject], others: list[str], num_left: int, *
         err.print(f"left out: {left}", highlight=False)
     changes = [row["change"] for row in rows]
     counts = [f"{changes.count(kind)} {kind}" for kind in ("new", "changed", "unchanged", "refused")]
-    err.print(", ".join(counts), highlight=False)
+    out.print(", ".join(counts), highlight=False)
 
 
 def _read(file: Path) -> list[tuple[str | None, Item]]:

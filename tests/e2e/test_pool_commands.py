@@ -68,7 +68,7 @@ def test_a_pool_exported_from_a_server_and_restored_gives_the_same_plans(
 def plans_of(config: AppConfig, prompts: list[str]) -> list[list[tuple[str, float]]]:
     """Return the digests and weights that a Retriever of this store plans for each prompt."""
     store = LoraStore(config.store_uri, accepts_base=())
-    retriever = retriever_over(live_pool(config, store.snapshot), config.retrieval, owner_names=config.owner_names)
+    retriever = retriever_over(live_pool(config, store.snapshot), config)
     routes = [one for prompt in prompts for one in retriever.route([RouteRequest(prompt)])]
     return [[(each.ref.digest, each.weight) for each in one.plan.adapters] for one in routes if isinstance(one, Route)]
 
