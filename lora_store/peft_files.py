@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+MLX_WEIGHTS_FILE = "adapters.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -135,10 +136,18 @@ def pairs_of(tensors: Mapping[str, T]) -> dict[str, dict[Side, T]]:
     return pairs
 
 
-def pair_modules(config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]]) -> dict[str, ModuleWeights]:
-    """Return the modules that have both sides, each with its scaling from `config`."""
+def pair_modules(
+    config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]], paths: Mapping[str, str] | None = None
+) -> dict[str, ModuleWeights]:
+    """Return the modules that have both sides, each with its scaling from `config`.
+
+    `paths`: of modules with other paths in the model that was trained.
+    """
+    trained = paths or {}
     return {
-        name: ModuleWeights(pair["lora_a"], pair["lora_b"], config.scaling_of(name, pair["lora_a"].shape[0]))
+        name: ModuleWeights(
+            pair["lora_a"], pair["lora_b"], config.scaling_of(trained.get(name, name), pair["lora_a"].shape[0])
+        )
         for name, pair in pairs.items()
         if len(pair) == len(_SIDES)
     }

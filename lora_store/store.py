@@ -28,6 +28,7 @@ from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, GarbageCollector
 from lora_store.leases import Leases
 from lora_store.location import Location
+from lora_store.names import NamedPolicy, policy_digest
 from lora_store.pool_files import PART_BYTES, PoolState, blob_file, is_projection
 from lora_store.quota import TenantQuota
 from lora_store.rankings import Ranking
@@ -36,8 +37,10 @@ from lora_store.rules import (
     Precondition,
     activate_events,
     approve_events,
+    approve_name_events,
     embed_events,
     expire_events,
+    name_events,
     publish_events,
     rank_events,
     trial_events,
@@ -45,11 +48,12 @@ from lora_store.rules import (
     withdraw_events,
 )
 from lora_store.sample_files import parse_samples, write_samples
-from lora_store.snapshot import ActiveEncoder, Snapshot
+from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 from lora_store.staging import Kept, Staged, staged_record, take_over, with_samples
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
+from lora_store.usage import UsageFiles
 from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
@@ -91,6 +95,7 @@ class LoraStore:
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         self.feedback = FeedbackFiles(location.child("feedback"))
+        self.usage = UsageFiles(location.child("usage"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
@@ -347,6 +352,21 @@ class LoraStore:
         """
         at = self._now()
         return self._catalogue.commit(lambda snapshot: approve_events(snapshot, refs, actor, at))
+
+    def set_name(self, key: Key, policy: str, actor: str) -> int:
+        """Make this policy, in JSON, the newest of a model name, and return the generation; "" removes the name.
+
+        Raises: NameTaken, QuotaExceeded, VersionConflict; AdapterNotFound for a name to remove that does not exist.
+        """
+        named = NamedPolicy(AdapterRef(*key, policy_digest(policy)), policy, actor, self._now())
+        return self._catalogue.commit(lambda snapshot: name_events(snapshot, named))
+
+    def approve_name(self, ref: AdapterRef) -> int:
+        """Let every tenant use this version of a name, and return the generation.
+
+        Raises: AdapterNotFound for a version that is not kept; NameTaken, VersionConflict.
+        """
+        return self._catalogue.commit(lambda snapshot: approve_name_events(snapshot, ref))
 
     def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         """Add embeddings by an encoder that is to be activated, and return the generation. Skip versions not live."""

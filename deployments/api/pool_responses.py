@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NotRequired
+from typing import Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
 from deployments.api.responses import TrialObject, trial_object
 from deployments.json_types import JsonObject
 from lora_store import AdapterRecord, Feedback, Ranking, Sample
+from lora_store.usage import UsageQuery
 from retriever_svc import BaseCounts, Page, Place, Point, PoolMap
 
 
@@ -22,6 +23,8 @@ class ModelCard(TypedDict):
     parent: str | None
     template: str  # of its chats: alpaca or chat; auto where this replica has not the model's files
     sampling_defaults: dict[str, float]  # for parameters that a request leaves unset, the settings' or the base model's
+    strategies: NotRequired[dict[str, str]]  # of auto: the names of the strategies, with what each composes
+    weights: NotRequired[dict[str, str]]  # of auto: the names of the weightings, with the weights that they give
     accepts_base: NotRequired[list[str]]  # base models that adapters may name; of the base model, for keys that publish
 
 
@@ -198,6 +201,41 @@ class Stats(TypedDict):
     tenant: JsonObject
     evaluation: JsonObject | None
     workers: JsonObject | None
+
+
+class UsageRow(TypedDict):
+    """The sums of one group. `day`, `tenant`, `key`, `adapter` and `base` are there if the query groups by them.
+
+    `adapter` is `tenant/name`, null for the base model. Tokens are those of the answers' `usage`. `errors`: requests
+    that did not end well, among them those whose clients left. `last_at`: when the last request ended.
+    """
+
+    day: NotRequired[str]
+    tenant: NotRequired[str]
+    key: NotRequired[str]
+    adapter: NotRequired[str | None]
+    base: NotRequired[str]
+    requests: int
+    errors: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    last_at: str
+
+
+class UsageReport(TypedDict):
+    """The usage from `start` to `end`. A request that several adapters answered is in the row of each."""
+
+    object: Literal["usage"]
+    start: str
+    end: str
+    data: list[UsageRow]
+
+
+def usage_report(query: UsageQuery, rows: list[JsonObject]) -> UsageReport:
+    """Return the rows as the API writes them."""
+    data = [cast(UsageRow, row | {"last_at": row["last_at"].isoformat(timespec="seconds")}) for row in rows]
+    return {"object": "usage", "start": query.start.isoformat(), "end": query.end.isoformat(), "data": data}
 
 
 def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:

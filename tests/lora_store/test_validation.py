@@ -96,11 +96,6 @@ def test_the_list_of_reasons_is_limited_and_counts_the_omitted_ones(
     assert caught.value.reasons[-1] == "and 50 more"
 
 
-def test_a_missing_folder_is_refused(open_store: OpenStore, tmp_path: Path) -> None:
-    with pytest.raises(AdapterRefused, match="'nowhere' is not a folder"):
-        open_store().stage(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize(
     "spoil",
     [

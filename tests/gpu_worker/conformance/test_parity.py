@@ -15,6 +15,7 @@ from lora_store.adapter import AdapterWeights
 from lora_store.composition import compose
 from lora_store.peft_files import read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan
+from lora_store.strategies.registry import STRATEGIES
 from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference, Step
@@ -49,6 +50,10 @@ def plans_of(adapter: MakeAdapter) -> dict[str, Plan]:
         "mixture with a weight of zero": plan_of("mixture", (plain, 0.0), (partial, 1.0)),
         "fusion of one": plan_of("fusion", (plain, 1.0)),
         "fusion of three": plan_of("fusion", (plain, 0.5), (partial, 0.3), (unequal, 0.4)),
+    } | {
+        f"registered {name}": plan_of(name, (plain, 0.8), (unequal, 0.2))
+        for name, strategy in STRATEGIES.items()
+        if strategy.most_adapters > 1
     }
 
 
