@@ -300,12 +300,11 @@ class _Importer:
         for name in self._state.projections:
             if not self._files.contains(f"{PROJECTIONS}/{name}"):
                 self._copy(f"{PROJECTIONS}/{name}")
-        generation = before.generation
         if snapshot.encoder is not None and _encoder_of(before) is None:
             encoder = snapshot.encoder
-            generation = self._catalogue.commit(lambda newest: activate_events(newest, encoder, COPIED_BY, at))
+            self._catalogue.commit(lambda newest: activate_events(newest, encoder, COPIED_BY, at))
         for start in range(0, len(moves), _TOGETHER):
-            generation = self._import(moves[start : start + _TOGETHER])
+            self._import(moves[start : start + _TOGETHER])
             progress(min(start + _TOGETHER, len(moves)), len(moves))
         return self._catalogue.commit(partial(self._others, active))
 
@@ -324,21 +323,20 @@ class _Importer:
                 events += [SetName(named) for named in reversed(kept)]
         return events
 
-    def _import(self, moves: Sequence[Move]) -> int:
+    def _import(self, moves: Sequence[Move]) -> None:
         records = [record for versions, _ in moves for record in versions]
         digests = list(dict.fromkeys(digest for record in records for digest in record.blobs))
         leases = [self._leases.acquire(record.blobs) for record in records]
         try:
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
                 list(pool.map(self._copy, map(blob_file, digests)))
-            generation = self._catalogue.commit(partial(self._events, moves))
+            self._catalogue.commit(partial(self._events, moves))
             if missing := self._blobs.missing(digests):
                 raise StoreUnavailable(
                     f"{len(missing)} blobs were deleted while they were imported: withdraw their adapters, import again"
                 )
         finally:
             self._leases.release(leases)
-        return generation
 
     def _copy(self, name: str) -> None:
         _put(self._blobs, self._files, name, partial(read_checked, self._source, name))

@@ -48,8 +48,8 @@ def fill(store: LoraStore, make_folder: MakeFolder) -> None:
         if seed == 1:
             store.approve([staged.ref], ADMIN)
         ranked.append(staged.ref)
-    store.set_name("local", "support", '{"k": 1}', ADMIN)
-    store.set_name("local", "support", '{"k": 2}', ADMIN)
+    store.set_name(("local", "support"), '{"k": 1}', ADMIN)
+    store.set_name(("local", "support"), '{"k": 2}', ADMIN)
     store.rank("local", [ranking(ranked[1], ranked[3])], ADMIN)
 
 
@@ -287,7 +287,7 @@ def test_a_model_name_that_an_adapter_of_the_store_has_is_left_out(
 ) -> None:
     store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     store.commit([store.stage(make_folder("support", 50))], [None], [0.5], "maker")
-    store.set_name("acme", "secret", '{"k": 3}', ADMIN)
+    store.set_name(("acme", "secret"), '{"k": 3}', ADMIN)
     with pytest.raises(ValueError, match="acme/secret is called like a model name of the store"):
         import_pool(ArchivedPool(archive), str(tmp_path / "new"))
     import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
