@@ -118,7 +118,7 @@ def _say(file: Path, rows: list[JsonObject], others: list[str], num_left: int, *
         err.print(f"left out: {left}", highlight=False)
     changes = [row["change"] for row in rows]
     counts = [f"{changes.count(kind)} {kind}" for kind in ("new", "changed", "unchanged", "refused")]
-    err.print(", ".join(counts), highlight=False)
+    out.print(", ".join(counts), highlight=False)
 
 
 def _read(file: Path) -> list[tuple[str | None, Item]]:
@@ -160,4 +160,4 @@ def _item(file: Path, entry: _Entry, defaults: _Described) -> tuple[str | None, 
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters"
         fail(f"{file}: adapters: {entry.source}: has {what}; list each adapter's own folder")
-    return owner, Item(found[0].path, entry.name or found[0].name, fields)
+    return owner, Item(found[0].path, entry.name or found[0].new_name, fields)
