@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.api.adapters import PublishItem
 from deployments.calls.typed_client import ServeClient, once, retry, stream
+from deployments.json_types import JsonObject
 from lora_store import (
     AdapterRecord,
     AdapterRef,
@@ -34,6 +35,7 @@ from lora_store import (
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
+from lora_store.usage import UsageQuery
 from retriever_svc import (
     AskedPrompt,
     DoctorStep,
@@ -95,6 +97,10 @@ class StoreCalls(Protocol):
     @retry
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None: ...
     @retry(over_object_store=True)
+    async def put_usage(self, segment: str, lines: bytes) -> None: ...
+    @retry(over_object_store=True)
+    async def usage(self, query: UsageQuery) -> list[JsonObject]: ...
+    @retry(over_object_store=True)
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     @once
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
@@ -143,6 +149,10 @@ class StoreCalls(Protocol):
     async def sweep(self, digests: Collection[str]) -> list[str]: ...
     @once
     async def gc(self, retention_s: float) -> Collected: ...
+    @retry(over_object_store=True)
+    async def pool_state(self, tenant: str | None) -> bytes: ...
+    @retry(over_object_store=True)
+    async def pool_part(self, tenant: str | None, name: str, number: int) -> bytes: ...
     @stream
     def verify(self, tenant: str) -> AsyncGenerator[Verified]: ...
 

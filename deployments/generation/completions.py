@@ -31,6 +31,7 @@ from deployments.generation.planner import AUTO, Planner, check_limits, check_to
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
+from deployments.observability.usage import UsageLog
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 
@@ -238,13 +239,14 @@ class CompletionService:
         limits: StreamLimits,
         shadows: Shadows,
         notes: PromptNotes,
+        usage_log: UsageLog,
         *,
         is_strict: bool = False,
     ) -> None:
         """`is_strict`: refuse unknown fields instead of ignoring them."""
         self._model, self._authenticator, self._planner, self._is_strict = model, authenticator, planner, is_strict
         self._gate, self._worker, self._limits, self._shadows = gate, worker, limits, shadows
-        self._notes = notes
+        self._notes, self._usage_log = notes, usage_log
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
@@ -252,7 +254,7 @@ class CompletionService:
         async with within(deadline):
             if self._is_strict:
                 refuse_ignored(request)
-            context.ignored = ignored_fields(request)
+            context.ignored, context.model, context.num_choices = ignored_fields(request), request.model, request.n
             request, questions, bound = await bind(self._planner, request, caller.tenant)
             sampling, include_usage = request.sampling(), request.include_usage
             check_limits(request, questions, self._model)
@@ -393,6 +395,7 @@ class CompletionService:
                         with_text.add(index)
                     is_empty = delta.finish_reason is not None and index not in with_text
                     yield started.answer.chunk(index, delta, is_first=is_first, is_empty=is_empty)
+        self._usage_log.record(started.rows[0].context, 200)  # before the client can take the answer for complete
         if started.include_usage:
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 
