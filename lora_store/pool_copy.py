@@ -32,7 +32,7 @@ from lora_store.pool_files import (
     version_events,
 )
 from lora_store.records import AdapterRecord
-from lora_store.rules import activate_events
+from lora_store.rules import activate_events, new_name_events
 from lora_store.snapshot import Snapshot
 
 Conflict = Literal["refuse", "skip", "replace"]
@@ -281,6 +281,8 @@ def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
         return f"is live as another version, {live.ref.digest[:12]}"
     if live is None and record.visibility == "public" and public is not None:
         return f"is public, and its name belongs to tenant {public.ref.tenant!r}"
+    if live is None and store.policies(ref.tenant, ref.name):
+        return "is called like a model name"
     return None
 
 
@@ -310,6 +312,8 @@ class _Importer:
             generation = self._catalogue.commit(
                 lambda newest: [rank for rank in ranks if rank.tenant not in newest.rankings]
             )
+        if snapshot.names:
+            generation = self._catalogue.commit(partial(new_name_events, names=snapshot.names))
         return generation
 
     def _import(self, moves: Sequence[Move]) -> int:

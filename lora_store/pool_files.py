@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.data_files import rows_in
 from lora_store.errors import AdapterNotFound, StoreIsNewer
-from lora_store.events import ActivateEncoder, Approve, Event, Publish, dated_events_of, table_of
+from lora_store.events import ActivateEncoder, Approve, Event, Publish, SetName, dated_events_of, table_of
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, stem_of
 from lora_store.location import Location
@@ -142,6 +142,8 @@ def state_events(snapshot: Snapshot, at: datetime) -> Iterator[Event]:
         yield from version_events(snapshot.versions(key))
     for ranks in snapshot.rankings.values():
         yield from ranks
+    for policies in snapshot.names.values():
+        yield from map(SetName, reversed(policies))
 
 
 def version_events(versions: tuple[AdapterRecord, ...]) -> Iterator[Event]:
