@@ -11,7 +11,7 @@ from docs.generate.error_codes import error_codes
 from docs.generate.limits import folder_limits, request_limits
 from docs.generate.markdown import Block
 from docs.generate.metrics import metrics
-from docs.generate.models import equal_families, refused_families
+from docs.generate.models import equal_families, refused_families, vllm_families
 from docs.generate.request_fields import (
     chat_fields,
     completion_fields,
@@ -44,4 +44,5 @@ BLOCKS: Mapping[str, Block] = {
     "scale-measured": scale_measured,
     "scale-needs": scale_needs,
     "settings": settings,
+    "vllm-families": vllm_families,
 }

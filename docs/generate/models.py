@@ -1,7 +1,10 @@
-"""The model families that the engine was tried with."""
+"""The model families that the engines were tried with."""
 
 from __future__ import annotations
 
+import json
+
+from benchmarks.results_file import RESULTS
 from docs.generate.markdown import code, table
 from tests.gpu_worker.families import EQUAL, REFUSED
 
@@ -14,3 +17,19 @@ def equal_families() -> str:
 def refused_families() -> str:
     """Return the families that are refused at the start, with the part of the message that says why."""
     return table(("family", "the message names"), [(code(name), REFUSED[name][1]) for name in sorted(REFUSED)])
+
+
+def vllm_families() -> str:
+    """Return what was seen of each family with the vLLM engine, from the results of `benchmarks.families`."""
+    content = json.loads((RESULTS / "families" / "results.json").read_text(encoding="utf-8"))
+    rows = [row for part in content["runs"] for row in part["rows"]]
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["outcome"] != "equal", row["family"])):
+        served = ", ".join(code(name) for name in row.get("modules", ()))
+        detail = served or row["reason"].replace("|", "\\|")
+        cells.append((code(row["family"]), row["outcome"], detail))
+    num_equal = sum(row["outcome"] == "equal" for row in rows)
+    head = ("family", "seen", "modules that adapters may target, or the message")
+    return f"{num_equal} of {len(rows)} families are served, with answers equal to those of transformers.\n\n" + table(
+        head, cells
+    )

@@ -83,13 +83,22 @@ def test_a_layer_is_divided_as_adapters_name_its_parts() -> None:
 def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
     """Names that vLLM stacks or does not load stay as they are."""
     mapper = WeightsMapper(
-        orig_to_new_prefix={"gpt_neox.": "model.", "model.layers.3.": None},
+        orig_to_new_prefix={
+            "gpt_neox.": "model.",
+            "model.layers.3.": None,
+            "model.language_model.": "language_model.",
+        },
         orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},
     )
     model = SimpleNamespace(hf_to_vllm_mapper=mapper)
-    modules = ["gpt_neox.layers.0.q_proj", "model.layers.3.dense"]
+    modules = {
+        "gpt_neox.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
+        "model.layers.3.dense": "model.layers.3.dense",
+        "model.layers.0.o_proj": "model.language_model.layers.0.o_proj",
+    }
     assert _modules_by_path(model, modules) == {
         "model.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
         "model.layers.3.dense": "model.layers.3.dense",
+        "language_model.layers.0.o_proj": "model.layers.0.o_proj",
     }
-    assert _modules_by_path(SimpleNamespace(), modules) == {name: name for name in modules}
+    assert _modules_by_path(SimpleNamespace(), modules) == {path: name for name, path in modules.items()}
