@@ -7,7 +7,7 @@ families only.
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,8 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
 import torch
-from vllm.model_executor.models import registry
 
 from benchmarks.results_file import write_part
 from gpu_worker.errors import GpuWorkerError
@@ -125,21 +125,21 @@ def run_all(families: Sequence[str], models: Path, folder: Path, at_once: int, l
         print("not started:", *waiting)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
-    parser.add_argument("--models", type=Path, help="folder for the tiny models, which are kept there")
-    parser.add_argument("--at-once", type=int, default=1, help="families that run at a time")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start none after this time")
-    args = parser.parse_args()
-    last_start = time.monotonic() + args.seconds
+@click.command(help=__doc__)
+@click.argument("families", nargs=-1)
+@click.option("--models", type=click.Path(path_type=Path), help="Folder for the tiny models, which are kept there.")
+@click.option("--at-once", default=1, help="Families that run at a time.")
+@click.option("--seconds", default=float("inf"), help="Start none after this time.")
+def main(families: tuple[str, ...], models: Path | None, at_once: int, seconds: float) -> None:
+    last_start = time.monotonic() + seconds
     torch.set_num_threads(1)  # a forked process would wait for the threads of its parent
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]  # vLLM would import itself anew
+    registry = importlib.import_module("vllm.model_executor.models.registry")
     registry._run_in_subprocess = lambda function: function()
     with TemporaryDirectory() as folder:
-        families = args.families or [*FAMILIES, *(QUANTISED + name for name in FORMATS)]
-        run_all(families, args.models or Path(folder) / "models", Path(folder), args.at_once, last_start)
+        names = families or [*FAMILIES, *(QUANTISED + name for name in FORMATS)]
+        run_all(names, models or Path(folder) / "models", Path(folder), at_once, last_start)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ _DELTA = {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [4, 6, 6]}}
+_HALF_SECTIONS = {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
 
 TEXT: dict[str, Settings] = {
@@ -132,8 +133,8 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "internvl": ({}, {}),
     "idefics3": ({}, {}),
     "paligemma": (_HEADS, {}),
-    "glm4v": (_SECTIONS, {}),
-    "glm4v_moe": ({**_SECTIONS, **TEXT["glm4_moe"], "use_qk_norm": False}, {}),
+    "glm4v": (_HALF_SECTIONS, {}),
+    "glm4v_moe": ({**_HALF_SECTIONS, **TEXT["glm4_moe"], "use_qk_norm": False}, {}),
     "ernie4_5_vl_moe": (
         {
             "moe_num_experts": 4,
