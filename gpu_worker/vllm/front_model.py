@@ -64,7 +64,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     source = model_source(config)
     hf_config = load_config(source)
     text_config = hf_config.get_text_config()
-    _check_config(hf_config.model_type, text_config)
+    _check_config(hf_config, text_config)
     _check_dtype(config, hf_config)
     tokenizer = load_tokenizer(config)
     dtype = resolve_dtype(config.dtype, config.device)
@@ -77,7 +77,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         source=source,
         model_type=hf_config.model_type,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(source, hf_config, tokenizer),
+        eos_token_ids=_eos_token_ids(source, text_config, tokenizer),
         vocab_size=text_config.vocab_size,
         num_embeddings=language_part(model).get_input_embeddings().weight.shape[0],
         max_position=text_config.max_position_embeddings,
@@ -94,17 +94,19 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     )
 
 
-def _check_config(model_type: str, text_config: Any) -> None:
+def _check_config(hf_config: Any, text_config: Any) -> None:
     """Raise BaseModelUnsupported for a model that this engine cannot describe to prompts and adapters."""
     problems = []
-    if config_setting(text_config, "is_encoder_decoder"):
+    if config_setting(hf_config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     else:
         problems += [
             f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(text_config, name), int)
         ]
     if problems:
-        raise BaseModelUnsupported(f"{model_type} has {', '.join(problems)}, which the vLLM engine does not support")
+        raise BaseModelUnsupported(
+            f"{hf_config.model_type} has {', '.join(problems)}, which the vLLM engine does not support"
+        )
 
 
 def _head_dim(text_config: Any) -> int:

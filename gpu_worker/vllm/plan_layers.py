@@ -254,19 +254,22 @@ def _wrapped(
     supported = get_supported_lora_modules(model)
     embeddings: Any = model.embedding_modules  # names of the embedding and the head, which take no adapters
     module_at = _modules_by_path(model, modules)
-    places: dict[int, list[str]] = {}  # of each layer; that of a module which computes with it may be another one
+    places: dict[nn.Module, list[str]] = {}  # a module that computes with a layer may hold it under another path
     for path, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(path)
-    absorbed = {id(module.kv_b_proj) for module in model.modules() if isinstance(module, MLAAttention)}
-    for path, base_layer in list(model.named_modules()):
-        leaf = path.rpartition(".")[2]
-        if leaf in embeddings or not is_supported_lora_module(path, base_layer, supported):
+        places.setdefault(module, []).append(path)
+    # Latent attention multiplies with the weight of this layer, and does not call it.
+    absorbed = {module.kv_b_proj for module in places if isinstance(module, MLAAttention)}
+    for base_layer, its_paths in places.items():
+        for path in its_paths:
+            paths = _slice_paths(path, packed, module_at)
+            names = [module_at.get(slice_path) for slice_path in paths]
+            if any(names):
+                break
+        else:
             continue
-        if id(base_layer) in absorbed:  # attention multiplies with its weight, and does not call it
+        if base_layer in absorbed or path.rpartition(".")[2] in embeddings:
             continue
-        paths = _slice_paths(path, packed, module_at)
-        names = [module_at.get(slice_path) for slice_path in paths]
-        if not any(names):
+        if not is_supported_lora_module(path, base_layer, supported):
             continue
         with _placeholder_weight(base_layer, device):
             layer: Any = from_layer(
@@ -276,7 +279,7 @@ def _wrapped(
         if widths is None:
             logger.warning("vLLM has no LoRA layer for %s (%s)", path, type(base_layer).__name__)
             continue
-        for place in places[id(base_layer)]:
+        for place in its_paths:
             replace_submodule(model, place, layer)
         yield path, layer, names, widths
 
@@ -289,10 +292,10 @@ def _widths(layer: Any, outputs: Sequence[int | None]) -> list[int] | None:
     widths = [b.shape[-2] for b in layer.lora_b_stacked]
     if len(widths) == len(outputs):
         return widths
-    if layer.tp_size > 1 or None in outputs:
+    known = [num_out for num_out in outputs if num_out is not None]
+    if layer.tp_size > 1 or len(known) < len(outputs) or sum(known) != sum(widths):
         return None
-    ends = np.cumsum(widths).tolist()
-    return [*outputs] if set(np.cumsum(outputs).tolist()) <= {*ends} and sum(outputs) == ends[-1] else None
+    return known if {*np.cumsum(known)} <= {*np.cumsum(widths)} else None
 
 
 def _modules_by_path(model: nn.Module, modules: Mapping[str, str]) -> dict[str, str]:
