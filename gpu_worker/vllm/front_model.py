@@ -112,8 +112,8 @@ def _check_config(hf_config: Any, text_config: Any) -> None:
 def _head_dim(text_config: Any) -> int:
     """Return the number of values of a head, the largest of all layers."""
     found = text_config.to_dict().get("head_dim")
-    sizes = found.values() if isinstance(found, dict) else [found]
-    return max([size for size in sizes if size], default=text_config.hidden_size // text_config.num_attention_heads)
+    sizes: list[int] = [size for size in (found.values() if isinstance(found, dict) else [found]) if size]
+    return max(sizes, default=text_config.hidden_size // text_config.num_attention_heads)
 
 
 def language_part(model: PreTrainedModel) -> PreTrainedModel:
