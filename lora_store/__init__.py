@@ -13,6 +13,7 @@ from lora_store.errors import (
     FileRefused,
     GenerationGone,
     LoraStoreError,
+    NameTaken,
     PlanInvalid,
     PublicNameTaken,
     QuotaExceeded,
@@ -26,6 +27,7 @@ from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, R
 from lora_store.feedback import Feedback
 from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
+from lora_store.names import KEPT_POLICIES, MAX_POLICY_CHARS, NamedPolicy, policy_digest
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
@@ -44,9 +46,11 @@ from lora_store.weights_blob import check_digest, decode_weights, digest_of, enc
 
 __all__ = [
     "BASE_PLAN",
+    "KEPT_POLICIES",
     "KEPT_VERSIONS",
     "LOCAL_TENANT",
     "MAX_PLAN_ADAPTERS",
+    "MAX_POLICY_CHARS",
     "ROUTED_STRATEGIES",
     "STRATEGIES",
     "TEMPLATES",
@@ -81,6 +85,8 @@ __all__ = [
     "LoraStore",
     "LoraStoreError",
     "ModuleWeights",
+    "NameTaken",
+    "NamedPolicy",
     "OutputProfile",
     "PeftConfig",
     "PeftFolder",
@@ -119,6 +125,7 @@ __all__ = [
     "digest_of",
     "encode_weights",
     "is_valid_name",
+    "policy_digest",
     "read_peft_folder",
     "weights_in",
     "write_peft_folder",

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
+from lora_store.names import NamedPolicy
 from lora_store.plan import Plan, PlannedAdapter
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
@@ -190,6 +191,25 @@ def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names
         if matches and record.is_visible_to(tenant):  # an older version may be private
             return record
     raise AdapterNotFound(wanted)
+
+
+def named_policies(snapshot: Snapshot, tenant: str, model: str, *, owner_names: bool = False) -> list[NamedPolicy]:
+    """Return the kept policies of a model name, given as `name`, `owner/name` or `name@digest`, newest first.
+
+    Return [] if `tenant` may use none that is called so. A digest may be shortened to 8 characters.
+    """
+    name, at, digest = model.partition("@")
+    found = snapshot.policies(tenant, f"{tenant}/{name}" if owner_names and "/" not in name else name)
+    if not at:
+        return list(found)
+    return [named for named in found if len(digest) >= _MIN_DIGEST_CHARS and named.ref.digest.startswith(digest)]
+
+
+def visible_names(snapshot: Snapshot, tenant: str) -> list[NamedPolicy]:
+    """Return the newest policy of each model name that `tenant` may use: its own, then others'."""
+    own = sorted(key for key in snapshot.names if key[0] == tenant)
+    others = sorted(key for key in snapshot.approved_names.values() if key[0] != tenant)
+    return [snapshot.policies(tenant, f"{owner}/{name}")[0] for owner, name in (*own, *others)]
 
 
 def _common_template(records: Sequence[AdapterRecord]) -> str | None:

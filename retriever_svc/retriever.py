@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.feedback import Feedback
+from lora_store.names import NamedPolicy
 from lora_store.plan import Plan
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.strategies.registry import Strategy
@@ -28,7 +29,17 @@ from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
-from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve, resolve_version, routed_plan, with_trials
+from retriever_svc.planning import (
+    led_by,
+    named_plan,
+    named_policies,
+    replayed_plan,
+    resolve,
+    resolve_version,
+    routed_plan,
+    visible_names,
+    with_trials,
+)
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
@@ -225,6 +236,15 @@ class Retriever:
         """
         pool = self._pool_at(generation, tenant)
         return replayed_plan(pool.snapshot, tenant, strategy, pinned, generation, bases=pool.bases)
+
+    def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
+        """Return the newest kept policies of a model name, see `named_policies`. Raises: StaleIndex."""
+        snapshot = self._pool_at(min_generation, tenant).snapshot
+        return named_policies(snapshot, tenant, model, owner_names=self._owner_names)[:limit]
+
+    def names(self, tenant: str) -> list[NamedPolicy]:
+        """Return the newest policy of each name that `tenant` may use: its own, then others'."""
+        return visible_names(self._pools.current.snapshot, tenant)
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.

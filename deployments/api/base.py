@@ -26,8 +26,9 @@ UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of t
 ROLES = ("function",)
 ITEMS = ("item_reference",)
 INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
-PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
+PARTS = ("image_url", "image", "input_audio", "audio", "file", "document", "video_url", "refusal")
 MAX_ADAPTERS = MAX_PLAN_ADAPTERS
+_MAX_OPTIONS = 16  # of a strategy
 Weight = Annotated[float, Field(ge=-4, le=4)]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -65,6 +66,12 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
     "conversation": (),
     "prompt": (),
     "truncation": ("disabled",),
+}
+NOT_SERVED_IN_ANTHROPIC: Passing = NOT_SERVED | {
+    "container": (),
+    "context_management": ({},),
+    "mcp_servers": ([],),
+    "output_format": (),
 }
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
@@ -116,6 +123,8 @@ _WHAT = {
     "guided_grammar": "guided_grammar: use structured_outputs.grammar",
     "chat_template": "templates of clients",
     "suffix": "text after the answer",
+    "output_format": "output_format: use output_config.format",
+    "mcp_servers": "tools that a server runs",
     "store": "stored answers",
     "background": "answers in the background: leave it out, and set stream: true for long answers",
     "conversation": "stored conversations: send the whole conversation in input",
@@ -213,7 +222,7 @@ class PlanRow(ApiRequest):
 
 
 class PlanGiven(ApiRequest):
-    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` are not read."""
+    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` and `policy` are not read."""
 
     strategy: Strategy
     adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
@@ -222,8 +231,10 @@ class PlanGiven(ApiRequest):
     candidates: list[Any] = Field(default=[], max_length=64)
     reason: str | None = Field(default=None, max_length=64)
     why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
+    policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
 
 
+OptionValues = Annotated[dict[Tag, float], Field(max_length=_MAX_OPTIONS), BeforeValidator(at_most(_MAX_OPTIONS))]
 _OPTIONS = "Values for options of the strategy, by name. Default: `retrieval.strategy_options`." + "".join(
     f" `{option.name}` of `{strategy.name}`, above {option.above:g} and at most {option.highest:g}, by default"
     f" {option.default:g}: {option.meaning}"
@@ -240,7 +251,7 @@ class LoraOptions(ApiRequest):
         description=" ".join(f"`{name}`: {STRATEGIES[name].summary}." for name in ROUTED_STRATEGIES)
         + " See strategies. Default: the setting `retrieval.strategy`.",
     )
-    strategy_options: dict[Tag, float] | None = Field(default=None, max_length=MAX_ADAPTERS, description=_OPTIONS)
+    strategy_options: OptionValues | None = Field(default=None, description=_OPTIONS)
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
     """How many adapters are retrieved. Default: `retrieval.k`."""
     adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None

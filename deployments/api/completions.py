@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from deployments.api import error_table
 from deployments.api.base import (
@@ -123,18 +132,14 @@ class StreamOptions(TolerantRequest):
     include_usage: bool = False
 
 
-class GenerationRequest(TolerantRequest):
-    """Shared fields of chat and text completions."""
+class PolicyFields(ApiRequest):
+    """The fields of a request that the policy of a model name may set too."""
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     """`auto`, the base model's name, an adapter's name, `owner/name` of another tenant, `name@digest`, or
-    `base:adapter`."""
+    `base:adapter`; in a request also a model name, see model names."""
     lora: LoraOptions = LoraOptions()
     """Options for retrieval and composition, see lora options."""
-    merged_adapters: MergedAdapters | None = None
-    """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
-    lora_path: AdapterName | Paths | None = None
-    """SGLang's spelling: one adapter's name, a list with one name for each prompt, or null for the base model."""
     max_tokens: int | None = Field(default=None, ge=1)
     """The most new tokens. Without it an answer may fill the context, within the setting `max_new_tokens`. In
     completions 0 goes with `echo` or `prompt_logprobs`."""
@@ -169,12 +174,30 @@ class GenerationRequest(TolerantRequest):
     """Token ids that end the answer."""
     ignore_eos: bool = False
     """Continue past the end token."""
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     response_format: ResponseFormat | None = None
     """`{"type": "json_object"}`, or `json_schema` with a schema that the answer follows, see structured output."""
     structured_outputs: StructuredOutputs | None = None
     """vLLM's spelling: one of `json`, `regex`, `choice`, `grammar` and `json_object`, see structured output."""
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        is_formatted = self.response_format is not None and self.response_format.type != "text"
+        if is_formatted and self.structured_outputs is not None:
+            raise problem("structured_outputs", "response_format gives the format of the answer too; keep one of them")
+        return self
+
+
+class GenerationRequest(TolerantRequest, PolicyFields):
+    """Shared fields of chat and text completions."""
+
+    model_config = ConfigDict(extra="allow")
+
+    merged_adapters: MergedAdapters | None = None
+    """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
+    lora_path: AdapterName | Paths | None = None
+    """SGLang's spelling: one adapter's name, a list with one name for each prompt, or null for the base model."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     """Answers for each prompt. The first equals the one that `n: 1` gives with the same seed."""
     stream: bool = False
@@ -209,13 +232,6 @@ class GenerationRequest(TolerantRequest):
     def _whole_answers_alone(self) -> Self:
         if self.prompt_logprobs is not None and self.stream:
             raise problem("prompt_logprobs", "are part of whole answers; set stream: false or remove them")
-        return self
-
-    @model_validator(mode="after")
-    def _one_grammar(self) -> Self:
-        is_formatted = self.response_format is not None and self.response_format.type != "text"
-        if is_formatted and self.structured_outputs is not None:
-            raise problem("structured_outputs", "response_format gives the format of the answer too; keep one of them")
         return self
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from deployments.cli import access, batch, keys, pool, pool_upkeep, publish, samples, trial
+from deployments.cli import access, batch, compose, keys, name, pool, pool_upkeep, publish, samples, trial, usage
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -43,10 +43,11 @@ if TYPE_CHECKING:
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 cli = typer.Typer(cls=KeyAnywhere, help=__doc__, pretty_exceptions_enable=False, context_settings=_HELP)
-for group in (publish, pool, batch):
+for group in (publish, pool, compose, batch, usage):
     cli.add_typer(group.commands)
 cli.add_typer(trial.commands, name="trial")
 cli.add_typer(access.commands, name="access")
+cli.add_typer(name.commands, name="name")
 cli.add_typer(pool_upkeep.commands, name="pool")
 cli.add_typer(keys.commands, name="keys")
 cli.add_typer(samples.commands, name="samples")

@@ -11,6 +11,7 @@ import * as plan from "./plan.js";
 import * as pool from "./pool.js";
 import * as publish from "./publish.js";
 import * as stats from "./stats.js";
+import * as usage from "./usage.js";
 
 const VIEWS = ["ask", "compare", "adapters", "adapter", "publish", "status"];
 let generation = 0; // the newest generation shown
@@ -57,6 +58,7 @@ function show() {
   const title = current === "adapter" ? decodeURIComponent(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
   document.title = `${title} · LoraRetriever`;
   if (current === "adapter") adapter.open(title);
+  if (current === "status" && !byId("usage").hidden) usage.refresh();
 }
 
 /** Shows the view `ask` with this model and prompt. */
@@ -75,7 +77,8 @@ offerStrategies();
 pool.start({ onShown: seen });
 adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; } });
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
-stats.start({ onGeneration: follow });
+usage.start();
+stats.start({ onGeneration: follow, onAdmin: (isAdmin) => { if (isAdmin && !byId("view-status").hidden) usage.refresh(); } });
 key.start(() => {
   offerStrategies();
   showAll();

@@ -220,7 +220,8 @@ class Row:
         self.is_prompt_sent = True
         counts = self.num_prompt_tokens, self.num_new_tokens
         cached = self.num_cached_tokens
-        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, prompt, calls, cached)
+        stop = self.detokenizer.stop if self.detokenizer.stop in self.sampling.stop else None  # not a template's
+        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, prompt, calls, cached, stop)
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)

@@ -191,6 +191,7 @@ class Delta:
     prompt: tuple[PromptToken, ...] = ()  # in the first delta, if requested
     tool_calls: tuple[ToolCallPiece, ...] = ()
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    stop: str | None = None  # the client's stop string that ended the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,7 @@ class Completion:
     prompt: tuple[PromptToken, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     num_cached_tokens: int = 0
+    stop: str | None = None
 
     @staticmethod
     def joined(deltas: Sequence[Delta]) -> Completion:
@@ -214,5 +216,5 @@ class Completion:
         text = "".join(delta.text for delta in deltas)
         logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
         calls = joined_calls(piece for delta in deltas for piece in delta.tool_calls)
-        counts = last.num_prompt_tokens, last.num_new_tokens
-        return Completion(text, *counts, last.finish_reason, logprobs, deltas[0].prompt, calls, last.num_cached_tokens)
+        counts, cached = (last.num_prompt_tokens, last.num_new_tokens), last.num_cached_tokens
+        return Completion(text, *counts, last.finish_reason, logprobs, deltas[0].prompt, calls, cached, last.stop)

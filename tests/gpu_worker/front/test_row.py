@@ -138,3 +138,12 @@ def test_the_draw_has_the_seed_and_the_position_of_the_next_token() -> None:
 def test_rows_of_the_same_adapters_have_the_same_set_in_any_order() -> None:
     assert queued_row("ba").adapter_set == queued_row("ab").adapter_set == ("a", "b")
     assert queued_row("ba").weights_digests == ["b", "a"]
+
+
+@pytest.mark.parametrize(("own", "named"), [(("##",), "##"), (("b", "##"), "b"), ((), None)])
+def test_the_last_delta_names_the_clients_stop_string_and_none_of_a_template(
+    own: tuple[str, ...], named: str | None
+) -> None:
+    row = row_of(stops=(*own, "##"), sampling=SamplingParams(stop=own), max_new_tokens=20)
+    deltas = taken(row, "ab##c")
+    assert [delta.stop for delta in deltas] == [*[None] * (len(deltas) - 1), named]
