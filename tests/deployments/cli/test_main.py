@@ -340,7 +340,7 @@ def test_the_commands_are_eighteen_on_two_levels() -> None:
     assert list(root.commands["samples"].commands) == ["list", "accept", "reject", "undo"]
     assert list(root.commands["trial"].commands) == ["start", "stop", "promote"]
     assert list(root.commands["access"].commands) == ["public", "private", "approve"]
-    assert list(root.commands["keys"].commands) == ["new", "list", "revoke"]
+    assert list(root.commands["keys"].commands) == ["new", "list", "rotate", "expire", "revoke"]
     assert sorted(root.commands["pool"].commands) == sorted(
         ["verify", "repair", "gc", "doctor", "evaluate", "reindex", "train", "export", "import"]
     )
