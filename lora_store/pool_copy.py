@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lora_store.blobs import BlobStore
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.errors import AdapterNotFound, BlobCorrupted, StoreUnavailable
-from lora_store.events import Event
+from lora_store.events import Event, SetName
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS
 from lora_store.leases import Leases
@@ -32,7 +32,7 @@ from lora_store.pool_files import (
     version_events,
 )
 from lora_store.records import AdapterRecord
-from lora_store.rules import activate_events, new_name_events
+from lora_store.rules import activate_events
 from lora_store.snapshot import Snapshot
 
 Conflict = Literal["refuse", "skip", "replace"]
@@ -279,10 +279,10 @@ def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
     live, public = store.records.get((ref.tenant, ref.name)), store.public.get(ref.name)
     if live is not None and live.ref != ref:
         return f"is live as another version, {live.ref.digest[:12]}"
+    if live is None and store.policies(ref.tenant, ref.name):
+        return "is called like a model name of the store"
     if live is None and record.visibility == "public" and public is not None:
         return f"is public, and its name belongs to tenant {public.ref.tenant!r}"
-    if live is None and store.policies(ref.tenant, ref.name):
-        return "is called like a model name"
     return None
 
 
@@ -300,37 +300,43 @@ class _Importer:
         for name in self._state.projections:
             if not self._files.contains(f"{PROJECTIONS}/{name}"):
                 self._copy(f"{PROJECTIONS}/{name}")
-        generation = before.generation
         if snapshot.encoder is not None and _encoder_of(before) is None:
             encoder = snapshot.encoder
-            generation = self._catalogue.commit(lambda newest: activate_events(newest, encoder, COPIED_BY, at))
+            self._catalogue.commit(lambda newest: activate_events(newest, encoder, COPIED_BY, at))
         for start in range(0, len(moves), _TOGETHER):
-            generation = self._import(moves[start : start + _TOGETHER])
+            self._import(moves[start : start + _TOGETHER])
             progress(min(start + _TOGETHER, len(moves)), len(moves))
-        ranks = [rank for ranks in snapshot.rankings.values() for rank in ranks if rank.ranking.encoder == active]
-        if ranks:
-            generation = self._catalogue.commit(
-                lambda newest: [rank for rank in ranks if rank.tenant not in newest.rankings]
-            )
-        if snapshot.names:
-            generation = self._catalogue.commit(partial(new_name_events, names=snapshot.names))
-        return generation
+        return self._catalogue.commit(partial(self._others, active))
 
-    def _import(self, moves: Sequence[Move]) -> int:
+    def _others(self, active: str | None, newest: Snapshot) -> list[Event]:
+        """Return the rankings of tenants that have none in the store, and the model names that nothing there has."""
+        wanted = self._state.snapshot
+        events: list[Event] = [
+            rank
+            for tenant, ranks in wanted.rankings.items()
+            for rank in ranks
+            if tenant not in newest.rankings and rank.ranking.encoder == active
+        ]
+        for key, kept in wanted.names.items():
+            is_taken = key in newest.names or key in newest.records or key[1] in newest.public
+            if not is_taken and newest.approved_names.get(key[1], key) == key:
+                events += [SetName(named) for named in reversed(kept)]
+        return events
+
+    def _import(self, moves: Sequence[Move]) -> None:
         records = [record for versions, _ in moves for record in versions]
         digests = list(dict.fromkeys(digest for record in records for digest in record.blobs))
         leases = [self._leases.acquire(record.blobs) for record in records]
         try:
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
                 list(pool.map(self._copy, map(blob_file, digests)))
-            generation = self._catalogue.commit(partial(self._events, moves))
+            self._catalogue.commit(partial(self._events, moves))
             if missing := self._blobs.missing(digests):
                 raise StoreUnavailable(
                     f"{len(missing)} blobs were deleted while they were imported: withdraw their adapters, import again"
                 )
         finally:
             self._leases.release(leases)
-        return generation
 
     def _copy(self, name: str) -> None:
         _put(self._blobs, self._files, name, partial(read_checked, self._source, name))

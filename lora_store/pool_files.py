@@ -63,19 +63,24 @@ class PoolState:
         names = [file.name.rpartition("/")[2] for file in files.entries(PROJECTIONS)]
         return cls(snapshot, tuple(sorted(name for name in names if stem_of(name) in stems)))
 
-    def only(self, keys: Collection[Key]) -> PoolState:
-        """Return the part of the state that belongs to these names, and the rankings of their tenants."""
-        whole, tenants = self.snapshot, {tenant for tenant, _ in keys}
+    def of_tenant(self, tenant: str) -> PoolState:
+        """Return the tenant's part of the state."""
+        return self._only([key for key in self.snapshot.records if key[0] == tenant], tenant)
+
+    def _only(self, keys: Collection[Key], tenant: str | None = None) -> PoolState:
+        """Return the part that belongs to these adapters, and the rankings and model names of the tenant."""
+        whole = self.snapshot
         records = {key: whole.records[key] for key in keys}
         older = {key: whole.previous[key] for key in keys if key in whole.previous}
-        rankings = {tenant: ranks for tenant, ranks in whole.rankings.items() if tenant in tenants}
-        part = Snapshot(whole.generation, records, older, whole.encoder, rankings=rankings)
+        rankings = {owner: ranks for owner, ranks in whole.rankings.items() if owner == tenant}
+        names = {key: kept for key, kept in whole.names.items() if key[0] == tenant}
+        part = Snapshot(whole.generation, records, older, whole.encoder, rankings=rankings, names=names)
         return replace(self, snapshot=part)
 
     def named(self, names: Sequence[str]) -> PoolState:
         """Return the part with these names, as `find` takes them; all of it for none. Raises: ValueError."""
         refs = [self.find(name).ref for name in names]
-        return self.only([(ref.tenant, ref.name) for ref in refs]) if names else self
+        return self._only([(ref.tenant, ref.name) for ref in refs]) if names else self
 
     def find(self, name: str) -> AdapterRecord:
         """Return the live version that is meant by `name` or `owner/name`. Raises: ValueError."""
@@ -142,8 +147,8 @@ def state_events(snapshot: Snapshot, at: datetime) -> Iterator[Event]:
         yield from version_events(snapshot.versions(key))
     for ranks in snapshot.rankings.values():
         yield from ranks
-    for policies in snapshot.names.values():
-        yield from map(SetName, reversed(policies))
+    for kept in snapshot.names.values():
+        yield from (SetName(named) for named in reversed(kept))
 
 
 def version_events(versions: tuple[AdapterRecord, ...]) -> Iterator[Event]:

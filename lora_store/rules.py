@@ -266,16 +266,6 @@ def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
     return [SetName(replace(named, approved=was_approved))]
 
 
-def new_name_events(snapshot: Snapshot, names: Mapping[Key, Sequence[NamedPolicy]]) -> list[Event]:
-    """Return the events that add those of these names, with their versions, that nothing is called like yet."""
-    added = [
-        key
-        for key in names
-        if key not in snapshot.records and key[1] not in snapshot.public and not snapshot.policies(*key)
-    ]
-    return [SetName(named) for key in added for named in reversed(names[key])]
-
-
 def _check_no_adapter(snapshot: Snapshot, key: Key) -> None:
     """Raises: NameTaken if the name's tenant uses an adapter, or another tenant's model name, by this name."""
     name = key[1]

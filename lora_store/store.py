@@ -407,7 +407,7 @@ class LoraStore:
         """Return the newest state of the pool with its files, or of one tenant's adapters. Raises: StoreIsNewer."""
         self._catalogue.check_known("copy the pool")
         state = PoolState.of_store(self.snapshot(), self._files)
-        return state if tenant is None else state.only([key for key in state.snapshot.records if key[0] == tenant])
+        return state if tenant is None else state.of_tenant(tenant)
 
     def pool_part(self, tenant: str | None, name: str, number: int) -> bytes:
         """Return part `number`, of `PART_BYTES` except the last, of a file of that state. Raises: AdapterNotFound."""

@@ -12,8 +12,7 @@ import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deployments.cli.client import client_of, counted, err, fail, message_of, out, pages, print_json, show_error
-from deployments.cli.publish import (
+from deployments.cli.adapter_publisher import (
     SOURCE,
     AdapterPublisher,
     Item,
@@ -23,6 +22,7 @@ from deployments.cli.publish import (
     reads_paths,
     show_refusals,
 )
+from deployments.cli.client import client_of, counted, err, fail, message_of, out, pages, print_json, show_error
 from deployments.field_problems import describe_problem
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
@@ -45,7 +45,7 @@ class _Entry(_Described):
     name: str | None = None
 
 
-class _PoolFile(BaseModel):
+class PoolFile(BaseModel):
     """`defaults` apply to each adapter that does not say otherwise."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -118,13 +118,13 @@ def _say(file: Path, rows: list[JsonObject], others: list[str], num_left: int, *
         err.print(f"left out: {left}", highlight=False)
     changes = [row["change"] for row in rows]
     counts = [f"{changes.count(kind)} {kind}" for kind in ("new", "changed", "unchanged", "refused")]
-    err.print(", ".join(counts), highlight=False)
+    out.print(", ".join(counts), highlight=False)
 
 
 def _read(file: Path) -> list[tuple[str | None, Item]]:
     """Return the adapters of the file with their owners. On an error, print it and exit."""
     try:
-        described = _PoolFile.model_validate(yaml.safe_load(file.read_text()))
+        described = PoolFile.model_validate(yaml.safe_load(file.read_text()))
     except ValidationError as exc:
         fail("\n".join(_problems(file, exc)))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
@@ -141,7 +141,7 @@ def _read(file: Path) -> list[tuple[str | None, Item]]:
 def _problems(file: Path, error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         place = ".".join(map(str, problem["loc"])) or "the file"
-        known = [*_Entry.model_fields] if "adapters" in problem["loc"] else [*_PoolFile.model_fields]
+        known = [*_Entry.model_fields] if "adapters" in problem["loc"] else [*PoolFile.model_fields]
         yield f"{file}: {place}: {describe_problem(dict(problem), known)}"
 
 
@@ -160,4 +160,4 @@ def _item(file: Path, entry: _Entry, defaults: _Described) -> tuple[str | None, 
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters"
         fail(f"{file}: adapters: {entry.source}: has {what}; list each adapter's own folder")
-    return owner, Item(found[0].path, entry.name or found[0].name, fields)
+    return owner, Item(found[0].path, entry.name or found[0].new_name, fields)

@@ -48,6 +48,8 @@ def fill(store: LoraStore, make_folder: MakeFolder) -> None:
         if seed == 1:
             store.approve([staged.ref], ADMIN)
         ranked.append(staged.ref)
+    store.set_name(("local", "support"), '{"k": 1}', ADMIN)
+    store.set_name(("local", "support"), '{"k": 2}', ADMIN)
     store.rank("local", [ranking(ranked[1], ranked[3])], ADMIN)
 
 
@@ -69,7 +71,7 @@ def archive(pool: LoraStore, store_uri: str, tmp_path: Path) -> Path:
 def state_of(snapshot: Snapshot) -> dict[str, object]:
     """Return everything in a snapshot but generations."""
     versions = {key: [replace(record, generation=0) for record in snapshot.versions(key)] for key in snapshot.records}
-    return {"versions": versions, "ranks": dict(snapshot.rankings)}
+    return {"versions": versions, "ranks": dict(snapshot.rankings), "names": dict(snapshot.names)}
 
 
 def test_an_archive_restores_versions_trials_approvals_and_rankings(
@@ -167,7 +169,9 @@ def test_an_adapter_withdrawn_during_an_export_is_left_out_whole(
             gone = store.withdraw("local", ["poet"], ADMIN)
             store.sweep([digest for record in gone.records for digest in record.blobs])
 
-    copied = export_pool(Scripted(folder_uri, withdraw), StoreTarget(str(tmp_path / "copy")))
+    target = StoreTarget(str(tmp_path / "copy"))
+    target.num_threads = 1
+    copied = export_pool(Scripted(folder_uri, withdraw), target)
     assert list(copied.snapshot.records) == [("acme", "secret")]
     copy = LoraStore(str(tmp_path / "copy"), accepts_base=[BASE])
     assert all(check.problem is None for check in copy.verify())
@@ -301,6 +305,18 @@ def test_a_public_name_of_another_tenant_is_never_taken(
         import_pool(StoredPool(store_uri), str(tmp_path / "new"), on_conflict)  # type: ignore[arg-type]
 
 
+def test_a_model_name_that_an_adapter_of_the_store_has_is_left_out(
+    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    store.commit([store.stage(make_folder("support", 50))], [None], [0.5], "maker")
+    store.set_name(("acme", "secret"), '{"k": 3}', ADMIN)
+    with pytest.raises(ValueError, match="acme/secret is called like a model name of the store"):
+        import_pool(ArchivedPool(archive), str(tmp_path / "new"))
+    import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
+    assert list(store.snapshot().names) == [("acme", "secret")]
+
+
 def test_replace_keeps_who_may_use_the_adapter(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     """Otherwise a public version would take the bare name that another tenant has."""
     fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
@@ -399,14 +415,14 @@ def test_the_active_encoder_comes_with_a_new_pool_and_its_projection(
     pool.add_embeddings({one: embedding(encoder="e5+abc") for one in (ref, secret)})
     pool.activate_encoder("the-model", "e5+abc", ADMIN)
     source = Files(Location(store_uri))
-    for name in ("e5+abc.safetensors", "unused.safetensors", "e5.ordinary-1.safetensors"):
+    for name in ("e5+abc.safetensors", "unused.safetensors", "e5-1.ordinary.safetensors"):
         source.write(f"projections/{name}", name.encode())
     import_pool(StoredPool(store_uri), str(tmp_path / "new"))
     copy = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     assert copy.snapshot().encoder == pool.snapshot().encoder
     assert sorted(path.name for path in (tmp_path / "new" / "projections").iterdir()) == [
         "e5+abc.safetensors",
-        "e5.ordinary-1.safetensors",
+        "e5-1.ordinary.safetensors",
     ]
 
 
@@ -425,4 +441,4 @@ def test_a_part_of_a_pool_is_copied_with_its_own_files_only(pool: LoraStore, sto
     copy = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     assert copy.snapshot().referenced() == set(pool.snapshot().records["acme", "secret"].blobs)
     assert list(copied.snapshot.records) == [("acme", "secret")]
-    assert copy.snapshot().rankings == {}
+    assert (copy.snapshot().rankings, copy.snapshot().names) == ({}, {})

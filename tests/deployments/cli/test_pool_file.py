@@ -77,7 +77,7 @@ def test_new_changed_and_unchanged_adapters_are_told_apart(tmp_path: Path) -> No
     assert "its weights or samples are others" in said
     assert "same is" not in said
     assert f"not in {file}: stray (--prune withdraws them)" in said
-    assert words(result.stderr).endswith("1 new, 2 changed, 1 unchanged, 0 refused")
+    assert said.endswith("1 new, 2 changed, 1 unchanged, 0 refused")
 
 
 def test_a_changed_visibility_counts_although_the_digest_is_equal(tmp_path: Path) -> None:

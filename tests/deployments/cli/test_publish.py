@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.cli.adapter_publisher import AdapterPublisher, Item
 from deployments.cli.client import is_this_machine
-from deployments.cli.publish import AdapterPublisher, Item
 from deployments.publishing.adapter_folders import open_plain
 from tests.deployments.scripted import refusal, run, scripted, words
 
