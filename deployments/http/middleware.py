@@ -105,6 +105,8 @@ class RequestContextMiddleware:
                 context.status, headers = message["status"], MutableHeaders(scope=message)
                 if given is None:
                     headers[_HEADER] = request_id
+                if path_of(scope).startswith("/v1/messages"):
+                    headers["request-id"] = request_id  # where Anthropic's clients look for it
                 headers["X-Content-Type-Options"] = "nosniff"
                 if headers.get("content-type", "").startswith(_NOT_KEPT):
                     headers["Cache-Control"] = "no-store"

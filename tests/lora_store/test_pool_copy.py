@@ -87,29 +87,6 @@ def test_an_archive_restores_versions_trials_approvals_and_rankings(
     assert restored.snapshot().referenced() == pool.snapshot().referenced()
 
 
-def test_model_names_travel_with_the_pool_unless_something_is_called_like_them(
-    pool: LoraStore, store_uri: str, tmp_path: Path, make_folder: MakeFolder
-) -> None:
-    for key, policy in ((("local", "support"), "a"), (("local", "support"), "b"), (("acme", "sales"), "c")):
-        pool.set_name(key, policy, ADMIN)
-    pool.approve_name(pool.snapshot().names["local", "support"][1].ref)
-    with ArchiveTarget(tmp_path / "pool.tar") as target:
-        export_pool(StoredPool(store_uri), target)
-    other = LoraStore(str(tmp_path / "other"), accepts_base=[BASE])
-    staged = other.stage(make_folder("sales", 9), tenant="acme")
-    other.commit([staged], [embedding()], [0.5], ADMIN)
-    for _ in range(2):
-        import_pool(ArchivedPool(tmp_path / "pool.tar"), str(tmp_path / "other"))
-    names = pool.snapshot().names
-    assert dict(other.snapshot().names) == {("local", "support"): names["local", "support"]}
-
-
-def test_an_adapter_called_like_a_model_name_is_a_conflict(archive: Path, tmp_path: Path) -> None:
-    LoraStore(str(tmp_path / "other"), accepts_base=[BASE]).set_name(("local", "poet"), "a", ADMIN)
-    with pytest.raises(ValueError, match="local/poet is called like a model name"):
-        import_pool(ArchivedPool(archive), str(tmp_path / "other"))
-
-
 @pytest.mark.parametrize("released", POOLS, ids=lambda path: path.name)
 def test_a_pool_of_each_release_is_copied_as_it_is(released: Path, tmp_path: Path, s3_uri: str) -> None:
     shutil.copytree(released, tmp_path / "old")

@@ -173,7 +173,8 @@ def test_what_is_not_served_is_refused_by_name_in_anthropics_shape(change: dict[
     response = post("/v1/messages", BODY | change)
     body = response.json()
     assert (response.status_code, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error")
-    assert words in body["error"]["message"] and body["request_id"] == response.headers["x-request-id"]
+    assert words in body["error"]["message"]
+    assert body["request_id"] == response.headers["x-request-id"] == response.headers["request-id"]
 
 
 @pytest.mark.parametrize(
