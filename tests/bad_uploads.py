@@ -235,7 +235,7 @@ _CONFIG_FILE = {
     "other method": BadFolder(config(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
     "dora": BadFolder(
         config(use_dora=True),
-        "use_dora (DoRA) is not supported: retrain with LoRA on linear layers only; a merged model would need a server",
+        "use_dora (DoRA) is not supported: train LoRA on linear layers only, or let PEFT's save_as_lora approximate",
     ),
     "saved modules": BadFolder(config(modules_to_save=["lm_head"]), "modules_to_save (fully trained modules)"),
     "bias": BadFolder(config(bias="all"), "bias must be 'none', got 'all'"),

@@ -174,11 +174,10 @@ def random_base(draw: random.Random, folder: Path) -> tuple[Path, str]:
     shape: dict[str, Any] = {"num_attention_heads": heads, "num_hidden_layers": draw.choice((2, 3))}
     shape |= {"vocab_size": draw.choice((300, 512)), "hidden_size": heads * 8}
     if name in MULTIMODAL:
-        vision = MULTIMODAL[name][2]
-        shape |= {"num_key_value_heads": draw.choice((1, heads))}
-        if "out_hidden_size" in vision:
-            shape["hidden_size"] = 32
-        text = MULTIMODAL[name][1]
+        _, text, vision = MULTIMODAL[name]
+        if "out_hidden_size" in vision:  # its width, and the sections of its positions, are those of four heads
+            shape |= {"num_attention_heads": 4, "hidden_size": 32}
+        shape |= {"num_key_value_heads": draw.choice((1, shape["num_attention_heads"]))}
         if "layer_types" in text:
             shape["layer_types"] = list(text["layer_types"])[: shape["num_hidden_layers"]]
         return save_multimodal(folder, name, **shape), ALL_TEXT
