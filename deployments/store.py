@@ -109,6 +109,7 @@ class StoreDeployment:
                 ttl_s=upload.ttl_s,
                 share=upload.share,
                 is_shadow=upload.is_shadow,
+                base_model=upload.base_model,
             )
 
     async def put_part(self, upload: str, number: int, data: Buffer) -> None:
@@ -136,6 +137,11 @@ class StoreDeployment:
     activate_encoder = in_thread(LoraStore.activate_encoder)
     sweep = in_thread(LoraStore.sweep)
     gc = in_thread(LoraStore.gc)
+    pool_part = in_thread(LoraStore.pool_part)
+
+    async def pool_state(self, tenant: str | None) -> bytes:
+        """Return the state of the pool, or of one tenant's adapters, as `PoolState.from_parquet` reads it."""
+        return await asyncio.to_thread(lambda: self._store.pool_state(tenant).to_parquet())
 
     async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
         """Store what a client said about a prompt, in place of what it said about it before."""

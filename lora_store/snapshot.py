@@ -317,14 +317,14 @@ class _State:
             self._keep((ref.tenant, ref.name), (replace(live, approved=True), *older))
 
     def _set_name(self, named: NamedPolicy) -> None:
-        """Make it the newest version of its name. An approval of a kept version leaves it in its place."""
+        """Make it the newest version of its name, or end the name. An approval of a kept version leaves its place."""
         key = (named.ref.tenant, named.ref.name)
         kept = self.names.get(key, ())
         if not named.policy:
             self.names.pop(key)
             return
         place = next((place for place, old in enumerate(kept) if old.ref == named.ref), 0)
-        if place and named == replace(kept[place], approved=True):
+        if place and named.approved and not kept[place].approved:
             self.names[key] = (*kept[:place], named, *kept[place + 1 :])
         else:
             others = tuple(old for old in kept if old.ref != named.ref)

@@ -59,13 +59,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The publisher's metadata for an adapter, in addition to its folder."""
+    """The publisher's metadata for an adapter, in addition to its folder.
+
+    `base_model`: the base that it was trained on, instead of the one that its folder names.
+    """
 
     name: str
     tenant: str = LOCAL_TENANT
     tags: tuple[str, ...] = ()
     template: str | None = None
     visibility: Visibility = "public"
+    base_model: str | None = None
 
     def problems(self) -> Iterator[str]:
         """Yield every problem of the label, naming the field."""
@@ -129,8 +133,9 @@ def check_folder(
     samples = _attempt(reasons, lambda: read_samples(folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
     template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))
+    base_model = (config.base_model if config is not None else None) if label.base_model is None else label.base_model
     if config is not None:
-        reasons += _config_problems(config, accepts_base)
+        reasons += [*config.unsupported, *_base_problems(base_model, label, accepts_base)]
     pairs: Pairs = {}
     read: dict[str, Spelling] = {}
     paths: dict[str, str] = {}
@@ -152,7 +157,7 @@ def check_folder(
         config,
         pairs,
         samples or described,
-        config.base_model or "",
+        base_model or "",
         template,
         is_described=bool(described and not samples),
         warnings=(*describe_reading(read), *_warnings_of(pairs)),
@@ -232,25 +237,31 @@ def _folder_problems(folder: Path, limits: Limits) -> Iterator[str]:
                 yield f"{PICKLE_FILE} is a pickle, which runs code when read: save {WEIGHTS_FILE} instead and remove it"
 
 
-def _config_problems(config: PeftConfig, accepts_base: Collection[str]) -> Iterator[str]:
-    yield from config.unsupported
-    if config.base_model not in accepts_base:
-        yield _base_problem(config.base_model, accepts_base)
-
-
-def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
+def _base_problems(base_model: str | None, label: Label, accepts_base: Collection[str]) -> Iterator[str]:
+    if base_model in accepts_base:
+        return
     names = [name for name in sorted(accepts_base) if not os.path.isabs(name)]  # clients need no path of the server
     accepted = ", ".join(map(repr, names)) or "no base model"
-    if not base_model:
-        return f"{CONFIG_FILE} names no base model (base_model_name_or_path); this server accepts {accepted}"
+    remedy = "publish it with --base-name and the name that the server accepts (over HTTP: the field base_model)"
+    if label.base_model is not None:
+        yield f"base_model {label.base_model[:200]!r} is none that this server accepts: {accepted}"
+    elif not base_model:
+        yield (
+            f"{CONFIG_FILE} names no base model (base_model_name_or_path); this server accepts {accepted}: if it was"
+            f" trained on one of these, {remedy}"
+        )
+    else:
+        yield _other_base(base_model, accepted, remedy)
+
+
+def _other_base(base_model: str, accepted: str, remedy: str) -> str:
     copy = compare = ""
     if _QUANTISED.search(base_model):
         copy = " It is a quantised copy; its adapters usually work on the full model."
         compare = ", and compare with `loraretriever publish --dry-run FOLDER --parity`"
     return (
         f"the adapter names {base_model[:200]!r} as its base model; this server accepts {accepted}.{copy}"
-        f" If they are the same weights, set base_model_name_or_path in {CONFIG_FILE} to a name that it accepts,"
-        f" or let the operator add yours to the setting accepts_base{compare}"
+        f" If they are the same weights, {remedy}, or let the operator add yours to the setting accepts_base{compare}"
     )
 
 

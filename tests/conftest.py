@@ -29,7 +29,7 @@ settings.register_profile("full", deadline=None, max_examples=1000)
 settings.load_profile("small")  # `make soak` loads the other one
 
 torch.set_num_threads(1)  # tiny products are slower on two threads
-ON_A_CLUSTER = ("e2e", "cluster")  # folders
+ON_A_CLUSTER = ("cluster", "e2e", "servers")  # folders
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -19,7 +19,6 @@ from deployments.api.base import (
 )
 from deployments.api.completions import (
     MAX_MESSAGES,
-    MAX_STOPS,
     GenerationRequest,
     Question,
     StopString,
@@ -43,7 +42,7 @@ from deployments.api.messages import (
 from deployments.api.structured import Schema, TextFormat
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import SamplingParams
+from gpu_worker.front.request.request import MAX_STOPS, SamplingParams
 from gpu_worker.front.request.tools import ToolCall, Tools
 
 _UNREAD = ("thinking", "redacted_thinking")  # blocks of other models, which no prompt template reads

@@ -74,9 +74,13 @@ class Unserved(TypedDict):
 
 
 class AdapterList(TypedDict):
-    """One page of the adapters that the caller may use. `unserved`: others, of base models that are not served."""
+    """One page of the adapters that the caller may use. `tenant`: the caller's.
+
+    `unserved`: others, of base models that are not served.
+    """
 
     object: Literal["list"]
+    tenant: str
     generation: int
     total: int
     unserved: list[Unserved]
@@ -244,6 +248,7 @@ def adapter_list(page: Page, tenant: str) -> AdapterList:
     data = [lora_object(record, tenant) for _, record in page.rows]
     return {
         "object": "list",
+        "tenant": tenant,
         "generation": page.generation,
         "total": page.num_found,
         "unserved": unserved_objects(page.unserved),

@@ -38,9 +38,7 @@ class PartPlanner:
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
         snapshot = open_store(config.store_uri, config.served_model).snapshot_at(run.generation)
-        retriever = retriever_over(
-            live_pool(config, lambda: snapshot), config.retrieval, owner_names=config.owner_names
-        )
+        retriever = retriever_over(live_pool(config, lambda: snapshot), config)
         self._planner = Planner(config.served_model, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)
         self._settings = run.settings

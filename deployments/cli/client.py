@@ -61,6 +61,7 @@ _OTHER_NAMES = {
     "ttl_s": ("ttl",),
     "retention_s": ("retention",),
     "visibility": ("public",),
+    "base_model": ("base_name",),
     "roles": ("role",),
 }
 _TYPES = {str: "TEXT", Path: "PATH", int: "NUMBER", float: "NUMBER"}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from deployments.cli import access, batch, keys, name, pool, pool_upkeep, publish, samples, trial, usage
+from deployments.cli import access, batch, compose, keys, name, pool, pool_upkeep, publish, samples, trial, usage
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 cli = typer.Typer(cls=KeyAnywhere, help=__doc__, pretty_exceptions_enable=False, context_settings=_HELP)
-for group in (publish, pool, batch, usage):
+for group in (publish, pool, compose, batch, usage):
     cli.add_typer(group.commands)
 cli.add_typer(trial.commands, name="trial")
 cli.add_typer(access.commands, name="access")

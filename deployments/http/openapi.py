@@ -121,6 +121,8 @@ TOKENIZE_ANSWERS = answers(400, 404, 504, s200=TokenizeAnswer)
 DETOKENIZE_ANSWERS = answers(400, 404, 504, s200=DetokenizeAnswer)
 LINES_ANSWERS = _answer_text(answers(400), "application/x-ndjson", 200)
 DOCTOR_ANSWERS = _answer_text(answers(400, 404), "application/x-ndjson", 200)
+EXPORT_ANSWERS = _answer_text(answers(), "application/vnd.apache.parquet", 200)
+FILE_ANSWERS = _answer_text(answers(400, 404), "application/octet-stream", 200)
 GC_ANSWERS = answers(400, s200=pool_responses.CollectedBlobs)
 HEALTH_ANSWERS: Answers = {200: {"model": pool_responses.Health}}
 READY_ANSWERS = answers(s200=pool_responses.Ready)

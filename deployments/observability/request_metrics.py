@@ -141,14 +141,9 @@ class RequestMetrics:
         """`max_tenants`: how many tenants have labels of their own; the first ones that send a request."""
         self._max_tenants = max_tenants
         self._named_tenants: set[str] = set()
-        self._tenant_requests = factory.Counter(
-            "loraretriever_tenant_requests_total",
-            "Requests by tenant, with the setting `tenant_metrics`; `(other)` for those beyond it",
-            ("tenant",),
-        )
-        self._tenant_tokens = factory.Counter(
-            "loraretriever_tenant_tokens_total",
-            "Tokens by tenant and kind (prompt, cached, new), with the setting `tenant_metrics`",
+        self._tenants = factory.Counter(
+            "loraretriever_tenant_usage_total",
+            "Requests and tokens (prompt, cached, new) by tenant, with the setting `tenant_metrics`",
             ("tenant", "kind"),
         )
         self._requests = factory.Counter(
@@ -230,10 +225,9 @@ class RequestMetrics:
         if len(self._named_tenants) < self._max_tenants:
             self._named_tenants.add(record.tenant)
         tenant = record.tenant if record.tenant in self._named_tenants else OTHER
-        self._tenant_requests.inc(1, {"tenant": tenant})
-        for kind, count in zip(("prompt", "cached", "new"), record.num_tokens, strict=True):
+        for kind, count in zip(("requests", "prompt", "cached", "new"), (1, *record.num_tokens), strict=True):
             if count:
-                self._tenant_tokens.inc(count, {"tenant": tenant, "kind": kind})
+                self._tenants.inc(count, {"tenant": tenant, "kind": kind})
 
     def _observe_times(self, record: RequestContext, total_s: float) -> None:
         by_strategy = {"strategy": record.strategy}

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -67,7 +73,7 @@ def check_checkpoint(source: str) -> bool:
     if is_quantised:
         del config.quantization_config
     with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
+        model_class = type(auto_class(config).from_config(config))
     options = {"config": config, "state_dict": tensors, "device_map": {"": "meta"}}
     try:
         _load(model_class, None, source, is_quantised=is_quantised, **options)
@@ -75,6 +81,12 @@ def check_checkpoint(source: str) -> bool:
         logger.warning("the names of the tensors of %s could not be checked", source, exc_info=True)
         return False
     return True
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' class that builds and loads a model, with its parts for images and sound if it has them."""
+    is_multimodal = config.get_text_config() is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
 
 
 def weight_files(source: str) -> list[Path]:

@@ -40,7 +40,7 @@ def text_config(config: Any) -> Any:
     is_composite = text is not None or (config.sub_configs and not hasattr(config, "num_hidden_layers"))
     if not is_composite or getattr(config, "is_encoder_decoder", False):
         return config
-    text_type = getattr(text, "model_type", None)
+    text_type: str = getattr(text, "model_type", "")
     family = _SAME_FOR_TEXT.get(text_type, text_type)
     if text is None or config.model_type not in MULTIMODAL or family not in _TEXT_FAMILIES:
         named = f" ({text_type})" if text_type else ""

@@ -134,7 +134,8 @@ class VllmEngine(InferenceEngine):
                 banks = await llm.collective_rpc("describe_bank")
                 model = narrowed(model, [bank["ends"] for bank in banks])
                 max_len = max_len_of(config, model)
-                await check_model(config, model, max_len, partial(change_banks, llm), partial(answer_check, llm))
+                change, answer = partial(change_banks, llm), partial(answer_check, llm)
+                model = await check_model(config, model, max_len, change, answer)
             except BaseException:
                 llm.shutdown()
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
     try:
         vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
         _check_class(vllm_config.model_config, model.model_type)
+        cache = vllm_config.cache_config
+        if vllm_config.model_config.is_hybrid and cache.kv_cache_memory_bytes is not None:
+            # vLLM has given blocks the size of a layer's state, and every row needs some for that too.
+            cache.kv_cache_memory_bytes = kv_bytes(config, model, cache.block_size)
     except ValueError as exc:  # pydantic's too
         raise BaseModelUnsupported(f"vLLM refuses {model.model_type}: {_reason(exc)}") from exc
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
@@ -55,7 +60,7 @@ def _check_class(model_config: ModelConfig, model_type: str) -> None:
     """Raise BaseModelUnsupported unless the class that vLLM would serve the model with takes it and adapters."""
     found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
     name = found.__name__
-    kinds = set(config_setting(model_config.hf_config, "layer_types") or ()) - _ATTENTION_LAYERS
+    kinds = set(config_setting(model_config.hf_text_config, "layer_types") or ()) - _ATTENTION_LAYERS
     if kinds and model_config.using_transformers_backend():
         raise BaseModelUnsupported(
             f"{model_type} has layers of other kinds ({', '.join(sorted(kinds))}), for which vLLM has no class"
@@ -117,7 +122,8 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
     plugin = PluginSettings(
         num_rank_rows=config.num_rank_rows,
         cache_dir=str(config.cache_dir),
-        modules=tuple(model.shapes),
+        modules={name: model.paths[name] for name in model.shapes},
+        outputs={name: num_out for name, (num_out, _) in model.shapes.items()},
         use_kernel=config.lora_products == "auto",
         free_fill=free_fill,
     )
@@ -133,6 +139,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         max_num_seqs=config.max_batch_size,
         max_num_batched_tokens=config.max_step_tokens,
         enable_lora=True,
+        language_model_only=model.is_multimodal,
         max_loras=config.max_batch_size,  # plans of a step: as many as rows
         max_lora_rank=1,  # of vLLM's own buffers, which stay unused
         tensor_parallel_size=config.tensor_parallel_size,
@@ -155,12 +162,13 @@ def max_len_of(config: VllmWorkerConfig, model: FrontModel) -> int:
     return min(config.max_model_len, model.max_position)
 
 
-def kv_bytes(config: VllmWorkerConfig, model: FrontModel) -> int:
+def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOCK) -> int:
     """Return the bytes of the KV cache in one process. By default every row may reach its longest length.
 
+    `block`: tokens of a block, of which a row has one more than its tokens fill.
     Processes divide the heads of keys among them. Where there are more processes than heads, several have the same one.
     """
-    longest = max_len_of(config, model) + _CPU_BLOCK
+    longest = (math.ceil(max_len_of(config, model) / block) + 1) * block
     tokens = config.kv_tokens or config.max_batch_size * longest
     num_heads = max(model.num_kv_heads // config.tensor_parallel_size, 1)
     return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads

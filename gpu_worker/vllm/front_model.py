@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.model.base_model import (
-    check_is_text_only,
     config_setting,
     load_config,
     load_tokenizer,
@@ -23,6 +22,7 @@ from gpu_worker.model.base_model import (
     resolve_dtype,
     sampling_defaults,
 )
+from gpu_worker.model.checkpoint import auto_class
 from gpu_worker.model.inject import target_linears
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class FrontModel:
     num_kv_heads: int
     kv_token_bytes: int  # of all heads
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of every module an adapter may target
+    paths: Mapping[str, str]  # of these modules in transformers' model
+    is_multimodal: bool  # vLLM serves its language model only
     num_parameters: int
     is_quantized: bool
     window: int | None = None  # of some layers, which see only this many last tokens
@@ -61,43 +63,45 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     """Read the model's configuration and tokenizer. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     source = model_source(config)
     hf_config = load_config(source)
-    _check_config(hf_config)
+    text_config = hf_config.get_text_config()
+    _check_config(hf_config, text_config)
     _check_dtype(config, hf_config)
     tokenizer = load_tokenizer(config)
     dtype = resolve_dtype(config.dtype, config.device)
     model = _model_without_weights(hf_config, dtype)
-    linears = target_linears(model, model.get_output_embeddings())
-    heads = config_setting(hf_config, "num_key_value_heads") or hf_config.num_attention_heads
-    _check_size(config.tensor_parallel_size, hf_config, heads, linears)
-    head_dim = config_setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
+    linears, paths = language_linears(model)
+    heads = config_setting(text_config, "num_key_value_heads") or text_config.num_attention_heads
+    _check_size(config.tensor_parallel_size, text_config, heads, linears)
+    head_dim = _head_dim(text_config)
     return FrontModel(
         source=source,
         model_type=hf_config.model_type,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(source, hf_config, tokenizer),
-        vocab_size=hf_config.vocab_size,
-        num_embeddings=model.get_input_embeddings().weight.shape[0],
-        max_position=hf_config.max_position_embeddings,
+        eos_token_ids=_eos_token_ids(source, text_config, tokenizer),
+        vocab_size=text_config.vocab_size,
+        num_embeddings=language_part(model).get_input_embeddings().weight.shape[0],
+        max_position=text_config.max_position_embeddings,
         dtype=dtype,
         num_kv_heads=heads,
-        kv_token_bytes=hf_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize,
+        kv_token_bytes=text_config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize,
         shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+        paths=paths,
+        is_multimodal=text_config is not hf_config,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_quantized=config_setting(hf_config, "quantization_config") is not None,
-        window=config_setting(hf_config, "sliding_window"),
+        window=config_setting(text_config, "sliding_window"),
         sampling_defaults=sampling_defaults(config),
     )
 
 
-def _check_config(hf_config: Any) -> None:
+def _check_config(hf_config: Any, text_config: Any) -> None:
     """Raise BaseModelUnsupported for a model that this engine cannot describe to prompts and adapters."""
-    check_is_text_only(hf_config)
     problems = []
     if config_setting(hf_config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     else:
         problems += [
-            f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(hf_config, name), int)
+            f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(text_config, name), int)
         ]
     if problems:
         raise BaseModelUnsupported(
@@ -105,18 +109,53 @@ def _check_config(hf_config: Any) -> None:
         )
 
 
+def _head_dim(text_config: Any) -> int:
+    """Return the number of values of a head, the largest of all layers."""
+    found = text_config.to_dict().get("head_dim")
+    sizes: list[int] = [size for size in (found.values() if isinstance(found, dict) else [found]) if size]
+    return max(sizes, default=text_config.hidden_size // text_config.num_attention_heads)
+
+
+def language_part(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of the model that computes text: the model itself, unless it holds several that generate.
+
+    Raises: BaseModelUnsupported if no part computes text.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            return part
+    raise BaseModelUnsupported(f"{model.config.model_type} has no part that computes text")
+
+
+def language_linears(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """Return the layers that adapters of the language model may target, and their paths, both by their names there.
+
+    In a multimodal model these are the language model's layers only. Their names are those of a text-only model.
+    """
+    if model.config.get_text_config() is model.config:
+        linears = target_linears(model, model.get_output_embeddings())
+        return linears, {name: name for name in linears}
+    part = language_part(model)
+    decoder = part.get_decoder()
+    prefix = next(path for path, module in model.named_modules() if module is decoder)
+    own = [part for part in prefix.split(".") if part in ("model", "decoder")] or ["model"]
+    linears, paths = {}, {}
+    for path, linear in target_linears(decoder, part.get_output_embeddings()).items():
+        name = ".".join([*own, path])
+        linears[name], paths[name] = linear, f"{prefix}.{path}"
+    return linears, paths
+
+
 def _model_without_weights(hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Return transformers' model without memory for its weights. Raises: BaseModelUnsupported."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            model: PreTrainedModel = auto_class(hf_config).from_config(hf_config, dtype=dtype)
     except Exception as exc:
         reason = str(exc).partition("\n")[0]
         raise BaseModelUnsupported(
             f"{hf_config.model_type} has no language model that transformers can build ({reason})"
         ) from exc
-    if any("experts" in name.split(".") for name, _ in model.named_modules()):
-        raise BaseModelUnsupported(f"{hf_config.model_type} has experts; the vLLM engine has no adapters for them")
     return model
 
 

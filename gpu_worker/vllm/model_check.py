@@ -3,7 +3,7 @@
 vLLM has its own code for each family, which may name, divide or mask something otherwise than the code that the model
 and its adapters were trained with. So vLLM and transformers' eager model on the CPU answer the same prompts: short ones
 without and with an adapter on every module, and one that is longer than the model's window. If the log probabilities
-differ, the model is refused.
+differ, the model is refused. If they differ with the adapter only, the modules that vLLM computes without it take none.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.checkpoint import auto_class
 from gpu_worker.model.eager_check import (
     ADAPTED,
     DECODE_STEPS,
@@ -40,8 +42,7 @@ from gpu_worker.model.eager_check import (
     hooked,
     jittering,
 )
-from gpu_worker.model.inject import target_linears
-from gpu_worker.vllm.front_model import FrontModel
+from gpu_worker.vllm.front_model import FrontModel, language_linears, language_part
 from gpu_worker.vllm.packing import packed
 from gpu_worker.vllm.remote_bank import Send, encoded_put
 
@@ -74,26 +75,61 @@ Answer = Callable[[CheckedPrompt], Awaitable[CheckedAnswer]]
 """Lets vLLM answer a prompt with DECODE_STEPS tokens. The adapter is in the workers' banks as DIGEST."""
 
 
-async def check_model(config: VllmWorkerConfig, model: FrontModel, max_len: int, change: Send, answer: Answer) -> None:
-    """Compare vLLM with transformers. The workers' banks are empty before and after.
+async def check_model(
+    config: VllmWorkerConfig, model: FrontModel, max_len: int, change: Send, answer: Answer
+) -> FrontModel:
+    """Compare vLLM with transformers. Return the model with the modules on which adapters have their effect.
 
-    `max_len`: of prompt and answer. Raises: BaseModelUnsupported with the first difference that exceeds the bound.
+    The workers' banks are empty before and after. `max_len`: of prompt and answer.
+    Raises: BaseModelUnsupported with the first difference that exceeds the bound.
     """
     if (reason := reason_to_skip(config, model, max_len)) is not None:
         logger.warning("the engine's log probabilities are not compared with those of transformers: %s", reason)
-        return
+        return model
     began = time.perf_counter()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1) as executor:  # its OpenMP team ends with it
         eager = await loop.run_in_executor(executor, partial(EagerModel, config, model))
-        if refusals := await change([encoded_put(packed(eager.adapter))]):
-            raise _unsupported(model, f"its workers refuse an adapter of every module ({refusals[DIGEST]})")
+
+        async def compare(prompts: Sequence[CheckedPrompt], modules: Collection[str]) -> _Problem | None:
+            eager.adapt(modules)
+            if refusals := await change([encoded_put(packed(eager.adapter))]):
+                raise _unsupported(model, f"its workers refuse an adapter of every module ({refusals[DIGEST]})")
+            answers = await asyncio.gather(*map(answer, prompts))
+            await change([("drop", DIGEST)])
+            return await loop.run_in_executor(executor, partial(_judge, eager, prompts, answers))
+
         prompts = _prompts(model, max_len)
-        answers = await asyncio.gather(*map(answer, prompts))
-        await change([("drop", DIGEST)])
-        await loop.run_in_executor(executor, partial(_judge, model, eager, prompts, answers))
+        problem = await compare(prompts, model.shapes)
+        if problem is not None and problem.prompts == ADAPTED:
+            model = await _with_effect(model, partial(compare, [each for each in prompts if each.has_adapter]), problem)
+        elif problem is not None:
+            raise _unsupported(model, problem.text)
     seconds = time.perf_counter() - began
     logger.info("the engine's log probabilities agree with transformers; the check took %.2f s", seconds)
+    return model
+
+
+async def _with_effect(
+    model: FrontModel, compare: Callable[[Collection[str]], Awaitable[_Problem | None]], problem: _Problem
+) -> FrontModel:
+    """Return the model without the modules on which adapters have another effect than in transformers.
+
+    Modules of one name are compared together, then all that are left.
+    Raises: BaseModelUnsupported if none is left or they differ together.
+    """
+    kinds: dict[str, list[str]] = {}
+    for module in model.shapes:
+        kinds.setdefault(module.rpartition(".")[2], []).append(module)
+    wrong = [kind for kind, modules in kinds.items() if await compare(modules) is not None]
+    kept = [module for module in model.shapes if module.rpartition(".")[2] not in wrong]
+    if not wrong or not kept or await compare(kept) is not None:
+        raise _unsupported(model, problem.text)
+    logger.warning(
+        "adapters of the base model's modules named %s are refused, because vLLM computes these without them",
+        ", ".join(wrong),
+    )
+    return replace(model, shapes={module: model.shapes[module] for module in kept})
 
 
 def reason_to_skip(config: VllmWorkerConfig, model: FrontModel, max_len: int) -> str | None:
@@ -108,30 +144,45 @@ def reason_to_skip(config: VllmWorkerConfig, model: FrontModel, max_len: int) ->
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """The kind of prompts whose log probabilities differ, and what the operator reads about it."""
+
+    prompts: str
+    text: str
+
+
 class EagerModel:
-    """transformers' own model on the CPU, and a random adapter of the modules that the workers hold.
+    """transformers' own model on the CPU, and a random adapter of some of the modules that the workers hold.
 
     Raises: BaseModelUnsupported if it cannot be loaded.
     """
 
     def __init__(self, config: VllmWorkerConfig, model: FrontModel) -> None:
         try:
-            self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            found = auto_class(AutoConfig.from_pretrained(model.source))
+            whole: PreTrainedModel = found.from_pretrained(
                 model.source, dtype=model.dtype, attn_implementation="eager"
             ).eval()
         except Exception as exc:
             raise _unsupported(model, f"transformers' own model cannot be loaded ({exc})") from exc
-        linears = target_linears(self._model, self._model.get_output_embeddings())
+        self._model = language_part(whole)
+        linears, _ = language_linears(whole)
         self._linears = {name: linear for name, linear in linears.items() if name in model.shapes}
-        self.adapter = check_adapter(self._linears, min(RANK, config.bank_rank_rows))
+        self.adapter = self._whole_adapter = check_adapter(self._linears, min(RANK, config.bank_rank_rows))
         self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+
+    def adapt(self, modules: Collection[str]) -> None:
+        """Leave the adapter's other modules out."""
+        self.adapter = DeviceAdapter(DIGEST, {name: self._whole_adapter.modules[name] for name in modules})
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int], num_kept: int, *, has_adapter: bool) -> EagerLogits:
         """Return the logits (T, V) after each of the last T = `num_kept` tokens."""
         with ExitStack() as hooks:
             if has_adapter:
-                hooks.enter_context(hooked(self._linears, adding(self.adapter)))
+                adapted = {name: self._linears[name] for name in self.adapter.modules}
+                hooks.enter_context(hooked(adapted, adding(self.adapter)))
             found = self._logits(tokens, num_kept)
             if found.dtype == torch.float32:
                 return EagerLogits(found, found)
@@ -162,10 +213,8 @@ def _prompts(model: FrontModel, max_len: int) -> list[CheckedPrompt]:
     return [*prompts, CheckedPrompt(f"of {length} tokens", tokens, has_adapter=False, scores_prompt=False)]
 
 
-def _judge(
-    model: FrontModel, eager: EagerModel, prompts: Sequence[CheckedPrompt], answers: Sequence[CheckedAnswer]
-) -> None:
-    """Raise BaseModelUnsupported for the first kind of prompts whose log probabilities differ.
+def _judge(eager: EagerModel, prompts: Sequence[CheckedPrompt], answers: Sequence[CheckedAnswer]) -> _Problem | None:
+    """Return the first kind of prompts whose log probabilities differ.
 
     The bound is that of the native engine's check: in float32 every token must agree, in bfloat16 a share of them.
     """
@@ -180,12 +229,13 @@ def _judge(
         beyond = torch.cat([difference.beyond for difference in differences])
         if float(beyond.float().mean()) > min(sum(allowed) / len(allowed), MOST_HALF_SHARE):
             furthest = max(differences, key=lambda difference: difference.furthest)
-            raise _unsupported(
-                model,
+            return _Problem(
+                name,
                 f"for prompts {name} its log probabilities differ from transformers' by up to {furthest.furthest:.3g}"
                 f" (largest logit: {furthest.largest:.3g}); to serve it without this check set"
                 " worker.model_check_max_parameters to 0",
             )
+    return None
 
 
 def _compare(eager: EagerModel, prompt: CheckedPrompt, answer: CheckedAnswer) -> tuple[Difference, float]:

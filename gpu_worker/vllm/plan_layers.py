@@ -7,7 +7,7 @@ path is the plan.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from vllm.lora.utils import (
     process_packed_modules_mapping,
     replace_submodule,
 )
+from vllm.model_executor.layers.attention import MLAAttention
 
 from gpu_worker.bank.bank import LoraBank, ModuleBank
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
@@ -102,7 +103,8 @@ class PlanLayers:
         model: nn.Module,
         lora_config: Any,
         *,
-        modules: Collection[str],
+        modules: Mapping[str, str],
+        outputs: Mapping[str, int],
         num_rows: int,
         device: torch.device,
         kernel: LoraKernel | None,
@@ -111,19 +113,19 @@ class PlanLayers:
     ) -> None:
         """Wrap the layers that adapters may target.
 
-        `modules`: paths of these layers in transformers' model, which adapters name. `kernel`: for the products on the
-        CPU. `tiles`: those on a GPU. Without both, torch computes them.
+        `modules`: the names of these layers in adapters, each with its path in transformers' model. `outputs`: how
+        many each has. `kernel`: for the products on the CPU. `tiles`: those on a GPU. Without both, torch computes
+        them.
         Raises: ValueError if vLLM's model has none of the modules.
         """
         self._device, self._kernel, self._tiles = device, kernel, tiles
-        layers = list(_wrapped(model, lora_config, device, modules))
+        layers = list(_wrapped(model, lora_config, device, modules, outputs))
         linears: dict[str, nn.Linear] = {}
         self._shares: dict[str, Share] = {}
         widths: list[list[int]] = []
-        for path, layer, names in layers:
-            widths.append([])
-            for name, linear, share in _locals(path, layer, names):
-                widths[-1].append(linear.out_features)
+        for path, layer, names, of_names in layers:
+            widths.append(of_names)
+            for name, linear, share in _locals(path, layer, names, of_names):
                 if name is not None:
                     linears[name], self._shares[name] = linear, share
         if not linears:
@@ -133,7 +135,7 @@ class PlanLayers:
         self.bank = LoraBank(linears, num_rows, free_fill=free_fill, device=device)
         self.residency = Residency(self.bank)
         self._linears: list[PlanLinear] = []
-        for (_, layer, names), of_layer in zip(layers, widths, strict=True):
+        for (_, layer, names, _), of_layer in zip(layers, widths, strict=True):
             banks = [None if name is None else self.bank.modules[name] for name in names]
             self._linears.append(PlanLinear(len(self._linears), list(zip(banks, of_layer, strict=True))))
             layer.set_mapping(self._linears[-1])
@@ -237,42 +239,76 @@ class PlanLayers:
 
 
 def _wrapped(
-    model: nn.Module, lora_config: Any, device: torch.device, modules: Collection[str]
-) -> Iterator[tuple[str, Any, list[str | None]]]:
+    model: nn.Module,
+    lora_config: Any,
+    device: torch.device,
+    modules: Mapping[str, str],
+    outputs: Mapping[str, int],
+) -> Iterator[tuple[str, Any, list[str | None], list[int]]]:
     """Replace every linear layer that computes some of the modules by vLLM's layer with a hook for adapters.
 
-    Yield (path, layer, the module of each slice of its output, None for a slice that no adapter may target). Every
-    other layer stays as it is.
+    Yield (path, layer, the module of each slice of its output, None for a slice that no adapter may target, the widths
+    of these slices). Every other layer stays as it is.
     """
     packed = process_packed_modules_mapping(model)
     supported = get_supported_lora_modules(model)
     embeddings: Any = model.embedding_modules  # names of the embedding and the head, which take no adapters
     module_at = _modules_by_path(model, modules)
-    for path, base_layer in list(model.named_modules()):
-        leaf = path.rpartition(".")[2]
-        if leaf in embeddings or not is_supported_lora_module(path, base_layer, supported):
+    places: dict[nn.Module, list[str]] = {}  # a module that computes with a layer may hold it under another path
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(path)
+    # Latent attention multiplies with the weight of this layer, and does not call it.
+    absorbed = {module.kv_b_proj for module in places if isinstance(module, MLAAttention)}
+    for base_layer, its_paths in places.items():
+        for path in its_paths:
+            paths = _slice_paths(path, packed, module_at)
+            names = [module_at.get(slice_path) for slice_path in paths]
+            if any(names):
+                break
+        else:
             continue
-        paths = _slice_paths(path, packed, module_at)
-        names = [module_at.get(slice_path) for slice_path in paths]
-        if not any(names):
+        if base_layer in absorbed or path.rpartition(".")[2] in embeddings:
+            continue
+        if not is_supported_lora_module(path, base_layer, supported):
             continue
         with _placeholder_weight(base_layer, device):
             layer: Any = from_layer(
                 base_layer, 1, lora_config, [path.rpartition(".")[2] for path in paths], model.config
             )
-        if layer is base_layer or layer.n_slices != len(names):
+        widths = None if layer is base_layer else _widths(layer, [outputs.get(name or "") for name in names])
+        if widths is None:
             logger.warning("vLLM has no LoRA layer for %s (%s)", path, type(base_layer).__name__)
             continue
-        yield path, replace_submodule(model, path, layer), names
+        for place in its_paths:
+            replace_submodule(model, place, layer)
+        yield path, layer, names, widths
 
 
-def _modules_by_path(model: Any, modules: Collection[str]) -> dict[str, str]:
+def _widths(layer: Any, outputs: Sequence[int | None]) -> list[int] | None:
+    """Return the widths of the slices that modules with so many outputs have; None if they are not vLLM's slices.
+
+    A module may cover several of vLLM's slices, as `in_proj` of a state-space layer does.
+    """
+    widths = [b.shape[-2] for b in layer.lora_b_stacked]
+    if len(widths) == len(outputs):
+        return widths
+    known = [num_out for num_out in outputs if num_out is not None]
+    if layer.tp_size > 1 or len(known) < len(outputs) or sum(known) != sum(widths):
+        return None
+    return known if {*np.cumsum(known)} <= {*np.cumsum(widths)} else None
+
+
+def _modules_by_path(model: nn.Module, modules: Mapping[str, str]) -> dict[str, str]:
     """Return the modules by their paths in vLLM's model, which names some parts otherwise than transformers does."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return {name: name for name in modules}
-    renames = mapper.get_rename_mapper()
-    return {renames.map_name(name): name for name in modules}
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    parents = {path for path, _ in model.named_modules()}
+    found = {}
+    for name, path in modules.items():
+        paths = [path, name, f"language_model.{name}"]
+        if mapper is not None:
+            paths = [mapper.get_rename_mapper().map_name(each) for each in paths] + paths
+        found[next((each for each in paths if each.rpartition(".")[0] in parents), paths[0])] = name
+    return found
 
 
 def _slice_paths(path: str, packed: Mapping[str, list[str]], module_at: Mapping[str, str]) -> list[str]:
@@ -302,7 +338,9 @@ def _placeholder_weight(module: Any, device: torch.device) -> Iterator[None]:
         module.weight = None
 
 
-def _locals(path: str, layer: Any, names: Sequence[str | None]) -> Iterator[tuple[str | None, nn.Linear, Share]]:
+def _locals(
+    path: str, layer: Any, names: Sequence[str | None], widths: Sequence[int]
+) -> Iterator[tuple[str | None, nn.Linear, Share]]:
     """Yield, for each slice, a layer without memory that has this process's shape, and its share of the module."""
     base = layer.base_layer
     if layer.tp_size > 1 and len(names) == 1 and hasattr(base, "output_sizes"):
@@ -310,8 +348,9 @@ def _locals(path: str, layer: Any, names: Sequence[str | None]) -> Iterator[tupl
             f"{path} has several parts that one adapter module covers, which vLLM divides unevenly; use"
             " tensor_parallel_size 1"
         )
-    for number, (name, a, b) in enumerate(zip(names, layer.lora_a_stacked, layer.lora_b_stacked, strict=True)):
-        num_in, num_out = a.shape[-1], b.shape[-2]
+    a = layer.lora_a_stacked[0]
+    for number, (name, num_out) in enumerate(zip(names, widths, strict=True)):
+        num_in = a.shape[-1]
         first_in = layer.tp_rank * num_in if num_in < base.input_size else 0
         first_out = 0
         if len(names) > 1:

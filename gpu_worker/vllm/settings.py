@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm import __version__, envs
 from vllm import logger as vllm_logger
-from vllm.config import CompilationConfig, VllmConfig
+from vllm.config import CompilationConfig, MultiModalConfig, VllmConfig
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
@@ -20,6 +20,7 @@ from vllm.lora.layers import (
     RowParallelLinearWithLoRA,
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
@@ -67,13 +68,16 @@ LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
     (MergedColumnParallelLinearWithLoRA, "__init__", ("n_slices", "output_ids")),
     (MergedColumnParallelLinearWithLoRA, "create_lora_weights", ("lora_a_stacked", "lora_b_stacked")),
     (MergedQKVParallelLinearWithLoRA, "__init__", ("n_slices", "output_ids")),
+    (MLAAttention, "__init__", ("kv_b_proj",)),
 )
 """The attributes that `plan_layers` reads of the layers that it wraps."""
 FIELDS = (
     (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
     (CompilationConfig, "mode"),
     (CompilationConfig, "cudagraph_mode"),
+    (MultiModalConfig, "language_model_only"),
     (VllmConfig, "logging_config"),
+    (VllmConfig, "lora_config"),  # taken away while the base model is built, see `worker.PlanWorker`
 )
 VARIABLES = (
     "VLLM_CONFIGURE_LOGGING",
@@ -90,14 +94,16 @@ VARIABLES = (
 class PluginSettings:
     """How large the bank is, what it holds and how its products are computed.
 
-    `modules`: paths of the base model's layers that adapters may target, as transformers and adapters name them.
+    `modules`: the base model's layers that adapters may target: their names in adapters, each with its path in
+    transformers' model. `outputs`: how many each of them has.
     `free_fill`: value of free rows, see LoraBank.
     All of it is part of the key under which vLLM keeps a compiled model, so no value may differ between two starts.
     """
 
     num_rank_rows: int
     cache_dir: str
-    modules: tuple[str, ...]
+    modules: Mapping[str, str]
+    outputs: Mapping[str, int]
     use_kernel: bool = True
     free_fill: float = 0.0
 
@@ -106,8 +112,7 @@ class PluginSettings:
 
     @classmethod
     def of(cls, additional_config: Mapping[str, Any]) -> PluginSettings:
-        fields = additional_config[KEY]
-        return cls(**fields | {"modules": tuple(fields["modules"])})
+        return cls(**additional_config[KEY])
 
 
 def check_device(device: str) -> None:

@@ -27,6 +27,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
     """Stock, but for what the model runner builds as its LoRA manager. The methods below answer `collective_rpc`."""
 
     plan_layers: PlanLayers
+    _lora_config: Any
 
     def load_model(self, **kwargs: Any) -> None:
         check_vllm()
@@ -35,9 +36,12 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
         if not callable(getattr(runner, "load_lora_model", None)) or self.use_v2_model_runner:
             raise RuntimeError(f"{type(runner).__name__} has no load_lora_model; set VLLM_USE_V2_MODEL_RUNNER=0")
         runner.load_lora_model = self._load_plan_layers  # the runner calls it once, after loading the base model
+        # Layers of experts would choose kernels for adapters of experts, which the CPU lacks and a GPU has slower.
+        self._lora_config, self.vllm_config.lora_config = self.vllm_config.lora_config, None
         super().load_model(**kwargs)
 
     def _load_plan_layers(self, model: nn.Module, vllm_config: Any, device: torch.device) -> nn.Module:
+        vllm_config.lora_config = self._lora_config
         if not supports_lora(model):
             raise ValueError(f"{type(model).__name__} does not support LoRA in vLLM")
         settings = PluginSettings.of(vllm_config.additional_config)
@@ -57,6 +61,7 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             model,
             vllm_config.lora_config,
             modules=settings.modules,
+            outputs=settings.outputs,
             num_rows=settings.num_rank_rows,
             device=device,
             kernel=load_lora_kernel(Path(settings.cache_dir)) if is_cpu and settings.use_kernel else None,

@@ -38,6 +38,8 @@ ROLES_OF: dict[tuple[str, str], str | None] = {
     ("POST", "/v1/pool/evaluate"): "admin",
     ("POST", "/v1/pool/reindex"): "admin",
     ("POST", "/v1/pool/gc"): "admin",
+    ("GET", "/v1/pool/export"): "admin",
+    ("GET", "/v1/pool/files/{name:path}"): "admin",
     ("GET", "/v1/pool/map"): None,
     ("POST", "/v1/pool/map"): "infer",
     ("GET", "/v1/stats"): None,

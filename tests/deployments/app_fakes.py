@@ -108,14 +108,19 @@ def serve_plainly(
     return Served(ingress, *handles)
 
 
+def app_of(served: Served) -> FastAPI:
+    """Return the application over the services of `served`."""
+    app = build_api(served.services)
+    app.router = _router()
+    return app
+
+
 @asynccontextmanager
 async def http_of(
     served: Served, *, host: str = "127.0.0.1", raise_app_exceptions: bool = False, headers: Mapping[str, str] = {}
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client of the application over the services of `served`."""
-    app = build_api(served.services)
-    app.router = _router()
-    transport = httpx.ASGITransport(app, raise_app_exceptions=raise_app_exceptions, client=(host, 50000))
+    transport = httpx.ASGITransport(app_of(served), raise_app_exceptions=raise_app_exceptions, client=(host, 50000))
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
         yield client
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.tiny import random_adapter
 BASE = "tiny"
 VERBS = ("Tell me about", "Explain", "Write of", "Describe")
 TOPICS = ("the sea", "old trains", "good bread", "a long war", "wild bees", "cold winters")
+TOP_P = {"strategy": "top_p_mixture", "strategy_options": {"kept_weight": 0.5}}
 DEFAULTS = {"max_tokens": 6, "temperature": 0}
 
 
@@ -74,7 +76,7 @@ def prompts(count: int) -> list[dict[str, Any]]:
         {},
         {"lora": '{"strategy": "fusion", "k": 2}'},
         {"model": BASE},
-        {"temperature": 1.0, "seed": 7},
+        {"temperature": 1.0, "seed": 7, "lora": json.dumps(TOP_P)},
         {"lora": '{"adapters": [{"name": "the-sea", "weight": 0.5}, {"name": "wild-bees"}]}'},
         {"model": "old-trains", "max_tokens": 5},
     ]

@@ -313,6 +313,17 @@ class FakeStore:
         self._fail("gc")
         return Collected(3, 12, 1)
 
+    async def pool_state(self, tenant: str | None) -> bytes:
+        self._fail("pool_state")
+        return b"" if tenant is None else tenant.encode()
+
+    async def pool_part(self, tenant: str | None, name: str, number: int) -> bytes:
+        self._fail("pool_part")
+        parts = self.parts.get(name, {})
+        if number not in parts:
+            raise AdapterNotFound(name)
+        return parts[number]
+
     async def verify(self, tenant: str) -> AsyncGenerator[Verified]:
         self._fail("verify")
         checks = [BlobCheck(digest_of("a"), POOL[0].ref, None), BlobCheck(digest_of("b"), POOL[1].ref, "is missing")]

@@ -12,12 +12,12 @@ from deployments.api.completions import ChatCompletionRequest
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.observability.request_metrics import RequestContext
-from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
+from gpu_worker.errors import PromptTooLong, SamplingInvalid
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from tests.deployments.adapter_records import POOL
 from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.fake_worker import BROKEN, DELTAS, NOTHING_CACHED, FakeWorker
+from tests.deployments.fake_worker import DELTAS, NOTHING_CACHED, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 SAMPLING = {"max_tokens": 9, "temperature": 0.25, "top_k": 4, "seed": 11, "stop": ["a"]}
@@ -106,16 +106,6 @@ def test_an_error_before_the_first_token_is_raised(call: Callable[..., Any]) -> 
         call(CHAT | {"model": "nobody"})
     with pytest.raises(SamplingInvalid):
         call(CHAT | {"max_tokens": 1, "min_tokens": 2})
-
-
-def test_an_error_after_the_first_token_ends_the_stream() -> None:
-    async def run() -> None:
-        chunks = serve_plainly(worker=FakeWorker(BROKEN)).ingress.stream(CHAT)
-        assert [await anext(chunks) for _ in range(2)][1]["choices"][0]["delta"]["content"] == "Hel"
-        with pytest.raises(EngineStopped):
-            await anext(chunks)
-
-    asyncio.run(run())
 
 
 class Dying(FakeWorker):

@@ -67,7 +67,7 @@ def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Pl
     assert {n: row["error"]["code"] for n, row in enumerate(found) if row["error"]} == {
         number: code for number, (_, code) in bad.items()
     }
-    strategies = {0: "mixture", 7: "fusion", 2: "base", 3: "mixture", 10: "mixture", 17: "selection"}
+    strategies = {0: "mixture", 7: "fusion", 2: "base", 3: "top_p_mixture", 10: "mixture", 17: "selection"}
     assert {number: found[number]["strategy"] for number in strategies} == strategies
     assert found[0]["adapters"][0]["name"] == "the-sea"
     assert [adapter["weight"] for adapter in found[10]["adapters"]] == [0.5, 1.0]

@@ -199,8 +199,8 @@ def test_only_the_first_tenants_have_counters_of_their_own(caplog: pytest.LogCap
 
     worker = FakeWorker([Delta("Hi", 5, 2, "stop", num_cached_tokens=4)])
     kinds, _ = recorded(send, caplog, worker=worker, keys_file=keys, tenant_metrics=2)
-    assert kinds["tenant_requests_total"].counts == {("a",): 2, ("b",): 2, ("(other)",): 1}
-    tokens = kinds["tenant_tokens_total"].counts
-    assert [tokens["a", kind] for kind in ("prompt", "cached", "new")] == [10, 8, 4]
+    counts = kinds["tenant_usage_total"].counts
+    assert {tenant: counts[tenant, "requests"] for tenant, _ in counts} == {"a": 2, "b": 2, "(other)": 1}
+    assert [counts["a", kind] for kind in ("prompt", "cached", "new")] == [10, 8, 4]
     kinds, _ = recorded(send, caplog, keys_file=keys)
-    assert kinds["tenant_requests_total"].counts == {}
+    assert kinds["tenant_usage_total"].counts == {}

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from gpu_worker.front.text.token_bytes import TokenBytes
+from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.vllm.front_model import language_linears, language_part
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import Plan
 
@@ -28,9 +30,13 @@ class Reference:
     """A model whose weights are changed for one plan at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        whole = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
+        self._model = language_part(whole)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model.eval()
+        self._linears, _ = language_linears(whole)
 
     @torch.inference_mode()
     def greedy(self, prompt: str, plan: Plan, pool: Mapping[str, AdapterWeights], num_new: int) -> list[Step]:
@@ -53,14 +59,13 @@ class Reference:
     def _under(self, plan: Plan, pool: Mapping[str, AdapterWeights]) -> Iterator[None]:
         """Add the plan's adapters to the weights within the block."""
         changes = deltas(plan, pool)
-        modules = dict(self._model.named_modules())
         for name, change in changes.items():
-            modules[name].weight += change
+            self._linears[name].weight += change
         try:
             yield
         finally:
             for name, change in changes.items():
-                modules[name].weight -= change
+                self._linears[name].weight -= change
 
     def token_bytes(self, token: int) -> bytes:
         return TokenBytes(self._tokenizer.backend_tokenizer)(token)

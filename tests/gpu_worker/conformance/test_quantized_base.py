@@ -1,87 +1,188 @@
-"""A base model of 8-bit integers, which only vLLM serves, answers plans as its rounded weights do in float64."""
+"""A quantised base model, which only vLLM serves, answers plans as its rounded weights do in float64."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from gpu_worker.config import WorkerConfig
 from lora_store.adapter import AdapterWeights
-from lora_store.plan import BASE_PLAN
+from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
-from tests.tiny import plan_of, tiny_config
+from tests.soak import Scale
+from tests.tiny import plan_of, random_adapter, tiny_config
 
-MakeAdapter = Callable[..., AdapterWeights]
-# Each input of a layer is rounded to 8 bits too, which the reference does not do.
-TOLERANCE = 0.15
-_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-QUANTIZATION = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _WEIGHTS, "input_activations": _INPUTS}},
-    "ignore": ["lm_head"],
+GROUP = 32  # inputs that share a scale
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in one integer
+
+
+def _compressed(form: str, bits: int, kind: str, strategy: str, *, inputs: bool) -> dict[str, Any]:
+    number = {"num_bits": bits, "type": kind, "symmetric": True}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": number | {"strategy": strategy, "dynamic": False}}
+    if strategy == "group":
+        group["weights"]["group_size"] = GROUP
+    if inputs:
+        group["input_activations"] = number | {"strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def _rounded(weight: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Return integers (O, I / G, G) and scales (O, I / G, 1) of groups of inputs."""
+    groups = weight.view(len(weight), -1, GROUP)
+    scale = groups.abs().amax(dim=-1, keepdim=True) / largest
+    return (groups / scale).round().clamp(-largest - 1, largest), scale
+
+
+def _packed(nibbles: Tensor) -> Tensor:
+    """Pack every 8 values of 4 bits along the last dimension into one integer of 32 bits, the first one lowest."""
+    parts = nibbles.to(torch.int64).view(*nibbles.shape[:-1], -1, 8)
+    whole = (parts << (4 * torch.arange(8))).sum(-1)
+    return torch.where(whole >= 2**31, whole - 2**32, whole).to(torch.int32)
+
+
+def _integers_of_8_bits(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    values = (weight / scale).round()
+    return {"weight": values.to(torch.int8), "weight_scale": scale}, values * scale
+
+
+def _floats_of_8_bits(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 448
+    values = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": values, "weight_scale": scale}, values.float() * scale
+
+
+def _integers_of_4_bits(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    values, scale = _rounded(weight, 7)
+    scale = scale.bfloat16().float()
+    packed = _packed(values.view(weight.shape) + 8)
+    shape = torch.tensor(weight.shape)
+    tensors = {"weight_packed": packed, "weight_scale": scale.squeeze(-1).bfloat16(), "weight_shape": shape}
+    return tensors, (values * scale).view(weight.shape)
+
+
+def _gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    values, scale = _rounded(weight, 7)
+    scale = scale.half().float()
+    num_out, num_in = weight.shape
+    tensors = {
+        "qweight": _packed(values.view(num_out, num_in) + 8).T.contiguous(),
+        "qzeros": _packed(torch.full((num_in // GROUP, num_out), 7)),
+        "scales": scale.squeeze(-1).T.contiguous().half(),
+        "g_idx": torch.arange(num_in, dtype=torch.int32) // GROUP,
+    }
+    return tensors, (values * scale).view(weight.shape)
+
+
+def _awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    values, scale = _rounded(weight, 7)
+    scale = scale.half().float()
+    num_out, num_in = weight.shape
+    columns = (values.view(num_out, num_in) + 8).T.reshape(num_in, -1, 8)[..., _AWQ_ORDER].reshape(num_in, num_out)
+    tensors = {
+        "qweight": _packed(columns),
+        "qzeros": _packed(torch.full((num_in // GROUP, num_out), 8)),
+        "scales": scale.squeeze(-1).T.contiguous().half(),
+    }
+    return tensors, (values * scale).view(weight.shape)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write weights. `write`: (O, I) -> the module's tensors, and the weight that they stand for.
+
+    `bound`: the largest difference of a log probability, in bfloat16.
+    """
+
+    config: Mapping[str, Any]
+    write: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+    bound: float
+
+
+_4_BITS = {"bits": 4, "group_size": GROUP}
+# The first two run at small counts. The inputs of a layer are rounded too in the formats of 8 bits.
+FORMATS = {
+    "int8": Format(_compressed("int-quantized", 8, "int", "channel", inputs=True), _integers_of_8_bits, 0.15),
+    "int4": Format(_compressed("pack-quantized", 4, "int", "group", inputs=False), _integers_of_4_bits, 0.2),
+    "gptq": Format({"quant_method": "gptq", "desc_act": False, "sym": True, **_4_BITS}, _gptq, 0.25),
+    "awq": Format({"quant_method": "awq", "zero_point": True, **_4_BITS}, _awq, 0.25),
+    "fp8": Format(_compressed("float-quantized", 8, "float", "channel", inputs=True), _floats_of_8_bits, 0.8),
 }
 
 
-@pytest.fixture(scope="module")
-def folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Save the model with its layers' weights rounded to 8 bits: as integers with scales, and as floats."""
-    integers, floats = tmp_path_factory.mktemp("integers"), tmp_path_factory.mktemp("floats")
-    for file in model_folder.iterdir():
-        for folder in (integers, floats):
+def write_folders(form: Format, model: Path, path: Path) -> tuple[Path, Path]:
+    """Save the model with the weights of its layers rounded: as the format writes them, and as floats."""
+    quantized, floats = path / "quantized", path / "floats"
+    for folder in (quantized, floats):
+        folder.mkdir()
+        for file in model.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-    whole = load_file(model_folder / "model.safetensors")
-    rounded = dict(whole)
+    whole = load_file(model / "model.safetensors")
+    written: dict[str, Tensor] = {}
     for name, weight in whole.items():
         if not name.endswith("_proj.weight"):
+            written[name] = weight
             continue
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        values = (weight / scale).round()
-        rounded[name] = values.to(torch.int8)
-        rounded[name.removesuffix("weight") + "weight_scale"] = scale
-        whole[name] = values * scale
-    save_file(rounded, integers / "model.safetensors", metadata={"format": "pt"})
+        tensors, whole[name] = form.write(weight)
+        written |= {name.removesuffix("weight") + part: tensor for part, tensor in tensors.items()}
+    save_file(written, quantized / "model.safetensors", metadata={"format": "pt"})
     save_file(whole, floats / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((integers / "config.json").read_text())
-    (integers / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZATION}))
-    return integers, floats
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": form.config}))
+    return quantized, floats
 
 
-def config_of(folder: Path) -> WorkerConfig:
-    return tiny_config(folder, max_model_len=256, engine="vllm", dtype="bfloat16")
-
-
-@pytest.fixture
-def hosted(folders: tuple[Path, Path]) -> Iterator[HostedEngine]:
-    engine = HostedEngine(ENGINES["vllm"], config_of(folders[0]))
-    yield engine
-    engine.close()
-
-
+@pytest.mark.parametrize("name", FORMATS)
 def test_mixtures_over_a_quantized_base_equal_the_reference(
-    hosted: HostedEngine, adapter: MakeAdapter, folders: tuple[Path, Path]
+    name: str, model_folder: Path, tmp_path: Path, scale: Scale
 ) -> None:
-    reference = Reference(folders[1])
-    one, other = adapter(1), adapter(2)
-    parts = (one, 0.7), (other, 0.6)
-    plans = [BASE_PLAN, plan_of("selection", (one, 1.0)), plan_of("mixture", *parts), plan_of("fusion", *parts)]
+    if name not in list(FORMATS)[: scale.pick("formats", small=2, full=len(FORMATS))]:
+        pytest.skip("runs at full counts")
+    quantized, floats = write_folders(FORMATS[name], model_folder, tmp_path)
+    config = tiny_config(quantized, max_model_len=256, engine="vllm", dtype="bfloat16")
+    hosted = HostedEngine(ENGINES["vllm"], config)
+    try:
+        assert_within(FORMATS[name].bound, hosted, Reference(floats))
+    finally:
+        hosted.close()
+
+
+def assert_within(bound: float, hosted: HostedEngine, reference: Reference) -> list[float]:
+    """Check each kind of plan, and that each has its own answer. Return the differences."""
+    one, other = (random_adapter(hosted.engine.module_shapes, seed) for seed in (1, 2))
+    hosted.add(one, other)
+    plans = plans_of(one, other)
     known = [reference.greedy("A parrot says", plan, hosted.pool, 1)[0].logprobs for plan in plans]
+    found_errors = []
     for number, answer in enumerate(hosted.answers(*[job("A parrot says", plan) for plan in plans])):
         found = dict(answer.logprobs[0].top)
         errors = [error_of(found, each, reference) for each in known]
-        assert errors[number] < TOLERANCE
+        assert errors[number] < bound
         assert min(errors[:number] + errors[number + 1 :]) > 2 * errors[number], "each plan has its own answer"
+        found_errors.append(errors[number])
+    return found_errors
 
 
-def error_of(found: Mapping[bytes, float], known: torch.Tensor, reference: Reference) -> float:
+def plans_of(one: AdapterWeights, other: AdapterWeights) -> list[Plan]:
+    parts = (one, 0.7), (other, 0.6)
+    return [BASE_PLAN, plan_of("selection", (one, 1.0)), plan_of("mixture", *parts), plan_of("fusion", *parts)]
+
+
+def error_of(found: Mapping[bytes, float], known: Tensor, reference: Reference) -> float:
     """Return the largest difference of a log probability. Each of the first 256 ids is one byte."""
     by_bytes = {reference.token_bytes(token): float(known[token]) for token in range(256)}
     return max(abs(logprob - by_bytes[token]) for token, logprob in found.items())

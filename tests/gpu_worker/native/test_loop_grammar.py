@@ -49,7 +49,7 @@ def finish_of(answer: Answer) -> str | None:
 
 def test_random_schemas_give_valid_json_at_temperature_1(make_engine: MakeEngine, scale: Scale) -> None:
     engine = make_engine({}, max_model_len=512, family="llama_512_ids")
-    num_schemas = scale.pick("schemas", small=16, full=200)
+    num_schemas = scale.pick("schemas", small=8, full=200)
     schemas = [random_schema(seed) for seed in range(num_schemas)]
     jobs = [
         sampled(Grammar("json_schema", json.dumps(schema)), seed, num_new=400) for seed, schema in enumerate(schemas)

@@ -15,6 +15,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.vllm.engine_args import build_config, kv_bytes, set_compilation, set_environment, thread_variables
 from gpu_worker.vllm.front_model import load_front_model
 from gpu_worker.vllm.settings import FRONT_PID
+from tests.gpu_worker.conformance.families import save as save_of_vllm
 from tests.gpu_worker.families import save
 from tests.tiny import tiny_config
 
@@ -98,6 +99,16 @@ def test_each_process_has_room_for_the_keys_of_its_heads(
     model = load_front_model(config)
     assert model.num_kv_heads == 2
     assert kv_bytes(config, model) == share * 1000 * model.kv_token_bytes
+
+
+def test_every_row_of_a_hybrid_model_has_blocks_for_its_states(tmp_path: Path, environment: Mapping[str, str]) -> None:
+    config = tiny_config(save_of_vllm(tmp_path, "qwen3_5"), engine="vllm", max_model_len=96)
+    model = load_front_model(config)
+    vllm_config = build_config(config, model, free_fill=0.0, is_compiled=False)
+    cache = vllm_config.cache_config
+    assert cache.block_size > 96, "a block is as large as a layer's state"
+    assert cache.kv_cache_memory_bytes == config.max_batch_size * 2 * cache.block_size * model.kv_token_bytes
+    assert vllm_config.model_config.multimodal_config.language_model_only
 
 
 @pytest.mark.parametrize(

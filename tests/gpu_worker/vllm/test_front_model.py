@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
+from tests.gpu_worker.conformance.families import config_of
 from tests.tiny import SHAPE, byte_tokenizer, tiny_config
 
+_PARTS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 # The tiny models have 4 attention heads, 2 key heads and MLPs of 48 values.
 
 
@@ -71,11 +73,9 @@ def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_e
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("gemma4_text", {}, "gemma4_text has no single head_dim for all its layers"),
         ("t5gemma", {}, "t5gemma has an encoder-decoder architecture, which the vLLM engine does not support"),
         ("rwkv", {}, "rwkv has a config without num_attention_heads, which the vLLM engine does not support"),
         ("gpt2", {}, "no linear layer that an adapter could target"),
-        ("gemma3", {}, "gemma3 is a multimodal model"),
         (
             "vit",
             {"vocab_size": 8, "max_position_embeddings": 8},
@@ -91,6 +91,33 @@ def test_a_model_that_the_front_end_cannot_describe_is_refused_in_one_sentence(
     with pytest.raises(BaseModelUnsupported, match=reason) as found:
         load_front_model(tiny_config(tmp_path, engine="vllm"))
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "idefics3", "llava"])
+def test_a_multimodal_model_takes_adapters_of_its_language_model_by_the_names_of_a_text_model(
+    family: str, tmp_path: Path
+) -> None:
+    config = config_of(family)
+    config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    layers = {f"model.layers.{number}.{part}" for number in range(3) for part in _PARTS}
+    assert set(found.shapes) == layers and found.is_multimodal
+    with torch.device("meta"):
+        modules = dict(AutoModelForImageTextToText.from_config(config).named_modules())
+    text = config.get_text_config()
+    for name, path in found.paths.items():
+        assert path != name and (modules[path].out_features, modules[path].in_features) == found.shapes[name]
+    assert (found.vocab_size, found.num_kv_heads) == (text.vocab_size, text.num_key_value_heads)
+
+
+def test_a_mixture_of_experts_takes_adapters_of_its_other_layers(tmp_path: Path) -> None:
+    config_of("deepseek_v3").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = load_front_model(tiny_config(tmp_path, engine="vllm"))
+    kinds = {name.rpartition("layers.1.")[2] for name in found.shapes if "layers.1." in name}
+    assert {"self_attn.q_a_proj", "self_attn.o_proj", "mlp.shared_experts.down_proj"} < kinds
+    assert not any(".experts." in name for name in found.shapes) and "model.layers.0.mlp.up_proj" in found.shapes
 
 
 @pytest.fixture

@@ -43,13 +43,18 @@ class Workers:
         self.changes: list[str] = []
         self.asked: list[CheckedPrompt] = []
         self.unfit: dict[str, str] = {}
+        self.ignored: str | None = None  # the last part of the paths of modules that are computed without adapters
 
     async def change(self, changes: list[Change]) -> Mapping[str, str]:
-        self.changes += [f"{kind} {digest}" for kind, digest, *_ in changes]
+        for kind, digest, *values in changes:
+            self.changes.append(f"{kind} {digest}")
+            if kind == "put":
+                names = [name for name, *_ in values[1]]
+                self._eager.adapt([name for name in names if name.rpartition(".")[2] != self.ignored])
         return self.unfit
 
     async def answer(self, prompt: CheckedPrompt) -> CheckedAnswer:
-        assert self.changes == [f"put {DIGEST}"]
+        assert self.changes[-1] == f"put {DIGEST}"
         self.asked.append(prompt)
         tokens = list(prompt.tokens)
         for _ in range(DECODE_STEPS):
@@ -64,8 +69,8 @@ class Workers:
         ]
         return CheckedAnswer(tokens[len(prompt.tokens) :], scores)
 
-    def check(self, max_len: int = 160) -> None:
-        asyncio.run(check_model(self.config, self.model, max_len, self.change, self.answer))
+    def check(self, max_len: int = 160) -> FrontModel:
+        return asyncio.run(check_model(self.config, self.model, max_len, self.change, self.answer))
 
 
 @pytest.fixture
@@ -130,6 +135,18 @@ def test_one_token_beyond_the_bound_is_refused_in_float32(workers: Callable[...,
 def test_log_probabilities_that_are_not_numbers_are_refused(workers: Callable[..., Workers]) -> None:
     with pytest.raises(BaseModelUnsupported):
         workers(lambda prompt, logits: logits * torch.nan).check()
+
+
+def test_modules_that_vllm_computes_without_adapters_take_none(
+    workers: Callable[..., Workers], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = workers()
+    made.ignored = "v_proj"
+    with caplog.at_level(logging.WARNING):
+        found = made.check()
+    assert set(made.model.shapes) - set(found.shapes) == {f"model.layers.{n}.self_attn.v_proj" for n in range(3)}
+    assert "modules named v_proj are refused" in caplog.records[-1].getMessage()
+    assert made.changes[-1] == f"drop {DIGEST}"
 
 
 def test_an_adapter_that_the_workers_refuse_is_the_reason(workers: Callable[..., Workers]) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gpu_worker.bank.device_layout import DeviceModule
-from gpu_worker.vllm.plan_layers import Share, _locals, _modules_by_path, _slice_paths
+from gpu_worker.vllm import plan_layers
+from gpu_worker.vllm.plan_layers import Share, _locals, _modules_by_path, _slice_paths, _widths, _wrapped
 
 RANK, NUM_IN, NUM_TOKENS, SIZE = 3, 8, 5, 2
 
@@ -30,7 +31,9 @@ def layer(rank: int, local_in: int, local_outs: list[int], output_ids: tuple[int
 
 def shares(names: list[str], *layers: Any) -> list[dict[str, Share]]:
     """Return the shares of each process, by module."""
-    return [{name: share for name, _, share in _locals("p", one, names)} for one in layers]
+    widths = [_widths(one, [None] * len(names)) or [] for one in layers]
+    parts = zip(layers, widths, strict=True)
+    return [{name: share for name, _, share in _locals("p", one, names, of_one)} for one, of_one in parts]
 
 
 def module(num_out: int) -> DeviceModule:
@@ -80,16 +83,75 @@ def test_a_layer_is_divided_as_adapters_name_its_parts() -> None:
     assert _slice_paths("m.down_proj", packed, {"m.down_proj": "a.down_proj"}) == ["m.down_proj"]
 
 
+@pytest.mark.parametrize(
+    ("local_outs", "outputs", "expected"),
+    [
+        ([4, 4, 8], [None, 4, 8], [4, 4, 8]),
+        ([4, 4, 8, 8], [16, 8], [16, 8]),
+        ([4, 4, 8], [16], [16]),
+        ([4, 4, 8], [15], None),
+        ([4, 4, 8], [6, 10], None),
+        ([4, 4, 8], [None], None),
+    ],
+)
+def test_a_module_may_cover_several_slices_of_a_layer(
+    local_outs: list[int], outputs: list[int | None], expected: list[int] | None
+) -> None:
+    one = layer(0, NUM_IN, local_outs)
+    one.tp_size = 1
+    assert _widths(one, outputs) == expected
+    one.tp_size = 2
+    assert _widths(one, outputs) == (expected if len(outputs) == len(local_outs) else None)
+
+
+def named_modules(*paths: str) -> nn.Module:
+    """Return a model that has modules of these paths."""
+    model = nn.Module()
+    for path in paths:
+        parent = model
+        for part in path.split("."):
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+    return model
+
+
 def test_modules_are_found_under_the_paths_that_vllm_gives_them() -> None:
     """Names that vLLM stacks or does not load stay as they are."""
-    mapper = WeightsMapper(
-        orig_to_new_prefix={"gpt_neox.": "model.", "model.layers.3.": None},
+    model: Any = named_modules("model.layers.0", "model.layers.3", "language_model.layers.0")
+    model.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"gpt_neox.": "model.", "model.layers.3.": None, "whole.language_model.": "language_model."},
         orig_to_new_stacked={".q_proj": (".qkv_proj", "q")},
     )
-    model = SimpleNamespace(hf_to_vllm_mapper=mapper)
-    modules = ["gpt_neox.layers.0.q_proj", "model.layers.3.dense"]
+    modules = {
+        "gpt_neox.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
+        "model.layers.3.dense": "model.layers.3.dense",
+        "model.layers.0.o_proj": "whole.language_model.layers.0.o_proj",
+    }
     assert _modules_by_path(model, modules) == {
         "model.layers.0.q_proj": "gpt_neox.layers.0.q_proj",
         "model.layers.3.dense": "model.layers.3.dense",
+        "language_model.layers.0.o_proj": "model.layers.0.o_proj",
     }
-    assert _modules_by_path(SimpleNamespace(), modules) == {name: name for name in modules}
+
+
+@pytest.mark.parametrize("place", ["language_model.model.layers.0", "model.layers.0"])
+def test_a_path_that_vllm_does_not_know_is_looked_for_by_the_name_of_a_text_model(place: str) -> None:
+    modules = {"model.layers.0.o_proj": "thinker.model.layers.0.o_proj"}
+    assert _modules_by_path(named_modules(place), modules) == {f"{place}.o_proj": "model.layers.0.o_proj"}
+
+
+def test_a_layer_that_several_modules_hold_is_replaced_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention calls its layers under another path than the one that names them."""
+    model: Any = named_modules("attention.inner")
+    model.attention.o_proj = model.attention.inner.o_proj = nn.Linear(NUM_IN, NUM_IN)
+    model.embedding_modules, model.config = {}, None
+    wrapper = nn.Module()
+    wrapper.tp_size, wrapper.lora_b_stacked = 1, [torch.empty(1, 1, NUM_IN, RANK)]  # type: ignore[assignment]
+    monkeypatch.setattr(plan_layers, "from_layer", lambda *_: wrapper)
+    monkeypatch.setattr(plan_layers, "process_packed_modules_mapping", lambda _: {})
+    monkeypatch.setattr(plan_layers, "get_supported_lora_modules", lambda _: ["o_proj"])
+    monkeypatch.setattr(plan_layers, "is_supported_lora_module", lambda *_: True)
+    modules = {"attention.o_proj": "attention.o_proj"}
+    [found] = _wrapped(model, None, torch.device("cpu"), modules, {"attention.o_proj": NUM_IN})
+    assert found[1] is model.attention.o_proj is model.attention.inner.o_proj is wrapper

@@ -42,7 +42,9 @@ def test_an_attribute_of_a_layer_that_is_gone_is_named() -> None:
 
 
 def test_settings_reach_the_workers_unchanged() -> None:
-    sent = PluginSettings(num_rank_rows=8, cache_dir="/cache", modules=("a", "b"), use_kernel=False, free_fill=0.5)
+    sent = PluginSettings(
+        num_rank_rows=8, cache_dir="/cache", modules={"a": "m.a"}, outputs={"a": 3}, use_kernel=False, free_fill=0.5
+    )
     assert PluginSettings.of(sent.as_additional_config()) == sent
 
 

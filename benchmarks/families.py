@@ -1,0 +1,146 @@
+"""Compare the vLLM engine with transformers for tiny random models of every family, and write what was seen.
+
+Run in .venv-vllm: `python -m benchmarks.families [FAMILY …]`. Formats of quantised weights count as families, such as
+`quantised:int4`. The results are those of docs/reference/supported-models.md, and a run replaces those of its own
+families only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.results_file import write_part
+from gpu_worker.errors import GpuWorkerError
+from tests.gpu_worker.conformance.driver import HostedEngine
+from tests.gpu_worker.conformance.engines import ENGINES
+from tests.gpu_worker.conformance.families import FAMILIES, assert_equal, save
+from tests.gpu_worker.conformance.reference import Reference
+from tests.gpu_worker.conformance.test_quantized_base import FORMATS, assert_within, write_folders
+from tests.tiny import gemma3_with_wide_heads, tiny_config
+
+STUDY, QUANTISED = "families", "quantised:"
+PATIENCE_S = 200
+EQUAL, DIFFERS, REFUSED, FAILS = "equal", "differs", "refused", "fails"
+
+
+def compare(family: str, folder: Path) -> dict[str, Any]:
+    """Start the engine with a model of the family, and compare its answers."""
+    form = FORMATS.get(family.removeprefix(QUANTISED))
+    served, floats = (folder, folder) if form is None else (folder / "quantized", folder / "floats")
+    if not folder.exists():
+        if form is None:
+            save(folder, family)
+        else:
+            torch.manual_seed(0)
+            save(folder / "model", "gemma3_text", gemma3_with_wide_heads())
+            write_folders(form, folder / "model", folder)
+    dtype = "float32" if form is None else "bfloat16"
+    try:
+        hosted = HostedEngine(ENGINES["vllm"], tiny_config(served, engine="vllm", max_model_len=96, dtype=dtype))
+    except GpuWorkerError as exc:
+        return {"outcome": REFUSED, "reason": str(exc)}
+    try:
+        if form is None:
+            furthest = assert_equal(hosted, floats)
+        else:
+            furthest = max(assert_within(form.bound, hosted, Reference(floats)))
+    except AssertionError as exc:
+        return {"outcome": DIFFERS, "reason": str(exc)[:300]}
+    modules = sorted({name.rpartition(".")[2] for name in hosted.engine.module_shapes})
+    return {"outcome": EQUAL, "furthest": round(furthest, 7), "modules": modules}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A forked process that compares one family. It shares the modules that this process has imported."""
+
+    family: str
+    pid: int
+    folder: Path
+    began: float
+
+    @classmethod
+    def start(cls, family: str, models: Path, folder: Path) -> Run:
+        folder.mkdir()
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            output = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            try:
+                result = compare(family, models / family)
+            except BaseException as exc:
+                result = {"outcome": FAILS, "reason": f"{type(exc).__name__}: {exc}"[:300]}
+            (folder / "result").write_text(json.dumps(result))
+            os._exit(0)
+        return cls(family, pid, folder, time.monotonic())
+
+    def has_ended(self) -> bool:
+        return os.waitpid(self.pid, os.WNOHANG)[0] != 0 or time.monotonic() > self.began + PATIENCE_S
+
+    def end(self) -> dict[str, Any]:
+        """Kill all that the process has started, and return what it has seen."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        result = {"outcome": FAILS, "reason": f"it did not end within {PATIENCE_S} s"}
+        if (self.folder / "result").exists():
+            result = json.loads((self.folder / "result").read_text())
+        if result["outcome"] not in (EQUAL, REFUSED):
+            print((self.folder / "log").read_text()[-1500:], file=sys.stderr)
+        return {"family": self.family, "engine": "vllm", **result}
+
+
+def run_all(families: Sequence[str], models: Path, folder: Path, at_once: int, last_start: float) -> None:
+    """Compare the families, so many at a time, and write each one's result as it ends."""
+    waiting, running = [*families], list[Run]()
+    while running or (waiting and time.monotonic() < last_start):
+        while waiting and len(running) < at_once and time.monotonic() < last_start:
+            running.append(Run.start(waiting[0], models, folder / waiting.pop(0)))
+        time.sleep(0.2)
+        for run in [run for run in running if run.has_ended()]:
+            running.remove(run)
+            row = run.end()
+            line = "  ".join(str(value) for key, value in row.items() if key != "modules")
+            print(line, flush=True)
+            write_part(STUDY, run.family, figures={}, table=line, runs=[row])
+    if waiting:
+        print("not started:", *waiting)
+
+
+@click.command(help=__doc__)
+@click.argument("families", nargs=-1)
+@click.option("--models", type=click.Path(path_type=Path), help="Folder for the tiny models, which are kept there.")
+@click.option("--at-once", default=1, help="Families that run at a time.")
+@click.option("--seconds", default=float("inf"), help="Start none after this time.")
+def main(families: tuple[str, ...], models: Path | None, at_once: int, seconds: float) -> None:
+    last_start = time.monotonic() + seconds
+    torch.set_num_threads(1)  # a forked process would wait for the threads of its parent
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]  # vLLM would import itself anew
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+    registry._run_in_subprocess = lambda function: function()
+    with TemporaryDirectory() as folder:
+        names = families or [*FAMILIES, *(QUANTISED + name for name in FORMATS)]
+        run_all(names, models or Path(folder) / "models", Path(folder), at_once, last_start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Tiny random models of the families that vLLM serves, and those that the engine refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.vllm.front_model import language_part
+from lora_store.plan import BASE_PLAN
+from tests.gpu_worker.conformance.driver import HostedEngine, job, tokens_of
+from tests.gpu_worker.conformance.reference import Reference
+from tests.tiny import SHAPE, byte_tokenizer, plan_of, random_adapter
+
+Settings = Mapping[str, Any]
+# Heads have 32 values, the least that vLLM takes on the CPU.
+_TEXT: dict[str, Any] = {**SHAPE, "hidden_size": 128, "intermediate_size": 96}
+_HEADS = {"head_dim": 32}
+_WINDOW = {"sliding_window": 24}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **_WINDOW}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+_GROUPS = {"n_group": 1, "topk_group": 1}
+_LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+_DELTA = {
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [4, 6, 6]}}
+_HALF_SECTIONS = {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
+
+TEXT: dict[str, Settings] = {
+    # mixtures of experts
+    "qwen3_moe": {**_EXPERTS, **_HEADS, "decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "mixtral": _LOCAL_EXPERTS,
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    "olmoe": _EXPERTS,
+    "granitemoe": _LOCAL_EXPERTS,
+    "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 64},
+    "deepseek_v2": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
+    "deepseek_v3": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
+    "glm4_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
+    "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
+    "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, **_MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_hidden_layers": 4},
+    "phimoe": _LOCAL_EXPERTS,
+    "minimax_m2": {**_LOCAL_EXPERTS, **_HEADS, "rotary_dim": 32, "scoring_func": "sigmoid"},
+    "afmoe": {**_EXPERTS, **_HEADS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1,
+              "score_func": "sigmoid", "route_norm": True, **_GROUPS},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    "exaone_moe": {**_EXPERTS, **_HEADS, **_MIXED, "num_shared_experts": 1, "first_k_dense_replace": 1,
+                   "is_moe_layer": [False, True, True], **_GROUPS},
+    "laguna": {**_EXPERTS, **_HEADS, "shared_expert_intermediate_size": 32},
+    "hy_v3": {**_EXPERTS, **_HEADS, "expert_hidden_dim": 32, "route_norm": True, "num_shared_experts": 1,
+              "first_k_dense_replace": 1},
+    "longcat_flash": {**_LATENT, "n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 32,
+                      "ffn_hidden_size": 96, "zero_expert_num": 2, "num_layers": 2,
+                      "mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
+    "axk1": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, **_HEADS},
+    "dots1": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
+    "flex_olmo": _EXPERTS,
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 32},
+    "sarvam_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
+    "sarvam_mla": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
+    "solar_open": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
+    "llama4_text": {**_LOCAL_EXPERTS, **_HEADS, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1,
+                    "num_experts_per_tok": 1, "attention_chunk_size": 64},
+    "gemma4_text": {**_HEADS, **_MIXED, "global_head_dim": 32, "hidden_size_per_layer_input": 16,
+                    "vocab_size_per_layer_input": 300, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0},
+    # linear attention and state-space layers
+    "qwen3_next": {**_EXPERTS, **_HEADS, **_DELTA, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": {**_HEADS, **_DELTA},
+    "qwen3_5_moe_text": {**_EXPERTS, **_HEADS, **_DELTA, "shared_expert_intermediate_size": 32},
+    "olmo_hybrid": {**_DELTA},
+    "granitemoehybrid": {**_LOCAL_EXPERTS, **_MAMBA2, "shared_intermediate_size": 64,
+                         "layer_types": ["mamba", "attention", "mamba"]},
+    "falcon_h1": {**_HEADS, **_MAMBA2, "mamba_d_ssm": 256},
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
+    "jamba": {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8,
+              "use_mamba_kernels": False},
+    "nemotron_h": {**_HEADS, "mamba_num_heads": 4, "mamba_head_dim": 64, "n_groups": 1, "ssm_state_size": 16,
+                   "layers_block_type": ["mamba", "attention", "mlp"], "n_routed_experts": 4,
+                   "num_experts_per_tok": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+                   "use_mamba_kernels": False},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_ff_dim": 96, "block_auto_adjust_ff_dim": False,
+             "conv_dim": 128, "conv_dim_out": 128, "block_dim": 128},
+    "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    # dense
+    "apertus": {}, "cohere": {}, "exaone4": {**_MIXED, **_HEADS}, "gemma": _HEADS, "gemma2": {**_HEADS, **_MIXED},
+    "gemma3_text": {**_HEADS, **_MIXED}, "glm4": _HEADS, "glm": _HEADS, "granite": {}, "granite_swa": {},
+    "hyperclovax": {}, "llama": {}, "mistral": {}, "nemotron": {}, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 128},
+    "qwen2": {}, "qwen3": _HEADS, "phi": {}, "phi3": {}, "olmo2": {}, "smollm3": {}, "starcoder2": {},
+    "exaone": {}, "internlm3": {}, "iquestcoder": {}, "cohere2": _MIXED, "ministral3": _HEADS, "seed_oss": _HEADS,
+    "gpt_neox": {"num_key_value_heads": 4}, "granitemoe_swa": _LOCAL_EXPERTS,
+}  # fmt: skip
+
+# The settings of the language model, and of the whole.
+MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
+    "gemma3": ({**_HEADS, **_MIXED}, {"mm_tokens_per_image": 4}),
+    "qwen2_5_vl": (_SECTIONS, {}),
+    "qwen3_vl": ({**_HEADS, **_SECTIONS}, {}),
+    "qwen3_5": ({**_HEADS, **_DELTA}, {}),
+    "mistral3": (_HEADS, {}),
+    "llama4": (TEXT["llama4_text"], {}),
+    "qwen2_vl": (_SECTIONS, {}),
+    "qwen3_vl_moe": ({**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}, {}),
+    "qwen3_5_moe": (TEXT["qwen3_5_moe_text"], {}),
+    "gemma4": (TEXT["gemma4_text"], {}),
+    "llava": ({}, {}),
+    "llava_next": ({}, {}),
+    "llava_next_video": ({}, {}),
+    "internvl": ({}, {}),
+    "idefics3": ({}, {}),
+    "paligemma": (_HEADS, {}),
+    "glm4v": (_HALF_SECTIONS, {}),
+    "glm4v_moe": ({**_HALF_SECTIONS, **TEXT["glm4_moe"], "use_qk_norm": False}, {}),
+    "ernie4_5_vl_moe": (
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": [32, 32],
+            "moe_num_shared_experts": 1,
+            "rope_parameters": {**_ROPE, "mrope_section": [6, 6, 4]},
+        },
+        {},
+    ),
+    "lfm2_vl": (TEXT["lfm2"], {}),
+    "granite_speech": ({}, {}),
+    "qwen2_5_omni": ({}, {}),
+    "qwen3_asr": ({}, {}),
+    "voxtral": ({}, {}),
+    "glmasr": ({}, {}),
+    "blip-2": ({"ffn_dim": 96, "word_embed_proj_dim": 128}, {}),
+    "cohere_compass": (
+        {**_MIXED, "rope_parameters": dict.fromkeys(_MIXED["layer_types"], _ROPE), "tie_word_embeddings": True},
+        {"tie_word_embeddings": True},
+    ),
+    "minicpmv4_6": ({**_HEADS, **_DELTA}, {}),
+    "muse_glimmer": (_HEADS, {}),
+    "nemotron_h_omni": (TEXT["nemotron_h"], {}),
+}
+
+FAMILIES = [*TEXT, *MULTIMODAL]
+PROMPTS = ("The parrot says " * 4, "x")
+NUM_NEW = 8
+TOLERANCE = 1e-3  # of a log probability
+
+# Those of a small run, which differ the most from each other.
+SMALL = ("deepseek_v3", "gemma3", "qwen3_5", "qwen3_moe")
+
+# Sizes of the parts for images and sound, as far as their configs have them.
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_attention_heads": 2,
+    "num_heads": 2, "patch_size": 4, "image_size": 8, "out_hidden_size": 128, "embed_dim": 32, "num_layers": 1,
+    "encoder_layers": 1, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "d_model": 32, "num_key_value_heads": 2,
+    "projection_dim": 128, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [0],
+    "num_position_embeddings": 16, "video_temporal_patch_size": 2, "max_source_positions": 16, "num_mel_bins": 8,
+    "decoder_dim": 32, "codebook_size": 16, "encoder_hidden_size": 32, "hidden_dim": 32, "head_dim": 16,
+    "dim_head": 16, "output_dim": 32, "vision_output_dim": 128, "projector_input_dim": 128,
+    "projector_output_dim": 128,
+}  # fmt: skip
+
+
+def config_of(family: str) -> PretrainedConfig:
+    """Return the configuration of a tiny model of the family."""
+    if family in TEXT:
+        return AutoConfig.for_model(family, **{**_TEXT, **TEXT[family]})
+    text, whole = MULTIMODAL[family]
+    default = AutoConfig.for_model(family)
+    return AutoConfig.for_model(family, **_tiny(default, default.get_text_config(), text), **whole)
+
+
+def _tiny(config: PretrainedConfig, language: PretrainedConfig, text: Settings) -> dict[str, Any]:
+    """Return the settings of a small model, with `text` for the config `language` within it."""
+    if config is language:
+        return {"model_type": config.model_type, **_TEXT, **text}
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    parts = {name: _tiny(part, language, text) for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    sizes = {name: size for name, size in _TOWER.items() if hasattr(config, name)}
+    return parts or {"model_type": config.model_type, **sizes}
+
+
+def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Path:
+    """Save a tiny random model of the family, or this model, and a byte tokenizer."""
+    torch.manual_seed(0)
+    model = model or auto_class(config := config_of(family)).from_config(config)
+    with torch.no_grad():
+        language_part(model).get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def assert_equal(hosted: HostedEngine, folder: Path) -> float:
+    """Check that one batch of all kinds of plans answers as the float64 reference. Return the furthest difference.
+
+    The engine's adapters are of all modules that it takes.
+    """
+    reference = Reference(folder)
+    one = random_adapter(hosted.engine.module_shapes, 1, size=0.05)
+    other = random_adapter(hosted.engine.module_shapes, 2, rank=3, size=0.05)
+    hosted.add(one, other)
+    parts = (one, 0.5), (other, 0.7)
+    plans = [
+        BASE_PLAN,
+        plan_of("selection", (one, 1.0)),
+        plan_of("selection", (other, -0.7)),
+        plan_of("mixture", *parts),
+        plan_of("fusion", *parts),
+    ]
+    asked = [(prompt, plan) for prompt in PROMPTS for plan in plans]
+    furthest = 0.0
+    for (prompt, plan), answer in zip(asked, hosted.answers(*[job(*each) for each in asked]), strict=True):
+        name = f"{plan.strategy}, prompt of {len(prompt)} characters"
+        steps = reference.greedy(prompt, plan, hosted.pool, NUM_NEW)
+        for entry, step in zip(answer.logprobs, steps, strict=True):
+            known = step.logprobs.topk(len(entry.top)).values
+            found = torch.tensor([logprob for _, logprob in entry.top], dtype=torch.float64)
+            furthest = max(furthest, float((found - known).abs().max()))
+            assert furthest <= TOLERANCE, f"{name}: a log probability differs by {furthest:.2g}"
+        assert tokens_of(answer) == [reference.token_bytes(step.token) for step in steps], name
+    return furthest
