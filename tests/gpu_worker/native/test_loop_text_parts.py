@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from lora_store import AdapterRefused, check_folder
 from lora_store.adapter import AdapterWeights
@@ -119,6 +120,15 @@ def test_every_layout_of_a_checkpoint_on_disk_is_read(prefix: str, tmp_path: Pat
     assert_answers_as_peft(folder, [train(folder, tmp_path / "adapter", 1)], make_engine, PROMPTS[:1])
     loaded = load_base_model(tiny_config(folder)).model.get_output_embeddings().weight
     assert torch.equal(loaded, text["lm_head.weight"])
+
+
+def test_a_head_under_an_unknown_name_is_refused_rather_than_tied(tmp_path: Path) -> None:
+    folder = save_multimodal(tmp_path, "mistral3")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.wrapped.lm_head.weight"] = torch.randn(300, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelUnsupported, match=r"the output head has another name in the files \(language_model"):
+        load_base_model(tiny_config(folder))
 
 
 def test_a_text_adapter_of_either_class_moves_the_logits_of_a_multimodal_checkpoint(
