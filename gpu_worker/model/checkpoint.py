@@ -171,6 +171,8 @@ def _load(
     if others:
         shapes = [f"{name} is {tuple(found)} and must be {tuple(wanted)}" for name, found, wanted in others]
         problems.append(f"{len(others)} {of_all} have another shape ({_some(shapes)})")
+    if is_part and (heads := sorted(name for name in info["unexpected_keys"] if "lm_head." in name)):
+        problems.append(f"the output head has another name in the files ({_some(heads)})")
     if problems:
         raise BaseModelUnsupported(f"{source} lacks weights: {'; '.join(problems)}. {_REMEDY}")
     return model
