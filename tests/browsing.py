@@ -17,8 +17,7 @@ import pytest
 import uvicorn
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
-from deployments.http.api import build_api
-from tests.deployments.app_fakes import Served
+from tests.deployments.app_fakes import Served, app_of
 
 T = TypeVar("T")
 _PACKAGE = "chromium"  # Debian's
@@ -125,7 +124,7 @@ async def address_of(served: Served) -> AsyncIterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # the client that has the address may connect at once; uvicorn answers when it is up
-        server = uvicorn.Server(uvicorn.Config(build_api(served.services), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app_of(served), log_level="warning", lifespan="off"))
         serving = asyncio.create_task(server.serve([listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}/"

@@ -71,7 +71,7 @@ class LoraRetriever:
         self._planner = Planner(
             self._config.served_model,
             self._config.retrieval,
-            BatchRouting(retriever_over(self._pools, self._config.retrieval, owner_names=self._config.owner_names)),
+            BatchRouting(retriever_over(self._pools, self._config)),
         )
         self._engine = OfflineEngine(self._config.worker_config(), store, self._config.weights_cache, _MAX_PROMPTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offline")  # a notebook's own event loop is running

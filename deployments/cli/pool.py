@@ -9,6 +9,7 @@ from urllib.parse import quote
 import typer
 from rich.table import Column, Table
 
+from deployments.cli.adapter_publisher import share_of
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
@@ -21,7 +22,6 @@ from deployments.cli.client import (
     print_json,
     show_error,
 )
-from deployments.cli.publish import share_of
 from deployments.json_types import JsonObject
 
 commands = typer.Typer()

@@ -1,173 +1,51 @@
-"""`loraretriever publish`: send many adapters in few requests, and retry those that the server had no room for."""
+"""`loraretriever publish`: the command, its options and its report."""
 
 from __future__ import annotations
 
-import io
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
-import httpx
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
 
+from deployments.cli.adapter_publisher import (
+    SOURCE,
+    AdapterPublisher,
+    Answered,
+    Item,
+    Refused,
+    describe_outcome,
+    note_refusal,
+    reads_paths,
+    show_refusals,
+)
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Url,
     answers,
-    behind_note,
     client_of,
     counted,
     err,
     fail,
-    has_key,
-    is_this_machine,
-    message_of,
-    name_options,
     out,
     print_json,
-    show_error,
     show_warning,
 )
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import (
-    adapter_files,
     adapter_folders,
     folder_bytes,
-    linked_files,
-    open_without_links,
 )
 
 commands = typer.Typer()
-_BATCH = 64
-_REQUESTS_AT_ONCE = 2
-_PAUSES_S = (1.0, 2.0, 4.0)
-_UNAVAILABLE = 503
-_SAMPLES_FILE = "lora_samples.jsonl"
-_SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One adapter to publish: a folder, or a URI that the server reads. `name`: if it is not the server's default."""
-
-    place: Path | str
-    name: str | None = None
-
-    @property
-    def is_source(self) -> bool:
-        return isinstance(self.place, str)
-
-    @property
-    def label(self) -> str:
-        """The adapter's name, or the URI of a source whose name the server chooses."""
-        if self.name is not None:
-            return self.name
-        return self.place if isinstance(self.place, str) else self.place.resolve().name
-
-    def as_json(self) -> JsonObject:
-        where = {"source": self.place} if isinstance(self.place, str) else {"path": str(self.place.resolve())}
-        return where if self.name is None else where | {"name": self.name}
-
-
-Answered = tuple[Item, JsonObject]  # an item, and the status with the error or the result
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterPublisher:
-    """Publishes adapters through one client.
-
-    `fields`: the name, tags, template, visibility and samples that were given; an empty list clears. `params`: of every
-    request. `samples`: the content of a samples file that is uploaded in place of the folder's own. `sent`: is called
-    with the size of each part of a file as it is uploaded.
-    """
-
-    client: httpx.Client
-    fields: JsonObject
-    params: dict[str, str]
-    samples: bytes | None = None
-    sent: Callable[[int], object] = lambda _: None
-    sleep: Callable[[float], None] = time.sleep
-
-    def by_path(self, items: Sequence[Item]) -> Iterator[Answered]:
-        """Let the server read the folders and sources, many per commit, with up to two requests at once."""
-        batches = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
-        pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
-        try:
-            for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_places)), batches):
-                yield from answered
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupted command stops sending
-
-    def by_upload(self, items: Sequence[Item]) -> Iterator[Answered]:
-        """Send the files of the folders, one folder per request. The server reads sources itself."""
-        for item in items:
-            yield from self._until_done([item], self._post_places if item.is_source else self._post_files)
-
-    def _until_done(
-        self, items: Sequence[Item], post: Callable[[Sequence[Item]], Sequence[JsonObject]]
-    ) -> Iterator[Answered]:
-        """Yield the last answer for every item. Items that got a 503 are sent again after a pause."""
-        for pause_s in (*_PAUSES_S, None):
-            answered = list(zip(items, post(items), strict=True))
-            again = [item for item, answer in answered if answer["status"] == _UNAVAILABLE and pause_s is not None]
-            yield from ((item, answer) for item, answer in answered if item not in again)
-            if not again or pause_s is None:
-                return
-            self.sleep(pause_s)
-            items = again
-
-    def _post_places(self, items: Sequence[Item]) -> list[JsonObject]:
-        adapters = [item.as_json() | self.fields for item in items]
-        response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
-        if response.is_error:
-            return [_refusal(response)] * len(items)
-        answers: list[JsonObject] = response.json()["data"]
-        return answers
-
-    def _post_files(self, items: Sequence[Item]) -> list[JsonObject]:
-        [item] = items
-        folder = Path(item.place)
-        if links := linked_files(folder):
-            return [{"status": 400, "error": {"message": _link_message(links[0])}}]
-        paths = adapter_files(folder)
-        if not paths:
-            return [
-                {"status": 404, "error": {"message": "no adapter here: a folder with adapter_config.json is needed"}}
-            ]
-        with ExitStack() as opened:
-            files = {path.name: opened.enter_context(_Counted(path, self.sent)) for path in paths}
-            parts: list[tuple[str, tuple[str, BinaryIO]]] = [("files", (name, file)) for name, file in files.items()]
-            if self.samples is not None:
-                parts = [part for part in parts if part[1][0] != _SAMPLES_FILE]
-                parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
-            fields = {key: value if value != [] else "" for key, value in self.fields.items()}  # a form has no lists
-            data = {"name": item.name or folder.resolve().name, **fields}
-            response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
-        return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
-
-
-class _Counted(io.FileIO):
-    """A file that reports how much of it was read. It follows no link."""
-
-    def __init__(self, path: Path, sent: Callable[[int], object]) -> None:
-        super().__init__(path, opener=open_without_links)
-        self._sent = sent
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size) or b""
-        self._sent(len(data))
-        return data
 
 
 Places = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="FOLDER",
         help="adapter folders, folders of them, outputs of training runs, or URIs that the server may read: "
@@ -190,7 +68,14 @@ TimeToLive = Annotated[
 
 @commands.command()
 def publish(
-    places: Places,
+    places: Places = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="publish the adapters that this file lists, and report what it changes"),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="with --file: withdraw your live adapters that it does not list")
+    ] = False,
     name: Annotated[
         str | None, typer.Option("--name", "-n", help="name of the adapter; default: name of its folder")
     ] = None,
@@ -204,6 +89,10 @@ def publish(
     ] = None,
     public: Annotated[
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="accepted base model it was trained on; default: the one that its folder names"),
     ] = None,
     samples: TrainingFile = None,
     no_samples: Annotated[
@@ -236,30 +125,45 @@ def publish(
 
     A new version of a live name keeps its tags, template, visibility and samples unless they are given.
     """
+    visibility = None if public is None else "public" if public else "private"
+    tags = [] if no_tags else tag or None
+    given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
+    given |= {"share": None if share is None else share / 100, "shadow": shadow or None, "base_model": base_name}
+    given |= {"samples": [] if no_samples else None}
+    fields = {key: value for key, value in given.items() if value is not None}
+    _check_places(places, file, prune=prune, has_more=bool(fields or samples or config or parity))
+    if file is not None:
+        from deployments.cli.pool_file import publish_file  # pydantic takes half a second to import
+
+        publish_file(file, url, is_dry=dry_run, prunes=prune, upload=upload, as_json=as_json)
+        return
+    assert places
     if not dry_run and (config is not None or parity):
         raise typer.BadParameter("needs --dry-run", param_hint="--parity" if parity else "--config")
     if dry_run and (config is not None or parity or _is_alone(url)):
-        _check_alone(places, config, parity=parity, as_json=as_json)
+        _check_alone(places, config, base_name, parity=parity, as_json=as_json)
         return
     items = [item for place in places for item in _items_of(place)]
     _require_one(items, name, samples)
     _check_share(share, shadow)
     _check_cleared(tag, no_tags, samples, no_samples)
-    visibility = None if public is None else "public" if public else "private"
-    tags = [] if no_tags else tag or None
-    given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
-    given |= {"share": None if share is None else share / 100, "shadow": shadow or None}
-    given |= {"samples": [] if no_samples else None}
-    fields = {key: value for key, value in given.items() if value is not None}
     params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
     with client_of(url) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, content, sent)
-        # A server with keys does not read local paths by default.
-        by_path = is_this_machine(url) and not upload and not has_key() and content is None
-        send = publisher.by_path if by_path else publisher.by_upload
+        send = publisher.by_path if reads_paths(url, upload=upload) and content is None else publisher.by_upload
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
+
+
+def _check_places(places: Sequence[str] | None, file: Path | None, *, prune: bool, has_more: bool) -> None:
+    """Check that folders or a file are given. Raises: BadParameter."""
+    if prune and file is None:
+        raise typer.BadParameter("needs --file", param_hint="--prune")
+    if file is not None and (places or has_more):
+        raise typer.BadParameter("describes each adapter: leave out folders and other options", param_hint="--file")
+    if file is None and not places:
+        raise typer.BadParameter("is missing; give a folder, or --file", param_hint="FOLDER")
 
 
 def _is_alone(url: str) -> bool:
@@ -270,13 +174,16 @@ def _is_alone(url: str) -> bool:
     return True
 
 
-def _check_alone(places: Sequence[str], config: Path | None, *, parity: bool, as_json: bool) -> None:
+def _check_alone(
+    places: Sequence[str], config: Path | None, base_name: str | None, *, parity: bool, as_json: bool
+) -> None:
     """Check folders in this process. Exit with 1 if one is not fit. Raises: BadParameter for a source."""
-    if sources := [place for place in places if _SOURCE.match(place)]:
+    if sources := [place for place in places if SOURCE.match(place)]:
         raise typer.BadParameter(f"only a server can read {sources[0]}; start one, or give --url", param_hint="FOLDER")
     from deployments.cli.check_adapter import check_adapters  # the store's libraries take most of a second to import
 
-    if code := check_adapters([Path(place) for place in places], config, parity, as_json=as_json):
+    folders = [Path(place) for place in places]
+    if code := check_adapters(folders, config, parity, base_name=base_name, as_json=as_json):
         raise typer.Exit(code)
 
 
@@ -306,7 +213,7 @@ def _check_cleared(tag: list[str] | None, no_tags: bool, samples: Path | None, n
 
 def _items_of(place: str) -> list[Item]:
     """Return the adapters at `place`. A folder without any is sent as it is, so that the server says what it lacks."""
-    if _SOURCE.match(place):
+    if SOURCE.match(place):
         return [Item(place)]
     found = [Item(adapter.path, adapter.new_name) for adapter in adapter_folders(Path(place))]
     return found or [Item(Path(place))]
@@ -351,27 +258,22 @@ def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
 
 def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     """Print the outcome for each adapter, the refusals, and a summary of several. Return the number of failures."""
-    refused: dict[str, list[tuple[Item, str]]] = {}  # by reason, with the whole message
+    refused: Refused = {}
     warned: dict[str, list[str]] = {}  # names by warning
     started, by_name = time.monotonic(), 0
     for item, answer in track(
         answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
     ):
         if "error" in answer:
-            message = name_options(answer["error"]["message"])
-            refused.setdefault(message.removeprefix(f"adapter {item.label!r} refused: "), []).append((item, message))
+            note_refusal(refused, item, answer)
             continue
         by_name += not answer["found_by_auto"]
-        out.print(_outcome(answer, is_dry), markup=False)
+        out.print(describe_outcome(answer, is_dry), markup=False)
         for warning in answer.get("warnings", ()):
             warned.setdefault(warning, []).append(answer["name"])
     for warning, named in warned.items():
         show_warning(f"warning: {', '.join(named)}: {warning}")
-    for reason, same in refused.items():
-        if len(same) == 1:
-            show_error(_named(*same[0]))
-        else:
-            show_error(f"{len(same)} adapters refused: {reason}\n  {', '.join(item.label for item, _ in same)}")
+    show_refusals(refused)
     names = [item.label for same in refused.values() for item, _ in same]
     if total > 1:
         good = "fit to publish" if is_dry else "live"
@@ -383,54 +285,3 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
         if names:
             err.print(f"refused: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
     return len(names)
-
-
-def _outcome(answer: JsonObject, is_dry: bool) -> str:
-    notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
-    if "expires_at" in answer:
-        notes = [f"by name only, until {answer['expires_at'][:19]} UTC"]
-    if is_dry:
-        notes += [f"nearest is {near['name']} at {near['score']:.2f}" for near in answer.get("neighbours", ())[:1]]
-    elif behind := answer["replicas"]["behind"]:
-        notes.append(behind_note(behind))
-    note = f" ({'; '.join(notes)})" if notes else ""
-    done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
-    if not is_dry and "trial" in answer:
-        done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
-    return "; ".join([f"{answer['name']} {done}{note}", *_label_notes(answer)])
-
-
-def _label_notes(answer: JsonObject) -> Iterator[str]:
-    """Yield what the new version kept of the one that was live before, and what changed."""
-    kept, changed = answer.get("kept", {}), answer.get("changed", {})
-    for field in ("tags", "template", "visibility", "samples"):
-        if field in changed:
-            yield f"{field}: {_shown(field, changed[field]['to'])} (was {_shown(field, changed[field]['from'])})"
-        elif kept.get(field) and kept[field] != "public":
-            yield f"{field}: {_shown(field, kept[field])} (kept)"
-
-
-def _shown(field: str, value: object) -> str:
-    if not value:
-        return "the server's" if field == "template" else "none"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def share_of(trial: JsonObject) -> str:
-    """Return what a version under trial does, without its name."""
-    verb = "shadows" if trial["shadow"] else "answers"
-    return f"{trial['digest'][:12]} {verb} {trial['share'] * 100:g} % of the requests"
-
-
-def _named(item: Item, message: str) -> str:
-    """Return the message with the place in front, unless it names the adapter or the source already."""
-    is_named = f"adapter {item.label!r}" in message or str(item.place) in message
-    return message if is_named else f"{item.place}: {message}"
-
-
-def _link_message(link: Path) -> str:
-    return f"{link.name} is a symbolic link, which could point to any file: replace it by a copy of the file"
-
-
-def _refusal(response: httpx.Response) -> JsonObject:
-    return {"status": response.status_code, "error": {"message": message_of(response)}}

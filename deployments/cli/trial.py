@@ -7,9 +7,9 @@ from urllib.parse import quote
 
 import typer
 
+from deployments.cli.adapter_publisher import share_of
 from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json
 from deployments.cli.pool import Name
-from deployments.cli.publish import share_of
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(cls=Commands, help="Try a version on a share of the requests to an adapter's name.")

@@ -8,6 +8,7 @@ from deployments.config.parts import AdmissionSettings
 from docs.generate.markdown import code, table
 from docs.generate.settings import find_meanings
 from gpu_worker.front.request import request
+from lora_store import names
 from lora_store.bounded_files import Limits
 
 
@@ -48,6 +49,9 @@ def request_limits() -> str:
         ("adapters of one plan", base.MAX_ADAPTERS),
         ("adapters published by one request", adapters.MAX_BATCH),
         ("tags of one adapter", adapters.MAX_TAGS),
+        ("model names of one tenant", names.MAX_NAMES),
+        ("kept policies of one model name", names.KEPT_POLICIES),
+        ("characters of one policy, as JSON", names.MAX_POLICY_CHARS),
     ]
     return table(("bound on", "value"), [(text, _number(value)) for text, value in rows])
 

@@ -19,6 +19,7 @@ from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.rope import pin_longrope
+from gpu_worker.model.text_part import TENSOR_PREFIXES, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _NEEDED = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
     "max_position_embeddings",
 )
+_WITHOUT_GROUPS = ("gpt_neox", "gptj", "opt", "persimmon")  # each head has keys of its own, and no setting says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,13 @@ def load_config(source: str) -> Any:
 
 
 def load_base_model(config: WorkerConfig) -> BaseModel:
-    """Load the base model into host memory and check it. Raises: BaseModelUnsupported with the reason."""
+    """Load the base model into host memory and check it. Of a multimodal checkpoint only the text part is loaded.
+
+    Raises: BaseModelUnsupported with the reason.
+    """
     source = model_source(config)
-    hf_config = load_config(source)
+    whole_config = load_config(source)
+    hf_config = text_config(whole_config)
     _check_config(hf_config)
     _check_class(hf_config)
     head_dim = config_setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
@@ -111,7 +117,8 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         )
     register()
     dtype = resolve_dtype(config.dtype, config.device)
-    model = load_whole(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    part = {} if hf_config is whole_config else {"config": hf_config, "key_mapping": dict(TENSOR_PREFIXES)}
+    model = load_whole(source, dtype=dtype, attn_implementation=ATTENTION_NAME, **part)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
     tokenizer = load_tokenizer(config)
     return BaseModel(
@@ -119,7 +126,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         num_layers=hf_config.num_hidden_layers,
-        num_kv_heads=hf_config.num_key_value_heads,
+        num_kv_heads=_num_kv_heads(hf_config),
         head_dim=head_dim,
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
@@ -168,7 +175,6 @@ def _check_class(config: Any) -> None:
 
 
 def _check_config(config: Any) -> None:
-    check_is_text_only(config)
     problems = []
     if config_setting(config, "quantization_config") is not None:
         problems.append("quantised weights (use engine 'vllm', or dequantise them and save the result)")
@@ -186,9 +192,15 @@ def _check_config(config: Any) -> None:
         problems.append(f"layers of other kinds ({', '.join(other)})")
     if config.model_type in _ATTENTION_SINKS:
         problems.append("attention sinks")
-    problems += [f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(config, name), int)]
+    found = {name: config_setting(config, name) for name in _NEEDED} | {"num_key_value_heads": _num_kv_heads(config)}
+    problems += [f"a config without {name}" for name, value in found.items() if not isinstance(value, int)]
     if problems:
         raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not support")
+
+
+def _num_kv_heads(config: Any) -> Any:
+    name = "num_attention_heads" if config.model_type in _WITHOUT_GROUPS else "num_key_value_heads"
+    return config_setting(config, name)
 
 
 def _window_layers(config: Any) -> frozenset[int]:

@@ -111,8 +111,9 @@ def _check_config(hf_config: Any, text_config: Any) -> None:
 
 def _head_dim(text_config: Any) -> int:
     """Return the number of values of a head, the largest of all layers."""
-    found = text_config.to_dict().get("head_dim")
-    sizes: list[int] = [size for size in (found.values() if isinstance(found, dict) else [found]) if size]
+    settings = text_config.to_dict()
+    layers = (settings.get("per_layer_config") or {}).values()
+    sizes: list[int] = [size for each in (settings, *layers) if (size := each.get("head_dim"))]
     return max(sizes, default=text_config.hidden_size // text_config.num_attention_heads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.config.app import AppConfig, RetrievalSettings
 from gpu_worker.config import NativeSettings, VllmSettings
 from lora_store import LoraStore, Sample, write_peft_folder
-from retriever_svc import Encoder, embed_groups
+from retriever_svc import embed_groups
+from tests.shared_encoders import shared_encoder
 from tests.tiny import random_adapter
 
 BASE = "tiny"
 VERBS = ("Tell me about", "Explain", "Write of", "Describe")
 TOPICS = ("the sea", "old trains", "good bread", "a long war", "wild bees", "cold winters")
+TOP_P = {"strategy": "top_p_mixture", "strategy_options": {"kept_weight": 0.5}}
 DEFAULTS = {"max_tokens": 6, "temperature": 0}
 
 
@@ -63,7 +66,7 @@ def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: P
         modules = random_adapter(shapes, seed=TOPICS.index(topic)).modules
         write_peft_folder(path, modules, base_model=BASE, samples=samples)
         staged.append(store.stage(path, module_shapes=shapes))
-    embeddings = embed_groups(Encoder(num_threads=1), [item.samples for item in staged])
+    embeddings = embed_groups(shared_encoder(num_threads=1), [item.samples for item in staged])
     return store.commit(staged, embeddings, [1.0] * len(staged), "tester")
 
 
@@ -73,7 +76,7 @@ def prompts(count: int) -> list[dict[str, Any]]:
         {},
         {"lora": '{"strategy": "fusion", "k": 2}'},
         {"model": BASE},
-        {"temperature": 1.0, "seed": 7},
+        {"temperature": 1.0, "seed": 7, "lora": json.dumps(TOP_P)},
         {"lora": '{"adapters": [{"name": "the-sea", "weight": 0.5}, {"name": "wild-bees"}]}'},
         {"model": "old-trains", "max_tokens": 5},
     ]

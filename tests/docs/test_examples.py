@@ -15,7 +15,9 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from deployments.api.names import NamePolicy
 from deployments.cli.main import cli
+from deployments.cli.pool_file import PoolFile
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from tests.conftest import ON_A_CLUSTER
@@ -56,8 +58,14 @@ def test_json_is_well_formed(block: CodeBlock) -> None:
 
 
 @pytest.mark.parametrize("block", of_language("yaml"), ids=name_of)
-def test_settings_are_valid(block: CodeBlock) -> None:
+def test_settings_and_policies_are_valid(block: CodeBlock) -> None:
     settings = yaml.safe_load(block.text)
+    if block.page == "docs/how-to/model-names.md":
+        NamePolicy.model_validate(settings)
+        return
+    if block.text.startswith("# pool.yaml"):
+        PoolFile.model_validate(settings)
+        return
     if settings.get("worker", {}).get("device") == "cuda":
         settings.setdefault("worker_scaling", {"num_gpus": 1})
     AppConfig.model_validate(settings)
@@ -130,5 +138,5 @@ def test_make_serve_answers_without_chance_where_a_request_sets_nothing(engine: 
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     [file] = re.findall(r"--config (\S+)", printed)
     config = load_config(ROOT / file)
-    assert config.served_model.sampling_defaults == {"temperature": 0}
+    assert config.served_model.sampling_defaults == {"temperature": 0, "max_repeats": 2}
     assert config.worker.engine == engine

@@ -96,19 +96,6 @@ async def _update_midway(live: Live, folder: object, num_streams: int) -> tuple[
     return await streams, published_at, after.json()["choices"][0]["text"]
 
 
-def test_rollback_restores_the_previous_version(live: Live, seed: int) -> None:
-    first = live.publish(live.folder("moths", seed, "moths"))
-    first_text = live.text("moths")
-    second = live.publish(live.folder("moths", seed + 1, "moths"))
-    assert live.text(f"moths@{first['digest'][:12]}") == first_text != live.text("moths")
-    back = live.call("POST", "/v1/loras/moths/rollback", json={})
-    assert back.status_code == 201, back.text
-    assert (back.json()["digest"], live.text("moths")) == (first["digest"], first_text)
-    detail = live.call("GET", "/v1/loras/moths").json()
-    assert [version["digest"] for version in detail["versions"]] == [first["digest"], second["digest"]]
-    live.call("DELETE", "/v1/loras/moths")
-
-
 def test_withdrawing_and_expiring_free_everything(live: Live, seed: int, scale: Scale) -> None:
     unlisted: list[str] = []
 
@@ -231,8 +218,3 @@ def test_a_new_retriever_replica_is_up_to_date_before_its_first_request(live: Li
     for _ in range(10):
         assert live.chosen("Describe rivers of the north.") == "rivers"
     live.call("DELETE", "/v1/loras/rivers")
-
-
-def test_a_future_generation_is_reported_as_stale(live: Live) -> None:
-    answer = live.call("POST", "/v1/route", json={"prompt": "x", "lora": {"min_generation": 10**9}})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stale_index")

@@ -7,12 +7,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deployments.config.app import AppConfig
+from deployments.retriever_factory import live_pool, retriever_over
+from lora_store import LoraStore
+from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_folder
+from tests.deployments.scripted import run as command
 from tests.e2e.live import Live, eventually, run
+from tests.e2e.starter_pool import Heldout
 
 TOPICS = ("lighthouses", "volcanoes", "violins")
 
@@ -41,23 +48,29 @@ def test_publish_show_and_roll_back(live: Live, pool: list[Path]) -> None:
     assert live.call("GET", "/v1/loras/volcanoes").json()["digest"] == second["digest"]
 
 
-def test_a_folder_of_folders_is_one_commit(live: Live, tmp_path: Path) -> None:
-    many = tmp_path / "many"
-    for number in range(5):
-        shutil.copytree(live.folder(f"many-{number}", 9200 + number, f"thing {number}"), many / f"many-{number}")
-    (many / "many-3" / "adapter_config.json").write_text("{}")
-    said = run(live, "publish", str(many), code=1)
-    assert "many-3" in said
-    records = live.call("GET", "/v1/loras").json()["data"]
-    found = {record["name"]: record["generation"] for record in records if record["name"].startswith("many-")}
-    assert sorted(found) == ["many-0", "many-1", "many-2", "many-4"]
-    assert len(set(found.values())) == 1
-    run(live, "withdraw", *found)
+def test_a_pool_exported_from_a_server_and_restored_gives_the_same_plans(
+    url: str, config: AppConfig, heldout: list[Heldout], tmp_path: Path
+) -> None:
+    archive, store = str(tmp_path / "pool.tar"), str(tmp_path / "restored")
+    assert command("pool", "export", archive, "--url", url).exit_code == 0
+    assert command("pool", "import", archive, "--store", store).exit_code == 0
+    prompts = [row.input for row in heldout]
+    restored = plans_of(config.model_copy(update={"store_uri": store}), prompts)
+    assert restored == plans_of(config, prompts)
+    body = {"prompt": prompts, "lora": {"strategy": "mixture", "k": 3}}
+    served = httpx.post(f"{url}/v1/route", json=body, timeout=120).json()["data"]
+    assert [[row["digest"] for row in plan["adapters"]] for plan in served] == [
+        [digest for digest, _ in plan] for plan in restored
+    ]
+    assert len({str(plan) for plan in restored}) > 5
 
 
-def test_missing_adapters_are_reported(live: Live) -> None:
-    for words in (["withdraw", "nobody"], ["show", "nobody"], ["rollback", "nobody"]):
-        assert "nobody" in run(live, *words, code=1)
+def plans_of(config: AppConfig, prompts: list[str]) -> list[list[tuple[str, float]]]:
+    """Return the digests and weights that a Retriever of this store plans for each prompt."""
+    store = LoraStore(config.store_uri, accepts_base=())
+    retriever = retriever_over(live_pool(config, store.snapshot), config)
+    routes = [one for prompt in prompts for one in retriever.route([RouteRequest(prompt)])]
+    return [[(each.ref.digest, each.weight) for each in one.plan.adapters] for one in routes if isinstance(one, Route)]
 
 
 def test_verify_finds_a_damaged_blob_and_publishing_again_repairs_it(live: Live, pool: list[Path]) -> None:
@@ -68,16 +81,6 @@ def test_verify_finds_a_damaged_blob_and_publishing_again_repairs_it(live: Live,
     said = run(live, "pool", "verify", code=1)
     assert "violins" in said
     run(live, "publish", str(pool[2]))
-    run(live, "pool", "verify")
-
-
-def test_gc_removes_unreferenced_blobs(live: Live, pool: list[Path]) -> None:
-    [some, *_] = live.stored("blobs")
-    folder = some.rpartition("/")[0]
-    stray = f"{folder}/{'f' * 64}"
-    live.overwrite(stray, b"left by a crash")
-    run(live, "pool", "gc", "--retention", "0")
-    assert stray not in live.stored("blobs")
     run(live, "pool", "verify")
 
 

@@ -14,7 +14,7 @@ def planned(*weights: float, digest: str = "") -> tuple[PlannedAdapter, ...]:
 @pytest.mark.parametrize(
     ("strategy", "adapters", "said"),
     [
-        ("best", (), "strategy must be one of base, selection, mixture, fusion, got 'best'"),
+        ("best", (), "strategy must be one of base, selection, mixture, fusion, top_p_mixture, got 'best'"),
         ("base", planned(1.0), "strategy 'base' takes no adapters, got 1"),
         ("mixture", (), "strategy 'mixture' needs at least one adapter, got none"),
         ("selection", planned(1.0, 1.0), "strategy 'selection' takes exactly one adapter, got 2"),

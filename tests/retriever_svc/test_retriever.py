@@ -63,6 +63,19 @@ def test_weights_of_the_rows_returned_sum_to_one(strategy: str, weighting: str, 
     assert sum(adapter.weight for adapter in plan.adapters) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("options", "planned"),
+    [({}, ["ne", "n", "e"]), ({"kept_weight": 0.7}, ["ne", "n"]), ({"kept_weight": 0.3}, ["ne"])],
+)
+def test_a_top_p_mixture_has_the_heaviest_adapters_and_shows_all(options: dict[str, float], planned: list[str]) -> None:
+    """The weights before are 0.40, 0.33 and 0.27."""
+    fields = {"strategy": "top_p_mixture", "weighting": "softmax", "options": options}
+    route = route_one(retriever_of(*POOL), "northeast", **fields)
+    assert (names(route), route.plan.strategy) == (planned, "top_p_mixture")
+    assert sum(adapter.weight for adapter in route.plan.adapters) == pytest.approx(1)
+    assert [candidate.ref.name for candidate in route.candidates] == ["ne", "n", "e"]
+
+
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 def test_softmax_weights_follow_the_scores_and_the_temperature(temperature: float) -> None:
     plan = route_one(retriever_of(*POOL, temperature=temperature), weighting="softmax", text="northeast").plan

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.api.base import PlanGiven
 from deployments.api.completion_responses import plan_object
 from deployments.api.responses import Planned
 from lora_store import BASE_PLAN, Trial
@@ -92,8 +91,3 @@ def test_candidates_carry_their_threshold_and_confidence() -> None:
     assert shown["candidates"] == [
         {"name": "poet", "digest": POET.ref.digest, "score": 0.4567, "threshold": 0.5, "confidence": 0.02}
     ]
-
-
-def test_an_explained_plan_can_be_sent_back() -> None:
-    shown = plan_object(Planned(PLAN, (FITS,), reason="fits"), "local", explain=True)
-    assert PlanGiven.model_validate(shown).strategy == PLAN.strategy

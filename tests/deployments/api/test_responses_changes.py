@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from deployments.api.responses import Published, Removed, batch_object, published_object, removed_object
+from deployments.api.responses import Published, batch_object, published_object
 from lora_store import AdapterRefused
 from retriever_svc import Candidate
 from tests.deployments.adapter_records import POOL
@@ -28,12 +28,3 @@ def test_a_batch_reports_each_adapter_as_if_published_alone() -> None:
     assert first == {"status": 201, **published_object(published)}
     assert (second["status"], second["error"]["code"]) == (400, "adapter_refused")
     assert third["status"] == 202
-
-
-def test_a_withdrawal_reports_the_replicas_that_know_it() -> None:
-    assert removed_object(Removed(("poet",), 8, 2, 1)) == {
-        "names": ["poet"],
-        "deleted": True,
-        "generation": 8,
-        "replicas": {"ready": 2, "behind": 1},
-    }

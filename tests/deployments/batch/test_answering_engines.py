@@ -17,6 +17,7 @@ from gpu_worker.config import VllmSettings
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
+from lora_store import STRATEGIES
 from tests.deployments.batching import TOPICS, Place, prompts, publish, tiny_app
 from tests.tiny import byte_tokenizer, gemma3_with_wide_heads, linear_shapes, tiny_config
 
@@ -66,5 +67,5 @@ def test_vllm_answers_a_batch_of_every_kind(tmp_path: Path) -> None:
         answerer.close()
     found = place.written()
     assert len(found) == 12 and [row["error"] for row in found] == [None] * 12
-    assert {row["strategy"] for row in found} == {"mixture", "fusion", "base", "selection"}
+    assert {row["strategy"] for row in found} == set(STRATEGIES)
     assert all(row["num_new_tokens"] in (5, 6) for row in found)

@@ -13,7 +13,7 @@ from deployments.errors import BatchRefused
 
 def manifest(generation: int = 3, **changes: Any) -> Manifest:
     settings = {"template": "alpaca", "retrieval": {"k": 3, "weights": "softmax"}, "part_rows": 4} | changes
-    return Manifest(generation=generation, input={"in.parquet": "abc"}, settings=settings)
+    return Manifest(generation=generation, input={"in.parquet": "abc"}, settings=settings, run="one")
 
 
 def test_a_continued_run_keeps_the_generation_it_began_with(tmp_path: Path) -> None:

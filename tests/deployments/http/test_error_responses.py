@@ -85,10 +85,6 @@ def test_an_error_of_a_source_quotes_the_client_and_no_endpoint(
         ("/responses", "this server has no /responses; use /v1/responses"),
         ("/v1/responses/a", "this server has no /v1/responses/a; responses are not stored: keep those that you need"),
         ("/v1/v1/models", "this server has no /v1/v1/models; give the base URL with a single /v1"),
-        (
-            "/v1/messages",
-            "this server has no /v1/messages; use /v1/chat/completions, or LiteLLM's proxy in front",
-        ),
         ("/api/embed", "this server has no /api/embed; use /v1/embeddings"),
         ("/v1/images/generations", "this server has no /v1/images/generations; /openapi.json lists the routes"),
         ("/" + "x" * 300, f"this server has no /{'x' * 99}; /openapi.json lists the routes"),

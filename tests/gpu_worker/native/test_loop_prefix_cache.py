@@ -141,24 +141,6 @@ def test_rows_in_one_batch_share_only_under_one_plan(make_engine: MakeEngine, sh
         assert_same(answer, alone(job, by_digest(*pool)))
 
 
-@pytest.mark.parametrize("shares_base", [False, True])
-def test_tenants_share_nothing_but_the_base_if_the_operator_says_so(
-    shares_base: bool, make_engine: MakeEngine, shapes: Shapes
-) -> None:
-    """Neither the cached tokens nor the number of steps show what another tenant has asked."""
-    weights = random_adapter(shapes, 1)
-    engine = make_engine(by_digest(weights), prefix_cache_shares_base=shares_base, max_step_tokens=16)
-    num_steps, found = [], []
-    for tenant in ("acme", "acme", "globex", "globex"):
-        before = engine.num_steps
-        jobs = [job_of("what?", plan, tenant=tenant) for plan in (BASE_PLAN, only(weights))]
-        found.append([count > 0 for count in found_by(engine, *jobs)])
-        num_steps.append(engine.num_steps - before)
-    assert found == [[False, False], [True, True], [shares_base, False], [True, True]]
-    assert num_steps[1] == num_steps[3] < num_steps[0]
-    assert (num_steps[2] == num_steps[0]) == (not shares_base)
-
-
 def test_a_tenant_does_not_wait_for_a_prompt_of_another(make_engine: MakeEngine) -> None:
     engine = make_engine({}, max_step_tokens=16)
     first = ask(engine, job_of("what?", tenant="acme"))
@@ -209,23 +191,6 @@ def test_a_preempted_row_resumes_from_its_own_blocks(make_engine: MakeEngine, al
         assert_same(answer, alone(job, {}))
         assert answer.row.num_cached_tokens == 0, "the client's prompt was not in the cache"
     assert_nothing_held(engine)
-
-
-def test_forgotten_weights_leave_no_blocks(make_engine: MakeEngine, shapes: Shapes) -> None:
-    pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
-    engine = make_engine(by_digest(*pool))
-    jobs = [
-        job_of("x", plan) for plan in (BASE_PLAN, only(pool[0]), plan_of("mixture", (pool[0], 0.5), (pool[1], 0.5)))
-    ]
-    run_together(engine, jobs)
-    num_each = engine.kv_cache.num_cached_tokens // 3
-    running = ask(engine, job_of("x", only(pool[0])))
-    engine.step()
-    assert not engine.queue.forget([pool[0].weights_digest]), "a running row uses them"
-    assert running.row.num_cached_tokens > 0
-    engine.run_until_idle()
-    assert engine.kv_cache.num_cached_tokens == num_each
-    assert found_by(engine, *jobs) == [running.row.num_cached_tokens, 0, 0]
 
 
 def test_a_row_whose_logits_are_not_finite_leaves_no_blocks(make_engine: MakeEngine, shapes: Shapes) -> None:

@@ -1,0 +1,227 @@
+"""Send many adapters in few requests, retry those that the server had no room for, and say what became of them."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+
+from deployments.cli.client import (
+    behind_note,
+    has_key,
+    is_this_machine,
+    message_of,
+    name_options,
+    show_error,
+)
+from deployments.json_types import JsonObject
+from deployments.publishing.adapter_folders import (
+    adapter_files,
+    linked_files,
+    open_without_links,
+)
+
+_BATCH = 64
+_REQUESTS_AT_ONCE = 2
+_PAUSES_S = (1.0, 2.0, 4.0)
+_UNAVAILABLE = 503
+_SAMPLES_FILE = "lora_samples.jsonl"
+SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One adapter to publish: a folder, or a URI that the server reads. `name`: if it is not the server's default.
+
+    `fields`: its own description, before the one of the command.
+    """
+
+    place: Path | str
+    name: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def is_source(self) -> bool:
+        return isinstance(self.place, str)
+
+    @property
+    def label(self) -> str:
+        """The adapter's name, or the URI of a source whose name the server chooses."""
+        if self.name is not None:
+            return self.name
+        return self.place if isinstance(self.place, str) else self.place.resolve().name
+
+    def as_json(self) -> JsonObject:
+        where = {"source": self.place} if isinstance(self.place, str) else {"path": str(self.place.resolve())}
+        return where if self.name is None else where | {"name": self.name}
+
+
+Answered = tuple[Item, JsonObject]  # an item, and the status with the error or the result
+Refused = dict[str, list[tuple[Item, str]]]  # by reason, with the whole message
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPublisher:
+    """Publishes adapters through one client.
+
+    `fields`: the name, tags, template, visibility and samples that were given; an empty list clears. `params`: of every
+    request. `samples`: the content of a samples file that is uploaded in place of the folder's own. `sent`: is called
+    with the size of each part of a file as it is uploaded.
+    """
+
+    client: httpx.Client
+    fields: JsonObject
+    params: dict[str, str]
+    samples: bytes | None = None
+    sent: Callable[[int], object] = lambda _: None
+    sleep: Callable[[float], None] = time.sleep
+
+    def by_path(self, items: Sequence[Item]) -> Iterator[Answered]:
+        """Let the server read the folders and sources, many per commit, with up to two requests at once."""
+        batches = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
+        pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        try:
+            for answered in pool.map(lambda batch: list(self._until_done(batch, self._post_places)), batches):
+                yield from answered
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupted command stops sending
+
+    def by_upload(self, items: Sequence[Item]) -> Iterator[Answered]:
+        """Send the files of the folders, one folder per request. The server reads sources itself."""
+        for item in items:
+            yield from self._until_done([item], self._post_places if item.is_source else self._post_files)
+
+    def _until_done(
+        self, items: Sequence[Item], post: Callable[[Sequence[Item]], Sequence[JsonObject]]
+    ) -> Iterator[Answered]:
+        """Yield the last answer for every item. Items that got a 503 are sent again after a pause."""
+        for pause_s in (*_PAUSES_S, None):
+            answered = list(zip(items, post(items), strict=True))
+            again = [item for item, answer in answered if answer["status"] == _UNAVAILABLE and pause_s is not None]
+            yield from ((item, answer) for item, answer in answered if item not in again)
+            if not again or pause_s is None:
+                return
+            self.sleep(pause_s)
+            items = again
+
+    def _post_places(self, items: Sequence[Item]) -> list[JsonObject]:
+        adapters = [item.as_json() | self.fields | dict(item.fields) for item in items]
+        response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
+        if response.is_error:
+            return [_refusal(response)] * len(items)
+        answers: list[JsonObject] = response.json()["data"]
+        return answers
+
+    def _post_files(self, items: Sequence[Item]) -> list[JsonObject]:
+        [item] = items
+        folder = Path(item.place)
+        if links := linked_files(folder):
+            return [{"status": 400, "error": {"message": _link_message(links[0])}}]
+        paths = adapter_files(folder)
+        if not paths:
+            return [
+                {"status": 404, "error": {"message": "no adapter here: a folder with adapter_config.json is needed"}}
+            ]
+        with ExitStack() as opened:
+            files = {path.name: opened.enter_context(_Counted(path, self.sent)) for path in paths}
+            parts: list[tuple[str, tuple[str, BinaryIO]]] = [("files", (name, file)) for name, file in files.items()]
+            if self.samples is not None:
+                parts = [part for part in parts if part[1][0] != _SAMPLES_FILE]
+                parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
+            given = {**self.fields, **item.fields}
+            fields = {key: value if value != [] else "" for key, value in given.items()}  # a form has no lists
+            data = {"name": item.name or folder.resolve().name, **fields}
+            response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
+        return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
+
+
+class _Counted(io.FileIO):
+    """A file that reports how much of it was read. It follows no link."""
+
+    def __init__(self, path: Path, sent: Callable[[int], object]) -> None:
+        super().__init__(path, opener=open_without_links)
+        self._sent = sent
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size) or b""
+        self._sent(len(data))
+        return data
+
+
+def reads_paths(url: str, *, upload: bool) -> bool:
+    """Return whether the server reads folders itself. With keys it does not by default."""
+    return is_this_machine(url) and not upload and not has_key()
+
+
+def note_refusal(refused: Refused, item: Item, answer: JsonObject) -> None:
+    """Add a refused adapter to those with the same reason."""
+    message = name_options(answer["error"]["message"])
+    refused.setdefault(message.removeprefix(f"adapter {item.label!r} refused: "), []).append((item, message))
+
+
+def show_refusals(refused: Refused) -> None:
+    """Print each reason once, with the adapters that it concerns."""
+    for reason, same in refused.items():
+        if len(same) == 1:
+            show_error(_named(*same[0]))
+        else:
+            show_error(f"{len(same)} adapters refused: {reason}\n  {', '.join(item.label for item, _ in same)}")
+
+
+def describe_outcome(answer: JsonObject, is_dry: bool) -> str:
+    notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
+    if "expires_at" in answer:
+        notes = [f"by name only, until {answer['expires_at'][:19]} UTC"]
+    if is_dry:
+        notes += [f"nearest is {near['name']} at {near['score']:.2f}" for near in answer.get("neighbours", ())[:1]]
+    elif behind := answer["replicas"]["behind"]:
+        notes.append(behind_note(behind))
+    note = f" ({'; '.join(notes)})" if notes else ""
+    done = "is fit to publish" if is_dry else f"is live at generation {answer['generation']}"
+    if not is_dry and "trial" in answer:
+        done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
+    return "; ".join([f"{answer['name']} {done}{note}", *_label_notes(answer)])
+
+
+def _label_notes(answer: JsonObject) -> Iterator[str]:
+    """Yield what the new version kept of the one that was live before, and what changed."""
+    kept, changed = answer.get("kept", {}), answer.get("changed", {})
+    for name in ("tags", "template", "visibility", "samples"):
+        if name in changed:
+            yield f"{name}: {_shown(name, changed[name]['to'])} (was {_shown(name, changed[name]['from'])})"
+        elif kept.get(name) and kept[name] != "public":
+            yield f"{name}: {_shown(name, kept[name])} (kept)"
+
+
+def _shown(field: str, value: object) -> str:
+    if not value:
+        return "the server's" if field == "template" else "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def share_of(trial: JsonObject) -> str:
+    """Return what a version under trial does, without its name."""
+    verb = "shadows" if trial["shadow"] else "answers"
+    return f"{trial['digest'][:12]} {verb} {trial['share'] * 100:g} % of the requests"
+
+
+def _named(item: Item, message: str) -> str:
+    """Return the message with the place in front, unless it names the adapter or the source already."""
+    is_named = f"adapter {item.label!r}" in message or str(item.place) in message
+    return message if is_named else f"{item.place}: {message}"
+
+
+def _link_message(link: Path) -> str:
+    return f"{link.name} is a symbolic link, which could point to any file: replace it by a copy of the file"
+
+
+def _refusal(response: httpx.Response) -> JsonObject:
+    return {"status": response.status_code, "error": {"message": message_of(response)}}
