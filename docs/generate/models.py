@@ -23,13 +23,12 @@ def vllm_families() -> str:
     """Return what was seen of each family with the vLLM engine, from the results of `benchmarks.families`."""
     content = json.loads((RESULTS / "families" / "results.json").read_text(encoding="utf-8"))
     rows = [row for part in content["runs"] for row in part["rows"]]
+    order = ("equal", "not compared", "refused", "fails")
     cells = []
-    for row in sorted(rows, key=lambda row: (row["outcome"] != "equal", row["family"])):
-        served = ", ".join(code(name) for name in row.get("modules", ()))
-        detail = served or row["reason"].replace("|", "\\|")
-        cells.append((code(row["family"]), row["outcome"], detail))
-    num_equal = sum(row["outcome"] == "equal" for row in rows)
-    head = ("family", "seen", "modules that adapters may target, or the message")
-    return f"{num_equal} of {len(rows)} families are served, with answers equal to those of transformers.\n\n" + table(
-        head, cells
-    )
+    for row in sorted(rows, key=lambda row: (order.index(row["outcome"]), row["family"])):
+        modules = ", ".join(code(name) for name in row.get("modules", ()))
+        cells.append((code(row["family"]), row["outcome"], modules or row["reason"].replace("|", "\\|")))
+    num = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in order}
+    summary = f"{num['equal']} families are equal, {num['not compared']} were built and not compared, "
+    summary += f"{num['refused'] + num['fails']} do not start.\n\n"
+    return summary + table(("family", "seen", "modules that adapters may target, or the reason"), cells)
