@@ -106,6 +106,9 @@ def build_all(families: Sequence[str], models: Path) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
+    from gpu_worker.vllm import plan_layers
+
+    plan_layers._register = lambda add: None  # a process can register its operation for one model only
     with TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
