@@ -155,16 +155,6 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def check_is_text_only(config: Any) -> None:
-    """Raise BaseModelUnsupported if the config is that of a multimodal model, whose parts have configs of their own."""
-    text = config_setting(config, "text_config")
-    if text is not None and not config_setting(config, "is_encoder_decoder"):
-        raise BaseModelUnsupported(
-            f"{config.model_type} is a multimodal model; this server serves text-only models: use one of the same"
-            f" family, or save its text part ({text.model_type}) as a model of its own"
-        )
-
-
 def _check_class(config: Any) -> None:
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
     classes = found if isinstance(found, tuple) else (found,)

@@ -77,7 +77,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         source=source,
         model_type=hf_config.model_type,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(source, text_config, tokenizer),
+        eos_token_ids=_eos_token_ids(source, (hf_config, text_config), tokenizer),
         vocab_size=text_config.vocab_size,
         num_embeddings=language_part(model).get_input_embeddings().weight.shape[0],
         max_position=text_config.max_position_embeddings,
@@ -219,10 +219,12 @@ def _mlp_widths(linears: Mapping[str, nn.Linear], hidden_size: int) -> list[int]
     return sorted({linear.in_features for linear in downs})
 
 
-def _eos_token_ids(source: str, hf_config: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_token_ids(source: str, configs: Sequence[Any], tokenizer: Any) -> frozenset[int]:
     try:
         declared = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:  # the model has no such file
-        declared = hf_config.eos_token_id
+        declared = next(
+            (found for each in configs if (found := config_setting(each, "eos_token_id")) is not None), None
+        )
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
