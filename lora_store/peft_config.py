@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,13 @@ class PeftConfig:
     unsupported: tuple[str, ...]
     is_lora: bool = True
 
-    def rank_of(self, module: str) -> int:
-        return int(self.rank_pattern.get(module, self.rank))
+    def rank_of(self, *paths: str) -> int:
+        """Return the module's rank. `paths`: what the module is called, in the model that was trained and here."""
+        return int(self.rank_pattern.get(paths, self.rank))
 
-    def scaling_of(self, module: str, rank: int) -> float:
-        """Return lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA."""
-        alpha = self.alpha_pattern.get(module, self.lora_alpha)
+    def scaling_of(self, rank: int, *paths: str) -> float:
+        """Return lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA. `paths`: as for `rank_of`."""
+        alpha = self.alpha_pattern.get(paths, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -207,14 +208,23 @@ class PatternTable:
         self._values = dict(values)
         self._compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in self._values.items()]
 
-    def get(self, module: str, default: float) -> float:
-        """Return the value of the first pattern that matches, or `default`."""
-        if len(module) > _MAX_MODULE_LEN:  # limits the time per pattern; no real module path is this long
-            return default
-        for pattern, value in self._compiled:
-            if pattern.match(module):
-                return value
-        return self._values.get(module, default)
+    def get(self, paths: Collection[str], default: float) -> float:
+        """Return the value of the first pattern that matches the first path that any matches, or `default`."""
+        for path in paths:
+            if len(path) > _MAX_MODULE_LEN:  # limits the time per pattern; no real module path is this long
+                continue
+            for pattern, value in self._compiled:
+                if pattern.match(path):
+                    return value
+            if path in self._values:
+                return self._values[path]
+        return default
+
+    def without_match(self, paths: Collection[str]) -> list[str]:
+        """Return the patterns that match none of the paths."""
+        known = [path for path in paths if len(path) <= _MAX_MODULE_LEN]
+        tables = zip(self._values, self._compiled, strict=True)
+        return [name for name, (compiled, _) in tables if name not in known and not any(map(compiled.match, known))]
 
 
 def pattern_problems(patterns: Mapping[str, object], max_patterns: int) -> list[str]:

@@ -146,7 +146,7 @@ def pair_modules(
     trained = paths or {}
     return {
         name: ModuleWeights(
-            pair["lora_a"], pair["lora_b"], config.scaling_of(trained.get(name, name), pair["lora_a"].shape[0])
+            pair["lora_a"], pair["lora_b"], config.scaling_of(len(pair["lora_a"]), trained.get(name, name), name)
         )
         for name, pair in pairs.items()
         if len(pair) == len(_SIDES)

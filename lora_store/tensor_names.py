@@ -44,9 +44,9 @@ def read_names(keys: Collection[str], modules: Collection[str] | None) -> dict[s
     `modules`: those of the base. None if they are not known; then what surrounds the layers is kept.
     """
     by_tail: dict[str, str | None] = {}
-    for module in modules or ():
-        tail = _inner(module.split("."))
-        by_tail[tail] = None if tail in by_tail else module
+    for known in modules or ():
+        tail = _inner(known.split("."))
+        by_tail[tail] = None if tail in by_tail else known
     found = {}
     for key in keys:
         match = None if len(key) > _MAX_NAME or _is_known(key, modules) else _READABLE.fullmatch(key)
@@ -54,7 +54,7 @@ def read_names(keys: Collection[str], modules: Collection[str] | None) -> dict[s
             continue
         parts = [part for part in match[1].split(".") if part not in _WRAPPERS]
         path = ".".join(parts).rpartition(_PEFT_PREFIX)[2]
-        module = path if modules is None else by_tail.get(_inner(parts))
+        module: str | None = path if modules is None else by_tail.get(_inner(parts))
         if module and len(path) <= len(module) + _MOST_ADDED:
             side = (match[2] or match[4]).upper()
             found[key] = Spelling(tensor_key(module, side), module, path, match[3], is_transposed=match[2] is None)

@@ -148,7 +148,8 @@ def check_folder(
         reasons += _tensor_problems(named, pairs, module_shapes, limits)
         # Match the config's patterns with real module paths only: a crafted one could make matching slow.
         known = {name: pair for name, pair in pairs.items() if module_shapes is None or name in module_shapes}
-        reasons += _scaling_problems(config, known, paths) if config is not None else []
+        if config is not None:
+            reasons += [*_scaling_problems(config, known, paths), *_pattern_problems(config, paths, known)]
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
@@ -352,12 +353,22 @@ def _scaling_problems(config: PeftConfig, pairs: Pairs, paths: Mapping[str, str]
         if len(pair) < 2 or pair["lora_a"].ndim != 2 or not pair["lora_a"].shape[0]:
             continue  # reported by _pair_problems
         path = paths.get(name, name)
-        rank, wanted = pair["lora_a"].shape[0], config.rank_of(path)
+        rank, wanted = pair["lora_a"].shape[0], config.rank_of(path, name)
         if rank != wanted:
             yield f"module {name[:200]!r} has rank {rank}, but {CONFIG_FILE} gives it {wanted}"
         largest = _largest(pair["lora_b"])
-        if not abs(config.scaling_of(path, rank)) * largest <= pair["lora_b"].largest_finite:
+        if not abs(config.scaling_of(rank, path, name)) * largest <= pair["lora_b"].largest_finite:
             yield f"module {name[:200]!r} overflows its dtype once scaled by lora_alpha / rank"
+
+
+def _pattern_problems(config: PeftConfig, paths: Mapping[str, str], pairs: Pairs) -> Iterator[str]:
+    """Yield the patterns of an adapter with other paths that match none of its modules, so that a scaling is lost."""
+    for field_name, table in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        if paths and (unused := table.without_match([*paths.values(), *pairs])):
+            yield (
+                f"{field_name} has {unused[0][:100]!r}, which matches none of the tensors' modules: remove it, or save"
+                " the adapter with PEFT's save_pretrained"
+            )
 
 
 def _shortened(reasons: Sequence[str], most: int) -> list[str]:

@@ -28,6 +28,7 @@ ITEMS = ("item_reference",)
 INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
 PARTS = ("image_url", "image", "input_audio", "audio", "file", "document", "video_url", "refusal")
 MAX_ADAPTERS = MAX_PLAN_ADAPTERS
+_MAX_OPTIONS = 16  # of a strategy
 Weight = Annotated[float, Field(ge=-4, le=4)]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -233,6 +234,7 @@ class PlanGiven(ApiRequest):
     policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
 
 
+OptionValues = Annotated[dict[Tag, float], Field(max_length=_MAX_OPTIONS), BeforeValidator(at_most(_MAX_OPTIONS))]
 _OPTIONS = "Values for options of the strategy, by name. Default: `retrieval.strategy_options`." + "".join(
     f" `{option.name}` of `{strategy.name}`, above {option.above:g} and at most {option.highest:g}, by default"
     f" {option.default:g}: {option.meaning}"
@@ -249,7 +251,7 @@ class LoraOptions(ApiRequest):
         description=" ".join(f"`{name}`: {STRATEGIES[name].summary}." for name in ROUTED_STRATEGIES)
         + " See strategies. Default: the setting `retrieval.strategy`.",
     )
-    strategy_options: dict[Tag, float] | None = Field(default=None, max_length=MAX_ADAPTERS, description=_OPTIONS)
+    strategy_options: OptionValues | None = Field(default=None, description=_OPTIONS)
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
     """How many adapters are retrieved. Default: `retrieval.k`."""
     adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None

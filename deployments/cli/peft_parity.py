@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,19 +19,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.text.token_bytes import TokenBytes
-from gpu_worker.model.base_model import model_source
+from gpu_worker.model.base_model import load_config, model_source
+from gpu_worker.model.inject import target_linears
+from gpu_worker.model.text_part import text_options
 from gpu_worker.start import start_engine
 from lora_store import (
     LOCAL_TENANT,
     AdapterRef,
     AdapterWeights,
+    Limits,
     ModuleWeights,
     Plan,
     PlannedAdapter,
     Strategy,
+    check_folder,
     read_peft_folder,
     write_peft_folder,
 )
+from lora_store.peft_config import read_config
+from lora_store.peft_files import WEIGHTS_FILE
 
 TOLERANCE = 1e-3  # of a log probability; other summation orders differ by less
 PROMPT = "The parrot says that the weather in the harbour is"
@@ -45,6 +52,11 @@ def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
     PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
     """
+    with tempfile.TemporaryDirectory() as copies:
+        return _parity(_in_pefts_names(folder, config, Path(copies)), config)
+
+
+def _parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> dict[str, float]:
     adapter = read_peft_folder(folder).modules
     other = _noisy(adapter)
     plans = {
@@ -57,6 +69,26 @@ def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig
     read = TokenBytes(AutoTokenizer.from_pretrained(model_source(config)).backend_tokenizer)
     token_bytes = [read(token_id) for token_id in range(len(expected["selection"]))]
     return {strategy: _furthest(found[strategy], expected[strategy], token_bytes) for strategy in plans}
+
+
+def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, copies: Path) -> Path:
+    """Return the folder, or a copy in `copies` if its tensors have other names than PEFT's of this base."""
+    base = _text_model(config)
+    linears = target_linears(base, base.get_output_embeddings())
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    named = read_config(folder, Limits()).base_model or ""
+    checked = check_folder(folder, accepts_base={named}, module_shapes=shapes)
+    if (folder / WEIGHTS_FILE).exists() and read_peft_folder(folder).modules.keys() == checked.pairs.keys():
+        return folder
+    write_peft_folder(copies / folder.name, checked.modules, base_model=named)
+    return copies / folder.name
+
+
+def _text_model(config: NativeWorkerConfig | VllmWorkerConfig) -> Any:
+    """Load transformers' model, of a multimodal checkpoint that of its text part."""
+    source = model_source(config)
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(source, **options, **text_options(load_config(source)))
 
 
 def _noisy(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
@@ -150,7 +182,7 @@ def _peft_logprobs(
     tokens: Sequence[int],
 ) -> dict[str, Tensor]:
     """Return the log probabilities (V,) of the next token by strategy, computed by PEFT and transformers."""
-    base = AutoModelForCausalLM.from_pretrained(model_source(config), dtype=torch.float32, attn_implementation="eager")
+    base = _text_model(config)
     with tempfile.TemporaryDirectory() as folder_of_copies:
         # The copy must be first: PEFT scales a concatenation by 1 only if its first adapter is not rank-stabilised.
         for name, modules in (("other", other), ("fusion", fused)):

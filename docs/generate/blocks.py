@@ -11,7 +11,7 @@ from docs.generate.error_codes import error_codes
 from docs.generate.limits import folder_limits, request_limits
 from docs.generate.markdown import Block
 from docs.generate.metrics import metrics
-from docs.generate.models import equal_families, refused_families, vllm_families
+from docs.generate.models import families
 from docs.generate.request_fields import (
     chat_fields,
     completion_fields,
@@ -31,12 +31,11 @@ BLOCKS: Mapping[str, Block] = {
     "clients": clients,
     "commands": commands,
     "completion-fields": completion_fields,
-    "equal-families": equal_families,
     "error-codes": error_codes,
+    "families": families,
     "folder-limits": folder_limits,
     "lora-fields": lora_fields,
     "metrics": metrics,
-    "refused-families": refused_families,
     "refused-fields": refused_fields,
     "request-limits": request_limits,
     "messages-fields": messages_fields,
@@ -48,6 +47,5 @@ BLOCKS: Mapping[str, Block] = {
     "scale-needs": scale_needs,
     "settings": settings,
     "strategies": strategies,
-    "vllm-families": vllm_families,
     "weightings": weightings,
 }

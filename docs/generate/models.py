@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from benchmarks.results_file import RESULTS
 from docs.generate.markdown import code, table
-from tests.gpu_worker.families import EQUAL, REFUSED
+from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED
+
+_OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
+_VLLM_OUTCOMES = {"equal": "served, equal", "not compared": "vLLM's class was built with adapters, not compared"}
+_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `benchmarks.families`
 
 
-def equal_families() -> str:
-    """Return the families whose logits equal those of transformers, in alphabetical order."""
-    return ", ".join(code(name) for name in sorted(EQUAL)) + "\n"
+def families() -> str:
+    """Return one row a family and engine: served and equal, or refused with the words of the message."""
+    rows = sorted([*_native_rows(), *_vllm_rows()], key=lambda row: (row[0].lower(), row[1]))
+    equal = {engine: sum(row[1] == engine and row[2].startswith("served") for row in rows) for engine in _engines(rows)}
+    counts = ", ".join(f"{number} with the {engine} engine" for engine, number in equal.items())
+    return f"Served and equal: {counts}.\n\n" + table(("family", "engine", "what was seen"), rows)
 
 
-def refused_families() -> str:
-    """Return the families that are refused at the start, with the part of the message that says why."""
-    return table(("family", "the message names"), [(code(name), REFUSED[name][1]) for name in sorted(REFUSED)])
+def _native_rows() -> Iterator[tuple[str, str, str]]:
+    for name in (*EQUAL, *_OWN_TESTS):
+        yield code(name), "native", "served, equal"
+    for name in MULTIMODAL:
+        family, _, text = name.partition(" ")
+        yield f"{code(family)} {text}".rstrip(), "native", "text part served, equal to the whole model"
+    for name, (_, reason) in REFUSED.items():
+        yield code(name), "native", f"refused: {reason}"
 
 
-def vllm_families() -> str:
-    """Return what was seen of each family with the vLLM engine, from the results of `benchmarks.families`."""
-    content = json.loads((RESULTS / "families" / "results.json").read_text(encoding="utf-8"))
-    rows = [row for part in content["runs"] for row in part["rows"]]
-    order = ("equal", "not compared", "refused", "fails")
-    cells = []
-    for row in sorted(rows, key=lambda row: (order.index(row["outcome"]), row["family"])):
-        modules = ", ".join(code(name) for name in row.get("modules", ()))
-        cells.append((code(row["family"]), row["outcome"], modules or row["reason"].replace("|", "\\|")))
-    num = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in order}
-    summary = f"{num['equal']} families are equal, {num['not compared']} were built and not compared, "
-    summary += f"{num['refused'] + num['fails']} do not start.\n\n"
-    return summary + table(("family", "seen", "modules that adapters may target, or the reason"), cells)
+def _vllm_rows() -> Iterator[tuple[str, str, str]]:
+    """Yield what a run saw, nothing if there are no results."""
+    if not _VLLM_RESULTS.exists():
+        return
+    content = json.loads(_VLLM_RESULTS.read_text(encoding="utf-8"))
+    for row in (row for part in content["runs"] for row in part["rows"]):
+        seen = _VLLM_OUTCOMES.get(row["outcome"]) or f"{row['outcome']}: {row['reason']}"
+        yield code(row["family"]), "vllm", seen
+
+
+def _engines(rows: list[tuple[str, str, str]]) -> list[str]:
+    return sorted({engine for _, engine, _ in rows})

@@ -19,7 +19,7 @@ from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.rope import pin_longrope
-from gpu_worker.model.text_part import TENSOR_PREFIXES, text_config
+from gpu_worker.model.text_part import text_options
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
     """
     source = model_source(config)
     whole_config = load_config(source)
-    hf_config = text_config(whole_config)
+    part = text_options(whole_config)
+    hf_config = part.get("config", whole_config)
     _check_config(hf_config)
     _check_class(hf_config)
     head_dim = config_setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
@@ -117,7 +118,6 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         )
     register()
     dtype = resolve_dtype(config.dtype, config.device)
-    part = {} if hf_config is whole_config else {"config": hf_config, "key_mapping": dict(TENSOR_PREFIXES)}
     model = load_whole(source, dtype=dtype, attn_implementation=ATTENTION_NAME, **part)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
     tokenizer = load_tokenizer(config)

@@ -36,18 +36,19 @@ def text_config(config: Any) -> Any:
 
     Raises: BaseModelUnsupported for a multimodal family whose text part is not known to be one of transformers' models.
     """
-    text = getattr(config, "text_config", None)
+    text: Any = getattr(config, "text_config", None)
     is_composite = text is not None or (config.sub_configs and not hasattr(config, "num_hidden_layers"))
     if not is_composite or getattr(config, "is_encoder_decoder", False):
         return config
-    family = None if text is None else _SAME_FOR_TEXT.get(text.model_type, text.model_type)
-    if config.model_type not in MULTIMODAL or family not in _TEXT_FAMILIES:
-        named = "" if text is None else f" ({text.model_type})"
+    text_type: str = getattr(text, "model_type", "")
+    family = _SAME_FOR_TEXT.get(text_type, text_type)
+    if text is None or config.model_type not in MULTIMODAL or family not in _TEXT_FAMILIES:
+        named = f" ({text_type})" if text_type else ""
         raise BaseModelUnsupported(
             f"{config.model_type} is a multimodal model whose text part{named} this engine does not serve: use engine"
             " 'vllm' if it does, or save the text part as a model of its own"
         )
-    if family == text.model_type:
+    if family == text_type:
         found = copy.deepcopy(text)
     else:
         settings = {key: value for key, value in text.to_dict().items() if key != "model_type"}
@@ -59,3 +60,12 @@ def text_config(config: Any) -> Any:
         if (value := getattr(config, name, None)) is not None:
             setattr(found, name, value)
     return found
+
+
+def text_options(config: Any) -> dict[str, Any]:
+    """Return the options of `from_pretrained` with which transformers loads the text part only.
+
+    Raises: BaseModelUnsupported, as `text_config`.
+    """
+    text = text_config(config)
+    return {} if text is config else {"config": text, "key_mapping": dict(TENSOR_PREFIXES)}

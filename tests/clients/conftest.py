@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 
+import httpx
 import pytest
 
 from tests.browsing import address_of
@@ -34,3 +35,12 @@ def server_url() -> Iterator[str]:
     loop.call_soon_threadsafe(ended.set)
     thread.join(_START_TIMEOUT_S)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def model_name(server_url: str) -> Iterator[str]:
+    """A model name, like that of another vendor's model, whose policy answers with the adapter `coder` alone."""
+    url = f"{server_url}/names/vendor-model-1"
+    assert httpx.put(url, json={"model": "coder", "max_tokens": 9}).status_code == 200
+    yield "vendor-model-1"
+    assert httpx.delete(url).status_code == 200

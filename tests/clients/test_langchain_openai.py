@@ -177,6 +177,14 @@ def test_the_adapters_are_in_the_headers(server_url: str) -> None:
     assert answer.response_metadata["headers"]["x-lora-adapters"].startswith("poet@")
 
 
+def test_model_names(server_url: str, model_name: str) -> None:
+    """model names and their policies"""
+    asked = params(server_url) | {"model": model_name, "include_response_headers": True}
+    answer = langchain_openai.ChatOpenAI(**asked).invoke("Hi")
+    headers = answer.response_metadata["headers"]
+    assert headers["x-lora-policy"].startswith(model_name) and headers["x-lora-adapters"].startswith("coder@")
+
+
 def test_embeddings(server_url: str) -> None:
     """embeddings with `check_embedding_ctx_length=False`"""
     model = langchain_openai.OpenAIEmbeddings(

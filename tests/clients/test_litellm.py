@@ -27,6 +27,12 @@ def test_chat(server_url: str, provider: str) -> None:
     assert answer.choices[0].message.content == "Hello"
 
 
+def test_model_names(server_url: str, model_name: str) -> None:
+    """model names and their policies"""
+    answer = litellm.completion(**options(server_url, "openai") | {"model": f"openai/{model_name}"})
+    assert [row["name"] for row in answer.lora["adapters"]] == ["coder"]
+
+
 def test_stream(server_url: str) -> None:
     """streaming with usage"""
     asked = options(server_url, "openai") | {"stream": True, "stream_options": {"include_usage": True}}

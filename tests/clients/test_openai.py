@@ -114,6 +114,13 @@ def test_parsed_tools(client: openai.OpenAI) -> None:
     assert call.function.parsed_arguments == Weather(city="Rome")
 
 
+def test_model_names(client: openai.OpenAI, model_name: str) -> None:
+    """model names and their policies"""
+    assert model_name in [model.id for model in client.models.list()]
+    answer: Any = client.chat.completions.create(model=model_name, messages=MESSAGES)
+    assert (answer.model, [row["name"] for row in answer.lora["adapters"]]) == (model_name, ["coder"])
+
+
 def test_errors(client: openai.OpenAI) -> None:
     """errors as exceptions with a code"""
     with pytest.raises(openai.NotFoundError) as missing:

@@ -27,7 +27,7 @@ from lora_store.peft_config import PatternTable, pattern_problems
 @pytest.mark.parametrize("module", ["model.layers.0.q_proj", "model.layers.10.k_proj", "q_proj", "xq_proj", "k"])
 def test_patterns_are_resolved_as_by_peft(patterns: list[str], module: str) -> None:
     values = {pattern: number for number, pattern in enumerate(patterns)}
-    assert PatternTable(values).get(module, -1) == values.get(get_pattern_key(values.keys(), module), -1)
+    assert PatternTable(values).get([module], -1) == values.get(get_pattern_key(values.keys(), module), -1)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_store import AdapterRefused, LoraStore, ModuleWeights, check_folder
+from lora_store import AdapterRefused, ModuleWeights, check_folder
 from lora_store.peft_files import MLX_WEIGHTS_FILE, WEIGHTS_FILE, write_peft_folder
 from lora_store.tensor_names import read_names
 from lora_store.validation import CheckedFolder
 from lora_store.weights_blob import WeightsBlob
-from tests.lora_store.builders import BASE, SHAPES, MakeFolder
+from tests.lora_store.builders import BASE, SHAPES, MakeFolder, OpenStore
 from tests.soak import Scale
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -63,6 +63,21 @@ NEEDS_NO_BASE = [name for name in SPELLINGS if name not in ("data parallel", "ha
 def respell(folder: Path, rename: Rename) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file({rename(key): tensor for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+
+
+def of_one_rank(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save an adapter of one rank and scaling, as MLX's all are."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: ModuleWeights(
+            torch.randn(2, num_in, generator=generator).to(dtype),
+            torch.randn(num_out, 2, generator=generator).to(dtype),
+            10.0,
+        )
+        for name, (num_out, num_in) in SHAPES.items()
+    }
+    write_peft_folder(folder, weights, base_model=BASE)
+    return folder
 
 
 def as_mlx(folder: Path, *, keeps_prefix: bool = False) -> None:
@@ -114,8 +129,8 @@ def test_a_check_without_the_base_refuses_no_spelling(spelling: str, make_folder
 
 
 @pytest.mark.parametrize("keeps_prefix", [False, True])
-def test_a_folder_of_mlx_is_stored_as_the_same_adapter(keeps_prefix: bool, make_folder: MakeFolder) -> None:
-    folder = make_folder()
+def test_a_folder_of_mlx_is_stored_as_the_same_adapter(keeps_prefix: bool, tmp_path: Path) -> None:
+    folder = of_one_rank(tmp_path)
     before = check(folder)
     as_mlx(folder, keeps_prefix=keeps_prefix)
     assert digest(check(folder)) == digest(before)
@@ -123,17 +138,15 @@ def test_a_folder_of_mlx_is_stored_as_the_same_adapter(keeps_prefix: bool, make_
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_transposed_tensors_keep_their_dtype(dtype: torch.dtype, make_folder: MakeFolder) -> None:
-    folder = make_folder()
-    tensors = {key: tensor.to(dtype) for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
+def test_transposed_tensors_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = of_one_rank(tmp_path, dtype)
     before = check(folder)
     as_mlx(folder)
     assert digest(check(folder)) == digest(before)
 
 
-def test_a_store_keeps_one_blob_of_two_spellings(make_folder: MakeFolder, store: LoraStore) -> None:
-    folder = make_folder()
+def test_a_store_keeps_one_blob_of_two_spellings(make_folder: MakeFolder, open_store: OpenStore) -> None:
+    folder, store = make_folder(), open_store()
     first = store.stage(folder, name="one", module_shapes=SHAPES)
     respell(folder, SPELLINGS["multimodal, transformers 4"])
     second = store.stage(folder, name="two", module_shapes=SHAPES)
@@ -158,12 +171,24 @@ def test_patterns_match_the_paths_of_the_trained_model(tmp_path: Path) -> None:
     }
 
 
+def test_a_pattern_of_neither_path_is_refused_as_its_scaling_would_be_lost(tmp_path: Path) -> None:
+    weights = {"model.layers.0.mlp.up_proj": ModuleWeights(torch.ones(2, 6), torch.ones(12, 2), 4.0)}
+    write_peft_folder(tmp_path, weights, base_model=BASE)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    pattern = {"alpha_pattern": {r"^model\.language_model\.layers\.0\.mlp": 1}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | pattern))
+    assert check(tmp_path).paths == {}, "with PEFT's names it is left to PEFT, which ignores the pattern"
+    respell(tmp_path, SPELLINGS["no prefix of a causal model"])
+    [reason] = reasons(tmp_path)
+    assert reason.startswith("alpha_pattern has '^model") and "matches none of the tensors' modules" in reason
+
+
 def test_two_tensors_that_are_one_of_pefts_are_refused(make_folder: MakeFolder) -> None:
     folder = make_folder()
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file(tensors | {f"_orig_mod.{KEY}": tensors[KEY] + 1}, folder / WEIGHTS_FILE)
     [reason] = reasons(folder)
-    assert f"{KEY!r} and '_orig_mod.{KEY}' are the same tensor: keep one of them" in reason
+    assert f"'_orig_mod.{KEY}' and {KEY!r} are the same tensor: keep one of them" in reason
 
 
 def test_tensors_of_two_adapters_are_refused(make_folder: MakeFolder) -> None:
@@ -207,8 +232,8 @@ def test_names_that_fit_two_modules_are_not_read() -> None:
         ({"lora_parameters": {"rank": 5, "scale": 2.0}}, "gives it 5"),
     ],
 )
-def test_configs_of_mlx_are_refused_by_field(change: dict[str, object], cause: str, make_folder: MakeFolder) -> None:
-    folder = make_folder()
+def test_configs_of_mlx_are_refused_by_field(change: dict[str, object], cause: str, tmp_path: Path) -> None:
+    folder = of_one_rank(tmp_path)
     as_mlx(folder)
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))

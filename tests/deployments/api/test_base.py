@@ -71,6 +71,8 @@ def test_only_collections_are_counted(value: object) -> None:
         (LoraOptions, {"abstain": "sometimes"}, "'never', 'lenient', 'balanced' or 'strict'"),
         (LoraOptions, {"abstain": "never", "min_score": 0.5}, "cannot be combined; set one of them"),
         (LoraOptions, {"filter": {"tags": []}}, "filter"),
+        (LoraOptions, {"strategy_options": {"kept_weight": "much"}}, "strategy_options"),
+        (LoraOptions, {"strategy_options": dict.fromkeys(map(str, range(17)), "x")}, "holds 17 items, at most 16"),
         (LoraOptions, {"strategy": "base"}, "strategy"),
         (
             MergedAdapters,

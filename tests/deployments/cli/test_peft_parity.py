@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deployments.cli import peft_parity
 from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
 from lora_store import ModuleWeights
+from lora_store.peft_files import WEIGHTS_FILE
+from tests.gpu_worker.families import save_multimodal
 from tests.tiny import tiny_config
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -65,3 +68,18 @@ def test_a_wrong_scaling_is_detected_in_every_strategy(
     differences = parity_with_peft(folder, tiny_config(model))
     assert differences["selection"] > TOLERANCE
     assert differences["mixture"] > TOLERANCE
+
+
+def test_other_names_are_compared_as_pefts(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    """The adapter's own name in the keys, for which PEFT alone would leave its weights at random values."""
+    model = tiny_folders["llama"]
+    folder = trained(model, tmp_path / "adapter", r=4, lora_alpha=8)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    save_file({key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}, folder / WEIGHTS_FILE)
+    assert max(parity_with_peft(folder, tiny_config(model)).values()) < TOLERANCE / 10
+
+
+def test_an_adapter_of_a_whole_multimodal_model_agrees_with_peft(tmp_path: Path) -> None:
+    folder = save_multimodal(tmp_path / "base", "gemma3")
+    adapter = trained(folder, tmp_path / "adapter", r=4, lora_alpha=8, exclude_modules=r".*vision_tower.*")
+    assert max(parity_with_peft(adapter, tiny_config(folder)).values()) < TOLERANCE / 10

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import httpx
 import pytest
 
 from deployments.auth.authenticator import LOCAL_CALLER
-from deployments.observability.request_metrics import RequestContext
+from deployments.http.middleware import RequestContextMiddleware
+from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
@@ -25,6 +27,7 @@ from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.key_files import bearer, entry, write
+from tests.deployments.metric_fakes import FakeMetrics
 
 SECRET = "the-secret-prompt"
 CHAT = {"messages": [{"role": "user", "content": SECRET}]}
@@ -261,3 +264,27 @@ def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:
 
     ask(send, cache_dir=tmp_path, usage_days=0)
     assert list(tmp_path.rglob("*.jsonl")) == []
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_stream_whose_client_leaves_is_recorded_with_499(is_cancelled: bool, tmp_path: Path) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        context_of(scope).caller = LOCAL_CALLER
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: {}", "more_body": True})
+        if is_cancelled:
+            raise asyncio.CancelledError
+
+    async def run() -> None:
+        log = UsageLog(tmp_path, BASE, Pool().put)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        with suppress(asyncio.CancelledError):
+            await RequestContextMiddleware(app, RequestMetrics(FakeMetrics()), log)(scope, asyncio.Event().wait, _drop)
+
+    asyncio.run(run())
+    [event] = events_in(tmp_path)
+    assert (event["status"], event["code"]) == (499, "")
+
+
+async def _drop(message: Any) -> None:
+    """Take a message of an answer."""

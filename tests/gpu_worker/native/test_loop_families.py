@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,6 +72,6 @@ def test_unsupported_families_are_refused_at_start_by_name(
     for name in some(list(REFUSED), "families refused", SMALL_REFUSED, scale):
         settings, reason = REFUSED[name]
         folder = save(tmp_path / name, name, settings)
-        with pytest.raises(BaseModelUnsupported, match=reason) as refusal:
+        with pytest.raises(BaseModelUnsupported, match=re.escape(reason)) as refusal:
             engine_over(folder, make_engine)
         assert name.replace("_", "") in str(refusal.value).lower().replace("_", ""), name
