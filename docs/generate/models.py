@@ -11,7 +11,7 @@ from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED
 
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
 _VLLM_OUTCOMES = {"equal": "served, equal", "not compared": "vLLM's class was built with adapters, not compared"}
-_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `benchmarks.families`
+_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `tests.gpu_worker.conformance.run_families`
 
 
 def families() -> str:

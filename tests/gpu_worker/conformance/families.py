@@ -168,7 +168,7 @@ PROMPTS = ("The parrot says " * 4, "x")
 NUM_NEW = 8
 TOLERANCE = 1e-3  # of a log probability
 
-# Those of the tests; `benchmarks.families` runs all.
+# Those of the tests; `run_families` runs all.
 SMALL = ("gemma3", "qwen3_moe")
 
 # Sizes of the parts for images and sound, as far as their configs have them.

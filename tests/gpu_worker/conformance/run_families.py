@@ -1,8 +1,9 @@
 """Compare the vLLM engine with transformers for tiny random models of every family, and write what was seen.
 
-Run in .venv-vllm: `python -m benchmarks.families [FAMILY …]`. Formats of quantised weights count as families, such as
-`quantised:int4`. The results are those of docs/reference/supported-models.md, and a run replaces those of its own
-families only. With `--build` no engine starts: vLLM's class of the model is built, and the modules are compared.
+Run in .venv-vllm: `python -m tests.gpu_worker.conformance.run_families [FAMILY …]`. Formats of quantised weights count
+as families, such as `quantised:int4`. The results are those of docs/reference/supported-models.md, and a run replaces
+those of its own families only. With `--build` no engine starts: vLLM's class of the model is built, and the modules are
+compared.
 """
 
 from __future__ import annotations
