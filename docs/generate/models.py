@@ -12,7 +12,8 @@ from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED
 
 _EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
-_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `benchmarks.families`
+_VLLM_OUTCOMES = {"equal": _EQUAL, "not compared": "vLLM's class was built with adapters, not compared"}
+_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `tests.gpu_worker.conformance.run_families`
 
 
 def families() -> str:
@@ -39,5 +40,5 @@ def _vllm_rows() -> Iterator[tuple[str, str, str]]:
         return
     content = json.loads(_VLLM_RESULTS.read_text(encoding="utf-8"))
     for row in (row for part in content["runs"] for row in part["rows"]):
-        is_equal = row["outcome"] == "equal"
-        yield code(row["family"]), "vllm", _EQUAL if is_equal else f"{row['outcome']}: {row['reason']}"
+        seen = _VLLM_OUTCOMES.get(row["outcome"]) or f"{row['outcome']}: {row['reason']}"
+        yield code(row["family"]), "vllm", seen
