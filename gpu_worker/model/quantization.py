@@ -1,7 +1,8 @@
 """Hold weights as integers with scales, and define what a layer of such weights computes.
 
 Weights are symmetric: 8 bits with one scale per output, or 8 or 4 bits with one scale per output and group of inputs.
-Each token's input is rounded to 8-bit integers when it is multiplied. `packed_linear.cpp` computes the same integers.
+Each token's inputs are rounded to 8-bit integers when they are multiplied, in blocks with one scale each: base models
+have single inputs that are far larger than the others. `packed_linear.cpp` computes the same integers.
 
 Dims: N tokens, I in, O out, G groups of inputs.
 """
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-GROUP = 32  # inputs that share a scale
+GROUP = 32  # inputs of an output that share a scale
+_BLOCK = 64  # inputs of a token that share a scale, if the weights have no groups
 MOST_INPUTS = 1 << 16  # of a layer: more could overflow the sums of integers
 BITS = {"int8": 8, "int4": 4}  # of the setting
 _LARGEST_INPUT = 127
@@ -76,20 +78,22 @@ class QuantizedLinear(nn.Linear):
         self.bias = bias
 
     def forward(self, input: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        return nn.functional.linear(rounded_inputs(input), self.weight, self.bias)
+        rounded = rounded_inputs(input, GROUP if self.quantized.has_groups else _BLOCK)
+        return nn.functional.linear(rounded.to(input.dtype), self.weight, self.bias)
 
 
-def rounded_inputs(x: Tensor) -> Tensor:
-    """Return x (..., I) with each token rounded to 8-bit integers of one scale. Tokens that are not finite become NaN.
+def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
+    """Return x (..., I) in float32, with each block of inputs rounded to 8-bit integers of one scale.
 
-    The inverse of the scale has 16 bits, so that its products with bfloat16 numbers are exact on every processor.
+    Blocks that are not finite become NaN. The inverse of a scale has 16 bits, so that its products with bfloat16
+    numbers are exact on every processor.
     """
-    values = x.float()
+    values = nn.functional.pad(x.float(), (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     largest = values.abs().amax(dim=-1, keepdim=True)
     exact = _LARGEST_INPUT / largest.clamp(min=_SMALLEST_RANGE)
     inverse = (exact.contiguous().view(torch.int32) & ~0xFF).view(torch.float32)
     rounded = (values * inverse).round_() * (1 / inverse)
-    return torch.where(largest.isfinite(), rounded, torch.nan).to(x.dtype)
+    return torch.where(largest.isfinite(), rounded, torch.nan).flatten(-2)[..., : x.shape[-1]]
 
 
 @torch.inference_mode()

@@ -10,11 +10,15 @@
 
 #include "quantized_linear.h"
 #include "structs.h"
-#include "tiles.h"
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -91,6 +95,97 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
 }
 #endif
 
+#ifdef HAS_TILES
+constexpr int kTileRows = 16, kTileInputs = 32;
+
+// Asks Linux once to let this process use tiles. Returns false if it refuses, or if the processor has none.
+bool request_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return may;
+}
+
+// The tiles of one thread. 0 to 3: sums of the upper and the lower rows, 16 outputs each; 4, 5: inputs; 6, 7: weights.
+class Tiles {
+ public:
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  ~Tiles() {
+    if (configured_rows_ != 0) _tile_release();
+  }
+
+  // y[rows[r]][0 .. 32) = x[r] . panel + bias for up to 32 rows, with num_in a multiple of kTileInputs
+  void multiply(int64_t num_rows, const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y,
+                Rows rows, int64_t left) {
+    configure(num_rows);
+    alignas(64) float sums[2 * kTileRows][kBlock];
+    if (num_rows <= kTileRows) {
+      sum<false>(x, num_in, panel, sums);
+    } else {
+      sum<true>(x, num_in, panel, sums);
+    }
+    const __m512 bias_low = _mm512_loadu_ps(bias), bias_high = _mm512_loadu_ps(bias + kLanes);
+    for (int r = 0; r < num_rows; ++r) {
+      const __m512 low = _mm512_add_ps(_mm512_load_ps(sums[r]), bias_low);
+      const __m512 high = _mm512_add_ps(_mm512_load_ps(sums[r] + kLanes), bias_high);
+      store_block(y + rows.place(r), low, high, left);
+    }
+  }
+
+ private:
+  int64_t configured_rows_ = 0;
+
+  void configure(int64_t num_rows) {
+    if (configured_rows_ == num_rows) return;
+    configured_rows_ = num_rows;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t num_rows[16] = {};
+    } config;
+    const uint8_t upper = std::min<int64_t>(num_rows, kTileRows);
+    const uint8_t lower = std::max<int64_t>(num_rows - upper, 1);  // a tile must have a row, also one that is not used
+    for (int tile : {0, 1, 4}) config.num_rows[tile] = upper;
+    for (int tile : {2, 3, 5}) config.num_rows[tile] = lower;
+    for (int tile : {6, 7}) config.num_rows[tile] = kTileInputs / 2;
+    asm volatile("" ::"r"(&config) : "memory");  // older compilers believe that only eight bytes are read (PR 114098)
+    _tile_loadconfig(&config);
+  }
+
+  template <bool kHasLower>
+  static void sum(const bf16* x, int64_t num_in, const bf16* panel, float (*sums)[kBlock]) {
+    constexpr int64_t kPanelStride = 2 * kBlock * sizeof(bf16), kSumStride = kBlock * sizeof(float);
+    const int64_t stride = num_in * sizeof(bf16);
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kHasLower) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t i = 0; i < num_in; i += kTileInputs, panel += kTileInputs * kBlock) {
+      for (int64_t j = 0; j < kTileInputs * kBlock; j += kBlock)  // weights of the step after the next
+        _mm_prefetch(reinterpret_cast<const char*>(panel + 2 * kTileInputs * kBlock + j), _MM_HINT_T0);
+      _tile_loadd(6, panel, kPanelStride);
+      _tile_loadd(7, panel + kBlock, kPanelStride);
+      _tile_loadd(4, x + i, stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kHasLower) {
+        _tile_loadd(5, x + kTileRows * num_in + i, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, sums[0], kSumStride);
+    _tile_stored(1, sums[0] + kLanes, kSumStride);
+    if constexpr (kHasLower) {
+      _tile_stored(2, sums[kTileRows], kSumStride);
+      _tile_stored(3, sums[kTileRows] + kLanes, kSumStride);
+    }
+  }
+};
+#endif
+
 // Calls multiply<R> with R = num_rows.
 template <int R, class... Args>
 void multiply_rows(int64_t num_rows, Args... args) {
@@ -105,7 +200,7 @@ class Products {
  public:
   explicit Products([[maybe_unused]] int64_t num_in) {
 #ifdef HAS_TILES
-    uses_tiles_ = request_tiles() && num_in * sizeof(bf16) % kTileBytes == 0;
+    uses_tiles_ = request_tiles() && num_in % kTileInputs == 0;
 #endif
   }
 
@@ -119,7 +214,7 @@ class Products {
   template <class... Args>
   void multiply(int64_t num_rows, Args... args) {
 #ifdef HAS_TILES
-    if (uses_tiles_) return by_tiles(num_rows, args...);
+    if (uses_tiles_) return tiles_.multiply(num_rows, args...);
 #endif
     multiply_rows<kMostRows>(num_rows, args...);
   }
@@ -128,18 +223,6 @@ class Products {
  private:
   bool uses_tiles_;
   Tiles tiles_;
-
-  void by_tiles(int64_t num_rows, const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y,
-                Rows rows, int64_t left) {
-    alignas(64) float sums[2 * kTileRows][kBlock];
-    tiles_.multiply(num_rows, x, num_in * sizeof(bf16), panel, sums);
-    const __m512 bias_low = _mm512_loadu_ps(bias), bias_high = _mm512_loadu_ps(bias + kLanes);
-    for (int r = 0; r < num_rows; ++r) {
-      const __m512 low = _mm512_add_ps(_mm512_load_ps(sums[r]), bias_low);
-      const __m512 high = _mm512_add_ps(_mm512_load_ps(sums[r] + kLanes), bias_high);
-      store_block(y + rows.place(r), low, high, left);
-    }
-  }
 #endif
 };
 
@@ -154,25 +237,23 @@ namespace {
 // linear_bf16 for integer weights.
 void linear_integers(const Linear& layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                      int32_t num_threads) {
-  const int64_t num_in = layer.num_in, num_out = layer.num_out, num_panels = (num_out + kBlock - 1) / kBlock;
+  const int64_t num_out = layer.num_out, num_panels = (num_out + kBlock - 1) / kBlock;
   const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
-  quantized::Inputs inputs(num_rows, num_in);
+  const int64_t num_groups = (num_rows + quantized::most_rows(layer) - 1) / quantized::most_rows(layer);
+  quantized::Inputs inputs(layer, num_rows);
 #pragma omp parallel num_threads(num_threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r) inputs.set(r, static_cast<const bf16*>(x) + r * num_in, num_in);
-    quantized::Products products(layer);
-    const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
+    for (int64_t r = 0; r < num_rows; ++r) inputs.set_row(r, static_cast<const bf16*>(x) + r * layer.num_in);
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t p = 0; p < num_panels; ++p)
       for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
-        bf16* places[quantized::kMostTogether];
-        for (int64_t r = 0; r < num; ++r) {
-          const int64_t row = numbers == nullptr ? first + r : numbers[first + r];
-          places[r] = static_cast<bf16*>(y) + row * num_out + p * kBlock;
-        }
-        products.multiply(inputs, first, num, p, places);
+        const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
+        bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
+        bf16* places[quantized::kMostRows];
+        for (int64_t r = 0; r < num; ++r) places[r] = target + rows.place(r);
+        quantized::multiply_panel(layer, inputs, first, num, p, places);
       }
   }
 }
@@ -182,16 +263,15 @@ void parts_of_integers(const Linear& layer, const void* x, const Part* parts, in
                        int32_t num_threads) {
   int64_t num_rows = 0;
   for (int64_t i = 0; i < num_parts; ++i) num_rows = std::max<int64_t>(num_rows, parts[i].row + 1);
-  quantized::Inputs inputs(num_rows, layer.num_in);
+  quantized::Inputs inputs(layer, num_rows);
 #pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
   {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r) inputs.set(r, static_cast<const bf16*>(x) + r * layer.num_in, layer.num_in);
-    quantized::Products products(layer);
+    for (int64_t r = 0; r < num_rows; ++r) inputs.set_row(r, static_cast<const bf16*>(x) + r * layer.num_in);
 #pragma omp for schedule(dynamic, kPartsPerTask) nowait
     for (int64_t i = 0; i < num_parts; ++i) {
       bf16* place = static_cast<bf16*>(y) + parts[i].row * layer.num_out + parts[i].panel * kBlock;
-      products.multiply(inputs, parts[i].row, 1, parts[i].panel, &place);
+      quantized::multiply_panel(layer, inputs, parts[i].row, 1, parts[i].panel, &place);
     }
   }
 }
@@ -234,7 +314,8 @@ void pack_bf16(const void* weight, int64_t num_out, int64_t num_in, void* panels
 void pack_integers(const int8_t* values, const uint16_t* group_scales, int32_t bits, int64_t num_out, int64_t num_in,
                    uint8_t* panels, int32_t num_threads) {
   using namespace quantized;
-  const int64_t num_groups = (num_in + kPad - 1) / kPad * (kPad / kGroup), given_groups = (num_in + kGroup - 1) / kGroup;
+  const int64_t num_groups = (num_in + quantized::kBlock - 1) / quantized::kBlock * (quantized::kBlock / kGroup);
+  const int64_t given_groups = (num_in + kGroup - 1) / kGroup;
   const int64_t group_bytes = kPanel * kGroup * bits / 8 + (group_scales == nullptr ? 0 : kScaleBytes);
   const int zero = 1 << (bits - 1);
 #pragma omp parallel for num_threads(num_threads)

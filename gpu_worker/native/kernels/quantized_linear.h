@@ -1,12 +1,13 @@
 // Products of 8-bit inputs and integer weights, summed in int32: y = x W^T + bias.
 //
-// Dims: N rows, I in, O out. Each row of x is rounded to 8-bit integers with one scale. Weights have 8 bits with one scale
-// per output, or 8 or 4 bits with one scale per output and group of kGroup inputs. The integer sums are exact, so every
-// processor and every number of rows has the same ones.
+// Dims: N rows, I in, O out. Weights have 8 bits with one scale per output, or 8 or 4 bits with one scale per output and
+// group of kGroup inputs. Each row of x is rounded to 8-bit integers with one scale per kBlock inputs, or per group: with
+// one scale per row, a single large input would round the others to 0. The integer sums are exact, so every processor and
+// every number of rows has the same ones.
 // A packed weight has panels of 32 outputs. A group of a panel: the outputs' scales as halves, if groups have scales; then
 // for each kStep inputs the weights of 32 outputs, as bytes (32, kStep), or with 4 bits as 64 bytes (16, kStep) with
 // outputs 0 to 15 in the lower halves. A weight is stored as an unsigned number, kZero more than its value. Inputs are
-// padded to kPad with weights of value 0.
+// padded to kBlock with weights of value 0.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,6 @@
 #include <vector>
 
 #include "structs.h"
-#include "tiles.h"
 #include "vectors.h"
 
 #if defined(__AVX2__)
@@ -26,8 +26,8 @@
 namespace {
 namespace quantized {
 
-constexpr int kMostTogether = 32;  // rows of one call
-constexpr int64_t kPanel = 2 * kLanes, kStep = 4, kGroup = 32, kPad = 64, kScaleBytes = kPanel * 2;
+
+constexpr int64_t kPanel = 2 * kLanes, kStep = 4, kGroup = 32, kBlock = 64, kScaleBytes = kPanel * 2;
 
 template <int kBits>
 constexpr int kZero = 1 << (kBits - 1);
@@ -207,56 +207,59 @@ inline f32x16 load_halves(const uint8_t* p) {  // of finite numbers
 #endif
 }
 
-// Rows of x as integers. The memory is the calling thread's, until it makes others.
+// Rows of x as integers, in blocks of one scale. The memory is the calling thread's, until it makes others.
 struct Inputs {
-  int64_t padded, num_groups;
-  int8_t* codes;   // (N, padded)
-  int32_t* sums;   // (N, groups + 1): of each group's codes, and of all
-  float* scales;   // (N,), NaN for a row that is not finite
+  int64_t num_in, block, num_blocks, padded;
+  int8_t* codes;  // (N, padded)
+  int32_t* sums;  // (N, blocks): of each block's codes
+  float* scales;  // (N, blocks), NaN for a block that is not finite
 
-  Inputs(int64_t num_rows, int64_t num_in) : padded((num_in + kPad - 1) / kPad * kPad), num_groups(padded / kGroup) {
+  Inputs(const Linear& layer, int64_t num_rows)
+      : num_in(layer.num_in),
+        block(layer.has_groups ? kGroup : kBlock),
+        padded((num_in + kBlock - 1) / kBlock * kBlock) {
     static thread_local std::vector<int64_t> memory;  // aligned for all parts
-    const int64_t num_bytes = num_rows * (padded + sizeof(int32_t) * (num_groups + 1) + sizeof(float));
+    num_blocks = padded / block;
+    const int64_t num_bytes = num_rows * (padded + (sizeof(int32_t) + sizeof(float)) * num_blocks);
     if (static_cast<int64_t>(memory.size() * sizeof(int64_t)) < num_bytes) memory.resize(num_bytes / 8 + 1);
     codes = reinterpret_cast<int8_t*>(memory.data());
     sums = reinterpret_cast<int32_t*>(codes + num_rows * padded);
-    scales = reinterpret_cast<float*>(sums + num_rows * (num_groups + 1));
+    scales = reinterpret_cast<float*>(sums + num_rows * num_blocks);
   }
 
-  // Rounds row r to 8 bits. The inverse of the scale has 16 bits, so that its products with bfloat16 numbers are exact.
-  void set(int64_t r, const bf16* x, int64_t num_in) {
+  void set_row(int64_t r, const bf16* x) {
+    for (int64_t b = 0; b < num_blocks; ++b) set_block(r, b, x + b * block, std::clamp<int64_t>(num_in - b * block, 0, block));
+  }
+
+ private:
+  // The inverse of a scale has 16 bits, so that its products with bfloat16 numbers are exact on every processor.
+  void set_block(int64_t r, int64_t b, const bf16* x, int64_t num) {
     constexpr uint16_t kNotFinite = 0x7f80;
-    int8_t* target = codes + r * padded;
-    int32_t* row_sums = sums + r * (num_groups + 1);
+    int8_t* target = codes + r * padded + b * block;
     uint16_t most = 0;
-    for (int64_t i = 0; i < num_in; ++i) most = std::max<uint16_t>(most, x[i].bits & 0x7fff);
+    for (int64_t i = 0; i < num; ++i) most = std::max<uint16_t>(most, x[i].bits & 0x7fff);
+    const bool is_finite = most < kNotFinite;
     const uint32_t size_bits = uint32_t{most} << 16;
-    float largest;
+    float largest, inverse;
     std::memcpy(&largest, &size_bits, sizeof largest);
     const float exact = 127.0f / std::max(largest, 0x1p-100f);
     uint32_t inverse_bits;
     std::memcpy(&inverse_bits, &exact, sizeof exact);
-    inverse_bits = most >= kNotFinite ? 0 : inverse_bits & 0xffffff00u;
-    float inverse;
+    inverse_bits &= 0xffffff00u;
     std::memcpy(&inverse, &inverse_bits, sizeof inverse);
-    scales[r] = most >= kNotFinite ? __builtin_nanf("") : 1.0f / inverse;
-    int32_t all = 0;
-    for (int64_t g = 0; g < num_groups; ++g) {
-      int8_t* codes_of = target + g * kGroup;
-      for (int64_t h = 0; h < kGroup; h += kLanes) {
-        const int64_t first = g * kGroup + h;
-        f32x16 values = load_part(x + first, num_in - first) * inverse;
-        if (most >= kNotFinite) values = f32x16{};
-        const f32x16 shifted = values + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-        const u32x16 whole = (u32x16)shifted - 0x4b400000u;
-        for (int lane = 0; lane < kLanes; ++lane) codes_of[h + lane] = static_cast<int8_t>(whole[lane]);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < block; i += kLanes) {
+      const f32x16 values = is_finite ? load_part(x + i, num - i) * inverse : f32x16{};
+      const f32x16 shifted = values + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+      int32_t whole[kLanes];
+      std::memcpy(whole, &shifted, sizeof whole);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        target[i + lane] = static_cast<int8_t>(whole[lane] - 0x4b400000);
+        sum += target[i + lane];
       }
-      int32_t sum = 0;
-      for (int64_t i = 0; i < kGroup; ++i) sum += codes_of[i];
-      row_sums[g] = sum;
-      all += sum;
     }
-    row_sums[num_groups] = all;
+    sums[r * num_blocks + b] = sum;
+    scales[r * num_blocks + b] = is_finite ? 1.0f / inverse : __builtin_nanf("");
   }
 };
 
@@ -265,50 +268,51 @@ inline void store_row(bf16* y, f32x16 low, f32x16 high, int64_t left) {
   if (left > kLanes) store_part(y + kLanes, high, left - kLanes);
 }
 
-// y[r][0 .. 32) = x[first + r] . panel + bias, where y has one pointer per row
+// y[r][0 .. 32) = x[first + r] . panel + bias, where y has one pointer per row. g++ keeps the sums in memory if it does
+// not unroll the loops over rows early.
 template <int R, int kBits, bool kHasGroups>
 void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float* scales, const float* bias,
               bf16* const* y, int64_t left) {
-  constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8;
+  constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8, kInputs = kHasGroups ? kGroup : kBlock;
   constexpr int kOffset = kBits == 8 && kLoadsSigned ? 0 : -kZero<kBits>;
-  const int8_t* codes = x.codes + first * x.padded;
-  const int32_t* row_sums = x.sums + first * (x.num_groups + 1);
-  const auto step = [&](Sums* low, Sums* high, int64_t i) {
-    const Weights<kBits> weights(panel);
-    for (int r = 0; r < R; ++r) weights.add(codes + r * x.padded + i, low[r], high[r]);
-    panel += kStepBytes;
-  };
-  const auto start = [&](Sums* low, Sums* high, int64_t g) {
-    for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(kOffset * row_sums[r * (x.num_groups + 1) + g]);
-  };
+  const int64_t num_blocks = x.num_blocks, padded = x.padded;
+  const int8_t* codes = x.codes + first * padded;
+  const int32_t* sums = x.sums + first * num_blocks;
+  const float* row_scales = x.scales + first * num_blocks;
   f32x16 low_total[R], high_total[R];
-  if constexpr (kHasGroups) {
-    for (int r = 0; r < R; ++r) low_total[r] = high_total[r] = f32x16{};
-    for (int64_t g = 0; g < x.num_groups; ++g) {
-      const f32x16 scale_low = load_halves(panel), scale_high = load_halves(panel + kScaleBytes / 2);
-      panel += kScaleBytes;
-      Sums low[R], high[R];
-      start(low, high, g);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) low_total[r] = high_total[r] = f32x16{};
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const uint8_t* group_scales = panel;
+    if (kHasGroups) panel += kScaleBytes;
+    Sums low[R], high[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(kOffset * sums[r * num_blocks + b]);
 #pragma GCC unroll 1  // more steps at once need more registers than there are
-      for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += kStep) step(low, high, i);
+    for (int64_t i = b * kInputs; i < (b + 1) * kInputs; i += kStep, panel += kStepBytes) {
+      const Weights<kBits> weights(panel);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) weights.add(codes + r * padded + i, low[r], high[r]);
+    }
+    if constexpr (kHasGroups) {
+      const f32x16 scale_low = load_halves(group_scales), scale_high = load_halves(group_scales + kScaleBytes / 2);
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        low_total[r] += low[r].floats() * scale_low;
-        high_total[r] += high[r].floats() * scale_high;
+        low_total[r] += low[r].floats() * (scale_low * row_scales[r * num_blocks + b]);
+        high_total[r] += high[r].floats() * (scale_high * row_scales[r * num_blocks + b]);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        low_total[r] += low[r].floats() * row_scales[r * num_blocks + b];
+        high_total[r] += high[r].floats() * row_scales[r * num_blocks + b];
       }
     }
-  } else {
-    Sums low[R], high[R];
-    start(low, high, x.num_groups);
-    for (int64_t i = 0; i < x.padded; i += kStep) step(low, high, i);
-    for (int r = 0; r < R; ++r) {
-      low_total[r] = low[r].floats();
-      high_total[r] = high[r].floats();
-    }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const float row_scale = x.scales[first + r];
-    store_row(y[r], low_total[r] * (load(scales) * row_scale) + load(bias),
-              high_total[r] * (load(scales + kLanes) * row_scale) + load(bias + kLanes), left);
+    store_row(y[r], low_total[r] * load(scales) + load(bias),
+              high_total[r] * load(scales + kLanes) + load(bias + kLanes), left);
   }
 }
 
@@ -320,67 +324,24 @@ void multiply_rows(int64_t num_rows, Args... args) {
   }
 }
 
-// The products of one thread with one layer.
-class Products {
- public:
-  explicit Products(const Linear& layer) : layer_(layer) {
-#ifdef HAS_TILES
-    uses_tiles_ = layer.bits == 8 && !layer.has_groups && request_tiles();
-#endif
+// Sets the panel's outputs of rows first to first + num of x; y has one pointer per row, to their places.
+inline void multiply_panel(const Linear& layer, const Inputs& x, int64_t first, int64_t num, int64_t panel,
+                           bf16* const* y) {
+  const int64_t scale_bytes = layer.has_groups ? x.num_blocks * kScaleBytes : 0;
+  const int64_t panel_bytes = x.padded * kPanel * layer.bits / 8 + scale_bytes;
+  const uint8_t* weights = static_cast<const uint8_t*>(layer.panels) + panel * panel_bytes;
+  const float *scales = layer.scales + panel * kPanel, *bias = layer.bias + panel * kPanel;
+  const int64_t left = layer.num_out - panel * kPanel;
+  if (!layer.has_groups) {
+    multiply_rows<kMostRows, 8, false>(num, x, first, weights, scales, bias, y, left);
+  } else if (layer.bits == 8) {
+    multiply_rows<kMostGroupRows, 8, true>(num, x, first, weights, scales, bias, y, left);
+  } else {
+    multiply_rows<kMostGroupRows, 4, true>(num, x, first, weights, scales, bias, y, left);
   }
+}
 
-  int64_t most_rows() const {
-#ifdef HAS_TILES
-    if (uses_tiles_) return 2 * kTileRows;
-#endif
-    return layer_.has_groups ? kMostGroupRows : kMostRows;
-  }
-
-  // Sets the panel's outputs of rows first to first + num of x; y has one pointer per row, to their places.
-  void multiply(const Inputs& x, int64_t first, int64_t num, int64_t panel, bf16* const* y) {
-    const uint8_t* weights = static_cast<const uint8_t*>(layer_.panels) + panel * panel_bytes(x.padded);
-    const float *scales = layer_.scales + panel * kPanel, *bias = layer_.bias + panel * kPanel;
-    const int64_t left = layer_.num_out - panel * kPanel;
-#ifdef HAS_TILES
-    if (uses_tiles_) return by_tiles(x, first, num, weights, scales, bias, y, left);
-#endif
-    if (!layer_.has_groups) {
-      multiply_rows<kMostRows, 8, false>(num, x, first, weights, scales, bias, y, left);
-    } else if (layer_.bits == 8) {
-      multiply_rows<kMostGroupRows, 8, true>(num, x, first, weights, scales, bias, y, left);
-    } else {
-      multiply_rows<kMostGroupRows, 4, true>(num, x, first, weights, scales, bias, y, left);
-    }
-  }
-
- private:
-  const Linear& layer_;
-
-  int64_t panel_bytes(int64_t padded) const {
-    return padded * kPanel * layer_.bits / 8 + (layer_.has_groups ? padded / kGroup * kScaleBytes : 0);
-  }
-
-#ifdef HAS_TILES
-  bool uses_tiles_;
-  Tiles tiles_;
-
-  void by_tiles(const Inputs& x, int64_t first, int64_t num, const uint8_t* weights, const float* scales,
-                const float* bias, bf16* const* y, int64_t left) {
-    alignas(64) int32_t sums[2 * kTileRows][kPanel];
-    tiles_.multiply(num, x.codes + first * x.padded, x.padded, weights, sums);
-    for (int64_t r = 0; r < num; ++r) {
-      const int32_t offset = kZero<8> * x.sums[(first + r) * (x.num_groups + 1) + x.num_groups];
-      f32x16 parts[2];
-      for (int64_t h = 0; h < 2; ++h) {
-        const __m512i whole = _mm512_sub_epi32(_mm512_load_si512(sums[r] + h * kLanes), _mm512_set1_epi32(offset));
-        parts[h] = (f32x16)_mm512_cvtepi32_ps(whole) * (load(scales + h * kLanes) * x.scales[first + r]) +
-                   load(bias + h * kLanes);
-      }
-      store_row(y[r], parts[0], parts[1], left);
-    }
-  }
-#endif
-};
+inline int64_t most_rows(const Linear& layer) { return layer.has_groups ? kMostGroupRows : kMostRows; }
 
 }  // namespace quantized
 }  // namespace
