@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo bench quick test tests/cluster tests/e2e coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -38,12 +38,15 @@ bench: $(READY) ## other projects' load clients against this server and vLLM; AR
 
 # Named, since collecting all tests takes half a minute.
 E2E_TESTS := tests/cluster tests/e2e
-test: $(READY) ## run every test: two at a time, then those that share one running application
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e"
-	$(BIN)/python -m pytest $(E2E_TESTS)
+test: $(READY) ## run every test: first those without a cluster, then those that start servers next to those that share one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
+	$(MAKE) --jobs=2 --keep-going --output-sync $(E2E_TESTS)
+
+$(E2E_TESTS): $(READY)
+	$(BIN)/python -m pytest $@
 
 coverage: $(READY) ## run the tests without a running application and print which lines they reach
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e" --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e" --cov
 
 test-e2e: $(READY) ## run the tests that start a server, with ENGINE=native or ENGINE=vllm
 	ENGINE=$(ENGINE) $(BIN)/python -m pytest -m e2e $(or $(ARGS),$(E2E_TESTS))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
@@ -35,6 +35,7 @@ from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory
 from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
+from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import AnswerScorer, Evaluator
 from deployments.publishing.idle_evaluation import IdleEvaluations, IdleScorer
 from deployments.publishing.learning import Learning
@@ -97,6 +98,7 @@ class Ingress:
         if hasattr(self, "services"):  # the constructor may have failed
             self.services.preload.cancel()
             self.services.background.cancel()
+            self.services.usage_log.close()
             if not self._expiring.get_loop().is_closed():
                 self._expiring.cancel()
 
@@ -111,7 +113,7 @@ class Ingress:
 
         Callers of a Ray handle are trusted and name the tenant they call for; roles apply to HTTP routes only.
         """
-        with self.services.metrics.record_call(RequestContext(uuid.uuid4().hex, "generate")) as context:
+        with self._record_call("generate", caller) as context:
             request = parse(request)
             refuse_stream_options(request)
             completions = self.services.completions
@@ -121,13 +123,22 @@ class Ingress:
         self, request: TextRequest | JsonMapping, caller: Caller = LOCAL_CALLER
     ) -> AsyncGenerator[JsonObject]:
         """Yield the answer's chunks, like the HTTP route: the plan first, then text as it arrives."""
-        with self.services.metrics.record_call(RequestContext(uuid.uuid4().hex, "stream")) as context:
+        with self._record_call("stream", caller) as context:
             request, completions = parse(request), self.services.completions
             started = await completions.start(request, caller, context)
             async with aclosing(completions.stream(started)) as chunks:
                 async for chunk in chunks:
                     if chunk is not None:
                         yield chunk
+
+    @contextmanager
+    def _record_call(self, name: str, caller: Caller) -> Iterator[RequestContext]:
+        context = RequestContext(uuid.uuid4().hex, name, caller=caller, tenant=caller.tenant)
+        try:
+            with self.services.metrics.record_call(context):
+                yield context
+        finally:
+            self.services.usage_log.record(context)
 
     async def started(self) -> Ready:
         """Return the answer of `/ready` for the operator: with the paths of preloaded folders that were refused."""
@@ -146,7 +157,8 @@ def _build_services(
 ) -> Services:
     has_keys, background, changes = config.has_keys, Background(), ChangeMetrics(kinds)
     model = config.served_model
-    metrics = RequestMetrics(kinds)
+    metrics = RequestMetrics(kinds, max_tenants=config.tenant_metrics)
+    usage_log = UsageLog(config.usage_folder, model.name, store.put_usage)
     shadows = Shadows(worker, background, metrics)
     notes = PromptNotes(store, background, is_on=config.learning != "off")
     gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
@@ -172,7 +184,16 @@ def _build_services(
         authenticator=authenticator,
         planner=planner,
         completions=CompletionService(
-            model, authenticator, planner, gate, worker, limits, shadows, notes, is_strict=config.strict_fields
+            model,
+            authenticator,
+            planner,
+            gate,
+            worker,
+            limits,
+            shadows,
+            notes,
+            usage_log,
+            is_strict=config.strict_fields,
         ),
         publisher=publisher,
         evaluator=Evaluator(store, retriever, publisher, scorer),
@@ -191,6 +212,7 @@ def _build_services(
             learning=config.learning,
         ),
         metrics=metrics,
+        usage_log=usage_log,
         background=background,
         in_flight=InFlight(config.max_concurrent_requests),
         bodies=ByteBudget(max_body_total_bytes, always_bytes=DEFAULT_MAX_BODY_BYTES, has_tenants=has_keys),

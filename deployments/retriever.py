@@ -23,7 +23,7 @@ from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, Plan, Sample, Strategy
+from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Sample, Strategy
 from retriever_svc import (
     AskedPrompt,
     BulkEncoding,
@@ -89,9 +89,7 @@ class RetrieverDeployment:
         self._metrics = RetrieverMetrics(kinds)
         self._store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
         self._pools = live_pool(config, self._store.snapshot, index)
-        self._retriever = retriever_over(
-            self._pools, config.retrieval, owner_names=config.owner_names, timings=self._metrics
-        )
+        self._retriever = retriever_over(self._pools, config, self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
         self._encoding = ThreadPoolExecutor(
@@ -170,6 +168,16 @@ class RetrieverDeployment:
         """
         await self._reach_for(tenant, generation)
         return await _on(self._lookups, self._retriever.replay, tenant, strategy, pinned, generation)
+
+    async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
+        """Return the newest kept policies of a model name, [] if the tenant uses none called so. Raises: StaleIndex."""
+        await self._reach_for(tenant, min_generation)
+        return await _on(self._lookups, self._retriever.policies, tenant, model, 0, limit)
+
+    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]:
+        """Return the newest policy of each model name that the tenant may use. Raises: StaleIndex."""
+        await self._reach_for(tenant, min_generation)
+        return await _on(self._lookups, self._retriever.names, tenant)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """Return a page of the adapters that the tenant may use, without embeddings. Raises: StaleIndex."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from deployments.api.pool_responses import unserved_text
-from deployments.config.app import AppConfig, RetrievalSettings
+from deployments.config.app import AppConfig
 from lora_store import Snapshot
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS
@@ -41,14 +41,14 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
     return pools
 
 
-def retriever_over(
-    pools: LivePool, settings: RetrievalSettings, *, owner_names: bool, timings: Timings | None = None
-) -> Retriever:
-    """Return the Retriever of the pool. `owner_names`: other tenants' adapters have the name `owner/name` only."""
+def retriever_over(pools: LivePool, config: AppConfig, timings: Timings | None = None) -> Retriever:
+    """Return the Retriever of the pool."""
+    settings = config.retrieval
     return Retriever(
         pools,
         min_score=settings.min_score,
         abstain=settings.abstain,
-        owner_names=owner_names,
+        owner_names=config.owner_names,
+        applies_outcomes=config.learning == "apply",
         timings=timings,
     )

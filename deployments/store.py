@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.config.app import AppConfig
+from deployments.json_types import JsonObject
 from deployments.observability.logs import join_serve_logs
 from deployments.publishing.source_folders import is_copied, open_folder
 from deployments.weights import ObjectCache
@@ -32,6 +33,7 @@ from lora_store import (
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
+from lora_store.usage import UsageQuery
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,6 +109,7 @@ class StoreDeployment:
                 ttl_s=upload.ttl_s,
                 share=upload.share,
                 is_shadow=upload.is_shadow,
+                base_model=upload.base_model,
             )
 
     async def put_part(self, upload: str, number: int, data: Buffer) -> None:
@@ -127,11 +130,18 @@ class StoreDeployment:
     set_visibility = in_thread(LoraStore.set_visibility)
     set_trial = in_thread(LoraStore.set_trial)
     approve = in_thread(LoraStore.approve)
+    set_name = in_thread(LoraStore.set_name)
+    approve_name = in_thread(LoraStore.approve_name)
     add_embeddings = in_thread(LoraStore.add_embeddings)
     rank = in_thread(LoraStore.rank)
     activate_encoder = in_thread(LoraStore.activate_encoder)
     sweep = in_thread(LoraStore.sweep)
     gc = in_thread(LoraStore.gc)
+    pool_part = in_thread(LoraStore.pool_part)
+
+    async def pool_state(self, tenant: str | None) -> bytes:
+        """Return the state of the pool, or of one tenant's adapters, as `PoolState.from_parquet` reads it."""
+        return await asyncio.to_thread(lambda: self._store.pool_state(tenant).to_parquet())
 
     async def put_feedback(self, tenant: str, kind: Kind, feedback: Feedback) -> None:
         """Store what a client said about a prompt, in place of what it said about it before."""
@@ -148,6 +158,15 @@ class StoreDeployment:
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None:
         """Delete these proposals for an adapter."""
         await asyncio.to_thread(self._store.feedback.delete, tenant, adapter, ids)
+
+    async def put_usage(self, segment: str, lines: bytes) -> None:
+        """Store the usage events of a segment. Raises: StoreUnavailable."""
+        kept = timedelta(self._config.usage_days)
+        await asyncio.to_thread(self._store.usage.put, segment, lines, datetime.now(UTC), kept)
+
+    async def usage(self, query: UsageQuery) -> list[JsonObject]:
+        """Return the sums of the stored usage events. Raises: StoreUnavailable."""
+        return await asyncio.to_thread(self._store.usage.sums, query)
 
     async def ping(self) -> None:
         """Check that the catalogue can be read. Raises: StoreUnavailable."""

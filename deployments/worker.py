@@ -29,6 +29,7 @@ from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.request.tools import Tools
 from gpu_worker.start import start_engine
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
@@ -114,11 +115,17 @@ class WorkerDeployment:
         return await self._engine.probe(weights_digests)
 
     async def tokenize(
-        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+        self,
+        tenant: str,
+        prompt: Prompt,
+        template: str,
+        add_special_tokens: bool | None,
+        with_texts: bool,
+        tools: Tools | None = None,
     ) -> Tokenized:
         """See Tokenizing."""
         return await self._engine.tokenizer.tokenize(
-            prompt, template, tenant=tenant, add_special_tokens=add_special_tokens, with_texts=with_texts
+            prompt, template, tenant=tenant, add_special_tokens=add_special_tokens, with_texts=with_texts, tools=tools
         )
 
     async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:

@@ -19,13 +19,12 @@ from benchmarks.results_file import write_results
 from benchmarks.starter_pool import HELD_OUT, POOL, HeldOutPrompt, read_prompts
 from deployments.cli.local_server import Server
 from deployments.config.loading import load_config
+from lora_store import ROUTED_STRATEGIES
 
 _MAX_TOKENS = 20
 COMPOSITIONS: dict[str, dict[str, str]] = {
     "auto": {},  # the server's defaults
-    "selection": {"strategy": "selection"},
-    "fusion": {"strategy": "fusion"},
-    "mixture": {"strategy": "mixture"},
+    **{name: {"strategy": name} for name in ROUTED_STRATEGIES},
     "uniform": {"strategy": "mixture", "weights": "uniform"},  # the paper's mixture
 }
 SETTINGS = (*COMPOSITIONS, "own", "base")

@@ -13,6 +13,7 @@ from lora_store.errors import (
     FileRefused,
     GenerationGone,
     LoraStoreError,
+    NameTaken,
     PlanInvalid,
     PublicNameTaken,
     QuotaExceeded,
@@ -26,9 +27,10 @@ from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, R
 from lora_store.feedback import Feedback
 from lora_store.garbage_collection import BlobCheck, Collected
 from lora_store.location import Location
+from lora_store.names import KEPT_POLICIES, MAX_POLICY_CHARS, NamedPolicy, policy_digest
 from lora_store.peft_config import PeftConfig
 from lora_store.peft_files import PeftFolder, read_peft_folder, write_peft_folder
-from lora_store.plan import BASE_PLAN, MAX_PLAN_ADAPTERS, STRATEGIES, Plan, PlannedAdapter, Strategy
+from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
 from lora_store.quota import TenantQuota
 from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, OutputProfile, Visibility
@@ -36,15 +38,20 @@ from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
 from lora_store.staging import Kept, Staged
 from lora_store.store import LoraStore, Withdrawn
+from lora_store.strategies.registry import ROUTED_STRATEGIES, STRATEGIES, RoutedStrategy, Strategy
+from lora_store.strategies.strategy import MAX_PLAN_ADAPTERS, StrategyOption
 from lora_store.trials import Trial, TrialVersion
 from lora_store.validation import TEMPLATES, CheckedFolder, Label, check_folder
 from lora_store.weights_blob import check_digest, decode_weights, digest_of, encode_weights, weights_in
 
 __all__ = [
     "BASE_PLAN",
+    "KEPT_POLICIES",
     "KEPT_VERSIONS",
     "LOCAL_TENANT",
     "MAX_PLAN_ADAPTERS",
+    "MAX_POLICY_CHARS",
+    "ROUTED_STRATEGIES",
     "STRATEGIES",
     "TEMPLATES",
     "VISIBILITIES",
@@ -78,6 +85,8 @@ __all__ = [
     "LoraStore",
     "LoraStoreError",
     "ModuleWeights",
+    "NameTaken",
+    "NamedPolicy",
     "OutputProfile",
     "PeftConfig",
     "PeftFolder",
@@ -91,6 +100,7 @@ __all__ = [
     "Rank",
     "RankedAdapter",
     "Ranking",
+    "RoutedStrategy",
     "Sample",
     "SetTrial",
     "SetVisibility",
@@ -101,6 +111,7 @@ __all__ = [
     "StoreIsNewer",
     "StoreUnavailable",
     "Strategy",
+    "StrategyOption",
     "TenantQuota",
     "Trial",
     "TrialVersion",
@@ -114,6 +125,7 @@ __all__ = [
     "digest_of",
     "encode_weights",
     "is_valid_name",
+    "policy_digest",
     "read_peft_folder",
     "weights_in",
     "write_peft_folder",

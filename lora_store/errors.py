@@ -31,11 +31,26 @@ class AdapterRefused(LoraStoreError):
 
 
 class PublicNameTaken(AdapterRefused):
-    """Another tenant's public adapter has this name."""
+    """Another tenant's public adapter has this name, or a model name is the same."""
 
     kind = Kind.CONFLICT
     code = "name_taken"
     remedy = "Publish under another name, or keep the adapter private."
+
+
+class NameTaken(LoraStoreError):
+    """An adapter, the base model or another tenant's approved model name is called like the model name."""
+
+    kind = Kind.CONFLICT
+    code = "name_taken"
+    remedy = "Choose another model name."
+
+    def __init__(self, name: str, owner: str) -> None:
+        super().__init__(name, owner)
+        self.name, self.owner = name, owner
+
+    def __str__(self) -> str:
+        return f"name: {self.owner} is called {self.name!r} already; choose another name"
 
 
 class QuotaExceeded(LoraStoreError):

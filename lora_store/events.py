@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_store.adapter import AdapterRef
+from lora_store.names import NamedPolicy
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, OutputProfile, Visibility
 from lora_store.trials import Trial
@@ -100,6 +101,13 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True)
+class SetName:
+    """A policy becomes the newest version of its name, or a kept version is approved; "" removes the name."""
+
+    named: NamedPolicy
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """The state restarts: the Keep and Embed rows of the same generation hold the result of all earlier events.
 
@@ -126,7 +134,7 @@ class VisibleChange:
     generation: int
 
 
-Change = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | SetTrial | Rank
+Change = Publish | Withdraw | Embed | ActivateEncoder | SetVisibility | Approve | SetTrial | Rank | SetName
 Event = Change | Fold | Keep | VisibleChange
 
 SCHEMA = pa.schema(
@@ -151,7 +159,9 @@ SCHEMA = pa.schema(
         pa.field("embedding", pa.list_(pa.float32())),
         pa.field("own_scores", pa.list_(pa.float32())),
         pa.field("probe_shift", pa.float64()),
-        pa.field("source", pa.string()),  # where a publish came from, or the model of an activated encoder
+        pa.field(
+            "source", pa.string()
+        ),  # where a publish came from, the model of an activated encoder, or the policy of a name
         pa.field("actor", pa.string()),
         pa.field("created_at", pa.timestamp("us", tz="UTC")),
         pa.field("commit_id", pa.string()),  # null in rows that are older than this column
@@ -169,11 +179,17 @@ _OFFERED = "offered"
 _FOLD, _LIVE, _OLDER, _PENDING, _COMMIT = "fold", "keep_live", "keep_older", "keep_pending", "keep_commit"
 _VISIBLE = "keep_shown"
 _FIRST_RANK, _RANK = "rank_first", "rank"
-_AS_KEPT = {"embed": _PENDING, _FIRST_RANK: "keep_rank_first", _RANK: "keep_rank"}  # names of these rows in a fold
+_NAME = "set_name"
+_AS_KEPT = {
+    "embed": _PENDING,
+    _FIRST_RANK: "keep_rank_first",
+    _RANK: "keep_rank",
+    _NAME: "keep_name",
+}  # names of these rows in a fold
 _FOLD_ROWS = (_FOLD, _LIVE, _OLDER, _COMMIT, _VISIBLE, *_AS_KEPT.values())
 _CHANGES = (
     *("publish", "offer", "withdraw", "embed", "activate_encoder", "set_visibility", "approve", "set_trial"),
-    *(_FIRST_RANK, _RANK),
+    *(_FIRST_RANK, _RANK, _NAME),
 )
 _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
@@ -293,6 +309,15 @@ def _row_of(event: Event) -> dict[str, Any]:
             arrays = {"encoder": ranking.encoder, "embedding": ranking.vector, "own_scores": ranking.own_scores}
             columns = {"tenant": tenant, "ranking": ranking.to_json(), "actor": actor, "created_at": at}
             return {"event": _FIRST_RANK if is_first else _RANK, **arrays, **columns}
+        case SetName(named):
+            columns = {"source": named.policy, "approved": named.approved}
+            return {
+                "event": _NAME,
+                **_ref_row(named.ref),
+                **columns,
+                "actor": named.actor,
+                "created_at": named.created_at,
+            }
         case Embed(ref, embedding):
             return {"event": "embed", **_ref_row(ref), **_embedding_row(embedding)}
         case Keep(record, is_live):
@@ -344,6 +369,10 @@ def _event_of(
         case "rank_first" | "rank" | "keep_rank_first" | "keep_rank" as kind if embedding is not None:
             ranking = Ranking.from_json(row["ranking"], row["encoder"], embedding.vector, embedding.own_scores)
             return Rank(row["tenant"], ranking, kind.endswith("first"), row["actor"], row["created_at"])
+        case "set_name" | "keep_name":
+            return SetName(
+                NamedPolicy(_ref_of(row), row["source"], row["actor"], row["created_at"], bool(row["approved"]))
+            )
         case "embed" | "keep_pending" if embedding is not None:
             return Embed(_ref_of(row), embedding)
         case "activate_encoder":

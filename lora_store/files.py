@@ -71,6 +71,10 @@ class Files:
                         raise OSError(f"{name} became shorter while it was read")
                     yield part
 
+    def read_part(self, name: str, start: int, num_bytes: int) -> bytes | None:
+        """Return at most this many bytes from `start` on, or None if there is no such object."""
+        return self._consume(name, lambda file: bytes(file.read_at(num_bytes, start)))
+
     def digest(self, name: str) -> str | None:
         """Return the sha256 of the object's bytes, read in parts, or None if there is no such object."""
         return self._consume(name, _sha256)

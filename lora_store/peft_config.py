@@ -86,6 +86,8 @@ class PeftConfig:
 def read_config(folder: Path, limits: Limits) -> PeftConfig:
     """Parse the config. Raises: FileRefused, which lists every setting of a wrong type."""
     raw = read_json(folder / CONFIG_FILE, limits.max_config_bytes)
+    if "peft_type" not in raw and isinstance(raw.get("lora_parameters"), dict):
+        raw = _from_mlx(raw)
     if (kind := raw.get("peft_type")) != "LORA":
         return _of_another_kind(raw.get("base_model_name_or_path"), kind)
     tables = {key: raw.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
@@ -101,6 +103,28 @@ def read_config(folder: Path, limits: Limits) -> PeftConfig:
         alpha_pattern=PatternTable(tables["alpha_pattern"]),
         unsupported=tuple(_unsupported(raw)),
     )
+
+
+def _from_mlx(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of MLX's own config under PEFT's names. MLX adds scale · x A B.
+
+    Raises: FileRefused for DoRA, full training, and old versions' configs, whose scale is multiplied by alpha / rank.
+    """
+    parameters, kind = raw["lora_parameters"], raw.get("fine_tune_type", "lora")
+    rank, scale = parameters.get("rank"), parameters.get("scale")
+    problems = []
+    if kind != "lora":
+        problems.append(f"fine_tune_type must be 'lora', got {_short(kind)}: train with MLX's --fine-tune-type lora")
+    if "alpha" in parameters:
+        problems.append("lora_parameters has alpha, as old versions of MLX wrote it: train with a newer one")
+    if not _is_rank(rank):
+        problems.append(f"lora_parameters.rank must be a whole number above 0, got {_short(rank)}")
+    if not _is_alpha(scale):
+        problems.append(f"lora_parameters.scale must be a number other than 0, got {_short(scale)}")
+    if problems:
+        raise FileRefused(CONFIG_FILE, problems)
+    base_model = raw.get("base_model_name_or_path", raw.get("model"))
+    return {"peft_type": "LORA", "base_model_name_or_path": base_model, "r": rank, "lora_alpha": scale * rank}
 
 
 def _of_another_kind(base_model: object, kind: object) -> PeftConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+MLX_WEIGHTS_FILE = "adapters.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -75,7 +77,7 @@ def write_peft_folder(
     """Write a standard PEFT folder that `PeftModel.from_pretrained` can open.
 
     The most common rank and lora_alpha become the defaults; every other module gets its own pattern. Reading the folder
-    returns the scalings to within one rounding.
+    returns the scalings exactly, those of rsLoRA to within one rounding.
     """
     from safetensors.torch import save_file  # imported here, since torch takes seconds
 
@@ -134,10 +136,18 @@ def pairs_of(tensors: Mapping[str, T]) -> dict[str, dict[Side, T]]:
     return pairs
 
 
-def pair_modules(config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]]) -> dict[str, ModuleWeights]:
-    """Return the modules that have both sides, each with its scaling from `config`."""
+def pair_modules(
+    config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]], paths: Mapping[str, str] | None = None
+) -> dict[str, ModuleWeights]:
+    """Return the modules that have both sides, each with its scaling from `config`.
+
+    `paths`: of modules with other paths in the model that was trained.
+    """
+    trained = paths or {}
     return {
-        name: ModuleWeights(pair["lora_a"], pair["lora_b"], config.scaling_of(name, pair["lora_a"].shape[0]))
+        name: ModuleWeights(
+            pair["lora_a"], pair["lora_b"], config.scaling_of(trained.get(name, name), pair["lora_a"].shape[0])
+        )
         for name, pair in pairs.items()
         if len(pair) == len(_SIDES)
     }
@@ -145,7 +155,7 @@ def pair_modules(config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]]) ->
 
 def _config_of(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
     ranks = {name: module.rank for name, module in weights.items()}
-    alphas = {name: _int_if_whole(module.scaling * module.rank) for name, module in weights.items()}
+    alphas = {name: _int_if_whole(_alpha_of(module)) for name, module in weights.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
@@ -156,6 +166,13 @@ def _config_of(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
         "alpha_pattern": {_exactly(name): value for name, value in alphas.items() if value != alpha},
         "inference_mode": True,
     }
+
+
+def _alpha_of(module: ModuleWeights) -> float:
+    """Return the lora_alpha that gives exactly this scaling, if there is one."""
+    alpha = module.scaling * module.rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((one for one in near if one / module.rank == module.scaling), alpha)
 
 
 def _exactly(module: str) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import PlanInvalid
+from lora_store.strategies.registry import STRATEGIES, Strategy
+from lora_store.strategies.strategy import MAX_PLAN_ADAPTERS
 from lora_store.trials import TrialVersion
 
-Strategy = Literal["base", "selection", "mixture", "fusion"]
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
-MAX_PLAN_ADAPTERS = 16
 MAX_ABS_WEIGHT = 4.0
 
 
@@ -43,12 +41,12 @@ class Plan:
         count = len(self.adapters)
         if count > MAX_PLAN_ADAPTERS:
             raise PlanInvalid(f"a plan may have at most {MAX_PLAN_ADAPTERS} adapters, got {count}")
-        if self.strategy == "base" and count:
-            raise PlanInvalid(f"strategy 'base' takes no adapters, got {count}")
-        if self.strategy != "base" and not count:
+        most = STRATEGIES[self.strategy].most_adapters
+        if most and not count:
             raise PlanInvalid(f"strategy {self.strategy!r} needs at least one adapter, got none")
-        if self.strategy == "selection" and count != 1:
-            raise PlanInvalid(f"strategy 'selection' takes exactly one adapter, got {count}")
+        if count > most:
+            allowed = {0: "no adapters", 1: "exactly one adapter"}.get(most, f"at most {most} adapters")
+            raise PlanInvalid(f"strategy {self.strategy!r} takes {allowed}, got {count}")
         digests = [adapter.weights_digest for adapter in self.adapters]
         if len(set(digests)) != count:
             raise PlanInvalid("a plan must not contain the same adapter weights twice")
@@ -56,6 +54,11 @@ class Plan:
             if not math.isfinite(adapter.weight) or abs(adapter.weight) > MAX_ABS_WEIGHT:
                 limits = f"must be finite and within ±{MAX_ABS_WEIGHT}, got {adapter.weight}"
                 raise PlanInvalid(f"the weight of {adapter.ref.name!r} {limits}")
+
+    @property
+    def averages_parameters(self) -> bool:
+        """Whether rows average the adapters' parameters; else they add the adapters' outputs."""
+        return STRATEGIES[self.strategy].averages_parameters
 
     def with_versions(self, chosen: Collection[TrialVersion]) -> Plan:
         """Return the plan with these versions in place of the live ones, and no trials."""

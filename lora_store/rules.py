@@ -8,8 +8,28 @@ from datetime import datetime
 from typing import Literal
 
 from lora_store.adapter import AdapterRef
-from lora_store.errors import AdapterNotFound, AdapterRefused, EncoderIncomplete, PublicNameTaken, VersionConflict
-from lora_store.events import ActivateEncoder, Approve, Embed, Event, Publish, Rank, SetTrial, SetVisibility, Withdraw
+from lora_store.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    EncoderIncomplete,
+    NameTaken,
+    PublicNameTaken,
+    QuotaExceeded,
+    VersionConflict,
+)
+from lora_store.events import (
+    ActivateEncoder,
+    Approve,
+    Embed,
+    Event,
+    Publish,
+    Rank,
+    SetName,
+    SetTrial,
+    SetVisibility,
+    Withdraw,
+)
+from lora_store.names import MAX_NAMES, NamedPolicy
 from lora_store.quota import TenantQuota, check_quota
 from lora_store.rankings import OUTCOME, RankedAdapter, Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
@@ -63,6 +83,8 @@ def publish_events(
             keeps_visibility = precondition == "live" or "visibility" in taken.get(record.ref, ())
             record = _successor(record, current, precondition, keeps_visibility=keeps_visibility)
         record = _dated(record, current, snapshot.versions(key))
+        if current is None:
+            _check_unnamed(snapshot, key)
         if record.visibility == "public":
             owner = owners.setdefault(name, _owner(snapshot, name, record.ref.tenant))
             _check_claim(name, record.ref.tenant, owner)
@@ -138,9 +160,17 @@ def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:
 
 
 def _owner(snapshot: Snapshot, name: str, claimant: str) -> str:
-    """Return the tenant whose public adapter has this bare name, or `claimant` if no adapter has it."""
+    """Return the tenant whose public adapter or approved model name is called so, or `claimant` without any."""
     public = snapshot.public.get(name)
-    return claimant if public is None else public.ref.tenant
+    owner, _ = snapshot.approved_names.get(name, (claimant, name))
+    return owner if public is None else public.ref.tenant
+
+
+def _check_unnamed(snapshot: Snapshot, key: Key) -> None:
+    """Raises: PublicNameTaken for a new adapter that is called like a model name that its tenant uses."""
+    if snapshot.policies(*key):
+        reason = f"{key[1]!r} is a model name: choose another name for the adapter, or remove the model name first"
+        raise PublicNameTaken(key[1], [reason])
 
 
 def _check_claim(name: str, claimant: str, owner: str) -> None:
@@ -213,6 +243,49 @@ def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, a
         if not record.approved:
             events.append(Approve(ref, actor, at))
     return events
+
+
+def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
+    """Return the event that makes this policy the newest of its name, or removes it; nothing if it is that already.
+
+    A policy that is kept as an approved version stays approved.
+    Raises: NameTaken, QuotaExceeded; AdapterNotFound for a name to remove that does not exist.
+    """
+    key = (named.ref.tenant, named.ref.name)
+    kept = snapshot.names.get(key, ())
+    if not named.policy:
+        if not kept:
+            raise AdapterNotFound(key[1])
+        return [SetName(named)]
+    if kept and kept[0].ref == named.ref:
+        return []
+    _check_no_adapter(snapshot, key)
+    if not kept and (num := sum(tenant == key[0] for tenant, _ in snapshot.names)) >= MAX_NAMES:
+        raise QuotaExceeded("model names", num + 1, MAX_NAMES)
+    was_approved = any(old.approved for old in kept if old.ref == named.ref)
+    return [SetName(replace(named, approved=was_approved))]
+
+
+def _check_no_adapter(snapshot: Snapshot, key: Key) -> None:
+    """Raises: NameTaken if the name's tenant uses an adapter, or another tenant's model name, by this name."""
+    name = key[1]
+    if key in snapshot.records or name in snapshot.public:
+        raise NameTaken(name, "an adapter")
+    if snapshot.approved_names.get(name, key) != key:
+        raise NameTaken(name, "a model name of another tenant")
+
+
+def approve_name_events(snapshot: Snapshot, ref: AdapterRef) -> list[Event]:
+    """Return the event that lets every tenant use this version of a name.
+
+    Raises: AdapterNotFound for a version that is not kept; NameTaken.
+    """
+    key = (ref.tenant, ref.name)
+    found = [named for named in snapshot.names.get(key, ()) if named.ref == ref]
+    if not found:
+        raise AdapterNotFound(f"{ref.tenant}/{ref.name}@{ref.digest[:12]}")
+    _check_no_adapter(snapshot, key)
+    return [] if found[0].approved else [SetName(replace(found[0], approved=True))]
 
 
 def embed_events(snapshot: Snapshot, embeddings: Mapping[AdapterRef, Embedding]) -> list[Event]:

@@ -75,6 +75,11 @@ class StoredTensor:
         with np.errstate(over="ignore"):
             return StoredTensor("F32", self.shape, self.data.view("<f8").astype("<f4").view(np.uint8))
 
+    def transposed(self) -> StoredTensor:
+        """Return the transposed matrix, a copy."""
+        values = self.data.view(f"<u{_DTYPES[self.dtype][1]}").reshape(self.shape)
+        return StoredTensor(self.dtype, self.shape[::-1], np.ascontiguousarray(values.T).reshape(-1).view(np.uint8))
+
     def tensor(self) -> Tensor:
         """Return it for torch: a view of the file's bytes, or a copy where they are not aligned."""
         import torch  # imported here, since it takes seconds

@@ -18,11 +18,13 @@ from lora_store.events import (
     Keep,
     Publish,
     Rank,
+    SetName,
     SetTrial,
     SetVisibility,
     VisibleChange,
     Withdraw,
 )
+from lora_store.names import KEPT_POLICIES, NamedPolicy
 from lora_store.persistent_map import MapEditor, PersistentMap
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.tallies import Tallies, TalliesEditor
@@ -55,6 +57,8 @@ class Snapshot:
 
     `rankings`: by tenant, what its last evaluation measured. Only this tenant's `auto` uses it.
 
+    `names`: by (tenant, name), the kept policies of each model name, the newest first.
+
     Generations share memory: the cost of `after` depends on what the events change, not on the number of adapters.
     """
 
@@ -65,20 +69,26 @@ class Snapshot:
     pending: Mapping[AdapterRef, Embedding] = field(default_factory=dict)
     visible_changes: Mapping[str, int] = field(default_factory=dict, compare=False)
     rankings: Mapping[str, tuple[Rank, ...]] = field(default_factory=dict)
+    names: Mapping[Key, tuple[NamedPolicy, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("records", "previous", "pending", "visible_changes", "rankings"):
+        for name in ("records", "previous", "pending", "visible_changes", "rankings", "names"):
             if not isinstance(getattr(self, name), PersistentMap):
                 object.__setattr__(self, name, PersistentMap(getattr(self, name)))
 
     def __reduce__(self) -> tuple[type[Snapshot], tuple[object, ...]]:
         parts = (self.records, self.previous, self.encoder, self.pending, self.visible_changes, self.rankings)
-        return Snapshot, (self.generation, *parts)  # no derived parts
+        return Snapshot, (self.generation, *parts, self.names)  # no derived parts
 
     @cached_property
     def public(self) -> Mapping[str, AdapterRecord]:
         """The public adapters by bare name. Each bare name has one owner."""
         return PersistentMap({record.ref.name: record for record in self.records.values() if _is_public(record)})
+
+    @cached_property
+    def approved_names(self) -> Mapping[str, Key]:
+        """The names with a version that every tenant may use, by bare name. Each bare name has one owner."""
+        return {key[1]: key for key, kept in self.names.items() if any(named.approved for named in kept)}
 
     @cached_property
     def tallies(self) -> Tallies:
@@ -109,6 +119,17 @@ class Snapshot:
             raise AdapterNotFound(name)
         return found
 
+    def policies(self, tenant: str, name: str) -> tuple[NamedPolicy, ...]:
+        """Return the kept versions of the model name that `tenant` means and may use, newest first; () without any.
+
+        `name` is read as `resolve` reads it. Of another tenant's name only the approved versions may be used.
+        """
+        owner, slash, bare = name.rpartition("/")
+        key = (owner, bare) if slash else (tenant, name)
+        if not slash and key not in self.names:
+            key = self.approved_names.get(name, key)
+        return tuple(named for named in self.names.get(key, ()) if named.approved or key[0] == tenant)
+
     def versions(self, key: Key) -> tuple[AdapterRecord, ...]:
         """Return the kept versions of a live name, the live one first; () for a name that is not live."""
         return (self.records[key], *self.previous.get(key, ())) if key in self.records else ()
@@ -135,7 +156,9 @@ class Snapshot:
         yield Fold(None, None) if encoder is None else Fold(encoder.model, encoder.identity)
         for ranked in self.rankings.values():
             yield from ranked
-        if self.visible_changes:  # after the rankings, which count as changes
+        for kept in self.names.values():
+            yield from (SetName(named) for named in reversed(kept))
+        if self.visible_changes:  # after rankings and names, which count as changes
             yield from (VisibleChange(tenant, at) for tenant, at in {EVERYBODY: 0, **self.visible_changes}.items())
         for key in self.records:
             for number, record in enumerate(self.versions(key)):
@@ -169,6 +192,7 @@ class _State:
     encoder: ActiveEncoder | None
     visible_changes: MapEditor[str, int]
     rankings: MapEditor[str, tuple[Rank, ...]]
+    names: MapEditor[Key, tuple[NamedPolicy, ...]]
     public: MapEditor[str, AdapterRecord] | None
     tallies: TalliesEditor | None
     replaced: dict[tuple[AdapterRef, int], AdapterRecord] = field(default_factory=dict)  # the records before a fold
@@ -183,6 +207,7 @@ class _State:
             encoder=snapshot.encoder,
             visible_changes=_edit(snapshot.visible_changes),
             rankings=_edit(snapshot.rankings),
+            names=_edit(snapshot.names),
             public=None if public is None else _edit(public),
             tallies=None if tallies is None else tallies.edit(),
         )
@@ -190,7 +215,7 @@ class _State:
     def freeze(self, generation: int) -> Snapshot:
         """Return the finished snapshot, including the updated cached properties."""
         records, previous, pending = self.records.freeze(), self.previous.freeze(), self.pending.freeze()
-        shared = (self.visible_changes.freeze(), self.rankings.freeze())
+        shared = (self.visible_changes.freeze(), self.rankings.freeze(), self.names.freeze())
         snapshot = Snapshot(generation, records, previous, self.encoder, pending, *shared)
         if self.public is not None:
             snapshot.__dict__["public"] = self.public.freeze()
@@ -210,6 +235,10 @@ class _State:
                 self.visible_changes[EVERYBODY] = generation
             case Rank(tenant):
                 self.visible_changes[tenant] = max(generation, self.visible_changes.get(tenant, 0))
+            case SetName(NamedPolicy(ref=ref, approved=approved)):
+                kept = self.names.get((ref.tenant, ref.name), ())
+                owner = EVERYBODY if approved or any(named.approved for named in kept) else ref.tenant
+                self.visible_changes[owner] = max(generation, self.visible_changes.get(owner, 0))
             case VisibleChange(tenant, newest):
                 self.visible_changes[tenant] = newest
 
@@ -235,6 +264,8 @@ class _State:
                 self._activate(ActiveEncoder(model, identity))
             case Rank(tenant) as rank:
                 self.rankings[tenant] = (rank,) if rank.is_first else (*self.rankings.get(tenant, ()), rank)
+            case SetName(named):
+                self._set_name(named)
             case Fold(model, identity):
                 self._reset(None if model is None or identity is None else ActiveEncoder(model, identity))
             case Keep(record, is_live):
@@ -285,6 +316,20 @@ class _State:
             live, *older = self._versions((ref.tenant, ref.name))
             self._keep((ref.tenant, ref.name), (replace(live, approved=True), *older))
 
+    def _set_name(self, named: NamedPolicy) -> None:
+        """Make it the newest version of its name. An approval of a kept version leaves it in its place."""
+        key = (named.ref.tenant, named.ref.name)
+        kept = self.names.get(key, ())
+        if not named.policy:
+            self.names.pop(key)
+            return
+        place = next((place for place, old in enumerate(kept) if old.ref == named.ref), 0)
+        if place and named == replace(kept[place], approved=True):
+            self.names[key] = (*kept[:place], named, *kept[place + 1 :])
+        else:
+            others = tuple(old for old in kept if old.ref != named.ref)
+            self.names[key] = (named, *others)[:KEPT_POLICIES]
+
     def _activate(self, encoder: ActiveEncoder) -> None:
         for ref, embedding in list(self.pending.items()):
             if embedding.encoder == encoder.identity and self._is_live(ref):
@@ -299,6 +344,7 @@ class _State:
         self.previous = PersistentMap[Key, tuple[AdapterRecord, ...]]().edit()
         self.pending = PersistentMap[AdapterRef, Embedding]().edit()
         self.rankings = PersistentMap[str, tuple[Rank, ...]]().edit()
+        self.names = PersistentMap[Key, tuple[NamedPolicy, ...]]().edit()
         self.encoder, self.public, self.tallies = encoder, None, None
 
     def _restore(self, record: AdapterRecord, *, is_live: bool) -> None:

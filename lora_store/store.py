@@ -28,6 +28,8 @@ from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, BlobCheck, Collected, GarbageCollector
 from lora_store.leases import Leases
 from lora_store.location import Location
+from lora_store.names import NamedPolicy, policy_digest
+from lora_store.pool_files import PART_BYTES, PoolState, blob_file, is_projection
 from lora_store.quota import TenantQuota
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding, Visibility
@@ -35,8 +37,10 @@ from lora_store.rules import (
     Precondition,
     activate_events,
     approve_events,
+    approve_name_events,
     embed_events,
     expire_events,
+    name_events,
     publish_events,
     rank_events,
     trial_events,
@@ -44,11 +48,12 @@ from lora_store.rules import (
     withdraw_events,
 )
 from lora_store.sample_files import parse_samples, write_samples
-from lora_store.snapshot import ActiveEncoder, Snapshot
+from lora_store.snapshot import ActiveEncoder, Key, Snapshot
 from lora_store.staging import Kept, Staged, staged_record, take_over, with_samples
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
+from lora_store.usage import UsageFiles
 from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, Shapes, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
@@ -84,11 +89,13 @@ class LoraStore:
         self._accepts_base, self._templates, self._limits = frozenset(accepts_base), templates, limits
         self._now = now
         self._location = location = Location(uri)
+        self._files = Files(location)
         self._blobs = BlobStore(location.child("blobs"))
         self._leases = Leases(location, now, sleep)
         self._catalogue = Catalogue(location.child(CATALOGUE), sleep, before_creating=self._require_new)
         self.uploads = Uploads(location.child("uploads"))
         self.feedback = FeedbackFiles(location.child("feedback"))
+        self.usage = UsageFiles(location.child("usage"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
@@ -117,14 +124,16 @@ class LoraStore:
         ttl_s: float | None = None,
         share: float | None = None,
         is_shadow: bool = False,
+        base_model: str | None = None,
         module_shapes: Shapes | None = None,
         is_private: bool = False,
     ) -> Staged:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
-        `name` and `source` default to the folder's name. `module_shapes`: (out, in) of each linear layer that an
-        adapter may change. `ttl_s`: the adapter is unlisted, expires then, and has no samples. `share`: of the live
-        version's requests, as a trial. `is_private`: no other process can change the folder meanwhile.
+        `name` and `source` default to the folder's name, `base_model` to the one that it names. `module_shapes`: (out,
+        in) of each linear layer that an adapter may change. `ttl_s`: the adapter is unlisted, expires then, and has no
+        samples. `share`: of the live version's requests, as a trial. `is_private`: no other process can change the
+        folder meanwhile.
 
         A new version of a live name keeps what is not given. `tags`: None keeps. `template`: None keeps; "server" names
         none; for a new name None takes the folder's. `keeps_visibility`: `visibility` is for new names only. A folder
@@ -135,7 +144,7 @@ class LoraStore:
         self._ballast.fill()
         name = folder.name if name is None else name
         live = self.snapshot().records.get((tenant, name)) if is_valid_name(name) else None
-        label = _label_of(name, tenant, tags, template, visibility, live)
+        label = replace(_label_of(name, tenant, tags, template, visibility, live), base_model=base_model)
         checked = check_folder(
             folder,
             label,
@@ -344,6 +353,21 @@ class LoraStore:
         at = self._now()
         return self._catalogue.commit(lambda snapshot: approve_events(snapshot, refs, actor, at))
 
+    def set_name(self, key: Key, policy: str, actor: str) -> int:
+        """Make this policy, in JSON, the newest of a model name, and return the generation; "" removes the name.
+
+        Raises: NameTaken, QuotaExceeded, VersionConflict; AdapterNotFound for a name to remove that does not exist.
+        """
+        named = NamedPolicy(AdapterRef(*key, policy_digest(policy)), policy, actor, self._now())
+        return self._catalogue.commit(lambda snapshot: name_events(snapshot, named))
+
+    def approve_name(self, ref: AdapterRef) -> int:
+        """Let every tenant use this version of a name, and return the generation.
+
+        Raises: AdapterNotFound for a version that is not kept; NameTaken, VersionConflict.
+        """
+        return self._catalogue.commit(lambda snapshot: approve_name_events(snapshot, ref))
+
     def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int:
         """Add embeddings by an encoder that is to be activated, and return the generation. Skip versions not live."""
         return self._catalogue.commit(lambda snapshot: embed_events(snapshot, embeddings))
@@ -378,6 +402,28 @@ class LoraStore:
     def samples(self, samples_digest: str) -> tuple[Sample, ...]:
         """Return the samples. Raises: AdapterNotFound, BlobCorrupted."""
         return parse_samples(self._blobs.get(samples_digest))
+
+    def pool_state(self, tenant: str | None) -> PoolState:
+        """Return the newest state of the pool with its files, or of one tenant's adapters. Raises: StoreIsNewer."""
+        self._catalogue.check_known("copy the pool")
+        state = PoolState.of_store(self.snapshot(), self._files)
+        return state if tenant is None else state.only([key for key in state.snapshot.records if key[0] == tenant])
+
+    def pool_part(self, tenant: str | None, name: str, number: int) -> bytes:
+        """Return part `number`, of `PART_BYTES` except the last, of a file of that state. Raises: AdapterNotFound."""
+        digest = name.rpartition("/")[2]
+        is_known = is_projection(name) or (name == blob_file(digest) and self._has_blob(tenant, digest))
+        part = self._files.read_part(name, number * PART_BYTES, PART_BYTES) if is_known else None
+        if part is None:
+            raise AdapterNotFound(name[:100])
+        return part
+
+    def _has_blob(self, tenant: str | None, digest: str) -> bool:
+        snapshot = self.snapshot()
+        if tenant is None:
+            return digest in snapshot.referenced()
+        own = (key for key in snapshot.records if key[0] == tenant)
+        return any(digest in record.blobs for key in own for record in snapshot.versions(key))
 
     def snapshot(self) -> Snapshot:
         """Return the newest state of the pool."""

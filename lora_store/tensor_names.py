@@ -1,17 +1,107 @@
-"""Explain, in one reason, tensors that other tools have named otherwise than PEFT does, and adapted vocabularies."""
+"""Read tensor names that other tools write as PEFT's, and explain in one reason those that cannot be read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from lora_store.peft_files import WEIGHTS_FILE, split_key, tensor_key
 
 _NUM_SHOWN = 3
 _MAX_NAME = 500  # longer names are not explained
 _VOCABULARY = re.compile(r"\.lora_embedding_|(^|\.)(embed_tokens|embed_in|wte|word_embeddings|lm_head|embed_out)\.")
-_LORA = re.compile(r"(.+)\.lora_([abAB])(?:(?:\.[A-Za-z0-9_-]+)?\.weight)?")
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of torch, around a module
+_OTHER_PARTS = re.compile(
+    r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|connector|audio_tower|embed_vision|embed_audio)\."
+)
+_LORA = re.compile(r"(.+)\.lora_([AB])(?:(?:\.[A-Za-z0-9_-]+)?\.weight)?")
+_OF_TORCHTUNE = re.compile(r".+\.lora_[ab]\.weight")
+_READABLE = re.compile(r"(.+)\.lora_(?:([AB])(?:\.([A-Za-z0-9_-]+))?\.weight|([ab]))")  # the last: of MLX
+_PEFT_PREFIX = "base_model.model."
+# Of torch and Lightning, around a module.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+# Around all layers: PEFT, transformers' classes, data parallel, and the text part of multimodal models.
+_OUTER = {"base_model", "model", "module", "language_model", "text_model"}
+_MOST_ADDED = 64  # characters of a path; the config's patterns are slow for long ones
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a tensor with another name than PEFT's is read."""
+
+    name: str  # PEFT's, of this base
+    module: str  # of the base
+    path: str  # of the module in the model that was trained, which the patterns of the config match
+    adapter: str | None  # the adapter's name, if the tensor's has one
+    is_transposed: bool
+
+
+def read_names(keys: Collection[str], modules: Collection[str] | None) -> dict[str, Spelling]:
+    """Return how each tensor is read whose name is not PEFT's but can only mean one module of the base.
+
+    The names may differ in wrappers of torch, in an adapter's name, in what surrounds the layers, and in MLX's endings.
+    `modules`: those of the base. None if they are not known; then what surrounds the layers is kept.
+    """
+    by_tail: dict[str, str | None] = {}
+    for module in modules or ():
+        tail = _inner(module.split("."))
+        by_tail[tail] = None if tail in by_tail else module
+    found = {}
+    for key in keys:
+        match = None if len(key) > _MAX_NAME or _is_known(key, modules) else _READABLE.fullmatch(key)
+        if match is None:
+            continue
+        parts = [part for part in match[1].split(".") if part not in _WRAPPERS]
+        path = ".".join(parts).rpartition(_PEFT_PREFIX)[2]
+        module = path if modules is None else by_tail.get(_inner(parts))
+        if module and len(path) <= len(module) + _MOST_ADDED:
+            side = (match[2] or match[4]).upper()
+            found[key] = Spelling(tensor_key(module, side), module, path, match[3], is_transposed=match[2] is None)
+    return found
+
+
+def unreadable(keys: Collection[str], read: Mapping[str, Spelling]) -> Iterator[str]:
+    """Yield why the tensors cannot be read as `read` says: two are one tensor of PEFT's, or belong to two adapters."""
+    num = Counter(read[key].name if key in read else key for key in keys)
+    for name in sorted(name for name, count in num.items() if count > 1)[:_NUM_SHOWN]:
+        both = sorted(key for key in keys if (read[key].name if key in read else key) == name)
+        yield f"{WEIGHTS_FILE}: {' and '.join(repr(key[:200]) for key in both)} are the same tensor: keep one of them"
+    adapters = {read[key].adapter if key in read else None for key in keys if split_key(key) or key in read}
+    if len(adapters) > 1:
+        names = ", ".join(sorted(repr(name or "no name") for name in adapters))
+        yield f"{WEIGHTS_FILE}: has tensors of several adapters ({names}): save one adapter a folder"
+
+
+def describe_reading(read: Mapping[str, Spelling]) -> Iterator[str]:
+    """Yield what the publisher should know of the names that were read as others."""
+    if read:
+        key = min(read)
+        count = f"{len(read)} tensor name" + ("s" if len(read) > 1 else "")
+        yield f"{count} of another tool read as PEFT's: {key[:200]!r} read as {read[key].name!r}"
+
+
+def other_part_tensors(keys: Collection[str], modules: Collection[str] | None) -> list[str]:
+    """Return the tensors that adapt the vision or audio part of a multimodal model."""
+    return [key for key in keys if _OTHER_PARTS.search(key) and not (modules is not None and _is_known(key, modules))]
+
+
+def explain_other_parts(keys: Collection[str]) -> Iterator[str]:
+    """Yield the reason why these tensors are refused, if there are any."""
+    if keys:
+        yield (
+            f"{len(keys)} tensors adapt the vision or audio part of a multimodal model ({min(keys)[:200]!r}); only its"
+            " text part is served: train with target_modules of the language model only"
+        )
+
+
+def explain_torchtune(keys: Collection[str]) -> Iterator[str]:
+    """Yield the reason why tensors in torchtune's own format are refused, if there are any."""
+    if found := [key for key in keys if _OF_TORCHTUNE.fullmatch(key)]:
+        yield (
+            f"{WEIGHTS_FILE}: {len(found)} tensors have torchtune's own format ({min(found)[:200]!r}), which orders the"
+            " rows of some models otherwise: let torchtune save the adapter in PEFT's format"
+        )
 
 
 def vocabulary_tensors(keys: Collection[str], modules: Collection[str] | None) -> list[str]:
@@ -55,11 +145,16 @@ def explain_names(misnamed: dict[str, str], num_tensors: int) -> Iterator[str]:
     if len(beginnings) == 1 and (shared := beginnings.pop()) is not None:
         found, right = shared
         what = f"begin with {found!r}; the names of this base begin with {right!r}"
-    transposed = " (and transposed, where MLX wrote them)" if ".lora_a" in key or ".lora_b" in key else ""
     yield (
-        f"{WEIGHTS_FILE}: {count} tensor names {what}: {key!r} must be {wanted!r}{transposed}. Save the adapter with"
+        f"{WEIGHTS_FILE}: {count} tensor names {what}: {key!r} must be {wanted!r}. Save the adapter with"
         " PEFT's save_pretrained, or rename its tensors"
     )
+
+
+def _inner(parts: list[str]) -> str:
+    """Return the path without what surrounds all layers."""
+    start = next((place for place, part in enumerate(parts) if part not in _OUTER), len(parts))
+    return ".".join(parts[start:])
 
 
 def _is_known(key: str, modules: Collection[str] | None) -> bool:
@@ -76,12 +171,12 @@ def _name_for_peft(key: str, by_tail: dict[str, str] | None) -> str | None:
         return None
     parts = [part for part in match[1].split(".") if part not in _WRAPPERS]
     if by_tail is None:
-        _, prefix, rest = ".".join(parts).rpartition("base_model.model.")
+        _, prefix, rest = ".".join(parts).rpartition(_PEFT_PREFIX)
         module: str | None = rest if prefix else ".".join(parts)
     else:
         tails = (".".join(parts[start:]) for start in range(len(parts)))
         module = next((by_tail[tail] for tail in tails if tail in by_tail), None)
-    return None if not module else tensor_key(module, match[2].upper())
+    return None if not module else tensor_key(module, match[2])
 
 
 def _tails(modules: Collection[str]) -> dict[str, str]:

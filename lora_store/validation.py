@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from lora_store.bounded_files import Limits, read_tensors
 from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.peft_files import (
+    MLX_WEIGHTS_FILE,
     PICKLE_FILE,
     TEMPLATE_FILE,
     WEIGHTS_FILE,
@@ -30,8 +31,21 @@ from lora_store.peft_files import (
 from lora_store.records import VISIBILITIES, Visibility
 from lora_store.safetensors_layout import StoredTensor
 from lora_store.sample_files import read_description, read_samples
-from lora_store.tensor_names import explain_names, explain_vocabulary, misnamed_tensors, vocabulary_tensors
+from lora_store.tensor_names import (
+    Spelling,
+    describe_reading,
+    explain_names,
+    explain_other_parts,
+    explain_torchtune,
+    explain_vocabulary,
+    misnamed_tensors,
+    other_part_tensors,
+    read_names,
+    unreadable,
+    vocabulary_tensors,
+)
 
+NEVER_TRAINED = "every lora_B is zero, so its answers are the base model's: was it trained?"
 TEMPLATES = ("alpaca", "chat")
 SERVER_TEMPLATE = "server"  # in a label: the adapter names none, whatever its folder brings
 MAX_TAGS = 32
@@ -45,13 +59,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The publisher's metadata for an adapter, in addition to its folder."""
+    """The publisher's metadata for an adapter, in addition to its folder.
+
+    `base_model`: the base that it was trained on, instead of the one that its folder names.
+    """
 
     name: str
     tenant: str = LOCAL_TENANT
     tags: tuple[str, ...] = ()
     template: str | None = None
     visibility: Visibility = "public"
+    base_model: str | None = None
 
     def problems(self) -> Iterator[str]:
         """Yield every problem of the label, naming the field."""
@@ -81,12 +99,13 @@ class CheckedFolder:
     template: str | None = None  # named by the publisher, or the known one that the folder's chat template equals
     is_described: bool = False  # its only sample is the description
     warnings: tuple[str, ...] = ()  # what its publisher should know
+    paths: Mapping[str, str] = field(default_factory=dict)  # in the model that was trained, of modules with another one
 
     @property
     def modules(self) -> dict[str, ModuleWeights]:
         """The LoRA pairs by module path, as tensors of torch."""
         tensors = {name: {side: item.tensor() for side, item in pair.items()} for name, pair in self.pairs.items()}
-        return pair_modules(self.config, tensors)
+        return pair_modules(self.config, tensors, self.paths)
 
 
 def check_folder(
@@ -110,21 +129,26 @@ def check_folder(
         raise AdapterRefused(label.name[:100], [*label.problems(), wrong_place])
     reasons = [*label.problems(), *_folder_problems(folder, limits)]
     config = _attempt(reasons, lambda: read_config(folder, limits))
-    tensors = _attempt(reasons, lambda: read_tensors(folder / WEIGHTS_FILE, limits, is_private=is_private))
+    tensors = _attempt(reasons, lambda: read_tensors(_weights_file(folder), limits, is_private=is_private))
     samples = _attempt(reasons, lambda: read_samples(folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
     template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))
+    base_model = (config.base_model if config is not None else None) if label.base_model is None else label.base_model
     if config is not None:
-        reasons += _config_problems(config, accepts_base)
+        reasons += [*config.unsupported, *_base_problems(base_model, label, accepts_base)]
     pairs: Pairs = {}
+    read: dict[str, Spelling] = {}
+    paths: dict[str, str] = {}
     if tensors is not None and (config is None or config.is_lora):
-        explained = _explained_names(reasons, tensors, module_shapes)
-        named = {key: tensor for key, tensor in tensors.items() if key not in explained}
+        read, explained = _read_names(reasons, tensors, module_shapes)
+        named = {key: tensor for key, tensor in tensors.items() if key not in explained and key not in read}
+        named |= {spelling.name: _turned(tensors[key], spelling) for key, spelling in read.items()}
+        paths = {spelling.module: spelling.path for spelling in read.values() if spelling.module != spelling.path}
         pairs = pairs_of(named)
         reasons += _tensor_problems(named, pairs, module_shapes, limits)
         # Match the config's patterns with real module paths only: a crafted one could make matching slow.
         known = {name: pair for name, pair in pairs.items() if module_shapes is None or name in module_shapes}
-        reasons += _scaling_problems(config, known) if config is not None else []
+        reasons += _scaling_problems(config, known, paths) if config is not None else []
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
@@ -132,10 +156,11 @@ def check_folder(
         config,
         pairs,
         samples or described,
-        config.base_model or "",
+        base_model or "",
         template,
         is_described=bool(described and not samples),
-        warnings=tuple(_warnings_of(pairs)),
+        warnings=(*describe_reading(read), *_warnings_of(pairs)),
+        paths=paths,
     )
 
 
@@ -211,37 +236,59 @@ def _folder_problems(folder: Path, limits: Limits) -> Iterator[str]:
                 yield f"{PICKLE_FILE} is a pickle, which runs code when read: save {WEIGHTS_FILE} instead and remove it"
 
 
-def _config_problems(config: PeftConfig, accepts_base: Collection[str]) -> Iterator[str]:
-    yield from config.unsupported
-    if config.base_model not in accepts_base:
-        yield _base_problem(config.base_model, accepts_base)
-
-
-def _base_problem(base_model: str | None, accepts_base: Collection[str]) -> str:
+def _base_problems(base_model: str | None, label: Label, accepts_base: Collection[str]) -> Iterator[str]:
+    if base_model in accepts_base:
+        return
     names = [name for name in sorted(accepts_base) if not os.path.isabs(name)]  # clients need no path of the server
     accepted = ", ".join(map(repr, names)) or "no base model"
-    if not base_model:
-        return f"{CONFIG_FILE} names no base model (base_model_name_or_path); this server accepts {accepted}"
+    remedy = "publish it with --base-name and the name that the server accepts (over HTTP: the field base_model)"
+    if label.base_model is not None:
+        yield f"base_model {label.base_model[:200]!r} is none that this server accepts: {accepted}"
+    elif not base_model:
+        yield (
+            f"{CONFIG_FILE} names no base model (base_model_name_or_path); this server accepts {accepted}: if it was"
+            f" trained on one of these, {remedy}"
+        )
+    else:
+        yield _other_base(base_model, accepted, remedy)
+
+
+def _other_base(base_model: str, accepted: str, remedy: str) -> str:
     copy = compare = ""
     if _QUANTISED.search(base_model):
         copy = " It is a quantised copy; its adapters usually work on the full model."
         compare = ", and compare with `loraretriever publish --dry-run FOLDER --parity`"
     return (
         f"the adapter names {base_model[:200]!r} as its base model; this server accepts {accepted}.{copy}"
-        f" If they are the same weights, set base_model_name_or_path in {CONFIG_FILE} to a name that it accepts,"
-        f" or let the operator add yours to the setting accepts_base{compare}"
+        f" If they are the same weights, {remedy}, or let the operator add yours to the setting accepts_base{compare}"
     )
 
 
-def _explained_names(reasons: list[str], tensors: Mapping[str, StoredTensor], shapes: Shapes | None) -> set[str]:
-    """Add the reasons that concern many tensors to `reasons`, and return these tensors."""
+def _weights_file(folder: Path) -> Path:
+    """Return PEFT's file, or MLX's if there is no other."""
+    names = (WEIGHTS_FILE, MLX_WEIGHTS_FILE)
+    return folder / next((name for name in names if os.path.lexists(folder / name)), WEIGHTS_FILE)
+
+
+def _read_names(
+    reasons: list[str], tensors: Mapping[str, StoredTensor], shapes: Shapes | None
+) -> tuple[dict[str, Spelling], set[str]]:
+    """Return how other tools' names are read, and the tensors that are refused for a reason added to `reasons`."""
     if not tensors:
         reasons.append(f"{WEIGHTS_FILE}: has no tensors")
-    vocabulary = vocabulary_tensors(tensors, shapes)
-    misnamed = misnamed_tensors(tensors.keys() - vocabulary, shapes)
-    reasons += explain_vocabulary(vocabulary)
-    reasons += explain_names(misnamed, len(tensors))
-    return {*vocabulary, *misnamed}
+    vocabulary = set(vocabulary_tensors(tensors, shapes))
+    others = set(other_part_tensors(tensors.keys() - vocabulary, shapes))
+    rest = tensors.keys() - vocabulary - others
+    read = read_names(rest, shapes)
+    torchtune = list(explain_torchtune(rest))
+    misnamed = {} if torchtune else misnamed_tensors(rest - read.keys(), shapes)
+    reasons += [*explain_vocabulary(vocabulary), *explain_other_parts(others), *torchtune]
+    reasons += [*explain_names(misnamed, len(tensors)), *unreadable(rest, read)]
+    return read, {*(rest if torchtune else ()), *vocabulary, *others, *misnamed}
+
+
+def _turned(tensor: StoredTensor, spelling: Spelling) -> StoredTensor:
+    return tensor.transposed() if spelling.is_transposed and tensor.ndim == 2 else tensor
 
 
 def _tensor_problems(
@@ -260,7 +307,7 @@ def _tensor_problems(
 
 def _warnings_of(pairs: Pairs) -> Iterator[str]:
     if not any(_largest(pair["lora_b"]) for pair in pairs.values()):
-        yield "every lora_B is zero, so its answers are the base model's: was it trained?"
+        yield NEVER_TRAINED
 
 
 def _is_finite(tensor: StoredTensor) -> bool:
@@ -300,15 +347,16 @@ def _pair_problems(
         yield f"maps {a[1]} to {b[0]}, but the base model's layer maps {shapes[module][1]} to {shapes[module][0]}"
 
 
-def _scaling_problems(config: PeftConfig, pairs: Pairs) -> Iterator[str]:
+def _scaling_problems(config: PeftConfig, pairs: Pairs, paths: Mapping[str, str]) -> Iterator[str]:
     for name, pair in pairs.items():
         if len(pair) < 2 or pair["lora_a"].ndim != 2 or not pair["lora_a"].shape[0]:
             continue  # reported by _pair_problems
-        rank, wanted = pair["lora_a"].shape[0], config.rank_of(name)
+        path = paths.get(name, name)
+        rank, wanted = pair["lora_a"].shape[0], config.rank_of(path)
         if rank != wanted:
             yield f"module {name[:200]!r} has rank {rank}, but {CONFIG_FILE} gives it {wanted}"
         largest = _largest(pair["lora_b"])
-        if not abs(config.scaling_of(name, rank)) * largest <= pair["lora_b"].largest_finite:
+        if not abs(config.scaling_of(path, rank)) * largest <= pair["lora_b"].largest_finite:
             yield f"module {name[:200]!r} overflows its dtype once scaled by lora_alpha / rank"
 
 

@@ -30,14 +30,16 @@ from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import PoolSize, Retriever
-from retriever_svc.route import Candidate, NearSample, PinnedAdapter, Route, RouteRequest, Weighting
+from retriever_svc.route import Candidate, NearSample, PinnedAdapter, Route, RouteRequest
 from retriever_svc.sample_source import SampleSource
 from retriever_svc.saved_index import SavedIndexes, SavedLists
 from retriever_svc.served_bases import BaseCounts, ServedBases
 from retriever_svc.training_pairs import choose_tasks
+from retriever_svc.weightings import WEIGHTINGS, Weighting
 from retriever_svc.whitening import Whitening, fit_whitening
 
 __all__ = [
+    "WEIGHTINGS",
     "Abstain",
     "AdapterFinding",
     "AdapterIncompatible",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,35 +9,33 @@ from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
-from lora_store.plan import Plan, PlannedAdapter, Strategy
+from lora_store.names import NamedPolicy
+from lora_store.plan import Plan, PlannedAdapter
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
+from lora_store.strategies.registry import STRATEGIES, Strategy
 from lora_store.trials import TrialVersion
 from retriever_svc.errors import PlanGone
 from retriever_svc.index import Match
-from retriever_svc.output_profile import functions_agree
 from retriever_svc.route import STICKY_MARGIN, PinnedAdapter, RouteRequest
 from retriever_svc.served_bases import ServedBases
+from retriever_svc.weightings import WEIGHTINGS
 
 _MIN_DIGEST_CHARS = 8
-_LEAST_SHARE = 0.02  # of the best adapter's weight; a companion with less changes nothing and takes a slot of the bank
 _EVERY_BASE = ServedBases()
-MIN_LEAD = 3.0  # weight of the best adapter : total weight of the companions
-CLOSE_SCORES = 0.05  # an adapter whose score is at most this much lower may share the lead
 
 
 def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
-    """Return the plan of the best match (`selection`) or of those with weight. `matches`: at least one, best first."""
-    planned = matches[:1] if request.strategy == "selection" else matches
-    if request.weighting == "evidence":
-        lowest = planned[0].score + temperature * math.log(_LEAST_SHARE)
-        planned = [match for match in planned if match.score >= lowest]
-    weights = _weights(planned, request, temperature)
+    """Return the plan of the matches that get a weight. `matches`: at least one, best first."""
+    strategy = STRATEGIES[request.strategy]
+    considered = matches[: strategy.most_adapters]
+    weights = WEIGHTINGS[request.weighting].weigh(considered, request.tenant, temperature)
+    final = strategy.choose(weights, strategy.read_options(request.options, {}))
+    planned = [(match, weight) for match, weight in zip(considered, final, strict=True) if weight]
     rows = tuple(
-        PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score)
-        for match, weight in zip(planned, weights, strict=True)
+        PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score) for match, weight in planned
     )
-    return Plan(request.strategy, rows, generation, _common_template([match.record for match in planned]))
+    return Plan(request.strategy, rows, generation, _common_template([match.record for match, _ in planned]))
 
 
 def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
@@ -196,56 +193,25 @@ def resolve_version(snapshot: Snapshot, tenant: str, wanted: str, *, owner_names
     raise AdapterNotFound(wanted)
 
 
-def _weights(matches: Sequence[Match], request: RouteRequest, temperature: float) -> list[float]:
-    """Return the weights for matches with scores s, best first. They sum to 1.
+def named_policies(snapshot: Snapshot, tenant: str, model: str, *, owner_names: bool = False) -> list[NamedPolicy]:
+    """Return the kept policies of a model name, given as `name`, `owner/name` or `name@digest`, newest first.
 
-    `uniform`: 1/n. `softmax`: w_i = exp(s_i / T) / Σ_j exp(s_j / T). `evidence`: the same, with the companions of the
-    best adapter limited as in `limited_weights`, unless they score close to it, their sample outputs show the same
-    function, and they are of the best adapter's owner or of the caller.
+    Return [] if `tenant` may use none that is called so. A digest may be shortened to 8 characters.
     """
-    weighting = request.weighting
-    if weighting == "uniform":
-        return [1 / len(matches)] * len(matches)
-    best = matches[0]
-    parts = [math.exp((match.score - best.score) / temperature) for match in matches]
-    weights = [part / sum(parts) for part in parts]
-    if weighting == "softmax":
-        return weights
-    return limited_weights(weights, [_shares_lead(match, best, request.tenant) for match in matches])
+    name, at, digest = model.partition("@")
+    found = snapshot.policies(tenant, f"{tenant}/{name}" if owner_names and "/" not in name else name)
+    if not at:
+        return list(found)
+    return [named for named in found if len(digest) >= _MIN_DIGEST_CHARS and named.ref.digest.startswith(digest)]
 
 
-def _shares_lead(match: Match, best: Match, caller: str) -> bool:
-    """Return whether the match may weigh as much as the best one.
-
-    The outputs of samples do not bind an adapter's weights. So copies of another owner's samples never share the lead.
-    """
-    first, other = best.record.embedding, match.record.embedding
-    if first is None or other is None or best.score - match.score > CLOSE_SCORES:
-        return False
-    if match.record.ref.tenant not in (best.record.ref.tenant, caller):
-        return False
-    return functions_agree(first.outputs, other.outputs)
+def visible_names(snapshot: Snapshot, tenant: str) -> list[NamedPolicy]:
+    """Return the newest policy of each model name that `tenant` may use: its own, then others'."""
+    own = sorted(key for key in snapshot.names if key[0] == tenant)
+    others = sorted(key for key in snapshot.approved_names.values() if key[0] != tenant)
+    return [snapshot.policies(tenant, f"{owner}/{name}")[0] for owner, name in (*own, *others)]
 
 
 def _common_template(records: Sequence[AdapterRecord]) -> str | None:
     templates = {record.template for record in records}
     return templates.pop() if len(templates) == 1 else None
-
-
-def limited_weights(weights: Sequence[float], shares_lead: Sequence[bool], min_lead: float = MIN_LEAD) -> list[float]:
-    """Return the weights with the companions limited; the sum stays the same.
-
-    Companions found by similar inputs may have another function. At equal weights they cost two fifths of the right
-    answers (benchmarks/paper/REPORT.md).
-    `weights`: positive, that of the best adapter first. `shares_lead`: whether an adapter does the same as the best one
-    and scores close to it; such an adapter is not limited. The others, C, get
-    w_i · min(1, w_0 / (min_lead · Σ_{j ∈ C} w_j)).
-    """
-    companions = sum(w for w, shares in zip(weights[1:], shares_lead[1:], strict=True) if not shares)
-    factor = 1.0 if companions == 0 else min(1.0, weights[0] / (min_lead * companions))
-    limited = [
-        w if place == 0 or shares else w * factor
-        for place, (w, shares) in enumerate(zip(weights, shares_lead, strict=True))
-    ]
-    scale = sum(weights) / sum(limited)
-    return [w * scale for w in limited]

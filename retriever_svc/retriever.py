@@ -12,8 +12,10 @@ import numpy as np
 
 from lora_store.adapter import AdapterRef, Sample
 from lora_store.feedback import Feedback
-from lora_store.plan import Plan, Strategy
+from lora_store.names import NamedPolicy
+from lora_store.plan import Plan
 from lora_store.records import AdapterRecord, Embedding
+from lora_store.strategies.registry import Strategy
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
 from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import NO_THRESHOLD, Abstain
@@ -27,7 +29,17 @@ from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import LivePool
-from retriever_svc.planning import led_by, named_plan, replayed_plan, resolve, resolve_version, routed_plan, with_trials
+from retriever_svc.planning import (
+    led_by,
+    named_plan,
+    named_policies,
+    replayed_plan,
+    resolve,
+    resolve_version,
+    routed_plan,
+    visible_names,
+    with_trials,
+)
 from retriever_svc.pool import Pool
 from retriever_svc.projection import Place, Point, PoolMap
 from retriever_svc.reindex import ReindexStep, reindex
@@ -79,8 +91,9 @@ class Retriever:
 
     `abstain` is the operating point of requests without their own (see `calibration`). `min_score`, if given, takes the
     place of every adapter's threshold in requests with neither of both. `temperature` divides the scores in the
-    `softmax` weighting. With `owner_names`, another tenant's public adapter can only be named as `owner/name`. Methods
-    with a `min_generation` raise StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
+    `softmax` weighting. With `owner_names`, another tenant's public adapter can only be named as `owner/name`. Without
+    `applies_outcomes`, outcomes that were applied before change no choice. Methods with a `min_generation` raise
+    StaleIndex if this pool is older; then call `LivePool.catch_up` and retry.
     """
 
     def __init__(
@@ -91,10 +104,12 @@ class Retriever:
         abstain: Abstain = "balanced",
         temperature: float = 0.05,
         owner_names: bool = False,
+        applies_outcomes: bool = True,
         timings: Timings | None = None,
     ) -> None:
         self._pools, self._min_score, self._abstain, self._temperature = pools, min_score, abstain, temperature
-        self._owner_names, self._timings = owner_names, timings or NoTimings()
+        self._owner_names, self._applies_outcomes = owner_names, applies_outcomes
+        self._timings = timings or NoTimings()
 
     @property
     def generation(self) -> int:
@@ -138,7 +153,7 @@ class Retriever:
         answers: dict[int, RouteAnswer] = {}
         for (_, tenant, _, abstain), rows in rows_of.items():
             pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
-            found = _judged(pool, [requests[row] for row in rows], vectors, abstain)
+            found = self._judged(pool, [requests[row] for row in rows], vectors, abstain)
             crowded = [
                 place
                 for place, matches in enumerate(found)
@@ -146,12 +161,33 @@ class Retriever:
             ]
             if crowded:
                 again = [requests[rows[place]] for place in crowded]
-                others = _judged(pool, again, [vectors[p] for p in crowded], abstain, trusted_only=True)
+                others = self._judged(pool, again, [vectors[p] for p in crowded], abstain, trusted_only=True)
                 found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
             for row, matches in zip(rows, found, strict=True):
                 answers[row] = self._decide(requests[row], matches, encoded[row])
         self._timings.searched(time.perf_counter() - began)
         return [answers[row] for row in range(len(requests))]
+
+    def _judged(
+        self,
+        pool: Pool,
+        requests: Sequence[RouteRequest],
+        vectors: Sequence[Vectors],
+        abstain: Abstain,
+        *,
+        trusted_only: bool = False,
+    ) -> list[list[Match]]:
+        """Return the judged matches of requests of one tenant with the same tags."""
+        tenant, tags, num = requests[0].tenant, requests[0].tags, max(request.num_considered for request in requests)
+        rows, preferences = np.stack(vectors), pool.preferences(tenant)
+        if not self._applies_outcomes:
+            preferences = replace(preferences, outcomes=())
+        nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only)
+        found = [
+            preferences.applied(vector, matches, num, tags)[: request.num_considered]
+            for request, vector, matches in zip(requests, vectors, nearest, strict=True)
+        ]
+        return pool.judged(found, abstain, rows)
 
     def _least_score(self, request: RouteRequest) -> float | None:
         """Return the score that takes the place of every threshold, if one does."""
@@ -200,6 +236,15 @@ class Retriever:
         """
         pool = self._pool_at(generation, tenant)
         return replayed_plan(pool.snapshot, tenant, strategy, pinned, generation, bases=pool.bases)
+
+    def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
+        """Return the newest kept policies of a model name, see `named_policies`. Raises: StaleIndex."""
+        snapshot = self._pool_at(min_generation, tenant).snapshot
+        return named_policies(snapshot, tenant, model, owner_names=self._owner_names)[:limit]
+
+    def names(self, tenant: str) -> list[NamedPolicy]:
+        """Return the newest policy of each name that `tenant` may use: its own, then others'."""
+        return visible_names(self._pools.current.snapshot, tenant)
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
@@ -348,25 +393,6 @@ class Retriever:
         Raises: EncoderUnusable, ProjectionUnusable, StoreUnavailable.
         """
         return reindex(self._pools.current.snapshot, self._pools.prepare_encoder(model, projection), samples)
-
-
-def _judged(
-    pool: Pool,
-    requests: Sequence[RouteRequest],
-    vectors: Sequence[Vectors],
-    abstain: Abstain,
-    *,
-    trusted_only: bool = False,
-) -> list[list[Match]]:
-    """Return the judged matches of requests of one tenant with the same tags."""
-    tenant, tags, num = requests[0].tenant, requests[0].tags, max(request.num_considered for request in requests)
-    rows, preferences = np.stack(vectors), pool.preferences(tenant)
-    nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only)
-    found = [
-        preferences.applied(vector, matches, num, tags)[: request.num_considered]
-        for request, vector, matches in zip(requests, vectors, nearest, strict=True)
-    ]
-    return pool.judged(found, abstain, rows)
 
 
 def _may_be_crowded(matches: Sequence[Match], tenant: str) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lora_store.adapter import LOCAL_TENANT, AdapterRef
-from lora_store.plan import MAX_PLAN_ADAPTERS, Plan
+from lora_store.plan import Plan
+from lora_store.strategies.registry import ROUTED_STRATEGIES, RoutedStrategy
+from lora_store.strategies.strategy import MAX_PLAN_ADAPTERS, OptionValues
 from retriever_svc.calibration import NO_THRESHOLD, Abstain
 from retriever_svc.errors import RouteInvalid
+from retriever_svc.weightings import WEIGHTINGS, Weighting
 
-RoutedStrategy = Literal["selection", "mixture", "fusion"]
-Weighting = Literal["evidence", "uniform", "softmax"]
 Fallback = Literal["base", "error"]
 # With it 96 % of the turns about the same task keep their adapter, and 1 % of those about another task wrongly do:
 # `python -m benchmarks.routing.margins`.
@@ -26,6 +27,7 @@ Counted = Literal["always", "if_chosen", "never"]
 class RouteRequest:
     """One prompt, to be routed to adapters that have all of `tags`.
 
+    `options`: values for options of the strategy; the others have their defaults.
     `abstain`: how much nearer than to ordinary prompts a prompt must be to an adapter (see `calibration`); None means
     the Retriever's own. `min_score`: a cosine that takes the place of every adapter's threshold, whatever `abstain` is.
     `preferred`: the adapter of the conversation's previous turn. If it fits, it stays the best one unless another
@@ -48,10 +50,11 @@ class RouteRequest:
     abstain: Abstain | None = None
     shows_samples: bool = False
     counted: Counted = "always"
+    options: OptionValues = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_choice("strategy", self.strategy, get_args(RoutedStrategy))
-        _check_choice("weighting", self.weighting, get_args(Weighting))
+        _check_choice("strategy", self.strategy, ROUTED_STRATEGIES)
+        _check_choice("weighting", self.weighting, tuple(WEIGHTINGS))
         _check_choice("fallback", self.fallback, get_args(Fallback))
         if self.abstain is not None:
             _check_choice("abstain", self.abstain, get_args(Abstain))

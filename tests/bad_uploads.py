@@ -233,7 +233,10 @@ _CONFIG_FILE = {
         config(base_model_name_or_path=["tiny-base"]), "base_model_name_or_path must be a string"
     ),
     "other method": BadFolder(config(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
-    "dora": BadFolder(config(use_dora=True), "use_dora (DoRA) is not supported: retrain with LoRA on linear"),
+    "dora": BadFolder(
+        config(use_dora=True),
+        "use_dora (DoRA) is not supported: retrain with LoRA on linear layers only; a merged model would need a server",
+    ),
     "saved modules": BadFolder(config(modules_to_save=["lm_head"]), "modules_to_save (fully trained modules)"),
     "bias": BadFolder(config(bias="all"), "bias must be 'none', got 'all'"),
     "lora bias": BadFolder(config(lora_bias=True), "lora_bias (LoRA biases)"),
@@ -246,7 +249,9 @@ _CONFIG_FILE = {
     "arrow": BadFolder(config(arrow_config={"top_k": 3}), "arrow_config (Arrow routing) is not supported"),
     "qalora": BadFolder(config(use_qalora=True), "use_qalora (QALoRA)"),
     "pissa": BadFolder(config(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4' changes the base"),
-    "unknown setting": BadFolder(config(use_quantum=True), "sets 'use_quantum', which this version does not know"),
+    "unknown setting": BadFolder(
+        config(use_quantum=True), "sets 'use_quantum', which this version does not know: upgrade the server, or remove"
+    ),
     "rank of text": BadFolder(config(r="8"), "r must be a whole number above 0, got '8'"),
     "rank true": BadFolder(config(r=True), "r must be a whole number above 0"),
     "alpha nan": BadFolder(config(lora_alpha=float("nan")), "lora_alpha must be a number other than 0"),

@@ -22,7 +22,7 @@ from gpu_worker.bank.residency import Residency
 from gpu_worker.model.dense_mapping import dense_mapping
 from gpu_worker.model.step_context import Composition
 from gpu_worker.vllm.tiled_plans import TiledPlans
-from lora_store import BASE_PLAN, AdapterRef, AdapterWeights, ModuleWeights, Plan
+from lora_store import BASE_PLAN, STRATEGIES, AdapterRef, AdapterWeights, ModuleWeights, Plan
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative to the largest value
 _ROUNDS = 20
@@ -210,7 +210,8 @@ def _drawn(pool: Sequence[AdapterWeights], count: int, seed: int) -> list[Plan]:
     draw = random.Random(seed)
     named = [(AdapterRef("gpu", w.weights_digest, w.weights_digest), w.weights_digest) for w in pool]
     found = [BASE_PLAN, plan_of("selection", named[:1]), plan_of("fusion", named), plan_of("mixture", named)]
+    several = [name for name, strategy in STRATEGIES.items() if strategy.most_adapters > 1]
     while len(found) < count:
-        found.append(plan_of(draw.choice(["mixture", "fusion"]), draw.sample(named, draw.randint(1, 4))))  # type: ignore[arg-type]
+        found.append(plan_of(draw.choice(several), draw.sample(named, draw.randint(1, 4))))
     draw.shuffle(found)
     return found

@@ -59,7 +59,7 @@ def starter_retriever(folder: Path, adapters: Sequence[Path] | None = None) -> R
     embeddings = Retriever(pools).embed_groups([item.samples for item in staged])
     store.commit(staged, embeddings, [None] * len(staged), _ACTOR)
     pools.catch_up()
-    return retriever_over(pools, config.retrieval, owner_names=config.owner_names)
+    return retriever_over(pools, config)
 
 
 async def chosen(planner: Planner, case: Case, *, whole: bool) -> str | None:

@@ -58,6 +58,7 @@ class PublishItem:
     share: float | None = None  # of the live version's requests; None: the new version becomes the live one
     is_shadow: bool = False
     has_samples: bool = True  # False: it is published without any
+    base_model: str | None = None  # that it was trained on; None: the one that its folder names
 
     def __post_init__(self) -> None:
         given = [what for what in (self.path, self.files, self.source) if what is not None]
@@ -106,6 +107,8 @@ class AdapterLabel(ApiRequest):
     # The live version stays, and this one answers a share of the requests to its name, or with `shadow` a copy of them.
     share: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     shadow: bool = False
+    # The accepted base model that it was trained on, instead of the name in its folder. Shapes are checked as always.
+    base_model: str | None = Field(default=None, min_length=1, max_length=4096)
 
     @model_validator(mode="after")
     def _shadow_has_a_share(self) -> Self:
@@ -140,6 +143,7 @@ class AdapterLabel(ApiRequest):
             share=self.share,
             is_shadow=self.shadow,
             has_samples=self.samples is None,
+            base_model=self.base_model,
         )
 
 

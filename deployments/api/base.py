@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from deployments.errors import RequestInvalid
 from deployments.field_problems import did_you_mean
 from deployments.json_types import JsonMapping
+from lora_store import MAX_PLAN_ADAPTERS, ROUTED_STRATEGIES, STRATEGIES, RoutedStrategy, Strategy
 from retriever_svc import Abstain, PinnedAdapter, Weighting
 
 MAX_TEXT_CHARS = 4 << 20  # characters of any text, prompts included; no body is larger
@@ -25,8 +26,8 @@ UNSUPPORTED = "unsupported"  # the type of the pydantic error, and the code of t
 ROLES = ("function",)
 ITEMS = ("item_reference",)
 INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
-PARTS = ("image_url", "image", "input_audio", "audio", "file", "video_url", "refusal")
-MAX_ADAPTERS = 16
+PARTS = ("image_url", "image", "input_audio", "audio", "file", "document", "video_url", "refusal")
+MAX_ADAPTERS = MAX_PLAN_ADAPTERS
 Weight = Annotated[float, Field(ge=-4, le=4)]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -64,6 +65,12 @@ NOT_SERVED_IN_RESPONSES: Passing = {name: values for name, values in NOT_SERVED.
     "conversation": (),
     "prompt": (),
     "truncation": ("disabled",),
+}
+NOT_SERVED_IN_ANTHROPIC: Passing = NOT_SERVED | {
+    "container": (),
+    "context_management": ({},),
+    "mcp_servers": ([],),
+    "output_format": (),
 }
 NOT_SERVED_IN_COMPLETIONS: Passing = NOT_SERVED | {"suffix": ("",), "best_of": (1,)}
 NOT_SERVED_IN_MESSAGES: Passing = {
@@ -115,6 +122,8 @@ _WHAT = {
     "guided_grammar": "guided_grammar: use structured_outputs.grammar",
     "chat_template": "templates of clients",
     "suffix": "text after the answer",
+    "output_format": "output_format: use output_config.format",
+    "mcp_servers": "tools that a server runs",
     "store": "stored answers",
     "background": "answers in the background: leave it out, and set stream: true for long answers",
     "conversation": "stored conversations: send the whole conversation in input",
@@ -212,30 +221,42 @@ class PlanRow(ApiRequest):
 
 
 class PlanGiven(ApiRequest):
-    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` are not read."""
+    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` and `policy` are not read."""
 
-    strategy: Literal["base", "selection", "mixture", "fusion"]
+    strategy: Strategy
     adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
     generation: int = Field(default=0, ge=0, lt=2**63)
     abstained: bool = False
     candidates: list[Any] = Field(default=[], max_length=64)
     reason: str | None = Field(default=None, max_length=64)
     why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
+    policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
+
+
+_OPTIONS = "Values for options of the strategy, by name. Default: `retrieval.strategy_options`." + "".join(
+    f" `{option.name}` of `{strategy.name}`, above {option.above:g} and at most {option.highest:g}, by default"
+    f" {option.default:g}: {option.meaning}"
+    for strategy in STRATEGIES.values()
+    for option in strategy.options
+)
 
 
 class LoraOptions(ApiRequest):
     """The options of a request about adapters. Unset fields use the server's defaults."""
 
-    strategy: Literal["selection", "mixture", "fusion"] | None = None
-    """`selection`: the best adapter alone. `mixture`: the weighted sum of the adapters' outputs. `fusion`: the average
-    of their parameters. See strategies. Default: the setting `retrieval.strategy`."""
+    strategy: RoutedStrategy | None = Field(
+        default=None,
+        description=" ".join(f"`{name}`: {STRATEGIES[name].summary}." for name in ROUTED_STRATEGIES)
+        + " See strategies. Default: the setting `retrieval.strategy`.",
+    )
+    strategy_options: dict[Tag, float] | None = Field(default=None, max_length=MAX_ADAPTERS, description=_OPTIONS)
     k: int | None = Field(default=None, ge=1, le=MAX_ADAPTERS)
     """How many adapters are retrieved. Default: `retrieval.k`."""
     adapters: Annotated[list[AdapterChoice], Field(fail_fast=True, min_length=1, max_length=MAX_ADAPTERS)] | None = None
     """`[{"name": "a", "weight": 0.5}]`: use these adapters and retrieve nothing. `name@digest` pins a version. Weights
     are from -4 to 4, by default 1."""
     weights: Weighting | None = None
-    """`evidence`, `softmax` or `uniform`: see strategies. Default: `retrieval.weights`."""
+    """How scores become weights: see strategies. Default: `retrieval.weights`."""
     abstain: Abstain | None = None
     """How readily the base model answers instead of adapters: `never`, `lenient`, `balanced` or `strict`, see when
     `auto` abstains. Default: `retrieval.abstain`."""
@@ -265,7 +286,7 @@ class LoraOptions(ApiRequest):
     @property
     def of_retrieval(self) -> list[str]:
         """The set fields that have no effect if adapters are named."""
-        fields = ("k", "weights", "abstain", "min_score", "fallback", "filter", "query")
+        fields = ("k", "weights", "abstain", "min_score", "fallback", "filter", "query", "strategy_options")
         return [field for field in fields if getattr(self, field) is not None]
 
     @property

@@ -69,8 +69,11 @@ class AnswerMessage(TypedDict):
 
 
 class ChatChoice(TypedDict):
+    """`stop_reason`: the stop string that ended the answer, if one did."""
+
     index: int
     finish_reason: FinishReason
+    stop_reason: NotRequired[str]
     message: AnswerMessage
     logprobs: ChatLogprobs | None
 
@@ -161,6 +164,9 @@ class Answer:
             }
             for index, completion in enumerate(completions)
         ]
+        for chosen, completion in zip(choices, completions, strict=True):
+            if completion.stop is not None:
+                chosen["stop_reason"] = completion.stop
         answer: ChatAnswer = {
             "id": f"chatcmpl-{self.request_id}",
             "object": "chat.completion",
@@ -226,6 +232,8 @@ class Answer:
         elif delta.logprobs or (prompt and self.echo is not None and self.num_logprobs is not None):
             logprobs = self._text_logprobs(index, prompt, delta.logprobs)
         choice: JsonObject = {"index": index, "finish_reason": delta.finish_reason, "logprobs": logprobs}
+        if self.kind == "chat" and delta.stop is not None:
+            choice["stop_reason"] = delta.stop
         text = (self._echoed(index) if is_first else "") + delta.text
         choice |= {"delta": _chat_delta(delta)} if self.kind == "chat" else {"text": text}
         warning = self.empty_warning(index) if is_empty and delta.num_new_tokens else ""
@@ -241,11 +249,17 @@ class Answer:
         rows = list(dict.fromkeys(self._adapters_in_short()))
         reasons = dict.fromkeys(planned.reason for planned in self.plans if planned.reason is not None)
         more = ["..."] if len(rows) > MAX_PLAN_ADAPTERS else []
-        return {
-            "x-lora-strategy": ", ".join(strategies),
-            "x-lora-adapters": ", ".join(rows[:MAX_PLAN_ADAPTERS] + more),
-            "x-lora-generation": str(max(planned.plan.generation for planned in self.plans)),
-        } | ({"x-lora-reason": ", ".join(reasons), **self._why_in_short()} if reasons else {})
+        policy = self.plans[0].policy
+        named = {} if policy is None else {"x-lora-policy": policy}
+        return (
+            named
+            | {
+                "x-lora-strategy": ", ".join(strategies),
+                "x-lora-adapters": ", ".join(rows[:MAX_PLAN_ADAPTERS] + more),
+                "x-lora-generation": str(max(planned.plan.generation for planned in self.plans)),
+            }
+            | ({"x-lora-reason": ", ".join(reasons), **self._why_in_short()} if reasons else {})
+        )
 
     def _why_in_short(self) -> dict[str, str]:
         """Return the header that explains the choice for a single prompt, in printable ASCII."""
@@ -348,6 +362,8 @@ def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
         report["candidates"] = [_routed_candidate(candidate, tenant) for candidate in planned.candidates]
         if planned.reason is not None:
             report["reason"], report["why"] = planned.reason, why(planned, tenant)
+        if planned.policy is not None:
+            report["policy"] = planned.policy
     return report
 
 

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from deployments.api import error_table
 from deployments.api.base import (
@@ -123,25 +132,22 @@ class StreamOptions(TolerantRequest):
     include_usage: bool = False
 
 
-class GenerationRequest(TolerantRequest):
-    """Shared fields of chat and text completions."""
+class PolicyFields(ApiRequest):
+    """The fields of a request that the policy of a model name may set too."""
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     """`auto`, the base model's name, an adapter's name, `owner/name` of another tenant, `name@digest`, or
-    `base:adapter`."""
+    `base:adapter`; in a request also a model name, see model names."""
     lora: LoraOptions = LoraOptions()
     """Options for retrieval and composition, see lora options."""
-    merged_adapters: MergedAdapters | None = None
-    """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
-    lora_path: AdapterName | Paths | None = None
-    """SGLang's spelling: one adapter's name, a list with one name for each prompt, or null for the base model."""
     max_tokens: int | None = Field(default=None, ge=1)
     """The most new tokens. Without it an answer may fill the context, within the setting `max_new_tokens`. In
     completions 0 goes with `echo` or `prompt_logprobs`."""
     min_tokens: int = Field(default=0, ge=0)
     """The end token and stop strings count only after this many new tokens."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    """0 is greedy. Unset: the server's default, as for `top_p`, `top_k`, `min_p` and `repetition_penalty`."""
+    """0 is greedy. Unset: the server's default, as for `top_p`, `top_k`, `min_p`, `repetition_penalty` and
+    `max_repeats`."""
     top_p: float = Field(default=1.0, ge=0, le=1)
     """Sample from the smallest set of tokens with this probability. 0 leaves the most probable token."""
     top_k: int = Field(default=0, ge=-1, lt=2**31)
@@ -154,6 +160,9 @@ class GenerationRequest(TolerantRequest):
     """Subtracted for each time the answer contains the token."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     """Divides the logits of tokens in the prompt and the answer."""
+    max_repeats: int = Field(default=0, ge=0, lt=2**31)
+    """End the answer once it repeats a passage of up to 64 tokens more than this many times in a row, within at least
+    24 tokens. 0: do not look."""
     logit_bias: LogitBias = Field(default={})
     """Token id to a number that is added to its logit."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -165,12 +174,30 @@ class GenerationRequest(TolerantRequest):
     """Token ids that end the answer."""
     ignore_eos: bool = False
     """Continue past the end token."""
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     response_format: ResponseFormat | None = None
     """`{"type": "json_object"}`, or `json_schema` with a schema that the answer follows, see structured output."""
     structured_outputs: StructuredOutputs | None = None
     """vLLM's spelling: one of `json`, `regex`, `choice`, `grammar` and `json_object`, see structured output."""
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        is_formatted = self.response_format is not None and self.response_format.type != "text"
+        if is_formatted and self.structured_outputs is not None:
+            raise problem("structured_outputs", "response_format gives the format of the answer too; keep one of them")
+        return self
+
+
+class GenerationRequest(TolerantRequest, PolicyFields):
+    """Shared fields of chat and text completions."""
+
+    model_config = ConfigDict(extra="allow")
+
+    merged_adapters: MergedAdapters | None = None
+    """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
+    lora_path: AdapterName | Paths | None = None
+    """SGLang's spelling: one adapter's name, a list with one name for each prompt, or null for the base model."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Report log probabilities of the prompt's tokens with this many alternatives, see tokens of a prompt."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     """Answers for each prompt. The first equals the one that `n: 1` gives with the same seed."""
     stream: bool = False
@@ -207,13 +234,6 @@ class GenerationRequest(TolerantRequest):
             raise problem("prompt_logprobs", "are part of whole answers; set stream: false or remove them")
         return self
 
-    @model_validator(mode="after")
-    def _one_grammar(self) -> Self:
-        is_formatted = self.response_format is not None and self.response_format.type != "text"
-        if is_formatted and self.structured_outputs is not None:
-            raise problem("structured_outputs", "response_format gives the format of the answer too; keep one of them")
-        return self
-
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -230,6 +250,7 @@ class GenerationRequest(TolerantRequest):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
+            max_repeats=self.max_repeats,
             logit_bias=tuple(sorted(self.logit_bias.items())),
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,

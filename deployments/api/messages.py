@@ -52,7 +52,8 @@ class TextPart(TolerantRequest):
 Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
 
 
-def _as_parts(value: object) -> object:
+def as_parts(value: object) -> object:
+    """Return a list with one part for a text."""
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -76,7 +77,7 @@ class ChatMessage(TolerantRequest):
     content: Annotated[
         list[TextPart],
         Field(fail_fast=True, max_length=MAX_PARTS),
-        BeforeValidator(_as_parts, json_schema_input_type=Text | Parts),
+        BeforeValidator(as_parts, json_schema_input_type=Text | Parts),
     ] = Field(default=[])
     name: Label | None = None
     tool_calls: Annotated[list[ToolCallGiven], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NotRequired
+from typing import Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
 from deployments.api.responses import TrialObject, trial_object
 from deployments.json_types import JsonObject
 from lora_store import AdapterRecord, Feedback, Ranking, Sample
+from lora_store.usage import UsageQuery
 from retriever_svc import BaseCounts, Page, Place, Point, PoolMap
 
 
@@ -22,6 +23,8 @@ class ModelCard(TypedDict):
     parent: str | None
     template: str  # of its chats: alpaca or chat; auto where this replica has not the model's files
     sampling_defaults: dict[str, float]  # for parameters that a request leaves unset, the settings' or the base model's
+    strategies: NotRequired[dict[str, str]]  # of auto: the names of the strategies, with what each composes
+    weights: NotRequired[dict[str, str]]  # of auto: the names of the weightings, with the weights that they give
     accepts_base: NotRequired[list[str]]  # base models that adapters may name; of the base model, for keys that publish
 
 
@@ -71,9 +74,13 @@ class Unserved(TypedDict):
 
 
 class AdapterList(TypedDict):
-    """One page of the adapters that the caller may use. `unserved`: others, of base models that are not served."""
+    """One page of the adapters that the caller may use. `tenant`: the caller's.
+
+    `unserved`: others, of base models that are not served.
+    """
 
     object: Literal["list"]
+    tenant: str
     generation: int
     total: int
     unserved: list[Unserved]
@@ -196,6 +203,41 @@ class Stats(TypedDict):
     workers: JsonObject | None
 
 
+class UsageRow(TypedDict):
+    """The sums of one group. `day`, `tenant`, `key`, `adapter` and `base` are there if the query groups by them.
+
+    `adapter` is `tenant/name`, null for the base model. Tokens are those of the answers' `usage`. `errors`: requests
+    that did not end well, among them those whose clients left. `last_at`: when the last request ended.
+    """
+
+    day: NotRequired[str]
+    tenant: NotRequired[str]
+    key: NotRequired[str]
+    adapter: NotRequired[str | None]
+    base: NotRequired[str]
+    requests: int
+    errors: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    last_at: str
+
+
+class UsageReport(TypedDict):
+    """The usage from `start` to `end`. A request that several adapters answered is in the row of each."""
+
+    object: Literal["usage"]
+    start: str
+    end: str
+    data: list[UsageRow]
+
+
+def usage_report(query: UsageQuery, rows: list[JsonObject]) -> UsageReport:
+    """Return the rows as the API writes them."""
+    data = [cast(UsageRow, row | {"last_at": row["last_at"].isoformat(timespec="seconds")}) for row in rows]
+    return {"object": "usage", "start": query.start.isoformat(), "end": query.end.isoformat(), "data": data}
+
+
 def model_list(cards: list[ModelCard], *, has_more: bool) -> ModelList:
     first_id, last_id = (cards[0]["id"], cards[-1]["id"]) if cards else (None, None)
     return {"object": "list", "data": cards, "first_id": first_id, "last_id": last_id, "has_more": has_more}
@@ -206,6 +248,7 @@ def adapter_list(page: Page, tenant: str) -> AdapterList:
     data = [lora_object(record, tenant) for _, record in page.rows]
     return {
         "object": "list",
+        "tenant": tenant,
         "generation": page.generation,
         "total": page.num_found,
         "unserved": unserved_objects(page.unserved),

@@ -41,6 +41,7 @@ class Planned:
     trials: tuple[TrialArm, ...] = ()
     shadow: Plan | None = None  # answers a copy of the request, and no client sees it
     tags: tuple[str, ...] = ()  # which the server's choice had to have
+    policy: str | None = None  # the model name with the version of its policy
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""
@@ -106,7 +107,7 @@ class PlanObject(TypedDict):
     """The adapters that answered. A client can send it back as `lora.plan` to replay it.
 
     The optional fields are included if `lora.explain` requests them, and by `/v1/route`; `reason` and `why` only if the
-    server chose.
+    server chose, `policy` only for a model name: its version.
     """
 
     strategy: Strategy
@@ -116,6 +117,7 @@ class PlanObject(TypedDict):
     candidates: NotRequired[list[RoutedCandidate]]
     reason: NotRequired[Decision]
     why: NotRequired[str]
+    policy: NotRequired[str]
 
 
 class RouteAnswer(TypedDict):
@@ -204,7 +206,7 @@ class PublishedAdapter(TypedDict):
 
 
 class SettledAdapter(TypedDict):
-    """An adapter whose visibility, approval or trial was changed."""
+    """An adapter whose visibility, approval or trial was changed, or a model name whose policy was."""
 
     name: str
     visibility: NotRequired[str]
@@ -212,6 +214,7 @@ class SettledAdapter(TypedDict):
     approved: NotRequired[bool]
     draws: NotRequired[DrawsObject]
     trial: NotRequired[TrialObject | None]
+    policy: NotRequired[JsonObject]
     generation: int
     replicas: Replicas
 

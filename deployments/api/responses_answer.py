@@ -11,6 +11,7 @@ from typing import Literal, NotRequired, cast
 from typing_extensions import TypedDict
 
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
+from deployments.api.completions import GenerationRequest
 from deployments.api.logprobs import ChatToken
 from deployments.api.responses import PlanObject
 from deployments.api.responses_request import ResponsesRequest
@@ -121,6 +122,11 @@ class ResponseForm:
         self._reason = ""
         self._usage: ResponsesUsage | None = None
         self._extras: JsonObject = {}
+
+    def use(self, request: GenerationRequest) -> None:
+        """Repeat the fields of this request, which the policy of a model name filled."""
+        assert isinstance(request, ResponsesRequest)
+        self._request = request
 
     def whole(self, answer: ChatAnswer | TextAnswer) -> ResponseObject:
         """Return the response to a whole chat, which counts as a stream of one chunk."""

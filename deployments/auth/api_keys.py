@@ -6,13 +6,16 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deployments.auth.authenticator import ROLES, Caller, KeyLimits, Role
+from deployments.errors import KeyRefused
 from deployments.field_problems import describe_problem, field_names
 from lora_store import LOCAL_TENANT, is_valid_name
 
@@ -26,6 +29,10 @@ def _name(value: str) -> str:
     if not is_valid_name(value):
         raise ValueError("must be 1 to 64 letters, digits, dots, dashes and underscores, and not 'auto'")
     return value
+
+
+def _in_utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class KeyEntry(BaseModel):
@@ -42,6 +49,7 @@ class KeyEntry(BaseModel):
     tenant: Annotated[str, AfterValidator(_name)]
     roles: tuple[Role, ...] = Field(min_length=1)
     limits: KeyLimits = KeyLimits()
+    expires_at: Annotated[datetime, AfterValidator(_in_utc)] | None = None  # from then on it is refused
 
     def caller(self) -> Caller:
         return Caller(self.tenant, frozenset(self.roles), self.id, self.limits)
@@ -88,20 +96,28 @@ class KeySet:
     nothing about the stored hashes. One constant-time comparison decides, whether or not an entry was found.
     """
 
-    def __init__(self, entries: Sequence[KeyEntry]) -> None:
+    def __init__(self, entries: Sequence[KeyEntry], *, now: Callable[[], float] = time.time) -> None:
+        self._now = now
         self._pepper = secrets.token_bytes(32)
         self._callers = {
-            self._place(bytes.fromhex(entry.sha256)): (bytes.fromhex(entry.sha256), entry.caller()) for entry in entries
+            self._place(bytes.fromhex(entry.sha256)): (bytes.fromhex(entry.sha256), entry.caller(), entry.expires_at)
+            for entry in entries
         }
 
     def __len__(self) -> int:
         return len(self._callers)
 
     def find(self, key: str) -> Caller | None:
-        """Return the caller that owns `key`, or None."""
+        """Return the caller that owns `key`, or None. Raises: KeyRefused: it has expired."""
         digest = _digest_of(key[:_MAX_KEY_CHARS])
-        stored, caller = self._callers.get(self._place(digest), (_NO_DIGEST, None))
-        return caller if hmac.compare_digest(stored, digest) else None
+        stored, caller, expires_at = self._callers.get(self._place(digest), (_NO_DIGEST, None, None))
+        if not hmac.compare_digest(stored, digest):
+            return None
+        if expires_at is not None and self._now() >= expires_at.timestamp():
+            raise KeyRefused(
+                f"the API key expired at {expires_at:%Y-%m-%dT%H:%M:%SZ}; ask the server's operator for one"
+            )
+        return caller
 
     def _place(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._pepper, digest_size=32).digest()

@@ -104,10 +104,19 @@ class TokenBucket:
         self._level = min(self.per_minute, self._level + taken - used)
 
     @property
+    def level(self) -> float:
+        """What can be taken now."""
+        self._refill()
+        return self._level
+
+    @property
     def is_full(self) -> bool:
         """Whether a new bucket would grant the same."""
-        self._refill()
-        return self._level >= self.per_minute
+        return self.level >= self.per_minute
+
+    @property
+    def seconds_until_full(self) -> float:
+        return (self.per_minute - self.level) * 60 / self.per_minute
 
     def _refill(self) -> None:
         now = self._clock()
@@ -200,6 +209,23 @@ class Limiter:
             if bucket is not None:
                 bucket.settle(work.reserved, work.num_read + usage.num_tokens)
 
+    def rate_headers(self, caller: Caller) -> dict[str, str]:
+        """Return the state of the key's rates as OpenAI's headers; none for a key without rates.
+
+        What remains is this replica's part times the number of replicas: with several it is an estimate.
+        """
+        account, headers = self._account(caller), {}
+        rates = {
+            "requests": (account.requests, caller.limits.requests_per_minute),
+            "tokens": (account.tokens, caller.limits.tokens_per_minute),
+        }
+        for kind, (bucket, per_minute) in rates.items():
+            if bucket is not None:
+                headers[f"x-ratelimit-limit-{kind}"] = str(per_minute)
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(bucket.level * self._num_replicas)))
+                headers[f"x-ratelimit-reset-{kind}"] = _duration(bucket.seconds_until_full)
+        return headers
+
     def charge(self, caller: Caller, num_read: int, field: str) -> None:
         """Charge tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
         bucket = self._account(caller).tokens
@@ -230,6 +256,14 @@ class Limiter:
         if len(self._accounts) >= self._next_sweep:
             self._accounts = {key: account for key, account in self._accounts.items() if not account.is_forgettable}
             self._next_sweep = max(self._sweep_above, 2 * len(self._accounts))
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as OpenAI writes it: `20ms`, `7.5s` or `1m12s`."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.3g}s"
 
 
 def _require_rows(caller: Caller, account: _Account, work: Work) -> None:
@@ -297,7 +331,7 @@ class Keys(Protocol):
     """The keys of the server, as `KeyFile` reads them."""
 
     def find(self, key: str) -> Caller | None:
-        """Return the caller that owns `key`, or None. Raises: KeysUnavailable."""
+        """Return the caller that owns `key`, or None. Raises: KeysUnavailable; KeyRefused: it has expired."""
         ...
 
 
@@ -311,17 +345,24 @@ class Authenticator:
         self._keys, self._limiter = keys, limiter
 
     def authenticate(self, authorization: str | None) -> Caller:
-        """Return the caller of a request and count the request. Raises: KeyRefused, RateLimited."""
+        """Return the caller of a request. Raises: KeyRefused, KeysUnavailable."""
         if self._keys is None:
             return LOCAL_CALLER
         scheme, _, key = (authorization or "").strip().partition(" ")
         if scheme.lower() != _SCHEME or not key:
-            raise KeyRefused("this server requires an API key: send `Authorization: Bearer KEY`")
+            raise KeyRefused("this server requires an API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
         caller = self._keys.find(key.strip())
         if caller is None:
             raise KeyRefused("the API key is not valid on this server")
-        self._limiter.count_request(caller)
         return caller
+
+    def count_request(self, caller: Caller) -> None:
+        """Count one request of the key. Raises: RateLimited."""
+        self._limiter.count_request(caller)
+
+    def rate_headers(self, caller: Caller) -> dict[str, str]:
+        """Return what is left of the key's rates, as headers."""
+        return self._limiter.rate_headers(caller)
 
     @contextmanager
     def running(self, caller: Caller, work: Work) -> Iterator[TokenUsage]:

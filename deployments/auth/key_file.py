@@ -57,7 +57,10 @@ class KeyFile:
         self._key_set = self._parse(self._content)
 
     def find(self, key: str) -> Caller | None:
-        """Return the caller that owns `key`, or None. Raises: KeysUnavailable: the file is missing for too long."""
+        """Return the caller that owns `key`, or None.
+
+        Raises: KeysUnavailable: the file is missing for too long; KeyRefused: the key has expired.
+        """
         self._refresh()
         if self._missing_since is not None and self._monotonic() - self._missing_since >= self._missing_grace_s:
             raise KeysUnavailable("the server's keys file is missing or unreadable; retry later")
@@ -103,6 +106,6 @@ class KeyFile:
 
     def _parse(self, content: bytes) -> KeySet:
         try:
-            return KeySet(parse_entries(content.decode("utf-8")))
+            return KeySet(parse_entries(content.decode("utf-8")), now=self._now)
         except ValueError as exc:
             raise ValueError(f"{self._path} cannot be used: {exc}") from exc

@@ -1,14 +1,16 @@
-"""Create keys and add them to a keys file."""
+"""Create keys, and add, change and remove entries of a keys file."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import yaml
@@ -19,8 +21,32 @@ from deployments.field_problems import describe_problem, did_you_mean, field_nam
 from deployments.json_types import JsonMapping, JsonObject
 
 
+def read_expiry(text: str, now: datetime) -> str | None:
+    """Return the time that `30d`, `12h`, `2027-01-31`, an ISO time or `never` names, as a keys file has it.
+
+    A day without a time ends the key at its beginning, in UTC. Raises: ValueError.
+    """
+    if text == "never":
+        return None
+    try:
+        if found := re.fullmatch(r"(\d{1,5})([hd])", text):
+            at = now + timedelta(hours=int(found[1]) * (24 if found[2] == "d" else 1))
+        else:
+            at = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise ValueError(
+            f"{text!r} is not a time: give 30d, 12h, a day as 2027-01-31, a time as 2027-01-31T18:00Z, or never"
+        ) from exc
+    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def make_key(
-    tenant: str, roles: Sequence[str], limits: Mapping[str, int | None], id: str | None
+    tenant: str,
+    roles: Sequence[str],
+    limits: Mapping[str, int | None],
+    id: str | None,
+    expires_at: str | None = None,
 ) -> tuple[str, JsonObject]:
     """Return a new key and its entry for a keys file. Raises: ValueError, naming the field."""
     key = new_key()
@@ -32,6 +58,8 @@ def make_key(
     }
     if given := {name: value for name, value in limits.items() if value is not None}:
         entry["limits"] = given
+    if expires_at is not None:
+        entry["expires_at"] = expires_at
     try:
         KeyEntry.model_validate(entry)
     except ValidationError as exc:
@@ -53,9 +81,38 @@ def add_entry(file: Path, entry: JsonMapping) -> None:
 
 def remove_entry(file: Path, id: str) -> None:
     """Remove the entry with this id, as `add_entry` adds one. Raises: ValueError without such an entry; OSError."""
+    _replace(file, id, lambda entry: [])
+
+
+def expire_entry(file: Path, id: str, expires_at: str | None) -> None:
+    """Let the key with this id end then, or never. Raises: ValueError without such an entry; OSError."""
+    _replace(file, id, lambda entry: [_expiring(entry, expires_at)])
+
+
+def rotate_entry(file: Path, id: str, expires_at: str) -> tuple[str, JsonObject]:
+    """Add a new key next to the one with this id, which ends then. Return the new key and its entry.
+
+    The new one has the tenant, the roles and the limits of the old one. Raises: ValueError, OSError.
+    """
+    made: list[tuple[str, JsonObject]] = []
+
+    def change(entry: JsonObject) -> list[JsonObject]:
+        made[:] = [make_key(entry["tenant"], entry["roles"], entry.get("limits", {}), None)]
+        return [_expiring(entry, expires_at), made[0][1]]
+
+    _replace(file, id, change)
+    return made[0]
+
+
+def _replace(file: Path, id: str, change: Callable[[JsonObject], list[JsonObject]]) -> None:
     if not file.exists():
         raise ValueError("no such file")
-    _rewrite(file, lambda text: without_entry(text, id))
+    _rewrite(file, lambda text: with_replaced(text, id, change))
+
+
+def _expiring(entry: JsonObject, expires_at: str | None) -> JsonObject:
+    kept = {name: value for name, value in entry.items() if name != "expires_at"}
+    return kept if expires_at is None else kept | {"expires_at": expires_at}
 
 
 def _rewrite(file: Path, change: Callable[[str], str]) -> None:
@@ -90,13 +147,16 @@ def with_entry(text: str, entry: JsonMapping) -> str:
             return appended
     except ValueError:  # JSON, or a YAML list on one line
         pass
-    rewritten = json.dumps([*yaml.safe_load(text), dict(entry)], indent=1) + "\n"
+    rewritten = _dump_json([*yaml.safe_load(text), dict(entry)])
     parse_entries(rewritten)
     return rewritten
 
 
-def without_entry(text: str, id: str) -> str:
-    """Return the keys file `text` without one entry. Comments of other entries are kept. Raises: ValueError."""
+def with_replaced(text: str, id: str, change: Callable[[JsonObject], list[JsonObject]]) -> str:
+    """Return `text` with those entries that `change` makes of one. Comments of other entries are kept.
+
+    Raises: ValueError.
+    """
     ids = [entry.id for entry in parse_entries(text)]
     if id not in ids:
         raise ValueError(f"no key has the id {id!r}{did_you_mean(id, ids)}; `loraretriever keys list` prints the ids")
@@ -108,14 +168,20 @@ def without_entry(text: str, id: str) -> str:
     end = nodes[place + 1].start_mark.line if place + 1 < len(nodes) else len(lines)
     while end > start + 1 and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
         end -= 1  # comments before the next entry are that one's
-    left = "".join(lines[:start] + lines[end:]) if len(ids) > 1 else "[]\n"
+    entries = yaml.safe_load(text)
+    made = change(entries[place])
+    wanted = [*ids[:place], *(entry["id"] for entry in made), *ids[place + 1 :]]
+    left = "".join([*lines[:start], *map(block_of, made), *lines[end:]]) if wanted else "[]\n"
     try:
-        if [entry.id for entry in parse_entries(left)] == ids[:place] + ids[place + 1 :]:
+        if [entry.id for entry in parse_entries(left)] == wanted:
             return left
     except ValueError:  # JSON, or a YAML list on one line
         pass
-    entries = yaml.safe_load(text)
-    return json.dumps(entries[:place] + entries[place + 1 :], indent=1) + "\n"
+    return _dump_json([*entries[:place], *made, *entries[place + 1 :]])
+
+
+def _dump_json(entries: Sequence[JsonMapping]) -> str:
+    return json.dumps(entries, indent=1, default=str) + "\n"  # YAML reads a time without quotes as a time
 
 
 def block_of(entry: JsonMapping) -> str:

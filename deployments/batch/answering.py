@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
-from deployments.batch.rows import answered
+from deployments.batch.rows import answered, bodies_of, usage_line
 from deployments.batch.run import BatchRun, open_store
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
+from deployments.generation.planner import AUTO
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
 from gpu_worker.bank.load_threads import load_executor
@@ -119,6 +121,7 @@ class PartAnswerer(OfflineEngine):
         store = open_store(config.store_uri, config.served_model)
         max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
         super().__init__(config.worker_config(), store, config.weights_cache, max_waiting)
+        self._batch, self._usage = run, store.usage
         self._output = BatchOutput(run.settings.output_uri)
 
     async def __call__(self, row: JsonObject) -> dict[str, int]:
@@ -131,8 +134,24 @@ class PartAnswerer(OfflineEngine):
         answers = iter(await self.complete(jobs))
         outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
         part = answered(planned.rows, planned.asked, outcomes)
+        await asyncio.to_thread(self._record, planned, outcomes)
         await asyncio.to_thread(self._output.write, planned.part.number, part)
         return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
+
+    def _record(self, planned: PlannedPart, outcomes: Sequence[Completion | Exception | None]) -> None:
+        """Store the usage of the part. A part that is answered again counts once."""
+        settings = self._batch.settings
+        if settings.config.usage_days:
+            segment = f"{self._batch.id}-{planned.part.number}"
+            models = [body.get("model", AUTO) for body in bodies_of(planned.rows, settings.defaults)]
+            lines = [
+                usage_line(
+                    f"{segment}-{row}", settings.tenant, model, settings.config.served_model.name, asked, outcome
+                )
+                for row, (model, asked, outcome) in enumerate(zip(models, planned.asked, outcomes, strict=True))
+            ]
+            kept = timedelta(settings.config.usage_days)
+            self._usage.put(segment, b"".join(lines), datetime.now(UTC), kept)
 
 
 class StoredWeights(WeightsSource):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonObject
@@ -20,7 +21,7 @@ _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
 class Manifest(BaseModel):
-    """The settings that all parts share. `generation`: the pool's when the run began."""
+    """The settings that all parts share. `generation`: the pool's when the run began. `run`: an id of its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,6 +29,7 @@ class Manifest(BaseModel):
     generation: int
     input: JsonObject
     settings: JsonObject
+    run: str = Field(default_factory=lambda: uuid4().hex)
 
 
 class BatchOutput:

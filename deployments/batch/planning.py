@@ -15,11 +15,11 @@ from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part, open_store
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModel
-from deployments.generation.completions import jobs_of
+from deployments.generation.completions import bind, jobs_of
 from deployments.generation.planner import Planner, check_limits
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import Plan, Strategy
+from lora_store import NamedPolicy, Plan, Strategy
 from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
 
 
@@ -66,9 +66,11 @@ async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)
-        sampling, questions = request.sampling(), request.questions()
+        request, questions, bound = await bind(planner, request, tenant)
+        sampling = request.sampling()
         check_limits(request, questions, served)
         planned = await planner.plan(questions[0], tenant)
+        [planned] = [planned] if bound is None else bound.explained([planned])
         [job] = jobs_of(name, sampling, questions, [planned], served.template)
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])
@@ -111,6 +113,10 @@ class BatchRouting(RoutingClient):
     ) -> Plan:
         """Return the plan of named adapters. Raises: AdapterNotFound, PlanInvalid, StaleIndex."""
         return self._retriever.plan_named(tenant, choices, strategy, min_generation)
+
+    async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
+        """Return the newest kept policies of a model name. Raises: StaleIndex."""
+        return self._retriever.policies(tenant, model, min_generation, limit)
 
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
         """Return the plan made at `generation`. Raises: PlanGone, PlanInvalid, StaleIndex."""

@@ -13,12 +13,16 @@ from deployments.api import error_table
 from deployments.api.completion_responses import plan_object
 from deployments.api.completions import TextRequest, parse
 from deployments.api.responses import Planned
+from deployments.auth.authenticator import Caller
 from deployments.errors import BatchRefused, RequestInvalid
 from deployments.json_types import JsonMapping, JsonObject
-from gpu_worker.front.request.request import Completion, Job
+from deployments.observability.request_metrics import RequestContext
+from deployments.observability.usage import encode_event
+from gpu_worker.front.request.request import Completion, Delta, Job
 
 _PROMPTS = ("prompt", "messages")
 _JSON = ("messages", "lora")
+_REFUSED = 400
 FIELDS = ("model", "max_tokens", "temperature", "seed", "lora")  # besides the prompt, as in a request's body
 _ADAPTER = pa.struct(
     [("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64()), ("score", pa.float64())]
@@ -103,3 +107,21 @@ def answer_of(asked: Asked, outcome: Completion | Exception | None) -> JsonObjec
     elif outcome is not None:
         line |= {field: getattr(outcome, field) for field in _OF_COMPLETION}
     return line
+
+
+def usage_line(
+    name: str, tenant: str, model: str, base: str, asked: Asked, outcome: Completion | Exception | None
+) -> bytes:
+    """Return the row's usage event. The status of a row that was not planned is 400, whatever its code."""
+    context = RequestContext(name, "batch", caller=Caller(tenant, frozenset(), "batch"), model=model)
+    context.code = "" if asked.error is None else asked.error["code"]
+    status = _REFUSED if asked.error else 200
+    if asked.planned is not None:
+        context.record_plans([asked.planned], 0)
+    if isinstance(outcome, Exception):
+        status, body = error_table.describe(outcome)
+        context.code = body["error"]["code"]
+    elif outcome is not None:
+        counts = (outcome.num_prompt_tokens, outcome.num_new_tokens)
+        context.record_delta(0, Delta("", *counts, num_cached_tokens=outcome.num_cached_tokens))
+    return encode_event(context, base, status)

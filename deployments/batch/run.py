@@ -21,7 +21,7 @@ _OF_APP = (
     "public_requires_approval",
 )
 _OF_RETRIEVAL = (
-    *("encoder", "projection", "strategy", "k", "weights"),
+    *("encoder", "projection", "strategy", "k", "weights", "strategy_options"),
     *("abstain", "min_score", "fallback"),
 )
 _OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows")
@@ -59,6 +59,7 @@ class BatchRun:
     unserved: BaseCounts  # adapters that were made for other base models
     parts: tuple[Part, ...]
     num_done: int
+    id: str
 
     @property
     def num_rows_left(self) -> int:
@@ -85,7 +86,8 @@ def begin(settings: BatchSettings) -> BatchRun:
         raise BatchRefused(f"the run cannot be resumed: {exc}; start a new one in another output folder") from exc
     unserved = settings.config.served_model.bases.unserved(records.values())
     num_adapters = len(records) - sum(num for _, num in unserved)
-    return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, len(parts) - len(left))
+    num_done = len(parts) - len(left)
+    return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, num_done, manifest.run)
 
 
 def open_store(uri: str, model: ServedModel) -> LoraStore:

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.api.adapters import PublishItem
 from deployments.calls.typed_client import ServeClient, once, retry, stream
+from deployments.json_types import JsonObject
 from lora_store import (
     AdapterRecord,
     AdapterRef,
@@ -19,6 +20,7 @@ from lora_store import (
     Embedding,
     Feedback,
     Key,
+    NamedPolicy,
     Plan,
     Precondition,
     Ranking,
@@ -33,6 +35,7 @@ from lora_store import (
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
+from lora_store.usage import UsageQuery
 from retriever_svc import (
     AskedPrompt,
     DoctorStep,
@@ -94,6 +97,10 @@ class StoreCalls(Protocol):
     @retry
     async def delete_proposals(self, tenant: str, adapter: str, ids: Collection[str]) -> None: ...
     @retry(over_object_store=True)
+    async def put_usage(self, segment: str, lines: bytes) -> None: ...
+    @retry(over_object_store=True)
+    async def usage(self, query: UsageQuery) -> list[JsonObject]: ...
+    @retry(over_object_store=True)
     async def put_part(self, upload: str, number: int, data: Buffer) -> None: ...
     @once
     async def delete_parts(self, uploads: Collection[str]) -> None: ...
@@ -122,6 +129,10 @@ class StoreCalls(Protocol):
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> int: ...
     @retry
     async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int: ...
+    @retry
+    async def set_name(self, key: Key, policy: str, actor: str) -> int: ...
+    @retry
+    async def approve_name(self, ref: AdapterRef) -> int: ...
     @once
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
     @once
@@ -138,6 +149,10 @@ class StoreCalls(Protocol):
     async def sweep(self, digests: Collection[str]) -> list[str]: ...
     @once
     async def gc(self, retention_s: float) -> Collected: ...
+    @retry(over_object_store=True)
+    async def pool_state(self, tenant: str | None) -> bytes: ...
+    @retry(over_object_store=True)
+    async def pool_part(self, tenant: str | None, name: str, number: int) -> bytes: ...
     @stream
     def verify(self, tenant: str) -> AsyncGenerator[Verified]: ...
 
@@ -216,6 +231,8 @@ class RoutingClient(Protocol):
     async def replay(
         self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int
     ) -> Plan: ...
+    @retry
+    async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]: ...
 
 
 class RetrieverCalls(RoutingClient, Protocol):
@@ -223,6 +240,8 @@ class RetrieverCalls(RoutingClient, Protocol):
 
     @retry
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
+    @retry
+    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]: ...
     @retry
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...
     @retry

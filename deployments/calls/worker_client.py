@@ -27,6 +27,7 @@ from deployments.errors import WorkerStarting
 from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.request.tools import Tools
 
 HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
@@ -106,7 +107,13 @@ class WorkerCalls(Protocol):
     async def module_shapes(self) -> Shapes: ...
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]: ...
     async def tokenize(
-        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+        self,
+        tenant: str,
+        prompt: Prompt,
+        template: str,
+        add_special_tokens: bool | None,
+        with_texts: bool,
+        tools: Tools | None = None,
     ) -> Tokenized: ...
     async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]: ...
 
@@ -177,9 +184,17 @@ class ServeWorker(WorkerClient):
         return await self._calls.retry(WorkerReplica.probe_many, weights_digests)
 
     async def tokenize(
-        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+        self,
+        tenant: str,
+        prompt: Prompt,
+        template: str,
+        add_special_tokens: bool | None,
+        with_texts: bool,
+        tools: Tools | None = None,
     ) -> Tokenized:
-        return await self._calls.retry(WorkerReplica.tokenize, tenant, prompt, template, add_special_tokens, with_texts)
+        return await self._calls.retry(
+            WorkerReplica.tokenize, tenant, prompt, template, add_special_tokens, with_texts, tools
+        )
 
     async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
         return await self._calls.retry(WorkerReplica.detokenize, tenant, prompts, skip_special_tokens)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from deployments.cli.client import JsonOutcome
+from deployments.cli.client import JsonOutcome, Options, read_options
 
 commands = typer.Typer()
 
@@ -24,11 +24,10 @@ def batch(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="default max_tokens of rows")] = None,
     temperature: Annotated[float | None, typer.Option(help="default temperature of rows")] = None,
-    strategy: Annotated[str | None, typer.Option(help="default strategy of rows: selection, mixture or fusion")] = None,
+    strategy: Annotated[str | None, typer.Option(help="default strategy of rows")] = None,
     k: Annotated[int | None, typer.Option("--k", "-k", help="default number of adapters per row")] = None,
-    weights: Annotated[
-        Literal["evidence", "softmax", "uniform"] | None, typer.Option(help="default weights of rows")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="default weights of rows")] = None,
+    option: Options = None,
     concurrency: Annotated[int, typer.Option(min=1, help="number of engines")] = 1,
     part_rows: Annotated[int, typer.Option(min=1, help="rows per output part")] = 256,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: this machine only")] = None,
@@ -40,7 +39,7 @@ def batch(
     from deployments.config.loading import require_base_model
 
     defaults = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-    retrieval = {"strategy": strategy, "k": k, "weights": weights}
+    retrieval = {"strategy": strategy, "strategy_options": read_options(option), "k": k, "weights": weights}
     try:
         settings = configured(config, store, {name: value for name, value in retrieval.items() if value is not None})
         if address is None:  # a cluster has files of its own

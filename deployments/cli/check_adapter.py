@@ -20,7 +20,9 @@ from lora_store.sample_files import SAMPLES_FILE, sample_lines
 _ENOUGH_SAMPLES = 20  # more improve routing little
 
 
-def check_adapters(folders: Sequence[Path], config: Path | None, parity: bool, *, as_json: bool = False) -> int:
+def check_adapters(
+    folders: Sequence[Path], config: Path | None, parity: bool, *, base_name: str | None = None, as_json: bool = False
+) -> int:
     """Print whether the adapters at `folders` can be published, or every reason why not. Return the exit code.
 
     These are the ones that `publish` finds there. `parity`: also compare the log probabilities with those of PEFT.
@@ -36,15 +38,20 @@ def check_adapters(folders: Sequence[Path], config: Path | None, parity: bool, *
     try:
         settings = load_config(config)
         limits = settings.admission.limits
-        outcomes = [_outcome(adapter, settings.served_model, limits) for adapter in found]
+        outcomes = [_outcome(adapter, base_name, settings.served_model, limits) for adapter in found]
     except (ValueError, OSError) as exc:
         return _fail(str(exc))
     num_refused = sum(not outcome["is_fit"] for outcome in outcomes)
     if as_json:
         print_json({"data": outcomes})
         return min(num_refused, 1)
+    refused: dict[str, list[str]] = {}  # names by reason
     for outcome in outcomes:
-        _print(outcome, is_named=len(outcomes) > 1)
+        _print(outcome)
+        for reason in outcome.get("reasons", ()):
+            refused.setdefault(reason, []).append(outcome["name"])
+    for reason, names in refused.items():
+        show_error(f"{', '.join(names)}: refused: {reason}" if len(outcomes) > 1 else f"refused: {reason}")
     if len(outcomes) > 1:
         err.print(f"{len(outcomes) - num_refused} fit to publish, {num_refused} refused", highlight=False)
     if num_refused:
@@ -61,14 +68,14 @@ def folder_problem(folder: Path) -> str:
     return f"{folder}: no adapter here, {CONFIG_FILE} is missing"
 
 
-def _outcome(adapter: AdapterFolder, model: ServedModel, limits: Limits) -> JsonObject:
+def _outcome(adapter: AdapterFolder, base_name: str | None, model: ServedModel, limits: Limits) -> JsonObject:
     """Return what the check of one folder finds. Raises: OSError."""
     folder = adapter.path.resolve()
     has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
     try:
         admitted = check_folder(
             folder,
-            Label(adapter.name),
+            Label(adapter.name, base_model=base_name),
             accepts_base=model.accepted_names,
             module_shapes=None,
             templates=model.known_templates if has_template else None,
@@ -84,14 +91,12 @@ def _outcome(adapter: AdapterFolder, model: ServedModel, limits: Limits) -> Json
     return {"name": adapter.name, "is_fit": True, **counted, "warnings": list(admitted.warnings)}
 
 
-def _print(outcome: JsonObject, *, is_named: bool) -> None:
-    """Print the outcome for one folder. `is_named`: name it in a refusal too."""
+def _print(outcome: JsonObject) -> None:
+    """Print the outcome for a folder that is fit."""
     if outcome["is_fit"]:
         out.print(f"{outcome['name']}: {_summary(outcome)}", markup=False, highlight=False, soft_wrap=True)
     for warning in outcome.get("warnings", ()):
         show_warning(f"warning: {outcome['name']}: {warning}")
-    for reason in outcome.get("reasons", ()):
-        show_error(f"{outcome['name']}: refused: {reason}" if is_named else f"refused: {reason}")
 
 
 def _num_lines(folder: Path) -> int:

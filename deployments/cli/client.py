@@ -9,8 +9,9 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import httpx
 import typer
@@ -44,6 +45,11 @@ Url = Annotated[
     str, typer.Option("--url", "-u", envvar=URL_VARIABLE, callback=server_url, help="address of the server")
 ]
 Key = Annotated[str | None, typer.Option("--key", envvar=KEY_VARIABLE, help="API key; before or after the command")]
+Strategy = Annotated[str | None, typer.Option(help="how adapters are composed; default: the server's")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="NAME=NUMBER", help="an option of the strategy; repeatable"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the server's answer as JSON")]
 JsonOutcome = Annotated[bool, typer.Option("--json", help="print the outcome as JSON")]
 # Fields of requests whose option has another name, with the names that it has in any command.
@@ -55,6 +61,7 @@ _OTHER_NAMES = {
     "ttl_s": ("ttl",),
     "retention_s": ("retention",),
     "visibility": ("public",),
+    "base_model": ("base_name",),
     "roles": ("role",),
 }
 _TYPES = {str: "TEXT", Path: "PATH", int: "NUMBER", float: "NUMBER"}
@@ -105,8 +112,35 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and (ctx.resilient_parsing or _names_choices(rest)):
+            fill_choices(command)
         _params.set(() if command is None else command.params)
         return name, command, rest
+
+
+def _names_choices(args: Sequence[str]) -> bool:
+    """Return whether a line shows or reads choices. Their registries take a while to import."""
+    return any(arg.partition("=")[0] in ("-h", "--help", "--strategy", "--weights") for arg in args)
+
+
+def fill_choices(command: Any) -> None:
+    """Let the options of a command that name a strategy or a weighting accept the registered names."""
+    from lora_store import ROUTED_STRATEGIES
+    from retriever_svc import WEIGHTINGS
+
+    choices = {"strategy": ROUTED_STRATEGIES, "weights": tuple(WEIGHTINGS)}
+    for param in command.params:
+        if param.name in choices:
+            param.type_descriptor = replace(param.type_descriptor, annotation=Literal[choices[param.name]])
+            param.metavar = None  # help shows the choices
+
+
+def read_options(pairs: Sequence[str] | None) -> dict[str, float] | None:
+    """Return the values of NAME=NUMBER pairs by name. Raises: BadParameter."""
+    try:
+        return {name: float(value) for name, value in (pair.split("=") for pair in pairs or ())} or None
+    except ValueError as exc:
+        raise typer.BadParameter(f"must be NAME=NUMBER, got {' '.join(pairs or ())}", param_hint="'--option'") from exc
 
 
 def _show_plain_type(param: Any) -> None:

@@ -1,17 +1,35 @@
-"""`loraretriever keys`: create, list and revoke API keys in a keys file, without a server."""
+"""`loraretriever keys`: create, list, rotate, expire and revoke API keys in a keys file, without a server."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from deployments.cli.client import Commands, JsonOutcome, err, fail, name_options, out, print_json, problem_of
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Commands,
+    JsonOutcome,
+    Url,
+    call,
+    err,
+    fail,
+    name_options,
+    out,
+    print_json,
+    problem_of,
+)
+from deployments.json_types import JsonObject
 
-commands = typer.Typer(cls=Commands, help="Create, list and revoke the API keys of a keys file.")
+_FIRST_DAY = "2000-01-01"
+commands = typer.Typer(cls=Commands, help="Create, list, rotate, expire and revoke the API keys of a keys file.")
 Limit = Annotated[int | None, typer.Option(min=0, help="limit of the key; default: none")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="id of the key, as `keys list` prints it")]
 KeysFile = Annotated[Path, typer.Option("--file", "-f", help="the keys file")]
 
 
@@ -32,6 +50,9 @@ def new(
     concurrent_requests: Limit = None,
     max_adapters: Limit = None,
     max_bytes: Limit = None,
+    expires: Annotated[
+        str, typer.Option(metavar="TIME", help="when it stops working: 30d, 12h, 2027-01-31, or never")
+    ] = "never",
     as_json: JsonOutcome = False,
 ) -> None:
     """Create a key and print it once; the file keeps only its hash. A running server reloads the file."""
@@ -42,60 +63,126 @@ def new(
         "max_adapters": max_adapters,
         "max_bytes": max_bytes,
     }
-    from deployments.auth.key_issuing import add_entry, block_of, make_key  # imports pydantic
+    from deployments.auth.key_issuing import add_entry, block_of, make_key, read_expiry  # imports pydantic
 
     try:
-        key, entry = make_key(tenant, [part for given in role for part in given.split(",")], limits, id)
+        roles = [part for given in role for part in given.split(",")]
+        key, entry = make_key(tenant, roles, limits, id, read_expiry(expires, datetime.now(UTC)))
         if file is not None:
             add_entry(file, entry)
     except (OSError, ValueError) as exc:
         message = name_options(str(exc))
         fail(message if file is None or message.startswith("--") else f"{file}: {message}")
-    if as_json:
-        print_json({"key": key, "entry": entry})
-        return
-    if file is None:
+    if file is None and not as_json:
         err.print("entry for the keys file, then the key, which is not shown again:", style="dim")
         out.print(block_of(entry), end="", markup=False, highlight=False, soft_wrap=True)
-    else:
-        err.print(f"added {entry['id']} to {file}; the key, which is not shown again:", style="dim", markup=False)
-    out.print(key, markup=False, highlight=False, soft_wrap=True)
+    _show_key(key, entry, f"added {entry['id']} to {file}" if file else "", as_json=as_json)
 
 
 @commands.command("list")
-def list_keys(file: KeysFile, as_json: JsonOutcome = False) -> None:
-    """List the keys of a file by their ids. The keys themselves are not in it."""
+def list_keys(
+    file: KeysFile,
+    used: Annotated[bool, typer.Option("--used", help="ask the server when each was last used")] = False,
+    as_json: JsonOutcome = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List the keys of a file by their ids. The keys themselves are not in it.
+
+    --used needs a key with the role admin. Requests that only read the pool do not count as use.
+    """
     from deployments.auth.api_keys import parse_entries  # imports pydantic
 
-    try:
+    with _file_errors(file):
         entries = parse_entries(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        fail(f"{file}: {problem_of(exc)}" if isinstance(exc, ValueError) else problem_of(exc))
     rows = [entry.model_dump(mode="json", exclude_none=True, exclude={"sha256"}) for entry in entries]
+    if used:
+        report = call(url, "GET", "/v1/usage", params={"by": "key", "start": _FIRST_DAY})
+        last = {row["key"]: row["last_at"] for row in report["data"]}
+        rows = [row | {"last_used_at": last.get(row["id"])} for row in rows]
     if as_json:
         print_json({"data": rows})
         return
-    table = Table("id", "tenant", "roles", "limits")
+    table = Table("id", "tenant", "roles", "limits", "expires", *(["last used"] if used else []))
     for row in rows:
         limits = ", ".join(f"{name} {value}" for name, value in row.get("limits", {}).items())
-        table.add_row(row["id"], row["tenant"], ", ".join(row["roles"]), limits)
+        times = [row.get("expires_at", "never"), *([row["last_used_at"] or "never"] if used else [])]
+        table.add_row(row["id"], row["tenant"], ", ".join(row["roles"]), limits, *times)
     out.print(table)
 
 
 @commands.command()
+def rotate(
+    id: KeyId,
+    file: KeysFile,
+    overlap: Annotated[
+        str, typer.Option(metavar="TIME", help="how long the old key works: 24h, 7d, or a time")
+    ] = "24h",
+    as_json: JsonOutcome = False,
+) -> None:
+    """Create a key with the tenant, roles and limits of another one, which stops working after the overlap."""
+    from deployments.auth.key_issuing import read_expiry, rotate_entry  # imports pydantic
+
+    with _file_errors(file):
+        expires_at = read_expiry(overlap, datetime.now(UTC))
+        if expires_at is None:
+            raise ValueError("overlap: the old key has to end; give a time such as 24h")
+        key, entry = rotate_entry(file, id, expires_at)
+    _show_key(key, entry, f"added {entry['id']} to {file}; {id} works until {expires_at}", as_json=as_json)
+
+
+@commands.command()
+def expire(
+    id: KeyId,
+    when: Annotated[str, typer.Argument(metavar="TIME", help="when it stops working: 30d, 12h, 2027-01-31, or never")],
+    file: KeysFile,
+    as_json: JsonOutcome = False,
+) -> None:
+    """Set when a key stops working."""
+    from deployments.auth.key_issuing import expire_entry, read_expiry  # imports pydantic
+
+    with _file_errors(file):
+        expires_at = read_expiry(when, datetime.now(UTC))
+        expire_entry(file, id, expires_at)
+    if as_json:
+        print_json({"id": id, "expires_at": expires_at})
+        return
+    out.print(f"{id} expires: {expires_at or 'never'}", markup=False, highlight=False, soft_wrap=True)
+
+
+@commands.command()
 def revoke(
-    id: Annotated[str, typer.Argument(metavar="ID", help="id of the key, as `keys list` prints it")],
+    id: KeyId,
     file: KeysFile,
     as_json: JsonOutcome = False,
 ) -> None:
     """Remove a key from the file. A running server refuses it from its next request on."""
     from deployments.auth.key_issuing import remove_entry  # imports pydantic
 
-    try:
+    with _file_errors(file):
         remove_entry(file, id)
-    except (OSError, ValueError) as exc:
-        fail(f"{file}: {exc}" if isinstance(exc, ValueError) else problem_of(exc))
     if as_json:
         print_json({"id": id, "revoked": True})
         return
     out.print(f"{id} is revoked in {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_key(key: str, entry: JsonObject, done: str, *, as_json: bool) -> None:
+    """Print a new key, the only time that it is known."""
+    if as_json:
+        print_json({"key": key, "entry": entry})
+        return
+    if done:
+        err.print(f"{done}; the key, which is not shown again:", style="dim", markup=False)
+    out.print(key, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _file_errors(file: Path) -> Iterator[None]:
+    """Exit with what is wrong with the keys file or with an option."""
+    try:
+        yield
+    except OSError as exc:
+        fail(problem_of(exc))
+    except ValueError as exc:
+        message = name_options(str(exc))
+        fail(message if message.startswith("--") else f"{file}: {message}")

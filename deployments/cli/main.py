@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from deployments.cli import access, batch, keys, pool, pool_upkeep, publish, samples, trial
+from deployments.cli import access, batch, compose, keys, name, pool, pool_upkeep, publish, samples, trial, usage
 from deployments.cli.client import (
     DEFAULT_URL,
     Json,
     Key,
     KeyAnywhere,
+    Options,
     ServerFailed,
+    Strategy,
     Url,
     call,
     check_free,
@@ -30,6 +32,7 @@ from deployments.cli.client import (
     fail,
     out,
     print_json,
+    read_options,
     use_key,
 )
 from deployments.cli.client import check as check_answer
@@ -40,10 +43,11 @@ if TYPE_CHECKING:
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 cli = typer.Typer(cls=KeyAnywhere, help=__doc__, pretty_exceptions_enable=False, context_settings=_HELP)
-for group in (publish, pool, batch):
+for group in (publish, pool, compose, batch, usage):
     cli.add_typer(group.commands)
 cli.add_typer(trial.commands, name="trial")
 cli.add_typer(access.commands, name="access")
+cli.add_typer(name.commands, name="name")
 cli.add_typer(pool_upkeep.commands, name="pool")
 cli.add_typer(keys.commands, name="keys")
 cli.add_typer(samples.commands, name="samples")
@@ -64,7 +68,6 @@ Abstain = Annotated[
     Literal["never", "lenient", "balanced", "strict"] | None,
     typer.Option(help="how readily the base model answers instead of adapters; default: the server's"),
 ]
-Strategy = Annotated[str | None, typer.Option(help="selection, mixture or fusion; default: the server's")]
 NumAdapters = Annotated[int | None, typer.Option("--k", "-k", help="number of adapters; default: the server's")]
 _CHAT = "/v1/chat/completions"
 
@@ -133,6 +136,7 @@ def ask(
     system: Annotated[str | None, typer.Option("--system", "-s", help="system message before the first prompt")] = None,
     strategy: Strategy = None,
     k: NumAdapters = None,
+    option: Options = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the server's answer as JSON; with --chat all messages at the end")
     ] = False,
@@ -140,7 +144,7 @@ def ask(
 ) -> None:
     """Stream the answer to a prompt, then print the adapters that gave it. With --chat, talk in several turns."""
     opening: list[JsonObject] = [] if system is None else [{"role": "system", "content": system}]
-    options = _options_of(abstain=abstain, strategy=strategy, k=k)
+    options = _options_of(strategy_options=read_options(option), abstain=abstain, strategy=strategy, k=k)
     body = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **options}
     if talks:
         _chat(url, body, opening, first=" ".join(prompt or ()), as_json=as_json)
@@ -220,6 +224,7 @@ def route(
     abstain: Abstain = None,
     strategy: Strategy = None,
     k: NumAdapters = None,
+    option: Options = None,
     tag: Annotated[
         list[str] | None, typer.Option("--tag", "-t", help="choose among adapters with this tag; repeatable")
     ] = None,
@@ -228,7 +233,7 @@ def route(
 ) -> None:
     """Show which adapters would answer a prompt, without generating. With --file, measure how often they are right."""
     if file is not None:
-        if prompt or any(option is not None for option in (abstain, strategy, k, tag)):
+        if prompt or any(each is not None for each in (abstain, strategy, k, option, tag)):
             raise typer.BadParameter(
                 "is measured with the server's defaults: leave out the prompt and options", param_hint="--file"
             )
@@ -237,7 +242,9 @@ def route(
         measure_routing(file, url, as_json=as_json)
         return
     wanted = {"tags": tag} if tag else None
-    options = _options_of(abstain=abstain, strategy=strategy, k=k, filter=wanted, explain=True)
+    options = _options_of(
+        strategy_options=read_options(option), abstain=abstain, strategy=strategy, k=k, filter=wanted, explain=True
+    )
     plan = call(url, "POST", "/v1/route", json={"prompt": _text_of(prompt), **options})["data"][0]
     if as_json:
         print_json(plan)

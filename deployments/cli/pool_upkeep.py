@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Column, Table
@@ -95,6 +95,57 @@ def _lines(done: Repaired) -> list[str]:
     if done.aside:
         lines.append(f"the damaged files are in {done.aside}")
     return [*lines, f"the pool has {done.num_adapters} adapters at generation {done.generation}"]
+
+
+Store = Annotated[str | None, typer.Option("--store", help="folder or URI of the pool, instead of a server's")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="new .tar file, or new store: a folder, s3:// or gs://")]
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapter", help="copy only this one, as NAME or OWNER/NAME; repeatable")
+]
+
+
+@commands.command()
+def export(
+    target: Target,
+    adapter: Adapters = None,
+    store: Store = None,
+    as_peft: Annotated[
+        bool, typer.Option("--peft", help="write a folder of PEFT folders, and pool.yaml for `publish --file`")
+    ] = False,
+    as_json: JsonOutcome = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Copy the pool as of one moment, with samples, versions, approvals and what was measured.
+
+    From a running server with a key that has the role admin: the adapters of its tenant. With --store: all, also while
+    servers run. Repeated after an interruption, it copies to a store only what is missing there.
+    """
+    from deployments.cli.pool_transfer import export_to  # pyarrow takes a second to import
+
+    export_to(target, adapter or [], store, url, as_peft=as_peft, as_json=as_json)
+
+
+@commands.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a .tar file of `pool export`, or a store")],
+    store: Annotated[str | None, typer.Option("--store", help="folder or URI to import into")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings that name it")] = None,
+    adapter: Adapters = None,
+    conflict: Annotated[
+        Literal["refuse", "skip", "replace"],
+        typer.Option(help="for a live name with another version: refuse all, leave it, or publish a new version of it"),
+    ] = "refuse",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what it would do, import nothing")] = False,
+    as_json: JsonOutcome = False,
+) -> None:
+    """Add the adapters of a copy to a store. Its servers may run: they see the adapters within seconds.
+
+    Every file is compared with its digest. Repeated after an interruption, it imports what is missing. Import only
+    copies that you trust: it does not validate adapters as publishing does.
+    """
+    from deployments.cli.pool_transfer import import_from  # pyarrow takes a second to import
+
+    import_from(source, adapter or [], store, config, conflict, is_dry=dry_run, as_json=as_json)
 
 
 @commands.command()

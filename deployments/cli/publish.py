@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -50,15 +50,19 @@ _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
 _SAMPLES_FILE = "lora_samples.jsonl"
-_SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
+SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One adapter to publish: a folder, or a URI that the server reads. `name`: if it is not the server's default."""
+    """One adapter to publish: a folder, or a URI that the server reads. `name`: if it is not the server's default.
+
+    `fields`: its own description, before the one of the command.
+    """
 
     place: Path | str
     name: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def is_source(self) -> bool:
@@ -77,6 +81,7 @@ class Item:
 
 
 Answered = tuple[Item, JsonObject]  # an item, and the status with the error or the result
+Refused = dict[str, list[tuple[Item, str]]]  # by reason, with the whole message
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class AdapterPublisher:
             items = again
 
     def _post_places(self, items: Sequence[Item]) -> list[JsonObject]:
-        adapters = [item.as_json() | self.fields for item in items]
+        adapters = [item.as_json() | self.fields | dict(item.fields) for item in items]
         response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
         if response.is_error:
             return [_refusal(response)] * len(items)
@@ -147,7 +152,8 @@ class AdapterPublisher:
             if self.samples is not None:
                 parts = [part for part in parts if part[1][0] != _SAMPLES_FILE]
                 parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
-            fields = {key: value if value != [] else "" for key, value in self.fields.items()}  # a form has no lists
+            given = {**self.fields, **item.fields}
+            fields = {key: value if value != [] else "" for key, value in given.items()}  # a form has no lists
             data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
@@ -167,7 +173,7 @@ class _Counted(io.FileIO):
 
 
 Places = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="FOLDER",
         help="adapter folders, folders of them, outputs of training runs, or URIs that the server may read: "
@@ -190,7 +196,14 @@ TimeToLive = Annotated[
 
 @commands.command()
 def publish(
-    places: Places,
+    places: Places = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="publish the adapters that this file lists, and report what it changes"),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="with --file: withdraw your live adapters that it does not list")
+    ] = False,
     name: Annotated[
         str | None, typer.Option("--name", "-n", help="name of the adapter; default: name of its folder")
     ] = None,
@@ -204,6 +217,10 @@ def publish(
     ] = None,
     public: Annotated[
         bool | None, typer.Option("--public/--private", help="whether all tenants may use it; default: unchanged")
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="accepted base model it was trained on; default: the one that its folder names"),
     ] = None,
     samples: TrainingFile = None,
     no_samples: Annotated[
@@ -236,30 +253,50 @@ def publish(
 
     A new version of a live name keeps its tags, template, visibility and samples unless they are given.
     """
+    visibility = None if public is None else "public" if public else "private"
+    tags = [] if no_tags else tag or None
+    given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
+    given |= {"share": None if share is None else share / 100, "shadow": shadow or None, "base_model": base_name}
+    given |= {"samples": [] if no_samples else None}
+    fields = {key: value for key, value in given.items() if value is not None}
+    _check_places(places, file, prune=prune, has_more=bool(fields or samples or config or parity))
+    if file is not None:
+        from deployments.cli.pool_file import publish_file  # pydantic takes half a second to import
+
+        publish_file(file, url, is_dry=dry_run, prunes=prune, upload=upload, as_json=as_json)
+        return
+    assert places
     if not dry_run and (config is not None or parity):
         raise typer.BadParameter("needs --dry-run", param_hint="--parity" if parity else "--config")
     if dry_run and (config is not None or parity or _is_alone(url)):
-        _check_alone(places, config, parity=parity, as_json=as_json)
+        _check_alone(places, config, base_name, parity=parity, as_json=as_json)
         return
     items = [item for place in places for item in _items_of(place)]
     _require_one(items, name, samples)
     _check_share(share, shadow)
     _check_cleared(tag, no_tags, samples, no_samples)
-    visibility = None if public is None else "public" if public else "private"
-    tags = [] if no_tags else tag or None
-    given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
-    given |= {"share": None if share is None else share / 100, "shadow": shadow or None}
-    given |= {"samples": [] if no_samples else None}
-    fields = {key: value for key, value in given.items() if value is not None}
     params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
     with client_of(url) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, content, sent)
-        # A server with keys does not read local paths by default.
-        by_path = is_this_machine(url) and not upload and not has_key() and content is None
-        send = publisher.by_path if by_path else publisher.by_upload
+        send = publisher.by_path if reads_paths(url, upload=upload) and content is None else publisher.by_upload
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
+
+
+def reads_paths(url: str, *, upload: bool) -> bool:
+    """Return whether the server reads folders itself. With keys it does not by default."""
+    return is_this_machine(url) and not upload and not has_key()
+
+
+def _check_places(places: Sequence[str] | None, file: Path | None, *, prune: bool, has_more: bool) -> None:
+    """Check that folders or a file are given. Raises: BadParameter."""
+    if prune and file is None:
+        raise typer.BadParameter("needs --file", param_hint="--prune")
+    if file is not None and (places or has_more):
+        raise typer.BadParameter("describes each adapter: leave out folders and other options", param_hint="--file")
+    if file is None and not places:
+        raise typer.BadParameter("is missing; give a folder, or --file", param_hint="FOLDER")
 
 
 def _is_alone(url: str) -> bool:
@@ -270,13 +307,16 @@ def _is_alone(url: str) -> bool:
     return True
 
 
-def _check_alone(places: Sequence[str], config: Path | None, *, parity: bool, as_json: bool) -> None:
+def _check_alone(
+    places: Sequence[str], config: Path | None, base_name: str | None, *, parity: bool, as_json: bool
+) -> None:
     """Check folders in this process. Exit with 1 if one is not fit. Raises: BadParameter for a source."""
-    if sources := [place for place in places if _SOURCE.match(place)]:
+    if sources := [place for place in places if SOURCE.match(place)]:
         raise typer.BadParameter(f"only a server can read {sources[0]}; start one, or give --url", param_hint="FOLDER")
     from deployments.cli.check_adapter import check_adapters  # the store's libraries take most of a second to import
 
-    if code := check_adapters([Path(place) for place in places], config, parity, as_json=as_json):
+    folders = [Path(place) for place in places]
+    if code := check_adapters(folders, config, parity, base_name=base_name, as_json=as_json):
         raise typer.Exit(code)
 
 
@@ -306,7 +346,7 @@ def _check_cleared(tag: list[str] | None, no_tags: bool, samples: Path | None, n
 
 def _items_of(place: str) -> list[Item]:
     """Return the adapters at `place`. A folder without any is sent as it is, so that the server says what it lacks."""
-    if _SOURCE.match(place):
+    if SOURCE.match(place):
         return [Item(place)]
     found = [Item(adapter.path, adapter.new_name) for adapter in adapter_folders(Path(place))]
     return found or [Item(Path(place))]
@@ -351,27 +391,22 @@ def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
 
 def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     """Print the outcome for each adapter, the refusals, and a summary of several. Return the number of failures."""
-    refused: dict[str, list[tuple[Item, str]]] = {}  # by reason, with the whole message
+    refused: Refused = {}
     warned: dict[str, list[str]] = {}  # names by warning
     started, by_name = time.monotonic(), 0
     for item, answer in track(
         answers, "publishing", total, console=err, transient=True, disable=total == 1 or not err.is_terminal
     ):
         if "error" in answer:
-            message = name_options(answer["error"]["message"])
-            refused.setdefault(message.removeprefix(f"adapter {item.label!r} refused: "), []).append((item, message))
+            note_refusal(refused, item, answer)
             continue
         by_name += not answer["found_by_auto"]
-        out.print(_outcome(answer, is_dry), markup=False)
+        out.print(describe_outcome(answer, is_dry), markup=False)
         for warning in answer.get("warnings", ()):
             warned.setdefault(warning, []).append(answer["name"])
     for warning, named in warned.items():
         show_warning(f"warning: {', '.join(named)}: {warning}")
-    for reason, same in refused.items():
-        if len(same) == 1:
-            show_error(_named(*same[0]))
-        else:
-            show_error(f"{len(same)} adapters refused: {reason}\n  {', '.join(item.label for item, _ in same)}")
+    show_refusals(refused)
     names = [item.label for same in refused.values() for item, _ in same]
     if total > 1:
         good = "fit to publish" if is_dry else "live"
@@ -385,7 +420,22 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
     return len(names)
 
 
-def _outcome(answer: JsonObject, is_dry: bool) -> str:
+def note_refusal(refused: Refused, item: Item, answer: JsonObject) -> None:
+    """Add a refused adapter to those with the same reason."""
+    message = name_options(answer["error"]["message"])
+    refused.setdefault(message.removeprefix(f"adapter {item.label!r} refused: "), []).append((item, message))
+
+
+def show_refusals(refused: Refused) -> None:
+    """Print each reason once, with the adapters that it concerns."""
+    for reason, same in refused.items():
+        if len(same) == 1:
+            show_error(_named(*same[0]))
+        else:
+            show_error(f"{len(same)} adapters refused: {reason}\n  {', '.join(item.label for item, _ in same)}")
+
+
+def describe_outcome(answer: JsonObject, is_dry: bool) -> str:
     notes = [] if answer["found_by_auto"] else ["by name only: add lora_samples.jsonl or description.txt for auto"]
     if "expires_at" in answer:
         notes = [f"by name only, until {answer['expires_at'][:19]} UTC"]
@@ -403,11 +453,11 @@ def _outcome(answer: JsonObject, is_dry: bool) -> str:
 def _label_notes(answer: JsonObject) -> Iterator[str]:
     """Yield what the new version kept of the one that was live before, and what changed."""
     kept, changed = answer.get("kept", {}), answer.get("changed", {})
-    for field in ("tags", "template", "visibility", "samples"):
-        if field in changed:
-            yield f"{field}: {_shown(field, changed[field]['to'])} (was {_shown(field, changed[field]['from'])})"
-        elif kept.get(field) and kept[field] != "public":
-            yield f"{field}: {_shown(field, kept[field])} (kept)"
+    for name in ("tags", "template", "visibility", "samples"):
+        if name in changed:
+            yield f"{name}: {_shown(name, changed[name]['to'])} (was {_shown(name, changed[name]['from'])})"
+        elif kept.get(name) and kept[name] != "public":
+            yield f"{name}: {_shown(name, kept[name])} (kept)"
 
 
 def _shown(field: str, value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -79,7 +80,7 @@ class AppConfig(Settings):
     a server with another value has another pool."""
     cache_dir: Path = DEFAULT_CACHE_DIR
     """Where converted models, compiled kernels and copies of weights are kept. Set it to a disk with room; everything
-    in it is made again when it is missing."""
+    in it is made again when it is missing, except the usage of the last seconds, which is on its way to the pool."""
     template: Literal["auto", "alpaca", "chat"] = "auto"
     """The prompt template of chats. `auto` is the base model's own chat template, or Alpaca's if it has none. Set the
     one that your adapters were trained with; another one makes answers poor."""
@@ -149,6 +150,12 @@ class AppConfig(Settings):
     """Whether prompts of clients are kept to learn from. `observe` proposes prompts of requests that name an adapter as
     samples to its owner, keeps prompts of other requests for a day, and counts outcomes. `apply` also lets outcomes
     change which adapters `auto` chooses for their own tenant. `off` keeps no prompt."""
+    usage_days: int = Field(default=400, ge=0, le=36_500)
+    """Days that the usage of each request is kept in the pool, by tenant, key and adapter, without its prompt. Set what
+    your accounting needs; 0 records nothing."""
+    tenant_metrics: int = Field(default=0, ge=0, le=10_000)
+    """How many tenants have counters of their own in the metrics of one Ingress replica; the others share one. Raise it
+    for dashboards and alerts by tenant; each tenant adds four series."""
     preload: tuple[Path, ...] = ()
     """Adapter folders, or folders of adapter folders. The start publishes those whose names have no live version for
     the served base model."""
@@ -384,6 +391,13 @@ class AppConfig(Settings):
         if self.disk_cache_bytes == 0 or Location(self.store_uri).is_local:
             return None
         return self.cache_dir / "weights", self.disk_cache_bytes
+
+    @property
+    def usage_folder(self) -> Path | None:
+        """The folder of this machine for usage events on their way to the pool; None where none are recorded."""
+        if self.usage_days == 0:
+            return None
+        return self.cache_dir / "usage" / hashlib.sha256(self.store_uri.encode()).hexdigest()[:16]
 
     @property
     def workers_scale_to_zero(self) -> bool:

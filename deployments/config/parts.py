@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_store import Limits
+from lora_store import MAX_PLAN_ADAPTERS, STRATEGIES, Limits, RoutedStrategy
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import EncoderDtype
 from retriever_svc.encoder_files import DEFAULT_MODEL as DEFAULT_ENCODER
-from retriever_svc.route import Weighting
+from retriever_svc.weightings import Weighting
 
 
 class Settings(BaseModel):
@@ -47,6 +47,9 @@ class SamplingDefaults(Settings):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     """Divides the logits of tokens that the prompt or the answer has. 1 changes nothing; raise it for a base model that
     repeats itself."""
+    max_repeats: int | None = Field(default=None, ge=0, lt=2**31)
+    """End an answer once it repeats a passage of up to 64 tokens more than this many times in a row. 0 does not look.
+    Set it for a small base model, which may repeat a sentence until `max_tokens`."""
 
     @property
     def given(self) -> dict[str, float]:
@@ -65,9 +68,11 @@ class RetrievalSettings(Settings):
     encoder_dtype: EncoderDtype = "auto"
     """How the encoder computes. `auto` is OpenVINO, in bfloat16 where the processor has it; `float32` is torch. Set
     `float32` where vectors of different machines are compared; encoding then takes longer."""
-    strategy: Literal["selection", "mixture", "fusion"] = "mixture"
+    strategy: RoutedStrategy = "mixture"
     """How adapters are composed. Change it when `loraretriever pool evaluate` shows better answers on your pool."""
-    k: int = Field(default=3, ge=1, le=16)
+    strategy_options: dict[str, float] = {}
+    """Values for options of the strategy, by name. Set them where the strategy's own defaults do not suit your pool."""
+    k: int = Field(default=3, ge=1, le=MAX_PLAN_ADAPTERS)
     """How many adapters are retrieved. Raise it where several adapters help with one prompt; each costs time."""
     weights: Weighting = "evidence"
     """How scores become weights. With `evidence`, companions of another function get at most a third of the best
@@ -88,3 +93,8 @@ class RetrievalSettings(Settings):
     max_waiting: int = Field(default=4096, ge=256)
     """Texts in the queue of one replica's encoder, which tenants share fairly. Above it the answer is 503. Raise it for
     bursts; prompts then wait longer."""
+
+    @model_validator(mode="after")
+    def _options_of_the_strategy(self) -> Self:
+        STRATEGIES[self.strategy].read_options(self.strategy_options, {})
+        return self

@@ -7,13 +7,16 @@ import { codeBlocks } from "./snippets.js";
 
 const NUM_SAMPLES = 8;
 let shown = null; // the adapter, as the server describes it
-let handlers = { onAsk: () => {}, onChange: () => {} };
+let handlers = { onAsk: () => {}, onChange: () => {}, onCompare: () => {} };
 
 export function start(callbacks) {
   handlers = callbacks;
   byId("adapter-ask").addEventListener("click", () => handlers.onAsk(shown.id, ""));
   byId("adapter-approve").addEventListener("click", approve);
   byId("adapter-withdraw").addEventListener("click", withdraw);
+  byId("trial-form").addEventListener("submit", (event) => { event.preventDefault(); setTrial(Number(byId("trial-percent").value) / 100); });
+  byId("trial-stop").addEventListener("click", () => setTrial(0));
+  byId("trial-promote").addEventListener("click", () => rollback(shown.trial.digest));
   byId("adapter-accept-all").addEventListener("click", () => decide("accept"));
 }
 
@@ -50,6 +53,7 @@ function show(adapter) {
   const none = adapter.num_samples ? "Only its owner sees its samples." : "It has no samples, so auto cannot find it: use it by name.";
   sayOrHide("adapter-samples-note", adapter.samples.length ? "" : none);
   byId("adapter-versions").replaceChildren(...adapter.versions.map((version) => versionRow(version, isOwn)));
+  showTrial(adapter, isOwn);
   const prompt = adapter.samples[0]?.input ?? "Hello";
   const request = { model: adapter.id, messages: [{ role: "user", content: prompt }], max_tokens: 128, temperature: 0 };
   byId("adapter-code").replaceChildren(...codeBlocks(request));
@@ -80,17 +84,39 @@ function sampleRow({ input, output }) {
     element("span", {}, input), output === null ? null : element("small", {}, `→ ${output}`)));
 }
 
+/** Shows the form that tries a kept version, for the owner. */
+function showTrial({ versions, trial }, isOwn) {
+  const kept = versions.filter(({ state }) => state !== "live");
+  byId("trial-form").hidden = !isOwn || !kept.length;
+  byId("trial-promote").hidden = byId("trial-stop").hidden = !trial;
+  const isTried = (digest) => digest === trial?.digest;
+  byId("trial-version").replaceChildren(...kept.map(({ digest }) => element("option", { value: digest, selected: isTried(digest) }, digest.slice(0, 12))));
+  if (!trial) return;
+  byId("trial-percent").value = 100 * trial.share;
+  byId("trial-shadow").checked = trial.shadow;
+}
+
+/** Lets the chosen version answer this share of the requests; 0 ends the trial. */
+async function setTrial(share) {
+  const body = share ? { digest: byId("trial-version").value, share, shadow: byId("trial-shadow").checked } : { share };
+  await change(async () => (await post(`${path()}/share`, body)).generation, () => open(shown.id));
+}
+
 function versionRow({ digest, state, created_at, actor, source }, isOwn) {
   const isKept = state !== "live";
   const button = isKept && isOwn
-    ? element("button", { type: "button", class: "small", "aria-label": `Make live: version ${digest.slice(0, 12)}`, onclick: () => rollback(digest, created_at) }, "Make live")
+    ? element("button", { type: "button", class: "small", "aria-label": `Make live: version ${digest.slice(0, 12)}`, onclick: () => rollback(digest) }, "Make live")
+    : null;
+  const short = digest.slice(0, 12), id = shown.id;
+  const compare = isKept
+    ? element("button", { type: "button", class: "small", "aria-label": `Compare version ${short} with the live one`, onclick: () => handlers.onCompare([id, `${id}@${short}`], shown.samples[0]?.input) }, "Compare")
     : null;
   const note = state === "kept" ? null : state;
   return element("tr", {},
     element("th", { scope: "row" }, element("code", {}, digest.slice(0, 12))),
     element("td", { title: created_at }, ago(created_at)),
     element("td", { class: "wide" }, [actor, source].filter(Boolean).join(", ")),
-    element("td", { class: "actions" }, note, " ", button));
+    element("td", { class: "actions" }, note, " ", compare, " ", button));
 }
 
 /** Shows the adapters that are nearest to its first sample. */
@@ -132,8 +158,10 @@ async function decide(action, ids) {
 
 const path = () => `v1/loras/${encodeURIComponent(shown.id)}`;
 
-async function rollback(digest, createdAt) {
-  const text = `Version ${digest.slice(0, 12)}, published ${ago(createdAt)}, becomes live for the next request. The current version is kept.`;
+async function rollback(digest) {
+  const createdAt = shown.versions.find((version) => version.digest === digest)?.created_at;
+  const published = createdAt ? `, published ${ago(createdAt)},` : "";
+  const text = `Version ${digest.slice(0, 12)}${published} becomes live for the next request. The current version is kept.`;
   if (!(await confirmed(`Roll back ${shown.id}?`, text, "Roll back"))) return;
   await change(async () => (await post(`${path()}/rollback`, { digest })).generation, () => open(shown.id));
 }

@@ -9,6 +9,7 @@ import { showPlan } from "./plan.js";
 import { showCode } from "./snippets.js";
 
 const WHY_NOTE = "Shows which adapters answer, and why.";
+const policies = new Set(); // model names that the list showed
 let chat = newChat();
 let running = null; // the AbortController of the streaming answer
 let explained = null; // the turn whose plan is shown
@@ -63,18 +64,20 @@ export function askAgain(model) {
   if (turn) ask(turn.prompt);
 }
 
-/** Disables the options of retrieval unless the model is `auto`. */
+/** Disables the options of retrieval unless the model is `auto`, or a name that stands for a policy. */
 function updateOptions() {
-  const isAuto = byId("model").value.trim() === "auto";
+  const model = byId("model").value.trim(), isAuto = model === "auto" || policies.has(model);
   for (const id of ["strategy", "k", "abstain", "filter-tags"]) byId(id).disabled = !isAuto;
 }
 
 async function suggest() {
   const typed = byId("model").value.trim();
   try {
-    const found = await read(`v1/loras?limit=20&search=${encodeURIComponent(typed === "auto" ? "" : typed)}`, { quietly: true });
-    const names = ["auto", byId("base-model").textContent, ...found.data.map((adapter) => adapter.id)];
-    byId("models").replaceChildren(...names.filter(Boolean).map((name) => element("option", { value: name })));
+    const { data } = await read(`v1/models?limit=20&name=${encodeURIComponent(typed === "auto" ? "" : typed)}`, { quietly: true });
+    for (const { id, root } of data) if (root.startsWith(`${id}@`)) policies.add(id);
+    const names = new Set(["auto", byId("base-model").textContent, ...data.map(({ id }) => id)].filter(Boolean));
+    byId("models").replaceChildren(...[...names].map((name) => element("option", { value: name })));
+    updateOptions();
   } catch {
     // suggestions are optional: the user can type the model
   }

@@ -1,15 +1,17 @@
 // Connects the parts of the page, and shows the view that the address names.
 
 import * as adapter from "./adapter.js";
+import { read } from "./api.js";
 import * as ask from "./ask.js";
 import * as compare from "./compare.js";
-import { byId } from "./dom.js";
+import { byId, element } from "./dom.js";
 import * as key from "./key.js";
 import * as map from "./map.js";
 import * as plan from "./plan.js";
 import * as pool from "./pool.js";
 import * as publish from "./publish.js";
 import * as stats from "./stats.js";
+import * as usage from "./usage.js";
 
 const VIEWS = ["ask", "compare", "adapters", "adapter", "publish", "status"];
 let generation = 0; // the newest generation shown
@@ -35,6 +37,13 @@ function seen(shown) {
   generation = Math.max(generation, shown);
 }
 
+/** Offers the strategies that the server lists, in Ask and in Compare. Without a key that it needs, nothing changes. */
+async function offerStrategies() {
+  const { strategies } = await read("v1/models/auto", { quietly: true }).catch(() => ({ strategies: {} }));
+  byId("strategy").replaceChildren(byId("strategy").options[0], ...Object.keys(strategies).map((name) => element("option", {}, name)));
+  compare.offer(strategies);
+}
+
 /** Shows the view of the address, such as `#compare` or `#adapter/NAME`. */
 function show() {
   const [view, ...rest] = location.hash.slice(1).split("/");
@@ -49,6 +58,7 @@ function show() {
   const title = current === "adapter" ? decodeURIComponent(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
   document.title = `${title} · LoraRetriever`;
   if (current === "adapter") adapter.open(title);
+  if (current === "status" && !byId("usage").hidden) usage.refresh();
 }
 
 /** Shows the view `ask` with this model and prompt. */
@@ -63,11 +73,14 @@ plan.start({ onAsk: ask.askAgain });
 map.start({ onChoose: (name) => { location.hash = `adapter/${encodeURIComponent(name)}`; } });
 ask.start({ onPlan: (prompt, chosen) => map.place(prompt, chosen?.adapters.map((one) => one.name) ?? [], follow) });
 compare.start();
+offerStrategies();
 pool.start({ onShown: seen });
-adapter.start({ onAsk: use, onChange: follow });
+adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; } });
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
-stats.start({ onGeneration: follow });
+usage.start();
+stats.start({ onGeneration: follow, onAdmin: (isAdmin) => { if (isAdmin && !byId("view-status").hidden) usage.refresh(); } });
 key.start(() => {
+  offerStrategies();
   showAll();
   stats.refresh();
 }, ask.offerToClear);

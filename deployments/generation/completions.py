@@ -15,9 +15,11 @@ from typing import TypeVar
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from deployments.api.anthropic_request import CountTokensRequest
 from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
+from deployments.api.names import BoundName
 from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
@@ -25,10 +27,11 @@ from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
 from deployments.config.served_model import ServedModel
 from deployments.generation.notes import PromptNotes
-from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens
+from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
+from deployments.observability.usage import UsageLog
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 
@@ -36,6 +39,7 @@ WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
 # The server did not start the job, so its prompt is not charged.
 NO_ROOM = (EngineFull, WaitedTooLong, AdapterLoadFailed, BackPressureError, DeploymentUnavailableError)
 T = TypeVar("T")
+R = TypeVar("R", bound=GenerationRequest)
 _ONLY = "0"  # the answer of a request that generates none
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices share a seed
 _SEEDS = 2**63
@@ -210,8 +214,12 @@ def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class StartedCompletion:
-    """A planned request. Closing `held` releases its reservations against the limits of its key."""
+    """A planned request, with the fields that it got from the policy of a model name.
 
+    Closing `held` releases its reservations against the limits of its key.
+    """
+
+    request: GenerationRequest
     answer: Answer
     rows: Sequence[RowStream]
     include_usage: bool  # at the end of a stream
@@ -231,13 +239,14 @@ class CompletionService:
         limits: StreamLimits,
         shadows: Shadows,
         notes: PromptNotes,
+        usage_log: UsageLog,
         *,
         is_strict: bool = False,
     ) -> None:
         """`is_strict`: refuse unknown fields instead of ignoring them."""
         self._model, self._authenticator, self._planner, self._is_strict = model, authenticator, planner, is_strict
         self._gate, self._worker, self._limits, self._shadows = gate, worker, limits, shadows
-        self._notes = notes
+        self._notes, self._usage_log = notes, usage_log
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
@@ -245,9 +254,9 @@ class CompletionService:
         async with within(deadline):
             if self._is_strict:
                 refuse_ignored(request)
-            context.ignored = ignored_fields(request)
+            context.ignored, context.model, context.num_choices = ignored_fields(request), request.model, request.n
+            request, questions, bound = await bind(self._planner, request, caller.tenant)
             sampling, include_usage = request.sampling(), request.include_usage
-            questions: Sequence[Question] = request.questions()
             check_limits(request, questions, self._model)
             with ExitStack() as stack:
                 work = self._planner.work_of(request, questions)
@@ -256,6 +265,7 @@ class CompletionService:
                     questions = await self._with_texts(request, questions, caller.tenant)
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
                 context.record_versions(plans)
+                plans = plans if bound is None else bound.explained(plans)
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
                 answer = _answer_to(request, questions, plans, caller, context)
                 template = self._model.template
@@ -279,16 +289,34 @@ class CompletionService:
                 ]
                 if any(planned.shadow for planned in plans):
                     self._shadows.start(jobs[:: request.n], plans, deadline)
-                return StartedCompletion(answer, rows, include_usage, stack.pop_all())
+                return StartedCompletion(request, answer, rows, include_usage, stack.pop_all())
+
+    async def count_tokens(self, request: CountTokensRequest, caller: Caller, context: RequestContext) -> int:
+        """Return how many tokens a conversation has with its tools, as a chat would render it."""
+        found = await self._tokenize(request.question(), "messages", caller, context)
+        return len(found.ids)
 
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
         """Return the tokens of a text, or of a conversation as a chat would render it."""
+        field = "prompt" if request.messages is None else "messages"
+        options = request.add_special_tokens, request.return_token_strs
+        return await self._tokenize(request.question(), field, caller, context, *options)
+
+    async def _tokenize(
+        self,
+        question: Question,
+        field: str,
+        caller: Caller,
+        context: RequestContext,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
+    ) -> Tokenized:
         deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
-        question, field = request.question(), "prompt" if request.messages is None else "messages"
         assert not isinstance(question.prompt, TokenIds)
         check_tokenized(question.prompt, field, self._model)
-        num_read = 0 if request.messages is None else self._planner.tokens_read(question)
-        work = Work(num_tokens=prompt_tokens(question.prompt), num_read=num_read, tokens_field=field)
+        num_read = 0 if isinstance(question.prompt, str) else self._planner.tokens_read(question)
+        num_tokens = prompt_tokens(question.prompt) + tool_tokens(question)
+        work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
             template = await self._template_of(question, caller, context, deadline)
             async with within(deadline):
@@ -298,8 +326,9 @@ class CompletionService:
                         caller.tenant,
                         question.prompt,
                         template,
-                        request.add_special_tokens,
-                        request.return_token_strs,
+                        add_special_tokens,
+                        with_texts,
+                        question.tools,
                     )
             usage.saw(_ONLY, 0, len(found.ids), 0)
             return found
@@ -319,6 +348,13 @@ class CompletionService:
 
     async def _template_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> str:
         """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
+        async with within(deadline):
+            named = await self._planner.named(question.model, caller.tenant)
+        if named is not None:
+            policy = BoundName.of(named, question, caller.tenant).policy
+            if policy.template is not None:
+                return policy.template
+            question = replace(question, model=policy.model, lora=policy.lora)
         if question.model == AUTO and not isinstance(question.prompt, tuple):
             return self._model.template  # without messages no template applies
         async with within(deadline):
@@ -359,6 +395,7 @@ class CompletionService:
                         with_text.add(index)
                     is_empty = delta.finish_reason is not None and index not in with_text
                     yield started.answer.chunk(index, delta, is_first=is_first, is_empty=is_empty)
+        self._usage_log.record(started.rows[0].context, 200)  # before the client can take the answer for complete
         if started.include_usage:
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 
@@ -375,6 +412,20 @@ class CompletionService:
         await self._gate.ready()
         texts = iter(await self._worker.detokenize(tenant, prompts, True))
         return [replace(question, text=next(texts)) if question.text is None else question for question in questions]
+
+
+async def bind(planner: Planner, request: R, tenant: str) -> tuple[R, Sequence[Question], BoundName | None]:
+    """Return the request and its questions by the policy of its model name, if `model` is one, and that policy.
+
+    Raises: ModelNotFound, RequestInvalid, StaleIndex.
+    """
+    named = await planner.named(request.model, tenant, request.lora.min_generation)
+    questions = request.questions()
+    if named is None:
+        return request, questions, None
+    bound = BoundName.of(named, questions[0], tenant)
+    filled = bound.filled(request)
+    return filled, bound.questions(filled), bound
 
 
 def _echoes(request: GenerationRequest) -> bool:

@@ -20,7 +20,7 @@ from lora_store.lru_cache import LruCache
 from retriever_svc.encoder import MAX_CHARS
 
 PAUSE_S = 60.0  # between two proposals of one key for one adapter
-MAX_ASKED = 20  # prompts of routed requests in one second
+MAX_ASKED = 20  # prompts of routed requests of one tenant in one second
 MAX_RUNNING = 32  # writes at once; more are dropped
 _MAX_REMEMBERED = 4096
 
@@ -38,7 +38,8 @@ class PromptNotes:
     ) -> None:
         self._store, self._background, self._is_on, self._clock = store, background, is_on, clock
         self._proposed_at: LruCache[tuple[str, str, str], float] = LruCache(_MAX_REMEMBERED)
-        self._second, self._num_asked, self._num_running = 0, 0, 0
+        self._asked: LruCache[str, tuple[int, int]] = LruCache(_MAX_REMEMBERED)  # by tenant, a second and its prompts
+        self._num_running = 0
 
     def note(self, question: Question, planned: Planned, caller: Caller, request_id: str) -> None:
         """Note the prompt of one request in the background, if it may be kept."""
@@ -47,7 +48,7 @@ class PromptNotes:
             return
         rows = planned.plan.adapters
         if planned.reason is not None:
-            if self._has_room():
+            if self._has_room(caller.tenant):
                 asked = Feedback.of_request(request_id, text, None, caller.key_id)
                 self._start(self._store.put_feedback(caller.tenant, "asked", asked))
         elif _names_adapter(question) and len(rows) == 1 and rows[0].ref.tenant == caller.tenant:
@@ -58,11 +59,12 @@ class PromptNotes:
                 proposed = Feedback.proposed(text, name, caller.key_id)
                 self._start(self._store.put_feedback(caller.tenant, "proposed", proposed))
 
-    def _has_room(self) -> bool:
+    def _has_room(self, tenant: str) -> bool:
         second = int(self._clock())
-        self._num_asked = self._num_asked + 1 if second == self._second else 1
-        self._second = second
-        return self._num_asked <= MAX_ASKED
+        last, num_asked = self._asked.get(tenant) or (second, 0)
+        num_asked = num_asked + 1 if second == last else 1
+        self._asked.put(tenant, (second, num_asked))
+        return num_asked <= MAX_ASKED
 
     def _start(self, write: Awaitable[None]) -> None:
         self._num_running += 1

@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from deployments.api.base import LoraOptions, PlanGiven
-from deployments.api.completions import GenerationRequest, Question
+from deployments.api.completions import GenerationRequest, PolicyFields, Question
+from deployments.api.names import NamePolicy
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
@@ -22,12 +24,13 @@ from deployments.observability.tracing import tracer
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
-from lora_store import BASE_PLAN, AdapterNotFound, AdapterRef, Plan, Strategy
+from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
 from retriever_svc.views import tokens_routed
 
 AUTO = "auto"
+P = TypeVar("P", bound=PolicyFields)
 _CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
 _TOKENIZED_CHARS_PER_TOKEN = 8  # of the context: more than any text of a natural language has
 
@@ -39,12 +42,13 @@ def check_limits(request: GenerationRequest, questions: Sequence[Question], mode
     """
     for question in questions:
         check_prompt(question.prompt, model, _num_tool_chars(question))
-    wanted = request.token_limit
-    if wanted is not None and wanted > model.max_new_tokens:
-        raise RequestInvalid(f"max_tokens: at most {model.max_new_tokens}, got {wanted}", "max_tokens")
-    if request.min_tokens > model.max_new_tokens:
-        message = f"min_tokens: at most {model.max_new_tokens}, got {request.min_tokens}"
-        raise RequestInvalid(message, "min_tokens")
+    _check_new_tokens(request.token_limit, request.min_tokens, model)
+
+
+def _check_new_tokens(max_tokens: int | None, min_tokens: int, model: ServedModel) -> None:
+    for field, wanted in (("max_tokens", max_tokens), ("min_tokens", min_tokens)):
+        if wanted is not None and wanted > model.max_new_tokens:
+            raise RequestInvalid(f"{field}: at most {model.max_new_tokens}, got {wanted}", field)
 
 
 def check_texts(texts: Iterable[str], model: ServedModel) -> None:
@@ -65,6 +69,11 @@ def _num_tool_chars(question: Question) -> int:
 def prompt_tokens(prompt: Prompt) -> int:
     """Return how many tokens a prompt has: of text about a quarter of its characters, rounded up."""
     return len(prompt.ids) if isinstance(prompt, TokenIds) else math.ceil(_num_chars(prompt) / _CHARS_PER_TOKEN)
+
+
+def tool_tokens(question: Question) -> int:
+    """Return about how many tokens the question's tools have."""
+    return math.ceil(_num_tool_chars(question) / _CHARS_PER_TOKEN)
 
 
 def _check_chars(num_chars: int, model: ServedModel) -> None:
@@ -98,10 +107,47 @@ def _num_chars(prompt: str | tuple[Message, ...]) -> int:
 
 
 class Planner:
-    """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name."""
+    """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name.
+
+    A model name was replaced by its policy before; no adapter is called like one.
+    """
 
     def __init__(self, model: ServedModel, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
         self._model, self._defaults, self._retriever = model, defaults, retriever
+
+    async def named(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
+        """Return the newest policy of a model name, None for any other model. Raises: ModelNotFound, StaleIndex."""
+        if model == AUTO or self._model_name(model) != model:
+            return None
+        return next(iter(await self._retriever.policies(tenant, model, min_generation)), None)
+
+    async def settle(self, policy: NamePolicy, tenant: str) -> NamePolicy:
+        """Return a policy with the owners of its adapters, so that it means the same for every tenant.
+
+        Raises: ModelNotFound, AdapterNotFound, AdapterIncompatible, PlanInvalid, RequestInvalid if no request could be
+        planned by it.
+        """
+        settled = await self._with_owners(policy, tenant)
+        if policy.variant is not None:
+            settled = settled.model_copy(update={"variant": await self._with_owners(policy.variant, tenant)})
+        return settled
+
+    async def _with_owners(self, policy: P, tenant: str) -> P:
+        _check_new_tokens(policy.max_tokens, policy.min_tokens, self._model)
+        given, name = policy.lora.adapters or [], self._model_name(policy.model)
+        if name == AUTO and not given:
+            return policy
+        [planned] = await self._plan_alike([Question("", "", policy.model, policy.lora)], tenant)
+        names = [
+            f"{row.ref.tenant}/{row.ref.name}" + (f"@{row.ref.digest}" if "@" in wanted else "")
+            for row, wanted in zip(
+                planned.plan.adapters, [choice.name for choice in given] or [name or ""], strict=False
+            )
+        ]
+        if not given:
+            return policy.model_copy(update={"model": names[0]}) if names else policy
+        adapters = [choice.model_copy(update={"name": name}) for choice, name in zip(given, names, strict=True)]
+        return policy.model_copy(update={"lora": policy.lora.model_copy(update={"adapters": adapters})})
 
     def work_of(self, request: GenerationRequest, questions: Sequence[Question]) -> Work:
         """Return how much the request asks for. Raises: ModelNotFound.
@@ -109,7 +155,7 @@ class Planner:
         An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
         """
         num_new = EXPECTED_NEW_TOKENS if request.token_limit is None else request.token_limit
-        num_tools = [math.ceil(_num_tool_chars(item) / _CHARS_PER_TOKEN) for item in questions]
+        num_tools = map(tool_tokens, questions)
         num_tokens = sum(prompt_tokens(item.prompt) + request.n * num_new for item in questions)
         return Work(
             num_rows=len(questions) * request.n,
@@ -261,10 +307,15 @@ class Planner:
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
     ) -> RouteRequest:
         defaults = self._defaults
+        strategy = options.strategy or defaults.strategy
+        try:
+            chosen = STRATEGIES[strategy].read_options(options.strategy_options or {}, defaults.strategy_options)
+        except ValueError as exc:
+            raise RequestInvalid(f"lora.strategy_options: {exc}", "lora.strategy_options") from exc
         return RouteRequest(
             text=(options.query or text)[:MAX_CHARS],
             tenant=tenant,
-            strategy=options.strategy or defaults.strategy,
+            strategy=strategy,
             top_k=options.k or defaults.k,
             weighting=options.weights or defaults.weights,
             min_score=options.min_score,
@@ -274,6 +325,7 @@ class Planner:
             preferred=preferred,
             abstain=options.abstain,
             shows_samples=options.explain,
+            options=chosen,
         )
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
+from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
+from ray.exceptions import RayError
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,20 +25,26 @@ from deployments.http.routes import (
     embeddings,
     maintenance,
     models,
+    names,
     outcomes,
     pool_map,
     status,
     vllm,
 )
+from deployments.observability.usage import UsageLog
+from lora_store import StoreUnavailable
 
 # Serve traces every call already: FastAPI's own spans would duplicate its spans.
+_LAST_SEND_S = 5.0  # what is not sent stays on the machine, for the next replica there
 _TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
-_METHODS = ["GET", "POST", "PATCH", "DELETE"]
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _EXPOSED = [
     *("x-request-id", "retry-after", "x-ignored-fields", "x-ignored-headers"),
+    *(f"x-ratelimit-{name}-{kind}" for name in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
     *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason", "x-lora-why"),
+    "x-lora-policy",
 ]
-_ROUTES = (completions, embeddings, models, adapters, vllm, maintenance, pool_map, status, console, outcomes)
+_ROUTES = (completions, embeddings, models, names, adapters, vllm, maintenance, pool_map, status, console, outcomes)
 
 
 def build_api(services: Services) -> Api:
@@ -45,12 +55,26 @@ def build_api(services: Services) -> Api:
         redoc_url=None,
         telemetry=_TELEMETRY,
         middleware=middleware_of(services),
+        lifespan=partial(_sending_usage, services.usage_log),
     )
     app.state.services = services
     install_error_handlers(app)
     for routes in _ROUTES:
         app.include_router(routes.router)
     return app
+
+
+@asynccontextmanager
+async def _sending_usage(usage_log: UsageLog, _: FastAPI) -> AsyncIterator[None]:
+    """Send usage to the pool while the replica runs, and once more when it stops. Serve calls this."""
+    sending = asyncio.create_task(usage_log.keep_sending())
+    try:
+        yield
+    finally:
+        sending.cancel()
+        with suppress(StoreUnavailable, TimeoutError, RayError, asyncio.CancelledError):
+            async with asyncio.timeout(_LAST_SEND_S):
+                await usage_log.send_all()
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
@@ -72,7 +96,8 @@ def middleware_of(services: Services) -> list[Middleware]:
     """Return the middleware in the order in which a request passes it. No other place decides this order."""
     limit_of = partial(max_body_bytes, services.config.max_upload_bytes)
     return [
-        Middleware(RequestContextMiddleware, metrics=services.metrics),  # outermost: every answer has an id
+        # outermost: every answer has an id
+        Middleware(RequestContextMiddleware, metrics=services.metrics, usage_log=services.usage_log),
         *_cors(services.config.cors_origins),  # outside the others, so that a page can read refusals
         Middleware(
             Admission, rules=services.config, authenticator=services.authenticator, in_flight=services.in_flight

@@ -24,6 +24,7 @@ from deployments.http.middleware import is_loopback
 from deployments.http.readiness import Readiness
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
+from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import Evaluator
 from deployments.publishing.learning import Learning
 from deployments.publishing.preload import Preload
@@ -50,6 +51,7 @@ class Services:
     readiness: Readiness
     stats: StatsReader
     metrics: RequestMetrics
+    usage_log: UsageLog
     background: Background
     in_flight: InFlight
     bodies: ByteBudget

@@ -1,4 +1,4 @@
-"""Answer every error of every route in the shape of the OpenAI API."""
+"""Answer every error in the shape of the OpenAI API, and below `/v1/messages` in that of Anthropic's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from deployments.api.anthropic_answer import anthropic_error
 from deployments.api.error_table import describe, http_error_object, response_headers, validation_error
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext, context_of, path_of
@@ -22,7 +23,6 @@ _INSTEAD = {
     "/api/generate": "use /v1/completions",
     "/api/tags": "use /v1/models",
     "/api/embed": "use /v1/embeddings",
-    "/v1/messages": "use /v1/chat/completions, or LiteLLM's proxy in front",
 }
 
 
@@ -30,12 +30,18 @@ class ErrorResponse(JSONResponse):
     """An error object as a response. Its code goes into the request's context when it is sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context_of(scope).code = self.code
-        await super().__call__(scope, receive, send)
+        context = context_of(scope)
+        context.code = self.code
+        if path_of(scope).startswith("/v1/messages"):  # also what the middleware refuses
+            body = anthropic_error(self.status_code, self._error, context.request_id)
+            await JSONResponse(body, self.status_code, self._sent)(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def __init__(self, body: JsonObject, status: int, headers: dict[str, str] | None = None) -> None:
         super().__init__(body, status, headers)
-        self.code: str = body["error"]["code"]
+        self._error, self._sent = body["error"], headers
+        self.code: str = self._error["code"]
 
 
 def error_response(error: Exception) -> ErrorResponse:

@@ -25,7 +25,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.auth.authenticator import Authenticator, InFlight
 from deployments.errors import HostRefused, OriginRefused
 from deployments.http.error_responses import error_response
-from deployments.observability.request_metrics import CONTEXT_KEY, RequestContext, RequestMetrics, context_of, path_of
+from deployments.observability.request_metrics import (
+    CLIENT_LEFT,
+    CONTEXT_KEY,
+    RequestContext,
+    RequestMetrics,
+    context_of,
+    path_of,
+)
+from deployments.observability.usage import UsageLog
 
 _HEADER = "x-request-id"
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes part of the answer's id and of a log line
@@ -35,6 +43,7 @@ _PROBES = ("/health", "/ready")  # probes: always answered, never reported
 _NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
 # The other routes show nothing of the pool: health, the description of the API, the console's page.
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
+_UNCOUNTED = "/v1/models"  # clients and load balancers poll it
 # Headers that proxies, load balancers and content delivery networks add, in addition to all x-forwarded- headers.
 PROXY_HEADERS = frozenset(
     {
@@ -69,14 +78,15 @@ class RequestContextMiddleware:
     """ASGI middleware: create the request's context, and report it when the last byte of the answer is sent.
 
     It must be the outermost, so that the refusals of all others carry an id and are reported. A client's id is kept if
-    it is short and plain; otherwise the request gets a new one.
+    it is short and plain; otherwise the request gets a new one. The usage of the request is recorded before the last
+    byte is sent.
 
     Answers contain texts of prompts and data that only one key may see: neither a shared cache nor a browser may store
     them, and browsers may not guess their type. Files of the console set their own cache headers.
     """
 
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics, usage_log: UsageLog) -> None:
+        self._app, self._metrics, self._usage_log = app, metrics, usage_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,9 +96,12 @@ class RequestContextMiddleware:
         request_id = given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         context = RequestContext(request_id, _NOT_MATCHED, scope["method"])
         scope.setdefault("state", {})[CONTEXT_KEY] = context
+        is_complete = False
 
         async def answer(message: Message) -> None:
+            nonlocal is_complete
             if message["type"] == "http.response.start":
+                context.route = getattr(scope.get("route"), "path", _NOT_MATCHED)
                 context.status, headers = message["status"], MutableHeaders(scope=message)
                 if given is None:
                     headers[_HEADER] = request_id
@@ -101,6 +114,9 @@ class RequestContextMiddleware:
                     names = [quote(name, safe="[]") for name in context.ignored[:_MAX_LISTED]]
                     more = ["..."] if len(context.ignored) > _MAX_LISTED else []
                     headers["x-ignored-fields"] = ", ".join(names + more)
+            elif not message.get("more_body", False):
+                is_complete = True
+                self._usage_log.record(context)
             await send(message)
 
         try:
@@ -113,6 +129,7 @@ class RequestContextMiddleware:
         finally:
             if path_of(scope) not in _PROBES:
                 context.route = getattr(scope.get("route"), "path", _NOT_MATCHED)
+                self._usage_log.record(context, None if is_complete or context.code else CLIENT_LEFT)
                 self._metrics.record_request(context)
 
 
@@ -133,7 +150,10 @@ class Admission:
     - 421, 403: its `Host` is not this server's, or it comes from a page of another origin; see `check_origin`.
     - 401: its path is below /v1, and it has no valid key. The caller goes into the request's context. A route that a
       request reaches in another way finds no caller there and answers 401 itself.
-    - 429: the server or the caller's tenant has no place left. Probes are always answered and need none.
+    - 429: the key is above its rate, or the server or the caller's tenant has no place left. Probes are always answered
+      and need none.
+
+    Answers to a key with rates say what is left of them.
     """
 
     def __init__(self, app: ASGIApp, rules: OriginRules, authenticator: Authenticator, in_flight: InFlight) -> None:
@@ -143,13 +163,20 @@ class Admission:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def answer(message: Message) -> None:
+            caller = context_of(scope).caller
+            if caller is not None and message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._authenticator.rate_headers(caller))
+            await send(message)
+
         try:
             tenant = self._admit(scope)
         except Exception as refusal:
-            await error_response(refusal)(scope, receive, send)
+            await error_response(refusal)(scope, receive, answer)
             return
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, answer)
         finally:
             if tenant is not None:
                 self._in_flight.leave(tenant)
@@ -162,8 +189,12 @@ class Admission:
         if path.startswith(_GUARDED):
             authorization = headers.get("authorization")
             context.ignores_key = authorization is not None and not self._rules.has_keys
+            if authorization is None and (key := headers.get("x-api-key")) is not None:  # of Anthropic's clients
+                authorization = f"Bearer {key}"
             context.caller = self._authenticator.authenticate(authorization)
             context.tenant = context.caller.tenant
+            if not (context.method == "GET" and path.startswith(_UNCOUNTED)):
+                self._authenticator.count_request(context.caller)
         if path in _PROBES:
             return None
         self._in_flight.enter(context.tenant)

@@ -8,16 +8,19 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from deployments.api import pool_responses, responses
+from deployments.api.anthropic_answer import AnthropicErrorAnswer, CountedTokens, MessageObject
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.embeddings import EmbeddingsAnswer
 from deployments.api.error_table import RETRIED, STATUSES, reported_errors
+from deployments.api.names import NameList, NameShown
 from deployments.api.responses_answer import ResponseObject
 from deployments.api.tokens import DetokenizeAnswer, TokenizeAnswer
 from deployments.json_types import JsonObject
 
 Answers = dict[int | str, JsonObject]
 
-_ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}  # a `model` would take the media type of the route's successes
+_REF = "#/components/schemas/{model}"
+_ERROR = {"$ref": _REF.format(model="ErrorAnswer")}  # a `model` would take the media type of the route's successes
 _EVENT = {
     "type": "object",
     "description": "One event: a chunk or typed event as JSON, the error that ended the stream, or `[DONE]`.",
@@ -52,6 +55,15 @@ def answers(*refusals: int, **successes: Any) -> Answers:
     return described
 
 
+def _with_anthropic_errors(described: Answers) -> Answers:
+    """Give the refusals Anthropic's shape."""
+    schema = {"$ref": _REF.format(model=AnthropicErrorAnswer.__name__)}
+    for answer in described.values():
+        if "model" not in answer:
+            answer["content"] = {"application/json": {"schema": schema}}
+    return described
+
+
 def _also_events(described: Answers) -> Answers:
     """Add server-sent events as a second form of the success, for requests with `stream`."""
     described[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
@@ -69,10 +81,15 @@ def _answer_text(described: Answers, media_type: str, *statuses: int) -> Answers
 CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ChatAnswer))
 TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=TextAnswer))
 RESPONSES_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ResponseObject))
+MESSAGES_ANSWERS = _also_events(_with_anthropic_errors(answers(400, 404, 409, 422, 504, s200=MessageObject)))
+COUNT_ANSWERS = _with_anthropic_errors(answers(400, 404, 504, s200=CountedTokens))
 EMBEDDINGS_ANSWERS = answers(400, 404, 504, s200=EmbeddingsAnswer)
 ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=responses.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=pool_responses.ModelList)
 MODEL_ANSWERS = answers(400, 404, s200=pool_responses.ModelCard)
+NAMES_ANSWERS = answers(400, s200=NameList)
+NAME_ANSWERS = answers(400, 404, s200=NameShown)
+SETTLED_NAME_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 LORAS_ANSWERS = answers(400, s200=pool_responses.AdapterList)
 LORA_ANSWERS = answers(400, 404, s200=pool_responses.AdapterShown)
 PUBLISH_ANSWERS = answers(
@@ -97,12 +114,15 @@ OUTCOME_ANSWERS = answers(400, 404, s201=pool_responses.Outcome)
 MAP_ANSWERS = answers(400, s200=pool_responses.PoolPicture)
 PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
 STATS_ANSWERS = answers(s200=pool_responses.Stats)
+USAGE_ANSWERS = answers(400, s200=pool_responses.UsageReport)
 LOAD_ANSWERS = _answer_text(answers(400, 404, 409, 422), "text/plain", 200, 202)
 UNLOAD_ANSWERS = _answer_text(answers(400, 404), "text/plain", 200, 202)
 TOKENIZE_ANSWERS = answers(400, 404, 504, s200=TokenizeAnswer)
 DETOKENIZE_ANSWERS = answers(400, 404, 504, s200=DetokenizeAnswer)
 LINES_ANSWERS = _answer_text(answers(400), "application/x-ndjson", 200)
 DOCTOR_ANSWERS = _answer_text(answers(400, 404), "application/x-ndjson", 200)
+EXPORT_ANSWERS = _answer_text(answers(), "application/vnd.apache.parquet", 200)
+FILE_ANSWERS = _answer_text(answers(400, 404), "application/octet-stream", 200)
 GC_ANSWERS = answers(400, s200=pool_responses.CollectedBlobs)
 HEALTH_ANSWERS: Answers = {200: {"model": pool_responses.Health}}
 READY_ANSWERS = answers(s200=pool_responses.Ready)
@@ -120,8 +140,8 @@ class Api(FastAPI):
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-            for error in (responses.ErrorAnswer, responses.ErrorObject):
-                schema = TypeAdapter(error).json_schema(ref_template="#/components/schemas/{model}")
+            for error in (responses.ErrorAnswer, responses.ErrorObject, AnthropicErrorAnswer):
+                schema = TypeAdapter(error).json_schema(ref_template=_REF)
                 schemas[error.__name__] = schema
                 schemas[error.__name__].pop("$defs", None)
         assert self.openapi_schema is not None

@@ -27,7 +27,7 @@ _MAX_DIGITS = 18
 # slow line sends, and a window of ten seconds tolerates a pause.
 _WINDOW_S = 10.0
 _BYTES_PER_WINDOW = 640 << 10
-_MAX_FIELDS = 40  # name, template, samples, visibility, ttl_s, share, shadow and at most 32 tags
+_MAX_FIELDS = 40  # name, template, samples, visibility, ttl_s, share, shadow, base_model and at most 32 tags
 _MAX_FIELD_BYTES = 4096
 _FILES = "files"
 _LISTS = ("tags", "samples")  # an empty value is an empty list

@@ -15,11 +15,13 @@ from deployments.api import error_table
 from deployments.api.base import HARMLESS
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import ANONYMOUS_TENANT, Caller
-from deployments.observability.metrics import SECONDS, SERVE, SHORT_SECONDS, MetricFactory
+from deployments.observability.metrics import OTHER, SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from gpu_worker.front.request.request import Delta
+from lora_store import AdapterRef
 
 DIGEST_CHARS = 12
 CONTEXT_KEY = "context"
+CLIENT_LEFT = 499  # what proxies log for a client that left before the end of its answer
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -55,21 +57,31 @@ class RequestContext:
     caller: Caller | None = None  # set by the authentication, on routes that need a key
     tenant: str = ANONYMOUS_TENANT  # the caller's
     ignores_key: bool = False  # the client sent a key, but this server has none
-    status: int = 499  # what proxies log for a client that left before there was a status
+    status: int = CLIENT_LEFT
     code: str = ""  # of the API's error object
+    model: str = ""  # as the client asked
     strategy: str = "none"
     adapters: tuple[str, ...] = ()  # version digests
+    used: tuple[
+        tuple[str, str, float], ...
+    ] = ()  # `tenant/name`, digest and weight, which is the mean over its prompts
     versions: tuple[tuple[str, str], ...] = ()  # digest and role of those that answer for a name under trial
     abstained: bool = False
     ignored: tuple[str, ...] = ()  # paths of the fields that this server does not read
     plan_s: float | None = None
+    num_choices: int = 1  # of each prompt
+    num_read: int = 0  # tokens that the encoder read for an answer of vectors
     rows: dict[int, RowTimes] = field(default_factory=dict)
+    is_recorded: bool = False  # as usage
 
     def record_plans(self, plans: Sequence[Planned], seconds: float) -> None:
         """Record the plans. A request of several prompts is reported with the strategy of its first."""
         self.strategy, self.plan_s = plans[0].plan.strategy, seconds
-        refs = dict.fromkeys(row.ref for planned in plans for row in planned.plan.adapters)
-        self.adapters = tuple(ref.digest[:DIGEST_CHARS] for ref in refs)
+        weights: dict[AdapterRef, float] = {}
+        for row in (row for planned in plans for row in planned.plan.adapters):
+            weights[row.ref] = weights.get(row.ref, 0.0) + row.weight / len(plans)
+        self.adapters = tuple(ref.digest[:DIGEST_CHARS] for ref in weights)
+        self.used = tuple((f"{ref.tenant}/{ref.name}", ref.digest, weight) for ref, weight in weights.items())
         self.abstained = any(planned.abstained for planned in plans)
 
     def record_versions(self, plans: Sequence[Planned]) -> None:
@@ -97,12 +109,17 @@ class RequestContext:
         return max((row.last.queued_s for row in self.rows.values()), default=0.0)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return sum(row.last.num_prompt_tokens for row in self.rows.values())
-
-    @property
-    def num_new_tokens(self) -> int:
-        return sum(row.last.num_new_tokens for row in self.rows.values())
+    def num_tokens(self) -> tuple[int, int, int]:
+        """The tokens of prompts, those of them that were cached, and the new ones, as the answer's `usage` has them."""
+        prompts: dict[int, tuple[int, int]] = {}
+        num_new = 0
+        for index, row in self.rows.items():
+            question, cached = index // self.num_choices, row.last.num_cached_tokens
+            fewest = min(cached, prompts.get(question, (0, cached))[1])
+            prompts[question] = row.last.num_prompt_tokens, fewest
+            num_new += row.last.num_new_tokens
+        num_prompt, num_cached = (sum(counts) for counts in zip((0, 0), *prompts.values(), strict=True))
+        return num_prompt + self.num_read, num_cached, num_new
 
 
 def context_of(scope: Scope) -> RequestContext:
@@ -120,7 +137,20 @@ def path_of(scope: Scope) -> str:
 class RequestMetrics:
     """Records each request once, when it has ended."""
 
-    def __init__(self, factory: MetricFactory = SERVE) -> None:
+    def __init__(self, factory: MetricFactory = SERVE, *, max_tenants: int = 0) -> None:
+        """`max_tenants`: how many tenants have labels of their own; the first ones that send a request."""
+        self._max_tenants = max_tenants
+        self._named_tenants: set[str] = set()
+        self._tenant_requests = factory.Counter(
+            "loraretriever_tenant_requests_total",
+            "Requests by tenant, with the setting `tenant_metrics`; `(other)` for those beyond it",
+            ("tenant",),
+        )
+        self._tenant_tokens = factory.Counter(
+            "loraretriever_tenant_tokens_total",
+            "Tokens by tenant and kind (prompt, cached, new), with the setting `tenant_metrics`",
+            ("tenant", "kind"),
+        )
         self._requests = factory.Counter(
             "loraretriever_requests_total",
             "Requests by route, HTTP status (499: client closed the connection) and strategy",
@@ -182,6 +212,8 @@ class RequestMetrics:
             self._ignored.inc(1, {"field": name})
         for digest, role in record.versions:
             self.record_version(digest, role, str(record.status), total_s)
+        if self._max_tenants and record.caller is not None:
+            self._count_tenant(record)
         if record.plan_s is not None:
             self._plan_s.observe(record.plan_s)
         if record.first_token_s is not None:
@@ -193,6 +225,15 @@ class RequestMetrics:
         self._versions.inc(1, {"digest": digest, "role": role, "status": status})
         if seconds is not None:
             self._versions_s.observe(seconds, {"digest": digest, "role": role})
+
+    def _count_tenant(self, record: RequestContext) -> None:
+        if len(self._named_tenants) < self._max_tenants:
+            self._named_tenants.add(record.tenant)
+        tenant = record.tenant if record.tenant in self._named_tenants else OTHER
+        self._tenant_requests.inc(1, {"tenant": tenant})
+        for kind, count in zip(("prompt", "cached", "new"), record.num_tokens, strict=True):
+            if count:
+                self._tenant_tokens.inc(count, {"tenant": tenant, "kind": kind})
 
     def _observe_times(self, record: RequestContext, total_s: float) -> None:
         by_strategy = {"strategy": record.strategy}
@@ -232,8 +273,11 @@ class ChangeMetrics:
 
 def _log(record: RequestContext, total_s: float) -> None:
     """Log the record as text and, for JSON logs, as fields."""
+    num_prompt, num_cached, num_new = record.num_tokens
     fields = {
         "request_id": record.request_id,
+        "tenant": record.tenant,
+        "key": "" if record.caller is None else record.caller.key_id,
         "method": record.method,
         "endpoint": record.route,
         "status": record.status,
@@ -241,8 +285,9 @@ def _log(record: RequestContext, total_s: float) -> None:
         "strategy": record.strategy,
         "adapters": list(record.adapters),
         "abstained": record.abstained,
-        "prompt_tokens": record.num_prompt_tokens,
-        "new_tokens": record.num_new_tokens,
+        "prompt_tokens": num_prompt,
+        "cached_tokens": num_cached,
+        "new_tokens": num_new,
         "plan_s": _rounded(record.plan_s),
         "queued_s": _rounded(record.queued_s),
         "first_token_s": _rounded(record.first_token_s),

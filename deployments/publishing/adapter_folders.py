@@ -13,6 +13,7 @@ CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = (
     CONFIG_FILE,
     "adapter_model.safetensors",
+    "adapters.safetensors",  # MLX's name
     "lora_samples.jsonl",
     "description.txt",
     "chat_template.jinja",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from deployments.api.responses import Published
@@ -17,6 +18,7 @@ from retriever_svc.learning import OWN_PER_ACCEPTED
 
 logger = logging.getLogger(__name__)
 QUIET_S = 1.0  # from an outcome to its application, so that one commit follows several
+REST_FACTOR = 9  # the pause after an application, as a multiple of its time: outcomes cost a tenth of a thread
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -35,9 +37,11 @@ class Learning:
         *,
         applies: bool,
         sleep: Sleep = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._retriever, self._publisher = store, retriever, publisher
-        self._background, self._applies, self._sleep = background, applies, sleep
+        self._background, self._applies = background, applies
+        self._sleep, self._clock = sleep, clock
         self._waiting: dict[str, str] = {}  # by tenant, the author of its newest outcome
         self._is_running = False
 
@@ -97,14 +101,17 @@ class Learning:
                 self._background.start(self._apply_all(), "applying outcomes")
 
     async def _apply_all(self) -> None:
+        took_s = 0.0
         try:
             while self._waiting:
-                await self._sleep(QUIET_S)
+                await self._sleep(max(QUIET_S, REST_FACTOR * took_s))
+                began_s = self._clock()
                 tenant = next(iter(self._waiting))  # in order of arrival, so that no tenant keeps others waiting
                 try:
                     await self._apply(tenant, self._waiting.pop(tenant))
                 except Exception:
                     logger.exception("the next outcome of tenant %s applies those that could not be applied", tenant)
+                took_s = self._clock() - began_s
         finally:
             self._is_running = False
 

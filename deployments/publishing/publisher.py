@@ -283,6 +283,10 @@ class Publisher:
         """Let `auto` choose these public versions for every tenant. Raises: AdapterNotFound, StoreUnavailable."""
         return await self._run("approve", self._settle(partial(self._store.approve, refs, actor)))
 
+    async def change_name(self, change: Callable[[], Awaitable[int]]) -> Settled:
+        """Commit a change of a model name, and wait for the Retriever replicas. Raises: as `change`."""
+        return await self._run("name", self._settle(change))
+
     async def live(self, uploads: Sequence[PublishItem]) -> dict[Key, AdapterRecord]:
         """Return the live version of each name that has one."""
         kept = await self._store.versions([(upload.tenant, upload.adapter_name) for upload in uploads])

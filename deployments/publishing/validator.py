@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import WorkerClient
 from lora_store import AdapterRecord, AdapterRef, Staged
+from lora_store.validation import NEVER_TRAINED
 from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
 from retriever_svc.shared_wording import wording_warning
@@ -46,7 +47,8 @@ def warnings_of(staged: Staged, shift: float | None) -> tuple[str, ...]:
     """
     if staged.record.is_unlisted:
         return ()
-    warnings = (_NO_EFFECT,) if shift == 0.0 and not staged.warnings else staged.warnings
+    has_no_effect = shift == 0.0 and NEVER_TRAINED not in staged.warnings
+    warnings = (*staged.warnings, _NO_EFFECT) if has_no_effect else staged.warnings
     wording = wording_warning([sample.input for sample in staged.samples])
     return warnings if wording is None else (*warnings, wording)
 

@@ -16,12 +16,14 @@ from docs.generate.request_fields import (
     chat_fields,
     completion_fields,
     lora_fields,
+    messages_fields,
     refused_fields,
     responses_fields,
     route_fields,
 )
 from docs.generate.scale import scale_costs, scale_formula, scale_measured, scale_needs
 from docs.generate.settings import settings
+from docs.generate.strategies import strategies, weightings
 
 BLOCKS: Mapping[str, Block] = {
     **BENCHMARK_BLOCKS,
@@ -37,6 +39,7 @@ BLOCKS: Mapping[str, Block] = {
     "refused-families": refused_families,
     "refused-fields": refused_fields,
     "request-limits": request_limits,
+    "messages-fields": messages_fields,
     "responses-fields": responses_fields,
     "route-fields": route_fields,
     "scale-costs": scale_costs,
@@ -44,4 +47,6 @@ BLOCKS: Mapping[str, Block] = {
     "scale-measured": scale_measured,
     "scale-needs": scale_needs,
     "settings": settings,
+    "strategies": strategies,
+    "weightings": weightings,
 }

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from typer.main import get_command
 
+from deployments.cli.client import fill_choices
 from deployments.cli.main import cli
 from docs.generate.markdown import code, table
 
@@ -32,6 +33,7 @@ def _leaves(prefix: str, group: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _section(name: str, command: Any) -> str:
+    fill_choices(command)
     parameters = [row for row in map(_parameter, command.params) if row is not None]
     is_root = name == _PROGRAM
     title = "Options before the command" if is_root else name

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from deployments.api import base
+from deployments.api.anthropic_request import MessagesRequest
 from deployments.api.base import LoraOptions
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, RouteQuery
 from deployments.api.responses_request import ResponsesRequest
@@ -21,6 +22,7 @@ _LINKS = {
     "tokens of a prompt": "#tokens-of-a-prompt",
     "see conversations": "../explanation/how-routing-works.md#conversations",
     "how to use tools": "../how-to/tools.md",
+    "see model names": "../how-to/model-names.md",
     "see strategies": "../explanation/strategies.md#weights",
     "when `auto` abstains": "../explanation/when-auto-abstains.md",
 }
@@ -48,6 +50,11 @@ def responses_fields() -> str:
     return _fields(ResponsesRequest, unlike=ChatCompletionRequest)
 
 
+def messages_fields() -> str:
+    """Return the fields of `POST /v1/messages` that chats do not have, or have in another form."""
+    return _fields(MessagesRequest, unlike=ChatCompletionRequest)
+
+
 def route_fields() -> str:
     """Return the fields of `POST /v1/route`."""
     return _fields(RouteQuery)
@@ -65,6 +72,7 @@ def refused_fields() -> str:
         *_refused("chat", _beyond_both(base.NOT_SERVED_IN_CHAT)),
         *_refused("completions", _beyond_both(base.NOT_SERVED_IN_COMPLETIONS)),
         *_refused("responses", _beyond_both(base.NOT_SERVED_IN_RESPONSES)),
+        *_refused("`/v1/messages`", _beyond_both(base.NOT_SERVED_IN_ANTHROPIC)),
         *_refused("a message", base.NOT_SERVED_IN_MESSAGES),
         *_refused("`structured_outputs`", base.NOT_SERVED_IN_STRUCTURED),
     ]

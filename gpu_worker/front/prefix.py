@@ -2,7 +2,7 @@
 
 Keys and values of a token depend on the tokens before it and on the composition that computed it. So a block's key is
 a chained hash over both: key(i) = sha256(key(i - 1), tokens of block i), where key(-1) is the row's namespace. A
-namespace is the digest of tenant, strategy, and each adapter's weights digest and weight.
+namespace is the digest of tenant, composition, and each adapter's weights digest and weight.
 """
 
 from __future__ import annotations
@@ -42,6 +42,6 @@ def namespace_of(plan: Plan, tenant: str, *, shares_base: bool) -> bytes:
     An adapter of weight 0 changes nothing. `shares_base`: prompts without adapters share blocks among tenants.
     """
     members = sorted((each.weights_digest, float(each.weight).hex()) for each in plan.adapters if each.weight != 0)
-    strategy = "base" if not members else "fusion" if plan.strategy == "fusion" else "mixture"
+    composition = "base" if not members else "fusion" if plan.averages_parameters else "mixture"
     owner = [] if shares_base and not members else [tenant]
-    return sha256(json.dumps([owner, strategy, members]).encode()).digest()
+    return sha256(json.dumps([owner, composition, members]).encode()).digest()

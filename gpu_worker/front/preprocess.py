@@ -170,13 +170,19 @@ class RequestPreprocessor:
         return ToolCallParser(style.form, names, is_constrained=grammar is not None, max_calls=style.max_calls(tools))
 
     def tokenize(
-        self, prompt: Prompt, template: str, *, add_special_tokens: bool | None = None, with_texts: bool = False
+        self,
+        prompt: Prompt,
+        template: str,
+        *,
+        add_special_tokens: bool | None = None,
+        with_texts: bool = False,
+        tools: Tools | None = None,
     ) -> Tokenized:
         """Return the tokens of a prompt, which may exceed the context; `with_texts`: also the text of each.
 
         `add_special_tokens`: None for what a job with this prompt does. Raises: PromptInvalid.
         """
-        ids = self._ids(prompt, template, add_special_tokens=add_special_tokens)
+        ids = self._ids(prompt, template, tools, add_special_tokens)
         read = ids if with_texts else ()
         texts = tuple(self._token_bytes(token_id).decode(errors="replace") for token_id in read)
         return Tokenized(tuple(ids), texts, self._max_len)

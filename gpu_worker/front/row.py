@@ -31,6 +31,9 @@ from gpu_worker.front.text.token_bytes import TokenBytes
 from lora_store.adapter import LOCAL_TENANT
 from lora_store.plan import Plan
 
+LONGEST_REPEATED = 64  # tokens of a passage whose repetition is noticed
+_LEAST_REPEATED = 24  # tokens of all its repetitions: shorter ones are often meant
+
 Sink = Callable[[Delta | Exception], None]
 """Receives a request's deltas, the last with a finish reason, or an exception. Runs on the engine's thread."""
 
@@ -186,6 +189,8 @@ class Row:
                 reason = "stop"
             elif self.num_new_tokens >= self.max_new_tokens:
                 reason = "length"
+            elif self._repeats():
+                reason = "stop"
         if reason is not None and not self.detokenizer.stopped:
             text += self.detokenizer.finish()
         calls: tuple[ToolCallPiece, ...] = ()
@@ -195,13 +200,28 @@ class Row:
             return None
         return self._delta(text, reason, calls)
 
+    def _repeats(self) -> bool:
+        """Return whether the answer ends with the same passage more often than it may. A grammar decides by itself."""
+        given = self.sampling
+        if not given.max_repeats or given.grammar is not None or self.num_new_tokens < given.min_tokens:
+            return False
+        tokens, end = self.tokens, len(self.tokens)
+        for length in range(1, LONGEST_REPEATED + 1):
+            total = max((given.max_repeats + 1) * length, _LEAST_REPEATED)
+            if total > self.num_new_tokens:
+                return False
+            if tokens[-1] == tokens[-1 - length] and tokens[end - total + length :] == tokens[end - total : -length]:
+                return True
+        return False
+
     def _delta(self, text: str, reason: FinishReason | None, calls: tuple[ToolCallPiece, ...] = ()) -> Delta:
         logprobs = self._released_logprobs() if self.pending_logprobs else ()
         prompt = () if self.is_prompt_sent else tuple(self.prompt)
         self.is_prompt_sent = True
         counts = self.num_prompt_tokens, self.num_new_tokens
         cached = self.num_cached_tokens
-        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, prompt, calls, cached)
+        stop = self.detokenizer.stop if self.detokenizer.stop in self.sampling.stop else None  # not a template's
+        return Delta(text, *counts, reason, self.first_logits, logprobs, self.queued_s, prompt, calls, cached, stop)
 
     def _logprob(self, token: int, scored: Scored) -> TokenLogprob:
         top = tuple((self.token_bytes(token_id), logprob) for token_id, logprob in scored.top)

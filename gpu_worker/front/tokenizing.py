@@ -9,6 +9,7 @@ from functools import partial
 from gpu_worker.front.fair_threads import FairThreads
 from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.request import Prompt, TokenIds, Tokenized
+from gpu_worker.front.request.tools import Tools
 
 _BELOW_ENGINE = 10  # nice values: the steps of answers come first on cores that both want
 
@@ -38,6 +39,7 @@ class Tokenizing:
         tenant: str,
         add_special_tokens: bool | None = None,
         with_texts: bool = False,
+        tools: Tools | None = None,
     ) -> Tokenized:
         """Return the tokens of a prompt, which may exceed the context; `with_texts`: also the text of each.
 
@@ -45,7 +47,12 @@ class Tokenizing:
         prompt does. Raises: PromptInvalid, PromptTooLong, EngineFull.
         """
         work = partial(
-            self._prepare.tokenize, prompt, template, add_special_tokens=add_special_tokens, with_texts=with_texts
+            self._prepare.tokenize,
+            prompt,
+            template,
+            add_special_tokens=add_special_tokens,
+            with_texts=with_texts,
+            tools=tools,
         )
         return await asyncio.wrap_future(self._thread.submit(tenant, work))
 

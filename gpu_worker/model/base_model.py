@@ -25,6 +25,7 @@ from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.quantization import BITS, quantize_layers
 from gpu_worker.model.quantized_checkpoint import check_format, load_quantized
 from gpu_worker.model.rope import pin_longrope
+from gpu_worker.model.text_part import TENSOR_PREFIXES, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ _NEEDED = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
     "max_position_embeddings",
 )
+_WITHOUT_GROUPS = ("gpt_neox", "gptj", "opt", "persimmon")  # each head has keys of its own, and no setting says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,13 @@ def load_config(source: str) -> Any:
 
 
 def load_base_model(config: NativeWorkerConfig) -> BaseModel:
-    """Load the base model into host memory and check it. Raises: BaseModelUnsupported with the reason."""
+    """Load the base model into host memory and check it. Of a multimodal checkpoint only the text part is loaded.
+
+    Raises: BaseModelUnsupported with the reason.
+    """
     source = model_source(config)
-    hf_config = load_config(source)
+    whole_config = load_config(source)
+    hf_config = text_config(whole_config)
     _check_config(hf_config)
     _check_class(hf_config)
     head_dim = config_setting(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
@@ -120,7 +126,8 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
             f" {_LARGEST_CUDA_HEAD}"
         )
     register()
-    model = _load_model(config, source, hf_config)
+    part = {} if hf_config is whole_config else {"config": hf_config, "key_mapping": dict(TENSOR_PREFIXES)}
+    model = _load_model(config, source, hf_config, part)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
     tokenizer = load_tokenizer(config)
     return BaseModel(
@@ -128,7 +135,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         num_layers=hf_config.num_hidden_layers,
-        num_kv_heads=hf_config.num_key_value_heads,
+        num_kv_heads=_num_kv_heads(hf_config),
         head_dim=head_dim,
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
@@ -139,9 +146,10 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
     )
 
 
-def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any) -> PreTrainedModel:
+def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: Mapping[str, Any]) -> PreTrainedModel:
     """Load the weights. Integers of the checkpoint are kept, and the others become integers if the settings say so.
 
+    `part`: options that load a part of a checkpoint.
     Products of integers give bfloat16, on every processor.
     """
     has_integers = config_setting(hf_config, "quantization_config") is not None
@@ -150,10 +158,15 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any) -> PreT
             f"the base model has quantised weights, which the native engine reads with device 'cpu' and dtype 'auto' or"
             f" 'bfloat16', got '{config.device}' and '{config.dtype}'"
         )
+    if has_integers and part:
+        raise BaseModelUnsupported(
+            "the base model is a multimodal checkpoint with quantised weights, which the native engine does not read: use"
+            " engine 'vllm', or dequantise the weights and save the result"
+        )
     is_quantised = has_integers or config.quantization != "none"
     dtype = torch.bfloat16 if is_quantised else resolve_dtype(config.dtype, config.device)
-    load = partial(load_quantized, config=hf_config) if has_integers else load_whole
-    model: PreTrainedModel = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    load = partial(load_quantized, config=hf_config) if has_integers else partial(load_whole, **part)
+    model = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
     if config.quantization != "none":
         head = model.get_output_embeddings()
         names = {name for name, module in model.named_modules() if module is head and isinstance(head, nn.Linear)}
@@ -199,7 +212,6 @@ def _check_class(config: Any) -> None:
 
 
 def _check_config(config: Any) -> None:
-    check_is_text_only(config)
     problems = []
     if config_setting(config, "quantization_config") is not None:
         check_format(config.quantization_config)
@@ -217,9 +229,15 @@ def _check_config(config: Any) -> None:
         problems.append(f"layers of other kinds ({', '.join(other)})")
     if config.model_type in _ATTENTION_SINKS:
         problems.append("attention sinks")
-    problems += [f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(config, name), int)]
+    found = {name: config_setting(config, name) for name in _NEEDED} | {"num_key_value_heads": _num_kv_heads(config)}
+    problems += [f"a config without {name}" for name, value in found.items() if not isinstance(value, int)]
     if problems:
         raise BaseModelUnsupported(f"{config.model_type} has {', '.join(problems)}, which this engine does not support")
+
+
+def _num_kv_heads(config: Any) -> Any:
+    name = "num_attention_heads" if config.model_type in _WITHOUT_GROUPS else "num_key_value_heads"
+    return config_setting(config, name)
 
 
 def _window_layers(config: Any) -> frozenset[int]:

@@ -152,7 +152,8 @@ def _load(
     model_class: Any, path: str | None, source: str, *, is_quantised: bool = False, **options: Any
 ) -> PreTrainedModel:
     """Load the model. Raises: BaseModelUnsupported if tensors are missing, do not fit or cannot be converted."""
-    with _Report(is_shown=path is not None) as report:
+    is_part = "key_mapping" in options  # the rest of the checkpoint is left out on purpose
+    with _Report(is_shown=path is not None and not is_part) as report:
         try:
             model, info = model_class.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **options

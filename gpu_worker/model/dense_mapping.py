@@ -46,8 +46,8 @@ class DenseMapping:
     def _compose(self, h: Tensor) -> Tensor:
         """Mix rank values between the two LoRA products: (P, M, N) -> (P, M, N). Changes `h` in place.
 
-        mixture, selection:  h_s <- m_bs h_s
-        fusion:              u = sum_s m_bs h_s by rank index;  h_s <- m_bs u
+        sum of outputs:         h_s <- m_bs h_s
+        average of parameters:  u = sum_s m_bs h_s by rank index;  h_s <- m_bs u
         Values of adapters outside a token's plan are dropped, not multiplied by zero: an adapter that overflows
         affects only its own rows.
         Source: LoraRetriever (ACL Findings 2024), section 4.3, contracted at rank level.
@@ -73,6 +73,6 @@ def dense_mapping(
     by_rank = torch.nn.functional.one_hot(rank_of, int(rank_of.max()) + 1).to(dtype)
     repeats = torch.tensor(num_tokens)
     weights = rows.repeat_interleave(repeats, dim=0).T.to(dtype).contiguous()[:, None]
-    is_fusion = torch.tensor([plan.strategy == "fusion" for plan in plans])
+    is_fusion = torch.tensor([plan.averages_parameters for plan in plans])
     fusion = to_device(is_fusion.repeat_interleave(repeats), device) if bool(is_fusion.any()) else None
     return DenseMapping(to_device(weights, device), to_device(by_rank, device), fusion)

@@ -47,7 +47,9 @@ def find_gguf(source: str) -> Path | None:
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
         names = ", ".join(each.name for each in found[:3])
-        raise BaseModelUnsupported(f"{source} has {len(found)} GGUF files ({names}): name one of them as the base model")
+        raise BaseModelUnsupported(
+            f"{source} has {len(found)} GGUF files ({names}): name one of them as the base model"
+        )
     return found[0] if found else None
 
 

@@ -88,7 +88,7 @@ def grouped_mapping(
         slots = np.arange(num_slots, num_slots + num_tokens[b], dtype=np.int32)
         num_slots += num_tokens[b]
         slot_tokens.append(np.arange(starts[b], starts[b + 1], dtype=np.int32))
-        is_fusion.append(np.full(num_tokens[b], plans[b].strategy == "fusion", dtype=np.uint8))
+        is_fusion.append(np.full(num_tokens[b], plans[b].averages_parameters, dtype=np.uint8))
         earlier = {each.weights_digest: of_adapter[each.weights_digest].add(slots, each.weight) for each in adapters}
         if num_tokens[b] >= RUN_TOKENS:
             runs.append((num_tokens[b], earlier))

@@ -31,8 +31,8 @@ def check_format(quantization: Any) -> None:
     found: Mapping[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if problem := _problem(found):
         raise BaseModelUnsupported(
-            f"the base model has weights quantised by {problem}; the native engine reads {METHOD} with symmetric integers"
-            f" of 8 or 4 bits, and GGUF files of Q8_0 and Q4_0: {_REMEDY}"
+            f"the base model has weights quantised by {problem}; the native engine reads {METHOD} with symmetric"
+            f" integers of 8 or 4 bits, and GGUF files of Q8_0 and Q4_0: {_REMEDY}"
         )
 
 

@@ -26,7 +26,7 @@ Parts = tuple[tuple[str, float], ...]
 
 def with_fusion(plan: Plan) -> Plan:
     """Return the plan with a fusion replaced by the one adapter that it is. Equal fusions have one name."""
-    if plan.strategy != "fusion":
+    if not plan.averages_parameters:
         return plan
     members = tuple(adapter for adapter in plan.adapters if adapter.weight != 0)
     if not members:

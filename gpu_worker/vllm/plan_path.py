@@ -19,7 +19,7 @@ def path_of(plan: Plan) -> str | None:
 
     A fusion must be replaced by its adapter before: see `fusions.with_fusion`.
     """
-    assert plan.strategy != "fusion", "a path has the name of a fusion as an adapter"
+    assert not plan.averages_parameters, "a path has the name of a fusion as an adapter"
     members = sorted((adapter.weights_digest, adapter.weight) for adapter in plan.adapters if adapter.weight != 0)
     if not members:
         return None

@@ -163,7 +163,7 @@ class TiledPlans:
         tiles = np.full(self._tiles.shape, -1, np.int32)
         num_tiles = 0
         for number, (plan, start, count) in enumerate(found):
-            fusions[number] = plan.strategy == "fusion"
+            fusions[number] = plan.averages_parameters
             for adapter in _members(plan):
                 of_adapter = residency.rows(adapter.weights_digest)
                 begin, end = sizes[number], sizes[number] + len(of_adapter)

@@ -22,6 +22,7 @@ from retriever_svc import Encoder
 from tests.benchmarks.bigbench import write_archive
 from tests.benchmarks.tiny_study import RECIPE, SPECS, examples
 from tests.gpu_worker.conftest import make_engine, shapes  # noqa: F401  fixtures
+from tests.shared_encoders import shared_encoder
 from tests.tiny import tiny_config
 
 
@@ -58,7 +59,7 @@ def asked(workspace: Workspace, config: NativeWorkerConfig) -> tuple[Asker, Lora
 
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
-    return Encoder()
+    return shared_encoder()
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ import ray
 
 from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
-from tests.cluster.load import Load
+from tests.cluster.load import KEY, Load
 from tests.cluster.machines import Machines, own_ray
-from tests.cluster.running import MAX_TOKENS, TOPICS, Running, asks
+from tests.cluster.running import MAX_TOKENS, TENANTS, TOPICS, Running, asks
+from tests.deployments.key_files import entry, write
 from tests.e2e.live import eventually
 from tests.served_engine import WORKER, save_served_model
 from tests.tiny import linear_shapes, random_adapter, tiny_config
@@ -41,6 +42,8 @@ def running(
         "base_model": str(model),
         "store_uri": str(folder / "pool"),
         "preload": [str(folder / "adapters")],
+        "cache_dir": str(folder / "cache"),
+        "keys_file": str(write(folder / "keys.json", entry(KEY, "local"), *[entry(name, name) for name in TENANTS])),
         **{f"worker.{name}": value for name, value in WORKER.items()},
         "worker_scaling.num_replicas": num_workers,
     }
@@ -56,6 +59,6 @@ def running(
             expected = {(o.ask.model, o.ask.prompt): o.text for o in quiet if o.is_answer}
             assert len(set(expected.values())) == len(quiet), quiet
             assert {len(text) for text in expected.values()} == {MAX_TOKENS}
-            yield Running(machines, model, expected)
+            yield Running(machines, model, folder / "pool", expected)
         finally:
             machines.stop()

@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 import openai
 
+from tests.deployments.key_files import bearer
 from tests.tiny import byte_tokenizer
 
 CLIENTS = 24
+KEY = "key-of-the-operator"  # of the tenant that owns the adapters
 _KEYS = {"message", "type", "param", "code"}
 LETTERS = {
     str(id): 100 for token, id in byte_tokenizer().get_vocab().items() if len(token) == 1 and "a" <= token <= "z"
@@ -67,9 +69,9 @@ class Load:
         limits = httpx.Limits(max_connections=2 * CLIENTS)
         async with (
             openai.AsyncOpenAI(
-                base_url=f"{self.url}/v1", api_key="none", max_retries=self.max_retries, timeout=300
+                base_url=f"{self.url}/v1", api_key=KEY, max_retries=self.max_retries, timeout=300
             ) as client,
-            httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits) as http,
+            httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits, headers=bearer(KEY)) as http,
             asyncio.TaskGroup() as tasks,
         ):
             for _ in range(CLIENTS):

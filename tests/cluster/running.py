@@ -11,6 +11,7 @@ from tests.cluster.machines import Machines
 
 TOPICS = ("whales", "glaciers", "violins", "beetles", "volcanoes", "bread")
 MAX_TOKENS = 400
+TENANTS = tuple(f"team-{number}" for number in range(20))  # each has a key of its name
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Running:
 
     machines: Machines
     model: Path
+    pool: Path
     expected: Mapping[tuple[str, str], str]
 
     def load(self, *, max_retries: int = 0) -> Load:

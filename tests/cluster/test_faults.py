@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from pyarrow import dataset
 from ray import serve
 
 from benchmarks.results_file import write_part
@@ -23,8 +25,9 @@ from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.engine import NativeEngine
-from tests.cluster.load import LETTERS, SAMPLING, Load, Outcome
-from tests.cluster.running import TOPICS, Running, asks
+from tests.cluster.load import CLIENTS, KEY, LETTERS, SAMPLING, Load, Outcome
+from tests.cluster.running import TENANTS, TOPICS, Running, asks
+from tests.deployments.key_files import bearer
 from tests.e2e.live import eventually
 from tests.served_engine import ENGINE, needs_own_process
 from tests.soak import Scale
@@ -123,7 +126,7 @@ def error_of_a_stream_cut_off(running: Running) -> openai.APIError | None:
     """Return the client's error when all workers are killed during its stream; None if the stream ended before."""
     asyncio.run(running.machines.until_full("Worker"))
     workers = running.machines.replicas("Worker")
-    with openai.OpenAI(base_url=f"{running.machines.url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{running.machines.url}/v1", api_key=KEY, max_retries=0) as client:
         asked = {"model": "tiny", "prompt": "The sea", "max_tokens": 400, "n": 16, **SAMPLING}
         stream = client.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
         while not any(choice.text for choice in next(stream).choices):
@@ -245,6 +248,85 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
         serve.delete("hanging")
 
 
+@dataclass
+class Counted:
+    """What clients of many tenants counted: (tenant, prompt tokens, new tokens) of complete answers, by request id."""
+
+    complete: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+
+    @property
+    def num_ended(self) -> int:
+        return len(self.complete) + len(self.broken)
+
+    async def ask(self, http: httpx.AsyncClient, tenant: str, number: int) -> None:
+        """Send one request, every second one as a stream. An answer is complete once its last byte has arrived."""
+        id, usage = f"{tenant}-{number}", None
+        body = {"model": "tiny", "prompt": "The sea " * (1 + number % 3), "max_tokens": 2 + number % 7, **SAMPLING}
+        if is_streamed := number % 2 == 0:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        with suppress(httpx.HTTPError):
+            response = await http.post("/v1/completions", json=body, headers=bearer(tenant) | {"x-request-id": id})
+            if response.status_code == 200 and not is_streamed:
+                usage = response.json()["usage"]
+            elif response.status_code == 200 and response.text.endswith("data: [DONE]\n\n"):
+                usage = json.loads(response.text.split("\n\n")[-3].removeprefix("data: "))["usage"]
+        if usage is None:
+            self.broken.add(id)
+        else:
+            self.complete[id] = tenant, usage["prompt_tokens"], usage["completion_tokens"]
+
+
+def test_usage_equals_what_20_tenants_counted_while_every_kind_of_replica_dies(running: Running, scale: Scale) -> None:
+    num_kills = scale.pick("kills of each kind of replica", small=1, full=3)
+    num_requests = scale.pick("requests of 20 tenants", small=100, full=10_000)
+    machines, counted = running.machines, Counted()
+    victims = ["Ingress", "Worker", "Retriever", "Store"] * num_kills
+
+    async def run() -> None:
+        waiting = iter(range(num_requests))
+        async with httpx.AsyncClient(base_url=machines.url, timeout=300) as http, asyncio.TaskGroup() as tasks:
+
+            async def client() -> None:
+                for number in waiting:
+                    await counted.ask(http, TENANTS[number % len(TENANTS)], number)
+
+            for _ in range(CLIENTS):
+                tasks.create_task(client())
+            for place, victim in enumerate(victims, start=1):
+                await machines.until_full(victim)
+                while counted.num_ended < num_requests * place // (len(victims) + 1):
+                    await asyncio.sleep(0.01)
+                machines.kill(victim)
+
+    asyncio.run(run())
+    for name in set(victims):
+        asyncio.run(machines.until_full(name))
+    assert counted.num_ended == num_requests
+    assert len(counted.broken) <= num_kills * CLIENTS, "only requests of a killed Ingress may break"
+
+    def events() -> list[dict[str, Any]]:
+        httpx.get(f"{machines.url}/v1/usage", headers=bearer(KEY), timeout=60).raise_for_status()
+        stored = dataset.dataset(running.pool / "usage", partitioning="hive").to_table().to_pylist()
+        found = {event["id"]: event for event in stored if event["tenant"] in TENANTS}
+        return list(found.values())
+
+    eventually(lambda: counted.complete.keys() <= {event["request_id"] for event in events()}, within_s=60)
+    found = events()
+    by_request = Counter(event["request_id"] for event in found)
+    assert set(by_request.values()) == {1}, "none twice"
+    assert by_request.keys() - counted.complete.keys() <= counted.broken
+    recorded = {
+        event["request_id"]: (event["tenant"], event["prompt_tokens"], event["completion_tokens"])
+        for event in found
+        if event["request_id"] in counted.complete
+    }
+    assert recorded == counted.complete
+    report = httpx.get(f"{machines.url}/v1/usage?by=tenant", headers=bearer(KEY), timeout=60).json()["data"]
+    totals = {row["tenant"]: row["requests"] for row in report if row["tenant"] in TENANTS}
+    assert totals == Counter(event["tenant"] for event in found)
+
+
 def test_the_pool_survives_the_death_of_all_nodes(running: Running, scale: Scale) -> None:
     if not scale.is_full:
         pytest.skip("everything starts again: in make soak")
@@ -253,7 +335,7 @@ def test_the_pool_survives_the_death_of_all_nodes(running: Running, scale: Scale
     eventually(
         lambda: {size.num_adapters for size in running.machines.on_all("Retriever", "load", "local")} == {len(TOPICS)}
     )
-    cards = httpx.get(f"{running.machines.url}/v1/models").json()["data"]
+    cards = httpx.get(f"{running.machines.url}/v1/models", headers=bearer(KEY)).json()["data"]
     assert [card["id"] for card in cards] == ["auto", "tiny", *sorted(TOPICS)]
     outcomes = asyncio.run(running.load().run(asks(len(running.expected))))
     assert failed(outcomes) == []

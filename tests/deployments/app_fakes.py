@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -23,14 +24,18 @@ from deployments.http.middleware import RequestContextMiddleware
 from deployments.ingress import Ingress
 from deployments.observability.metrics import SERVE
 from deployments.observability.request_metrics import RequestMetrics
+from deployments.observability.usage import UsageLog
 from gpu_worker.config import NativeSettings
 from gpu_worker.front.request.request import Job
 from tests.deployments.adapter_records import BASE, POOL, pool_of
+from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.fakes import FakeHandle
+
+_CACHE = tempfile.mkdtemp()  # no test writes into the user's
 
 
 @dataclass
@@ -56,7 +61,8 @@ class Served:
 
 def config_of(**changes: Any) -> AppConfig:
     """Return settings that allow the host `test`, which the client of `http_of` uses."""
-    return AppConfig(**{"base_model": "somewhere/" + BASE, "allowed_hosts": ("test",), **changes})
+    plain = {"base_model": "somewhere/" + BASE, "allowed_hosts": ("test",), "cache_dir": _CACHE}
+    return AppConfig(**{**plain, **changes})
 
 
 def serve_plainly(
@@ -77,10 +83,14 @@ def serve_plainly(
 
     `engine`: changes of the Worker's settings; `kinds`: kinds of metrics.
     """
+    names = FakeNames()
+    pool = pool_of(*POOL)
     handles = [
-        FakeHandle(*(retrievers or [retriever or FakeRetriever()])),
+        FakeHandle(*(retrievers or [retriever or FakeRetriever(model_names=names)])),
         FakeHandle(worker or FakeWorker()),
-        FakeHandle(store or FakeStore(pool_of(*POOL), refused=("bad", "bad-one"), missing=("gone",), taken=("taken",))),
+        FakeHandle(
+            store or FakeStore(pool, refused=("bad", "bad-one"), missing=("gone",), taken=("taken",), model_names=names)
+        ),
     ]
     config = config_of(worker=engine or NativeSettings(), **settings)
     limits = StreamLimits(silence_s, worker_grace_s)
@@ -123,7 +133,7 @@ def _router() -> APIRouter:
 
 def with_context(app: ASGIApp) -> ASGIApp:
     """Return `app` below the middleware that gives every request its context."""
-    return RequestContextMiddleware(app, RequestMetrics(FakeMetrics()))
+    return RequestContextMiddleware(app, RequestMetrics(FakeMetrics()), UsageLog(None, BASE, FakeStore().put_usage))
 
 
 def app_over_fakes() -> FastAPI:

@@ -14,7 +14,8 @@ from deployments.batch.run import BatchRun, BatchSettings, begin
 from deployments.config.app import AppConfig, RetrievalSettings
 from gpu_worker.config import NativeSettings, VllmSettings
 from lora_store import LoraStore, Sample, write_peft_folder
-from retriever_svc import Encoder, embed_groups
+from retriever_svc import embed_groups
+from tests.shared_encoders import shared_encoder
 from tests.tiny import random_adapter
 
 BASE = "tiny"
@@ -63,7 +64,7 @@ def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: P
         modules = random_adapter(shapes, seed=TOPICS.index(topic)).modules
         write_peft_folder(path, modules, base_model=BASE, samples=samples)
         staged.append(store.stage(path, module_shapes=shapes))
-    embeddings = embed_groups(Encoder(num_threads=1), [item.samples for item in staged])
+    embeddings = embed_groups(shared_encoder(num_threads=1), [item.samples for item in staged])
     return store.commit(staged, embeddings, [1.0] * len(staged), "tester")
 
 

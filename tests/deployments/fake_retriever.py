@@ -13,6 +13,7 @@ from lora_store import (
     AdapterRef,
     Embedding,
     Feedback,
+    NamedPolicy,
     Plan,
     PlannedAdapter,
     Ranking,
@@ -45,8 +46,9 @@ from retriever_svc import (
 from retriever_svc.embedded import Embedded
 from retriever_svc.learning import Effect
 from retriever_svc.listing import Listings
-from retriever_svc.planning import named_plan, replayed_plan
+from retriever_svc.planning import named_plan, named_policies, replayed_plan, visible_names
 from tests.deployments.adapter_records import ENCODER, POOL, adapter, given
+from tests.deployments.fake_names import FakeNames
 
 NO_EFFECT = Effect(100, 90, 90, 400, 4, 4)
 
@@ -69,6 +71,7 @@ class FakeRetriever:
     drawn: Draws = field(default_factory=lambda: Draws(Drawn(535, 0, 0)))  # by any version
     asked: list[Sequence[AskedPrompt]] = field(default_factory=list)  # of the doctor
     effect: Effect = NO_EFFECT  # of accepted prompts
+    model_names: FakeNames = field(default_factory=FakeNames)
     num_own: int = 4  # samples of an adapter that gets accepted prompts
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
@@ -92,6 +95,12 @@ class FakeRetriever:
 
     async def replay(self, tenant: str, strategy: Strategy, pinned: Sequence[PinnedAdapter], generation: int) -> Plan:
         return replayed_plan(self._snapshot, tenant, strategy, pinned, generation)
+
+    async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
+        return named_policies(self.model_names.snapshot, tenant, model)[:limit]
+
+    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]:
+        return visible_names(self.model_names.snapshot, tenant)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         return replace(Listings(self._snapshot).page(tenant, request), unserved=self.unserved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from ray.exceptions import RayActorError
 from deployments.api.adapters import PublishItem
 from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.errors import SourceMissing
+from deployments.json_types import JsonObject
 from lora_store import (
     KEPT_VERSIONS,
     AdapterNotFound,
@@ -25,6 +27,7 @@ from lora_store import (
     Feedback,
     Kept,
     Key,
+    NamedPolicy,
     Precondition,
     PublicNameTaken,
     Ranking,
@@ -35,11 +38,16 @@ from lora_store import (
     VersionConflict,
     Visibility,
     Withdrawn,
+    policy_digest,
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
+from lora_store.location import Location
+from lora_store.rules import approve_name_events, name_events
 from lora_store.staging import take_over, with_samples
+from lora_store.usage import UsageFiles, UsageQuery
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
+from tests.deployments.fake_names import FakeNames
 
 
 @dataclass
@@ -66,7 +74,9 @@ class FakeStore:
     without_samples: Collection[str] = ()
     taken: Collection[str] = ()
     ranked: list[tuple[str, Sequence[Ranking]]] = field(default_factory=list)
+    usage_files: UsageFiles | None = None
     given: dict[tuple[str, Kind, str], Feedback] = field(default_factory=dict)  # by tenant, kind and id
+    model_names: FakeNames = field(default_factory=FakeNames)
     _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
@@ -100,6 +110,19 @@ class FakeStore:
         self._fail("delete_parts")
         for upload in uploads:
             del self.parts[upload]
+
+    async def put_usage(self, segment: str, lines: bytes) -> None:
+        self._fail("put_usage")
+        self._usage().put(segment, lines, datetime.now(UTC), timedelta(9999))
+
+    async def usage(self, query: UsageQuery) -> list[JsonObject]:
+        self._fail("usage")
+        return self._usage().sums(query)
+
+    def _usage(self) -> UsageFiles:
+        if self.usage_files is None:
+            self.usage_files = UsageFiles(Location(tempfile.mkdtemp()))
+        return self.usage_files
 
     async def restage(self, record: AdapterRecord) -> Staged:
         self._fail("restage")
@@ -216,6 +239,14 @@ class FakeStore:
         self.live[tenant, name] = (replace(kept[0], visibility=visibility), *kept[1:])
         return self.generation
 
+    async def set_name(self, key: Key, policy: str, actor: str) -> int:
+        self._fail("set_name")
+        named = NamedPolicy(AdapterRef(*key, policy_digest(policy)), policy, actor, datetime(2026, 1, 3, tzinfo=UTC))
+        return self.model_names.commit(lambda snapshot: name_events(snapshot, named))
+
+    async def approve_name(self, ref: AdapterRef) -> int:
+        return self.model_names.commit(lambda snapshot: approve_name_events(snapshot, ref))
+
     async def set_trial(self, tenant: str, name: str, trial: Trial | None, actor: str) -> int:
         self._fail("set_trial")
         live, *older = self.live[tenant, name]
@@ -281,6 +312,17 @@ class FakeStore:
     async def gc(self, retention_s: float) -> Collected:
         self._fail("gc")
         return Collected(3, 12, 1)
+
+    async def pool_state(self, tenant: str | None) -> bytes:
+        self._fail("pool_state")
+        return b"" if tenant is None else tenant.encode()
+
+    async def pool_part(self, tenant: str | None, name: str, number: int) -> bytes:
+        self._fail("pool_part")
+        parts = self.parts.get(name, {})
+        if number not in parts:
+            raise AdapterNotFound(name)
+        return parts[number]
 
     async def verify(self, tenant: str) -> AsyncGenerator[Verified]:
         self._fail("verify")

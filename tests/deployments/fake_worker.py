@@ -9,6 +9,7 @@ from deployments.calls.worker_client import Usage
 from gpu_worker.errors import EngineStopped, PromptInvalid
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
+from gpu_worker.front.request.tools import Tools
 from tests.deployments.adapter_records import digest_of, given
 
 DELTAS = (Delta("Hel", 5, 1), Delta("lo", 5, 2), Delta("", 5, 3, "stop"))
@@ -42,10 +43,17 @@ class FakeWorker:
         return [by_digest.get(digest, 0.5) for digest in weights_digests]
 
     async def tokenize(
-        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+        self,
+        tenant: str,
+        prompt: Prompt,
+        template: str,
+        add_special_tokens: bool | None,
+        with_texts: bool,
+        tools: Tools | None = None,
     ) -> Tokenized:
-        """Return a token for each character, after one for a conversation's template."""
+        """Return a token for each character, after one for a conversation's template, and those of its tools."""
         text = prompt if isinstance(prompt, str) else f"{template}|{prompt}"
+        text += "" if tools is None else str(tools.functions)
         return Tokenized(tuple(map(ord, text)), tuple(text) if with_texts else (), 64)
 
     async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:

@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
 
-    do_POST = do_DELETE = do_PATCH = do_GET
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
 
     def log_message(self, *_: object) -> None:
         """Keeps the tests' output clean."""

@@ -192,6 +192,32 @@ def test_a_version_under_trial_is_named_in_the_table_and_on_its_page(
     look(browsing, question, retriever=MappedRetriever([live]))
 
 
+def test_a_kept_version_is_tried_promoted_and_its_trial_ended(browsing: Browsing) -> None:
+    older = adapter("poet", version="older", generation=0)
+    live = replace(adapter("poet"), trial=Trial(older.ref.digest, 0.1))
+
+    async def question(page: Page, served: Served) -> None:
+        async def press(button: str, path: str) -> None:
+            async with page.expect_response(lambda answer: answer.request.url.endswith(path)) as answered:
+                await page.get_by_role("button", name=button, exact=True).click()
+            assert (await answered.value).ok
+
+        await open_adapter(page, "poet")
+        percent = page.get_by_label("on this many % of the requests")
+        await expect(percent).to_have_value("10")
+        await percent.fill("25")
+        await page.get_by_label("on copies that no client sees").check()
+        await press("Start trial", "/share")
+        await press("End trial", "/share")
+        trials = [trial for _, _, trial, _ in served.store.called("set_trial")]
+        assert trials == [Trial(older.ref.digest, 0.25, True), None]
+        await page.get_by_role("button", name="Promote").click()
+        await press("Roll back", "/rollback")
+        assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
+
+    look(browsing, question, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live, older)))
+
+
 def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:
     held = [adapter("poet"), adapter("poet", version="theirs", tenant="them")]
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, expect
 
 from gpu_worker.front.request.request import Delta, Job
+from lora_store import ROUTED_STRATEGIES
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.key_files import entry, write
 from tests.deployments.looking import ask, go, last_turn, look
 
 pytestmark = pytest.mark.browser
@@ -25,29 +28,77 @@ def jobs_of(served: Served) -> list[Job]:
 
 def test_strategies_and_the_base_model_are_compared_side_by_side(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
+        ways = ["auto", *ROUTED_STRATEGIES, "base model"]
         await go(page, "Compare")
+        await expect(page.locator("#ways label")).to_have_text(ways)
         await page.get_by_label("Prompt to compare").fill("A verse, please.")
         await page.get_by_role("button", name="Compare").click()
         columns = page.locator("#compared > li")
-        await expect(columns).to_have_count(5)
-        await expect(page.locator("#compare-status")).to_have_text("5 ways, 1 different answer")
-        await expect(columns.locator(".text")).to_have_text(["Hello"] * 5)
+        await expect(columns).to_have_count(len(ways))
+        await expect(page.locator("#compare-status")).to_have_text(f"{len(ways)} ways, 1 different answer")
+        await expect(columns.locator(".text")).to_have_text(["Hello"] * len(ways))
         await expect(columns.nth(1)).to_contain_text("poet × 0.50")
-        await expect(columns.nth(4).locator(".by")).to_have_text("base model")
-        await expect(columns.nth(4).locator(".note")).to_contain_text("3 tokens")
+        await expect(columns.last.locator(".by")).to_have_text("base model")
+        await expect(columns.last.locator(".note")).to_contain_text("3 tokens")
         routed = [request.strategy for ([request],) in served.retriever.called("route")]
-        assert sorted(routed) == ["fusion", "mixture", "mixture", "selection"]
-        assert sorted(len(job.plan.adapters) for job in jobs_of(served)) == [0, 2, 2, 2, 2]
+        assert sorted(routed) == sorted(["mixture", *ROUTED_STRATEGIES])
+        assert sorted(len(job.plan.adapters) for job in jobs_of(served)) == [0] + [2] * len(routed)
         tops = await columns.evaluate_all("(nodes) => nodes.map((node) => node.getBoundingClientRect().top)")
-        assert len(tops) == 5 and len(set(tops)) == 1, "they are side by side"
+        assert len(tops) == len(ways) and len(set(tops)) == 1, "they are side by side"
 
     look(browsing, question, context={"viewport": {"width": 1440, "height": 900}})
+
+
+def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await page.goto(page.url.partition("#")[0] + "#adapter/poet")
+        await page.get_by_role("button", name="Compare version").first.click()
+        await expect(page.get_by_label("Prompt to compare")).to_have_value("A sample of poet.")
+        models = page.get_by_label("Adapters or versions")
+        live, kept = (await models.input_value()).split(", ")
+        assert (live, kept.partition("@")[0]) == ("poet", "poet")
+        await models.fill("poet, coder, poet")
+        await page.get_by_role("button", name="Compare").click()
+        await expect(page.locator("#compared h3")).to_have_text(["poet by name", "coder by name"])
+        await expect(page.locator("#compare-status")).to_have_text("2 ways, 1 different answer")
+        named = [choices for _, choices, *_ in served.retriever.called("plan_named")]
+        assert sorted(choice for [choice] in named) == [("coder", 1.0), ("poet", 1.0)]
+
+    look(browsing, question)
+
+
+def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_answers(
+    browsing: Browsing, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = ['{"input": "One", "output": "Hello"}', "", '{"input": "Two", "output": "Bye"}', "Three"]
+    file.write_text("\n".join(lines))
+
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Compare")
+        for way in ("auto", *ROUTED_STRATEGIES):
+            await page.get_by_label(way, exact=True).uncheck()
+        await page.get_by_label("Adapters or versions").fill("poet")
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(page.locator("#compare-status")).to_have_text(
+            "3 of 3 prompts, 2 ways; most right: base model, poet (1 of 2)"
+        )
+        await expect(page.locator("#tabled tbody tr").first).to_have_text("OneHello✓ Hello✓ Hello")
+        await expect(page.locator("#tabled tbody tr").nth(2)).to_have_text("ThreeHelloHello")
+        await expect(page.locator("#tabled tfoot")).to_have_text("Right1 of 21 of 2")
+        assert len(jobs_of(served)) == 6
+        file.write_text('{"input": 5}')
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(page.locator("#compare-status")).to_contain_text('line 1 of the file needs "input"')
+        assert len(jobs_of(served)) == 6
+
+    look(browsing, question)
 
 
 def test_one_way_that_fails_does_not_stop_the_others(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await go(page, "Compare")
-        for way in ("selection", "mixture", "fusion"):
+        for way in ROUTED_STRATEGIES:
             await page.get_by_label(way, exact=True).uncheck()
         await page.route(
             "**/v1/chat/completions",
@@ -184,3 +235,26 @@ def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Brow
         await expect(page.get_by_role("heading", name="Publish", exact=True)).to_be_visible()
 
     look(browsing, question)
+
+
+def test_an_admin_sees_who_used_what_and_another_key_does_not(browsing: Browsing, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("user", roles=["infer"]), entry("admin", "ops"))
+
+    async def question(page: Page, served: Served) -> None:
+        await page.get_by_label("API key", exact=True).fill("user")
+        await page.get_by_role("button", name="Use", exact=True).click()
+        for _ in range(2):
+            await ask(page)
+            await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        await go(page, "Status")
+        await expect(page.locator("#connection")).to_have_text("live")
+        await expect(page.locator("#usage")).to_be_hidden()
+        await page.evaluate("sessionStorage.setItem('loraretriever-key', 'admin')")
+        await page.reload()
+        rows = page.locator("#usage-rows tr")
+        await expect(rows).to_have_count(1)
+        assert (await rows.all_inner_texts())[0].split("\t")[:3] == ["acme", "3", "0"]  # the map was asked once
+        await page.get_by_label("By", exact=True).select_option("adapter")
+        await expect(rows.first).to_contain_text("local/")
+
+    look(browsing, question, keys_file=keys, cache_dir=tmp_path)

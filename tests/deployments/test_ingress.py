@@ -15,11 +15,8 @@ from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import EngineStopped, PromptTooLong, SamplingInvalid
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
-from lora_store import BASE_PLAN
-from retriever_svc import Route, RouteRequest
-from tests.deployments.adapter_records import BASE, POOL
+from tests.deployments.adapter_records import POOL
 from tests.deployments.app_fakes import Served, serve_plainly
-from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import BROKEN, DELTAS, NOTHING_CACHED, FakeWorker
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -58,7 +55,7 @@ def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
     job = served.job
     assert job.prompt == (Message("user", "Hi"),)
     assert [row.ref for row in job.plan.adapters] == [POOL[1].ref]
-    unset = frozenset({"top_p", "min_p", "repetition_penalty"})
+    unset = frozenset({"top_p", "min_p", "repetition_penalty", "max_repeats"})
     assert job.sampling == SamplingParams(max_tokens=9, temperature=0.25, top_k=4, seed=11, stop=("a",), unset=unset)
     assert job.template == "chat"  # the template that its adapter names
     assert answer["id"] == f"chatcmpl-{job.request_id}"
@@ -69,13 +66,6 @@ def test_the_job_carries_prompt_plan_sampling_and_template() -> None:
 def test_a_plan_without_a_template_uses_the_servers(template: str) -> None:
     _, served = generate(CHAT, template=template)
     assert served.job.template == template
-
-
-def test_a_text_completion_sends_the_prompt_unchanged() -> None:
-    answer, served = generate({"prompt": "Once", "model": BASE})
-    assert (served.job.prompt, served.job.plan) == ("Once", BASE_PLAN)
-    assert answer["choices"][0]["text"] == "Hello"
-    assert answer["object"] == "text_completion"
 
 
 def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() -> None:
@@ -102,14 +92,6 @@ def test_a_stream_starts_with_the_plan_and_ends_with_the_reason() -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
     assert len({chunk["id"] for chunk in (opening, *chunks)}) == 1
     assert not any("lora" in chunk or "usage" in chunk for chunk in chunks)
-
-
-def test_usage_is_last_and_only_on_request() -> None:
-    *chunks, last = stream(CHAT | {"stream_options": {"include_usage": True}})
-    assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8} | NOTHING_CACHED
-    assert not any("usage" in chunk for chunk in chunks)
-    assert len(chunks) == len(stream(CHAT)) == 4
 
 
 def test_an_answer_of_one_piece_streams() -> None:
@@ -174,35 +156,6 @@ def test_only_the_answer_that_lost_its_worker_starts_again() -> None:
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["Hello", "Hello"]
     first, second, again = jobs_of(served)
     assert first != second == again
-
-
-def test_a_call_of_a_dying_retriever_is_repeated() -> None:
-    class Mortal(FakeRetriever):
-        deaths = 2
-
-        async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
-            if self.deaths:
-                self.deaths -= 1
-                raise DEATH
-            return await super().route(requests)
-
-    answer, served = generate(CHAT, retriever=Mortal())
-    assert answer["choices"][0]["message"]["content"] == "Hello"
-    assert len(served.retriever.called("route")) == 3
-
-
-def test_leaving_a_stream_cancels_the_job_at_once() -> None:
-    async def run() -> None:
-        served = serve_plainly()
-        chunks = served.ingress.stream(CHAT)
-        await anext(chunks)
-        await anext(chunks)
-        [response] = served.worker.responses
-        assert response.num_cancels == 0
-        await chunks.aclose()
-        assert response.num_cancels == 1
-
-    asyncio.run(run())
 
 
 class Endless(FakeWorker):

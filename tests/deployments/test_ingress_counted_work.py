@@ -13,6 +13,7 @@ import pytest
 from gpu_worker.config import NativeSettings
 from gpu_worker.errors import DeadlineExceeded, EngineFull, PromptTooLong
 from gpu_worker.front.request.request import Prompt, Tokenized
+from gpu_worker.front.request.tools import Tools
 from retriever_svc.encoder import MAX_TOKENS
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import Served
@@ -260,7 +261,13 @@ def test_a_text_above_eight_characters_a_token_of_the_context_is_not_tokenized(f
 @dataclass
 class FullTokenizer(FakeWorker):
     async def tokenize(
-        self, tenant: str, prompt: Prompt, template: str, add_special_tokens: bool | None, with_texts: bool
+        self,
+        tenant: str,
+        prompt: Prompt,
+        template: str,
+        add_special_tokens: bool | None,
+        with_texts: bool,
+        tools: Tools | None = None,
     ) -> Tokenized:
         raise EngineFull("full")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import AdapterRecord, Embedding, Snapshot
+from lora_store.adapter import AdapterRef
+from lora_store.events import Rank
+from lora_store.rankings import OUTCOME, Ranking
 from retriever_svc import Encoder, IndexSettings, NoAdapterMatched, Route, RouteRequest
 from tests.deployments.adapter_records import BASE, adapter
 from tests.tiny_encoder import save_tiny_encoder
@@ -43,11 +47,9 @@ def record(encoder: Path) -> AdapterRecord:
     return replace(adapter("goats", tenant="acme"), embedding=embedding, approved=False)
 
 
-def route(config: AppConfig, record: AdapterRecord) -> Route | Exception:
-    pools = live_pool(config, lambda: Snapshot(1, {("acme", "goats"): record}))
-    [outcome] = retriever_over(pools, config.retrieval, owner_names=config.owner_names).route(
-        [RouteRequest(TEXT, tenant="local")]
-    )
+def route(config: AppConfig, record: AdapterRecord, *ranks: Rank) -> Route | Exception:
+    pools = live_pool(config, lambda: Snapshot(1, {("acme", "goats"): record}, rankings={"local": ranks}))
+    [outcome] = retriever_over(pools, config).route([RouteRequest(TEXT, tenant="local")])
     return outcome
 
 
@@ -81,6 +83,20 @@ def test_adapters_of_a_base_that_the_settings_do_not_accept_are_skipped_and_logg
     assert names(route(config_of({"min_score": -1.0}, accepts_base=()), record)) == []
     assert f"1 adapter was made for {BASE} and is not served" in caplog.text
     assert names(route(config_of({"min_score": -1.0}, accepts_base=()), replace(record, base_model=""))) == ["goats"]
+
+
+def test_outcomes_that_were_applied_count_only_while_the_settings_say_so(
+    config_of: Callable[..., AppConfig], record: AdapterRecord
+) -> None:
+    assert record.embedding is not None
+    anchor, none = AdapterRef("local", f"{OUTCOME}1", ""), np.empty(0, np.float32)
+    said = Ranking(anchor, (), record.embedding.encoder, record.embedding.vector, none)  # the base model was better
+    rank = Rank("local", said, True, "me", datetime(2026, 1, 2, tzinfo=UTC))
+    answered = {
+        learning: names(route(config_of({"min_score": -1.0}, learning=learning), record, rank))
+        for learning in ("apply", "observe", "off")
+    }
+    assert answered == {"apply": [], "observe": ["goats"], "off": ["goats"]}
 
 
 def test_the_floor_of_the_settings_is_the_retrievers(

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from deployments.api.names import NamePolicy
 from deployments.cli.main import cli
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
@@ -56,8 +57,11 @@ def test_json_is_well_formed(block: CodeBlock) -> None:
 
 
 @pytest.mark.parametrize("block", of_language("yaml"), ids=name_of)
-def test_settings_are_valid(block: CodeBlock) -> None:
+def test_settings_and_policies_are_valid(block: CodeBlock) -> None:
     settings = yaml.safe_load(block.text)
+    if block.page == "docs/how-to/model-names.md":
+        NamePolicy.model_validate(settings)
+        return
     if settings.get("worker", {}).get("device") == "cuda":
         settings.setdefault("worker_scaling", {"num_gpus": 1})
     AppConfig.model_validate(settings)

@@ -13,13 +13,18 @@ from tests.browsing import Browsing, address_of
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import serve_plainly
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.soak import Scale
 
 MAX_BYTES = 600_000  # of all together
 DOCS = FOLDER.parent
 
 
 @pytest.mark.browser
-def test_the_command_takes_every_screenshot_of_the_documentation(browsing: Browsing, tmp_path: Path) -> None:
+def test_the_command_takes_every_screenshot_of_the_documentation(
+    browsing: Browsing, tmp_path: Path, scale: Scale
+) -> None:
+    if not scale.is_full:
+        pytest.skip("no part of the product: in make soak")
     held = [adapter(name) for name in ("sentence_negation", "past_tense", "date_format")]
 
     async def run() -> None:

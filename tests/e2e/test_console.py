@@ -88,33 +88,6 @@ def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_p
     browsing.run(visit())
 
 
-def test_the_page_says_why_the_base_model_or_an_adapter_answers(url: str, browsing: Browsing) -> None:
-    async def visit() -> None:
-        async with browsing.page(f"{url}/") as page:
-            note, nearest = page.locator("#plan-note"), page.locator("#considered-list .rank-0 .near li")
-            await limit(page)
-            await ask(page, "What is the capital of France?")
-            await expect(page.locator("#plan-strategy")).to_have_text("base")
-            await expect(page.locator("#plan li")).to_have_count(0)
-            await expect(note).to_contain_text("No adapter fits, so the base model answers.")
-            await expect(note).to_contain_text(
-                re.compile(r"comes nearest: it scores [\d.-]+ and needs [\d.-]+\. lora\.min_score")
-            )
-            await expect(page.locator("#considered-list .name")).to_have_count(3)
-            await expect(page.locator("#changes-list")).to_contain_text("Answer with")
-            await expect(last_turn(page, ".text")).not_to_be_empty()
-
-            await ask(page, NEGATE)
-            await expect(page.locator("#plan li .name").first).to_have_text("sentence_negation")
-            await expect(note).to_contain_text(
-                re.compile(r"sentence_negation fits: it scores [\d.]+ and needs [\d.-]+")
-            )
-            await expect(nearest.first).to_contain_text("Negate the statement:")
-            await expect(last_turn(page, ".text")).to_contain_text("not")
-
-    browsing.run(visit())
-
-
 def test_the_console_works_below_a_prefix_and_with_several_replicas(live: Live, browsing: Browsing) -> None:
     async def visit() -> None:
         async with browsing.page(f"{live.url}/") as page:

@@ -36,25 +36,6 @@ def test_the_first_of_n_choices_equals_a_single_answer(client: openai.OpenAI) ->
     assert [choice.text for choice in again.choices] == texts
 
 
-def test_streamed_choices_and_prompts_equal_the_json_answer(client: openai.OpenAI) -> None:
-    asked = {**STORY, "prompt": ["Once upon a time", "The sea is"], "n": 2}
-    whole = client.completions.create(**asked)
-    texts, usage = [""] * 4, None
-    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
-        usage = chunk.usage
-        for choice in chunk.choices:
-            texts[choice.index] += choice.text
-    assert texts == [choice.text for choice in whole.choices]
-    assert usage == whole.usage
-
-
-def test_several_prompts_have_separate_plans(client: openai.OpenAI, heldout: list[Heldout]) -> None:
-    first, second = heldout[0], heldout[1]
-    answer = client.completions.create(model="auto", prompt=[first.input, second.input], max_tokens=2, temperature=0)
-    plans = [choice.model_extra["lora"] for choice in answer.choices]
-    assert [plan["adapters"][0]["name"] for plan in plans] == [first.task, second.task]
-
-
 def test_a_stop_string_is_not_sent(client: openai.OpenAI) -> None:
     asked = {**COUNTING, "max_tokens": 30, "stop": [" seven", "nine"]}
     whole = client.completions.create(**asked, logprobs=0)
@@ -83,26 +64,6 @@ def test_chat_logprobs_have_each_token_and_its_alternatives(client: openai.OpenA
     ]
     assert streamed == pytest.approx([token.logprob for token in choice.logprobs.content], abs=1e-4)
     assert client.chat.completions.create(**asked).choices[0].logprobs is None
-
-
-def test_text_logprobs_have_the_older_format(client: openai.OpenAI) -> None:
-    choice = client.completions.create(**COUNTING, logprobs=2).choices[0]
-    logprobs = choice.logprobs
-    assert "".join(logprobs.tokens) == choice.text
-    assert logprobs.text_offset == [len("".join(logprobs.tokens[:place])) for place in range(len(logprobs.tokens))]
-    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
-        assert top[token] == logprob == max(top.values())
-
-
-def test_penalties_and_bias_change_the_answer(client: openai.OpenAI) -> None:
-    asked = {"model": BASE, "prompt": "ha ha ha ha ha ha", "max_tokens": 12, "temperature": 0}
-    plain = client.completions.create(**asked).choices[0].text
-    assert client.completions.create(**asked, presence_penalty=2, frequency_penalty=2).choices[0].text != plain
-    assert client.completions.create(**asked, extra_body={"repetition_penalty": 2.0}).choices[0].text != plain
-    forced = client.completions.create(**asked, logit_bias={"236776": 100}, logprobs=0).choices[0]
-    assert len(set(forced.logprobs.tokens)) == 1
-    random = client.completions.create(**{**asked, "temperature": 2.0}, extra_body={"min_p": 1.0})
-    assert random.choices[0].text == plain, "min_p of 1 leaves only the most likely token"
 
 
 def test_the_async_client_gets_the_same_answers(url: str, client: openai.OpenAI) -> None:
@@ -144,14 +105,6 @@ def base_text(client: openai.OpenAI, prompt: str) -> str:
     return text
 
 
-def test_another_retrieval_text_finds_other_adapters(client: openai.OpenAI, heldout: list[Heldout]) -> None:
-    lora = {"query": heldout[1].input, "strategy": "selection"}
-    answer = client.chat.completions.create(
-        model="auto", messages=messages(heldout[0].input), max_tokens=2, extra_body={"lora": lora}
-    )
-    assert [adapter["name"] for adapter in answer.model_extra["lora"]["adapters"]] == [heldout[1].task]
-
-
 class Order(BaseModel):
     colour: Literal["red", "green"]
     sizes: Annotated[list[Annotated[int, Field(ge=1, le=9)]], Field(max_length=3)]
@@ -188,12 +141,6 @@ def test_a_required_tool_is_called_with_valid_arguments(client: openai.OpenAI) -
     assert final.usage is not None and final.usage.completion_tokens > 0
 
 
-def test_a_streamed_choice_is_one_of_the_texts(client: openai.OpenAI) -> None:
-    body = {"structured_outputs": {"choice": ["red", "gr\u00fcn"]}}
-    parts = client.completions.create(**{**STORY, "max_tokens": 40}, extra_body=body, stream=True)
-    assert "".join(part.choices[0].text for part in parts if part.choices) in {"red", "gr\u00fcn"}
-
-
 def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: list[Heldout]) -> None:
     def ask(**fields: Any) -> None:
         client.chat.completions.create(**{"model": "auto", "messages": messages("hi"), "max_tokens": 2, **fields})
@@ -209,9 +156,13 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: lis
     with pytest.raises(openai.BadRequestError, match="at /0/function/parameters/properties/a") as uncompiled:
         ask(tools=[tool], tool_choice="required")
     assert (uncompiled.value.code, uncompiled.value.param) == ("invalid_request", "tools")
-    with pytest.raises(openai.BadRequestError) as options:
-        ask(stream_options={"include_usage": True})
-    assert options.value.param == "stream_options"
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as long:
+            ask(messages=messages("word " * 2000), stream=stream)
+        assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as unknown:
+        ask(extra_body={"lora": {"strategey": "mixture"}})
+    assert unknown.value.param == "lora.strategey"
     with pytest.raises(openai.NotFoundError) as missing:
         ask(model="nobody/nothing")
     assert missing.value.code == "model_not_found"
@@ -221,8 +172,9 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: lis
     with pytest.raises(openai.ConflictError) as conflict:
         ask(extra_body={"lora": {"plan": gone}})
     assert conflict.value.code == "plan_gone"
-    with pytest.raises(openai.UnprocessableEntityError):
+    with pytest.raises(openai.UnprocessableEntityError) as unmatched:
         ask(extra_body={"lora": {"min_score": 1.0, "fallback": "error"}})
+    assert unmatched.value.code == "no_adapter_matched"
 
 
 def test_models_are_read_page_by_page(client: openai.OpenAI) -> None:

@@ -7,12 +7,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deployments.config.app import AppConfig
+from deployments.retriever_factory import live_pool, retriever_over
+from lora_store import LoraStore
+from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_folder
+from tests.deployments.scripted import run as command
 from tests.e2e.live import Live, eventually, run
+from tests.e2e.starter_pool import Heldout
 
 TOPICS = ("lighthouses", "volcanoes", "violins")
 
@@ -39,6 +46,31 @@ def test_publish_show_and_roll_back(live: Live, pool: list[Path]) -> None:
     assert live.call("GET", "/v1/loras/volcanoes").json()["digest"] == first["digest"]
     run(live, "rollback", "volcanoes", "--to", second["digest"][:12])
     assert live.call("GET", "/v1/loras/volcanoes").json()["digest"] == second["digest"]
+
+
+def test_a_pool_exported_from_a_server_and_restored_gives_the_same_plans(
+    url: str, config: AppConfig, heldout: list[Heldout], tmp_path: Path
+) -> None:
+    archive, store = str(tmp_path / "pool.tar"), str(tmp_path / "restored")
+    assert command("pool", "export", archive, "--url", url).exit_code == 0
+    assert command("pool", "import", archive, "--store", store).exit_code == 0
+    prompts = [row.input for row in heldout]
+    restored = plans_of(config.model_copy(update={"store_uri": store}), prompts)
+    assert restored == plans_of(config, prompts)
+    body = {"prompt": prompts, "lora": {"strategy": "mixture", "k": 3}}
+    served = httpx.post(f"{url}/v1/route", json=body, timeout=120).json()["data"]
+    assert [[row["digest"] for row in plan["adapters"]] for plan in served] == [
+        [digest for digest, _ in plan] for plan in restored
+    ]
+    assert len({str(plan) for plan in restored}) > 5
+
+
+def plans_of(config: AppConfig, prompts: list[str]) -> list[list[tuple[str, float]]]:
+    """Return the digests and weights that a Retriever of this store plans for each prompt."""
+    store = LoraStore(config.store_uri, accepts_base=())
+    retriever = retriever_over(live_pool(config, store.snapshot), config.retrieval, owner_names=config.owner_names)
+    routes = [one for prompt in prompts for one in retriever.route([RouteRequest(prompt)])]
+    return [[(each.ref.digest, each.weight) for each in one.plan.adapters] for one in routes if isinstance(one, Route)]
 
 
 def test_a_folder_of_folders_is_one_commit(live: Live, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
             "how-to/train-an-adapter.md",
             ["ticket-queue is fit to publish", "\nbilling\n", "ticket-queue is live", "ticket-queue was withdrawn"],
         ),
+        (
+            "how-to/back-up-and-move.md",
+            ["are in backup.tar", "0 new, ", "unchanged", ", exact", "relative error"],
+        ),
+        ("how-to/upgrade-and-roll-back.md", [", 0 bad", "are in before-upgrade.tar", "are now in ./pool-of-before"]),
     ],
 )
 def test_every_block_of_the_page_runs(page: str, outputs: list[str], folder: Path, url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from gpu_worker.model.base_model import BaseModel
 from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.engine import NativeEngine
+from gpu_worker.native.kernels import kernel_loading
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, fetching, fingerprint, run_together
 from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
+
+share_openmp_once = cache(kernel_loading.share_openmp)
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +40,14 @@ def layout_kernel() -> LayoutKernel:
 
 
 @pytest.fixture
-def make_engine(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel]) -> Callable[..., Engine]:
-    """Return a factory of engines over a tiny model, with given adapters or a `get`; free bank rows hold NaN."""
+def make_engine(
+    tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Engine]:
+    """Return a factory of engines over a tiny model, with given adapters or a `get`; free bank rows hold NaN.
+
+    A process shares its OpenMP runtime once: the search for it takes a third of the start of a tiny engine.
+    """
+    monkeypatch.setattr(kernel_loading, "share_openmp", share_openmp_once)
 
     def make(
         adapters: Mapping[str, AdapterWeights] | Callable[[str], AdapterWeights],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.tiny import SHAPE, byte_tokenizer
 
@@ -14,11 +15,13 @@ Settings = Mapping[str, object]
 _HEADS = {"head_dim": 8}
 _WINDOW = {"sliding_window": 12}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_ONE_GROUP = {"num_key_value_heads": None}  # the config has no such setting
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **_WINDOW}
 
 # The first ones differ the most from each other, and a small run takes only them.
 EQUAL: dict[str, Settings] = {
     "cohere2": _MIXED,
+    "gpt_neox": _ONE_GROUP,
     "qwen3_moe": _EXPERTS | _HEADS | {"moe_intermediate_size": 16, "decoder_sparse_step": 1, "norm_topk_prob": True},
     "phi": {"partial_rotary_factor": 0.5},
     "olmo3": _MIXED,
@@ -57,7 +60,56 @@ EQUAL: dict[str, Settings] = {
     "flex_olmo": _EXPERTS,
     "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "solar_open": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "persimmon": _ONE_GROUP,
+    "gptj": _ONE_GROUP | {"rotary_dim": 4, "tie_word_embeddings": False},
+    "opt": _ONE_GROUP | {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+}
+
+_EYES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+_SIGLIP, _CLIP, _PIXTRAL, _INTERN, _IDEFICS, _SMOL = (
+    _EYES | {"model_type": name, "image_size": 8, "patch_size": 4}
+    for name in (
+        *("siglip_vision_model", "clip_vision_model", "pixtral"),
+        *("internvl_vision", "idefics3_vision", "smolvlm_vision"),
+    )
+)
+_QWEN_EYES = {"depth": 1, "num_heads": 2, "patch_size": 4, "intermediate_size": 24, "hidden_size": 16}
+_QWEN_EYES |= {"out_hidden_size": 32}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+# Each with its family, and the settings of the text part and of the vision part. They are served as text models.
+MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
+    "gemma3": (
+        "gemma3",
+        _MIXED | {"model_type": "gemma3_text", "query_pre_attn_scalar": 8, "rope_parameters": _TWO_ROPES},
+        _SIGLIP,
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        _SECTIONS | {"model_type": "qwen3_vl_text"},
+        _QWEN_EYES | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
+    "llava": ("llava", {"model_type": "llama"}, _CLIP),
+    "qwen2_vl": ("qwen2_vl", _SECTIONS | {"model_type": "qwen2_vl_text"}, _QWEN_EYES | {"hidden_size": 32}),
+    "mistral3": ("mistral3", {"model_type": "mistral"}, _PIXTRAL),
+    "idefics3": ("idefics3", {"model_type": "llama"}, _IDEFICS),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        _SECTIONS | {"model_type": "qwen2_5_vl_text"},
+        _QWEN_EYES | {"fullatt_block_indexes": [0]},
+    ),
+    "mistral3 (ministral3)": ("mistral3", {"model_type": "ministral3"}, _PIXTRAL),
+    "llava (mistral, pixtral)": ("llava", {"model_type": "mistral"}, _PIXTRAL),
+    "llava_next": ("llava_next", {"model_type": "mistral", **_WINDOW}, _CLIP),
+    "llava_onevision": ("llava_onevision", {"model_type": "qwen2"}, _SIGLIP),
+    "internvl": ("internvl", {"model_type": "qwen2"}, _INTERN | {"image_size": [8, 8], "patch_size": [4, 4]}),
+    "internvl (qwen3)": ("internvl", {"model_type": "qwen3"}, _INTERN | {"image_size": [8, 8], "patch_size": [4, 4]}),
+    "lighton_ocr": ("lighton_ocr", {"model_type": "qwen3"}, _PIXTRAL),
+    "smolvlm": ("smolvlm", {"model_type": "llama"}, _SMOL),
 }
 
 # Each with the part of the message that gives the reason.
@@ -69,8 +121,7 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "doge": ({}, "its own attention mask"),
     "gemma4_text": ({}, "no single head_dim"),
     "mimo_v2_flash": ({}, "keys"),
-    "gpt_neox": ({}, "keys"),
-    "persimmon": ({}, "keys"),
+    "codegen": (_ONE_GROUP, "a config without num_key_value_heads"),
     "stablelm": ({}, "attention interface"),
     "falcon": ({}, "attention interface"),
     "hunyuan_v1_moe": (_HEADS | {"num_experts": 4, "moe_topk": 2}, "uses the weight of a linear layer"),
@@ -84,9 +135,27 @@ REFUSED: dict[str, tuple[Settings, str]] = {
 
 
 def save(folder: Path, model_type: str, settings: Settings) -> Path:
-    """Save a tiny random model of the family and a byte tokenizer."""
+    """Save a tiny random model of the family and a byte tokenizer. A setting of None is left out."""
+    config = AutoConfig.for_model(model_type, **_present({**SHAPE, **settings}))
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SHAPE, **settings})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_multimodal(folder: Path, name: str, **settings: object) -> Path:
+    """Save a tiny random model of `MULTIMODAL` with its vision part, and a byte tokenizer. `settings`: of the text."""
+    model_type, text, vision = MULTIMODAL[name]
+    places = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = {place: 290 + number for number, place in enumerate((*places, "boi_token_index", "eoi_token_index"))}
+    config = AutoConfig.for_model(
+        model_type, text_config=_present({**SHAPE, **_HEADS, **text, **settings}), vision_config=dict(vision), **tokens
+    )
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _present(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

@@ -12,6 +12,7 @@ from lora_store import (
     Approve,
     Embed,
     Event,
+    NamedPolicy,
     OutputProfile,
     Publish,
     Rank,
@@ -23,6 +24,7 @@ from lora_store.events import (
     SCHEMA,
     Fold,
     Keep,
+    SetName,
     VisibleChange,
     dated_events_of,
     fold_table_of,
@@ -32,6 +34,7 @@ from lora_store.events import (
 from tests.lora_store.builders import NOON, MakeRecord, embedding, ranking
 
 REF = AdapterRef("local", "poet", "d" * 64)
+NAMED = NamedPolicy(AdapterRef("local", "support", "e" * 64), '{"temperature":0}', "me", NOON)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,9 @@ REF = AdapterRef("local", "poet", "d" * 64)
         ActivateEncoder("model", "identity", "me", NOON),
         Rank("acme", ranking(REF), True, "me", NOON),
         Rank("acme", ranking(REF), False, "me", NOON),
+        SetName(NAMED),
+        SetName(replace(NAMED, approved=True)),
+        SetName(replace(NAMED, policy="")),
     ],
     ids=lambda event: type(event).__name__,
 )
@@ -91,6 +97,7 @@ def test_a_fold_is_read_as_it_was_written_and_keeps_generations(make_record: Mak
     events = [Fold("model", "identity"), VisibleChange("acme", 3), Keep(make_record(), is_live=True)]
     events += [Keep(make_record(digest="e" * 64), is_live=False), Embed(REF, embedding())]
     events += [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
+    events += [SetName(NAMED), SetName(replace(NAMED, approved=True))]
     assert [event for _, event in dated_events_of(fold_table_of(events, 9, {"one": 1}), after=0)] == events
 
 
@@ -102,7 +109,9 @@ def test_names_on_disk_do_not_change(make_record: MakeRecord) -> None:
     assert rows == ["fold", "keep_shown", "keep_live", "keep_older", "keep_pending", "keep_commit"]
     plain = [Withdraw(REF, "me", NOON), SetVisibility(REF, "public", "me", NOON), Approve(REF, "me", NOON)]
     plain += [ActivateEncoder("m", "i", "me", NOON), Publish(make_record()), Embed(REF, embedding())]
-    names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed"]
+    plain += [SetName(NAMED)]
+    names = ["withdraw", "set_visibility", "approve", "activate_encoder", "publish", "embed", "set_name"]
+    assert fold_table_of([SetName(NAMED)], 1, {})["event"].to_pylist() == ["keep_name"]
     assert table_of(plain, 1)["event"].to_pylist() == names
 
 
@@ -116,6 +125,7 @@ def test_a_kind_of_event_that_only_a_newer_release_knows_is_skipped_and_noticed(
 def test_every_kind_of_event_that_is_written_is_known(make_record: MakeRecord) -> None:
     changes = [Publish(make_record()), Publish(make_record(is_offered=True)), SetTrial(REF, None, "me", NOON)]
     changes += [Rank("acme", ranking(REF), is_first, "me", NOON) for is_first in (True, False)]
+    changes += [SetName(NAMED)]
     folded = [Fold("model", "enc"), Keep(make_record(), is_live=True), Keep(make_record(), is_live=False)]
-    folded += [VisibleChange("acme", 3), Embed(REF, embedding()), *changes[-2:]]
+    folded += [VisibleChange("acme", 3), Embed(REF, embedding()), *changes[3:5], SetName(NAMED)]
     assert knows_all_events(table_of(changes, 7)) and knows_all_events(fold_table_of(folded, 7, {"id": 3}))

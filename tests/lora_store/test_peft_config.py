@@ -40,13 +40,6 @@ def _reason(folder: Path) -> str:
     return reason
 
 
-def test_a_variant_of_lora_is_refused_with_a_remedy(make_folder: MakeFolder) -> None:
-    folder = make_folder()
-    change(use_dora=True)(folder)
-    remedy = "retrain with LoRA on linear layers only; a merged model would need a server of its own"
-    assert _reason(folder) == f"use_dora (DoRA) is not supported: {remedy}"
-
-
 KINDS: dict[str, PeftConfig] = {
     "VERA": VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
     "LOHA": LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
@@ -71,12 +64,6 @@ def test_an_adapter_of_another_kind_is_refused_for_that_reason_alone(kind: str, 
     adapted.save_pretrained(tmp_path)
     change(base_model_name_or_path="tiny-base")(tmp_path)
     assert _reason(tmp_path).startswith(f"peft_type must be 'LORA', got {kind!r}: train a LoRA adapter, or let PEFT's")
-
-
-def test_an_unknown_setting_is_refused_with_a_remedy(make_folder: MakeFolder) -> None:
-    folder = make_folder()
-    change(use_quantum=True)(folder)
-    assert "sets 'use_quantum', which this version does not know: upgrade the server, or remove" in _reason(folder)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,12 @@ from tests.lora_store.builders import MakeFolder, MakeRecord, OpenStore, embeddi
 
 
 @pytest.fixture
+def store_uri(folder_uri: str) -> str:
+    """Keep these rules off S3: they are the same over any storage."""
+    return folder_uri
+
+
+@pytest.fixture
 def records(make_record: MakeRecord) -> Callable[..., list[AdapterRecord]]:
     """Return a tenant's live adapters of 100 bytes each, by name."""
 

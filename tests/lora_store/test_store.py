@@ -126,21 +126,6 @@ def test_another_encoders_vector_is_published(open_store: OpenStore, make_folder
     assert store.snapshot().resolve("local", "poet").encoder == "another"
 
 
-def test_the_version_digest_covers_weights_samples_template_and_tags(
-    open_store: OpenStore, make_folder: MakeFolder
-) -> None:
-    store = open_store()
-    staged = [
-        store.stage(make_folder()),
-        store.stage(make_folder(seed=1)),
-        store.stage(make_folder(seed=2, inputs=("Something else.",))),
-        store.stage(make_folder(), template="chat"),
-        store.stage(make_folder(), tags=["t"]),
-    ]
-    assert len({item.ref.digest for item in staged}) == len(staged)
-    assert store.stage(make_folder("renamed"), tenant="them").ref.digest == staged[0].ref.digest
-
-
 def test_config_noise_and_key_order_do_not_change_the_digests(open_store: OpenStore, make_folder: MakeFolder) -> None:
     store = open_store()
     folder = make_folder()
@@ -194,11 +179,6 @@ def test_one_batch_cannot_give_a_public_name_to_two_tenants(open_store: OpenStor
     with pytest.raises(AdapterRefused):
         _commit(store, *staged)
     assert store.snapshot().generation == 0
-
-
-def test_shapes_may_come_with_the_folder(open_store: OpenStore, make_folder: MakeFolder) -> None:
-    with pytest.raises(AdapterRefused, match="is not a linear layer of the base model"):
-        open_store().stage(make_folder(), module_shapes={})
 
 
 def test_a_vector_is_needed_for_each_staged_adapter(open_store: OpenStore, make_folder: MakeFolder) -> None:

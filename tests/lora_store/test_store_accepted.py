@@ -13,6 +13,12 @@ ACCEPTED = Sample("Make me a rhyme about rain", is_accepted=True)
 
 
 @pytest.fixture
+def store_uri(folder_uri: str) -> str:
+    """Keep these rules off S3: they are the same over any storage."""
+    return folder_uri
+
+
+@pytest.fixture
 def store(open_store: OpenStore) -> LoraStore:
     return open_store()
 

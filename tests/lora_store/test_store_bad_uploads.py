@@ -10,12 +10,10 @@ from tests.bad_uploads import BAD_FOLDERS, BAD_LABELS
 from tests.lora_store.builders import BASE, MakeFolder
 
 
-@pytest.fixture(scope="module", params=["folder", "s3"])
-def location(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Location:
+@pytest.fixture(scope="module")
+def location(tmp_path_factory: pytest.TempPathFactory) -> Location:
     """Return the location of one store for all of them: none may leave files in it."""
-    if request.param == "folder":
-        return Location(str(tmp_path_factory.mktemp("refusing") / "store"))
-    return Location(request.getfixturevalue("s3_endpoint").uri("refusing"))
+    return Location(str(tmp_path_factory.mktemp("refusing") / "store"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from lora_store import AdapterRefused, Label, Limits, check_folder
 from lora_store.peft_files import TEMPLATE_FILE, template_digest
 from tests.bad_uploads import add, config, remove, rename, samples, tensors, write
-from tests.lora_store.builders import BASE, MakeFolder, OpenStore
+from tests.lora_store.builders import BASE, SHAPES, MakeFolder, OpenStore
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 UP0 = "base_model.model.model.layers.0.mlp.up_proj"
@@ -39,6 +40,20 @@ def test_the_path_of_the_base_is_accepted_and_not_shown_to_others(make_folder: M
     assert "/srv" not in str(caught.value)
 
 
+@pytest.mark.parametrize("named", ["/home/me/run-17/base", None])
+def test_a_base_that_the_publisher_names_replaces_the_folders(named: str | None, make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    config(base_model_name_or_path=named)(folder)
+    label = Label("poet", base_model=BASE)
+    checked = check_folder(folder, label, accepts_base={BASE}, module_shapes=SHAPES)
+    assert checked.base_model == BASE
+    with pytest.raises(AdapterRefused, match="base_model 'other' is none that this server accepts: 'tiny-base'"):
+        check_folder(folder, replace(label, base_model="other"), accepts_base={BASE}, module_shapes=SHAPES)
+    other = {name: (out + 1, num_in) for name, (out, num_in) in SHAPES.items()}
+    with pytest.raises(AdapterRefused, match="but the base model's layer maps"):
+        check_folder(folder, label, accepts_base={BASE}, module_shapes=other)
+
+
 def test_another_base_is_refused_with_the_names_that_the_server_accepts(make_folder: MakeFolder) -> None:
     folder = make_folder()
     config(base_model_name_or_path="/models/base")(folder)
@@ -48,7 +63,7 @@ def test_another_base_is_refused_with_the_names_that_the_server_accepts(make_fol
     wanted = [
         "'/models/base'",
         "accepts 'tiny-base'",
-        "set base_model_name_or_path in adapter_config.json",
+        "publish it with --base-name",
         "accepts_base",
     ]
     assert [part for part in wanted if part not in reason] == []
@@ -79,11 +94,6 @@ def test_the_list_of_reasons_is_limited_and_counts_the_omitted_ones(
         open_store().stage(folder, module_shapes=module_shapes)
     assert len(caught.value.reasons) == 51
     assert caught.value.reasons[-1] == "and 50 more"
-
-
-def test_a_missing_folder_is_refused(open_store: OpenStore, tmp_path: Path) -> None:
-    with pytest.raises(AdapterRefused, match="'nowhere' is not a folder"):
-        open_store().stage(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from retriever_svc.bfloat16_linear import Bfloat16Linear, has_bfloat16_products, use_bfloat16
 from retriever_svc.encoder import Encoder, Vectors, unit_rows
+from tests.shared_encoders import shared_encoder
 
 needs_products = pytest.mark.skipif(not has_bfloat16_products(), reason="this processor has no bfloat16 products")
 NUM_SAMPLES, NUM_PROMPTS = 2, 2
@@ -19,7 +20,7 @@ NUM_SAMPLES, NUM_PROMPTS = 2, 2
 
 @pytest.fixture(scope="module")
 def exact() -> Encoder:
-    return Encoder(dtype="float32")
+    return shared_encoder(dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from tests.retriever_svc.attacks import (
     routes,
     starter_samples,
 )
+from tests.shared_encoders import shared_encoder
 from tests.soak import Scale
 
 NUM_HELD_OUT = 6  # of a task, known to the attacker of `with users' prompts`
@@ -33,7 +34,7 @@ HONEST = starter_samples()
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder(max_cached_texts=8192)
+    return shared_encoder(max_cached_texts=8192)
 
 
 @pytest.fixture

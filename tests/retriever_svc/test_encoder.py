@@ -25,6 +25,7 @@ from retriever_svc.encoder import (
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL, model_folder
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.packaged_encoder import CONVERSION
+from tests.shared_encoders import shared_encoder
 
 TEXTS = [
     "Translate to French: the cat sleeps.",
@@ -39,7 +40,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     """Return an encoder whose vectors do not depend on the batch."""
-    return Encoder(num_threads=torch.get_num_threads(), dtype="float32")
+    return shared_encoder(dtype="float32")
 
 
 def test_rows_are_unit_float32_in_order(encoder: Encoder) -> None:
@@ -159,7 +160,7 @@ def test_texts_are_read_up_to_64_characters_per_token() -> None:
 def test_threads_share_an_encoder(encoder: Encoder) -> None:
     batches = [[f"{text} {number}" for text in TEXTS[:4]] for number in range(6)]
     expected = [encoder.encode(batch) for batch in batches]
-    small, owners = Encoder(max_cached_texts=8, dtype="float32"), [["me"] * len(batch) for batch in batches]
+    small, owners = shared_encoder(max_cached_texts=8, dtype="float32"), [["me"] * len(batch) for batch in batches]
     with ThreadPoolExecutor(6) as pool:
         for rows, alone in zip(pool.map(small.encode, batches, owners), expected, strict=True):
             np.testing.assert_allclose(rows, alone, atol=1e-5)

@@ -17,6 +17,7 @@ from benchmarks.starter_pool import HELD_OUT, POOL, read_prompts
 from lora_store.sample_files import SAMPLES_FILE
 from retriever_svc.encoder import Encoder, Vectors, unit_rows
 from retriever_svc.openvino_network import OpenvinoNetwork, use_openvino
+from tests.shared_encoders import shared_encoder
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 NUM_SAMPLES, NUM_PROMPTS = 2, 3
@@ -25,12 +26,12 @@ TEXTS = ["", "漢字", *topic_texts(2, seed=0)["boat"], "boat1 cake2 " * 60]
 
 @pytest.fixture(scope="module")
 def exact() -> Encoder:
-    return Encoder(dtype="float32")
+    return shared_encoder(dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def fast() -> Encoder:
-    return Encoder()
+    return shared_encoder()
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,14 @@ from retriever_svc.ordinary_prompts import (
     prompts_digest,
     refers_back,
 )
+from tests.shared_encoders import shared_encoder
 
 DIM = 8
 
 
 @pytest.fixture(scope="module")
 def projected() -> Encoder:
-    encoder = Encoder()
+    encoder = shared_encoder()
     return encoder.projected(ProjectionFiles().shipped(encoder.identity))
 
 

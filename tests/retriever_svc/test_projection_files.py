@@ -8,13 +8,14 @@ import pytest
 from lora_store.errors import StoreUnavailable
 from lora_store.files import Files
 from lora_store.location import Location
-from retriever_svc import Encoder, EncoderUnusable, ProjectionUnusable
+from retriever_svc import EncoderUnusable, ProjectionUnusable
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.ordinary_prompts import ordinary_prompts, prompts_digest
 from retriever_svc.projection_files import ProjectionFiles, shipped_file
 from retriever_svc.whitening import Whitening, fit_whitening
 from tests.retriever_svc.pool_fakes import FakeEncoder
 from tests.retriever_svc.test_whitening import DIM, world
+from tests.shared_encoders import shared_encoder
 
 PACKAGED, ENGLISH = "9ac5f0a15bd9adad", "20e072f1df80adcc"
 PACKAGED_ENCODERS = [(DEFAULT_MODEL, PACKAGED), (ENGLISH_MODEL, ENGLISH)]
@@ -37,7 +38,7 @@ class Down(Files):
 
 @pytest.mark.parametrize(("model", "identity"), PACKAGED_ENCODERS)
 def test_a_packaged_encoder_has_a_projection_of_its_own(model: str, identity: str) -> None:
-    encoder, files = Encoder(model), ProjectionFiles()
+    encoder, files = shared_encoder(model), ProjectionFiles()
     shipped = files.shipped(encoder.identity)
     assert encoder.identity == identity
     assert shipped is not None
@@ -55,7 +56,7 @@ def test_a_packaged_encoder_has_a_projection_of_its_own(model: str, identity: st
 
 @pytest.mark.parametrize(("model", "identity"), PACKAGED_ENCODERS)
 def test_the_packaged_vectors_are_those_of_the_packaged_prompts(model: str, identity: str) -> None:
-    encoder, files = Encoder(model), ProjectionFiles()
+    encoder, files = shared_encoder(model), ProjectionFiles()
     vectors = files.ordinary(encoder)
     texts = ordinary_prompts()
     assert vectors.shape == (len(texts), 384)

@@ -11,7 +11,6 @@ from lora_store.adapter import LOCAL_TENANT, Sample
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from retriever_svc import (
-    Encoder,
     LivePool,
     NoAdapterMatched,
     NothingToEmbed,
@@ -23,6 +22,7 @@ from retriever_svc import (
 )
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
 from tests.retriever_svc.routing import EAST, NORTH, POOL, TABLE, retriever_of, route_one
+from tests.shared_encoders import shared_encoder
 
 
 def kept_versions(*visibilities: str) -> tuple[AdapterRecord, ...]:
@@ -147,7 +147,7 @@ ORDINARY = [
 
 def test_prompts_find_the_adapter_of_their_task_and_others_find_none() -> None:
     """Translations and small sums are also asked of any assistant, so with 5 samples the base model may answer them."""
-    encoder = Encoder()
+    encoder = shared_encoder()
     samples = {name: [Sample(text) for text in texts] for name, texts in FAMILIES.items()}
     files = ProjectionFiles()
     empty = Retriever(LivePool(lambda model: encoder, Source(), projections=files))

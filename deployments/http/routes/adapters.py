@@ -89,6 +89,7 @@ _FORM = {
         "ttl_s": {"type": "number", "minimum": 1, "maximum": MAX_TTL_S},
         "share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         "shadow": {"type": "boolean"},
+        "base_model": {"type": "string", "maxLength": 4096},
     },
 }
 _ONE, _MANY = AdapterSource.model_json_schema(), PublishBatch.model_json_schema()

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`, `/v1/completions`, `/v1/responses`, and `/v1/route`, which only shows the plans."""
+"""The routes that answer prompts, and `/v1/route`, which only shows the plans."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from deployments.api.anthropic_answer import CountedTokens, MessageForm
+from deployments.api.anthropic_request import CountTokensRequest, MessagesRequest
 from deployments.api.completion_responses import plan_object
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest, RouteQuery
 from deployments.api.responses import RouteAnswer
@@ -23,7 +25,15 @@ from deployments.generation.planner import check_texts, refuse_stream_options, t
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
 from deployments.http.error_responses import error_body
-from deployments.http.openapi import CHAT_ANSWERS, RESPONSES_ANSWERS, ROUTE_ANSWERS, TEXT_ANSWERS
+from deployments.http.openapi import (
+    CHAT_ANSWERS,
+    COUNT_ANSWERS,
+    MESSAGES_ANSWERS,
+    RESPONSES_ANSWERS,
+    ROUTE_ANSWERS,
+    TEXT_ANSWERS,
+)
+from deployments.http.routes.vllm import note_ignored
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from retriever_svc.views import tokens_routed
@@ -60,6 +70,21 @@ async def responses(
     return await _respond(body, caller, services, context, form)
 
 
+@router.post("/v1/messages", response_model=None, responses=MESSAGES_ANSWERS)
+async def messages(body: MessagesRequest, caller: InferCaller, services: AnyServices, context: AnyContext) -> Response:
+    """Answer as a chat does, in the shape of Anthropic's Messages API."""
+    return await _respond(body, caller, services, context, MessageForm(body.model, context.request_id))
+
+
+@router.post("/v1/messages/count_tokens", response_model=None, responses=COUNT_ANSWERS)
+async def count_tokens(
+    body: CountTokensRequest, caller: InferCaller, services: AnyServices, context: AnyContext
+) -> CountedTokens:
+    """Return how many tokens the prompt of such a message has, with its tools."""
+    note_ignored(body, services, context)
+    return {"input_tokens": await services.completions.count_tokens(body, caller, context)}
+
+
 @router.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
 async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
@@ -77,12 +102,14 @@ async def _respond(
     caller: Caller,
     services: Services,
     context: RequestContext,
-    form: ResponseForm | None = None,
+    form: ResponseForm | MessageForm | None = None,
 ) -> Response:
     """Return the answer or its stream; in the shape of chats and completions without `form`."""
     if not request.stream:
         refuse_stream_options(request)
     started = await services.completions.start(request, caller, context)
+    if form is not None:
+        form.use(started.request)
     if not request.stream:
         answer = await services.completions.collect(started)
         return JSONResponse(answer if form is None else form.whole(answer), headers=started.answer.headers())
@@ -99,7 +126,7 @@ async def events(
     chunks: AsyncGenerator[JsonObject | None],
     context: RequestContext,
     *,
-    form: ResponseForm | None = None,
+    form: ResponseForm | MessageForm | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[bytes]:
@@ -124,7 +151,7 @@ async def events(
         for event in [body] if form is None else form.failed(body["error"]):
             yield _event(event)
         return
-    if form is None:  # a response ends with the event that says so
+    if form is None:  # the others end with the event that says so
         yield _DONE
 
 

@@ -26,7 +26,7 @@ async def embeddings(
     config = services.config
     if config.strict_fields:
         refuse_ignored(body)
-    context.ignored = ignored_fields(body)
+    context.ignored, context.model = ignored_fields(body), body.model
     encoder = config.retrieval.encoder
     if body.model not in (encoder, encoder.rstrip("/").rpartition("/")[2]):
         raise ModelNotFound(body.model, encoder.rstrip("/").rpartition("/")[2])
@@ -35,4 +35,5 @@ async def embeddings(
     with services.authenticator.running(caller, work):
         async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
             vectors = await services.retriever.vectors(caller.tenant, body.input)
+    context.num_read = num_tokens
     return JSONResponse(embeddings_answer(body, vectors, num_tokens))

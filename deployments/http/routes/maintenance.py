@@ -7,19 +7,21 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from deployments.api.adapters import DoctorRequest, GcRequest, JobRequest, ReindexRequest
 from deployments.api.pool_responses import CollectedBlobs
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import MAY_CHANGE, AdminCaller, AnyContext, AnyServices, require_encoder
 from deployments.http.error_responses import error_body
-from deployments.http.openapi import DOCTOR_ANSWERS, GC_ANSWERS, LINES_ANSWERS
+from deployments.http.openapi import DOCTOR_ANSWERS, EXPORT_ANSWERS, FILE_ANSWERS, GC_ANSWERS, LINES_ANSWERS
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from deployments.publishing import maintenance
+from lora_store.pool_files import PART_BYTES
 from retriever_svc.views import tokens_routed
 
+_PARQUET, _BYTES = "application/vnd.apache.parquet", "application/octet-stream"
 router = APIRouter(route_class=AnsweringRoute, dependencies=[MAY_CHANGE])
 
 
@@ -70,6 +72,29 @@ async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> Collecte
         "num_bytes": collected.num_bytes,
         "num_projections": collected.num_projections,
     }
+
+
+@router.get("/v1/pool/export", response_class=Response, responses=EXPORT_ANSWERS)
+async def export(caller: AdminCaller, services: AnyServices) -> Response:
+    """Return what the catalogue says of the caller's adapters, as one Parquet file. Without keys: of all adapters."""
+    state = await services.store.pool_state(caller.tenant if services.has_keys else None)
+    return Response(state, media_type=_PARQUET)
+
+
+@router.get("/v1/pool/files/{name:path}", response_class=StreamingResponse, responses=FILE_ANSWERS)
+async def file(name: str, caller: AdminCaller, services: AnyServices) -> StreamingResponse:
+    """Stream a file that an export needs, such as the weights of a kept version."""
+    tenant = caller.tenant if services.has_keys else None
+    opening = await services.store.pool_part(tenant, name, 0)
+
+    async def parts() -> AsyncGenerator[bytes]:
+        part, number = opening, 0
+        while part:
+            yield part
+            number += 1
+            part = await services.store.pool_part(tenant, name, number) if len(part) == PART_BYTES else b""
+
+    return StreamingResponse(parts(), media_type=_BYTES)
 
 
 async def _stream(lines: AsyncGenerator[JsonObject], context: RequestContext) -> StreamingResponse:

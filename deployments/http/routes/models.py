@@ -10,6 +10,7 @@ from pydantic import Field
 
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
+from deployments.api.names import parse_policy
 from deployments.api.pool_responses import ModelCard, ModelList, model_list
 from deployments.auth.authenticator import Caller
 from deployments.config.served_model import ServedModel
@@ -19,8 +20,9 @@ from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
 from deployments.http.openapi import MODEL_ANSWERS, MODELS_ANSWERS
 from deployments.http.routes.adapters import MAX_PAGE
-from lora_store import AdapterNotFound, AdapterRecord
-from retriever_svc import PageRequest
+from gpu_worker.front.request.request import SAMPLING_DEFAULTS
+from lora_store import ROUTED_STRATEGIES, STRATEGIES, AdapterNotFound, AdapterRecord, NamedPolicy
+from retriever_svc import WEIGHTINGS, PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
 _OWNER = "loraretriever"
@@ -38,12 +40,16 @@ class ModelQuery(ApiRequest):
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
 async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
-    """List `auto`, the base model, then every adapter the caller may name. If `has_more`, go on `after` `last_id`."""
+    """List `auto`, the base model, model names, then every adapter the caller may name.
+
+    If `has_more`, go on `after` `last_id`.
+    """
     cards = _Cards.of(services.config.served_model, caller)
-    own, base = cards.own(query), cards.base
+    named = [cards.named(item, caller.tenant) for item in await services.retriever.names(caller.tenant)]
+    own, is_inside = cards.own(query, named)
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
-        after="" if query.after in (AUTO, base) else query.after,
+        after="" if is_inside else query.after,
         owner=query.owner,
         tags=tuple(query.tag),
         contains=query.name,
@@ -60,6 +66,8 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
     name = model.removeprefix(f"{cards.base}:")
     if model == cards.base or name == AUTO:
         return cards.special(model)
+    for policy in await services.retriever.policies(caller.tenant, name) if name == model else ():
+        return cards.named(policy, caller.tenant)
     try:
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
@@ -82,17 +90,34 @@ class _Cards:
         accepted = tuple(sorted(model.accepted_names)) if "publish" in caller.roles else ()
         return cls(model.name, accepted, model.template_in_use, model.sampling_defaults)
 
-    def own(self, query: ModelQuery) -> list[ModelCard]:
-        """Return those of `auto` and the base model that belong to the page. Filters for adapters exclude them."""
-        if query.owner is not None or query.tag:
-            return []
-        names = {"": [AUTO, self.base], AUTO: [self.base]}.get(query.after, [])
-        return [self.special(name) for name in names if query.name.lower() in name.lower()]
+    def own(self, query: ModelQuery, named: list[ModelCard]) -> tuple[list[ModelCard], bool]:
+        """Return the cards before those of adapters that belong to the page, and whether `after` is one of them.
+
+        Filters for adapters exclude them.
+        """
+        cards = [self.special(AUTO), self.special(self.base), *named]
+        ids = [card["id"] for card in cards]
+        is_inside = query.after in ids
+        if query.owner is not None or query.tag or (query.after and not is_inside):
+            return [], is_inside
+        rest = cards[ids.index(query.after) + 1 :] if is_inside else cards
+        return [card for card in rest if query.name.lower() in card["id"].lower()], is_inside
+
+    def named(self, named: NamedPolicy, tenant: str) -> ModelCard:
+        """Return the card of a model name. `root` is the version of its policy."""
+        name, policy = named.ref.name_for(tenant), parse_policy(named.policy)
+        root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
+        card = self._card(name, created, named.ref.tenant, root, self.base, policy.template or self.template)
+        given = {field: getattr(policy, field) for field in SAMPLING_DEFAULTS if field in policy.model_fields_set}
+        return card | {"sampling_defaults": self.sampling_defaults | given}
 
     def special(self, name: str) -> ModelCard:
         """Return the card of `auto` or of the base model."""
         if name != self.base:
-            return self._card(name, 0, _OWNER, name, self.base, self.template)
+            card = self._card(name, 0, _OWNER, name, self.base, self.template)
+            strategies = {each: STRATEGIES[each].summary for each in ROUTED_STRATEGIES}
+            weights = {each: weighting.summary for each, weighting in WEIGHTINGS.items()}
+            return card | {"strategies": strategies, "weights": weights}
         card = self._card(name, 0, _OWNER, name, None, self.template)
         return card | {"accepts_base": list(self.accepts_base)} if self.accepts_base else card
 

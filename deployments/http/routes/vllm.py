@@ -58,7 +58,7 @@ async def unload_lora_adapter(
 @router.post("/tokenize", response_class=JSONResponse, response_model=None, responses=TOKENIZE_ANSWERS)
 async def tokenize(body: TokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext) -> Response:
     """Return the token ids of a text, or of a conversation as a chat with this model would render it."""
-    _note_ignored(body, services, context)
+    note_ignored(body, services, context)
     found = await services.completions.tokenize(body, caller, context)
     return JSONResponse(tokenize_answer(body, found))
 
@@ -68,12 +68,12 @@ async def detokenize(
     body: DetokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext
 ) -> Response:
     """Return the text of token ids."""
-    _note_ignored(body, services, context)
+    note_ignored(body, services, context)
     answer: DetokenizeAnswer = {"prompt": await services.completions.detokenize(body, caller, context)}
     return JSONResponse(answer)
 
 
-def _note_ignored(body: TolerantRequest, services: Services, context: RequestContext) -> None:
+def note_ignored(body: TolerantRequest, services: Services, context: RequestContext) -> None:
     """Record the unknown fields. Raises: RequestInvalid for the first one, with the setting `strict_fields`."""
     if services.config.strict_fields:
         refuse_ignored(body)

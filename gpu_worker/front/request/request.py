@@ -23,7 +23,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BIASED_IDS = 300
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_repeats")
 """The parameters for which the settings, or a base model's `generation_config.json`, may have values."""
 
 
@@ -40,6 +40,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # subtracted from logits of generated ids
     frequency_penalty: float = 0.0  # subtracted from the logit for each time an id was generated
     repetition_penalty: float = 1.0  # divides positive logits of ids in prompt or answer, multiplies others
+    max_repeats: int = 0  # times in a row that the answer may end with the same tokens; 0: no limit
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, value added to its logit)
     logprobs: int | None = None  # number of most likely ids to report per token; None: report no log probabilities
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
@@ -60,6 +61,7 @@ class SamplingParams:
         self._require("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1")
         self._require("top_k", self.top_k >= 0, "be 0 (all) or more")
         self._require("min_p", 0 <= self.min_p <= 1, "be between 0 and 1")
+        self._require("max_repeats", self.max_repeats >= 0, "be 0 (no limit) or more")
         for name in ("logprobs", "prompt_logprobs"):
             is_valid = getattr(self, name) is None or 0 <= getattr(self, name) <= MAX_LOGPROBS
             self._require(name, is_valid, f"be between 0 and {MAX_LOGPROBS}")
@@ -189,6 +191,7 @@ class Delta:
     prompt: tuple[PromptToken, ...] = ()  # in the first delta, if requested
     tool_calls: tuple[ToolCallPiece, ...] = ()
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    stop: str | None = None  # the client's stop string that ended the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,7 @@ class Completion:
     prompt: tuple[PromptToken, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     num_cached_tokens: int = 0
+    stop: str | None = None
 
     @staticmethod
     def joined(deltas: Sequence[Delta]) -> Completion:
@@ -212,5 +216,5 @@ class Completion:
         text = "".join(delta.text for delta in deltas)
         logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
         calls = joined_calls(piece for delta in deltas for piece in delta.tool_calls)
-        counts = last.num_prompt_tokens, last.num_new_tokens
-        return Completion(text, *counts, last.finish_reason, logprobs, deltas[0].prompt, calls, last.num_cached_tokens)
+        counts, cached = (last.num_prompt_tokens, last.num_new_tokens), last.num_cached_tokens
+        return Completion(text, *counts, last.finish_reason, logprobs, deltas[0].prompt, calls, cached, last.stop)

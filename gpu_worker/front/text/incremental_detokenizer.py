@@ -26,7 +26,12 @@ class IncrementalDetokenizer:
         self._stops = tuple(stops)
         self._held = ""
         self.num_released = 0  # characters
-        self.stopped = False
+        self.stop: str | None = None  # the stop string that ended the answer
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the answer."""
+        return self.stop is not None
 
     @property
     def num_chars(self) -> int:
@@ -44,10 +49,10 @@ class IncrementalDetokenizer:
         self._held += piece
         if not may_stop:
             return self._release(len(self._held))
-        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        found = [(index, stop) for stop in self._stops if (index := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            released = self._release(min(found))
+            index, self.stop = min(found)
+            released = self._release(index)
             self._held = ""
             return released
         return self._release(len(self._held) - self._longest_stop_prefix())

@@ -13,7 +13,8 @@ from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.row import Row, Sink
 from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
-from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter, Strategy
+from lora_store.plan import BASE_PLAN, Plan, PlannedAdapter
+from lora_store.strategies.registry import Strategy
 
 DIGEST = "synthetic"  # not a valid digest: digests are hexadecimal
 NUM_ROWS = 3

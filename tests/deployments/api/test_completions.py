@@ -25,6 +25,7 @@ SAMPLING = {
     "presence_penalty": 0.5,
     "frequency_penalty": -0.5,
     "repetition_penalty": 1.25,
+    "max_repeats": 5,
     "seed": 11,
     "stop": ("a", "b"),
     "stop_token_ids": (1, 2),
@@ -126,7 +127,7 @@ def test_sampling_is_carried_over_field_by_field() -> None:
 
 
 def test_omitted_sampling_uses_the_engines_defaults_unless_the_base_model_has_some() -> None:
-    names = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+    names = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_repeats"}
     assert chat().sampling() == SamplingParams(unset=frozenset(names))
     assert chat(temperature=1.0, top_k=None).sampling().unset == names - {"temperature"}
 

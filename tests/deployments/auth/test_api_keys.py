@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from deployments.auth.api_keys import KeySet, hash_of, new_key, parse_entries, require_unique
 from deployments.auth.authenticator import Caller, KeyLimits
+from deployments.errors import KeyRefused
 from tests.deployments.key_files import entry
 
 
@@ -18,6 +20,18 @@ def test_only_the_key_of_an_entry_finds_its_caller() -> None:
     assert ring.find("two") == Caller("other", frozenset({"infer", "publish", "admin"}), "id-two")
     for wrong in ("", "ones", "On", hash_of("one"), "one\udcff", "x" * 100_000):
         assert ring.find(wrong) is None
+
+
+@pytest.mark.parametrize("at", ["2027-01-31T00:00:00Z", "2027-01-31", "2027-01-31T02:00:00+02:00"])
+@pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump, lambda data: yaml.safe_dump(data).replace("'", "")])
+def test_a_key_is_refused_from_its_end_on_and_its_owner_learns_why(at: str, dump: Any) -> None:
+    now = [datetime(2027, 1, 31, tzinfo=UTC).timestamp() - 1]
+    keys = KeySet(parse_entries(dump([entry("one", expires_at=at), entry("two")])), now=lambda: now[0])
+    assert keys.find("one") is not None
+    now[0] += 1
+    with pytest.raises(KeyRefused, match=r"expired at 2027-01-31T00:00:00Z; ask the server's operator"):
+        keys.find("one")
+    assert keys.find("two") is not None and keys.find("three") is None
 
 
 def test_an_invalid_hash_never_matches() -> None:

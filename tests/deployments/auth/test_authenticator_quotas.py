@@ -262,3 +262,28 @@ def test_a_bucket_is_full_once_it_has_refilled() -> None:
     assert not bucket.is_full
     clock.at += 0.5
     assert bucket.is_full
+
+
+def test_headers_say_what_is_left_of_a_rate_and_when_all_of_it_is_back() -> None:
+    clock = Clock()
+    limiter, asks = Limiter(2, clock=clock), caller(requests_per_minute=60, tokens_per_minute=1000)
+    assert limiter.rate_headers(asks)["x-ratelimit-reset-requests"] == "0ms"
+    limiter.count_request(asks)
+    running = ExitStack()
+    running.enter_context(limiter.running(asks, Work(num_tokens=400)))
+    assert limiter.rate_headers(asks) == {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": "58",  # of two replicas, each of which would count one
+        "x-ratelimit-reset-requests": "2s",
+        "x-ratelimit-limit-tokens": "1000",
+        "x-ratelimit-remaining-tokens": "200",
+        "x-ratelimit-reset-tokens": "48s",
+    }
+    clock.at += 1.5
+    assert limiter.rate_headers(asks)["x-ratelimit-reset-requests"] == "500ms"
+    used = ExitStack()
+    used.enter_context(limiter.running(asks, Work(num_tokens=1))).saw("a", 0, 400, 350)  # more than it reserved
+    used.close()
+    headers = limiter.rate_headers(asks)
+    assert (headers["x-ratelimit-remaining-tokens"], headers["x-ratelimit-reset-tokens"]) == ("0", "2m16s")
+    assert limiter.rate_headers(caller("b", concurrent_requests=1)) == limiter.rate_headers(LOCAL_CALLER) == {}

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ import yaml
 
 from deployments.auth import key_issuing
 from deployments.auth.api_keys import KeySet, hash_of, parse_entries
-from deployments.auth.key_issuing import add_entry, make_key, remove_entry, with_entry, without_entry
+from deployments.auth.key_issuing import (
+    add_entry,
+    expire_entry,
+    make_key,
+    read_expiry,
+    remove_entry,
+    rotate_entry,
+    with_entry,
+    with_replaced,
+)
 from deployments.json_types import JsonMapping
 from tests.deployments.key_files import entry
 
@@ -135,15 +145,15 @@ def test_the_file_is_read_and_replaced_under_one_lock(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_one_entry_is_removed_from_every_form_of_a_list(dump: Dump, place: int) -> None:
     entries = [entry(f"key-{number}", id=f"id-{number}") for number in range(3)]
-    left = parse_entries(without_entry(dump(entries), f"id-{place}"))
+    left = parse_entries(with_replaced(dump(entries), f"id-{place}", lambda _: []))
     assert [found.id for found in left] == [f"id-{number}" for number in range(3) if number != place]
 
 
 def test_comments_of_the_entries_that_stay_are_kept() -> None:
     blocks = [yaml.safe_dump([entry(f"key-{number}", id=f"id-{number}")], sort_keys=False) for number in range(2)]
     text = f"# all keys\n# the first\n{blocks[0]}# the second\n{blocks[1]}"
-    assert without_entry(text, "id-1") == f"# all keys\n# the first\n{blocks[0]}# the second\n"
-    assert without_entry(text, "id-0") == f"# all keys\n# the first\n# the second\n{blocks[1]}"
+    assert with_replaced(text, "id-1", lambda _: []) == f"# all keys\n# the first\n{blocks[0]}# the second\n"
+    assert with_replaced(text, "id-0", lambda _: []) == f"# all keys\n# the first\n# the second\n{blocks[1]}"
 
 
 def test_the_last_key_leaves_an_empty_list_and_a_missing_one_is_named(tmp_path: Path) -> None:
@@ -155,3 +165,57 @@ def test_the_last_key_leaves_an_empty_list_and_a_missing_one_is_named(tmp_path: 
     assert parse_entries(file.read_text()) == []
     with pytest.raises(ValueError, match="no such file"):
         remove_entry(tmp_path / "none.yaml", "ci")
+
+
+@pytest.mark.parametrize("dump", DUMPS)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_rotated_key_gets_a_successor_and_an_end_in_every_form_of_a_list(
+    dump: Dump, place: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    limits = {"requests_per_minute": 7}
+    file.write_text(dump([entry(f"key-{number}", id=f"id-{number}", limits=limits) for number in range(3)]))
+    key, new = rotate_entry(file, f"id-{place}", "2027-01-31T00:00:00Z")
+    found = parse_entries(file.read_text())
+    assert [one.id for one in found if one.id != new["id"]] == ["id-0", "id-1", "id-2"]
+    assert [one.id for one in found if one.expires_at is not None] == [f"id-{place}"]
+    old, successor = found[place], found[place + 1]
+    assert (successor.tenant, successor.roles, successor.limits) == (old.tenant, old.roles, old.limits)
+    assert successor.sha256 == hash_of(key) and successor.id == new["id"]
+
+
+def test_an_end_can_be_set_changed_and_removed_also_in_a_file_with_a_plain_yaml_time(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    other = yaml.safe_dump([entry("b", id="b")], sort_keys=False) + "  expires_at: 2027-05-01T00:00:00Z\n"
+    file.write_text("# a comment\n" + yaml.safe_dump([entry("a", id="a")], sort_keys=False) + other)
+    for at in ("2027-01-31T00:00:00Z", "2027-02-01T00:00:00Z", None):
+        expire_entry(file, "a", at)
+        one, two = parse_entries(file.read_text())
+        assert (None if one.expires_at is None else one.expires_at.isoformat()) == (at and at.replace("Z", "+00:00"))
+        assert two.expires_at is not None and two.expires_at.month == 5
+    assert file.read_text().startswith("# a comment\n")
+    with pytest.raises(ValueError, match="no key has the id 'c'"):
+        expire_entry(file, "c", None)
+    file.write_text(json.dumps([entry("a", id="a")]).replace("}]", "}, {}]"))  # not a list of keys
+    with pytest.raises(ValueError, match="entry 1"):
+        rotate_entry(file, "a", "2027-01-31T00:00:00Z")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("30d", "2026-12-29T12:00:00Z"),
+        ("12h", "2026-11-30T00:00:00Z"),
+        ("2027-01-31", "2027-01-31T00:00:00Z"),
+        ("2027-01-31T18:30+02:00", "2027-01-31T16:30:00Z"),
+        ("never", None),
+    ],
+)
+def test_a_time_is_read_in_every_form(text: str, expected: str | None) -> None:
+    assert read_expiry(text, datetime(2026, 11, 29, 12, tzinfo=UTC)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "30", "-1d", "tomorrow", "2027-13-01"])
+def test_what_is_no_time_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a time: give 30d, 12h"):
+        read_expiry(text, datetime.now(UTC))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from deployments.batch.run import BatchRun
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
 from lora_store import LoraStore
+from lora_store.usage import SUMS, UsageQuery
 from tests.deployments.batching import BASE, TOPICS, Place, prompts, publish, tiny_app
 from tests.tiny import linear_shapes, tiny_config
 
@@ -44,11 +46,20 @@ def test_rows_of_every_kind_are_answered_and_bad_ones_keep_their_error(place: Pl
     for number, (change, _) in bad.items():
         rows[number] = rows[number] | {"model": None, "lora": None} | change
     run = place.begin(rows)
+    usage = LoraStore(place.config.store_uri, accepts_base=[BASE]).usage
+    query = UsageQuery(date(2000, 1, 1), date(2100, 1, 1), ("key", "base"), run.settings.tenant)
+    before = next(iter(usage.sums(query)), dict.fromkeys(SUMS, 0))
     answerer = PartAnswerer(run)
     try:
         reported = answer(run, answerer)
+        answer(replace(run, parts=run.parts[:1]), answerer)  # counts once
     finally:
         answerer.close()
+    [after] = usage.sums(query)
+    tokens = [sum(row[name] or 0 for row in place.written()) for name in ("num_prompt_tokens", "num_new_tokens")]
+    assert (after["key"], after["base"]) == ("batch", place.config.served_model.name)
+    counted = [after[name] - before[name] for name in ("requests", "errors", "prompt_tokens", "completion_tokens")]
+    assert counted == [len(rows), len(bad), *tokens]
     assert [part["num_rows"] for part in reported] == [8, 8, 2]
     assert sum(part["num_errors"] for part in reported) == len(bad)
     found = place.written()

@@ -46,14 +46,16 @@ def test_without_options_the_settings_decide(rows: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "code"), [("--k", 0, 1), ("--strategy", "best", 1), ("--weights", "equal", 2)]
+    ("option", "value", "code"),
+    [("--k", 0, 1), ("--strategy", "best", 2), ("--weights", "equal", 2), ("--option", "width=1", 1)],
 )
 def test_a_bad_value_is_refused_by_name_and_nothing_is_written(
     option: str, value: object, code: int, rows: Path, tmp_path: Path
 ) -> None:
     result = run("batch", rows, tmp_path / "out", "--store", tmp_path / "store", option, value)
     assert result.exit_code == code
-    named = f"retrieval.{option.removeprefix('--')}" if code == 1 else f"'{option}'"
+    setting = {"--k": "retrieval.k", "--option": "strategy 'mixture' has no option 'width'; it has none"}
+    named = setting[option] if code == 1 else f"'{option}'"
     assert named in words(result.stderr)
     assert not (tmp_path / "out").exists()
 

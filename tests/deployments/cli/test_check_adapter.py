@@ -21,6 +21,13 @@ def test_a_good_folder_is_fit_to_publish(folder: Path, config: Path) -> None:
     assert "poet: 1 module, 2 samples, fit to publish" in words(result.stdout)
 
 
+def test_a_base_that_is_named_replaces_the_folders(folder: Path, config: Path) -> None:
+    named = (folder / "adapter_config.json").read_text().replace(BASE, "/home/me/base")
+    (folder / "adapter_config.json").write_text(named)
+    assert run("publish", "--dry-run", folder, "--config", config).exit_code == 1
+    assert run("publish", "--dry-run", folder, "--config", config, "--base-name", BASE).exit_code == 0
+
+
 def test_every_reason_against_a_bad_folder_is_printed(folder: Path, config: Path) -> None:
     (folder / "lora_samples.jsonl").write_text("[]\n")
     (folder / "adapter_config.json").write_text(
@@ -62,17 +69,19 @@ def test_the_last_checkpoint_of_a_run_is_checked_under_the_name_of_the_run(
 def test_each_adapter_of_a_folder_is_checked_and_the_refused_are_counted(
     folder: Path, tmp_path: Path, config: Path
 ) -> None:
-    for name in ("bard", "bad", "poet"):
+    for name in ("bard", "bad", "poet", "worse"):
         shutil.copytree(folder, tmp_path / "many" / name)
-    (tmp_path / "many" / "bad" / "adapter_model.safetensors").unlink()
+    for name in ("bad", "worse"):
+        (tmp_path / "many" / name / "adapter_model.safetensors").unlink()
     result = run("publish", "--dry-run", tmp_path / "many", "--config", config)
     assert result.exit_code == 1
     assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["bard", "poet"]
-    assert words(result.stderr).startswith("bad: refused: adapter_model.safetensors: is missing")
-    assert words(result.stderr).endswith("2 fit to publish, 1 refused")
+    assert words(result.stderr).startswith("bad, worse: refused: adapter_model.safetensors: is missing")
+    assert words(result.stderr).endswith("2 fit to publish, 2 refused")
     assert run("publish", "--dry-run", tmp_path / "many", "--config", config, "--parity").exit_code == 1
     rows = json.loads(run("publish", "--dry-run", tmp_path / "many", "--config", config, "--json").stdout)["data"]
-    assert [(row["name"], row["is_fit"]) for row in rows] == [("bad", False), ("bard", True), ("poet", True)]
+    fit = [(row["name"], row["is_fit"]) for row in rows]
+    assert fit == [("bad", False), ("bard", True), ("poet", True), ("worse", False)]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
         (("trial", "start", "poet", "20"), "digest: no version is under trial", "--version: no version is under trial"),
         (("trial", "start", "poet", "20"), "share: must be above 0", "PERCENT: must be above 0"),
         (("publish", ".", "--template", "chat"), "adapters.0.template: is another", "--template: is another"),
-        (("ask", "Hi", "--strategy", "best"), "lora.strategy: must be mixture", "--strategy: must be mixture"),
+        (("ask", "Hi", "--strategy", "fusion"), "lora.strategy: not here", "--strategy: not here"),
         (("list", "--tag", "a b"), "tag.0: must be shorter", "--tag: must be shorter"),
         (("show", "poet"), "digest: has no option here", "digest: has no option here"),
         (("show", "poet"), "no adapter 'poet'", "no adapter 'poet'"),

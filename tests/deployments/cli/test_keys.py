@@ -9,6 +9,7 @@ import pytest
 
 from deployments.auth.api_keys import KeySet, hash_of, parse_entries
 from deployments.auth.authenticator import Caller, KeyLimits
+from deployments.errors import KeyRefused
 from tests.deployments.scripted import refusal, run, scripted, words
 
 
@@ -177,3 +178,42 @@ def test_a_revoked_key_is_gone_and_the_others_stay(tmp_path: Path) -> None:
     assert missing.exit_code == 1 and "no key has the id 'wep'; did you mean 'web'?" in words(missing.stderr)
     nowhere = run("keys", "list", "--file", tmp_path / "none.yaml")
     assert nowhere.exit_code == 1 and words(nowhere.stderr).endswith("none.yaml: no such file")
+
+
+def test_a_key_is_rotated_expired_and_listed_with_its_end_and_its_last_use(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    old = new("--id", "ci", "--file", file, "--expires", "2127-01-31").stdout.strip()
+    made = json.loads(run("keys", "rotate", "ci", "--file", file, "--overlap", "0h", "--json").stdout)
+    keys = KeySet(parse_entries(file.read_text()))
+    with pytest.raises(KeyRefused, match="expired"):
+        keys.find(old)
+    assert keys.find(made["key"]) == Caller("acme", frozenset({"infer"}), made["entry"]["id"])
+    result = run("keys", "expire", made["entry"]["id"], "2028-01-01", "--file", file)
+    assert words(result.stdout) == f"{made['entry']['id']} expires: 2028-01-01T00:00:00Z"
+    report = {"data": [{"key": "ci", "last_at": "2026-11-29T12:00:00+00:00"}]}
+    with scripted((200, report)) as server:
+        listed = run("keys", "list", "--file", file, "--used", "--json", "--url", server.url)
+    assert server.asked == [("GET", "/v1/usage?by=key&start=2000-01-01")]
+    first, second = json.loads(listed.stdout)["data"]
+    assert (first["id"], first["last_used_at"]) == ("ci", "2026-11-29T12:00:00+00:00")
+    assert (second["expires_at"], second["last_used_at"]) == ("2028-01-01T00:00:00Z", None)
+    shown = words(run("keys", "list", "--file", file).stdout)
+    assert "2028-01-01T00:00:00Z" in shown and "last used" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("rotate", "ci", "--overlap", "soon"), "'soon' is not a time: give 30d"),
+        (("rotate", "ci", "--overlap", "never"), "--overlap: the old key has to end"),
+        (("expire", "ci", "soon"), "'soon' is not a time"),
+        (("expire", "cj", "30d"), "no key has the id 'cj'"),
+    ],
+)
+def test_a_wrong_change_of_a_key_leaves_the_file_as_it_is(given: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    new("--id", "ci", "--file", file)
+    before = file.read_text()
+    result = run("keys", *given, "--file", file)
+    assert (result.exit_code, file.read_text()) == (1, before)
+    assert says in words(result.stderr)

@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from deployments.cli.client import MOVED
 from deployments.cli.main import cli
+from lora_store import ROUTED_STRATEGIES
 from tests.deployments.listening import listener
 from tests.deployments.scripted import run, scripted, words
 
@@ -95,11 +96,28 @@ def test_ask_sends_a_system_message_and_options_and_prints_the_whole_answer_as_j
     answer = {"choices": [{"message": {"content": "é"}}], "lora": {"strategy": "base", "adapters": []}}
     with scripted((200, answer)) as server:
         said = ("--system", "Be brief.", "--strategy", "fusion", "--k", 2, "--json")
+        said += ("--option", "width=0.5", "-o", "depth=2")
         result = run("ask", "Hi", *said, "--url", server.url)
     assert json.loads(result.stdout) == answer
     [sent] = server.sent
     assert [message["content"] for message in sent["messages"]] == ["Be brief.", "Hi"]
-    assert (sent["lora"], sent.get("stream")) == ({"strategy": "fusion", "k": 2}, None)
+    assert sent["lora"] == {"strategy": "fusion", "k": 2, "strategy_options": {"width": 0.5, "depth": 2.0}}
+    assert "stream" not in sent
+
+
+@pytest.mark.parametrize("command", ["ask", "route"])
+def test_a_strategy_is_one_of_the_registered_names(command: str) -> None:
+    """The command refuses another one itself, and its help lists them."""
+    refused, helped = run(command, "Hi", "--strategy", "best"), run(command, "--help")
+    assert (refused.exit_code, helped.exit_code) == (2, 0)
+    assert all(f"'{name}'" in words(refused.stderr) and name in helped.stdout for name in ROUTED_STRATEGIES)
+
+
+@pytest.mark.parametrize("pair", ["width", "width=wide", "width=1=2", ""])
+def test_an_option_of_a_strategy_is_a_name_with_a_number(pair: str) -> None:
+    result = run("ask", "Hi", "--option", pair)
+    assert result.exit_code == 2
+    assert "'--option': must be NAME=NUMBER" in words(result.stderr)
 
 
 def test_ask_reads_the_prompt_from_standard_input() -> None:

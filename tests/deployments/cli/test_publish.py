@@ -56,6 +56,15 @@ def test_the_description_of_the_adapter_is_sent(tmp_path: Path) -> None:
     assert server.sent == [{"adapters": [expected]}]
 
 
+def test_a_base_name_is_sent(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    with scripted((201, batch(answer("poet"))), (400, refusal("base_model: must be short"))) as server:
+        run("publish", poet, "--base-name", "tiny", "--url", server.url)
+        wrong = run("publish", poet, "--base-name", "tiny", "--url", server.url)
+    assert server.sent[0] == {"adapters": [{"path": str(poet), "base_model": "tiny"}]}
+    assert "--base-name: must be short" in words(wrong.stderr)
+
+
 def test_a_share_of_nothing_is_refused_and_a_time_of_nothing_is_sent(tmp_path: Path) -> None:
     [poet] = adapters(tmp_path, "poet")
     with scripted((201, batch(answer("poet"))), (201, batch(answer("poet")))) as server:

@@ -186,24 +186,6 @@ def test_heartbeats_are_yielded_but_not_part_of_a_whole_answer() -> None:
     assert run(Case.collected, case_of(items)) == [A, B]
 
 
-@pytest.mark.parametrize("said", [(None,), (A,), (None, A, None)])
-def test_silence_after_the_first_item_counts_as_a_death(said: tuple[Delta | None, ...]) -> None:
-    case = case_of((*said, FOREVER), (A, B), silence_s=0.05)
-    assert run(Case.collected, case) == [A, B]
-    *_, last = run(Case.taken, case_of((A, FOREVER), silence_s=0.05))
-    assert isinstance(last, ActorUnavailableError) and "no heartbeat for" in str(last)
-
-
-def test_only_the_deadline_limits_the_first_item() -> None:
-    async def slow(job: Job) -> AsyncIterator[Delta]:
-        await asyncio.sleep(50)
-        yield A
-
-    case = case_of((), silence_s=1.0)
-    case.worker.stream = slow  # type: ignore[method-assign]
-    assert run(Case.collected, case) == [A]
-
-
 @pytest.mark.parametrize("said", [(), (A,), (None,)])
 @pytest.mark.parametrize("way", WAYS, ids=name)
 def test_a_worker_that_hangs_past_deadline_and_grace_is_abandoned(said: tuple[Any, ...], way: Way) -> None:
@@ -212,20 +194,6 @@ def test_a_worker_that_hangs_past_deadline_and_grace_is_abandoned(said: tuple[An
     assert isinstance(last, DeadlineExceeded)
     [response] = case.handle.responses
     assert response.num_cancels == 1
-
-
-def test_a_caller_that_is_cancelled_is_not_a_death() -> None:
-    async def main() -> None:
-        case = case_of((A, FOREVER), ("never",))
-        task = asyncio.create_task(case.row.collect())
-        while not case.row.context.rows:
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert len(case.worker.jobs) == 1 and case.handle.responses[0].num_cancels == 1
-
-    asyncio.run(main())
 
 
 def test_leaving_cancels_the_job_at_once() -> None:

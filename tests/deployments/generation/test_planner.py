@@ -99,6 +99,15 @@ def test_a_requests_options_override_the_config() -> None:
     assert request == RouteRequest("Rhyme", "local", "selection", 2, "uniform", 0.0, "base", ("a", "b"), 9)
 
 
+def test_an_option_that_the_strategy_lacks_is_refused_before_retrieval() -> None:
+    handle = handle_of()
+    with pytest.raises(RequestInvalid) as caught:
+        plan(handle, lora={"strategy": "fusion", "strategy_options": {"width": 0.5}})
+    assert caught.value.param == "lora.strategy_options"
+    assert str(caught.value) == "lora.strategy_options: strategy 'fusion' has no option 'width'; it has none"
+    assert handle.calls == []
+
+
 @pytest.mark.parametrize("said", ["never", "strict", None])
 def test_a_requests_operating_point_reaches_the_retriever(said: str | None) -> None:
     handle = handle_of()
@@ -124,6 +133,7 @@ def test_a_named_plan_passes_on_min_generation(
     [
         ("k", 3),
         ("weights", "uniform"),
+        ("strategy_options", {"width": 0.5}),
         ("abstain", "never"),
         ("min_score", 0.5),
         ("fallback", "base"),

@@ -401,3 +401,24 @@ def test_no_valid_key_fails_while_keys_rotate(tmp_path: Path, scale: Scale) -> N
         return num_asked
 
     assert asyncio.run(run()) >= 16 * num_rotations
+
+
+def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"requests_per_minute": 2}), entry("free"))
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        for path in ("/v1/models", "/v1/models/auto", "/v1/models") * 2:
+            response = await client.get(path)
+            assert (response.status_code, response.headers["x-ratelimit-remaining-requests"]) == (200, "2"), path
+        left = []
+        for _ in range(3):
+            response = await client.post("/v1/chat/completions", json=CHAT)
+            left.append((response.status_code, response.headers["x-ratelimit-remaining-requests"]))
+            assert response.headers["x-ratelimit-limit-requests"] == "2"
+        assert left == [(200, "1"), (200, "0"), (429, "0")]
+        assert (await client.post("/v1/models")).status_code == 429, "only reading is free"
+        for headers in (bearer("free"), bearer("wrong")):
+            response = await client.get("/v1/models", headers=headers)
+            assert not [name for name in response.headers if name.startswith("x-ratelimit")]
+
+    ask(look, keys_file=keys, headers=bearer("k"))

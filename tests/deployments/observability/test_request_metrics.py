@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
 from tests.deployments.app_fakes import POOL, FakeRetriever, FakeWorker, Served, serve_plainly
 from tests.deployments.asking import ask
+from tests.deployments.key_files import bearer, entry, write
 from tests.deployments.metric_fakes import FakeMetrics
 
 SECRET = "the-secret-prompt"
@@ -52,6 +54,7 @@ def test_an_answered_request(stream: bool, caplog: pytest.LogCaptureFixture) -> 
         assert value > 0
     assert len(kinds["plan_seconds"].seen[()]) == 1
     fields = vars(line)
+    assert (fields["tenant"], fields["key"]) == ("local", "local") and " tenant=local key=local " in line.getMessage()
     assert [fields[name] for name in ("request_id", "endpoint", "method", "status", "strategy", "adapters")] == [
         "mine-1",
         CHAT_ROUTE,
@@ -185,3 +188,19 @@ def test_changes_of_the_pool_count_one_by_one(caplog: pytest.LogCaptureFixture, 
         ("withdraw", "ok"): 1,
         ("withdraw", "model_not_found"): 1,
     }
+
+
+def test_only_the_first_tenants_have_counters_of_their_own(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", *[entry(name, name) for name in ("a", "b", "c")])
+
+    async def send(client: httpx.AsyncClient, _: Served) -> None:
+        for name in "abcab":
+            await client.post(CHAT_ROUTE, json=CHAT, headers=bearer(name))
+
+    worker = FakeWorker([Delta("Hi", 5, 2, "stop", num_cached_tokens=4)])
+    kinds, _ = recorded(send, caplog, worker=worker, keys_file=keys, tenant_metrics=2)
+    assert kinds["tenant_requests_total"].counts == {("a",): 2, ("b",): 2, ("(other)",): 1}
+    tokens = kinds["tenant_tokens_total"].counts
+    assert [tokens["a", kind] for kind in ("prompt", "cached", "new")] == [10, 8, 4]
+    kinds, _ = recorded(send, caplog, keys_file=keys)
+    assert kinds["tenant_requests_total"].counts == {}

@@ -15,12 +15,20 @@ from deployments.publishing.adapter_folders import (
     open_without_links,
 )
 from lora_store.peft_config import CONFIG_FILE
-from lora_store.peft_files import PICKLE_FILE, TEMPLATE_FILE, WEIGHTS_FILE
+from lora_store.peft_files import MLX_WEIGHTS_FILE, PICKLE_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
 
 
 def test_the_adapters_files_are_those_that_validation_reads(tmp_path: Path) -> None:
-    assert ADAPTER_FILES == (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, DESCRIPTION_FILE, TEMPLATE_FILE, PICKLE_FILE)
+    assert ADAPTER_FILES == (
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        MLX_WEIGHTS_FILE,
+        SAMPLES_FILE,
+        DESCRIPTION_FILE,
+        TEMPLATE_FILE,
+        PICKLE_FILE,
+    )
     for name in (WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt"):
         (tmp_path / name).touch()
     assert [path.name for path in adapter_files(tmp_path)] == [CONFIG_FILE, WEIGHTS_FILE]

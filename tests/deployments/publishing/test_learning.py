@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
 
-from deployments.publishing.learning import Learning, counted
+from deployments.publishing.learning import QUIET_S, REST_FACTOR, Learning, counted
 from lora_store import Feedback, StoreUnavailable, VersionConflict
 from retriever_svc.learning import Effect, Learnt
 from tests.deployments.adapter_records import POOL, pool_of
@@ -104,32 +105,43 @@ class BrokenForOne(FakeRetriever):
         return await super().learn(tenant, outcomes)
 
 
-def applied_for(*tenants: str) -> list[str]:
-    """Let each tenant judge a request, and return those whose outcomes are applied, in order."""
+def applied_for(*tenants: str, took_s: float = 0.0) -> tuple[list[str], list[float]]:
+    """Let each tenant judge a request. Return those whose outcomes are applied, in order, and the pauses before."""
+    times, pauses = itertools.count(), list[float]()
     store, asked = store_with(), Feedback.of_request("id", "Rhyme.", None, "key")
     store.given = {(tenant, "asked", asked.id): asked for tenant in tenants}
 
     async def no_pause(seconds: float) -> None:
-        del seconds
+        pauses.append(seconds)
 
     async def run(client: httpx.AsyncClient, served: Served) -> None:
         services = served.services
         learning = Learning(
-            store, BrokenForOne(), services.publisher, services.background, applies=True, sleep=no_pause
+            store,
+            BrokenForOne(),
+            services.publisher,
+            services.background,
+            applies=True,
+            sleep=no_pause,
+            clock=lambda: took_s * next(times),
         )
         for tenant in tenants:
             await learning.judge(tenant, ("id", None, 1.0), "key")
 
     ask(run, store=store)
-    return [tenant for tenant, _ in store.ranked]
+    return [tenant for tenant, _ in store.ranked], pauses
 
 
 def test_outcomes_apply_in_the_order_of_arrival_so_that_no_tenant_keeps_others_waiting() -> None:
-    assert applied_for("quiet", "loud") == ["quiet", "loud"]
+    assert applied_for("quiet", "loud")[0] == ["quiet", "loud"]
 
 
 def test_a_tenant_whose_outcomes_cannot_be_applied_keeps_no_other_from_it() -> None:
-    assert applied_for("well", "broken", "also well") == ["well", "also well"]
+    assert applied_for("well", "broken", "also well")[0] == ["well", "also well"]
+
+
+def test_applying_rests_in_proportion_to_its_time() -> None:
+    assert applied_for("one", "two", took_s=5.0)[1] == [QUIET_S, 5.0 * REST_FACTOR]
 
 
 def test_outcomes_are_counted_by_adapter() -> None:

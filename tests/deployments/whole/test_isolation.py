@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.adapters import PublishItem
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from retriever_svc import IndexSettings, RouteRequest
 from tests.deployments.isolation import Request, answer_to, run
@@ -221,81 +218,6 @@ def test_every_reported_name_means_the_reported_adapter(tmp_path: Path) -> None:
                     assert (await tenants.ask(tenant, "GET", f"/v1/loras/{name}")).json()["digest"] == digest
 
     run(tmp_path, look)
-
-
-def test_source_and_key_of_another_tenants_public_adapter_are_hidden(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
-        mine, other = TENANTS
-        for tenant, actor in ((other, f"id-{other}"), (mine, "")):
-            response = await tenants.ask(tenant, "GET", f"/v1/loras/{other}/open-{other}")
-            [version] = response.json()["versions"]
-            assert (version["actor"], version["source"]) == (actor, f"open-{other}")
-
-    run(tmp_path, look)
-
-
-def test_equal_bytes_of_two_tenants_stay_usable_when_one_withdraws(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
-        same = tenants.folder("same", 99, ["The very same task."])
-        for tenant in TENANTS:
-            assert (await tenants.publish(tenant, [same])).status_code == 201
-        assert (await tenants.ask(TENANTS[0], "DELETE", "/v1/loras/same")).status_code == 200
-        await tenants.served.services.background.idle()  # wait for everything to be freed
-        gone = await tenants.ask(TENANTS[0], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
-        still = await tenants.ask(TENANTS[1], "POST", "/v1/completions", json={"prompt": "hi", "model": "same"})
-        assert (gone.status_code, still.status_code) == (404, 200)
-        job = tenants.served.job
-        [row] = job.plan.adapters
-        assert (row.ref.tenant, row.ref.name) == (TENANTS[1], "same")
-        assert await tenants.store.fetch(row.weights_digest)  # a worker can still load it
-        plan = await tenants.ask(TENANTS[1], "POST", "/v1/route", json={"prompt": "The very same task."})
-        assert plan.json()["data"][0]["adapters"][0]["name"] == "same"
-
-    run(tmp_path, look)
-
-
-def test_a_quota_covers_all_publishes_of_a_tenant(tmp_path: Path) -> None:
-    async def look(tenants: TwoTenants) -> None:
-        mine = TENANTS[0]
-        authenticator = tenants.served.services.authenticator
-        caller = authenticator.authenticate(f"Bearer {mine}")
-        share = caller.limits.model_copy(update={"max_adapters": 6}).tenant_quota  # the tenant has 4
-        uploads = [tenants.folder(f"more-{n}", 200 + n, ["More."]) for n in range(6)]
-        publish = tenants.served.services.publisher.publish
-        outcomes = await asyncio.gather(
-            *[publish([PublishItem(path, tenant=mine)], "me", share) for path in uploads], return_exceptions=True
-        )
-        assert sum(isinstance(outcome, Exception) for outcome in outcomes) == 4
-        snapshot = tenants.store._store.snapshot()
-        assert sum(tenant == mine for tenant, _ in snapshot.records) == 6
-
-    run(tmp_path, look)
-
-
-def test_a_name_of_another_takes_no_longer_than_an_unknown_one(tmp_path: Path, scale: Scale) -> None:
-    """Times vary, so they are compared at full scale only; the test above counts the work."""
-    if not scale.is_full:
-        pytest.skip("timed at full scale only: a busy machine would decide it")
-    count = scale.pick("names of each kind", small=20, full=500)
-
-    async def look(tenants: TwoTenants) -> None:
-        mine, other = TENANTS
-        spent: dict[bool, list[float]] = {True: [], False: []}
-        for number in range(count + 20):
-            private = tenants.names[other][number % NUM_PRIVATE]
-            for is_private in (True, False) if number % 2 else (False, True):
-                name = private if is_private else private.replace(WORDS[other], "x" * len(WORDS[other]))
-                started = time.perf_counter()
-                response = await tenants.ask(mine, "GET", f"/v1/loras/{other}/{name}")
-                if number >= 20:  # the first ones warm up the caches
-                    spent[is_private].append(time.perf_counter() - started)
-                assert response.status_code == 404
-        difference = statistics.fmean(spent[True]) - statistics.fmean(spent[False])
-        error = sum(statistics.variance(times) / len(times) for times in spent.values()) ** 0.5
-        print(f"private - unknown: {difference * 1e6:.1f} µs ± {3.29 * error * 1e6:.1f} (99.9 %)")
-        assert abs(difference) < 3.29 * error
-
-    run(tmp_path, look, NUM_PRIVATE)
 
 
 def test_metrics_name_public_adapters_only(tmp_path: Path) -> None:

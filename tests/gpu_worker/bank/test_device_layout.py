@@ -73,3 +73,21 @@ def test_every_problem_is_named_at_once() -> None:
     said = str(caught.value)
     assert "x has shape (out, in) (3, 8), the base model has (6, 4)" in said and "no module 'nowhere'" in said
     assert "y" not in said.replace("nowhere", "").split()
+
+
+@pytest.mark.parametrize(
+    ("pair", "problem"),
+    [
+        ((torch.ones(2, 4), torch.ones(7, 2)), "x "),
+        ((torch.ones(2, 4), torch.ones(6, 3)), "x "),
+        ((torch.ones(0, 4), torch.ones(6, 0)), "x "),
+        (None, "module"),
+    ],
+    ids=["output size", "unequal ranks", "rank zero", "no modules"],
+)
+def test_a_module_that_no_product_can_use_is_refused_by_name(
+    pair: tuple[torch.Tensor, torch.Tensor] | None, problem: str
+) -> None:
+    modules = {} if pair is None else {"x": ModuleWeights(*pair, 1.0)}
+    with pytest.raises(AdapterUnfit, match=problem):
+        to_device_layout(AdapterWeights("d", modules), SHAPES, torch.float32)

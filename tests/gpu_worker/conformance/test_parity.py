@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.front.request.request import Completion, SamplingParams
 from lora_store.adapter import AdapterWeights
-from lora_store.peft_files import write_peft_folder
+from lora_store.composition import compose
+from lora_store.peft_files import read_peft_folder, write_peft_folder
 from lora_store.plan import BASE_PLAN, Plan
+from lora_store.strategies.registry import STRATEGIES
+from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.driver import HostedEngine, assert_same, job, tokens_of
 from tests.gpu_worker.conformance.reference import Reference, Step
 from tests.tiny import plan_of
@@ -47,6 +50,10 @@ def plans_of(adapter: MakeAdapter) -> dict[str, Plan]:
         "mixture with a weight of zero": plan_of("mixture", (plain, 0.0), (partial, 1.0)),
         "fusion of one": plan_of("fusion", (plain, 1.0)),
         "fusion of three": plan_of("fusion", (plain, 0.5), (partial, 0.3), (unequal, 0.4)),
+    } | {
+        f"registered {name}": plan_of(name, (plain, 0.8), (unequal, 0.2))
+        for name, strategy in STRATEGIES.items()
+        if strategy.most_adapters > 1
     }
 
 
@@ -107,6 +114,36 @@ def test_a_mixture_equals_pefts_concatenation(
     [answer] = hosted.answers(job(PROMPTS[0], plan_of("mixture", *parts), one_token))
     found = torch.tensor([logprob for _, logprob in answer.logprobs[0].top])
     torch.testing.assert_close(found, expected.topk(20).values, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [None, 9])
+def test_a_composed_adapter_answers_as_the_mixture_in_peft_and_here(
+    rank: int | None,
+    hosted: HostedEngine,
+    adapter: MakeAdapter,
+    reference: Reference,
+    model_folder: Path,
+    tmp_path: Path,
+    tolerance: float,
+) -> None:
+    """Of adapters of other ranks, scalings and modules. Rank 9 is the sum of their ranks, so it loses nothing."""
+    stabilised = adapter(12, rank=2, modules=attention, scaling=6 / 2**0.5)
+    parts = [(adapter(11), 0.7), (stabilised, -0.4), (adapter(13, rank=3), 0.5)]
+    mixture = plan_of("mixture", *parts)
+    composed, _ = compose([(weights.modules, weight) for weights, weight in parts], rank)
+    write_peft_folder(tmp_path, composed, base_model="tiny")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64, attn_implementation="eager")
+    model = PeftModel.from_pretrained(model, tmp_path, autocast_adapter_dtype=False).double().eval()
+    tokens = reference.tokens_of(PROMPTS[0])
+    with torch.inference_mode():
+        found = model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    expected = reference.prompt_logprobs(tokens, mixture, hosted.pool)
+    assert float((found - expected).abs().max()) < 1e-4
+    digest, blob = encode_weights(read_peft_folder(tmp_path).modules)
+    stored = decode_weights(digest, blob)
+    hosted.add(stored)
+    [mixed], [one] = (hosted.answers(job(PROMPTS[0], plan)) for plan in (mixture, plan_of("selection", (stored, 1.0))))
+    assert_same([mixed], [one], tolerance)
 
 
 def test_the_same_prompt_under_other_plans_shares_no_computed_blocks(

@@ -50,6 +50,14 @@ def test_a_stop_id_ends_the_answer_without_its_text(hosted: HostedEngine) -> Non
     assert answer.num_new_tokens == place + 1
 
 
+def test_an_answer_that_repeats_itself_ends_only_if_it_was_asked_to(hosted: HostedEngine) -> None:
+    one_token = greedy(logit_bias=((_IDS[b"a"], 100.0),), max_tokens=40, ignore_eos=True)
+    [answer] = hosted.answers(job("again", sampling=replace(one_token, max_repeats=2)))
+    assert (answer.text, answer.finish_reason) == ("a" * 24, "stop")
+    [answer] = hosted.answers(job("again", sampling=one_token))
+    assert (answer.text, answer.finish_reason) == ("a" * 40, "length")
+
+
 def test_min_tokens_forbids_the_stop_ids_before_it(hosted: HostedEngine) -> None:
     [whole] = hosted.answers(job("minimum"))
     first = _IDS[tokens_of(whole)[0]]

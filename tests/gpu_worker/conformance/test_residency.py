@@ -191,9 +191,14 @@ def test_an_adapter_that_does_not_fit_fails_only_its_own_job(
     assert isinstance(outcomes[1], AdapterUnfit), outcomes[1]
 
 
-def test_a_plan_larger_than_the_bank_is_refused(hosted: HostedEngine, adapter: MakeAdapter) -> None:
+def test_a_plan_larger_than_the_bank_is_refused_and_the_largest_that_fits_runs(
+    hosted: HostedEngine, adapter: MakeAdapter
+) -> None:
     pool = [adapter(seed) for seed in range(NUM_FITTING + 1)]
-    assert isinstance(hosted.error(job("large", plan_of("mixture", *[(one, 0.2) for one in pool]))), PlanTooLarge)
+    large, fits = (job("large", plan_of("mixture", *[(one, 0.2) for one in some])) for some in (pool, pool[:-1]))
+    refused, answer = hosted.outcomes(large, fits)
+    assert isinstance(refused, PlanTooLarge) and "20" in str(refused) and "16" in str(refused)
+    assert isinstance(answer, Completion)
 
 
 def test_a_slow_load_delays_only_its_own_job(hosted: HostedEngine, adapter: MakeAdapter) -> None:

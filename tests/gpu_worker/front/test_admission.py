@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from itertools import combinations
 
 import pytest
 
@@ -67,19 +65,6 @@ def test_one_request_for_b_overtakes_a_flood_for_a(
     assert all(each.is_finished for each in flood)
     assert_same(answer, alone(job, by_digest(*pool)))
     assert_nothing_held(engine)
-
-
-def test_a_tenant_with_many_adapters_gets_only_its_turns(make_engine: MakeEngine, shapes: Shapes) -> None:
-    pool = [random_adapter(shapes, i, rank=1, modules=lambda name: "layers.0" in name) for i in range(30)]
-    engine = make_engine(by_digest(*pool), max_batch_size=2)
-    flood = [ask(engine, job_of("many", only(weights), i, 3)) for i, weights in enumerate(pool)]
-    engine.step()
-    few = [ask(engine, job_of("few", only(pool[0]), f"few-{i}", 3)) for i in range(4)]
-    while not all(answer.is_finished for answer in few):
-        engine.step()
-    assert sum(answer.is_finished for answer in flood) <= 2 + 4 + 1
-    engine.run_until_idle()
-    assert all(answer.is_finished for answer in flood)
 
 
 def test_a_wide_plan_that_was_passed_over_reserves_the_bank(make_engine: MakeEngine, shapes: Shapes) -> None:
@@ -215,25 +200,6 @@ def test_the_load_of_a_cancelled_row_serves_the_next_row(make_engine: MakeEngine
     engine.run_until_idle()
     assert staying.is_finished and not leaving.events
     assert_nothing_held(engine)
-
-
-def test_two_thousand_rows_that_cannot_start_cost_little_per_step(
-    scale: Scale, make_engine: MakeEngine, shapes: Shapes
-) -> None:
-    """Each row waits for adapters of its own: a step checks every row once."""
-    pool = small_adapters(shapes, 70)
-    slow = Slow(*pool)
-    engine = make_engine({}, fetch=slow)
-    count = scale.pick("waiting rows", small=512, full=2048)
-    for number, pair in zip(range(count), combinations(pool, 2), strict=False):
-        ask(engine, greedy("x", plan_of("mixture", *[(weights, 0.5) for weights in pair]), number))
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        engine.step()
-        seconds.append(time.perf_counter() - began)
-    assert engine.waiting and not engine.running
-    assert min(seconds) * 1000 < 10 * count / 512
 
 
 def count_looks(engine: Engine) -> list[int]:

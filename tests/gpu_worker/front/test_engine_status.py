@@ -58,14 +58,3 @@ def test_the_status_has_the_tokens_in_the_cache(make_engine: MakeEngine) -> None
     assert engine.status().kv_tokens == row.num_prompt_tokens + 1
     engine.run_until_idle()
     assert engine.status().kv_tokens == 0
-
-
-def test_a_probe_is_no_request(make_engine: MakeEngine, shapes: Shapes) -> None:
-    weights = random_adapter(shapes, 1)
-    engine = make_engine(by_digest(weights))
-    engine.submit(
-        engine.prepare(greedy("probe", only(weights), num_new=1), lambda event: None, capture_first_logits=True)
-    )
-    engine.run_until_idle()
-    counters = engine.status().counters
-    assert (counters.num_requests, counters.num_fetches) == (0, 0)

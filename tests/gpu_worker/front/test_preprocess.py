@@ -15,6 +15,7 @@ from gpu_worker.front.preprocess import RequestPreprocessor, grammar_compiler
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job, SamplingParams, TokenIds
+from gpu_worker.front.request.tools import NO_PARAMETERS, Function, Tools
 from gpu_worker.model.base_model import BaseModel
 from tests.gpu_worker.engine_driver import BASE_JOB, Alone, MakeEngine, ask, assert_same, greedy
 from tests.gpu_worker.front.grammar.small_vocabulary import ids_of
@@ -110,3 +111,14 @@ def test_other_threads_run_while_a_long_text_is_read(tiny_base: Callable[..., Ba
         sys.setswitchinterval(interval)
         stops.set()
         other.join()
+
+
+def test_a_counted_prompt_has_its_tools_as_a_jobs_prompt_has(
+    tiny_base: Callable[..., BaseModel], make_engine: MakeEngine
+) -> None:
+    base, prompt = tiny_base(), (Message("user", "Hi"),)
+    tools = Tools((Function("look", "Look out.", NO_PARAMETERS),))
+    answer = ask(make_engine({}, base=base), Job("tools", prompt, template="alpaca", tools=tools))
+    prepare = RequestPreprocessor(base, 512)
+    counted = [len(prepare.tokenize(prompt, "alpaca", tools=given).ids) for given in (tools, None)]
+    assert counted[0] == answer.row.num_prompt_tokens > counted[1]

@@ -130,7 +130,7 @@ def test_a_full_queue_displaces_the_newest_row_of_the_tenant_with_most() -> None
     other = world.submit(tenant="other")
     assert isinstance(world.events[many[2]][-1], EngineFull)
     assert set(world.queue.waiting) == {*many[:2], other}
-    with pytest.raises(EngineFull):
+    with pytest.raises(EngineFull, match=r"queue is full \(3 requests\)"):
         world.submit(tenant="many")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gpu_worker.front.logprobs import Scored
+from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Delta, SamplingParams
-from gpu_worker.front.row import Row
+from gpu_worker.front.row import LONGEST_REPEATED, Row
 from tests.gpu_worker.rows import BYTES, queued_row, row_of
 
 END = 257
@@ -64,6 +65,43 @@ def test_only_the_last_delta_has_the_reason(text: str, end: int | None, reason: 
     assert {delta.finish_reason for delta in others} == {None}
 
 
+def slow_end(text: str, max_repeats: int, min_tokens: int) -> int:
+    """Return after how many characters the answer ends: each of its last ones equals the one a passage before it."""
+    for end in range(max(min_tokens, 1), len(text) + 1):
+        for length in range(1, LONGEST_REPEATED + 1):
+            begin = end - max((max_repeats + 1) * length, 24)
+            if begin >= 0 and all(text[place] == text[place - length] for place in range(begin + length, end)):
+                return end
+    return len(text)
+
+
+REPEATED = [
+    *[
+        "a" * 40,
+        "ab" * 20,
+        "abcdefgh" * 5,
+        "x" * 30 + "y" + "x" * 30,
+        "no repetition here, none at all, not a bit of it",
+    ],
+    *["The cat sat. " * 9, "q" + "0123456789" * 12, ("m" * 64 + "n") * 4, ("m" * 63 + "n") * 4, "abcabcabcabd" * 6],
+]
+
+
+@pytest.mark.parametrize(("max_repeats", "min_tokens"), [(1, 0), (2, 0), (3, 0), (5, 0), (2, 35)])
+@pytest.mark.parametrize("text", REPEATED)
+def test_an_answer_ends_when_a_passage_repeats_too_often(text: str, max_repeats: int, min_tokens: int) -> None:
+    row = answering(max_new=len(text), max_repeats=max_repeats, min_tokens=min_tokens)
+    last = taken(row, text)[-1]
+    end = slow_end(text, max_repeats, min_tokens)
+    assert (last.num_new_tokens, last.finish_reason) == (end, "stop" if end < len(text) else last.finish_reason)
+
+
+def test_repetitions_are_kept_without_a_limit_and_where_a_grammar_decides() -> None:
+    assert taken(answering(max_new=40), "a" * 40)[-1].num_new_tokens == 40
+    grammar = SamplingParams(max_tokens=40, max_repeats=2, grammar=Grammar("regex", "a*"))
+    assert taken(row_of(sampling=grammar, max_new_tokens=40), "a" * 40)[-1].num_new_tokens == 40
+
+
 def test_an_end_id_adds_no_text_and_has_its_log_probability() -> None:
     [_, last] = taken(answering(), "a", end=END)
     [entry] = last.logprobs
@@ -100,3 +138,12 @@ def test_the_draw_has_the_seed_and_the_position_of_the_next_token() -> None:
 def test_rows_of_the_same_adapters_have_the_same_set_in_any_order() -> None:
     assert queued_row("ba").adapter_set == queued_row("ab").adapter_set == ("a", "b")
     assert queued_row("ba").weights_digests == ["b", "a"]
+
+
+@pytest.mark.parametrize(("own", "named"), [(("##",), "##"), (("b", "##"), "b"), ((), None)])
+def test_the_last_delta_names_the_clients_stop_string_and_none_of_a_template(
+    own: tuple[str, ...], named: str | None
+) -> None:
+    row = row_of(stops=(*own, "##"), sampling=SamplingParams(stop=own), max_new_tokens=20)
+    deltas = taken(row, "ab##c")
+    assert [delta.stop for delta in deltas] == [*[None] * (len(deltas) - 1), named]

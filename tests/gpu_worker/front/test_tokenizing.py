@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.errors import EngineFull, EngineStopped
+from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Prompt, TokenIds, Tokenized
 from gpu_worker.front.tokenizing import Tokenizing
 from tests.gpu_worker.engine_driver import run
@@ -115,17 +115,6 @@ def test_a_client_that_leaves_takes_its_call_out_of_the_queue() -> None:
     run(main())
     assert [call[0] for call in prepare.calls] == ["first", "stays"]
     tokenizing.close()
-
-
-def test_no_call_starts_after_the_end() -> None:
-    tokenizing = over(HeldPreprocessor())
-    tokenizing.close()
-
-    async def main() -> None:
-        with pytest.raises(EngineStopped):
-            await asked(tokenizing, "a", "x")
-
-    run(main())
 
 
 def test_the_thread_leaves_contested_cores_to_the_engines_thread() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.errors import AdapterLoadFailed, EngineFull, PromptTooLong
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.engine import NativeEngine
 from lora_store.adapter import AdapterWeights
@@ -22,7 +21,6 @@ from tests.gpu_worker.engine_driver import (
     Gated,
     MakeEngine,
     Shapes,
-    assert_nothing_held,
     by_digest,
     complete,
     greedy,
@@ -62,26 +60,6 @@ def test_streams_join_to_the_text_of_a_run_without_a_thread(
         assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
 
 
-def test_twenty_streams_at_once_equal_a_run_without_a_thread(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
-) -> None:
-    pool = [random_adapter(shapes, i) for i in range(3)]
-    jobs = jobs_over(pool, 20)
-    answers = run_together(make_engine(by_digest(*pool)), jobs)
-    engine = make_engine(by_digest(*pool), max_batch_size=4)
-    native = start(engine)
-
-    async def main() -> list[Any]:
-        return await asyncio.gather(*(complete(native, job) for job in jobs))
-
-    for answer, (completion, last) in zip(answers, run(main()), strict=True):
-        assert completion.text == answer.text
-        assert completion.num_new_tokens == last.num_new_tokens == len(answer.tokens)
-        assert completion.finish_reason == last.finish_reason
-    native.stop()
-    assert_nothing_held(engine)
-
-
 def test_the_first_piece_comes_before_the_answer_is_complete(gated: Gated) -> None:
     _, gate, native = gated({})
 
@@ -113,31 +91,6 @@ def test_a_watched_stream_gives_heartbeats_while_there_is_no_text(gated: Gated) 
     run(main())
 
 
-def test_an_error_of_prepare_reaches_only_its_caller(
-    make_engine: MakeEngine, start: Callable[..., NativeEngine]
-) -> None:
-    native = start(make_engine({}))
-
-    async def main() -> list[Any]:
-        return await asyncio.gather(
-            complete(native, greedy("x" * 500, BASE_PLAN, "long")),
-            complete(native, greedy("fine")),
-            return_exceptions=True,
-        )
-
-    refused, (completion, _) = run(main())
-    assert isinstance(refused, PromptTooLong)
-    assert completion.num_new_tokens == 8
-
-
-def test_a_failed_load_reaches_its_caller(
-    make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
-) -> None:
-    native = start(make_engine({}))
-    with pytest.raises(AdapterLoadFailed):
-        run(complete(native, greedy("x", plan_of("selection", (random_adapter(shapes, 1), 1.0)))))
-
-
 def test_a_finished_load_wakes_the_sleeping_loop(
     make_engine: MakeEngine, shapes: Shapes, start: Callable[..., NativeEngine]
 ) -> None:
@@ -157,24 +110,6 @@ def test_a_finished_load_wakes_the_sleeping_loop(
 
     with ThreadPoolExecutor(1) as executor:
         run(main(start(make_engine(fetch, executor=executor))))
-
-
-def test_a_full_queue_refuses_only_later_requests(gated: Gated) -> None:
-    _, gate, native = gated({}, max_batch_size=1, max_waiting=1)
-
-    async def main() -> list[Any]:
-        first = asyncio.create_task(complete(native, greedy("x", BASE_PLAN, "first", num_new=150)))
-        await asyncio.to_thread(gate.wait_for_step)  # running, so that the next one waits
-        others = [asyncio.create_task(complete(native, greedy("x", BASE_PLAN, i))) for i in range(3)]
-        while native._commands.qsize() < len(others):
-            await asyncio.sleep(0)
-        gate.open()
-        return await asyncio.gather(first, *others, return_exceptions=True)
-
-    first, *others = run(main())
-    assert first[0].num_new_tokens == 150
-    assert [type(other) for other in others if isinstance(other, Exception)] == [EngineFull] * 2
-    assert [other[0].num_new_tokens for other in others if not isinstance(other, Exception)] == [8]
 
 
 def test_a_client_whose_event_loop_is_gone_does_not_end_the_engine(gated: Gated) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,7 @@ from torch import Tensor
 
 from gpu_worker.errors import (
     AdapterLoadFailed,
-    AdapterUnfit,
-    EngineFull,
     LogitsNotFinite,
-    PlanTooLarge,
     PromptInvalid,
     PromptTooLong,
     SamplingInvalid,
@@ -26,8 +22,7 @@ from gpu_worker.errors import (
 from gpu_worker.front.request.prompts import ALPACA_STOPS, Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.native.loop import Engine
-from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.engine_driver import (
     BASE_JOB,
@@ -40,51 +35,10 @@ from tests.gpu_worker.engine_driver import (
     assert_nothing_held,
     assert_same,
     by_digest,
-    fetching,
     greedy,
     run_together,
 )
-from tests.tiny import InlineExecutor, assert_equal_logits, byte_tokenizer, plan_of, random_adapter, tiny_config
-
-
-@pytest.mark.parametrize("failures", [1, 2])
-def test_a_failed_load_costs_one_request_and_the_next_retries(
-    failures: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    good = random_adapter(shapes, 1)
-    to_fail = [OSError("the store is away")] * failures
-
-    def fetch(digest: str) -> AdapterWeights:
-        if to_fail:
-            raise to_fail.pop()
-        return good
-
-    engine = make_engine(fetch)
-    job = greedy("needs it", plan_of("selection", (good, 1.0)), "job")
-    for _ in range(failures):
-        failed, base = run_together(engine, [job, BASE_JOB])
-        assert isinstance(failed.error, AdapterLoadFailed)
-        assert str(failed.error.__cause__) == "the store is away"
-        assert_same(base, alone(BASE_JOB, {}))
-        assert_nothing_held(engine)
-    [answer] = run_together(engine, [job])
-    assert_same(answer, alone(job, by_digest(good)))
-
-
-def test_a_slow_load_does_not_delay_later_requests(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
-    good, executor = random_adapter(shapes, 1), HeldExecutor()
-    engine = make_engine(by_digest(good), executor=executor)
-    slow_job = greedy("waits", plan_of("selection", (good, 1.0)), "slow")
-    slow = ask(engine, slow_job)
-    assert not engine.step(), "nothing can run yet"
-    base = ask(engine, BASE_JOB)
-    while not base.is_finished:
-        assert engine.step()
-    assert slow.events == []
-    executor.release()
-    engine.run_until_idle()
-    assert_same(base, alone(BASE_JOB, {}))
-    assert_same(slow, alone(slow_job, by_digest(good)))
+from tests.tiny import assert_equal_logits, byte_tokenizer, plan_of, random_adapter
 
 
 def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngine, shapes: Shapes) -> None:
@@ -103,55 +57,12 @@ def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngi
     assert slow.is_finished
 
 
-def misfits(shapes: Shapes) -> Iterator[tuple[str, dict[str, ModuleWeights]]]:
-    name, (num_out, num_in) = next(iter(shapes.items()))
-    yield (
-        "model.layers.99.mlp.up_proj",
-        {"model.layers.99.mlp.up_proj": ModuleWeights(torch.ones(2, num_in), torch.ones(num_out, 2), 1.0)},
-    )
-    yield name, {name: ModuleWeights(torch.ones(2, num_in + 1), torch.ones(num_out, 2), 1.0)}
-    yield name, {name: ModuleWeights(torch.ones(2, num_in), torch.ones(num_out + 1, 2), 1.0)}
-    yield name, {name: ModuleWeights(torch.ones(2, num_in), torch.ones(num_out, 3), 1.0)}
-    yield name, {name: ModuleWeights(torch.ones(0, num_in), torch.ones(num_out, 0), 1.0)}
-    yield "module", {}
-
-
-@pytest.mark.parametrize(
-    "kind", range(6), ids=["no such module", "input size", "output size", "unequal ranks", "rank zero", "no modules"]
-)
-def test_an_adapter_that_does_not_fit_fails_its_request_by_name(
-    kind: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    named, modules = list(misfits(shapes))[kind]
-    misfit = AdapterWeights("misfit", modules)
-    engine = make_engine(by_digest(misfit))
-    bad, base = run_together(engine, [greedy("x", plan_of("selection", (misfit, 1.0)), "bad"), BASE_JOB])
-    assert isinstance(bad.error, AdapterUnfit)
-    assert named in str(bad.error)
-    assert_same(base, alone(BASE_JOB, {}))
-    assert_nothing_held(engine)
-
-
 def test_weights_under_another_digest_fail_their_request(make_engine: MakeEngine, shapes: Shapes) -> None:
     wanted, other = random_adapter(shapes, 1), random_adapter(shapes, 2)
     engine = make_engine({wanted.weights_digest: other})
     bad, base = run_together(engine, [greedy("x", plan_of("selection", (wanted, 1.0)), "bad"), BASE_JOB])
     assert isinstance(bad.error, AdapterLoadFailed)
     assert base.is_finished
-    assert_nothing_held(engine)
-
-
-def test_a_plan_larger_than_the_bank_is_refused_and_the_largest_that_fits_runs(
-    make_engine: MakeEngine, shapes: Shapes
-) -> None:
-    pool = [random_adapter(shapes, i, rank=4) for i in range(3)]
-    engine = make_engine(by_digest(*pool), bank_rank_rows=8)
-    third = 1 / 3
-    too_large = greedy("x", plan_of("mixture", *[(weights, third) for weights in pool]), "large")
-    fits = greedy("x", plan_of("mixture", *[(weights, third) for weights in pool[:2]]), "fits")
-    large, other = run_together(engine, [too_large, fits])
-    assert isinstance(large.error, PlanTooLarge) and "12" in str(large.error) and "8" in str(large.error)
-    assert other.is_finished
     assert_nothing_held(engine)
 
 
@@ -228,17 +139,6 @@ def test_a_row_without_new_tokens_counts_none(make_engine: MakeEngine) -> None:
     [answer] = run_together(engine, [Job("1", "only read", sampling=SamplingParams(max_tokens=0))])
     assert (engine.counters.num_new_tokens, engine.counters.num_prompt_tokens) == (0, answer.row.num_prompt_tokens)
     assert_nothing_held(engine)
-
-
-def test_a_full_queue_refuses_without_a_trace(make_engine: MakeEngine) -> None:
-    engine = make_engine({}, max_waiting=2)
-    jobs = [greedy("x", BASE_PLAN, i) for i in range(3)]
-    queued = [ask(engine, job) for job in jobs[:2]]
-    with pytest.raises(EngineFull, match="2 requests"):
-        ask(engine, jobs[2])
-    engine.run_until_idle()
-    assert all(answer.is_finished for answer in queued)
-    assert ask(engine, jobs[2]) and engine.has_work
 
 
 def test_an_empty_prompt_is_invalid(tiny_base: Callable[..., BaseModel], make_engine: MakeEngine) -> None:
@@ -328,22 +228,6 @@ def test_cancelling_an_unknown_or_ended_request_does_nothing(make_engine: MakeEn
     assert_nothing_held(engine)
 
 
-def test_a_wide_plan_starts_eventually(make_engine: MakeEngine, shapes: Shapes) -> None:
-    small, wide = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=8)
-    engine = make_engine(by_digest(small, wide), bank_rank_rows=8)
-    small_plan = plan_of("selection", (small, 1.0))
-    stream = [ask(engine, greedy("small", small_plan, i, num_new=6)) for i in range(2)]
-    engine.step()
-    waiting = ask(engine, greedy("wide", plan_of("selection", (wide, 1.0)), "wide"))
-    for number in range(200):
-        engine.step()
-        if number % 3 == 0:
-            stream.append(ask(engine, greedy("small", small_plan, 10 + number, num_new=6)))
-        if waiting.is_finished:
-            return
-    raise AssertionError("the wide plan never ran")
-
-
 def test_min_tokens_prevents_every_end_and_max_tokens_ends_the_answer(make_engine: MakeEngine) -> None:
     engine = make_engine({})
     always_says(engine.base.model, 257)  # <eos>
@@ -369,18 +253,3 @@ def test_the_first_logits_are_the_models_own_even_with_min_tokens(make_engine: M
     params = SamplingParams(max_tokens=3, min_tokens=2, temperature=0)
     plain, least = run_together(make_engine({}), [BASE_JOB, Job("least", str(BASE_JOB.prompt), sampling=params)])
     assert_equal_logits(least.first_logits, plain.first_logits)
-
-
-def test_counts_grow_and_only_the_last_delta_has_a_reason(make_engine: MakeEngine) -> None:
-    [answer] = run_together(make_engine({}), [greedy("count", BASE_PLAN, 0, num_new=10)])
-    deltas = [event for event in answer.events if isinstance(event, Delta)]
-    counts = [delta.num_new_tokens for delta in deltas]
-    assert counts == sorted(set(counts)) and counts[-1] == 10
-    assert {delta.num_prompt_tokens for delta in deltas} == {len("count") + 1}
-    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
-
-
-def test_the_engine_loads_its_own_base_model(tiny_folders: Mapping[str, Path]) -> None:
-    engine = Engine(tiny_config(tiny_folders["llama"]), fetching({}.__getitem__, InlineExecutor()))
-    [answer] = run_together(engine, [BASE_JOB])
-    assert answer.is_finished

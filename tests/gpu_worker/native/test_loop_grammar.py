@@ -13,32 +13,27 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from gpu_worker.errors import GrammarFailed, GrammarInvalid, LogitsNotFinite
+from gpu_worker.errors import GrammarFailed, LogitsNotFinite
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.output_head import OutputHead
 from gpu_worker.model.packed_linear import KernelLinear
-from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
-from lora_store.plan import BASE_PLAN, Plan, Strategy
+from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
     Answer,
     ask,
     assert_nothing_held,
-    by_digest,
-    complete,
     greedy,
-    run,
     run_together,
 )
 from tests.gpu_worker.front.grammar.schemas import random_schema
 from tests.soak import Scale
-from tests.tiny import plan_of, random_adapter, tiny_config
+from tests.tiny import tiny_config
 
 MakeEngine = Callable[..., Engine]
-Shapes = dict[str, tuple[int, int]]
 COLOURS = Grammar("regex", "(red|green|blue)")
 
 
@@ -182,16 +177,6 @@ def test_a_template_stops_no_answer_that_has_a_grammar(make_engine: MakeEngine) 
     assert answer.text == text
 
 
-@pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
-def test_a_grammar_holds_under_every_strategy(strategy: Strategy, make_engine: MakeEngine, shapes: Shapes) -> None:
-    pool = [random_adapter(shapes, seed) for seed in range(2)]
-    parts = [(weights, 1.0) for weights in pool[: 1 if strategy == "selection" else 2]]
-    engine = make_engine(by_digest(*pool))
-    [answer] = run_together(engine, [sampled(COLOURS, plan=plan_of(strategy, *parts))])
-    assert answer.text in {"red", "green", "blue"}
-    assert_nothing_held(engine)
-
-
 def test_a_preempted_answer_goes_on_in_its_grammar(make_engine: MakeEngine) -> None:
     grammar = Grammar("regex", "[ab]{70}")
     jobs = [sampled(grammar, seed, num_new=75) for seed in range(4)]
@@ -219,22 +204,3 @@ def test_a_step_without_grammars_starts_no_thread(make_engine: MakeEngine) -> No
     run_together(make_engine({}), [greedy("no grammar")])
     started = {thread.name for thread in threading.enumerate()} - before
     assert not [name for name in started if name.startswith("grammar")]
-
-
-def test_structured_jobs_stream_through_the_engine_thread(
-    make_engine: MakeEngine, start: Callable[[Engine], NativeEngine]
-) -> None:
-    thread = start(make_engine({}))
-
-    async def answers() -> tuple[str, Exception | None]:
-        completion, _ = await complete(thread, sampled(COLOURS))
-        try:
-            await complete(thread, sampled(Grammar("regex", "a(b", "structured_outputs.regex")))
-        except GrammarInvalid as exc:
-            return completion.text, exc
-        return completion.text, None
-
-    text, error = run(answers())
-    assert text in {"red", "green", "blue"}
-    assert isinstance(error, GrammarInvalid) and error.param == "structured_outputs.regex"
-    assert "unclosed group" in str(error)

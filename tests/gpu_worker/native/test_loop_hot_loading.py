@@ -155,44 +155,6 @@ def test_a_row_that_was_passed_over_reserves_nothing_while_its_weights_load(
     assert stalled.is_finished
 
 
-def test_forgetting_idle_weights_frees_them_at_once(make_engine: MakeEngine, shapes: Shapes) -> None:
-    gone, kept = random_adapter(shapes, 1, rank=3), random_adapter(shapes, 2, rank=5)
-    engine = make_engine(by_digest(gone, kept))
-    empty = engine.status()
-    run_together(engine, [greedy("x", only(weights)) for weights in (gone, kept)])
-    full = engine.status()
-    assert (len(full.resident), full.occupied_rows) == (2, 8)
-    assert engine.queue.forget([gone.weights_digest, "never seen"])
-    assert engine.residency.resident == {kept.weights_digest}
-    assert 0 < engine.status().host_cache_bytes < full.host_cache_bytes
-    assert engine.queue.forget([kept.weights_digest])
-    assert engine.status() == empty
-
-
-def test_forgotten_weights_stay_exactly_until_their_last_request_ends(
-    make_engine: MakeEngine, shapes: Shapes, alone: Alone
-) -> None:
-    """One request runs and one waits for a row: both use the version that is then forgotten."""
-    weights = random_adapter(shapes, 1)
-    pool = Pool(weights)
-    engine = make_engine(pool, max_batch_size=1)
-    empty = engine.status()
-    running_job, waiting_job = (greedy(name, only(weights), name, num_new=6) for name in ("runs", "waits"))
-    running, waiting = ask(engine, running_job), ask(engine, waiting_job)
-    steps(engine, 3)
-    assert not engine.queue.forget([weights.weights_digest])
-    assert engine.status().num_forgetting == 1
-    while not running.is_finished:
-        engine.step()
-    assert not engine.queue.forget([weights.weights_digest]), "the other still needs it"
-    engine.run_until_idle()
-    assert engine.status() == empty
-    assert engine.queue.forget([weights.weights_digest])
-    assert_same(running, alone(running_job, pool.weights))
-    assert_same(waiting, alone(waiting_job, pool.weights))
-    assert pool.fetched == {weights.weights_digest: 1}
-
-
 def test_a_request_that_waits_for_its_load_keeps_weights_forgotten_meanwhile(
     make_engine: MakeEngine, shapes: Shapes, alone: Alone
 ) -> None:

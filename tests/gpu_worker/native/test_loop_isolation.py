@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 
@@ -119,23 +118,6 @@ def test_the_rows_of_a_hostile_adapter_are_clean_for_their_next_owner(
     assert bad.row.kv_row == after.row.kv_row
     assert engine.residency.resident == {good.weights_digest}
     assert_same(after, alone(next_job, adapters))
-
-
-def test_a_seeded_request_draws_the_same_in_any_batch(make_engine: MakeEngine, shapes: Shapes) -> None:
-    good = random_adapter(shapes, 1)
-    params = SamplingParams(max_tokens=12, seed=7, top_p=0.95, ignore_eos=True)
-    job = Job("seeded", "the same each time", plan_of("selection", (good, 1.0)), params)
-    company = [
-        Job(str(i), "noise " * i, BASE_PLAN, SamplingParams(max_tokens=3 + i, seed=i, ignore_eos=True))
-        for i in range(5)
-    ]
-    [expected] = run_together(make_engine(by_digest(good)), [job])
-    engine = make_engine(by_digest(good))
-    assert run_together(engine, [*company, job])[-1].tokens == expected.tokens
-    assert run_together(engine, [job, *company])[0].tokens == expected.tokens
-    unseeded = [replace(job, request_id=str(i), sampling=replace(params, seed=None)) for i in range(2)]
-    first, second = run_together(engine, unseeded)
-    assert first.tokens != second.tokens
 
 
 def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine, alone: Alone) -> None:

@@ -117,22 +117,6 @@ def test_a_batch_of_all_kinds_equals_each_row_alone(
     assert len(texts) > len(plans) // 2, "the plans should lead to different answers"
 
 
-def test_one_adapter_with_weight_one_is_the_same_under_every_strategy(
-    make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
-) -> None:
-    weights = random_adapter(linear_shapes(tiny_base()), 5)
-    plans = [
-        plan_of("selection", (weights, 1.0)),
-        plan_of("mixture", (weights, 1.0)),
-        plan_of("fusion", (weights, 1.0)),
-    ]
-    engine = make_engine({weights.weights_digest: weights})
-    selection, *others = run_together(engine, [greedy("same prompt", p, i) for i, p in enumerate(plans)])
-    for other in others:
-        assert_equal_logits(other.first_logits, selection.first_logits)
-        assert other.tokens == selection.tokens
-
-
 def test_long_rows_are_equal_across_windows_and_length_groups(
     make_engine: MakeEngine, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
 ) -> None:

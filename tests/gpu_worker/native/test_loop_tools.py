@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from gpu_worker.errors import GrammarInvalid, SamplingInvalid
+from gpu_worker.errors import SamplingInvalid
 from gpu_worker.front.preprocess import RequestPreprocessor, visible_tokens
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
@@ -19,12 +19,9 @@ from gpu_worker.front.request.tool_prompts import find_style
 from gpu_worker.front.request.tools import Function, Tools
 from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.native.engine import NativeEngine
 from gpu_worker.native.loop import Engine
-from lora_store.plan import Strategy
 from tests.gpu_worker.chat_templates import HERMES_TEMPLATE, LLAMA3_TEMPLATE, MISTRAL_TEMPLATE, TEMPLATES
-from tests.gpu_worker.engine_driver import Answer, by_digest, complete, run, run_together
-from tests.tiny import plan_of, random_adapter
+from tests.gpu_worker.engine_driver import Answer, run_together
 
 MakeEngine = Callable[..., Engine]
 TinyBase = Callable[..., BaseModel]
@@ -74,17 +71,6 @@ def test_an_answer_that_must_call_has_valid_calls(
         assert len(answer.logprobs) == answer.num_new_tokens
     assert_valid(only)
     assert [call.name for call in only.tool_calls] == ["now"]
-
-
-@pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
-def test_calls_are_valid_under_every_strategy(
-    strategy: Strategy, make_engine: MakeEngine, tiny_base: TinyBase, shapes: dict[str, tuple[int, int]]
-) -> None:
-    pool = [random_adapter(shapes, seed) for seed in range(2)]
-    plan = plan_of(strategy, *[(weights, 1.0) for weights in pool[: 1 if strategy == "selection" else 2]])
-    engine = make_engine(by_digest(*pool), base=with_template(tiny_base(), None), max_model_len=1600)
-    [answer] = run_together(engine, [replace(asked(REQUIRED, 3), plan=plan)])
-    assert_valid(completion_of(answer))
 
 
 def row_of(engine: Engine, job: Job) -> Row:
@@ -168,16 +154,3 @@ def test_options_that_contradict_the_grammar_are_refused(make_engine: MakeEngine
         row_of(engine, asked(REQUIRED, ignore_eos=True))
     with pytest.raises(SamplingInvalid, match="cannot be combined with tools"):
         row_of(engine, asked(Tools((NOW,)), grammar=Grammar("regex", "a", "structured_outputs.regex")))
-
-
-def test_a_schema_that_cannot_be_compiled_is_refused_before_the_job_is_queued(
-    make_engine: MakeEngine, tiny_base: TinyBase, start: Callable[[Engine], NativeEngine]
-) -> None:
-    bad = Function("f", "", json.dumps({"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)"}}}))
-    thread = start(make_engine({}, base=with_template(tiny_base(), None), max_model_len=1600))
-
-    async def ask() -> None:
-        with pytest.raises(GrammarInvalid, match="tools at /1/function/parameters/properties/a cannot be compiled"):
-            await complete(thread, asked(Tools((NOW, bad), required=True)))
-
-    run(ask())

@@ -41,6 +41,31 @@ def test_gc_reports_the_removed_blobs(body: dict[str, Any], retention_s: float) 
     ask(run)
 
 
+@pytest.mark.parametrize(("has_keys", "state"), [(False, b""), (True, b"acme")])
+def test_an_export_is_of_the_keys_tenant(has_keys: bool, state: bytes, tmp_path: Path) -> None:
+    keys = {"keys_file": write(tmp_path / "keys.json", entry("admin", roles=["admin"]))} if has_keys else {}
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.get("/v1/pool/export", headers=bearer("admin"))
+        assert (response.status_code, response.content) == (200, state)
+
+    ask(run, **keys)
+
+
+def test_a_file_of_an_export_is_streamed_in_parts_until_one_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.http.routes.maintenance.PART_BYTES", 3)
+
+    async def run(client: httpx.AsyncClient, served: Served) -> None:
+        served.store.replicas[0].parts["blobs/aa/aab"] = {0: b"abc", 1: b"def", 2: b"g"}
+        served.store.replicas[0].parts["blobs/aa/whole"] = {0: b"abc", 1: b""}
+        for name, content in (("aab", b"abcdefg"), ("whole", b"abc")):
+            response = await client.get(f"/v1/pool/files/blobs/aa/{name}")
+            assert (response.status_code, response.content) == (200, content)
+        assert (await client.get("/v1/pool/files/blobs/aa/gone")).status_code == 404
+
+    ask(run)
+
+
 def test_the_doctor_reports_at_the_end() -> None:
     report = DoctorReport(7, 3, (), (), (POET,), ())
     steps = [DoctorStep(1, 2), DoctorStep(2, 2), DoctorStep(2, 2, report)]

@@ -9,7 +9,8 @@ import pytest
 from openai.types import Model
 
 from deployments.config.app import SamplingDefaults
-from lora_store import AdapterRecord, AdapterRef
+from lora_store import ROUTED_STRATEGIES, AdapterRecord, AdapterRef
+from retriever_svc import WEIGHTINGS
 from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, get
@@ -102,6 +103,15 @@ def test_cards_show_the_settings_sampling_then_the_base_models_own(tmp_path: Pat
 def test_a_malformed_query_is_refused_by_its_field(query: str, param: str) -> None:
     response = get(f"/v1/models?{query}")
     assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+def test_the_card_of_auto_lists_the_registered_strategies_and_weightings() -> None:
+    cards = {card["id"]: card for card in get("/v1/models").json()["data"]}
+    assert get("/v1/models/auto").json() == cards["auto"]
+    assert tuple(cards["auto"]["strategies"]) == ROUTED_STRATEGIES
+    assert cards["auto"]["strategies"]["selection"] == "the best adapter alone"
+    assert cards["auto"]["weights"] == {name: weighting.summary for name, weighting in WEIGHTINGS.items()}
+    assert [card for card in cards.values() if "strategies" in card] == [cards["auto"]]
 
 
 def test_cards_contain_source_and_base_of_a_model() -> None:

@@ -39,6 +39,7 @@ from gpu_worker.front.request.tools import ToolCall, ToolCallPiece
         ("presence_penalty", 2.1),
         ("frequency_penalty", math.nan),
         ("repetition_penalty", 0),
+        ("max_repeats", -1),
         ("logit_bias", ((1, 101.0),)),
         ("logit_bias", ((1, 1.0),) * (MAX_BIASED_IDS + 1)),
         ("logprobs", MAX_LOGPROBS + 1),

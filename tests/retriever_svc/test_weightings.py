@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_svc.planning import MIN_LEAD, limited_weights
+from retriever_svc.index import Match
+from retriever_svc.weightings import MIN_LEAD, WEIGHTINGS, limited_weights
+from tests.retriever_svc.pool_fakes import record_of
 
 Case = tuple[list[float], list[bool]]
 WEIGHT = st.floats(1e-6, 1.0)
@@ -74,3 +76,32 @@ def test_limiting_twice_changes_nothing(case: Case) -> None:
     weights, shares_lead = case
     once = limited_weights(weights, shares_lead)
     assert limited_weights(once, shares_lead) == pytest.approx(once, rel=1e-9)
+
+
+def weigh(weighting: str, *scores: float) -> list[float]:
+    matches = [Match(record_of(f"n{n}", None), score) for n, score in enumerate(scores)]
+    return WEIGHTINGS[weighting].weigh(matches, "local", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [("uniform", [1 / 3] * 3), ("softmax", [0.665, 0.245, 0.090]), ("evidence", [0.75, 0.183, 0.067])],
+)
+def test_each_weighting_has_its_own_weights(weighting: str, expected: list[float]) -> None:
+    """Scores at steps of the temperature; in `softmax` the companions have half of the best adapter's weight."""
+    assert weigh(weighting, 0.8, 0.7, 0.6) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(("share", "is_kept"), [(0.021, True), (0.019, False)])
+def test_evidence_leaves_out_companions_of_less_than_a_fiftieth(share: float, is_kept: bool) -> None:
+    """The share is that of the best adapter's weight. The adapter before and the one after it are not affected."""
+    low = 0.8 + 0.1 * math.log(share)
+    weights = weigh("evidence", 0.8, low, 0.8)
+    assert [weight > 0 for weight in weights] == [True, is_kept, True]
+    assert sum(weights) == pytest.approx(1)
+    assert min(weigh("softmax", 0.8, low, 0.8)) > 0
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_one_adapter_alone_has_all_the_weight(weighting: str) -> None:
+    assert weigh(weighting, 0.3) == [1.0]

@@ -1,0 +1,70 @@
+"""`loraretriever compose`: write a mixture of stored adapters as one PEFT adapter."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deployments.cli.client import DEFAULT_URL, Url, out
+from deployments.cli.pool_upkeep import Store
+
+commands = typer.Typer()
+
+
+@commands.command()
+def compose(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the new adapter and of its folder")],
+    adapters: Annotated[
+        str, typer.Option(metavar="NAME=WEIGHT,…", help="the adapters with their weights in the mixture")
+    ],
+    target: Annotated[Path, typer.Option("--out", help="folder that gets the new adapter's folder")] = Path(),
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="approximate with at most this rank; default: the sum of the ranks, which is exact"),
+    ] = None,
+    store: Store = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Write a mixture of adapters as one PEFT folder, which gives the answers of `strategy: mixture`.
+
+    `strategy: fusion` averages the parameters instead of the outputs, so its answers differ. A server gives the
+    adapters of its key's tenant, and the key needs the role admin.
+    """
+    weights = _weights_in(adapters)
+    from deployments.cli.pool_transfer import pool_of, read_modules  # torch takes seconds to import
+    from lora_store import write_peft_folder
+    from lora_store.composition import compose
+
+    folder = target / name
+    with pool_of(store, url) as source:
+        if folder.exists():
+            raise ValueError(f"{folder}: exists; choose another name or folder")
+        state = source.state()
+        records = {part: state.find(part) for part in weights}
+        bases = sorted({record.base_model for record in records.values()})
+        if len(bases) > 1:
+            raise ValueError(f"--adapters: their base models differ, {' and '.join(bases)}")
+        parts = [(read_modules(source, record), weights[part]) for part, record in records.items()]
+        modules, error = compose(parts, rank)
+        write_peft_folder(folder, modules, base_model=bases[0])
+    said = f"{folder}: rank {max(module.rank for module in modules.values())}"
+    said += ", exact" if rank is None else f", relative error {error:.2%}"
+    out.print(f"{said}. It has no samples: add lora_samples.jsonl for auto", markup=False, highlight=False)
+
+
+def _weights_in(text: str) -> dict[str, float]:
+    """Return the weights by adapter. Raises: BadParameter."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or name in found or not math.isfinite(weight):
+            raise typer.BadParameter(f"must be NAME=WEIGHT,…, each name once, got {part!r}", param_hint="--adapters")
+        found[name] = weight
+    return found

@@ -1,0 +1,162 @@
+"""`loraretriever pool export` and `import`: the pools that they read, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from deployments.cli.client import check, client_of, counted, err, fail, out, print_json, show_warning
+from deployments.config.loading import load_config
+from deployments.json_types import JsonObject
+from lora_store import (
+    AdapterNotFound,
+    AdapterRecord,
+    LoraStoreError,
+    ModuleWeights,
+    weights_in,
+    write_peft_folder,
+)
+from lora_store.pool_copy import (
+    ArchiveTarget,
+    Conflict,
+    Report,
+    StoreTarget,
+    export_pool,
+    import_pool,
+    read_checked,
+)
+from lora_store.pool_files import ArchivedPool, PoolSource, PoolState, StoredPool, blob_file
+from lora_store.sample_files import parse_samples
+
+ARCHIVE = ".tar"
+POOL_FILE = "pool.yaml"
+_MISSING = 404
+
+
+@dataclass(frozen=True, slots=True)
+class ServedPool:
+    """The pool of a running server, or there the adapters of the key's tenant."""
+
+    client: httpx.Client
+
+    def state(self) -> PoolState:
+        response = self.client.get("/v1/pool/export")
+        check(response)
+        return PoolState.from_parquet(response.content)
+
+    def read(self, name: str) -> Iterator[bytes | memoryview]:
+        with self.client.stream("GET", f"/v1/pool/files/{quote(name)}") as response:
+            if response.status_code == _MISSING:
+                raise AdapterNotFound(name.rpartition("/")[2])
+            check(response)
+            yield from response.iter_bytes()
+
+
+def export_to(target: str, names: Sequence[str], store: str | None, url: str, *, as_peft: bool, as_json: bool) -> None:
+    """Export to a new archive, store, or folder of PEFT folders. On an error, print it and exit."""
+    with pool_of(store, url) as source, _progress("copying") as report:
+        if as_peft:
+            state = source.state().named(names)
+            _write_peft(source, state, Path(target))
+        elif target.endswith(ARCHIVE):
+            with ArchiveTarget(Path(target)) as archive:
+                state = export_pool(source, archive, names, report)
+        else:
+            state = export_pool(source, StoreTarget(target), names, report)
+    snapshot, num_bytes = state.snapshot, sum(size or 0 for size in state.blobs().values())
+    if as_json:
+        facts = {"target": target, "generation": snapshot.generation, "num_adapters": len(snapshot.records)}
+        print_json(facts | {"num_bytes": num_bytes})
+        return
+    said = f"{counted(len(snapshot.records), 'adapter')} as of generation {snapshot.generation} are in {target}"
+    out.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def import_from(
+    source: str,
+    names: Sequence[str],
+    store: str | None,
+    config: Path | None,
+    conflict: Conflict,
+    *,
+    is_dry: bool,
+    as_json: bool,
+) -> None:
+    """Import into the store of the settings, or `store`. On an error, print it and exit."""
+    with _failures(), _progress("importing") as report:
+        uri = load_config(config, **({} if store is None else {"store_uri": store})).store_uri
+        pool: PoolSource = ArchivedPool(Path(source)) if source.endswith(ARCHIVE) else StoredPool(source)
+        done = import_pool(pool, uri, conflict, names, is_dry=is_dry, progress=report)
+    if as_json:
+        print_json({"store": uri, **done})
+        return
+    for kind in ("new", "skipped", "replaced"):
+        if done[kind]:
+            out.print(f"{kind}: {', '.join(done[kind])}", markup=False, highlight=False, soft_wrap=True)
+    counts = ", ".join(f"{len(done[kind])} {kind}" for kind in ("new", "equal", "skipped", "replaced"))
+    would = "would be imported into" if is_dry else "are now in"
+    said = f"{counts}; {would} {uri}, generation {done['generation']}"
+    out.print(said, markup=False, highlight=False, soft_wrap=True)
+    if done["num_unembedded"]:
+        show_warning(
+            f"auto does not find {counted(done['num_unembedded'], 'adapter')} yet, embedded by another encoder than"
+            " the pool's: run `loraretriever pool reindex`"
+        )
+
+
+@contextmanager
+def pool_of(store: str | None, url: str) -> Iterator[PoolSource]:
+    """Yield the pool of a store, or of the server at `url`. On an error, print it and exit."""
+    with _failures(), ExitStack() as stack:
+        yield ServedPool(stack.enter_context(client_of(url))) if store is None else StoredPool(store)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except (LoraStoreError, ValueError, OSError) as exc:
+        fail(str(exc))
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Report]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def read_modules(source: PoolSource, record: AdapterRecord) -> dict[str, ModuleWeights]:
+    """Return the weights of a version by module. Raises: BlobCorrupted."""
+    data = b"".join(read_checked(source, blob_file(record.weights_digest)))
+    return dict(weights_in(record.weights_digest, np.frombuffer(data, np.uint8)).modules)
+
+
+def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
+    """Write the live versions as PEFT folders, below their owners' if there are several, and a file that lists them."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty; name a new folder")
+    records = state.snapshot.records
+    has_owners = len({tenant for tenant, _ in records}) > 1
+    entries = []
+    for (tenant, name), record in sorted(records.items()):
+        if record.is_unlisted:
+            continue  # published again, it would not expire
+        place = f"{tenant}/{name}" if has_owners else name
+        digest = record.samples_digest
+        samples = () if digest is None else parse_samples(b"".join(read_checked(source, blob_file(digest))))
+        modules = read_modules(source, record)
+        write_peft_folder(folder / place, modules, base_model=record.base_model, samples=samples)
+        entry: JsonObject = {"name": name, "source": place, "visibility": record.visibility}
+        entry |= {"tags": list(record.tags), "template": record.template or "server"}
+        entries.append(entry | ({"owner": tenant} if has_owners else {}))
+    (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))

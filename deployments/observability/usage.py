@@ -1,0 +1,141 @@
+"""Record who used what: one event for each request, in a file of this machine before the answer ends, then in the pool.
+
+The death of any process loses no event: what is written to a file is the kernel's. Every few seconds, and when a
+replica stops, its segment is sent to the Store. A segment whose writer died is sent by any Ingress replica of that
+machine. The loss of a whole machine loses the events of its Ingress replicas since they were last sent; to flush each
+answer to a disk that is lost with its machine would not help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from deployments.observability.request_metrics import RequestContext
+
+logger = logging.getLogger(__name__)
+SEND_EVERY_S = 10.0
+_SEND_TIMEOUT_S = 60.0
+_SUFFIX = ".jsonl"
+
+
+class UsageLog:
+    """The events of one Ingress replica. A segment is locked while its writer lives, and nobody else sends it.
+
+    Without a `folder` nothing is recorded. `send` stores a segment under its name; repeating it changes nothing.
+    """
+
+    def __init__(self, folder: Path | None, base: str, send: Callable[[str, bytes], Awaitable[None]]) -> None:
+        self._folder, self._base, self._send = folder, base, send
+        self._segment: int | None = None  # the descriptor of the open segment
+        self._is_failing = False
+        self._turn = asyncio.Lock()
+
+    def record(self, context: RequestContext, status: int | None = None) -> None:
+        """Record the request, once. Requests without a caller and reads of the pool (GET) are not recorded.
+
+        An error of the disk is logged, and the client gets its answer.
+        """
+        if self._folder is None or context.is_recorded or context.caller is None or context.method == "GET":
+            return
+        context.is_recorded = True
+        line = encode_event(context, self._base, context.status if status is None else status)
+        try:
+            if self._segment is None:
+                self._segment = _new_segment(self._folder)
+            if os.write(self._segment, line) != len(line):
+                raise OSError("the disk took a part of an event")
+            self._is_failing = False
+        except OSError as exc:
+            if not self._is_failing:
+                logger.error("usage is not recorded: %s: %s; the lines of requests in this log have it", line, exc)
+            self._is_failing = True
+            self.close()
+
+    async def send_all(self) -> None:
+        """Send this replica's events and those of dead replicas. Raises: StoreUnavailable, TimeoutError."""
+        if self._folder is None:
+            return
+        async with self._turn:
+            self.close()
+            for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+                await self._send_segment(path)
+
+    async def keep_sending(self, every_s: float = SEND_EVERY_S) -> None:
+        """Send what was recorded, again and again."""
+        while True:
+            try:
+                await self.send_all()
+            except Exception as exc:
+                logger.warning("usage stays on this machine and is sent later: %s", exc or type(exc).__name__)
+            await asyncio.sleep(every_s)
+
+    def close(self) -> None:
+        """End the open segment. Any replica of this machine sends it then."""
+        if self._segment is not None:
+            os.close(self._segment)  # releases the lock
+            self._segment = None
+
+    async def _send_segment(self, path: Path) -> None:
+        with suppress(FileNotFoundError):  # another replica has sent it
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lines = await asyncio.to_thread(_read_all, descriptor)
+                async with asyncio.timeout(_SEND_TIMEOUT_S):
+                    await self._send(path.stem, lines)
+                path.unlink()
+            except BlockingIOError:
+                pass  # its writer lives, or another replica sends it
+            finally:
+                os.close(descriptor)
+
+
+def _new_segment(folder: Path) -> int:
+    """Return the descriptor of a new segment. It has its name once it is locked."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = uuid4().hex
+    path = folder / f".{name}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    path.rename(folder / f"{name}{_SUFFIX}")
+    return descriptor
+
+
+def _read_all(descriptor: int) -> bytes:
+    with open(descriptor, "rb", closefd=False) as file:
+        return file.read()
+
+
+def encode_event(context: RequestContext, base: str, status: int) -> bytes:
+    """Return the line of a request in a segment."""
+    assert context.caller is not None
+    num_prompt, num_cached, num_new = context.num_tokens
+    first_s = context.first_token_s
+    event = {
+        "time": int(time.time() * 1000),
+        "request_id": context.request_id,
+        "tenant": context.caller.tenant,
+        "key": context.caller.key_id,
+        "route": context.route,
+        "model": context.model,
+        "base": base,
+        "adapters": [{"name": name, "digest": digest, "weight": weight} for name, digest, weight in context.used],
+        "prompt_tokens": num_prompt,
+        "cached_tokens": num_cached,
+        "completion_tokens": num_new,
+        "status": status,
+        "code": context.code,
+        "queued_s": round(context.queued_s, 4),
+        "first_token_s": None if first_s is None else round(first_s, 4),
+        "total_s": round(time.monotonic() - context.arrived_at, 4),
+    }
+    return json.dumps(event).encode() + b"\n"

@@ -1,0 +1,32 @@
+"""Model names that stand for a policy: which adapters answer, how they are composed, and with which sampling."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+
+from lora_store.adapter import AdapterRef
+
+KEPT_POLICIES = 16  # versions of one name; `name@digest` and rollback can use these
+MAX_NAMES = 256  # of one tenant
+MAX_POLICY_CHARS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPolicy:
+    """One version of a name.
+
+    `policy`: JSON, from which the digest of `ref` is made; "" removes the name. `approved`: every tenant may use it.
+    """
+
+    ref: AdapterRef
+    policy: str
+    actor: str
+    created_at: datetime  # UTC
+    approved: bool = False
+
+
+def policy_digest(policy: str) -> str:
+    """Return the digest of a policy."""
+    return hashlib.sha256(policy.encode()).hexdigest()

@@ -1,0 +1,344 @@
+"""Copy a pool: export it to a new store or an archive, or import it into a store that may have adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_store.blobs import BlobStore
+from lora_store.catalogue import CATALOGUE, Catalogue
+from lora_store.errors import AdapterNotFound, BlobCorrupted, StoreUnavailable
+from lora_store.events import Event
+from lora_store.files import Files
+from lora_store.garbage_collection import PROJECTIONS
+from lora_store.leases import Leases
+from lora_store.location import Location
+from lora_store.pool_files import (
+    CATALOGUE_FILE,
+    COPIED_BY,
+    PoolSource,
+    PoolState,
+    blob_file,
+    state_events,
+    version_events,
+)
+from lora_store.records import AdapterRecord
+from lora_store.rules import activate_events
+from lora_store.snapshot import Snapshot
+
+Conflict = Literal["refuse", "skip", "replace"]
+"""The fate of a name whose live version in the store is another one: refuse all, leave it, publish a new version."""
+Move = tuple[tuple[AdapterRecord, ...], str | None]
+"""The versions of a name, the live one first, and the digest that is live in the store until they are imported."""
+Report = Callable[[int, int], object]
+"""Report how much is done, and of how much."""
+_NUM_THREADS = 8
+_TOGETHER = 32  # names per commit of an import
+_NUM_SHOWN = 10
+_UNFINISHED = "unfinished-export"  # a file in the store until its catalogue is written
+
+
+def export_pool(
+    source: PoolSource,
+    target: ArchiveTarget | StoreTarget,
+    names: Sequence[str] = (),
+    progress: Report = lambda done, total: None,
+) -> PoolState:
+    """Copy these adapters of the source, or all, as of one generation, and return what was copied.
+
+    The files come first. If one is gone, because its adapter was withdrawn meanwhile, a newer generation is exported.
+    Raises: BlobCorrupted, AdapterNotFound for a damaged source; the errors of the source and the target.
+    """
+    state, done = source.state().named(names), set[str]()
+    while True:
+        files = _files_of(state)
+        missing = [name for name in files if name not in done]
+
+        def copy(name: str, sizes: dict[str, int | None] = files) -> str:
+            target.add(name, sizes[name], partial(read_checked, source, name))
+            return name
+
+        with ThreadPoolExecutor(target.num_threads) as pool:
+            try:
+                for name in pool.map(copy, missing):
+                    done.add(name)
+                    progress(len(done), len(files))
+                break
+            except AdapterNotFound as gone:
+                state = source.state().named(names)
+                if any(name.endswith(gone.wanted) for name in _files_of(state)):
+                    raise
+    target.finish(state)
+    return state
+
+
+def _files_of(state: PoolState) -> dict[str, int | None]:
+    projections = {f"{PROJECTIONS}/{name}": None for name in state.projections}
+    return projections | {blob_file(digest): size for digest, size in state.blobs().items()}
+
+
+def read_checked(source: PoolSource, name: str) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file. Raises: BlobCorrupted at the end, if they do not hash to the name of a blob."""
+    hashed = hashlib.sha256()
+    for part in source.read(name):
+        hashed.update(part)
+        yield part
+    digest, found = name.rpartition("/")[2], hashed.hexdigest()
+    if name.startswith("blobs/") and found != digest:
+        raise BlobCorrupted(digest, found)
+
+
+class ArchiveTarget:
+    """A tar file, which gets its name when it is finished. Use it as a context manager."""
+
+    num_threads = 1
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(f"{path.name}.partial")
+        if path.exists():
+            raise ValueError(f"{path}: exists; name a new archive")
+        self._partial.unlink(missing_ok=True)
+        self._partial.touch(mode=0o600)
+        self._archive = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> ArchiveTarget:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._archive.close()
+        self._partial.unlink(missing_ok=True)
+
+    def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+        parts = pieces()
+        first = next(parts)  # before the header, since the file may be gone
+        if num_bytes is None:
+            data = b"".join([first, *parts])
+            first, parts, num_bytes = data, iter(()), len(data)
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mtime, entry.mode = num_bytes, int(time.time()), 0o600
+        self._archive.addfile(entry, _Reader(first, parts))  # type: ignore[arg-type]  # read is all that it calls
+        for _ in parts:  # reads to the end, which checks the digest
+            raise BlobCorrupted(name.rpartition("/")[2], "another digest")
+
+    def finish(self, state: PoolState) -> None:
+        data = state.to_parquet()
+        self.add(CATALOGUE_FILE, len(data), lambda: iter([data]))
+        self._archive.close()
+        Files(Location(str(self._path.parent))).flush([self._partial.name])
+        self._partial.replace(self._path)
+
+
+class _Reader:
+    """Pieces as a file that can only be read."""
+
+    def __init__(self, first: bytes | memoryview, rest: Iterator[bytes | memoryview]) -> None:
+        self._rest, self._buffer = rest, io.BytesIO(first)
+
+    def read(self, size: int) -> bytes:
+        data = self._buffer.read(size)
+        while len(data) < size and (piece := next(self._rest, None)) is not None:
+            self._buffer = io.BytesIO(piece)
+            data += self._buffer.read(size - len(data))
+        return data
+
+
+class StoreTarget:
+    """A new store. Without a catalogue, which comes last, no server opens it. Files that it has are not copied again.
+
+    Raises: ValueError if it holds anything but an export that was interrupted.
+    """
+
+    num_threads = _NUM_THREADS
+
+    def __init__(self, uri: str) -> None:
+        self._location = Location(uri)
+        self._files, self._blobs = Files(self._location), BlobStore(self._location.child("blobs"))
+        if not self._files.contains(_UNFINISHED):
+            _require_empty(self._files, uri)
+        elif self._files.entries(CATALOGUE) and Catalogue(self._location.child(CATALOGUE)).snapshot().generation:
+            self._files.delete([_UNFINISHED])
+            raise ValueError(f"{uri}: holds a finished export; name a new place")
+        self._files.write(_UNFINISHED, b"")
+
+    def add(self, name: str, num_bytes: int | None, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+        _put(self._blobs, self._files, name, pieces)
+
+    def finish(self, state: PoolState) -> None:
+        needed = state.blobs()
+        self._blobs.delete([file.digest for file in self._blobs.files() if file.digest not in needed])
+        events = list(state_events(state.snapshot, datetime.now(UTC)))
+        Catalogue(self._location.child(CATALOGUE)).commit(lambda _: events)
+        self._files.delete([_UNFINISHED])
+
+
+def _require_empty(files: Files, uri: str) -> None:
+    """Raises: ValueError if there is a pool, or what is left of a damaged one."""
+    if files.entries(CATALOGUE):
+        raise ValueError(f"{uri}: holds a pool; name a new place, or add to it with `loraretriever pool import`")
+    if files.entries("blobs"):
+        raise ValueError(f"{uri}: holds blobs but no catalogue: it may be a damaged pool; name a new place")
+
+
+def _put(blobs: BlobStore, files: Files, name: str, pieces: Callable[[], Iterator[bytes | memoryview]]) -> None:
+    """Store a file, unless there is such a blob. Leave no damaged one behind."""
+    digest = name.rpartition("/")[2]
+    if not name.startswith("blobs/"):
+        files.write(name, b"".join(pieces()))
+        return
+    try:
+        blobs.put_pieces(digest, pieces)
+    except BlobCorrupted:
+        blobs.delete([digest])  # a bucket keeps what was written before the end
+        raise
+
+
+def import_pool(
+    source: PoolSource,
+    uri: str,
+    on_conflict: Conflict = "refuse",
+    names: Sequence[str] = (),
+    *,
+    is_dry: bool = False,
+    progress: Report = lambda done, total: None,
+) -> dict[str, Any]:
+    """Add these adapters of the source, or all, to the store, with their versions. Servers may use it meanwhile.
+
+    Return the store's `generation`, the names that are `new`, `equal`, `skipped` and `replaced`, and `num_unembedded`:
+    how many `auto` finds only after a reindex, since another encoder than the store's embedded them.
+    A name whose live version is equal is left alone, so an import that was interrupted continues when it is repeated.
+    `on_conflict`: for the other names that are live in the store. "replace" publishes the live version of the source as
+    a new version. Raises: ValueError for conflicts that are refused, before anything is stored; BlobCorrupted.
+    """
+    state = source.state().named(names)
+    state.check_digests()
+    location = Location(uri)
+    is_there = bool(Files(location).entries(CATALOGUE))
+    if not is_there:
+        _require_empty(Files(location), uri)
+    catalogue = Catalogue(location.child(CATALOGUE)) if is_there or not is_dry else None
+    before = Snapshot(0, {}) if catalogue is None else catalogue.snapshot()
+    moves, result = _plan(state.snapshot, before, on_conflict)
+    active = _encoder_of(before) or _encoder_of(state.snapshot)
+    generation = before.generation
+    if not is_dry and catalogue is not None:
+        generation = _Importer(source, state, location, catalogue).run(before, moves, active, progress)
+    num_unembedded = sum(versions[0].encoder not in (None, active) for versions, _ in moves)
+    return {"generation": generation, **result, "num_unembedded": num_unembedded}
+
+
+def _encoder_of(snapshot: Snapshot) -> str | None:
+    """Return the identity of the encoder that a server of this pool uses, None if the pool does not decide."""
+    if snapshot.encoder is not None:
+        return snapshot.encoder.identity
+    return next((record.encoder for record in snapshot.records.values() if record.encoder is not None), None)
+
+
+def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[list[Move], dict[str, list[str]]]:
+    """Return what to import, and all names by what becomes of them. Raises: ValueError for conflicts."""
+    names: dict[str, list[str]] = {kind: [] for kind in ("new", "equal", "skipped", "replaced")}
+    moves: list[Move] = []
+    refused = []
+    for key in sorted(wanted.records):
+        versions, live, shown = wanted.versions(key), store.records.get(key), "/".join(key)
+        problem = _problem(store, versions[0])
+        if live is not None and problem is None:
+            names["equal"].append(shown)
+        elif problem is None:
+            names["new"].append(shown)
+            moves.append((versions, None))
+        elif on_conflict == "skip":
+            names["skipped"].append(shown)
+        elif on_conflict == "replace" and live is not None:
+            names["replaced"].append(shown)
+            new = replace(versions[0], trial=None, live_since=datetime.now(UTC))
+            new = replace(new, visibility=live.visibility, expires_at=live.expires_at)  # as a publish keeps them
+            moves.append(((new,), live.ref.digest))
+        else:
+            refused.append(f"{shown} {problem}")
+    if refused:
+        rest = f"; and {len(refused) - _NUM_SHOWN} more" if len(refused) > _NUM_SHOWN else ""
+        raise ValueError(
+            f"{len(refused)} of {len(wanted.records)} adapters are in conflict, and nothing was imported:"
+            f" {'; '.join(refused[:_NUM_SHOWN])}{rest}. Say what to do with --conflict skip or replace"
+        )
+    return moves, names
+
+
+def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
+    """Return why this version cannot be live under its name without a change of the store's adapters, or None."""
+    ref = record.ref
+    live, public = store.records.get((ref.tenant, ref.name)), store.public.get(ref.name)
+    if live is not None and live.ref != ref:
+        return f"is live as another version, {live.ref.digest[:12]}"
+    if live is None and record.visibility == "public" and public is not None:
+        return f"is public, and its name belongs to tenant {public.ref.tenant!r}"
+    return None
+
+
+class _Importer:
+    """Copies files and commits names, some at a time, each under leases on their blobs."""
+
+    def __init__(self, source: PoolSource, state: PoolState, location: Location, catalogue: Catalogue) -> None:
+        self._source, self._state, self._catalogue = source, state, catalogue
+        self._files, self._blobs = Files(location), BlobStore(location.child("blobs"))
+        self._leases = Leases(location, lambda: datetime.now(UTC))
+
+    def run(self, before: Snapshot, moves: Sequence[Move], active: str | None, progress: Report) -> int:
+        """Import the moves and return the generation."""
+        at, snapshot = datetime.now(UTC), self._state.snapshot
+        for name in self._state.projections:
+            if not self._files.contains(f"{PROJECTIONS}/{name}"):
+                self._copy(f"{PROJECTIONS}/{name}")
+        generation = before.generation
+        if snapshot.encoder is not None and _encoder_of(before) is None:
+            encoder = snapshot.encoder
+            generation = self._catalogue.commit(lambda newest: activate_events(newest, encoder, COPIED_BY, at))
+        for start in range(0, len(moves), _TOGETHER):
+            generation = self._import(moves[start : start + _TOGETHER])
+            progress(min(start + _TOGETHER, len(moves)), len(moves))
+        ranks = [rank for ranks in snapshot.rankings.values() for rank in ranks if rank.ranking.encoder == active]
+        if ranks:
+            generation = self._catalogue.commit(
+                lambda newest: [rank for rank in ranks if rank.tenant not in newest.rankings]
+            )
+        return generation
+
+    def _import(self, moves: Sequence[Move]) -> int:
+        records = [record for versions, _ in moves for record in versions]
+        digests = list(dict.fromkeys(digest for record in records for digest in record.blobs))
+        leases = [self._leases.acquire(record.blobs) for record in records]
+        try:
+            with ThreadPoolExecutor(_NUM_THREADS) as pool:
+                list(pool.map(self._copy, map(blob_file, digests)))
+            generation = self._catalogue.commit(partial(self._events, moves))
+            if missing := self._blobs.missing(digests):
+                raise StoreUnavailable(
+                    f"{len(missing)} blobs were deleted while they were imported: withdraw their adapters, import again"
+                )
+        finally:
+            self._leases.release(leases)
+        return generation
+
+    def _copy(self, name: str) -> None:
+        _put(self._blobs, self._files, name, partial(read_checked, self._source, name))
+
+    def _events(self, moves: Sequence[Move], newest: Snapshot) -> list[Event]:
+        """Return the events of these moves. Raises: ValueError if the store's names changed since they were planned."""
+        events: list[Event] = []
+        for versions, digest in moves:
+            new = versions[0]
+            live = newest.records.get((new.ref.tenant, new.ref.name))
+            has_changed = (None if live is None else live.ref.digest) != digest
+            if has_changed or (live is None and _problem(newest, new)):
+                raise ValueError(f"{new.ref} or its name was published while it was imported; import again")
+            events += version_events(versions)
+        return events

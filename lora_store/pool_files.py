@@ -1,0 +1,225 @@
+"""A whole pool as files: in a store, or in an archive that any store can import.
+
+An archive is a tar file with a store's blobs and projections under the names they have there, and then the state of
+its catalogue at one generation as one Parquet file. Whatever lacks that last file is not complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lora_store.catalogue import CATALOGUE, Catalogue
+from lora_store.data_files import rows_in
+from lora_store.errors import AdapterNotFound, StoreIsNewer
+from lora_store.events import ActivateEncoder, Approve, Event, Publish, dated_events_of, table_of
+from lora_store.files import Files
+from lora_store.garbage_collection import PROJECTIONS, stem_of
+from lora_store.location import Location
+from lora_store.records import AdapterRecord
+from lora_store.snapshot import Key, Snapshot
+from lora_store.staging import version_digest
+from lora_store.table_format import OURS, TableFormat
+from lora_store.validation import Label
+
+CATALOGUE_FILE = "catalogue.parquet"
+PART_BYTES = 8 << 20
+_METADATA = b"loraretriever.pool"
+_PROJECTION = re.compile(rf"{PROJECTIONS}/[A-Za-z0-9_-][A-Za-z0-9._+-]{{0,250}}")
+COPIED_BY = "copy"  # the author of an encoder's activation in a copy
+
+
+def blob_file(digest: str) -> str:
+    """Return the name of a blob's file in a store and in an archive."""
+    return f"blobs/{digest[:2]}/{digest}"
+
+
+def is_projection(name: str) -> bool:
+    """Return whether a file has this name in a store only if it belongs to an encoder."""
+    return _PROJECTION.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """The content of a pool at one generation. `projections`: the names of the files that its encoders need."""
+
+    snapshot: Snapshot
+    projections: tuple[str, ...] = ()
+
+    @classmethod
+    def of_store(cls, snapshot: Snapshot, files: Files) -> PoolState:
+        """Return the state of a store at this snapshot. `files`: those below the store's location."""
+        used = snapshot.encoders()
+        stems = used | {identity.partition("+")[0] for identity in used}
+        names = [file.name.rpartition("/")[2] for file in files.entries(PROJECTIONS)]
+        return cls(snapshot, tuple(sorted(name for name in names if stem_of(name) in stems)))
+
+    def only(self, keys: Collection[Key]) -> PoolState:
+        """Return the part of the state that belongs to these names, and the rankings of their tenants."""
+        whole, tenants = self.snapshot, {tenant for tenant, _ in keys}
+        records = {key: whole.records[key] for key in keys}
+        older = {key: whole.previous[key] for key in keys if key in whole.previous}
+        rankings = {tenant: ranks for tenant, ranks in whole.rankings.items() if tenant in tenants}
+        part = Snapshot(whole.generation, records, older, whole.encoder, rankings=rankings)
+        return replace(self, snapshot=part)
+
+    def named(self, names: Sequence[str]) -> PoolState:
+        """Return the part with these names, as `find` takes them; all of it for none. Raises: ValueError."""
+        refs = [self.find(name).ref for name in names]
+        return self.only([(ref.tenant, ref.name) for ref in refs]) if names else self
+
+    def find(self, name: str) -> AdapterRecord:
+        """Return the live version that is meant by `name` or `owner/name`. Raises: ValueError."""
+        owner, _, bare = name.rpartition("/")
+        found = [record for key, record in self.snapshot.records.items() if key[1] == bare and owner in ("", key[0])]
+        if not found:
+            raise ValueError(f"no adapter {name!r} in this pool")
+        if len(found) > 1:
+            owners = " or ".join(sorted(f"{record.ref.tenant}/{bare}" for record in found))
+            raise ValueError(f"{len(found)} tenants have an adapter {name!r}: say {owners}")
+        return found[0]
+
+    def blobs(self) -> dict[str, int | None]:
+        """Return the digests of all blobs with their sizes; None for samples, whose size is not recorded."""
+        kept = [record for key in self.snapshot.records for record in self.snapshot.versions(key)]
+        samples = {record.samples_digest: None for record in kept if record.samples_digest is not None}
+        return samples | {record.weights_digest: record.num_bytes for record in kept}
+
+    def to_parquet(self) -> bytes:
+        """Return the state as one file."""
+        snapshot = self.snapshot
+        facts = {"generation": snapshot.generation, "format": OURS.to_json(), "projections": self.projections}
+        rows = table_of(list(state_events(snapshot, datetime.now(UTC))), snapshot.generation)
+        sink = pa.BufferOutputStream()
+        table = rows.replace_schema_metadata({_METADATA: json.dumps(facts)})
+        pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True)
+        return bytes(sink.getvalue())
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> PoolState:
+        """Return the state from the bytes of `to_parquet`. Raises: StoreIsNewer; ValueError for damaged ones."""
+        try:
+            metadata = pq.read_schema(pa.BufferReader(data)).metadata
+            facts = json.loads(metadata[_METADATA])
+            TableFormat.in_metadata({"loraretriever.format": facts["format"]}).check_readable()
+            rows, has_unknown = rows_in(data)
+            if has_unknown:
+                raise StoreIsNewer("import the pool", json.loads(facts["format"])["release"])
+            events = dated_events_of(rows, after=0)
+            state = cls(Snapshot(0, {}).after_dated(events, facts["generation"]), tuple(facts["projections"]))
+        except (pa.ArrowException, OSError, KeyError, TypeError) as exc:
+            raise ValueError(f"{CATALOGUE_FILE} cannot be read: {exc}") from exc
+        if not all(is_projection(f"{PROJECTIONS}/{name}") for name in state.projections):
+            raise ValueError(f"{CATALOGUE_FILE} names a projection that is no file's name")
+        return state
+
+    def check_digests(self) -> None:
+        """Check that each version is what its digest says. Raises: ValueError."""
+        for key in self.snapshot.records:
+            for record in self.snapshot.versions(key):
+                label = Label(key[1], key[0], record.tags, record.template)
+                if problem := next(label.problems(), None):
+                    raise ValueError(problem)
+                wanted = version_digest(label, record.weights_digest, record.samples_digest, record.base_model)
+                if wanted != record.ref.digest:
+                    raise ValueError(f"{record.ref} is not what its digest says: the copy was changed or damaged")
+
+
+def state_events(snapshot: Snapshot, at: datetime) -> Iterator[Event]:
+    """Yield events that lead from an empty pool to this state, without generations and without a reindex that runs."""
+    if snapshot.encoder is not None:
+        yield ActivateEncoder(snapshot.encoder.model, snapshot.encoder.identity, COPIED_BY, at)
+    for key in sorted(snapshot.records):
+        yield from version_events(snapshot.versions(key))
+    for ranks in snapshot.rankings.values():
+        yield from ranks
+
+
+def version_events(versions: tuple[AdapterRecord, ...]) -> Iterator[Event]:
+    """Yield events that publish the versions of one name, given the live one first, as they are."""
+    live = versions[0]
+    earlier = [record for record in versions[1:] if not record.is_offered]
+    for record in (*reversed(earlier), live):
+        yield Publish(record)
+        if record.approved:
+            yield Approve(record.ref, record.actor, record.created_at)
+    yield from (Publish(replace(record, trial=live.trial)) for record in versions if record.is_offered)
+
+
+class PoolSource(Protocol):
+    """A pool that can be copied."""
+
+    def state(self) -> PoolState:
+        """Return its newest state. Raises: StoreIsNewer if this release does not know all of it."""
+        ...
+
+    def read(self, name: str) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of a file by its name in a store. Raises: AdapterNotFound if it is gone."""
+        ...
+
+
+class StoredPool:
+    """The pool of a store, which servers may use meanwhile. Raises: ValueError if there is none."""
+
+    def __init__(self, uri: str) -> None:
+        def refuse() -> None:
+            raise ValueError(f"{uri}: there is no pool")
+
+        location = Location(uri)
+        self._catalogue, self._files = Catalogue(location.child(CATALOGUE), before_creating=refuse), Files(location)
+
+    def state(self) -> PoolState:
+        self._catalogue.check_known("copy the pool")
+        return PoolState.of_store(self._catalogue.snapshot(), self._files)
+
+    def read(self, name: str) -> Iterator[bytes | memoryview]:
+        return _found(name, (part.data for part in self._files.read_parts(name, PART_BYTES)))
+
+
+class ArchivedPool:
+    """The pool in an archive. Raises: ValueError for a file that is none, or is not complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with tarfile.open(path, "r:") as archive:
+                members = [member for member in archive if member.isreg()]
+        except tarfile.TarError as exc:
+            raise ValueError(f"{path}: is not a tar file, or was cut off: {exc}") from exc
+        self._places: Mapping[str, tuple[int, int]] = {item.name: (item.offset_data, item.size) for item in members}
+        if CATALOGUE_FILE not in self._places:
+            raise ValueError(f"{path}: has no {CATALOGUE_FILE}: it is no export of a pool, or it was not completed")
+
+    def state(self) -> PoolState:
+        return PoolState.from_parquet(b"".join(self.read(CATALOGUE_FILE)))
+
+    def read(self, name: str) -> Iterator[bytes | memoryview]:
+        return _found(name, self._parts(name))
+
+    def _parts(self, name: str) -> Iterator[bytes]:
+        if name not in self._places:
+            return
+        start, num_left = self._places[name]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            while num_left and (part := file.read(min(num_left, PART_BYTES))):
+                num_left -= len(part)
+                yield part
+
+
+def _found(name: str, parts: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Yield the parts. Raises: AdapterNotFound if there are none."""
+    first = next(parts, None)
+    if first is None:
+        raise AdapterNotFound(name.rpartition("/")[2])
+    yield first
+    yield from parts

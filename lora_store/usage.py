@@ -1,0 +1,201 @@
+"""The usage of all requests: one event each, as Parquet files by day, `day=2026-11-29/NAME.parquet`.
+
+A server sends events in segments of JSON lines. An event's id is its segment and its line, so a segment that arrives
+twice, or a file that is read while another process merges it, counts each event once. Ids of requests would not do:
+clients may choose them. Processes write, merge, read and delete without coordination.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal, get_args
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lora_store.files import Files, StoredFile
+from lora_store.location import Location
+
+Dimension = Literal["day", "tenant", "key", "adapter", "base"]
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+ADAPTER = pa.struct([("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64())])
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("time", pa.timestamp("ms", tz="UTC")),  # of the end
+        ("request_id", pa.string()),
+        ("tenant", pa.string()),
+        ("key", pa.string()),  # its id
+        ("route", pa.string()),
+        ("model", pa.string()),  # as the client asked
+        ("base", pa.string()),
+        ("adapters", pa.list_(ADAPTER)),
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),  # of the prompt
+        ("completion_tokens", pa.int64()),
+        ("status", pa.int16()),
+        ("code", pa.string()),  # of the error
+        ("queued_s", pa.float32()),
+        ("first_token_s", pa.float32()),
+        ("total_s", pa.float32()),
+    ]
+)
+SUMS = ("requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
+_READ = ("id", "time", "tenant", "key", "base", "adapters", "status", "code", *SUMS[2:])
+_FIRST_ERROR = 400
+_TIDY_EVERY = timedelta(minutes=10)
+_MANY = 32  # files of the present day; those of earlier days become one
+_LARGE_BYTES = 32 << 20  # a file of this size is not merged any more
+_SUFFIX = ".parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """The days from `start` to `end`, both included. `tenant`: only this one's requests."""
+
+    start: date
+    end: date
+    by: tuple[Dimension, ...] = ()
+    tenant: str | None = None
+
+
+class UsageFiles:
+    """The events below `location`. Raises: StoreUnavailable."""
+
+    def __init__(self, location: Location) -> None:
+        self._files = Files(location)
+        self._tidied_at: datetime | None = None
+
+    def put(self, segment: str, lines: bytes, now: datetime, kept: timedelta) -> None:
+        """Store a segment's events. Now and then merge small files, and delete days older than `kept`."""
+        by_day: dict[str, list[dict[str, Any]]] = {}
+        for event in parse_events(segment, lines):
+            day = datetime.fromtimestamp(event["time"] / 1000, UTC).date()
+            by_day.setdefault(_folder(day), []).append(event)
+        for folder, events in by_day.items():
+            self._write(f"{folder}/{segment}{_SUFFIX}", pa.Table.from_pylist(events, SCHEMA))
+        if self._tidied_at is None or now - self._tidied_at >= _TIDY_EVERY:
+            self._tidied_at = now
+            self.tidy(now, kept)
+
+    def tidy(self, now: datetime, kept: timedelta) -> None:
+        """Merge the small files of each day, and delete days older than `kept`."""
+        today, oldest = _folder(now.date()), _folder((now - kept).date())
+        for folder, files in self._by_day().items():
+            if folder < oldest:
+                self._files.delete([file.name for file in files])
+                continue
+            small = [file for file in files if file.num_bytes < _LARGE_BYTES]
+            if len(small) > (_MANY if folder == today else 1):
+                self._merge(folder, small)
+
+    def sums(self, query: UsageQuery) -> list[dict[str, Any]]:
+        """Return one row for each group, in order, with its sums and the time of its last event.
+
+        A request counts for each of its adapters: with `adapter` in `by`, sums over the rows may exceed the total. An
+        `adapter` of None is the base model.
+        """
+        days = self._by_day().items()
+        wanted = [(day, files) for day, files in days if _folder(query.start) <= day <= _folder(query.end)]
+        found = [_sums_of_day(self._read_day(day, files), day, query) for day, files in wanted]
+        if not found:
+            return []
+        rows = [row for row in _summed(pa.concat_tables(found), query.by).to_pylist() if row["requests"]]
+        return sorted(rows, key=lambda row: [str(row[name] or "") for name in query.by])
+
+    def _by_day(self) -> dict[str, list[StoredFile]]:
+        found: dict[str, list[StoredFile]] = {}
+        for file in sorted(self._files.entries(), key=lambda file: file.name):
+            folder, _, name = file.name.partition("/")
+            if name.endswith(_SUFFIX) and not name.startswith("."):
+                found.setdefault(folder, []).append(file)
+        return found
+
+    def _read_day(self, folder: str, files: Sequence[StoredFile]) -> pa.Table:
+        """Return the day's events. If a file was merged into another one meanwhile, list them again."""
+        while True:
+            tables = [self._read(file.name, _READ) for file in files]
+            if all(table is not None for table in tables):
+                return _first_of_each(pa.concat_tables(tables), ["id"])
+            files = self._by_day().get(folder, [])
+
+    def _merge(self, folder: str, files: Sequence[StoredFile]) -> None:
+        """Write these files as one, with all columns that any has, and delete them."""
+        tables: dict[str, pa.Table] = {}
+        num_bytes = 0
+        for file in files:
+            if num_bytes < _LARGE_BYTES and (table := self._read(file.name)) is not None:
+                tables[file.name] = table
+                num_bytes += file.num_bytes
+        if len(tables) > 1:
+            merged = _first_of_each(pa.concat_tables(tables.values(), promote_options="default"), ["id"])
+            self._write(f"{folder}/{uuid4().hex}{_SUFFIX}", merged)
+            self._files.delete(tables)
+
+    def _read(self, name: str, columns: Collection[str] | None = None) -> pa.Table | None:
+        content = self._files.read(name)
+        if content is None:
+            return None
+        return pq.read_table(pa.BufferReader(content), columns=None if columns is None else [*columns])
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self._files.write(name, sink.getvalue())
+
+
+def parse_events(segment: str, lines: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the events of a segment. Skip a line that a crash or a full disk left incomplete."""
+    for number, line in enumerate(lines.split(b"\n")):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        yield {**event, "id": f"{segment}-{number}"}
+
+
+def _folder(day: date) -> str:
+    return f"day={day.isoformat()}"
+
+
+def _sums_of_day(events: pa.Table, folder: str, query: UsageQuery) -> pa.Table:
+    if query.tenant is not None:
+        events = events.filter(pc.equal(events["tenant"], query.tenant))
+    if "adapter" in query.by:
+        events = _first_of_each(_with_each_adapter(events), ["id", "adapter"])
+    given: dict[str, Any] = {name: events[name] for name in ("tenant", "key", "base", "adapter") if name in query.by}
+    ones = pa.array(np.ones(len(events), np.int64))
+    failed = pc.or_(pc.greater_equal(events["status"], _FIRST_ERROR), pc.not_equal(events["code"], ""))
+    day = pa.array([folder.removeprefix("day=")] * len(events), pa.string())
+    columns: dict[str, Any] = {"day": day, **given, "requests": ones, "errors": pc.cast(failed, pa.int64())}
+    columns |= {name: events[name] for name in SUMS[2:]}
+    return _summed(pa.table(columns | {"last_at": events["time"]}), query.by)
+
+
+def _with_each_adapter(events: pa.Table) -> pa.Table:
+    """Return the events once for each of their adapters, in a column of their names; null for the base model."""
+    lists = events["adapters"].combine_chunks()
+    used = events.take(pc.list_parent_indices(lists)).append_column(
+        "adapter", pc.struct_field(pc.list_flatten(lists), "name")
+    )
+    none = events.filter(pc.equal(pc.list_value_length(lists), 0))
+    return pa.concat_tables([used, none.append_column("adapter", pa.nulls(len(none), pa.string()))])
+
+
+def _summed(table: pa.Table, by: Iterable[Dimension]) -> pa.Table:
+    groups = [*by]
+    summed = table.group_by(groups).aggregate([*((name, "sum") for name in SUMS), ("last_at", "max")])
+    names = {f"{name}_sum": name for name in SUMS} | {"last_at_max": "last_at"}
+    return summed.rename_columns([names.get(name, name) for name in summed.column_names])
+
+
+def _first_of_each(table: pa.Table, keys: list[str]) -> pa.Table:
+    """Return the first row of each combination of the keys."""
+    rows = table.select(keys).append_column("row", pa.array(np.arange(len(table))))
+    return table.take(rows.group_by(keys).aggregate([("row", "min")])["row_min"])

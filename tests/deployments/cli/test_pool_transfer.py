@@ -1,0 +1,160 @@
+"""`pool export`, `pool import` and `compose`, from stores and over HTTP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import unquote
+
+import httpx
+import pytest
+import torch
+import yaml
+
+from deployments.cli.pool_transfer import ServedPool
+from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, read_peft_folder, write_peft_folder
+from lora_store.pool_copy import StoreTarget, export_pool
+from lora_store.pool_files import PART_BYTES, blob_file
+from tests.deployments.adapter_records import BASE
+from tests.deployments.scripted import run, words
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+
+
+def publish(store: LoraStore, folder: Path, name: str, rank: int = 2, **options: object) -> None:
+    random = torch.Generator().manual_seed(len(name))
+    weights = {UP: ModuleWeights(torch.randn(rank, 6, generator=random), torch.randn(8, rank, generator=random), 7 / 6)}
+    samples = [Sample(f"{name} one", "yes"), Sample(f"{name} two")]
+    write_peft_folder(folder / name, weights, base_model=BASE, samples=samples)
+    store.commit([store.stage(folder / name, **options)], [None], [0.5], "maker")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> LoraStore:
+    store = LoraStore(str(tmp_path / "pool"), accepts_base=[BASE])
+    publish(store, tmp_path, "poet", tags=["fun"], template="chat")
+    publish(store, tmp_path, "secretary", rank=3, tenant="acme", visibility="private")
+    return store
+
+
+def serve(store: LoraStore, tenant: str | None) -> httpx.Client:
+    """Return a client of a server with this store, whose key is of this tenant."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/pool/export":
+            return httpx.Response(200, content=store.pool_state(tenant).to_parquet())
+        name = unquote(request.url.path).removeprefix("/v1/pool/files/")
+        try:
+            return httpx.Response(200, content=store.pool_part(tenant, name, 0))
+        except AdapterNotFound:
+            return httpx.Response(404, json={"error": {"message": "gone"}})
+
+    return httpx.Client(transport=httpx.MockTransport(answer), base_url="http://server")
+
+
+@pytest.mark.parametrize(("tenant", "names"), [(None, ["poet", "secretary"]), ("acme", ["secretary"])])
+def test_a_server_gives_what_the_key_owns(
+    tenant: str | None, names: list[str], pool: LoraStore, tmp_path: Path
+) -> None:
+    target = str(tmp_path / "copy")
+    export_pool(ServedPool(serve(pool, tenant)), StoreTarget(target))
+    copy = LoraStore(target, accepts_base=[BASE])
+    assert [name for _, name in sorted(copy.snapshot().records, key=lambda key: key[1])] == names
+    assert all(check.problem is None for check in copy.verify())
+
+
+@pytest.mark.parametrize("name", ["catalogue/_delta_log/0.json", "projections/../../etc/passwd", "blobs/aa/../x"])
+def test_no_other_file_of_the_store_is_given(name: str, pool: LoraStore) -> None:
+    with pytest.raises(AdapterNotFound):
+        list(ServedPool(serve(pool, None)).read(name))
+
+
+def test_a_key_gets_no_file_of_another_tenant(pool: LoraStore) -> None:
+    digest = pool.snapshot().records["local", "poet"].weights_digest
+    assert pool.pool_part("local", blob_file(digest), 0)
+    with pytest.raises(AdapterNotFound):
+        pool.pool_part("acme", blob_file(digest), 0)
+
+
+def test_a_file_comes_in_parts(pool: LoraStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = pool.snapshot().records["local", "poet"].weights_digest
+    whole = pool.load(digest)
+    monkeypatch.setattr("lora_store.store.PART_BYTES", 100)
+    parts = [pool.pool_part(None, blob_file(digest), number) for number in range(len(whole) // 100 + 1)]
+    assert b"".join(parts) == whole
+    assert len(whole) < PART_BYTES
+
+
+def test_a_pool_goes_into_an_archive_and_from_it_into_a_store(pool: LoraStore, tmp_path: Path) -> None:
+    archive, target = tmp_path / "pool.tar", tmp_path / "new"
+    made = run("pool", "export", archive, "--store", tmp_path / "pool", "--json")
+    assert json.loads(made.stdout)["num_adapters"] == 2
+    dry = run("pool", "import", archive, "--store", target, "--dry-run")
+    assert "2 new" in words(dry.stdout)
+    assert not target.exists()
+    done = run("pool", "import", archive, "--store", target)
+    assert words(done.stdout).startswith("new: acme/secretary, local/poet")
+    again = run("pool", "import", archive, "--store", target, "--json")
+    assert json.loads(again.stdout)["equal"] == ["acme/secretary", "local/poet"]
+    assert run("pool", "export", archive, "--store", target).exit_code == 1
+
+
+def test_one_adapter_is_moved_and_a_wrong_name_is_said(pool: LoraStore, tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    assert run("pool", "import", tmp_path / "pool", "--store", target, "--adapter", "acme/secretary").exit_code == 0
+    assert list(LoraStore(str(target), accepts_base=[BASE]).snapshot().records) == [("acme", "secretary")]
+    wrong = run("pool", "import", tmp_path / "pool", "--store", target, "--adapter", "nobody")
+    assert (wrong.exit_code, words(wrong.stderr)) == (1, "no adapter 'nobody' in this pool")
+    nowhere = run("pool", "import", tmp_path / "nowhere", "--store", target)
+    assert "there is no pool" in words(nowhere.stderr)
+
+
+def test_peft_folders_are_the_same_versions_when_they_are_published_again(pool: LoraStore, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("pool", "export", out, "--store", tmp_path / "pool", "--peft").exit_code == 0
+    listed = yaml.safe_load((out / "pool.yaml").read_text())["adapters"]
+    other = LoraStore(str(tmp_path / "other"), accepts_base=[BASE])
+    for entry in listed:
+        options = {key: entry[key] for key in ("tags", "template", "visibility")}
+        staged = other.stage(out / entry["source"], tenant=entry["owner"], **options)
+        assert staged.ref == pool.snapshot().records[entry["owner"], entry["name"]].ref
+    assert [(entry["owner"], entry["name"]) for entry in listed] == [("acme", "secretary"), ("local", "poet")]
+    assert run("pool", "export", out, "--store", tmp_path / "pool", "--peft").exit_code == 1
+
+
+def test_a_pool_of_one_tenant_names_no_owner(tmp_path: Path) -> None:
+    store = LoraStore(str(tmp_path / "pool"), accepts_base=[BASE])
+    publish(store, tmp_path, "poet")
+    publish(store, tmp_path, "passing", ttl_s=1000)
+    run("pool", "export", tmp_path / "out", "--store", tmp_path / "pool", "--peft")
+    [entry] = yaml.safe_load((tmp_path / "out" / "pool.yaml").read_text())["adapters"]
+    assert entry == {"name": "poet", "source": "poet", "visibility": "public", "tags": [], "template": "server"}
+
+
+def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path) -> None:
+    said = run(
+        "compose", "both", "--adapters", "poet=0.7,acme/secretary=0.3", "--out", tmp_path, "--store", tmp_path / "pool"
+    )
+    assert "rank 5, exact" in words(said.stdout)
+    module = read_peft_folder(tmp_path / "both").modules[UP]
+    poet, other = (read_peft_folder(tmp_path / name).modules[UP] for name in ("poet", "secretary"))
+    total = sum(w * m.scaling * m.lora_b @ m.lora_a for w, m in [(0.7, poet), (0.3, other)])
+    torch.testing.assert_close(module.scaling * module.lora_b @ module.lora_a, total)
+    low = run(
+        *("compose", "low", "--adapters", "poet=0.7,secretary=0.3", "--rank", "1", "--out", tmp_path),
+        *("--store", tmp_path / "pool"),
+    )
+    assert "rank 1, relative error" in words(low.stdout)
+
+
+@pytest.mark.parametrize("adapters", ["poet", "poet=x", "poet=nan", "poet=1,poet=2", "=1", ""])
+def test_wrong_weights_are_refused(adapters: str) -> None:
+    result = run("compose", "both", "--adapters", adapters)
+    assert result.exit_code == 2
+    assert "NAME=WEIGHT" in words(result.stderr)
+
+
+def test_one_name_of_two_tenants_needs_its_owner(pool: LoraStore, tmp_path: Path) -> None:
+    publish(pool, tmp_path, "poet", tenant="acme", visibility="private")
+    with pytest.raises(ValueError, match="say acme/poet or local/poet"):
+        pool.pool_state(None).find("poet")

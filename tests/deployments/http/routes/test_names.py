@@ -1,0 +1,321 @@
+"""Model names over HTTP: a client that only sets `model` gets what the policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.asking import ask, error_of
+from tests.deployments.fake_names import FakeNames
+from tests.deployments.fake_retriever import FakeRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.key_files import bearer, entry, write
+
+Say = Callable[..., Awaitable[httpx.Response]]
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "model": "support"}
+MIXTURE = {"lora": {"adapters": [{"name": "poet", "weight": 0.75}, {"name": "coder", "weight": 0.25}]}}
+
+
+def named(question: Callable[[Say, Served], Awaitable[Any]], **options: Any) -> Any:
+    """Return the result of `question`, whose calls raise unless they expect the status that is answered."""
+
+    async def run(client: httpx.AsyncClient, served: Served) -> Any:
+        async def say(method: str, path: str, body: Any = None, status: int = 200, key: str = "") -> httpx.Response:
+            sent = {} if body is None else {"json": body}
+            response = await client.request(method, path, headers=bearer(key) if key else {}, **sent)
+            assert response.status_code == status, response.text
+            return response
+
+        return await question(say, served)
+
+    return ask(run, **options)
+
+
+def answered(policy: Any, body: dict[str, Any], path: str = "/v1/chat/completions", status: int = 200) -> Any:
+    """Return the response to a request to the name `support` with this policy, and the worker's job or None."""
+
+    async def question(say: Say, served: Served) -> Any:
+        await say("PUT", "/v1/names/support", policy)
+        response = await say("POST", path, body, status)
+        return response, served.job if status == 200 else None, served.retriever.called("route")
+
+    return named(question)
+
+
+def test_a_client_that_only_sets_model_gets_the_whole_policy() -> None:
+    lora = {"k": 3, "weights": "uniform", "filter": {"tags": ["a"]}, "abstain": "strict", "strategy": "mixture"}
+    policy = {"lora": lora, "temperature": 0.25, "stop": ["###"], "max_tokens": 9, "template": "alpaca"}
+    policy["response_format"] = {"type": "json_object"}
+    response, job, [([request],)] = answered(policy, CHAT)
+    assert response.json()["model"] == "support"
+    assert (request.top_k, request.weighting, request.tags, request.abstain) == (3, "uniform", ("a",), "strict")
+    assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (0.25, ("###",), 9)
+    assert "temperature" not in job.sampling.unset and "top_p" in job.sampling.unset
+    assert job.sampling.grammar is not None and job.template == "alpaca"
+
+
+def test_fields_of_the_request_win_over_those_of_the_policy() -> None:
+    policy = {
+        "lora": {"k": 3, "abstain": "strict"},
+        "temperature": 0.25,
+        "stop": ["a"],
+        "structured_outputs": {"regex": "x"},
+    }
+    policy["lora"] |= {"strategy": "fusion", "strategy_options": {}}
+    body = CHAT | {
+        "lora": {"min_score": 0.5, "strategy": "mixture"},
+        "temperature": 1.5,
+        "response_format": {"type": "text"},
+    }
+    _, job, [([request],)] = answered(policy, body | {"max_completion_tokens": 2})
+    assert (request.top_k, request.abstain, request.min_score, request.strategy) == (3, None, 0.5, "mixture")
+    assert (job.sampling.temperature, job.sampling.stop, job.sampling.max_tokens) == (1.5, ("a",), 2)
+    assert job.sampling.grammar is None
+
+
+@pytest.mark.parametrize("policy", [MIXTURE, {"model": "poet"}, {"model": BASE}], ids=["mixture", "adapter", "base"])
+def test_a_name_can_be_a_fixed_mixture_an_adapter_or_the_base_model(policy: dict[str, Any]) -> None:
+    _, job, routed = answered(policy, CHAT)
+    expected = {"mixture": [("poet", 0.75), ("coder", 0.25)], "adapter": [("poet", 1.0)], "base": []}
+    kind = "mixture" if policy is MIXTURE else "base" if policy["model"] == BASE else "adapter"
+    assert [(row.ref.name, row.weight) for row in job.plan.adapters] == expected[kind]
+    assert routed == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"lora": {"adapters": [{"name": "coder"}]}},
+        {"merged_adapters": {"ids": ["coder"]}},
+        {"lora_path": "coder"},
+        {
+            "lora": {
+                "plan": {
+                    "strategy": "selection",
+                    "adapters": [{"name": "coder", "digest": POOL[1].ref.digest, "weight": 1}],
+                }
+            }
+        },
+    ],
+    ids=["adapters", "merged_adapters", "lora_path", "plan"],
+)
+def test_a_request_that_names_adapters_takes_no_others_from_the_policy(body: dict[str, Any]) -> None:
+    _, job, _ = answered({"lora": {"k": 3, "strategy": "mixture"}, "temperature": 0.5}, CHAT | body)
+    assert [row.ref.name for row in job.plan.adapters] == ["coder"] and job.sampling.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/completions", {"prompt": "Hi"}), ("/v1/responses", {"input": "Hi"}), ("/v1/chat/completions", CHAT)],
+)
+def test_every_route_answers_by_the_policy(path: str, body: dict[str, Any]) -> None:
+    response, job, _ = answered({"temperature": 0.25, **MIXTURE}, {**body, "model": "support"}, path)
+    assert job.sampling.temperature == 0.25 and len(job.plan.adapters) == 2
+    assert response.json()["model"] == "support"
+    assert response.json().get("temperature", 0.25) == 0.25  # responses repeat it
+
+
+def test_tokenize_uses_the_template_of_the_policy() -> None:
+    async def question(say: Say, _: Served) -> str:
+        await say("PUT", "/v1/names/support", {"template": "alpaca"})
+        return (await say("POST", "/tokenize", {**CHAT, "return_token_strs": True})).json()["token_strs"]
+
+    assert "".join(named(question)).startswith("alpaca|")
+
+
+def test_explain_and_a_header_show_the_version_and_it_can_be_asked_for_again() -> None:
+    async def question(say: Say, _: Served) -> None:
+        first = (await say("PUT", "/v1/names/support", {"temperature": 0})).json()["digest"]
+        second = (await say("PUT", "/v1/names/support", {"model": "poet"})).json()["digest"]
+        for model, digest in {
+            "support": second,
+            f"support@{first[:8]}": first,
+            f"local/support@{second}": second,
+        }.items():
+            answer = await say("POST", "/v1/chat/completions", CHAT | {"model": model, "lora": {"explain": True}})
+            plan = answer.json()["lora"]
+            assert plan["policy"] == answer.headers["x-lora-policy"] == f"support@{digest[:12]}"
+            await say("POST", "/v1/chat/completions", CHAT | {"model": "auto", "lora": {"plan": plan}})
+        await say("POST", "/v1/chat/completions", CHAT | {"model": "support@ffffffff"}, 404)
+        assert "policy" not in (await say("POST", "/v1/chat/completions", CHAT)).json()["lora"]
+
+    named(question)
+
+
+def test_a_share_of_conversations_gets_the_variant_and_keeps_it() -> None:
+    policy = {"model": "poet", "variant": {"share": 0.25, "model": "coder", "temperature": 0}}
+
+    async def question(say: Say, served: Served) -> None:
+        await say("PUT", "/v1/names/support", policy)
+        shares = []
+        for number in range(200):
+            opening = [{"role": "user", "content": f"Question {number}"}]
+            later = [*opening, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "And now?"}]
+            answers = [
+                await say("POST", "/v1/chat/completions", CHAT | {"messages": turns}) for turns in (opening, later)
+            ]
+            found = [answer.json()["lora"]["adapters"][0]["name"] for answer in answers]
+            assert found[0] == found[1]
+            assert answers[0].headers["x-lora-policy"].endswith("(variant)") == (found[0] == "coder")
+            shares.append(found[0] == "coder")
+        assert 30 <= sum(shares) <= 70
+
+    named(question)
+
+
+def test_a_name_has_a_history_and_rolls_back() -> None:
+    async def question(say: Say, _: Served) -> None:
+        digests = []
+        for temperature in (0, 1):
+            digests.append((await say("PUT", "/v1/names/support", {"temperature": temperature})).json()["digest"])
+        shown = (await say("GET", "/v1/names/support")).json()
+        assert (shown["id"], shown["policy"], shown["approved"]) == ("support", {"temperature": 1.0}, False)
+        assert [version["digest"] for version in shown["versions"]] == digests[::-1]
+        back = (await say("POST", "/v1/names/support/rollback", {})).json()
+        assert (back["digest"], back["replicas"]) == (digests[0], {"ready": 1, "behind": 0})
+        assert (await say("GET", "/v1/names")).json()["data"][0]["policy"] == {"temperature": 0.0}
+        await say("POST", "/v1/names/support/rollback", {"digest": digests[1][:8]})
+        assert (await say("GET", "/v1/names/support")).json()["digest"] == digests[1]
+        error = error_of(await say("POST", "/v1/names/support/rollback", {"digest": "f" * 8}, 404))
+        assert error["code"] == "version_not_found"
+        await say("DELETE", "/v1/names/support")
+        for method, path, body in (
+            ("GET", "/v1/names/support", None),
+            ("DELETE", "/v1/names/support", None),
+            ("POST", "/v1/names/support/rollback", {}),
+            ("POST", "/v1/chat/completions", CHAT),
+        ):
+            assert error_of(await say(method, path, body, 404))["code"] == "model_not_found"
+
+    named(question)
+
+
+def test_names_are_listed_among_the_models_page_by_page() -> None:
+    async def question(say: Say, _: Served) -> None:
+        for name in ("b", "a"):
+            await say("PUT", f"/v1/names/{name}", {"temperature": 0.5, "template": "alpaca"})
+        expected = ["auto", BASE, "a", "b", "coder", "poet"]
+        for limit in range(1, 7):
+            found: list[str] = []
+            has_more = True
+            while has_more:
+                after = found[-1] if found else ""
+                page = (await say("GET", f"/v1/models?limit={limit}&after={after}")).json()
+                found, has_more = found + [card["id"] for card in page["data"]], page["has_more"]
+            assert found == expected
+        card = (await say("GET", "/v1/models/a")).json()
+        assert (card["parent"], card["template"], card["sampling_defaults"]) == (BASE, "alpaca", {"temperature": 0.5})
+        assert (
+            card["root"].startswith("a@")
+            and card == (await say("GET", "/v1/models?name=a&after=" + BASE)).json()["data"][0]
+        )
+
+    named(question)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "status", "code", "words"),
+    [
+        ("poet", {}, 409, "name_taken", "an adapter is called 'poet'"),
+        (BASE, {}, 409, "name_taken", "the base model"),
+        ("auto", {}, 400, "invalid_request", "name: "),
+        ("a b", {}, 400, "invalid_request", "name: "),
+        ("other/x", {}, 404, "model_not_found", "other/x"),
+        ("x", {"temperatur": 1}, 400, "invalid_request", "did you mean 'temperature'"),
+        ("x", {"stream": True}, 400, "invalid_request", "stream: unknown field"),
+        (
+            "x",
+            {"lora": {"plan": {"strategy": "base"}}},
+            400,
+            "invalid_request",
+            "lora.plan: belongs to a single request",
+        ),
+        ("x", {"variant": {"temperature": 0}}, 400, "invalid_request", "variant.share"),
+        ("x", {"variant": {"share": 0.5, "max_tokens": 10**6}}, 400, "invalid_request", "max_tokens: at most"),
+        ("x", {"variant": {"share": 1}}, 400, "invalid_request", "variant.share"),
+        ("x", {"model": "nobody"}, 404, "model_not_found", "nobody"),
+        ("x", {"model": "poet", "lora": {"k": 2}}, 400, "invalid_request", "lora.k"),
+        ("x", {"lora": {"adapters": [{"name": "nobody"}]}}, 404, "model_not_found", "nobody"),
+        ("x", {"variant": {"share": 0.5, "model": "nobody"}}, 404, "model_not_found", "nobody"),
+        (
+            "x",
+            {"stop": ["s" * 256] * 16, "structured_outputs": {"regex": "a" * 30_000}},
+            400,
+            "invalid_request",
+            "at most",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_a_name_or_a_policy_is_refused(
+    name: str, policy: dict[str, Any], status: int, code: str, words: str
+) -> None:
+    async def question(say: Say, served: Served) -> dict[str, Any]:
+        error = error_of(await say("PUT", f"/v1/names/{name}", policy, status))
+        assert served.store.called("set_name") == [] or code == "name_taken"
+        return error
+
+    error = named(question)
+    assert error["code"] == code and words in error["message"]
+
+
+def test_a_name_of_another_tenant_is_seen_once_an_admin_approved_it(tmp_path: Path) -> None:
+    keys = write(
+        tmp_path / "keys.json", entry("a", "local"), entry("b", "them"), entry("admin", "ops", ["admin", "infer"])
+    )
+
+    async def question(say: Say, _: Served) -> None:
+        digest = (await say("PUT", "/v1/names/support", MIXTURE, key="a")).json()["digest"]
+        hidden = [
+            await say("GET", "/v1/names/local/support", status=404, key="b"),
+            await say("GET", "/v1/names/local/nobody", status=404, key="b"),
+        ]
+        first, second = (error_of(response)["message"] for response in hidden)
+        assert first.replace("support", "nobody") == second
+        for key in ("b", "admin"):
+            assert error_of(await say("POST", "/v1/chat/completions", CHAT, 404, key))["code"] == "model_not_found"
+            assert (await say("GET", "/v1/names", key=key)).json()["data"] == []
+        approve, body = "/v1/names/local/support/approve", {"digest": digest}
+        assert error_of(await say("POST", approve, body, 403, key="a"))["code"] == "permission_denied"
+        assert error_of(await say("POST", approve, {"digest": "0" * 64}, 404, key="admin"))["code"] == "model_not_found"
+        shown = await say("POST", f"{approve}?dry_run=true", body, key="admin")
+        assert [row["name"] for row in shown.json()["policy"]["lora"]["adapters"]] == ["local/poet", "local/coder"]
+        await say("POST", "/v1/chat/completions", CHAT, 404, key="b")
+        await say("POST", approve, body, key="admin")
+        for model in ("support", "local/support"):
+            answer = await say("POST", "/v1/chat/completions", CHAT | {"model": model}, key="b")
+            assert [row["name"] for row in answer.json()["lora"]["adapters"]] == ["local/poet", "local/coder"]
+        assert [row["id"] for row in (await say("GET", "/v1/names", key="b")).json()["data"]] == ["local/support"]
+        assert (await say("GET", "/v1/names/support", key="b")).json()["actor"] == ""
+        await say("DELETE", "/v1/names/support", status=404, key="b")
+        await say("PUT", "/v1/names/support", {"model": "coder"}, key="a")
+        answer = await say("POST", "/v1/chat/completions", CHAT, key="b")
+        assert len(answer.json()["lora"]["adapters"]) == 2  # the new version is not approved
+        answer = await say("POST", "/v1/chat/completions", CHAT, key="a")
+        assert len(answer.json()["lora"]["adapters"]) == 1
+
+    named(question, keys_file=keys)
+
+
+def test_a_policy_with_a_private_adapter_cannot_be_approved(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", "local"), entry("admin", "ops"))
+    names, held = FakeNames(), (adapter("secret", visibility="private"), *POOL)
+
+    async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
+        put = await client.put("/v1/names/support", json={"model": "secret"}, headers=bearer("a"))
+        body = {"digest": put.json()["digest"]}
+        return await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
+
+    response = ask(
+        question,
+        retriever=FakeRetriever(held, model_names=names),
+        store=FakeStore(pool_of(*held), model_names=names),
+        keys_file=keys,
+    )
+    assert "names 'local/secret', which is private" in error_of(response)["message"]

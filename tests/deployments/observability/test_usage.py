@@ -1,0 +1,263 @@
+"""One event for each request, on the disk before its answer ends, and sent once whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.auth.authenticator import LOCAL_CALLER
+from deployments.observability.request_metrics import RequestContext
+from deployments.observability.usage import UsageLog
+from gpu_worker.errors import EngineFull
+from gpu_worker.front.request.request import Delta
+from lora_store import StoreUnavailable
+from lora_store.usage import parse_events
+from tests.deployments.adapter_records import BASE, POOL
+from tests.deployments.app_fakes import Served, http_of, serve_plainly
+from tests.deployments.asking import ask
+from tests.deployments.fake_worker import FakeWorker
+from tests.deployments.key_files import bearer, entry, write
+
+SECRET = "the-secret-prompt"
+CHAT = {"messages": [{"role": "user", "content": SECRET}]}
+
+
+def events_in(folder: Path) -> list[dict[str, Any]]:
+    """Return the events in the segments of this machine. None may hold the prompt."""
+    contents = [path.read_bytes() for path in folder.rglob("*.jsonl")]
+    assert not any(SECRET.encode() in content for content in contents)
+    return [event for content in contents for event in parse_events("s", content)]
+
+
+class Pool:
+    """Takes segments."""
+
+    def __init__(self) -> None:
+        self.segments: dict[str, bytes] = {}
+        self.is_away = False
+
+    async def put(self, segment: str, lines: bytes) -> None:
+        if self.is_away:
+            raise StoreUnavailable("it is away")
+        self.segments[segment] = lines
+
+    @property
+    def ids(self) -> list[str]:
+        return sorted(
+            event["request_id"] for name, lines in self.segments.items() for event in parse_events(name, lines)
+        )
+
+
+def context(request_id: str) -> RequestContext:
+    return RequestContext(request_id, "/v1/completions", "POST", caller=LOCAL_CALLER)
+
+
+def test_an_event_has_who_asked_for_what_and_its_tokens(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k"))
+    worker = FakeWorker([Delta("Hel", 5, 1, queued_s=0.25, num_cached_tokens=4), Delta("lo", 5, 3, "stop")])
+
+    async def send(client: httpx.AsyncClient, served: Served) -> Any:
+        body = CHAT | {"n": 2, "model": "auto"}
+        return (await client.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine"})).json()
+
+    answer = ask(send, keys_file=keys, headers=bearer("k"), worker=worker, cache_dir=tmp_path)
+    [event] = events_in(tmp_path)
+    usage = answer["usage"]
+    assert [event[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")] == [
+        usage["prompt_tokens"],
+        usage["prompt_tokens_details"]["cached_tokens"],
+        usage["completion_tokens"],
+    ]
+    wanted = {"request_id": "mine", "tenant": "acme", "key": "id-k", "route": "/v1/chat/completions", "model": "auto"}
+    assert event | wanted | {"base": BASE, "status": 200, "code": ""} == event
+    assert [(used["name"], used["digest"]) for used in event["adapters"]] == [
+        (f"{record.ref.tenant}/{record.ref.name}", record.ref.digest) for record in POOL
+    ]
+    assert sum(used["weight"] for used in event["adapters"]) == pytest.approx(1)
+    assert 0 < event["first_token_s"] <= event["total_s"]
+
+
+@pytest.mark.parametrize(
+    ("worker", "path", "status"),
+    [
+        ([EngineFull("full")] * 9, "/v1/chat/completions", 503),
+        ([Delta("a", 5, 1), EngineFull("full")], "/v1/chat/completions", 200),
+        (None, "/v1/unknown", 404),
+    ],
+    ids=["refused", "cut off", "no such route"],
+)
+def test_a_request_that_fails_is_recorded_with_its_status(
+    worker: list[Any] | None, path: str, status: int, tmp_path: Path
+) -> None:
+    async def send(client: httpx.AsyncClient, served: Served) -> None:
+        response = await client.post(path, json=CHAT | {"stream": True})
+        assert response.status_code == status
+
+    ask(send, worker=None if worker is None else FakeWorker(worker), cache_dir=tmp_path)
+    [event] = events_in(tmp_path)
+    assert event["status"] == status and event["code"]
+
+
+@pytest.mark.parametrize("chunk", [b"[DONE]", b'"usage"'])
+def test_a_stream_is_recorded_before_the_client_can_take_it_for_complete(chunk: bytes, tmp_path: Path) -> None:
+    async def run() -> None:
+        served = serve_plainly(cache_dir=tmp_path)
+        seen: list[tuple[bool, int]] = []
+        async with http_of(served) as client:
+            app = client._transport.app  # type: ignore[attr-defined]
+
+            async def watching(scope: Any, receive: Any, send: Any) -> None:
+                async def watched(message: Any) -> None:
+                    seen.append((chunk in message.get("body", b""), len(events_in(tmp_path))))
+                    await send(message)
+
+                await app(scope, receive, watched)
+
+            client._transport.app = watching  # type: ignore[attr-defined]
+            body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+            await client.post("/v1/chat/completions", json=body)
+        assert [number for has_chunk, number in seen if has_chunk] == [1]
+        assert seen[0][1] == 0 and len(events_in(tmp_path)) == 1
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_is_charged_what_it_got(tmp_path: Path) -> None:
+    async def run() -> None:
+        served = serve_plainly(cache_dir=tmp_path, worker=FakeWorker([Delta("a", 5, 1), Delta("b", 5, 2)]))
+        chunks: AsyncIterator[Any] = served.ingress.stream(CHAT)
+        await anext(chunks)
+        await anext(chunks)
+        await chunks.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+    [event] = events_in(tmp_path)
+    assert (event["status"], event["prompt_tokens"], event["completion_tokens"]) == (499, 5, 1)
+
+
+def test_reads_and_requests_without_a_caller_are_not_recorded_and_others_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        log = UsageLog(tmp_path, BASE, Pool().put)
+        log.record(RequestContext("read", "/v1/loras", "GET", caller=LOCAL_CALLER))
+        log.record(RequestContext("nobody", "/", "POST"))
+        once = context("once")
+        log.record(once)
+        log.record(once)
+        log.close()
+
+    asyncio.run(run())
+    assert [event["request_id"] for event in events_in(tmp_path)] == ["once"]
+
+
+def test_events_of_a_killed_process_are_sent_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+    script = """
+import asyncio, os, signal, sys
+from tests.deployments.observability.test_usage import *
+async def main():
+    log = UsageLog(Path(sys.argv[1]), BASE, Pool().put)
+    for name in ("one", "two"):
+        log.record(context(name))
+    print("written", flush=True)
+    sys.stdin.read()
+asyncio.run(main())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pool = Pool()
+
+    async def send() -> None:
+        log = UsageLog(tmp_path, BASE, pool.put)
+        log.record(context("own"))
+        await log.send_all()
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "written\n"
+            asyncio.run(send())
+            assert pool.ids == ["own"]
+        finally:
+            other.kill()
+    asyncio.run(send())
+    assert pool.ids == ["one", "own", "own", "two"]
+    assert list(tmp_path.glob("*.jsonl")) == []
+
+
+def test_events_stay_while_the_store_is_away(tmp_path: Path) -> None:
+    async def run() -> None:
+        pool = Pool()
+        log = UsageLog(tmp_path, BASE, pool.put)
+        pool.is_away = True
+        log.record(context("one"))
+        with pytest.raises(StoreUnavailable):
+            await log.send_all()
+        log.record(context("two"))
+        pool.is_away = False
+        await log.send_all()
+        assert pool.ids == ["one", "two"]
+
+    asyncio.run(run())
+
+
+def test_a_full_disk_stops_no_answer_and_spoils_no_other_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        pool = Pool()
+        log = UsageLog(tmp_path, BASE, pool.put)
+        log.record(context("before"))
+        write_all = os.write
+        monkeypatch.setattr(os, "write", lambda descriptor, data: write_all(descriptor, data[:20]))
+        log.record(context("torn"))
+        monkeypatch.undo()
+        log.record(context("after"))
+        await log.send_all()
+        assert pool.ids == ["after", "before"]
+
+    asyncio.run(run())
+
+
+def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(tmp_path: Path) -> None:
+    keys = write(
+        tmp_path / "keys.json",
+        entry("acme-key", roles=["infer"]),
+        entry("globex-key", "globex", roles=["infer"]),
+        entry("admin", "ops", roles=["admin"]),
+    )
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        for key, times in (("acme-key", 2), ("globex-key", 1)):
+            for _ in range(times):
+                assert (await client.post("/v1/chat/completions", json=CHAT, headers=bearer(key))).status_code == 200
+
+        async def report(key: str, **query: Any) -> httpx.Response:
+            return await client.get("/v1/usage", params=query, headers=bearer(key))
+
+        def rows(answer: httpx.Response) -> dict[str, int]:
+            assert answer.status_code == 200, answer.text
+            return {row["tenant"]: row["requests"] for row in answer.json()["data"]}
+
+        assert rows(await report("acme-key", by="tenant")) == {"acme": 2}
+        assert rows(await report("admin", by="tenant")) == {"acme": 2, "globex": 1}
+        assert rows(await report("admin", by="tenant", tenant="globex")) == {"globex": 1}
+        assert (await report("acme-key", by="tenant", tenant="globex")).status_code == 403
+        [row] = (await report("admin", by=["key", "day"], tenant="acme")).json()["data"]
+        assert row["key"] == "id-acme-key" and row["last_at"][:10] == row["day"]
+        assert (await report("admin", start="2026-01-02", end="2026-01-01")).status_code == 400
+        assert (await report("admin", start="0001-01-01")).status_code == 400
+        assert (await report("admin", by="prompt")).status_code == 400
+
+    ask(look, keys_file=keys, cache_dir=tmp_path)
+
+
+def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:
+    async def send(client: httpx.AsyncClient, _: Served) -> None:
+        await client.post("/v1/chat/completions", json=CHAT)
+        assert (await client.get("/v1/usage")).json()["data"] == []
+
+    ask(send, cache_dir=tmp_path, usage_days=0)
+    assert list(tmp_path.rglob("*.jsonl")) == []

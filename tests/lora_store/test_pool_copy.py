@@ -1,0 +1,405 @@
+"""Export and import of pools, between stores in folders and on S3, and archives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreIsNewer
+from lora_store.files import Files
+from lora_store.location import Location
+from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
+from lora_store.pool_files import CATALOGUE_FILE, ArchivedPool, PoolState, StoredPool, blob_file
+from tests.lora_store.builders import BASE, MakeFolder, OpenStore, embedding, ranking
+from tests.lora_store.pools.make import facts_of
+from tests.lora_store.test_table_format import POOLS
+
+ADMIN = "admin"
+
+
+def facts(uri: str) -> dict[str, object]:
+    """Return what a pool says, apart from the generations, which differ in a copy."""
+    found = facts_of(LoraStore(uri, accepts_base=[BASE]))
+    for versions in found["adapters"].values():
+        for version in versions:
+            del version["generation"]
+    return found
+
+
+def fill(store: LoraStore, make_folder: MakeFolder) -> None:
+    """Publish a poet with an older approved version and one under trial, a private one, and a ranking."""
+    ranked = []
+    for name, seed, options in [
+        ("poet", 1, {}),
+        ("poet", 2, {"tags": ["fun"], "template": "chat"}),
+        ("poet", 3, {"share": 0.25, "is_shadow": True}),
+        ("secret", 4, {"tenant": "acme", "visibility": "private"}),
+    ]:
+        staged = store.stage(make_folder(name, seed), **options)
+        store.commit([staged], [embedding(seed)], [0.5], "maker")
+        if seed == 1:
+            store.approve([staged.ref], ADMIN)
+        ranked.append(staged.ref)
+    store.rank("local", [ranking(ranked[1], ranked[3])], ADMIN)
+
+
+@pytest.fixture
+def pool(open_store: OpenStore, make_folder: MakeFolder) -> LoraStore:
+    store = open_store()
+    fill(store, make_folder)
+    return store
+
+
+@pytest.fixture
+def archive(pool: LoraStore, store_uri: str, tmp_path: Path) -> Path:
+    path = tmp_path / "pool.tar"
+    with ArchiveTarget(path) as target:
+        export_pool(StoredPool(store_uri), target)
+    return path
+
+
+def state_of(snapshot: Snapshot) -> dict[str, object]:
+    """Return everything in a snapshot but generations."""
+    versions = {key: [replace(record, generation=0) for record in snapshot.versions(key)] for key in snapshot.records}
+    return {"versions": versions, "ranks": dict(snapshot.rankings)}
+
+
+def test_an_archive_restores_versions_trials_approvals_and_rankings(
+    pool: LoraStore, archive: Path, tmp_path: Path
+) -> None:
+    assert archive.stat().st_mode & 0o777 == 0o600
+    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"))
+    restored = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    assert state_of(restored.snapshot()) == state_of(pool.snapshot())
+    names = {"new": ["acme/secret", "local/poet"], "equal": [], "skipped": [], "replaced": []}
+    assert done == {"generation": 2, **names, "num_unembedded": 0}
+    assert all(check.problem is None for check in restored.verify())
+    assert restored.snapshot().referenced() == pool.snapshot().referenced()
+
+
+@pytest.mark.parametrize("released", POOLS, ids=lambda path: path.name)
+def test_a_pool_of_each_release_is_copied_as_it_is(released: Path, tmp_path: Path, s3_uri: str) -> None:
+    shutil.copytree(released, tmp_path / "old")
+    expected = json.loads((released / "expected.json").read_text())
+    with ArchiveTarget(tmp_path / "pool.tar") as target:
+        export_pool(StoredPool(str(tmp_path / "old")), target)
+    export_pool(StoredPool(str(tmp_path / "old")), StoreTarget(s3_uri))
+    import_pool(ArchivedPool(tmp_path / "pool.tar"), str(tmp_path / "imported"))
+    for versions in expected["adapters"].values():
+        for version in versions:
+            del version["generation"]
+    assert facts(str(tmp_path / "imported")) == expected
+    assert facts(s3_uri) == expected
+
+
+@pytest.fixture
+def s3_uri(s3_endpoint: object, request: pytest.FixtureRequest) -> str:
+    uri: str = request.getfixturevalue("s3_endpoint").uri(f"copies/{abs(hash(request.node.name))}")
+    return uri
+
+
+class Interrupted(Exception):
+    """Ends a copy at some file."""
+
+
+class Scripted:
+    """A pool whose files are read through `on_read`, which gets the number of the read from 1."""
+
+    def __init__(self, uri: str, on_read: Callable[[int, str], object]) -> None:
+        self._pool, self._on_read, self.num_reads = StoredPool(uri), on_read, 0
+
+    def state(self) -> PoolState:
+        return self._pool.state()
+
+    def read(self, name: str) -> Iterator[bytes | memoryview]:
+        self.num_reads += 1
+        self._on_read(self.num_reads, name)
+        return self._pool.read(name)
+
+
+def fail_at(number: int) -> Callable[[int, str], object]:
+    def on_read(at: int, name: str) -> None:
+        if at == number:
+            raise Interrupted
+
+    return on_read
+
+
+def test_an_adapter_withdrawn_during_an_export_is_left_out_whole(
+    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    store = LoraStore(folder_uri, accepts_base=[BASE])
+    fill(store, make_folder)
+
+    def withdraw(at: int, name: str) -> None:
+        if at == 2:
+            gone = store.withdraw("local", ["poet"], ADMIN)
+            store.sweep([digest for record in gone.records for digest in record.blobs])
+
+    copied = export_pool(Scripted(folder_uri, withdraw), StoreTarget(str(tmp_path / "copy")))
+    assert list(copied.snapshot.records) == [("acme", "secret")]
+    copy = LoraStore(str(tmp_path / "copy"), accepts_base=[BASE])
+    assert all(check.problem is None for check in copy.verify())
+    stored = {file.name.rpartition("/")[2] for file in Files(Location(str(tmp_path / "copy" / "blobs"))).entries()}
+    assert stored == set(copy.snapshot().referenced())
+
+
+def test_a_blob_that_a_damaged_pool_lacks_ends_the_export(
+    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    store = LoraStore(folder_uri, accepts_base=[BASE])
+    fill(store, make_folder)
+    lost = store.snapshot().records["acme", "secret"].weights_digest
+    (Path(folder_uri) / blob_file(lost)).unlink()
+    with pytest.raises(AdapterNotFound, match=lost):
+        export_pool(StoredPool(folder_uri), StoreTarget(str(tmp_path / "copy")))
+
+
+def test_an_interrupted_export_is_no_pool_and_continues(
+    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    copy = str(tmp_path / "copy")
+    target = StoreTarget(copy)
+    target.num_threads = 1
+    with pytest.raises(Interrupted):
+        export_pool(Scripted(folder_uri, fail_at(4)), target)
+    with pytest.raises(ValueError, match="there is no pool"):
+        StoredPool(copy)
+    export_pool(StoredPool(folder_uri), StoreTarget(copy))
+    assert facts(copy) == facts(folder_uri)
+    with pytest.raises(ValueError, match="holds a pool"):
+        StoreTarget(copy)
+
+
+@pytest.mark.parametrize("how", ["export", "import", "dry import"])
+def test_a_store_that_lost_its_catalogue_is_never_written_to(
+    how: str, folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(Path(folder_uri) / "blobs", damaged / "blobs")
+    before = sorted(damaged.rglob("*"))
+    with pytest.raises(ValueError, match="blobs but no catalogue"):
+        if how == "export":
+            StoreTarget(str(damaged))
+        else:
+            import_pool(StoredPool(folder_uri), str(damaged), is_dry=how == "dry import")
+    assert sorted(damaged.rglob("*")) == before
+
+
+def test_an_interrupted_archive_leaves_nothing(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    with pytest.raises(Interrupted), ArchiveTarget(tmp_path / "pool.tar") as target:
+        export_pool(Scripted(folder_uri, fail_at(3)), target)
+    assert list(tmp_path.glob("pool.tar*")) == []
+
+
+def test_an_interrupted_import_continues_with_what_is_missing(
+    folder_uri: str, make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_store.pool_copy._TOGETHER", 1)
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    copy = str(tmp_path / "copy")
+    with pytest.raises(Interrupted):
+        import_pool(Scripted(folder_uri, lambda at, name: fail_at(1)(at - 2, name)), copy)
+    assert len(LoraStore(copy, accepts_base=[BASE]).snapshot().records) == 1
+    done = import_pool(StoredPool(folder_uri), copy)
+    assert (len(done["equal"]), len(done["new"])) == (1, 1)
+    assert facts(copy) == facts(folder_uri)
+    assert import_pool(StoredPool(folder_uri), copy)["generation"] == done["generation"]
+
+
+def other_pool(uri: str, make_folder: MakeFolder) -> LoraStore:
+    """A store with another poet, and with a public adapter of another tenant that has no equal."""
+    store = LoraStore(uri, accepts_base=[BASE])
+    for name, tenant in [("poet", "local"), ("mine", "local")]:
+        staged = store.stage(make_folder(name, 50), tenant=tenant)
+        store.commit([staged], [embedding()], [0.5], "maker")
+    return store
+
+
+def test_conflicts_are_refused_before_anything_is_stored(
+    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    store = other_pool(str(tmp_path / "new"), make_folder)
+    before = store.snapshot()
+    with pytest.raises(ValueError, match=r"1 of 2 .* local/poet is live as another version, .* --conflict skip"):
+        import_pool(ArchivedPool(archive), str(tmp_path / "new"))
+    assert store.snapshot() is before
+    assert len(list((tmp_path / "new" / "blobs").rglob("*"))) == len(
+        {*before.referenced()} | {digest[:2] for digest in before.referenced()}
+    )
+
+
+def test_skip_keeps_the_store_s_version_and_imports_the_rest(
+    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    store = other_pool(str(tmp_path / "new"), make_folder)
+    kept = store.snapshot().records["local", "poet"]
+    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
+    assert (done["skipped"], done["new"]) == (["local/poet"], ["acme/secret"])
+    assert store.snapshot().records["local", "poet"] == kept
+    assert ("acme", "secret") in store.snapshot().records
+
+
+def test_replace_publishes_a_new_version_and_keeps_the_older_ones(
+    pool: LoraStore, archive: Path, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    store = other_pool(str(tmp_path / "new"), make_folder)
+    before = store.snapshot().versions(("local", "poet"))
+    plan = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "replace", is_dry=True)
+    assert store.snapshot().versions(("local", "poet")) == before
+    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "replace")
+    assert plan["replaced"] == done["replaced"]
+    live, *older = store.snapshot().versions(("local", "poet"))
+    assert live.live_since is not None and live.live_since > live.created_at
+    assert (live.ref, live.trial) == (pool.snapshot().records["local", "poet"].ref, None)
+    assert older == list(before)
+    assert done["replaced"] == ["local/poet"]
+
+
+@pytest.mark.parametrize("on_conflict", ["refuse", "replace"])
+def test_a_public_name_of_another_tenant_is_never_taken(
+    open_store: OpenStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path, on_conflict: str
+) -> None:
+    store = open_store()
+    store.commit([store.stage(make_folder("poet", 1), tenant="acme")], [None], [0.5], "maker")
+    other_pool(str(tmp_path / "new"), make_folder)
+    with pytest.raises(ValueError, match="acme/poet is public, and its name belongs to tenant 'local'"):
+        import_pool(StoredPool(store_uri), str(tmp_path / "new"), on_conflict)  # type: ignore[arg-type]
+
+
+def test_replace_keeps_who_may_use_the_adapter(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
+    """Otherwise a public version would take the bare name that another tenant has."""
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    for tenant, visibility in [("acme", "public"), ("local", "private")]:
+        staged = store.stage(make_folder("poet", 50), tenant=tenant, visibility=visibility)  # type: ignore[arg-type]
+        store.commit([staged], [None], [0.5], "maker")
+    import_pool(StoredPool(folder_uri), str(tmp_path / "new"), "replace")
+    assert store.snapshot().records["local", "poet"].visibility == "private"
+    assert store.snapshot().public["poet"].ref.tenant == "acme"
+
+
+def test_a_name_published_during_the_import_is_not_overwritten(
+    folder_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    target = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+
+    def publish(at: int, name: str) -> None:
+        if at == 1:
+            target.commit([target.stage(make_folder("poet", 60))], [None], [0.5], "rival")
+
+    with pytest.raises(ValueError, match="was published while it was imported"):
+        import_pool(Scripted(folder_uri, publish), str(tmp_path / "new"))
+    assert list(target.snapshot().records) == [("local", "poet")]
+    assert target.snapshot().records["local", "poet"].actor == "rival"
+
+
+def damage(archive: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """Write the archive again with other contents."""
+    damaged = archive.with_name("damaged.tar")
+    with tarfile.open(archive) as old, tarfile.open(damaged, "w") as new:
+        for member in old:
+            data = change(member.name, old.extractfile(member).read())  # type: ignore[union-attr]
+            member.size = len(data)
+            (archive.parent / "part").write_bytes(data)
+            with (archive.parent / "part").open("rb") as file:
+                new.addfile(member, file)
+    return damaged
+
+
+def test_a_damaged_blob_is_refused_and_leaves_no_file(pool: LoraStore, archive: Path, s3_uri: str) -> None:
+    bad = pool.snapshot().records["local", "poet"].weights_digest
+
+    def change(name: str, data: bytes) -> bytes:
+        return data[:-1] + b"!" if name.endswith(bad) else data
+
+    with pytest.raises(BlobCorrupted, match=bad):
+        import_pool(ArchivedPool(damage(archive, change)), s3_uri)
+    assert bad not in {file.name.rpartition("/")[2] for file in Files(Location(s3_uri)).entries("blobs")}
+    assert LoraStore(s3_uri, accepts_base=[BASE]).snapshot().records == {}
+
+
+def changed_rows(change: Callable[[list[dict[str, object]]], None]) -> Callable[[str, bytes], bytes]:
+    def write(name: str, data: bytes) -> bytes:
+        if name != CATALOGUE_FILE:
+            return data
+        table = pq.read_table(pa.BufferReader(data))
+        rows = table.to_pylist()
+        change(rows)
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), sink)
+        return bytes(sink.getvalue())
+
+    return write
+
+
+def test_a_changed_record_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:
+    def forge(rows: list[dict[str, object]]) -> None:
+        next(row for row in rows if row["name"] == "secret")["tags"] = ["forged"]
+
+    with pytest.raises(ValueError, match=r"acme/secret@\w+ is not what its digest says"):
+        import_pool(ArchivedPool(damage(archive, changed_rows(forge))), str(tmp_path / "new"))
+
+
+def test_an_archive_of_a_newer_release_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:
+    def add(rows: list[dict[str, object]]) -> None:
+        rows.append(rows[-1] | {"event": "unheard_of", "row": len(rows)})
+
+    with pytest.raises(StoreIsNewer):
+        import_pool(ArchivedPool(damage(archive, changed_rows(add))), str(tmp_path / "new"))
+
+
+def test_an_incomplete_archive_is_refused(archive: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(archive.read_bytes()[:1500])
+    with pytest.raises(ValueError, match=r"has no catalogue.parquet|is not a tar file"):
+        ArchivedPool(cut)
+
+
+def test_the_active_encoder_comes_with_a_new_pool_and_its_projection(
+    pool: LoraStore, store_uri: str, tmp_path: Path
+) -> None:
+    ref = pool.snapshot().records["local", "poet"].ref
+    secret = pool.snapshot().records["acme", "secret"].ref
+    pool.add_embeddings({one: embedding(encoder="e5+abc") for one in (ref, secret)})
+    pool.activate_encoder("the-model", "e5+abc", ADMIN)
+    source = Files(Location(store_uri))
+    for name in ("e5+abc.safetensors", "unused.safetensors", "e5.ordinary-1.safetensors"):
+        source.write(f"projections/{name}", name.encode())
+    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+    copy = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    assert copy.snapshot().encoder == pool.snapshot().encoder
+    assert sorted(path.name for path in (tmp_path / "new" / "projections").iterdir()) == [
+        "e5+abc.safetensors",
+        "e5.ordinary-1.safetensors",
+    ]
+
+
+def test_adapters_of_another_encoder_are_counted(
+    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    other = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    other.commit([other.stage(make_folder("mine", 70))], [embedding(encoder="other")], [0.5], "maker")
+    done = import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+    assert done["num_unembedded"] == 2
+    assert other.snapshot().rankings == {}
+
+
+def test_a_part_of_a_pool_is_copied_with_its_own_files_only(pool: LoraStore, store_uri: str, tmp_path: Path) -> None:
+    copied = export_pool(StoredPool(store_uri), StoreTarget(str(tmp_path / "new")), ["secret"])
+    copy = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    assert copy.snapshot().referenced() == set(pool.snapshot().records["acme", "secret"].blobs)
+    assert list(copied.snapshot.records) == [("acme", "secret")]
+    assert copy.snapshot().rankings == {}

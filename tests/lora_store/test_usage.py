@@ -1,0 +1,140 @@
+"""Sums of usage events equal a slow count, whatever arrived twice, was torn, or is merged meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_store import Location
+from lora_store.files import Files
+from lora_store.usage import SUMS, Dimension, UsageFiles, UsageQuery, parse_events
+
+NOON = datetime(2026, 11, 29, 12, tzinfo=UTC)
+TODAY = NOON.date()
+KEPT = timedelta(400)
+_TOKENS = {"prompt_tokens": 5, "cached_tokens": 2, "completion_tokens": 3}
+
+
+def event(tenant: str = "acme", adapters: Collection[str] = (), at: datetime = NOON, **changes: Any) -> dict[str, Any]:
+    used = [{"name": name, "digest": f"of-{name}", "weight": 1 / len(adapters)} for name in adapters]
+    plain = {"request_id": "r", "tenant": tenant, "key": f"{tenant}-1", "route": "/v1/completions", "model": "auto"}
+    rest = {"base": "tiny", "adapters": used, "status": 200, "code": "", "queued_s": 0.1, "first_token_s": None}
+    return {"time": int(at.timestamp() * 1000), **plain, **rest, **_TOKENS, "total_s": 0.5, **changes}
+
+
+def lines(*events: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(one).encode() + b"\n" for one in events)
+
+
+@pytest.fixture
+def files(store_uri: str) -> UsageFiles:
+    return UsageFiles(Location(store_uri).child("usage"))
+
+
+def counts(files: UsageFiles, *by: Dimension, tenant: str | None = None, days: int = 0) -> dict[Any, list[int]]:
+    rows = files.sums(UsageQuery(TODAY - timedelta(days), TODAY, by, tenant))
+    return {tuple(row[name] for name in by): [row[name] for name in SUMS] for row in rows}
+
+
+def test_sums_are_by_group_and_a_request_counts_for_each_of_its_adapters(files: UsageFiles) -> None:
+    yesterday = NOON - timedelta(1)
+    events = [
+        event("acme", ["acme/poet", "acme/coder"]),
+        event("acme", at=yesterday, status=429, prompt_tokens=0, cached_tokens=0, completion_tokens=0),
+        event("globex", ["acme/poet"], completion_tokens=7, code="replica_died"),
+    ]
+    files.put("a" * 32, lines(*events), NOON, KEPT)
+    assert counts(files, days=1) == {(): [3, 2, 10, 4, 10]}
+    assert counts(files) == {(): [2, 1, 10, 4, 10]}
+    assert counts(files, "day", "tenant", days=1) == {
+        ("2026-11-28", "acme"): [1, 1, 0, 0, 0],
+        ("2026-11-29", "acme"): [1, 0, 5, 2, 3],
+        ("2026-11-29", "globex"): [1, 1, 5, 2, 7],
+    }
+    assert counts(files, "adapter", days=1) == {
+        (None,): [1, 1, 0, 0, 0],
+        ("acme/coder",): [1, 0, 5, 2, 3],
+        ("acme/poet",): [2, 1, 10, 4, 10],
+    }
+    assert counts(files, "key", "base", tenant="globex", days=1) == {("globex-1", "tiny"): [1, 1, 5, 2, 7]}
+    assert counts(files, tenant="nobody", days=1) == {}
+    [row] = files.sums(UsageQuery(TODAY, TODAY, ("tenant",), "acme"))
+    assert row["last_at"] == NOON
+
+
+def test_a_segment_cut_anywhere_in_its_last_event_keeps_all_others() -> None:
+    whole, last = lines(event(), event("globex")), lines(event("ünïcode"))
+    for cut in range(len(last) - 1):  # the last byte ends the line
+        found = list(parse_events("s", whole + last[:cut]))
+        assert [one["id"] for one in found] == ["s-0", "s-1"], cut
+    assert [one["tenant"] for one in parse_events("s", whole + last)] == ["acme", "globex", "ünïcode"]
+    assert len(list(parse_events("s", whole + last[:-1]))) == 3
+
+
+def test_a_segment_that_arrives_twice_counts_once_also_after_a_merge(files: UsageFiles) -> None:
+    first, second = lines(event(), event()), lines(event())
+    files.put("a" * 32, first, NOON, KEPT)
+    files.put("b" * 32, second, NOON, KEPT)
+    files.put("a" * 32, first, NOON, KEPT)
+    assert counts(files)[()][0] == 3
+    files.tidy(NOON + timedelta(1), KEPT)
+    files.put("a" * 32, first, NOON, KEPT)  # its sender died before it knew that the segment had arrived
+    assert counts(files)[()][0] == 3
+    files.tidy(NOON + timedelta(1), KEPT)
+    assert counts(files)[()][0] == 3
+
+
+def test_earlier_days_become_one_file_each_and_old_days_are_deleted(store_uri: str) -> None:
+    location = Location(store_uri).child("usage")
+    files, stored = UsageFiles(location), Files(location)
+    for number in range(3):
+        days = [event(at=NOON - timedelta(age)) for age in (0, 1, 10)]
+        UsageFiles(location).put(f"{number}" * 32, lines(*days), NOON, KEPT)
+    before = counts(files, "day", days=20)
+    files.tidy(NOON, timedelta(5))
+    names = [file.name.partition("/")[0] for file in stored.entries()]
+    assert sorted(names) == ["day=2026-11-28", *["day=2026-11-29"] * 3]
+    del before["2026-11-19",]
+    assert counts(files, "day", days=20) == before
+
+
+def test_a_merge_keeps_columns_of_a_newer_version(folder_uri: str) -> None:
+    location = Location(folder_uri).child("usage")
+    files, stored = UsageFiles(location), Files(location)
+    files.put("a" * 32, lines(event()), NOON, KEPT)
+    [file] = stored.entries()
+    table = pq.read_table(Path(folder_uri, "usage", file.name), partitioning=None)
+    sink = pa.BufferOutputStream()
+    newer = table.set_column(0, "id", pa.array(["c-0"])).append_column("region", pa.array(["north"]))
+    pq.write_table(newer, sink)
+    stored.write(file.name.replace("a" * 32, "c" * 32), sink.getvalue().to_pybytes())
+    files.tidy(NOON + timedelta(1), KEPT)
+    [merged] = stored.entries()
+    found = pq.read_table(Path(folder_uri, "usage", merged.name), partitioning=None)
+    assert sorted(map(str, found["region"].to_pylist())) == ["None", "north"]
+    assert counts(files)[()][0] == 2
+
+
+def test_a_file_that_is_merged_while_it_is_read_is_found_again(
+    folder_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = Location(folder_uri).child("usage")
+    files, other = UsageFiles(location), UsageFiles(location)
+    for name in ("a", "b"):
+        files.put(name * 32, lines(event(name)), NOON, KEPT)
+    read, merges = Files.read, [lambda: other.tidy(NOON + timedelta(1), KEPT)]
+
+    def merging(self: Files, name: str) -> bytes | None:
+        if merges:
+            merges.pop()()
+        return read(self, name)
+
+    monkeypatch.setattr(Files, "read", merging)
+    assert counts(files, "tenant") == {("a",): [1, 0, 5, 2, 3], ("b",): [1, 0, 5, 2, 3]}
