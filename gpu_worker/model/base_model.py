@@ -160,8 +160,8 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: M
         )
     if has_integers and part:
         raise BaseModelUnsupported(
-            "the base model is a multimodal checkpoint with quantised weights, which the native engine does not read: use"
-            " engine 'vllm', or dequantise the weights and save the result"
+            "the base model is a multimodal checkpoint with quantised weights, which the native engine does not read:"
+            " use engine 'vllm', or dequantise the weights and save the result"
         )
     is_quantised = has_integers or config.quantization != "none"
     dtype = torch.bfloat16 if is_quantised else resolve_dtype(config.dtype, config.device)

@@ -34,7 +34,7 @@ constexpr int kZero = 1 << (kBits - 1);
 
 // Sums: 16 int32 sums. Weights<kBits>: a step's weights of 32 outputs. add: sum += w . x for the 4 inputs at x.
 #if defined(__AVX512VNNI__)
-constexpr int kMostRows = 12, kMostGroupRows = 6;  // sums, two weights and an input are in registers
+constexpr int kMostRows = 12, kMostGroupRows = 8;  // sums, two weights and an input are in registers
 
 struct Sums {
   __m512i of;

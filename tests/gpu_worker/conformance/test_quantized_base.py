@@ -1,4 +1,4 @@
-"""A base model of 8-bit integers, which only vLLM serves, answers plans as its rounded weights do in float64."""
+"""A base model of integers answers plans as its rounded weights do in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpu_worker.config import WorkerConfig
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.quantization import QuantizedLinear
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, job
@@ -55,21 +56,50 @@ def folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return integers, floats
 
 
-def config_of(folder: Path) -> WorkerConfig:
-    return tiny_config(folder, max_model_len=256, engine="vllm", dtype="bfloat16")
-
-
-@pytest.fixture
-def hosted(folders: tuple[Path, Path]) -> Iterator[HostedEngine]:
-    engine = HostedEngine(ENGINES["vllm"], config_of(folders[0]))
+@pytest.fixture(params=list(ENGINES))
+def hosted(request: pytest.FixtureRequest, folders: tuple[Path, Path]) -> Iterator[HostedEngine]:
+    config = tiny_config(folders[0], max_model_len=256, engine=request.param, dtype="bfloat16")
+    engine = HostedEngine(ENGINES[request.param], config)
     yield engine
     engine.close()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_weights_rounded_at_the_start_equal_the_rounded_model(
+    quantization: str, model_folder: Path, adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """The native engine rounds a bfloat16 checkpoint; the reference has the same numbers as floats."""
+    config = tiny_config(model_folder, max_model_len=256, dtype="auto", quantization=quantization)
+    rounded = load_base_model(config).model
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model_folder / "model.safetensors")
+    layers = dict(rounded.named_modules())
+    for name in tensors:
+        layer = layers.get(name.removesuffix(".weight"))
+        if isinstance(layer, QuantizedLinear):
+            tensors[name] = layer.quantized.dequantized()
+    head = rounded.get_output_embeddings()
+    assert isinstance(head, QuantizedLinear)
+    tensors["lm_head.weight"] = head.quantized.dequantized()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    engine = HostedEngine(ENGINES["native"], config)
+    try:
+        check_plans(engine, Reference(tmp_path), adapter)
+    finally:
+        engine.close()
 
 
 def test_mixtures_over_a_quantized_base_equal_the_reference(
     hosted: HostedEngine, adapter: MakeAdapter, folders: tuple[Path, Path]
 ) -> None:
-    reference = Reference(folders[1])
+    check_plans(hosted, Reference(folders[1]), adapter)
+
+
+def check_plans(hosted: HostedEngine, reference: Reference, adapter: MakeAdapter) -> None:
+    """Compare the answers of the base, of one adapter, of a mixture and of a fusion with the reference."""
     one, other = adapter(1), adapter(2)
     parts = (one, 0.7), (other, 0.6)
     plans = [BASE_PLAN, plan_of("selection", (one, 1.0)), plan_of("mixture", *parts), plan_of("fusion", *parts)]
