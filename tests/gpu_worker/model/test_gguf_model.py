@@ -6,9 +6,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.gguf_model import find_gguf, find_integers, gguf_folder
+from gpu_worker.model.quantization import QuantizedLinear
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
@@ -39,11 +44,60 @@ def gguf_with(path: Path, kind: str) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     type_ = gguf.GGMLQuantizationType[kind]
     writer.add_tensor("output.weight", gguf.quants.quantize(np.ones((4, 256), np.float32), type_), raw_dtype=type_)
+    return written(writer, path)
+
+
+def written(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def tiny_llama(path: Path, kind: str) -> Path:
+    """Write a random Llama of one layer with a tokenizer of single bytes."""
+    random, type_ = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_vocab_size(len(alphabet) + 3)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*alphabet, "ab", "<bos>", "<eos>"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(len(alphabet) + 1)
+    writer.add_eos_token_id(len(alphabet) + 2)
+    shapes = {"token_embd": (259, 64), "output": (259, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_output": (64, 64)}
+    shapes |= {"blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.ffn_down": (64, 96)}
+    shapes |= {"blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64)}
+    for name, shape in shapes.items():
+        weight = (random.normal(size=shape) / 8).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, type_), raw_dtype=type_)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+    return written(writer, path)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_gguf_file_is_served_with_its_integers(kind: str, tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", kind)
+    config = tiny_config(file, dtype="auto", cache_dir=tmp_path / "cache")
+    model = load_base_model(config).model
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert len(layers) == 8
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path, **options).named_modules())
+    for name, layer in layers.items():
+        assert layer.quantized.bits == int(kind[1])
+        assert torch.equal(layer.quantized.dequantized(), expected[name].weight.detach())
+    assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
 
 
 def test_other_types_of_tensors_are_refused_by_name(tmp_path: Path) -> None:
