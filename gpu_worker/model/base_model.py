@@ -214,7 +214,7 @@ def _check_class(config: Any) -> None:
 def _check_config(config: Any) -> None:
     problems = []
     if config_setting(config, "quantization_config") is not None:
-        check_format(config.quantization_config)
+        check_format(config.quantization_config, config.model_type)
     if config_setting(config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -26,12 +26,12 @@ _SCALE, _VALUES, _WORDS, _SHAPE = ".weight_scale", ".weight", ".weight_packed", 
 _OTHERS = (".weight_zero_point", ".weight_g_idx", ".input_scale", ".weight_global_scale")
 
 
-def check_format(quantization: Any) -> None:
+def check_format(quantization: Any, model_type: str) -> None:
     """Check the `quantization_config` of a model. Raises: BaseModelUnsupported, which names what is not supported."""
     found: Mapping[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if problem := _problem(found):
         raise BaseModelUnsupported(
-            f"the base model has weights quantised by {problem}; the native engine reads {METHOD} with symmetric"
+            f"{model_type} has weights quantised by {problem}; the native engine reads {METHOD} with symmetric"
             f" integers of 8 or 4 bits, and GGUF files of Q8_0 and Q4_0: {_REMEDY}"
         )
 
@@ -41,7 +41,7 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
 
     Raises: BaseModelUnsupported if tensors are missing, do not fit or have a form that is not supported.
     """
-    check_format(config.quantization_config)
+    check_format(config.quantization_config, config.model_type)
     del config.quantization_config
     tensors: dict[str, Tensor] = {}
     for file in weight_files(source):

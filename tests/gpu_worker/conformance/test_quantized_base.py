@@ -17,7 +17,7 @@ from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, job
 from tests.gpu_worker.conformance.engines import ENGINES
 from tests.gpu_worker.conformance.reference import Reference
-from tests.tiny import plan_of, tiny_config
+from tests.tiny import plan_of, random_adapter, tiny_config
 
 MakeAdapter = Callable[..., AdapterWeights]
 # Each input of a layer is rounded to 8 bits too, which the reference does not do.
@@ -66,7 +66,7 @@ def hosted(request: pytest.FixtureRequest, folders: tuple[Path, Path]) -> Iterat
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_weights_rounded_at_the_start_equal_the_rounded_model(
-    quantization: str, model_folder: Path, adapter: MakeAdapter, tmp_path: Path
+    quantization: str, model_folder: Path, tmp_path: Path
 ) -> None:
     """The native engine rounds a bfloat16 checkpoint; the reference has the same numbers as floats."""
     config = tiny_config(model_folder, max_model_len=256, dtype="auto", quantization=quantization)
@@ -87,7 +87,9 @@ def test_weights_rounded_at_the_start_equal_the_rounded_model(
     (tmp_path / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
     engine = HostedEngine(ENGINES["native"], config)
     try:
-        check_plans(engine, Reference(tmp_path), adapter)
+        check_plans(
+            engine, Reference(tmp_path), *[random_adapter(engine.engine.module_shapes, seed) for seed in (1, 2)]
+        )
     finally:
         engine.close()
 
@@ -95,12 +97,13 @@ def test_weights_rounded_at_the_start_equal_the_rounded_model(
 def test_mixtures_over_a_quantized_base_equal_the_reference(
     hosted: HostedEngine, adapter: MakeAdapter, folders: tuple[Path, Path]
 ) -> None:
-    check_plans(hosted, Reference(folders[1]), adapter)
+    check_plans(hosted, Reference(folders[1]), adapter(1), adapter(2))
 
 
-def check_plans(hosted: HostedEngine, reference: Reference, adapter: MakeAdapter) -> None:
+def check_plans(hosted: HostedEngine, reference: Reference, one: AdapterWeights, other: AdapterWeights) -> None:
     """Compare the answers of the base, of one adapter, of a mixture and of a fusion with the reference."""
-    one, other = adapter(1), adapter(2)
+    for weights in (one, other):
+        hosted.add(weights)
     parts = (one, 0.7), (other, 0.6)
     plans = [BASE_PLAN, plan_of("selection", (one, 1.0)), plan_of("mixture", *parts), plan_of("fusion", *parts)]
     known = [reference.greedy("A parrot says", plan, hosted.pool, 1)[0].logprobs for plan in plans]

@@ -48,7 +48,7 @@ def weight_of(kind: str, num_out: int, num_in: int) -> QuantizedWeight:
     values[::3] = -(1 << (bits - 1))
     has_groups = kind != "int8"
     num_scales = -(-num_in // GROUP) if has_groups else 1
-    return QuantizedWeight(values, torch.randn(num_out, num_scales).bfloat16().float() / 50, bits, has_groups)
+    return QuantizedWeight(values, (torch.randn(num_out, num_scales) / 50).bfloat16().float(), bits, has_groups)
 
 
 def inputs_of(num_rows: int, num_in: int) -> Tensor:

@@ -103,4 +103,4 @@ def test_words_hold_the_first_value_in_the_lowest_bits(bits: int) -> None:
 )
 def test_other_formats_are_refused_by_name(config: dict[str, Any], named: str) -> None:
     with pytest.raises(BaseModelUnsupported, match=f"quantised by .*{named.removeprefix('by ')}"):
-        check_format(config)
+        check_format(config, "llama")
