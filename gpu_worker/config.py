@@ -113,8 +113,8 @@ class NativeSettings(CommonSettings):
     """Round the base model's linear layers and output head as they are loaded: `int8` to 8 bits with one scale per
     output, `int4` to 4 bits in groups of 32 inputs; each token's inputs are then rounded to 8 bits. Layers that the
     checkpoint has as integers stay as they are. Set it on a CPU where few answers are computed at once, or where memory
-    is short: tokens come faster. Answers change slightly with `int8`, and much with `int4` and a small model: compare them
-    on your own prompts. Adapters stay bfloat16."""
+    is short: tokens come faster. Answers change slightly with `int8`, and much with `int4` and a small model: compare
+    them on your own prompts. Adapters stay bfloat16."""
     prompt_lookup_tokens: Annotated[int, Ge(0), Le(7)] = 0
     """Tokens that are guessed from a row's own text and checked in one step while few rows decode. Raise it for answers
     that repeat their prompt or themselves: they come faster, and stay the same."""
@@ -140,7 +140,8 @@ class VllmSettings(CommonSettings):
     """Settings of vLLM's engine."""
 
     engine: Literal["vllm"] = "vllm"
-    """vLLM, which needs its own installation: docs/how-to/install.md. Choose it for GPUs, and for large base models or those quantised in other ways."""
+    """vLLM, which needs its own installation: docs/how-to/install.md. Choose it for GPUs, and for large
+    base models or those quantised in other ways."""
     tensor_parallel_size: AtLeastOne = 1
     """Processes that share the base model, each on a GPU of its own. Raise it for a base model that does not fit one
     GPU; each worker then reserves this many GPUs of one machine."""
