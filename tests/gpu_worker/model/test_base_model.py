@@ -20,6 +20,7 @@ from gpu_worker.model import base_model
 from gpu_worker.model.base_model import (
     BaseModel,
     load_base_model,
+    load_config,
     load_tokenizer,
     model_source,
     resolve_dtype,
@@ -115,7 +116,8 @@ def test_a_multimodal_model_is_refused_in_one_sentence(model_type: str, part: st
 def test_a_quantised_model_is_refused_with_what_to_do(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
     folder = folder_with(tmp_path, tiny_folders["gemma3"], quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(
-        BaseModelUnsupported, match=r"quantised weights \(use engine 'vllm', or dequantise them and save"
+        BaseModelUnsupported,
+        match=r"weights quantised by gptq; .* use engine 'vllm', or dequantise the weights and save",
     ):
         load_base_model(tiny_config(folder))
 
@@ -133,8 +135,9 @@ def test_a_class_with_attention_of_its_own_is_refused_before_it_is_built(model_t
 def test_a_gguf_file_is_refused_with_what_to_use(is_file: bool, tmp_path: Path) -> None:
     (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
     folder = tmp_path / "model-q4.gguf" if is_file else tmp_path
+    settings = tiny_config(folder, engine="vllm")
     with pytest.raises(BaseModelUnsupported, match=r"model-q4.gguf is a GGUF file, .* config.json and \*.safetensors"):
-        load_base_model(tiny_config(folder))
+        load_config(model_source(settings))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
