@@ -10,11 +10,13 @@ import gc
 import itertools
 import re
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from benchmarks import plots
@@ -36,12 +38,17 @@ from benchmarks.engine_cases import (
 )
 from benchmarks.literal_einsum import literal_mixture
 from benchmarks.results_file import write_results
+from gpu_worker.model.packed_linear import KernelLinear, load_linear_kernel
+from gpu_worker.model.quantization import quantize
 from gpu_worker.model.step_context import Composition
 from gpu_worker.native.forward import ForwardPass
 from lora_store import Strategy
+from lora_store.location import DEFAULT_CACHE_DIR
 
 NUM_ADAPTERS, WARM_TOKENS = 96, 4
 NUM_TURNS, NUM_PROMPT_STEPS = 4, 8
+HEAD_SHAPE = 262_144, 640  # outputs and inputs
+PRODUCT_ROWS, PRODUCT_TURNS = (1, 8, 32), 41
 
 
 SAMPLING: Mapping[str, Mapping[str, Any]] = {
@@ -220,12 +227,45 @@ def plot(medians: Mapping[str, float]) -> None:
     plots.lines("throughput/plot", curves, "rows generating at once (up to 8 adapters active)", "tokens/s")
 
 
+def products(num_turns: int) -> list[str]:
+    """Return lines with the speed of integer weights relative to bfloat16, in the shape of the model's output head.
+
+    The kinds take turns in one process, and the medians are of each turn's ratios, so that the load of other processes
+    counts for all of them.
+    """
+    kernel = load_linear_kernel(DEFAULT_CACHE_DIR)
+    assert kernel is not None, "needs a C++ compiler"
+    weight = torch.randn(HEAD_SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layers = {"bfloat16": KernelLinear(kernel, weight, None)}
+    layers |= {f"int{bits}": KernelLinear(kernel, quantize(weight, bits), None) for bits in (8, 4)}
+    lines = []
+    for num_rows in PRODUCT_ROWS:
+        x = torch.randn(num_rows, HEAD_SHAPE[1]).bfloat16()
+        seconds: dict[str, list[float]] = {kind: [] for kind in layers}
+        for number in range(num_turns):
+            for kind in in_turn(list(layers), number):
+                began = time.perf_counter()
+                layers[kind](x)
+                seconds[kind].append(time.perf_counter() - began)
+        for kind in layers:
+            turns = zip(seconds["bfloat16"], seconds[kind], strict=True)
+            ratio, best = statistics.median(a / b for a, b in turns), min(seconds["bfloat16"]) / min(seconds[kind])
+            lines.append(f"{num_rows} rows, {kind}: {ratio:.2f} (of the best times: {best:.2f})")
+    return lines
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="rounds after the first, a warm-up")] = 3,
     minutes: Annotated[float, typer.Option(help="start no round that would end later")] = 5.0,
+    only_products: Annotated[
+        bool, typer.Option(help="compare integer weights with bfloat16, and nothing else")
+    ] = False,
     quick: Quick = False,
 ) -> None:
     """Measure Gemma-3-270M in bfloat16: prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all linear modules."""
+    if only_products:
+        console.print("\n".join(products(3 if quick else PRODUCT_TURNS)))
+        return
     bench = Bench()
     bench.round(0, WARM_TOKENS)
     found: list[Round] = []

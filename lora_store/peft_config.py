@@ -47,6 +47,7 @@ _VARIANTS = {
     "kasa_config": "KaSA, which changes the base model's weights",
     "arrow_config": "Arrow routing",
 }
+_APPROXIMATE = "let PEFT's save_as_lora approximate this one"
 # These initialisations rewrite the base model's weights, so the adapter alone does not hold all of the training.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MAX_PATTERN_LEN = 256
@@ -129,10 +130,7 @@ def _from_mlx(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_another_kind(base_model: object, kind: object) -> PeftConfig:
-    reason = (
-        f"peft_type must be 'LORA', got {_short(kind)}: train a LoRA adapter, or let PEFT's save_as_lora approximate"
-        " this one"
-    )
+    reason = f"peft_type must be 'LORA', got {_short(kind)}: train a LoRA adapter, or {_APPROXIMATE}"
     patterns = PatternTable({})
     named = base_model if isinstance(base_model, str) else None
     return PeftConfig(named, _DEFAULT_RANK, _DEFAULT_ALPHA, False, patterns, patterns, (reason,), is_lora=False)
@@ -173,14 +171,13 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         found.append(
-            f"init_lora_weights {_short(init)} changes the base model's weights: convert the adapter to plain LoRA"
+            f"init_lora_weights {_short(init)} changes the base model's weights: convert the adapter to plain LoRA with"
+            " PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     for key, value in raw.items():
         if value and key in _VARIANTS:
-            found.append(
-                f"{key} ({_VARIANTS[key]}) is not supported: retrain with LoRA on linear layers only;"
-                " a merged model would need a server of its own"
-            )
+            approximate = f", or {_APPROXIMATE}" if key == "use_dora" else ""
+            found.append(f"{key} ({_VARIANTS[key]}) is not supported: train LoRA on linear layers only{approximate}")
         elif value and key not in _HARMLESS | _READ:
             found.append(
                 f"{CONFIG_FILE} sets {_short(key)}, which this version does not know: upgrade the server, or remove the"

@@ -55,9 +55,9 @@ def read_names(keys: Collection[str], modules: Collection[str] | None) -> dict[s
         parts = [part for part in match[1].split(".") if part not in _WRAPPERS]
         path = ".".join(parts).rpartition(_PEFT_PREFIX)[2]
         module: str | None = path if modules is None else by_tail.get(_inner(parts))
-        if module and len(path) <= len(module) + _MOST_ADDED:
-            side = (match[2] or match[4]).upper()
-            found[key] = Spelling(tensor_key(module, side), module, path, match[3], is_transposed=match[2] is None)
+        name = tensor_key(module or "", (match[2] or match[4]).upper())
+        if module and split_key(name) and len(path) <= len(module) + _MOST_ADDED:
+            found[key] = Spelling(name, module, path, match[3], is_transposed=match[2] is None)
     return found
 
 

@@ -235,7 +235,7 @@ _CONFIG_FILE = {
     "other method": BadFolder(config(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
     "dora": BadFolder(
         config(use_dora=True),
-        "use_dora (DoRA) is not supported: retrain with LoRA on linear layers only; a merged model would need a server",
+        "use_dora (DoRA) is not supported: train LoRA on linear layers only, or let PEFT's save_as_lora approximate",
     ),
     "saved modules": BadFolder(config(modules_to_save=["lm_head"]), "modules_to_save (fully trained modules)"),
     "bias": BadFolder(config(bias="all"), "bias must be 'none', got 'all'"),
@@ -306,14 +306,14 @@ _TENSORS = {
     "nothing matched": BadFolder(
         rename("layers.", "blocks."), "is not a linear layer of the base model that can be adapted"
     ),
-    "keys without prefix": BadFolder(
-        rename("base_model.model.", ""),
-        "begin with 'model.'; the names of this base begin with 'base_model.model.model.'",
+    "keys of a vision part": BadFolder(
+        rename("base_model.model.model.", "base_model.model.vision_tower."),
+        "adapt the vision or audio part of a multimodal model ('base_model.model.vision_tower.",
     ),
     "keys of another library": BadFolder(rename(".lora_A.", ".lora_down."), "is not a LoRA tensor of a linear layer"),
     "unknown key": BadFolder(add("model.layers.0.extra", torch.ones(2)), "'model.layers.0.extra' is not a LoRA tensor"),
     "key with adapter name": BadFolder(
-        add("{module}.lora_A.default.weight", torch.ones(4, 6)), ".lora_A.default.weight' must be 'base_model.model."
+        add("{module}.lora_A.default.weight", torch.ones(4, 6)), "lora_A.weight' are the same tensor: keep one of them"
     ),
     "key with dots": BadFolder(
         add("base_model.model...lora_A.weight", torch.ones(4, 6)),

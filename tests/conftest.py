@@ -24,7 +24,7 @@ from tests.soak import (  # noqa: F401  pytest finds its hooks and fixtures by t
 )
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 
-settings.register_profile("small", deadline=None, max_examples=100)  # a slow machine fails no test
+settings.register_profile("small", deadline=None, max_examples=40)  # a slow machine fails no test
 settings.register_profile("full", deadline=None, max_examples=1000)
 settings.load_profile("small")  # `make soak` loads the other one
 

@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.text.token_bytes import TokenBytes
 from gpu_worker.model.base_model import load_config, model_source
+from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.inject import target_linears
 from gpu_worker.model.text_part import text_options
 from gpu_worker.start import start_engine
@@ -84,11 +84,10 @@ def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig,
     return copies / folder.name
 
 
-def _text_model(config: NativeWorkerConfig | VllmWorkerConfig) -> Any:
+def _text_model(config: NativeWorkerConfig | VllmWorkerConfig) -> PreTrainedModel:
     """Load transformers' model, of a multimodal checkpoint that of its text part."""
     source = model_source(config)
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(source, **options, **text_options(load_config(source)))
+    return load_whole(source, dtype=torch.float32, attn_implementation="eager", **text_options(load_config(source)))
 
 
 def _noisy(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:

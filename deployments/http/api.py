@@ -55,7 +55,7 @@ def build_api(services: Services) -> Api:
         redoc_url=None,
         telemetry=_TELEMETRY,
         middleware=middleware_of(services),
-        lifespan=partial(_sending_usage, services.usage_log),
+        lifespan=partial(send_usage, services.usage_log),
     )
     app.state.services = services
     install_error_handlers(app)
@@ -65,7 +65,7 @@ def build_api(services: Services) -> Api:
 
 
 @asynccontextmanager
-async def _sending_usage(usage_log: UsageLog, _: FastAPI) -> AsyncIterator[None]:
+async def send_usage(usage_log: UsageLog, _: FastAPI) -> AsyncIterator[None]:
     """Send usage to the pool while the replica runs, and once more when it stops. Serve calls this."""
     sending = asyncio.create_task(usage_log.keep_sending())
     try:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 
 from benchmarks.results_file import RESULTS
 from docs.generate.markdown import code, table
 from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED
 
+_EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
-_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `benchmarks.families`
+_VLLM_OUTCOMES = {"equal": _EQUAL, "not compared": "vLLM's class was built with adapters, not compared"}
+_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `tests.gpu_worker.conformance.run_families`
 
 
 def families() -> str:
     """Return one row a family and engine: served and equal, or refused with the words of the message."""
     rows = sorted([*_native_rows(), *_vllm_rows()], key=lambda row: (row[0].lower(), row[1]))
-    equal = {engine: sum(row[1] == engine and row[2].startswith("served") for row in rows) for engine in _engines(rows)}
-    counts = ", ".join(f"{number} with the {engine} engine" for engine, number in equal.items())
+    equal = Counter(engine for _, engine, seen in rows if _EQUAL in seen)
+    counts = ", ".join(f"{number} with the {engine} engine" for engine, number in sorted(equal.items()))
     return f"Served and equal: {counts}.\n\n" + table(("family", "engine", "what was seen"), rows)
 
 
 def _native_rows() -> Iterator[tuple[str, str, str]]:
     for name in (*EQUAL, *_OWN_TESTS):
-        yield code(name), "native", "served, equal"
+        yield code(name), "native", _EQUAL
     for name in MULTIMODAL:
         family, _, text = name.partition(" ")
-        yield f"{code(family)} {text}".rstrip(), "native", "text part served, equal to the whole model"
+        yield f"{code(family)} {text}".rstrip(), "native", f"text part {_EQUAL} to the whole model"
     for name, (_, reason) in REFUSED.items():
         yield code(name), "native", f"refused: {reason}"
 
@@ -37,9 +40,5 @@ def _vllm_rows() -> Iterator[tuple[str, str, str]]:
         return
     content = json.loads(_VLLM_RESULTS.read_text(encoding="utf-8"))
     for row in (row for part in content["runs"] for row in part["rows"]):
-        is_equal = row["outcome"] == "equal"
-        yield code(row["family"]), "vllm", "served, equal" if is_equal else f"{row['outcome']}: {row['reason']}"
-
-
-def _engines(rows: list[tuple[str, str, str]]) -> list[str]:
-    return sorted({engine for _, engine, _ in rows})
+        seen = _VLLM_OUTCOMES.get(row["outcome"]) or f"{row['outcome']}: {row['reason']}"
+        yield code(row["family"]), "vllm", seen

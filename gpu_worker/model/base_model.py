@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 
-from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
+from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.request.model_files import sampling_defaults_of_files
 from gpu_worker.model.checkpoint import load_whole
+from gpu_worker.model.gguf_model import find_gguf, gguf_folder
+from gpu_worker.model.inject import target_linears
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
+from gpu_worker.model.quantization import BITS, quantize_layers
+from gpu_worker.model.quantized_checkpoint import check_format, load_quantized
 from gpu_worker.model.rope import pin_longrope
 from gpu_worker.model.text_part import text_options
 
@@ -62,10 +68,14 @@ class BaseModel:
 
 
 def model_source(config: WorkerConfig) -> str:
-    """Return the argument for transformers: the packaged model's cache folder, or the configured id or folder."""
+    """Return the argument for transformers: the configured id or folder, or the cache folder of a converted model.
+
+    Raises: BaseModelUnsupported if the packaged model or a GGUF file cannot be converted.
+    """
     if config.base_model == PACKAGED_MODEL:
         return str(packaged_folder(config.cache_dir))
-    return config.base_model
+    gguf = find_gguf(config.base_model) if isinstance(config, NativeWorkerConfig) else None
+    return config.base_model if gguf is None else str(gguf_folder(gguf, config.cache_dir))
 
 
 def load_tokenizer(config: WorkerConfig) -> Any:
@@ -93,13 +103,13 @@ def load_config(source: str) -> Any:
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else [folder] if folder.suffix == ".gguf" else []
     if found and not (folder / "config.json").exists():
         raise BaseModelUnsupported(
-            f"{found[0]} is a GGUF file, which this server does not read: use the folder of the same model that has"
-            " config.json and *.safetensors"
+            f"{found[0]} is a GGUF file, which engine 'vllm' does not read here: use engine 'native', or the folder of"
+            " the same model that has config.json and *.safetensors"
         )
     return AutoConfig.from_pretrained(source)
 
 
-def load_base_model(config: WorkerConfig) -> BaseModel:
+def load_base_model(config: NativeWorkerConfig) -> BaseModel:
     """Load the base model into host memory and check it. Of a multimodal checkpoint only the text part is loaded.
 
     Raises: BaseModelUnsupported with the reason.
@@ -117,8 +127,7 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
             f" {_LARGEST_CUDA_HEAD}"
         )
     register()
-    dtype = resolve_dtype(config.dtype, config.device)
-    model = load_whole(source, dtype=dtype, attn_implementation=ATTENTION_NAME, **part)
+    model = _load_model(config, source, hf_config, part)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
     tokenizer = load_tokenizer(config)
     return BaseModel(
@@ -130,11 +139,39 @@ def load_base_model(config: WorkerConfig) -> BaseModel:
         head_dim=head_dim,
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
-        dtype=dtype,
+        dtype=model.dtype,
         window=config_setting(hf_config, "sliding_window"),
         window_layers=_window_layers(hf_config),
         sampling_defaults=sampling_defaults(config),
     )
+
+
+def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the weights. Integers of the checkpoint are kept, and the others become integers if the settings say so.
+
+    `part`: options that load a part of a checkpoint.
+    Products of integers give bfloat16, on every processor.
+    """
+    has_integers = config_setting(hf_config, "quantization_config") is not None
+    if has_integers and (config.device != "cpu" or config.dtype == "float32"):
+        raise BaseModelUnsupported(
+            f"the base model has quantised weights, which the native engine reads with device 'cpu' and dtype 'auto' or"
+            f" 'bfloat16', got '{config.device}' and '{config.dtype}'"
+        )
+    if has_integers and part:
+        raise BaseModelUnsupported(
+            "the base model is a multimodal checkpoint with quantised weights, which the native engine does not read:"
+            " use engine 'vllm', or dequantise the weights and save the result"
+        )
+    is_quantised = has_integers or config.quantization != "none"
+    dtype = torch.bfloat16 if is_quantised else resolve_dtype(config.dtype, config.device)
+    load = partial(load_quantized, config=hf_config) if has_integers else partial(load_whole, **part)
+    model = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    if config.quantization != "none":
+        head = model.get_output_embeddings()
+        names = {name for name, module in model.named_modules() if module is head and isinstance(head, nn.Linear)}
+        quantize_layers(model, [*target_linears(model, head), *names], BITS[config.quantization])
+    return model
 
 
 def sampling_defaults(config: WorkerConfig) -> dict[str, float]:
@@ -155,16 +192,6 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def check_is_text_only(config: Any) -> None:
-    """Raise BaseModelUnsupported if the config is that of a multimodal model, whose parts have configs of their own."""
-    text = config_setting(config, "text_config")
-    if text is not None and not config_setting(config, "is_encoder_decoder"):
-        raise BaseModelUnsupported(
-            f"{config.model_type} is a multimodal model; this server serves text-only models: use one of the same"
-            f" family, or save its text part ({text.model_type}) as a model of its own"
-        )
-
-
 def _check_class(config: Any) -> None:
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
     classes = found if isinstance(found, tuple) else (found,)
@@ -177,7 +204,7 @@ def _check_class(config: Any) -> None:
 def _check_config(config: Any) -> None:
     problems = []
     if config_setting(config, "quantization_config") is not None:
-        problems.append("quantised weights (use engine 'vllm', or dequantise them and save the result)")
+        check_format(config.quantization_config, config.model_type)
     if config_setting(config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.modeling_utils import load_state_dict
@@ -52,6 +54,20 @@ def load_whole(source: str, **options: Any) -> PreTrainedModel:
         return _load(AutoModelForCausalLM, source, source, **options)
     except OSError as exc:
         raise BaseModelUnsupported(f"the weights of {source} cannot be read: {exc}") from exc
+
+
+def load_tensors(source: str, config: Any, tensors: dict[str, Tensor], **options: Any) -> PreTrainedModel:
+    """Make the model of this config with these tensors, and with the generation config of `source`.
+
+    `options`: of transformers' `from_pretrained`.
+    Raises: BaseModelUnsupported, as `load_whole`.
+    """
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    model = _load(model_class, None, source, config=config, state_dict=tensors, **options)
+    with suppress(OSError):  # a model need not have one
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
 
 
 def check_checkpoint(source: str) -> bool:
@@ -171,6 +187,8 @@ def _load(
     if others:
         shapes = [f"{name} is {tuple(found)} and must be {tuple(wanted)}" for name, found, wanted in others]
         problems.append(f"{len(others)} {of_all} have another shape ({_some(shapes)})")
+    if is_part and (heads := sorted(name for name in info["unexpected_keys"] if "lm_head." in name)):
+        problems.append(f"the output head has another name in the files ({_some(heads)})")
     if problems:
         raise BaseModelUnsupported(f"{source} lacks weights: {'; '.join(problems)}. {_REMEDY}")
     return model

@@ -10,6 +10,7 @@ from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.output_head import OutputHead
 from gpu_worker.model.packed_linear import LinearKernel, packed
+from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.model.step_context import StepContext
 
 
@@ -22,7 +23,9 @@ def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str,
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not output_head
+        if isinstance(module, nn.Linear)
+        and type(module).forward in (nn.Linear.forward, QuantizedLinear.forward)
+        and module is not output_head
     }
     if not linears:
         raise BaseModelUnsupported("the base model has no linear layer that an adapter could target")

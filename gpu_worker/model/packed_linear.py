@@ -13,19 +13,29 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpu_worker.bank.device_memory import zeros_on_huge_pages
+from gpu_worker.model.quantization import GROUP, QuantizedLinear, QuantizedWeight
 from gpu_worker.native.kernels.kernel_loading import load_library
 
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
 PANEL = 32  # outputs of a panel of the kernel
-_ROWS_PER_READ, _ROWS_PER_READ_TILES = 11, 26
+_ROWS_PER_READ, _ROWS_PER_READ_TILES, _ROWS_PER_READ_INTEGERS = 11, 26, 5
+_PADDED_INPUTS = 64  # integer weights are padded to a multiple of it
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("num_in", c_int64), ("num_out", c_int64))
+    _fields_ = (
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("num_in", c_int64),
+        ("num_out", c_int64),
+        ("scales", c_void_p),
+        ("bits", c_int32),
+        ("has_groups", c_int32),
+    )
 
 
 class LinearKernel:
-    """The compiled bfloat16 products on the CPU.
+    """The compiled products on the CPU, of bfloat16 numbers and of integers.
 
     `has_bf16_products`: the library uses the processor's bfloat16 instructions. A prebuilt one for older processors
     does not, nor does one of an old compiler. `has_tiles`: it uses the processor's tiles (AMX) too, as Linux permits.
@@ -38,6 +48,9 @@ class LinearKernel:
         self.has_tiles = bool(library.has_tiles())
         self.rows_per_read = _ROWS_PER_READ_TILES if self.has_tiles else _ROWS_PER_READ
         self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
+        self.pack_integers = library.pack_integers
+        self.pack_integers.argtypes = c_void_p, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32
+        self.pack_integers.restype = None
         arguments = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32
         self.linear.argtypes, self.linear.restype = arguments, None
         self.linear_parts = library.linear_parts_bf16
@@ -47,23 +60,43 @@ class LinearKernel:
 class KernelLinear(nn.Module):
     """A linear layer whose weight is packed for `packed_linear.cpp`. A row's result does not depend on other rows.
 
-    Panels (O / 32, I / 2, 32, 2) bfloat16; O is padded to whole panels.
+    Panels (O / 32, I / 2, 32, 2) bfloat16; O is padded to whole panels. The panels of integer weights are described in
+    `quantized_linear.h`.
     """
 
-    def __init__(self, kernel: LinearKernel, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, kernel: LinearKernel, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        shape = weight.values.shape if isinstance(weight, QuantizedWeight) else weight.shape
+        self.out_features, self.in_features = shape
         padded = -(-self.out_features // PANEL) * PANEL
-        self.rows_per_read = kernel.rows_per_read
         self._kernel, self._bias = kernel, torch.zeros(padded)
         if bias is not None:
             self._bias[: self.out_features] = bias.detach()
-        self._panels = zeros_on_huge_pages(padded * self.in_features, dtype=weight.dtype)
-        weight = weight.detach().contiguous()
-        kernel.pack(weight.data_ptr(), *weight.shape, self._panels.data_ptr(), torch.get_num_threads())
+        self._scales = torch.zeros(padded)
+        num_threads, bits, has_groups = torch.get_num_threads(), 16, False
+        if isinstance(weight, QuantizedWeight):
+            self.rows_per_read = _ROWS_PER_READ_INTEGERS
+            bits, has_groups = weight.bits, weight.has_groups
+            halves, self._scales[: self.out_features] = weight.stored_scales()
+            padded_in = -(-self.in_features // _PADDED_INPUTS) * _PADDED_INPUTS
+            row_bytes = padded_in * bits // 8 + (padded_in // GROUP * 2 if has_groups else 0)
+            self._panels = zeros_on_huge_pages(padded * row_bytes, dtype=torch.uint8)
+            values, places = weight.values.contiguous(), None if halves is None else halves.data_ptr()
+            kernel.pack_integers(values.data_ptr(), places, bits, *shape, self._panels.data_ptr(), num_threads)
+        else:
+            self.rows_per_read = kernel.rows_per_read
+            self._panels = zeros_on_huge_pages(padded * self.in_features, dtype=weight.dtype)
+            weight = weight.detach().contiguous()
+            kernel.pack(weight.data_ptr(), *shape, self._panels.data_ptr(), num_threads)
         self._layer = _Linear(
-            self._panels.data_ptr(), self._bias.data_ptr(), self.in_features, self.out_features
-        )  # the tensors own the memory
+            panels=self._panels.data_ptr(),  # the tensors own the memory
+            bias=self._bias.data_ptr(),
+            num_in=self.in_features,
+            num_out=self.out_features,
+            scales=self._scales.data_ptr(),
+            bits=bits,
+            has_groups=has_groups,
+        )
         self.address = ctypes.addressof(self._layer)  # of a struct Linear of `packed_linear.cpp`
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
@@ -114,10 +147,12 @@ class PackedLinear(nn.Module):
 def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Linear | KernelLinear | PackedLinear:
     """Return the layer with a packed weight if that is known to be faster, else the layer itself.
 
-    `kernel`: used instead of oneDNN where it can compute the layer.
+    `kernel`: used for integer weights, and instead of oneDNN where it is faster and can compute the layer.
     """
+    if isinstance(linear, QuantizedLinear) and kernel is not None:
+        return KernelLinear(kernel, linear.quantized, linear.bias)
     weight = linear.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if isinstance(linear, QuantizedLinear) or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return linear
     if kernel is not None and linear.in_features % 2 == 0:
         return KernelLinear(kernel, weight, linear.bias)

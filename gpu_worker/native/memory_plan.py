@@ -13,6 +13,7 @@ from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.inject import target_linears
+from gpu_worker.model.quantization import quantized_layers
 from gpu_worker.native.attention.kv_cache import KvShape
 from gpu_worker.native.scheduler import MAX_SCORED_TOKENS
 
@@ -145,10 +146,14 @@ def _pages_within(num_bytes: int, kv: KvShape, config: NativeWorkerConfig) -> in
 
 
 def _weights_bytes(base: BaseModel, device: str) -> int:
-    """Return the bytes of the weights. On the CPU a bfloat16 output head is packed, so it is a second copy."""
+    """Return the bytes of the weights. On the CPU a bfloat16 output head is packed, so it is a second copy.
+
+    Of a layer of integers only these stay, after the checks at start.
+    """
     is_one = device != "cpu" or base.dtype != torch.bfloat16
     named = base.model.named_parameters(remove_duplicate=is_one)
-    return sum(parameter.nbytes for _, parameter in named)
+    saved = sum(layer.weight.nbytes - layer.quantized.num_bytes for layer in quantized_layers(base.model))
+    return sum(parameter.nbytes for _, parameter in named) - saved
 
 
 def _kv(kv: KvShape) -> str:

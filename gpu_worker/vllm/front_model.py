@@ -77,7 +77,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         source=source,
         model_type=hf_config.model_type,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(source, text_config, tokenizer),
+        eos_token_ids=_eos_token_ids(source, (hf_config, text_config), tokenizer),
         vocab_size=text_config.vocab_size,
         num_embeddings=language_part(model).get_input_embeddings().weight.shape[0],
         max_position=text_config.max_position_embeddings,
@@ -111,8 +111,9 @@ def _check_config(hf_config: Any, text_config: Any) -> None:
 
 def _head_dim(text_config: Any) -> int:
     """Return the number of values of a head, the largest of all layers."""
-    found = text_config.to_dict().get("head_dim")
-    sizes: list[int] = [size for size in (found.values() if isinstance(found, dict) else [found]) if size]
+    settings = text_config.to_dict()
+    layers = (settings.get("per_layer_config") or {}).values()
+    sizes: list[int] = [size for each in (settings, *layers) if (size := each.get("head_dim"))]
     return max(sizes, default=text_config.hidden_size // text_config.num_attention_heads)
 
 
@@ -218,10 +219,12 @@ def _mlp_widths(linears: Mapping[str, nn.Linear], hidden_size: int) -> list[int]
     return sorted({linear.in_features for linear in downs})
 
 
-def _eos_token_ids(source: str, hf_config: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_token_ids(source: str, configs: Sequence[Any], tokenizer: Any) -> frozenset[int]:
     try:
         declared = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:  # the model has no such file
-        declared = hf_config.eos_token_id
+        declared = next(
+            (found for each in configs if (found := config_setting(each, "eos_token_id")) is not None), None
+        )
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

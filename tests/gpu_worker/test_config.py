@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig, WorkerConfig
@@ -20,6 +22,13 @@ def test_a_step_must_hold_every_decoding_row() -> None:
         NativeWorkerConfig(max_chunk_tokens=0)
     assert NativeWorkerConfig(device="cpu").chunk_tokens == 192
     assert NativeWorkerConfig(device="cuda", max_step_tokens=4096).chunk_tokens == 4096
+
+
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"dtype": "float32"}])
+def test_integer_weights_need_a_cpu_and_bfloat16(changes: dict[str, Any]) -> None:
+    with pytest.raises(WorkerConfigInvalid, match="quantization 'int8' needs device 'cpu' and dtype 'auto' or"):
+        NativeWorkerConfig(quantization="int8", **changes)
+    assert NativeWorkerConfig(quantization="int4", dtype="bfloat16").quantization == "int4"
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])

@@ -122,8 +122,8 @@ def test_every_spelling_is_stored_as_the_same_adapter(spelling: str, make_folder
 
 
 @pytest.mark.parametrize("spelling", NEEDS_NO_BASE)
-def test_a_check_without_the_base_refuses_no_spelling(spelling: str, make_folder: MakeFolder) -> None:
-    folder = make_folder()
+def test_a_check_without_the_base_refuses_no_spelling(spelling: str, tmp_path: Path) -> None:
+    folder = of_one_rank(tmp_path)
     respell(folder, SPELLINGS[spelling])
     assert len(check(folder, None).pairs) == len(SHAPES)
 
@@ -152,8 +152,7 @@ def test_a_store_keeps_one_blob_of_two_spellings(make_folder: MakeFolder, open_s
     second = store.stage(folder, name="two", module_shapes=SHAPES)
     assert first.weights_digest == second.weights_digest
     assert not first.warnings and "read as PEFT's" in second.warnings[0]
-    for staged in (first, second):
-        store.discard(staged)
+    store.discard([first, second])
 
 
 def test_patterns_match_the_paths_of_the_trained_model(tmp_path: Path) -> None:

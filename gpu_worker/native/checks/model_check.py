@@ -4,7 +4,7 @@ A list of model families is not enough: a new model may attend twice in a layer,
 bypass the layers that adapters change. So four short prompts, and a longer one that small windows and positions that
 depend on the length show in, are run through the unmodified model with transformers' eager attention, and through the
 engine: prompt chunks, decode tokens, several rows at once, with and without an adapter. If the logits differ, the model
-is refused.
+is refused. Of integer weights, the model has the numbers that the integers stand for, and rounds inputs as the engine.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from pathlib import Path
 _CPUINFO = Path("/proc/cpuinfo")
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_V4_VNNI = _V4 | {"avx512_vnni"}
+_V4_BF16 = _V4_VNNI | {"avx512_bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,15 @@ class Variant:
     options: tuple[str, ...]
 
 
-_BF16 = ("-march=x86-64-v4", "-mavx512bf16")
+_VNNI = ("-march=x86-64-v4", "-mavx512vnni")  # 8-bit integers
+_BF16 = (*_VNNI, "-mavx512bf16")
 _TILES = ("-mamx-tile", "-mamx-bf16")
 VARIANTS = (  # the fastest first
-    Variant("x86-64-v4-amx", "x86_64", _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"}, (*_BF16, *_TILES)),
-    Variant("x86-64-v4-bf16", "x86_64", _V4 | {"avx512_bf16"}, _BF16),
+    Variant("x86-64-v4-amx", "x86_64", _V4_BF16 | {"amx_tile", "amx_bf16"}, (*_BF16, *_TILES)),
+    Variant("x86-64-v4-bf16", "x86_64", _V4_BF16, _BF16),
+    Variant("x86-64-v4-vnni", "x86_64", _V4_VNNI, _VNNI),
     Variant("x86-64-v3", "x86_64", _V3, ("-march=x86-64-v3",)),
+    Variant("aarch64-dotprod", "aarch64", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",)),
     Variant("aarch64", "aarch64", frozenset({"asimd"}), ("-march=armv8-a",)),
 )
 

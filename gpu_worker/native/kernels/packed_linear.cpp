@@ -1,4 +1,5 @@
-// Linear layers over packed bfloat16 weights: y = x W^T + bias, summed in float32.
+// Linear layers over packed weights: y = x W^T + bias. Of bfloat16 numbers, summed in float32, and of integers
+// (quantized_linear.h).
 //
 // Dims: N rows, I in (even), O out. Every output is summed over the inputs in one order, so a row does not depend on the
 // others or on their number. Tiles (AMX) have another order than vectors, so a layer uses one of them for all rows.
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "quantized_linear.h"
 #include "structs.h"
 #include "vectors.h"
 
@@ -230,6 +232,52 @@ extern "C" struct Part {
   int32_t panel, row;
 };
 
+namespace {
+
+// linear_bf16 for integer weights.
+void linear_integers(const Linear& layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
+                     int32_t num_threads) {
+  const int64_t num_out = layer.num_out, num_panels = (num_out + kBlock - 1) / kBlock;
+  const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
+  const int64_t num_groups = (num_rows + quantized::most_rows(layer) - 1) / quantized::most_rows(layer);
+  quantized::Inputs inputs(layer, num_rows);
+#pragma omp parallel num_threads(num_threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < num_rows; ++r) inputs.set_row(r, static_cast<const bf16*>(x) + r * layer.num_in);
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t p = 0; p < num_panels; ++p)
+      for (int64_t g = 0; g < num_groups; ++g) {
+        const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
+        const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
+        bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
+        bf16* places[quantized::kMostRows];
+        for (int64_t r = 0; r < num; ++r) places[r] = target + rows.place(r);
+        quantized::multiply_panel(layer, inputs, first, num, p, places);
+      }
+  }
+}
+
+// linear_parts_bf16 for integer weights.
+void parts_of_integers(const Linear& layer, const void* x, const Part* parts, int64_t num_parts, void* y,
+                       int32_t num_threads) {
+  int64_t num_rows = 0;
+  for (int64_t i = 0; i < num_parts; ++i) num_rows = std::max<int64_t>(num_rows, parts[i].row + 1);
+  quantized::Inputs inputs(layer, num_rows);
+#pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
+  {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < num_rows; ++r) inputs.set_row(r, static_cast<const bf16*>(x) + r * layer.num_in);
+#pragma omp for schedule(dynamic, kPartsPerTask) nowait
+    for (int64_t i = 0; i < num_parts; ++i) {
+      bf16* place = static_cast<bf16*>(y) + parts[i].row * layer.num_out + parts[i].panel * kBlock;
+      quantized::multiply_panel(layer, inputs, parts[i].row, 1, parts[i].panel, &place);
+    }
+  }
+}
+
+}  // namespace
+
 extern "C" {
 
 // Whether the products use the processor's bfloat16 instructions. The loop without them is slower than oneDNN.
@@ -262,9 +310,39 @@ void pack_bf16(const void* weight, int64_t num_out, int64_t num_in, void* panels
   }
 }
 
+// Sets panels to the packed form of the values (O, I), with group_scales (O, groups) as halves, or null.
+void pack_integers(const int8_t* values, const uint16_t* group_scales, int32_t bits, int64_t num_out, int64_t num_in,
+                   uint8_t* panels, int32_t num_threads) {
+  using namespace quantized;
+  const int64_t num_groups = (num_in + quantized::kBlock - 1) / quantized::kBlock * (quantized::kBlock / kGroup);
+  const int64_t given_groups = (num_in + kGroup - 1) / kGroup;
+  const int64_t group_bytes = kPanel * kGroup * bits / 8 + (group_scales == nullptr ? 0 : kScaleBytes);
+  const int zero = 1 << (bits - 1);
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t first = 0; first < num_out; first += kPanel) {
+    uint8_t* target = panels + first / kPanel * num_groups * group_bytes;
+    const auto stored = [&](int64_t o, int64_t i) {
+      return static_cast<uint8_t>((o < num_out && i < num_in ? values[o * num_in + i] : 0) + zero);
+    };
+    for (int64_t g = 0; g < num_groups; ++g) {
+      if (group_scales != nullptr) {
+        for (int64_t o = first; o < first + kPanel; ++o, target += sizeof(uint16_t)) {
+          const uint16_t scale = o < num_out && g < given_groups ? group_scales[o * given_groups + g] : 0;
+          std::memcpy(target, &scale, sizeof scale);
+        }
+      }
+      for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += kStep)
+        for (int64_t o = first; o < first + (bits == 8 ? kPanel : kLanes); ++o)
+          for (int64_t j = i; j < i + kStep; ++j)
+            *target++ = bits == 8 ? stored(o, j) : stored(o, j) | stored(o + kLanes, j) << 4;
+    }
+  }
+}
+
 // Sets row numbers[n] of y (M, O), or row n if numbers is null, to row n of x (N, I) W^T + bias.
 void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                  int32_t num_threads) {
+  if (layer->bits != 16) return linear_integers(*layer, x, numbers, num_rows, y, num_threads);
   const int64_t num_in = layer->num_in, num_out = layer->num_out, num_panels = (num_out + kBlock - 1) / kBlock;
   const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
 #pragma omp parallel num_threads(num_threads)
@@ -288,6 +366,7 @@ void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int
 // Parts of one panel should be adjacent, so that it is read from memory once.
 void linear_parts_bf16(const Linear* layer, const void* x, const Part* parts, int64_t num_parts, void* y,
                        int32_t num_threads) {
+  if (layer->bits != 16) return parts_of_integers(*layer, x, parts, num_parts, y, num_threads);
   const int64_t num_in = layer->num_in, num_out = layer->num_out;
 #pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
   {

@@ -13,6 +13,9 @@ extern "C" struct Linear {
   const void* panels;
   const float* bias;  // (panels, 32)
   int64_t num_in, num_out;
+  const float* scales;  // (panels, 32), of integer weights
+  int32_t bits;         // 16: bfloat16 numbers
+  int32_t has_groups;   // whether groups of inputs have scales too
 };
 
 // grouped_lora.cpp. A pair is a token and one of its adapters; S adapters. A run is a row of many tokens, which have the

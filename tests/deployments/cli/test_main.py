@@ -331,18 +331,18 @@ def test_help_has_a_short_option_and_no_command_is_no_mistake() -> None:
         assert (run(group).exit_code, run(group).stdout) == (0, run(group, "-h").stdout)
 
 
-def test_the_commands_are_fifteen_on_two_levels() -> None:
+def test_the_commands_are_eighteen_on_two_levels() -> None:
     root = get_command(cli)
     assert list(root.commands) == [
-        *("serve", "ask", "route", "status", "publish", "list", "show", "withdraw", "rollback", "batch"),
-        *("trial", "access", "pool", "keys", "samples"),
+        *("serve", "ask", "route", "status", "publish", "list", "show", "withdraw", "rollback", "compose", "batch"),
+        *("usage", "trial", "access", "name", "pool", "keys", "samples"),
     ]
     assert list(root.commands["samples"].commands) == ["list", "accept", "reject", "undo"]
     assert list(root.commands["trial"].commands) == ["start", "stop", "promote"]
     assert list(root.commands["access"].commands) == ["public", "private", "approve"]
-    assert list(root.commands["keys"].commands) == ["new", "list", "revoke"]
+    assert list(root.commands["keys"].commands) == ["new", "list", "rotate", "expire", "revoke"]
     assert sorted(root.commands["pool"].commands) == sorted(
-        ["verify", "repair", "gc", "doctor", "evaluate", "reindex", "train"]
+        ["verify", "repair", "gc", "doctor", "evaluate", "reindex", "train", "export", "import"]
     )
 
 

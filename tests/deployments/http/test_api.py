@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
-from deployments.http.api import middleware_of
+from deployments.auth.authenticator import LOCAL_CALLER
+from deployments.http.api import middleware_of, send_usage
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
+from deployments.observability.request_metrics import RequestContext
+from deployments.observability.usage import UsageLog
 from retriever_svc import NoAdapterMatched
 from tests.deployments.app_fakes import http_of, serve_plainly
 from tests.deployments.asking import error_of, get, post, request
@@ -126,3 +131,25 @@ def test_a_request_passes_the_middleware_in_this_order() -> None:
 
     order = asyncio.run(build())
     assert order == ["RequestContextMiddleware", "CORSMiddleware", "Admission", "BodyLimit"]
+
+
+def test_a_replica_sends_its_usage_when_it_starts_and_when_it_stops(tmp_path: Path) -> None:
+    arrived: list[int] = []
+
+    async def put(segment: str, lines: bytes) -> None:
+        arrived.append(lines.count(b"\n"))
+
+    async def run() -> None:
+        for number in range(2):
+            dead = UsageLog(tmp_path, "tiny", put)
+            dead.record(RequestContext(f"{number}", "/v1/completions", "POST", caller=LOCAL_CALLER))
+            dead.close()
+        log = UsageLog(tmp_path, "tiny", put)
+        async with asyncio.timeout(60), send_usage(log, FastAPI()):
+            while arrived != [1, 1]:
+                await asyncio.sleep(0)
+            for number in range(3):
+                log.record(RequestContext(f"more-{number}", "/v1/completions", "POST", caller=LOCAL_CALLER))
+        assert arrived == [1, 1, 3]
+
+    asyncio.run(run())

@@ -19,6 +19,7 @@ from deployments.publishing.validator import (
     warnings_of,
 )
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
+from lora_store.validation import NEVER_TRAINED
 from tests.deployments.adapter_records import adapter
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
@@ -54,10 +55,17 @@ def test_outcomes_and_refusals_are_in_order() -> None:
 
 
 def test_the_warning_of_the_folder_replaces_that_of_the_probe() -> None:
-    mute = Staged(adapter("mute"), (), "hold", warnings=("every lora_B is zero",))
-    assert warnings_of(mute, 0.0) == ("every lora_B is zero",)
+    mute = Staged(adapter("mute"), (), "hold", warnings=(NEVER_TRAINED,))
+    assert warnings_of(mute, 0.0) == (NEVER_TRAINED,)
     unlisted = replace(mute, record=replace(mute.record, expires_at=mute.record.created_at))
     assert warnings_of(unlisted, 0.0) == ()
+
+
+def test_a_reading_of_other_names_hides_no_warning_of_the_probe() -> None:
+    respelled = Staged(adapter("mute"), (), "hold", warnings=("6 tensor names were read",))
+    first, second = warnings_of(respelled, 0.0)
+    assert first == "6 tensor names were read" and "by no more than rounding" in second
+    assert warnings_of(respelled, 0.2) == ("6 tensor names were read",)
 
 
 def test_equal_versions_are_validated_once_and_batches_are_bounded() -> None:

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from lora_store import AdapterRefused, check_folder
 from lora_store.adapter import AdapterWeights
@@ -121,6 +122,15 @@ def test_every_layout_of_a_checkpoint_on_disk_is_read(prefix: str, tmp_path: Pat
     assert torch.equal(loaded, text["lm_head.weight"])
 
 
+def test_a_head_under_an_unknown_name_is_refused_rather_than_tied(tmp_path: Path) -> None:
+    folder = save_multimodal(tmp_path, "mistral3")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.wrapped.lm_head.weight"] = torch.randn(300, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelUnsupported, match=r"the output head has another name in the files \(language_model"):
+        load_base_model(tiny_config(folder))
+
+
 def test_a_text_adapter_of_either_class_moves_the_logits_of_a_multimodal_checkpoint(
     tmp_path: Path, make_engine: MakeEngine
 ) -> None:
@@ -174,11 +184,10 @@ def random_base(draw: random.Random, folder: Path) -> tuple[Path, str]:
     shape: dict[str, Any] = {"num_attention_heads": heads, "num_hidden_layers": draw.choice((2, 3))}
     shape |= {"vocab_size": draw.choice((300, 512)), "hidden_size": heads * 8}
     if name in MULTIMODAL:
-        vision = MULTIMODAL[name][2]
-        shape |= {"num_key_value_heads": draw.choice((1, heads))}
-        if "out_hidden_size" in vision:
-            shape["hidden_size"] = 32
-        text = MULTIMODAL[name][1]
+        _, text, vision = MULTIMODAL[name]
+        if "out_hidden_size" in vision:  # its width, and the sections of its positions, are those of four heads
+            shape |= {"num_attention_heads": 4, "hidden_size": 32}
+        shape |= {"num_key_value_heads": draw.choice((1, shape["num_attention_heads"]))}
         if "layer_types" in text:
             shape["layer_types"] = list(text["layer_types"])[: shape["num_hidden_layers"]]
         return save_multimodal(folder, name, **shape), ALL_TEXT

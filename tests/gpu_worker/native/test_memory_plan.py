@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from gpu_worker.bank.device_memory import MappingLimit
 from gpu_worker.config import NativeWorkerConfig
@@ -165,6 +166,17 @@ def test_a_tied_output_head_in_bfloat16_counts_in_addition_to_the_embedding(
     assert base.model.get_output_embeddings().weight is embedding
     num_bytes = sum(parameter.nbytes for parameter in base.model.parameters())
     assert plan_memory(config, base, GIB).weights_bytes == num_bytes + embedding.nbytes
+
+
+def test_integer_weights_count_as_the_packed_layers_hold_them(tiny_folders: Mapping[str, Path]) -> None:
+    planned = {}
+    for quantization in ("none", "int8", "int4"):
+        config = tiny_config(tiny_folders["llama"], dtype="bfloat16", quantization=quantization)
+        base = load_base_model(config)
+        planned[quantization] = plan_memory(config, base, GIB).weights_bytes
+    linears = [module.weight.numel() for module in base.model.modules() if isinstance(module, nn.Linear)]
+    saved = planned["none"] - planned["int8"], planned["none"] - planned["int4"]
+    assert sum(linears) * 0.85 < saved[0] < sum(linears) and sum(linears) * 1.3 < saved[1] < sum(linears) * 1.5
 
 
 @pytest.mark.parametrize(

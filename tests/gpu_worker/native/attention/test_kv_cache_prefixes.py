@@ -8,7 +8,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.front.prefix import Prefix
@@ -113,7 +113,6 @@ class Reference:
 
 @pytest.mark.parametrize("windows", [{}, WINDOWS], ids=["whole rows", "windows"])
 @pytest.mark.parametrize("is_ample", [True, False], ids=["ample", "scarce"])
-@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_rows_find_what_was_computed_and_nothing_else(
     windows: dict[str, object], is_ample: bool, data: st.DataObject

@@ -1,8 +1,9 @@
 """Compare the vLLM engine with transformers for tiny random models of every family, and write what was seen.
 
-Run in .venv-vllm: `python -m benchmarks.families [FAMILY …]`. Formats of quantised weights count as families, such as
-`quantised:int4`. The results are those of docs/reference/supported-models.md, and a run replaces those of its own
-families only.
+Run in .venv-vllm: `python -m tests.gpu_worker.conformance.run_families [FAMILY …]`. Formats of quantised weights count
+as families, such as `quantised:int4`. The results are those of docs/reference/supported-models.md, and a run replaces
+those of its own families only. With `--build` no engine starts: vLLM's class of the model is built, and the modules are
+compared.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tests.tiny import gemma3_with_wide_heads, tiny_config
 
 STUDY, QUANTISED = "families", "quantised:"
 PATIENCE_S = 200
-EQUAL, DIFFERS, REFUSED, FAILS = "equal", "differs", "refused", "fails"
+EQUAL, BUILT, DIFFERS, REFUSED, FAILS = "equal", "not compared", "differs", "refused", "fails"
 
 
 def compare(family: str, folder: Path) -> dict[str, Any]:
@@ -63,6 +64,64 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
         return {"outcome": DIFFERS, "reason": str(exc)[:300]}
     modules = sorted({name.rpartition(".")[2] for name in hosted.engine.module_shapes})
     return {"outcome": EQUAL, "furthest": round(furthest, 7), "modules": modules}
+
+
+def build(family: str, folder: Path) -> dict[str, Any]:
+    """Build vLLM's class of the model, without weights, and wrap the layers that adapters may target."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    from gpu_worker.vllm.engine_args import build_config
+    from gpu_worker.vllm.front_model import load_front_model, narrowed
+    from gpu_worker.vllm.plan_layers import PlanLayers
+    from gpu_worker.vllm.settings import PluginSettings
+
+    if not folder.exists():
+        save(folder, family)
+    config = tiny_config(folder, engine="vllm", max_model_len=96)
+    try:
+        model = load_front_model(config)
+        vllm_config = build_config(config, model, free_fill=0.0, is_compiled=False)
+        lora_config, vllm_config.lora_config = vllm_config.lora_config, None
+        plugin = PluginSettings.of(vllm_config.additional_config)
+        with set_current_vllm_config(vllm_config):
+            layers = PlanLayers(
+                initialize_model(vllm_config),
+                lora_config,
+                modules=plugin.modules,
+                outputs=plugin.outputs,
+                num_rows=8,
+                device=torch.device("cpu"),
+                kernel=None,
+            )
+        found = narrowed(model, [layers.ends])
+    except GpuWorkerError as exc:
+        return {"outcome": REFUSED, "reason": str(exc)}
+    except Exception as exc:
+        return {"outcome": FAILS, "reason": f"{type(exc).__name__}: {exc}"[:300]}
+    return {"outcome": BUILT, "modules": sorted({name.rpartition(".")[2] for name in found.shapes})}
+
+
+def build_all(families: Sequence[str], models: Path) -> None:
+    """Build the families' models one after the other, and write what was seen."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+    from gpu_worker.vllm import plan_layers
+
+    plan_layers._register = lambda add: None  # a process can register its operation for one model only
+    with TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        for family in families:
+            write(family, {"family": family, "engine": "vllm", **build(family, models / family)})
+
+
+def write(family: str, row: dict[str, Any]) -> None:
+    """Print what was seen of a family, and keep it in the results."""
+    line = "  ".join(str(value) for key, value in row.items() if key != "modules")
+    print(line, flush=True)
+    write_part(STUDY, family, figures={}, table=line, runs=[row])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +176,7 @@ def run_all(families: Sequence[str], models: Path, folder: Path, at_once: int, l
         time.sleep(0.2)
         for run in [run for run in running if run.has_ended()]:
             running.remove(run)
-            row = run.end()
-            line = "  ".join(str(value) for key, value in row.items() if key != "modules")
-            print(line, flush=True)
-            write_part(STUDY, run.family, figures={}, table=line, runs=[row])
+            write(run.family, run.end())
     if waiting:
         print("not started:", *waiting)
 
@@ -130,7 +186,8 @@ def run_all(families: Sequence[str], models: Path, folder: Path, at_once: int, l
 @click.option("--models", type=click.Path(path_type=Path), help="Folder for the tiny models, which are kept there.")
 @click.option("--at-once", default=1, help="Families that run at a time.")
 @click.option("--seconds", default=float("inf"), help="Start none after this time.")
-def main(families: tuple[str, ...], models: Path | None, at_once: int, seconds: float) -> None:
+@click.option("--build", "is_build", is_flag=True, help="Build vLLM's class only, and start no engine.")
+def main(families: tuple[str, ...], models: Path | None, at_once: int, seconds: float, is_build: bool) -> None:
     last_start = time.monotonic() + seconds
     torch.set_num_threads(1)  # a forked process would wait for the threads of its parent
     fork = multiprocessing.get_context("fork")
@@ -139,7 +196,11 @@ def main(families: tuple[str, ...], models: Path | None, at_once: int, seconds: 
     registry._run_in_subprocess = lambda function: function()
     with TemporaryDirectory() as folder:
         names = families or [*FAMILIES, *(QUANTISED + name for name in FORMATS)]
-        run_all(names, models or Path(folder) / "models", Path(folder), at_once, last_start)
+        models = models or Path(folder) / "models"
+        if is_build:
+            build_all([name for name in names if name in FAMILIES], models)
+        else:
+            run_all(names, models, Path(folder), at_once, last_start)
 
 
 if __name__ == "__main__":

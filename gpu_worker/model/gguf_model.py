@@ -1,0 +1,155 @@
+"""Convert a GGUF file of Q8_0 or Q4_0 once into a cache folder, and keep its integers.
+
+transformers reads the file and knows the names and the order of its tensors, but dequantises them. The products of an
+integer and a scale are exact in float32, so the integers are found again, and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.quantization import GROUP, QuantizedWeight
+from gpu_worker.model.quantized_checkpoint import METHOD, PACKED, pack_words
+
+logger = logging.getLogger(__name__)
+
+_KEPT = ("Q8_0", "Q4_0")
+_FLOATS = ("F32", "F16", "BF16")
+_OF_HEADS = ("Q6_K",)  # files of Q4_0 have it for the output head; it is read as bfloat16
+_WHOLE = {"Q8_0": 127, "Q4_0": 8}  # the largest sizes of integers
+_BITS = {"Q8_0": 8, "Q4_0": 4}
+
+
+def find_gguf(source: str) -> Path | None:
+    """Return the GGUF file that `source` names, or that is alone in the folder that it names. None if there is none.
+
+    Raises: BaseModelUnsupported if a folder without config.json has several.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found[:3])
+        raise BaseModelUnsupported(
+            f"{source} has {len(found)} GGUF files ({names}): name one of them as the base model"
+        )
+    return found[0] if found else None
+
+
+def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
+    """Return the folder with the converted model. The first call for a file converts it, which takes about a minute.
+
+    Raises: BaseModelUnsupported, which names the types of tensors that are not supported.
+    """
+    found = gguf.resolve().stat()
+    key = hashlib.sha256(f"{gguf.resolve()}\0{found.st_size}\0{found.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_dir / f"gguf-{gguf.stem}-{key}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / f".{folder.name}.lock"):
+        if not folder.exists():
+            _check_types(gguf)
+            logger.info("converting %s into %s, once; this takes about a minute", gguf, folder)
+            with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{folder.name}-") as scratch:
+                target = Path(scratch, "converted")
+                target.mkdir()
+                _convert(gguf, target)
+                target.rename(folder)
+    return folder
+
+
+def find_integers(weight: Tensor, kind: str) -> QuantizedWeight | None:
+    """Return the integers and scales of a dequantised weight (O, I) float32, or None if it does not consist of them."""
+    num_out, num_in = weight.shape
+    if num_in % GROUP:
+        return None
+    groups = weight.reshape(-1, GROUP)
+    furthest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
+    scales, values = torch.zeros_like(furthest), torch.zeros_like(groups, dtype=torch.int8)
+    left = torch.arange(len(groups))
+    largest = _WHOLE[kind]
+    for size in range(largest, 0, -1):  # the size of the furthest value's integer; files have the largest mostly
+        own, sign = groups[left], -1 if kind == "Q4_0" and size == largest else 1
+        tried = furthest[left] / (sign * size)
+        found = (own / tried.where(tried != 0, 1)).round_()
+        fits = (found * tried == own).all(dim=1)
+        scales[left[fits]], values[left[fits]] = tried[fits], found[fits].to(torch.int8)
+        is_other = size == largest and not bool(fits.any())
+        left = left[~fits]
+        if is_other or not len(left):
+            break
+    if len(left):
+        return None
+    return QuantizedWeight(values.view(num_out, num_in), scales.view(num_out, -1), _BITS[kind], has_groups=True)
+
+
+def _check_types(gguf: Path) -> None:
+    from gguf import GGUFReader  # of the extra `local`
+
+    try:
+        types = {tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
+    except Exception as exc:  # of numpy, struct or the reader itself
+        raise BaseModelUnsupported(f"{gguf} cannot be read as a GGUF file ({exc}). Copy it again") from exc
+    others = sorted(types - {*_KEPT, *_FLOATS, *_OF_HEADS})
+    if others or not types & set(_KEPT):
+        raise BaseModelUnsupported(
+            f"{gguf} has tensors of type {', '.join(others or sorted(types))}; the native engine reads GGUF files of"
+            f" {' and '.join(_KEPT)}: use such a file, or the folder of the same model that has config.json and"
+            " *.safetensors"
+        )
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Save the model as a checkpoint of the format compressed-tensors."""
+    with redirect_stderr(io.StringIO()):  # progress bars
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tensors: dict[str, Tensor] = {}
+    found = {name: _integers(module) for name, module in read.named_modules() if isinstance(module, nn.Linear)}
+    for name, tensor in read.state_dict().items():
+        weight = found.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if weight is None:
+            tensors[name] = tensor.bfloat16()
+        else:
+            tensors |= _packed(name.removesuffix(".weight"), weight)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    kinds = sorted({weight.bits for weight in found.values() if weight is not None})
+    read.config.quantization_config = _quantization_config(kinds)
+    read.config.save_pretrained(target)
+    read.generation_config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _integers(linear: nn.Linear) -> QuantizedWeight | None:
+    weight = linear.weight.detach()
+    return find_integers(weight, "Q4_0") or find_integers(weight, "Q8_0")
+
+
+def _packed(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight_packed": pack_words(weight.values, weight.bits),
+        f"{name}.weight_scale": weight.scales.half(),  # as in the file
+        f"{name}.weight_shape": torch.tensor(weight.values.shape),
+    }
+
+
+def _quantization_config(kinds: Sequence[int]) -> dict[str, Any]:
+    common = {"type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    groups = {f"group_{bits}": {"targets": ["Linear"], "weights": {"num_bits": bits, **common}} for bits in kinds}
+    return {"quant_method": METHOD, "format": PACKED, "config_groups": groups, "ignore": []}

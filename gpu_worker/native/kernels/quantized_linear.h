@@ -1,0 +1,347 @@
+// Products of 8-bit inputs and integer weights, summed in int32: y = x W^T + bias.
+//
+// Dims: N rows, I in, O out. Weights have 8 bits with one scale per output, or 8 or 4 bits with one scale per output and
+// group of kGroup inputs. Each row of x is rounded to 8-bit integers with one scale per kBlock inputs, or per group: with
+// one scale per row, a single large input would round the others to 0. The integer sums are exact, so every processor and
+// every number of rows has the same ones.
+// A packed weight has panels of 32 outputs. A group of a panel: the outputs' scales as halves, if groups have scales; then
+// for each kStep inputs the weights of 32 outputs, as bytes (32, kStep), or with 4 bits as 64 bytes (16, kStep) with
+// outputs 0 to 15 in the lower halves. A weight is stored as an unsigned number, kZero more than its value. Inputs are
+// padded to kBlock with weights of value 0.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "structs.h"
+#include "vectors.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace {
+namespace quantized {
+
+
+constexpr int64_t kPanel = 2 * kLanes, kStep = 4, kGroup = 32, kBlock = 64, kScaleBytes = kPanel * 2;
+
+template <int kBits>
+constexpr int kZero = 1 << (kBits - 1);
+
+// Sums: 16 int32 sums. Weights<kBits>: a step's weights of 32 outputs. add: sum += w . x for the 4 inputs at x.
+#if defined(__AVX512VNNI__)
+constexpr int kMostRows = 12, kMostGroupRows = 8;  // sums, two weights and an input are in registers
+
+struct Sums {
+  __m512i of;
+
+  static Sums all(int32_t value) { return {_mm512_set1_epi32(value)}; }
+  f32x16 floats() const { return (f32x16)_mm512_cvtepi32_ps(of); }
+};
+
+template <int kBits>
+struct Weights {
+  __m512i low, high;
+
+  explicit Weights(const uint8_t* p) {
+    if constexpr (kBits == 8) {
+      low = _mm512_loadu_si512(p);
+      high = _mm512_loadu_si512(p + 64);
+    } else {
+      const __m512i mask = _mm512_set1_epi8(15), both = _mm512_loadu_si512(p);
+      low = _mm512_and_si512(both, mask);
+      high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    }
+  }
+
+  void add(const int8_t* x, Sums& to_low, Sums& to_high) const {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    const __m512i inputs = _mm512_set1_epi32(four);
+    // g++ copies and spills the sums of the intrinsic
+    asm("vpdpbusd %2, %1, %0" : "+v"(to_low.of) : "v"(low), "v"(inputs));
+    asm("vpdpbusd %2, %1, %0" : "+v"(to_high.of) : "v"(high), "v"(inputs));
+  }
+};
+#elif defined(__AVX2__)
+constexpr int kMostRows = 2, kMostGroupRows = 2;
+
+struct Sums {
+  __m256i of[2];
+
+  static Sums all(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
+  f32x16 floats() const {
+    f32x16 v;
+    for (int h = 0; h < 2; ++h) {
+      const __m256 half = _mm256_cvtepi32_ps(of[h]);
+      std::memcpy((char*)&v + 32 * h, &half, sizeof half);
+    }
+    return v;
+  }
+};
+
+// The pairs of products fit 16 bits: 2 * 127 * 128 with the signs moved from weights to inputs.
+template <int kBits>
+struct Weights {
+  __m256i values[4], sizes[4];
+
+  explicit Weights(const uint8_t* p) {
+    const __m256i mask = _mm256_set1_epi8(15), zero = _mm256_set1_epi8(kZero<kBits> == 8 ? 8 : -128);
+    for (int q = 0; q < 4; ++q) {
+      if constexpr (kBits == 8) {
+        values[q] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(p + 32 * q)), zero);
+        sizes[q] = _mm256_abs_epi8(values[q]);
+      } else {
+        const __m256i both = _mm256_loadu_si256((const __m256i*)(p + 32 * (q % 2)));
+        sizes[q] = _mm256_and_si256(q < 2 ? both : _mm256_srli_epi16(both, 4), mask);
+      }
+    }
+  }
+
+  void add(const int8_t* x, Sums& to_low, Sums& to_high) const {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+    for (int q = 0; q < 4; ++q) {
+      const __m256i with_signs = kBits == 8 ? _mm256_sign_epi8(inputs, values[q]) : inputs;
+      const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(sizes[q], with_signs), ones);
+      __m256i& sum = (q < 2 ? to_low : to_high).of[q % 2];
+      sum = _mm256_add_epi32(sum, products);
+    }
+  }
+};
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kMostRows = 2, kMostGroupRows = 2;
+
+struct Sums {
+  int32x4_t of[4];
+
+  static Sums all(int32_t value) {
+    const int32x4_t four = vdupq_n_s32(value);
+    return {{four, four, four, four}};
+  }
+  f32x16 floats() const {
+    float values[kLanes];
+    for (int q = 0; q < 4; ++q) vst1q_f32(values + 4 * q, vcvtq_f32_s32(of[q]));
+    return load(values);
+  }
+};
+
+template <int kBits>
+struct Weights {
+  int8x16_t values[8];
+
+  explicit Weights(const uint8_t* p) {
+    for (int q = 0; q < 8; ++q) {
+      if constexpr (kBits == 8) {
+        values[q] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * q), vdupq_n_u8(128)));
+      } else {
+        const uint8x16_t both = vld1q_u8(p + 16 * (q % 4));
+        values[q] = vreinterpretq_s8_u8(q < 4 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4));
+      }
+    }
+  }
+
+  void add(const int8_t* x, Sums& to_low, Sums& to_high) const {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+    for (int q = 0; q < 4; ++q) {
+      to_low.of[q] = vdotq_s32(to_low.of[q], values[q], inputs);
+      to_high.of[q] = vdotq_s32(to_high.of[q], values[q + 4], inputs);
+    }
+  }
+};
+#else
+constexpr int kMostRows = 2, kMostGroupRows = 2;
+using i32x16 = int32_t __attribute__((vector_size(64)));
+
+struct Sums {
+  i32x16 of;
+
+  static Sums all(int32_t value) { return {i32x16{} + value}; }
+  f32x16 floats() const { return __builtin_convertvector(of, f32x16); }
+};
+
+template <int kBits>
+struct Weights {
+  i32x16 low[kStep], high[kStep];  // one input each
+
+  explicit Weights(const uint8_t* p) {
+    for (int o = 0; o < kLanes; ++o)
+      for (int j = 0; j < kStep; ++j) {
+        low[j][o] = kBits == 8 ? p[kStep * o + j] : p[kStep * o + j] & 15;
+        high[j][o] = kBits == 8 ? p[64 + kStep * o + j] : p[kStep * o + j] >> 4;
+      }
+  }
+
+  void add(const int8_t* x, Sums& to_low, Sums& to_high) const {
+    for (int j = 0; j < kStep; ++j) {
+      to_low.of += low[j] * int32_t{x[j]};
+      to_high.of += high[j] * int32_t{x[j]};
+    }
+  }
+};
+#endif
+
+// Whether a path changes 8-bit weights to signed numbers as it loads them, so that no sum of inputs corrects for kZero.
+#if (defined(__AVX2__) && !defined(__AVX512VNNI__)) || (!defined(__AVX2__) && defined(__ARM_FEATURE_DOTPROD))
+constexpr bool kLoadsSigned = true;
+#else
+constexpr bool kLoadsSigned = false;
+#endif
+
+inline f32x16 load_halves(const uint8_t* p) {  // of finite numbers
+#ifdef __AVX512F__
+  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  u16x16 halves;
+  std::memcpy(&halves, p, sizeof halves);
+  const u32x16 bits = __builtin_convertvector(halves, u32x16);
+  const f32x16 sizes = (f32x16)((bits & 0x7fff) << 13) * 0x1p112f;
+  return (f32x16)((u32x16)sizes | ((bits & 0x8000) << 16));
+#endif
+}
+
+// Rows of x as integers, in blocks of one scale. The memory is the calling thread's, until it makes others.
+struct Inputs {
+  int64_t num_in, block, num_blocks, padded;
+  int8_t* codes;  // (N, padded)
+  int32_t* sums;  // (N, blocks): of each block's codes
+  float* scales;  // (N, blocks), NaN for a block that is not finite
+
+  Inputs(const Linear& layer, int64_t num_rows)
+      : num_in(layer.num_in),
+        block(layer.has_groups ? kGroup : kBlock),
+        padded((num_in + kBlock - 1) / kBlock * kBlock) {
+    static thread_local std::vector<int64_t> memory;  // aligned for all parts
+    num_blocks = padded / block;
+    const int64_t num_bytes = num_rows * (padded + (sizeof(int32_t) + sizeof(float)) * num_blocks);
+    if (static_cast<int64_t>(memory.size() * sizeof(int64_t)) < num_bytes) memory.resize(num_bytes / 8 + 1);
+    codes = reinterpret_cast<int8_t*>(memory.data());
+    sums = reinterpret_cast<int32_t*>(codes + num_rows * padded);
+    scales = reinterpret_cast<float*>(sums + num_rows * num_blocks);
+  }
+
+  void set_row(int64_t r, const bf16* x) {
+    for (int64_t b = 0; b < num_blocks; ++b) set_block(r, b, x + b * block, std::clamp<int64_t>(num_in - b * block, 0, block));
+  }
+
+ private:
+  // The inverse of a scale has 16 bits, so that its products with bfloat16 numbers are exact on every processor.
+  void set_block(int64_t r, int64_t b, const bf16* x, int64_t num) {
+    constexpr uint16_t kNotFinite = 0x7f80;
+    int8_t* target = codes + r * padded + b * block;
+    uint16_t most = 0;
+    for (int64_t i = 0; i < num; ++i) most = std::max<uint16_t>(most, x[i].bits & 0x7fff);
+    const bool is_finite = most < kNotFinite;
+    const uint32_t size_bits = uint32_t{most} << 16;
+    float largest, inverse;
+    std::memcpy(&largest, &size_bits, sizeof largest);
+    const float exact = 127.0f / std::max(largest, 0x1p-100f);
+    uint32_t inverse_bits;
+    std::memcpy(&inverse_bits, &exact, sizeof exact);
+    inverse_bits &= 0xffffff00u;
+    std::memcpy(&inverse, &inverse_bits, sizeof inverse);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < block; i += kLanes) {
+      const f32x16 values = is_finite ? load_part(x + i, num - i) * inverse : f32x16{};
+      const f32x16 shifted = values + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+      int32_t whole[kLanes];
+      std::memcpy(whole, &shifted, sizeof whole);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        target[i + lane] = static_cast<int8_t>(whole[lane] - 0x4b400000);
+        sum += target[i + lane];
+      }
+    }
+    sums[r * num_blocks + b] = sum;
+    scales[r * num_blocks + b] = is_finite ? 1.0f / inverse : __builtin_nanf("");
+  }
+};
+
+inline void store_row(bf16* y, f32x16 low, f32x16 high, int64_t left) {
+  store_part(y, low, left);
+  if (left > kLanes) store_part(y + kLanes, high, left - kLanes);
+}
+
+// y[r][0 .. 32) = x[first + r] . panel + bias, where y has one pointer per row. g++ keeps the sums in memory if it does
+// not unroll the loops over rows early.
+template <int R, int kBits, bool kHasGroups>
+void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float* scales, const float* bias,
+              bf16* const* y, int64_t left) {
+  constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8, kInputs = kHasGroups ? kGroup : kBlock;
+  constexpr int kOffset = kBits == 8 && kLoadsSigned ? 0 : -kZero<kBits>;
+  const int64_t num_blocks = x.num_blocks, padded = x.padded;
+  const int8_t* codes = x.codes + first * padded;
+  const int32_t* sums = x.sums + first * num_blocks;
+  const float* row_scales = x.scales + first * num_blocks;
+  f32x16 low_total[R], high_total[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) low_total[r] = high_total[r] = f32x16{};
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const uint8_t* group_scales = panel;
+    if (kHasGroups) panel += kScaleBytes;
+    Sums low[R], high[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(kOffset * sums[r * num_blocks + b]);
+#pragma GCC unroll 1  // more steps at once need more registers than there are
+    for (int64_t i = b * kInputs; i < (b + 1) * kInputs; i += kStep, panel += kStepBytes) {
+      const Weights<kBits> weights(panel);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) weights.add(codes + r * padded + i, low[r], high[r]);
+    }
+    if constexpr (kHasGroups) {
+      const f32x16 scale_low = load_halves(group_scales), scale_high = load_halves(group_scales + kScaleBytes / 2);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        low_total[r] += low[r].floats() * (scale_low * row_scales[r * num_blocks + b]);
+        high_total[r] += high[r].floats() * (scale_high * row_scales[r * num_blocks + b]);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        low_total[r] += low[r].floats() * row_scales[r * num_blocks + b];
+        high_total[r] += high[r].floats() * row_scales[r * num_blocks + b];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    store_row(y[r], low_total[r] * load(scales) + load(bias),
+              high_total[r] * load(scales + kLanes) + load(bias + kLanes), left);
+  }
+}
+
+template <int R, int kBits, bool kHasGroups, class... Args>
+void multiply_rows(int64_t num_rows, Args... args) {
+  if constexpr (R > 0) {
+    if (num_rows == R) return multiply<R, kBits, kHasGroups>(args...);
+    multiply_rows<R - 1, kBits, kHasGroups>(num_rows, args...);
+  }
+}
+
+// Sets the panel's outputs of rows first to first + num of x; y has one pointer per row, to their places.
+inline void multiply_panel(const Linear& layer, const Inputs& x, int64_t first, int64_t num, int64_t panel,
+                           bf16* const* y) {
+  const int64_t scale_bytes = layer.has_groups ? x.num_blocks * kScaleBytes : 0;
+  const int64_t panel_bytes = x.padded * kPanel * layer.bits / 8 + scale_bytes;
+  const uint8_t* weights = static_cast<const uint8_t*>(layer.panels) + panel * panel_bytes;
+  const float *scales = layer.scales + panel * kPanel, *bias = layer.bias + panel * kPanel;
+  const int64_t left = layer.num_out - panel * kPanel;
+  if (!layer.has_groups) {
+    multiply_rows<kMostRows, 8, false>(num, x, first, weights, scales, bias, y, left);
+  } else if (layer.bits == 8) {
+    multiply_rows<kMostGroupRows, 8, true>(num, x, first, weights, scales, bias, y, left);
+  } else {
+    multiply_rows<kMostGroupRows, 4, true>(num, x, first, weights, scales, bias, y, left);
+  }
+}
+
+inline int64_t most_rows(const Linear& layer) { return layer.has_groups ? kMostGroupRows : kMostRows; }
+
+}  // namespace quantized
+}  // namespace

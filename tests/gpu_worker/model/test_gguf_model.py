@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM
+
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.gguf_model import find_gguf, find_integers, gguf_folder
+from gpu_worker.model.quantization import QuantizedLinear
+from tests.tiny import tiny_config
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_the_integers_of_a_gguf_tensor_are_found_again(kind: str) -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
+    weight[2, 32:64] = 0
+    type_ = gguf.GGMLQuantizationType[kind]
+    whole = gguf.quants.dequantize(gguf.quants.quantize(weight, type_), type_)
+    found = find_integers(torch.from_numpy(whole), kind)
+    assert found is not None and found.bits == int(kind[1])
+    assert torch.equal(found.dequantized(), torch.from_numpy(whole))
+    assert torch.equal(found.scales.half().float(), found.scales), "a scale of the file is a half"
+
+
+def test_a_group_without_the_largest_integer_is_found_too() -> None:
+    weight = torch.randint(-50, 50, (4, 64)).float() * 0.125
+    weight[0, 0] = 127 * 0.125
+    found = find_integers(weight, "Q8_0")
+    assert found is not None and torch.equal(found.dequantized(), weight)
+
+
+def test_a_weight_that_is_no_product_of_integers_is_not_taken() -> None:
+    assert find_integers(torch.randn(4, 64), "Q8_0") is None
+    assert find_integers(torch.randn(4, 48), "Q8_0") is None
+
+
+def gguf_with(path: Path, kind: str) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    type_ = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor("output.weight", gguf.quants.quantize(np.ones((4, 256), np.float32), type_), raw_dtype=type_)
+    return written(writer, path)
+
+
+def written(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tiny_llama(path: Path, kind: str) -> Path:
+    """Write a random Llama of one layer with a tokenizer of single bytes."""
+    random, type_ = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_vocab_size(len(alphabet) + 3)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*alphabet, "ab", "<bos>", "<eos>"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(len(alphabet) + 1)
+    writer.add_eos_token_id(len(alphabet) + 2)
+    shapes = {"token_embd": (259, 64), "output": (259, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_output": (64, 64)}
+    shapes |= {"blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.ffn_down": (64, 96)}
+    shapes |= {"blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64)}
+    for name, shape in shapes.items():
+        weight = (random.normal(size=shape) / 8).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, type_), raw_dtype=type_)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+    return written(writer, path)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_gguf_file_is_served_with_its_integers(kind: str, tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", kind)
+    config = tiny_config(file, dtype="auto", cache_dir=tmp_path / "cache")
+    model = load_base_model(config).model
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert len(layers) == 8
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path, **options).named_modules())
+    for name, layer in layers.items():
+        assert layer.quantized.bits == int(kind[1])
+        assert torch.equal(layer.quantized.dequantized(), expected[name].weight.detach())
+    assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
+
+
+def test_other_types_of_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    file = gguf_with(tmp_path / "model.gguf", "Q5_0")
+    with pytest.raises(
+        BaseModelUnsupported, match="has tensors of type Q5_0; the native engine reads GGUF files of Q8_0"
+    ):
+        gguf_folder(file, tmp_path / "cache")
+
+
+def test_a_broken_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BaseModelUnsupported, match="cannot be read as a GGUF file"):
+        gguf_folder(tmp_path / "model.gguf", tmp_path / "cache")
+
+
+def test_one_file_of_a_folder_is_found_and_two_are_refused(tmp_path: Path) -> None:
+    assert find_gguf(str(tmp_path)) is None and find_gguf("google/gemma-3-270m") is None
+    (tmp_path / "a.gguf").touch()
+    assert find_gguf(str(tmp_path)) == tmp_path / "a.gguf" == find_gguf(str(tmp_path / "a.gguf"))
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(BaseModelUnsupported, match=r"has 2 GGUF files \(a.gguf, b.gguf\): name one"):
+        find_gguf(str(tmp_path))
+    (tmp_path / "config.json").touch()
+    assert find_gguf(str(tmp_path)) is None

@@ -1,0 +1,182 @@
+"""The products of integers equal a slow loop, on every kind of processor whose code runs here."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
+from gpu_worker.model.quantization import GROUP, QuantizedWeight, quantize, rounded_inputs
+from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, source_of
+from gpu_worker.native.kernels.kernel_loading import share_openmp
+from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
+from tests.gpu_worker.engine_driver import compiled
+
+KINDS = ("int8", "int8 in groups", "int4")
+_ARM = "aarch64-linux-gnu-g++"
+
+
+@pytest.fixture(scope="module")
+def kernel() -> LinearKernel:
+    return compiled(load_linear_kernel)
+
+
+@pytest.fixture(scope="module", params=["x86-64", "x86-64-v3"])
+def other_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LinearKernel:
+    """The library for older processors, whose code has no VNNI."""
+    this = this_processor()
+    older = next(variant for variant in VARIANTS if variant.name == "x86-64-v3")
+    if this.machine != "x86_64" or shutil.which("c++") is None or not older.needs <= this.flags:
+        pytest.skip("needs a C++ compiler and an x86 processor with AVX2")
+    library = tmp_path_factory.mktemp("older") / "packed_linear.so"
+    Compiler.find().compile(source_of("packed_linear"), [f"-march={request.param}"], library)
+    share_openmp()
+    return LinearKernel(ctypes.CDLL(str(library)))
+
+
+def weight_of(kind: str, num_out: int, num_in: int) -> QuantizedWeight:
+    """Return random weights, with the extreme integers among them."""
+    bits = 4 if kind == "int4" else 8
+    values = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (num_out, num_in)).to(torch.int8)
+    values[::3] = -(1 << (bits - 1))
+    has_groups = kind != "int8"
+    num_scales = -(-num_in // GROUP) if has_groups else 1
+    return QuantizedWeight(values, (torch.randn(num_out, num_scales) / 50).bfloat16().float(), bits, has_groups)
+
+
+def inputs_of(num_rows: int, num_in: int) -> Tensor:
+    x = torch.randn(num_rows, num_in) * 2.0 ** torch.randint(-8, 8, (num_rows, 1))
+    x[-1] = x[-1].sign() * 3  # the largest integers only
+    return x.bfloat16()
+
+
+def slow_products(weight: QuantizedWeight, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x W^T + bias in float64, and the sums of the terms' sizes."""
+    inputs = rounded_inputs(x, GROUP if weight.has_groups else 64).double()
+    whole = weight.dequantized(torch.float64)
+    found, sizes = torch.empty(len(x), len(whole)).double(), torch.empty(len(x), len(whole)).double()
+    for n, row in enumerate(inputs):
+        for o, weights in enumerate(whole):
+            terms = row * weights
+            found[n, o], sizes[n, o] = terms.sum() + bias[o], terms.abs().sum() + bias[o].abs()
+    return found, sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+@torch.inference_mode()
+def test_products_equal_a_slow_loop(kind: str, seed: int, kernel: LinearKernel) -> None:
+    generator = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    num_rows, num_in, num_out = (int(generator.integers(1, most)) for most in (64, 300, 70))
+    weight, x, bias = weight_of(kind, num_out, num_in), inputs_of(num_rows, num_in), torch.randn(num_out)
+    found = KernelLinear(kernel, weight, bias)(x).double()
+    expected, sizes = slow_products(weight, x, bias)
+    assert ((found - expected).abs() <= expected.abs() * 2**-8 + sizes * 2**-20).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_older_processors_compute_the_same_bits(kind: str, kernel: LinearKernel, other_kernel: LinearKernel) -> None:
+    torch.manual_seed(0)
+    for num_rows, num_in, num_out in ((1, 1, 1), (2, 31, 33), (3, 64, 32), (12, 65, 31), (13, 640, 100), (64, 129, 64)):
+        weight, x = weight_of(kind, num_out, num_in), inputs_of(num_rows, num_in)
+        found, other = (KernelLinear(each, weight, None)(x) for each in (kernel, other_kernel))
+        assert torch.equal(found, other), "a processor rounds another integer"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_row_of_integers_does_not_depend_on_other_rows(kind: str, kernel: LinearKernel) -> None:
+    torch.manual_seed(0)
+    layer, x = KernelLinear(kernel, weight_of(kind, 70, 520), None), inputs_of(50, 520)
+    x[7, 300] = float("nan")
+    y = layer(x)
+    assert y[7].isnan().all() and y[8:].isfinite().all() and (y[8:] != 0).any()
+    for number in (0, 6, 8, 12, 29, 49):
+        for more in range(1, 15):
+            assert torch.equal(y[number], layer(x[number : number + more])[0])
+    torch.set_num_threads(2)
+    assert torch.equal(layer(x), y) or y[7].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_some_rows_and_panels_of_integers_are_those_of_the_whole(kind: str, kernel: LinearKernel) -> None:
+    torch.manual_seed(0)
+    layer, x = KernelLinear(kernel, weight_of(kind, 100, 96), torch.randn(100)), inputs_of(30, 96)
+    whole = np.array([28, *range(1, 27, 2)], np.int32)
+    parts = np.array([[panel, row] for panel in (0, 3) for row in (2, 29)], np.int32)
+    y, expected = layer(x), torch.full((30, 100), -torch.inf).bfloat16()
+    expected[whole] = y[whole]
+    for row in (2, 29):
+        expected[row, :32], expected[row, 96:] = y[row, :32], y[row, 96:]
+    assert torch.equal(layer.some(x, whole, parts), expected)
+
+
+def test_rounded_weights_change_the_products_little(kernel: LinearKernel) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 256), torch.randn(9, 256).bfloat16()
+    exact = x.float() @ weight.T
+    for bits, most in ((8, 0.02), (4, 0.15)):
+        found = KernelLinear(kernel, quantize(weight, bits), None)(x).float()
+        assert (found - exact).norm() < most * exact.norm()
+
+
+@pytest.mark.parametrize("options", ["-march=armv8-a", "-march=armv8.2-a+dotprod"])
+def test_arm_processors_compute_the_same_bits(options: str, kernel: LinearKernel, tmp_path: Path) -> None:
+    """A program with the compiled functions runs under the emulator."""
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if shutil.which(_ARM) is None or emulator is None:
+        pytest.skip(f"needs {_ARM} and qemu-aarch64 (Debian packages g++-aarch64-linux-gnu and qemu-user)")
+    main = tmp_path / "main.cpp"
+    main.write_text(_PROGRAM.replace("SOURCE", str(source_of("packed_linear"))))
+    built = [_ARM, "-O2", "-std=c++17", "-static", "-Wno-psabi", f"-I{FOLDER}", options, str(main), "-o"]
+    subprocess.run([*built, str(tmp_path / "main")], check=True, timeout=120)
+    torch.manual_seed(0)
+    for kind in KINDS:
+        weight, x = weight_of(kind, 70, 100), inputs_of(5, 100)
+        layer = KernelLinear(kernel, weight, None)
+        halves, scales = weight.stored_scales()
+        sizes = np.array([5, 100, 70, weight.bits, weight.has_groups, layer._panels.numel()], np.int64)
+        parts = sizes, x.view(torch.int16).numpy(), weight.values.numpy(), scales.numpy()
+        scale_bytes = b"" if halves is None else halves.numpy().tobytes()
+        sent = b"".join(part.tobytes() for part in parts) + scale_bytes
+        run = subprocess.run(
+            [emulator, str(tmp_path / "main")], input=sent, capture_output=True, check=True, timeout=60
+        )
+        found = torch.frombuffer(bytearray(run.stdout), dtype=torch.bfloat16).view(5, 70)
+        assert torch.equal(found, layer(x))
+
+
+_PROGRAM = r"""
+#include "SOURCE"
+#include <cstdio>
+template <class T> std::vector<T> read(int64_t num) {
+  std::vector<T> values(num + 64);
+  if (fread(values.data(), sizeof(T), num, stdin) != size_t(num)) exit(1);
+  return values;
+}
+int main() {
+  const auto sizes = read<int64_t>(6);
+  const int64_t rows = sizes[0], in = sizes[1], out = sizes[2];
+  const auto x = read<uint16_t>(rows * in);
+  const auto values = read<int8_t>(out * in);
+  auto scales = read<float>(out);
+  const auto halves = read<uint16_t>(sizes[4] ? out * ((in + 31) / 32) : 0);
+  std::vector<uint8_t> panels(sizes[5] + 64);
+  std::vector<float> bias(out + 64);
+  pack_integers(values.data(), sizes[4] ? halves.data() : nullptr, sizes[3], out, in, panels.data(), 1);
+  const Linear layer{panels.data(), bias.data(), in, out, scales.data(), int32_t(sizes[3]), int32_t(sizes[4])};
+  std::vector<uint16_t> y(rows * out);
+  linear_bf16(&layer, x.data(), nullptr, rows, y.data(), 1);
+  fwrite(y.data(), 2, y.size(), stdout);
+}
+"""

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gpu_worker.model.quantization import (
+    GROUP,
+    QuantizedLinear,
+    QuantizedWeight,
+    quantize,
+    quantize_layers,
+    rounded_inputs,
+)
+
+
+@pytest.mark.parametrize("num_in", [1, 31, 64, 100])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_rounded_weight_is_within_half_a_step_of_the_weight(bits: int, num_in: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(70, num_in) * torch.rand(70, 1)
+    weight[3] = 0
+    found = quantize(weight, bits)
+    assert found.values.int().abs().max() <= 1 << (bits - 1) and found.values.shape == weight.shape
+    assert found.has_groups == (bits == 4)
+    scales = found.scales.abs()
+    steps = scales.repeat_interleave(GROUP, dim=1)[:, :num_in] if bits == 4 else scales.expand_as(weight)
+    clipped = 0 if bits == 8 else 2.1 * steps  # 4 bits may clip the largest values of a group
+    assert ((found.dequantized() - weight).abs() <= 0.51 * steps + clipped).all()
+    assert (found.dequantized()[3] == 0).all()
+
+
+def test_four_bits_choose_the_scale_with_the_least_error() -> None:
+    weight = torch.randn(50, GROUP, generator=torch.Generator().manual_seed(0))
+    found = quantize(weight, 4)
+    furthest = weight.gather(1, weight.abs().argmax(dim=1, keepdim=True))
+    plain = (furthest / -8).bfloat16().float()
+    naive = (weight / plain).round().clamp(-8, 7) * plain
+    assert (found.dequantized() - weight).norm() < (naive - weight).norm()
+
+
+def test_stored_scales_are_exact_over_twenty_binades() -> None:
+    scales = (torch.randint(-1024, 1024, (8, 3)) / 1024) * 2.0 ** torch.randint(-60, -40, (8, 3))
+    halves, factors = QuantizedWeight(torch.zeros(8, 96, dtype=torch.int8), scales, 4, True).stored_scales()
+    assert halves is not None and torch.equal(halves.float() * factors[:, None], scales)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_only_the_block_of_a_number_that_is_not_finite_becomes_nan(value: float) -> None:
+    x = torch.randn(2, 130).bfloat16()
+    x[1, 70] = value
+    found = rounded_inputs(x)
+    assert found[1, 64:128].isnan().all() and found[0].isfinite().all() and found[1, 128:].isfinite().all()
+
+
+def test_rounded_inputs_are_at_most_half_a_step_away() -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(4, 200), torch.full((1, 200), 1e-39), torch.full((1, 200), 3e38)]).bfloat16()
+    steps = x.float().abs().amax(dim=-1, keepdim=True) / 127
+    assert ((rounded_inputs(x) - x.float()).abs() <= 0.502 * steps + 2.0**-106 * 127).all()
+
+
+def test_layers_are_replaced_once_and_keep_their_biases() -> None:
+    model = nn.ModuleDict({"inner": nn.ModuleDict({"one": nn.Linear(64, 8), "two": nn.Linear(8, 4)})}).bfloat16()
+    bias = model.get_submodule("inner.one").bias
+    quantize_layers(model, ["inner.one"], 8)
+    first = model.get_submodule("inner.one")
+    quantize_layers(model, ["inner.one", "inner.two"], 4)
+    one, two = model.get_submodule("inner.one"), model.get_submodule("inner.two")
+    assert isinstance(one, QuantizedLinear) and isinstance(two, QuantizedLinear)
+    assert one is first and one.bias is bias and (one.quantized.bits, two.quantized.bits) == (8, 4)
+    x = torch.randn(3, 64).bfloat16()
+    torch.testing.assert_close(one(x), nn.functional.linear(x, one.weight, bias), rtol=0.05, atol=0.05)

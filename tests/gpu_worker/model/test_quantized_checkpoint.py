@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.quantization import QuantizedLinear, quantized_layers
+from gpu_worker.model.quantized_checkpoint import check_format, pack_words, unpack_words
+from tests.tiny import tiny_config
+
+_CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+_GROUPS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def config_with(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None = None, **others: Any) -> Any:
+    group = {"targets": ["Linear"], "weights": dict(weights), "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, **others}
+
+
+def checkpoint(source: Path, target: Path, *, bits: int) -> dict[str, torch.Tensor]:
+    """Save the model with its projections as integers, and return their weights."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    tensors, expected = load_file(target / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight, layer = tensors.pop(name), name.removesuffix(".weight")
+        width = 32 if bits == 4 else weight.shape[1]
+        scales = torch.stack([part.abs().amax(1) for part in weight.split(width, dim=1)], dim=1) / (2 ** (bits - 1) - 1)
+        steps = scales.repeat_interleave(width, dim=1)[:, : weight.shape[1]]
+        values = (weight / steps).round().to(torch.int8)
+        expected[layer] = values * steps
+        tensors[layer + ".weight_scale"] = scales
+        if bits == 8:
+            tensors[name] = values
+        else:
+            tensors[layer + ".weight_packed"] = pack_words(values, 4)
+            tensors[layer + ".weight_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    own = config_with("int-quantized", _CHANNEL, _INPUTS) if bits == 8 else config_with("pack-quantized", _GROUPS)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
+    return expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_integers_of_a_checkpoint_are_kept(bits: int, tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    expected = checkpoint(tiny_folders["llama"], tmp_path, bits=bits)
+    base = load_base_model(tiny_config(tmp_path, dtype="auto", quantization="int8" if bits == 8 else "none"))
+    assert base.dtype == torch.bfloat16
+    assert len(expected) >= 14
+    for name, weight in expected.items():
+        layer = base.model.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear) and layer.quantized.bits == bits
+        torch.testing.assert_close(layer.quantized.dequantized(), weight)
+    is_rounded = isinstance(base.model.get_output_embeddings(), QuantizedLinear)
+    assert is_rounded == (bits == 8), "the setting rounds what the checkpoint has as numbers"
+    assert len(list(quantized_layers(base.model))) == len(expected) + is_rounded
+
+
+def test_a_checkpoint_without_its_integers_is_refused(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_packed"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelUnsupported, match=r"integers of model.layers.0.mlp.up_proj are missing"):
+        load_base_model(tiny_config(tmp_path, dtype="auto"))
+
+
+def test_integers_are_not_read_in_float32(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
+    with pytest.raises(BaseModelUnsupported, match="dtype 'auto' or 'bfloat16', got 'cpu' and 'float32'"):
+        load_base_model(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_words_hold_the_first_value_in_the_lowest_bits(bits: int) -> None:
+    values = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (5, 19)).to(torch.int8)
+    words = pack_words(values, bits)
+    assert torch.equal(unpack_words(words, bits, 19), values)
+    assert int(words[0, 0]) & ((1 << bits) - 1) == int(values[0, 0]) + (1 << (bits - 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"quant_method": "gptq"}, "by gptq;"),
+        ({"quant_method": "awq"}, "by awq;"),
+        (config_with("float-quantized", _CHANNEL | {"type": "float"}), r"format float-quantized \(float 8 bits\)"),
+        (config_with("pack-quantized", _GROUPS | {"num_bits": 2}), r"format pack-quantized \(int 2 bits\)"),
+        (config_with("pack-quantized", _GROUPS | {"symmetric": False}), "with asymmetric weights"),
+        (config_with("pack-quantized", _GROUPS | {"group_size": 48}), "with groups of 48"),
+        (config_with("int-quantized", _CHANNEL, _INPUTS | {"dynamic": False}), "not rounded token by token"),
+        (config_with("int-quantized", _CHANNEL, kv_cache_scheme={"num_bits": 8}), "with a quantised KV cache"),
+    ],
+)
+def test_other_formats_are_refused_by_name(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(BaseModelUnsupported, match=f"quantised by .*{named.removeprefix('by ')}"):
+        check_format(config, "llama")
