@@ -41,7 +41,7 @@ def _vllm_rows() -> Iterator[tuple[str, str, str]]:
         return
     content = json.loads(_VLLM_RESULTS.read_text(encoding="utf-8"))
     for row in (row for part in content["runs"] for row in part["rows"]):
-        is_open = row["reason"].startswith(_NOT_STARTED)  # perhaps the tiny model's fault
-        seen = row["reason"] if is_open else f"{row['outcome']}: {row['reason']}"
+        is_open = row.get("reason", "").startswith(_NOT_STARTED)  # perhaps the tiny model's fault
+        seen = row["reason"] if is_open else f"{row['outcome']}: {row.get('reason')}"
         seen = _VLLM_OUTCOMES.get(row["outcome"], seen)
         yield code(row["family"]), "vllm", seen
