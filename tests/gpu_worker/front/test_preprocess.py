@@ -118,7 +118,7 @@ def test_a_counted_prompt_has_its_tools_as_a_jobs_prompt_has(
 ) -> None:
     base, prompt = tiny_base(), (Message("user", "Hi"),)
     tools = Tools((Function("look", "Look out.", NO_PARAMETERS),))
-    answer = ask(make_engine({}, base=base), Job("tools", prompt, template="alpaca", tools=tools))
-    prepare = RequestPreprocessor(base, 512)
+    answer = ask(make_engine({}, base=base, max_model_len=1024, kv_tokens=2048), Job("tools", prompt, template="alpaca", tools=tools))
+    prepare = RequestPreprocessor(base, 1024)
     counted = [len(prepare.tokenize(prompt, "alpaca", tools=given).ids) for given in (tools, None)]
     assert counted[0] == answer.row.num_prompt_tokens > counted[1]
