@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreIsNewer
+from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
@@ -182,6 +184,21 @@ def test_an_interrupted_export_is_no_pool_and_continues(
     assert facts(copy) == facts(folder_uri)
     with pytest.raises(ValueError, match="holds a pool"):
         StoreTarget(copy)
+
+
+def test_an_exported_store_collects_blobs_that_are_older_than_its_catalogue(
+    folder_uri: str, make_folder: MakeFolder, tmp_path: Path, s3_uri: str
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    export_pool(StoredPool(folder_uri), StoreTarget(s3_uri))
+    assert Catalogue(Location(s3_uri).child(CATALOGUE)).created_at.year == 1970
+    target = str(tmp_path / "copy")
+    export_pool(StoredPool(folder_uri), StoreTarget(target))
+    unused = Path(target, blob_file("0" * 64))
+    unused.parent.mkdir(exist_ok=True)
+    unused.write_bytes(b"left by a crash")
+    os.utime(unused, (0, 0))
+    assert LoraStore(target, accepts_base=[BASE]).gc(3600).num_blobs == 1
 
 
 @pytest.mark.parametrize("how", ["export", "import", "dry import"])
