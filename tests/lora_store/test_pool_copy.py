@@ -311,6 +311,24 @@ def test_a_model_name_that_an_adapter_of_the_store_has_is_left_out(
     assert list(store.snapshot().names) == [("acme", "secret")]
 
 
+def test_a_private_model_name_is_restored_beside_a_public_adapter(
+    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    pool.commit([pool.stage(make_folder("support", 60), tenant="acme")], [None], [0.5], "maker")
+    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+    assert LoraStore(str(tmp_path / "new"), accepts_base=[BASE]).snapshot().names == pool.snapshot().names
+
+
+def test_an_approved_model_name_does_not_take_a_public_one(
+    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    pool.approve_name(pool.snapshot().names["local", "support"][0].ref)
+    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    store.commit([store.stage(make_folder("support", 50), tenant="acme")], [None], [0.5], "maker")
+    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+    assert not store.snapshot().names
+
+
 def test_replace_keeps_who_may_use_the_adapter(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     """Otherwise a public version would take the bare name that another tenant has."""
     fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
