@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,8 @@ from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
 from lora_store.pool_files import CATALOGUE_FILE, ArchivedPool, PoolState, StoredPool, blob_file
+from lora_store.staging import version_digest
+from lora_store.validation import Label
 from tests.lora_store.builders import BASE, MakeFolder, OpenStore, embedding, ranking
 from tests.lora_store.pools.make import facts_of
 from tests.lora_store.test_table_format import POOLS
@@ -396,12 +399,46 @@ def changed_rows(change: Callable[[list[dict[str, object]]], None]) -> Callable[
     return write
 
 
-def test_a_changed_record_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:
-    def forge(rows: list[dict[str, object]]) -> None:
-        next(row for row in rows if row["name"] == "secret")["tags"] = ["forged"]
+def forged_blob(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose weights are a file elsewhere, with a digest that fits."""
+    weights = "../../" + row["weights_digest"]
+    parts = (weights, row["samples_digest"], row["base_model"])
+    return {"weights_digest": weights, "digest": version_digest(Label("secret"), *parts)}
 
-    with pytest.raises(ValueError, match=r"acme/secret@\w+ is not what its digest says"):
-        import_pool(ArchivedPool(damage(archive, changed_rows(forge))), str(tmp_path / "new"))
+
+@pytest.mark.parametrize(
+    ("name", "forge", "problem"),
+    [
+        ("secret", lambda row: {"tags": ["forged"]}, r"acme/secret@\w+ is not what its digest says"),
+        ("secret", lambda row: {"name": "../../secret"}, r"name '../../secret' must be 1 to 64 of"),
+        ("secret", forged_blob, r"acme/secret@\w+ is not what its digest says"),
+        ("support", lambda row: {"source": "{}"}, r"local/support@\w+ is not what its digest says"),
+        ("support", lambda row: {"name": "auto"}, r"model name: name 'auto' must be 1 to 64 of"),
+    ],
+)
+def test_a_changed_record_is_refused(
+    name: str,
+    forge: Callable[[dict[str, Any]], dict[str, Any]],
+    problem: str,
+    folder_uri: str,
+    make_folder: MakeFolder,
+    tmp_path: Path,
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    with ArchiveTarget(tmp_path / "pool.tar") as target:
+        export_pool(StoredPool(folder_uri), target)
+
+    def forge_rows(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if row["name"] == name:
+                row |= forge(row)
+
+    forged = ArchivedPool(damage(tmp_path / "pool.tar", changed_rows(forge_rows)))
+    with pytest.raises(ValueError, match=problem):
+        forged.state()  # which every copy of it reads first
+    with pytest.raises(ValueError, match=problem):
+        import_pool(forged, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_archive_of_a_newer_release_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:
