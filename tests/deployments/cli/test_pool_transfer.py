@@ -136,6 +136,7 @@ def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path
         "compose", "both", "--adapters", "poet=0.7,acme/secretary=0.3", "--out", tmp_path, "--store", tmp_path / "pool"
     )
     assert "rank 5, exact" in words(said.stdout)
+    assert "--template" not in said.stdout  # they differ, so a mixture of them has the server's
     module = read_peft_folder(tmp_path / "both").modules[UP]
     poet, other = (read_peft_folder(tmp_path / name).modules[UP] for name in ("poet", "secretary"))
     total = sum(w * m.scaling * m.lora_b @ m.lora_a for w, m in [(0.7, poet), (0.3, other)])
@@ -145,6 +146,14 @@ def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path
         *("--store", tmp_path / "pool"),
     )
     assert "rank 1, relative error" in words(low.stdout)
+
+
+def test_a_composition_names_the_template_that_a_mixture_would_have(pool: LoraStore, tmp_path: Path) -> None:
+    publish(pool, tmp_path, "bard", template="chat")
+    made = ("--adapters", "poet=0.7,bard=0.3", "--out", tmp_path / "made", "--store", tmp_path / "pool")
+    assert "--template chat" in words(run("compose", "both", *made).stdout)
+    outside = run("compose", "../both", *made)
+    assert (outside.exit_code, (tmp_path / "both").exists()) == (2, False)
 
 
 @pytest.mark.parametrize("adapters", ["poet", "poet=x", "poet=nan", "poet=1,poet=2", "=1", ""])
