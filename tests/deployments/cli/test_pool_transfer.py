@@ -99,6 +99,13 @@ def test_a_pool_goes_into_an_archive_and_from_it_into_a_store(pool: LoraStore, t
     assert run("pool", "export", archive, "--store", target).exit_code == 1
 
 
+def test_an_archive_in_a_bucket_is_refused(pool: LoraStore, tmp_path: Path) -> None:
+    for line in (("export", "s3://b/x.tar", "--store", tmp_path / "pool"), ("import", "s3://b/x.tar")):
+        result = run("pool", *line)
+        assert result.exit_code == 1
+        assert "s3://b/x.tar: an archive is a file on this machine" in words(result.stderr)
+
+
 def test_one_adapter_is_moved_and_a_wrong_name_is_said(pool: LoraStore, tmp_path: Path) -> None:
     target = tmp_path / "new"
     assert run("pool", "import", tmp_path / "pool", "--store", target, "--adapter", "acme/secretary").exit_code == 0
