@@ -14,7 +14,7 @@ import yaml
 from deployments.cli.pool_transfer import ServedPool
 from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, read_peft_folder, write_peft_folder
 from lora_store.pool_copy import StoreTarget, export_pool
-from lora_store.pool_files import PART_BYTES, blob_file
+from lora_store.pool_files import PART_BYTES, PoolState, blob_file
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, words
 
@@ -74,6 +74,22 @@ def test_a_key_gets_no_file_of_another_tenant(pool: LoraStore) -> None:
     assert pool.pool_part("local", blob_file(digest), 0)
     with pytest.raises(AdapterNotFound):
         pool.pool_part("acme", blob_file(digest), 0)
+    assert pool.pool_part("local", blob_file(digest), 0)
+    pool.withdraw("local", ["poet"], "me")
+    with pytest.raises(AdapterNotFound):
+        pool.pool_part("local", blob_file(digest), 0)
+
+
+def test_the_files_of_an_export_are_found_without_reading_the_pool_again(
+    pool: LoraStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an export takes time by the square of its adapters."""
+    record = pool.snapshot().records["local", "poet"]
+    num_read: list[str] = []
+    of_tenant = PoolState.of_tenant
+    monkeypatch.setattr(PoolState, "of_tenant", lambda self, name: (num_read.append(name), of_tenant(self, name))[1])
+    assert all(pool.pool_part("local", blob_file(digest), 0) for digest in record.blobs * 5)
+    assert num_read == ["local"]
 
 
 def test_a_file_comes_in_parts(pool: LoraStore, monkeypatch: pytest.MonkeyPatch) -> None:
