@@ -63,6 +63,7 @@ _OTHER_NAMES = {
     "retention_s": ("retention",),
     "visibility": ("public",),
     "base_model": ("base_name",),
+    "strategy_options": ("option",),
     "roles": ("role",),
 }
 _TYPES = {str: "TEXT", Path: "PATH", int: "NUMBER", float: "NUMBER"}
