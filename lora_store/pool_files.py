@@ -123,7 +123,7 @@ class PoolState:
                 raise StoreIsNewer("import the pool", json.loads(facts["format"])["release"])
             events = dated_events_of(rows, after=0)
             state = cls(Snapshot(0, {}).after_dated(events, facts["generation"]), tuple(facts["projections"]))
-        except (pa.ArrowException, OSError, KeyError, TypeError) as exc:
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ValueError(f"{CATALOGUE_FILE} cannot be read: {exc}") from exc
         if not all(is_projection(f"{PROJECTIONS}/{name}") for name in state.projections):
             raise ValueError(f"{CATALOGUE_FILE} names a projection that is no file's name")

@@ -17,6 +17,7 @@ import pytest
 
 from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreIsNewer
 from lora_store.catalogue import CATALOGUE, Catalogue
+from lora_store.events import SCHEMA
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
@@ -439,6 +440,14 @@ def test_a_changed_record_is_refused(
     with pytest.raises(ValueError, match=problem):
         import_pool(forged, str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("facts", [b"{", b"[]", b"{}", b'{"format": "1", "generation": 1, "projections": []}'])
+def test_a_catalogue_with_damaged_facts_is_refused_by_its_name(facts: bytes) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(SCHEMA.empty_table().replace_schema_metadata({b"loraretriever.pool": facts}), sink)
+    with pytest.raises(ValueError, match=f"{CATALOGUE_FILE} cannot be read: "):
+        PoolState.from_parquet(sink.getvalue().to_pybytes())
 
 
 def test_an_archive_of_a_newer_release_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:
