@@ -85,11 +85,16 @@ def test_the_files_of_an_export_are_found_without_reading_the_pool_again(
 ) -> None:
     """Otherwise an export takes time by the square of its adapters."""
     record = pool.snapshot().records["local", "poet"]
-    num_read: list[str] = []
+    tenants: list[str] = []
     of_tenant = PoolState.of_tenant
-    monkeypatch.setattr(PoolState, "of_tenant", lambda self, name: (num_read.append(name), of_tenant(self, name))[1])
+
+    def read(state: PoolState, tenant: str) -> PoolState:
+        tenants.append(tenant)
+        return of_tenant(state, tenant)
+
+    monkeypatch.setattr(PoolState, "of_tenant", read)
     assert all(pool.pool_part("local", blob_file(digest), 0) for digest in record.blobs * 5)
-    assert num_read == ["local"]
+    assert tenants == ["local"]
 
 
 def test_a_file_comes_in_parts(pool: LoraStore, monkeypatch: pytest.MonkeyPatch) -> None:
