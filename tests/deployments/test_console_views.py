@@ -97,6 +97,22 @@ def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_a
     look(browsing, question)
 
 
+def test_prompts_that_were_stopped_are_not_counted(browsing: Browsing, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("One\nTwo")
+
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Compare")
+        await page.route("**/v1/chat/completions", lambda route: None)  # never answered
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(page.locator("#tabled tbody tr")).to_have_count(2)
+        await page.locator("#compare-stop").click()
+        ways = len(ROUTED_STRATEGIES) + 2
+        await expect(page.locator("#compare-status")).to_have_text(f"0 of 2 prompts, {ways} ways")
+
+    look(browsing, question)
+
+
 def test_one_way_that_fails_does_not_stop_the_others(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await go(page, "Compare")
