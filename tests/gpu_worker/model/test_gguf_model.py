@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.gguf_model import find_gguf, find_integers, gguf_folder
-from gpu_worker.model.quantization import QuantizedLinear
+from gpu_worker.model.quantization import GROUP, QuantizedLinear
+from gpu_worker.model.quantized_checkpoint import pack_words, unpack_words
 from tests.tiny import tiny_config
 
 
@@ -33,6 +34,19 @@ def test_a_group_without_the_largest_integer_is_found_too() -> None:
     weight[0, 0] = 127 * 0.125
     found = find_integers(weight, "Q8_0")
     assert found is not None and torch.equal(found.dequantized(), weight)
+
+
+@pytest.mark.parametrize("group", [(4, -4, 3), (-1, 1), (3, 0, -3), (2, 0), (-8, 7)])
+def test_groups_of_small_integers_are_found_within_the_range_of_four_bits(group: tuple[int, ...]) -> None:
+    scale = 1229 / 2**16  # of 11 bits, as a half has
+    weight = torch.zeros(2, GROUP)
+    weight[0, : len(group)] = torch.tensor(group) * scale
+    weight[1, 0] = -8 * scale  # files have the largest integer in most groups
+    found = find_integers(weight, "Q4_0")
+    assert found is not None and torch.equal(found.dequantized(), weight)
+    assert int(found.values.min()) >= -8 and int(found.values.max()) <= 7
+    assert torch.equal(found.scales.half().float(), found.scales), "the file of the cache has scales of halves"
+    assert torch.equal(unpack_words(pack_words(found.values, 4), 4, GROUP), found.values)
 
 
 def test_a_weight_that_is_no_product_of_integers_is_not_taken() -> None:
