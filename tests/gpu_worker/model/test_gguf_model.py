@@ -69,10 +69,10 @@ def written(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
-def tiny_llama(path: Path, kind: str) -> Path:
+def tiny_llama(path: Path, kind: str, *, without: str = "", architecture: str = "llama") -> Path:
     """Write a random Llama of one layer with a tokenizer of single bytes."""
     random, type_ = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(64)
     writer.add_block_count(1)
@@ -91,7 +91,7 @@ def tiny_llama(path: Path, kind: str) -> Path:
     shapes = {"token_embd": (259, 64), "output": (259, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_output": (64, 64)}
     shapes |= {"blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.ffn_down": (64, 96)}
     shapes |= {"blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64)}
-    for name, shape in shapes.items():
+    for name, shape in ((name, shape) for name, shape in shapes.items() if name != without):
         weight = (random.normal(size=shape) / 8).astype(np.float32)
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, type_), raw_dtype=type_)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
@@ -112,6 +112,20 @@ def test_a_gguf_file_is_served_with_its_integers(kind: str, tmp_path: Path) -> N
         assert layer.quantized.bits == int(kind[1])
         assert torch.equal(layer.quantized.dequantized(), expected[name].weight.detach())
     assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
+
+
+def test_a_file_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
+    """The first file of several is one, and the rest of the model would be random numbers."""
+    file = tiny_llama(tmp_path / "model-00001-of-00002.gguf", "Q8_0", without="blk.0.ffn_up")
+    with pytest.raises(BaseModelUnsupported, match=r"1 of the model's \d+ tensors are missing \(.*up_proj.weight\)"):
+        gguf_folder(file, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("gguf-*"))
+
+
+def test_an_architecture_that_transformers_does_not_read_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture="other")
+    with pytest.raises(BaseModelUnsupported, match=r"model.gguf cannot be converted \(.*other"):
+        gguf_folder(file, tmp_path / "cache")
 
 
 def test_other_types_of_tensors_are_refused_by_name(tmp_path: Path) -> None:
