@@ -44,6 +44,10 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
     del config.quantization_config
     tensors = read_tensors(source)
     weights = dict(take_weights(tensors, sizes))
+    if alone := sorted(key for key in tensors if key.endswith(_VALUES) and tensors[key].itemsize == 1):
+        raise BaseModelUnsupported(
+            f"the scales of {alone[0].removesuffix(_VALUES)} are missing. Copy the model's files again"
+        )
     dequantized = {name + _VALUES: weight.dequantized(options["dtype"]) for name, weight in weights.items()}
     model = load_tensors(source, config, tensors | dequantized, **options)
     for name, weight in weights.items():

@@ -75,6 +75,15 @@ def test_a_checkpoint_without_its_integers_is_refused(tmp_path: Path, tiny_folde
         load_base_model(tiny_config(tmp_path, dtype="auto"))
 
 
+def test_integers_without_their_scales_are_refused(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelUnsupported, match=r"the scales of model.layers.0.mlp.up_proj are missing"):
+        load_base_model(tiny_config(tmp_path, dtype="auto"))
+
+
 @pytest.mark.parametrize(
     ("suffix", "tensor"),
     [
