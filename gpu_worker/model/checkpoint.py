@@ -49,7 +49,11 @@ def load_whole(source: str, **options: Any) -> PreTrainedModel:
     Raises: BaseModelUnsupported, which names the tensors that are missing, have another shape or cannot be converted,
     or the files that are missing or broken.
     """
-    _read(weight_files(source), "meta")
+    tensors = _read(weight_files(source), "meta")
+    if small := sorted(key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.itemsize == 1):
+        raise BaseModelUnsupported(
+            f"{source} has weights of 8 bits ({_some(small)}), but no quantization_config in config.json. {_REMEDY}"
+        )
     try:
         return _load(AutoModelForCausalLM, source, source, **options)
     except OSError as exc:

@@ -138,6 +138,15 @@ def test_weights_that_are_not_on_this_machine_are_fetched(monkeypatch: pytest.Mo
     assert list(read_tensors("somebody/model")) == ["a"]
 
 
+def test_integers_that_the_config_does_not_mention_are_refused(
+    tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
+    shutil.copy(tiny_folders["llama"] / "config.json", tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=r"weights of 8 bits \(model.layers.0.*no quantization_config"):
+        load_base_model(tiny_config(tmp_path))
+
+
 def test_integers_are_not_read_in_float32(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
     checkpoint(tiny_folders["llama"], tmp_path, bits=8)
     with pytest.raises(BaseModelUnsupported, match="dtype 'auto' or 'bfloat16', got 'cpu' and 'float32'"):
