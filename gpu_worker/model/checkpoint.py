@@ -101,18 +101,25 @@ def check_checkpoint(source: str) -> bool:
     if not tensors:
         return False
     config = AutoConfig.from_pretrained(source)
-    is_quantised = getattr(config, "quantization_config", None) is not None
-    if is_quantised:
-        del config.quantization_config
+    quantised = quantised_parts(config)
+    for part in quantised:
+        del part.quantization_config
     with torch.device("meta"):
         model_class = type(auto_class(config).from_config(config))
     options = {"config": config, "state_dict": tensors, "device_map": {"": "meta"}}
     try:
-        _load(model_class, None, source, is_quantised=is_quantised, **options)
+        _load(model_class, None, source, is_quantised=bool(quantised), **options)
     except RuntimeError:  # vLLM loads with code of its own, which may succeed
         logger.warning("the names of the tensors of %s could not be checked", source, exc_info=True)
         return False
     return True
+
+
+def quantised_parts(config: Any) -> list[Any]:
+    """Return those of the whole config and its text config that have a `quantization_config`; vLLM reads both."""
+    text = config.get_text_config()
+    parts = [config] if text is config else [config, text]
+    return [part for part in parts if getattr(part, "quantization_config", None) is not None]
 
 
 def auto_class(config: Any) -> Any:
