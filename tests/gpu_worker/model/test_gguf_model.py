@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.base_model import load_base_model, load_config, model_source
 from gpu_worker.model.gguf_model import find_gguf, find_integers, gguf_folder
 from gpu_worker.model.quantization import GROUP, QuantizedLinear
 from gpu_worker.model.quantized_checkpoint import pack_words, unpack_words
@@ -140,6 +140,13 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(BaseModelUnsupported, match="cannot be read as a GGUF file"):
         gguf_folder(tmp_path / "model.gguf", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_a_file_that_is_not_there_is_no_reason_for_another_engine(engine: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "model.gguf", engine=engine)
+    with pytest.raises(BaseModelUnsupported, match=r"model.gguf' is no file of this machine$"):
+        load_config(model_source(config))
 
 
 def test_one_file_of_a_folder_is_found_and_two_are_refused(tmp_path: Path) -> None:
