@@ -48,8 +48,9 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
         raise BaseModelUnsupported(
             f"the scales of {alone[0].removesuffix(_VALUES)} are missing. Copy the model's files again"
         )
-    dequantized = {name + _VALUES: weight.dequantized(options["dtype"]) for name, weight in weights.items()}
-    model = load_tensors(source, config, tensors | dequantized, **options)
+    tensors |= {name + _VALUES: weight.dequantized(options["dtype"]) for name, weight in weights.items()}
+    model = load_tensors(source, config, tensors, **options)
+    tensors.clear()  # so that the memory of a weight is free once its layer is replaced
     for name, weight in weights.items():
         try:
             linear = model.get_submodule(name)
