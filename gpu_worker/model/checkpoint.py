@@ -101,7 +101,7 @@ def check_checkpoint(source: str) -> bool:
     if not tensors:
         return False
     config = AutoConfig.from_pretrained(source)
-    quantised = quantised_parts(config)
+    quantised = find_quantised(config)
     for part in quantised:
         del part.quantization_config
     with torch.device("meta"):
@@ -115,7 +115,7 @@ def check_checkpoint(source: str) -> bool:
     return True
 
 
-def quantised_parts(config: Any) -> list[Any]:
+def find_quantised(config: Any) -> list[Any]:
     """Return those of the whole config and its text config that have a `quantization_config`; vLLM reads both."""
     text = config.get_text_config()
     parts = [config] if text is config else [config, text]

@@ -27,7 +27,7 @@ _OTHERS = (".weight_zero_point", ".weight_g_idx", ".input_scale", ".weight_globa
 
 def check_format(quantization: Any, model_type: str) -> None:
     """Check the `quantization_config` of a model. Raises: BaseModelUnsupported, which names what is not supported."""
-    if problem := _problem(_settings(quantization)):
+    if problem := _problem(_as_mapping(quantization)):
         raise BaseModelUnsupported(
             f"{model_type} has weights quantised by {problem}; the native engine reads {METHOD} with symmetric"
             f" integers of 8 or 4 bits, and GGUF files of Q8_0 and Q4_0: {_REMEDY}"
@@ -40,7 +40,7 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
     Raises: BaseModelUnsupported if tensors are missing, do not fit or have a form that is not supported.
     """
     check_format(config.quantization_config, config.model_type)
-    sizes = _group_sizes(_settings(config.quantization_config))
+    sizes = _find_group_sizes(_as_mapping(config.quantization_config))
     del config.quantization_config
     tensors = read_tensors(source)
     weights = dict(take_weights(tensors, sizes))
@@ -83,13 +83,13 @@ def unpack_words(words: Tensor, bits: int, num_in: int) -> Tensor:
     return values[:, :num_in].contiguous()
 
 
-def _settings(quantization: Any) -> Mapping[str, Any]:
+def _as_mapping(quantization: Any) -> Mapping[str, Any]:
     """Return a `quantization_config`, which transformers may have parsed, as a mapping."""
     found: Mapping[str, Any] = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
     return found
 
 
-def _group_sizes(settings: Mapping[str, Any]) -> set[int]:
+def _find_group_sizes(settings: Mapping[str, Any]) -> set[int]:
     """Return the numbers of inputs of an output that share a scale."""
     groups = (settings.get("config_groups") or {}).values()
     return {group["weights"]["group_size"] for group in groups if group["weights"]["strategy"] == "group"}
@@ -133,7 +133,7 @@ def take_weights(tensors: dict[str, Tensor], group_sizes: Collection[int]) -> It
             raise BaseModelUnsupported(f"{name}{unknown[0]} is of a format that is not supported: {_REMEDY}")
         scales = tensors.pop(name + _SCALE).float()
         if name + _WORDS in tensors:
-            bits, values = _unpacked(name, tensors.pop(name + _WORDS), tensors.pop(name + _SHAPE, None))
+            bits, values = _unpack(name, tensors.pop(name + _WORDS), tensors.pop(name + _SHAPE, None))
         elif (found := tensors.pop(name + _VALUES, None)) is not None and found.dtype == torch.int8:
             bits, values = 8, found
         else:
@@ -141,7 +141,7 @@ def take_weights(tensors: dict[str, Tensor], group_sizes: Collection[int]) -> It
         yield name, _weight(name, values, scales, bits, group_sizes)
 
 
-def _unpacked(name: str, words: Tensor, shape: Tensor | None) -> tuple[int, Tensor]:
+def _unpack(name: str, words: Tensor, shape: Tensor | None) -> tuple[int, Tensor]:
     """Return the bits of the words' values, which the numbers of words and of values tell, and the values (O, I)."""
     num_out, num_in = shape.tolist() if shape is not None and shape.shape == (2,) else (0, 0)
     fitting = [bits for bits in (8, 4) if words.shape == (num_out, -(-num_in * bits // _WORD_BITS))]
