@@ -44,6 +44,7 @@ _FILE_BYTES = 16 << 20  # a compacted file of this size is not rewritten again
 _MAX_READS = 5
 _MAX_COMMITS = 16  # attempts to replace data files; each fails only if a rival commits meanwhile
 _NUM_THREADS = 16
+_COPY = "a copy of a pool"  # the description of a table that is younger than its blobs
 _PROPERTIES = {
     "delta.checkpointInterval": str(COMPACT_EVERY),
     "delta.dataSkippingNumIndexedCols": "0",  # keep statistics out of the log
@@ -97,8 +98,9 @@ class EventTable:
 
     @property
     def created_at(self) -> datetime:
-        """The time of the table's creation, in UTC; the beginning of the epoch if it is unknown."""
-        return datetime.fromtimestamp((self._table.metadata().created_time or 0) / 1000, UTC)
+        """The time of the table's creation, in UTC; the beginning of the epoch if it is unknown or the table a copy."""
+        metadata = self._table.metadata()
+        return datetime.fromtimestamp(0 if metadata.description == _COPY else (metadata.created_time or 0) / 1000, UTC)
 
     @property
     def read_files(self) -> frozenset[str]:
@@ -370,10 +372,10 @@ class EventTable:
                 raise
 
 
-def create_table(location: Location, columns: pa.Schema = SCHEMA) -> None:
+def create_table(location: Location, columns: pa.Schema = SCHEMA, *, is_copy: bool = False) -> None:
     """Create the table with these columns, unless another process creates it at the same moment.
 
-    Raises: StoreUnavailable.
+    `is_copy`: its blobs were written before it. Raises: StoreUnavailable.
     """
     uri, options = location.delta_uri, location.storage_options
     column = columns.field(COLUMN).with_metadata({KEY: OURS.to_json()})
@@ -382,7 +384,14 @@ def create_table(location: Location, columns: pa.Schema = SCHEMA) -> None:
         if location.is_local:  # deltalake writes with the process's umask, so a private folder keeps others out
             make_private_folder(Path(uri, LOG))
         try:
-            DeltaTable.create(uri, schema, mode="ignore", configuration=_PROPERTIES, storage_options=options)
+            DeltaTable.create(
+                uri,
+                schema,
+                mode="ignore",
+                description=_COPY if is_copy else None,
+                configuration=_PROPERTIES,
+                storage_options=options,
+            )
         except DeltaError:
             DeltaTable(uri, storage_options=options)  # another process created it
     Files(location).flush([commit_name(0)])

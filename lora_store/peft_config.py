@@ -119,8 +119,8 @@ def _from_mlx(raw: Mapping[str, Any]) -> dict[str, Any]:
         problems.append(f"fine_tune_type must be 'lora', got {_short(kind)}: train with MLX's --fine-tune-type lora")
     if "alpha" in parameters:
         problems.append("lora_parameters has alpha, as old versions of MLX wrote it: train with a newer one")
-    if not _is_rank(rank):
-        problems.append(f"lora_parameters.rank must be a whole number above 0, got {_short(rank)}")
+    if not _is_rank(rank) or rank > _MAX_ALPHA:  # a larger one may be no float
+        problems.append(f"lora_parameters.rank must be a whole number from 1 to {_MAX_ALPHA}, got {_short(rank)}")
     if not _is_alpha(scale):
         problems.append(f"lora_parameters.scale must be a number other than 0, got {_short(scale)}")
     if problems:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from lora_store.blobs import BlobStore
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.errors import AdapterNotFound, BlobCorrupted, StoreUnavailable
+from lora_store.event_table import create_table
 from lora_store.events import Event, SetName
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS
@@ -176,6 +177,7 @@ class StoreTarget:
         needed = state.blobs()
         self._blobs.delete([file.digest for file in self._blobs.files() if file.digest not in needed])
         events = list(state_events(state.snapshot, datetime.now(UTC)))
+        create_table(self._location.child(CATALOGUE), is_copy=True)  # else gc would take it for one of other blobs
         Catalogue(self._location.child(CATALOGUE)).commit(lambda _: events)
         self._files.delete([_UNFINISHED])
 

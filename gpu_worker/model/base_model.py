@@ -98,8 +98,10 @@ def load_tokenizer(config: WorkerConfig) -> Any:
 
 
 def load_config(source: str) -> Any:
-    """Read the model's config.json. Raises: BaseModelUnsupported for a folder of GGUF files."""
+    """Read the model's config.json. Raises: BaseModelUnsupported for a GGUF file, or a folder of them."""
     folder = Path(source)
+    if folder.suffix == ".gguf" and not folder.exists():
+        raise BaseModelUnsupported(f"base_model {source!r} is no file of this machine")
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else [folder] if folder.suffix == ".gguf" else []
     if found and not (folder / "config.json").exists():
         raise BaseModelUnsupported(

@@ -49,11 +49,27 @@ def load_whole(source: str, **options: Any) -> PreTrainedModel:
     Raises: BaseModelUnsupported, which names the tensors that are missing, have another shape or cannot be converted,
     or the files that are missing or broken.
     """
-    _read_headers(weight_files(source))
+    tensors = _read(weight_files(source), "meta")
+    if small := sorted(key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.itemsize == 1):
+        raise BaseModelUnsupported(
+            f"{source} has weights of 8 bits ({_some(small)}), but no quantization_config in config.json. {_REMEDY}"
+        )
     try:
         return _load(AutoModelForCausalLM, source, source, **options)
     except OSError as exc:
         raise BaseModelUnsupported(f"the weights of {source} cannot be read: {exc}") from exc
+
+
+def read_tensors(source: str) -> dict[str, Tensor]:
+    """Read all tensors of the checkpoint into host memory, after downloading those of a model of the hub.
+
+    Raises: BaseModelUnsupported, which names the files that are missing or broken.
+    """
+    try:
+        files = weight_files(source, may_download=True)
+    except OSError as exc:
+        raise BaseModelUnsupported(f"the weights of {source} cannot be read: {exc}") from exc
+    return _read(files, "cpu")
 
 
 def load_tensors(source: str, config: Any, tensors: dict[str, Tensor], **options: Any) -> PreTrainedModel:
@@ -81,22 +97,29 @@ def check_checkpoint(source: str) -> bool:
     """
     if Path(source).is_dir() and any(Path(source).glob(_MISTRAL_FILES)):
         return False
-    tensors = _read_headers(weight_files(source))
+    tensors = _read(weight_files(source), "meta")
     if not tensors:
         return False
     config = AutoConfig.from_pretrained(source)
-    is_quantised = getattr(config, "quantization_config", None) is not None
-    if is_quantised:
-        del config.quantization_config
+    quantised = find_quantised(config)
+    for part in quantised:
+        del part.quantization_config
     with torch.device("meta"):
         model_class = type(auto_class(config).from_config(config))
     options = {"config": config, "state_dict": tensors, "device_map": {"": "meta"}}
     try:
-        _load(model_class, None, source, is_quantised=is_quantised, **options)
+        _load(model_class, None, source, is_quantised=bool(quantised), **options)
     except RuntimeError:  # vLLM loads with code of its own, which may succeed
         logger.warning("the names of the tensors of %s could not be checked", source, exc_info=True)
         return False
     return True
+
+
+def find_quantised(config: Any) -> list[Any]:
+    """Return those of the whole config and its text config that have a `quantization_config`; vLLM reads both."""
+    text = config.get_text_config()
+    parts = [config] if text is config else [config, text]
+    return [part for part in parts if getattr(part, "quantization_config", None) is not None]
 
 
 def auto_class(config: Any) -> Any:
@@ -105,13 +128,14 @@ def auto_class(config: Any) -> Any:
     return AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
 
 
-def weight_files(source: str) -> list[Path]:
+def weight_files(source: str, *, may_download: bool = False) -> list[Path]:
     """Return the files of weights in this folder, or in the local cache for an id of the model hub.
 
+    `may_download`: fetch those that the cache lacks.
     Raises: BaseModelUnsupported if files are missing that the folder's index names.
     """
     if not Path(source).is_dir():
-        return _cached_weight_files(source)
+        return _cached_weight_files(source, may_download)
     folder = Path(source)
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / single).is_file():
@@ -127,11 +151,13 @@ def weight_files(source: str) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))  # vLLM accepts any name
 
 
-def _cached_weight_files(source: str) -> list[Path]:
-    """Return the files of a hub's model that are on this machine; none if some are not."""
+def _cached_weight_files(source: str, may_download: bool) -> list[Path]:
+    """Return the files of a hub's model that are on this machine, or may be fetched; none if some are not."""
 
     def find(name: str) -> Path | None:
-        found = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            source, name, local_files_only=not may_download, _raise_exceptions_for_missing_entries=False
+        )
         return None if found is None else Path(found)
 
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
@@ -150,12 +176,15 @@ def _shards(index: Path) -> list[str]:
         raise BaseModelUnsupported(f"{index} is not an index of weights ({exc!r}). {_REMEDY}") from exc
 
 
-def _read_headers(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the tensors of the files, without their data. Raises: BaseModelUnsupported, which names a broken file."""
+def _read(files: Sequence[Path], device: str) -> dict[str, Tensor]:
+    """Return the tensors of the files, on the device "meta" without their data.
+
+    Raises: BaseModelUnsupported, which names a broken file.
+    """
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_state_dict(file, map_location="meta")
+            tensors |= load_state_dict(file, map_location=device)
         except Exception as exc:  # of safetensors, or of torch's own format
             raise BaseModelUnsupported(f"{file} cannot be read ({exc}). Copy the model's files again") from exc
     return tensors

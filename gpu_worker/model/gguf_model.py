@@ -19,9 +19,10 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.quantization import GROUP, QuantizedWeight
 from gpu_worker.model.quantized_checkpoint import METHOD, PACKED, pack_words
 
@@ -57,7 +58,7 @@ def find_gguf(source: str) -> Path | None:
 def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
     """Return the folder with the converted model. The first call for a file converts it, which takes about a minute.
 
-    Raises: BaseModelUnsupported, which names the types of tensors that are not supported.
+    Raises: BaseModelUnsupported, which names the types of tensors that are not supported, or what else prevents it.
     """
     found = gguf.resolve().stat()
     key = hashlib.sha256(f"{gguf.resolve()}\0{found.st_size}\0{found.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -104,8 +105,12 @@ def find_integers(weight: Tensor, kind: str) -> QuantizedWeight | None:
 
 
 def _check_types(gguf: Path) -> None:
-    from gguf import GGUFReader  # of the extra `local`
-
+    try:
+        from gguf import GGUFReader
+    except ImportError as exc:
+        raise BaseModelUnsupported(
+            f"{gguf} needs the Python package gguf, which is not installed; run pip install 'loraretriever[local]'"
+        ) from exc
     try:
         types = {tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
     except Exception as exc:  # of numpy, struct or the reader itself
@@ -120,10 +125,18 @@ def _check_types(gguf: Path) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Save the model as a checkpoint of the format compressed-tensors."""
-    with redirect_stderr(io.StringIO()):  # progress bars
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    """Save the model as a checkpoint of the format compressed-tensors.
+
+    Raises: BaseModelUnsupported if transformers cannot read the file, or if it lacks tensors.
+    """
+    try:
+        with redirect_stderr(io.StringIO()):  # progress bars
+            read = load_whole(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except BaseModelUnsupported:
+        raise
+    except Exception as exc:  # transformers has no single one for architectures and tokenizers that it does not know
+        raise BaseModelUnsupported(f"{gguf} cannot be converted ({exc})") from exc
     tensors: dict[str, Tensor] = {}
     found = {name: _integers(module) for name, module in read.named_modules() if isinstance(module, nn.Linear)}
     for name, tensor in read.state_dict().items():

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 GROUP = 32  # inputs of an output that share a scale
 _BLOCK = 64  # inputs of a token that share a scale, if the weights have no groups
-MOST_INPUTS = 1 << 16  # of a layer: more could overflow the sums of integers
 BITS = {"int8": 8, "int4": 4}  # of the setting
 _LARGEST_INPUT = 127
 _SMALLEST_RANGE = 2.0**-100  # inputs below it are rounded to 0
@@ -137,7 +136,7 @@ def quantize_layers(model: nn.Module, names: Iterable[str], bits: int) -> None:
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} is not a linear layer"
-        if not isinstance(linear, QuantizedLinear) and linear.in_features <= MOST_INPUTS:
+        if not isinstance(linear, QuantizedLinear):
             replace_layer(model, name, quantize(linear.weight, bits))
 
 

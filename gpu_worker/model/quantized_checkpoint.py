@@ -5,17 +5,16 @@ Source: https://github.com/vllm-project/compressed-tensors, formats int-quantize
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.checkpoint import load_tensors, weight_files
-from gpu_worker.model.quantization import GROUP, MOST_INPUTS, QuantizedWeight, replace_layer
+from gpu_worker.model.checkpoint import load_tensors, read_tensors
+from gpu_worker.model.quantization import GROUP, QuantizedWeight, replace_layer
 
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"  # several values in one int32
@@ -28,8 +27,7 @@ _OTHERS = (".weight_zero_point", ".weight_g_idx", ".input_scale", ".weight_globa
 
 def check_format(quantization: Any, model_type: str) -> None:
     """Check the `quantization_config` of a model. Raises: BaseModelUnsupported, which names what is not supported."""
-    found: Mapping[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    if problem := _problem(found):
+    if problem := _problem(_as_mapping(quantization)):
         raise BaseModelUnsupported(
             f"{model_type} has weights quantised by {problem}; the native engine reads {METHOD} with symmetric"
             f" integers of 8 or 4 bits, and GGUF files of Q8_0 and Q4_0: {_REMEDY}"
@@ -42,13 +40,17 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
     Raises: BaseModelUnsupported if tensors are missing, do not fit or have a form that is not supported.
     """
     check_format(config.quantization_config, config.model_type)
+    sizes = _find_group_sizes(_as_mapping(config.quantization_config))
     del config.quantization_config
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(source):
-        tensors |= load_file(file)
-    weights = dict(_take_weights(tensors))
-    dequantized = {name + _VALUES: weight.dequantized(options["dtype"]) for name, weight in weights.items()}
-    model = load_tensors(source, config, tensors | dequantized, **options)
+    tensors = read_tensors(source)
+    weights = dict(take_weights(tensors, sizes))
+    if alone := sorted(key for key in tensors if key.endswith(_VALUES) and tensors[key].itemsize == 1):
+        raise BaseModelUnsupported(
+            f"the scales of {alone[0].removesuffix(_VALUES)} are missing. Copy the model's files again"
+        )
+    tensors |= {name + _VALUES: weight.dequantized(options["dtype"]) for name, weight in weights.items()}
+    model = load_tensors(source, config, tensors, **options)
+    tensors.clear()  # so that the memory of a weight is free once its layer is replaced
     for name, weight in weights.items():
         try:
             linear = model.get_submodule(name)
@@ -58,8 +60,7 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
             raise BaseModelUnsupported(
                 f"the weights of {name} are integers, but it is not a linear layer of {config.model_type}: {_REMEDY}"
             )
-        if linear.in_features <= MOST_INPUTS:
-            replace_layer(model, name, weight)
+        replace_layer(model, name, weight)
     return model
 
 
@@ -82,6 +83,18 @@ def unpack_words(words: Tensor, bits: int, num_in: int) -> Tensor:
     return values[:, :num_in].contiguous()
 
 
+def _as_mapping(quantization: Any) -> Mapping[str, Any]:
+    """Return a `quantization_config`, which transformers may have parsed, as a mapping."""
+    found: Mapping[str, Any] = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    return found
+
+
+def _find_group_sizes(settings: Mapping[str, Any]) -> set[int]:
+    """Return the numbers of inputs of an output that share a scale."""
+    groups = (settings.get("config_groups") or {}).values()
+    return {group["weights"]["group_size"] for group in groups if group["weights"]["strategy"] == "group"}
+
+
 def _problem(found: Mapping[str, Any]) -> str | None:
     """Return what of a `quantization_config` is not supported, or None."""
     method = str(found.get("quant_method"))
@@ -91,7 +104,11 @@ def _problem(found: Mapping[str, Any]) -> str | None:
         return f"{method} with a quantised KV cache"
     if (found.get("sparsity_config") or {}).get("format", "dense") != "dense":
         return f"{method} with sparse weights"
+    if found.get("transform_config"):
+        return f"{method} with transformed inputs (transform_config)"
     for group in (found.get("config_groups") or {}).values():
+        if not isinstance(group, dict):
+            return f"{method} with config_groups by the name of a scheme"
         form = group.get("format") or found.get("format")
         weights, inputs = group.get("weights") or {}, group.get("input_activations")
         kind = f"{weights.get('type', 'int')} {weights.get('num_bits')} bits"
@@ -99,8 +116,9 @@ def _problem(found: Mapping[str, Any]) -> str | None:
             return f"{method}, format {form} ({kind})"
         if not weights.get("symmetric", True) or weights.get("strategy") not in ("channel", "group", "tensor"):
             return f"{method} with asymmetric weights or strategy {weights.get('strategy')} ({kind})"
-        if weights["strategy"] == "group" and (weights.get("group_size") or 0) % GROUP:
-            return f"{method} with groups of {weights.get('group_size')}, which is not a multiple of {GROUP}"
+        size = weights.get("group_size")
+        if weights["strategy"] == "group" and (not isinstance(size, int) or size < GROUP or size % GROUP):
+            return f"{method} with groups of {size}, which is not a multiple of {GROUP}"
         if inputs and (inputs.get("type", "int"), inputs.get("num_bits"), inputs.get("dynamic")) != ("int", 8, True):
             return f"{method} with inputs of {inputs.get('num_bits')} bits that are not rounded token by token"
         if group.get("output_activations"):
@@ -108,33 +126,46 @@ def _problem(found: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _take_weights(tensors: dict[str, Tensor]) -> Iterator[tuple[str, QuantizedWeight]]:
+def take_weights(tensors: dict[str, Tensor], group_sizes: Collection[int]) -> Iterator[tuple[str, QuantizedWeight]]:
     """Yield each layer's name and integers, and remove its tensors."""
     for name in sorted(key.removesuffix(_SCALE) for key in tensors if key.endswith(_SCALE)):
         if unknown := [suffix for suffix in _OTHERS if name + suffix in tensors]:
             raise BaseModelUnsupported(f"{name}{unknown[0]} is of a format that is not supported: {_REMEDY}")
         scales = tensors.pop(name + _SCALE).float()
         if name + _WORDS in tensors:
-            words = tensors.pop(name + _WORDS)
-            num_in = int(tensors.pop(name + _SHAPE)[1])
-            bits = _WORD_BITS // -(-num_in // words.shape[1])
-            values = unpack_words(words, bits, num_in)
+            bits, values = _unpack(name, tensors.pop(name + _WORDS), tensors.pop(name + _SHAPE, None))
         elif (found := tensors.pop(name + _VALUES, None)) is not None and found.dtype == torch.int8:
             bits, values = 8, found
         else:
             raise BaseModelUnsupported(f"the integers of {name} are missing. Copy the model's files again")
-        yield name, _weight(name, values, scales, bits)
+        yield name, _weight(name, values, scales, bits, group_sizes)
 
 
-def _weight(name: str, values: Tensor, scales: Tensor, bits: int) -> QuantizedWeight:
-    """Return the weight with one scale per output, or per output and group of GROUP inputs."""
-    num_out, num_in = values.shape
+def _unpack(name: str, words: Tensor, shape: Tensor | None) -> tuple[int, Tensor]:
+    """Return the bits of the words' values, which the numbers of words and of values tell, and the values (O, I)."""
+    num_out, num_in = shape.tolist() if shape is not None and shape.shape == (2,) else (0, 0)
+    fitting = [bits for bits in (8, 4) if words.shape == (num_out, -(-num_in * bits // _WORD_BITS))]
+    if len(fitting) != 1 or words.dtype != torch.int32:
+        raise BaseModelUnsupported(
+            f"{name}{_WORDS} is not int32 words of {name}{_SHAPE} values of 8 or 4 bits. Copy the model's files again"
+        )
+    return fitting[0], unpack_words(words, fitting[0], num_in)
+
+
+def _weight(name: str, values: Tensor, scales: Tensor, bits: int, group_sizes: Collection[int]) -> QuantizedWeight:
+    """Return the weight with one scale per output, or per output and group of GROUP inputs.
+
+    `group_sizes`: those that the config names. The file's groups may be longer than GROUP.
+    """
+    num_out, num_in = values.shape if values.ndim == 2 else (0, 0)
     scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
     num_groups = -(-num_in // GROUP)
-    if scales.shape[1] > 1 or bits == 4:
-        repeats = -(-num_groups // scales.shape[1])  # the file's groups may be longer
-        scales = scales.repeat_interleave(repeats, dim=1)[:, :num_groups]
-    if scales.shape[0] not in (1, num_out) or scales.shape[1] not in (1, num_groups):
+    sizes = [size for size in group_sizes if scales.shape[1:] == (-(-num_in // size),)]
+    if scales.shape[1:] == (1,):
+        sizes = [num_groups * GROUP]
+    if len(sizes) != 1 or scales.shape[0] not in (1, num_out) or not num_in:
         raise BaseModelUnsupported(f"the scales of {name} do not fit its weights. Copy the model's files again")
     has_groups = bits == 4 or scales.shape[1] > 1
+    if has_groups:
+        scales = scales.repeat_interleave(sizes[0] // GROUP, dim=1)[:, :num_groups]
     return QuantizedWeight(values, scales.expand(num_out, -1).contiguous(), bits, has_groups)

@@ -22,7 +22,7 @@ from gpu_worker.model.base_model import (
     resolve_dtype,
     sampling_defaults,
 )
-from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.model.checkpoint import auto_class, find_quantised
 from gpu_worker.model.inject import target_linears
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         paths=paths,
         is_multimodal=text_config is not hf_config,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        is_quantized=config_setting(hf_config, "quantization_config") is not None,
+        is_quantized=bool(find_quantised(hf_config)),
         window=config_setting(text_config, "sliding_window"),
         sampling_defaults=sampling_defaults(config),
     )
@@ -189,7 +189,7 @@ def narrowed(model: FrontModel, ends: Sequence[Mapping[str, Sequence[int]]]) -> 
 
 def _check_dtype(config: VllmWorkerConfig, hf_config: Any) -> None:
     """Refuse float32 over quantized weights: where a processor has AMX, vLLM's products of integers refuse it."""
-    if config.dtype == "float32" and getattr(hf_config, "quantization_config", None) is not None:
+    if config.dtype == "float32" and find_quantised(hf_config):
         raise WorkerConfigInvalid("dtype must be 'auto' or 'bfloat16' with a quantized base model, got 'float32'")
 
 

@@ -214,11 +214,12 @@ def _prompts(model: FrontModel, max_len: int) -> list[CheckedPrompt]:
 
 
 def _judge(eager: EagerModel, prompts: Sequence[CheckedPrompt], answers: Sequence[CheckedAnswer]) -> _Problem | None:
-    """Return the first kind of prompts whose log probabilities differ.
+    """Return the first kind of prompts whose log probabilities differ: those with the adapter if no others do.
 
     The bound is that of the native engine's check: in float32 every token must agree, in bfloat16 a share of them.
     """
-    for name in dict.fromkeys(prompt.name for prompt in prompts):
+    names = dict.fromkeys(prompt.name for prompt in prompts)
+    for name in sorted(names, key=lambda name: name == ADAPTED):
         differences: list[Difference] = []
         allowed: list[float] = []
         for prompt, answer in zip(prompts, answers, strict=True):

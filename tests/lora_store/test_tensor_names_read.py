@@ -226,7 +226,8 @@ def test_names_that_fit_two_modules_are_not_read() -> None:
     [
         ({"fine_tune_type": "dora"}, "fine_tune_type must be 'lora', got 'dora'"),
         ({"lora_parameters": {"rank": 4, "scale": 2.0, "alpha": 8}}, "lora_parameters has alpha"),
-        ({"lora_parameters": {"rank": 0, "scale": 2.0}}, "rank must be a whole number above 0, got 0"),
+        ({"lora_parameters": {"rank": 0, "scale": 2.0}}, "rank must be a whole number from 1 to 1000000000, got 0"),
+        ({"lora_parameters": {"rank": 10**400, "scale": 1.5}}, "rank must be a whole number from 1"),
         ({"lora_parameters": {"rank": 4}}, "scale must be a number other than 0, got None"),
         ({"lora_parameters": {"rank": 5, "scale": 2.0}}, "gives it 5"),
     ],

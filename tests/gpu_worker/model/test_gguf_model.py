@@ -10,9 +10,10 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.base_model import load_base_model, load_config, model_source
 from gpu_worker.model.gguf_model import find_gguf, find_integers, gguf_folder
-from gpu_worker.model.quantization import QuantizedLinear
+from gpu_worker.model.quantization import GROUP, QuantizedLinear
+from gpu_worker.model.quantized_checkpoint import pack_words, unpack_words
 from tests.tiny import tiny_config
 
 
@@ -35,6 +36,19 @@ def test_a_group_without_the_largest_integer_is_found_too() -> None:
     assert found is not None and torch.equal(found.dequantized(), weight)
 
 
+@pytest.mark.parametrize("group", [(4, -4, 3), (-1, 1), (3, 0, -3), (2, 0), (-8, 7)])
+def test_groups_of_small_integers_are_found_within_the_range_of_four_bits(group: tuple[int, ...]) -> None:
+    scale = 1229 / 2**16  # of 11 bits, as a half has
+    weight = torch.zeros(2, GROUP)
+    weight[0, : len(group)] = torch.tensor(group) * scale
+    weight[1, 0] = -8 * scale  # files have the largest integer in most groups
+    found = find_integers(weight, "Q4_0")
+    assert found is not None and torch.equal(found.dequantized(), weight)
+    assert int(found.values.min()) >= -8 and int(found.values.max()) <= 7
+    assert torch.equal(found.scales.half().float(), found.scales), "the file of the cache has scales of halves"
+    assert torch.equal(unpack_words(pack_words(found.values, 4), 4, GROUP), found.values)
+
+
 def test_a_weight_that_is_no_product_of_integers_is_not_taken() -> None:
     assert find_integers(torch.randn(4, 64), "Q8_0") is None
     assert find_integers(torch.randn(4, 48), "Q8_0") is None
@@ -55,10 +69,10 @@ def written(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
-def tiny_llama(path: Path, kind: str) -> Path:
+def tiny_llama(path: Path, kind: str, *, without: str = "", architecture: str = "llama") -> Path:
     """Write a random Llama of one layer with a tokenizer of single bytes."""
     random, type_ = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(64)
     writer.add_block_count(1)
@@ -77,7 +91,7 @@ def tiny_llama(path: Path, kind: str) -> Path:
     shapes = {"token_embd": (259, 64), "output": (259, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_output": (64, 64)}
     shapes |= {"blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.ffn_down": (64, 96)}
     shapes |= {"blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64)}
-    for name, shape in shapes.items():
+    for name, shape in ((name, shape) for name, shape in shapes.items() if name != without):
         weight = (random.normal(size=shape) / 8).astype(np.float32)
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, type_), raw_dtype=type_)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
@@ -100,6 +114,20 @@ def test_a_gguf_file_is_served_with_its_integers(kind: str, tmp_path: Path) -> N
     assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
 
 
+def test_a_file_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
+    """The first file of several is one, and the rest of the model would be random numbers."""
+    file = tiny_llama(tmp_path / "model-00001-of-00002.gguf", "Q8_0", without="blk.0.ffn_up")
+    with pytest.raises(BaseModelUnsupported, match=r"1 of the model's \d+ tensors are missing \(.*up_proj.weight\)"):
+        gguf_folder(file, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("gguf-*"))
+
+
+def test_an_architecture_that_transformers_does_not_read_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", architecture="other")
+    with pytest.raises(BaseModelUnsupported, match=r"model.gguf cannot be converted \(.*other"):
+        gguf_folder(file, tmp_path / "cache")
+
+
 def test_other_types_of_tensors_are_refused_by_name(tmp_path: Path) -> None:
     file = gguf_with(tmp_path / "model.gguf", "Q5_0")
     with pytest.raises(
@@ -112,6 +140,13 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(BaseModelUnsupported, match="cannot be read as a GGUF file"):
         gguf_folder(tmp_path / "model.gguf", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_a_file_that_is_not_there_is_no_reason_for_another_engine(engine: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "model.gguf", engine=engine)
+    with pytest.raises(BaseModelUnsupported, match=r"model.gguf' is no file of this machine$"):
+        load_config(model_source(config))
 
 
 def test_one_file_of_a_folder_is_found_and_two_are_refused(tmp_path: Path) -> None:

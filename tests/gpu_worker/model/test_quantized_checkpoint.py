@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.checkpoint import read_tensors
 from gpu_worker.model.quantization import QuantizedLinear, quantized_layers
-from gpu_worker.model.quantized_checkpoint import check_format, pack_words, unpack_words
+from gpu_worker.model.quantized_checkpoint import check_format, pack_words, take_weights, unpack_words
 from tests.tiny import tiny_config
 
 _CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -74,6 +75,78 @@ def test_a_checkpoint_without_its_integers_is_refused(tmp_path: Path, tiny_folde
         load_base_model(tiny_config(tmp_path, dtype="auto"))
 
 
+def test_integers_without_their_scales_are_refused(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelUnsupported, match=r"the scales of model.layers.0.mlp.up_proj are missing"):
+        load_base_model(tiny_config(tmp_path, dtype="auto"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor"),
+    [
+        ("weight_packed", torch.zeros(48, 1, dtype=torch.int32)),  # of 1 bit
+        ("weight_packed", torch.zeros(48, 4, dtype=torch.int64)),
+        ("weight_packed", torch.zeros(4, dtype=torch.int32)),
+        ("weight_shape", torch.tensor([48, 0])),
+        ("weight_shape", torch.tensor([48, -32])),
+        ("weight_shape", torch.tensor([32])),
+        ("weight_shape", None),
+        ("weight_scale", torch.ones(48, 0)),
+        ("weight_scale", torch.ones(48, 3)),
+        ("weight_scale", torch.ones(48, 1, 1)),
+        ("weight_scale", torch.ones(47, 1)),
+    ],
+)
+def test_integers_of_another_shape_are_refused(
+    suffix: str, tensor: torch.Tensor | None, tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name := f"model.layers.0.mlp.up_proj.{suffix}"]
+    save_file(tensors if tensor is None else tensors | {name: tensor}, tmp_path / "model.safetensors")
+    with pytest.raises(BaseModelUnsupported, match=r"up_proj.* Copy the model's files again"):
+        load_base_model(tiny_config(tmp_path, dtype="auto"))
+
+
+def test_the_config_says_how_long_groups_are() -> None:
+    """Two scales for 160 inputs are those of 128 and 32, or of 96 and 64."""
+    values, scales = torch.ones(2, 160, dtype=torch.int8), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for size in (128, 96):
+        tensors = {"a.weight_packed": pack_words(values, 4), "a.weight_shape": torch.tensor([2, 160])}
+        found = dict(take_weights(tensors | {"a.weight_scale": scales}, {size}))["a"].dequantized()
+        assert torch.equal(found, scales.repeat_interleave(size, dim=1)[:, :160])
+
+
+def test_a_broken_file_is_refused_in_one_sentence(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BaseModelUnsupported, match=r"model.safetensors cannot be read \("):
+        load_base_model(tiny_config(tmp_path, dtype="auto"))
+
+
+def test_weights_that_are_not_on_this_machine_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+
+    def fetch(_: str, name: str, *, local_files_only: bool, **__: object) -> str | None:
+        return None if local_files_only or name != "model.safetensors" else str(tmp_path / name)
+
+    monkeypatch.setattr("gpu_worker.model.checkpoint.cached_file", fetch)
+    assert list(read_tensors("somebody/model")) == ["a"]
+
+
+def test_integers_that_the_config_does_not_mention_are_refused(
+    tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
+    shutil.copy(tiny_folders["llama"] / "config.json", tmp_path)
+    with pytest.raises(BaseModelUnsupported, match=r"weights of 8 bits \(model.layers.0.*no quantization_config"):
+        load_base_model(tiny_config(tmp_path))
+
+
 def test_integers_are_not_read_in_float32(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
     checkpoint(tiny_folders["llama"], tmp_path, bits=8)
     with pytest.raises(BaseModelUnsupported, match="dtype 'auto' or 'bfloat16', got 'cpu' and 'float32'"):
@@ -97,6 +170,9 @@ def test_words_hold_the_first_value_in_the_lowest_bits(bits: int) -> None:
         (config_with("pack-quantized", _GROUPS | {"num_bits": 2}), r"format pack-quantized \(int 2 bits\)"),
         (config_with("pack-quantized", _GROUPS | {"symmetric": False}), "with asymmetric weights"),
         (config_with("pack-quantized", _GROUPS | {"group_size": 48}), "with groups of 48"),
+        (config_with("pack-quantized", _GROUPS | {"group_size": 0}), "with groups of 0"),
+        (config_with("pack-quantized", _GROUPS, transform_config={"config_groups": {"R3": {}}}), "transformed inputs"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"W8A8": ["Linear"]}}, "the name of a scheme"),
         (config_with("int-quantized", _CHANNEL, _INPUTS | {"dynamic": False}), "not rounded token by token"),
         (config_with("int-quantized", _CHANNEL, kv_cache_scheme={"num_bits": 8}), "with a quantised KV cache"),
     ],

@@ -70,6 +70,16 @@ def test_quantized_weights_with_float32_are_refused_before_a_request_stops_the_e
         load_front_model(tiny_config(folder, engine="vllm"))
 
 
+@pytest.mark.parametrize("place", ["whole", "text"])
+def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place: str, tmp_path: Path) -> None:
+    config_of("gemma3").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if place == "whole" else config["text_config"])["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_front_model(tiny_config(tmp_path, engine="vllm", dtype="bfloat16")).is_quantized
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [

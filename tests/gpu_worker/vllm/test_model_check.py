@@ -149,6 +149,14 @@ def test_modules_that_vllm_computes_without_adapters_take_none(
     assert made.changes[-1] == f"drop {DIGEST}"
 
 
+def test_a_model_that_is_wrong_in_its_window_too_is_refused(workers: Callable[..., Workers]) -> None:
+    """Modules without adapters must not hide that the base model differs."""
+    made = workers(lambda prompt, logits: logits if prompt.scores_prompt else logits.roll(1, dims=-1))
+    made.ignored = "v_proj"
+    with pytest.raises(BaseModelUnsupported, match="for prompts of 16 tokens its log"):
+        made.check()
+
+
 def test_an_adapter_that_the_workers_refuse_is_the_reason(workers: Callable[..., Workers]) -> None:
     made = workers()
     made.unfit = {DIGEST: "x has another shape in vLLM's base model"}
