@@ -133,6 +133,14 @@ def test_an_adapter_cannot_be_made_public_over_an_approved_name(store: LoraStore
         store.set_visibility("them", "support", "public", "me")
 
 
+def test_a_tenants_own_adapter_comes_before_an_approved_name(store: LoraStore, publish: Callable[..., None]) -> None:
+    publish(tenant="them", visibility="private")
+    store.set_name(OWN, "a", "me")
+    store.approve_name(ref_of(OWN, "a"))
+    assert policies(store, "them", "support") == []
+    assert policies(store, "third", "support") == policies(store, "them", "local/support") == [("a", True)]
+
+
 @pytest.mark.parametrize(
     "change",
     [
