@@ -136,6 +136,7 @@ class Planner:
         _check_new_tokens(policy.max_tokens, policy.min_tokens, self._model)
         given, name = policy.lora.adapters or [], self._model_name(policy.model)
         if name == AUTO and not given:
+            self._request_of("", policy.lora, tenant)  # checks the options of the strategy
             return policy
         [planned] = await self._plan_alike([Question("", "", policy.model, policy.lora)], tenant)
         names = [

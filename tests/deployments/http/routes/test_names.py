@@ -16,6 +16,7 @@ from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
+from tests.deployments.observability.test_usage import events_in
 
 Say = Callable[..., Awaitable[httpx.Response]]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "model": "support"}
@@ -127,6 +128,21 @@ def test_tokenize_uses_the_template_of_the_policy() -> None:
         return (await say("POST", "/tokenize", {**CHAT, "return_token_strs": True})).json()["token_strs"]
 
     assert "".join(named(question)).startswith("alpaca|")
+
+
+def test_tokens_that_the_encoder_reads_to_count_are_charged_by_a_model_name_too(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", "local", limits={"tokens_per_minute": 120}))
+    body = {"messages": [{"role": "user", "content": "word " * 60}]}  # 75 tokens, and the encoder reads as many
+
+    async def question(say: Say, _: Served) -> None:
+        await say("PUT", "/v1/names/support", {}, key="a")
+        for model in ("auto", "support"):
+            error = error_of(await say("POST", "/v1/messages/count_tokens", body | {"model": model}, 400, "a"))
+            assert "the key allows 120 per minute" in error["message"]
+        await say("POST", "/v1/messages/count_tokens", body | {"model": BASE}, key="a")
+
+    named(question, keys_file=keys, cache_dir=tmp_path)
+    assert [event["model"] for event in events_in(tmp_path)] == ["", "auto", "support", BASE]
 
 
 def test_explain_and_a_header_show_the_version_and_it_can_be_asked_for_again() -> None:
@@ -242,6 +258,15 @@ def test_names_are_listed_among_the_models_page_by_page() -> None:
         ("x", {"model": "nobody"}, 404, "model_not_found", "nobody"),
         ("x", {"model": "poet", "lora": {"k": 2}}, 400, "invalid_request", "lora.k"),
         ("x", {"lora": {"adapters": [{"name": "nobody"}]}}, 404, "model_not_found", "nobody"),
+        ("x", {"lora": {"strategy": "mean"}}, 400, "invalid_request", "lora.strategy"),
+        ("x", {"lora": {"strategy_options": {"nope": 1}}}, 400, "invalid_request", "has no option 'nope'"),
+        (
+            "x",
+            {"variant": {"share": 0.5, "lora": {"strategy": "top_p_mixture", "strategy_options": {"kept_weight": 2}}}},
+            400,
+            "invalid_request",
+            "kept_weight must be above 0",
+        ),
         ("x", {"variant": {"share": 0.5, "model": "nobody"}}, 404, "model_not_found", "nobody"),
         (
             "x",
