@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -10,11 +11,11 @@ from pydantic import Field
 
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
-from deployments.api.names import parse_policy
+from deployments.api.names import NamePolicy, parse_policy
 from deployments.api.pool_responses import ModelCard, ModelList, model_list
 from deployments.auth.authenticator import Caller
 from deployments.config.served_model import ServedModel
-from deployments.errors import ModelNotFound
+from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import AUTO
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
@@ -105,7 +106,9 @@ class _Cards:
 
     def named(self, named: NamedPolicy, tenant: str) -> ModelCard:
         """Return the card of a model name. `root` is the version of its policy."""
-        name, policy = named.ref.name_for(tenant), parse_policy(named.policy)
+        name, policy = named.ref.name_for(tenant), NamePolicy()
+        with suppress(RequestInvalid):  # only a newer release can read it: requests to the name say so
+            policy = parse_policy(named.policy)
         root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
         card = self._card(name, created, named.ref.tenant, root, self.base, policy.template or self.template)
         given = {field: getattr(policy, field) for field in SAMPLING_DEFAULTS if field in policy.model_fields_set}
