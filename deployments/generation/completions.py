@@ -312,8 +312,7 @@ class CompletionService:
         with_texts: bool = False,
     ) -> Tokenized:
         deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
-        assert not isinstance(question.prompt, TokenIds)
-        check_tokenized(question.prompt, field, self._model)
+        check_tokenized(question, field, self._model)
         question, template = await self._bound(question, caller, context, deadline)
         is_routed = template is None and not isinstance(question.prompt, str)
         num_read = self._planner.tokens_read(question) if is_routed else 0
