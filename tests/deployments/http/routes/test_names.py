@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
@@ -338,6 +340,34 @@ def test_a_name_of_another_tenant_is_seen_once_an_admin_approved_it(tmp_path: Pa
         assert len(answer.json()["lora"]["adapters"]) == 1
 
     named(question, keys_file=keys)
+
+
+@dataclass
+class WithOlder(FakeRetriever):
+    """Keeps a private version of each adapter beside the live one."""
+
+    async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        bare = name.partition("@")[0].rpartition("/")[2]
+        return 7, [adapter(bare), adapter(bare, version="older", visibility="private")]
+
+    async def plan_named(
+        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
+    ) -> Plan:
+        older = adapter(choices[0][0].partition("@")[0], version="older")
+        return Plan(strategy, (PlannedAdapter(older.ref, older.weights_digest, 1.0),), 7)
+
+
+def test_a_policy_with_a_private_version_cannot_be_approved(tmp_path: Path) -> None:
+    keys, names = write(tmp_path / "keys.json", entry("a", "local"), entry("admin", "ops")), FakeNames()
+
+    async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
+        put = await client.put("/v1/names/support", json={"model": "poet@older"}, headers=bearer("a"))
+        body = {"digest": put.json()["digest"]}
+        return await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
+
+    retriever, store = WithOlder(model_names=names), FakeStore(pool_of(*POOL), model_names=names)
+    response = ask(question, retriever=retriever, store=store, keys_file=keys)
+    assert response.status_code == 400 and "which is private" in error_of(response)["message"]
 
 
 def test_a_policy_with_a_private_adapter_cannot_be_approved(tmp_path: Path) -> None:
