@@ -125,7 +125,7 @@ def test_an_adapter_cannot_have_a_model_name_that_its_tenant_uses(
     publish(tenant=tenant)
 
 
-def test_what_another_tenant_publishes_or_approves_later_does_not_stop_changes_of_a_name(
+def test_what_others_publish_or_approve_later_stops_no_change_of_a_name(
     store: LoraStore, publish: Callable[..., None]
 ) -> None:
     store.set_name(OWN, "a", "me")

@@ -132,7 +132,7 @@ def test_tokenize_uses_the_template_of_the_policy() -> None:
     assert "".join(named(question)).startswith("alpaca|")
 
 
-def test_tokens_that_the_encoder_reads_to_count_are_charged_by_a_model_name_too(tmp_path: Path) -> None:
+def test_what_the_encoder_reads_to_count_is_charged_by_a_model_name_too(tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("a", "local", limits={"tokens_per_minute": 120}))
     body = {"messages": [{"role": "user", "content": "word " * 60}]}  # 75 tokens, and the encoder reads as many
 
