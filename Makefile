@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo bench quick test tests/cluster tests/servers tests/e2e coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -38,12 +38,9 @@ bench: $(READY) ## other projects' load clients against this server and vLLM; AR
 
 # Named, since collecting all tests takes half a minute.
 E2E_TESTS := tests/cluster tests/servers tests/e2e
-test: $(READY) ## run every test: those without a server two at a time, then the three folders with servers side by side
+test: $(READY) ## run every test: those without a server two at a time, then those with servers one after another
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
-	$(MAKE) --jobs=3 --keep-going --output-sync $(E2E_TESTS)
-
-$(E2E_TESTS): $(READY)
-	$(BIN)/python -m pytest $@
+	$(BIN)/python -m pytest $(E2E_TESTS)
 
 coverage: $(READY) ## run the tests without a running application and print which lines they reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e" --cov

@@ -286,6 +286,11 @@ def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
     return None
 
 
+def _is_open(store: Snapshot, name: str) -> bool:
+    """Return whether every tenant may use an adapter or a model name that is called so."""
+    return name in store.public or name in store.approved_names
+
+
 class _Importer:
     """Copies files and commits names, some at a time, each under leases on their blobs."""
 
@@ -309,7 +314,10 @@ class _Importer:
         return self._catalogue.commit(partial(self._others, active))
 
     def _others(self, active: str | None, newest: Snapshot) -> list[Event]:
-        """Return the rankings of tenants that have none in the store, and the model names that nothing there has."""
+        """Return the rankings of tenants that have none in the store, and the model names that are free there.
+
+        A name that only its tenant may use is free although another tenant has something public by that name.
+        """
         wanted = self._state.snapshot
         events: list[Event] = [
             rank
@@ -318,8 +326,9 @@ class _Importer:
             if tenant not in newest.rankings and rank.ranking.encoder == active
         ]
         for key, kept in wanted.names.items():
-            is_taken = key in newest.names or key in newest.records or key[1] in newest.public
-            if not is_taken and newest.approved_names.get(key[1], key) == key:
+            is_approved = any(named.approved for named in kept)
+            is_taken = key in newest.names or key in newest.records
+            if not is_taken and not (is_approved and _is_open(newest, key[1])):
                 events += [SetName(named) for named in reversed(kept)]
         return events
 

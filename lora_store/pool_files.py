@@ -25,6 +25,7 @@ from lora_store.events import ActivateEncoder, Approve, Event, Publish, SetName,
 from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS, stem_of
 from lora_store.location import Location
+from lora_store.names import policy_digest
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key, Snapshot
 from lora_store.staging import version_digest
@@ -35,6 +36,7 @@ CATALOGUE_FILE = "catalogue.parquet"
 PART_BYTES = 8 << 20
 _METADATA = b"loraretriever.pool"
 _PROJECTION = re.compile(rf"{PROJECTIONS}/[A-Za-z0-9_-][A-Za-z0-9._+-]{{0,250}}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 COPIED_BY = "copy"  # the author of an encoder's activation in a copy
 
 
@@ -111,7 +113,7 @@ class PoolState:
 
     @classmethod
     def from_parquet(cls, data: bytes) -> PoolState:
-        """Return the state from the bytes of `to_parquet`. Raises: StoreIsNewer; ValueError for damaged ones."""
+        """Return the state from the bytes of `to_parquet`. Raises: StoreIsNewer; ValueError if they were changed."""
         try:
             metadata = pq.read_schema(pa.BufferReader(data)).metadata
             facts = json.loads(metadata[_METADATA])
@@ -121,22 +123,29 @@ class PoolState:
                 raise StoreIsNewer("import the pool", json.loads(facts["format"])["release"])
             events = dated_events_of(rows, after=0)
             state = cls(Snapshot(0, {}).after_dated(events, facts["generation"]), tuple(facts["projections"]))
-        except (pa.ArrowException, OSError, KeyError, TypeError) as exc:
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ValueError(f"{CATALOGUE_FILE} cannot be read: {exc}") from exc
         if not all(is_projection(f"{PROJECTIONS}/{name}") for name in state.projections):
             raise ValueError(f"{CATALOGUE_FILE} names a projection that is no file's name")
+        state.check_digests()
         return state
 
     def check_digests(self) -> None:
-        """Check that each version is what its digest says. Raises: ValueError."""
+        """Check that each version and policy is what its digest says, under a valid name. Raises: ValueError."""
         for key in self.snapshot.records:
             for record in self.snapshot.versions(key):
                 label = Label(key[1], key[0], record.tags, record.template)
                 if problem := next(label.problems(), None):
                     raise ValueError(problem)
                 wanted = version_digest(label, record.weights_digest, record.samples_digest, record.base_model)
-                if wanted != record.ref.digest:
+                if wanted != record.ref.digest or not all(map(_DIGEST.fullmatch, record.blobs)):
                     raise ValueError(f"{record.ref} is not what its digest says: the copy was changed or damaged")
+        for key, kept in self.snapshot.names.items():
+            if problem := next(Label(key[1], key[0]).problems(), None):
+                raise ValueError(f"model name: {problem}")
+            for named in kept:
+                if policy_digest(named.policy) != named.ref.digest:
+                    raise ValueError(f"{named.ref} is not what its digest says: the copy was changed or damaged")
 
 
 def state_events(snapshot: Snapshot, at: datetime) -> Iterator[Event]:

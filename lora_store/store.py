@@ -98,6 +98,7 @@ class LoraStore:
         self.usage = UsageFiles(location.child("usage"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
+        self._own_blobs: tuple[Snapshot | None, str, Collection[str]] = (None, "", ())  # of the tenant that exports
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
 
     @property
@@ -422,8 +423,11 @@ class LoraStore:
         snapshot = self.snapshot()
         if tenant is None:
             return digest in snapshot.referenced()
-        own = (key for key in snapshot.records if key[0] == tenant)
-        return any(digest in record.blobs for key in own for record in snapshot.versions(key))
+        of, owner, blobs = self._own_blobs
+        if of is not snapshot or owner != tenant:  # an export asks for each of its files
+            blobs = PoolState(snapshot).of_tenant(tenant).blobs().keys()
+            self._own_blobs = (snapshot, tenant, blobs)
+        return digest in blobs
 
     def snapshot(self) -> Snapshot:
         """Return the newest state of the pool."""

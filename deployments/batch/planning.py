@@ -16,7 +16,7 @@ from deployments.batch.run import BatchRun, Part, open_store
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModel
 from deployments.generation.completions import bind, jobs_of
-from deployments.generation.planner import Planner, check_limits
+from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import NamedPolicy, Plan, Strategy
@@ -64,9 +64,8 @@ async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)
-        request, questions, bound = await bind(planner, request, tenant)
+        request, questions, bound = await bind(planner, request, tenant, served)
         sampling = request.sampling()
-        check_limits(request, questions, served)
         planned = await planner.plan(questions[0], tenant)
         [planned] = [planned] if bound is None else bound.explained([planned])
         [job] = jobs_of(name, sampling, questions, [planned], served.template)

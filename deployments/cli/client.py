@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import json
+import math
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ _OTHER_NAMES = {
     "retention_s": ("retention",),
     "visibility": ("public",),
     "base_model": ("base_name",),
+    "strategy_options": ("option",),
     "roles": ("role",),
 }
 _TYPES = {str: "TEXT", Path: "PATH", int: "NUMBER", float: "NUMBER"}
@@ -138,7 +140,10 @@ def fill_choices(command: Any) -> None:
 def read_options(pairs: Sequence[str] | None) -> dict[str, float] | None:
     """Return the values of NAME=NUMBER pairs by name. Raises: BadParameter."""
     try:
-        return {name: float(value) for name, value in (pair.split("=") for pair in pairs or ())} or None
+        found = {name: float(value) for name, value in (pair.split("=") for pair in pairs or ())}
+        if not all(map(math.isfinite, found.values())):
+            raise ValueError
+        return found or None
     except ValueError as exc:
         raise typer.BadParameter(f"must be NAME=NUMBER, got {' '.join(pairs or ())}", param_hint="'--option'") from exc
 

@@ -35,15 +35,18 @@ def compose(
     """
     weights = _weights_in(adapters)
     from deployments.cli.pool_transfer import pool_of, read_modules  # torch takes seconds to import
-    from lora_store import write_peft_folder
+    from lora_store import is_valid_name, write_peft_folder
     from lora_store.composition import compose
 
+    if not is_valid_name(name):
+        raise typer.BadParameter("must be 1 to 64 of A-Z a-z 0-9 . _ - and not 'auto'", param_hint="NAME")
     folder = target / name
     with pool_of(store, url) as source:
         if folder.exists():
             raise ValueError(f"{folder}: exists; choose another name or folder")
         state = source.state()
         records = {part: state.find(part) for part in weights}
+        templates = {record.template for record in records.values()}
         bases = sorted({record.base_model for record in records.values()})
         if len(bases) > 1:
             raise ValueError(f"--adapters: their base models differ, {' and '.join(bases)}")
@@ -52,7 +55,10 @@ def compose(
         write_peft_folder(folder, modules, base_model=bases[0])
     said = f"{folder}: rank {max(module.rank for module in modules.values())}"
     said += ", exact" if rank is None else f", relative error {error:.2%}"
-    out.print(f"{said}. It has no samples: add lora_samples.jsonl for auto", markup=False, highlight=False)
+    said += ". It has no samples: add lora_samples.jsonl for auto"
+    if len(templates) == 1 and (template := templates.pop()):
+        said += f". Publish it with --template {template}, which its adapters have"
+    out.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _weights_in(text: str) -> dict[str, float]:

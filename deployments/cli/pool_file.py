@@ -62,7 +62,12 @@ def publish_file(file: Path, url: str, *, is_dry: bool, prunes: bool, upload: bo
     for page in pages(url, "/v1/loras"):
         tenant = page.get("tenant")
         live |= {row["name"]: row for row in page["data"] if row["tenant"] == tenant}
-    items = {item.label: item for owner, item in listed if owner in (None, tenant)}
+    own = [item for owner, item in listed if owner in (None, tenant)]
+    items = {item.label: item for item in own}
+    if len(items) < len(own):
+        fail(f"{file}: adapters: a name is listed twice for tenant {tenant!r}, with and without owner")
+    if prunes and not items:
+        fail(f"{file}: no adapter of it belongs to tenant {tenant!r}, so --prune would withdraw all of yours")
     rows: list[JsonObject] = []
     refused: Refused = {}
     with client_of(url) as client:
@@ -74,7 +79,9 @@ def publish_file(file: Path, url: str, *, is_dry: bool, prunes: bool, upload: bo
             if change == "refused":
                 note_refusal(refused, item, answer)
             elif change != "unchanged" and not as_json:
-                note = "" if change == "new" or answer.get("changed") else "; its weights or samples are others"
+                note = (
+                    "" if change == "new" or answer.get("changed") else "; its weights, samples or base model changed"
+                )
                 out.print(f"{change}: {describe_outcome(answer, is_dry)}{note}", markup=False, highlight=False)
         others = sorted(live.keys() - items.keys())
         goes = prunes and not is_dry and not refused
@@ -85,7 +92,7 @@ def publish_file(file: Path, url: str, *, is_dry: bool, prunes: bool, upload: bo
         show_refusals(refused)
         for name, problem in failed.items():
             show_error(f"{name}: {problem}")
-        _say(file, rows, others, len(listed) - len(items), prunes=prunes, goes=goes)
+        _say(file, rows, others, len(listed) - len(own), prunes=prunes, goes=goes)
     if refused or failed:
         raise typer.Exit(1)
 

@@ -67,7 +67,7 @@ def export_to(target: str, names: Sequence[str], store: str | None, url: str, *,
             state = source.state().named(names)
             _write_peft(source, state, Path(target))
         elif target.endswith(ARCHIVE):
-            with ArchiveTarget(Path(target)) as archive:
+            with ArchiveTarget(_archive_path(target)) as archive:
                 state = export_pool(source, archive, names, report)
         else:
             state = export_pool(source, StoreTarget(target), names, report)
@@ -93,7 +93,7 @@ def import_from(
     """Import into the store of the settings, or `store`. On an error, print it and exit."""
     with _failures(), _progress("importing") as report:
         uri = load_config(config, **({} if store is None else {"store_uri": store})).store_uri
-        pool: PoolSource = ArchivedPool(Path(source)) if source.endswith(ARCHIVE) else StoredPool(source)
+        pool: PoolSource = ArchivedPool(_archive_path(source)) if source.endswith(ARCHIVE) else StoredPool(source)
         done = import_pool(pool, uri, conflict, names, is_dry=is_dry, progress=report)
     if as_json:
         print_json({"store": uri, **done})
@@ -110,6 +110,13 @@ def import_from(
             f"auto does not find {counted(done['num_unembedded'], 'adapter')} yet, embedded by another encoder than"
             " the pool's: run `loraretriever pool reindex`"
         )
+
+
+def _archive_path(name: str) -> Path:
+    """Raises: ValueError for an archive in a bucket."""
+    if "://" in name:
+        raise ValueError(f"{name}: an archive is a file on this machine; without {ARCHIVE} it is a store in a bucket")
+    return Path(name)
 
 
 @contextmanager

@@ -140,8 +140,8 @@ def import_(
 ) -> None:
     """Add the adapters of a copy to a store. Its servers may run: they see the adapters within seconds.
 
-    Every file is compared with its digest. Repeated after an interruption, it imports what is missing. Import only
-    copies that you trust: it does not validate adapters as publishing does.
+    Weights and samples are compared with their digests. Repeated after an interruption, it imports what is missing.
+    Import only copies that you made: it does not validate adapters as publishing does, and takes over approvals.
     """
     from deployments.cli.pool_transfer import import_from  # pyarrow takes a second to import
 

@@ -16,7 +16,7 @@ export function start(callbacks) {
   byId("adapter-withdraw").addEventListener("click", withdraw);
   byId("trial-form").addEventListener("submit", (event) => { event.preventDefault(); setTrial(Number(byId("trial-percent").value) / 100); });
   byId("trial-stop").addEventListener("click", () => setTrial(0));
-  byId("trial-promote").addEventListener("click", () => rollback(shown.trial.digest));
+  byId("trial-promote").addEventListener("click", () => makeLive(shown.trial.digest));
   byId("adapter-accept-all").addEventListener("click", () => decide("accept"));
 }
 
@@ -91,9 +91,8 @@ function showTrial({ versions, trial }, isOwn) {
   byId("trial-promote").hidden = byId("trial-stop").hidden = !trial;
   const isTried = (digest) => digest === trial?.digest;
   byId("trial-version").replaceChildren(...kept.map(({ digest }) => element("option", { value: digest, selected: isTried(digest) }, digest.slice(0, 12))));
-  if (!trial) return;
-  byId("trial-percent").value = 100 * trial.share;
-  byId("trial-shadow").checked = trial.shadow;
+  byId("trial-percent").value = trial ? Number((100 * trial.share).toFixed(6)) : 10; // without what floats add
+  byId("trial-shadow").checked = trial?.shadow ?? false;
 }
 
 /** Lets the chosen version answer this share of the requests; 0 ends the trial. */
@@ -105,7 +104,7 @@ async function setTrial(share) {
 function versionRow({ digest, state, created_at, actor, source }, isOwn) {
   const isKept = state !== "live";
   const button = isKept && isOwn
-    ? element("button", { type: "button", class: "small", "aria-label": `Make live: version ${digest.slice(0, 12)}`, onclick: () => rollback(digest) }, "Make live")
+    ? element("button", { type: "button", class: "small", "aria-label": `Make live: version ${digest.slice(0, 12)}`, onclick: () => makeLive(digest) }, "Make live")
     : null;
   const short = digest.slice(0, 12), id = shown.id;
   const compare = isKept
@@ -158,11 +157,11 @@ async function decide(action, ids) {
 
 const path = () => `v1/loras/${encodeURIComponent(shown.id)}`;
 
-async function rollback(digest) {
+async function makeLive(digest) {
   const createdAt = shown.versions.find((version) => version.digest === digest)?.created_at;
   const published = createdAt ? `, published ${ago(createdAt)},` : "";
   const text = `Version ${digest.slice(0, 12)}${published} becomes live for the next request. The current version is kept.`;
-  if (!(await confirmed(`Roll back ${shown.id}?`, text, "Roll back"))) return;
+  if (!(await confirmed(`Make another version of ${shown.id} live?`, text, "Make live"))) return;
   await change(async () => (await post(`${path()}/rollback`, { digest })).generation, () => open(shown.id));
 }
 

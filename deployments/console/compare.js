@@ -125,8 +125,9 @@ const compareFile = (file) => compare(async (ways, signal) => {
         right[place] += Number(isRight);
         sums[place].textContent = `${whole(right[place])} of ${whole(outputs)}`;
       }));
+      if (signal.aborted) return; // the prompts that were stopped do not count
       done += 1;
-      if (!signal.aborted) say("compare-status", `${whole(done)} of ${whole(rows.length)} prompts`);
+      say("compare-status", `${whole(done)} of ${whole(rows.length)} prompts`);
     }
   };
   await Promise.all(Array.from({ length: PROMPTS_AT_ONCE }, answerNext));

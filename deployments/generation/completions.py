@@ -255,9 +255,8 @@ class CompletionService:
             if self._is_strict:
                 refuse_ignored(request)
             context.ignored, context.model, context.num_choices = ignored_fields(request), request.model, request.n
-            request, questions, bound = await bind(self._planner, request, caller.tenant)
+            request, questions, bound = await bind(self._planner, request, caller.tenant, self._model)
             sampling, include_usage = request.sampling(), request.include_usage
-            check_limits(request, questions, self._model)
             with ExitStack() as stack:
                 work = self._planner.work_of(request, questions)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
@@ -424,17 +423,21 @@ class CompletionService:
         return [replace(question, text=next(texts)) if question.text is None else question for question in questions]
 
 
-async def bind(planner: Planner, request: R, tenant: str) -> tuple[R, Sequence[Question], BoundName | None]:
-    """Return the request and its questions by the policy of its model name, if `model` is one, and that policy.
+async def bind(
+    planner: Planner, request: R, tenant: str, model: ServedModel
+) -> tuple[R, Sequence[Question], BoundName | None]:
+    """Check the limits of a request. Return it and its questions by the policy of its model name, and that policy.
 
-    Raises: ModelNotFound, RequestInvalid, StaleIndex.
+    Raises: PromptTooLong, ModelNotFound, RequestInvalid, StaleIndex.
     """
-    named = await planner.named(request.model, tenant, request.lora.min_generation)
     questions = request.questions()
+    check_limits(request, questions, model)  # before any call
+    named = await planner.named(request.model, tenant, request.lora.min_generation)
     if named is None:
         return request, questions, None
     bound = BoundName.of(named, questions[0], tenant)
     filled = bound.filled(request)
+    check_limits(filled, questions, model)
     return filled, bound.questions(filled), bound
 
 

@@ -40,7 +40,10 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes part of the answer'
 _NOT_MATCHED = "none"
 _MAX_LISTED = 16  # ignored fields in the header
 _PROBES = ("/health", "/ready")  # probes: always answered, never reported
-_NOT_KEPT = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
+_NOT_KEPT = (
+    *("application/json", "application/x-ndjson", "text/event-stream", "text/plain"),
+    *("application/vnd.apache.parquet", "application/octet-stream"),  # a copy of the pool
+)
 # The other routes show nothing of the pool: health, the description of the API, the console's page.
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 _UNCOUNTED = "/v1/models"  # clients and load balancers poll it

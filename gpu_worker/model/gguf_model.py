@@ -31,6 +31,7 @@ _KEPT = ("Q8_0", "Q4_0")
 _FLOATS = ("F32", "F16", "BF16")
 _OF_HEADS = ("Q6_K",)  # files of Q4_0 have it for the output head; it is read as bfloat16
 _WHOLE = {"Q8_0": 127, "Q4_0": 8}  # the largest sizes of integers
+_MOST = {"Q8_0": 127, "Q4_0": 7}  # the largest integers
 _BITS = {"Q8_0": 8, "Q4_0": 4}
 
 
@@ -75,7 +76,10 @@ def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
 
 
 def find_integers(weight: Tensor, kind: str) -> QuantizedWeight | None:
-    """Return the integers and scales of a dequantised weight (O, I) float32, or None if it does not consist of them."""
+    """Return the integers and scales of a dequantised weight (O, I) float32, or None if it does not consist of them.
+
+    The integers are in the range of the kind, and the scales are halves, as in the file.
+    """
     num_out, num_in = weight.shape
     if num_in % GROUP:
         return None
@@ -88,7 +92,7 @@ def find_integers(weight: Tensor, kind: str) -> QuantizedWeight | None:
         own, sign = groups[left], -1 if kind == "Q4_0" and size == largest else 1
         tried = furthest[left] / (sign * size)
         found = (own / tried.where(tried != 0, 1)).round_()
-        fits = (found * tried == own).all(dim=1)
+        fits = ((found * tried == own) & (found <= _MOST[kind]) & (tried == tried.half())).all(dim=1)
         scales[left[fits]], values[left[fits]] = tried[fits], found[fits].to(torch.int8)
         is_other = size == largest and not bool(fits.any())
         left = left[~fits]

@@ -70,6 +70,8 @@ class QuantizedLinear(nn.Linear):
     `weight`: the weights that the integers stand for, so that the layer works like any other until it is packed.
     """
 
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares it as always there
+
     def __init__(self, quantized: QuantizedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = quantized.values.shape
@@ -88,7 +90,8 @@ def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
     Blocks that are not finite become NaN. The inverse of a scale has 16 bits, so that its products with bfloat16
     numbers are exact on every processor.
     """
-    values = nn.functional.pad(x.float(), (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    padded = nn.functional.pad(x.float(), (0, -x.shape[-1] % block))
+    values = padded.view(*padded.shape[:-1], -1, block)
     largest = values.abs().amax(dim=-1, keepdim=True)
     exact = _LARGEST_INPUT / largest.clamp(min=_SMALLEST_RANGE)
     inverse = (exact.contiguous().view(torch.int32) & ~0xFF).view(torch.float32)
@@ -99,7 +102,7 @@ def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
 @torch.inference_mode()
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
     """Round a weight (O, I) to 8 bits per output, or to 4 bits in groups of inputs."""
-    found = [_quantize_rows(part.float(), bits) for part in weight.detach().split(_ROWS_AT_ONCE)]
+    found = [_quantize_rows(part.float(), bits) for part in torch.split(weight.detach(), _ROWS_AT_ONCE)]
     values, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
     return QuantizedWeight(values, scales, bits, has_groups=bits == 4)
 
@@ -142,6 +145,7 @@ def replace_layer(model: nn.Module, name: str, quantized: QuantizedWeight) -> No
     """Replace the linear layer of this name by one of integer weights."""
     parent_name, _, leaf = name.rpartition(".")
     linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"{name} is not a linear layer"
     setattr(model.get_submodule(parent_name), leaf, QuantizedLinear(quantized, linear.bias, linear.weight.dtype))
 
 

@@ -153,7 +153,7 @@ def _weights_bytes(base: BaseModel, device: str) -> int:
     is_one = device != "cpu" or base.dtype != torch.bfloat16
     named = base.model.named_parameters(remove_duplicate=is_one)
     saved = sum(layer.weight.nbytes - layer.quantized.num_bytes for layer in quantized_layers(base.model))
-    return sum(parameter.nbytes for _, parameter in named) - saved
+    return int(sum(parameter.nbytes for _, parameter in named) - saved)
 
 
 def _kv(kv: KvShape) -> str:

@@ -62,7 +62,7 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
         await go(page, "Compare")
         await page.get_by_label("Prompt to compare").fill("A verse, please.")
         await page.get_by_role("button", name="Compare").click()
-        await expect(page.locator("#compare-status")).to_contain_text("5 ways")
+        await expect(page.locator("#compare-status")).to_contain_text("6 ways")
         await check(page, "compare")
         await go(page, "Adapters")
         await check(page, "adapters")

@@ -143,7 +143,7 @@ def test_rolling_back_needs_confirmation_and_names_the_version(browsing: Browsin
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "poet")
         await page.get_by_role("button", name=f"Make live: version {older.ref.digest[:12]}").click()
-        await expect(page.locator("#confirm-title")).to_have_text("Roll back poet?")
+        await expect(page.locator("#confirm-title")).to_have_text("Make another version of poet live?")
         await expect(page.locator("#confirm-text")).to_contain_text(f"Version {older.ref.digest[:12]}")
         await page.locator("#confirm-dialog").get_by_role("button", name="Cancel").click()
         assert served.store.called("restage") == []
@@ -212,10 +212,24 @@ def test_a_kept_version_is_tried_promoted_and_its_trial_ended(browsing: Browsing
         trials = [trial for _, _, trial, _ in served.store.called("set_trial")]
         assert trials == [Trial(older.ref.digest, 0.25, True), None]
         await page.get_by_role("button", name="Promote").click()
-        await press("Roll back", "/rollback")
+        await press("Make live", "/rollback")
         assert [record.ref for (record,) in served.store.called("restage")] == [older.ref]
 
     look(browsing, question, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live, older)))
+
+
+def test_the_form_of_a_trial_keeps_nothing_of_another_adapter(browsing: Browsing) -> None:
+    older = {name: adapter(name, version="older", generation=0) for name in ("poet", "coder")}
+    tried = replace(adapter("poet"), trial=Trial(older["poet"].ref.digest, 0.29, True))
+
+    async def question(page: Page, served: Served) -> None:
+        for name, percent, is_shadow in [("poet", "29", True), ("coder", "10", False)]:
+            await open_adapter(page, name)
+            await expect(page.get_by_label("on this many % of the requests")).to_have_value(percent)
+            await expect(page.get_by_label("on copies that no client sees")).to_be_checked(checked=is_shadow)
+
+    store = FakeStore(pool_of(tried, adapter("coder"), *older.values()))
+    look(browsing, question, retriever=MappedRetriever([tried, adapter("coder")]), store=store)
 
 
 def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:

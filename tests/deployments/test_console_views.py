@@ -97,6 +97,22 @@ def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_a
     look(browsing, question)
 
 
+def test_prompts_that_were_stopped_are_not_counted(browsing: Browsing, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("One\nTwo")
+
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Compare")
+        await page.route("**/v1/chat/completions", lambda route: None)  # never answered
+        await page.get_by_label("Prompts from a file").set_input_files(file)
+        await expect(page.locator("#tabled tbody tr")).to_have_count(2)
+        await page.locator("#compare-stop").click()
+        ways = len(ROUTED_STRATEGIES) + 2
+        await expect(page.locator("#compare-status")).to_have_text(f"0 of 2 prompts, {ways} ways")
+
+    look(browsing, question)
+
+
 def test_one_way_that_fails_does_not_stop_the_others(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await go(page, "Compare")
@@ -259,7 +275,7 @@ def test_an_admin_sees_who_used_what_and_another_key_does_not(browsing: Browsing
         [known] = await served.services.store.usage(query)
         assert known["completion_tokens"] > 0
         assert (await row.inner_text()).split("\t") == ["acme", *[str(known[name]) for name in SUMS]]
-        await page.get_by_label("By", exact=True).select_option("adapter")
+        await page.locator("#usage-by").select_option("adapter")
         await expect(page.locator("#usage-rows")).to_contain_text("local/")
 
     look(browsing, question, keys_file=keys, cache_dir=tmp_path)

@@ -87,8 +87,9 @@ def test_no_request_causes_a_server_error_or_an_undocumented_response(
 
 
 def test_every_operation_documents_its_responses_and_the_error_format() -> None:
-    error = {"$ref": "#/components/schemas/ErrorAnswer"}
     for path, operations in DOCUMENT["paths"].items():
+        kind_of_error = "AnthropicErrorAnswer" if path.startswith("/v1/messages") else "ErrorAnswer"
+        error = {"$ref": f"#/components/schemas/{kind_of_error}"}
         for method, operation in operations.items():
             reported = operation["responses"]
             if path not in WITHOUT_ERRORS:

@@ -15,6 +15,7 @@ from lora_store.errors import (
     FileRefused,
     GenerationGone,
     LoraStoreError,
+    NameTaken,
     PlanInvalid,
     PublicNameTaken,
     QuotaExceeded,
@@ -28,6 +29,7 @@ from lora_store.errors import (
 ERRORS: list[LoraStoreError] = [
     AdapterRefused("poet", ["rank 0", "no weights"]),
     PublicNameTaken("poet", ["the name belongs to another tenant"]),
+    NameTaken("support", "an adapter"),
     QuotaExceeded("adapters", 6, 5),
     AdapterNotFound("poet"),
     AdapterNotFound("peot", "poet"),

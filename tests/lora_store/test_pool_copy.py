@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lora_store import AdapterNotFound, BlobCorrupted, LoraStore, Snapshot, StoreIsNewer
+from lora_store.catalogue import CATALOGUE, Catalogue
+from lora_store.events import SCHEMA
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.pool_copy import ArchiveTarget, StoreTarget, export_pool, import_pool
 from lora_store.pool_files import CATALOGUE_FILE, ArchivedPool, PoolState, StoredPool, blob_file
+from lora_store.staging import version_digest
+from lora_store.validation import Label
 from tests.lora_store.builders import BASE, MakeFolder, OpenStore, embedding, ranking
 from tests.lora_store.pools.make import facts_of
 from tests.lora_store.test_table_format import POOLS
@@ -184,6 +190,21 @@ def test_an_interrupted_export_is_no_pool_and_continues(
         StoreTarget(copy)
 
 
+def test_an_exported_store_collects_blobs_that_are_older_than_its_catalogue(
+    folder_uri: str, make_folder: MakeFolder, tmp_path: Path, s3_uri: str
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    export_pool(StoredPool(folder_uri), StoreTarget(s3_uri))
+    assert Catalogue(Location(s3_uri).child(CATALOGUE)).created_at.year == 1970
+    target = str(tmp_path / "copy")
+    export_pool(StoredPool(folder_uri), StoreTarget(target))
+    unused = Path(target, blob_file("0" * 64))
+    unused.parent.mkdir(exist_ok=True)
+    unused.write_bytes(b"left by a crash")
+    os.utime(unused, (0, 0))
+    assert LoraStore(target, accepts_base=[BASE]).gc(3600).num_blobs == 1
+
+
 @pytest.mark.parametrize("how", ["export", "import", "dry import"])
 def test_a_store_that_lost_its_catalogue_is_never_written_to(
     how: str, folder_uri: str, make_folder: MakeFolder, tmp_path: Path
@@ -294,6 +315,24 @@ def test_a_model_name_that_an_adapter_of_the_store_has_is_left_out(
     assert list(store.snapshot().names) == [("acme", "secret")]
 
 
+def test_a_private_model_name_is_restored_beside_a_public_adapter(
+    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    pool.commit([pool.stage(make_folder("support", 60), tenant="acme")], [None], [0.5], "maker")
+    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+    assert LoraStore(str(tmp_path / "new"), accepts_base=[BASE]).snapshot().names == pool.snapshot().names
+
+
+def test_an_approved_model_name_does_not_take_a_public_one(
+    pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    pool.approve_name(pool.snapshot().names["local", "support"][0].ref)
+    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    store.commit([store.stage(make_folder("support", 50), tenant="acme")], [None], [0.5], "maker")
+    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+    assert not store.snapshot().names
+
+
 def test_replace_keeps_who_may_use_the_adapter(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     """Otherwise a public version would take the bare name that another tenant has."""
     fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
@@ -361,12 +400,54 @@ def changed_rows(change: Callable[[list[dict[str, object]]], None]) -> Callable[
     return write
 
 
-def test_a_changed_record_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:
-    def forge(rows: list[dict[str, object]]) -> None:
-        next(row for row in rows if row["name"] == "secret")["tags"] = ["forged"]
+def forged_blob(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose weights are a file elsewhere, with a digest that fits."""
+    weights = "../../" + row["weights_digest"]
+    parts = (weights, row["samples_digest"], row["base_model"])
+    return {"weights_digest": weights, "digest": version_digest(Label("secret"), *parts)}
 
-    with pytest.raises(ValueError, match=r"acme/secret@\w+ is not what its digest says"):
-        import_pool(ArchivedPool(damage(archive, changed_rows(forge))), str(tmp_path / "new"))
+
+@pytest.mark.parametrize(
+    ("name", "forge", "problem"),
+    [
+        ("secret", lambda row: {"tags": ["forged"]}, r"acme/secret@\w+ is not what its digest says"),
+        ("secret", lambda row: {"name": "../../secret"}, r"name '../../secret' must be 1 to 64 of"),
+        ("secret", forged_blob, r"acme/secret@\w+ is not what its digest says"),
+        ("support", lambda row: {"source": "{}"}, r"local/support@\w+ is not what its digest says"),
+        ("support", lambda row: {"name": "auto"}, r"model name: name 'auto' must be 1 to 64 of"),
+    ],
+)
+def test_a_changed_record_is_refused(
+    name: str,
+    forge: Callable[[dict[str, Any]], dict[str, Any]],
+    problem: str,
+    folder_uri: str,
+    make_folder: MakeFolder,
+    tmp_path: Path,
+) -> None:
+    fill(LoraStore(folder_uri, accepts_base=[BASE]), make_folder)
+    with ArchiveTarget(tmp_path / "pool.tar") as target:
+        export_pool(StoredPool(folder_uri), target)
+
+    def forge_rows(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if row["name"] == name:
+                row |= forge(row)
+
+    forged = ArchivedPool(damage(tmp_path / "pool.tar", changed_rows(forge_rows)))
+    with pytest.raises(ValueError, match=problem):
+        forged.state()  # which every copy of it reads first
+    with pytest.raises(ValueError, match=problem):
+        import_pool(forged, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("facts", [b"{", b"[]", b"{}", b'{"format": "1", "generation": 1, "projections": []}'])
+def test_a_catalogue_with_damaged_facts_is_refused_by_its_name(facts: bytes) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(SCHEMA.empty_table().replace_schema_metadata({b"loraretriever.pool": facts}), sink)
+    with pytest.raises(ValueError, match=f"{CATALOGUE_FILE} cannot be read: "):
+        PoolState.from_parquet(sink.getvalue().to_pybytes())
 
 
 def test_an_archive_of_a_newer_release_is_refused(pool: LoraStore, archive: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -106,9 +105,11 @@ class _Cards:
 
     def named(self, named: NamedPolicy, tenant: str) -> ModelCard:
         """Return the card of a model name. `root` is the version of its policy."""
-        name, policy = named.ref.name_for(tenant), NamePolicy()
-        with suppress(RequestInvalid):  # only a newer release can read it: requests to the name say so
+        name = named.ref.name_for(tenant)
+        try:
             policy = parse_policy(named.policy)
+        except RequestInvalid:  # of a newer release: requests to this name say so, and the list has the other models
+            policy = NamePolicy()
         root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
         card = self._card(name, created, named.ref.tenant, root, self.base, policy.template or self.template)
         given = {field: getattr(policy, field) for field in SAMPLING_DEFAULTS if field in policy.model_fields_set}

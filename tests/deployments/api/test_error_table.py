@@ -56,6 +56,7 @@ EXPECTED = [
     (api_errors.ReplicaDied(), 503, OVERLOADED, "replica_died"),
     (api_errors.PoisonRequest(3), 500, "server_error", "request_failed"),
     (store_errors.PublicNameTaken("x", ["it is taken"]), 409, INVALID, "name_taken"),
+    (store_errors.NameTaken("x", "an adapter"), 409, INVALID, "name_taken"),
     (store_errors.QuotaExceeded("adapters", 4, 3), 403, "permission_error", "quota_exceeded"),
     (store_errors.AdapterRefused("x", ["a", "b"]), 400, INVALID, "adapter_refused"),
     (store_errors.PlanInvalid("plan"), 400, INVALID, "invalid_request"),

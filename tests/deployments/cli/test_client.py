@@ -121,6 +121,7 @@ def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
         (("publish", ".", "--template", "chat"), "adapters.0.template: is another", "--template: is another"),
         (("ask", "Hi", "--strategy", "fusion"), "lora.strategy: not here", "--strategy: not here"),
         (("list", "--tag", "a b"), "tag.0: must be shorter", "--tag: must be shorter"),
+        (("route", "Hi", "-o", "x=1"), "lora.strategy_options: no option 'x'", "--option: no option 'x'"),
         (("show", "poet"), "digest: has no option here", "digest: has no option here"),
         (("show", "poet"), "no adapter 'poet'", "no adapter 'poet'"),
     ],

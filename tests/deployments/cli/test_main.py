@@ -113,7 +113,7 @@ def test_a_strategy_is_one_of_the_registered_names(command: str) -> None:
     assert all(f"'{name}'" in words(refused.stderr) and name in helped.stdout for name in ROUTED_STRATEGIES)
 
 
-@pytest.mark.parametrize("pair", ["width", "width=wide", "width=1=2", ""])
+@pytest.mark.parametrize("pair", ["width", "width=wide", "width=1=2", "width=nan", ""])
 def test_an_option_of_a_strategy_is_a_name_with_a_number(pair: str) -> None:
     result = run("ask", "Hi", "--option", pair)
     assert result.exit_code == 2

@@ -74,7 +74,7 @@ def test_new_changed_and_unchanged_adapters_are_told_apart(tmp_path: Path) -> No
     said = words(result.stdout)
     assert "new: new is fit to publish" in said
     assert "changed: tagged is fit to publish; tags: fun (was none)" in said
-    assert "its weights or samples are others" in said
+    assert "its weights, samples or base model changed" in said
     assert "same is" not in said
     assert f"not in {file}: stray (--prune withdraws them)" in said
     assert said.endswith("1 new, 2 changed, 1 unchanged, 0 refused")
@@ -108,6 +108,20 @@ def test_a_refused_adapter_stops_the_withdrawal(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert [method for method, _ in server.asked] == ["GET", "POST"]
     assert "2 adapters refused: it is bad poet, bard" in words(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("owners", "problem"),
+    [(["beta"], "no adapter of it belongs to tenant 'acme'"), (["acme", None], "a name is listed twice")],
+)
+def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
+    owners: list[str | None], problem: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path, *({"source": "poet"} | ({"owner": owner} if owner else {}) for owner in owners))
+    with scripted(listing(live("poet"), live("stray"))) as server:
+        result = publish(server, file, "--prune")
+    assert (result.exit_code, [method for method, _ in server.asked]) == (1, ["GET"])
+    assert problem in words(result.stderr)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import yaml
 from deployments.cli.pool_transfer import ServedPool
 from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, read_peft_folder, write_peft_folder
 from lora_store.pool_copy import StoreTarget, export_pool
-from lora_store.pool_files import PART_BYTES, blob_file
+from lora_store.pool_files import PART_BYTES, PoolState, blob_file
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, words
 
@@ -74,6 +74,27 @@ def test_a_key_gets_no_file_of_another_tenant(pool: LoraStore) -> None:
     assert pool.pool_part("local", blob_file(digest), 0)
     with pytest.raises(AdapterNotFound):
         pool.pool_part("acme", blob_file(digest), 0)
+    assert pool.pool_part("local", blob_file(digest), 0)
+    pool.withdraw("local", ["poet"], "me")
+    with pytest.raises(AdapterNotFound):
+        pool.pool_part("local", blob_file(digest), 0)
+
+
+def test_the_files_of_an_export_are_found_without_reading_the_pool_again(
+    pool: LoraStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an export takes time by the square of its adapters."""
+    record = pool.snapshot().records["local", "poet"]
+    tenants: list[str] = []
+    of_tenant = PoolState.of_tenant
+
+    def read(state: PoolState, tenant: str) -> PoolState:
+        tenants.append(tenant)
+        return of_tenant(state, tenant)
+
+    monkeypatch.setattr(PoolState, "of_tenant", read)
+    assert all(pool.pool_part("local", blob_file(digest), 0) for digest in record.blobs * 5)
+    assert tenants == ["local"]
 
 
 def test_a_file_comes_in_parts(pool: LoraStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +118,13 @@ def test_a_pool_goes_into_an_archive_and_from_it_into_a_store(pool: LoraStore, t
     again = run("pool", "import", archive, "--store", target, "--json")
     assert json.loads(again.stdout)["equal"] == ["acme/secretary", "local/poet"]
     assert run("pool", "export", archive, "--store", target).exit_code == 1
+
+
+def test_an_archive_in_a_bucket_is_refused(pool: LoraStore, tmp_path: Path) -> None:
+    for line in (("export", "s3://b/x.tar", "--store", tmp_path / "pool"), ("import", "s3://b/x.tar")):
+        result = run("pool", *line)
+        assert result.exit_code == 1
+        assert "s3://b/x.tar: an archive is a file on this machine" in words(result.stderr)
 
 
 def test_one_adapter_is_moved_and_a_wrong_name_is_said(pool: LoraStore, tmp_path: Path) -> None:
@@ -136,6 +164,7 @@ def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path
         "compose", "both", "--adapters", "poet=0.7,acme/secretary=0.3", "--out", tmp_path, "--store", tmp_path / "pool"
     )
     assert "rank 5, exact" in words(said.stdout)
+    assert "--template" not in said.stdout  # they differ, so a mixture of them has the server's
     module = read_peft_folder(tmp_path / "both").modules[UP]
     poet, other = (read_peft_folder(tmp_path / name).modules[UP] for name in ("poet", "secretary"))
     total = sum(w * m.scaling * m.lora_b @ m.lora_a for w, m in [(0.7, poet), (0.3, other)])
@@ -145,6 +174,14 @@ def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path
         *("--store", tmp_path / "pool"),
     )
     assert "rank 1, relative error" in words(low.stdout)
+
+
+def test_a_composition_names_the_template_that_a_mixture_would_have(pool: LoraStore, tmp_path: Path) -> None:
+    publish(pool, tmp_path, "bard", template="chat")
+    made = ("--adapters", "poet=0.7,bard=0.3", "--out", tmp_path / "made", "--store", tmp_path / "pool")
+    assert "--template chat" in words(run("compose", "both", *made).stdout)
+    outside = run("compose", "../both", *made)
+    assert (outside.exit_code, (tmp_path / "both").exists()) == (2, False)
 
 
 @pytest.mark.parametrize("adapters", ["poet", "poet=x", "poet=nan", "poet=1,poet=2", "=1", ""])

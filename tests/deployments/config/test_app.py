@@ -161,7 +161,11 @@ COMMON = {
 @pytest.mark.parametrize(
     ("kind", "config_kind", "own"),
     [
-        (NativeSettings, NativeWorkerConfig, {"max_chunk_tokens": 13, "prompt_lookup_tokens": 5}),
+        (
+            NativeSettings,
+            NativeWorkerConfig,
+            {"max_chunk_tokens": 13, "prompt_lookup_tokens": 5, "quantization": "int8"},
+        ),
         (
             VllmSettings,
             VllmWorkerConfig,

@@ -57,7 +57,7 @@ TEXT: dict[str, Settings] = {
     "granitemoe": _LOCAL_EXPERTS,
     "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 64},
     "deepseek_v2": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
-    "deepseek_v3": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
+    "deepseek_v3": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1, "topk_method": "noaux_tc"},
     "glm4_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, **_MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -84,7 +84,7 @@ TEXT: dict[str, Settings] = {
     "sarvam_mla": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "solar_open": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "llama4_text": {**_LOCAL_EXPERTS, **_HEADS, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1,
-                    "num_experts_per_tok": 1, "attention_chunk_size": 64},
+                    "num_experts_per_tok": 1, "attention_chunk_size": 128},
     "gemma4_text": {**_HEADS, **_MIXED, "global_head_dim": 32, "hidden_size_per_layer_input": 16,
                     "vocab_size_per_layer_input": 300, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0},
     # linear attention and state-space layers

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from openai.types import Model
 
 from deployments.config.app import SamplingDefaults
-from lora_store import ROUTED_STRATEGIES, AdapterRecord, AdapterRef
+from lora_store import ROUTED_STRATEGIES, AdapterRecord, AdapterRef, NamedPolicy
+from lora_store.events import SetName
+from lora_store.names import policy_digest
 from retriever_svc import WEIGHTINGS
 from tests.deployments.adapter_records import BASE, POOL, adapter
 from tests.deployments.app_fakes import Served
@@ -151,6 +154,17 @@ def test_an_unknown_model_is_not_found(name: str) -> None:
     response = get(f"/v1/models/{name}")
     error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+def test_a_policy_of_a_newer_release_does_not_hide_the_other_models() -> None:
+    policy = '{"a_newer_field": 1}'
+    ref = AdapterRef("local", "newer", policy_digest(policy))
+    retriever = FakeRetriever()
+    event = SetName(NamedPolicy(ref, policy, "me", datetime.now(UTC)))
+    retriever.model_names.commit(lambda snapshot: [event])
+    answer = get("/v1/models", retriever=retriever)
+    assert answer.status_code == 200, answer.text
+    assert ids(answer.json())[:3] == ["auto", BASE, "newer"]
 
 
 def records(*names: str) -> list[AdapterRecord]:

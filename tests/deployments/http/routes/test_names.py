@@ -237,18 +237,6 @@ def test_names_are_listed_among_the_models_page_by_page() -> None:
     named(question)
 
 
-def test_a_policy_that_only_a_newer_release_can_read_hides_no_model() -> None:
-    async def question(say: Say, served: Served) -> None:
-        await served.store.set_name.remote(("local", "support"), '{"of_tomorrow": 1}', "me")
-        ids = [card["id"] for card in (await say("GET", "/v1/models")).json()["data"]]
-        assert ids == ["auto", BASE, "support", "coder", "poet"]
-        assert (await say("GET", "/v1/models/support")).json()["id"] == "support"
-        error = error_of(await say("POST", "/v1/chat/completions", CHAT, 400))
-        assert "of a newer release: of_tomorrow" in error["message"]
-
-    named(question)
-
-
 @pytest.mark.parametrize(
     ("name", "policy", "status", "code", "words"),
     [
