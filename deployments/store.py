@@ -76,6 +76,7 @@ class StoreDeployment:
         # Separate threads: a batch from a slow source must not block the workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
         self._staging = ByteBudget(config.max_upload_total_bytes)
+        self._report_turn = asyncio.Lock()  # any key may ask; a report holds a day of events in memory, and a thread
         self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
 
     async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
@@ -166,7 +167,8 @@ class StoreDeployment:
 
     async def usage(self, query: UsageQuery) -> list[JsonObject]:
         """Return the sums of the stored usage events. Raises: StoreUnavailable."""
-        return await asyncio.to_thread(self._store.usage.sums, query)
+        async with self._report_turn:
+            return await asyncio.to_thread(self._store.usage.sums, query)
 
     async def ping(self) -> None:
         """Check that the catalogue can be read. Raises: StoreUnavailable."""

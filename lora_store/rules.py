@@ -259,9 +259,10 @@ def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
         return [SetName(named)]
     if kept and kept[0].ref == named.ref:
         return []
-    _check_no_adapter(snapshot, key)
-    if not kept and (num := sum(tenant == key[0] for tenant, _ in snapshot.names)) >= MAX_NAMES:
-        raise QuotaExceeded("model names", num + 1, MAX_NAMES)
+    if not kept:  # what other tenants publish or approve later does not stop the owner from changing its name
+        _check_no_adapter(snapshot, key)
+        if (num := sum(tenant == key[0] for tenant, _ in snapshot.names)) >= MAX_NAMES:
+            raise QuotaExceeded("model names", num + 1, MAX_NAMES)
     was_approved = any(old.approved for old in kept if old.ref == named.ref)
     return [SetName(replace(named, approved=was_approved))]
 

@@ -122,11 +122,12 @@ class Snapshot:
     def policies(self, tenant: str, name: str) -> tuple[NamedPolicy, ...]:
         """Return the kept versions of the model name that `tenant` means and may use, newest first; () without any.
 
-        `name` is read as `resolve` reads it. Of another tenant's name only the approved versions may be used.
+        `name` is read as `resolve` reads it: the tenant's own model name or adapter comes before another tenant's name,
+        of which only the approved versions may be used.
         """
         owner, slash, bare = name.rpartition("/")
         key = (owner, bare) if slash else (tenant, name)
-        if not slash and key not in self.names:
+        if not slash and key not in self.names and key not in self.records:
             key = self.approved_names.get(name, key)
         return tuple(named for named in self.names.get(key, ()) if named.approved or key[0] == tenant)
 

@@ -134,15 +134,17 @@ class UsageFiles:
                 tables[file.name] = table
                 num_bytes += file.num_bytes
         if len(tables) > 1:
-            merged = _first_of_each(pa.concat_tables(tables.values(), promote_options="default"), ["id"])
+            merged = _first_of_each(pa.concat_tables(tables.values(), promote_options="permissive"), ["id"])
             self._write(f"{folder}/{uuid4().hex}{_SUFFIX}", merged)
             self._files.delete(tables)
 
     def _read(self, name: str, columns: Collection[str] | None = None) -> pa.Table | None:
+        """Return the file, or None if it is gone. `columns` have the types of SCHEMA, whoever wrote the file."""
         content = self._files.read(name)
-        if content is None:
-            return None
-        return pq.read_table(pa.BufferReader(content), columns=None if columns is None else [*columns])
+        if content is None or columns is None:
+            return None if content is None else pq.read_table(pa.BufferReader(content))
+        table = pq.read_table(pa.BufferReader(content), columns=[*columns]).select([*columns])
+        return table.cast(pa.schema([SCHEMA.field(column) for column in columns]), safe=False)
 
     def _write(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NotRequired, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
 from typing_extensions import TypedDict
 
 from deployments.api import error_table
@@ -58,8 +59,13 @@ class NamePolicy(_Policy):
     """A second policy for a `share` of the conversations, with the same fields."""
 
     def to_json(self) -> str:
-        """Return the fields that are set, always in the same order."""
-        return self.model_dump_json(exclude_unset=True, by_alias=True)
+        """Return the fields that are set, always in the same order. Raises: RequestInvalid."""
+        try:
+            return self.model_dump_json(exclude_unset=True, by_alias=True)
+        except PydanticSerializationError as exc:  # half of a character in a JSON schema, which nothing else reads
+            raise RequestInvalid(
+                "the policy has text that is not Unicode; remove lone surrogates such as \\ud800"
+            ) from exc
 
     @property
     def adapter_names(self) -> list[str]:

@@ -37,8 +37,11 @@ def read_expiry(text: str, now: datetime) -> str | None:
         raise ValueError(
             f"{text!r} is not a time: give 30d, 12h, a day as 2027-01-31, a time as 2027-01-31T18:00Z, or never"
         ) from exc
-    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return _iso_time(at.replace(tzinfo=UTC) if at.tzinfo is None else at)
+
+
+def _iso_time(at: datetime) -> str:
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def make_key(
@@ -89,16 +92,20 @@ def expire_entry(file: Path, id: str, expires_at: str | None) -> None:
     _replace(file, id, lambda entry: [_expiring(entry, expires_at)])
 
 
-def rotate_entry(file: Path, id: str, expires_at: str) -> tuple[str, JsonObject]:
-    """Add a new key next to the one with this id, which ends then. Return the new key and its entry.
+def rotate_entry(file: Path, id: str, expires_at: str) -> tuple[str, JsonObject, str]:
+    """Add a new key next to the one with this id, which ends then, or earlier if it did before.
 
-    The new one has the tenant, the roles and the limits of the old one. Raises: ValueError, OSError.
+    Return the new key, its entry, and the end of the old one. The new one has the tenant, the roles and the limits of
+    the old one. Raises: ValueError, OSError.
     """
-    made: list[tuple[str, JsonObject]] = []
+    made: list[tuple[str, JsonObject, str]] = []
 
     def change(entry: JsonObject) -> list[JsonObject]:
-        made[:] = [make_key(entry["tenant"], entry["roles"], entry.get("limits", {}), None)]
-        return [_expiring(entry, expires_at), made[0][1]]
+        key, new = make_key(entry["tenant"], entry["roles"], entry.get("limits", {}), None)
+        before = KeyEntry.model_validate(entry).expires_at
+        end = expires_at if before is None else min(_iso_time(before), expires_at)  # equal forms sort as times
+        made[:] = [(key, new, end)]
+        return [_expiring(entry, end), new]
 
     _replace(file, id, change)
     return made[0]

@@ -23,6 +23,7 @@ from gpu_worker.front.request.request import Completion, Delta, Job
 _PROMPTS = ("prompt", "messages")
 _JSON = ("messages", "lora")
 _REFUSED = 400
+_MAX_MODEL_CHARS = 256  # of a valid name
 FIELDS = ("model", "max_tokens", "temperature", "seed", "lora")  # besides the prompt, as in a request's body
 _ADAPTER = pa.struct(
     [("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64()), ("score", pa.float64())]
@@ -110,10 +111,14 @@ def answer_of(asked: Asked, outcome: Completion | Exception | None) -> JsonObjec
 
 
 def usage_line(
-    name: str, tenant: str, model: str, base: str, asked: Asked, outcome: Completion | Exception | None
+    name: str, tenant: str, model: object, base: str, asked: Asked, outcome: Completion | Exception | None
 ) -> bytes:
-    """Return the row's usage event. The status of a row that was not planned is 400, whatever its code."""
-    context = RequestContext(name, "batch", caller=Caller(tenant, frozenset(), "batch"), model=model)
+    """Return the row's usage event. The status of a row that was not planned is 400, whatever its code.
+
+    `model`: the row's value, which may be of any type and length in a row that was refused.
+    """
+    shown = str(model)[:_MAX_MODEL_CHARS]
+    context = RequestContext(name, "batch", caller=Caller(tenant, frozenset(), "batch"), model=shown)
     context.code = "" if asked.error is None else asked.error["code"]
     status = _REFUSED if asked.error else 200
     if asked.planned is not None:

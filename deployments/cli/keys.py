@@ -119,15 +119,18 @@ def rotate(
     ] = "24h",
     as_json: JsonOutcome = False,
 ) -> None:
-    """Create a key with the tenant, roles and limits of another one, which stops working after the overlap."""
+    """Create a key with the tenant, roles and limits of another one, which stops working after the overlap.
+
+    A key that ends earlier still does. The new key does not expire.
+    """
     from deployments.auth.key_issuing import read_expiry, rotate_entry  # imports pydantic
 
     with _file_errors(file):
         expires_at = read_expiry(overlap, datetime.now(UTC))
         if expires_at is None:
             raise ValueError("overlap: the old key has to end; give a time such as 24h")
-        key, entry = rotate_entry(file, id, expires_at)
-    _show_key(key, entry, f"added {entry['id']} to {file}; {id} works until {expires_at}", as_json=as_json)
+        key, entry, end = rotate_entry(file, id, expires_at)
+    _show_key(key, entry, f"added {entry['id']} to {file}; {id} works until {end}", as_json=as_json)
 
 
 @commands.command()

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import typer
 from rich.table import Column, Table
+from rich.text import Text
 
 from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, print_json
 from deployments.json_types import JsonObject
@@ -54,7 +55,7 @@ def list_names(
     fixed = [Column(title, no_wrap=True) for title in ("digest", "since", "approved")]
     table = Table(Column("name", overflow="fold"), *fixed, "by", Column("policy", overflow="fold"))
     for row in answer["data"] if name is None else answer["versions"]:
-        policy = json.dumps(row["policy"], indent=1)
+        policy = Text(json.dumps(row["policy"], indent=1))  # not markup, which [INST] would be
         cells = (row["digest"][:12], row["created_at"][:19].replace("T", " "), "yes" if row["approved"] else "no")
         table.add_row(row.get("id", name), *cells, row["actor"], policy)
     out.print(table)

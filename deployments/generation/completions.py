@@ -311,13 +311,14 @@ class CompletionService:
         with_texts: bool = False,
     ) -> Tokenized:
         deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
-        assert not isinstance(question.prompt, TokenIds)
-        check_tokenized(question.prompt, field, self._model)
-        num_read = 0 if isinstance(question.prompt, str) else self._planner.tokens_read(question)
+        check_tokenized(question, field, self._model)
+        question, template = await self._bound(question, caller, context, deadline)
+        is_routed = template is None and not isinstance(question.prompt, str)
+        num_read = self._planner.tokens_read(question) if is_routed else 0
         num_tokens = prompt_tokens(question.prompt) + tool_tokens(question)
         work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
-            template = await self._template_of(question, caller, context, deadline)
+            template = template or await self._template_of(question, caller, context, deadline)
             async with within(deadline):
                 await self._gate.ready()
                 with charged(usage, work.num_tokens):
@@ -336,6 +337,7 @@ class CompletionService:
         """Return the text of token ids, with special tokens."""
         deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
+        question, _ = await self._bound(question, caller, context, deadline)
         work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
         with self._authenticator.running(caller, work) as usage:
             await self._template_of(question, caller, context, deadline)
@@ -345,15 +347,23 @@ class CompletionService:
                     [text] = await self._worker.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
                     return text
 
-    async def _template_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> str:
-        """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
+    async def _bound(
+        self, question: Question, caller: Caller, context: RequestContext, deadline: float
+    ) -> tuple[Question, str | None]:
+        """Return the question by the policy of its model name, if `model` is one, and the template of that policy.
+
+        Raises: ModelNotFound.
+        """
+        context.model = question.model
         async with within(deadline):
             named = await self._planner.named(question.model, caller.tenant)
-        if named is not None:
-            policy = BoundName.of(named, question, caller.tenant).policy
-            if policy.template is not None:
-                return policy.template
-            question = replace(question, model=policy.model, lora=policy.lora)
+        if named is None:
+            return question, None
+        policy = BoundName.of(named, question, caller.tenant).policy
+        return replace(question, model=policy.model, lora=policy.lora), policy.template
+
+    async def _template_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> str:
+        """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
         if question.model == AUTO and not isinstance(question.prompt, tuple):
             return self._model.template  # without messages no template applies
         async with within(deadline):

@@ -91,9 +91,14 @@ def check_prompt(prompt: Prompt, model: ServedModel, num_tool_chars: int = 0) ->
         raise PromptTooLong(f"a prompt of {len(prompt.ids)} tokens does not fit a context of {context} tokens")
 
 
-def check_tokenized(prompt: str | tuple[Message, ...], field: str, model: ServedModel) -> None:
-    """Refuse a text that is too long to be tokenized for a client that only counts. Raises: PromptTooLong."""
-    limit, num_chars = model.max_model_len * _TOKENIZED_CHARS_PER_TOKEN, _num_chars(prompt)
+def check_tokenized(question: Question, field: str, model: ServedModel) -> None:
+    """Refuse a text that is too long to be tokenized for a client that only counts, its tools included.
+
+    Raises: PromptTooLong.
+    """
+    assert not isinstance(question.prompt, TokenIds)
+    limit = model.max_model_len * _TOKENIZED_CHARS_PER_TOKEN
+    num_chars = _num_chars(question.prompt) + _num_tool_chars(question)
     if num_chars > limit:
         raise PromptTooLong(
             f"{field}: at most {limit} characters, {_TOKENIZED_CHARS_PER_TOKEN} for each token of the context, got"
@@ -136,6 +141,7 @@ class Planner:
         _check_new_tokens(policy.max_tokens, policy.min_tokens, self._model)
         given, name = policy.lora.adapters or [], self._model_name(policy.model)
         if name == AUTO and not given:
+            self._request_of("", policy.lora, tenant)  # checks the options of the strategy
             return policy
         [planned] = await self._plan_alike([Question("", "", policy.model, policy.lora)], tenant)
         names = [

@@ -48,17 +48,19 @@ class UsageLog:
             return
         context.is_recorded = True
         line = encode_event(context, self._base, context.status if status is None else status)
+        # A line that the disk took in part is ended first. The segment stays open: a new one for each request would
+        # fill the disk with empty files.
+        data = b"\n" + line if self._is_failing else line
         try:
             if self._segment is None:
                 self._segment = _new_segment(self._folder)
-            if os.write(self._segment, line) != len(line):
+            if os.write(self._segment, data) != len(data):
                 raise OSError("the disk took a part of an event")
             self._is_failing = False
         except OSError as exc:
             if not self._is_failing:
                 logger.error("usage is not recorded: %s: %s; the lines of requests in this log have it", line, exc)
             self._is_failing = True
-            self.close()
 
     async def send_all(self) -> None:
         """Send this replica's events and those of dead replicas. Raises: StoreUnavailable, TimeoutError."""
@@ -105,8 +107,13 @@ def _new_segment(folder: Path) -> int:
     name = uuid4().hex
     path = folder / f".{name}"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    path.rename(folder / f"{name}{_SUFFIX}")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        path.rename(folder / f"{name}{_SUFFIX}")
+    except OSError:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
     return descriptor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +31,7 @@ from lora_store import (
     decode_weights,
     write_peft_folder,
 )
+from lora_store.usage import UsageQuery
 from tests.deployments.adapter_records import BASE
 from tests.deployments.app_fakes import config_of
 from tests.deployments.fake_worker import SHAPES
@@ -346,3 +348,23 @@ def test_an_encoder_is_activated_once_all_are_embedded_by_it(stores: Stores) -> 
         assert await store.active_encoder() == "new"
 
     run(check())
+
+
+def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    async def to_thread(*_: object) -> list[Any]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)  # others may begin
+        running -= 1
+        return []
+
+    async def check() -> None:
+        query = UsageQuery(date(2026, 11, 1), date(2026, 11, 2))
+        assert await asyncio.gather(*[stores.deployment.usage(query) for _ in range(3)]) == [[], [], []]
+
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    run(check())
+    assert most == 1

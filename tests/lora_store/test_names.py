@@ -125,12 +125,34 @@ def test_an_adapter_cannot_have_a_model_name_that_its_tenant_uses(
     publish(tenant=tenant)
 
 
+def test_what_others_publish_or_approve_later_stops_no_change_of_a_name(
+    store: LoraStore, publish: Callable[..., None]
+) -> None:
+    store.set_name(OWN, "a", "me")
+    publish(tenant="third")
+    store.set_name(OWN, "b", "me")
+    store.set_name(("them", "other"), "a", "me")
+    store.set_name(("local", "other"), "a", "me")
+    store.approve_name(ref_of(("them", "other"), "a"))
+    store.set_name(("local", "other"), "b", "me")
+    for name in ("support", "other"):
+        assert policies(store, "local", name) == [("b", False), ("a", False)]
+
+
 def test_an_adapter_cannot_be_made_public_over_an_approved_name(store: LoraStore, publish: Callable[..., None]) -> None:
     publish(tenant="them", visibility="private")
     store.set_name(OWN, "a", "me")
     store.approve_name(ref_of(OWN, "a"))
     with pytest.raises(PublicNameTaken, match="belongs to another tenant"):
         store.set_visibility("them", "support", "public", "me")
+
+
+def test_a_tenants_own_adapter_comes_before_an_approved_name(store: LoraStore, publish: Callable[..., None]) -> None:
+    publish(tenant="them", visibility="private")
+    store.set_name(OWN, "a", "me")
+    store.approve_name(ref_of(OWN, "a"))
+    assert policies(store, "them", "support") == []
+    assert policies(store, "third", "support") == policies(store, "them", "local/support") == [("a", True)]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,29 @@ def test_a_merge_keeps_columns_of_a_newer_version(folder_uri: str) -> None:
     assert counts(files)[()][0] == 2
 
 
+def test_files_that_an_operator_rewrote_with_other_types_are_read_and_merged(folder_uri: str) -> None:
+    location = Location(folder_uri).child("usage")
+    files, stored = UsageFiles(location), Files(location)
+    files.put("a" * 32, lines(event(adapters=["poet"]), event(status=500)), NOON, KEPT)
+    [file] = stored.entries()
+    table = pq.read_table(Path(folder_uri, "usage", file.name), partitioning=None)
+    types = {"tenant": pa.large_string(), "status": pa.int64(), "time": pa.timestamp("ns", tz="UTC")}
+    for name, type_ in types.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, table[name].cast(type_))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.select(table.column_names[::-1]), sink)
+    stored.write(file.name, sink.getvalue().to_pybytes())
+    files.put("b" * 32, lines(event()), NOON, KEPT)
+    for _ in range(2):
+        assert counts(files, "tenant", "adapter") == {
+            ("acme", None): [2, 1, 10, 4, 6],
+            ("acme", "poet"): [1, 0, 5, 2, 3],
+        }
+        files.tidy(NOON + timedelta(1), KEPT)
+    assert len([*stored.entries()]) == 1
+
+
 def test_a_file_that_is_merged_while_it_is_read_is_found_again(
     folder_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,7 +158,9 @@ async def _require_public(named: NamedPolicy, services: Services) -> None:
     """Raises: RequestInvalid if the policy names an adapter that other tenants may not use."""
     for wanted in parse_policy(named.policy).adapter_names:
         _, versions = await services.retriever.record(named.ref.tenant, wanted)
-        if versions[0].visibility != "public":
+        pinned = wanted.partition("@")[2]  # an older version may be private; "" is the live one
+        found = [record for record in versions if record.ref.digest.startswith(pinned)]
+        if not found or found[0].visibility != "public":
             raise RequestInvalid(f"name: its policy names {wanted!r}, which is private; make it public first", "name")
 
 

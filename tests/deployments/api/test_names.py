@@ -17,6 +17,13 @@ def test_a_stored_policy_reads_as_it_was_written_and_its_order_does_not_matter()
     assert "top_p" not in text
 
 
+def test_half_a_character_in_a_schema_of_a_policy_is_refused() -> None:
+    schema = {"name": "a", "schema": {"type": "object", "description": "\ud800"}}
+    policy = NamePolicy.model_validate({"response_format": {"type": "json_schema", "json_schema": schema}})
+    with pytest.raises(RequestInvalid, match="lone surrogates"):
+        policy.to_json()
+
+
 def test_a_policy_of_a_newer_release_is_refused_with_the_field() -> None:
     with pytest.raises(RequestInvalid, match=r"newer release: lora\.later: unknown field"):
         parse_policy('{"lora": {"later": 1}}')

@@ -175,13 +175,25 @@ def test_a_rotated_key_gets_a_successor_and_an_end_in_every_form_of_a_list(
     file = tmp_path / "keys"
     limits = {"requests_per_minute": 7}
     file.write_text(dump([entry(f"key-{number}", id=f"id-{number}", limits=limits) for number in range(3)]))
-    key, new = rotate_entry(file, f"id-{place}", "2027-01-31T00:00:00Z")
+    key, new, end = rotate_entry(file, f"id-{place}", "2027-01-31T00:00:00Z")
+    assert end == "2027-01-31T00:00:00Z"
     found = parse_entries(file.read_text())
     assert [one.id for one in found if one.id != new["id"]] == ["id-0", "id-1", "id-2"]
     assert [one.id for one in found if one.expires_at is not None] == [f"id-{place}"]
     old, successor = found[place], found[place + 1]
     assert (successor.tenant, successor.roles, successor.limits) == (old.tenant, old.roles, old.limits)
     assert successor.sha256 == hash_of(key) and successor.id == new["id"]
+
+
+@pytest.mark.parametrize("before", ["2026-11-29", "2027-01-31T01:00:00+02:00"])
+def test_rotating_a_key_never_lets_it_work_longer(before: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(yaml.safe_dump([entry("a", id="a")], sort_keys=False) + f"  expires_at: {before}\n")
+    [old] = parse_entries(file.read_text())
+    assert old.expires_at is not None
+    _, _, end = rotate_entry(file, "a", "2027-01-31T00:00:00Z")
+    kept, _ = parse_entries(file.read_text())
+    assert kept.expires_at == old.expires_at == datetime.fromisoformat(end)
 
 
 def test_an_end_can_be_set_changed_and_removed_also_in_a_file_with_a_plain_yaml_time(tmp_path: Path) -> None:

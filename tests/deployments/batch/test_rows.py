@@ -8,11 +8,12 @@ import pytest
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.responses import Planned
-from deployments.batch.rows import ANSWER, Asked, answered, bodies_of, check_columns, request_of
+from deployments.batch.rows import ANSWER, Asked, answered, bodies_of, check_columns, request_of, usage_line
 from deployments.errors import BatchRefused, RequestInvalid
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.request import Completion, Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
+from lora_store.usage import SCHEMA, parse_events
 
 
 def test_a_row_is_the_body_of_a_request() -> None:
@@ -101,3 +102,10 @@ def test_answers_or_errors_are_added_to_their_rows() -> None:
     assert second["text"] is second["adapters"] is None
     assert third["error"] == {"code": "context_length_exceeded", "message": "too long", "param": None}
     assert (third["text"], third["adapters"]) == (None, reported)
+
+
+@pytest.mark.parametrize("model", [5, ["a"], "m" * 300])
+def test_the_usage_of_a_row_with_any_model_can_be_stored(model: Any) -> None:
+    line = usage_line("run-0", "acme", model, "base", Asked(error={"code": "invalid_request"}), None)
+    table = pa.Table.from_pylist(list(parse_events("run", line)), SCHEMA)
+    assert table["model"].to_pylist() == [str(model)[:256]] and table["status"].to_pylist() == [400]

@@ -36,6 +36,8 @@ SENT_ONCE: dict[str, Ask] = {
     "discard": lambda store: store.discard([]),
     "set_visibility": lambda store: store.set_visibility("local", "poet", "private", "tester"),
     "approve": lambda store: store.approve([REF], "tester"),
+    "set_name": lambda store: store.set_name(("local", "poet"), "", "tester"),
+    "approve_name": lambda store: store.approve_name(REF),
     "add_embeddings": lambda store: store.add_embeddings({}),
     "rank": lambda store: store.rank("local", [], "tester"),
     "activate_encoder": lambda store: store.activate_encoder("model", "identity", "tester"),

@@ -10,7 +10,7 @@ from tests.deployments.scripted import run, scripted, words
 DIGEST = "e" * 64
 ROLLBACK, APPROVE = ("POST", "/v1/names/support/rollback"), ("POST", "/v1/names/acme/support/approve")
 VERSION = {"digest": DIGEST, "approved": False, "actor": "me", "created_at": "2026-01-02T03:04:05.6"}
-SHOWN = {"id": "support", **VERSION, "policy": {"temperature": 0.5, "lora": {"k": 2}}}
+SHOWN = {"id": "support", **VERSION, "policy": {"temperature": 0.5, "lora": {"k": 2}, "stop": ["[/INST]"]}}
 
 
 @pytest.mark.parametrize("text", ['{"temperature": 0.5}', "temperature: 0.5\n"], ids=["json", "yaml"])
@@ -34,13 +34,16 @@ def test_a_file_that_is_no_policy_is_refused_before_the_server_is_asked(
 
 @pytest.mark.parametrize(
     ("given", "answer"),
-    [((), {"data": [SHOWN]}), (("support",), SHOWN | {"versions": [VERSION | {"policy": {"k": 1}}]})],
+    [
+        ((), {"data": [SHOWN]}),
+        (("support",), SHOWN | {"versions": [VERSION | {"policy": {"k": 1, "stop": ["[/INST]"]}}]}),
+    ],
 )
 def test_list_shows_names_or_the_versions_of_one(given: tuple[str, ...], answer: dict[str, Any]) -> None:
     with scripted((200, answer)) as server:
         result = run("name", "list", *given, "--url", server.url)
     assert server.asked == [("GET", "/v1/names" + "".join(f"/{name}" for name in given))]
-    for word in ("support", "e" * 12, "2026-01-02 03:04:05", '"k":', "me"):
+    for word in ("support", "e" * 12, "2026-01-02 03:04:05", '"k":', '"[/INST]"', "me"):
         assert word in words(result.stdout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -220,6 +221,26 @@ def test_a_full_disk_stops_no_answer_and_spoils_no_other_event(tmp_path: Path, m
         log.record(context("after"))
         await log.send_all()
         assert pool.ids == ["after", "before"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("what", "num_files"), [("write", 1), ("rename", 0)])
+def test_a_full_disk_gets_no_more_files_and_leaves_none_open(
+    what: str, num_files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    async def run() -> None:
+        log, num_open = UsageLog(tmp_path, BASE, Pool().put), len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(*((os, "write") if what == "write" else (Path, "rename")), fail)
+        for number in range(5):
+            log.record(context(str(number)))
+        monkeypatch.undo()
+        assert len(list(tmp_path.iterdir())) == num_files
+        log.close()
+        assert len(os.listdir("/proc/self/fd")) == num_open
 
     asyncio.run(run())
 

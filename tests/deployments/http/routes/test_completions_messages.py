@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gpu_worker.config import NativeSettings
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta
 from gpu_worker.front.request.tools import ToolCall, ToolCallPiece
@@ -208,3 +209,9 @@ def test_tokens_are_counted_as_the_prompt_is_rendered(more: dict[str, Any]) -> N
     body = {"model": "poet", "messages": BODY["messages"]}
     counted = [post("/v1/messages/count_tokens", body | extra).json()["input_tokens"] for extra in ({}, more)]
     assert counted[0] > 0 and (counted[1] > counted[0]) == bool(more)
+
+
+def test_tools_that_cannot_fit_the_context_are_not_tokenized() -> None:
+    body = BODY | {"tools": [TOOL | {"description": "x" * 100}]}
+    answer = post("/v1/messages/count_tokens", body, engine=NativeSettings(max_model_len=10))
+    assert answer.json()["error"]["code"] == "context_length_exceeded"

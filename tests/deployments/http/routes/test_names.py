@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
@@ -16,6 +18,7 @@ from tests.deployments.fake_names import FakeNames
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import bearer, entry, write
+from tests.deployments.observability.test_usage import events_in
 
 Say = Callable[..., Awaitable[httpx.Response]]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "model": "support"}
@@ -127,6 +130,21 @@ def test_tokenize_uses_the_template_of_the_policy() -> None:
         return (await say("POST", "/tokenize", {**CHAT, "return_token_strs": True})).json()["token_strs"]
 
     assert "".join(named(question)).startswith("alpaca|")
+
+
+def test_what_the_encoder_reads_to_count_is_charged_by_a_model_name_too(tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("a", "local", limits={"tokens_per_minute": 120}))
+    body = {"messages": [{"role": "user", "content": "word " * 60}]}  # 75 tokens, and the encoder reads as many
+
+    async def question(say: Say, _: Served) -> None:
+        await say("PUT", "/v1/names/support", {}, key="a")
+        for model in ("auto", "support"):
+            error = error_of(await say("POST", "/v1/messages/count_tokens", body | {"model": model}, 400, "a"))
+            assert "the key allows 120 per minute" in error["message"]
+        await say("POST", "/v1/messages/count_tokens", body | {"model": BASE}, key="a")
+
+    named(question, keys_file=keys, cache_dir=tmp_path)
+    assert [event["model"] for event in events_in(tmp_path)] == ["", "auto", "support", BASE]
 
 
 def test_explain_and_a_header_show_the_version_and_it_can_be_asked_for_again() -> None:
@@ -242,6 +260,15 @@ def test_names_are_listed_among_the_models_page_by_page() -> None:
         ("x", {"model": "nobody"}, 404, "model_not_found", "nobody"),
         ("x", {"model": "poet", "lora": {"k": 2}}, 400, "invalid_request", "lora.k"),
         ("x", {"lora": {"adapters": [{"name": "nobody"}]}}, 404, "model_not_found", "nobody"),
+        ("x", {"lora": {"strategy": "mean"}}, 400, "invalid_request", "lora.strategy"),
+        ("x", {"lora": {"strategy_options": {"nope": 1}}}, 400, "invalid_request", "has no option 'nope'"),
+        (
+            "x",
+            {"variant": {"share": 0.5, "lora": {"strategy": "top_p_mixture", "strategy_options": {"kept_weight": 2}}}},
+            400,
+            "invalid_request",
+            "kept_weight must be above 0",
+        ),
         ("x", {"variant": {"share": 0.5, "model": "nobody"}}, 404, "model_not_found", "nobody"),
         (
             "x",
@@ -301,6 +328,34 @@ def test_a_name_of_another_tenant_is_seen_once_an_admin_approved_it(tmp_path: Pa
         assert len(answer.json()["lora"]["adapters"]) == 1
 
     named(question, keys_file=keys)
+
+
+@dataclass
+class WithOlder(FakeRetriever):
+    """Keeps a private version of each adapter beside the live one."""
+
+    async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
+        bare = name.partition("@")[0].rpartition("/")[2]
+        return 7, [adapter(bare), adapter(bare, version="older", visibility="private")]
+
+    async def plan_named(
+        self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
+    ) -> Plan:
+        older = adapter(choices[0][0].partition("@")[0], version="older")
+        return Plan(strategy, (PlannedAdapter(older.ref, older.weights_digest, 1.0),), 7)
+
+
+def test_a_policy_with_a_private_version_cannot_be_approved(tmp_path: Path) -> None:
+    keys, names = write(tmp_path / "keys.json", entry("a", "local"), entry("admin", "ops")), FakeNames()
+
+    async def question(client: httpx.AsyncClient, _: Served) -> httpx.Response:
+        put = await client.put("/v1/names/support", json={"model": "poet@older"}, headers=bearer("a"))
+        body = {"digest": put.json()["digest"]}
+        return await client.post("/v1/names/local/support/approve", json=body, headers=bearer("admin"))
+
+    retriever, store = WithOlder(model_names=names), FakeStore(pool_of(*POOL), model_names=names)
+    response = ask(question, retriever=retriever, store=store, keys_file=keys)
+    assert response.status_code == 400 and "which is private" in error_of(response)["message"]
 
 
 def test_a_policy_with_a_private_adapter_cannot_be_approved(tmp_path: Path) -> None:
