@@ -158,7 +158,7 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: lis
     assert (uncompiled.value.code, uncompiled.value.param) == ("invalid_request", "tools")
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as long:
-            ask(messages=messages("word " * 2000), stream=stream)
+            ask(messages=messages("word " * 4000), stream=stream)
         assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as unknown:
         ask(extra_body={"lora": {"strategey": "mixture"}})
