@@ -77,11 +77,11 @@ class MessageForm:
     def __init__(self, model: str, request_id: str) -> None:
         self._model, self._request_id = model, request_id
         self._blocks: list[AnswerBlock] = []
-        self._arguments = ""  # of the open block
+        self._block_arguments = ""
         self._is_open = False
         self._reason: StopReason | None = None
         self._stop: str | None = None
-        self._usage = _usage_of({"prompt_tokens": 0, "completion_tokens": 0})
+        self._usage = _convert_usage({"prompt_tokens": 0, "completion_tokens": 0})
         self._extras: JsonObject = {}
         self._has_begun = False
 
@@ -91,7 +91,7 @@ class MessageForm:
     def whole(self, answer: ChatAnswer | TextAnswer) -> MessageObject:
         """Return the message of a whole chat, which counts as a stream of one chunk."""
         [choice] = cast(ChatAnswer, answer)["choices"]
-        for _ in self._events_of({**answer, "choices": [{**choice, "delta": choice["message"]}]}):
+        for _ in self._make_events({**answer, "choices": [{**choice, "delta": choice["message"]}]}):
             pass
         return self._message()
 
@@ -102,14 +102,14 @@ class MessageForm:
                 if chunk is None:
                     yield None
                     continue
-                for event in self._events_of(chunk):
+                for event in self._make_events(chunk):
                     yield event
 
     def failed(self, error: JsonObject) -> Iterator[JsonObject]:
         """Yield the event of a stream that ends with this error."""
         yield anthropic_error(0, error, self._request_id)
 
-    def _events_of(self, chunk: JsonMapping) -> Iterator[JsonObject]:
+    def _make_events(self, chunk: JsonMapping) -> Iterator[JsonObject]:
         self._extras |= {name: value for name, value in chunk.items() if name in ("lora", "warning")}
         if not self._has_begun:
             self._has_begun = True
@@ -125,7 +125,7 @@ class MessageForm:
                 self._reason = "stop_sequence" if self._stop is not None else _REASONS[choice["finish_reason"]]
                 yield from self._close()
         if "usage" in chunk:
-            self._usage = _usage_of(chunk["usage"])
+            self._usage = _convert_usage(chunk["usage"])
             end = {"stop_reason": self._reason, "stop_sequence": self._stop}
             yield {"type": "message_delta", "delta": end, "usage": self._usage}
             yield {"type": "message_stop"}
@@ -141,7 +141,7 @@ class MessageForm:
         if "id" in call:
             yield from self._open({"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}})
         if function["arguments"]:
-            self._arguments += function["arguments"]
+            self._block_arguments += function["arguments"]
             yield self._delta({"type": "input_json_delta", "partial_json": function["arguments"]})
 
     def _open(self, block: AnswerBlock) -> Iterator[JsonObject]:
@@ -156,8 +156,8 @@ class MessageForm:
             return
         self._is_open = False
         if self._blocks[-1]["type"] == "tool_use":
-            self._blocks[-1]["input"] = _arguments(self._arguments)
-            self._arguments = ""
+            self._blocks[-1]["input"] = _arguments(self._block_arguments)
+            self._block_arguments = ""
         yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 
     def _delta(self, delta: JsonObject) -> JsonObject:
@@ -186,7 +186,7 @@ def _arguments(text: str) -> JsonObject:
     return found if isinstance(found, dict) else {}
 
 
-def _usage_of(usage: JsonMapping) -> MessageUsage:
+def _convert_usage(usage: JsonMapping) -> MessageUsage:
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return {
         "input_tokens": usage["prompt_tokens"] - cached,

@@ -28,7 +28,7 @@ ITEMS = ("item_reference",)
 INPUT_PARTS = ("input_image", "input_audio", "input_file", "refusal")
 PARTS = ("image_url", "image", "input_audio", "audio", "file", "document", "video_url", "refusal")
 MAX_ADAPTERS = MAX_PLAN_ADAPTERS
-_MAX_OPTIONS = 16  # of a strategy
+_MAX_STRATEGY_OPTIONS = 16
 Weight = Annotated[float, Field(ge=-4, le=4)]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
@@ -234,7 +234,9 @@ class PlanGiven(ApiRequest):
     policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
 
 
-OptionValues = Annotated[dict[Tag, float], Field(max_length=_MAX_OPTIONS), BeforeValidator(at_most(_MAX_OPTIONS))]
+OptionValues = Annotated[
+    dict[Tag, float], Field(max_length=_MAX_STRATEGY_OPTIONS), BeforeValidator(at_most(_MAX_STRATEGY_OPTIONS))
+]
 _OPTIONS = "Values for options of the strategy, by name. Default: `retrieval.strategy_options`." + "".join(
     f" `{option.name}` of `{strategy.name}`, above {option.above:g} and at most {option.highest:g}, by default"
     f" {option.default:g}: {option.meaning}"

@@ -23,7 +23,7 @@ from gpu_worker.front.request.request import Completion, Delta, Job
 _PROMPTS = ("prompt", "messages")
 _JSON = ("messages", "lora")
 _REFUSED = 400
-_MAX_MODEL_CHARS = 256  # of a valid name
+_MAX_NAME_CHARS = 256
 FIELDS = ("model", "max_tokens", "temperature", "seed", "lora")  # besides the prompt, as in a request's body
 _ADAPTER = pa.struct(
     [("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64()), ("score", pa.float64())]
@@ -117,7 +117,7 @@ def usage_line(
 
     `model`: the row's value, which may be of any type and length in a row that was refused.
     """
-    shown = str(model)[:_MAX_MODEL_CHARS]
+    shown = str(model)[:_MAX_NAME_CHARS]
     context = RequestContext(name, "batch", caller=Caller(tenant, frozenset(), "batch"), model=shown)
     context.code = "" if asked.error is None else asked.error["code"]
     status = _REFUSED if asked.error else 200

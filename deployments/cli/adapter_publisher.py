@@ -73,7 +73,7 @@ class AdapterPublisher:
     """Publishes adapters through one client.
 
     `fields`: the name, tags, template, visibility and samples that were given; an empty list clears. `params`: of every
-    request. `samples`: the content of a samples file that is uploaded in place of the folder's own. `sent`: is called
+    request. `samples`: the content of a samples file that is uploaded instead of the folder's own. `sent`: is called
     with the size of each part of a file as it is uploaded.
     """
 
