@@ -173,6 +173,7 @@ SCHEMA = pa.schema(
         pa.field("expires_at", pa.timestamp("us", tz="UTC")),  # null: it does not expire
         pa.field("trial", pa.string()),  # JSON; of a kept version that was never live: "offered"
         pa.field("live_since", pa.timestamp("us", tz="UTC")),  # null: since `created_at`
+        pa.field("accepted_vectors", pa.binary()),  # float32, one row after another; null: no accepted prompts
     ]
 )
 _OFFERED = "offered"
@@ -345,7 +346,7 @@ def _event_of(
     embedding = None
     if vector is not None:
         own_scores = np.empty(0, np.float32) if own_scores is None else own_scores
-        embedding = Embedding(row["encoder"], vector, own_scores, _outputs_of(row))
+        embedding = Embedding(row["encoder"], vector, own_scores, _outputs_of(row), _accepted_of(row, len(vector)))
     match row["event"]:
         case "publish":
             return Publish(_record_of(row, embedding, row["generation"]))
@@ -416,6 +417,8 @@ def _embedding_row(embedding: Embedding | None) -> dict[str, Any]:
         vector = embedding.outputs.vector
         row["output_labels"] = embedding.outputs.labels
         row["output_vector"] = None if vector is None else vector.tobytes()
+    if embedding.accepted is not None:
+        row["accepted_vectors"] = embedding.accepted.astype(np.float32).tobytes()
     return row
 
 
@@ -424,6 +427,11 @@ def _outputs_of(row: Mapping[str, Any]) -> OutputProfile | None:
     if labels is None:
         return None
     return OutputProfile(labels, None if vector is None else np.frombuffer(vector, np.int8))
+
+
+def _accepted_of(row: Mapping[str, Any], dim: int) -> NDArray[np.float32] | None:
+    data = row["accepted_vectors"]
+    return None if data is None else np.frombuffer(data, np.float32).reshape(-1, dim)
 
 
 def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
