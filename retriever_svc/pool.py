@@ -25,10 +25,11 @@ from retriever_svc.ordinary_prompts import centred, nearness, refers_back
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
-from retriever_svc.rewording import AS_WRITTEN, Rewording, accepted_prompts, agreeing
+from retriever_svc.rewording import AS_WRITTEN, Rewording, accepted_prompts, undisputed
 from retriever_svc.served_bases import BaseCounts, ServedBases
 
 _TRUSTED = "trusted"
+_NUM_RIVALS = 3  # adapters that may answer an accepted prompt
 _EVERY_BASE = ServedBases()
 Value = TypeVar("Value")
 _MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
@@ -187,8 +188,9 @@ class Pool:
         pairs = accepted_prompts(record for record in self.taught.values() if record.ref.tenant == tenant)
         if not pairs or self.references is None or self.centre is not None:
             return AS_WRITTEN
-        best = self.index.search(np.stack([prompt for prompt, _ in pairs]), 1, self.allowed(tenant))
-        if not (pairs := agreeing(pairs, best)):
+        asked = np.stack([prompt for prompt, _ in pairs])
+        found = self.judged(self.nearest(asked, _NUM_RIVALS, tenant), "balanced", asked)
+        if not (pairs := undisputed(pairs, found)):
             return AS_WRITTEN
         prompts, adapters = (np.stack(rows) for rows in zip(*pairs, strict=True))
         return Rewording.fit(prompts, adapters, self.references)

@@ -8,8 +8,8 @@ regression, and every prompt q of the tenant is read through it:
 
 Three bounds hold, whoever named an adapter or accepted a prompt:
 
-- A prompt counts only if its adapter is nearly the best for it by samples. So false names for the prompts of another
-  adapter say nothing.
+- A prompt counts unless another adapter would answer it and is clearly nearer to it. So false names for the prompts
+  that another adapter answers say nothing.
 - Few prompts of one adapter, and a bounded number of a tenant, count.
 - Thresholds *rise* by as much as keeps ordinary prompts away: no more of them than before reach these adapters.
 """
@@ -30,7 +30,7 @@ from retriever_svc.ordinary_prompts import nearness, nearness_to_others
 
 MAX_PROMPTS, MAX_PER_ADAPTER = 128, 5
 # Chosen on the tune pools of `python -m benchmarks.routing.learning`, by vectors that were projected without the pool.
-MAX_GAP = 0.05  # by which the adapter's score for its accepted prompt may be below the best
+MAX_GAP = 0.05  # by which the adapter's score for its accepted prompt may be below that of one that answers it
 _RIDGE = 5.0  # λ
 _POINT = MARGINS["balanced"]  # at which ordinary prompts are counted
 _ROUNDING = 1e-6
@@ -71,12 +71,12 @@ def accepted_prompts(records: Iterable[AdapterRecord]) -> list[tuple[Vectors, Ve
     return pairs[:MAX_PROMPTS]
 
 
-def agreeing(
-    pairs: Sequence[tuple[Vectors, Vectors]], best: Sequence[Sequence[Match]]
+def undisputed(
+    pairs: Sequence[tuple[Vectors, Vectors]], found: Sequence[Sequence[Match]]
 ) -> list[tuple[Vectors, Vectors]]:
-    """Return the pairs whose adapter is nearly the best for the prompt. `best`: the best adapter of each prompt."""
-    found = zip(pairs, best, strict=True)
-    return [(p, a) for (p, a), matches in found if matches and matches[0].score - float(p @ a) <= MAX_GAP]
+    """Return the pairs that count. `found`: the judged matches of each prompt, as it is written."""
+    best = [max((match.score for match in matches if match.fits), default=-1.0) for matches in found]
+    return [(p, a) for (p, a), score in zip(pairs, best, strict=True) if score - float(p @ a) <= MAX_GAP]
 
 
 def _rise(adapters: Vectors, ordinary: Vectors, read: Vectors) -> float:

@@ -80,11 +80,18 @@ def test_accepted_prompts_change_the_reading_for_their_own_tenant_only() -> None
     assert pool.rewording("other") is AS_WRITTEN
 
 
-def test_a_prompt_that_another_adapter_fits_clearly_better_does_not_count() -> None:
+def test_a_prompt_that_another_adapter_answers_and_fits_clearly_better_does_not_count() -> None:
     """So a false name for the prompts of another adapter says nothing."""
     nearly = next(angle for angle in range(60, 0, -1) if at(angle) @ at(120) - at(angle) @ at(0) <= MAX_GAP)
     pool = pool_of(taught("liar", 0, nearly, nearly + 8, 110), taught("victim", 120))
     np.testing.assert_allclose(pool.rewording("local").prompts, [at(nearly)], atol=1e-6)
+
+
+def test_a_prompt_that_no_adapter_answers_counts() -> None:
+    pool, asked = pool_of(taught("near", 0), taught("named", 120, -110)), at(-110)[np.newaxis]
+    [matches] = pool.judged(pool.nearest(asked, 2, "local"), "balanced", asked)
+    assert [(match.record.ref.name, match.fits) for match in matches] == [("near", False), ("named", False)]
+    assert len(pool.rewording("local").prompts) == 1
 
 
 def test_without_a_projection_prompts_are_read_as_they_are_written() -> None:
