@@ -224,11 +224,11 @@ def test_recorded_histograms_answer_like_those_that_they_copy(promtool: Promtool
         for strategy in ("none", "mixture")
         for part, count in (('bucket{le="0.5"', 0), ('bucket{le="1"', 2), ('bucket{le="+Inf"', 2), ('count{x=""', 2))
     }
-    checks = [
+    checks: list[Any] = [
         {"expr": f"sum({query})", "eval_time": "1m", "exp_samples": [{"labels": "{}", "value": value}]}
         for query, value in queries.items()
     ]
-    held = [{"series": name, "values": f"{value}x3"} for name, value in series.items()]
+    held: list[Any] = [{"series": name, "values": f"{value}x3"} for name, value in series.items()]
     promtool.test_rules(rules(), [{"interval": "1m", "input_series": held, "promql_expr_test": checks}])
 
 

@@ -211,14 +211,14 @@ class JobTrace:
         """Create the spans and log the job. `last`: the latest delta, None if the job had none."""
         now_ns = time.time_ns()
         started_ns = now_ns if last is None else min(self._began_ns + int(last.queued_s * 1e9), now_ns)
-        self._span("worker.queue", self._began_ns, started_ns)
+        self._span("worker.queue", self._began_ns, started_ns, {})
         if last is not None:
             first_ns = min(max(self._first_ns, started_ns), now_ns)
-            read = {
+            read: dict[str, AttributeValue] = {
                 "gen_ai.usage.input_tokens": last.num_prompt_tokens,
                 "gen_ai.usage.cache_read.input_tokens": last.num_cached_tokens,
             }
-            written = {
+            written: dict[str, AttributeValue] = {
                 "gen_ai.usage.output_tokens": last.num_new_tokens,
                 "gen_ai.response.finish_reasons": [] if last.finish_reason is None else [last.finish_reason],
             }
@@ -229,14 +229,13 @@ class JobTrace:
         text, seconds = "job %s ended (%s) after %.4f s: %d tokens, queued %.3f s", time.monotonic() - self._began
         logger.info(text, self._job.request_id, ended, seconds, num_new_tokens, queued_s)
 
-    def _span(
-        self, name: str, began_ns: int, ended_ns: int, attributes: Mapping[str, AttributeValue] | None = None
-    ) -> None:
+    def _span(self, name: str, began_ns: int, ended_ns: int, more: Mapping[str, AttributeValue]) -> None:
         operation = "chat" if isinstance(self._job.prompt, tuple) else "text_completion"
-        own = {
+        attributes: dict[str, AttributeValue] = {
             "gen_ai.operation.name": operation,
             "loraretriever.request_id": self._job.request_id,
             "loraretriever.strategy": self._job.plan.strategy,
             "loraretriever.adapters": [row.ref.digest[:_DIGEST_CHARS] for row in self._job.plan.adapters],
+            **more,
         }
-        tracer.start_span(name, self._context, start_time=began_ns, attributes=own | (attributes or {})).end(ended_ns)
+        tracer.start_span(name, self._context, start_time=began_ns, attributes=attributes).end(ended_ns)
