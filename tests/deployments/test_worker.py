@@ -144,7 +144,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
                 end_process=ends.append,
             )
             try:
-                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 20)
+                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 120)
             finally:
                 worker._engine.stop()
 
