@@ -132,7 +132,7 @@ def check_folder(
     tensors = _attempt(reasons, lambda: read_tensors(_weights_file(folder), limits, is_private=is_private))
     samples = _attempt(reasons, lambda: read_samples(folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
-    template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))
+    template = _attempt(reasons, lambda: _choose_template(folder, label, templates, limits))
     base_model = (config.base_model if config is not None else None) if label.base_model is None else label.base_model
     if config is not None:
         reasons += [*config.unsupported, *_base_problems(base_model, label, accepts_base)]
@@ -160,12 +160,12 @@ def check_folder(
         base_model or "",
         template,
         is_described=bool(described and not samples),
-        warnings=(*describe_reading(read), *_warnings_of(pairs)),
+        warnings=(*describe_reading(read), *_find_warnings(pairs)),
         paths=paths,
     )
 
 
-def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
+def _choose_template(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
     """Return the publisher's template, or the known one that the folder brings. Raises: FileRefused."""
     digest = read_template(folder, limits)
     if label.template == SERVER_TEMPLATE:
@@ -306,7 +306,7 @@ def _tensor_problems(
         yield from (f"module {module[:200]!r} {problem}" for problem in _pair_problems(module, pair, shapes, limits))
 
 
-def _warnings_of(pairs: Pairs) -> Iterator[str]:
+def _find_warnings(pairs: Pairs) -> Iterator[str]:
     if not any(_largest(pair["lora_b"]) for pair in pairs.values()):
         yield NEVER_TRAINED
 

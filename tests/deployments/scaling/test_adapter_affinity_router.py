@@ -74,7 +74,7 @@ class Routing:
         return (await self.given(request_of(*args))).name
 
     async def given(self, request: PendingRequest) -> FakeReplica:
-        replica: FakeReplica = await asyncio.wait_for(self._router._choose_replica_for_request(request), 5)
+        replica: FakeReplica = await asyncio.wait_for(self._router._choose_replica_for_request(request), 120)
         return replica
 
     def sent(self, job: Job, name: str) -> None:
@@ -94,7 +94,7 @@ def job(adapters: str) -> Job:
 
 
 def run(main: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(main, 20))
+    return asyncio.run(asyncio.wait_for(main, 120))
 
 
 def test_all_resident_before_most_before_rest() -> None:
