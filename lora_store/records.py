@@ -66,6 +66,7 @@ class AdapterRecord:
     trial: Trial | None = None  # of a live version: another one answers a share of its requests
     is_offered: bool = False  # it was never live: it only took part in a trial
     live_since: datetime | None = None  # UTC, of a version that was made live again; None: since its first publish
+    contract: str | None = None  # JSON, how it wants to be asked; applied where it leads a plan
 
     @property
     def encoder(self) -> str | None:
