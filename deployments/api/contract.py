@@ -26,10 +26,10 @@ from lora_store.contract_files import MAX_CONTRACT_BYTES
 INPUT = "{input}"
 _SAMPLING = (*SAMPLING_DEFAULTS, "max_tokens")
 _OWN_FORM = {"response_format", "structured_outputs", "min_tokens", "ignore_eos"}  # no output_schema goes with these
-_FIELDS: dict[str, Any] = {name: PolicyFields.model_fields[name] for name in _SAMPLING}
-Sampling: type[BaseModel] = create_model(
-    "Sampling", __base__=ApiRequest, **{name: (field.annotation, copy(field)) for name, field in _FIELDS.items()}
-)
+_FIELDS: dict[str, Any] = {
+    name: (field.annotation, copy(field)) for name, field in PolicyFields.model_fields.items() if name in _SAMPLING
+}
+Sampling: type[BaseModel] = create_model("Sampling", __base__=ApiRequest, **_FIELDS)
 
 
 class Contract(ApiRequest):

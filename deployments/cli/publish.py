@@ -137,12 +137,12 @@ def publish(
     tags = [] if no_tags else tag or None
     given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
     given |= {"share": None if share is None else share / 100, "shadow": shadow or None, "base_model": base_name}
-    given |= {"samples": [] if no_samples else None, "contract": {} if no_contract else None}
-    if contract is not None:
-        if no_contract:
-            raise typer.BadParameter("cannot be combined with --contract", param_hint="--no-contract")
-        given["contract"] = _contract_from(contract)
-    fields = {key: value for key, value in given.items() if value is not None}
+    given |= {"samples": [] if no_samples else None}
+    fields: JsonObject = {key: value for key, value in given.items() if value is not None}
+    if contract is not None and no_contract:
+        raise typer.BadParameter("cannot be combined with --contract", param_hint="--no-contract")
+    if contract is not None or no_contract:
+        fields["contract"] = {} if contract is None else _contract_from(contract)
     _check_places(places, file, prune=prune, has_more=bool(fields or samples or config or parity))
     if file is not None:
         from deployments.cli.pool_file import publish_file  # pydantic takes half a second to import
