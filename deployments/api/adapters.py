@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from deployments.api.base import MAX_ADAPTERS, MAX_TEXT_CHARS, AdapterName, ApiRequest
 from deployments.api.contract import Contract
@@ -109,7 +109,7 @@ class AdapterLabel(ApiRequest):
     tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
     template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
     # {}: none. It comes instead of the folder's.
-    contract: Annotated[Contract | None, BeforeValidator(_as_object)] = None
+    contract: Annotated[Contract | None, BeforeValidator(_as_object), WithJsonSchema({"type": "object"})] = None
     # []: none, so that only its name finds it. Samples come as a file of the folder.
     samples: list[Tag] | None = Field(default=None, max_length=0)
     visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default

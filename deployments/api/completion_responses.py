@@ -367,7 +367,7 @@ def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
         if planned.contract is not None:
             report["contract"] = {
                 "adapter": planned.contract.adapter.name_for(tenant),
-                "applied": planned.contract.shown,
+                "applied": list(planned.contract.parts),
             }
     return report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,9 +13,8 @@ from pydantic_core import PydanticSerializationError
 from deployments.api import error_table
 from deployments.api.base import ApiRequest, problem
 from deployments.api.completions import LEAST_TOP_P, PolicyFields, Question, StopStrings
-from deployments.api.structured import Schema
+from deployments.api.structured import Schema, of_schema
 from deployments.errors import RequestInvalid
-from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import SAMPLING_DEFAULTS, Prompt, SamplingParams
@@ -79,12 +77,7 @@ class Contract(ApiRequest):
 
     def grammar(self) -> Grammar | None:
         """Return the grammar of the answer. Raises: GrammarInvalid."""
-        if self.output_schema is None:
-            return None
-        try:
-            return Grammar("json_schema", json.dumps(self.output_schema, allow_nan=False), "lora.contract")
-        except (RecursionError, ValueError) as exc:
-            raise GrammarInvalid("it is nested too deeply, or has numbers that JSON lacks") from exc
+        return None if self.output_schema is None else of_schema(self.output_schema, "lora.contract")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +89,8 @@ class AppliedContract:
 
     adapter: AdapterRef
     contract: Contract
-    parts: frozenset[str]
+    parts: tuple[str, ...]
     max_new_tokens: int
-
-    @property
-    def shown(self) -> list[str]:
-        """The names of what it sets, in the order of the fields."""
-        return [name for name in self.contract.parts if name in self.parts]
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """Return the prompt with the instruction, as the model reads it."""
@@ -120,13 +108,13 @@ class AppliedContract:
 
     def sampling(self, sampling: SamplingParams) -> SamplingParams:
         """Return the parameters with the contract's values. Raises: GrammarInvalid."""
-        values = {name: value for name, value in self.contract.defaults.items() if name in self.parts}
-        if "top_k" in values:
-            values["top_k"] = max(values["top_k"], 0)
-        if "top_p" in values:
-            values["top_p"] = values["top_p"] or LEAST_TOP_P
-        if "max_tokens" in values:
-            values["max_tokens"] = min(values["max_tokens"], self.max_new_tokens)
+        allowed = {  # as a request's own values are read
+            "top_k": lambda value: max(value, 0),
+            "top_p": lambda value: value or LEAST_TOP_P,
+            "max_tokens": lambda value: min(value, self.max_new_tokens),
+        }
+        given = {name: value for name, value in self.contract.defaults.items() if name in self.parts}
+        values = {name: allowed[name](value) if name in allowed else value for name, value in given.items()}
         if "output_schema" in self.parts:
             values["grammar"] = self.contract.grammar()
         if "stop" in self.parts:
@@ -134,7 +122,7 @@ class AppliedContract:
         return replace(sampling, **values, unset=sampling.unset - values.keys())
 
 
-def parse_contract(text: str, name: str) -> Contract:
+def _parse(text: str, name: str) -> Contract:
     """Return the stored contract of an adapter. Raises: RequestInvalid for one that only a newer release can read."""
     try:
         return Contract.model_validate_json(text)
@@ -162,7 +150,7 @@ def applied_contract(
     """
     if plan.contract is None or not question.lora.contract or (leader := plan.leader) is None:
         return None
-    contract = parse_contract(plan.contract, leader.ref.name)
+    contract = _parse(plan.contract, leader.ref.name)
     left_out = {name for name in SAMPLING_DEFAULTS if name not in sampling.unset}
     if not _takes_instruction(question.prompt, contract):
         left_out.add("instruction")
@@ -172,7 +160,7 @@ def applied_contract(
         left_out.add("stop")
     if sampling.max_tokens is not None or sampling.min_tokens > contract.defaults.get("max_tokens", 0):
         left_out.add("max_tokens")
-    parts = frozenset(contract.parts) - left_out
+    parts = tuple(name for name in contract.parts if name not in left_out)
     return AppliedContract(leader.ref, contract, parts, max_new_tokens) if parts else None
 
 

@@ -469,9 +469,9 @@ def _echoes(request: GenerationRequest) -> bool:
 
 def _text_read(question: Question, planned: Planned) -> str:
     """Return the text of a prompt as the model reads it."""
-    text = question.text or ""
-    is_rewritten = planned.contract is not None and isinstance(question.prompt, str)
-    return str(planned.contract.prompt(text)) if planned.contract is not None and is_rewritten else text
+    if planned.contract is None or not isinstance(question.prompt, str):
+        return question.text or ""
+    return str(planned.contract.prompt(question.prompt))
 
 
 def _answer_to(

@@ -82,7 +82,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         value = yaml.load(data.decode(), _Loader)  # a SafeLoader
         if isinstance(value, list) and len(value) == 1:
             [value] = value  # llama.cpp's list of one adapter
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except RecursionError as exc:
         raise ValueError("is nested too deeply") from exc
     except yaml.YAMLError as exc:

@@ -39,7 +39,7 @@ def applied(request: GenerationRequest, contract: dict[str, Any] = WHOLE) -> App
 def test_a_contract_sets_what_the_request_does_not() -> None:
     request = chat()
     found = applied(request)
-    assert found is not None and found.shown == ALL
+    assert found is not None and list(found.parts) == ALL
     sampling = found.sampling(request.sampling())
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_tokens) == (0.25, 0, 1e-6, 512)
     assert sampling.stop == ("END",) and sampling.grammar is not None
@@ -84,7 +84,7 @@ def test_an_instruction_may_be_a_message_after_the_conversation() -> None:
 def test_what_a_request_sets_wins(fields: dict[str, Any], missing: str) -> None:
     request = chat(**fields)
     found = applied(request)
-    assert found is not None and found.shown == [name for name in ALL if name != missing]
+    assert found is not None and list(found.parts) == [name for name in ALL if name != missing]
     own = request.sampling()
     changed = found.sampling(own)
     field = {"output_schema": "grammar", "instruction": "seed"}.get(missing, missing)
@@ -93,7 +93,7 @@ def test_what_a_request_sets_wins(fields: dict[str, Any], missing: str) -> None:
 
 def test_token_ids_are_read_as_they_are() -> None:
     found = applied(CompletionRequest.model_validate({"prompt": [[1, 2]]}))
-    assert found is not None and found.shown == ALL[1:]
+    assert found is not None and list(found.parts) == ALL[1:]
     assert found.prompt(TokenIds((1, 2))) == TokenIds((1, 2))
 
 
