@@ -180,7 +180,13 @@ def test_a_traced_request_has_spans_from_the_proxy_to_the_engine(live: Live) -> 
 
     served = ("Ingress __call__", "Retriever route", "Worker stream")
     parts = ("worker.queue", "worker.prefill", "worker.decode")
-    wanted = {"plan", "retriever.encode", "retriever.search", *parts, *(f"replica_handle_request {name}" for name in served)}
+    wanted = {
+        "plan",
+        "retriever.encode",
+        "retriever.search",
+        *parts,
+        *(f"replica_handle_request {name}" for name in served),
+    }
     eventually(lambda: wanted <= set(spans()))
     found = spans()
     by_id = {span["context"]["span_id"]: span["name"] for span in found.values()}
