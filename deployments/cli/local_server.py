@@ -101,6 +101,12 @@ class Server:
         return _url_of(*self._proxy)
 
     @property
+    def ray_address(self) -> str:
+        """Return the address of Ray's control plane, after the start: what other drivers connect to."""
+        host, port = self._control_plane
+        return f"{host}:{port}"
+
+    @property
     def logs(self) -> Path:
         """Return the folder of Serve's log files, after the start."""
         return self._session / "logs" / "serve"
