@@ -265,6 +265,9 @@ def route(
         out.print(table)
     if "why" in plan:
         out.print(plan["why"], markup=False, highlight=False)
+    if contract := plan.get("contract"):
+        said = f"{contract['adapter']} is asked by its contract: {', '.join(contract['applied'])}."
+        out.print(said, markup=False, highlight=False)
     for candidate in plan["candidates"]:
         for sample in candidate.get("samples", ()):
             line = f"sample of {candidate['name']}, {sample['score']:.3f}: {sample['input']}"

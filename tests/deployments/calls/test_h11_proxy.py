@@ -46,7 +46,7 @@ async def answer_to(*pieces: bytes) -> bytes:
         try:
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             writer.writelines(pieces)
-            return await asyncio.wait_for(reader.read(), 20)
+            return await asyncio.wait_for(reader.read(), 120)
         finally:
             server.should_exit = server.force_exit = True
             await serving
@@ -103,7 +103,7 @@ def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces: tuple
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
     """Return everything received until the server closed."""
-    return await asyncio.wait_for(reader.read(), 20)
+    return await asyncio.wait_for(reader.read(), 120)
 
 
 def code_of(answer: bytes) -> str:
@@ -154,7 +154,7 @@ def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadli
             for pause_s in (0, 25):
                 await timers.advance(pause_s)
                 writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-                answer = await asyncio.wait_for(reader.readuntil(b"hello"), 20)
+                answer = await asyncio.wait_for(reader.readuntil(b"hello"), 120)
             writer.write(b"GET / HT")
             await timers.advance(0)
             await timers.advance(10)
@@ -239,7 +239,7 @@ def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> None:
             writer.write(GOOD + b"\r\n")
             assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 @pytest.mark.parametrize(
