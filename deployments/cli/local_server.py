@@ -101,6 +101,12 @@ class Server:
         return _url_of(*self._proxy)
 
     @property
+    def ray_address(self) -> str:
+        """Return the address that other drivers of its Ray cluster connect to, after the start."""
+        host, port = self._control_plane
+        return f"{host}:{port}"
+
+    @property
     def logs(self) -> Path:
         """Return the folder of Serve's log files, after the start."""
         return self._session / "logs" / "serve"
