@@ -173,6 +173,7 @@ SCHEMA = pa.schema(
         pa.field("expires_at", pa.timestamp("us", tz="UTC")),  # null: it does not expire
         pa.field("trial", pa.string()),  # JSON; of a kept version that was never live: "offered"
         pa.field("live_since", pa.timestamp("us", tz="UTC")),  # null: since `created_at`
+        pa.field("contract", pa.string()),  # JSON
     ]
 )
 _OFFERED = "offered"
@@ -195,10 +196,13 @@ _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
     *("num_samples", "template", "probe_shift", "source", "actor", "created_at", "expires_at"),
-    "live_since",
+    *("live_since", "contract"),
 )
 _LISTS = ("tags", "ranks", "target_modules", "output_labels")
-_REPEATED = ("event", "tenant", "visibility", "base_model", "template", "encoder", "actor", "created_at", "commit_id")
+_REPEATED = (
+    *("event", "tenant", "visibility", "base_model", "template", "contract", "encoder", "actor", "created_at"),
+    "commit_id",
+)
 _ROWS_AT_ONCE = 10_000
 
 

@@ -66,6 +66,7 @@ class AdapterRecord:
     trial: Trial | None = None  # another version answers a share of this live one's requests
     is_offered: bool = False  # it was never live: it only took part in a trial
     live_since: datetime | None = None  # UTC, of a version that was made live again; None: since its first publish
+    contract: str | None = None  # JSON, how it wants to be asked; applied where it leads a plan
 
     @property
     def encoder(self) -> str | None:

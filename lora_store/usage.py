@@ -71,6 +71,7 @@ class UsageFiles:
     def __init__(self, location: Location) -> None:
         self._files = Files(location)
         self._tidied_at: datetime | None = None
+        self._num_new = 0  # files since then
 
     def put(self, segment: str, lines: bytes, now: datetime, kept: timedelta) -> None:
         """Store a segment's events. Now and then merge small files, and delete days older than `kept`."""
@@ -80,8 +81,9 @@ class UsageFiles:
             by_day.setdefault(_folder(day), []).append(event)
         for folder, events in by_day.items():
             self._write(f"{folder}/{segment}{_SUFFIX}", pa.Table.from_pylist(events, SCHEMA))
-        if self._tidied_at is None or now - self._tidied_at >= _TIDY_EVERY:
-            self._tidied_at = now
+        self._num_new += len(by_day)
+        if self._tidied_at is None or now - self._tidied_at >= _TIDY_EVERY or self._num_new > _MANY:
+            self._tidied_at, self._num_new = now, 0
             self.tidy(now, kept)
 
     def tidy(self, now: datetime, kept: timedelta) -> None:

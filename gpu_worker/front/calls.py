@@ -37,13 +37,15 @@ class CompletionSink:
 
 
 async def wait_for_first_logits(events: Events) -> Tensor | Exception:
-    """Return the logits from which a row's first token was chosen, or its error."""
+    """Return the logits from which a row's first token was chosen, or its error. A row that ends without has one."""
     while True:
         event = await events.get()
         if isinstance(event, Exception):
             return event
         if event.first_logits is not None:
             return event.first_logits
+        if event.finish_reason is not None:
+            return RuntimeError("the engine computed no logits for a probe")
 
 
 class Prober:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import shutil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -115,6 +118,27 @@ def test_a_parsed_answer_follows_its_model(client: openai.OpenAI) -> None:
         answer = client.chat.completions.parse(model=model, response_format=Order, n=2, **asked)
         assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
         assert all(isinstance(choice.message.parsed, Order) for choice in answer.choices)
+
+
+def test_an_adapter_with_a_schema_answers_in_it_without_being_asked(
+    client: openai.OpenAI, url: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "ordering"
+    shutil.copytree(sorted(POOL.glob("*/adapter_config.json"))[0].parent, folder)
+    (folder / "description.txt").unlink(missing_ok=True)
+    contract = {"instruction": "Order: {input}", "output_schema": Order.model_json_schema()}
+    (folder / "adapter_io.yaml").write_text(json.dumps(contract))
+    said = {"path": str(folder), "ttl_s": 600}  # unlisted, so that no other test finds it
+    assert httpx.post(f"{url}/v1/loras", json=said, timeout=120).status_code in (201, 202)
+    asked: dict[str, Any] = {"model": "ordering", "messages": messages("Two red shirts"), "max_tokens": 100}
+    plain = client.chat.completions.create(**asked, extra_body={"lora": {"contract": False}})
+    whole = client.chat.completions.create(**asked, temperature=1.0, n=4)
+    assert all(Order.model_validate_json(choice.message.content or "") for choice in whole.choices)
+    assert whole.usage is not None and plain.usage is not None
+    assert whole.usage.prompt_tokens > plain.usage.prompt_tokens, "the instruction counts"
+    parts = client.chat.completions.create(**asked, temperature=1.0, stream=True)
+    Order.model_validate_json("".join(part.choices[0].delta.content or "" for part in parts if part.choices))
+    assert httpx.delete(f"{url}/v1/loras/ordering", timeout=120).status_code == 200
 
 
 def test_a_required_tool_is_called_with_valid_arguments(client: openai.OpenAI) -> None:

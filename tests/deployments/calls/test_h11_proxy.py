@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deployments.calls import h11_proxy
 from deployments.calls.h11_proxy import (
     CALLBACK,
+    CALLBACK_VARIABLE,
     WithoutTraceparent,
     address_of,
     bound_headers,
+    warn_if_unbounded,
 )
 from deployments.calls.proxy_limits import SAMPLING_VARIABLE, TRACING_VARIABLE, ProxyLimits
 from deployments.errors import BodyTooSlow, RateLimited
@@ -53,6 +56,26 @@ def test_the_callback_is_found_by_its_path() -> None:
     module, _, name = CALLBACK.partition(":")
     assert module == h11_proxy.__name__
     assert getattr(h11_proxy, name) is bound_headers
+
+
+def test_a_uvicorn_that_takes_another_protocol_ends_the_start_of_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = uvicorn.Config.load
+
+    def load_own(config: uvicorn.Config) -> None:
+        load(config)
+        config.http_protocol_class = H11Protocol
+
+    monkeypatch.setattr(uvicorn.Config, "load", load_own)
+    with pytest.raises(ImportError, match=r"uvicorn \S+ parses requests by H11Protocol, without .* limits on connecti"):
+        bound_headers()
+
+
+def test_a_node_without_the_callback_is_reported_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_unbounded({CALLBACK_VARIABLE: CALLBACK})
+    assert caplog.messages == []
+    warn_if_unbounded({})
+    [message] = caplog.messages
+    assert "limits no connections on this node" in message and f"{CALLBACK_VARIABLE}={CALLBACK}" in message
 
 
 def test_a_request_of_common_size_is_answered() -> None:
