@@ -69,8 +69,9 @@ async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServic
     if query.tenant not in (None, tenant):
         raise RoleMissing(caller.key_id, "admin")
     wanted = UsageQuery(start, end, tuple(dict.fromkeys(query.by)), tenant)
-    await services.usage_log.send_all()
-    rows = await services.store.usage(wanted)
+    async with services.usage_log.report_turn(caller.tenant):
+        await services.usage_log.send_all()
+        rows = await services.store.usage(wanted)
     if len(rows) > _MAX_ROWS:
         raise RequestInvalid(f"by: the report has {len(rows)} rows, more than {_MAX_ROWS}; ask for fewer days", "by")
     return usage_report(wanted, rows)
