@@ -18,12 +18,13 @@ import pytest
 
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.http.middleware import RequestContextMiddleware
+from deployments.http.routes import status
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
-from lora_store import StoreUnavailable
+from lora_store import StoreUnavailable, usage
 from lora_store.usage import UsageQuery, parse_events
 from tests.deployments.adapter_records import BASE, POOL
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
@@ -248,7 +249,9 @@ def test_a_full_disk_gets_no_more_files_and_leaves_none_open(
     asyncio.run(run())
 
 
-def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(tmp_path: Path) -> None:
+def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = write(
         tmp_path / "keys.json",
         entry("acme-key", roles=["infer"]),
@@ -277,6 +280,9 @@ def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(tmp_path: Pat
         assert (await report("admin", start="2026-01-02", end="2026-01-01")).status_code == 400
         assert (await report("admin", start="0001-01-01")).status_code == 400
         assert (await report("admin", by="prompt")).status_code == 400
+        monkeypatch.setattr(usage, "MAX_ROWS", 1)
+        monkeypatch.setattr(status, "MAX_ROWS", 1)
+        assert "more than 1 rows" in (await report("admin", by="tenant")).text
 
     ask(look, keys_file=keys, cache_dir=tmp_path)
 
