@@ -62,7 +62,7 @@ def export_pool(
     """
     state, done = source.state().named(names), set[str]()
     while True:
-        files = _files_of(state)
+        files = _list_files(state)
         missing = [name for name in files if name not in done]
 
         def copy(name: str, sizes: dict[str, int | None] = files) -> str:
@@ -77,13 +77,13 @@ def export_pool(
                 break
             except AdapterNotFound as gone:
                 state = source.state().named(names)
-                if any(name.endswith(gone.wanted) for name in _files_of(state)):
+                if any(name.endswith(gone.wanted) for name in _list_files(state)):
                     raise
     target.finish(state)
     return state
 
 
-def _files_of(state: PoolState) -> dict[str, int | None]:
+def _list_files(state: PoolState) -> dict[str, int | None]:
     projections = {f"{PROJECTIONS}/{name}": None for name in state.projections}
     return projections | {blob_file(digest): size for digest, size in state.blobs().items()}
 
@@ -231,7 +231,7 @@ def import_pool(
     catalogue = Catalogue(location.child(CATALOGUE)) if is_there or not is_dry else None
     before = Snapshot(0, {}) if catalogue is None else catalogue.snapshot()
     moves, result = _plan(state.snapshot, before, on_conflict)
-    active = _encoder_of(before) or _encoder_of(state.snapshot)
+    active = _find_encoder(before) or _find_encoder(state.snapshot)
     generation, after = before.generation, before
     if not is_dry and catalogue is not None:
         generation = _Importer(source, state, location, catalogue).run(before, moves, active, progress)
@@ -241,7 +241,7 @@ def import_pool(
     return {"generation": generation, **result, "names_left_out": left_out, "num_unembedded": num_unembedded}
 
 
-def _encoder_of(snapshot: Snapshot) -> str | None:
+def _find_encoder(snapshot: Snapshot) -> str | None:
     """Return the identity of the encoder that a server of this pool uses, None if the pool does not decide."""
     if snapshot.encoder is not None:
         return snapshot.encoder.identity
@@ -325,7 +325,7 @@ class _Importer:
         for name in self._state.projections:
             if not self._files.contains(f"{PROJECTIONS}/{name}"):
                 self._copy(f"{PROJECTIONS}/{name}")
-        if snapshot.encoder is not None and _encoder_of(before) is None:
+        if snapshot.encoder is not None and _find_encoder(before) is None:
             encoder = snapshot.encoder
             self._catalogue.commit(lambda newest: activate_events(newest, encoder, COPIED_BY, at))
         for start in range(0, len(moves), _TOGETHER):

@@ -28,7 +28,7 @@ ADAPTER = pa.struct([("name", pa.string()), ("digest", pa.string()), ("weight", 
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("time", pa.timestamp("ms", tz="UTC")),  # of the end
+        ("time", pa.timestamp("ms", tz="UTC")),  # when the request ended
         ("request_id", pa.string()),
         ("tenant", pa.string()),
         ("key", pa.string()),  # its id
@@ -37,10 +37,10 @@ SCHEMA = pa.schema(
         ("base", pa.string()),
         ("adapters", pa.list_(ADAPTER)),
         ("prompt_tokens", pa.int64()),
-        ("cached_tokens", pa.int64()),  # of the prompt
+        ("cached_tokens", pa.int64()),  # prompt tokens found in the cache
         ("completion_tokens", pa.int64()),
         ("status", pa.int16()),
-        ("code", pa.string()),  # of the error
+        ("code", pa.string()),  # the error's code
         ("queued_s", pa.float32()),
         ("first_token_s", pa.float32()),
         ("total_s", pa.float32()),

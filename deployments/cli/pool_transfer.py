@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lora_store import (
     weights_in,
     write_peft_folder,
 )
+from lora_store.contract_files import CONTRACT_FILE
 from lora_store.pool_copy import (
     ArchiveTarget,
     Conflict,
@@ -170,5 +172,11 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
         write_peft_folder(folder / place, modules, base_model=record.base_model, samples=samples)
         entry: JsonObject = {"name": name, "source": place, "visibility": record.visibility}
         entry |= {"tags": list(record.tags), "template": record.template or "server"}
+        if record.contract is None:
+            entry["contract"] = {}
+        else:
+            (folder / place / CONTRACT_FILE).write_text(
+                yaml.safe_dump(json.loads(record.contract), sort_keys=False, allow_unicode=True)
+            )
         entries.append(entry | ({"owner": tenant} if has_owners else {}))
     (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))

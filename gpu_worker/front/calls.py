@@ -76,7 +76,7 @@ class Prober:
                 raise base
             self._base = base
         await self._load(weights_digests)  # load all first, so that one step computes all rows
-        plans = [_plan_of(digest) for digest in weights_digests]
+        plans = [_make_plan(digest) for digest in weights_digests]
         adapted = await self._first_logits([self._job(plan) for plan in plans])
         shifts = [logits if isinstance(logits, Exception) else _shift(self._base, logits) for logits in adapted]
         return [0.0 if isinstance(shift, float) and shift <= self._noise else shift for shift in shifts]
@@ -90,6 +90,6 @@ def _shift(base: Tensor, adapted: Tensor) -> float:
     return float((adapted - base).abs().max() / base.abs().max())
 
 
-def _plan_of(weights_digest: str) -> Plan:
+def _make_plan(weights_digest: str) -> Plan:
     adapter = PlannedAdapter(AdapterRef("probe", "probe", weights_digest), weights_digest, 1.0)
     return Plan("selection", (adapter,))

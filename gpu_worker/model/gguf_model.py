@@ -117,7 +117,7 @@ def _check_types(gguf: Path) -> None:
         ) from exc
     try:
         types = {tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
-    except Exception as exc:  # of numpy, struct or the reader itself
+    except Exception as exc:  # numpy, struct and the reader raise their own kinds
         raise BaseModelUnsupported(f"{gguf} cannot be read as a GGUF file ({exc}). Copy it again") from exc
     others = sorted(types - {*_KEPT, *_FLOATS, *_OF_HEADS})
     if others or not types & set(_KEPT):
