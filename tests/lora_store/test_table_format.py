@@ -95,7 +95,7 @@ def _write_as_newer(table: Location, form: TableFormat = NEWER, *, has_values: b
     delta.alter.set_column_metadata(COLUMN, {KEY: form.to_json()})
     if not has_values:
         return
-    row = EventTable(table).refresh()[0].to_pylist()[-1]
+    row = next(row for row in EventTable(table).refresh()[0].to_pylist() if row["event"] == "publish")
     version = _delta(table).version() + 1
     plain = {
         "event": "publish",
