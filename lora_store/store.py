@@ -104,7 +104,7 @@ class LoraStore:
         self.usage = UsageFiles(location.child("usage"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
-        self._own_blobs: tuple[Snapshot | None, str, Collection[str]] = (None, "", ())  # of the tenant that exports
+        self._own_blobs: tuple[Snapshot | None, str, Collection[str]] = (None, "", ())  # for the tenant that exports
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
 
     @property
@@ -153,7 +153,7 @@ class LoraStore:
         self._ballast.fill()
         name = folder.name if name is None else name
         live = self.snapshot().records.get((tenant, name)) if is_valid_name(name) else None
-        label = _label_of(name, tenant, tags, template, visibility, live)
+        label = _make_label(name, tenant, tags, template, visibility, live)
         label = replace(label, base_model=base_model, contract=contract)
         checked = check_folder(
             folder,
@@ -536,7 +536,7 @@ class LoraStore:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
 
 
-def _label_of(
+def _make_label(
     name: str,
     tenant: str,
     tags: Collection[str] | None,

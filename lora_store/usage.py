@@ -28,7 +28,7 @@ ADAPTER = pa.struct([("name", pa.string()), ("digest", pa.string()), ("weight", 
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("time", pa.timestamp("ms", tz="UTC")),  # of the end
+        ("time", pa.timestamp("ms", tz="UTC")),  # when the request ended
         ("request_id", pa.string()),
         ("tenant", pa.string()),
         ("key", pa.string()),  # its id
@@ -37,10 +37,10 @@ SCHEMA = pa.schema(
         ("base", pa.string()),
         ("adapters", pa.list_(ADAPTER)),
         ("prompt_tokens", pa.int64()),
-        ("cached_tokens", pa.int64()),  # of the prompt
+        ("cached_tokens", pa.int64()),  # prompt tokens found in the cache
         ("completion_tokens", pa.int64()),
         ("status", pa.int16()),
-        ("code", pa.string()),  # of the error
+        ("code", pa.string()),  # the error's code
         ("queued_s", pa.float32()),
         ("first_token_s", pa.float32()),
         ("total_s", pa.float32()),
@@ -71,6 +71,7 @@ class UsageFiles:
     def __init__(self, location: Location) -> None:
         self._files = Files(location)
         self._tidied_at: datetime | None = None
+        self._num_new = 0  # files since then
 
     def put(self, segment: str, lines: bytes, now: datetime, kept: timedelta) -> None:
         """Store a segment's events. Now and then merge small files, and delete days older than `kept`."""
@@ -80,8 +81,9 @@ class UsageFiles:
             by_day.setdefault(_folder(day), []).append(event)
         for folder, events in by_day.items():
             self._write(f"{folder}/{segment}{_SUFFIX}", pa.Table.from_pylist(events, SCHEMA))
-        if self._tidied_at is None or now - self._tidied_at >= _TIDY_EVERY:
-            self._tidied_at = now
+        self._num_new += len(by_day)
+        if self._tidied_at is None or now - self._tidied_at >= _TIDY_EVERY or self._num_new > _MANY:
+            self._tidied_at, self._num_new = now, 0
             self.tidy(now, kept)
 
     def tidy(self, now: datetime, kept: timedelta) -> None:

@@ -141,8 +141,8 @@ def check_folder(
     tensors = _attempt(reasons, lambda: read_tensors(_weights_file(folder), limits, is_private=is_private))
     samples = _attempt(reasons, lambda: read_samples(folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
-    template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))
-    contract, notes = _attempt(reasons, lambda: _contract_of(folder, label, read_contract)) or (None, ())
+    template = _attempt(reasons, lambda: _choose_template(folder, label, templates, limits))
+    contract, notes = _attempt(reasons, lambda: _find_contract(folder, label, read_contract)) or (None, ())
     base_model = (config.base_model if config is not None else None) if label.base_model is None else label.base_model
     if config is not None:
         reasons += [*config.unsupported, *_base_problems(base_model, label, accepts_base)]
@@ -171,12 +171,12 @@ def check_folder(
         template,
         contract,
         is_described=bool(described and not samples),
-        warnings=(*describe_reading(read), *notes, *_warnings_of(pairs)),
+        warnings=(*describe_reading(read), *notes, *_find_warnings(pairs)),
         paths=paths,
     )
 
 
-def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
+def _choose_template(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
     """Return the publisher's template, or the known one that the folder brings. Raises: FileRefused."""
     digest = read_template(folder, limits)
     if label.template == SERVER_TEMPLATE:
@@ -193,7 +193,7 @@ def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None
     return templates[digest]
 
 
-def _contract_of(folder: Path, label: Label, read: ReadContract | None) -> tuple[str | None, tuple[str, ...]]:
+def _find_contract(folder: Path, label: Label, read: ReadContract | None) -> tuple[str | None, tuple[str, ...]]:
     """Return the publisher's contract, or the folder's, with what the publisher should know. Raises: FileRefused."""
     if read is None or label.contract == "":
         return None, ()
@@ -324,7 +324,7 @@ def _tensor_problems(
         yield from (f"module {module[:200]!r} {problem}" for problem in _pair_problems(module, pair, shapes, limits))
 
 
-def _warnings_of(pairs: Pairs) -> Iterator[str]:
+def _find_warnings(pairs: Pairs) -> Iterator[str]:
     if not any(_largest(pair["lora_b"]) for pair in pairs.values()):
         yield NEVER_TRAINED
 

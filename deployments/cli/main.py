@@ -117,6 +117,12 @@ def serve(
         return
     if port:
         _require_free(host, port)
+    from deployments.private_names import check_libraries
+
+    try:
+        check_libraries()
+    except ImportError as exc:
+        fail(str(exc))
     from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
 
     _exit_with(run_server(settings, host, port, metrics_port, is_verbose=verbose))

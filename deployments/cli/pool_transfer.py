@@ -107,6 +107,11 @@ def import_from(
     would = "would be imported into" if is_dry else "are now in"
     said = f"{counts}; {would} {uri}, generation {done['generation']}"
     out.print(said, markup=False, highlight=False, soft_wrap=True)
+    if done["names_left_out"]:
+        show_warning(
+            f"not imported, since {uri} has something else by that name: {', '.join(done['names_left_out'])}. Rename"
+            " these model names in one of the pools"
+        )
     if done["num_unembedded"]:
         show_warning(
             f"auto does not find {counted(done['num_unembedded'], 'adapter')} yet, embedded by another encoder than"

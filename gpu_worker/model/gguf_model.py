@@ -28,6 +28,7 @@ from gpu_worker.model.quantized_checkpoint import METHOD, PACKED, pack_words
 
 logger = logging.getLogger(__name__)
 
+CONVERTER = 1  # raise it when the converter writes other files, so that those in the cache are not read any more
 _KEPT = ("Q8_0", "Q4_0")
 _FLOATS = ("F32", "F16", "BF16")
 _OF_HEADS = ("Q6_K",)  # files of Q4_0 have it for the output head; it is read as bfloat16
@@ -58,10 +59,13 @@ def find_gguf(source: str) -> Path | None:
 def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
     """Return the folder with the converted model. The first call for a file converts it, which takes about a minute.
 
+    Another `CONVERTER` converts it again, into a folder of its own.
+
     Raises: BaseModelUnsupported, which names the types of tensors that are not supported, or what else prevents it.
     """
     found = gguf.resolve().stat()
-    key = hashlib.sha256(f"{gguf.resolve()}\0{found.st_size}\0{found.st_mtime_ns}".encode()).hexdigest()[:16]
+    facts = (gguf.resolve(), found.st_size, found.st_mtime_ns, CONVERTER)
+    key = hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
     folder = cache_dir / f"gguf-{gguf.stem}-{key}"
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".{folder.name}.lock"):
@@ -113,7 +117,7 @@ def _check_types(gguf: Path) -> None:
         ) from exc
     try:
         types = {tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
-    except Exception as exc:  # of numpy, struct or the reader itself
+    except Exception as exc:  # numpy, struct and the reader raise their own kinds
         raise BaseModelUnsupported(f"{gguf} cannot be read as a GGUF file ({exc}). Copy it again") from exc
     others = sorted(types - {*_KEPT, *_FLOATS, *_OF_HEADS})
     if others or not types & set(_KEPT):

@@ -144,7 +144,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
                 end_process=ends.append,
             )
             try:
-                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 20)
+                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 120)
             finally:
                 worker._engine.stop()
 
@@ -396,7 +396,7 @@ def test_a_step_that_takes_too_long_ends_the_process(
 
     def hang(*_: object) -> None:
         has_begun.set()
-        may_end.wait(20)
+        may_end.wait(120)
 
     async def main(serving: Serving) -> None:
         serving.worker._engine.loop.base.model.register_forward_pre_hook(hang)

@@ -14,7 +14,6 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.e2e.live import Live, completion
 from tests.e2e.starter_pool import POOL, Heldout
 
 BASE = "gemma-3-270m"
@@ -199,46 +198,3 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: lis
     with pytest.raises(openai.UnprocessableEntityError) as unmatched:
         ask(extra_body={"lora": {"min_score": 1.0, "fallback": "error"}})
     assert unmatched.value.code == "no_adapter_matched"
-
-
-def test_models_are_read_page_by_page(client: openai.OpenAI) -> None:
-    names = sorted(path.parent.name for path in POOL.glob("*/adapter_config.json"))
-    seen: list[str] = []
-    while True:
-        query: dict[str, object] = {"limit": 5, "after": seen[-1] if seen else ""}
-        page = client.models.list(extra_query=query)
-        seen += [card.id for card in page.data]
-        if not page.model_extra["has_more"]:
-            break
-    assert seen[:2] == ["auto", BASE]
-    assert set(names) <= set(seen) and len(seen) == len(set(seen))
-    found = client.models.list(extra_query={"name": names[0]})
-    assert names[0] in [card.id for card in found.data]
-    assert client.models.retrieve(f"local/{names[0]}").model_extra["parent"] == BASE
-
-
-def test_an_older_version_is_replayed_while_it_is_kept(live: Live) -> None:
-    live.publish(live.folder("owls", 7001, "owls at night"))
-    asked = {**completion("auto", "Tell me about owls at night, please.", 16), "lora": {"strategy": "selection"}}
-    first = live.call("POST", "/v1/completions", json=asked).json()
-    assert [row["name"] for row in first["lora"]["adapters"]] == ["owls"]
-
-    def replay() -> httpx.Response:
-        return live.call("POST", "/v1/completions", json=asked | {"lora": {"plan": first["lora"]}})
-
-    for seed in (7002, 7003):
-        live.publish(live.folder("owls", seed, "owls at night"))
-        assert live.call("POST", "/v1/completions", json=asked).json()["choices"][0]["text"] != text_of(first)
-        assert text_of(replay().json()) == text_of(first)
-        assert replay().json()["lora"] == first["lora"]
-    live.publish(live.folder("owls", 7004, "owls at night"))
-    assert (replay().status_code, replay().json()["error"]["code"]) == (409, "plan_gone")
-    newest = live.call("POST", "/v1/completions", json=asked).json()
-    assert live.call("DELETE", "/v1/loras/owls").status_code == 200
-    gone = live.call("POST", "/v1/completions", json=asked | {"lora": {"plan": newest["lora"]}})
-    assert (gone.status_code, gone.json()["error"]["code"]) == (409, "plan_gone")
-
-
-def text_of(answer: dict[str, Any]) -> str:
-    text: str = answer["choices"][0]["text"]
-    return text

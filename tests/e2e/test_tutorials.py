@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import ROOT, CodeBlock, blocks_of
+from tests.e2e.live import Live
+from tests.soak import Scale
 
 DOCS = ROOT / "docs"
 IN_TUTORIALS = "http://127.0.0.1:8000"
@@ -56,6 +61,52 @@ def test_every_block_of_the_page_runs(page: str, outputs: list[str], folder: Pat
     assert len(blocks) >= 3
     printed = "".join(run(block, folder, url) for block in blocks)
     assert [output for output in outputs if output not in printed] == []
+
+
+def test_readmes_three_adapters_are_published_into_a_pool_and_found(live: Live, tmp_path: Path) -> None:
+    names = ("sql", "letters", "tickets")
+    for number, name in enumerate(names):
+        folder = shutil.copytree(live.folder(name, 7000 + number, name), tmp_path / "adapters" / name)
+        (folder / "lora_samples.jsonl").unlink()
+    [block] = [block for block in blocks_of(ROOT / "README.md") if "publish adapters" in block.text]
+    printed = run_shell(block.text, tmp_path, live.url)
+    assert all(f"{name} is live" in printed for name in names)
+    assert "sql" in printed.rpartition("candidate")[2].splitlines()[2]
+    live.withdraw_all(names)
+
+
+def test_the_page_about_training_outputs_runs(folder: Path, url: str, scale: Scale) -> None:
+    """At full scale TRL trains the three adapters; otherwise its folders are written from the starter pool."""
+    names = ["ticket-queue", "ticket-topic", "ticket-urgency"]
+    blocks = blocks_of(DOCS / "how-to" / "publish-training-outputs.md")
+    make_data, train = [block for block in blocks if block.language == "python"]
+    run(make_data, folder, url)
+    assert sorted(path.stem for path in (folder / "data").iterdir()) == names
+    if scale.pick("adapters trained by TRL", small=0, full=3):
+        pytest.importorskip("trl", reason="trl is not installed: the extra `clients` has it")
+        run(train, folder, url)
+    else:
+        for name, task in zip(names, ("past_tense", "date_format", "reverse_letters"), strict=True):
+            write_training_output(ROOT / "examples" / "starter_pool" / task, folder / "outputs" / name)
+    try:
+        printed = "".join(run(block, folder, url) for block in blocks if block.language == "sh")
+    finally:
+        run_shell(f"loraretriever withdraw {' '.join(names)}", folder, url, check=False)
+    assert "3 fit to publish, 0 refused" in printed and "3 new, 0 changed" in printed
+    assert all(f"36 samples from data/{name}.jsonl" in printed for name in names)
+    [first] = re.findall(r"^│ (\S+) .*1.000", printed.rpartition("strategy ")[2], re.MULTILINE)
+    assert first == "ticket-queue"
+
+
+def write_training_output(adapter: Path, output: Path) -> None:
+    """Write an adapter as a trainer leaves it: a checkpoint, the last state, and the path of the base model."""
+    for folder in (output / "checkpoint-27", output):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(adapter / "adapter_model.safetensors", folder)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(Path("~/.cache/loraretriever/gemma-3-270m").expanduser())
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "training_args.bin").write_bytes(b"not read")
 
 
 def run(block: CodeBlock, folder: Path, url: str) -> str:

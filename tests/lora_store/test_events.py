@@ -88,14 +88,6 @@ def test_a_profile_of_outputs_is_read_as_it_was_written(make_record: MakeRecord,
             assert found.outputs.vector.tolist() == [-127, 0, 42]
 
 
-def test_rows_without_the_columns_of_outputs_have_no_profile() -> None:
-    rows = table_of([Embed(REF, embedding())], 7)
-    older = rows.drop_columns(["output_labels", "output_vector"])
-    padded = pa.concat_tables([SCHEMA.empty_table(), older], promote_options="default")
-    [(_, read)] = dated_events_of(padded, after=0)
-    assert isinstance(read, Embed) and read.embedding.outputs is None
-
-
 def test_a_publish_gets_the_generation_of_its_commit(make_record: MakeRecord) -> None:
     [(_, read)] = dated_events_of(table_of([Publish(make_record())], 7), after=0)
     assert isinstance(read, Publish) and read.record.generation == 7

@@ -105,6 +105,16 @@ def test_earlier_days_become_one_file_each_and_old_days_are_deleted(store_uri: s
     assert counts(files, "day", days=20) == before
 
 
+def test_many_segments_within_a_minute_do_not_become_many_files(folder_uri: str) -> None:
+    location = Location(folder_uri).child("usage")
+    files, stored, most = UsageFiles(location), Files(location), 0
+    for number in range(200):
+        files.put(f"{number:032}", lines(event()), NOON, KEPT)
+        most = max(most, len(stored.entries()))
+    assert most <= 70
+    assert counts(files)[()][0] == 200
+
+
 def test_a_merge_keeps_columns_of_a_newer_version(folder_uri: str) -> None:
     location = Location(folder_uri).child("usage")
     files, stored = UsageFiles(location), Files(location)

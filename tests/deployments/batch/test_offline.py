@@ -43,7 +43,7 @@ def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRet
         answerer.close()
     assert loads
     for thread in loads:
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive(), "a closed engine keeps no threads"
     found = offline.generate([row["prompt"] for row in rows], as_is=True, **SHORT)
     assert [(answer.text, answer.strategy) for answer in found] == [

@@ -10,6 +10,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model import gguf_model
 from gpu_worker.model.base_model import load_base_model, load_config, model_source
 from gpu_worker.model.gguf_model import find_gguf, find_integers, gguf_folder
 from gpu_worker.model.quantization import GROUP, QuantizedLinear
@@ -112,6 +113,18 @@ def test_a_gguf_file_is_served_with_its_integers(kind: str, tmp_path: Path) -> N
         assert layer.quantized.bits == int(kind[1])
         assert torch.equal(layer.quantized.dequantized(), expected[name].weight.detach())
     assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
+
+
+def test_a_corrected_converter_does_not_read_what_an_earlier_one_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0")
+    folders = []
+    for version in (1, 2, 2):
+        monkeypatch.setattr(gguf_model, "CONVERTER", version)
+        folders.append(gguf_folder(file, tmp_path / "cache"))
+    assert folders[0] != folders[1] == folders[2]
+    assert all((folder / "model.safetensors").exists() for folder in folders)
 
 
 def test_a_file_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
