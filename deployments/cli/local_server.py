@@ -102,7 +102,7 @@ class Server:
 
     @property
     def ray_address(self) -> str:
-        """Return the address of Ray's control plane, after the start: what other drivers connect to."""
+        """Return the address that other drivers of its Ray cluster connect to, after the start."""
         host, port = self._control_plane
         return f"{host}:{port}"
 
