@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -115,6 +115,10 @@ sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefi
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \
 		do g++ -print-file-name=$$name; done | paste -sd:)" \
 	$(BIN)/python -m pytest -s $(KERNEL_TESTS)
+
+helm: $(BIN)/helm ## install Helm, for x86-64 machines, with which tests/k8s renders the chart
+$(BIN)/helm: $(READY)
+	$(BIN)/python -m tests.k8s.install_helm $@
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from deployments.observability.logs import join_serve_logs
+from deployments.publishing.contract_files import read_contract
 from deployments.publishing.source_folders import is_copied, open_folder
 from deployments.weights import ObjectCache
 from lora_store import (
@@ -70,6 +71,7 @@ class StoreDeployment:
             config.store_uri,
             accepts_base=config.served_model.accepted_names,
             templates=config.served_model.known_templates,
+            read_contract=read_contract,
             limits=config.admission.limits,
         )
         self._store.check_writes(os.environ)
@@ -103,6 +105,7 @@ class StoreDeployment:
                 tenant=upload.tenant,
                 tags=upload.tags,
                 template=upload.template,
+                contract=upload.contract,
                 visibility=upload.visibility or upload.default_visibility,
                 keeps_visibility=upload.visibility is None,
                 has_samples=upload.has_samples,

@@ -35,7 +35,7 @@ def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int
     rows = tuple(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score) for match, weight in planned
     )
-    return Plan(request.strategy, rows, generation, _common_template([match.record for match, _ in planned]))
+    return _plan_of(request.strategy, rows, generation, [match.record for match, _ in planned])
 
 
 def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
@@ -72,7 +72,7 @@ def named_plan(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
     )
-    plan = Plan(strategy, rows, snapshot.generation_for(tenant), _common_template(records))
+    plan = _plan_of(strategy, rows, snapshot.generation_for(tenant), records)
     live = {record.ref for record, (name, _) in zip(records, choices, strict=True) if "@" not in name}
     return with_trials(plan, snapshot, tenant, live, bases=bases)
 
@@ -126,7 +126,7 @@ def replayed_plan(
         PlannedAdapter(record.ref, record.weights_digest, item.weight, item.score)
         for record, item in zip(records, pinned, strict=True)
     )
-    return Plan(strategy, rows, generation, _common_template(records))
+    return _plan_of(strategy, rows, generation, records)
 
 
 def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> AdapterRecord:
@@ -212,6 +212,12 @@ def visible_names(snapshot: Snapshot, tenant: str) -> list[NamedPolicy]:
     return [snapshot.policies(tenant, f"{owner}/{name}")[0] for owner, name in (*own, *others)]
 
 
-def _common_template(records: Sequence[AdapterRecord]) -> str | None:
+def _plan_of(
+    strategy: Strategy, rows: tuple[PlannedAdapter, ...], generation: int, records: Sequence[AdapterRecord]
+) -> Plan:
+    """Return the plan with the template that all its adapters name, and the contract of the one that leads it."""
     templates = {record.template for record in records}
-    return templates.pop() if len(templates) == 1 else None
+    plan = Plan(strategy, rows, generation, templates.pop() if len(templates) == 1 else None)
+    contracts = {record.ref: record.contract for record in records if record.contract is not None}
+    leader = plan.leader if contracts else None
+    return plan if leader is None else replace(plan, contract=contracts.get(leader.ref))

@@ -19,6 +19,7 @@ from deployments.api.anthropic_request import CountTokensRequest
 from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
+from deployments.api.contract import applied_contract
 from deployments.api.names import BoundName
 from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
@@ -34,6 +35,7 @@ from deployments.observability.request_metrics import RequestContext
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
+from lora_store import BASE_PLAN
 
 WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
 # The server did not start the job, so its prompt is not charged.
@@ -168,8 +170,11 @@ def jobs_of(
         for choice in range(num_choices):
             own = sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, choice))
             name = request_id if not jobs else f"{request_id}-{len(jobs)}"
-            chosen = planned.plan.template or template
-            jobs.append(Job(name, question.prompt, planned.plan, own, chosen, tools=question.tools))
+            chosen, plan, prompt = planned.plan.template or template, planned.plan, question.prompt
+            if planned.contract is not None:
+                own, prompt = planned.contract.sampling(own), planned.contract.prompt(prompt)
+            plan = plan if plan.contract is None else replace(plan, contract=None)  # an engine does not read it
+            jobs.append(Job(name, prompt, plan, own, chosen, tools=question.tools))
     return jobs
 
 
@@ -265,6 +270,7 @@ class CompletionService:
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explained(plans)
+                plans = with_contracts(request, questions, plans, sampling, self._model)
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
                 answer = _answer_to(request, questions, plans, caller, context)
                 template = self._model.template
@@ -313,19 +319,20 @@ class CompletionService:
         deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
         check_tokenized(question, field, self._model)
         question, template = await self._bound(question, caller, context, deadline)
-        is_routed = template is None and not isinstance(question.prompt, str)
+        is_routed = not isinstance(question.prompt, str)
         num_read = self._planner.tokens_read(question) if is_routed else 0
         num_tokens = prompt_tokens(question.prompt) + tool_tokens(question)
         work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
-            template = template or await self._template_of(question, caller, context, deadline)
+            planned = await self._planned(question, caller, context, deadline)
+            contract = applied_contract(planned.plan, question) if is_routed else None
             async with within(deadline):
                 await self._gate.ready()
                 with charged(usage, work.num_tokens):
                     found = await self._worker.tokenize(
                         caller.tenant,
-                        question.prompt,
-                        template,
+                        question.prompt if contract is None else contract.prompt(question.prompt),
+                        template or planned.plan.template or self._model.template,
                         add_special_tokens,
                         with_texts,
                         question.tools,
@@ -340,7 +347,7 @@ class CompletionService:
         question, _ = await self._bound(question, caller, context, deadline)
         work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
         with self._authenticator.running(caller, work) as usage:
-            await self._template_of(question, caller, context, deadline)
+            await self._planned(question, caller, context, deadline)
             async with within(deadline):
                 await self._gate.ready()
                 with charged(usage, work.num_tokens):
@@ -362,13 +369,13 @@ class CompletionService:
         policy = BoundName.of(named, question, caller.tenant).policy
         return replace(question, model=policy.model, lora=policy.lora), policy.template
 
-    async def _template_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> str:
-        """Return the template that the question's adapters name, or the server's. Raises: ModelNotFound."""
+    async def _planned(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> Planned:
+        """Return the plan of a question, whose adapters may name a template. Raises: ModelNotFound."""
         if question.model == AUTO and not isinstance(question.prompt, tuple):
-            return self._model.template  # without messages no template applies
+            return Planned(BASE_PLAN)  # without messages no template applies
         async with within(deadline):
             [planned] = await self._planner.plan_all([question], caller.tenant, context)
-        return planned.plan.template or self._model.template
+        return planned
 
     async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""
@@ -441,8 +448,30 @@ async def bind(
     return filled, bound.questions(filled), bound
 
 
+def with_contracts(
+    request: GenerationRequest,
+    questions: Sequence[Question],
+    plans: Sequence[Planned],
+    sampling: SamplingParams,
+    model: ServedModel,
+) -> list[Planned]:
+    """Return the plans with what the contracts of their leading adapters set. Raises: RequestInvalid."""
+    given, most = request.model_fields_set, model.max_new_tokens
+    return [
+        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
+        for question, planned in zip(questions, plans, strict=True)
+    ]
+
+
 def _echoes(request: GenerationRequest) -> bool:
     return isinstance(request, CompletionRequest) and request.echo
+
+
+def _text_read(question: Question, planned: Planned) -> str:
+    """Return the text of a prompt as the model reads it."""
+    if planned.contract is None or not isinstance(question.prompt, str):
+        return question.text or ""
+    return str(planned.contract.prompt(question.prompt))
 
 
 def _answer_to(
@@ -461,7 +490,7 @@ def _answer_to(
         num_choices=request.n,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.prompt_logprobs,
-        echo=tuple(question.text or "" for question in questions) if _echoes(request) else None,
+        echo=tuple(map(_text_read, questions, plans)) if _echoes(request) else None,
         request_id=context.request_id,
         created=int(time.time()),
     )

@@ -23,6 +23,7 @@ _LINKS = {
     "see conversations": "../explanation/how-routing-works.md#conversations",
     "how to use tools": "../how-to/tools.md",
     "see model names": "../how-to/model-names.md",
+    "see contracts": "../how-to/contracts.md",
     "see strategies": "../explanation/strategies.md#weights",
     "when `auto` abstains": "../explanation/when-auto-abstains.md",
 }
