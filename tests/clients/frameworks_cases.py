@@ -15,7 +15,8 @@ def run_recipe(code: str, url: str) -> str:
     """Return what the recipe prints. The server's address takes the place of the one in the page."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code.replace(_URL_IN_PAGE, url), "recipe", "exec"), {"__name__": "recipe"})
+        recipe = compile(code.replace(_URL_IN_PAGE, url), "recipe", "exec", dont_inherit=True)
+        exec(recipe, {"__name__": "recipe"})
     return printed.getvalue()
 
 
