@@ -1,7 +1,8 @@
-"""The `sh` and `python` blocks of the first pages run, in order, against the session's server."""
+"""The blocks of the first pages and the cells of the notebook run, in order, against the session's server."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -20,6 +21,11 @@ from tests.soak import Scale
 
 DOCS = ROOT / "docs"
 IN_TUTORIALS = "http://127.0.0.1:8000"
+NOTEBOOK = ROOT / "examples" / "demo.ipynb"
+COUNT_DRAWN = """
+for number in plt.get_fignums():
+    print("drawn", sum(len(axis.patches) + len(axis.collections) for axis in plt.figure(number).axes))
+"""
 
 
 @pytest.fixture
@@ -122,6 +128,20 @@ def test_the_ray_example_runs_in_another_driver_of_the_cluster(server: Server, t
     assert "'finish_reason': 'stop'" in printed
 
 
+def test_the_notebook_publishes_routes_asks_mixes_and_evaluates(folder: Path, url: str) -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells) + COUNT_DRAWN
+    printed = finished([sys.executable, "-c", code], folder, url).stdout
+    assert "ask-it is live" in printed
+    assert "What is the capital of France? -> the base model" in printed
+    assert "'Do the boys like tea?'" in printed
+    [right] = [ast.literal_eval(line) for line in printed.splitlines() if line.startswith("{'selection'")]
+    assert right["mixture"] > right["base model"] + 4
+    drawn = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("drawn")]
+    assert len(drawn) == 3 and min(drawn) > 0
+
+
 def write_training_output(adapter: Path, output: Path) -> None:
     """Write an adapter as a trainer leaves it: a checkpoint, the last state, and the path of the base model."""
     for folder in (output / "checkpoint-27", output):
@@ -148,7 +168,13 @@ def run_shell(script: str, folder: Path, url: str, *, check: bool = True) -> str
 
 def finished(command: list[str], folder: Path, url: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "COLUMNS": "200", "NO_COLOR": "1", "LORARETRIEVER_URL": url}
+    environment = os.environ | {
+        "PATH": path,
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+        "LORARETRIEVER_URL": url,
+        "MPLBACKEND": "Agg",
+    }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     if check:
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
