@@ -182,12 +182,13 @@ class Retriever:
         rows, preferences = np.stack(vectors), pool.preferences(tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
-        nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only)
+        rewording = pool.rewording(tenant)
+        nearest = pool.nearest(rewording.read(rows), num, tenant, tags, trusted_only=trusted_only)
         found = [
             preferences.applied(vector, matches, num, tags)[: request.num_considered]
             for request, vector, matches in zip(requests, vectors, nearest, strict=True)
         ]
-        return pool.judged(found, abstain, rows)
+        return pool.judged(found, abstain, rows, rise=rewording.rise)
 
     def _least_score(self, request: RouteRequest) -> float | None:
         """Return the score that takes the place of every threshold, if one does."""
