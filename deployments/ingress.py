@@ -90,6 +90,14 @@ class Ingress:
             self._listener.start()
         return app
 
+    def reconfigure(self, user_config: JsonMapping) -> None:
+        """Use other defaults of requests, without a restart. Serve calls this with the deployment's `user_config`.
+
+        Raises: ValueError if it has anything else.
+        """
+        defaults = self.services.config.retrieval.changed(user_config)
+        self.services.planner.defaults = self.services.stats.defaults = defaults
+
     def check_health(self) -> None:
         """Raises: RuntimeError if the replica should listen itself, and does not; then Serve replaces it."""
         if self._listener is not None and self._listener.has_failed:

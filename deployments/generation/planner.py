@@ -118,7 +118,8 @@ class Planner:
     """
 
     def __init__(self, model: ServedModel, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
-        self._model, self._defaults, self._retriever = model, defaults, retriever
+        self._model, self._retriever = model, retriever
+        self.defaults = defaults  # of requests; may be replaced at any time
 
     async def named(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
         """Return the newest policy of a model name, None for any other model. Raises: ModelNotFound, StaleIndex."""
@@ -312,7 +313,7 @@ class Planner:
     def _request_of(
         self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
     ) -> RouteRequest:
-        defaults = self._defaults
+        defaults = self.defaults
         strategy = options.strategy or defaults.strategy
         try:
             chosen = STRATEGIES[strategy].read_options(options.strategy_options or {}, defaults.strategy_options)
@@ -350,7 +351,7 @@ class Planner:
     async def _named(self, options: LoraOptions, tenant: str) -> Plan:
         assert options.adapters is not None
         choices = [(choice.name, choice.weight) for choice in options.adapters]
-        strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._defaults.strategy)
+        strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self.defaults.strategy)
         return await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
 
     def _model_name(self, model: str) -> str | None:

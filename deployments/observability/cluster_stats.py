@@ -61,7 +61,7 @@ class StatsReader:
     ) -> None:
         """`may_sleep`: whether there may be no worker, as the last one was scaled away. `learning`: the setting."""
         self._model = model
-        self._defaults = defaults
+        self.defaults = defaults
         self._engine = engine
         self._may_sleep = may_sleep
         self._retriever = retriever
@@ -82,7 +82,7 @@ class StatsReader:
             "object": "stats",
             "read_at": read_at,
             "base_model": self._model.name,
-            "defaults": {"strategy": self._defaults.strategy, "k": self._defaults.k, "learning": self._learning},
+            "defaults": {"strategy": self.defaults.strategy, "k": self.defaults.k, "learning": self._learning},
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
             "tenant": _usage_object([usage[tenant] for usage in usages.given if tenant in usage]),
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),

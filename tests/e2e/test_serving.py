@@ -15,7 +15,7 @@ import openai
 import psutil
 import ray
 
-from deployments.cli.local_server import _CHEAPER_SERVE, _ENDS_AT_ONCE
+from deployments.cli.local_server import CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
 from tests.e2e.live import command_of, processes_with
 from tests.e2e.starter_pool import POOL, Heldout
@@ -166,7 +166,7 @@ def test_the_readmes_ten_lines_run(url: str) -> None:
 def test_serves_processes_have_the_settings_that_spare_the_engines_cores(url: str) -> None:
     ours = processes_with("ray::ServeReplica:loraretriever:", "ray::ProxyActor", "ray::ServeController")
     assert len(ours) == 4 + 2
-    for name, value in (_CHEAPER_SERVE | _ENDS_AT_ONCE).items():
+    for name, value in (CHEAPER_SERVE | ENDS_AT_ONCE).items():
         assert {process.environ().get(name) for process in ours} == {value}
         assert name not in os.environ
 

@@ -116,7 +116,8 @@ class _Cards:
         template, given = _shown_fields(named.policy)
         root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
         card = self._card(name, created, named.ref.tenant, root, self.base, template or self.template)
-        return card | {"sampling_defaults": self.sampling_defaults | given}
+        card["sampling_defaults"] = {**self.sampling_defaults, **given}
+        return card
 
     def special(self, name: str) -> ModelCard:
         """Return the card of `auto` or of the base model."""
