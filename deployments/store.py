@@ -127,6 +127,7 @@ class StoreDeployment:
     restage = in_thread(LoraStore.restage)
     take_over = in_thread(LoraStore.take_over)
     resample = in_thread(LoraStore.resample)
+    edit = in_thread(LoraStore.edit)
     commit = in_thread(LoraStore.commit)
     discard = in_thread(LoraStore.discard)
     withdraw = in_thread(LoraStore.withdraw)

@@ -14,6 +14,7 @@ from lora_store.adapter import AdapterRef, Sample
 from lora_store.feedback import Feedback
 from lora_store.names import NamedPolicy
 from lora_store.plan import Plan
+from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.strategies.registry import Strategy
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
@@ -270,6 +271,16 @@ class Retriever:
         ref = resolve_version(snapshot, tenant, name, owner_names=self._owner_names).ref
         kept = snapshot.versions((ref.tenant, ref.name))
         return snapshot.generation_for(tenant), [record for record in kept if record.is_visible_to(tenant)]
+
+    def evaluation(self, tenant: str, name: str) -> Ranking | None:
+        """Return what the tenant's last evaluation measured on the examples of this adapter; None: nothing.
+
+        An evaluation of an earlier version does not count. Raises: AdapterNotFound.
+        """
+        snapshot = self._pool_at(0, tenant).snapshot
+        ref = resolve_version(snapshot, tenant, name, owner_names=self._owner_names).ref
+        rankings = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
+        return next((ranking for ranking in rankings if ranking.anchor == ref), None)
 
     def _pool_at(self, min_generation: int, tenant: str) -> Pool:
         """Return the pool in service. Compare with what the tenant can see, to reveal nothing about other tenants.
