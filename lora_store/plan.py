@@ -34,6 +34,7 @@ class Plan:
     generation: int = 0
     template: str | None = None  # the prompt template that all its adapters name, None for the server's default
     trials: tuple[TrialVersion, ...] = ()  # versions that may answer in place of some; resolved before a plan runs
+    base_model: str = ""  # the name of the one that answers, of several served base models
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

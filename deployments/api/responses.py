@@ -107,12 +107,13 @@ class PlanObject(TypedDict):
     """The adapters that answered. A client can send it back as `lora.plan` to replay it.
 
     The optional fields are included if `lora.explain` requests them, and by `/v1/route`; `reason` and `why` only if the
-    server chose, `policy` only for a model name: its version.
+    server chose, `policy` only for a model name: its version. `base_model`: the one that answers, of several.
     """
 
     strategy: Strategy
     adapters: list[PlannedRow]
     abstained: bool
+    base_model: NotRequired[str]
     generation: NotRequired[int]
     candidates: NotRequired[list[RoutedCandidate]]
     reason: NotRequired[Decision]

@@ -17,7 +17,7 @@ from deployments.api.adapters import PublishItem
 from deployments.api.responses import FieldChange, Published, Removed, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import WorkerClient, WorkerGate
+from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
@@ -52,6 +52,7 @@ T = TypeVar("T")
 Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
+_SHAPES_S = 60.0  # of several base models; then adapters of those that do not answer are refused
 _MAX_SWAPS = 3  # changes of the encoder, or of what a version keeps, during one publish
 
 
@@ -179,15 +180,14 @@ class Publisher:
         self,
         store: StoreClient,
         retriever: RetrieverClient,
-        worker: WorkerClient,
+        workers: Workers,
         *,
         background: Background,
         reclaimer: Reclaimer,
-        gate: WorkerGate,
         metrics: ChangeMetrics | None = None,
     ) -> None:
-        self._store, self._retriever, self._gate = store, retriever, gate
-        self._validator = AdapterValidator(retriever, worker)
+        self._store, self._retriever, self._workers = store, retriever, workers
+        self._validator = AdapterValidator(retriever, workers)
         self._background, self._reclaimer, self._metrics = background, reclaimer, metrics or ChangeMetrics()
         self._listeners: list[Listener] = []
 
@@ -317,17 +317,36 @@ class Publisher:
         with held or nullcontext():
             try:
                 active = await self._store.active_encoder()
-                staged = await self._stage_all(uploads, await self._gate.module_shapes())
+                staged = await self._stage_all(uploads, await self._find_shapes())
             finally:
                 await self._delete_parts([id for upload in uploads for id in upload.sent])
             return await self._make_live(staged, active, change)
 
-    async def _stage_all(self, uploads: Sequence[PublishItem], module_shapes: Shapes) -> list[Staged | BaseException]:
+    async def _find_shapes(self) -> dict[str, Shapes]:
+        """Return the module shapes of each base model: adapters of one that does not tell them are refused.
+
+        Raises: the error of the first one if none does; WorkerStarting.
+        """
+        gates = {name: workers.gate for name, workers in self._workers.by_model.items()}
+        if len(gates) == 1:
+            return {name: await gate.module_shapes() for name, gate in gates.items()}
+        asked = [asyncio.wait_for(gate.known_shapes(), _SHAPES_S) for gate in gates.values()]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        told = {
+            name: shapes for name, shapes in zip(gates, found, strict=True) if not isinstance(shapes, BaseException)
+        }
+        if not told and isinstance(found[0], BaseException):
+            raise found[0]
+        return told
+
+    async def _stage_all(
+        self, uploads: Sequence[PublishItem], shapes_by_model: Mapping[str, Shapes]
+    ) -> list[Staged | BaseException]:
         slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
 
         async def stage(upload: PublishItem) -> Staged:
             async with slots:
-                return await self._store.stage(upload, module_shapes)
+                return await self._store.stage(upload, shapes_by_model)
 
         return await asyncio.gather(*map(stage, uploads), return_exceptions=True)
 
@@ -338,8 +357,9 @@ class Publisher:
             raise AdapterNotFound(key[1])
         if digest is None and kept[0].trial is not None:
             return await self._end_trial(kept[0], actor)
-        await self._gate.ready()
-        staged = await self._store.restage(kept_version(kept, digest))
+        wanted = kept_version(kept, digest)
+        await self._workers.made_for(wanted.base_model).gate.ready()
+        staged = await self._store.restage(wanted)
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
         [outcome] = await self._make_live([staged], active, change)
         if isinstance(outcome, Exception):
@@ -350,7 +370,7 @@ class Publisher:
         self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge
     ) -> Published:
         active = await self._store.active_encoder()
-        await self._gate.ready()
+        await self._workers.made_for(live.base_model).gate.ready()
         staged = await self._store.resample(live, samples)
         [outcome] = await self._make_live([staged], active, Change(actor, charge=charge))
         if isinstance(outcome, Exception):
