@@ -81,7 +81,7 @@ class Case:
 
     async def publish(self, folder: Path, name: str, base_model: str) -> httpx.Response:
         num_out, num_in = SHAPES[base_model]
-        random = torch.Generator().manual_seed(len(folder.parts))
+        random = torch.Generator().manual_seed(len(folder.parts) * 100 + len(name))
         sides = torch.randn(2, num_in, generator=random), torch.randn(num_out, 2, generator=random)
         path, samples = folder / base_model / name, [Sample(text) for text in PROMPTS[name]]
         write_peft_folder(path, {MODULE: ModuleWeights(*sides, 2.0)}, base_model=base_model, samples=samples)
