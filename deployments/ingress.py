@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -18,6 +19,7 @@ from deployments.auth.key_file import load_keys
 from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
+from deployments.calls.h11_proxy import warn_if_unbounded
 from deployments.calls.serve_calls import Background, bypass_http_proxy
 from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate, Workers
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
@@ -68,6 +70,8 @@ class Ingress:
     ) -> None:
         join_serve_logs()
         self._address = address
+        if address is None:
+            warn_if_unbounded(os.environ)
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         bypass_http_proxy()
         clients = (
@@ -85,6 +89,14 @@ class Ingress:
             self._listener = Listener(app, await listening_at(*self._address))
             self._listener.start()
         return app
+
+    def reconfigure(self, user_config: JsonMapping) -> None:
+        """Use other defaults of requests, without a restart. Serve calls this with the deployment's `user_config`.
+
+        Raises: ValueError if it has anything else.
+        """
+        defaults = self.services.config.retrieval.changed(user_config)
+        self.services.planner.defaults = self.services.stats.defaults = defaults
 
     def check_health(self) -> None:
         """Raises: RuntimeError if the replica should listen itself, and does not; then Serve replaces it."""

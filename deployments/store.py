@@ -22,6 +22,7 @@ from deployments.config.app import AppConfig
 from deployments.errors import NotReady
 from deployments.json_types import JsonObject
 from deployments.observability.logs import join_serve_logs
+from deployments.publishing.contract_files import read_contract
 from deployments.publishing.source_folders import is_copied, open_folder
 from deployments.weights import ObjectCache
 from lora_store import (
@@ -71,6 +72,7 @@ class StoreDeployment:
         self._store = LoraStore(
             config.store_uri,
             accepts_base=config.served_models.accepted_names,
+            read_contract=read_contract,
             limits=config.admission.limits,
         )
         self._store.check_writes(os.environ)
@@ -113,6 +115,7 @@ class StoreDeployment:
                 tenant=upload.tenant,
                 tags=upload.tags,
                 template=upload.template,
+                contract=upload.contract,
                 visibility=upload.visibility or upload.default_visibility,
                 keeps_visibility=upload.visibility is None,
                 has_samples=upload.has_samples,

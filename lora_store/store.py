@@ -20,6 +20,7 @@ from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
+from lora_store.contract_files import ReadContract
 from lora_store.data_files import DATA_SUFFIX
 from lora_store.errors import AdapterNotFound, AdapterRefused, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
@@ -80,11 +81,14 @@ class LoraStore:
         uri: str,
         *,
         accepts_base: Collection[str],
+        read_contract: ReadContract | None = None,
         limits: Limits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
+        """`read_contract`: how an adapter's contract is read; None ignores it."""
         self._accepts_base, self._limits = frozenset(accepts_base), limits
+        self._read_contract = read_contract
         self._now = now
         self._location = location = Location(uri)
         self._files = Files(location)
@@ -96,7 +100,7 @@ class LoraStore:
         self.usage = UsageFiles(location.child("usage"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
-        self._own_blobs: tuple[Snapshot | None, str, Collection[str]] = (None, "", ())  # of the tenant that exports
+        self._own_blobs: tuple[Snapshot | None, str, Collection[str]] = (None, "", ())  # for the tenant that exports
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
 
     @property
@@ -116,6 +120,7 @@ class LoraStore:
         name: str | None = None,
         tags: Collection[str] | None = None,
         template: str | None = None,
+        contract: str | None = None,
         visibility: Visibility = "public",
         keeps_visibility: bool = False,
         has_samples: bool = True,
@@ -137,7 +142,8 @@ class LoraStore:
         folder meanwhile.
 
         A new version of a live name keeps what is not given. `tags`: None keeps. `template`: None keeps; "server" names
-        none; for a new name None takes the folder's. `keeps_visibility`: `visibility` is for new names only. A folder
+        none; for a new name None takes the folder's. `contract`: JSON; None takes the folder's, and without one keeps;
+        "" for none. `keeps_visibility`: `visibility` is for new names only. A folder
         without samples keeps the live ones. A description replaces a single live sample only. `has_samples`: False
         publishes it without any.
         Raises: AdapterRefused with every reason; nothing is written then.
@@ -145,16 +151,21 @@ class LoraStore:
         self._ballast.fill()
         name = folder.name if name is None else name
         live = self.snapshot().records.get((tenant, name)) if is_valid_name(name) else None
-        label = replace(_label_of(name, tenant, tags, template, visibility, live), base_model=base_model)
+        label = _make_label(name, tenant, tags, template, visibility, live)
+        label = replace(label, base_model=base_model, contract=contract)
         checked = check_folder(
             folder,
             label,
             accepts_base=self._accepts_base,
             module_shapes=module_shapes,
             templates=templates,
+            read_contract=self._read_contract,
             limits=self._limits,
             is_private=is_private,
         )
+        keeps_contract = contract is None and checked.contract is None
+        if keeps_contract and live is not None:
+            checked = replace(checked, contract=live.contract)
         has_samples = has_samples and ttl_s is None
         if not has_samples:
             checked = replace(checked, samples=())
@@ -170,6 +181,7 @@ class LoraStore:
             "visibility": keeps_visibility,
             "tags": tags is None,
             "template": template is None,
+            "contract": keeps_contract,
             "samples": kept_samples is not None or (has_samples and not checked.samples),
         }
         keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
@@ -184,7 +196,7 @@ class LoraStore:
         kept_samples: AdapterRecord | None,
     ) -> Staged:
         """`kept_samples`: the live version whose samples it takes over."""
-        label = replace(label, template=checked.template)
+        label = replace(label, template=checked.template, contract=checked.contract)
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples and kept_samples is None else None
@@ -522,7 +534,7 @@ class LoraStore:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
 
 
-def _label_of(
+def _make_label(
     name: str,
     tenant: str,
     tags: Collection[str] | None,

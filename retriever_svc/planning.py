@@ -37,8 +37,8 @@ def routed_plan(
     rows = tuple(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score) for match, weight in planned
     )
-    template = _common_template([match.record for match, _ in planned])
-    return Plan(request.strategy, rows, generation, template, base_model=base_model)
+    records = [match.record for match, _ in planned]
+    return replace(_plan_of(request.strategy, rows, generation, records), base_model=base_model)
 
 
 def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
@@ -74,8 +74,8 @@ def named_plan(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
     )
-    template = _common_template(records)
-    plan = Plan(strategy, rows, snapshot.generation_for(tenant), template, base_model=base_model)
+    plan = _plan_of(strategy, rows, snapshot.generation_for(tenant), records)
+    plan = replace(plan, base_model=base_model)
     live = {record.ref for record, (name, _) in zip(records, choices, strict=True) if "@" not in name}
     return with_trials(plan, snapshot, tenant, live, bases=bases)
 
@@ -129,7 +129,7 @@ def replayed_plan(
         PlannedAdapter(record.ref, record.weights_digest, item.weight, item.score)
         for record, item in zip(records, pinned, strict=True)
     )
-    return Plan(strategy, rows, generation, _common_template(records), base_model=base_model)
+    return replace(_plan_of(strategy, rows, generation, records), base_model=base_model)
 
 
 def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> AdapterRecord:
@@ -227,6 +227,12 @@ def _common_base(records: Sequence[AdapterRecord], names: Sequence[str], bases: 
     return bases.name_in_plans(records[0].base_model if records else "")
 
 
-def _common_template(records: Sequence[AdapterRecord]) -> str | None:
+def _plan_of(
+    strategy: Strategy, rows: tuple[PlannedAdapter, ...], generation: int, records: Sequence[AdapterRecord]
+) -> Plan:
+    """Return the plan with the template that all its adapters name, and the contract of the one that leads it."""
     templates = {record.template for record in records}
-    return templates.pop() if len(templates) == 1 else None
+    plan = Plan(strategy, rows, generation, templates.pop() if len(templates) == 1 else None)
+    contracts = {record.ref: record.contract for record in records if record.contract is not None}
+    leader = plan.leader if contracts else None
+    return plan if leader is None else replace(plan, contract=contracts.get(leader.ref))

@@ -366,6 +366,11 @@ def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
             report["reason"], report["why"] = planned.reason, why(planned, tenant)
         if planned.policy is not None:
             report["policy"] = planned.policy
+        if planned.contract is not None:
+            report["contract"] = {
+                "adapter": planned.contract.adapter.name_for(tenant),
+                "applied": list(planned.contract.parts),
+            }
     return report
 
 

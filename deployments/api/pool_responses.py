@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Literal, NotRequired, cast
 
@@ -118,6 +119,7 @@ class AdapterShown(Adapter):
     `proposed`: prompts that may become samples, newest first, if the query asks for them.
     """
 
+    contract: JsonObject | None
     versions: list[AdapterVersion]
     catalogue_generation: int
     samples: list[ShownSample]
@@ -313,6 +315,11 @@ def lora_object(record: AdapterRecord, tenant: str) -> Adapter:
     }
 
 
+def contract_object(record: AdapterRecord) -> JsonObject | None:
+    """Return the contract of a version, None if it has none."""
+    return None if record.contract is None else json.loads(record.contract)
+
+
 def shown_object(
     versions: Sequence[AdapterRecord],
     tenant: str,
@@ -323,6 +330,7 @@ def shown_object(
     """Return the live version of an adapter, with all kept versions."""
     return {
         **lora_object(versions[0], tenant),
+        "contract": contract_object(versions[0]),
         "versions": versions_object(versions),
         "catalogue_generation": generation,
         "samples": [{"input": sample.input, "output": sample.output} for sample in samples],

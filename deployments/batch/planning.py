@@ -15,7 +15,7 @@ from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part, open_store
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModel
-from deployments.generation.completions import bind, jobs_of
+from deployments.generation.completions import bind, jobs_of, with_contracts
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
@@ -68,6 +68,7 @@ async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str
         sampling = request.sampling()
         planned = await planner.plan(questions[0], tenant)
         [planned] = [planned] if bound is None else bound.explained([planned])
+        [planned] = with_contracts(request, questions, [planned], sampling, served)
         [job] = jobs_of(name, sampling, questions, [planned], [served.template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])

@@ -117,6 +117,12 @@ def serve(
         return
     if port:
         _require_free(host, port)
+    from deployments.private_names import check_libraries
+
+    try:
+        check_libraries()
+    except ImportError as exc:
+        fail(str(exc))
     from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
 
     _exit_with(run_server(settings, host, port, metrics_port, is_verbose=verbose))
@@ -259,6 +265,9 @@ def route(
         out.print(table)
     if "why" in plan:
         out.print(plan["why"], markup=False, highlight=False)
+    if contract := plan.get("contract"):
+        said = f"{contract['adapter']} is asked by its contract: {', '.join(contract['applied'])}."
+        out.print(said, markup=False, highlight=False)
     for candidate in plan["candidates"]:
         for sample in candidate.get("samples", ()):
             line = f"sample of {candidate['name']}, {sample['score']:.3f}: {sample['input']}"

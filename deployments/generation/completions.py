@@ -19,13 +19,14 @@ from deployments.api.anthropic_request import CountTokensRequest
 from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
+from deployments.api.contract import applied_contract
 from deployments.api.names import BoundName
 from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, BaseWorkers, DeltaStream, StreamEnd, Workers
-from deployments.config.served_model import ServedModels
+from deployments.config.served_model import ServedModel, ServedModels
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
 from deployments.generation.shadows import Shadows
@@ -34,7 +35,7 @@ from deployments.observability.request_metrics import RequestContext
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
-from lora_store import BASE_PLAN, Plan
+from lora_store import BASE_PLAN
 
 WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
 # The server did not start the job, so its prompt is not charged.
@@ -168,8 +169,11 @@ def jobs_of(
         for choice in range(num_choices):
             own = sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, choice))
             name = request_id if not jobs else f"{request_id}-{len(jobs)}"
-            chosen = planned.plan.template or template
-            jobs.append(Job(name, question.prompt, planned.plan, own, chosen, tools=question.tools))
+            chosen, plan, prompt = planned.plan.template or template, planned.plan, question.prompt
+            if planned.contract is not None:
+                own, prompt = planned.contract.sampling(own), planned.contract.prompt(prompt)
+            plan = plan if plan.contract is None else replace(plan, contract=None)  # an engine does not read it
+            jobs.append(Job(name, prompt, plan, own, chosen, tools=question.tools))
     return jobs
 
 
@@ -273,6 +277,7 @@ class CompletionService:
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explained(plans)
+                plans = with_contracts(request, questions, plans, sampling, self._models.first)
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
                 answer = _answer_to(request, questions, plans, caller, context)
                 templates = [self._models.named(planned.plan.base_model).template for planned in plans]
@@ -323,20 +328,24 @@ class CompletionService:
         question, template = await self._bound(question, caller, context, deadline)
         if isinstance(question.prompt, str):
             question = replace(question, text=question.prompt)
-        is_planned = self._is_planned(question, template)
+        is_planned = self._models.are_several or not (question.model == AUTO and isinstance(question.prompt, str))
         num_read = self._planner.tokens_read(question) if is_planned else 0
         num_tokens = prompt_tokens(question.prompt) + tool_tokens(question)
         work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
-            plan = await self._plan_of(question, caller, context, deadline) if is_planned else BASE_PLAN
-            workers = self._workers.named(plan.base_model)
+            planned = Planned(BASE_PLAN)  # for a text no template applies
+            if is_planned:
+                planned = await self._planned(question, caller, context, deadline)
+            contract = None if isinstance(question.prompt, str) else applied_contract(planned.plan, question)
+            base_model = planned.plan.base_model
+            workers = self._workers.named(base_model)
             async with within(deadline):
                 await workers.gate.ready()
                 with charged(usage, work.num_tokens):
                     found = await workers.client.tokenize(
                         caller.tenant,
-                        question.prompt,
-                        template or plan.template or self._models.named(plan.base_model).template,
+                        question.prompt if contract is None else contract.prompt(question.prompt),
+                        template or planned.plan.template or self._models.named(base_model).template,
                         add_special_tokens,
                         with_texts,
                         question.tools,
@@ -355,7 +364,7 @@ class CompletionService:
                 self._planner.require_base(question.model)
                 base_model = self._planner.limits(question.model).name
             else:
-                base_model = (await self._plan_of(question, caller, context, deadline)).base_model
+                base_model = (await self._planned(question, caller, context, deadline)).plan.base_model
             workers = self._workers.named(base_model)
             async with within(deadline):
                 await workers.gate.ready()
@@ -378,19 +387,11 @@ class CompletionService:
         policy = BoundName.of(named, question, caller.tenant).policy
         return replace(question, model=policy.model, lora=policy.lora), policy.template
 
-    def _is_planned(self, question: Question, template: str | None) -> bool:
-        """Return whether a text is planned before it is tokenized: to find its template, or one of several base models.
-
-        No template applies without messages.
-        """
-        has_template = template is not None or (question.model == AUTO and not isinstance(question.prompt, tuple))
-        return self._models.are_several or not has_template
-
-    async def _plan_of(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> Plan:
-        """Return the plan that would answer the question. Raises: ModelNotFound."""
+    async def _planned(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> Planned:
+        """Return the plan of a question, whose adapters may name a template. Raises: ModelNotFound."""
         async with within(deadline):
             [planned] = await self._planner.plan_all([question], caller.tenant, context)
-        return planned.plan
+        return planned
 
     async def collect(self, started: StartedCompletion) -> ChatAnswer | TextAnswer:
         """Return the whole answer."""
@@ -470,8 +471,30 @@ async def bind(planner: Planner, request: R, tenant: str) -> tuple[R, Sequence[Q
     return filled, bound.questions(filled), bound
 
 
+def with_contracts(
+    request: GenerationRequest,
+    questions: Sequence[Question],
+    plans: Sequence[Planned],
+    sampling: SamplingParams,
+    model: ServedModel,
+) -> list[Planned]:
+    """Return the plans with what the contracts of their leading adapters set. Raises: RequestInvalid."""
+    given, most = request.model_fields_set, model.max_new_tokens
+    return [
+        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
+        for question, planned in zip(questions, plans, strict=True)
+    ]
+
+
 def _echoes(request: GenerationRequest) -> bool:
     return isinstance(request, CompletionRequest) and request.echo
+
+
+def _text_read(question: Question, planned: Planned) -> str:
+    """Return the text of a prompt as the model reads it."""
+    if planned.contract is None or not isinstance(question.prompt, str):
+        return question.text or ""
+    return str(planned.contract.prompt(question.prompt))
 
 
 def _answer_to(
@@ -490,7 +513,7 @@ def _answer_to(
         num_choices=request.n,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.prompt_logprobs,
-        echo=tuple(question.text or "" for question in questions) if _echoes(request) else None,
+        echo=tuple(map(_text_read, questions, plans)) if _echoes(request) else None,
         request_id=context.request_id,
         created=int(time.time()),
     )

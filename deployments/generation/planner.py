@@ -119,7 +119,8 @@ class Planner:
     """
 
     def __init__(self, models: ServedModels, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
-        self._models, self._defaults, self._retriever = models, defaults, retriever
+        self._models, self._retriever = models, retriever
+        self.defaults = defaults  # of requests; may be replaced at any time
 
     def limits(self, model: str) -> ServedModel:
         """Return the served model whose limits hold for `model`: of those that may answer the one with most room."""
@@ -353,7 +354,7 @@ class Planner:
     def _request_of(
         self, text: str, model: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
     ) -> RouteRequest:
-        defaults = self._defaults
+        defaults = self.defaults
         strategy = options.strategy or defaults.strategy
         try:
             chosen = STRATEGIES[strategy].read_options(options.strategy_options or {}, defaults.strategy_options)
@@ -398,7 +399,7 @@ class Planner:
     async def _named(self, options: LoraOptions, tenant: str) -> Plan:
         assert options.adapters is not None
         choices = [(choice.name, choice.weight) for choice in options.adapters]
-        strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self._defaults.strategy)
+        strategy: Strategy = options.strategy or ("selection" if len(choices) == 1 else self.defaults.strategy)
         return await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
 
     def _model_name(self, model: str) -> str | None:

@@ -54,6 +54,7 @@ class StatsReader:
         evaluation_of: Callable[[str], JsonObject] | None = None,
     ) -> None:
         self._config, self._by_model = config, config.by_model
+        self.defaults = config.retrieval
         self._retriever = retriever
         self._workers_of = workers
         self._evaluation_of = evaluation_of
@@ -69,12 +70,15 @@ class StatsReader:
         )
         usages = [usage for _, own in found.values() for usage in own.given]
         models = {name: self._workers_object(name, answers) for name, (answers, _) in found.items()}
-        defaults = self._config.retrieval
         stats: Stats = {
             "object": "stats",
             "read_at": read_at,
             "base_model": self._config.served_models.first.name,
-            "defaults": {"strategy": defaults.strategy, "k": defaults.k, "learning": self._config.learning},
+            "defaults": {
+                "strategy": self.defaults.strategy,
+                "k": self.defaults.k,
+                "learning": self._config.learning,
+            },
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
             "tenant": _usage_object([usage[tenant] for usage in usages if tenant in usage]),
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from deployments.observability.request_metrics import RequestContext
 
@@ -39,6 +40,7 @@ class UsageLog:
         self._segment: int | None = None  # the descriptor of the open segment
         self._is_failing = False
         self._turn = asyncio.Lock()
+        self._reports: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def record(self, context: RequestContext, status: int | None = None) -> None:
         """Record the request, once. Requests without a caller and reads of the pool (GET) are not recorded.
@@ -62,6 +64,16 @@ class UsageLog:
             if not self._is_failing:
                 logger.error("usage is not recorded: %s: %s; the lines of requests in this log have it", line, exc)
             self._is_failing = True
+
+    def report_turn(self, tenant: str) -> asyncio.Lock:
+        """Return the lock under which this tenant's reports are read, one after the other.
+
+        A report holds one of the Store's calls for as long as it reads, and publishing needs these too.
+        """
+        turn = self._reports.get(tenant)
+        if turn is None:
+            turn = self._reports[tenant] = asyncio.Lock()
+        return turn
 
     async def send_all(self) -> None:
         """Send this replica's events and those of dead replicas. Raises: StoreUnavailable, TimeoutError."""

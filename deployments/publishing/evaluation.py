@@ -8,7 +8,11 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
+from deployments.api.base import LoraOptions
+from deployments.api.completions import Question
+from deployments.api.contract import applied_contract
 from deployments.api.pool_responses import ranking_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.worker_client import StreamEnd, Workers
@@ -56,12 +60,15 @@ class AnswerScorer(Scorer):
     async def _answer(self, adapter: AdapterRecord, text: str, output: str) -> str:
         model = self._models.made_for(adapter.base_model)
         rows = (PlannedAdapter(adapter.ref, adapter.weights_digest, 1.0),)
-        plan = Plan("selection", rows, template=adapter.template, base_model=model.name)
+        plan = Plan("selection", rows, template=adapter.template, contract=adapter.contract, base_model=model.name)
+        question = Question((Message("user", text),), text, adapter.ref.name, LoraOptions())
+        sampling = SamplingParams(max_tokens=max_tokens_for(output), temperature=0)
+        contract = applied_contract(plan, question, sampling)
         job = Job(
             request_id=f"evaluate-{next(self._numbers)}",
-            prompt=(Message("user", text),),
-            plan=plan,
-            sampling=SamplingParams(max_tokens=max_tokens_for(output), temperature=0),
+            prompt=question.prompt if contract is None else contract.prompt(question.prompt),
+            plan=replace(plan, contract=None),
+            sampling=sampling if contract is None else contract.sampling(sampling),
             template=adapter.template or model.template,
             tenant=_TENANT,
             time_left_s=_ANSWER_S,

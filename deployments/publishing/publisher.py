@@ -14,6 +14,7 @@ from uuid import uuid4
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.adapters import PublishItem
+from deployments.api.pool_responses import contract_object
 from deployments.api.responses import FieldChange, Published, Removed, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
 from deployments.calls.serve_calls import Background
@@ -123,6 +124,7 @@ def _label_of(record: AdapterRecord) -> dict[Kept, object]:
     return {
         "tags": list(record.tags),
         "template": record.template,
+        "contract": contract_object(record),
         "visibility": record.visibility,
         "samples": record.num_samples,
     }

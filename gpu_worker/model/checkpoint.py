@@ -185,7 +185,7 @@ def _read(files: Sequence[Path], device: str) -> dict[str, Tensor]:
     for file in files:
         try:
             tensors |= load_state_dict(file, map_location=device)
-        except Exception as exc:  # of safetensors, or of torch's own format
+        except Exception as exc:  # safetensors and torch raise their own kinds
             raise BaseModelUnsupported(f"{file} cannot be read ({exc}). Copy the model's files again") from exc
     return tensors
 

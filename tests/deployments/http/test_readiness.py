@@ -78,7 +78,7 @@ def with_readiness(
         await background.idle()
         return answer
 
-    return asyncio.run(asyncio.wait_for(run(), 20))
+    return asyncio.run(asyncio.wait_for(run(), 120))
 
 
 async def public(asked: Asked) -> Ready:

@@ -193,7 +193,7 @@ async def iter_bytes(count: int) -> AsyncIterator[bytes]:
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_an_upload_counts_until_it_is_published_also_when_its_client_has_left(leaves: bool) -> None:
-    asyncio.run(asyncio.wait_for(one_in_progress(leaves), 10))
+    asyncio.run(asyncio.wait_for(one_in_progress(leaves), 120))
 
 
 def test_a_large_file_is_sent_in_parts_and_the_parts_are_deleted_after_the_stage() -> None:

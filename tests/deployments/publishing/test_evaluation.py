@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
 from deployments.calls.worker_client import ServeWorker
 from deployments.publishing.evaluation import AnswerScorer
 from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import Sample
 from retriever_svc import Region
@@ -70,6 +72,21 @@ def test_jobs_are_greedy_short_and_take_turns_with_tenants() -> None:
     assert {(job.sampling.temperature, job.sampling.max_tokens, job.tenant, job.template) for job in jobs} == {
         (0, 6, "evaluate:", "chat")
     }
+
+
+def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:
+    handle = FakeHandle(Poet())
+    contract = '{"instruction":"Is it so? {input}","stop":["END"],"sampling":{"temperature":1.5,"max_tokens":90}}'
+
+    async def run() -> None:
+        client = ServeWorker(handle)
+        scorer = AnswerScorer(workers_of(client), CHATTING)
+        await scorer.scores(replace(POET, contract=contract), EXAMPLES[:1])
+
+    asyncio.run(run())
+    [(job,)] = handle.called("stream")
+    assert job.prompt == (Message("user", "Is it so? prompt 0"),)
+    assert (job.sampling.stop, job.sampling.temperature, job.sampling.max_tokens) == (("END",), 0, 6)
 
 
 @pytest.mark.parametrize("rival_is_judged", [True, False])
