@@ -41,12 +41,15 @@ MODELS = (
 
 @dataclass
 class ShapedWorker(CountingWorker):
-    """The worker of one base model, which may be away."""
+    """The worker of one base model, which may be away, or never start."""
 
     name: str = "first"
     is_away: bool = False
+    is_asleep: bool = False
 
     async def module_shapes(self) -> dict[str, tuple[int, int]]:
+        if self.is_asleep:
+            await asyncio.Event().wait()
         if self.is_away:
             raise RayActorError
         return {MODULE: SHAPES[self.name]}
@@ -89,13 +92,13 @@ class Case:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **settings: Any) -> AsyncIterator[Case]:
+async def serving(folder: Path, *, is_asleep: bool = False, **settings: Any) -> AsyncIterator[Case]:
     retrieval = RetrievalSettings(encoder_threads=1, min_score=-1.0)
-    config = config_of(
-        models=MODELS, base_model=PACKAGED_MODEL, store_uri=str(folder / "pool"), retrieval=retrieval, **settings
-    )
+    plain = {"models": MODELS, "base_model": PACKAGED_MODEL, "store_uri": str(folder / "pool"), "retrieval": retrieval}
+    config = config_of(**plain | settings)
     retriever = RetrieverDeployment(config, poll_interval_s=3600.0)
-    asked, workers = FakeHandle(retriever), {name: FakeHandle(ShapedWorker(name=name)) for name in SHAPES}
+    replicas = [ShapedWorker(name="first"), ShapedWorker(name="second", is_asleep=is_asleep)]
+    asked, workers = FakeHandle(retriever), {worker.name: FakeHandle(worker) for worker in replicas}
     store = FakeHandle(StoreDeployment(config, put=lambda b: b))
     served = Served(Ingress(config, asked, workers, store), asked, workers["first"], store)  # type: ignore[arg-type]
     try:
@@ -256,3 +259,21 @@ def test_a_batch_of_prompts_may_need_both_bases(tmp_path: Path) -> None:
         assert sorted(name for name, _ in case.take_jobs()) == ["first", "second"]
 
     on_two_bases(tmp_path, scenario)
+
+
+def test_a_base_that_sleeps_is_waited_for_by_its_own_requests_only(tmp_path: Path) -> None:
+    asleep = {"worker_scaling": {"autoscaling_config": {"min_replicas": 0}}}
+    models = (MODELS[0], {**MODELS[1], **asleep})
+
+    async def run() -> None:
+        async with serving(tmp_path, is_asleep=True, models=models, scale_from_zero_timeout_s=0.01) as case:
+            assert (await case.publish(tmp_path, "poet", "first")).status_code == 201
+            refused = await case.publish(tmp_path, "coder", "second")
+            asked = await case.chat("Write a function.", model="second")
+            for answer in (refused, asked):
+                assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready"), answer.text
+                assert int(answer.headers["retry-after"]) > 0
+            assert (await case.chat("Write a poem.")).status_code == 200
+            assert [name for name, _ in case.take_jobs()] == ["first"]
+
+    asyncio.run(asyncio.wait_for(run(), 300))
