@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
 
-.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types kernels sanitize
+.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -26,9 +26,13 @@ $(READY): pyproject.toml constraints.txt $(if $(filter vllm,$(ENGINE)),$(VLLM_FI
 
 setup: $(READY) ## install everything into .venv; ENGINE=vllm, and DEVICE=cuda for a GPU, into others
 
-serve: $(READY) ## start the server with the starter pool on http://127.0.0.1:8000; ENGINE=vllm; ARGS="--port 8001"
-	$(BIN)/loraretriever serve --preload examples/starter_pool \
-		--config examples/$(if $(filter vllm,$(ENGINE)),vllm,starter).yaml $(ARGS)
+# The folder of a base model. It is served with an empty pool, in a folder of its own: adapters belong to one base.
+BASE =
+STARTER_OPTIONS = --preload examples/starter_pool --config examples/$(if $(filter vllm,$(ENGINE)),vllm,starter).yaml
+BASE_OPTIONS = --base-model $(BASE) --store $(notdir $(abspath $(BASE)))-pool \
+	$(if $(filter vllm,$(ENGINE)),--config examples/vllm_engine.yaml)
+serve: $(READY) ## start the server on http://127.0.0.1:8000, with the starter pool or BASE=FOLDER; ENGINE=vllm; ARGS="--port 8001"
+	$(BIN)/loraretriever serve $(if $(BASE),$(BASE_OPTIONS),$(STARTER_OPTIONS)) $(ARGS)
 
 demo: $(READY) ## answer the starter pool's held-out prompts with every strategy, print the table, stop
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -63,13 +67,16 @@ NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_store_,cras
 quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3 and not endpoint and not run_models" $(QUICK_TESTS) $(NOT_QUICK)
 
-# LlamaIndex needs an older transformers than the server, so it has an environment of its own. The source distribution of
+# LlamaIndex needs an older transformers than the server, and other frameworks other versions of what the server uses, so
+# both have environments of their own. The source distribution of
 # `jsonschema` contains JSON Schema's own test suite.
 CLIENTS_READY := $(VENV)/.clients-ready
-$(CLIENTS_READY): $(READY) tests/clients/package.json tests/clients/llama_index.txt
+$(CLIENTS_READY): $(READY) tests/clients/package.json tests/clients/llama_index.txt tests/clients/frameworks.txt
 	$(BIN)/python -m pip install --progress-bar off --no-compile -c constraints.txt -e '.[clients]'
 	$(PYTHON) -m venv $(VENV)/llama-index
 	$(VENV)/llama-index/bin/python -m pip install --progress-bar off --no-compile -r tests/clients/llama_index.txt
+	$(PYTHON) -m venv $(VENV)/frameworks
+	$(VENV)/frameworks/bin/python -m pip install --progress-bar off --no-compile -r tests/clients/frameworks.txt
 	$(BIN)/python -m pip download --progress-bar off -c constraints.txt --no-deps --no-binary jsonschema -d $(VENV)/json-schema jsonschema
 	mkdir -p $(VENV)/node && cp tests/clients/package.json $(VENV)/node
 	if command -v npm; then cd $(VENV)/node && npm install --no-package-lock --ignore-scripts; fi
@@ -108,6 +115,10 @@ sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefi
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \
 		do g++ -print-file-name=$$name; done | paste -sd:)" \
 	$(BIN)/python -m pytest -s $(KERNEL_TESTS)
+
+helm: $(BIN)/helm ## install Helm, for x86-64 machines, with which tests/k8s renders the chart
+$(BIN)/helm: $(READY)
+	$(BIN)/python -m tests.k8s.install_helm $@
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -22,8 +22,9 @@ from deployments.encoder_queue import EncoderQueue
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
 from deployments.observability.retriever_metrics import RetrieverMetrics
+from deployments.observability.tracing import tracer
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Sample, Strategy
+from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from retriever_svc import (
     AskedPrompt,
     BulkEncoding,
@@ -87,7 +88,7 @@ class RetrieverDeployment:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._metrics = RetrieverMetrics(kinds)
-        self._store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
+        self._store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
         self._pools = live_pool(config, self._store.snapshot, index)
         self._retriever = retriever_over(self._pools, config, self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
@@ -120,8 +121,10 @@ class RetrieverDeployment:
             return []
         await self._reach_for(requests[0].tenant, max(request.min_generation for request in requests))
         views, places = with_views(requests)
-        read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
-        found = await _on(self._searches, self._retriever.route_encoded, views, read)
+        with tracer.start_as_current_span("retriever.encode"):
+            read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
+        with tracer.start_as_current_span("retriever.search"):
+            found = await _on(self._searches, self._retriever.route_encoded, views, read)
         chosen = [own[chosen_view([found[place] for place in own])] for own in places]
         answers, encoded = [found[place] for place in chosen], [read[place] for place in chosen]
         for request, answer in zip(requests, answers, strict=True):
@@ -215,6 +218,10 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
         return generation, [_as_seen_by(tenant, record) for record in versions]
+
+    async def evaluation(self, tenant: str, name: str) -> Ranking | None:
+        """Return what the tenant's last evaluation measured on this adapter's examples. Raises: AdapterNotFound."""
+        return await _on(self._lookups, self._retriever.evaluation, tenant, name)
 
     async def samples(self, tenant: str, name: str) -> list[Sample]:
         """Return the samples of the adapter's live version; none of another tenant's adapter.

@@ -85,12 +85,13 @@ class WorkerDeployment:
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and other errors of this job.
         """
         deltas = self._engine.stream(job, HEARTBEAT_INTERVAL_S)
-        trace = JobTrace(job.request_id)
+        trace = JobTrace(job)
         last: Delta | None = None
         try:
             with self._usage.row(paying_tenant(job.tenant)) as row:
                 async for delta in deltas:
                     if delta is not None:
+                        trace.answered()
                         if last is None:
                             self._metrics.waited(delta.queued_s)
                         last = delta

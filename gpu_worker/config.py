@@ -171,7 +171,7 @@ class WorkerConfig(CommonSettings):
     """The configuration of one worker, which uses one device. Raises: WorkerConfigInvalid for a bad value."""
 
     base_model: str = PACKAGED_MODEL  # the packaged default, a Hugging Face id, or a local folder
-    max_new_tokens: AtLeastOne = 8192  # of an answer whose request names no max_tokens, within the context
+    max_new_tokens: AtLeastOne = 8192  # for a request without max_tokens, within the context
     generation_config: Literal["auto", "none"] = "auto"  # auto: the base model's own defaults for sampling
     sampling_defaults: tuple[tuple[str, float], ...] = ()  # the operator's, which override the base model's
     cache_dir: Path = DEFAULT_CACHE_DIR

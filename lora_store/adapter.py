@@ -22,7 +22,7 @@ def is_valid_name(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One version of one adapter. `digest` covers weights, samples, template name and metadata."""
+    """One version of one adapter. `digest` covers weights, samples, template name, contract and metadata."""
 
     tenant: str
     name: str

@@ -110,7 +110,7 @@ class EventTable:
     @property
     def fold_generation(self) -> int:
         """The generation of the newest fold stored in its own data file, or 0."""
-        return max(map(_generation_of, self._read), default=0)
+        return max(map(_parse_generation, self._read), default=0)
 
     def refresh(self, seen: int = 0) -> tuple[pa.Table, frozenset[str]]:
         """Return the rows of all data files that are new since the last `mark_read`, and the names of all data files.
@@ -123,10 +123,10 @@ class EventTable:
             self.update()
             self.format.check_readable()
             names = self._data_files()
-            contents = self._contents({name for name in names - self._read if not 0 < _generation_of(name) <= seen})
+            contents = self._contents({name for name in names - self._read if not 0 < _parse_generation(name) <= seen})
             missing = sorted(name for name, content in contents.items() if content is None)
             if not missing:
-                return self._rows_of(contents), frozenset(names)
+                return self._read_rows(contents), frozenset(names)
         raise StoreDamaged(self._path(missing[0]), MISSING)
 
     def update(self) -> None:
@@ -148,7 +148,7 @@ class EventTable:
         except DeltaError:
             return None
         contents = self._contents({file.rpartition("/")[2] for file in older.file_uris()})
-        return None if None in contents.values() else self._rows_of(contents)
+        return None if None in contents.values() else self._read_rows(contents)
 
     def mark_read(self, files: frozenset[str]) -> None:
         """Record that the rows of these files were applied, so that they are not returned again."""
@@ -282,7 +282,7 @@ class EventTable:
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             return dict(zip(names, pool.map(self._files.read, names), strict=True))
 
-    def _rows_of(self, contents: Mapping[str, bytes | None]) -> pa.Table:
+    def _read_rows(self, contents: Mapping[str, bytes | None]) -> pa.Table:
         """Return the rows of these data files. Columns that an earlier version did not write are null."""
         tables = [SCHEMA.empty_table()]
         for name, content in contents.items():
@@ -397,7 +397,7 @@ def create_table(location: Location, columns: pa.Schema = SCHEMA, *, is_copy: bo
     Files(location).flush([commit_name(0)])
 
 
-def _generation_of(name: str) -> int:
+def _parse_generation(name: str) -> int:
     """Return the generation of a fold from the name of its data file, or 0 for another file."""
     match = _FOLD_FILE.match(name)
     return int(match[1]) if match else 0

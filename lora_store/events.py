@@ -173,6 +173,7 @@ SCHEMA = pa.schema(
         pa.field("expires_at", pa.timestamp("us", tz="UTC")),  # null: it does not expire
         pa.field("trial", pa.string()),  # JSON; of a kept version that was never live: "offered"
         pa.field("live_since", pa.timestamp("us", tz="UTC")),  # null: since `created_at`
+        pa.field("contract", pa.string()),  # JSON
         pa.field("accepted_vectors", pa.binary()),  # float32, one row after another; null: no accepted prompts
     ]
 )
@@ -196,23 +197,26 @@ _ARRAYS = ("embedding", "own_scores")
 _COLUMNS = (
     *("weights_digest", "samples_digest", "visibility", "tags", "base_model", "ranks", "target_modules", "num_bytes"),
     *("num_samples", "template", "probe_shift", "source", "actor", "created_at", "expires_at"),
-    "live_since",
+    *("live_since", "contract"),
 )
 _LISTS = ("tags", "ranks", "target_modules", "output_labels")
-_REPEATED = ("event", "tenant", "visibility", "base_model", "template", "encoder", "actor", "created_at", "commit_id")
+_REPEATED = (
+    *("event", "tenant", "visibility", "base_model", "template", "contract", "encoder", "actor", "created_at"),
+    "commit_id",
+)
 _ROWS_AT_ONCE = 10_000
 
 
 def table_of(events: Sequence[Event], generation: int, commit_id: str | None = None) -> pa.Table:
     """Return the rows of one commit."""
     own = {"generation": generation, "commit_id": commit_id}
-    rows = [_row_of(event) | own | {"row": number} for number, event in enumerate(events)]
+    rows = [_make_row(event) | own | {"row": number} for number, event in enumerate(events)]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def fold_table_of(events: Sequence[Event], generation: int, commits: Mapping[str, int], first_row: int = 0) -> pa.Table:
     """Return rows of a fold as of `generation`. `commits` maps commit ids to generations; the fold remembers them."""
-    rows = [_row_of(event) for event in events]
+    rows = [_make_row(event) for event in events]
     rows = [row | {"event": _AS_KEPT.get(row["event"], row["event"])} for row in rows]
     rows += [{"event": _COMMIT, "commit_id": commit, "published_in": at} for commit, at in commits.items()]
     numbered = [row | {"generation": generation, "row": first_row + number} for number, row in enumerate(rows)]
@@ -268,15 +272,15 @@ def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> It
     """
     order = pc.sort_indices(table, [("generation", "ascending"), ("row", "ascending")])
     order = order.filter(_is_wanted(table, after, until).take(order))
-    vectors, scores = (_arrays_of(table[name]) for name in _ARRAYS)
+    vectors, scores = (_read_arrays(table[name]) for name in _ARRAYS)
     plain = table.drop_columns([*_ARRAYS, "commit_id"]).combine_chunks()
     for start in range(0, len(order), _ROWS_AT_ONCE):
         indices = order.slice(start, _ROWS_AT_ONCE)
         columns = plain.take(indices)
-        rows = zip(*(_values_of(name, columns[name]) for name in columns.column_names), strict=True)
+        rows = zip(*(_read_values(name, columns[name]) for name in columns.column_names), strict=True)
         for index, row in zip(indices.to_pylist(), rows, strict=True):
             values = dict(zip(columns.column_names, row, strict=True))
-            event = _event_of(values, vectors[index], scores[index])
+            event = _read_event(values, vectors[index], scores[index])
             if event is not None:
                 yield values["generation"], event
 
@@ -290,14 +294,14 @@ def _is_wanted(table: pa.Table, after: int, until: int | None) -> pa.ChunkedArra
     return wanted if until is None else pc.and_(wanted, pc.less_equal(generations, until))
 
 
-def _row_of(event: Event) -> dict[str, Any]:
+def _make_row(event: Event) -> dict[str, Any]:
     match event:
         case Publish(record):
             columns = {column: getattr(record, column) for column in _COLUMNS}
-            columns |= {"event": "offer" if record.is_offered else "publish", "trial": _json_of(record.trial)}
+            columns |= {"event": "offer" if record.is_offered else "publish", "trial": _trial_to_json(record.trial)}
             return {**_ref_row(record.ref), **columns, **_embedding_row(record.embedding)}
         case SetTrial(ref, trial, actor, at):
-            columns = {"trial": _json_of(trial), "actor": actor, "created_at": at}
+            columns = {"trial": _trial_to_json(trial), "actor": actor, "created_at": at}
             return {"event": "set_trial", **_ref_row(ref), **columns}
         case Withdraw(ref, actor, at):
             return {"event": "withdraw", **_ref_row(ref), "actor": actor, "created_at": at}
@@ -324,7 +328,7 @@ def _row_of(event: Event) -> dict[str, Any]:
         case Keep(record, is_live):
             own = {"published_in": record.generation, "approved": record.approved}
             offered = {"trial": _OFFERED} if record.is_offered else {}
-            return _row_of(Publish(record)) | own | offered | {"event": _LIVE if is_live else _OLDER}
+            return _make_row(Publish(record)) | own | offered | {"event": _LIVE if is_live else _OLDER}
         case Fold(model, identity):
             return {"event": _FOLD, "source": model, "encoder": identity}
         case VisibleChange(tenant, generation):
@@ -339,29 +343,29 @@ def _row_of(event: Event) -> dict[str, Any]:
             }
 
 
-def _event_of(
+def _read_event(
     row: dict[str, Any], vector: NDArray[np.float32] | None, own_scores: NDArray[np.float32] | None
 ) -> Event | None:
     """Return the event of a row, None if its kind is unknown."""
     embedding = None
     if vector is not None:
         own_scores = np.empty(0, np.float32) if own_scores is None else own_scores
-        embedding = Embedding(row["encoder"], vector, own_scores, _outputs_of(row), _accepted_of(row, len(vector)))
+        embedding = Embedding(row["encoder"], vector, own_scores, _read_outputs(row), _read_accepted(row, len(vector)))
     match row["event"]:
         case "publish":
-            return Publish(_record_of(row, embedding, row["generation"]))
+            return Publish(_read_record(row, embedding, row["generation"]))
         case "offer":
-            return Publish(replace(_record_of(row, embedding, row["generation"]), is_offered=True))
+            return Publish(replace(_read_record(row, embedding, row["generation"]), is_offered=True))
         case "set_trial":
-            return SetTrial(_ref_of(row), _trial_of(row), row["actor"], row["created_at"])
+            return SetTrial(_read_ref(row), _read_trial(row), row["actor"], row["created_at"])
         case "withdraw":
-            return Withdraw(_ref_of(row), row["actor"], row["created_at"])
+            return Withdraw(_read_ref(row), row["actor"], row["created_at"])
         case "set_visibility":
-            return SetVisibility(_ref_of(row), row["visibility"], row["actor"], row["created_at"])
+            return SetVisibility(_read_ref(row), row["visibility"], row["actor"], row["created_at"])
         case "approve":
-            return Approve(_ref_of(row), row["actor"], row["created_at"])
+            return Approve(_read_ref(row), row["actor"], row["created_at"])
         case "keep_live" | "keep_older" as kind:
-            record = _record_of(row, embedding, row["published_in"], approved=bool(row["approved"]))
+            record = _read_record(row, embedding, row["published_in"], approved=bool(row["approved"]))
             return Keep(record, is_live=kind == _LIVE)
         case "fold":
             return Fold(row["source"], row["encoder"])
@@ -372,28 +376,28 @@ def _event_of(
             return Rank(row["tenant"], ranking, kind.endswith("first"), row["actor"], row["created_at"])
         case "set_name" | "keep_name":
             return SetName(
-                NamedPolicy(_ref_of(row), row["source"], row["actor"], row["created_at"], bool(row["approved"]))
+                NamedPolicy(_read_ref(row), row["source"], row["actor"], row["created_at"], bool(row["approved"]))
             )
         case "embed" | "keep_pending" if embedding is not None:
-            return Embed(_ref_of(row), embedding)
+            return Embed(_read_ref(row), embedding)
         case "activate_encoder":
             return ActivateEncoder(row["source"], row["encoder"], row["actor"], row["created_at"])
     return None
 
 
-def _record_of(
+def _read_record(
     row: dict[str, Any], embedding: Embedding | None, generation: int, *, approved: bool = False
 ) -> AdapterRecord:
     values = {column: row[column] for column in _COLUMNS}
-    values |= {"approved": approved, "trial": _trial_of(row), "is_offered": row["trial"] == _OFFERED}
-    return AdapterRecord(ref=_ref_of(row), embedding=embedding, generation=generation, **values)
+    values |= {"approved": approved, "trial": _read_trial(row), "is_offered": row["trial"] == _OFFERED}
+    return AdapterRecord(ref=_read_ref(row), embedding=embedding, generation=generation, **values)
 
 
-def _json_of(trial: Trial | None) -> str | None:
+def _trial_to_json(trial: Trial | None) -> str | None:
     return None if trial is None else trial.to_json()
 
 
-def _trial_of(row: dict[str, Any]) -> Trial | None:
+def _read_trial(row: dict[str, Any]) -> Trial | None:
     return None if row["trial"] in (None, _OFFERED) else Trial.from_json(row["trial"])
 
 
@@ -401,7 +405,7 @@ def _ref_row(ref: AdapterRef) -> dict[str, str]:
     return {"tenant": ref.tenant, "name": ref.name, "digest": ref.digest}
 
 
-def _ref_of(row: dict[str, Any]) -> AdapterRef:
+def _read_ref(row: dict[str, Any]) -> AdapterRef:
     return AdapterRef(row["tenant"], row["name"], row["digest"])
 
 
@@ -422,19 +426,19 @@ def _embedding_row(embedding: Embedding | None) -> dict[str, Any]:
     return row
 
 
-def _outputs_of(row: Mapping[str, Any]) -> OutputProfile | None:
+def _read_outputs(row: Mapping[str, Any]) -> OutputProfile | None:
     labels, vector = row["output_labels"], row["output_vector"]
     if labels is None:
         return None
     return OutputProfile(labels, None if vector is None else np.frombuffer(vector, np.int8))
 
 
-def _accepted_of(row: Mapping[str, Any], dim: int) -> NDArray[np.float32] | None:
+def _read_accepted(row: Mapping[str, Any], dim: int) -> NDArray[np.float32] | None:
     data = row["accepted_vectors"]
     return None if data is None else np.frombuffer(data, np.float32).reshape(-1, dim)
 
 
-def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
+def _read_arrays(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
     """Return one float32 view per row, None for a null."""
     views: list[NDArray[np.float32] | None] = []
     for lists in column.chunks:
@@ -444,7 +448,7 @@ def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:
     return views
 
 
-def _values_of(name: str, column: pa.ChunkedArray) -> list[Any]:
+def _read_values(name: str, column: pa.ChunkedArray) -> list[Any]:
     """Return the column's values. In columns with many repeated values, equal values share one object."""
     if name in _LISTS:
         shared: dict[tuple[Any, ...], tuple[Any, ...]] = {}

@@ -24,7 +24,11 @@ from lora_store.weights_blob import digest_of
 
 Kind = Literal["proposed", "asked", "outcome"]
 MAX_PER_KEY = 3  # proposals of one key for one adapter
-MAX_KEPT: dict[Kind, int] = {"proposed": 64, "asked": 1000, "outcome": 1000}  # of an adapter; of a tenant; of a tenant
+MAX_KEPT: dict[Kind, int] = {
+    "proposed": 64,
+    "asked": 1000,
+    "outcome": 1000,
+}  # for each adapter; the others for each tenant
 KEPT_FOR: dict[Kind, timedelta] = {"proposed": timedelta(30), "asked": timedelta(1), "outcome": timedelta(30)}
 _DELETE_EVERY = timedelta(hours=1)
 _TIDY_EVERY = 50  # asked prompts that one process writes

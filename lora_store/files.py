@@ -26,7 +26,7 @@ from lora_store.location import Location
 Result = TypeVar("Result")
 _NUM_THREADS = 16  # requests to an endpoint at once
 _CAUSE_CHARS = 100
-_PART_BYTES = 8 << 20  # of one request to an endpoint
+_PART_BYTES = 8 << 20  # one request to an endpoint carries this many
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # Delta prints errors as coloured trees
 _BACKTRACE = re.compile(r"\s+0: <unknown>.*", re.DOTALL)
 _FULL = re.compile(r"No space left on device|Disk quota exceeded")  # the words of the operating system

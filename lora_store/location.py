@@ -13,7 +13,7 @@ CONNECT_TIMEOUT_S = 2
 REQUEST_TIMEOUT_S = 10  # pyarrow: time without a byte; Delta: time of a whole request, which transfers one piece
 MAX_ATTEMPTS = 3  # a dead endpoint is reported within a second, one that hangs within half a minute
 
-DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"  # of converted models, compiled kernels and weights
+DEFAULT_CACHE_DIR = Path.home() / ".cache" / "loraretriever"  # holds converted models, compiled kernels and weights
 _PORTS = {"http": 80, "https": 443}
 _S3_PARAMETERS = frozenset({"endpoint_override", "scheme", "region"})
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from lora_store.adapter import AdapterRef
 
 KEPT_POLICIES = 16  # versions of one name; `name@digest` and rollback can use these
-MAX_NAMES = 256  # of one tenant
+MAX_NAMES = 256  # a tenant may have this many
 MAX_POLICY_CHARS = 16_384
 
 

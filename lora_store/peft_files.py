@@ -82,7 +82,7 @@ def write_peft_folder(
     from safetensors.torch import save_file  # imported here, since torch takes seconds
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config_of(weights) | {"base_model_name_or_path": base_model, "task_type": task_type}
+    config = _make_config(weights) | {"base_model_name_or_path": base_model, "task_type": task_type}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = {}
     for name, module in weights.items():
@@ -153,9 +153,9 @@ def pair_modules(
     }
 
 
-def _config_of(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
+def _make_config(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
     ranks = {name: module.rank for name, module in weights.items()}
-    alphas = {name: _int_if_whole(_alpha_of(module)) for name, module in weights.items()}
+    alphas = {name: _int_if_whole(_compute_alpha(module)) for name, module in weights.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
@@ -168,7 +168,7 @@ def _config_of(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
     }
 
 
-def _alpha_of(module: ModuleWeights) -> float:
+def _compute_alpha(module: ModuleWeights) -> float:
     """Return the lora_alpha that gives exactly this scaling, if there is one."""
     alpha = module.scaling * module.rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))

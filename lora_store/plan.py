@@ -33,7 +33,9 @@ class Plan:
     adapters: tuple[PlannedAdapter, ...] = ()
     generation: int = 0
     template: str | None = None  # the prompt template that all its adapters name, None for the server's default
+    contract: str | None = None  # JSON, of the adapter that leads it
     trials: tuple[TrialVersion, ...] = ()  # versions that may answer in place of some; resolved before a plan runs
+    base_model: str = ""  # the name of the one that answers, of several served base models
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -54,6 +56,12 @@ class Plan:
             if not math.isfinite(adapter.weight) or abs(adapter.weight) > MAX_ABS_WEIGHT:
                 limits = f"must be finite and within ±{MAX_ABS_WEIGHT}, got {adapter.weight}"
                 raise PlanInvalid(f"the weight of {adapter.ref.name!r} {limits}")
+
+    @property
+    def leader(self) -> PlannedAdapter | None:
+        """The adapter that has more than half of the weight, None if there is none."""
+        half = sum(abs(row.weight) for row in self.adapters) / 2
+        return next((row for row in self.adapters if row.weight > half), None)
 
     @property
     def averages_parameters(self) -> bool:

@@ -23,6 +23,7 @@ from lora_store.files import Files
 from lora_store.garbage_collection import PROJECTIONS
 from lora_store.leases import Leases
 from lora_store.location import Location
+from lora_store.names import NamedPolicy
 from lora_store.pool_files import (
     CATALOGUE_FILE,
     COPIED_BY,
@@ -34,7 +35,7 @@ from lora_store.pool_files import (
 )
 from lora_store.records import AdapterRecord
 from lora_store.rules import activate_events
-from lora_store.snapshot import Snapshot
+from lora_store.snapshot import Key, Snapshot
 
 Conflict = Literal["refuse", "skip", "replace"]
 """The fate of a name whose live version in the store is another one: refuse all, leave it, publish a new version."""
@@ -61,7 +62,7 @@ def export_pool(
     """
     state, done = source.state().named(names), set[str]()
     while True:
-        files = _files_of(state)
+        files = _list_files(state)
         missing = [name for name in files if name not in done]
 
         def copy(name: str, sizes: dict[str, int | None] = files) -> str:
@@ -76,13 +77,13 @@ def export_pool(
                 break
             except AdapterNotFound as gone:
                 state = source.state().named(names)
-                if any(name.endswith(gone.wanted) for name in _files_of(state)):
+                if any(name.endswith(gone.wanted) for name in _list_files(state)):
                     raise
     target.finish(state)
     return state
 
 
-def _files_of(state: PoolState) -> dict[str, int | None]:
+def _list_files(state: PoolState) -> dict[str, int | None]:
     projections = {f"{PROJECTIONS}/{name}": None for name in state.projections}
     return projections | {blob_file(digest): size for digest, size in state.blobs().items()}
 
@@ -214,8 +215,9 @@ def import_pool(
 ) -> dict[str, Any]:
     """Add these adapters of the source, or all, to the store, with their versions. Servers may use it meanwhile.
 
-    Return the store's `generation`, the names that are `new`, `equal`, `skipped` and `replaced`, and `num_unembedded`:
-    how many `auto` finds only after a reindex, since another encoder than the store's embedded them.
+    Return the store's `generation`, the names that are `new`, `equal`, `skipped` and `replaced`, the model names that
+    are not imported, since the store has something else by that name (`names_left_out`), and `num_unembedded`: how many
+    `auto` finds only after a reindex, since another encoder than the store's embedded them.
     A name whose live version is equal is left alone, so an import that was interrupted continues when it is repeated.
     `on_conflict`: for the other names that are live in the store. "replace" publishes the live version of the source as
     a new version. Raises: ValueError for conflicts that are refused, before anything is stored; BlobCorrupted.
@@ -229,15 +231,17 @@ def import_pool(
     catalogue = Catalogue(location.child(CATALOGUE)) if is_there or not is_dry else None
     before = Snapshot(0, {}) if catalogue is None else catalogue.snapshot()
     moves, result = _plan(state.snapshot, before, on_conflict)
-    active = _encoder_of(before) or _encoder_of(state.snapshot)
-    generation = before.generation
+    active = _find_encoder(before) or _find_encoder(state.snapshot)
+    generation, after = before.generation, before
     if not is_dry and catalogue is not None:
         generation = _Importer(source, state, location, catalogue).run(before, moves, active, progress)
+        after = catalogue.snapshot()
+    left_out = _names_left_out(state.snapshot, after)
     num_unembedded = sum(versions[0].encoder not in (None, active) for versions, _ in moves)
-    return {"generation": generation, **result, "num_unembedded": num_unembedded}
+    return {"generation": generation, **result, "names_left_out": left_out, "num_unembedded": num_unembedded}
 
 
-def _encoder_of(snapshot: Snapshot) -> str | None:
+def _find_encoder(snapshot: Snapshot) -> str | None:
     """Return the identity of the encoder that a server of this pool uses, None if the pool does not decide."""
     if snapshot.encoder is not None:
         return snapshot.encoder.identity
@@ -288,9 +292,23 @@ def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
     return None
 
 
-def _is_open(store: Snapshot, name: str) -> bool:
-    """Return whether every tenant may use an adapter or a model name that is called so."""
-    return name in store.public or name in store.approved_names
+def _is_free(store: Snapshot, key: Key, kept: Sequence[NamedPolicy]) -> bool:
+    """Return whether the store has a place for a model name.
+
+    A name that only its tenant may use is free although another tenant has something public by that name.
+    """
+    is_taken = key in store.names or key in store.records
+    is_open = key[1] in store.public or key[1] in store.approved_names
+    return not is_taken and not (is_open and any(named.approved for named in kept))
+
+
+def _names_left_out(wanted: Snapshot, store: Snapshot) -> list[str]:
+    """Return the model names that neither have a place in the store, nor are the same there."""
+    return [
+        "/".join(key)
+        for key, kept in sorted(wanted.names.items())
+        if not _is_free(store, key, kept) and (key not in store.names or store.names[key][0].ref != kept[0].ref)
+    ]
 
 
 class _Importer:
@@ -307,7 +325,7 @@ class _Importer:
         for name in self._state.projections:
             if not self._files.contains(f"{PROJECTIONS}/{name}"):
                 self._copy(f"{PROJECTIONS}/{name}")
-        if snapshot.encoder is not None and _encoder_of(before) is None:
+        if snapshot.encoder is not None and _find_encoder(before) is None:
             encoder = snapshot.encoder
             self._catalogue.commit(lambda newest: activate_events(newest, encoder, COPIED_BY, at))
         for start in range(0, len(moves), _TOGETHER):
@@ -316,10 +334,7 @@ class _Importer:
         return self._catalogue.commit(partial(self._others, active))
 
     def _others(self, active: str | None, newest: Snapshot) -> list[Event]:
-        """Return the rankings of tenants that have none in the store, and the model names that are free there.
-
-        A name that only its tenant may use is free although another tenant has something public by that name.
-        """
+        """Return the rankings of tenants that have none in the store, and the model names that are free there."""
         wanted = self._state.snapshot
         events: list[Event] = [
             rank
@@ -328,9 +343,7 @@ class _Importer:
             if tenant not in newest.rankings and rank.ranking.encoder == active
         ]
         for key, kept in wanted.names.items():
-            is_approved = any(named.approved for named in kept)
-            is_taken = key in newest.names or key in newest.records
-            if not is_taken and not (is_approved and _is_open(newest, key[1])):
+            if _is_free(newest, key, kept):
                 events += [SetName(named) for named in reversed(kept)]
         return events
 

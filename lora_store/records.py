@@ -65,9 +65,10 @@ class AdapterRecord:
     generation: int
     approved: bool = False  # an admin approved this version (not the name)
     expires_at: datetime | None = None  # UTC, of an unlisted adapter: then it is withdrawn; None: listed and kept
-    trial: Trial | None = None  # of a live version: another one answers a share of its requests
+    trial: Trial | None = None  # another version answers a share of this live one's requests
     is_offered: bool = False  # it was never live: it only took part in a trial
     live_since: datetime | None = None  # UTC, of a version that was made live again; None: since its first publish
+    contract: str | None = None  # JSON, how it wants to be asked; applied where it leads a plan
 
     @property
     def encoder(self) -> str | None:

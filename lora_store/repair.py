@@ -132,7 +132,7 @@ def _look(files: Files) -> _Found:
             if (remove := action.get("remove")) is not None:
                 found.live.pop(remove["path"], None)
                 found.known.add(remove["path"])
-    _format_of(found).check_writable()
+    _find_format(found).check_writable()
     entries = sorted(files.entries(), key=lambda file: file.written_at)
     _sort_commits(found, files, [file.name for file in entries])
     names = [file.name for file in entries if file.name.endswith(".parquet") and "/" not in file.name]
@@ -140,7 +140,7 @@ def _look(files: Files) -> _Found:
     for name in names:
         data = files.read(name) or b""
         try:
-            found.rows[name] = all_columns_in([data], _schema_of(found, data))
+            found.rows[name] = all_columns_in([data], _find_schema(found, data))
             found.sizes[name] = len(data)
         except (pa.ArrowException, OSError) as exc:
             if name in found.live or found.is_log_lost:  # others are what a crash left
@@ -275,7 +275,7 @@ def _write_log(files: Files, version: int, commit: bytes) -> None:
     files.write(LAST_CHECKPOINT, json.dumps(last | {"version": version}).encode())
 
 
-def _schema_of(found: _Found, data: bytes) -> pa.Schema:
+def _find_schema(found: _Found, data: bytes) -> pa.Schema:
     """Return the schema of the table; that of the data file if the log does not say it."""
     tables = [table for _, table in found.log.all_actions("metaData")]
     if not tables:
@@ -283,7 +283,7 @@ def _schema_of(found: _Found, data: bytes) -> pa.Schema:
     return pa.schema(DeltaSchema.from_json(tables[-1]["schemaString"]).to_arrow())
 
 
-def _format_of(found: _Found) -> TableFormat:
+def _find_format(found: _Found) -> TableFormat:
     for _, table in reversed(list(found.log.all_actions("metaData"))):
         for column in DeltaSchema.from_json(table["schemaString"]).fields:
             if column.name == COLUMN:

@@ -58,8 +58,9 @@ def publish_events(
     live now, as for every offered version and with the precondition "live". `quota`: applies to each tenant.
     `replaces`: the digest that must be live now, by the version that was made from it.
     Raises: PublicNameTaken; AdapterRefused for an unlisted version of a listed adapter; QuotaExceeded; AdapterNotFound
-    for a version that must be kept and is not; VersionConflict if the live version has other tags, another template or
-    other samples than those that were taken over, or another version is live than the one of `replaces`.
+    for a version that must be kept and is not; VersionConflict if the live version has other tags, another template,
+    another contract or other samples than those that were taken over, or another version is live than the one of
+    `replaces`.
     """
     taken = keeps or {}
     if precondition == "live":
@@ -157,6 +158,9 @@ def _check_offer(record: AdapterRecord, live: AdapterRecord | None) -> None:
                 f" {record.template or 'of the server'!r}: versions that share requests need the same one"
             ],
         )
+    if live.contract != record.contract:
+        reason = "its contract differs from the live version's: versions that share requests need the same one"
+        raise AdapterRefused(name, [reason])
 
 
 def _owner(snapshot: Snapshot, name: str, claimant: str) -> str:

@@ -96,8 +96,8 @@ def tensors_in(entries: Mapping[str, Any], data: NDArray[np.uint8]) -> dict[str,
     """
     found: dict[str, StoredTensor] = {}
     end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: _offsets_of(*item)):
-        begin, stop = _offsets_of(name, entry)
+    for name, entry in sorted(entries.items(), key=lambda item: _read_offsets(*item)):
+        begin, stop = _read_offsets(name, entry)
         dtype, shape = str(entry.get("dtype")), entry.get("shape")
         if dtype not in _DTYPES or not _is_shape(shape):
             raise ValueError(f"tensor {name[:200]!r} has no valid dtype and shape")
@@ -133,7 +133,7 @@ def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
         yield plain.view(torch.uint8).numpy().data
 
 
-def _offsets_of(name: str, entry: Any) -> tuple[int, int]:
+def _read_offsets(name: str, entry: Any) -> tuple[int, int]:
     match entry:
         case {"data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
             return begin, end

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lora_store.adapter import AdapterRef, Sample
-from lora_store.records import AdapterRecord
+from lora_store.records import AdapterRecord, Visibility
 from lora_store.validation import CheckedFolder, Label
 from lora_store.weights_blob import digest_of
 
-Kept = Literal["visibility", "tags", "template", "samples"]
+Kept = Literal["visibility", "tags", "template", "contract", "samples"]
 """A field that a publish takes over from the live version of the name if it is not given."""
 
 
@@ -42,21 +42,42 @@ class Staged:
         return self.record.weights_digest
 
 
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What a new version of the same weights has instead of the live one's; None: the same. "server": no template."""
+
+    tags: tuple[str, ...] | None = None
+    template: str | None = None
+    visibility: Visibility | None = None
+    samples: tuple[Sample, ...] | None = None
+
+
 def version_digest(label: Label, weights_digest: str, samples_digest: str | None, base_model: str) -> str:
     """Return the sha256 over everything that identifies a version. Visibility is left out, as it may change later."""
     parts = [weights_digest, samples_digest, label.template, list(label.tags), base_model]
+    parts += [label.contract] if label.contract else []  # without one, the digest is that of earlier releases
     return digest_of(json.dumps(parts).encode())
 
 
-def with_samples(record: AdapterRecord, samples_digest: str, num_samples: int) -> AdapterRecord:
-    """Return another version of the record: the same weights with these samples, and nothing that a commit fills in."""
-    label = Label(record.ref.name, record.ref.tenant, record.tags, record.template, record.visibility)
-    digest = version_digest(label, record.weights_digest, samples_digest, record.base_model)
+def label_of(record: AdapterRecord) -> Label:
+    """Return the publisher's metadata of a version."""
+    return Label(
+        record.ref.name,
+        record.ref.tenant,
+        record.tags,
+        record.template,
+        record.visibility,
+        contract=record.contract,
+    )
+
+
+def changed_version(record: AdapterRecord, **changes: Any) -> AdapterRecord:
+    """Return another version of the record: the same weights with these changes, and nothing that a commit fills in."""
+    new = replace(record, **changes)
+    digest = version_digest(label_of(new), new.weights_digest, new.samples_digest, new.base_model)
     return replace(
-        record,
-        ref=replace(record.ref, digest=digest),
-        samples_digest=samples_digest,
-        num_samples=num_samples,
+        new,
+        ref=replace(new.ref, digest=digest),
         embedding=None,
         probe_shift=None,
         actor="",
@@ -68,19 +89,20 @@ def with_samples(record: AdapterRecord, samples_digest: str, num_samples: int) -
 
 
 def take_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept]) -> AdapterRecord:
-    """Return the version with the tags, template and samples of the live one, as far as `keeps` says so."""
+    """Return the version with the tags, template, contract and samples of the live one, as far as `keeps` says so."""
     changes: dict[str, Any] = {}
     if "tags" in keeps:
         changes["tags"] = live.tags
     if "template" in keeps:
         changes["template"] = live.template
+    if "contract" in keeps:
+        changes["contract"] = live.contract
     if "samples" in keeps:
         changes |= {"samples_digest": live.samples_digest, "num_samples": live.num_samples}
     new = replace(record, **changes)
     if new == record:
         return record
-    label = Label(new.ref.name, new.ref.tenant, new.tags, new.template, new.visibility)
-    ref = replace(new.ref, digest=version_digest(label, new.weights_digest, new.samples_digest, new.base_model))
+    ref = replace(new.ref, digest=version_digest(label_of(new), new.weights_digest, new.samples_digest, new.base_model))
     trial = None if new.trial is None else replace(new.trial, digest=ref.digest)
     return replace(new, ref=ref, trial=trial)
 
@@ -109,6 +131,7 @@ def staged_record(
         num_bytes=num_bytes,
         num_samples=len(checked.samples),
         template=label.template,
+        contract=label.contract,
         embedding=None,
         probe_shift=None,
         source=source,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -20,6 +21,7 @@ from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
+from lora_store.contract_files import ReadContract
 from lora_store.data_files import DATA_SUFFIX
 from lora_store.errors import AdapterNotFound, AdapterRefused, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
@@ -47,9 +49,9 @@ from lora_store.rules import (
     visibility_events,
     withdraw_events,
 )
-from lora_store.sample_files import parse_samples, write_samples
+from lora_store.sample_files import checked_sample, parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
-from lora_store.staging import Kept, Staged, staged_record, take_over, with_samples
+from lora_store.staging import Edit, Kept, Staged, changed_version, staged_record, take_over
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
@@ -80,13 +82,14 @@ class LoraStore:
         uri: str,
         *,
         accepts_base: Collection[str],
-        templates: Mapping[str, str] | None = None,
+        read_contract: ReadContract | None = None,
         limits: Limits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        """`templates`: the names of the known chat templates, by digest; None accepts any and ignores it."""
-        self._accepts_base, self._templates, self._limits = frozenset(accepts_base), templates, limits
+        """`read_contract`: how an adapter's contract is read; None ignores it."""
+        self._accepts_base, self._limits = frozenset(accepts_base), limits
+        self._read_contract = read_contract
         self._now = now
         self._location = location = Location(uri)
         self._files = Files(location)
@@ -98,7 +101,7 @@ class LoraStore:
         self.usage = UsageFiles(location.child("usage"))
         projections = Files(location.child(PROJECTIONS))
         self._ballast = Ballast(location)
-        self._own_blobs: tuple[Snapshot | None, str, Collection[str]] = (None, "", ())  # of the tenant that exports
+        self._own_blobs: tuple[Snapshot | None, str, Collection[str]] = (None, "", ())  # for the tenant that exports
         self._collector = GarbageCollector(self._blobs, self._leases, self._catalogue, projections, self.uploads, now)
 
     @property
@@ -118,6 +121,7 @@ class LoraStore:
         name: str | None = None,
         tags: Collection[str] | None = None,
         template: str | None = None,
+        contract: str | None = None,
         visibility: Visibility = "public",
         keeps_visibility: bool = False,
         has_samples: bool = True,
@@ -127,17 +131,20 @@ class LoraStore:
         is_shadow: bool = False,
         base_model: str | None = None,
         module_shapes: Shapes | None = None,
+        templates: Mapping[str, str] | None = None,
         is_private: bool = False,
     ) -> Staged:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
         `name` and `source` default to the folder's name, `base_model` to the one that it names. `module_shapes`: (out,
-        in) of each linear layer that an adapter may change. `ttl_s`: the adapter is unlisted, expires then, and has no
+        in) of each linear layer that an adapter may change. `templates`: the names of the known chat templates, by
+        digest; None accepts any and ignores it. `ttl_s`: the adapter is unlisted, expires then, and has no
         samples. `share`: of the live version's requests, as a trial. `is_private`: no other process can change the
         folder meanwhile.
 
         A new version of a live name keeps what is not given. `tags`: None keeps. `template`: None keeps; "server" names
-        none; for a new name None takes the folder's. `keeps_visibility`: `visibility` is for new names only. A folder
+        none; for a new name None takes the folder's. `contract`: JSON; None takes the folder's, and without one keeps;
+        "" for none. `keeps_visibility`: `visibility` is for new names only. A folder
         without samples keeps the live ones. A description replaces a single live sample only. `has_samples`: False
         publishes it without any.
         Raises: AdapterRefused with every reason; nothing is written then.
@@ -145,16 +152,21 @@ class LoraStore:
         self._ballast.fill()
         name = folder.name if name is None else name
         live = self.snapshot().records.get((tenant, name)) if is_valid_name(name) else None
-        label = replace(_label_of(name, tenant, tags, template, visibility, live), base_model=base_model)
+        label = _make_label(name, tenant, tags, template, visibility, live)
+        label = replace(label, base_model=base_model, contract=contract)
         checked = check_folder(
             folder,
             label,
             accepts_base=self._accepts_base,
             module_shapes=module_shapes,
-            templates=self._templates,
+            templates=templates,
+            read_contract=self._read_contract,
             limits=self._limits,
             is_private=is_private,
         )
+        keeps_contract = contract is None and checked.contract is None
+        if keeps_contract and live is not None:
+            checked = replace(checked, contract=live.contract)
         has_samples = has_samples and ttl_s is None
         if not has_samples:
             checked = replace(checked, samples=())
@@ -170,6 +182,7 @@ class LoraStore:
             "visibility": keeps_visibility,
             "tags": tags is None,
             "template": template is None,
+            "contract": keeps_contract,
             "samples": kept_samples is not None or (has_samples and not checked.samples),
         }
         keeps = frozenset(field for field, is_kept in are_kept.items() if is_kept)
@@ -184,7 +197,7 @@ class LoraStore:
         kept_samples: AdapterRecord | None,
     ) -> Staged:
         """`kept_samples`: the live version whose samples it takes over."""
-        label = replace(label, template=checked.template)
+        label = replace(label, template=checked.template, contract=checked.contract)
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples and kept_samples is None else None
@@ -222,13 +235,59 @@ class LoraStore:
         if samples is None:
             samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
         data = write_samples(samples)
-        record = with_samples(live, digest_of(data), len(samples))
+        record = changed_version(live, samples_digest=digest_of(data), num_samples=len(samples))
+        return self._stage_changed(live, record, tuple(samples))
+
+    def edit(self, live: AdapterRecord, edit: Edit) -> Staged:
+        """Stage the weights of the live version with these changes.
+
+        The commit fails if another version is live by then. An accepted prompt stays marked as one.
+        Raises: AdapterRefused with every reason; AdapterNotFound if its blobs were deleted.
+        """
+        name, tenant = live.ref.name, live.ref.tenant
+        label = _make_label(name, tenant, edit.tags, edit.template, edit.visibility or live.visibility, live)
+        reasons = list(label.problems())
+        samples = None if edit.samples is None else self._checked_samples(live, edit.samples, reasons)
+        if reasons:
+            raise AdapterRefused(name, reasons)
+        template = None if label.template == SERVER_TEMPLATE else label.template
+        changes: dict[str, Any] = {"tags": label.tags, "template": template, "visibility": label.visibility}
+        if samples is not None:
+            digest = digest_of(write_samples(samples)) if samples else None
+            changes |= {"samples_digest": digest, "num_samples": len(samples)}
+        staged = self._stage_changed(live, changed_version(live, **changes), samples)
+        return staged if edit.visibility is None else replace(staged, keeps=frozenset())
+
+    def _checked_samples(self, live: AdapterRecord, given: Sequence[Sample], reasons: list[str]) -> tuple[Sample, ...]:
+        """Return the samples as they are stored. Add what is wrong with them to `reasons`."""
+        limits = self._limits or Limits()
+        if live.is_unlisted and given:
+            reasons.append("samples: an adapter with ttl_s has none; publish it without ttl_s first")
+        if len(given) > limits.max_samples:
+            reasons.append(f"samples: at most {limits.max_samples} (admission.max_samples), got {len(given)}")
+        accepted = {sample for sample in self._find(live) if sample.is_accepted}
+        samples = []
+        for number, sample in enumerate(given, start=1):
+            try:
+                checked = checked_sample(sample.input, sample.output, limits.max_sample_bytes)
+            except ValueError as exc:
+                reasons.append(f"samples: number {number} {exc}")
+            else:
+                marked = replace(checked, is_accepted=True)
+                samples.append(marked if marked in accepted else checked)
+        return tuple(samples)
+
+    def _stage_changed(self, live: AdapterRecord, record: AdapterRecord, samples: tuple[Sample, ...] | None) -> Staged:
+        """Stage another version of the live one's weights, with these samples, or None for its own."""
 
         def write() -> tuple[Sample, ...]:
+            if samples is None:
+                return self._find(record)
             if live.weights_digest not in self._blobs:
                 raise AdapterNotFound(str(live.ref))
-            self._blobs.put(data)
-            return tuple(samples)
+            if samples:
+                self._blobs.put(write_samples(samples))
+            return samples
 
         staged = self._stage_leased(record, write)
         return replace(staged, keeps=frozenset({"visibility"}), replaces=live.ref.digest)
@@ -522,7 +581,7 @@ class LoraStore:
             logger.warning("cannot release %d leases; they expire by themselves: %s", len(leases), exc.cause)
 
 
-def _label_of(
+def _make_label(
     name: str,
     tenant: str,
     tags: Collection[str] | None,

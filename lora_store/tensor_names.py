@@ -31,8 +31,8 @@ class Spelling:
     """How a tensor with another name than PEFT's is read."""
 
     name: str  # PEFT's, of this base
-    module: str  # of the base
-    path: str  # of the module in the model that was trained, which the patterns of the config match
+    module: str  # the name in the base model
+    path: str  # its name in the trained model, which the patterns of the config match
     adapter: str | None  # the adapter's name, if the tensor's has one
     is_transposed: bool
 

@@ -48,7 +48,7 @@ def sample_of_row(row: object, max_bytes: int) -> Sample | None:
     """Return the sample of one training row, None without a user's text."""
     if not isinstance(row, Mapping):
         return None
-    text, output = _of_turns(list(_turns_of(row))) or _of_fields(row)
+    text, output = _of_turns(list(_read_turns(row))) or _of_fields(row)
     if not text.strip():
         return None
     answer = None if output is None else _encoded(output)
@@ -85,7 +85,7 @@ def _of_turns(turns: list[_Turn]) -> tuple[str, str | None] | None:
     return None
 
 
-def _turns_of(row: Mapping[str, Any]) -> Iterator[_Turn]:
+def _read_turns(row: Mapping[str, Any]) -> Iterator[_Turn]:
     given: Iterable[object] = next((row[key] for key in _TURN_LISTS if isinstance(row.get(key), list)), ())
     completion = row.get("completion")
     for turn in (*given, *(completion if isinstance(completion, list) else ())):

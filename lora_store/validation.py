@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_store.adapter import LOCAL_TENANT, ModuleWeights, Sample, is_valid_name
 from lora_store.bounded_files import Limits, read_tensors
+from lora_store.contract_files import GIVEN, MAX_CONTRACT_BYTES, ReadContract, read_contract_file
 from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.peft_files import (
@@ -61,7 +62,8 @@ T = TypeVar("T")
 class Label:
     """The publisher's metadata for an adapter, in addition to its folder.
 
-    `base_model`: the base that it was trained on, instead of the one that its folder names.
+    `base_model`: the base that it was trained on, instead of the one that its folder names. `contract`: JSON, instead
+    of the folder's; "" for none.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Label:
     template: str | None = None
     visibility: Visibility = "public"
     base_model: str | None = None
+    contract: str | None = None
 
     def problems(self) -> Iterator[str]:
         """Yield every problem of the label, naming the field."""
@@ -86,6 +89,9 @@ class Label:
             yield f"template must be one of {', '.join(allowed)}, got {self.template[:100]!r}"
         if self.visibility not in VISIBILITIES:
             yield f"visibility must be one of {', '.join(VISIBILITIES)}, got {self.visibility!r}"
+        num_bytes = len((self.contract or "").encode(errors="replace"))
+        if num_bytes > MAX_CONTRACT_BYTES:
+            yield f"contract: has {num_bytes} bytes, at most {MAX_CONTRACT_BYTES} are allowed; shorten it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,7 @@ class CheckedFolder:
     samples: tuple[Sample, ...]
     base_model: str
     template: str | None = None  # named by the publisher, or the known one that the folder's chat template equals
+    contract: str | None = None  # JSON, given by the publisher or of the folder's file
     is_described: bool = False  # its only sample is the description
     warnings: tuple[str, ...] = ()  # what its publisher should know
     paths: Mapping[str, str] = field(default_factory=dict)  # in the model that was trained, of modules with another one
@@ -115,13 +122,15 @@ def check_folder(
     accepts_base: Collection[str],
     module_shapes: Shapes | None,
     templates: Mapping[str, str] | None = None,
+    read_contract: ReadContract | None = None,
     limits: Limits | None = None,
     is_private: bool = False,
 ) -> CheckedFolder:
     """Read and validate the folder's adapter. `is_private`: no other process can change the folder meanwhile.
 
     `module_shapes`: (out, in) of each linear layer that an adapter may change; None skips this check.
-    `templates`: the names of the known chat templates, by digest; None skips this check.
+    `templates`: the names of the known chat templates, by digest; None skips this check. `read_contract`: how contracts
+    are read; None ignores them.
     Raises: AdapterRefused, which lists every reason found.
     """
     label, limits = label or Label(folder.name), limits or Limits()
@@ -132,7 +141,8 @@ def check_folder(
     tensors = _attempt(reasons, lambda: read_tensors(_weights_file(folder), limits, is_private=is_private))
     samples = _attempt(reasons, lambda: read_samples(folder, limits))
     description = _attempt(reasons, lambda: read_description(folder, limits))
-    template = _attempt(reasons, lambda: _template_of(folder, label, templates, limits))
+    template = _attempt(reasons, lambda: _choose_template(folder, label, templates, limits))
+    contract, notes = _attempt(reasons, lambda: _find_contract(folder, label, read_contract)) or (None, ())
     base_model = (config.base_model if config is not None else None) if label.base_model is None else label.base_model
     if config is not None:
         reasons += [*config.unsupported, *_base_problems(base_model, label, accepts_base)]
@@ -159,13 +169,14 @@ def check_folder(
         samples or described,
         base_model or "",
         template,
+        contract,
         is_described=bool(described and not samples),
-        warnings=(*describe_reading(read), *_warnings_of(pairs)),
+        warnings=(*describe_reading(read), *notes, *_find_warnings(pairs)),
         paths=paths,
     )
 
 
-def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
+def _choose_template(folder: Path, label: Label, templates: Mapping[str, str] | None, limits: Limits) -> str | None:
     """Return the publisher's template, or the known one that the folder brings. Raises: FileRefused."""
     digest = read_template(folder, limits)
     if label.template == SERVER_TEMPLATE:
@@ -180,6 +191,13 @@ def _template_of(folder: Path, label: Label, templates: Mapping[str, str] | None
         )
         raise FileRefused(TEMPLATE_FILE, [problem])
     return templates[digest]
+
+
+def _find_contract(folder: Path, label: Label, read: ReadContract | None) -> tuple[str | None, tuple[str, ...]]:
+    """Return the publisher's contract, or the folder's, with what the publisher should know. Raises: FileRefused."""
+    if read is None or label.contract == "":
+        return None, ()
+    return read_contract_file(folder, read) if label.contract is None else read(GIVEN, label.contract.encode())
 
 
 def _suggestion(name: str) -> str:
@@ -306,7 +324,7 @@ def _tensor_problems(
         yield from (f"module {module[:200]!r} {problem}" for problem in _pair_problems(module, pair, shapes, limits))
 
 
-def _warnings_of(pairs: Pairs) -> Iterator[str]:
+def _find_warnings(pairs: Pairs) -> Iterator[str]:
     if not any(_largest(pair["lora_b"]) for pair in pairs.values()):
         yield NEVER_TRAINED
 

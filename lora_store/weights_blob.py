@@ -89,7 +89,7 @@ def weights_in(digest: str, data: Buffer) -> AdapterWeights:
     import torch  # imported here, since it takes seconds
 
     start = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES].tobytes(), "little")
-    layout = _layout_of(data[PREFIX_BYTES:start].tobytes(), len(data) - start)
+    layout = _read_layout(data[PREFIX_BYTES:start].tobytes(), len(data) - start)
     values = torch.from_numpy(np.asarray(_Writable(data[start:])))
     if values.data_ptr() % ALIGNMENT:
         values = values.clone()
@@ -156,7 +156,7 @@ class StoredModules(Mapping[str, ModuleWeights]):
 
 
 @lru_cache(maxsize=64)
-def _layout_of(header: bytes, num_bytes: int) -> BlobLayout:
+def _read_layout(header: bytes, num_bytes: int) -> BlobLayout:
     """Parse a header. The adapters of a pool have few different ones. `num_bytes`: of all tensors."""
     entries = json.loads(header)
     scalings = json.loads(entries.pop("__metadata__")[_METADATA_KEY])["scaling"]

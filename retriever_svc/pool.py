@@ -121,11 +121,19 @@ class Pool:
         """Return whether `tenant` may be given this adapter without naming it."""
         return self.bases.serves(record) and self.index.may_find(record, tenant)
 
-    def allowed(self, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False) -> Allowed:
-        """Return the adapters to which a request of `tenant` with these tags may be routed."""
+    def allowed(
+        self, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False, base_model: str = ""
+    ) -> Allowed:
+        """Return the adapters to which a request of `tenant` with these tags may be routed.
+
+        With `base_model`, only those of this served base model.
+        """
         wanted = tuple(sorted(set(tags)))
-        key = (_TRUSTED if trusted_only else "", tenant, *wanted)
-        return self._allowed.get(key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only))
+        key = (_TRUSTED if trusted_only else "", base_model, tenant, *wanted)
+        names = self.bases.list_names(base_model) if base_model and self.bases.are_several else None
+        return self._allowed.get(
+            key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only, base_models=names)
+        )
 
     def judged(
         self,
@@ -227,13 +235,20 @@ class Pool:
         return self._unserved.get((tenant,), lambda: self.bases.unserved(listed(records, tenant)))
 
     def nearest(
-        self, vectors: Vectors, top_k: int, tenant: str, tags: Sequence[str] = (), *, trusted_only: bool = False
+        self,
+        vectors: Vectors,
+        top_k: int,
+        tenant: str,
+        tags: Sequence[str] = (),
+        *,
+        trusted_only: bool = False,
+        base_model: str = "",
     ) -> list[list[Match]]:
         """Return the best `top_k` adapters per query among those that `tenant` may see, or all of them if fewer.
 
         Of adapters with equal weights return only the best, since a plan cannot contain the same weights twice.
         """
-        allowed, width = self.allowed(tenant, tags, trusted_only=trusted_only), top_k
+        allowed, width = self.allowed(tenant, tags, trusted_only=trusted_only, base_model=base_model), top_k
         while True:
             found = self.index.search(vectors, width, allowed)
             distinct = [_distinct_weights(matches) for matches in found]

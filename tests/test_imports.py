@@ -28,7 +28,7 @@ EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
 # Rooms of one floor do not import each other.
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
-        {"json_types"},
+        {"json_types", "private_names"},
         {"errors", "field_problems"},
         {"api", "byte_budget"},
         {"calls"},

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from deployments.api.base import MAX_ADAPTERS, MAX_TEXT_CHARS, AdapterName, ApiRequest
-from lora_store import LOCAL_TENANT, Visibility
+from deployments.api.contract import Contract
+from lora_store import LOCAL_TENANT, Edit, Sample, Visibility
+from lora_store.bounded_files import parse_json_object
 from retriever_svc import AskedPrompt
 
 MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
 MAX_DOCTOR_PROMPTS = 10_000
 MAX_TAGS = 32
+MAX_EDITED_SAMPLES = 10_000  # a server takes `admission.max_samples` of them
 MAX_TAG_CHARS = 256
 MAX_TTL_S = 30 * 86_400
 Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store checks the value
@@ -42,7 +45,7 @@ class PublishItem:
     """A PEFT folder to publish, with its publisher's description. Exactly one of `path`, `files`, `source` is set.
 
     A new version of a live name keeps the tags, the template and the visibility that are None here, and the samples
-    that its folder does not have.
+    and the contract that its folder does not have.
     """
 
     path: Path | None = None
@@ -50,6 +53,7 @@ class PublishItem:
     tenant: str = LOCAL_TENANT
     tags: tuple[str, ...] | None = None
     template: str | None = None  # "server": the adapter names none
+    contract: str | None = None  # JSON; "": none; None: the folder's, or else that of the live version
     files: Mapping[str, bytes | SentFile] | None = None
     source: str | None = None
     visibility: Visibility | None = None  # None: that of the live version, or for a new name `default_visibility`
@@ -90,15 +94,23 @@ def _name_of(source: str) -> str:
     return source.rstrip("/").rpartition("/")[2].partition("@")[0]
 
 
+def _as_object(value: object) -> object:
+    """Return the object of a form's field, whose text is JSON; an empty text is an empty object."""
+    return parse_json_object(value or "{}") if isinstance(value, str) else value
+
+
 class AdapterLabel(ApiRequest):
     """The description that a publisher may send with the files.
 
-    A new version of a live name keeps the tags, the template, the visibility and the samples that are not given.
+    A new version of a live name keeps the tags, the template, the contract, the visibility and the samples that are not
+    given.
     """
 
     name: str | None = Field(default=None, max_length=64)
     tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
     template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
+    # {}: none. It comes instead of the folder's.
+    contract: Annotated[Contract | None, BeforeValidator(_as_object), WithJsonSchema({"type": "object"})] = None
     # []: none, so that only its name finds it. Samples come as a file of the folder.
     samples: list[Tag] | None = Field(default=None, max_length=0)
     visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default
@@ -136,6 +148,7 @@ class AdapterLabel(ApiRequest):
             self.name,
             tags=None if self.tags is None else tuple(self.tags),
             template=self.template,
+            contract=None if self.contract is None else self.contract.to_json(),
             files=files,
             source=source,
             visibility=self.visibility,
@@ -214,10 +227,40 @@ class ShareRequest(ApiRequest):
     shadow: bool = False
 
 
-class VisibilityRequest(ApiRequest):
-    """`PATCH /v1/loras/{name}`: which tenants may name and find the adapter."""
+class EditedSample(ApiRequest):
+    """A sample of an adapter, as a line of `lora_samples.jsonl` has it."""
 
-    visibility: Visibility
+    input: str = Field(min_length=1, max_length=MAX_TEXT_CHARS)
+    output: str | None = Field(default=None, max_length=MAX_TEXT_CHARS)
+
+
+class EditRequest(ApiRequest):
+    """`PATCH /v1/loras/{name}`: change what is given, without an upload.
+
+    `visibility` applies to the live version. Each other field makes a new version of the same weights.
+    `samples` replace all of them. `digest`: of the version that was edited; if another one is live, nothing changes.
+    """
+
+    visibility: Visibility | None = None
+    tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
+    template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
+    samples: list[EditedSample] | None = Field(fail_fast=True, default=None, max_length=MAX_EDITED_SAMPLES)
+    digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if self.visibility is None and not self.makes_version:
+            raise ValueError("at least one of `visibility`, `tags`, `template` and `samples` says what to change")
+        return self
+
+    @property
+    def makes_version(self) -> bool:
+        """Whether it makes a new version."""
+        return not (self.tags is None and self.template is None and self.samples is None)
+
+    def edit(self) -> Edit:
+        samples = None if self.samples is None else tuple(Sample(item.input, item.output) for item in self.samples)
+        return Edit(None if self.tags is None else tuple(self.tags), self.template, self.visibility, samples)
 
 
 class ApproveRequest(ApiRequest):

@@ -222,16 +222,21 @@ class PlanRow(ApiRequest):
 
 
 class PlanGiven(ApiRequest):
-    """A plan that is sent back: `lora` of an answer or of `/v1/route`. Its `candidates` and `policy` are not read."""
+    """A plan that is sent back: `lora` of an answer or of `/v1/route`.
+
+    Its `candidates`, `policy` and `contract` are not read.
+    """
 
     strategy: Strategy
     adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
     generation: int = Field(default=0, ge=0, lt=2**63)
+    base_model: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
     abstained: bool = False
     candidates: list[Any] = Field(default=[], max_length=64)
     reason: str | None = Field(default=None, max_length=64)
     why: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
     policy: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
+    contract: dict[str, Any] | None = Field(default=None, max_length=2)
 
 
 OptionValues = Annotated[
@@ -277,6 +282,9 @@ class LoraOptions(ApiRequest):
     """A plan that an answer or `/v1/route` returned. It is replayed exactly and nothing is retrieved."""
     min_generation: int = Field(default=0, ge=0, lt=2**63)
     """Plan from this generation of the pool or a later one, else 503."""
+    contract: bool = True
+    """`false`: ask without the instruction, schema, stop strings and sampling of the adapter that leads the plan, see
+    contracts."""
     explain: bool = False
     """Return candidates, scores, the reason and the generation with the answer, and the samples that the prompt is
     nearest to. Only samples of your own tenant's adapters are shown."""

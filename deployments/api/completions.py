@@ -69,7 +69,7 @@ MAX_MESSAGES = 1024
 MAX_QUERIES = 256  # prompts of one /v1/route
 MAX_METADATA = 16
 MAX_TOKEN_IDS = 16_384  # of one prompt
-_LEAST_TOP_P = 1e-6  # below the largest probability of any vocabulary, so that one id remains
+LEAST_TOP_P = 1e-6  # below the largest probability of any vocabulary, so that one id remains
 _ANY_SEED = -1  # of clients of other servers
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
@@ -137,7 +137,7 @@ class PolicyFields(ApiRequest):
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     """`auto`, the base model's name, an adapter's name, `owner/name` of another tenant, `name@digest`, or
-    `base:adapter`; in a request also a model name, see model names."""
+    `base:adapter` and `base:auto`; in a request also a model name, see model names."""
     lora: LoraOptions = LoraOptions()
     """Options for retrieval and composition, see lora options."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -244,7 +244,7 @@ class GenerationRequest(TolerantRequest, PolicyFields):
             max_tokens=self.token_limit,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
-            top_p=self.top_p or _LEAST_TOP_P,
+            top_p=self.top_p or LEAST_TOP_P,
             top_k=max(self.top_k, 0),  # vLLM's clients send -1 for all ids
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,

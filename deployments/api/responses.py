@@ -10,6 +10,7 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from deployments.api import error_table
+from deployments.api.contract import AppliedContract
 from deployments.api.draws_report import DrawsObject
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef, Plan, Strategy, Trial, TrialVersion
@@ -42,6 +43,7 @@ class Planned:
     shadow: Plan | None = None  # answers a copy of the request, and no client sees it
     tags: tuple[str, ...] = ()  # which the server's choice had to have
     policy: str | None = None  # the model name with the version of its policy
+    contract: AppliedContract | None = None  # of the adapter that leads the plan
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""
@@ -103,21 +105,31 @@ class RoutedCandidate(CandidateRow):
     samples: NotRequired[list[SampleRow]]
 
 
+class ContractApplied(TypedDict):
+    """The adapter whose contract applies, and what it sets: `instruction`, `output_schema`, `stop`, `temperature`, …"""
+
+    adapter: str
+    applied: list[str]
+
+
 class PlanObject(TypedDict):
     """The adapters that answered. A client can send it back as `lora.plan` to replay it.
 
     The optional fields are included if `lora.explain` requests them, and by `/v1/route`; `reason` and `why` only if the
-    server chose, `policy` only for a model name: its version.
+    server chose, `policy` only for a model name: its version, `contract` only if an adapter's contract applies.
+    `base_model`: the one that answers, of several.
     """
 
     strategy: Strategy
     adapters: list[PlannedRow]
     abstained: bool
+    base_model: NotRequired[str]
     generation: NotRequired[int]
     candidates: NotRequired[list[RoutedCandidate]]
     reason: NotRequired[Decision]
     why: NotRequired[str]
     policy: NotRequired[str]
+    contract: NotRequired[ContractApplied]
 
 
 class RouteAnswer(TypedDict):
@@ -186,7 +198,7 @@ FieldChange = TypedDict("FieldChange", {"from": object, "to": object})
 
 
 class PublishedAdapter(TypedDict):
-    """`kept` and `changed`: of `tags`, `template`, `visibility` and the number of `samples` of a name that was live.
+    """`kept` and `changed`: of `tags`, `template`, `contract`, `visibility` and the number of `samples` of a live name.
 
     `kept`: what was not given, so the live version's values apply. `changed`: what differs from them.
     """

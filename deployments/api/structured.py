@@ -57,7 +57,7 @@ class ResponseFormat(TolerantRequest):
     def grammar(self) -> Grammar | None:
         """Return the grammar of the answer, or None for any text. Raises: GrammarInvalid."""
         if self.json_schema is not None:
-            return _of_schema(self.json_schema.schema_, "response_format.json_schema.schema")
+            return of_schema(self.json_schema.schema_, "response_format.json_schema.schema")
         return Grammar("json_schema", ANY_OBJECT, "response_format") if self.type == "json_object" else None
 
 
@@ -75,7 +75,7 @@ class TextFormat(JsonSchemaFormat):
     def grammar(self) -> Grammar | None:
         """Return the grammar of the answer, or None for any text. Raises: GrammarInvalid."""
         if self.schema_ is not None:
-            return _of_schema(self.schema_, "text.format.schema")
+            return of_schema(self.schema_, "text.format.schema")
         return Grammar("json_schema", ANY_OBJECT, "text.format") if self.type == "json_object" else None
 
 
@@ -108,11 +108,11 @@ class StructuredOutputs(TolerantRequest):
         if self.grammar is not None:
             return Grammar("grammar", self.grammar, f"{path}.grammar")
         if self.json_ is not None:
-            return _of_schema(self.json_, f"{path}.json")
+            return of_schema(self.json_, f"{path}.json")
         return Grammar("json_schema", ANY_OBJECT, f"{path}.json_object")
 
 
-def _of_schema(schema: Mapping[str, Any] | str, param: str) -> Grammar:
+def of_schema(schema: Mapping[str, Any] | str, param: str) -> Grammar:
     """Return the grammar of a schema, given as an object or as its JSON text. Raises: GrammarInvalid."""
     try:
         return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param)

@@ -124,21 +124,32 @@ def _expiring(entry: JsonObject, expires_at: str | None) -> JsonObject:
 
 def _rewrite(file: Path, change: Callable[[str], str]) -> None:
     target = file.resolve()  # a link stays a link
-    with _locked(target.parent):
+    with _locked(target.parent) as folder:
         text = change(target.read_text(encoding="utf-8") if target.exists() else "")
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as made:
-            made.write(text)
-        os.chmod(made.name, target.stat().st_mode & 0o777 if target.exists() else 0o600)
-        os.replace(made.name, target)
+            try:
+                made.write(text)
+                made.flush()
+                if target.exists():
+                    before = target.stat()
+                    os.fchmod(made.fileno(), before.st_mode & 0o777)
+                    if os.geteuid() == 0:  # the server may run as another user, who must be able to read it
+                        os.fchown(made.fileno(), before.st_uid, before.st_gid)
+                os.fsync(made.fileno())
+                os.replace(made.name, target)
+            except BaseException:
+                os.unlink(made.name)
+                raise
+        os.fsync(folder)  # a key that was revoked does not come back with a power failure
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder, because the file itself is replaced. Waits for other commands."""
+def _locked(folder: Path) -> Iterator[int]:
+    """Lock the folder, because the file itself is replaced, and yield its descriptor. Wait for other commands."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)  # releases the lock
 

@@ -15,7 +15,7 @@ from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part, open_store
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModel
-from deployments.generation.completions import bind, jobs_of
+from deployments.generation.completions import bind, jobs_of, with_contracts
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
@@ -39,7 +39,7 @@ class PartPlanner:
         config = run.settings.config
         snapshot = open_store(config.store_uri, config.served_model).snapshot_at(run.generation)
         retriever = retriever_over(live_pool(config, lambda: snapshot), config)
-        self._planner = Planner(config.served_model, config.retrieval, BatchRouting(retriever))
+        self._planner = Planner(config.served_models, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)
         self._settings = run.settings
 
@@ -64,11 +64,12 @@ async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)
-        request, questions, bound = await bind(planner, request, tenant, served)
+        request, questions, bound = await bind(planner, request, tenant)
         sampling = request.sampling()
         planned = await planner.plan(questions[0], tenant)
         [planned] = [planned] if bound is None else bound.explained([planned])
-        [job] = jobs_of(name, sampling, questions, [planned], served.template)
+        [planned] = with_contracts(request, questions, [planned], sampling, served)
+        [job] = jobs_of(name, sampling, questions, [planned], [served.template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])
     return Asked(planned, replace(job, tenant=tenant))

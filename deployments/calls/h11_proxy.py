@@ -22,18 +22,23 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
 import h11
+import uvicorn
 from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deployments.calls.proxy_limits import ProxyLimits
+
+logger = logging.getLogger(__name__)
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # read by every proxy process as it starts
 CALLBACK = "deployments.calls.h11_proxy:bound_headers"
@@ -44,11 +49,37 @@ _TOO_MANY = (429, "Too Many Requests", "rate_limit_exceeded", "this address has 
 
 
 def bound_headers() -> list[Middleware]:
-    """Make uvicorn use `BoundedProtocol` in this process, and return the middleware for Serve's proxy."""
+    """Make uvicorn use `BoundedProtocol` in this process, and return the middleware for Serve's proxy.
+
+    Raises: ImportError if uvicorn would use another protocol, which has no limits.
+    """
     limits = ProxyLimits.from_environment(os.environ)
+    protocol = protocol_within(limits)
     # uvicorn accepts a class although it documents an import path.
-    HTTP_PROTOCOLS["auto"] = cast(Any, protocol_within(limits))
+    HTTP_PROTOCOLS["auto"] = cast(Any, protocol)
+    _require_use_of(protocol)
     return [] if limits.trusts_traceparent else [Middleware(WithoutTraceparent)]
+
+
+def warn_if_unbounded(environment: Mapping[str, str]) -> None:
+    """Log a warning if the proxy of this node, which has the same variables, does not call `bound_headers`."""
+    if environment.get(CALLBACK_VARIABLE) != CALLBACK:
+        logger.warning(
+            "Serve's proxy limits no connections on this node: set %s=%s for `ray start` on every node, and restart it",
+            CALLBACK_VARIABLE,
+            CALLBACK,
+        )
+
+
+def _require_use_of(protocol: type[BoundedProtocol]) -> None:
+    """Raise ImportError unless a server that is configured as Serve's proxy uses this protocol."""
+    config = uvicorn.Config(Response(), log_config=None)
+    config.load()
+    if config.http_protocol_class is not protocol:
+        raise ImportError(
+            f"uvicorn {uvicorn.__version__} parses requests by {config.http_protocol_class.__name__}, without this "
+            "server's limits on connections: install the version that pyproject.toml names"
+        )
 
 
 class WithoutTraceparent:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """Makes one call for everyone who wants its answer while it runs, and until `kept_s` after it began.
+    """Makes one call for everyone who wants its answer while it runs, and until `kept_s` after it ended.
 
     A caller that leaves does not cancel the call of the others. A call that failed is made again for the next caller;
     with `keeps_errors` only when `kept_s` have passed.
@@ -31,23 +31,28 @@ class Shared(Generic[T]):
         self._keeps_errors = keeps_errors
         self._clock = clock
         self._running: asyncio.Task[T] | None = None
-        self._began_s = 0.0
+        self._ended_s = 0.0
 
     async def get(self) -> T:
         """Return the answer. Raises: the error of the call."""
         if self._running is None or not self._is_fresh(self._running):
-            self._began_s = self._clock()
             # Without the caller's context: Serve cancels what was called in the context of a client that leaves.
-            self._running = asyncio.create_task(self._call(), context=contextvars.Context())
+            self._running = asyncio.create_task(self._timed_call(), context=contextvars.Context())
             # Retrieve the error if all callers have left: asyncio would log it.
             self._running.add_done_callback(_failed)
         return await asyncio.shield(self._running)
+
+    async def _timed_call(self) -> T:
+        try:
+            return await self._call()
+        finally:
+            self._ended_s = self._clock()
 
     def _is_fresh(self, running: asyncio.Task[T]) -> bool:
         if not running.done():
             return True
         is_kept = self._keeps_errors or not _failed(running)
-        return is_kept and self._clock() - self._began_s < self._kept_s
+        return is_kept and self._clock() - self._ended_s < self._kept_s
 
 
 def _failed(task: asyncio.Task[T]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Annotated
 from urllib.parse import quote
@@ -81,6 +82,8 @@ def _show_approval(shown: JsonObject, checked: JsonObject, console: Console) -> 
     """Print the version to approve, and what it would draw."""
     for field in ("id", "digest", "visibility", "num_samples", "tags", "created_at"):
         console.print(f"{field}: {shown[field]}", markup=False, highlight=False, soft_wrap=True)
+    if contract := shown.get("contract"):
+        console.print(f"contract: {json.dumps(contract)}", markup=False, highlight=False, soft_wrap=True)
     draws = checked["draws"]
     show = show_warning if draws["needs_confirmation"] else partial(console.print, markup=False, highlight=False)
     show(draws["text"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,9 +73,9 @@ Refused = dict[str, list[tuple[Item, str]]]  # by reason, with the whole message
 class AdapterPublisher:
     """Publishes adapters through one client.
 
-    `fields`: the name, tags, template, visibility and samples that were given; an empty list clears. `params`: of every
-    request. `samples`: the content of a samples file that is uploaded instead of the folder's own. `sent`: is called
-    with the size of each part of a file as it is uploaded.
+    `fields`: the name, tags, template, contract, visibility and samples that were given; an empty one clears.
+    `params`: of every request. `samples`: the content of a samples file that is uploaded instead of the folder's own.
+    `sent`: is called with the size of each part of a file as it is uploaded.
     """
 
     client: httpx.Client
@@ -138,6 +139,8 @@ class AdapterPublisher:
                 parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
             given = {**self.fields, **item.fields}
             fields = {key: value if value != [] else "" for key, value in given.items()}  # a form has no lists
+            if "contract" in given:
+                fields["contract"] = json.dumps(given["contract"], ensure_ascii=False)
             data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
         return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
@@ -194,7 +197,7 @@ def describe_outcome(answer: JsonObject, is_dry: bool) -> str:
 def _label_notes(answer: JsonObject) -> Iterator[str]:
     """Yield what the new version kept of the one that was live before, and what changed."""
     kept, changed = answer.get("kept", {}), answer.get("changed", {})
-    for name in ("tags", "template", "visibility", "samples"):
+    for name in ("tags", "template", "contract", "visibility", "samples"):
         if name in changed:
             yield f"{name}: {_shown(name, changed[name]['to'])} (was {_shown(name, changed[name]['from'])})"
         elif kept.get(name) and kept[name] != "public":
@@ -204,7 +207,7 @@ def _label_notes(answer: JsonObject) -> Iterator[str]:
 def _shown(field: str, value: object) -> str:
     if not value:
         return "the server's" if field == "template" else "none"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value)  # of a contract, its fields
 
 
 def share_of(trial: JsonObject) -> str:

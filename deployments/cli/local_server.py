@@ -42,12 +42,12 @@ APP_NAME = "loraretriever"
 # The proxy calls the Ingress over gRPC: on one machine, connections break when a replica dies.
 _PROXY_BY_GRPC = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
 # Serve's work on the engine's cores: docs/benchmarks/index.md states how much each of these saves.
-_CHEAPER_SERVE = {
+CHEAPER_SERVE = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of the controller; Serve's own is 0.1
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # Serve's own is 100; Ray exports every 10 s
 }
 # An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
-_ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
 _LOOPBACK = "127.0.0.1"
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -101,6 +101,12 @@ class Server:
         return _url_of(*self._proxy)
 
     @property
+    def ray_address(self) -> str:
+        """Return the address that other drivers of its Ray cluster connect to, after the start."""
+        host, port = self._control_plane
+        return f"{host}:{port}"
+
+    @property
     def logs(self) -> Path:
         """Return the folder of Serve's log files, after the start."""
         return self._session / "logs" / "serve"
@@ -118,7 +124,7 @@ class Server:
         report("opening the pool")
         keep_files_private(Path.home())
         self._open_pool()
-        if self.settings.base_model == PACKAGED_MODEL:
+        if any(model.base == PACKAGED_MODEL for model in self.settings.served_models):
             report("checking the base model (the first start converts it, which takes about a minute)")
             packaged_folder(self.settings.cache_dir)
         report("starting Ray and the deployments")
@@ -127,7 +133,7 @@ class Server:
         """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
         config = self.settings
         try:
-            store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
+            store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
             store.check_writes(os.environ)
             store.snapshot()
             self.has_new_pool = store.is_new
@@ -152,7 +158,7 @@ class Server:
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()
-        with _inherited(_CHEAPER_SERVE | ({} if self._uses_proxy else _ENDS_AT_ONCE)):
+        with _inherited(CHEAPER_SERVE | ({} if self._uses_proxy else ENDS_AT_ONCE)):
             context = ray.init(
                 "local",  # ignores RAY_ADDRESS
                 num_cpus=self._num_cpus,

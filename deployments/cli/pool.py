@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 from urllib.parse import quote
 
 import typer
+from rich.markup import escape
 from rich.table import Column, Table
 
 from deployments.cli.adapter_publisher import share_of
@@ -77,6 +79,8 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     answer.pop("samples", None)  # none was asked for
     if answer.get("trial"):
         answer["trial"] = share_of(answer["trial"])
+    if answer.get("contract"):
+        answer["contract"] = escape(json.dumps(answer["contract"], indent=2, ensure_ascii=False))
     for field, shown in (("created_at", "published"), ("live_since", "live since")):
         if field in answer:
             answer[shown] = _time_of(answer.pop(field))

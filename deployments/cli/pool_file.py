@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
 import httpx
@@ -38,6 +38,7 @@ class _Described(BaseModel):
     visibility: Literal["public", "private"] | None = None
     template: Literal["alpaca", "chat", "server"] | None = None
     base_name: str | None = None
+    contract: dict[str, Any] | None = None  # {}: none; None: that of its folder
 
 
 class _Entry(_Described):

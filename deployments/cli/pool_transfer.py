@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lora_store import (
     weights_in,
     write_peft_folder,
 )
+from lora_store.contract_files import CONTRACT_FILE
 from lora_store.pool_copy import (
     ArchiveTarget,
     Conflict,
@@ -105,6 +107,11 @@ def import_from(
     would = "would be imported into" if is_dry else "are now in"
     said = f"{counts}; {would} {uri}, generation {done['generation']}"
     out.print(said, markup=False, highlight=False, soft_wrap=True)
+    if done["names_left_out"]:
+        show_warning(
+            f"not imported, since {uri} has something else by that name: {', '.join(done['names_left_out'])}; set these"
+            " model names by other names with `loraretriever name set` if you need them"
+        )
     if done["num_unembedded"]:
         show_warning(
             f"auto does not find {counted(done['num_unembedded'], 'adapter')} yet, embedded by another encoder than"
@@ -165,5 +172,11 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
         write_peft_folder(folder / place, modules, base_model=record.base_model, samples=samples)
         entry: JsonObject = {"name": name, "source": place, "visibility": record.visibility}
         entry |= {"tags": list(record.tags), "template": record.template or "server"}
+        if record.contract is None:
+            entry["contract"] = {}
+        else:
+            (folder / place / CONTRACT_FILE).write_text(
+                yaml.safe_dump(json.loads(record.contract), sort_keys=False, allow_unicode=True)
+            )
         entries.append(entry | ({"owner": tenant} if has_owners else {}))
     (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))

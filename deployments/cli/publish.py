@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,13 @@ def publish(
         str | None,
         typer.Option(help="accepted base model it was trained on; default: the one that its folder names"),
     ] = None,
+    contract: Annotated[
+        Path | None,
+        typer.Option(help="file with its instruction, output schema, stop strings and sampling; default: the folder's"),
+    ] = None,
+    no_contract: Annotated[
+        bool, typer.Option("--no-contract", help="publish without a contract, whatever the folder or live version has")
+    ] = False,
     samples: TrainingFile = None,
     no_samples: Annotated[
         bool, typer.Option("--no-samples", help="publish without samples, so that only its name finds it")
@@ -123,14 +131,18 @@ def publish(
 ) -> None:
     """Publish adapters to a running server.
 
-    A new version of a live name keeps its tags, template, visibility and samples unless they are given.
+    A new version of a live name keeps its tags, template, contract, visibility and samples unless they are given.
     """
     visibility = None if public is None else "public" if public else "private"
     tags = [] if no_tags else tag or None
     given = {"name": name, "tags": tags, "template": template, "visibility": visibility, "ttl_s": ttl}
     given |= {"share": None if share is None else share / 100, "shadow": shadow or None, "base_model": base_name}
     given |= {"samples": [] if no_samples else None}
-    fields = {key: value for key, value in given.items() if value is not None}
+    fields: JsonObject = {key: value for key, value in given.items() if value is not None}
+    if contract is not None and no_contract:
+        raise typer.BadParameter("cannot be combined with --contract", param_hint="--no-contract")
+    if contract is not None or no_contract:
+        fields["contract"] = {} if contract is None else _contract_from(contract)
     _check_places(places, file, prune=prune, has_more=bool(fields or samples or config or parity))
     if file is not None:
         from deployments.cli.pool_file import publish_file  # pydantic takes half a second to import
@@ -233,6 +245,23 @@ def _samples_from(file: Path) -> bytes:
         f"{counted(len(samples), 'sample')} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True
     )
     return write_samples(samples)
+
+
+def _contract_from(file: Path) -> JsonObject:
+    """Return the contract in a file. Exit if it is none."""
+    from deployments.publishing.contract_files import read_contract  # pydantic takes half a second to import
+    from lora_store import FileRefused
+
+    try:
+        text, notes = read_contract(file.name, file.read_bytes())
+    except FileRefused as exc:
+        fail(f"{file}: {exc.problems[0]}")
+    except OSError as exc:
+        fail(f"{file}: {exc.strerror}")
+    for note in notes:
+        show_warning(f"warning: {note}")
+    found: JsonObject = json.loads(text or "{}")
+    return found
 
 
 @contextmanager

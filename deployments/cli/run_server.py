@@ -67,7 +67,9 @@ def _serve(server: Server, host: str) -> None:
             out.print(f"created a new pool at {settings.store_uri}", markup=False, highlight=False, soft_wrap=True)
         for problem in start_problems(ready):
             show_error(problem)
-        out.print(template_note(settings.served_model), markup=False)
+        for model in settings.served_models:
+            note = template_note(model)
+            out.print(f"{model.name}: {note}" if settings.models else note, markup=False)
         out.print(
             access_note(
                 host,
@@ -78,7 +80,9 @@ def _serve(server: Server, host: str) -> None:
             markup=False,
         )
         out.print(ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray), markup=False)
-        for line in next_steps(url, server.logs, program_of(sys.argv[0]), has_keys=settings.has_keys):
+        for line in next_steps(
+            url, server.ray_address, server.logs, program_of(sys.argv[0]), has_keys=settings.has_keys
+        ):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         interrupts.get()
         if not server.finish_requests():
@@ -96,14 +100,17 @@ def start_problems(ready: JsonObject) -> list[str]:
     return [row["text"] for row in ready["unserved"]] + refused
 
 
-def next_steps(url: str, logs: Path, program: str = "loraretriever", *, has_keys: bool = False) -> list[str]:
-    """Return what to do with a server that just started, and its logs' folder. `program`: how to call this one."""
+def next_steps(
+    url: str, ray_address: str, logs: Path, program: str = "loraretriever", *, has_keys: bool = False
+) -> list[str]:
+    """Return what to do with a server that just started. `program`: how to call this one."""
     options = "" if url == DEFAULT_URL else f" --url {url}"
     command = f"{KEY_VARIABLE}=KEY {program}" if has_keys else program
     return [
         f"console:  {url}",
         f'ask:      {command} ask "a prompt"{options}',
         f"publish:  {command} publish FOLDER{options}",
+        f"Ray:      {ray_address}",
         f"logs:     {logs}",
     ]
 

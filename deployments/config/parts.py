@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deployments.json_types import JsonMapping
 from lora_store import MAX_PLAN_ADAPTERS, STRATEGIES, Limits, RoutedStrategy
 from retriever_svc.calibration import Abstain
 from retriever_svc.encoder import EncoderDtype
@@ -57,6 +58,9 @@ class SamplingDefaults(Settings):
         return self.model_dump(exclude_none=True)
 
 
+_OF_REQUESTS = {"strategy", "strategy_options", "k", "weights", "abstain", "min_score", "fallback"}
+
+
 class RetrievalSettings(Settings):
     """Defaults for `model: auto`. The `lora` object of a request overrides them."""
 
@@ -93,6 +97,20 @@ class RetrievalSettings(Settings):
     max_waiting: int = Field(default=4096, ge=256)
     """Texts in the queue of one replica's encoder, which tenants share fairly. Above it the answer is 503. Raise it for
     bursts; prompts then wait longer."""
+
+    def changed(self, user_config: JsonMapping) -> RetrievalSettings:
+        """Return these settings with those of `user_config: {retrieval: ...}`, which requests could set too.
+
+        Raises: ValueError for any other setting, and for a value that is not allowed.
+        """
+        given = user_config.get("retrieval", {})
+        others = [*(user_config.keys() - {"retrieval"}), *(f"retrieval.{name}" for name in given.keys() - _OF_REQUESTS)]
+        if others:
+            raise ValueError(
+                f"user_config: {', '.join(sorted(others))} cannot change while the server runs; set it in args. "
+                f"user_config takes retrieval with {', '.join(sorted(_OF_REQUESTS))}"
+            )
+        return RetrievalSettings.model_validate(self.model_dump() | given)
 
     @model_validator(mode="after")
     def _options_of_the_strategy(self) -> Self:

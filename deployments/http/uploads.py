@@ -20,6 +20,7 @@ from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import BodyTooSlow, RequestInvalid, UploadMemoryFull
 from deployments.publishing.source_folders import disk_full_reported, file_problems
 from lora_store import AdapterRefused
+from lora_store.contract_files import MAX_CONTRACT_BYTES
 from lora_store.uploads import PART_BYTES
 
 _MAX_DIGITS = 18
@@ -27,8 +28,8 @@ _MAX_DIGITS = 18
 # slow line sends, and a window of ten seconds tolerates a pause.
 _WINDOW_S = 10.0
 _BYTES_PER_WINDOW = 640 << 10
-_MAX_FIELDS = 40  # name, template, samples, visibility, ttl_s, share, shadow, base_model and at most 32 tags
-_MAX_FIELD_BYTES = 4096
+_MAX_FIELDS = 41  # name, template, contract, samples, visibility, ttl_s, share, shadow, base_model and at most 32 tags
+_MAX_FIELD_BYTES = 2 * MAX_CONTRACT_BYTES  # with the spaces of its JSON
 _FILES = "files"
 _LISTS = ("tags", "samples")  # an empty value is an empty list
 _WHOLE_BYTES = 1 << 20  # a larger file is sent to the Store in parts

@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
-from opentelemetry import context, trace
+from opentelemetry import context
+from opentelemetry.util.types import AttributeValue
 
 from deployments.calls.worker_client import Usage
 from deployments.observability.metrics import OTHER, SECONDS, SERVE, SHORT_SECONDS, MetricFactory
 from deployments.observability.tracing import tracer
 from gpu_worker.front.engine_status import Counters, EngineStatus
-from gpu_worker.front.request.request import Delta
+from gpu_worker.front.request.request import Delta, Job
 
 logger = logging.getLogger(__name__)
 _MAX_TENANTS = 4096  # tenants come and go with the keys file
@@ -193,27 +194,48 @@ class WorkerMetrics:
 
 
 class JobTrace:
-    """The two spans and the log line of a job, made when it ends: the steps of a stream may run in other contexts."""
+    """The spans and the log line of a job, made when it ends: the steps of a stream may run in other contexts.
 
-    def __init__(self, request_id: str) -> None:
-        self._request_id, self._context, self._began_ns = request_id, context.get_current(), time.time_ns()
-        self._began = time.monotonic()
+    Attributes have OpenTelemetry's names for generative models where it has one.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._context, self._began_ns = job, context.get_current(), time.time_ns()
+        self._began, self._first_ns = time.monotonic(), 0
+
+    def answered(self) -> None:
+        """Note that a delta has arrived: the first one ends the computation of the prompt."""
+        self._first_ns = self._first_ns or time.time_ns()
 
     def end(self, last: Delta | None) -> None:
         """Create the spans and log the job. `last`: the latest delta, None if the job had none."""
         now_ns = time.time_ns()
         started_ns = now_ns if last is None else min(self._began_ns + int(last.queued_s * 1e9), now_ns)
-        self._span("worker.queue", self._began_ns).end(started_ns)
+        self._span("worker.queue", self._began_ns, started_ns, {})
         if last is not None:
-            generate = self._span("worker.generate", started_ns)
-            generate.set_attribute("num_prompt_tokens", last.num_prompt_tokens)
-            generate.set_attribute("num_new_tokens", last.num_new_tokens)
-            generate.end(now_ns)
+            first_ns = min(max(self._first_ns, started_ns), now_ns)
+            read: dict[str, AttributeValue] = {
+                "gen_ai.usage.input_tokens": last.num_prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": last.num_cached_tokens,
+            }
+            written: dict[str, AttributeValue] = {
+                "gen_ai.usage.output_tokens": last.num_new_tokens,
+                "gen_ai.response.finish_reasons": [] if last.finish_reason is None else [last.finish_reason],
+            }
+            self._span("worker.prefill", started_ns, first_ns, read)
+            self._span("worker.decode", first_ns, now_ns, written)
         queued_s, num_new_tokens = (0.0, 0) if last is None else (last.queued_s, last.num_new_tokens)
         ended = "early" if last is None or last.finish_reason is None else last.finish_reason
         text, seconds = "job %s ended (%s) after %.4f s: %d tokens, queued %.3f s", time.monotonic() - self._began
-        logger.info(text, self._request_id, ended, seconds, num_new_tokens, queued_s)
+        logger.info(text, self._job.request_id, ended, seconds, num_new_tokens, queued_s)
 
-    def _span(self, name: str, began_ns: int) -> trace.Span:
-        attributes = {"request_id": self._request_id}
-        return tracer.start_span(name, self._context, start_time=began_ns, attributes=attributes)
+    def _span(self, name: str, began_ns: int, ended_ns: int, more: Mapping[str, AttributeValue]) -> None:
+        operation = "chat" if isinstance(self._job.prompt, tuple) else "text_completion"
+        attributes: dict[str, AttributeValue] = {
+            "gen_ai.operation.name": operation,
+            "loraretriever.request_id": self._job.request_id,
+            "loraretriever.strategy": self._job.plan.strategy,
+            "loraretriever.adapters": [row.ref.digest[:_DIGEST_CHARS] for row in self._job.plan.adapters],
+            **more,
+        }
+        tracer.start_span(name, self._context, start_time=began_ns, attributes=attributes).end(ended_ns)

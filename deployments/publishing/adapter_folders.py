@@ -17,6 +17,8 @@ ADAPTER_FILES = (
     "lora_samples.jsonl",
     "description.txt",
     "chat_template.jinja",
+    "adapter_io.yaml",
+    "io.yaml",
     "adapter_model.bin",
 )
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # the name that transformers' Trainer gives

@@ -1,11 +1,12 @@
-"""Choose the worker replica for a request: one that already holds its adapters, unless its queue is too long."""
+"""Choose the worker replica for a request: one that holds its adapters and its conversation, if its queue is short."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import (
@@ -21,7 +22,32 @@ from gpu_worker.front.request.request import Job
 RESIDENT = "resident"  # key in a replica's routing stats
 _EXPECTED_S = 3.0  # until sent requests appear in the stats: their period plus the delay of the controller
 _LONGEST_QUEUE = (1.25, 2)  # factor of the mean and addend; replicas with longer queues are ranked last
+_MAX_CONVERSATIONS = 100_000  # remembered turns, 200 bytes each
 _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them everywhere, one could be overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The prompt of a chat as digests over tenant, plan and messages: all of it, the turn before, and the first one."""
+
+    whole: bytes
+    previous: bytes
+    first: bytes
+
+    @classmethod
+    def of(cls, args: Sequence[object]) -> Turn | None:
+        """Return the turn that a call's Job continues or begins; None for other calls and prompts without messages."""
+        job = args[0] if args else None
+        if not isinstance(job, Job) or not isinstance(job.prompt, tuple):
+            return None
+        digest = hashlib.blake2b(repr((job.tenant, job.plan)).encode(), digest_size=16)
+        first = previous = b""
+        for message in job.prompt:
+            if message.role == "assistant":
+                previous = digest.digest()
+                first = first or previous
+            digest.update(repr(message).encode(errors="surrogatepass"))
+        return cls(digest.digest(), previous, first)
 
 
 def short_digest(weights_digest: str) -> str:
@@ -36,12 +62,16 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
     sent to it since. Adapters that no replica holds have two home replicas, the same for every router, computed from
     the first adapter's digest and the replicas' ids. Replicas with a much longer queue than the others rank last. Calls
     without a Job go to the shortest queue.
+
+    A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
+    that did not send that turn, because several routers share the clients, takes the conversation's home replica.
     """
 
     def initialize_state(self) -> None:
         """Set up the state. Serve calls this once, before any replica is known."""
         self._resident: dict[ReplicaID, frozenset[str]] = {}
         self._expected: dict[ReplicaID, dict[str, float]] = {}  # digest -> expiry time, the earliest first
+        self._turns: OrderedDict[bytes, ReplicaID] = OrderedDict()  # the replica that got it, the oldest first
 
     def update_replicas(self, replicas: Sequence[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -53,11 +83,16 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
     ) -> list[list[RunningReplica]]:
         """Return the ranks, best first. Among equal queues Ray takes the first replica, so their order is random."""
         replicas = random.sample(candidate_replicas, len(candidate_replicas))
-        wanted: list[str] = []
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # otherwise Ray retries without a pause
-            wanted = _wanted(pending_request.args)
-        return self._ranks(replicas, wanted) if wanted else [replicas]
+        if pending_request is None:
+            return [replicas]
+        pending_request.routing_context.should_backoff = True  # otherwise Ray retries without a pause
+        wanted, turn = _wanted(pending_request.args), Turn.of(pending_request.args)
+        if turn is None or not turn.previous or not replicas:
+            return self._ranks(replicas, wanted) if wanted else [replicas]
+        best, *others = [rank for rank in self._ranks(replicas, wanted) if rank]
+        last = self._turns.get(turn.previous)
+        best.sort(key=lambda r: (r.replica_id == last, _home_score(turn.first.hex(), r.replica_id)), reverse=True)
+        return [best[:1], best[1:], *others]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         now = self._get_curr_time_s()
@@ -67,6 +102,11 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
             expected[digest] = now + _EXPECTED_S
         for digest in _overdue(expected, now):
             del expected[digest]
+        if (turn := Turn.of(pending_request.args)) is not None:
+            self._turns.pop(turn.whole, None)
+            self._turns[turn.whole] = replica_id
+            if len(self._turns) > _MAX_CONVERSATIONS:
+                self._turns.popitem(last=False)
 
     # Ray 2.60 matches a chosen replica to its call by an id that all calls of one HTTP request share, so of several
     # concurrent calls only one would be sent. Here each call is identified by its own metadata.
@@ -91,9 +131,12 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
         for replica in replicas:
             if queues[replica.replica_id] <= longest:
                 holding[self._num_held(replica.replica_id, wanted)].append(replica)
-        strangers = sorted(holding.pop(0, []), key=lambda r: _home_score(wanted[0], r.replica_id), reverse=True)
         busy = [r for r in replicas if queues[r.replica_id] > longest]
+        strangers = holding.pop(0, [])
         held = [holding[number] for number in sorted(holding, reverse=True)]
+        if not wanted:
+            return [strangers, busy]
+        strangers.sort(key=lambda r: _home_score(wanted[0], r.replica_id), reverse=True)
         return [*held, strangers[:_NUM_HOMES], strangers[_NUM_HOMES:], busy]
 
     def _num_held(self, replica_id: ReplicaID, wanted: Iterable[str]) -> int:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import filled, pages_with_blocks
-from docs.generate.settings_files import example, schema
+from docs.generate.settings_files import CHART_VALUES, chart_schema, example, schema
 
 DOCS = Path(__file__).parent.parent
 FILES: Mapping[Path, Callable[[], str]] = {
     DOCS.parent / "examples" / "settings.example.yaml": example,
     DOCS / "reference" / "settings.schema.json": schema,
+    CHART_VALUES.with_name("values.schema.json"): chart_schema,
 }
 
 

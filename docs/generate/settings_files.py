@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
@@ -17,6 +18,7 @@ from deployments.scaling.settings import ServeOptions
 from docs.generate.settings import find_meanings, find_schema
 from gpu_worker.config import CommonSettings, VllmSettings
 
+CHART_VALUES = Path(__file__).parent.parent.parent / "k8s" / "helm" / "loraretriever" / "values.yaml"
 _WIDTH = 116
 _HEAD = """\
 # yaml-language-server: $schema=../docs/reference/settings.schema.json
@@ -46,6 +48,24 @@ def example() -> str:
 def schema() -> str:
     """Return the JSON schema of a settings file, with the meaning of each setting."""
     return json.dumps(_portable(find_schema()), indent=2, ensure_ascii=False) + "\n"
+
+
+def chart_schema() -> str:
+    """Return the JSON schema of the Helm chart's values, which has that of the settings inside."""
+    settings = _portable(find_schema())
+    definitions = settings.pop("$defs")
+    values = yaml.safe_load(CHART_VALUES.read_text(encoding="utf-8"))
+    properties = {name: settings if name == "settings" else _schema_of(value) for name, value in values.items()}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "additionalProperties": False}
+    return json.dumps(head | {"properties": properties, "$defs": definitions}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _schema_of(value: object) -> dict[str, Any]:
+    """Return the JSON schema of values of the type of this one. An empty mapping takes any fields."""
+    if isinstance(value, dict):
+        fields_of_value = {name: _schema_of(inner) for name, inner in value.items()}
+        return {"type": "object"} | ({"properties": fields_of_value, "additionalProperties": False} if value else {})
+    return {"type": {bool: "boolean", str: "string", list: "array"}[type(value)]}
 
 
 def _vllm() -> Iterator[str]:

@@ -14,7 +14,7 @@ from gpu_worker.bank.device_layout import ArrangedModules, Block, DeviceAdapter,
 
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _Bank = tuple[str, str]  # ("a", first module of a group) or ("bt", module)
-_LARGEST_GROWTH = 1.25  # of an adapter of unequal ranks by the zeros of its blocks
+_LARGEST_GROWTH = 1.25  # by the zeros in the blocks of an adapter of unequal ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class BankLayout:
             banks = [bank for bank in widths if widths[bank] == width]
             self._place |= {bank: (store, number) for number, bank in enumerate(banks)}
             self.stores.append((len(banks), width))
-        self._runs = lru_cache(maxsize=64)(self._runs_of)  # the adapters of a pool have few sets of modules
+        self._runs = lru_cache(maxsize=64)(self._find_runs)  # the adapters of a pool have few sets of modules
 
     def a_of(self, stores: Sequence[Tensor], group: Sequence[str]) -> Tensor:
         """Return the rows (C, M · I) of the A matrices of the group's M modules. `stores`: each (banks, C, width)."""
@@ -142,7 +142,7 @@ class BankLayout:
         views = iter([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
         return {name: DeviceModule(next(views), next(views)) for name in ranks}
 
-    def _runs_of(self, names: frozenset[str]) -> tuple[_Run, ...]:
+    def _find_runs(self, names: frozenset[str]) -> tuple[_Run, ...]:
         banks = {("a", self._group_of[name][0][0]) for name in names} | {("bt", name) for name in names}
         by_store: defaultdict[int, dict[int, _Bank]] = defaultdict(dict)
         for bank in banks:

@@ -16,7 +16,7 @@ from gpu_worker.errors import WorkerConfigInvalid
 
 _PROC = Path("/proc")
 _STRICT = 2  # vm.overcommit_memory: Linux charges every mapping, also with MAP_NORESERVE
-_CGROUPS = Path("/sys/fs/cgroup")  # of this process, as seen inside a container
+_CGROUPS = Path("/sys/fs/cgroup")  # this process's own, as seen inside a container
 _NAMES = (  # files of limit, usage and statistics, and the key of cached files; cgroup version 2, then 1
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),

@@ -37,13 +37,15 @@ class CompletionSink:
 
 
 async def wait_for_first_logits(events: Events) -> Tensor | Exception:
-    """Return the logits from which a row's first token was chosen, or its error."""
+    """Return the logits from which a row's first token was chosen, or its error. A row that ends without has one."""
     while True:
         event = await events.get()
         if isinstance(event, Exception):
             return event
         if event.first_logits is not None:
             return event.first_logits
+        if event.finish_reason is not None:
+            return RuntimeError("the engine computed no logits for a probe")
 
 
 class Prober:
@@ -74,7 +76,7 @@ class Prober:
                 raise base
             self._base = base
         await self._load(weights_digests)  # load all first, so that one step computes all rows
-        plans = [_plan_of(digest) for digest in weights_digests]
+        plans = [_make_plan(digest) for digest in weights_digests]
         adapted = await self._first_logits([self._job(plan) for plan in plans])
         shifts = [logits if isinstance(logits, Exception) else _shift(self._base, logits) for logits in adapted]
         return [0.0 if isinstance(shift, float) and shift <= self._noise else shift for shift in shifts]
@@ -88,6 +90,6 @@ def _shift(base: Tensor, adapted: Tensor) -> float:
     return float((adapted - base).abs().max() / base.abs().max())
 
 
-def _plan_of(weights_digest: str) -> Plan:
+def _make_plan(weights_digest: str) -> Plan:
     adapter = PlannedAdapter(AdapterRef("probe", "probe", weights_digest), weights_digest, 1.0)
     return Plan("selection", (adapter,))

@@ -10,7 +10,7 @@ from typing import TypeVar
 from gpu_worker.config import WorkerConfig
 
 Config = TypeVar("Config", bound=WorkerConfig)
-_CGROUPS = Path("/sys/fs/cgroup")  # of this process, as seen inside a container
+_CGROUPS = Path("/sys/fs/cgroup")  # this process's own, as seen inside a container
 
 
 def with_threads(config: Config) -> Config:

@@ -15,7 +15,7 @@ _ROUNDS = 10
 _MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
 _KEY_STEPS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
 _HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
-_DROPPED = np.uint64(11)  # of 64 bits; a double has 53
+_DROPPED = np.uint64(11)  # a double has 53 of the 64 bits
 _Words = NDArray[np.uint64]
 
 

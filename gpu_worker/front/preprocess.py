@@ -160,13 +160,13 @@ class RequestPreprocessor:
         """Return the grammar that the job's answer follows. Raises: GrammarInvalid, SamplingInvalid."""
         if job.tools is None:
             return job.sampling.grammar
-        return tool_grammar(job.tools, self._style_of(job).form, job.sampling.grammar)
+        return tool_grammar(job.tools, self._choose_style(job).form, job.sampling.grammar)
 
-    def _style_of(self, job: Job) -> ToolStyle:
+    def _choose_style(self, job: Job) -> ToolStyle:
         return style_of(job.template, self._base.tokenizer, self._tool_style)
 
     def _tool_parser(self, job: Job, tools: Tools, grammar: Grammar | None) -> ToolCallParser:
-        style, names = self._style_of(job), {function.name for function in tools.functions}
+        style, names = self._choose_style(job), {function.name for function in tools.functions}
         return ToolCallParser(style.form, names, is_constrained=grammar is not None, max_calls=style.max_calls(tools))
 
     def tokenize(
@@ -191,7 +191,7 @@ class RequestPreprocessor:
         """Return the text of each prompt. Raises: PromptInvalid for an id outside the vocabulary."""
         for prompt in prompts:
             self._require_known(prompt.ids)
-        decode = self._base.backend_tokenizer.decode_batch  # of one prompt at a time, on this thread only
+        decode = self._base.backend_tokenizer.decode_batch  # decodes one prompt at a time, on this thread only
         return [decode([prompt.ids], skip_special_tokens=skip_special_tokens)[0] for prompt in prompts]
 
     def _prompt_offsets(self, job: Job, tokens: list[int]) -> Sequence[int]:
@@ -288,10 +288,10 @@ def visible_tokens(base: PromptModel, style: ToolStyle) -> Mapping[int, str]:
 
 def grammar_compiler(base: PromptModel, tool_parser: ToolParser = "auto") -> GrammarCompiler:
     """Return a compiler for the base model's vocabulary. `tool_parser`: as of `RequestPreprocessor`."""
-    return GrammarCompiler(partial(_vocabulary_of, base, tool_parser))
+    return GrammarCompiler(partial(_make_vocabulary, base, tool_parser))
 
 
-def _vocabulary_of(base: PromptModel, tool_parser: ToolParser) -> LLTokenizer:
+def _make_vocabulary(base: PromptModel, tool_parser: ToolParser) -> LLTokenizer:
     """Return the base model's vocabulary for grammars. Markers are never text, except for those of calls."""
     tokenizer = base.backend_tokenizer
     style = find_style(base.tokenizer, tool_parser)

@@ -84,7 +84,9 @@ class Row:
     num_passes: int = 0  # times that other rows entered the bank before it
     first_logits: torch.Tensor | None = None
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)  # since the last delta
-    prompt_offsets: Sequence[int] = ()  # of the prompt's tokens in its text, if their log probabilities are wanted
+    prompt_offsets: Sequence[
+        int
+    ] = ()  # where the prompt's tokens begin in its text, if their log probabilities are wanted
     prompt: list[PromptToken] = field(default_factory=list)  # those of its tokens that are scored so far
     has_unsound_prompt: bool = False  # the logits of a prompt token are not finite
     is_prompt_sent: bool = False

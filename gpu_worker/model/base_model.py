@@ -51,7 +51,7 @@ class BaseModel:
     max_position: int
     vocab_size: int
     dtype: torch.dtype
-    window: int | None = None  # of `window_layers`, which see only so many last tokens
+    window: int | None = None  # `window_layers` see only this many last tokens
     window_layers: frozenset[int] = frozenset()
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for what a request leaves unset
 

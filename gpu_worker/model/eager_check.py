@@ -27,7 +27,7 @@ TEXTS = (
 )
 MOST_TOKENS = 8  # per short prompt
 RANK = 4
-_ADAPTER_SHARE = 0.05  # of the weights' standard deviation; shifts logits by a fifth of the largest
+_ADAPTER_SHARE = 0.05  # relative to the weights' deviation; shifts logits by a fifth of the largest
 DIGEST = "model-check"
 ADAPTER_PLAN = Plan("selection", (PlannedAdapter(AdapterRef("check", "check", DIGEST), DIGEST, 1.0),))
 _FLOAT32_BOUND = 1e-4  # maximum difference, relative to the largest logit if that is above 1
@@ -86,7 +86,7 @@ def check_adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
     modules = {}
     for name, linear in linears.items():
         weight = linear.weight.detach()
-        spread = _ADAPTER_SHARE * float(weight[:64].float().std()) / rank**0.5  # of the products of a and bt
+        spread = _ADAPTER_SHARE * float(weight[:64].float().std()) / rank**0.5  # for the products of a and bt
         a = torch.randn(rank, linear.in_features, generator=generator)
         bt = torch.randn(rank, linear.out_features, generator=generator) * spread
         modules[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
@@ -94,9 +94,9 @@ def check_adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
 
 
 @contextmanager
-def hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], Hook]) -> Iterator[None]:
+def hooked(linears: Mapping[str, nn.Linear], make_hook: Callable[[str], Hook]) -> Iterator[None]:
     """Change the outputs of the linear layers within the block."""
-    handles = [linear.register_forward_hook(hook_of(name)) for name, linear in linears.items()]
+    handles = [linear.register_forward_hook(make_hook(name)) for name, linear in linears.items()]
     try:
         yield
     finally:
@@ -107,13 +107,13 @@ def hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], Hook]) -> 
 def adding(adapter: DeviceAdapter) -> Callable[[str], Hook]:
     """Return hooks that add the adapter to the outputs of its modules."""
 
-    def hook_of(name: str) -> Hook:
+    def make_hook(name: str) -> Hook:
         module = adapter.modules[name]
         return lambda _, inputs, output: (
             output + (inputs[0] @ module.a.to(output.device).T) @ module.bt.to(output.device)
         )
 
-    return hook_of
+    return make_hook
 
 
 def jittering() -> Callable[[str], Hook]:

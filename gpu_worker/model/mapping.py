@@ -16,7 +16,7 @@ from lora_store.plan import Plan
 # Measured: docs/benchmarks/index.md, "Dense or grouped".
 _VALUE_COST = 1.8  # grouped cost of one rank row for one token, relative to the dense cost
 _DENSE_OVERHEAD = 6000  # fixed cost of the dense products, in the same units
-_MOVE_COST = 100  # of one bank row, in the same units
+_MOVE_COST = 100  # moving one bank row costs this, in the same units
 
 
 def composition(

@@ -97,7 +97,7 @@ class KernelLinear(nn.Module):
             bits=bits,
             has_groups=has_groups,
         )
-        self.address = ctypes.addressof(self._layer)  # of a struct Linear of `packed_linear.cpp`
+        self.address = ctypes.addressof(self._layer)  # points to a struct Linear of `packed_linear.cpp`
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, "x does not fit the layer"

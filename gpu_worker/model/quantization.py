@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 GROUP = 32  # inputs of an output that share a scale
 _BLOCK = 64  # inputs of a token that share a scale, if the weights have no groups
-BITS = {"int8": 8, "int4": 4}  # of the setting
+BITS = {"int8": 8, "int4": 4}  # by the setting's value
 _LARGEST_INPUT = 127
 _SMALLEST_RANGE = 2.0**-100  # inputs below it are rounded to 0
 _ROWS_AT_ONCE = 4096  # bounds float32 copies of weights
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's largest value that 4 bits may clip to
-_HALF_EXPONENT = 14  # of the largest scale that is stored as a half
+_HALF_EXPONENT = 14  # the largest scale that is stored as a half has it
 
 
 @dataclass(frozen=True, slots=True)

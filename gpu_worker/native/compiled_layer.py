@@ -251,7 +251,7 @@ class CompiledLayer:
         self._cache_shape = key.out_features // head_dim, head_dim
         inner = [module for module in own.modules() if module is not own]
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._cache: tuple[Tensor, Cache, int] | None = None  # of the layer's keys, which all steps share
+        self._cache: tuple[Tensor, Cache, int] | None = None  # for the layer's keys, which all steps share
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **others: Any) -> Any:  # (1, N, H) -> (1, N, H)
         context = others.get("step")

@@ -14,9 +14,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_WINDOW_S = 0.5  # of one measurement
+_WINDOW_S = 0.5  # one measurement takes this long
 _LEAST_WAIT, _LEAST_SHARE = 0.3, 0.05  # threads that wait for a core, and their share; below both all may stay
-_LEAST_TO_KEEP, _LEAST_TO_ADD = 0.15, 0.4  # of a core for the last thread. Two thresholds, so that it does not flicker
+_LEAST_TO_KEEP, _LEAST_TO_ADD = 0.15, 0.4  # cores for the last thread; two thresholds, so that it does not flicker
 _FIRST_RETRY_S, _LAST_RETRY_S = 10.0, 160.0  # between two attempts to use all threads
 _NUM_TIMES, _IDLE, _IO_WAIT = 8, 3, 4  # fields of a CPU's line; later fields are included in earlier ones
 
@@ -26,8 +26,8 @@ class Reading:
     """Seconds since some moment. Differences of two readings are amounts of a span of time."""
 
     time: float
-    used: float  # of the CPUs, by all processes
-    own: float  # of the CPUs, by this process
+    used: float  # CPU time of all processes
+    own: float  # CPU time of this process
     waited: float  # in which threads of this process were ready and had no CPU
 
     def __sub__(self, other: Reading) -> Reading:

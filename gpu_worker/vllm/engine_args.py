@@ -35,7 +35,7 @@ from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
-_GPU_SHARE = 0.9  # of the GPU's memory, as vLLM's default
+_GPU_SHARE = 0.9  # share of the GPU's memory, as vLLM's default
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
 
@@ -141,7 +141,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         enable_lora=True,
         language_model_only=model.is_multimodal,
         max_loras=config.max_batch_size,  # plans of a step: as many as rows
-        max_lora_rank=1,  # of vLLM's own buffers, which stay unused
+        max_lora_rank=1,  # vLLM's own buffers stay unused
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,  # Ray would be the default
         structured_outputs_config=StructuredOutputsConfig(

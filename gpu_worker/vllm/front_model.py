@@ -44,13 +44,13 @@ class FrontModel:
     max_position: int
     dtype: torch.dtype
     num_kv_heads: int
-    kv_token_bytes: int  # of all heads
+    kv_token_bytes: int  # for all heads
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of every module an adapter may target
-    paths: Mapping[str, str]  # of these modules in transformers' model
+    paths: Mapping[str, str]  # their names in transformers' model
     is_multimodal: bool  # vLLM serves its language model only
     num_parameters: int
     is_quantized: bool
-    window: int | None = None  # of some layers, which see only this many last tokens
+    window: int | None = None  # some layers see only this many last tokens
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for what a request leaves unset
 
     @property

@@ -354,7 +354,7 @@ def _locals(
         first_in = layer.tp_rank * num_in if num_in < base.input_size else 0
         first_out = 0
         if len(names) > 1:
-            first_out = layer.output_ids[number] * num_out  # of the process's own heads, which several may share
+            first_out = layer.output_ids[number] * num_out  # counts the process's own heads, which several may share
         elif num_out < base.output_size:
             first_out = layer.tp_rank * num_out
         linear = nn.Linear(num_in, num_out, bias=False, dtype=a.dtype, device="meta")

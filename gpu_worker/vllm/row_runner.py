@@ -90,7 +90,7 @@ class RowRunner:
             clock=clock,
         )
         self._tasks: dict[Row, asyncio.Task[Delta]] = {}
-        self._errors: dict[Row, Exception] = {}  # of rows whose task is being cancelled
+        self._errors: dict[Row, Exception] = {}  # for rows whose task is being cancelled
         self._timer: asyncio.TimerHandle | None = None  # until the next request may be overdue
         self._last_progress = clock()
         self.failure: Exception | None = None

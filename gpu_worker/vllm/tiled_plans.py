@@ -28,7 +28,7 @@ from gpu_worker.model.transfer import to_device
 from lora_store.plan import Plan, PlannedAdapter
 
 _TILE = 16  # tokens, the least that a tensor core multiplies
-_RANKS, _INPUTS, _OUTPUTS = 16, 128, 128  # of one product
+_RANKS, _INPUTS, _OUTPUTS = 16, 128, 128  # the shape of one product
 _MOST_PARTS = 8
 _ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
 # Triton compiles a kernel again for some values of an argument; of these every value must have the same kernel.
@@ -149,7 +149,7 @@ class TiledPlans:
         self._rows, self._ranks = self._table(most_plans, num_rows), self._table(most_plans, num_rows)
         self._weights = self._table(most_plans, num_rows).float()
         self._sizes, self._fusions = self._table(most_plans), self._table(most_plans)
-        self._width = 1  # of the widest plan
+        self._width = 1  # the widest plan's
         self._last: tuple[Tensor, InputBank, Tensor] | None = None  # input, its bank, and h
 
     def fill(self, plans: Sequence[Plan], num_tokens: Sequence[int], residency: Residency) -> None:

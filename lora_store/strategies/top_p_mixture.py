@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lora_store.strategies.strategy import CompositionStrategy, OptionValues, StrategyOption
 
-_ROUNDING = 1e-9  # of sums
+_ROUNDING = 1e-9  # sums are exact up to this
 _KEPT_WEIGHT = StrategyOption(
     name="kept_weight",
     meaning="The heaviest adapters are kept until their weights sum to this.",

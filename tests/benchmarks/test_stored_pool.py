@@ -17,7 +17,7 @@ def test_published_adapters_are_fetched_into_the_engine(tiny_folders: Mapping[st
         plan = pool.plan("mixture", 0, 1)
         job = Job("1", "The sea", plan, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
         for load in pool.engine.queue.load([adapter.weights_digest for adapter in plan.adapters]):
-            load.result(20)
+            load.result(120)
         [answer] = run_together(pool.engine, [job])
         assert answer.is_finished and answer.error is None
         assert pool.engine.residency.resident == {adapter.weights_digest for adapter in plan.adapters}

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,28 @@ class Machines:
         """Start the nodes. Return when the application is ready."""
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": _ADDRESS.format(2)}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        for number, node in enumerate(_NODES, start=3):
-            self._cluster.add_node(wait=False, node_ip_address=_ADDRESS.format(number), **node)
+        self._addresses = map(_ADDRESS.format, count(3))
+        self._kinds = [(self._add(node), node) for node in _NODES]
         self._cluster.wait_for_nodes(timeout=START_S)
+        self._deploy()
+        ray.init(address=self._cluster.address, log_to_driver=False)
+        eventually(self.is_ready, within_s=START_S)
+
+    def _add(self, node: Mapping[str, Any]) -> Any:
+        return self._cluster.add_node(wait=False, node_ip_address=next(self._addresses), **node)
+
+    def _deploy(self) -> None:
         program = str(Path(sys.executable).with_name("serve"))
         command = [program, "run", str(self._file), "--address", self._cluster.address, "--non-blocking"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
         assert run.returncode == 0, run.stderr
-        ray.init(address=self._cluster.address, log_to_driver=False)
-        eventually(self.is_ready, within_s=START_S)
+
+    def deploy_with(self, user_config: Mapping[str, Any]) -> None:
+        """Deploy the YAML file again, with this `user_config` of the Ingress."""
+        config = yaml.safe_load(self._file.read_text())
+        config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
+        self._file.write_text(yaml.safe_dump(config))
+        self._deploy()
 
     def stop(self) -> None:
         """Kill every process of every node, including the head."""
@@ -132,12 +146,13 @@ class Machines:
         """Kill the oldest replica's engine with SIGKILL, where it has processes of its own."""
         self.replicas(deployment)[0].kill_engine()
 
-    def kill_node_of(self, deployment: str) -> None:
-        """Kill all processes of one node that has a replica of the deployment."""
+    def replace_node_of(self, deployment: str) -> None:
+        """Kill all processes of one node that has a replica of the deployment, and start another node of its kind."""
         victim = self.replicas(deployment)[0].node_id
-        [node] = [node for node in self._cluster.worker_nodes if node.node_id == victim]
+        [(node, kind)] = [(node, kind) for node, kind in self._kinds if node.node_id == victim]
         self._kill_replicas(victim)
         self._cluster.remove_node(node, allow_graceful=False)
+        self._kinds = [pair for pair in self._kinds if pair[0] is not node] + [(self._add(kind), kind)]
 
     def _kill_replicas(self, node_id: str | None) -> None:
         """Return the replicas on this node, or all replicas."""

@@ -31,7 +31,7 @@ NUM_ASCII = 94  # the byte tokenizer's first ids, one letter each
 TARGET_REQUESTS = 8  # per worker
 NUM_STREAMS = TARGET_REQUESTS - 1  # one worker is enough for these
 STREAM_S = 20.0  # longer than the removal of a worker takes
-SETTLE_S = 60.0
+SETTLE_S = 120.0
 
 
 def long_model(folder: Path) -> Path:

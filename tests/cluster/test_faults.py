@@ -72,6 +72,30 @@ def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if not outcome.is_answer]
 
 
+def test_the_replicas_of_a_deployment_are_on_different_nodes(running: Running) -> None:
+    for name in ("Ingress", "Retriever"):
+        assert len({replica.node_id for replica in running.machines.replicas(name)}) == 2
+
+
+def test_defaults_of_requests_change_while_every_replica_runs_on(running: Running) -> None:
+    machines = running.machines
+
+    def replicas() -> dict[str, set[int]]:
+        names = ("Ingress", "Retriever", "Store", "Worker")
+        return {name: {replica.pid for replica in machines.replicas(name)} for name in names}
+
+    def defaults() -> set[int]:
+        """Return the numbers of adapters that the Ingresses state. Either may answer a request."""
+        answers = [httpx.get(f"{machines.url}/v1/stats", headers=bearer(KEY), timeout=60) for _ in range(20)]
+        return {answer.json()["defaults"]["k"] for answer in answers}
+
+    before = replicas()
+    for user_config, k in (({"retrieval": {"k": 1}}, 1), ({}, 3)):
+        machines.deploy_with(user_config)
+        eventually(lambda k=k: defaults() == {k}, within_s=120)
+    assert replicas() == before
+
+
 @pytest.mark.parametrize("victim", ["worker", pytest.param("engine of a worker", marks=needs_own_process)])
 def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
     victim: str, running: Running, results: Results, scale: Scale
@@ -171,7 +195,7 @@ def test_a_client_that_retries_survives_the_death_of_an_ingress_and_a_node(
     machines = running.machines
 
     async def kill_ingress_and_node(load: Load) -> None:
-        kills: list[Callable[[str], None]] = [*[machines.kill] * num_alone, machines.kill_node_of]
+        kills: list[Callable[[str], None]] = [*[machines.kill] * num_alone, machines.replace_node_of]
         for kill in kills:
             await machines.until_full("Ingress")
             already = len(load.outcomes)

@@ -10,7 +10,7 @@ from deployments.api.error_table import describe
 from deployments.byte_budget import ByteBudget
 from deployments.errors import UploadMemoryFull
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def test_a_tenant_holds_at_most_as_much_as_remains_free() -> None:
@@ -73,7 +73,7 @@ def test_a_stage_without_room_in_time_is_a_503_with_the_budgets_size() -> None:
 
 
 def wait_until_waiting(budget: ByteBudget, count: int) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 120
     while budget.num_waiting < count:
         assert time.monotonic() < until, f"{budget.num_waiting} threads wait"
         time.sleep(0.001)
@@ -95,13 +95,13 @@ def test_a_large_stage_is_not_overtaken_by_small_ones() -> None:
     with budget.taken("a", 50, WAIT_S):
         threads = [threading.Thread(target=large)]
         threads[0].start()
-        assert began.wait(10)
+        assert began.wait(120)
         wait_until_waiting(budget, 1)
         threads.append(threading.Thread(target=small))
         threads[1].start()
         wait_until_waiting(budget, 2)
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert order == ["large", "small"]
 
 

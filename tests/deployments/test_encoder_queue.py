@@ -44,7 +44,7 @@ async def settle() -> None:
 
 def run(scenario: Callable[[Encoder], Coroutine[Any, Any, None]]) -> None:
     async def main() -> None:
-        await asyncio.wait_for(scenario(Encoder()), 30)
+        await asyncio.wait_for(scenario(Encoder()), 120)
 
     asyncio.run(main())
 
@@ -269,7 +269,7 @@ def test_a_wrong_number_of_rows_fails_the_call_without_a_hang(change: int) -> No
             return ["row"] * (len(texts) + change)
 
         queue = EncoderQueue[str](wrong, batch_size=32, max_waiting=4096)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             found = await asyncio.gather(*(queue.encoded(name, ["1", "2"]) for name in "ab"), return_exceptions=True)
         assert [type(answer) for answer in found] == [ValueError] * 2
         assert queue.num_waiting == 0

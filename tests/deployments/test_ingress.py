@@ -75,6 +75,37 @@ def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() ->
     assert [request.text for request in requests] == ["Hi", "Rhyme."]
 
 
+def test_user_config_changes_the_defaults_of_requests_while_the_server_runs() -> None:
+    async def run() -> list[tuple[Any, ...]]:
+        served = serve_plainly()
+        seen: list[tuple[Any, ...]] = []
+        for user_config in ({"retrieval": {"k": 1, "strategy": "selection"}}, {}):
+            served.ingress.reconfigure(user_config)
+            await served.ingress.generate(CHAT)
+            [request] = served.retriever.called("route")[-1][0]
+            stats = (await served.ingress.services.stats.read("local"))["defaults"]
+            seen.append((request.top_k, request.strategy, stats["k"], stats["strategy"]))
+        return seen
+
+    assert asyncio.run(run()) == [(1, "selection", 1, "selection"), (3, "mixture", 3, "mixture")]
+
+
+@pytest.mark.parametrize(
+    ("user_config", "problem"),
+    [
+        ({"retrieval": {"encoder": "x"}}, "retrieval.encoder cannot change while the server runs; set it in args"),
+        ({"base_model": "x"}, "base_model cannot change while"),
+        ({"retrieval": {"k": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_user_config_with_anything_else_is_refused(user_config: dict[str, Any], problem: str) -> None:
+    async def run() -> None:
+        serve_plainly().ingress.reconfigure(user_config)
+
+    with pytest.raises(ValueError, match=problem):
+        asyncio.run(run())
+
+
 def test_a_handle_caller_may_send_the_model_or_a_mapping() -> None:
     by_model, _ = generate(ChatCompletionRequest.model_validate(CHAT))
     by_mapping, _ = generate(CHAT)

@@ -197,7 +197,7 @@ def test_all_reads_wait_together_and_briefly_for_a_hanging_catalogue(
 
         def catch_up() -> int:
             calls.append(None)
-            assert hangs.wait(30)
+            assert hangs.wait(120)
             return 0
 
         monkeypatch.setattr(here.pools, "catch_up", catch_up)

@@ -30,7 +30,7 @@ def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
 
         def hang(texts: list[str]) -> Any:
             entered.set()
-            assert goes_on.wait(30)
+            assert goes_on.wait(120)
             return compute(texts)
 
         monkeypatch.setattr(encoder, "_compute", hang)
@@ -38,9 +38,9 @@ def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
         places = [here.replica.place("local", f"Add {number}, please.", ["sums"]) for number in range(40)]
         embeds = [here.replica.embed([[Sample(f"Sum {number}.")]], ["local"]) for number in range(40)]
         waiting = [asyncio.ensure_future(call) for call in (*routes, *places, *embeds)]
-        assert await asyncio.to_thread(entered.wait, 20)
+        assert await asyncio.to_thread(entered.wait, 120)
         pinned = PinnedAdapter("sums", sums.ref.digest, 1.0)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             assert (await here.replica.plan_named("local", [("sums", 1.0)], "selection")).generation == 1
             assert (await here.replica.replay("local", "selection", [pinned], 1)).generation == 1
             assert len((await here.replica.page("local", ALL)).rows) == 1
@@ -112,11 +112,11 @@ class Gate:
     def _compute(self, texts: list[str]) -> Any:
         self.passes.append(texts)
         self._entered.set()
-        assert self._goes_on.wait(30)
+        assert self._goes_on.wait(120)
         return np.ones((len(texts), self._encoder.dim), np.float32)
 
     async def entered(self) -> None:
-        assert await asyncio.to_thread(self._entered.wait, 20)
+        assert await asyncio.to_thread(self._entered.wait, 120)
 
     async def a_caller_waits(self) -> None:
         while not self._encoder._thread._work_queue.qsize():

@@ -56,7 +56,7 @@ async def held(
     """Return a cache whose loads wait for the gate, and callers that wait for one."""
 
     def load(digest: str) -> bytes:
-        assert gate.wait(10)
+        assert gate.wait(120)
         return BLOBS[digest]
 
     loads = Loads(100, load)

@@ -144,7 +144,7 @@ def serve(tiny_folders: Mapping[str, Path], tiny_base: Callable[..., BaseModel])
                 end_process=ends.append,
             )
             try:
-                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 20)
+                return await asyncio.wait_for(main(Serving(worker, store, pool, ends)), 120)
             finally:
                 worker._engine.stop()
 
@@ -201,7 +201,7 @@ def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main
 
 def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
-        await serving.text(serving.job(0))
+        await serving.text(serving.job(0, num_new=3))
         assert torch.get_num_threads() == 1
         assert await serving.worker._engine._run_on_engine(torch.get_num_threads) == 2
 
@@ -396,7 +396,7 @@ def test_a_step_that_takes_too_long_ends_the_process(
 
     def hang(*_: object) -> None:
         has_begun.set()
-        may_end.wait(20)
+        may_end.wait(120)
 
     async def main(serving: Serving) -> None:
         serving.worker._engine.loop.base.model.register_forward_pre_hook(hang)

@@ -63,6 +63,9 @@ def test_settings_and_policies_are_valid(block: CodeBlock) -> None:
     if block.page == "docs/how-to/model-names.md":
         NamePolicy.model_validate(settings)
         return
+    if "of LiteLLM's proxy" in block.text:
+        assert {row["model_name"] for row in settings["model_list"]} == {"auto"}
+        return
     if block.text.startswith("# pool.yaml"):
         PoolFile.model_validate(settings)
         return
@@ -140,3 +143,17 @@ def test_make_serve_answers_without_chance_where_a_request_sets_nothing(engine: 
     config = load_config(ROOT / file)
     assert config.served_model.sampling_defaults == {"temperature": 0, "max_repeats": 2}
     assert config.worker.engine == engine
+
+
+@pytest.mark.parametrize(("engine", "changes"), [("native", {}), ("vllm", {"engine": "vllm", "step_timeout_s": 300})])
+def test_make_serve_with_a_base_model_begins_with_an_empty_pool(engine: str, changes: dict[str, object]) -> None:
+    command = ["make", "--dry-run", "serve", f"ENGINE={engine}", "BASE=/models/my-base/", "ARGS=--port 8001"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [words] = [
+        shlex.split(line)[1:] for line in printed.replace("\\\n", "").splitlines() if "loraretriever serve" in line
+    ]
+    assert exists(["loraretriever", *words])
+    given = dict(zip(words[1::2], words[2::2], strict=True))
+    assert (given.pop("--base-model"), given.pop("--store")) == ("/models/my-base/", "my-base-pool")
+    settings = yaml.safe_load((ROOT / given.pop("--config")).read_text()) if changes else {}
+    assert (settings, given) == ({"worker": changes} if changes else {}, {"--port": "8001"})

@@ -30,7 +30,7 @@ from tests.tiny import random_adapter
 
 APP = "live"
 BASE = "tiny"
-SETTLE_S = 30.0
+SETTLE_S = 120.0
 CONTEXT = 8192  # tokens, so that answers may last seconds on fast processors too
 Seen = TypeVar("Seen")
 

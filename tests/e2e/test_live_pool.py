@@ -6,17 +6,11 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import cast
 
 import httpx
 import pytest
 import ray
-from ray.serve.handle import DeploymentHandle
 
-from deployments.calls.catalogue_clients import serve_store
-from deployments.weights import RetryPolicy, WeightsFetcher
-from lora_store import encode_weights
 from tests.e2e.live import Live, completion, eventually, eventually_equal, settled, stream_texts
 from tests.served_engine import START_S
 from tests.soak import Scale
@@ -175,39 +169,6 @@ def test_a_dead_store_replica_fails_no_request(live: Live, seed: int) -> None:
     again = asyncio.run(stream_texts(live, list(texts), 24))
     assert [text for text, _ in again] == list(texts.values())
     live.withdraw_all(names)
-
-
-class _DyingStore:
-    """The Store's handle, whose replica is killed between the answer to `fetch` and its use."""
-
-    def __init__(self, live: Live) -> None:
-        self._live = live
-        self.num_asked = 0
-        self.fetch = self
-
-    def options(self, **_: object) -> _DyingStore:
-        return self
-
-    async def remote(self, *arguments: object) -> object:
-        self.num_asked += 1
-        answer = await self._live.handle("Store").fetch.remote(*arguments)
-        if self.num_asked == 1:
-            dead = self._live.replicas("Store")
-            assert self._live.kill_replicas("Store") == 1
-            eventually(lambda: not set(dead) & set(self._live.replicas("Store")))
-        return answer
-
-
-def test_a_store_replica_that_dies_between_fetch_and_get_fails_no_request(live: Live, seed: int) -> None:
-    live.publish(live.folder("anchor", seed, "anchors"))
-    digest = live.call("GET", "/v1/loras/anchor").json()["weights_digest"]
-    store = _DyingStore(live)
-    with ThreadPoolExecutor(1) as executor:
-        weights = asyncio.run(WeightsFetcher(serve_store(cast(DeploymentHandle, store)), executor).fetch(digest))
-    assert encode_weights(weights.modules)[0] == digest
-    # On one machine the object may survive its owner; then one attempt is enough. tests/deployments has other errors.
-    assert 1 <= store.num_asked <= RetryPolicy().max_tries
-    live.call("DELETE", "/v1/loras/anchor")
 
 
 def test_a_new_retriever_replica_is_up_to_date_before_its_first_request(live: Live, seed: int) -> None:

@@ -179,7 +179,14 @@ def test_a_traced_request_has_spans_from_the_proxy_to_the_engine(live: Live) -> 
         return {span["name"]: span for span in found if span["context"]["trace_id"] == f"0x{trace_id}"}
 
     served = ("Ingress __call__", "Retriever route", "Worker stream")
-    wanted = {"plan", "worker.queue", "worker.generate", *(f"replica_handle_request {name}" for name in served)}
+    parts = ("worker.queue", "worker.prefill", "worker.decode")
+    wanted = {
+        "plan",
+        "retriever.encode",
+        "retriever.search",
+        *parts,
+        *(f"replica_handle_request {name}" for name in served),
+    }
     eventually(lambda: wanted <= set(spans()))
     found = spans()
     by_id = {span["context"]["span_id"]: span["name"] for span in found.values()}
@@ -192,5 +199,7 @@ def test_a_traced_request_has_spans_from_the_proxy_to_the_engine(live: Live) -> 
     at_door = "replica_handle_request Ingress __call__"
     assert way("plan")[1] == at_door
     assert way("replica_handle_request Retriever route")[2:4] == ["plan", at_door]
-    assert way("worker.generate")[1] == "replica_handle_request Worker stream" and at_door in way("worker.generate")
-    assert way("worker.queue")[1:] == way("worker.generate")[1:]
+    for name in parts:
+        assert way(name)[1] == "replica_handle_request Worker stream" and at_door in way(name)
+    for name in ("retriever.encode", "retriever.search"):
+        assert way(name)[1] == "replica_handle_request Retriever route"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import shutil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -11,7 +14,6 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.e2e.live import Live, completion
 from tests.e2e.starter_pool import POOL, Heldout
 
 BASE = "gemma-3-270m"
@@ -118,6 +120,27 @@ def test_a_parsed_answer_follows_its_model(client: openai.OpenAI) -> None:
         assert all(isinstance(choice.message.parsed, Order) for choice in answer.choices)
 
 
+def test_an_adapter_with_a_schema_answers_in_it_without_being_asked(
+    client: openai.OpenAI, url: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "ordering"
+    shutil.copytree(sorted(POOL.glob("*/adapter_config.json"))[0].parent, folder)
+    (folder / "description.txt").unlink(missing_ok=True)
+    contract = {"instruction": "Order: {input}", "output_schema": Order.model_json_schema()}
+    (folder / "adapter_io.yaml").write_text(json.dumps(contract))
+    said = {"path": str(folder), "ttl_s": 600}  # unlisted, so that no other test finds it
+    assert httpx.post(f"{url}/v1/loras", json=said, timeout=120).status_code in (201, 202)
+    asked: dict[str, Any] = {"model": "ordering", "messages": messages("Two red shirts"), "max_tokens": 100}
+    plain = client.chat.completions.create(**asked, extra_body={"lora": {"contract": False}})
+    whole = client.chat.completions.create(**asked, temperature=1.0, n=4)
+    assert all(Order.model_validate_json(choice.message.content or "") for choice in whole.choices)
+    assert whole.usage is not None and plain.usage is not None
+    assert whole.usage.prompt_tokens > plain.usage.prompt_tokens, "the instruction counts"
+    parts = client.chat.completions.create(**asked, temperature=1.0, stream=True)
+    Order.model_validate_json("".join(part.choices[0].delta.content or "" for part in parts if part.choices))
+    assert httpx.delete(f"{url}/v1/loras/ordering", timeout=120).status_code == 200
+
+
 def test_a_required_tool_is_called_with_valid_arguments(client: openai.OpenAI) -> None:
     leave = {"name": "leave", "strict": True, "parameters": {"type": "object", "additionalProperties": False}}
     tools = [openai.pydantic_function_tool(Order, name="order"), {"type": "function", "function": leave}]
@@ -175,46 +198,3 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI, heldout: lis
     with pytest.raises(openai.UnprocessableEntityError) as unmatched:
         ask(extra_body={"lora": {"min_score": 1.0, "fallback": "error"}})
     assert unmatched.value.code == "no_adapter_matched"
-
-
-def test_models_are_read_page_by_page(client: openai.OpenAI) -> None:
-    names = sorted(path.parent.name for path in POOL.glob("*/adapter_config.json"))
-    seen: list[str] = []
-    while True:
-        query: dict[str, object] = {"limit": 5, "after": seen[-1] if seen else ""}
-        page = client.models.list(extra_query=query)
-        seen += [card.id for card in page.data]
-        if not page.model_extra["has_more"]:
-            break
-    assert seen[:2] == ["auto", BASE]
-    assert set(names) <= set(seen) and len(seen) == len(set(seen))
-    found = client.models.list(extra_query={"name": names[0]})
-    assert names[0] in [card.id for card in found.data]
-    assert client.models.retrieve(f"local/{names[0]}").model_extra["parent"] == BASE
-
-
-def test_an_older_version_is_replayed_while_it_is_kept(live: Live) -> None:
-    live.publish(live.folder("owls", 7001, "owls at night"))
-    asked = {**completion("auto", "Tell me about owls at night, please.", 16), "lora": {"strategy": "selection"}}
-    first = live.call("POST", "/v1/completions", json=asked).json()
-    assert [row["name"] for row in first["lora"]["adapters"]] == ["owls"]
-
-    def replay() -> httpx.Response:
-        return live.call("POST", "/v1/completions", json=asked | {"lora": {"plan": first["lora"]}})
-
-    for seed in (7002, 7003):
-        live.publish(live.folder("owls", seed, "owls at night"))
-        assert live.call("POST", "/v1/completions", json=asked).json()["choices"][0]["text"] != text_of(first)
-        assert text_of(replay().json()) == text_of(first)
-        assert replay().json()["lora"] == first["lora"]
-    live.publish(live.folder("owls", 7004, "owls at night"))
-    assert (replay().status_code, replay().json()["error"]["code"]) == (409, "plan_gone")
-    newest = live.call("POST", "/v1/completions", json=asked).json()
-    assert live.call("DELETE", "/v1/loras/owls").status_code == 200
-    gone = live.call("POST", "/v1/completions", json=asked | {"lora": {"plan": newest["lora"]}})
-    assert (gone.status_code, gone.json()["error"]["code"]) == (409, "plan_gone")
-
-
-def text_of(answer: dict[str, Any]) -> str:
-    text: str = answer["choices"][0]["text"]
-    return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from tests.e2e.live import BASE, CONTEXT, Live, completion, eventually, eventually_equal
+from tests.e2e.live import BASE, CONTEXT, Live, completion, eventually_equal
 from tests.soak import Scale
 
 _LONG = completion(BASE, "The sea is", CONTEXT - 100)
@@ -43,7 +42,7 @@ def test_disconnected_clients_free_everything_at_once(live: Live, stream: bool) 
         asyncio.run(abandon_streams(live, count))
     else:
         asyncio.run(abandon(live, count, _LONG))
-    eventually_equal(lambda: running_and_waiting(live), 0, within_s=10.0)
+    eventually_equal(lambda: running_and_waiting(live), 0)
     assert [held.free_kv_rows for held in live.on_all("Worker", "holdings")] == before
 
 
@@ -65,7 +64,7 @@ async def abandon_streams(live: Live, count: int) -> None:
 def test_a_request_ends_at_its_deadline(live: Live) -> None:
     answer = live.call("POST", "/v1/completions", json={**_LONG, "timeout_s": 0.3})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
-    eventually_equal(lambda: running_and_waiting(live), 0, within_s=10.0)
+    eventually_equal(lambda: running_and_waiting(live), 0)
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,9 @@ async def ask_at_once(address: str, model: str, count: int, max_tokens: int) -> 
     return list(await asyncio.gather(*[ask() for _ in range(count)]))
 
 
-def median_s(live: Live) -> float:
-    return statistics.median(asyncio.run(ask_at_once(live.url, BASE, 1, 8))[0].seconds for _ in range(15))
-
-
 def test_a_burst_is_answered_or_refused_at_once_and_leaves_no_state(live: Live, scale: Scale) -> None:
     num_tokens = 200  # so that the workers cannot keep up with the clients
     quiet = live.text(BASE, max_tokens=num_tokens)
-    before_s = median_s(live)
     asked = asyncio.run(ask_at_once(live.url, BASE, scale.pick("clients at once", small=100, full=200), num_tokens))
     assert {each.status for each in asked} == {200, 429}, Counter((each.status, each.text[:40]) for each in asked)
     served = [each for each in asked if each.status == 200]
@@ -120,13 +114,9 @@ def test_a_burst_is_answered_or_refused_at_once_and_leaves_no_state(live: Live, 
     assert {each.text for each in served} == {quiet}
     assert {each.retry_after for each in refused} == {"1"}
     longest, slowest = (max(each.seconds for each in some) for some in (served, refused))
-    print(
-        f"{len(served)} served within {longest:.2f} s, {len(refused)} refused, "
-        f"the slowest after {slowest:.2f} s; p50 before {before_s * 1000:.0f} ms"
-    )
     assert slowest < longest, "a refusal waited for a place"
     assert live.call("GET", "/ready").status_code == 200
-    eventually(lambda: median_s(live) < 1.5 * before_s + 0.02)
+    assert live.text(BASE, max_tokens=num_tokens) == quiet
     assert running_and_waiting(live) == 0
 
 
@@ -144,6 +134,23 @@ def test_an_accepted_burst_is_answered_or_refused_for_waiting_too_long(url: str,
     assert after.text == quiet.text
 
 
+def test_a_conversation_stays_on_the_worker_that_has_its_turns(live: Live) -> None:
+    """Two workers: without it every second turn would find nothing."""
+    chats: list[list[dict[str, str]]] = [
+        [{"role": "user", "content": f"The sea at port {number} is " + "wide and deep " * 8}] for number in range(6)
+    ]
+    read = [0] * len(chats)
+    for turn in range(4):
+        for number, messages in enumerate(chats):
+            asked = {"model": BASE, "messages": messages, "max_tokens": 8, "temperature": 0}
+            answer = live.call("POST", "/v1/chat/completions", json=asked).json()
+            usage = answer["usage"]
+            found = usage["prompt_tokens_details"]["cached_tokens"]
+            assert found >= 0.9 * read[number] if turn else found < usage["prompt_tokens"], (turn, number, usage)
+            read[number] = usage["prompt_tokens"]
+            messages += [answer["choices"][0]["message"], {"role": "user", "content": f"And at hour {turn}?"}]
+
+
 def test_a_header_without_end_is_refused_by_the_proxy(live: Live) -> None:
     """It never reaches the application. Without a limit it would block the proxy and all other requests."""
 
@@ -151,7 +158,7 @@ def test_a_header_without_end_is_refused_by_the_proxy(live: Live) -> None:
         url = httpx.URL(live.url)
         reader, writer = await asyncio.open_connection(url.host, url.port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 20_000)
-        return await asyncio.wait_for(reader.read(), 20)
+        return await asyncio.wait_for(reader.read(), 120)
 
     assert asyncio.run(send()).startswith(b"HTTP/1.1 400")
     assert live.call("GET", "/health").status_code == 200

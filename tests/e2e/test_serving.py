@@ -15,7 +15,7 @@ import openai
 import psutil
 import ray
 
-from deployments.cli.local_server import _CHEAPER_SERVE, _ENDS_AT_ONCE
+from deployments.cli.local_server import CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
 from tests.e2e.live import command_of, processes_with
 from tests.e2e.starter_pool import POOL, Heldout
@@ -119,43 +119,11 @@ def test_a_stream_equals_the_json_answer(client: openai.OpenAI, heldout: list[He
     assert set(reasons[:-1]) == {None}
 
 
-def test_text_completions_continue_the_raw_prompt(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=4)
-    assert "five" in answer.choices[0].text
-    parts = client.completions.create(
-        model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=4, stream=True
-    )
-    assert "".join(part.choices[0].text for part in parts) == answer.choices[0].text
-
-
 def test_a_prompt_longer_than_one_step_is_answered_on_an_idle_server(config: AppConfig, client: openai.OpenAI) -> None:
     answer = client.completions.create(model=BASE, prompt="hello " * 1500, temperature=0, max_tokens=4)
     assert answer.usage.prompt_tokens > 1500 > config.worker.max_step_tokens
     assert answer.usage.completion_tokens == 4
     assert answer.choices[0].text
-
-
-def copy_of_adapter(target: Path, samples: list[str]) -> Path:
-    """Write a starter adapter under a new name, with other samples."""
-    source = sorted(path.parent for path in POOL.glob("*/adapter_config.json"))[0]
-    target.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (target / name).write_bytes((source / name).read_bytes())
-    lines = [json.dumps({"input": sample}) for sample in samples]
-    (target / "lora_samples.jsonl").write_text("\n".join(lines))
-    return target
-
-
-def test_a_published_adapter_answers_the_next_request(url: str, client: openai.OpenAI, tmp_path: Path) -> None:
-    folder = copy_of_adapter(tmp_path / "sea-shanties", [f"Sing me sea shanty number {i}, sailor." for i in range(20)])
-    created = httpx.post(f"{url}/v1/loras", json={"path": str(folder)}, timeout=120)
-    assert created.status_code == 201, created.text
-    assert created.json()["replicas"] == {"ready": 1, "behind": 0}
-    answer = chat(client, "Sing me sea shanty number 77, sailor.", extra_body={"lora": {"strategy": "selection"}})
-    assert names_of(lora_of(answer)) == ["sea-shanties"]
-    assert names_of(lora_of(chat(client, "anything", model="sea-shanties"))) == ["sea-shanties"]
-    again = httpx.post(f"{url}/v1/loras", json={"path": str(folder)}, timeout=120)
-    assert again.json()["digest"] == created.json()["digest"]
 
 
 HANDLE_SCRIPT = """
@@ -198,7 +166,7 @@ def test_the_readmes_ten_lines_run(url: str) -> None:
 def test_serves_processes_have_the_settings_that_spare_the_engines_cores(url: str) -> None:
     ours = processes_with("ray::ServeReplica:loraretriever:", "ray::ProxyActor", "ray::ServeController")
     assert len(ours) == 4 + 2
-    for name, value in (_CHEAPER_SERVE | _ENDS_AT_ONCE).items():
+    for name, value in (CHEAPER_SERVE | ENDS_AT_ONCE).items():
         assert {process.environ().get(name) for process in ours} == {value}
         assert name not in os.environ
 

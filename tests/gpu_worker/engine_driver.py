@@ -67,7 +67,7 @@ class Answer:
         return self.row.first_logits
 
 
-PATIENCE_S = 10  # only a failing test waits this long
+PATIENCE_S = 60  # only a failing test waits this long
 MakeEngine = Callable[..., Engine]  # the fixture `make_engine`
 Alone = Callable[[Job, Mapping[str, AdapterWeights]], Answer]  # the fixture `alone`
 Shapes = dict[str, tuple[int, int]]  # the fixture `shapes`

@@ -1,3 +1,3 @@
 """Fixtures of the manifests' tests."""
 
-from tests.k8s.rendering import kubectl, rendered  # noqa: F401  fixtures
+from tests.k8s.rendering import helm, kubectl, rendered  # noqa: F401  fixtures

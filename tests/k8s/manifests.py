@@ -42,6 +42,11 @@ class Pod:
     def ports(self) -> dict[str, int]:
         return {port["name"]: port["containerPort"] for port in self.container.get("ports", [])}
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Return the variables of the container that have a fixed value."""
+        return {entry["name"]: entry["value"] for entry in self.container.get("env", []) if "value" in entry}
+
     def requests(self, resource: str) -> float:
         return quantity(self.container["resources"]["requests"].get(resource, 0))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deployments.config.app import AppConfig
 from deployments.scaling.settings import ServeOptions
@@ -16,6 +17,7 @@ class Room:
     """Free resources of a pod."""
 
     left: dict[str, float]
+    held: list[ServeOptions] = field(default_factory=list)
 
     def takes(self, scaling: ServeOptions) -> bool:
         wanted = {
@@ -23,8 +25,11 @@ class Room:
             "GPU": scaling.num_gpus,
             **scaling.root["ray_actor_options"].get("resources", {}),
         }
+        if sum(other is scaling for other in self.held) >= (scaling.root.get("max_replicas_per_node") or math.inf):
+            return False
         if any(amount > self.left.get(name, 0) + 1e-9 for name, amount in wanted.items()):
             return False
+        self.held.append(scaling)
         self.left |= {name: self.left.get(name, 0) - amount for name, amount in wanted.items()}
         return True
 
@@ -37,6 +42,9 @@ def problems(manifests: Manifests) -> Iterator[str]:
     for group, pod in pairs:
         yield from (f"group {pod.name}: {problem}" for problem in _group_problems(group, pod, config))
     scalings = _scalings(config)
+    for name, scaling in scalings.items():
+        if scaling.root.get("max_replicas_per_node") != 1:
+            yield f"{name}: the death of one node may take every replica: max_replicas_per_node is not 1"
     for bound in ("min", "max"):
         rooms = [_room(group, pod) for group, pod in pairs for _ in range(group[f"{bound}Replicas"])]
         wanted = {name: getattr(scaling, f"{bound}_replicas") for name, scaling in scalings.items()}

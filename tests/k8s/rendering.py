@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +22,19 @@ OVERLAYS = ("cpu-pvc", "gpu-s3", "gpu-s3-vllm")
 MIXTURES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "cpu-s3": (("components/store-s3", "components/cpu-only"), "cpu-pvc", "s3://my-bucket/pool"),
     "hub": (("components/store-pvc", "components/model-hub", "components/cpu-only"), "cpu-pvc", "/pool"),
+    "gpu-outside": (
+        (
+            "components/store-s3",
+            "components/gcs-redis",
+            "components/gpu-type",
+            "components/ingress",
+            "components/gateway",
+            "components/model-hub",
+            "monitoring",
+        ),
+        "gpu-s3",
+        "s3://my-bucket/loraretriever?region=eu-central-1",
+    ),
     "gpu-pvc": (("components/store-pvc", "components/gcs-redis", "monitoring"), "gpu-s3", "/pool"),
 }
 ALL = (*OVERLAYS, *MIXTURES)
@@ -36,6 +50,16 @@ def kubectl() -> str:
         if os.environ.get("CI_REQUIRES_KUBECTL"):
             pytest.fail(missing)
         pytest.skip(missing)
+    return executable
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    """Return Helm, which `make helm` puts beside Python. Without it skip, or fail if CI_REQUIRES_HELM is set."""
+    beside = Path(sys.executable).with_name("helm")
+    executable = str(beside) if beside.exists() else shutil.which("helm")
+    if executable is None:
+        (pytest.fail if os.environ.get("CI_REQUIRES_HELM") else pytest.skip)("there is no helm: run `make helm`")
     return executable
 
 

@@ -17,6 +17,7 @@ KUBERNETES_VERSION = "1.32"
 OWN_SCHEMAS = {
     kind: yaml.safe_load((Path(__file__).parent / f"{name}.schema.yaml").read_text())
     for kind, name in {
+        "HTTPRoute": "http_route",
         "RayService": "rayservice",
         "PodMonitor": "pod_monitor",
         "PrometheusRule": "prometheus_rule",

@@ -10,10 +10,11 @@ from typing import Any
 
 import ray
 from pydantic import ValidationError
+from ray._private import ray_constants
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
-from deployments.cli.local_server import APP_NAME
+from deployments.cli.local_server import APP_NAME, CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
 from deployments.scaling.settings import ServeOptions
 from lora_store.location import Location
@@ -21,6 +22,8 @@ from tests.k8s import placement
 from tests.k8s.general import secrets_made_by_hand
 from tests.k8s.image import BAKED_MODEL
 from tests.k8s.manifests import Document, Manifests, Pod, quantity
+
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 
 
 def problems(manifests: Manifests) -> Iterator[str]:
@@ -40,6 +43,9 @@ def problems(manifests: Manifests) -> Iterator[str]:
     for pod in (manifests.head, *manifests.workers):
         if {"name": CALLBACK_VARIABLE, "value": CALLBACK} not in pod.container.get("env", []):
             yield f"{pod.name}: its HTTP proxy bounds no headers: {CALLBACK_VARIABLE} is not {CALLBACK}"
+        for name, value in (CHEAPER_SERVE | ENDS_AT_ONCE).items():
+            if pod.variables.get(name) != value:
+                yield f"{pod.name}: {name} is not {value}, as `loraretriever serve` sets it"
     for pod in manifests.workers:
         if serve.http_options.port != pod.ports.get("serve") or serve.http_options.host != "0.0.0.0":
             yield f"{pod.name}: its port `serve` is not where Serve listens"
@@ -49,6 +55,7 @@ def problems(manifests: Manifests) -> Iterator[str]:
         yield from (f"{pod.name}: {problem}" for problem in _store_problems(config, group, pod))
     yield from _scaling_problems(config)
     yield from _drain_problems(manifests, config)
+    yield from _outside_problems(manifests, config)
 
 
 def _unknown_keys(given: Any, read: Any, where: str) -> Iterator[str]:
@@ -149,3 +156,41 @@ def _drain_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
     for name, wait_s in waits.items():
         if wait_s <= config.max_request_s:
             yield f"{name} ({wait_s}) cuts requests of max_request_s ({config.max_request_s:.0f})"
+    assert hasattr(ray_constants, DRAIN), "Ray has another variable for the time of a drain"
+    for pod in manifests.workers:
+        drain_s, grace_s = float(pod.variables.get(DRAIN, 30)), pod.spec.get("terminationGracePeriodSeconds", 30)
+        if drain_s <= config.max_request_s:
+            yield f"{pod.name}: {DRAIN} ({drain_s:.0f}) cuts requests of max_request_s ({config.max_request_s:.0f})"
+        if grace_s <= drain_s:
+            yield f"{pod.name}: terminationGracePeriodSeconds ({grace_s}) is not above {DRAIN} ({drain_s:.0f})"
+    if float(manifests.head.variables.get(DRAIN, 30)) != 0:
+        yield f"head: {DRAIN} is not 0: its pod ends late, and nothing on it is waited for"
+
+
+def _outside_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
+    """Check that an Ingress and a route of the Gateway API reach Serve, and cut no stream and no upload."""
+    name, port = f"{manifests.ray_service['metadata']['name']}-serve-svc", 8000  # KubeRay's Service
+    for ingress in manifests.of_kind("Ingress"):
+        notes = {key.partition("/")[2]: value for key, value in ingress["metadata"]["annotations"].items()}
+        waits_s = [float(notes.get(f"proxy-{kind}-timeout", 60)) for kind in ("read", "send")]
+        if min(waits_s) <= config.max_request_s:
+            yield f"Ingress: a proxy timeout of {min(waits_s):.0f} s is not above max_request_s"
+        if notes.get("proxy-buffering") != "off" or notes.get("proxy-request-buffering") != "off":
+            yield "Ingress: nginx keeps tokens or uploads back"
+        if quantity(notes.get("proxy-body-size", "1m").upper() + "i") <= config.max_upload_bytes:
+            yield "Ingress: an upload of max_upload_bytes is refused"
+        backends = [path["backend"] for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]]
+        if backends != [{"service": {"name": name, "port": {"name": "serve"}}}]:
+            yield f"Ingress: it leads to {backends}, not to {name}"
+        if not ingress["spec"].get("tls"):
+            yield "Ingress: keys are sent without TLS"
+    for route in manifests.of_kind("HTTPRoute"):
+        for rule in route["spec"]["rules"]:
+            waits = rule.get("timeouts", {})
+            if (
+                min(float(waits.get(kind, "15s")[:-1]) for kind in ("request", "backendRequest"))
+                <= config.max_request_s
+            ):
+                yield f"HTTPRoute: a timeout of {waits} is not above max_request_s"
+            if [(backend["name"], backend["port"]) for backend in rule["backendRefs"]] != [(name, port)]:
+                yield f"HTTPRoute: it does not lead to {name}"

@@ -14,7 +14,7 @@ import yaml
 
 from tests.k8s import general, network, placement, schemas, serving
 from tests.k8s.general import README
-from tests.k8s.manifests import Manifests, quantity
+from tests.k8s.manifests import Document, Manifests, quantity
 from tests.k8s.network import egress_rules
 from tests.k8s.rendering import ALL, K8S, OVERLAYS, build
 
@@ -25,6 +25,49 @@ CHECKS = (schemas, general, serving, placement, network)
 @pytest.mark.parametrize("name", ALL)
 def test_no_check_finds_a_problem(name: str, check: Callable, rendered: Callable[[str], Manifests]) -> None:
     assert list(check.problems(rendered(name))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda m: m.group("gpu")["template"]["spec"].pop("terminationGracePeriodSeconds"),
+            "Seconds (30) is not above",
+        ),
+        (lambda m: set_variable(m, "gpu", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "600"), "cuts requests of max_req"),
+        (lambda m: set_variable(m, "cpu", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.1"), "as `loraretriever serve`"),
+        (lambda m: m.change_args(retriever_scaling={"max_replicas_per_node": 2}), "the death of one node"),
+        (lambda m: m.group("cpu").update(minReplicas=1), "Ingress: no room at the minimum"),
+        (lambda m: annotations(m).update({"nginx.ingress.kubernetes.io/proxy-read-timeout": "60"}), "timeout of 60 s"),
+        (lambda m: annotations(m).pop("nginx.ingress.kubernetes.io/proxy-body-size"), "max_upload_bytes is refused"),
+        (lambda m: annotations(m).pop("nginx.ingress.kubernetes.io/proxy-buffering"), "keeps tokens"),
+        (lambda m: m.named("Ingress", "loraretriever")["spec"].pop("tls"), "without TLS"),
+        (lambda m: route_rule(m).pop("timeouts"), "is not above max_request_s"),
+        (lambda m: route_rule(m)["backendRefs"][0].update(name="loraretriever"), "HTTPRoute: it does not lead to"),
+        (lambda m: route_rule(m).update(timeout="1s"), "timeout"),
+    ],
+)
+def test_a_wrong_field_is_found(change: Callable, problem: str, rendered: Callable[[str], Manifests]) -> None:
+    manifests = rendered("gpu-outside")
+    change(manifests)
+    found = [text for check in CHECKS for text in check.problems(manifests)]
+    assert any(problem in text for text in found), found
+
+
+def set_variable(manifests: Manifests, group: str, name: str, value: str) -> None:
+    [container] = manifests.group(group)["template"]["spec"]["containers"]
+    [entry] = [entry for entry in container["env"] if entry["name"] == name]
+    entry["value"] = value
+
+
+def annotations(manifests: Manifests) -> dict[str, str]:
+    found: dict[str, str] = manifests.named("Ingress", "loraretriever")["metadata"]["annotations"]
+    return found
+
+
+def route_rule(manifests: Manifests) -> Document:
+    found: Document = manifests.named("HTTPRoute", "loraretriever")["spec"]["rules"][0]
+    return found
 
 
 def test_the_root_is_the_overlay_that_runs_anywhere(kubectl: str, rendered: Callable[[str], Manifests]) -> None:
@@ -86,7 +129,10 @@ def _listed() -> Iterator[str]:
 
 
 def test_every_file_is_part_of_an_installation() -> None:
-    files = {str(path) for path in K8S.rglob("*.yaml") if path.name != "kustomization.yaml"}
+    """Those of the Helm chart are links to these."""
+    files = {
+        str(path) for path in K8S.rglob("*.yaml") if path.name != "kustomization.yaml" and "helm" not in path.parts
+    }
     assert files - set(_listed()) == set()
 
 

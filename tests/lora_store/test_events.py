@@ -63,6 +63,14 @@ def test_an_event_is_read_as_it_was_written(event: Event) -> None:
         assert read.embedding.vector.tolist() == event.embedding.vector.tolist()
 
 
+def test_a_contract_is_read_as_it_was_written(make_record: MakeRecord) -> None:
+    records = [replace(make_record(), contract=contract) for contract in (None, '{"stop":["\u00e9"]}', None)]
+    events: list[Event] = [*map(Publish, records), *(Keep(record, is_live=True) for record in records)]
+    read = [event for _, event in dated_events_of(table_of(events, 7), after=0)]
+    contracts = [event.record.contract for event in read if isinstance(event, Publish | Keep)]
+    assert contracts == [record.contract for record in records] * 2
+
+
 @pytest.mark.parametrize(
     "outputs",
     [None, OutputProfile(("no", "yes")), OutputProfile((), np.array([-127, 0, 42], np.int8))],
@@ -78,14 +86,6 @@ def test_a_profile_of_outputs_is_read_as_it_was_written(make_record: MakeRecord,
         if outputs is not None and outputs.vector is not None:
             assert found.outputs is not None and found.outputs.vector is not None
             assert found.outputs.vector.tolist() == [-127, 0, 42]
-
-
-def test_rows_without_the_columns_of_outputs_have_no_profile() -> None:
-    rows = table_of([Embed(REF, embedding())], 7)
-    older = rows.drop_columns(["output_labels", "output_vector"])
-    padded = pa.concat_tables([SCHEMA.empty_table(), older], promote_options="default")
-    [(_, read)] = dated_events_of(padded, after=0)
-    assert isinstance(read, Embed) and read.embedding.outputs is None
 
 
 def test_vectors_of_accepted_prompts_are_read_as_they_were_written(make_record: MakeRecord) -> None:

@@ -32,5 +32,14 @@ def test_a_plan_that_breaks_a_rule_is_refused(
     assert str(caught.value) == said
 
 
+@pytest.mark.parametrize(
+    ("weights", "leader"),
+    [((0.3,), 0), ((0.0,), None), ((-1.0,), None), ((0.5, 0.5), None), ((0.4, 0.6), 1), ((0.6, -0.6), None)],
+)
+def test_the_leader_has_more_than_half_of_the_weight(weights: tuple[float, ...], leader: int | None) -> None:
+    found = Plan("fusion", planned(*weights)).leader
+    assert (None if found is None else found.ref.name) == (None if leader is None else f"a{leader}")
+
+
 def test_sixteen_adapters_and_the_largest_weights_are_allowed() -> None:
     assert len(Plan("mixture", planned(*[4.0, -4.0] * 8)).adapters) == 16

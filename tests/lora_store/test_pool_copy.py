@@ -88,7 +88,7 @@ def test_an_archive_restores_versions_trials_approvals_and_rankings(
     restored = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     assert state_of(restored.snapshot()) == state_of(pool.snapshot())
     names = {"new": ["acme/secret", "local/poet"], "equal": [], "skipped": [], "replaced": []}
-    assert done == {"generation": 2, **names, "num_unembedded": 0}
+    assert done == {"generation": 2, **names, "names_left_out": [], "num_unembedded": 0}
     assert all(check.problem is None for check in restored.verify())
     assert restored.snapshot().referenced() == pool.snapshot().referenced()
 
@@ -311,16 +311,21 @@ def test_a_model_name_that_an_adapter_of_the_store_has_is_left_out(
     store.set_name(("acme", "secret"), '{"k": 3}', ADMIN)
     with pytest.raises(ValueError, match="acme/secret is called like a model name of the store"):
         import_pool(ArchivedPool(archive), str(tmp_path / "new"))
-    import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
+    dry = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip", is_dry=True)
+    done = import_pool(ArchivedPool(archive), str(tmp_path / "new"), "skip")
     assert list(store.snapshot().names) == [("acme", "secret")]
+    assert dry["names_left_out"] == done["names_left_out"] == ["local/support"]
 
 
 def test_a_private_model_name_is_restored_beside_a_public_adapter(
     pool: LoraStore, store_uri: str, make_folder: MakeFolder, tmp_path: Path
 ) -> None:
     pool.commit([pool.stage(make_folder("support", 60), tenant="acme")], [None], [0.5], "maker")
-    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
-    assert LoraStore(str(tmp_path / "new"), accepts_base=[BASE]).snapshot().names == pool.snapshot().names
+    for _ in range(2):  # the second time the names are the same
+        done = import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+        assert done["names_left_out"] == []
+    store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
+    assert store.snapshot().names == pool.snapshot().names
 
 
 def test_an_approved_model_name_does_not_take_a_public_one(
@@ -329,8 +334,9 @@ def test_an_approved_model_name_does_not_take_a_public_one(
     pool.approve_name(pool.snapshot().names["local", "support"][0].ref)
     store = LoraStore(str(tmp_path / "new"), accepts_base=[BASE])
     store.commit([store.stage(make_folder("support", 50), tenant="acme")], [None], [0.5], "maker")
-    import_pool(StoredPool(store_uri), str(tmp_path / "new"))
+    done = import_pool(StoredPool(store_uri), str(tmp_path / "new"))
     assert not store.snapshot().names
+    assert done["names_left_out"] == ["local/support"]
 
 
 def test_replace_keeps_who_may_use_the_adapter(folder_uri: str, make_folder: MakeFolder, tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import numpy as np
-
 from lora_store import AdapterRef, Publish, Rank, Ranking, Snapshot, Withdraw
-from lora_store.events import dated_events_of, fold_table_of, table_of
+from lora_store.events import dated_events_of, fold_table_of
 from lora_store.rankings import OUTCOME
 from lora_store.rules import rank_events
 from tests.lora_store.builders import NOON, MakeRecord, OpenStore, ranking
@@ -84,11 +82,6 @@ def test_a_fold_keeps_rankings_and_what_each_tenant_can_see(make_record: MakeRec
 def test_a_snapshot_is_copied_with_its_rankings() -> None:
     snapshot = after(Snapshot(0, {}), Rank("local", ranking(POET), True, "me", NOON))
     assert used(copy.copy(snapshot)) == [ranking(POET)]
-
-
-def test_old_tables_without_the_column_are_read() -> None:
-    rows = table_of([Withdraw(POET, "me", NOON)], 1).set_column(0, "generation", [np.array([1])])
-    assert [event for _, event in dated_events_of(rows, after=0)] == [Withdraw(POET, "me", NOON)]
 
 
 def test_the_store_commits_rankings(open_store: OpenStore) -> None:

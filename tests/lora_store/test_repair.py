@@ -72,7 +72,7 @@ def _data_file(table: Location, generation: int) -> str:
     """Return the data file of the publish of that generation."""
     opened = EventTable(table)
     for name in sorted(opened._data_files()):
-        rows = opened._rows_of(opened._contents([name]))
+        rows = opened._read_rows(opened._contents([name]))
         if rows["generation"].to_pylist() == [generation]:
             return name
     raise AssertionError(f"no file of generation {generation}")

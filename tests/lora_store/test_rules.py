@@ -19,11 +19,9 @@ from lora_store import (
     Withdraw,
     Withdrawn,
 )
-from lora_store.events import dated_events_of, fold_table_of
 from lora_store.files import Files
 from lora_store.leases import LEASE_S
 from lora_store.rules import withdraw_events
-from lora_store.snapshot import Snapshot
 from tests.lora_store.builders import FakeClock, MakeFolder, OpenStore, Stored, embedding
 
 
@@ -315,15 +313,3 @@ def test_a_trial_needs_a_live_name_and_a_kept_version(
     publish()
     with pytest.raises(AdapterNotFound):
         store.set_trial("local", name, Trial(digest, 0.1), "me")
-
-
-def test_a_trial_survives_a_fold(store: LoraStore, publish: Callable[..., Staged]) -> None:
-    publish(seed=0)
-    publish(seed=1, share=0.1)
-    before = store.snapshot()
-    events = list(before.folded())
-    rows = fold_table_of(events, before.generation, {})
-    after = Snapshot(0, {}).after_dated(dated_events_of(rows, after=0), before.generation)
-    key = ("local", "poet")
-    assert after.versions(key) == before.versions(key)
-    assert after.records[key].trial is not None and after.versions(key)[1].is_offered

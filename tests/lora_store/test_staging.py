@@ -24,7 +24,7 @@ def digest(label: Label = LABEL, weights: str = WEIGHTS, samples: str | None = S
     return version_digest(label, weights, samples, base)
 
 
-def test_weights_samples_template_tags_and_base_model_each_make_another_version() -> None:
+def test_weights_samples_template_contract_tags_and_base_each_make_another_version() -> None:
     versions = [
         digest(),
         digest(weights="c" * 64),
@@ -32,6 +32,7 @@ def test_weights_samples_template_tags_and_base_model_each_make_another_version(
         digest(samples=None),
         digest(replace(LABEL, template="alpaca")),
         digest(replace(LABEL, template=None)),
+        digest(replace(LABEL, contract='{"stop":["a"]}')),
         digest(replace(LABEL, tags=())),
         digest(replace(LABEL, tags=("fun", "short"))),
         digest(base="other"),

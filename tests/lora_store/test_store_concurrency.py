@@ -47,24 +47,6 @@ def _all(futures: list[Future[list[Done]]]) -> list[Done]:
     return [item for future in futures for item in future.result()]
 
 
-def test_publishers_of_different_names_all_succeed(
-    store_uri: str,
-    make_folder: MakeFolder,
-    in_processes: Callable[..., Future[list[Done]]],
-    stored: Stored,
-    scale: Scale,
-) -> None:
-    each = scale.pick("adapters of each publisher", small=2, full=25)
-    jobs = [
-        [(make_folder(f"a{who}-{number}", who * each + number), f"a{who}-{number}") for number in range(each)]
-        for who in range(NUM_PUBLISHERS)
-    ]
-    done = _all([in_processes(publish_all, store_uri, job) for job in jobs])
-    assert len(done) == NUM_PUBLISHERS * each
-    _check_serial(LoraStore(store_uri, accepts_base=[BASE]), done)
-    assert stored("holds") == {}
-
-
 def test_publishers_of_one_name_end_in_a_serial_order(
     store_uri: str,
     make_folder: MakeFolder,

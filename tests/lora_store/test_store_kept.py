@@ -25,7 +25,9 @@ def store_uri(folder_uri: str) -> str:
 
 @pytest.fixture
 def store(open_store: OpenStore) -> LoraStore:
-    return open_store()
+    store = open_store()
+    store._read_contract = lambda name, data: (data.decode(), ())
+    return store
 
 
 def commit(store: LoraStore, *staged: Staged) -> AdapterRecord:
@@ -103,12 +105,12 @@ def test_a_description_replaces_a_description_and_never_several_samples(
 
 
 def test_a_folders_template_counts_for_a_new_name_only(folder_uri: str, make_folder: MakeFolder) -> None:
-    store = LoraStore(folder_uri, accepts_base=["tiny-base"], templates={})
+    store = LoraStore(folder_uri, accepts_base=["tiny-base"])
     commit(store, store.stage(make_folder(), template="alpaca"))
     folder = make_folder(seed=1)
     (folder / TEMPLATE_FILE).write_text("{{ unknown }}")
-    assert commit(store, store.stage(folder)).template == "alpaca"
-    assert commit(store, store.stage(folder, template="server")).template is None
+    assert commit(store, store.stage(folder, templates={})).template == "alpaca"
+    assert commit(store, store.stage(folder, template="server", templates={})).template is None
 
 
 def test_a_trial_has_the_template_of_the_live_version(store: LoraStore, make_folder: MakeFolder) -> None:
@@ -127,11 +129,15 @@ def _template(store: LoraStore, make_folder: MakeFolder) -> Staged:
     return store.stage(make_folder(), template="alpaca")
 
 
+def _contract(store: LoraStore, make_folder: MakeFolder) -> Staged:
+    return store.stage(make_folder(), contract='{"stop":["a"]}')
+
+
 def _samples(store: LoraStore, make_folder: MakeFolder) -> Staged:
     return store.stage(make_folder(inputs=("Other.",)))
 
 
-@pytest.mark.parametrize("rival", [_tags, _template, _samples])
+@pytest.mark.parametrize("rival", [_tags, _template, _contract, _samples])
 def test_two_publishes_at_once_lose_nothing_of_each_other(
     store: LoraStore, make_folder: MakeFolder, stored: Stored, rival: Callable[[LoraStore, MakeFolder], Staged]
 ) -> None:
@@ -143,11 +149,8 @@ def test_two_publishes_at_once_lose_nothing_of_each_other(
     [again] = store.take_over([ours])
     record = commit(store, again)
     assert record.weights_digest == ours.weights_digest
-    assert (record.tags, record.template, record.samples_digest) == (
-        theirs.tags,
-        theirs.template,
-        theirs.samples_digest,
-    )
+    kept = [(item.tags, item.template, item.contract, item.samples_digest) for item in (record, theirs)]
+    assert kept[0] == kept[1]
     assert store.take_over([again]) == [again]
     store.discard([ours])
     assert stored("holds") == {}

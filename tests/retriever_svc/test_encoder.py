@@ -174,13 +174,13 @@ def test_callers_are_served_in_order_of_arrival(encoder: Encoder, monkeypatch: p
     def compute(texts: list[str]) -> Vectors:
         order.extend(texts)
         entered.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
         return np.ones((len(texts), encoder.dim), np.float32)
 
     monkeypatch.setattr(encoder, "_compute", compute)
     with ThreadPoolExecutor(4) as callers:
         first = callers.submit(encoder.encode, ["first"])
-        assert entered.wait(30)
+        assert entered.wait(120)
         waiting = []
         for number, text in enumerate("abc", start=1):
             waiting.append(callers.submit(encoder.encode, [text]))
@@ -194,7 +194,7 @@ def test_callers_are_served_in_order_of_arrival(encoder: Encoder, monkeypatch: p
 
 
 def _wait_for_queue(encoder: Encoder, length: int) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while encoder._thread._work_queue.qsize() < length:
         assert time.monotonic() < until
         time.sleep(0.001)

@@ -7,7 +7,6 @@ import pytest
 from lora_store.files import Files
 from lora_store.location import Location
 from lora_store.snapshot import ActiveEncoder
-from retriever_svc.encoder import Encoder
 from retriever_svc.encoder_files import DEFAULT_MODEL, ENGLISH_MODEL
 from retriever_svc.encoder_registry import EncoderRegistry
 from retriever_svc.errors import EncoderUnusable, ProjectionUnusable
@@ -188,11 +187,3 @@ def test_without_the_earlier_defaults_package_the_new_one_serves() -> None:
 
     encoders = EncoderRegistry(load, DEFAULT_MODEL, Shipped())
     assert encoders.encoder_of(None, embedded_by=Shipped.packaged.identity).identity == "new-default"
-
-
-def test_the_real_earlier_default_serves_a_pool_that_its_projection_embedded() -> None:
-    files = ProjectionFiles()
-    english = Encoder(ENGLISH_MODEL)
-    identity = files.shipped(english.identity).identity
-    found = EncoderRegistry(Encoder, DEFAULT_MODEL, files).encoder_of(None, embedded_by=identity)
-    assert (found.identity, found.projection.encoder) == (identity, english.identity)

@@ -134,24 +134,6 @@ def test_a_generation_can_be_extended_once() -> None:
 
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
-def test_adapters_added_since_training_are_found_and_removed_ones_are_not(settings: IndexSettings) -> None:
-    rng = np.random.default_rng(2)
-    vectors = random_rows(rng, 200)
-    records = records_of(vectors)
-    index = index_of(vectors, settings)
-    new = [record_of(f"new-{number}", vector) for number, vector in enumerate(random_rows(rng, 20))]
-    gone = records[:20]
-    index = index.after([(record.ref.tenant, record.ref.name) for record in gone], new)
-    for record in new:
-        [[match]] = index.search(record.embedding.vector[np.newaxis], 1, index.allowed())
-        assert (match.record.ref, match.score) == (record.ref, pytest.approx(1))
-    for record in gone:
-        for match in index.search(record.embedding.vector[np.newaxis], 220, index.allowed())[0]:
-            assert match.record.ref != record.ref
-    assert index.num_unlisted == (200 if settings is EXACT else 20)
-
-
-@pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
 def test_compacted_has_the_same_adapters_and_answers(settings: IndexSettings) -> None:
     rng = np.random.default_rng(4)
     records, queries = [labelled(rng, f"a{number}") for number in range(120)], random_rows(rng, 5)
@@ -185,21 +167,6 @@ def test_a_small_tenant_gets_k_matches_in_a_big_pool_even_with_few_probes(top_k:
     for query in random_rows(rng, 10):
         [matches] = few.search(query[np.newaxis], 8, few.allowed("small", ["x"]))
         assert_same(matches, slow_search(own, query, 8))  # five rows are read one by one in a pool of any size
-
-
-def test_few_probes_find_nearly_all_best_matches() -> None:
-    rng = np.random.default_rng(8)
-    centres = rng.standard_normal((30, 16))
-    vectors, queries = (
-        unit_rows((centres[rng.integers(0, 30, count)] + 0.4 * rng.standard_normal((count, 16))).astype(np.float32))
-        for count in (4000, 100)
-    )
-    index = AdapterIndex.of(records_of(vectors), 16, IndexSettings(exact_rows=1000, num_probes=16)).trained()
-    hits = []
-    for query, matches in zip(queries, index.search(queries, 3, index.allowed()), strict=True):
-        third = np.sort(vectors.astype(np.float64) @ query)[-3]
-        hits += [match.score >= third - 1e-3 for match in matches]
-    assert np.mean(hits) >= 0.98
 
 
 @pytest.mark.parametrize("settings", [EXACT, LISTS], ids=["exact", "lists"])
@@ -257,13 +224,6 @@ def test_an_answer_does_not_depend_on_its_batch(settings: IndexSettings) -> None
     index, queries = index_of(random_rows(rng, 500, 384), settings), random_rows(rng, 64, 384)
     alone = [index.search(query[np.newaxis], 8, index.allowed())[0] for query in queries]
     assert index.search(queries, 8, index.allowed()) == alone
-
-
-def test_vectors_of_any_length_score_by_cosine() -> None:
-    index = AdapterIndex.of([record_of("far", [100, 100]), record_of("near", [0.1, 0])], 2)
-    [matches] = index.search(np.asarray([[1, 0]], np.float32), 2, index.allowed())
-    assert [match.record.ref.name for match in matches] == ["near", "far"]
-    assert [match.score for match in matches] == pytest.approx([1, np.sqrt(0.5)], abs=1e-6)
 
 
 def test_nothing_to_find_is_an_empty_list() -> None:

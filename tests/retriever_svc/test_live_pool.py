@@ -78,17 +78,17 @@ def test_searches_continue_while_a_refresh_waits_for_the_catalogue() -> None:
     def snapshots() -> Snapshot:
         if source.now.generation == 3:
             asked.set()
-            assert answers.wait(10)
+            assert answers.wait(120)
         return source.now
 
     pools = live_pool(ENCODER, snapshots)
     source.commit(*records)
     with ThreadPoolExecutor(1) as executor:
         refresh = executor.submit(pools.catch_up)
-        assert asked.wait(10)
+        assert asked.wait(120)
         assert names_found(pools, records[0], 9) == names_found(pools, records[0], 2)
         answers.set()
-        assert refresh.result(10) == 3
+        assert refresh.result(120) == 3
     assert_finds_exactly(pools, records)
 
 
@@ -213,7 +213,7 @@ def test_failed_training_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_thread_trains_by_default() -> None:
     done = threading.Event()
     in_thread(done.set)
-    assert done.wait(10)
+    assert done.wait(120)
     assert done.is_set()
 
 

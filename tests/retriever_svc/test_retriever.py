@@ -3,17 +3,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from lora_store.adapter import LOCAL_TENANT
-from lora_store.catalogue import Catalogue
-from lora_store.errors import AdapterNotFound, PlanInvalid
-from lora_store.events import Publish
-from lora_store.location import Location
+from lora_store.errors import AdapterNotFound
 from lora_store.records import OutputProfile
 from retriever_svc import AskedPrompt, NoAdapterMatched, Page, PageRequest, Retriever, Route, RouteRequest, StaleIndex
 from retriever_svc.encoder import MAX_CHARS
@@ -22,11 +18,9 @@ from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, li
 from tests.retriever_svc.routing import (
     EAST,
     NORTH,
-    NORTHEAST,
     POOL,
     SOUTHWEST,
     TABLE,
-    TEMPERATURE,
     retriever_of,
     route_one,
 )
@@ -206,22 +200,6 @@ def test_private_adapters_of_others_are_never_candidates_nor_resolvable() -> Non
     assert retriever.resolve("b", "theirs") == theirs
 
 
-def test_adapters_not_embedded_by_this_encoder_are_reachable_by_name_only() -> None:
-    bare = record_of("bare", None)
-    foreign = record_of("foreign", EAST, encoder="another-encoder")
-    retriever = retriever_of(bare, foreign, record_of("known", NORTH))
-    assert names(route_one(retriever)) == ["known"]
-    assert retriever.resolve(LOCAL_TENANT, "bare") == bare
-    assert retriever.resolve(LOCAL_TENANT, "foreign") == foreign
-
-
-def test_equal_weights_are_planned_once_and_do_not_shorten_the_plan() -> None:
-    copies = [record_of(f"copy-{n}", EAST, weights="same") for n in range(20)]
-    retriever = retriever_of(*copies, record_of("n", NORTH), record_of("ne", NORTHEAST))
-    assert names(route_one(retriever)) == ["copy-0", "ne", "n"]
-    assert names(route_one(retriever, top_k=16)) == ["copy-0", "ne", "n"]
-
-
 @pytest.mark.parametrize(
     ("templates", "common"),
     [(("chat", "chat"), "chat"), (("chat", "alpaca"), None), (("chat", None), None), ((None, None), None)],
@@ -235,27 +213,10 @@ def test_a_plan_has_the_template_that_all_its_adapters_name(
     assert retriever.plan_named(LOCAL_TENANT, [("a0", 1.0), ("a1", 1.0)]).template == common
 
 
-def test_a_named_adapter_is_a_plan_of_one_row_and_no_encoder_call() -> None:
-    encoder = FakeEncoder(TABLE)
-    retriever = retriever_of(*POOL, encoder=encoder)
-    plan = retriever.plan_named(LOCAL_TENANT, [("n", 1.0)])
-    assert [(a.ref, a.weights_digest, a.weight, a.score) for a in plan.adapters] == [
-        (POOL[1].ref, POOL[1].weights_digest, 1.0, None)
-    ]
-    assert plan.generation == 1
-    assert encoder.batches == []
-
-
 def test_named_weights_are_used_as_given() -> None:
     plan = retriever_of(*POOL).plan_named(LOCAL_TENANT, [("n", 2.5), ("local/e", -0.5)], "fusion")
     assert plan.strategy == "fusion"
     assert [(a.ref.name, a.weight) for a in plan.adapters] == [("n", 2.5), ("e", -0.5)]
-
-
-@pytest.mark.parametrize("choices", [[], [("n", 9.0)], [("n", 1.0), ("n", 1.0)], [("n", math.nan)]])
-def test_an_impossible_plan_is_refused(choices: list[tuple[str, float]]) -> None:
-    with pytest.raises(PlanInvalid):
-        retriever_of(*POOL).plan_named(LOCAL_TENANT, choices)
 
 
 @pytest.mark.parametrize("length", [8, 12, 64])
@@ -299,32 +260,6 @@ def test_a_new_generation_is_seen_after_catching_up_and_old_routes_stay() -> Non
     assert names(old) == ["e"]
     with pytest.raises(AdapterNotFound):
         retriever.resolve(LOCAL_TENANT, "e")
-
-
-def test_a_companion_without_weight_is_no_part_of_the_plan() -> None:
-    """At the default temperature an adapter at right angles would have a weight of 1e-9."""
-    retriever = retriever_of(*POOL, temperature=0.05)
-    route = route_one(retriever, weighting="evidence")
-    assert [(a.ref.name, a.weight) for a in route.plan.adapters] == [("e", 1.0)]
-    assert [candidate.ref.name for candidate in route.candidates] == ["e", "ne", "n"]
-    close = route_one(retriever_of(POOL[0], record_of("near", (0.96, 0.28)), temperature=0.05), weighting="evidence")
-    assert names(close) == ["e", "near"]
-    assert sum(a.weight for a in close.plan.adapters) == pytest.approx(1)
-    assert len(route_one(retriever, weighting="softmax").plan.adapters) == 3
-    many = [record_of(f"a{n}", EAST) for n in range(16)]
-    assert len(route_one(retriever_of(*many), weighting="evidence", top_k=16).plan.adapters) == 16
-
-
-def test_a_commit_to_the_catalogue_is_read_after_catching_up(tmp_path: Path) -> None:
-    catalogue = Catalogue(Location(str(tmp_path)))
-    pools = live_pool(FakeEncoder(TABLE), catalogue.snapshot)
-    retriever = Retriever(pools, temperature=TEMPERATURE)
-    assert route_one(retriever).abstained
-    generation = catalogue.commit(lambda snapshot: [Publish(record) for record in POOL])
-    assert pools.catch_up(generation) == generation
-    route = route_one(retriever)
-    assert names(route) == ["e", "ne", "n"]
-    assert [candidate.score for candidate in route.candidates] == pytest.approx([1, 0.6, 0], abs=1e-6)
 
 
 def test_a_search_in_progress_stays_in_its_generation() -> None:

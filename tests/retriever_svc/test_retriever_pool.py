@@ -11,18 +11,14 @@ from lora_store.adapter import LOCAL_TENANT, Sample
 from lora_store.errors import AdapterNotFound
 from lora_store.records import AdapterRecord
 from retriever_svc import (
-    LivePool,
     NoAdapterMatched,
     NothingToEmbed,
-    ProjectionFiles,
     Retriever,
-    Route,
     RouteRequest,
     embed_groups,
 )
-from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, names, record_of
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, embedding_of, live_pool, record_of
 from tests.retriever_svc.routing import EAST, NORTH, POOL, TABLE, retriever_of, route_one
-from tests.shared_encoders import shared_encoder
 
 
 def kept_versions(*visibilities: str) -> tuple[AdapterRecord, ...]:
@@ -97,69 +93,3 @@ def test_an_embedding_by_another_encoder_has_no_neighbours_here() -> None:
     retriever = retriever_of(*POOL)
     assert [c.ref.name for c in retriever.neighbours(embedding_of(EAST), 2, LOCAL_TENANT)] == ["e", "ne"]
     assert retriever.neighbours(embedding_of((1.0, 0.0, 0.0), encoder="another"), 2, LOCAL_TENANT) == ()
-
-
-FAMILIES = {
-    "translate": [
-        "Translate this sentence to German: The train leaves at noon.",
-        "Translate to German: Where is the nearest pharmacy?",
-        "How do you say 'good evening, my friends' in German?",
-        "Translate into German: My sister works in a hospital.",
-        "Say 'I would like a coffee' in German.",
-    ],
-    "sentiment": [
-        "Is this movie review positive or negative? The plot was dull and the acting worse.",
-        "Review: A joyful film with a wonderful cast. Is the sentiment positive or negative?",
-        "Tell whether the reviewer liked the film: I walked out after twenty minutes.",
-        "Sentiment of this review: charming, funny and far too short.",
-        "Positive or negative review? Two hours that I will never get back.",
-    ],
-    "arithmetic": [
-        "A farmer has 12 cows and buys 7 more. How many cows does he have now?",
-        "What is 45 minus 18?",
-        "Tom has 3 boxes of 24 pencils. How many pencils are there in all?",
-        "If a ticket costs 9 dollars, how much do 6 tickets cost?",
-        "How many eggs are left of 30 when 13 are eaten?",
-    ],
-}
-HELD_OUT = {
-    "translate": [
-        "Translate to German: The children are playing in the garden.",
-        "Say 'thank you very much' in German.",
-    ],
-    "sentiment": [
-        "Positive or negative? This film is a masterpiece from start to end.",
-        "Did the reviewer like it: boring.",
-    ],
-    "arithmetic": ["Anna had 31 apples and ate 4. How many are left?", "What is 17 times 6?"],
-}
-
-
-ORDINARY = [
-    "zxqv 0x7f segfault in kernel module, dmesg attached",
-    "What is the capital of France?",
-    "Write a haiku about rain.",
-    "hello",
-    "Wer hat den Buchdruck erfunden?",
-    "How do I repair a flat bicycle tyre?",
-]
-
-
-def test_prompts_find_the_adapter_of_their_task_and_others_find_none() -> None:
-    """Translations and small sums are also asked of any assistant, so with 5 samples the base model may answer them."""
-    encoder = shared_encoder()
-    samples = {name: [Sample(text) for text in texts] for name, texts in FAMILIES.items()}
-    files = ProjectionFiles()
-    empty = Retriever(LivePool(lambda model: encoder, Source(), projections=files))
-    records = [replace(record_of(name, None), embedding=empty.embed(samples[name])) for name in FAMILIES]
-    retriever = Retriever(LivePool(lambda model: encoder, Source(*records), projections=files))
-    asked = [(name, text) for name, texts in HELD_OUT.items() for text in texts]
-    routes = retriever.route([RouteRequest(text, strategy="selection", abstain="never") for _, text in asked])
-    assert [names(route) for route in routes if isinstance(route, Route)] == [[name] for name, _ in asked]
-    for text in HELD_OUT["sentiment"]:
-        assert names(route_one(retriever, text, strategy="selection")) == ["sentiment"]
-    assert [route_one(retriever, text).abstained for text in ORDINARY] == [True] * len(ORDINARY)
-    neighbours = retriever.neighbours(empty.embed(samples["sentiment"]), 2, LOCAL_TENANT)
-    assert neighbours[0].ref.name == "sentiment"
-    assert neighbours[0].score == pytest.approx(1, abs=1e-5)
-    assert neighbours[0].confidence > 0.9

@@ -60,24 +60,6 @@ def test_the_sum_is_kept_and_the_lead_is_held(case: Case) -> None:
     assert all(w > 0 for w in limited)
 
 
-@given(CASES)
-def test_ratios_within_the_lead_and_within_the_companions_stay(case: Case) -> None:
-    weights, shares_lead = case
-    limited = limited_weights(weights, shares_lead)
-    leads = [True, *shares_lead[1:]]
-    for is_lead in (True, False):
-        places = [place for place, lead in enumerate(leads) if lead is is_lead]
-        ratios = [limited[place] / weights[place] for place in places]
-        assert all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
-
-
-@given(CASES)
-def test_limiting_twice_changes_nothing(case: Case) -> None:
-    weights, shares_lead = case
-    once = limited_weights(weights, shares_lead)
-    assert limited_weights(once, shares_lead) == pytest.approx(once, rel=1e-9)
-
-
 def weigh(weighting: str, *scores: float) -> list[float]:
     matches = [Match(record_of(f"n{n}", None), score) for n, score in enumerate(scores)]
     return WEIGHTINGS[weighting].weigh(matches, "local", 0.1)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -14,14 +15,21 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from deployments.api.anthropic_answer import CountedTokens, MessageForm
 from deployments.api.anthropic_request import CountTokensRequest, MessagesRequest
 from deployments.api.completion_responses import plan_object
-from deployments.api.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest, RouteQuery
+from deployments.api.completions import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Question,
+    RouteQuery,
+)
+from deployments.api.contract import applied_contract
 from deployments.api.responses import RouteAnswer
 from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
 from deployments.generation.completions import deadline_of, within
-from deployments.generation.planner import check_texts, refuse_stream_options, text_read
+from deployments.generation.planner import AUTO, check_texts, refuse_stream_options, text_read
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
 from deployments.http.error_responses import error_body
@@ -36,6 +44,7 @@ from deployments.http.openapi import (
 from deployments.http.routes.vllm import note_ignored
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
+from gpu_worker.front.request.prompts import Message
 from retriever_svc.views import tokens_routed
 
 router = APIRouter(route_class=AnsweringRoute)
@@ -66,7 +75,7 @@ async def responses(
     """Answer as a chat does, in the shape of the Responses API. Nothing is stored: `input` is a whole conversation."""
     if body.previous_response_id is not None:
         raise ResponseNotStored
-    form = ResponseForm(body, context.request_id, services.config.served_model.sampling_defaults)
+    form = ResponseForm(body, context.request_id)
     return await _respond(body, caller, services, context, form)
 
 
@@ -89,12 +98,17 @@ async def count_tokens(
 async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
     config = services.config
-    check_texts(body.prompt, config.served_model)
+    check_texts(body.prompt, config.served_models.widest)
     texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
     with services.authenticator.running(caller, Work(len(body.prompt), num_read=sum(map(tokens_routed, texts)))):
         async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
             planned = await services.planner.route_all(body.prompt, body.lora, caller.tenant)
-    return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in planned]}
+    asked = [Question((Message("user", prompt),), prompt, AUTO, body.lora) for prompt in body.prompt]
+    shown = [
+        replace(item, contract=applied_contract(item.plan, question))
+        for question, item in zip(asked, planned, strict=True)
+    ]
+    return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
 
 
 async def _respond(
@@ -109,7 +123,7 @@ async def _respond(
         refuse_stream_options(request)
     started = await services.completions.start(request, caller, context)
     if form is not None:
-        form.use(started.request)
+        form.use(started.request, started.sampling_defaults)
     if not request.stream:
         answer = await services.completions.collect(started)
         return JSONResponse(answer if form is None else form.whole(answer), headers=started.answer.headers())

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_CPU_S = 2
-MAX_BYTES = 1 << 31  # of address space
+MAX_BYTES = 1 << 31  # address space of the checking process
 _NUM_STEPS = 48
 _MAX_SUBSCHEMAS = 500
 _END = 256
@@ -36,11 +36,11 @@ _END = 256
 def check(grammar: Grammar) -> None:
     """Return if the grammar compiles and a text can begin with it. Raises: GrammarInvalid."""
     vocabulary = make_vocabulary(lambda token_id: bytes([token_id]) if token_id < _END else b"", _END + 1, [_END])
-    error = _error_of(grammar, vocabulary)
+    error = _find_error(grammar, vocabulary)
     if error is not None:
         if grammar.kind == "tool_calls":
             _check_schemas(grammar, vocabulary)
-        pointer = _place_of(error, grammar.text, vocabulary) if grammar.kind == "json_schema" else ""
+        pointer = _find_place(error, grammar.text, vocabulary) if grammar.kind == "json_schema" else ""
         raise GrammarInvalid(error, pointer)
 
 
@@ -48,12 +48,12 @@ def _check_schemas(grammar: Grammar, vocabulary: LLTokenizer) -> None:
     """Check the schemas of a grammar of calls one by one. Raises: GrammarInvalid for the first wrong one."""
     for pointer, schema in json.loads(grammar.text)["schemas"].items():
         text = json.dumps(schema)
-        error = _error_of(Grammar("json_schema", text), vocabulary)
+        error = _find_error(Grammar("json_schema", text), vocabulary)
         if error is not None:
-            raise GrammarInvalid(error, pointer + _place_of(error, text, vocabulary))
+            raise GrammarInvalid(error, pointer + _find_place(error, text, vocabulary))
 
 
-def _error_of(grammar: Grammar, vocabulary: LLTokenizer) -> str | None:
+def _find_error(grammar: Grammar, vocabulary: LLTokenizer) -> str | None:
     try:
         matcher = matcher_of(grammar, vocabulary)
     except ValueError as exc:
@@ -80,7 +80,7 @@ def _message(matcher: LLMatcher) -> str:
     return " ".join(" ".join(lines).split())[:500]
 
 
-def _place_of(error: str, text: str, vocabulary: LLTokenizer) -> str:
+def _find_place(error: str, text: str, vocabulary: LLTokenizer) -> str:
     """Return the JSON pointer of the innermost schema that has this error on its own, or "" for the whole schema."""
     try:
         root = json.loads(text)
@@ -93,7 +93,7 @@ def _place_of(error: str, text: str, vocabulary: LLTokenizer) -> str:
         if number == _MAX_SUBSCHEMAS:
             break
         alone = Grammar("json_schema", json.dumps(shared | schema if pointer else schema))
-        if _error_of(alone, vocabulary) == error:
+        if _find_error(alone, vocabulary) == error:
             return pointer
     return ""
 

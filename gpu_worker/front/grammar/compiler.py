@@ -176,7 +176,7 @@ class GrammarCompiler:
 
         Raises: EngineFull; GrammarInvalid for a grammar that was refused before.
         """
-        key = _key_of(grammar, tenant)
+        key = _make_key(grammar, tenant)
         with self._lock:
             self._raise_if_refused(key, grammar.param)
             entry = self._entries.get(key)
@@ -246,5 +246,5 @@ class GrammarCompiler:
             return self._vocabulary
 
 
-def _key_of(grammar: Grammar, tenant: str) -> bytes:
+def _make_key(grammar: Grammar, tenant: str) -> bytes:
     return hashlib.sha256(json.dumps([tenant, grammar.kind, grammar.text]).encode()).digest()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Between JSON tokens, at most one space: `{"a":1}` and `{"a": 1}`, which models write by habit, are both possible. An
 # indented line would let a model that samples spend max_tokens on spaces.
 _WHITE_SPACE = " "
-_MAX_LEXER_STATES = 20_000  # of one grammar, about 2 kB each
+_MAX_LEXER_STATES = 20_000  # for one grammar; each takes about 2 kB
 # They override a schema's `x-guidance`.
 _JSON_OPTIONS = {
     "item_separator": ",",

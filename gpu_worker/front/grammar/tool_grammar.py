@@ -34,7 +34,7 @@ def tool_grammar(tools: Tools, form: ToolForm, answer: Grammar | None) -> Gramma
     if not is_forced and answer is None and not any(function.strict for function in tools.functions):
         return None
     places = [n for n, function in enumerate(tools.functions) if tools.only in (None, function.name)]
-    schemas = {f"/{n}/function/parameters": _schema_of(tools.functions[n], is_forced) for n in places}
+    schemas = {f"/{n}/function/parameters": _make_schema(tools.functions[n], is_forced) for n in places}
     if form.is_bare and answer is not None and not is_forced:
         form = replace(form, opening=form.marker)  # else the answer's own object could not be distinguished from a call
     rules = [_calls(form, [tools.functions[n] for n in places])]
@@ -59,7 +59,7 @@ def _require_schema(answer: Grammar) -> None:
         )
 
 
-def _schema_of(function: Function, is_forced: bool) -> dict[str, Any]:
+def _make_schema(function: Function, is_forced: bool) -> dict[str, Any]:
     """Return the schema of the function's arguments, without undeclared ones: a weak model might never end them."""
     if not is_forced and not function.strict:
         return dict(json.loads(ANY_OBJECT))

@@ -36,7 +36,7 @@ class PromptMemo:
 
         Raises: what `tokenize` raises. A GpuWorkerError is cached too.
         """
-        key = _key_of(job)
+        key = _make_key(job)
         with self._lock:
             found = self._known.get(key)
             if found is None:
@@ -77,7 +77,7 @@ def _outcome(known: _Outcome, job: Job, tokenize: Callable[[Job], Sequence[int]]
     return known
 
 
-def _key_of(job: Job) -> bytes:
+def _make_key(job: Job) -> bytes:
     parts = [job.tenant, job.template]
     if isinstance(job.prompt, tuple):
         parts += [repr(job.tools), *map(repr, job.prompt)]

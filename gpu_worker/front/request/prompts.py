@@ -85,7 +85,7 @@ def render_chat(
     conversation = [turn_of(message) for message in messages]
     try:
         return tokenizer.apply_chat_template(conversation, tools, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as exc:  # of filters, which get values of the client
+    except (TemplateError, TypeError, ValueError) as exc:  # filters raise these for values of the client
         raise PromptInvalid(f"the base model's chat template rejects the messages: {exc}") from exc
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-EXPECTED_NEW_TOKENS = 256  # of an answer without `max_tokens`, where its work is estimated
+EXPECTED_NEW_TOKENS = 256  # estimate for an answer without `max_tokens`
 MAX_CHARS_PER_TOKEN = 64  # a longer text cannot fit, so it is not tokenized
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -141,7 +141,7 @@ class Tokenized:
     """The tokens of a prompt. `max_len`: the tokens of prompt and answer that fit."""
 
     ids: tuple[int, ...]
-    texts: tuple[str, ...]  # of each token, if they were requested
+    texts: tuple[str, ...]  # one for each token, if requested
     max_len: int
 
 
@@ -186,11 +186,11 @@ class Delta:
     num_new_tokens: int  # so far, including this delta
     finish_reason: FinishReason | None = None
     first_logits: Tensor | None = None  # (V,) float32 after the prompt, if requested by a probe
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last delta, if requested
+    logprobs: tuple[TokenLogprob, ...] = ()  # for the tokens since the last delta, if requested
     queued_s: float = 0.0  # time in the engine's queue
     prompt: tuple[PromptToken, ...] = ()  # in the first delta, if requested
     tool_calls: tuple[ToolCallPiece, ...] = ()
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     stop: str | None = None  # the client's stop string that ended the answer
 
 

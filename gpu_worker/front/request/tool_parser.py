@@ -15,7 +15,7 @@ from gpu_worker.front.request.request import FinishReason
 from gpu_worker.front.request.tools import ToolCallPiece, ToolForm
 
 _MAX_LEAD = 128  # characters between a marker and the object
-MAX_MALFORMED = 8  # of one answer: each is searched again for others, so an answer may not have any number
+MAX_MALFORMED = 8  # in one answer: each is searched again for others, so their number is bounded
 _HEADER = re.compile(r'\{\s*"name"\s*:\s*"(?P<name>[A-Za-z0-9_.-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
@@ -82,7 +82,7 @@ class ToolCallParser:
         self._resume = 0  # where the search goes on if the call turns out to be malformed
         self._name: str | None = None  # the function, where the form names it before the object
         self._object, self._object_at = ObjectEnd(0), 0
-        self._arguments: ObjectEnd | None = None  # of a call whose first piece is released
+        self._arguments: ObjectEnd | None = None  # while a call's first piece is released
         self._num_sent = 0
         self.num_calls = 0  # complete ones
         self._content: list[str] = []

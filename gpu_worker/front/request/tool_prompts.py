@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _PROBE = Function("probe_the_weather_of", "Return the weather", '{"type": "object", "properties": {"a": {}}}')
 _QUESTION = Message("user", "How is the weather?")
 _CALLS = tuple(ToolCall(f"call0000{n}", _PROBE.name, json.dumps({"a": n})) for n in range(2))
-_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of a template's own code
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # a template's own code may raise these
 
 
 def find_style(tokenizer: ChatTokenizer, parser: str = "auto") -> ToolStyle:

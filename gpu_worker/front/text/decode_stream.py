@@ -34,7 +34,7 @@ class DecodeStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], visible: Mapping[int, str] = {}) -> None:
         self._tokenizer, self._visible = tokenizer, visible
-        self._context = self._end_of(prompt_ids)
+        self._context = self._find_end(prompt_ids)
         self._context_text = self._decode(self._context)
         self._pending: list[int] = []
 
@@ -43,7 +43,7 @@ class DecodeStream:
         if token_id in self._visible:
             return self.finish() + self._visible[token_id]
         self._pending.append(token_id)
-        text = self._text_of(self._pending)
+        text = self._decode_text(self._pending)
         if text.endswith(_REPLACEMENT):
             return self._release_final_part(text)
         if text:
@@ -54,12 +54,12 @@ class DecodeStream:
 
     def finish(self) -> str:
         """Return the text of the pending ids, with U+FFFD for invalid bytes."""
-        return self._release(len(self._pending), self._text_of(self._pending))
+        return self._release(len(self._pending), self._decode_text(self._pending))
 
     def _release_final_part(self, text: str) -> str:
         """Return the part of the text that no further id can change. The last ids may begin a character."""
         count = len(self._pending) - _MOST_UNFINISHED
-        released = self._text_of(self._pending[:count]) if count > 0 else ""
+        released = self._decode_text(self._pending[:count]) if count > 0 else ""
         return self._release(count, released) if released and text.startswith(released) else ""
 
     def _release(self, count: int, text: str) -> str:
@@ -69,7 +69,7 @@ class DecodeStream:
             self._context_text = self._decode(self._context)
         return text
 
-    def _text_of(self, ids: list[int]) -> str:
+    def _decode_text(self, ids: list[int]) -> str:
         """Return the text that `ids` add to the context."""
         text = self._decode(self._context + ids)
         if text.startswith(self._context_text):
@@ -85,7 +85,7 @@ class DecodeStream:
         piece = self._tokenizer.id_to_token(token_id)
         return piece is None or (not self._decode([token_id]) and bool(self._tokenizer.decode([token_id], False)))
 
-    def _end_of(self, prompt_ids: Sequence[int]) -> list[int]:
+    def _find_end(self, prompt_ids: Sequence[int]) -> list[int]:
         """Return the prompt's last ids, extended if they have no text or begin within a character.
 
         The search is bounded, because a prompt may end with any number of ids without text or of U+FFFD. If it finds no

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*>")  # of HTML, which some vocabularies have as tokens
+_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*>")  # some vocabularies have HTML tags as tokens
 _SPACE = "\u2581"  # sentencepiece's symbol for a space
 
 

@@ -20,8 +20,8 @@ from gpu_worker.native.attention.decode_attention import DecodeArguments, Decode
 _GROUP_COST_TOKENS = 1024  # fixed cost of a group, in tokens read; measured: docs/benchmarks/index.md
 _GUESSES = 8  # tokens of a row with guesses, at most
 # Sums over a chunk's tokens of the keys that each reads. Measured: docs/benchmarks/index.md, "Attention".
-_MOST_READS = 8192  # of a whole prompt
-_MOST_READS_BEHIND = 24576  # of a chunk behind other tokens, for which torch is slower
+_MOST_READS = 8192  # for a whole prompt
+_MOST_READS_BEHIND = 24576  # for a chunk behind other tokens, where torch is slower
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def host_attention(
     is_decode = [_is_single(segment) if kernel is None else _is_short(segment) for segment in segments]
     prefill = tuple(segment for segment, decodes in zip(segments, is_decode, strict=True) if not decodes)
     short = [segment for segment, decodes in zip(segments, is_decode, strict=True) if decodes]
-    single = [token for segment in short for token in _tokens_of(segment)]
+    single = [token for segment in short for token in _split_tokens(segment)]
     steps = [GroupStep(pages, pages.slots(rows, positions)) for pages in groups]
     return HostAttention(
         *stored,
@@ -206,7 +206,7 @@ def _is_short(segment: Segment) -> bool:
     return num_reads <= _MOST_READS_BEHIND or segment.num_tokens <= _GUESSES
 
 
-def _tokens_of(segment: Segment) -> Iterator[Segment]:
+def _split_tokens(segment: Segment) -> Iterator[Segment]:
     """Yield a segment for each token."""
     if segment.num_tokens == 1:
         yield segment

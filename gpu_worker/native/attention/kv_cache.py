@@ -41,9 +41,9 @@ class KvShape:
     dtype: torch.dtype
     num_rows: int
     max_len: int  # tokens per row
-    num_tokens: int  # of all rows together, the budget
+    num_tokens: int  # the budget, for all rows together
     page_tokens: int
-    window: int | None = None  # of `window_layers`, which keep no older tokens
+    window: int | None = None  # `window_layers` keep no older tokens
     window_layers: frozenset[int] = frozenset()
     num_window_tokens: int = 0  # the budget of these layers
     kept_share: float = 0.0  # largest share of the pages that may keep prefixes while no row holds them

@@ -50,7 +50,7 @@ from lora_store.plan import BASE_PLAN, Plan
 logger = logging.getLogger(__name__)
 
 
-_MOST_LONG_TOKENS = 40  # of the longer prompt: all texts
+_MOST_LONG_TOKENS = 40  # the longer prompt has all texts up to this
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from benchmarks.gpu.checks import Check, run_checks
 from benchmarks.gpu.engine_run import settings_of, weight_bytes
 from benchmarks.gpu.hosting import Hosted
 from benchmarks.gpu.models import TOY, save_random
-from benchmarks.gpu.speed import FULL, SMALL, Cell, Floor, cells
+from benchmarks.gpu.speed import SMALL, Cell, Floor, cells
 from lora_store import ModuleWeights
 from tests.soak import Scale
 
@@ -86,7 +86,7 @@ def test_a_run_that_does_not_end_in_time_is_killed_with_its_processes(
     monkeypatch.setattr(sys, "executable", str(script))
     [end] = run_one("native", "checks", "model", "cpu", 3)
     assert end["end"] == "was cut off"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while is_running(int(pid.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -107,13 +107,6 @@ def test_the_floor_does_not_read_an_embedding_that_is_only_looked_up(tmp_path: P
     assert weight_bytes(tmp_path) == 4 * 24
     save_file({"lm_head.weight": torch.zeros(7, 3).bfloat16()}, tmp_path / "b.safetensors")
     assert weight_bytes(tmp_path) == 4 * 3 + 2 * 21
-
-
-def test_the_full_sizes_cover_every_batch_and_number_of_adapters() -> None:
-    found = list(cells(FULL))
-    assert {cell.rows for cell in found} == {1, 8, 32, 128}
-    assert {cell.active for cell in found if cell.rows == 128 and cell.strategy == "mixture"} == {8, 32, 128}
-    assert {cell.strategy for cell in found} == {"base", "selection", "mixture"}
 
 
 def test_the_floor_reads_weights_adapters_and_keys_once_a_step() -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper.__main__ import QUICK, QUICK_TASKS, STEPS, Step, cli, run_steps
-from benchmarks.paper.common.tasks import read_pool, read_task_list
+from benchmarks.paper.common.tasks import read_task_list
 
 
 def test_every_step_is_a_module() -> None:
@@ -74,7 +74,3 @@ def test_the_quick_run_takes_ten_minutes_over_tasks_of_the_list() -> None:
     assert set(QUICK_TASKS) <= read_task_list().by_name.keys()
     assert sum(step.minutes for step in QUICK) <= 10
     assert all(step.arguments.count("--only") == len(QUICK_TASKS) == 8 for step in QUICK)
-
-
-def test_the_pool_has_46_tasks_of_the_list() -> None:
-    assert len(set(read_pool())) == 46 and set(read_pool()) <= read_task_list().by_name.keys()

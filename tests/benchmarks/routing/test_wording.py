@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.paper.retrieval.ranking import retriever_of
-from benchmarks.routing.wording import Choice, calibration_error, measure, outcome_of, route_of, samples_of
+from benchmarks.routing.wording import Choice, calibration_error, measure, outcome_of, route_of
 from benchmarks.routing.wording_pools import Prompt, WordedAdapter, WordedPool, read_everyday, read_pools
 from retriever_svc import Encoder, ProjectionFiles
 
@@ -69,12 +69,6 @@ def test_the_calibration_error_weighs_both_kinds_alike() -> None:
     wrong = [replace(choice("everyday", None, first=False), confidence=0.05)]
     assert calibration_error(sure, wrong) == pytest.approx(0.05)
     assert calibration_error([replace(row, is_first=False) for row in sure], wrong) == pytest.approx(0.5)
-
-
-def test_half_of_a_mixed_pool_has_its_description_only() -> None:
-    pool = read_pools("tune")[0]
-    kinds = [samples_of(adapter, "mixed", 3) == [adapter.description] for adapter in pool.adapters]
-    assert any(kinds) and not all(kinds)
 
 
 def test_a_follow_up_gets_the_choice_for_the_turn_before_it(projected: Encoder) -> None:

@@ -8,8 +8,6 @@ import pytest
 
 from benchmarks.routing.wording_pools import (
     INPUT,
-    WRAPPED,
-    Prompt,
     WordedAdapter,
     read_everyday,
     read_pools,
@@ -40,13 +38,6 @@ def test_the_samples_have_the_wordings_in_turn() -> None:
     assert ADAPTER.samples("both", 1) == ["Add 1 2.", "Adds numbers."]
 
 
-def test_a_prompt_is_a_conversation() -> None:
-    assert Prompt("para", "Hi").messages == [("user", "Hi")]
-    assert Prompt("system", "Hi", system="Be brief.").messages == [("system", "Be brief."), ("user", "Hi")]
-    turns = Prompt("followup", "again", previous="Add 1 2.").messages
-    assert turns == [("user", "Add 1 2."), ("assistant", "…"), ("user", "again")]
-
-
 def test_there_are_pools_of_both_parts_and_none_is_in_both() -> None:
     tune, test = ({pool.name for pool in read_pools(part)} for part in PARTS)
     assert (len(tune), len(test)) == (6, 9)
@@ -66,11 +57,6 @@ def test_each_pool_has_adapters_with_samples_and_prompts_of_every_kind(part: str
         assert {prompt.own for prompt in pool.of_kind("same")} == set(names), pool.name
         assert {prompt.own for prompt in pool.of_kind("neighbour")} == {None}, pool.name
         assert not [prompt for prompt in pool.prompts if not prompt.text.strip() or INPUT in prompt.text], pool.name
-
-
-def test_every_way_of_wrapping_a_request_is_tested() -> None:
-    kinds = {prompt.kind for pool in read_pools("test") for prompt in pool.prompts}
-    assert {"para", "typo", "last", "bare", "other", "neighbour", "same", *WRAPPED} <= kinds
 
 
 def test_no_prompt_shares_four_words_in_a_row_with_the_wordings_of_its_own_adapter() -> None:

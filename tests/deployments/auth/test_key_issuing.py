@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -26,7 +27,8 @@ from deployments.auth.key_issuing import (
     with_replaced,
 )
 from deployments.json_types import JsonMapping
-from tests.deployments.key_files import entry
+from tests.deployments.key_files import entry, write
+from tests.lora_store.power_failure import Disk
 
 Dump = Callable[[Any], str]
 DUMPS: list[Dump] = [json.dumps, yaml.safe_dump, lambda data: yaml.safe_dump(data, default_flow_style=True)]
@@ -147,6 +149,41 @@ def test_one_entry_is_removed_from_every_form_of_a_list(dump: Dump, place: int) 
     entries = [entry(f"key-{number}", id=f"id-{number}") for number in range(3)]
     left = parse_entries(with_replaced(dump(entries), f"id-{place}", lambda _: []))
     assert [found.id for found in left] == [f"id-{number}" for number in range(3) if number != place]
+
+
+@pytest.mark.parametrize("keeps_names", [True, False])
+def test_a_revoked_key_does_not_come_back_with_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_names: bool
+) -> None:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    file = write(folder / "keys.json", entry("stays"), entry("revoked"))
+    disk = Disk(monkeypatch, folder)
+    remove_entry(file, "id-revoked")
+    left = disk.after_power_failure(tmp_path / "after", keeps_names=keeps_names)
+    assert [item.id for item in parse_entries((left / "keys.json").read_text())] == ["id-stays"]
+
+
+def test_the_file_stays_its_owners_when_root_changes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "keys.json", entry("a"), entry("b"))
+    owners: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", lambda _, *owner: owners.append(owner))
+    remove_entry(file, "id-a")
+    assert owners == [(file.stat().st_uid, file.stat().st_gid)]
+
+
+def test_a_full_disk_leaves_the_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "keys.json", entry("a"), entry("b"))
+    before = file.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        remove_entry(file, "id-a")
+    assert file.read_text() == before and os.listdir(tmp_path) == ["keys.json"]
 
 
 def test_comments_of_the_entries_that_stay_are_kept() -> None:

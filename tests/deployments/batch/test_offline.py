@@ -43,7 +43,7 @@ def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRet
         answerer.close()
     assert loads
     for thread in loads:
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive(), "a closed engine keeps no threads"
     found = offline.generate([row["prompt"] for row in rows], as_is=True, **SHORT)
     assert [(answer.text, answer.strategy) for answer in found] == [
@@ -139,7 +139,7 @@ def test_the_real_model_answers_with_the_adapter_that_fits(tmp_path: Path) -> No
         fits, base = offline.generate(
             ["Negate the statement: the chemist has used my car", "What is the capital of France?"],
             lora={"k": 1},
-            max_tokens=20,
+            max_tokens=12,
             temperature=0,
         )
     assert (fits.text.strip(), fits.adapters[0]["name"]) == ("the chemist has not used my car", "sentence_negation")

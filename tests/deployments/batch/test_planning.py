@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from deployments.batch.planning import BatchRouting, PartPlanner
+from deployments.batch.planning import BatchRouting, PartPlanner, asked_of
 from deployments.config.app import AppConfig
-from lora_store import Plan
-from retriever_svc import NoAdapterMatched, Route, RouteRequest
+from deployments.generation.planner import Planner
+from gpu_worker.front.request.prompts import Message
+from lora_store import AdapterRef, NamedPolicy, Plan, PlannedAdapter
+from retriever_svc import NoAdapterMatched, Retriever, Route, RouteRequest
 from tests.deployments.batching import BASE, Place, prompts
 
 
@@ -40,6 +42,23 @@ def test_a_run_of_another_base_uses_no_adapter_and_names_it_where_a_row_does(pla
     assert found.job is not None and found.job.plan.strategy == "base"
     assert named.error is not None and named.error["code"] == "adapter_incompatible"
     assert f"base model '{BASE}', and this server serves 'another-base'" in named.error["message"]
+
+
+def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
+    class Asked(BatchRouting):
+        async def policies(self, *args: object, **options: object) -> list[NamedPolicy]:
+            return []
+
+        async def plan_named(self, *args: object, **options: object) -> Plan:
+            rows = (PlannedAdapter(AdapterRef("local", "sea", "d" * 64), "w", 1.0),)
+            return Plan("selection", rows, contract='{"instruction":"Sing: {input}"}')
+
+    served = place.config.served_model
+    planner = Planner(place.config.served_models, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
+    for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
+        body = {"prompt": "Hi", "model": "sea", "lora": lora}
+        asked = asyncio.run(asked_of(planner, served, "local", "row-0", body))
+        assert asked.job is not None and asked.job.prompt == (Message("user", content),), asked.error
 
 
 def test_prompts_of_one_part_share_a_call_of_the_encoder() -> None:

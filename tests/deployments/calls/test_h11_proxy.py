@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import uvicorn
 from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deployments.calls import h11_proxy
 from deployments.calls.h11_proxy import (
     CALLBACK,
+    CALLBACK_VARIABLE,
     WithoutTraceparent,
     address_of,
     bound_headers,
+    warn_if_unbounded,
 )
 from deployments.calls.proxy_limits import SAMPLING_VARIABLE, TRACING_VARIABLE, ProxyLimits
 from deployments.errors import BodyTooSlow, RateLimited
@@ -43,7 +46,7 @@ async def answer_to(*pieces: bytes) -> bytes:
         try:
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             writer.writelines(pieces)
-            return await asyncio.wait_for(reader.read(), 20)
+            return await asyncio.wait_for(reader.read(), 120)
         finally:
             server.should_exit = server.force_exit = True
             await serving
@@ -53,6 +56,26 @@ def test_the_callback_is_found_by_its_path() -> None:
     module, _, name = CALLBACK.partition(":")
     assert module == h11_proxy.__name__
     assert getattr(h11_proxy, name) is bound_headers
+
+
+def test_a_uvicorn_that_takes_another_protocol_ends_the_start_of_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = uvicorn.Config.load
+
+    def load_own(config: uvicorn.Config) -> None:
+        load(config)
+        config.http_protocol_class = H11Protocol
+
+    monkeypatch.setattr(uvicorn.Config, "load", load_own)
+    with pytest.raises(ImportError, match=r"uvicorn \S+ parses requests by H11Protocol, without .* limits on connecti"):
+        bound_headers()
+
+
+def test_a_node_without_the_callback_is_reported_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_unbounded({CALLBACK_VARIABLE: CALLBACK})
+    assert caplog.messages == []
+    warn_if_unbounded({})
+    [message] = caplog.messages
+    assert "limits no connections on this node" in message and f"{CALLBACK_VARIABLE}={CALLBACK}" in message
 
 
 def test_a_request_of_common_size_is_answered() -> None:
@@ -80,7 +103,7 @@ def test_oversized_parts_around_a_body_are_refused_before_they_end(pieces: tuple
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
     """Return everything received until the server closed."""
-    return await asyncio.wait_for(reader.read(), 20)
+    return await asyncio.wait_for(reader.read(), 120)
 
 
 def code_of(answer: bytes) -> str:
@@ -131,7 +154,7 @@ def test_a_connection_may_be_idle_after_an_answer_and_its_next_head_has_a_deadli
             for pause_s in (0, 25):
                 await timers.advance(pause_s)
                 writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-                answer = await asyncio.wait_for(reader.readuntil(b"hello"), 20)
+                answer = await asyncio.wait_for(reader.readuntil(b"hello"), 120)
             writer.write(b"GET / HT")
             await timers.advance(0)
             await timers.advance(10)
@@ -216,7 +239,7 @@ def test_with_all_connections_of_an_address_busy_one_more_is_refused() -> None:
             writer.write(GOOD + b"\r\n")
             assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_route_shows_candidates_and_the_weights_of_the_plan() -> None:
             {"name": "coder", "score": 0.5, "threshold": 0.875, "confidence": 0.0},
         ],
         "why": "poet fits: it scores 0.750 and needs 0.625.",
+        "contract": {"adapter": "poet", "applied": ["instruction", "stop"]},
     }
     with scripted((200, {"data": [plan]})) as server:
         result = run("route", "Hi", "--url", server.url)
@@ -167,6 +168,7 @@ def test_route_shows_candidates_and_the_weights_of_the_plan() -> None:
     assert ["1.000" in row for row in rows] == [True, False]
     assert ["0.625" in rows[0], "0.875" in rows[1]] == [True, True]
     assert "needs 0.625" in result.stdout
+    assert "poet is asked by its contract: instruction, stop." in words(result.stdout)
     assert "sample of poet, 0.500: Write a [poem]." in words(result.stdout)
     assert ["0.750" in rows[0], "0.500" in rows[1]] == [True, True]
 

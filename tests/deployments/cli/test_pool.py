@@ -76,6 +76,13 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
     assert "fun" in result.stdout
 
 
+def test_show_prints_a_contract_as_it_is() -> None:
+    contract = {"instruction": "[bold]Rhyme: {input}", "stop": ["É"]}
+    with scripted((200, ROW | {"contract": contract, "versions": []})) as server:
+        printed = run("show", "poet", "--url", server.url).stdout
+    assert all(part in printed for part in ('"instruction": "[bold]Rhyme: {input}"', '"É"'))
+
+
 def test_show_prints_whole_digests_and_times_to_the_second() -> None:
     row = {"generation": 3, "created_at": "2026-01-02T03:04:05.678901+00:00", "actor": "tester", "source": "poet"}
     versions = [row | {"digest": "d" * 64, "state": "live"}, row | {"digest": "e" * 64, "state": "kept"}]

@@ -47,14 +47,14 @@ def test_each_adapter_is_sent_with_its_own_description(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         {"source": "adapters/poet", "tags": ["fun"], "template": "chat"},
-        {"source": "s3://bucket/other", "name": "far", "visibility": "private", "base_name": "tiny"},
+        {"source": "s3://bucket/other", "name": "far", "visibility": "private", "base_name": "tiny", "contract": {}},
         {"source": "adapters/theirs", "owner": "beta"},
         defaults={"visibility": "public", "owner": "acme"},
     )
     with scripted(listing(), answers(published("poet"), published("far"))) as server:
         result = publish(server, file)
     poet = {"path": str(tmp_path / "adapters" / "poet"), "tags": ["fun"], "template": "chat", "visibility": "public"}
-    far = {"source": "s3://bucket/other", "name": "far", "visibility": "private", "base_model": "tiny"}
+    far = {"source": "s3://bucket/other", "name": "far", "visibility": "private", "base_model": "tiny", "contract": {}}
     assert (result.exit_code, server.sent[1]) == (0, {"adapters": [poet, far]})
     assert "1 adapter of other owners" in words(result.stderr)
 

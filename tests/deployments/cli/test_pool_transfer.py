@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from deployments.cli.pool_transfer import ServedPool
+from deployments.publishing.contract_files import read_contract
 from lora_store import AdapterNotFound, LoraStore, ModuleWeights, Sample, read_peft_folder, write_peft_folder
 from lora_store.pool_copy import StoreTarget, export_pool
 from lora_store.pool_files import PART_BYTES, PoolState, blob_file
@@ -31,8 +32,9 @@ def publish(store: LoraStore, folder: Path, name: str, rank: int = 2, **options:
 
 @pytest.fixture
 def pool(tmp_path: Path) -> LoraStore:
-    store = LoraStore(str(tmp_path / "pool"), accepts_base=[BASE])
-    publish(store, tmp_path, "poet", tags=["fun"], template="chat")
+    store = LoraStore(str(tmp_path / "pool"), accepts_base=[BASE], read_contract=read_contract)
+    contract = '{"instruction":"Rhyme {input}: äöü, \u007f, \\"x\\"","sampling":{"temperature":0.0}}'
+    publish(store, tmp_path, "poet", tags=["fun"], template="chat", contract=contract)
     publish(store, tmp_path, "secretary", rank=3, tenant="acme", visibility="private")
     return store
 
@@ -120,6 +122,15 @@ def test_a_pool_goes_into_an_archive_and_from_it_into_a_store(pool: LoraStore, t
     assert run("pool", "export", archive, "--store", target).exit_code == 1
 
 
+def test_an_import_names_the_model_names_that_it_leaves_out(pool: LoraStore, tmp_path: Path) -> None:
+    pool.set_name(("local", "support"), '{"seed": 1}', "maker")
+    target = tmp_path / "new"
+    publish(LoraStore(str(target), accepts_base=[BASE]), tmp_path / "other", "support")
+    done = run("pool", "import", tmp_path / "pool", "--store", target)
+    assert done.exit_code == 0
+    assert f"not imported, since {target} has something else by that name: local/support;" in words(done.output)
+
+
 def test_an_archive_in_a_bucket_is_refused(pool: LoraStore, tmp_path: Path) -> None:
     for line in (("export", "s3://b/x.tar", "--store", tmp_path / "pool"), ("import", "s3://b/x.tar")):
         result = run("pool", *line)
@@ -141,9 +152,10 @@ def test_peft_folders_are_the_same_versions_when_they_are_published_again(pool: 
     out = tmp_path / "out"
     assert run("pool", "export", out, "--store", tmp_path / "pool", "--peft").exit_code == 0
     listed = yaml.safe_load((out / "pool.yaml").read_text())["adapters"]
-    other = LoraStore(str(tmp_path / "other"), accepts_base=[BASE])
+    other = LoraStore(str(tmp_path / "other"), accepts_base=[BASE], read_contract=read_contract)
     for entry in listed:
         options = {key: entry[key] for key in ("tags", "template", "visibility")}
+        assert entry.get("contract") == (None if entry["name"] == "poet" else {}), "a folder brings its own"
         staged = other.stage(out / entry["source"], tenant=entry["owner"], **options)
         assert staged.ref == pool.snapshot().records[entry["owner"], entry["name"]].ref
     assert [(entry["owner"], entry["name"]) for entry in listed] == [("acme", "secretary"), ("local", "poet")]
@@ -156,7 +168,8 @@ def test_a_pool_of_one_tenant_names_no_owner(tmp_path: Path) -> None:
     publish(store, tmp_path, "passing", ttl_s=1000)
     run("pool", "export", tmp_path / "out", "--store", tmp_path / "pool", "--peft")
     [entry] = yaml.safe_load((tmp_path / "out" / "pool.yaml").read_text())["adapters"]
-    assert entry == {"name": "poet", "source": "poet", "visibility": "public", "tags": [], "template": "server"}
+    label = {"visibility": "public", "tags": [], "template": "server", "contract": {}}
+    assert entry == {"name": "poet", "source": "poet"} | label
 
 
 def test_a_composition_is_written_with_its_error(pool: LoraStore, tmp_path: Path) -> None:

@@ -209,18 +209,40 @@ def test_the_visibility_is_sent_only_if_given(tmp_path: Path, said: tuple[str, .
 @pytest.mark.parametrize("upload", [False, True])
 def test_clearing_is_sent_as_given(tmp_path: Path, upload: bool) -> None:
     [poet] = adapters(tmp_path, "poet")
-    said = ("--no-tags", "--template", "server", "--no-samples", *(["--upload"] if upload else []))
+    said = ("--no-tags", "--template", "server", "--no-samples", "--no-contract", *(["--upload"] if upload else []))
     with scripted((201, answer("poet") if upload else batch(answer("poet")))) as server:
         assert run("publish", poet, *said, "--url", server.url).exit_code == 0
     if upload:
         [body] = server.bodies
         assert all(f'name="{field}"\r\n\r\n\r\n'.encode() in body for field in ("tags", "samples"))
+        assert b'name="contract"\r\n\r\n{}\r\n' in body
     else:
-        cleared = {"tags": [], "template": "server", "samples": []}
+        cleared = {"tags": [], "template": "server", "samples": [], "contract": {}}
         assert server.sent == [{"adapters": [{"path": str(poet)} | cleared]}]
 
 
-@pytest.mark.parametrize("said", [("--no-tags", "--tag", "x"), ("--no-samples", "--samples", "train.jsonl")])
+def test_a_contract_in_a_file_is_sent_as_json_and_a_bad_one_is_not(tmp_path: Path) -> None:
+    [poet] = adapters(tmp_path, "poet")
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("instruction: 'Rhyme: {input}'\nstop: END\n")
+    bad.write_text("sampling: {temperature: hot}\n")
+    with scripted((201, batch(answer("poet", kept={"contract": {"stop": ["END"]}})))) as server:
+        result = run("publish", poet, "--contract", good, "--url", server.url)
+        refused = run("publish", poet, "--contract", bad, "--url", server.url)
+    sent = {"instruction": "Rhyme: {input}", "stop": ["END"]}
+    assert server.sent == [{"adapters": [{"path": str(poet), "contract": sent}]}]
+    assert words(result.stdout).endswith("contract: stop (kept)")
+    assert (refused.exit_code, "sampling.temperature: must be a number" in words(refused.stderr)) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("--no-tags", "--tag", "x"),
+        ("--no-samples", "--samples", "train.jsonl"),
+        ("--no-contract", "--contract", "io.yaml"),
+    ],
+)
 def test_nothing_is_given_and_cleared(tmp_path: Path, said: tuple[str, ...]) -> None:
     [poet] = adapters(tmp_path, "poet")
     with scripted((500, {})) as server:

@@ -17,7 +17,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.authenticator import TokenUsage
-from deployments.calls.worker_client import ServeWorker, WorkerGate
+from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate
 from deployments.errors import PoisonRequest, WorkerStarting
 from deployments.generation.completions import NO_ROOM, RowStream, StreamLimits
 from deployments.observability.request_metrics import RequestContext
@@ -104,8 +104,7 @@ def case_of(
     handle, context = FakeHandle(worker), RequestContext("r", "none")
     client = ServeWorker(handle, heartbeat_timeout_s=silence_s)
     row = RowStream(
-        client,
-        gate or WorkerGate(client, None),
+        BaseWorkers(client, gate or WorkerGate(client, None)),
         Job("r-3", "x" * 12),
         index=3,
         question=1,
@@ -192,8 +191,8 @@ def test_a_worker_that_hangs_past_deadline_and_grace_is_abandoned(said: tuple[An
     case = case_of((*said, FOREVER), time_s=0.02, grace_s=0.02)
     *_, last = run(way, case)
     assert isinstance(last, DeadlineExceeded)
-    [response] = case.handle.responses
-    assert response.num_cancels == 1
+    # On a slow machine the time may be over before the call.
+    assert [response.num_cancels for response in case.handle.responses] in ([1], [])
 
 
 def test_leaving_cancels_the_job_at_once() -> None:

@@ -246,7 +246,7 @@ def test_a_parsed_body_uses_neither_budget_nor_memory() -> None:
             assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 6
         assert served.services.bodies.num_bytes == 0
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 def test_the_texts_of_a_body_count_until_its_answer_ends() -> None:
@@ -261,7 +261,7 @@ def test_the_texts_of_a_body_count_until_its_answer_ends() -> None:
             assert (await running).status_code == 200
         assert served.services.bodies.num_bytes == 0
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
@@ -287,4 +287,4 @@ def test_bodies_of_one_tenant_leave_room_for_another(tmp_path: Path) -> None:
             assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
         assert bodies.num_bytes == 0
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 120))

@@ -23,9 +23,9 @@ async def listening(app: Asgi, limits: ProxyLimits | None = None) -> AsyncIterat
     """Yield a client of a listener over this application."""
     listener = Listener(app, await listening_at("127.0.0.1", 0), limits)
     listener.start()
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}", timeout=20) as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}", timeout=120) as client:
         yield client
-    await asyncio.wait_for(listener.stopped(), 20)
+    await asyncio.wait_for(listener.stopped(), 120)
 
 
 async def body_of(receive: Any) -> bytes:
@@ -88,13 +88,13 @@ def test_connections_and_heads_have_the_proxys_limits() -> None:
         async with listening(echo, ProxyLimits(connections_per_address=1)) as client:
             assert client.base_url.port is not None
             reader, writer = await raw(client.base_url.port, b"GET / HTTP/1.1\r\nx: " + b"a" * 17_000)
-            assert (await asyncio.wait_for(reader.readline(), 20)).startswith(b"HTTP/1.1 400")
+            assert (await asyncio.wait_for(reader.readline(), 120)).startswith(b"HTTP/1.1 400")
             writer.close()
             begun = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n"
             first, second = await raw(client.base_url.port, begun), await raw(client.base_url.port, begun)
-            assert (await asyncio.wait_for(second[0].readline(), 20)).startswith(b"HTTP/1.1 429")
+            assert (await asyncio.wait_for(second[0].readline(), 120)).startswith(b"HTTP/1.1 429")
             first[1].write(b"after")
-            assert (await asyncio.wait_for(first[0].readuntil(b"!"), 20)).startswith(b"HTTP/1.1 200")
+            assert (await asyncio.wait_for(first[0].readuntil(b"!"), 120)).startswith(b"HTTP/1.1 200")
             first[1].close()
             second[1].close()
 
@@ -119,10 +119,10 @@ def test_a_request_whose_client_leaves_is_cancelled(is_streamed: bool) -> None:
 
         async with listening(slow) as client:
             asking = asyncio.create_task(client.post("/", content="text"))
-            await asyncio.wait_for(began.wait(), 20)
+            await asyncio.wait_for(began.wait(), 120)
             assert not ended.is_set()
             asking.cancel()
-            await asyncio.wait_for(ended.wait(), 20)
+            await asyncio.wait_for(ended.wait(), 120)
 
     asyncio.run(run())
 
@@ -139,7 +139,7 @@ def test_an_application_that_ends_before_the_body_is_answered() -> None:
             assert client.base_url.port is not None
             head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n\r\n"
             reader, writer = await raw(client.base_url.port, head + b"a" * 200_000)
-            answer = await asyncio.wait_for(reader.readuntil(b"too long"), 20)
+            answer = await asyncio.wait_for(reader.readuntil(b"too long"), 120)
             assert answer.startswith(b"HTTP/1.1 413")
             writer.close()
 
@@ -159,7 +159,7 @@ def test_work_after_the_answer_is_finished() -> None:
             answer = await client.post("/", content="a", headers={"connection": "close"})
             assert answer.text == "A!" and not finished.is_set()
             may_finish.set()
-            await asyncio.wait_for(finished.wait(), 20)
+            await asyncio.wait_for(finished.wait(), 120)
 
     asyncio.run(run())
 
@@ -197,7 +197,7 @@ def test_an_address_is_free_again_at_once_after_its_listener_has_stopped() -> No
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
                 answer = await client.post("/", content=text, headers={"connection": "close"})
                 assert answer.text == f"{text.upper()}!"
-            await asyncio.wait_for(listener.stopped(), 20)
+            await asyncio.wait_for(listener.stopped(), 120)
 
     asyncio.run(run())
 
@@ -216,14 +216,14 @@ def test_requests_in_progress_are_answered_before_a_listener_has_stopped() -> No
         listener = Listener(slow, await listening_at("127.0.0.1", 0))
         listener.start()
         port = listener.port
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             asking = asyncio.create_task(client.post("/", content="a"))
-            await asyncio.wait_for(began.wait(), 20)
+            await asyncio.wait_for(began.wait(), 120)
             assert not await listener.stopped(within_s=0.5)
             with pytest.raises(ConnectionRefusedError):
                 await raw(port, b"")
             may_answer.set()
-            assert await listener.stopped(within_s=20)
+            assert await listener.stopped(within_s=120)
             assert (await asking).text == "A!" and not listener.has_failed
 
     asyncio.run(run())
@@ -239,9 +239,9 @@ def test_a_listener_waits_until_an_earlier_one_has_left_its_address() -> None:
         await asyncio.sleep(0.1)
         assert not waiting.done()
         earlier.close()
-        (await asyncio.wait_for(waiting, 20)).close()
+        (await asyncio.wait_for(waiting, 120)).close()
         with pytest.raises(OSError, match="assign"):
-            await asyncio.wait_for(listening_at("192.0.2.1", 0), 20)
+            await asyncio.wait_for(listening_at("192.0.2.1", 0), 120)
 
     asyncio.run(run())
 
@@ -258,7 +258,7 @@ def test_an_address_may_be_ipv6() -> None:
         listener.start()
         async with httpx.AsyncClient() as client:
             assert (await client.post(f"http://[::1]:{listener.port}/", content="a")).text == "A!"
-        await asyncio.wait_for(listener.stopped(), 20)
+        await asyncio.wait_for(listener.stopped(), 120)
 
     asyncio.run(run())
 
@@ -292,14 +292,14 @@ def test_a_listener_that_ends_by_itself_has_failed(caplog: pytest.LogCaptureFixt
         assert not listener.has_failed
         listening_socket.close()  # so that it cannot be served
         listener.start()
-        await asyncio.wait_for(listener.ended(), 20)
+        await asyncio.wait_for(listener.ended(), 120)
         assert listener.has_failed
         working = Listener(echo, await listening_at("127.0.0.1", 0))
         working.start()
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{working.port}") as client:
             assert (await client.post("/", content="a")).text == "A!"
         assert not working.has_failed
-        await asyncio.wait_for(working.stopped(), 20)
+        await asyncio.wait_for(working.stopped(), 120)
         assert not working.has_failed
 
     asyncio.run(run())

@@ -36,7 +36,7 @@ def with_two_held(
         assert served.services.in_flight.count == 0
         return answer
 
-    return asyncio.run(asyncio.wait_for(run(), 10))
+    return asyncio.run(asyncio.wait_for(run(), 120))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -203,4 +203,4 @@ def test_over_http_the_share_belongs_to_the_keys_tenant(tmp_path: Path) -> None:
             worker.let_go.set()
             return [*statuses, await late, await held[1]]
 
-    assert asyncio.run(asyncio.wait_for(run(), 30)) == [429, 429, 200, 200]
+    assert asyncio.run(asyncio.wait_for(run(), 120)) == [429, 429, 200, 200]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from opentelemetry import trace
@@ -12,9 +13,16 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from deployments.observability.tracing import otlp, tracer
 from deployments.observability.worker_metrics import JobTrace
-from gpu_worker.front.request.request import Delta
+from gpu_worker.front.request.prompts import Message
+from gpu_worker.front.request.request import Delta, Job, Prompt
+from lora_store import AdapterRef, Plan, PlannedAdapter
+from retriever_svc import RouteRequest
 from tests.deployments.asking import post
 from tests.deployments.fake_worker import DELTAS, FakeWorker
+from tests.deployments.served_retriever import Served, run
+
+POET = PlannedAdapter(AdapterRef("local", "poet", "0123456789abcdef"), "weights", 1.0)
+POETIC = Plan("selection", (POET,))
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +44,42 @@ def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     return {span.name: span for span in exporter.get_finished_spans()}
 
 
-def test_a_job_has_a_span_for_waiting_and_one_for_generation(spans: InMemorySpanExporter) -> None:
+def job(prompt: Prompt = "secret") -> Job:
+    return Job("r1", prompt, POETIC)
+
+
+def test_a_job_has_a_span_for_each_part_of_its_time(spans: InMemorySpanExporter) -> None:
     with tracer.start_as_current_span("call") as call:
-        job = JobTrace("r1")
-    job.end(Delta("", 5, 7, "stop", queued_s=0.0001))
-    queue, generate = by_name(spans)["worker.queue"], by_name(spans)["worker.generate"]
-    for span in (queue, generate):
+        traced = JobTrace(job())
+    traced.answered()
+    traced.answered()
+    traced.end(Delta("", 5, 7, "stop", queued_s=1e-9, num_cached_tokens=3))
+    found = by_name(spans)
+    queue, prefill, decode = parts = [found[f"worker.{name}"] for name in ("queue", "prefill", "decode")]
+    for span in parts:
         assert span.parent is not None and span.parent.span_id == call.get_span_context().span_id
         assert span.context.trace_id == call.get_span_context().trace_id
-        assert span.attributes is not None and span.attributes["request_id"] == "r1"
-    assert queue.end_time == generate.start_time and queue.start_time is not None
-    assert queue.end_time - queue.start_time <= 100_000 <= generate.end_time
-    assert generate.attributes == {"request_id": "r1", "num_prompt_tokens": 5, "num_new_tokens": 7}
+        assert span.attributes is not None and span.attributes["loraretriever.request_id"] == "r1"
+        assert span.attributes["gen_ai.operation.name"] == "text_completion"
+        assert span.attributes["loraretriever.adapters"] == ("0123456789ab",)
+        assert "secret" not in span.to_json()
+    assert queue.start_time is not None and queue.end_time == prefill.start_time == queue.start_time + 1
+    times = [time for time in (prefill.start_time, prefill.end_time, decode.start_time, decode.end_time) if time]
+    assert len(times) == 4 and times[0] < times[1] == times[2] < times[3]
+    assert prefill.attributes is not None and decode.attributes is not None
+    assert prefill.attributes["gen_ai.usage.input_tokens"] == 5
+    assert prefill.attributes["gen_ai.usage.cache_read.input_tokens"] == 3
+    assert decode.attributes["gen_ai.usage.output_tokens"] == 7
+    assert decode.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+
+
+def test_a_chat_is_named_as_one(spans: InMemorySpanExporter) -> None:
+    JobTrace(job((Message("user", "secret"),))).end(None)
+    assert "chat" in (by_name(spans)["worker.queue"].attributes or {}).values()
 
 
 def test_a_job_that_never_ran_has_only_the_waiting_span(spans: InMemorySpanExporter) -> None:
-    JobTrace("r1").end(None)
+    JobTrace(job()).end(None)
     assert set(by_name(spans)) == {"worker.queue"}
 
 
@@ -59,6 +87,16 @@ def test_planning_is_a_span_without_the_prompt(spans: InMemorySpanExporter) -> N
     assert post("/v1/completions", {"prompt": "secret"}, worker=FakeWorker(DELTAS)).status_code == 200
     assert set(by_name(spans)) == {"plan"}
     assert "secret" not in by_name(spans)["plan"].to_json()
+
+
+def test_encoding_and_search_are_spans(spans: InMemorySpanExporter, tmp_path: Path) -> None:
+    async def scenario(here: Served) -> None:
+        await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))
+        await here.replica.route([RouteRequest("secret")])
+
+    run(tmp_path, scenario)
+    assert list(by_name(spans)) == ["retriever.encode", "retriever.search"]
+    assert all("secret" not in span.to_json() for span in spans.get_finished_spans())
 
 
 def test_serve_accepts_the_exporter() -> None:

@@ -2,23 +2,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
-from deployments.calls.worker_client import ServeWorker, WorkerGate
+from deployments.calls.worker_client import ServeWorker
 from deployments.publishing.evaluation import AnswerScorer
 from gpu_worker.errors import AdapterLoadFailed
+from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import Sample
 from retriever_svc import Region
 from tests.deployments.adapter_records import POOL
-from tests.deployments.app_fakes import Served
+from tests.deployments.app_fakes import Served, config_of
 from tests.deployments.asking import ask
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
 
 POET, CODER = POOL
+CHATTING = config_of(template="chat").served_models
 EXAMPLES = tuple(Sample(f"prompt {number}", "Yes.") for number in range(8))
 
 
@@ -41,7 +45,7 @@ class Broken(FakeWorker):
 def scores(worker: FakeWorker, adapter=POET) -> list[float]:  # type: ignore[no-untyped-def]
     async def run() -> list[float]:
         client = ServeWorker(FakeHandle(worker))
-        return list(await AnswerScorer(client, WorkerGate(client, None), "chat").scores(adapter, EXAMPLES))
+        return list(await AnswerScorer(workers_of(client), CHATTING).scores(adapter, EXAMPLES))
 
     return asyncio.run(run())
 
@@ -60,7 +64,7 @@ def test_jobs_are_greedy_short_and_take_turns_with_tenants() -> None:
 
     async def run() -> None:
         client = ServeWorker(handle)
-        await AnswerScorer(client, WorkerGate(client, None), "chat").scores(POET, EXAMPLES)
+        await AnswerScorer(workers_of(client), CHATTING).scores(POET, EXAMPLES)
 
     asyncio.run(run())
     jobs = [job for (job,) in handle.called("stream")]
@@ -68,6 +72,21 @@ def test_jobs_are_greedy_short_and_take_turns_with_tenants() -> None:
     assert {(job.sampling.temperature, job.sampling.max_tokens, job.tenant, job.template) for job in jobs} == {
         (0, 6, "evaluate:", "chat")
     }
+
+
+def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:
+    handle = FakeHandle(Poet())
+    contract = '{"instruction":"Is it so? {input}","stop":["END"],"sampling":{"temperature":1.5,"max_tokens":90}}'
+
+    async def run() -> None:
+        client = ServeWorker(handle)
+        scorer = AnswerScorer(workers_of(client), CHATTING)
+        await scorer.scores(replace(POET, contract=contract), EXAMPLES[:1])
+
+    asyncio.run(run())
+    [(job,)] = handle.called("stream")
+    assert job.prompt == (Message("user", "Is it so? prompt 0"),)
+    assert (job.sampling.stop, job.sampling.temperature, job.sampling.max_tokens) == (("END",), 0, 6)
 
 
 @pytest.mark.parametrize("rival_is_judged", [True, False])

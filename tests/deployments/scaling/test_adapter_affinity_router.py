@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
+from deployments.scaling import adapter_affinity_router
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter, short_digest
+from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
 from tests.deployments.adapter_records import digest_of
@@ -72,7 +74,7 @@ class Routing:
         return (await self.given(request_of(*args))).name
 
     async def given(self, request: PendingRequest) -> FakeReplica:
-        replica: FakeReplica = await asyncio.wait_for(self._router._choose_replica_for_request(request), 5)
+        replica: FakeReplica = await asyncio.wait_for(self._router._choose_replica_for_request(request), 120)
         return replica
 
     def sent(self, job: Job, name: str) -> None:
@@ -92,7 +94,7 @@ def job(adapters: str) -> Job:
 
 
 def run(main: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(main, 20))
+    return asyncio.run(asyncio.wait_for(main, 120))
 
 
 def test_all_resident_before_most_before_rest() -> None:
@@ -257,5 +259,92 @@ def test_equal_replicas_are_chosen_randomly() -> None:
             ]
         }
         assert {order[0] for order in orders} == set("wxyz")
+
+    run(main())
+
+
+def chat(*texts: str, adapters: str = "", tenant: str = "t") -> Job:
+    """Return a chat whose user and assistant take turns."""
+    turns = [Message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
+    return replace(job(adapters), prompt=tuple(turns), tenant=tenant)
+
+
+@pytest.mark.parametrize("adapters", ["", "ab"])
+def test_a_later_turn_goes_to_the_replica_that_got_the_one_before(adapters: str) -> None:
+    async def main() -> None:
+        names = [f"r{number}" for number in range(8)]
+        routing = Routing(*[FakeReplica(name, 3, adapters) for name in names])
+        for name in names:
+            routing.sent(chat(f"I ask {name}", adapters=adapters), name)
+            assert await routing.chosen(chat(f"I ask {name}", "Yes?", "This", adapters=adapters)) == name
+            routing.sent(chat(f"I ask {name}", "Yes?", "This", adapters=adapters), "r0")  # it had to move
+            assert (await routing.chosen(chat(f"I ask {name}", "Yes?", "This", "Ah", "So", adapters=adapters))) == "r0"
+
+    run(main())
+
+
+def test_a_turn_stays_only_where_the_adapters_are_and_the_queue_is_short() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("most", 3, "a"), FakeReplica("all", 3, "ab"), FakeReplica("busy", 90, "ab"))
+        for name in ("most", "busy"):
+            routing.sent(chat(name, adapters="ab"), name)
+            routing.now_s += 10  # the router does not expect its adapters there any more
+            assert await routing.chosen(chat(name, "Yes?", "This", adapters="ab")) == "all"
+        routing.sent(chat("most", adapters="a"), "most")
+        assert (await routing.ranks(chat("most", "Yes?", "This", adapters="a"))) == [{"most"}, {"all"}, {"busy"}]
+
+    run(main())
+
+
+def test_turns_of_another_tenant_or_plan_or_beginning_are_others() -> None:
+    async def main() -> None:
+        names = [f"r{number}" for number in range(40)]
+        routing = Routing(*[FakeReplica(name, 3, "ab") for name in names])
+        turns = [chat("I ask", "Yes?", "This", adapters="ab", tenant=tenant) for tenant in ("t", "u")]
+        turns += [chat("I ask", "Yes?", "This", adapters="ba"), chat("He asks", "Yes?", "This", adapters="ab")]
+        homes = [await routing.chosen(turn) for turn in turns]
+        away = next(name for name in names if name not in homes)
+        routing.sent(chat("I ask", adapters="ab"), away)
+        assert [await routing.chosen(turn) for turn in turns] == [away, *homes[1:]]
+
+    run(main())
+
+
+def test_routers_that_did_not_send_the_turn_before_agree_on_a_home() -> None:
+    async def main() -> None:
+        replicas = [FakeReplica(f"r{number}", 3) for number in range(8)]
+        first, second = Routing(*replicas), Routing(*reversed(replicas))
+        homes = set()
+        for number in range(40):
+            asked = [chat(str(number), *["Yes?", "This"] * count) for count in (1, 2, 3)]
+            chosen = {await routing.chosen(turn) for routing in (first, second) for turn in asked}
+            assert len(chosen) == 1
+            homes |= chosen
+        assert len(homes) > 4, "conversations are spread"
+
+    run(main())
+
+
+def test_first_turns_go_to_the_shortest_queue() -> None:
+    async def main() -> None:
+        routing = Routing(FakeReplica("longer", 2), FakeReplica("shorter", 1))
+        for number in range(20):
+            routing.sent(chat(str(number)), "longer")
+            assert await routing.chosen(chat(str(number))) == "shorter"
+
+    run(main())
+
+
+def test_the_oldest_turns_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_affinity_router, "_MAX_CONVERSATIONS", 3)
+
+    async def main() -> None:
+        routing = Routing(*[FakeReplica(f"r{number}") for number in range(4)])
+        asked = [chat(str(number), "Yes?", "This") for number in range(6)]
+        homes = [await routing.chosen(turn) for turn in asked]
+        away = [next(name for name in ("r0", "r1") if name != home) for home in homes]
+        for number, name in enumerate(away):
+            routing.sent(chat(str(number)), name)
+        assert [await routing.chosen(turn) for turn in asked] == homes[:3] + away[3:]
 
     run(main())

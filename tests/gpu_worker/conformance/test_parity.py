@@ -83,14 +83,6 @@ def assert_follows(
         assert abs(entry.logprob - float(step.logprobs[step.token])) <= tolerance, name
 
 
-def test_a_batch_of_all_kinds_equals_each_alone(hosted: HostedEngine, adapter: MakeAdapter, tolerance: float) -> None:
-    plans = list(plans_of(adapter).values())
-    jobs = [job(PROMPTS[number % len(PROMPTS)], plan) for number, plan in enumerate(plans)]
-    together = hosted.answers(*jobs)
-    alone = [answer for one in jobs for answer in hosted.answers(one)]
-    assert_same(together, alone, tolerance)
-
-
 def test_a_mixture_equals_pefts_concatenation(
     hosted: HostedEngine, adapter: MakeAdapter, model_folder: Path, tmp_path: Path, tolerance: float
 ) -> None:

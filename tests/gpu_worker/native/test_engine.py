@@ -196,7 +196,7 @@ def test_a_loop_that_waits_for_a_slow_load_is_not_hanging(
         while not native.loop.waiting:
             await asyncio.sleep(0)
         try:
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(PATIENCE_S):
                 while native.health().busy_s > 0.0:  # until the thread sleeps
                     await asyncio.sleep(0)
         finally:

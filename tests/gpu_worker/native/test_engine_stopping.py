@@ -55,23 +55,6 @@ async def stop_while_blocked(native: NativeEngine, gate: Gate) -> None:
     stopper.join()
 
 
-def test_stop_ends_every_stream(gated: Gated) -> None:
-    engine, gate, native = gated({}, max_batch_size=2)
-
-    async def main() -> list[Any]:
-        jobs = [greedy("x", BASE_PLAN, i, num_new=150) for i in range(4)]
-        tasks = [asyncio.create_task(collect(stream_text(native, job))) for job in jobs]
-        while (len(engine.running), len(engine.waiting)) != (2, 2):
-            await asyncio.to_thread(gate.wait_for_step)
-            gate.permits.release()
-        await stop_while_blocked(native, gate)
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    errors = run(main())
-    assert [type(error) for error in errors] == [EngineStopped] * 4
-    assert_nothing_held(engine)
-
-
 def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
     """Its submission is queued after the last step."""
     _, gate, native = gated({})

@@ -45,7 +45,7 @@ def test_run_until_idle_waits_for_a_load_on_another_thread(make_engine: MakeEngi
     good, base_is_done = random_adapter(shapes, 1), threading.Event()
 
     def fetch(digest: str) -> AdapterWeights:
-        assert base_is_done.wait(20)
+        assert base_is_done.wait(120)
         return good
 
     with ThreadPoolExecutor(1) as executor:
@@ -134,24 +134,12 @@ def test_a_preempted_row_keeps_the_scores_of_its_prompt(make_engine: MakeEngine)
         assert [entry.logprob for entry in prompt[1:]] == pytest.approx([e.logprob for e in known[1:]], abs=1e-4)
 
 
-def test_a_row_without_new_tokens_counts_none(make_engine: MakeEngine) -> None:
-    engine = make_engine({})
-    [answer] = run_together(engine, [Job("1", "only read", sampling=SamplingParams(max_tokens=0))])
-    assert (engine.counters.num_new_tokens, engine.counters.num_prompt_tokens) == (0, answer.row.num_prompt_tokens)
-    assert_nothing_held(engine)
-
-
 def test_an_empty_prompt_is_invalid(tiny_base: Callable[..., BaseModel], make_engine: MakeEngine) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no <bos>
     engine = make_engine({}, base=replace(tiny_base(), tokenizer=tokenizer))
     with pytest.raises(PromptInvalid, match="no tokens"):
         engine.prepare(Job("1", ""), lambda event: None)
-
-
-def test_a_prompt_of_invalid_unicode_is_refused(make_engine: MakeEngine) -> None:
-    with pytest.raises(PromptInvalid):
-        make_engine({}).prepare(Job("1", "half a pair \ud83d"), lambda event: None)
 
 
 @pytest.mark.parametrize("stop_string", ALPACA_STOPS)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from gpu_worker.errors import DeadlineExceeded, WaitedTooLong
 from gpu_worker.front.request.request import Delta
 from gpu_worker.native.engine import NativeEngine
-from gpu_worker.native.loop import Engine
 from lora_store.plan import BASE_PLAN
 from tests.clocks import Clock
 from tests.gpu_worker.engine_driver import (
@@ -25,12 +23,11 @@ from tests.gpu_worker.engine_driver import (
     assert_same,
     by_digest,
     complete,
-    fetching,
     greedy,
     run,
     stream_text,
 )
-from tests.tiny import InlineExecutor, plan_of, random_adapter, tiny_config
+from tests.tiny import plan_of, random_adapter
 
 
 def test_a_running_request_ends_at_its_deadline_and_the_others_go_on(make_engine: MakeEngine, alone: Alone) -> None:
@@ -143,10 +140,3 @@ def test_a_stream_ends_with_the_deadline_as_its_error(gated: Gated) -> None:
 
     with pytest.raises(DeadlineExceeded):
         run(main())
-
-
-def test_the_real_clock_is_the_default(tiny_folders: Any) -> None:
-    engine = Engine(tiny_config(tiny_folders["llama"]), fetching({}.__getitem__, InlineExecutor()))
-    late = ask(engine, replace(greedy("x", num_new=100), time_left_s=-1.0))
-    engine.run_until_idle()
-    assert isinstance(late.error, DeadlineExceeded)

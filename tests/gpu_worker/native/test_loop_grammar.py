@@ -161,14 +161,6 @@ def test_a_row_that_is_not_finite_in_a_run_fails_and_keeps_nothing(make_engine: 
     assert_nothing_held(engine)
 
 
-def test_choices_are_drawn_as_seeds_say_and_a_finished_grammar_ends_the_answer(make_engine: MakeEngine) -> None:
-    choices = ["red", "gr\u00fcn", "two words"]
-    grammar = Grammar.of_choices(choices, "structured_outputs.choice")
-    texts = [answer.text for answer in run_together(make_engine({}), [sampled(grammar, i) for i in range(12)])]
-    again = [answer.text for answer in run_together(make_engine({}), [sampled(grammar, i) for i in range(12)])]
-    assert texts == again and set(texts) <= set(choices) and len(set(texts)) > 1
-
-
 def test_a_template_stops_no_answer_that_has_a_grammar(make_engine: MakeEngine) -> None:
     text = "### Instruction: x"
     job = sampled(Grammar("choice", json.dumps([text])))

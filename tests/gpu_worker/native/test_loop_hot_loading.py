@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from gpu_worker.errors import AdapterLoadFailed
-from gpu_worker.front.request.request import Delta, Job
+from gpu_worker.front.request.request import Delta
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import (
@@ -20,7 +20,6 @@ from tests.gpu_worker.engine_driver import (
     MakeEngine,
     Shapes,
     ask,
-    assert_nothing_held,
     assert_same,
     by_digest,
     greedy,
@@ -203,69 +202,3 @@ def test_forgotten_weights_are_dropped_however_the_last_request_ends(
     assert not engine.queue.forget([weights.weights_digest])
     end(engine, answer)
     assert engine.status() == empty
-
-
-def test_a_hundred_cycles_of_load_use_and_forget_leave_nothing(make_engine: MakeEngine, shapes: Shapes) -> None:
-    """Every other forget comes while the request runs; each cycle has new weights of another rank."""
-    cycles = [random_adapter(shapes, i, rank=1 + i % 7, modules=lambda name: "layers.0" in name) for i in range(100)]
-    engine = make_engine(by_digest(*cycles))
-    empty = engine.status()
-    for number, weights in enumerate(cycles):
-        answer = ask(engine, greedy("cycle", only(weights), number, num_new=3))
-        if number % 2:
-            engine.step()
-            assert not engine.queue.forget([weights.weights_digest])
-        engine.run_until_idle()
-        assert answer.is_finished
-        assert engine.queue.forget([weights.weights_digest])
-        assert engine.status() == empty
-    assert_nothing_held(engine)
-    engine.bank.set_active(engine.bank.num_rows)
-    assert all(bank.a.isnan().all() and bank.bt.isnan().all() for bank in engine.bank.modules.values())
-
-
-PROMPTS = ("the first prompt", "a second, longer prompt that takes its time", "third")
-
-
-def jobs_for(version: AdapterWeights, partner: AdapterWeights, name: str) -> list[Job]:
-    plans = (only(version), plan_of("mixture", (version, 0.6), (partner, 0.5)), only(version))
-    return [
-        greedy(prompt, plan, f"{name}-{i}", num_new=6)
-        for i, (prompt, plan) in enumerate(zip(PROMPTS, plans, strict=True))
-    ]
-
-
-@pytest.fixture(scope="module")
-def lone_answers() -> dict[str, Answer]:
-    """Return the answers of runs alone by request id, shared by the offsets below."""
-    return {}
-
-
-@pytest.mark.parametrize("offset", range(14))
-def test_running_rows_end_as_version_1_and_new_ones_as_version_2(
-    offset: int, make_engine: MakeEngine, shapes: Shapes, alone: Alone, lone_answers: dict[str, Answer]
-) -> None:
-    """Three requests for version 1 come a step apart; `offset` steps after the first, version 2 takes its place."""
-    first, second = (random_adapter(shapes, i, size=0.3) for i in (1, 2))
-    partner = random_adapter(shapes, 3, rank=3)
-    adapters = by_digest(first, second, partner)
-    engine = make_engine(adapters, bank_rank_rows=12, max_step_tokens=24)
-    old_jobs, new_jobs = jobs_for(first, partner, "old"), jobs_for(second, partner, "new")
-    old: list[Answer] = []
-    new: list[Answer] = []
-    for step in range(14):
-        if step == offset:
-            engine.queue.forget([first.weights_digest])
-            new = [ask(engine, job) for job in new_jobs]
-        if step < len(old_jobs):
-            old.append(ask(engine, old_jobs[step]))
-        engine.step()
-    engine.run_until_idle()
-    for job, answer in zip(old_jobs + new_jobs, old + new, strict=True):
-        if job.request_id not in lone_answers:
-            lone_answers[job.request_id] = alone(job, adapters)
-        assert_same(answer, lone_answers[job.request_id])
-    assert all(before.tokens != after.tokens for before, after in zip(old, new, strict=True))
-    engine.queue.forget([first.weights_digest])
-    assert engine.residency.resident == {second.weights_digest, partner.weights_digest}
-    assert_nothing_held(engine)

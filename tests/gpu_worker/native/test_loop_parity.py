@@ -92,31 +92,6 @@ def plans_over(pool: Sequence[AdapterWeights]) -> list[Plan]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "lora_products"), [*[(family, "auto") for family in FAMILIES], ("gemma3", "torch")], ids=str
-)
-def test_a_batch_of_all_kinds_equals_each_row_alone(
-    family: str,
-    lora_products: str,
-    make_engine: MakeEngine,
-    tiny_base: Callable[..., BaseModel],
-    tiny_folders: Mapping[str, Path],
-) -> None:
-    pool = mixed_pool(linear_shapes(tiny_base(family)))
-    adapters = {weights.weights_digest: weights for weights in pool}
-    plans = plans_over(pool)
-    jobs = [greedy(PROMPTS[i % len(PROMPTS)], plan, i) for i, plan in enumerate(plans)]
-    answers = run_together(make_engine(adapters, family, lora_products=lora_products), jobs)
-    texts = set()
-    for job, answer in zip(jobs, answers, strict=True):
-        assert isinstance(job.prompt, str)
-        expected_logits, expected_tokens = reference(tiny_folders[family], job.prompt, job.plan, adapters, 8)
-        assert_equal_logits(answer.first_logits, expected_logits)
-        assert answer.tokens == expected_tokens
-        texts.add(tuple(answer.tokens))
-    assert len(texts) > len(plans) // 2, "the plans should lead to different answers"
-
-
 def test_long_rows_are_equal_across_windows_and_length_groups(
     make_engine: MakeEngine, tiny_base: Callable[..., BaseModel], tiny_folders: Mapping[str, Path]
 ) -> None:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.model.base_model import load_base_model
 from lora_store import check_folder
 from lora_store.adapter import AdapterWeights
@@ -157,28 +156,6 @@ def checked_equals_peft(folder: Path, tiny_folders: Mapping[str, Path], make_eng
     assert_equal_logits(answer.first_logits, expected)
     with model.disable_adapter():
         assert float((expected - logits_of(model, tiny_folders, PROMPTS[0])).abs().max()) > 0.01
-
-
-@torch.inference_mode()
-def test_the_tokens_of_a_prompt_are_scored_as_by_peft_in_float64(
-    trained: dict[str, Trained], tiny_folders: Mapping[str, Path], make_engine: MakeEngine
-) -> None:
-    """Rows with different adapters, and prompts of several chunks, in one batch."""
-    names, prompt = ["plain", "rank pattern", "attention only"], "The parrot says what it has heard, twice. " * 2
-    pool = [trained[name].weights for name in names]
-    scored = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=3)
-    jobs = [Job(name, prompt, plan_of("selection", (w, 1.0)), scored) for name, w in zip(names, pool, strict=True)]
-    tokens = AutoTokenizer.from_pretrained(tiny_folders["gemma3"])(prompt, return_tensors="pt").input_ids
-    for name, answer in zip(names, run_together(make_engine(by_digest(*pool)), jobs), strict=True):
-        model = PeftModel.from_pretrained(plain_model(tiny_folders), trained[name].folder).double().eval()
-        logprobs = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
-        [first] = [event for event in answer.events if isinstance(event, Delta) and event.prompt]
-        found = [entry.logprob for entry in first.prompt[1:]]
-        expected = logprobs.gather(1, tokens[0, 1:, None]).squeeze(1).tolist()
-        assert found == pytest.approx(expected, abs=1e-4)
-        best = logprobs.topk(3).values.tolist()
-        for entry, known in zip(first.prompt[1:], best, strict=True):
-            assert [value for _, _, value in entry.top] == pytest.approx(known, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

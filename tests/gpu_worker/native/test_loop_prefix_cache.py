@@ -125,22 +125,6 @@ def test_answers_with_the_cache_equal_those_without(
         assert_nothing_held(engine)
 
 
-def test_a_new_version_of_an_adapter_finds_nothing_of_the_old_one(make_engine: MakeEngine, shapes: Shapes) -> None:
-    """Both versions have one name; the plans differ in the digest of the weights. vllm#42125 reports the opposite."""
-    old, new = (random_adapter(shapes, seed, rank=3) for seed in (1, 2))
-    engine = make_engine(by_digest(old, new))
-    assert found_by(engine, job_of("x", only(old)), job_of("x", only(new)))[1] == 0
-
-
-def test_rows_in_one_batch_share_only_under_one_plan(make_engine: MakeEngine, shapes: Shapes, alone: Alone) -> None:
-    pool = [random_adapter(shapes, seed, rank=3) for seed in (1, 2)]
-    jobs = [job_of(question, only(weights)) for question in QUESTIONS[:2] for weights in pool]
-    answers = run_together(make_engine(by_digest(*pool)), jobs)
-    assert [answer.row.num_cached_tokens > 0 for answer in answers] == [False, False, True, True]
-    for job, answer in zip(jobs, answers, strict=True):
-        assert_same(answer, alone(job, by_digest(*pool)))
-
-
 def test_a_tenant_does_not_wait_for_a_prompt_of_another(make_engine: MakeEngine) -> None:
     engine = make_engine({}, max_step_tokens=16)
     first = ask(engine, job_of("what?", tenant="acme"))

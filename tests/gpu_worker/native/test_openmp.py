@@ -40,7 +40,7 @@ def settled_threads() -> int:
 
 def settled(expected: int) -> bool:
     """Wait until this many threads are left: the system removes them a moment after they were joined."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while num_threads() != expected and time.monotonic() < deadline:
         os.sched_yield()
     return num_threads() == expected

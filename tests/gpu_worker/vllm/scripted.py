@@ -19,6 +19,7 @@ from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.remote_bank import Change, RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from lora_store.adapter import AdapterWeights
+from tests.gpu_worker.engine_driver import PATIENCE_S
 from tests.tiny import InlineExecutor, linear_shapes, tiny_config
 
 LETTER = 64  # a byte token with text
@@ -121,7 +122,7 @@ class Bench:
         return asked
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not holds():
                 await asyncio.sleep(0.001)
 

@@ -202,10 +202,15 @@ def test_a_deadline_ends_running_and_waiting_rows(serve: Callable[..., Any]) -> 
 
 def test_a_row_that_ends_for_two_reasons_is_closed_once(serve: Callable[..., Any]) -> None:
     """A second cancellation would interrupt the abort, and the workers would go on with the row."""
+    later_s = 0.0
 
     async def main(bench: Bench, plans: list[Plan]) -> None:
+        nonlocal later_s
         bench.workers.may_end = asyncio.Event()
-        [asked] = bench.ask(replace(greedy("x", plans[0]), time_left_s=0.01))
+        [asked] = bench.ask(replace(greedy("x", plans[0]), time_left_s=1000.0))
+        await bench.until(lambda: bench.workers.running == [asked.row])
+        later_s = 1000.0
+        bench.runner.submit([])  # the runner looks at its clock
         await bench.until(lambda: bench.workers.ending == [asked.row])
         bench.runner.cancel([asked.row])  # the client leaves
         await asyncio.sleep(0)
@@ -214,12 +219,18 @@ def test_a_row_that_ends_for_two_reasons_is_closed_once(serve: Callable[..., Any
         await bench.idle()
         assert bench.workers.running == [] and isinstance(asked.last, DeadlineExceeded)
 
-    serve(main)
+    serve(main, clock=lambda: asyncio.get_running_loop().time() + later_s)
 
 
 def test_a_row_that_does_not_start_in_time_is_ended_and_a_running_one_is_not(serve: Callable[..., Any]) -> None:
+    later_s = 0.0
+
     async def main(bench: Bench, plans: list[Plan]) -> None:
+        nonlocal later_s
         first, second, third = bench.ask(*[greedy("x", plan, num_new=1) for plan in plans[:3]])
+        await bench.until(lambda: len(bench.workers.running) == 2)
+        later_s = 1000.0
+        bench.runner.submit([])  # the runner looks at its clock
         await bench.until(lambda: third.last is not None)
         assert isinstance(third.last, WaitedTooLong)
         assert first.events == second.events == []
@@ -227,7 +238,7 @@ def test_a_row_that_does_not_start_in_time_is_ended_and_a_running_one_is_not(ser
         await bench.idle()
         assert isinstance(first.last, Delta) and isinstance(second.last, Delta)
 
-    serve(main, max_wait_s=0.02)
+    serve(main, max_wait_s=1000.0, clock=lambda: asyncio.get_running_loop().time() + later_s)
 
 
 def test_an_error_of_one_row_is_its_own(serve: Callable[..., Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +14,6 @@ from benchmarks.paper.retrieval.projected import (
     others_of,
     projected_rows,
     read_everyday,
-    section,
     unseen_gains,
 )
 from benchmarks.paper.retrieval.study import UNTRAINED, Task
@@ -76,11 +73,6 @@ def test_the_ranks_without_projection_equal_a_slow_loop(rows: pd.DataFrame, enco
             assert own.loc[(task.name, number)]["place"] == (place if place <= 3 else 0)
 
 
-def test_a_projection_fitted_to_the_pool_changes_the_ranks(rows: pd.DataFrame) -> None:
-    found = Projections(rows, "test")
-    assert (found.hits([UNTRAINED], "refit") != found.hits([UNTRAINED], "none")).any()
-
-
 def test_shares_follow_from_the_confidences() -> None:
     table = pd.DataFrame(
         [
@@ -108,12 +100,6 @@ def test_the_gain_counts_unseen_tasks_only() -> None:
     )
     assert unseen_gains(table, {"trained": {"a"}})["none", "none"].mean == 0
     assert unseen_gains(table, {"trained": {"b"}})["none", "none"].mean == 1
-
-
-def test_the_section_has_a_line_for_every_projection(rows: pd.DataFrame, tmp_path: Path) -> None:
-    rows.to_parquet(tmp_path / "retrieval_projections.parquet")
-    text = section(tmp_path)
-    assert text.count("| untrained | 1 | none |") == text.count("| untrained | 1 | refit |") == 2
 
 
 def test_everyday_prompts_are_not_those_that_set_thresholds() -> None:

@@ -20,7 +20,7 @@ from benchmarks.paper.retrieval.experiments import BEST, Experiments
 from benchmarks.paper.retrieval.ranking import place_of, rank_rows
 from benchmarks.paper.retrieval.rankings import Rankings
 from benchmarks.paper.retrieval.results import write_tables
-from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task, main_draws
+from benchmarks.paper.retrieval.study import UNTRAINED, Study, Task
 from retriever_svc import Encoder
 from retriever_svc.training import TrainingSettings
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
@@ -85,12 +85,6 @@ def test_draws_are_shares_of_tasks_or_whole_clusters_with_the_main_ones_first() 
             assert len(draw.tasks) == round(draw.share * NUM_POOL)
 
 
-def test_the_comparison_with_the_projection_has_more_draws_of_the_same_share() -> None:
-    named = {draw.name: draw for draw in main_draws(STUDY.names)}
-    assert len({draw.tasks for draw in named.values()}) == len(named) == 5
-    assert [draw for draw in STUDY.draws() if draw.is_main] == [named["share40-seed0"], named["share40-seed1"]]
-
-
 def test_places_equal_a_slow_loop_for_both_scores(encoder: Encoder) -> None:
     rows = rank_rows(encoder, "tiny", STUDY.tasks, ["test"]).to_pylist()
     means = {task.name: encoder.encode(task.samples).mean(axis=0).astype(float) for task in STUDY.tasks}
@@ -116,10 +110,6 @@ def test_a_query_whose_own_adapter_is_not_found_still_has_neighbours() -> None:
     cluster_of = {task.name: task.cluster for task in STUDY.tasks}
     place = place_of(STUDY.tasks[0], [NAMES[5], NAMES[1], NAMES[2], NAMES[3]], cluster_of)
     assert (place.own, place.cluster_of_1, place.cluster_of_3) == (0, 0, 2)
-
-
-def test_a_study_is_measured_once(experiments: Experiments) -> None:
-    assert all(step.path.exists() for steps in stages(experiments) for step in steps)
 
 
 def test_the_best_encoder_is_the_one_that_ranks_the_choice_queries_best(experiments: Experiments) -> None:

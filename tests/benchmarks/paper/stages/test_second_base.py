@@ -70,9 +70,3 @@ def test_a_request_without_a_base_finds_adapters_of_both(both: TwoBases) -> None
     assert bases == {None: {FIRST, SECOND}, FIRST: {FIRST}, SECOND: {SECOND}}
     for routes in found.values():
         assert [find_task(route.candidates[0].ref) for route in routes] == [question.task for question in questions]
-
-
-def test_the_task_of_an_adapter_is_its_name_without_the_base(both: TwoBases) -> None:
-    two = both
-    [route, *_] = two.routes(two.study.questions("test", 1), SECOND, 1)
-    assert route.candidates[0].ref.name == f"{find_task(route.candidates[0].ref)}.{SECOND}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from deployments.http.routes import models
 from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -235,6 +238,26 @@ def test_names_are_listed_among_the_models_page_by_page() -> None:
         )
 
     named(question)
+
+
+def test_a_list_that_is_polled_reads_each_policy_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant may have hundreds of names with long policies, and reading them stops the other requests."""
+    read: list[str] = []
+
+    def loads(text: str) -> Any:
+        read.append(text)
+        return json.loads(text)
+
+    async def question(say: Say, _: Served) -> None:
+        for number in range(3):
+            await say("PUT", f"/v1/names/polled-{number}", {"seed": 10_000 + number})
+        for _ in range(5):
+            page = (await say("GET", "/v1/models?name=polled")).json()
+            assert len(page["data"]) == 3
+
+    monkeypatch.setattr(models, "json", SimpleNamespace(loads=loads))
+    named(question)
+    assert len(read) == 3
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,12 @@ def test_rows_that_come_together_wait_for_the_first() -> None:
     def tokenize(job: Job) -> Sequence[int]:
         calls.append(job)
         entered.set()
-        assert goes_on.wait(30)
+        assert goes_on.wait(120)
         return [7]
 
     with ThreadPoolExecutor(8) as threads:
         asked = [threads.submit(memo.tokens, JOB, tokenize) for _ in range(8)]
-        assert entered.wait(30)
+        assert entered.wait(120)
         goes_on.set()
         assert [future.result() for future in asked] == [[7]] * 8
     assert len(calls) == 1
@@ -150,12 +150,12 @@ def test_rows_that_waited_for_an_unexpected_error_tokenize_themselves() -> None:
         if len(calls) > 1:
             return [7]
         entered.set()
-        assert goes_on.wait(30)
+        assert goes_on.wait(120)
         raise MemoryError
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(memo.tokens, JOB, tokenize)
-        assert entered.wait(30)
+        assert entered.wait(120)
         second = threads.submit(memo.tokens, JOB, tokenize)
         goes_on.set()
         assert second.result() == [7]

@@ -30,11 +30,11 @@ def test_the_compiler_of_the_environment_is_used(tmp_path: Path, no_options: pyt
 
 
 def test_a_compiler_that_hangs_is_ended(tmp_path: Path) -> None:
-    compiler = Compiler((str(script(tmp_path / "c++", "exec sleep 60")),))
+    compiler = Compiler((str(script(tmp_path / "c++", "exec sleep 600")),))
     began = time.monotonic()
     with pytest.raises(KernelUnavailable, match=r"did not finish within 0\.2 s"):
         compiler.compile(source_of("fused"), (), tmp_path / "fused.so", limit_s=0.2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c++"]
 
 

@@ -18,7 +18,7 @@ class StuckState(GrammarState):
         self.released = threading.Event()
 
     def update(self) -> None:
-        self.released.wait(10)
+        self.released.wait(120)
 
 
 def test_all_states_of_a_step_are_current_afterwards() -> None:

@@ -1,0 +1,167 @@
+"""Read the contract that an adapter's folder brings, in our form, in IBM's, or as llama.cpp lists it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from string import Formatter
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deployments.api import error_table
+from deployments.api.contract import INPUT, Contract
+from deployments.errors import RequestInvalid
+from gpu_worker.errors import GrammarInvalid
+from gpu_worker.front.grammar.compiler import CheckProcess
+from lora_store import FileRefused
+from lora_store.bounded_files import parse_json_object
+from lora_store.contract_files import GIVEN, INTRINSIC_FILE, MAX_CONTRACT_BYTES
+
+_LISTED = {"id", "path", "scale", "task_name", "prompt_prefix"}  # what llama.cpp says of an adapter
+_MARKUP = re.compile(
+    r"<\|[^|>]*\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</?s>|### ?(?:Instruction|Response|Input)"
+)
+_WITHOUT_EFFECT = {"model", "logprobs_workaround", "docs_as_message"}  # requests here bring no documents
+_LAST_MESSAGE = "last_message"  # IBM's name for the input
+_REMEDY = "write adapter_io.yaml instead, or publish without a contract (--no-contract)"
+_SPELLINGS = {"max_completion_tokens": "max_tokens"}
+_TRANSFORMED = (
+    f"{INTRINSIC_FILE}: transformations are steps of IBM's client: answers here are what the model writes, and only a"
+    " client that takes these steps gets their result"
+)
+
+
+def read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
+    """Return the contract in a file of this name, as JSON, and what its publisher should know. "" is an empty one.
+
+    Raises: FileRefused, which names the field; EngineFull if its schema cannot be checked now.
+    """
+    notes: tuple[str, ...] = ()
+    try:
+        value = parse_json_object(data) if name == GIVEN else _parse(data)
+        if name == INTRINSIC_FILE:
+            notes = (_TRANSFORMED,) if value.get("transformations") else ()
+            value = dict(_of_intrinsic(value))
+        elif "prompt_prefix" in value:
+            value = _of_prefix(value)
+        contract = Contract.model_validate(value)
+        text = contract.to_json()
+        if len(text.encode()) > MAX_CONTRACT_BYTES:
+            raise ValueError(f"has {len(text.encode())} bytes as JSON, at most {MAX_CONTRACT_BYTES} are allowed")
+        if (grammar := contract.grammar()) is not None:
+            CheckProcess().run(grammar)
+    except ValidationError as exc:
+        raise FileRefused(name, [str(error_table.validation_error(exc))]) from exc
+    except GrammarInvalid as exc:
+        raise FileRefused(name, [f"output_schema{exc.pointer}: {exc.message}"]) from exc
+    except (ValueError, RequestInvalid) as exc:
+        raise FileRefused(name, [str(exc).removeprefix("contract: ")]) from exc
+    return text, notes
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads what JSON can say: no aliases, which could make a small file large, and no name twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("has a YAML alias (*name), which is not allowed: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"has {str(twice)[:100]!r} twice: keep one of them")
+        return super().construct_mapping(node, deep)
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file. Raises: ValueError."""
+    try:
+        value = yaml.load(data.decode(), _Loader)  # a SafeLoader
+        if isinstance(value, list) and len(value) == 1:
+            [value] = value  # llama.cpp's list of one adapter
+        json.dumps(value, allow_nan=False)
+    except RecursionError as exc:
+        raise ValueError("is nested too deeply") from exc
+    except yaml.YAMLError as exc:
+        raise ValueError(f"is not valid YAML: {' '.join(str(exc).split())}") from exc
+    except UnicodeDecodeError as exc:
+        raise ValueError("is not UTF-8") from exc
+    except TypeError as exc:
+        raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("must be a mapping of fields, such as `instruction: ...`")
+    return value
+
+
+def _of_prefix(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an adapter of llama.cpp's `/lora-adapters` as a contract: its prefix comes before the input."""
+    prefix = value["prompt_prefix"]
+    if others := sorted(name for name in value.keys() - _LISTED if value[name]):
+        raise ValueError(f"prompt_prefix: cannot be read together with {others[0]!r}; write `instruction` instead")
+    if not isinstance(prefix, str) or INPUT in prefix:
+        raise ValueError(f"prompt_prefix: must be text without {INPUT}; write `instruction` instead")
+    if found := _MARKUP.search(prefix):
+        raise ValueError(
+            f"prompt_prefix: has {found[0]!r}, which belongs to a prompt template: write `instruction` without it, and"
+            " publish with the template"
+        )
+    return {"instruction": prefix + INPUT} if prefix else {}
+
+
+def _of_intrinsic(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of the contract in IBM's `io.yaml`. Raises: ValueError for what cannot be done here."""
+    schema = value.get("response_format")
+    yield from _own_parameters(value.get("parameters") or {})
+    for name, given in value.items():
+        if name in _WITHOUT_EFFECT or given is None:
+            continue
+        if name == "instruction":
+            yield "instruction", _converted(given)
+            yield "as_message", True
+        elif name not in ("response_format", "parameters", "transformations"):
+            raise ValueError(f"{name}: cannot be done by this server; {_REMEDY}")
+    if schema is not None:
+        yield "output_schema", _schema("response_format", schema)
+
+
+def _schema(field: str, value: Any) -> Any:
+    """Return a schema that may be JSON text. Raises: ValueError."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as exc:
+        raise ValueError(f"{field}: is not valid JSON: {exc}") from exc
+
+
+def _own_parameters(parameters: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of the contract among IBM's parameters of a request. Raises: ValueError."""
+    if not isinstance(parameters, dict):
+        raise ValueError(f"parameters: must be a mapping; {_REMEDY}")
+    extra = parameters.get("extra_body") or {}
+    given = {_SPELLINGS.get(name, name): value for name, value in {**parameters, **extra}.items()}
+    structured = given.pop("structured_outputs", None) or {}
+    schema = given.pop("guided_json", structured.get("json"))
+    given.pop("extra_body", None)
+    if "stop" in given:
+        yield "stop", given.pop("stop")
+    if schema is not None:
+        yield "output_schema", _schema("parameters.extra_body.guided_json", schema)
+    if given:
+        yield "sampling", given
+
+
+def _converted(instruction: Any) -> str:
+    """Return IBM's instruction, which Python's `format` fills, with our input. Raises: ValueError."""
+    try:
+        pieces = list(Formatter().parse(str(instruction)))
+    except ValueError as exc:
+        raise ValueError(f"instruction: {exc}; write a brace that is text twice") from exc
+    fields = {field for _, field, *_ in pieces} - {None, _LAST_MESSAGE}
+    text = "".join(literal + ("" if field is None else "\0") for literal, field, *_ in pieces)
+    if fields or INPUT in text:
+        what = f"{{{min(map(str, fields))}}}" if fields else INPUT
+        raise ValueError(f"instruction: has {what}, and only {{{_LAST_MESSAGE}}} can be filled; {_REMEDY}")
+    return text.replace("\0", INPUT)

@@ -1,0 +1,20 @@
+{{- /* An image of this server: its name, with the registry and the tag. */ -}}
+{{- define "image" -}}
+{{- $registry := .root.Values.image.registry -}}
+{{- if $registry }}{{ $registry }}/{{ end }}loraretriever-{{ .kind }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion -}}
+{{- end -}}
+
+{{- /* The pod template with its image, and with the values that are merged into the pod and its container. */ -}}
+{{- define "pod" -}}
+{{- $spec := mergeOverwrite .template.spec .values.pod -}}
+{{- $container := mergeOverwrite (first $spec.containers) .values.container -}}
+{{- $_ := set $container "image" (include "image" .) -}}
+{{- $_ := set $spec "containers" (list $container) -}}
+{{- set .template "spec" $spec | toYaml -}}
+{{- end -}}
+
+{{- /* A file of kustomize's, as it is. */ -}}
+{{- define "file" -}}
+---
+{{ .root.Files.Get (printf "files/%s.yaml" .name) }}
+{{- end -}}

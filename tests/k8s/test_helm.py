@@ -1,0 +1,140 @@
+"""The Helm chart, rendered by Helm itself: the same application as kustomize's, and values that are checked."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.k8s.general import VERSION
+from tests.k8s.manifests import Document, Manifests
+from tests.k8s.rendering import K8S
+
+CHART = K8S / "helm" / "loraretriever"
+VALUES = {"cpu-pvc": (), "gpu-s3": ("values-gpu-s3",), "gpu-s3-vllm": ("values-gpu-s3", "values-gpu-s3-vllm")}
+OUTSIDE = {
+    "gpu": {
+        "pod": {
+            "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"},
+            "tolerations": [
+                {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+                {"key": "dedicated", "operator": "Equal", "value": "loraretriever", "effect": "NoSchedule"},
+            ],
+        }
+    },
+    "ingress": {"enabled": True},
+    "gateway": {"enabled": True},
+    "modelHub": True,
+    "monitoring": True,
+}
+
+
+def run_helm(helm: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, (helm, *arguments))), capture_output=True, text=True, timeout=120, check=False)
+
+
+def template(helm: str, folder: Path, overlay: str = "cpu-pvc", values: Document | None = None) -> Manifests:
+    """Return what Helm renders for an overlay's values and these."""
+    (folder / "own.yaml").write_text(yaml.safe_dump(values or {}))
+    files = [*(CHART / f"{name}.yaml" for name in VALUES[overlay]), folder / "own.yaml"]
+    run = run_helm(helm, "template", "any-release", CHART, *[part for file in files for part in ("-f", file)])
+    assert run.returncode == 0, run.stderr
+    return Manifests([document for document in yaml.safe_load_all(run.stdout) if document])
+
+
+def comparable(manifests: Manifests) -> dict[tuple[str, str], Any]:
+    """Return the documents by kind and name, with Serve's configuration as a value instead of a text."""
+    manifests.ray_service["spec"]["serveConfigV2"] = manifests.serve
+    return {(document["kind"], document["metadata"]["name"]): document for document in manifests.documents}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "values", "name", "number"),
+    [
+        ("cpu-pvc", {}, "cpu-pvc", 14),
+        ("gpu-s3", {}, "gpu-s3", 17),
+        ("gpu-s3-vllm", {}, "gpu-s3-vllm", 17),
+        ("gpu-s3", OUTSIDE, "gpu-outside", 22),
+    ],
+    ids=["cpu-pvc", "gpu-s3", "gpu-s3-vllm", "gpu-outside"],
+)
+def test_helm_and_kustomize_render_the_same_application(
+    overlay: str,
+    values: Document,
+    name: str,
+    number: int,
+    helm: str,
+    rendered: Callable[[str], Manifests],
+    tmp_path: Path,
+) -> None:
+    by_helm = comparable(template(helm, tmp_path, overlay, values))
+    assert len(by_helm) == number
+    assert by_helm == comparable(rendered(name))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("settings.worker.nun_threads=1", "nun_threads"),
+        ("settings.base_modle=x", "base_modle"),
+        ("settings.max_request_s=soon", "max_request_s"),
+        ("gpu.nodeSelector.a=b", "nodeSelector"),
+        ("replicas=2", "replicas"),
+    ],
+)
+def test_a_value_that_the_server_does_not_know_is_refused(value: str, problem: str, helm: str) -> None:
+    run = run_helm(helm, "template", "any-release", CHART, "--set", value)
+    assert run.returncode != 0 and problem in run.stderr, run.stderr
+
+
+def test_values_change_images_pods_claims_and_redis(helm: str, tmp_path: Path) -> None:
+    own = {
+        "image": {"registry": "registry.internal/team", "tag": "7"},
+        "cpu": {
+            "group": {"maxReplicas": 6},
+            "pod": {"priorityClassName": "high"},
+            "container": {"resources": {"requests": {"memory": "24Gi"}, "limits": {"memory": "24Gi"}}},
+        },
+        "claims": {"pool": {"storageClassName": "nfs"}},
+        "redis": {"deploy": False, "address": "redis.internal:6379"},
+        "settings": {"retrieval": {"k": 5}},
+    }
+    manifests = template(helm, tmp_path, values=own)
+    assert {pod.container["image"] for pod in manifests.pods} == {"registry.internal/team/loraretriever-cpu:7"}
+    group, [pod] = manifests.group("cpu"), manifests.workers
+    assert (group["minReplicas"], group["maxReplicas"], pod.spec["priorityClassName"]) == (2, 6, "high")
+    assert pod.container["resources"]["requests"] == {"cpu": "4", "memory": "24Gi"}
+    claim = manifests.named("PersistentVolumeClaim", "loraretriever-pool")["spec"]
+    assert claim == {
+        "accessModes": ["ReadWriteMany"],
+        "storageClassName": "nfs",
+        "resources": {"requests": {"storage": "50Gi"}},
+    }
+    assert manifests.cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis.internal:6379"
+    assert not manifests.of_kind("StatefulSet")
+    assert manifests.config.retrieval.k == 5 and manifests.config.retrieval.encoder_threads == 1
+
+
+def test_a_role_is_an_annotation_of_the_service_account(helm: str, tmp_path: Path) -> None:
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/pool"}
+    manifests = template(helm, tmp_path, "gpu-s3", {"serviceAccountAnnotations": role})
+    assert manifests.named("ServiceAccount", "loraretriever")["metadata"]["annotations"] == role
+
+
+def test_the_chart_has_the_servers_version_and_is_complete_in_a_package(helm: str, tmp_path: Path) -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == VERSION
+    lint = run_helm(helm, "lint", "--strict", CHART)
+    assert lint.returncode == 0, lint.stdout
+    packaged = run_helm(helm, "package", CHART, "--destination", tmp_path)
+    assert packaged.returncode == 0, packaged.stderr
+    [archive] = tmp_path.glob("*.tgz")
+    with tarfile.open(archive) as files:
+        sizes = {member.name: member.size for member in files if member.isfile()}
+    linked = [name for name in sizes if name.startswith("loraretriever/files/")]
+    assert len(linked) == 15 and min(sizes[name] for name in linked) > 100
