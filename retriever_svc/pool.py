@@ -197,8 +197,9 @@ class Pool:
         if not pairs or self.references is None or self.centre is not None:
             return AS_WRITTEN
         asked = np.stack([prompt for prompt, _ in pairs])
-        found = self.judged(self.nearest(asked, _NUM_RIVALS, tenant), "balanced", asked)
-        if not (pairs := undisputed(pairs, found)):
+        near = nearness(asked, self.references).tolist()
+        found = self.judged(self.nearest(asked, _NUM_RIVALS, tenant), "balanced", asked, near)
+        if not (pairs := undisputed(pairs, found, near)):
             return AS_WRITTEN
         prompts, adapters = (np.stack(rows) for rows in zip(*pairs, strict=True))
         return Rewording.fit(prompts, adapters, self.references)

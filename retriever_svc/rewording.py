@@ -6,10 +6,11 @@ regression, and every prompt q of the tenant is read through it:
 
     read(q) = u / |u|,  u = q + q · M,  M = the matrix with the least Σ |p + p · M − a|² + λ · |M|²
 
-Three bounds hold, whoever named an adapter or accepted a prompt:
+Four bounds hold, whoever named an adapter or accepted a prompt:
 
 - A prompt counts unless another adapter would answer it and is clearly nearer to it. So false names for the prompts
   that another adapter answers say nothing.
+- Nor does a prompt that is much nearer to ordinary prompts than to its adapter.
 - Few prompts of one adapter, and a bounded number of a tenant, count.
 - Thresholds *rise* by as much as keeps ordinary prompts away, and a little more: no more of them than before reach
   these adapters.
@@ -32,6 +33,7 @@ from retriever_svc.ordinary_prompts import nearness, nearness_to_others
 MAX_PROMPTS, MAX_PER_ADAPTER = 128, 5
 # Chosen on the tune pools of `python -m benchmarks.routing.learning`, by vectors that were projected without the pool.
 MAX_GAP = 0.05  # by which the adapter's score for its accepted prompt may be below that of one that answers it
+LEAST_MARGIN = -0.4  # of the adapter's score for its accepted prompt, above the prompt's nearness to ordinary ones
 _RIDGE = 5.0  # λ
 _POINT = MARGINS["balanced"]  # at which ordinary prompts are counted
 LEAST_RISE = 0.005  # with it, at most 5 % of the prompts of neighbouring tasks are lost on the tune pools
@@ -73,11 +75,15 @@ def accepted_prompts(records: Iterable[AdapterRecord]) -> list[tuple[Vectors, Ve
 
 
 def undisputed(
-    pairs: Sequence[tuple[Vectors, Vectors]], found: Sequence[Sequence[Match]]
+    pairs: Sequence[tuple[Vectors, Vectors]], found: Sequence[Sequence[Match]], near: Sequence[float]
 ) -> list[tuple[Vectors, Vectors]]:
-    """Return the pairs that count. `found`: the judged matches of each prompt, as it is written."""
+    """Return the pairs that count.
+
+    `found`: the judged matches of each prompt, as it is written. `near`: its nearness to ordinary prompts.
+    """
     best = [max((match.score for match in matches if match.fits), default=-1.0) for matches in found]
-    return [(p, a) for (p, a), score in zip(pairs, best, strict=True) if score - float(p @ a) <= MAX_GAP]
+    least = [max(score - MAX_GAP, own + LEAST_MARGIN) for score, own in zip(best, near, strict=True)]
+    return [(p, a) for (p, a), score in zip(pairs, least, strict=True) if float(p @ a) >= score]
 
 
 def _rise(adapters: Vectors, ordinary: Vectors, read: Vectors) -> float:

@@ -16,6 +16,7 @@ from retriever_svc.ordinary_prompts import nearness, nearness_to_others
 from retriever_svc.pool import Pool
 from retriever_svc.rewording import (
     AS_WRITTEN,
+    LEAST_MARGIN,
     LEAST_RISE,
     MAX_GAP,
     MAX_PER_ADAPTER,
@@ -88,8 +89,15 @@ def test_a_prompt_that_another_adapter_answers_and_fits_clearly_better_does_not_
     np.testing.assert_allclose(pool.rewording("local").prompts, [at(nearly)], atol=1e-6)
 
 
+def test_a_prompt_much_nearer_to_ordinary_ones_does_not_count() -> None:
+    """So an owner who accepts everyday prompts cannot raise the thresholds."""
+    pool = pool_of(taught("a", 0, 110, 116))
+    assert at(110) @ at(0) > LEAST_MARGIN > at(116) @ at(0), "ordinary prompts are at right angles to all these"
+    np.testing.assert_allclose(pool.rewording("local").prompts, [at(110)], atol=1e-6)
+
+
 def test_a_prompt_that_no_adapter_answers_counts() -> None:
-    pool, asked = pool_of(taught("near", 0), taught("named", 120, -110)), at(-110)[np.newaxis]
+    pool, asked = pool_of(taught("near", 0), taught("named", 215, 105)), at(105)[np.newaxis]
     [matches] = pool.judged(pool.nearest(asked, 2, "local"), "balanced", asked)
     assert [(match.record.ref.name, match.fits) for match in matches] == [("near", False), ("named", False)]
     assert len(pool.rewording("local").prompts) == 1
