@@ -67,13 +67,16 @@ NOT_QUICK := $(addprefix --ignore=tests/,$(addprefix lora_store/test_store_,cras
 quick: $(READY) ## run the tests that need no model and no Ray, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3 and not endpoint and not run_models" $(QUICK_TESTS) $(NOT_QUICK)
 
-# LlamaIndex needs an older transformers than the server, so it has an environment of its own. The source distribution of
+# LlamaIndex needs an older transformers than the server, and other frameworks other versions of what the server uses, so
+# both have environments of their own. The source distribution of
 # `jsonschema` contains JSON Schema's own test suite.
 CLIENTS_READY := $(VENV)/.clients-ready
-$(CLIENTS_READY): $(READY) tests/clients/package.json tests/clients/llama_index.txt
+$(CLIENTS_READY): $(READY) tests/clients/package.json tests/clients/llama_index.txt tests/clients/frameworks.txt
 	$(BIN)/python -m pip install --progress-bar off --no-compile -c constraints.txt -e '.[clients]'
 	$(PYTHON) -m venv $(VENV)/llama-index
 	$(VENV)/llama-index/bin/python -m pip install --progress-bar off --no-compile -r tests/clients/llama_index.txt
+	$(PYTHON) -m venv $(VENV)/frameworks
+	$(VENV)/frameworks/bin/python -m pip install --progress-bar off --no-compile -r tests/clients/frameworks.txt
 	$(BIN)/python -m pip download --progress-bar off -c constraints.txt --no-deps --no-binary jsonschema -d $(VENV)/json-schema jsonschema
 	mkdir -p $(VENV)/node && cp tests/clients/package.json $(VENV)/node
 	if command -v npm; then cd $(VENV)/node && npm install --no-package-lock --ignore-scripts; fi

@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         ("total_s", pa.float32()),
     ]
 )
+MAX_ROWS = 10_000  # of a report
 SUMS = ("requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
 _READ = ("id", "time", "tenant", "key", "base", "adapters", "status", "code", *SUMS[2:])
 _FIRST_ERROR = 400
@@ -57,12 +58,16 @@ _SUFFIX = ".parquet"
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """The days from `start` to `end`, both included. `tenant`: only this one's requests."""
+    """The days from `start` to `end`, both included. `tenant`: only this one's requests.
+
+    `adapter`: only those that this one, `tenant/name`, answered.
+    """
 
     start: date
     end: date
     by: tuple[Dimension, ...] = ()
     tenant: str | None = None
+    adapter: str | None = None
 
 
 class UsageFiles:
@@ -100,6 +105,7 @@ class UsageFiles:
     def sums(self, query: UsageQuery) -> list[dict[str, Any]]:
         """Return one row for each group, in order, with its sums and the time of its last event.
 
+        A report of more than MAX_ROWS has some of its rows, more than MAX_ROWS: days, keys and adapters make millions.
         A request counts for each of its adapters: with `adapter` in `by`, sums over the rows may exceed the total. An
         `adapter` of None is the base model.
         """
@@ -108,7 +114,8 @@ class UsageFiles:
         found = [_sums_of_day(self._read_day(day, files), day, query) for day, files in wanted]
         if not found:
             return []
-        rows = [row for row in _summed(pa.concat_tables(found), query.by).to_pylist() if row["requests"]]
+        summed = _summed(pa.concat_tables(found), query.by).slice(0, MAX_ROWS + 1)
+        rows = [row for row in summed.to_pylist() if row["requests"]]
         return sorted(rows, key=lambda row: [str(row[name] or "") for name in query.by])
 
     def _by_day(self) -> dict[str, list[StoredFile]]:
@@ -171,8 +178,10 @@ def _folder(day: date) -> str:
 def _sums_of_day(events: pa.Table, folder: str, query: UsageQuery) -> pa.Table:
     if query.tenant is not None:
         events = events.filter(pc.equal(events["tenant"], query.tenant))
-    if "adapter" in query.by:
+    if "adapter" in query.by or query.adapter is not None:
         events = _first_of_each(_with_each_adapter(events), ["id", "adapter"])
+    if query.adapter is not None:
+        events = events.filter(pc.equal(events["adapter"], query.adapter))
     given: dict[str, Any] = {name: events[name] for name in ("tenant", "key", "base", "adapter") if name in query.by}
     ones = pa.array(np.ones(len(events), np.int64))
     failed = pc.or_(pc.greater_equal(events["status"], _FIRST_ERROR), pc.not_equal(events["code"], ""))

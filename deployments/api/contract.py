@@ -108,13 +108,13 @@ class AppliedContract:
 
     def sampling(self, sampling: SamplingParams) -> SamplingParams:
         """Return the parameters with the contract's values. Raises: GrammarInvalid."""
-        allowed = {  # as a request's own values are read
-            "top_k": lambda value: max(value, 0),
-            "top_p": lambda value: value or LEAST_TOP_P,
-            "max_tokens": lambda value: min(value, self.max_new_tokens),
-        }
-        given = {name: value for name, value in self.contract.defaults.items() if name in self.parts}
-        values = {name: allowed[name](value) if name in allowed else value for name, value in given.items()}
+        values = {name: value for name, value in self.contract.defaults.items() if name in self.parts}
+        if "top_k" in values:
+            values["top_k"] = max(values["top_k"], 0)  # as a request's own values are read
+        if "top_p" in values:
+            values["top_p"] = values["top_p"] or LEAST_TOP_P
+        if "max_tokens" in values:
+            values["max_tokens"] = min(values["max_tokens"], self.max_new_tokens)
         if "output_schema" in self.parts:
             values["grammar"] = self.contract.grammar()
         if "stop" in self.parts:

@@ -109,8 +109,8 @@ def import_from(
     out.print(said, markup=False, highlight=False, soft_wrap=True)
     if done["names_left_out"]:
         show_warning(
-            f"not imported, since {uri} has something else by that name: {', '.join(done['names_left_out'])}. Rename"
-            " these model names in one of the pools"
+            f"not imported, since {uri} has something else by that name: {', '.join(done['names_left_out'])}; set these"
+            " model names by other names with `loraretriever name set` if you need them"
         )
     if done["num_unembedded"]:
         show_warning(

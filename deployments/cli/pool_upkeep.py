@@ -275,18 +275,19 @@ def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     if as_json:
         print_json(result)
         return
-    out.print(f"{len(result['rankings'])} of {result['num_regions']} regions ranked")
+    num_compared, num_measurable = len(result["rankings"]), result["num_regions"]
+    out.print(f"{num_compared} of {num_measurable} adapters with sample outputs have similar ones to compare with")
     _print_rankings(result["rankings"])
 
 
 def _print_rankings(rankings: Sequence[JsonObject]) -> None:
-    """Print one line per region: its adapters with their scores, best first."""
+    """Print a line for each adapter whose samples were used: shares of right answers to them, best first."""
     for ranking in rankings:
         adapters = [
-            f"{item['name']} {item['score']:.2f} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
+            f"{item['name']} {item['score']:.0%} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
             for item in ranking["adapters"]
         ]
-        out.print(f"region of {ranking['region']}: {', '.join(adapters)}", markup=False)
+        out.print(f"right answers to the samples of {ranking['region']}: {', '.join(adapters)}", markup=False)
 
 
 @commands.command()

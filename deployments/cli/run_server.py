@@ -67,7 +67,9 @@ def _serve(server: Server, host: str) -> None:
             out.print(f"created a new pool at {settings.store_uri}", markup=False, highlight=False, soft_wrap=True)
         for problem in start_problems(ready):
             show_error(problem)
-        out.print(template_note(settings.served_model), markup=False)
+        for model in settings.served_models:
+            note = template_note(model)
+            out.print(f"{model.name}: {note}" if settings.models else note, markup=False)
         out.print(
             access_note(
                 host,
@@ -79,7 +81,7 @@ def _serve(server: Server, host: str) -> None:
         )
         out.print(ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray), markup=False)
         for line in next_steps(
-            url, server.logs, server.ray_address, program_of(sys.argv[0]), has_keys=settings.has_keys
+            url, server.ray_address, server.logs, program_of(sys.argv[0]), has_keys=settings.has_keys
         ):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         interrupts.get()
@@ -99,17 +101,17 @@ def start_problems(ready: JsonObject) -> list[str]:
 
 
 def next_steps(
-    url: str, logs: Path, ray_address: str, program: str = "loraretriever", *, has_keys: bool = False
+    url: str, ray_address: str, logs: Path, program: str = "loraretriever", *, has_keys: bool = False
 ) -> list[str]:
-    """Return what to do with a server that just started, and its logs' folder. `program`: how to call this one."""
+    """Return what to do with a server that just started. `program`: how to call this one."""
     options = "" if url == DEFAULT_URL else f" --url {url}"
     command = f"{KEY_VARIABLE}=KEY {program}" if has_keys else program
     return [
         f"console:  {url}",
         f'ask:      {command} ask "a prompt"{options}',
         f"publish:  {command} publish FOLDER{options}",
+        f"Ray:      {ray_address}",
         f"logs:     {logs}",
-        f"ray:      {ray_address}",
     ]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from deployments.observability.request_metrics import RequestContext
 
@@ -30,7 +31,8 @@ _SUFFIX = ".jsonl"
 class UsageLog:
     """The events of one Ingress replica. A segment is locked while its writer lives, and nobody else sends it.
 
-    Without a `folder` nothing is recorded. `send` stores a segment under its name; repeating it changes nothing.
+    Without a `folder` nothing is recorded. `base`: the base model of requests whose plan names none. `send` stores a
+    segment under its name; repeating it changes nothing.
     """
 
     def __init__(self, folder: Path | None, base: str, send: Callable[[str, bytes], Awaitable[None]]) -> None:
@@ -38,6 +40,7 @@ class UsageLog:
         self._segment: int | None = None  # the descriptor of the open segment
         self._is_failing = False
         self._turn = asyncio.Lock()
+        self._reports: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def record(self, context: RequestContext, status: int | None = None) -> None:
         """Record the request, once. Requests without a caller and reads of the pool (GET) are not recorded.
@@ -47,7 +50,7 @@ class UsageLog:
         if self._folder is None or context.is_recorded or context.caller is None or context.method == "GET":
             return
         context.is_recorded = True
-        line = encode_event(context, self._base, context.status if status is None else status)
+        line = encode_event(context, context.base_model or self._base, context.status if status is None else status)
         # A line that the disk took in part is ended first. The segment stays open: a new one for each request would
         # fill the disk with empty files.
         data = b"\n" + line if self._is_failing else line
@@ -61,6 +64,16 @@ class UsageLog:
             if not self._is_failing:
                 logger.error("usage is not recorded: %s: %s; the lines of requests in this log have it", line, exc)
             self._is_failing = True
+
+    def report_turn(self, tenant: str) -> asyncio.Lock:
+        """Return the lock under which this tenant's reports are read, one after the other.
+
+        A report holds one of the Store's calls for as long as it reads, and publishing needs these too.
+        """
+        turn = self._reports.get(tenant)
+        if turn is None:
+            turn = self._reports[tenant] = asyncio.Lock()
+        return turn
 
     async def send_all(self) -> None:
         """Send this replica's events and those of dead replicas. Raises: StoreUnavailable, TimeoutError."""

@@ -17,7 +17,8 @@ from deployments.errors import RequestInvalid
 from gpu_worker.errors import GrammarInvalid
 from gpu_worker.front.grammar.compiler import CheckProcess
 from lora_store import FileRefused
-from lora_store.contract_files import INTRINSIC_FILE, MAX_CONTRACT_BYTES
+from lora_store.bounded_files import parse_json_object
+from lora_store.contract_files import GIVEN, INTRINSIC_FILE, MAX_CONTRACT_BYTES
 
 _LISTED = {"id", "path", "scale", "task_name", "prompt_prefix"}  # what llama.cpp says of an adapter
 _MARKUP = re.compile(
@@ -40,7 +41,7 @@ def read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
     """
     notes: tuple[str, ...] = ()
     try:
-        value = _parse(data)
+        value = parse_json_object(data) if name == GIVEN else _parse(data)
         if name == INTRINSIC_FILE:
             notes = (_TRANSFORMED,) if value.get("transformations") else ()
             value = dict(_of_intrinsic(value))
@@ -154,14 +155,13 @@ def _own_parameters(parameters: Any) -> Iterator[tuple[str, Any]]:
 
 def _converted(instruction: Any) -> str:
     """Return IBM's instruction, which Python's `format` fills, with our input. Raises: ValueError."""
-    parts = []
     try:
         pieces = list(Formatter().parse(str(instruction)))
     except ValueError as exc:
         raise ValueError(f"instruction: {exc}; write a brace that is text twice") from exc
-    for literal, field, *_ in pieces:
-        if INPUT in literal or field not in (None, _LAST_MESSAGE):
-            what = INPUT if INPUT in literal else "{" + str(field) + "}"
-            raise ValueError(f"instruction: has {what}, and only {{{_LAST_MESSAGE}}} can be filled; {_REMEDY}")
-        parts += [literal, "" if field is None else INPUT]
-    return "".join(parts)
+    fields = {field for _, field, *_ in pieces} - {None, _LAST_MESSAGE}
+    text = "".join(literal + ("" if field is None else "\0") for literal, field, *_ in pieces)
+    if fields or INPUT in text:
+        what = f"{{{min(map(str, fields))}}}" if fields else INPUT
+        raise ValueError(f"instruction: has {what}, and only {{{_LAST_MESSAGE}}} can be filled; {_REMEDY}")
+    return text.replace("\0", INPUT)

@@ -45,7 +45,8 @@ def _versions() -> str:
     groups = project["optional-dependencies"]
     chosen = [name for name in groups["test"] if name.startswith("openai")] + groups["clients"]
     folder = ROOT / "tests" / "clients"
-    chosen += (folder / "llama_index.txt").read_text(encoding="utf-8").split()
+    for name in ("frameworks.txt", "llama_index.txt"):
+        chosen += (folder / name).read_text(encoding="utf-8").split()
     packages = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
     for_node = ", ".join(f"`{name}@{version}`" for name, version in packages.items())
     return f"{', '.join(f'`{name}`' for name in chosen)}; for Node {for_node}"

@@ -42,8 +42,10 @@ def chat_fields() -> str:
 
 
 def completion_fields() -> str:
-    """Return the fields of `POST /v1/completions`."""
-    return _fields(CompletionRequest)
+    """Return how the fields of `POST /v1/completions` differ from those of chats."""
+    absent = ChatCompletionRequest.model_fields.keys() - CompletionRequest.model_fields.keys()
+    text = f"The fields of chats, without {', '.join(map(code, sorted(absent)))}, and these:\n\n"
+    return text + _fields(CompletionRequest, unlike=ChatCompletionRequest)
 
 
 def responses_fields() -> str:

@@ -6,6 +6,7 @@ integer and a scale are exact in float32, so the integers are found again, and c
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import logging
@@ -20,6 +21,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import load_whole
@@ -35,6 +37,16 @@ _OF_HEADS = ("Q6_K",)  # files of Q4_0 have it for the output head; it is read a
 _WHOLE = {"Q8_0": 127, "Q4_0": 8}  # the largest sizes of integers
 _MOST = {"Q8_0": 127, "Q4_0": 7}  # the largest integers
 _BITS = {"Q8_0": 8, "Q4_0": 4}
+_ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
+# How Llama 3.1 and its successors scale positions. The file has only the factors that follow from it.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_NOT_IN_MODEL = "nextn"  # layers that predict further tokens
+_REMEDY = "use the folder of the same model that has config.json and *.safetensors"
 
 
 def find_gguf(source: str) -> Path | None:
@@ -70,12 +82,12 @@ def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".{folder.name}.lock"):
         if not folder.exists():
-            _check_types(gguf)
+            reader = _read_checked(gguf)
             logger.info("converting %s into %s, once; this takes about a minute", gguf, folder)
             with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{folder.name}-") as scratch:
                 target = Path(scratch, "converted")
                 target.mkdir()
-                _convert(gguf, target)
+                _convert(gguf, reader, target)
                 target.rename(folder)
     return folder
 
@@ -108,7 +120,8 @@ def find_integers(weight: Tensor, kind: str) -> QuantizedWeight | None:
     return QuantizedWeight(values.view(num_out, num_in), scales.view(num_out, -1), _BITS[kind], has_groups=True)
 
 
-def _check_types(gguf: Path) -> None:
+def _read_checked(gguf: Path) -> Any:
+    """Return the file's GGUFReader. Raises: BaseModelUnsupported."""
     try:
         from gguf import GGUFReader
     except ImportError as exc:
@@ -116,22 +129,65 @@ def _check_types(gguf: Path) -> None:
             f"{gguf} needs the Python package gguf, which is not installed; run pip install 'loraretriever[local]'"
         ) from exc
     try:
-        types = {tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
+        reader = GGUFReader(gguf)
+        types = {tensor.tensor_type.name for tensor in reader.tensors}
     except Exception as exc:  # numpy, struct and the reader raise their own kinds
         raise BaseModelUnsupported(f"{gguf} cannot be read as a GGUF file ({exc}). Copy it again") from exc
     others = sorted(types - {*_KEPT, *_FLOATS, *_OF_HEADS})
     if others or not types & set(_KEPT):
         raise BaseModelUnsupported(
             f"{gguf} has tensors of type {', '.join(others or sorted(types))}; the native engine reads GGUF files of"
-            f" {' and '.join(_KEPT)}: use such a file, or the folder of the same model that has config.json and"
-            " *.safetensors"
+            f" {' and '.join(_KEPT)}: use such a file, or {_REMEDY}"
+        )
+    return reader
+
+
+def _check_all_is_read(gguf: Path, reader: Any, model: nn.Module) -> None:
+    """transformers leaves out what it has no place for. Raises: BaseModelUnsupported if the file has such numbers."""
+    in_file = sum(
+        int(tensor.n_elements)
+        for tensor in reader.tensors
+        if tensor.name != _ROPE_FACTORS and _NOT_IN_MODEL not in tensor.name
+    )
+    in_model = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    if in_file > in_model:
+        raise BaseModelUnsupported(
+            f"{gguf} has {in_file - in_model} numbers that transformers does not read, such as biases: {_REMEDY}"
         )
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def _read_rope(gguf: Path, reader: Any, config: Any) -> dict[str, Any]:
+    """Return how the model scales its positions, which transformers does not read from the file.
+
+    Raises: BaseModelUnsupported for a way that is not supported.
+    """
+
+    def read(name: str) -> Any:
+        field = reader.fields.get(name)
+        return None if field is None else field.contents()
+
+    prefix = f"{read('general.architecture')}.rope"
+    kind, factor = read(f"{prefix}.scaling.type"), read(f"{prefix}.scaling.factor") or read(f"{prefix}.scale_linear")
+    if kind not in (None, "none", "linear") or factor not in (None, 1.0):
+        raise BaseModelUnsupported(f"{gguf} scales its positions ({kind or 'linear'} by {factor}): {_REMEDY}")
+    found = [tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS]
+    if not found or (found[0] == 1).all():
+        return {}
+    factors = torch.tensor(found[0]).double()
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters = {**config.rope_parameters, **_LLAMA3, "factor": float(factors.max())}
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
+    base: float = config.rope_parameters["rope_theta"]
+    plain = base ** -(torch.arange(len(factors)).double() / len(factors))
+    if len(frequencies) != len(factors) or not torch.allclose(frequencies.double(), plain / factors, rtol=1e-4, atol=0):
+        raise BaseModelUnsupported(f"{gguf} scales its positions otherwise than Llama 3.1 ({_ROPE_FACTORS}): {_REMEDY}")
+    return dict(scaled.rope_parameters)
+
+
+def _convert(gguf: Path, reader: Any, target: Path) -> None:
     """Save the model as a checkpoint of the format compressed-tensors.
 
-    Raises: BaseModelUnsupported if transformers cannot read the file, or if it lacks tensors.
+    Raises: BaseModelUnsupported if transformers cannot read all of the file, or if it lacks tensors.
     """
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
@@ -141,6 +197,9 @@ def _convert(gguf: Path, target: Path) -> None:
         raise
     except Exception as exc:  # transformers has no single one for architectures and tokenizers that it does not know
         raise BaseModelUnsupported(f"{gguf} cannot be converted ({exc})") from exc
+    _check_all_is_read(gguf, reader, read)
+    if rope := _read_rope(gguf, reader, read.config):
+        read.config.rope_parameters = rope
     tensors: dict[str, Tensor] = {}
     found = {name: _integers(module) for name, module in read.named_modules() if isinstance(module, nn.Linear)}
     for name, tensor in read.state_dict().items():

@@ -60,6 +60,8 @@ def _filled(schema: Mapping[str, Any], numbers: Iterator[str], words: Iterator[s
         return _filled(root["$defs"][schema["$ref"].rpartition("/")[2]], numbers, words, root)
     if "anyOf" in schema:
         return _filled(schema["anyOf"][0], numbers, words, root)
+    if "enum" in schema:
+        return schema["enum"][0]
     if schema.get("type") == "object":
         parts = schema.get("properties", {}).items()
         return {name: _filled(part, numbers, words, root) for name, part in parts} or {}

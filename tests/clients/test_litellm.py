@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
+from tests.docs.pages import ROOT, blocks_of
+
 litellm: Any = pytest.importorskip("litellm", reason="litellm is not installed: the extra `clients` has it")
+PAGE = ROOT / "docs" / "how-to" / "connect-clients.md"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
@@ -25,6 +29,14 @@ def test_chat(server_url: str, provider: str) -> None:
     """chat as `openai/auto`, `hosted_vllm/auto` and `lm_studio/auto`"""
     answer = litellm.completion(**options(server_url, provider))
     assert answer.choices[0].message.content == "Hello"
+
+
+def test_proxy(server_url: str) -> None:
+    """the proxy's list of models, through its router: `lora` passes both ways"""
+    [block] = [block for block in blocks_of(PAGE) if "of LiteLLM's proxy" in block.text]
+    models = yaml.safe_load(block.text.replace("http://127.0.0.1:8000/v1", server_url))["model_list"]
+    answer = litellm.Router(model_list=models).completion("auto", MESSAGES, extra_body={"lora": {"explain": True}})
+    assert answer.choices[0].message.content == "Hello" and answer.lora["candidates"]
 
 
 def test_model_names(server_url: str, model_name: str) -> None:

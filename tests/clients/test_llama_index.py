@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from tests.clients.processes import run_llama_index
+from tests.clients.processes import run_in_environment
 
 EVERY_WAY = dict.fromkeys(("complete", "stream_complete", "chat", "stream_chat"), "Hello")
 
 
 @pytest.fixture(scope="module")
 def found(server_url: str) -> dict[str, Any]:
-    return run_llama_index("llama_index_cases.py", server_url)
+    return run_in_environment("llama-index", "llama_index_cases.py", server_url)
 
 
 def test_default_mode(found: dict[str, Any]) -> None:

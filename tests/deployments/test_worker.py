@@ -201,7 +201,7 @@ def test_a_request_streams_with_the_weights_its_plan_names(serve: Callable[[Main
 
 def test_only_the_engine_of_a_worker_has_a_thread_team(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
-        await serving.text(serving.job(0))
+        await serving.text(serving.job(0, num_new=3))
         assert torch.get_num_threads() == 1
         assert await serving.worker._engine._run_on_engine(torch.get_num_threads) == 2
 

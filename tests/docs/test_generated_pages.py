@@ -53,6 +53,15 @@ def test_every_error_has_a_row_with_its_cause_and_remedy() -> None:
     ]
 
 
+def test_a_field_of_chats_is_printed_once_with_what_completions_lack() -> None:
+    chats, completions = request_fields.chat_fields(), request_fields.completion_fields()
+    first, *rows = [re.findall(r"`(\w+)`", line)[:9] for line in completions.splitlines()]
+    assert {"messages", "tools"} < set(first)
+    assert [row[0] for row in rows if row] == ["prompt", "logprobs", "echo"]
+    in_both = CompletionRequest.model_fields.keys() & ChatCompletionRequest.model_fields.keys()
+    assert len(in_both) > 20 and all(chats.count(f"| `{name}` |") == 1 for name in in_both)
+
+
 @pytest.mark.parametrize("model", [ChatCompletionRequest, CompletionRequest, ResponsesRequest, RouteQuery, LoraOptions])
 def test_every_request_field_has_a_text(model: type[BaseModel]) -> None:
     assert all(field.description for field in model.model_fields.values())
@@ -98,7 +107,7 @@ def test_every_setting_of_the_top_level_has_a_row_with_a_meaning() -> None:
 def test_every_test_of_a_client_is_in_the_table() -> None:
     shown = clients.clients()
     files = sorted((clients.ROOT / "tests" / "clients").glob("test_*.py"))
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         assert path.read_text(encoding="utf-8").split('"""')[1].splitlines()[0] in shown
     assert "langchain-tests" in shown and "streaming with usage" in shown

@@ -1,7 +1,8 @@
-"""The `sh` and `python` blocks of the first pages run, in order, against the session's server."""
+"""The blocks of the first pages and the cells of the notebook run, in order, against the session's server."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -13,12 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from deployments.cli.local_server import Server
 from tests.docs.pages import ROOT, CodeBlock, blocks_of
 from tests.e2e.live import Live
 from tests.soak import Scale
 
 DOCS = ROOT / "docs"
 IN_TUTORIALS = "http://127.0.0.1:8000"
+NOTEBOOK = ROOT / "examples" / "demo.ipynb"
+COUNT_DRAWN = """
+for number in plt.get_fignums():
+    print("drawn", sum(len(axis.patches) + len(axis.collections) for axis in plt.figure(number).axes))
+"""
 
 
 @pytest.fixture
@@ -30,14 +37,16 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("page", "outputs"),
+    ("page", "num_blocks", "outputs"),
     [
         (
             "tutorials/first-answer.md",
+            5,
             ["the chemist has not used my car", "question_formation", "senti_hotels", "sentence_negation"],
         ),
         (
             "tutorials/publish-your-first-adapter.md",
+            10,
             [
                 "20 samples",
                 "my-adapter is live",
@@ -47,18 +56,26 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
         ),
         (
             "how-to/train-an-adapter.md",
+            3,
             ["ticket-queue is fit to publish", "\nbilling\n", "ticket-queue is live", "ticket-queue was withdrawn"],
         ),
         (
             "how-to/back-up-and-move.md",
+            6,
             ["are in backup.tar", "0 new, ", "unchanged", ", exact", "relative error"],
         ),
-        ("how-to/upgrade-and-roll-back.md", [", 0 bad", "are in before-upgrade.tar", "pool-of-before, generation"]),
+        (
+            "how-to/evaluate-a-pool.md",
+            5,
+            ["39 prompts", "AUROC", "fusion: ", "selection: ", "of 12 right"],
+        ),
+        ("how-to/choose-k-and-strategy.md", 1, ["strategy", "top_p_mixture", "boys like tea"]),
+        ("how-to/upgrade-and-roll-back.md", 3, [", 0 bad", "are in before-upgrade.tar", "pool-of-before, generation"]),
     ],
 )
-def test_every_block_of_the_page_runs(page: str, outputs: list[str], folder: Path, url: str) -> None:
+def test_every_block_of_the_page_runs(page: str, num_blocks: int, outputs: list[str], folder: Path, url: str) -> None:
     blocks = [block for block in blocks_of(DOCS / page) if block.language in ("sh", "python")]
-    assert len(blocks) >= 3
+    assert len(blocks) == num_blocks
     printed = "".join(run(block, folder, url) for block in blocks)
     assert [output for output in outputs if output not in printed] == []
 
@@ -71,7 +88,7 @@ def test_readmes_three_adapters_are_published_into_a_pool_and_found(live: Live, 
     [block] = [block for block in blocks_of(ROOT / "README.md") if "publish adapters" in block.text]
     printed = run_shell(block.text, tmp_path, live.url)
     assert all(f"{name} is live" in printed for name in names)
-    assert "sql" in printed.rpartition("candidate")[2].splitlines()[2]
+    assert first_candidate(printed) == "sql"
     live.withdraw_all(names)
 
 
@@ -92,10 +109,37 @@ def test_the_page_about_training_outputs_runs(folder: Path, url: str, scale: Sca
         printed = "".join(run(block, folder, url) for block in blocks if block.language == "sh")
     finally:
         run_shell(f"loraretriever withdraw {' '.join(names)}", folder, url, check=False)
-    assert "3 fit to publish, 0 refused" in printed and "3 new, 0 changed" in printed
-    assert all(f"36 samples from data/{name}.jsonl" in printed for name in names)
-    [first] = re.findall(r"^│ (\S+) .*1.000", printed.rpartition("strategy ")[2], re.MULTILINE)
-    assert first == "ticket-queue"
+    for name in names:
+        assert f"\n{name} is fit to publish" in printed and f"new: {name} is live" in printed
+        assert f"\n{name} is live at generation" in printed
+    assert first_candidate(printed) == "ticket-queue"
+
+
+def first_candidate(printed: str) -> str:
+    """Return the first adapter in the last table that `loraretriever route` printed."""
+    return re.findall(r"^│ (\S+)", printed.rpartition("strategy mixture")[2], re.MULTILINE)[0]
+
+
+def test_the_ray_example_runs_in_another_driver_of_the_cluster(server: Server, tmp_path: Path) -> None:
+    [block] = [block for block in blocks_of(DOCS / "how-to" / "connect-clients.md") if "import ray" in block.text]
+    code = block.text.replace("127.0.0.1:6379", server.ray_address)
+    printed = finished([sys.executable, "-c", code], tmp_path, server.url).stdout
+    assert "Do the boys like tea?" in printed and "question_formation" in printed
+    assert "'finish_reason': 'stop'" in printed
+
+
+def test_the_notebook_publishes_routes_asks_mixes_and_evaluates(folder: Path, url: str) -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells) + COUNT_DRAWN
+    printed = finished([sys.executable, "-c", code], folder, url).stdout
+    assert "ask-it is live" in printed
+    assert "What is the capital of France? -> the base model" in printed
+    assert "'Do the boys like tea?'" in printed
+    [right] = [ast.literal_eval(line) for line in printed.splitlines() if line.startswith("{'selection'")]
+    assert right["mixture"] > right["base model"] + 4
+    drawn = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("drawn")]
+    assert len(drawn) == 3 and min(drawn) > 0
 
 
 def write_training_output(adapter: Path, output: Path) -> None:
@@ -124,7 +168,13 @@ def run_shell(script: str, folder: Path, url: str, *, check: bool = True) -> str
 
 def finished(command: list[str], folder: Path, url: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "COLUMNS": "200", "NO_COLOR": "1", "LORARETRIEVER_URL": url}
+    environment = os.environ | {
+        "PATH": path,
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+        "LORARETRIEVER_URL": url,
+        "MPLBACKEND": "Agg",
+    }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     if check:
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"

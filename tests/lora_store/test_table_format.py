@@ -95,7 +95,7 @@ def _write_as_newer(table: Location, form: TableFormat = NEWER, *, has_values: b
     delta.alter.set_column_metadata(COLUMN, {KEY: form.to_json()})
     if not has_values:
         return
-    row = EventTable(table).refresh()[0].to_pylist()[-1]
+    row = next(row for row in EventTable(table).refresh()[0].to_pylist() if row["event"] == "publish")
     version = _delta(table).version() + 1
     plain = {
         "event": "publish",
@@ -109,7 +109,8 @@ def _write_as_newer(table: Location, form: TableFormat = NEWER, *, has_values: b
         row | plain | {"digest": "c" * 64, "visibility": "private", "license": "MIT", "trial": None},
         {"generation": version, "row": 1, "event": "pin", "tenant": "local", "name": "licensed", "license": "BSD"},
     ]
-    schema = pa.schema([*SCHEMA, pa.field("license", pa.string())])
+    here = {field.name for field in _delta(table).schema().fields}
+    schema = pa.schema([*(field for field in SCHEMA if field.name in here), pa.field("license", pa.string())])
     options = table.storage_options
     rows = pa.Table.from_pylist(rows, schema=schema)
     write_deltalake(table.delta_uri, rows, mode="append", storage_options=options)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_store import Location
+from lora_store import Location, usage
 from lora_store.files import Files
 from lora_store.usage import SUMS, Dimension, UsageFiles, UsageQuery, parse_events
 
@@ -67,6 +67,10 @@ def test_sums_are_by_group_and_a_request_counts_for_each_of_its_adapters(files: 
     assert counts(files, tenant="nobody", days=1) == {}
     [row] = files.sums(UsageQuery(TODAY, TODAY, ("tenant",), "acme"))
     assert row["last_at"] == NOON
+    for by, tenant, expected in (((), None, 2), (("adapter",), None, 2), ((), "acme", 1)):
+        [row] = files.sums(UsageQuery(TODAY, TODAY, by, tenant, "acme/poet"))  # type: ignore[arg-type]
+        assert row["requests"] == expected
+    assert files.sums(UsageQuery(TODAY, TODAY, (), None, "acme/nosuch")) == []
 
 
 def test_a_segment_cut_anywhere_in_its_last_event_keeps_all_others() -> None:
@@ -113,6 +117,14 @@ def test_many_segments_within_a_minute_do_not_become_many_files(folder_uri: str)
         most = max(most, len(stored.entries()))
     assert most <= 70
     assert counts(files)[()][0] == 200
+
+
+def test_a_report_of_too_many_rows_is_cut_behind_them(folder_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "MAX_ROWS", 5)
+    files = UsageFiles(Location(folder_uri).child("usage"))
+    files.put("a" * 32, lines(*(event(key=f"k{number}") for number in range(20))), NOON, KEPT)
+    assert len(counts(files, "key")) == 6
+    assert counts(files)[()][0] == 20
 
 
 def test_a_merge_keeps_columns_of_a_newer_version(folder_uri: str) -> None:

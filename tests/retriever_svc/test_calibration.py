@@ -67,6 +67,10 @@ def test_the_means_may_be_of_other_rows() -> None:
         assert score == pytest.approx(expected, abs=1e-6)
 
 
+def test_stricter_points_need_larger_margins() -> None:
+    assert sorted(MARGINS, key=MARGINS.__getitem__) == ["never", *POINTS]
+
+
 def test_others_that_cancel_out_score_zero() -> None:
     assert leave_one_out_scores(np.asarray([[0.0, 1], [1, 0], [-1, 0]]))[0] == 0
 

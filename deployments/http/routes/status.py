@@ -14,10 +14,9 @@ from deployments.errors import RequestInvalid, RoleMissing
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyServices
 from deployments.http.openapi import HEALTH_ANSWERS, READY_ANSWERS, STATS_ANSWERS, USAGE_ANSWERS
-from lora_store.usage import DIMENSIONS, Dimension, UsageQuery
+from lora_store.usage import DIMENSIONS, MAX_ROWS, Dimension, UsageQuery
 
 router = APIRouter(route_class=AnsweringRoute)
-_MAX_ROWS = 10_000
 _FIRST_DAY = date(2000, 1, 1)
 _DAYS = 30  # that the report covers unless the query says otherwise
 
@@ -31,6 +30,9 @@ class UsageQueryFields(ApiRequest):
     )
     end: date | None = Field(default=None, ge=_FIRST_DAY, description="the last day; default: today")
     tenant: str | None = Field(default=None, max_length=64, description="only this tenant; another one needs an admin")
+    adapter: str | None = Field(
+        default=None, max_length=129, description="only requests that this adapter answered, as tenant/name"
+    )
 
 
 @router.get("/health", response_model=None, responses=HEALTH_ANSWERS)
@@ -68,9 +70,12 @@ async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServic
     tenant = query.tenant if "admin" in caller.roles else caller.tenant
     if query.tenant not in (None, tenant):
         raise RoleMissing(caller.key_id, "admin")
-    wanted = UsageQuery(start, end, tuple(dict.fromkeys(query.by)), tenant)
-    await services.usage_log.send_all()
-    rows = await services.store.usage(wanted)
-    if len(rows) > _MAX_ROWS:
-        raise RequestInvalid(f"by: the report has {len(rows)} rows, more than {_MAX_ROWS}; ask for fewer days", "by")
+    wanted = UsageQuery(start, end, tuple(dict.fromkeys(query.by)), tenant, query.adapter)
+    async with services.usage_log.report_turn(caller.tenant):
+        await services.usage_log.send_all()
+        rows = await services.store.usage(wanted)
+    if len(rows) > MAX_ROWS:
+        raise RequestInvalid(
+            f"by: the report has more than {MAX_ROWS} rows; ask for fewer days, or group by less", "by"
+        )
     return usage_report(wanted, rows)

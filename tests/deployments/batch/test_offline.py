@@ -139,7 +139,7 @@ def test_the_real_model_answers_with_the_adapter_that_fits(tmp_path: Path) -> No
         fits, base = offline.generate(
             ["Negate the statement: the chemist has used my car", "What is the capital of France?"],
             lora={"k": 1},
-            max_tokens=20,
+            max_tokens=12,
             temperature=0,
         )
     assert (fits.text.strip(), fits.adapters[0]["name"]) == ("the chemist has not used my car", "sentence_negation")

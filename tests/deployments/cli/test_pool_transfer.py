@@ -122,6 +122,15 @@ def test_a_pool_goes_into_an_archive_and_from_it_into_a_store(pool: LoraStore, t
     assert run("pool", "export", archive, "--store", target).exit_code == 1
 
 
+def test_an_import_names_the_model_names_that_it_leaves_out(pool: LoraStore, tmp_path: Path) -> None:
+    pool.set_name(("local", "support"), '{"seed": 1}', "maker")
+    target = tmp_path / "new"
+    publish(LoraStore(str(target), accepts_base=[BASE]), tmp_path / "other", "support")
+    done = run("pool", "import", tmp_path / "pool", "--store", target)
+    assert done.exit_code == 0
+    assert f"not imported, since {target} has something else by that name: local/support;" in words(done.output)
+
+
 def test_an_archive_in_a_bucket_is_refused(pool: LoraStore, tmp_path: Path) -> None:
     for line in (("export", "s3://b/x.tar", "--store", tmp_path / "pool"), ("import", "s3://b/x.tar")):
         result = run("pool", *line)

@@ -73,8 +73,8 @@ def test_an_evaluation_prints_its_rankings() -> None:
     with scripted((200, lines({"done": 3, "total": 3}, {"result": result}))) as server:
         ran = run("pool", "evaluate", "--url", server.url)
     assert (ran.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/evaluate")], [{}])
-    assert "1 of 3 regions ranked" in words(ran.stdout)
-    assert "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)" in words(ran.stdout)
+    assert "1 of 3 adapters with sample outputs have similar ones to compare with" in words(ran.stdout)
+    assert "right answers to the samples of poet: bard 90% of 20, poet 25% of 20 (beaten)" in words(ran.stdout)
 
 
 def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
@@ -104,7 +104,7 @@ def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:
         "never chosen: mute",
         "unreadable samples: torn",
         "advice: Reindex with [refit].",
-        "region of poet: bard 0.90 of 20, poet 0.25 of 20 (beaten)",
+        "right answers to the samples of poet: bard 90% of 20, poet 25% of 20 (beaten)",
     ):
         assert part in said
 

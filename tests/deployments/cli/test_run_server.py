@@ -129,18 +129,18 @@ def test_the_start_says_which_adapters_are_not_served() -> None:
     ]
 
 
-def test_the_start_ends_with_next_steps_and_the_folder_of_the_logs() -> None:
-    logs = Path("/tmp/session_1/logs/serve")
-    assert next_steps("http://127.0.0.1:8000", logs, "127.0.0.1:6379") == [
+def test_the_start_ends_with_next_steps_and_where_ray_and_the_logs_are() -> None:
+    ray, logs = "127.0.0.1:43210", Path("/tmp/session_1/logs/serve")
+    assert next_steps("http://127.0.0.1:8000", ray, logs) == [
         "console:  http://127.0.0.1:8000",
         'ask:      loraretriever ask "a prompt"',
         "publish:  loraretriever publish FOLDER",
+        "Ray:      127.0.0.1:43210",
         "logs:     /tmp/session_1/logs/serve",
-        "ray:      127.0.0.1:6379",
     ]
-    elsewhere = next_steps("http://127.0.0.1:9000", logs, "", has_keys=True)
+    elsewhere = next_steps("http://127.0.0.1:9000", ray, logs, has_keys=True)
     assert elsewhere[1] == 'ask:      LORARETRIEVER_KEY=KEY loraretriever ask "a prompt" --url http://127.0.0.1:9000'
-    assert next_steps("http://127.0.0.1:8000", logs, "", "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
+    assert next_steps("http://127.0.0.1:8000", ray, logs, "bin/lora")[2] == "publish:  bin/lora publish FOLDER"
 
 
 def test_a_program_that_is_not_on_the_path_is_called_by_its_file(

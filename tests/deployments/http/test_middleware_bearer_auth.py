@@ -29,7 +29,7 @@ from tests.deployments.all_routes import (
     mounted,
 )
 from tests.deployments.app_fakes import Served, http_of, serve_plainly, with_context
-from tests.deployments.asking import ask, error_of, get, post, request
+from tests.deployments.asking import ask, error_of, get, post
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS, FakeWorker
@@ -124,16 +124,17 @@ def test_the_api_description_mentions_the_key() -> None:
     assert "security" not in described["paths"]["/health"]["get"]
 
 
-@pytest.mark.parametrize(("method", "path"), NEEDS)
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_allows_its_routes_and_no_others(keys: Path, method: str, path: str, role: str) -> None:
-    sent: dict[str, Any] = {"headers": bearer(role)}
-    if method in ("POST", "PATCH"):
-        sent["json"] = BODIES.get(path, {})
-    response = request(method, path, sent=sent, keys_file=keys, publish_paths=True)
-    assert (response.status_code == 403) is (NEEDS[method, path] not in (None, role)), response.text
-    if response.status_code == 403:
-        assert error_of(response)["code"] == "permission_denied"
+def test_a_role_allows_its_routes_and_no_others(keys: Path, role: str) -> None:
+    async def ask_all(client: httpx.AsyncClient, _: Served) -> None:
+        for (method, path), needed in NEEDS.items():
+            body = {"json": BODIES.get(path, {})} if method in ("POST", "PATCH") else {}
+            response = await client.request(method, path, **body)
+            assert (response.status_code == 403) is (needed not in (None, role)), (method, path, response.text)
+            if response.status_code == 403:
+                assert error_of(response)["code"] == "permission_denied"
+
+    ask(ask_all, keys_file=keys, publish_paths=True, headers=bearer(role))
 
 
 @pytest.mark.parametrize(("sent", "noted"), [({}, None), ({"Authorization": "Bearer none"}, "authorization")])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ import pytest
 
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.http.middleware import RequestContextMiddleware
+from deployments.http.routes import status
+from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
-from lora_store import StoreUnavailable
-from lora_store.usage import parse_events
+from lora_store import StoreUnavailable, usage
+from lora_store.usage import UsageQuery, parse_events
 from tests.deployments.adapter_records import BASE, POOL
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask
+from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.key_files import bearer, entry, write
 from tests.deployments.metric_fakes import FakeMetrics
@@ -245,7 +249,9 @@ def test_a_full_disk_gets_no_more_files_and_leaves_none_open(
     asyncio.run(run())
 
 
-def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(tmp_path: Path) -> None:
+def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = write(
         tmp_path / "keys.json",
         entry("acme-key", roles=["infer"]),
@@ -274,8 +280,43 @@ def test_the_report_is_for_the_own_tenant_and_for_an_admin_for_all(tmp_path: Pat
         assert (await report("admin", start="2026-01-02", end="2026-01-01")).status_code == 400
         assert (await report("admin", start="0001-01-01")).status_code == 400
         assert (await report("admin", by="prompt")).status_code == 400
+        monkeypatch.setattr(usage, "MAX_ROWS", 1)
+        monkeypatch.setattr(status, "MAX_ROWS", 1)
+        assert "more than 1 rows" in (await report("admin", by="tenant")).text
 
     ask(look, keys_file=keys, cache_dir=tmp_path)
+
+
+@dataclass
+class BusyStore(FakeStore):
+    """Holds every report until `is_open` is set. `is_other`: set once globex reads one."""
+
+    reading: list[str | None] = field(default_factory=list)
+    is_open: asyncio.Event = field(default_factory=asyncio.Event)
+    is_other: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def usage(self, query: UsageQuery) -> list[JsonObject]:
+        self.reading.append(query.tenant)
+        if query.tenant == "globex":
+            self.is_other.set()
+        await self.is_open.wait()
+        return []
+
+
+def test_reports_of_one_tenant_take_one_place_of_the_store(tmp_path: Path) -> None:
+    roles = ["infer"]
+    keys = write(tmp_path / "keys.json", entry("a", roles=roles), entry("g", "globex", roles=roles))
+    store = BusyStore()
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        asked = [asyncio.create_task(client.get("/v1/usage", headers=bearer(key))) for key in "a" * 20 + "g"]
+        await asyncio.wait_for(store.is_other.wait(), 60)
+        assert sorted(map(str, store.reading)) == ["acme", "globex"]
+        store.is_open.set()
+        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+        assert len(store.reading) == 21
+
+    ask(look, keys_file=keys, cache_dir=tmp_path, store=store)
 
 
 def test_no_event_is_written_with_usage_days_0(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_malformed_requests_break_nothing_and_leave_nothing(scale: Scale, front:
     before = front.held()
 
     @settings(
-        max_examples=scale.pick("malformed requests", small=80, full=1000),
+        max_examples=scale.pick("malformed requests", small=40, full=1000),
         deadline=None,
         database=None,
         derandomize=True,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -70,7 +72,14 @@ def written(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
-def tiny_llama(path: Path, kind: str, *, without: str = "", architecture: str = "llama") -> Path:
+def tiny_llama(
+    path: Path,
+    kind: str,
+    *,
+    without: str = "",
+    architecture: str = "llama",
+    more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+) -> Path:
     """Write a random Llama of one layer with a tokenizer of single bytes."""
     random, type_ = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, architecture)
@@ -97,6 +106,7 @@ def tiny_llama(path: Path, kind: str, *, without: str = "", architecture: str = 
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, type_), raw_dtype=type_)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+    more(writer)
     return written(writer, path)
 
 
@@ -113,6 +123,45 @@ def test_a_gguf_file_is_served_with_its_integers(kind: str, tmp_path: Path) -> N
         assert layer.quantized.bits == int(kind[1])
         assert torch.equal(layer.quantized.dequantized(), expected[name].weight.detach())
     assert len(list((tmp_path / "cache").glob("gguf-model-*"))) == 1
+
+
+def llama3_factors(factor: float) -> np.ndarray:
+    """Return what llama.cpp writes for the scaling of positions of Llama 3.1, with 8 frequencies."""
+    waves = 2 * np.pi * 10000 ** (np.arange(8) / 8)
+    smooth = (8192 / waves - 1) / (4 - 1)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(waves < 8192 / 4, 1, np.where(waves > 8192, factor, between)).astype(np.float32)
+
+
+@pytest.mark.parametrize("factor", [8, 32])
+def test_the_scaling_of_positions_of_llama_3_is_found_by_its_factors(factor: float, tmp_path: Path) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", llama3_factors(factor))
+
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more)
+    model = load_base_model(tiny_config(file, dtype="auto", cache_dir=tmp_path / "cache")).model
+    plain = 10000 ** -(np.arange(8) / 8)
+    rope = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    np.testing.assert_allclose(rope.inv_freq.numpy(), plain / llama3_factors(factor), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 8, np.float32)), "otherwise than Llama 3.1"),
+        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "has 64 numbers that"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scales its positions (yarn"),
+        (lambda writer: writer.add_rope_scaling_factor(8), "scales its positions (linear by 8.0)"),
+    ],
+    ids=["factors", "a bias", "yarn", "linear"],
+)
+def test_what_transformers_leaves_out_of_a_file_is_refused(
+    more: Callable[[gguf.GGUFWriter], object], says: str, tmp_path: Path
+) -> None:
+    """Otherwise the answers would be those of another model, without a word."""
+    file = tiny_llama(tmp_path / "model.gguf", "Q8_0", more=more)
+    with pytest.raises(BaseModelUnsupported, match=re.escape(says)):
+        gguf_folder(file, tmp_path / "cache")
 
 
 def test_a_corrected_converter_does_not_read_what_an_earlier_one_wrote(

@@ -25,7 +25,9 @@ LATER = timedelta(days=1)
 
 def make(uri: str) -> LoraStore:
     """Make changes of every kind that all releases have, with a fold in the middle, and of newer ones if possible."""
-    store = LoraStore(uri, accepts_base=[BASE])
+    reads = {"read_contract": lambda name, data: (data.decode(), ())}
+    has_contracts = "contract" in inspect.signature(LoraStore.stage).parameters
+    store = LoraStore(uri, accepts_base=[BASE], **(reads if has_contracts else {}))
     for seed, name in enumerate(["poet", "coder", "gone"]):
         publish(store, name, seed)
     publish(store, "poet", 10, tags=["fun"])
@@ -41,6 +43,8 @@ def make(uri: str) -> LoraStore:
     if "share" in inspect.signature(LoraStore.stage).parameters:
         publish(store, "poet", 50, encoder="next", share=0.25)
         publish(store, "passing", 60, ttl_s=86400.0 * 36500)
+    if has_contracts:
+        publish(store, "late", 70, encoder="next", contract='{"stop":["END"]}')
     return store
 
 
@@ -77,6 +81,7 @@ def facts_of(store: LoraStore) -> dict[str, Any]:
             | {"digest": record.ref.digest, "blobs": record.blobs, "created_at": record.created_at.isoformat()}
             | {"vector": None if record.embedding is None else record.embedding.vector.tolist()}
             | {"trial": str(getattr(record, "trial", None)), "expires_at": str(getattr(record, "expires_at", None))}
+            | {"contract": getattr(record, "contract", None)}
             for record in versions
         ]
     facts: dict[str, Any] = json.loads(json.dumps({"encoder": str(snapshot.encoder), "adapters": adapters}))
