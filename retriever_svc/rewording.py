@@ -11,7 +11,8 @@ Three bounds hold, whoever named an adapter or accepted a prompt:
 - A prompt counts unless another adapter would answer it and is clearly nearer to it. So false names for the prompts
   that another adapter answers say nothing.
 - Few prompts of one adapter, and a bounded number of a tenant, count.
-- Thresholds *rise* by as much as keeps ordinary prompts away: no more of them than before reach these adapters.
+- Thresholds *rise* by as much as keeps ordinary prompts away, and a little more: no more of them than before reach
+  these adapters.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_PROMPTS, MAX_PER_ADAPTER = 128, 5
 MAX_GAP = 0.05  # by which the adapter's score for its accepted prompt may be below that of one that answers it
 _RIDGE = 5.0  # λ
 _POINT = MARGINS["balanced"]  # at which ordinary prompts are counted
-_ROUNDING = 1e-6
+LEAST_RISE = 0.005  # with it, at most 5 % of the prompts of neighbouring tasks are lost on the tune pools
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,4 +89,4 @@ def _rise(adapters: Vectors, ordinary: Vectors, read: Vectors) -> float:
     before, after = ((rows @ adapters.T - handicaps).max(axis=1) - near for rows in (ordinary, read))
     num_before = int(np.count_nonzero(before >= _POINT))
     first_away = np.sort(after)[::-1][num_before : num_before + 1]
-    return max(0.0, float(first_away.max(initial=-1.0)) - _POINT + _ROUNDING)
+    return max(0.0, float(first_away.max(initial=-1.0)) - _POINT) + LEAST_RISE
