@@ -24,7 +24,7 @@ from deployments.observability.metrics import SERVE, MetricFactory, report_perio
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.tracing import tracer
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Sample, Strategy
+from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from retriever_svc import (
     AskedPrompt,
     BulkEncoding,
@@ -88,7 +88,7 @@ class RetrieverDeployment:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._metrics = RetrieverMetrics(kinds)
-        self._store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
+        self._store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
         self._pools = live_pool(config, self._store.snapshot, index)
         self._retriever = retriever_over(self._pools, config, self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
@@ -218,6 +218,10 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
         return generation, [_as_seen_by(tenant, record) for record in versions]
+
+    async def evaluation(self, tenant: str, name: str) -> Ranking | None:
+        """Return what the tenant's last evaluation measured on this adapter's examples. Raises: AdapterNotFound."""
+        return await _on(self._lookups, self._retriever.evaluation, tenant, name)
 
     async def samples(self, tenant: str, name: str) -> list[Sample]:
         """Return the samples of the adapter's live version; none of another tenant's adapter.
