@@ -20,6 +20,8 @@ from deployments.cli.main import cli
 from deployments.cli.pool_file import PoolFile
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
+from deployments.publishing.contract_files import read_contract
+from lora_store.contract_files import CONTRACT_FILE
 from tests.conftest import ON_A_CLUSTER
 from tests.docs.pages import ROOT, CodeBlock, blocks_of, pages
 
@@ -65,6 +67,9 @@ def test_settings_and_policies_are_valid(block: CodeBlock) -> None:
         return
     if "of LiteLLM's proxy" in block.text:
         assert {row["model_name"] for row in settings["model_list"]} == {"auto"}
+        return
+    if block.text.startswith(f"# {CONTRACT_FILE}"):
+        read_contract(CONTRACT_FILE, block.text.encode())
         return
     if block.text.startswith("# pool.yaml"):
         PoolFile.model_validate(settings)
