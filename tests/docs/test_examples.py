@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from typer.main import get_command
 
 from deployments.api.names import NamePolicy
@@ -74,6 +75,13 @@ def test_settings_and_policies_are_valid(block: CodeBlock) -> None:
     if block.text.startswith("# pool.yaml"):
         PoolFile.model_validate(settings)
         return
+    for deployment in settings.get("deployments", []):
+        DeploymentSchema.model_validate(deployment)
+    if "deployments" in settings:
+        return
+    if "applications" in settings:  # Serve's own file, with our settings as the arguments
+        [application] = ServeDeploySchema.model_validate(settings).applications
+        settings = application.args
     if settings.get("worker", {}).get("device") == "cuda":
         settings.setdefault("worker_scaling", {"num_gpus": 1})
     AppConfig.model_validate(settings)
