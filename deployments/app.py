@@ -32,7 +32,7 @@ def build_app(args: AppConfig) -> Application:
 
 
 def application(args: AppConfig, address: tuple[str, int] | None = None) -> Application:
-    """Bind Store; Worker(Store); Retriever(catalogue); Ingress(all three), which also listens at `address`.
+    """Bind Store; a Worker(Store) for each base model; Retriever(catalogue); Ingress(all), which may listen itself.
 
     Raises: RayUnauthenticated, ProxyUnsafe.
     """
@@ -42,15 +42,17 @@ def application(args: AppConfig, address: tuple[str, int] | None = None) -> Appl
     worker_class = returning_refusals(WorkerDeployment, WorkerReplica)
     retriever_class = returning_refusals(RetrieverDeployment, RetrieverReplica)
     store = serve.deployment(store_class, name="Store", **args.store_scaling.root)
-    worker = serve.deployment(worker_class, name="Worker", **args.worker_options())
     retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.root)
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.root)
 
     store_handle = store.bind(args)
-    worker_handle = worker.bind(
-        args.worker_config(),
-        store_handle,
-        args.weights_cache,
-        allow_unauthenticated_ray=args.allow_unauthenticated_ray,
-    )
-    return ingress.bind(args, retriever.bind(args), worker_handle, store_handle, address=address)
+    workers = {}
+    for name, model in args.by_model.items():
+        deployment = f"Worker-{name}" if args.models else "Worker"
+        workers[name] = serve.deployment(worker_class, name=deployment, **model.worker_options()).bind(
+            model.worker_config(),
+            store_handle,
+            args.weights_cache,
+            allow_unauthenticated_ray=args.allow_unauthenticated_ray,
+        )
+    return ingress.bind(args, retriever.bind(args), workers, store_handle, address=address)

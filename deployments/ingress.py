@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from fastapi import FastAPI
@@ -21,7 +21,7 @@ from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
 from deployments.calls.h11_proxy import warn_if_unbounded
 from deployments.calls.serve_calls import Background, bypass_http_proxy
-from deployments.calls.worker_client import ServeWorker, WorkerClient, WorkerGate
+from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate, Workers
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
 from deployments.generation.notes import PromptNotes
@@ -59,7 +59,7 @@ class Ingress:
         self,
         config: AppConfig,
         retriever: DeploymentHandle,
-        worker: DeploymentHandle,
+        workers: Mapping[str, DeploymentHandle],
         store: DeploymentHandle,
         *,
         address: tuple[str, int] | None = None,
@@ -76,7 +76,7 @@ class Ingress:
         bypass_http_proxy()
         clients = (
             serve_retriever(retriever),
-            ServeWorker(worker, heartbeat_timeout_s=limits.silence_s),
+            _serve_workers(config, workers, limits),
             serve_store(store),
         )
         self.services = _build_services(config, *clients, limits, keep_alive_s, kinds, max_body_total_bytes)
@@ -157,10 +157,20 @@ class Ingress:
         return await self.services.readiness.details()
 
 
+def _serve_workers(config: AppConfig, handles: Mapping[str, DeploymentHandle], limits: StreamLimits) -> Workers:
+    """Return the workers of every base model, with a gate for those that may be scaled to zero."""
+    served: dict[str, BaseWorkers] = {}
+    for name, model in config.by_model.items():
+        client = ServeWorker(handles[name], heartbeat_timeout_s=limits.silence_s)
+        timeout_s = config.scale_from_zero_timeout_s if model.workers_scale_to_zero else None
+        served[name] = BaseWorkers(client, WorkerGate(client, timeout_s))
+    return Workers(served, config.served_models.bases)
+
+
 def _build_services(
     config: AppConfig,
     retriever: RetrieverClient,
-    worker: WorkerClient,
+    workers: Workers,
     store: StoreClient,
     limits: StreamLimits,
     keep_alive_s: float,
@@ -168,25 +178,22 @@ def _build_services(
     max_body_total_bytes: int,
 ) -> Services:
     has_keys, background, changes = config.has_keys, Background(), ChangeMetrics(kinds)
-    model = config.served_model
+    models = config.served_models
     metrics = RequestMetrics(kinds, max_tenants=config.tenant_metrics)
-    usage_log = UsageLog(config.usage_folder, model.name, store.put_usage)
-    shadows = Shadows(worker, background, metrics)
+    usage_log = UsageLog(config.usage_folder, models.first.name, store.put_usage)
+    shadows = Shadows(workers, background, metrics)
     notes = PromptNotes(store, background, is_on=config.learning != "off")
-    gate = WorkerGate(worker, config.scale_from_zero_timeout_s if config.workers_scale_to_zero else None)
-    longest_request_s = config.worker_scaling.graceful_shutdown_timeout_s
-    reclaimer = Reclaimer(store, worker, background, longest_request_s=longest_request_s)
-    publisher = Publisher(
-        store, retriever, worker, background=background, reclaimer=reclaimer, gate=gate, metrics=changes
-    )
+    longest_request_s = max(each.worker_scaling.graceful_shutdown_timeout_s for each in config.by_model.values())
+    reclaimer = Reclaimer(store, workers, background, longest_request_s=longest_request_s)
+    publisher = Publisher(store, retriever, workers, background=background, reclaimer=reclaimer, metrics=changes)
     authenticator = Authenticator(
         load_keys(config.api_key, config.keys_file), Limiter(config.ingress_scaling.max_replicas)
     )
-    planner = Planner(model, config.retrieval, retriever)
+    planner = Planner(models, config.retrieval, retriever)
     approves = has_keys or config.public_requires_approval
-    preload = Preload(config.preload, publisher, bases=model.bases, approves=approves)
-    scorer = AnswerScorer(worker, gate, model.template)
-    while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, worker))
+    preload = Preload(config.preload, publisher, bases=models.bases, approves=approves)
+    scorer = AnswerScorer(workers, models)
+    while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, workers))
     evaluation_of = None
     if config.evaluate_after_publish:
         evaluation_of = _evaluate_after_publish(while_idle, publisher, background, changes)
@@ -196,11 +203,10 @@ def _build_services(
         authenticator=authenticator,
         planner=planner,
         completions=CompletionService(
-            model,
+            models,
             authenticator,
             planner,
-            gate,
-            worker,
+            workers,
             limits,
             shadows,
             notes,
@@ -212,17 +218,8 @@ def _build_services(
         learning=Learning(store, retriever, publisher, background, applies=config.learning == "apply"),
         store=store,
         retriever=retriever,
-        readiness=Readiness(preload, gate, retriever, worker, has_keys=has_keys),
-        stats=StatsReader(
-            model,
-            config.retrieval,
-            config.worker,
-            retriever,
-            worker,
-            may_sleep=config.workers_scale_to_zero,
-            evaluation_of=evaluation_of,
-            learning=config.learning,
-        ),
+        readiness=Readiness(preload, workers, retriever, has_keys=has_keys),
+        stats=StatsReader(config, retriever, workers, evaluation_of=evaluation_of),
         metrics=metrics,
         usage_log=usage_log,
         background=background,

@@ -88,7 +88,7 @@ class RetrieverDeployment:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=config.allow_unauthenticated_ray)
         self._metrics = RetrieverMetrics(kinds)
-        self._store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
+        self._store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
         self._pools = live_pool(config, self._store.snapshot, index)
         self._retriever = retriever_over(self._pools, config, self._metrics)
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")

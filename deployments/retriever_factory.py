@@ -34,7 +34,7 @@ def live_pool(config: AppConfig, snapshots: Callable[[], Snapshot], index: Index
         saved=SavedIndexes(Files(Location(config.store_uri).child("index"))),
         projections=ProjectionFiles(Files(Location(config.store_uri).child(PROJECTIONS))),
         projection=settings.projection,
-        bases=config.served_model.bases,
+        bases=config.served_models.bases,
     )
     for base_model, num_adapters in pools.current.unserved():
         logger.warning(unserved_text(base_model, num_adapters))

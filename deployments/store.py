@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -19,6 +19,7 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import Buffer, Shapes
 from deployments.config.app import AppConfig
+from deployments.errors import NotReady
 from deployments.json_types import JsonObject
 from deployments.observability.logs import join_serve_logs
 from deployments.publishing.contract_files import read_contract
@@ -34,6 +35,7 @@ from lora_store import (
 )
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
+from lora_store.peft_config import read_base_model
 from lora_store.usage import UsageQuery
 
 P = ParamSpec("P")
@@ -69,8 +71,7 @@ class StoreDeployment:
         self._config = config
         self._store = LoraStore(
             config.store_uri,
-            accepts_base=config.served_model.accepted_names,
-            templates=config.served_model.known_templates,
+            accepts_base=config.served_models.accepted_names,
             read_contract=read_contract,
             limits=config.admission.limits,
         )
@@ -81,26 +82,35 @@ class StoreDeployment:
         self._report_turn = asyncio.Lock()  # any key may ask; a report holds a day of events in memory, and a thread
         self._objects: ObjectCache[Awaitable[Buffer]] = ObjectCache(self._store.read_parts, put, object_cache_bytes)
 
-    async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
+    async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         """Validate an adapter, store its blobs and lease them until `commit` or `discard`.
 
+        `shapes_by_model`: the module shapes of each served base model whose workers have told them.
         Raises: AdapterRefused, with every reason; SourceRefused, SourceMissing, SourceUnavailable, StoreUnavailable;
-        UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull.
+        UploadMemoryFull if the byte budget had no room for a minute, UploadDiskFull; NotReady for an adapter of a base
+        model whose shapes are unknown.
         """
-        if upload.adapter_name in self._config.served_model.accepted_names:
+        if upload.adapter_name in self._config.served_models.accepted_names:
             raise AdapterRefused(upload.adapter_name, ["the name is the base model's"])
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._stagers, self._stage, upload, module_shapes)
+        return await loop.run_in_executor(self._stagers, self._stage, upload, shapes_by_model)
 
-    def _stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
+    def _stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         config = self._config
         prefixes = config.source_prefixes_of(upload.tenant) if upload.source is not None else ()
         read_parts = self._store.uploads.parts
         with open_folder(upload, prefixes, config.max_upload_bytes, self._staging, read_parts) as folder:
+            model = config.served_models.first
+            if config.served_models.are_several:
+                named = upload.base_model or read_base_model(folder, config.admission.limits)
+                model = config.served_models.made_for(named)
+            if model.name not in shapes_by_model:
+                raise NotReady(f"no worker of the base model {model.name!r} has answered yet; publish again later")
             return self._store.stage(
                 folder,
                 is_private=is_copied(upload),
-                module_shapes=module_shapes,
+                module_shapes=shapes_by_model[model.name],
+                templates=model.known_templates,
                 name=upload.adapter_name,
                 tenant=upload.tenant,
                 tags=upload.tags,
@@ -223,4 +233,5 @@ class StoreDeployment:
 def _without_vectors(record: AdapterRecord) -> AdapterRecord:
     if record.embedding is None:
         return record
-    return replace(record, embedding=replace(record.embedding, vector=_NO_VECTOR, own_scores=_NO_VECTOR))
+    bare = replace(record.embedding, vector=_NO_VECTOR, own_scores=_NO_VECTOR, accepted=None)
+    return replace(record, embedding=bare)

@@ -85,6 +85,14 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def read_base_model(folder: Path, limits: Limits) -> str | None:
+    """Return the base model that the folder's config names, None if it names none or cannot be read."""
+    try:
+        return read_config(folder, limits).base_model
+    except FileRefused:
+        return None
+
+
 def read_config(folder: Path, limits: Limits) -> PeftConfig:
     """Parse the config. Raises: FileRefused, which lists every setting of a wrong type."""
     raw = read_json(folder / CONFIG_FILE, limits.max_config_bytes)

@@ -35,6 +35,7 @@ class Plan:
     template: str | None = None  # the prompt template that all its adapters name, None for the server's default
     contract: str | None = None  # JSON, of the adapter that leads it
     trials: tuple[TrialVersion, ...] = ()  # versions that may answer in place of some; resolved before a plan runs
+    base_model: str = ""  # the name of the one that answers, of several served base models
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

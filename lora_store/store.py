@@ -82,17 +82,13 @@ class LoraStore:
         uri: str,
         *,
         accepts_base: Collection[str],
-        templates: Mapping[str, str] | None = None,
         read_contract: ReadContract | None = None,
         limits: Limits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        """`templates`: the names of the known chat templates, by digest; None accepts any and ignores it.
-
-        `read_contract`: how an adapter's contract is read; None ignores it.
-        """
-        self._accepts_base, self._templates, self._limits = frozenset(accepts_base), templates, limits
+        """`read_contract`: how an adapter's contract is read; None ignores it."""
+        self._accepts_base, self._limits = frozenset(accepts_base), limits
         self._read_contract = read_contract
         self._now = now
         self._location = location = Location(uri)
@@ -135,12 +131,14 @@ class LoraStore:
         is_shadow: bool = False,
         base_model: str | None = None,
         module_shapes: Shapes | None = None,
+        templates: Mapping[str, str] | None = None,
         is_private: bool = False,
     ) -> Staged:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
 
         `name` and `source` default to the folder's name, `base_model` to the one that it names. `module_shapes`: (out,
-        in) of each linear layer that an adapter may change. `ttl_s`: the adapter is unlisted, expires then, and has no
+        in) of each linear layer that an adapter may change. `templates`: the names of the known chat templates, by
+        digest; None accepts any and ignores it. `ttl_s`: the adapter is unlisted, expires then, and has no
         samples. `share`: of the live version's requests, as a trial. `is_private`: no other process can change the
         folder meanwhile.
 
@@ -161,7 +159,7 @@ class LoraStore:
             label,
             accepts_base=self._accepts_base,
             module_shapes=module_shapes,
-            templates=self._templates,
+            templates=templates,
             read_contract=self._read_contract,
             limits=self._limits,
             is_private=is_private,

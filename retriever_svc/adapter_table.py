@@ -36,6 +36,8 @@ class AdapterTable:
         self._owners = AppendOnlyArray(np.int32, num_rows=num_rows)
         self._owner_codes: dict[str, int] = {}
         self._approved = AppendOnlyArray(np.bool_, num_rows=num_rows)
+        self._bases = AppendOnlyArray(np.int32, num_rows=num_rows)
+        self._base_codes: dict[str, int] = {}
         self._tagged: dict[str, AppendOnlyArray] = {}
 
     def __len__(self) -> int:
@@ -43,7 +45,7 @@ class AdapterTable:
 
     @property
     def num_bytes(self) -> int:
-        columns = [self.vectors, self.open, self._owners, self._approved, *self._tagged.values()]
+        columns = [self.vectors, self.open, self._owners, self._approved, self._bases, *self._tagged.values()]
         return sum(column.num_bytes for column in columns)
 
     def append(self, records: Sequence[AdapterRecord]) -> None:
@@ -60,6 +62,8 @@ class AdapterTable:
         self.open.append(np.asarray([record.is_open(requires_approval=self._requires_approval) for record in records]))
         self._approved.append(np.asarray([record.approved for record in records]))
         self._append_labels(records, first)
+        bases = [self._base_codes.setdefault(r.base_model, len(self._base_codes)) for r in records]
+        self._bases.append(np.asarray(bases, np.int32))
         codes = [self._owner_codes.setdefault(r.ref.tenant, len(self._owner_codes)) for r in records]
         self._owners.append(np.asarray(codes, np.int32))
 
@@ -90,6 +94,11 @@ class AdapterTable:
                 having[positions[positions < count]] = True
             mask &= having
         return mask
+
+    def of_bases(self, base_models: Collection[str], count: int) -> Mask:
+        """Return a mask of the first `count` rows: those that name one of these base models."""
+        codes = [self._base_codes[name] for name in base_models if name in self._base_codes]
+        return np.isin(self._bases.view()[:count], codes)
 
     def trusted(self, tenant: str, count: int) -> Mask:
         """Return a mask of the first `count` rows: those that `tenant` trusts.

@@ -164,12 +164,22 @@ class AdapterIndex:
         too_long = self.wants_lists and (self._lists is None or self.num_unlisted > self._settings.side_rows)
         return too_long or self.num_dead > self.num_live // 4
 
-    def allowed(self, tenant: str | None = None, tags: Collection[str] = (), *, trusted_only: bool = False) -> Allowed:
+    def allowed(
+        self,
+        tenant: str | None = None,
+        tags: Collection[str] = (),
+        *,
+        trusted_only: bool = False,
+        base_models: Collection[str] | None = None,
+    ) -> Allowed:
         """Return the adapters that `tenant` may see and that have all of `tags`. No tenant means every tenant's.
 
-        With `trusted_only`, leave out other tenants' adapters that no admin approved.
+        With `trusted_only`, leave out other tenants' adapters that no admin approved. With `base_models`, leave out
+        those that name other ones.
         """
         mask = self._alive & self._table.tagged(tags, len(self._alive)) if tags else self._alive
+        if base_models is not None:
+            mask = mask & self._table.of_bases(base_models, len(mask))
         if tenant is not None:
             seen = self._table.trusted if trusted_only else self._table.visible
             mask = mask & seen(tenant, len(mask))

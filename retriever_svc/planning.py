@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
-from lora_store.errors import AdapterNotFound
+from lora_store.errors import AdapterNotFound, PlanInvalid
 from lora_store.names import NamedPolicy
 from lora_store.plan import Plan, PlannedAdapter
 from lora_store.records import AdapterRecord
@@ -25,8 +25,10 @@ _MIN_DIGEST_CHARS = 8
 _EVERY_BASE = ServedBases()
 
 
-def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float) -> Plan:
-    """Return the plan of the matches that get a weight. `matches`: at least one, best first."""
+def routed_plan(
+    request: RouteRequest, matches: Sequence[Match], generation: int, temperature: float, base_model: str = ""
+) -> Plan:
+    """Return the plan of the matches that get a weight. `matches`: at least one, best first, all of `base_model`."""
     strategy = STRATEGIES[request.strategy]
     considered = matches[: strategy.most_adapters]
     weights = WEIGHTINGS[request.weighting].weigh(considered, request.tenant, temperature)
@@ -35,7 +37,8 @@ def routed_plan(request: RouteRequest, matches: Sequence[Match], generation: int
     rows = tuple(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score) for match, weight in planned
     )
-    return _plan_of(request.strategy, rows, generation, [match.record for match, _ in planned])
+    records = [match.record for match, _ in planned]
+    return replace(_plan_of(request.strategy, rows, generation, records), base_model=base_model)
 
 
 def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
@@ -66,13 +69,13 @@ def named_plan(
     if these adapters cannot form a plan.
     """
     records = [resolve_version(snapshot, tenant, name, owner_names=owner_names) for name, _ in choices]
-    for record, (name, _) in zip(records, choices, strict=True):
-        bases.check(record, name)
+    base_model = _common_base(records, [name for name, _ in choices], bases)
     rows = tuple(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
     )
     plan = _plan_of(strategy, rows, snapshot.generation_for(tenant), records)
+    plan = replace(plan, base_model=base_model)
     live = {record.ref for record, (name, _) in zip(records, choices, strict=True) if "@" not in name}
     return with_trials(plan, snapshot, tenant, live, bases=bases)
 
@@ -99,7 +102,8 @@ def with_trials(
         for record in versions[1:]:
             is_open = row.ref.tenant == tenant or record.is_open(requires_approval=requires_approval)
             is_other = record.weights_digest not in digests - {row.weights_digest}  # a plan has no weights twice
-            if record.ref.digest == trial.digest and is_open and is_other and bases.serves(record):
+            is_of_base = bases.find(record.base_model) == bases.find(versions[0].base_model)
+            if record.ref.digest == trial.digest and is_open and is_other and is_of_base:
                 found.append(TrialVersion(row.ref, record.ref, record.weights_digest, trial))
                 digests.add(record.weights_digest)
     return replace(plan, trials=tuple(found)) if found else plan
@@ -120,13 +124,12 @@ def replayed_plan(
     model; PlanInvalid if these cannot form a plan.
     """
     records = [_kept_version(snapshot, tenant, item) for item in pinned]
-    for record, item in zip(records, pinned, strict=True):
-        bases.check(record, item.name)
+    base_model = _common_base(records, [item.name for item in pinned], bases)
     rows = tuple(
         PlannedAdapter(record.ref, record.weights_digest, item.weight, item.score)
         for record, item in zip(records, pinned, strict=True)
     )
-    return _plan_of(strategy, rows, generation, records)
+    return replace(_plan_of(strategy, rows, generation, records), base_model=base_model)
 
 
 def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> AdapterRecord:
@@ -210,6 +213,18 @@ def visible_names(snapshot: Snapshot, tenant: str) -> list[NamedPolicy]:
     own = sorted(key for key in snapshot.names if key[0] == tenant)
     others = sorted(key for key in snapshot.approved_names.values() if key[0] != tenant)
     return [snapshot.policies(tenant, f"{owner}/{name}")[0] for owner, name in (*own, *others)]
+
+
+def _common_base(records: Sequence[AdapterRecord], names: Sequence[str], bases: ServedBases) -> str:
+    """Return what plans call the base model of the adapters that a client calls `names`.
+
+    Raises: AdapterIncompatible for one of another base model; PlanInvalid if they have several.
+    """
+    found = {bases.check(record, name): name for record, name in zip(records, names, strict=True)}
+    if len(found) > 1:
+        listed = ", ".join(f"{name!r} for {base!r}" for base, name in found.items())
+        raise PlanInvalid(f"the adapters of a plan must have one base model, got {listed}; name those of one")
+    return bases.name_in_plans(records[0].base_model if records else "")
 
 
 def _plan_of(

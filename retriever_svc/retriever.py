@@ -148,11 +148,18 @@ class Retriever:
         Each text is read as a whole: the caller passes the views of a long one as requests of their own.
         """
         began = time.perf_counter()
-        rows_of: defaultdict[tuple[int, str, tuple[str, ...], Abstain], list[int]] = defaultdict(list)
+        answers = self._answers(requests, encoded)
+        self._timings.searched(time.perf_counter() - began)
+        return answers
+
+    def _answers(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
+        rows_of: defaultdict[tuple[int, str, tuple[str, ...], Abstain, str], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
-            rows_of[id(item.pool), request.tenant, request.tags, request.abstain or self._abstain].append(row)
+            abstain = request.abstain or self._abstain
+            rows_of[id(item.pool), request.tenant, request.tags, abstain, request.base_model].append(row)
         answers: dict[int, RouteAnswer] = {}
-        for (_, tenant, _, abstain), rows in rows_of.items():
+        narrowed: dict[int, RouteRequest] = {}
+        for (_, tenant, _, abstain, _), rows in rows_of.items():
             pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
             found = self._judged(pool, [requests[row] for row in rows], vectors, abstain)
             crowded = [
@@ -165,8 +172,13 @@ class Retriever:
                 others = self._judged(pool, again, [vectors[p] for p in crowded], abstain, trusted_only=True)
                 found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
             for row, matches in zip(rows, found, strict=True):
-                answers[row] = self._decide(requests[row], matches, encoded[row])
-        self._timings.searched(time.perf_counter() - began)
+                if base_model := self._narrowed(pool, requests[row], matches):
+                    narrowed[row] = replace(requests[row], base_model=base_model)
+                else:
+                    answers[row] = self._decide(requests[row], matches, encoded[row])
+        if narrowed:
+            found_again = self._answers(list(narrowed.values()), [encoded[row] for row in narrowed])
+            answers |= zip(narrowed, found_again, strict=True)
         return [answers[row] for row in range(len(requests))]
 
     def _judged(
@@ -178,31 +190,52 @@ class Retriever:
         *,
         trusted_only: bool = False,
     ) -> list[list[Match]]:
-        """Return the judged matches of requests of one tenant with the same tags."""
+        """Return the judged matches of requests of one tenant with the same tags and base model."""
         tenant, tags, num = requests[0].tenant, requests[0].tags, max(request.num_considered for request in requests)
+        base_model = requests[0].base_model
         rows, preferences = np.stack(vectors), pool.preferences(tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
-        nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only)
+        rewording = pool.rewording(tenant)
+        nearest = pool.nearest(
+            rewording.read(rows), num, tenant, tags, trusted_only=trusted_only, base_model=base_model
+        )
         found = [
             preferences.applied(vector, matches, num, tags)[: request.num_considered]
             for request, vector, matches in zip(requests, vectors, nearest, strict=True)
         ]
-        return pool.judged(found, abstain, rows)
+        return pool.judged(found, abstain, rows, rise=rewording.rise)
+
+    def _narrowed(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
+        """Return the base model of the best match that fits, if others of another base model are among the matches.
+
+        A plan has one base model: it is searched again among the adapters of that one, as if the others did not exist.
+        """
+        if request.base_model or not pool.bases.are_several or len({m.record.base_model for m in matches}) < 2:
+            return ""
+        led = led_by(request.preferred, self._fitting(request, matches))
+        found = [pool.bases.find(match.record.base_model) for match in [*led[:1], *matches]]
+        return found[0] or "" if led and len(set(found)) > 1 else ""
+
+    def _fitting(self, request: RouteRequest, matches: Sequence[Match]) -> list[Match]:
+        return [match for match in self._with_thresholds(request, matches) if match.fits]
+
+    def _with_thresholds(self, request: RouteRequest, matches: Sequence[Match]) -> list[Match]:
+        least = self._least_score(request)
+        return [match if least is None else match._replace(threshold=least) for match in matches]
 
     def _least_score(self, request: RouteRequest) -> float | None:
         """Return the score that takes the place of every threshold, if one does."""
         return self._min_score if request.min_score is None and request.abstain is None else request.min_score
 
     def _decide(self, request: RouteRequest, matches: list[Match], encoded: Encoded) -> Route | NoAdapterMatched:
-        pool, least = encoded.pool, self._least_score(request)
-        if least is not None:
-            matches = [match._replace(threshold=least) for match in matches]
+        pool, matches = encoded.pool, self._with_thresholds(request, matches)
         generation = pool.snapshot.generation_for(request.tenant)
         candidates = tuple(_candidate(match) for match in matches)
         if fitting := [match for match in matches if match.fits]:
             planned = led_by(request.preferred, fitting)[: request.top_k]
-            plan = routed_plan(request, planned, generation, self._temperature)
+            base_model = pool.bases.name_in_plans(planned[0].record.base_model)
+            plan = routed_plan(request, planned, generation, self._temperature, base_model)
             live = {row.ref for row in plan.adapters}
             approval = pool.index.requires_approval
             plan = with_trials(plan, pool.snapshot, request.tenant, live, requires_approval=approval, bases=pool.bases)
@@ -212,7 +245,8 @@ class Retriever:
             return NoAdapterMatched(best and best.score, NO_THRESHOLD if best is None else best.threshold)
         reason: Reason = "below_threshold" if matches else "no_candidates"
         back = pool.refers_back(encoded.vector)
-        plan = Plan("base", generation=generation)
+        base_model = request.base_model or pool.bases.name_in_plans("")
+        plan = Plan("base", generation=generation, base_model=base_model)
         return Route(plan, candidates, generation, abstained=True, reason=reason, refers_back=back)
 
     def plan_named(

@@ -165,9 +165,7 @@ def save_talkative(model: Path, target: Path) -> Path:
     """Save the tiny model so that it never chooses a token without text, as a greedy random model may always do."""
     base = load_base_model(tiny_config(model))
     with torch.no_grad():
-        base.model.get_input_embeddings().weight[256:] = (
-            0  # tied to the head, so their logits are 0 and never the largest
-        )
+        base.model.get_output_embeddings().weight[256:] = 0  # so their logits are 0 and never the largest
     base.model.save_pretrained(target)
     base.tokenizer.save_pretrained(target)
     return target

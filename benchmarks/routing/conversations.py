@@ -101,7 +101,7 @@ def main() -> None:
     """Measure both rules on both files and write the results."""
     with TemporaryDirectory() as folder:
         planner = Planner(
-            AppConfig().served_model, AppConfig().retrieval, BatchRouting(starter_retriever(Path(folder, "store")))
+            AppConfig().served_models, AppConfig().retrieval, BatchRouting(starter_retriever(Path(folder, "store")))
         )
         found = {name: asyncio.run(measure(planner, read_cases(name))) for name in CASES}
     for name, rows in found.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Literal, NotRequired, cast
 
@@ -85,7 +85,7 @@ class MessageForm:
         self._extras: JsonObject = {}
         self._has_begun = False
 
-    def use(self, request: GenerationRequest) -> None:
+    def use(self, request: GenerationRequest, defaults: Mapping[str, float]) -> None:
         """Take the request as it was planned. A message repeats none of its fields."""
 
     def whole(self, answer: ChatAnswer | TextAnswer) -> MessageObject:

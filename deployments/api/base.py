@@ -230,6 +230,7 @@ class PlanGiven(ApiRequest):
     strategy: Strategy
     adapters: list[PlanRow] = Field(fail_fast=True, default=[], max_length=MAX_ADAPTERS)
     generation: int = Field(default=0, ge=0, lt=2**63)
+    base_model: str | None = Field(default=None, max_length=MAX_LABEL_CHARS)
     abstained: bool = False
     candidates: list[Any] = Field(default=[], max_length=64)
     reason: str | None = Field(default=None, max_length=64)

@@ -357,6 +357,8 @@ def plan_object(planned: Planned, tenant: str, *, explain: bool) -> PlanObject:
         for row in plan.adapters
     ]
     report: PlanObject = {"strategy": plan.strategy, "adapters": adapters, "abstained": planned.abstained}
+    if plan.base_model:
+        report["base_model"] = plan.base_model
     if explain:
         report["generation"] = plan.generation
         report["candidates"] = [_routed_candidate(candidate, tenant) for candidate in planned.candidates]

@@ -137,7 +137,7 @@ class PolicyFields(ApiRequest):
 
     model: str = Field(default="auto", min_length=1, max_length=256)
     """`auto`, the base model's name, an adapter's name, `owner/name` of another tenant, `name@digest`, or
-    `base:adapter`; in a request also a model name, see model names."""
+    `base:adapter` and `base:auto`; in a request also a model name, see model names."""
     lora: LoraOptions = LoraOptions()
     """Options for retrieval and composition, see lora options."""
     max_tokens: int | None = Field(default=None, ge=1)

@@ -157,14 +157,20 @@ class Health(TypedDict):
     status: Literal["ok"]
 
 
+ModelState = Literal["ready", "asleep", "unavailable"]
+"""Whether workers of a base model answer, are scaled to zero, or do not answer."""
+
+
 class Ready(TypedDict):
     """The readiness; with keys only the status.
 
+    `models`: the state of each base model, of several.
     `unserved`: adapters of base models that are not served. `refused`: preloaded adapters that were refused, with the
     reason.
     """
 
     status: Literal["ready"]
+    models: NotRequired[dict[str, ModelState]]
     generation: NotRequired[int]
     num_adapters: NotRequired[int]
     unserved: NotRequired[list[Unserved]]
@@ -202,7 +208,7 @@ class Stats(TypedDict):
 
     `tenant`: the caller's own rows and tokens; `workers`: those of all tenants, null unless the caller is an admin.
     `evaluation`: that of the tenant's adapters after a publish, as this Ingress replica knows it; null without the
-    setting `evaluate_after_publish`.
+    setting `evaluate_after_publish`. `base_model`: of several the first; `models`: the workers of each, by its name.
     """
 
     object: Literal["stats"]
@@ -213,6 +219,7 @@ class Stats(TypedDict):
     tenant: JsonObject
     evaluation: JsonObject | None
     workers: JsonObject | None
+    models: NotRequired[JsonObject]
 
 
 class UsageRow(TypedDict):

@@ -117,11 +117,13 @@ class PlanObject(TypedDict):
 
     The optional fields are included if `lora.explain` requests them, and by `/v1/route`; `reason` and `why` only if the
     server chose, `policy` only for a model name: its version, `contract` only if an adapter's contract applies.
+    `base_model`: the one that answers, of several.
     """
 
     strategy: Strategy
     adapters: list[PlannedRow]
     abstained: bool
+    base_model: NotRequired[str]
     generation: NotRequired[int]
     candidates: NotRequired[list[RoutedCandidate]]
     reason: NotRequired[Decision]

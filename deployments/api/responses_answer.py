@@ -109,12 +109,11 @@ class ResponseForm:
     """Gives one chat the shape of a response. It belongs to one request, whose fields the response repeats.
 
     The answer is a list of items: a message, then calls. One item is open at a time; the last ones are complete.
-    `defaults`: what the server uses for sampling parameters that the request leaves unset.
     """
 
-    def __init__(self, request: ResponsesRequest, request_id: str, defaults: Mapping[str, float]) -> None:
+    def __init__(self, request: ResponsesRequest, request_id: str) -> None:
         self._request, self._request_id = request, request_id
-        self._defaults = defaults
+        self._defaults: Mapping[str, float] = {}
         self._created_at = int(time.time())
         self._num_events = 0
         self._items: list[OutputMessage | OutputCall] = []
@@ -123,10 +122,13 @@ class ResponseForm:
         self._usage: ResponsesUsage | None = None
         self._extras: JsonObject = {}
 
-    def use(self, request: GenerationRequest) -> None:
-        """Repeat the fields of this request, which the policy of a model name filled."""
+    def use(self, request: GenerationRequest, defaults: Mapping[str, float]) -> None:
+        """Repeat the fields of this request, which the policy of a model name filled.
+
+        `defaults`: what its base model uses for sampling parameters that the request leaves unset.
+        """
         assert isinstance(request, ResponsesRequest)
-        self._request = request
+        self._request, self._defaults = request, defaults
 
     def whole(self, answer: ChatAnswer | TextAnswer) -> ResponseObject:
         """Return the response to a whole chat, which counts as a stream of one chunk."""

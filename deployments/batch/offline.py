@@ -13,7 +13,7 @@ from typing import Any, Self
 from deployments.batch.answering import OfflineEngine
 from deployments.batch.planning import BatchRouting, asked_of
 from deployments.batch.rows import Asked, answer_of
-from deployments.batch.run import open_store
+from deployments.batch.run import open_store, refuse_several
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.generation.planner import Planner
@@ -61,15 +61,17 @@ class LoraRetriever:
     ) -> None:
         """`settings`: those of the server, or a file of them. `changes`: settings that replace those of the file.
 
-        Raises: SettingsInvalid, StoreUnavailable, EncoderUnusable, and what keeps the base model from being served.
+        Raises: SettingsInvalid, BatchRefused, StoreUnavailable, EncoderUnusable, and what keeps the base model from
+        being served.
         """
         path = None if settings is None or isinstance(settings, AppConfig) else Path(settings)
         self._config = settings if isinstance(settings, AppConfig) else load_config(path, **changes)
+        refuse_several(self._config)
         self._tenant = tenant
         store = open_store(self._config.store_uri, self._config.served_model)
         self._pools = live_pool(self._config, store.snapshot)
         self._planner = Planner(
-            self._config.served_model,
+            self._config.served_models,
             self._config.retrieval,
             BatchRouting(retriever_over(self._pools, self._config)),
         )

@@ -39,7 +39,7 @@ class PartPlanner:
         config = run.settings.config
         snapshot = open_store(config.store_uri, config.served_model).snapshot_at(run.generation)
         retriever = retriever_over(live_pool(config, lambda: snapshot), config)
-        self._planner = Planner(config.served_model, config.retrieval, BatchRouting(retriever))
+        self._planner = Planner(config.served_models, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)
         self._settings = run.settings
 
@@ -64,12 +64,12 @@ async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)
-        request, questions, bound = await bind(planner, request, tenant, served)
+        request, questions, bound = await bind(planner, request, tenant)
         sampling = request.sampling()
         planned = await planner.plan(questions[0], tenant)
         [planned] = [planned] if bound is None else bound.explained([planned])
         [planned] = with_contracts(request, questions, [planned], sampling, served)
-        [job] = jobs_of(name, sampling, questions, [planned], served.template)
+        [job] = jobs_of(name, sampling, questions, [planned], [served.template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])
     return Asked(planned, replace(job, tenant=tenant))

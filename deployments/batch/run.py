@@ -68,6 +68,7 @@ class BatchRun:
 
 def begin(settings: BatchSettings) -> BatchRun:
     """Start or resume a run, and find the missing parts. Raises: BatchRefused, StoreUnavailable."""
+    refuse_several(settings.config)
     source = scan(settings.input_uri)
     check_columns(source.schema)
     store = open_store(settings.config.store_uri, settings.config.served_model)
@@ -88,6 +89,14 @@ def begin(settings: BatchSettings) -> BatchRun:
     num_adapters = len(records) - sum(num for _, num in unserved)
     num_done = len(parts) - len(left)
     return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, num_done, manifest.run)
+
+
+def refuse_several(config: AppConfig) -> None:
+    """Raises: BatchRefused for settings with `models`: an offline run loads one base model."""
+    if config.models:
+        raise BatchRefused(
+            "models: an offline run answers with one base model; give it a settings file with base_model instead"
+        )
 
 
 def open_store(uri: str, model: ServedModel) -> LoraStore:

@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import ActorUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
@@ -28,6 +29,7 @@ from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tools import Tools
+from retriever_svc import ServedBases
 
 HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TIMEOUT_S = 30.0  # tolerates a late event loop
@@ -134,11 +136,23 @@ class DeltaStream(Protocol):
     async def next(self, deadline: float) -> Delta | StreamEnd | None: ...
 
 
-class WorkerClient(WorkerCalls, Protocol):
-    """The Worker deployment. Broadcasts return the answer or error of each replica.
+class WorkerGroup(Protocol):
+    """Replicas of one Worker deployment or of several. Broadcasts return the answer or error of each replica.
 
     Broadcasts raise DeploymentUnavailableError if no replica runs, and TimeoutError if one does not answer in time.
     """
+
+    def stream(self, job: Job) -> DeltaStream: ...
+    async def broadcast_forget(
+        self, weights_digests: Collection[str], timeout_s: float
+    ) -> list[bool | BaseException]: ...
+
+
+class WorkerClient(WorkerCalls, WorkerGroup, Protocol):
+    """The Worker deployment of one base model."""
+
+    async def broadcast_load(self, timeout_s: float) -> list[EngineStatus | BaseException]: ...
+    async def broadcast_usage(self, timeout_s: float) -> list[Mapping[str, Usage] | BaseException]: ...
 
     async def wait_for_replica(self) -> Shapes:
         """Return the module shapes once a replica runs; if there is none, the call makes Serve start one."""
@@ -147,13 +161,6 @@ class WorkerClient(WorkerCalls, Protocol):
     async def is_scaled_to_zero(self) -> bool:
         """Return whether no replica runs, and Serve can start one at the next call."""
         ...
-
-    def stream(self, job: Job) -> DeltaStream: ...
-    async def broadcast_forget(
-        self, weights_digests: Collection[str], timeout_s: float
-    ) -> list[bool | BaseException]: ...
-    async def broadcast_load(self, timeout_s: float) -> list[EngineStatus | BaseException]: ...
-    async def broadcast_usage(self, timeout_s: float) -> list[Mapping[str, Usage] | BaseException]: ...
 
 
 class ServeWorker(WorkerClient):
@@ -225,6 +232,7 @@ class WorkerGate:
     ) -> None:
         self._worker = worker
         self._timeout_s = timeout_s
+        self._shapes: Shapes | None = None  # a base model's never change
         self._running = Shared(worker.wait_for_replica, kept_s=KEPT_S, clock=clock)
 
     async def ready(self) -> None:
@@ -235,8 +243,19 @@ class WorkerGate:
     async def module_shapes(self) -> Shapes:
         """Return the module shapes when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
         if self._timeout_s is None:
-            return await self._worker.module_shapes()
-        return await self._ask(self._timeout_s)
+            self._shapes = await self._worker.module_shapes()
+        else:
+            self._shapes = await self._ask(self._timeout_s)
+        return self._shapes
+
+    async def known_shapes(self) -> Shapes:
+        """Return the module shapes that a worker told before, else ask. Raises: as `module_shapes`."""
+        return await self.module_shapes() if self._shapes is None else self._shapes
+
+    async def check(self) -> None:
+        """Ask a worker, unless none runs because none is needed. Raises: the errors of the call."""
+        if not await self.is_scaled_to_zero():
+            self._shapes = await self._worker.module_shapes()
 
     async def is_scaled_to_zero(self) -> bool:
         """Return whether no worker runs because none is needed: the next request starts one."""
@@ -250,3 +269,49 @@ class WorkerGate:
             if limit.expired():
                 raise WorkerStarting(timeout_s) from exc
             raise
+
+
+@dataclass(frozen=True, slots=True)
+class BaseWorkers:
+    """The workers of one base model. Requests pass their gate first."""
+
+    client: WorkerClient
+    gate: WorkerGate
+
+
+class Workers(WorkerGroup):
+    """The workers of every served base model. A job runs on those of its plan's base model."""
+
+    def __init__(self, by_model: Mapping[str, BaseWorkers], bases: ServedBases | None = None) -> None:
+        """`by_model`: the first ones answer where a plan names no base model."""
+        self.by_model, self._bases = by_model, bases or ServedBases()
+
+    def named(self, base_model: str) -> BaseWorkers:
+        """Return the workers of the base model that a plan names; the first ones for ""."""
+        return self.by_model[base_model] if base_model else next(iter(self.by_model.values()))
+
+    def made_for(self, base_model: str) -> BaseWorkers:
+        """Return the workers of the base model that an adapter names, in any of the names that publishing accepts."""
+        return self.named(self._bases.find(base_model) or "")
+
+    def stream(self, job: Job) -> DeltaStream:
+        return self.named(job.plan.base_model).client.stream(job)
+
+    async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
+        """Return the answers of all replicas. A base model without a replica has none.
+
+        Raises: DeploymentUnavailableError if no base model has one; TimeoutError.
+        """
+        calls = [workers.client.broadcast_forget(weights_digests, timeout_s) for workers in self.by_model.values()]
+        answers: list[bool | BaseException] = []
+        unavailable: list[DeploymentUnavailableError] = []
+        for found in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(found, DeploymentUnavailableError):
+                unavailable.append(found)
+            elif isinstance(found, BaseException):
+                raise found
+            else:
+                answers += found
+        if len(unavailable) == len(calls):
+            raise unavailable[0]
+        return answers

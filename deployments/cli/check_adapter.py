@@ -9,12 +9,13 @@ from rich.table import Table
 
 from deployments.cli.client import counted, err, out, print_json, show_error, show_warning
 from deployments.config.loading import load_config
-from deployments.config.served_model import ServedModel
+from deployments.config.served_model import ServedModels
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import CONFIG_FILE, AdapterFolder, adapter_folders
 from deployments.publishing.contract_files import read_contract
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from lora_store import AdapterRefused, Label, Limits, check_folder
+from lora_store.peft_config import read_base_model
 from lora_store.peft_files import TEMPLATE_FILE
 from lora_store.sample_files import SAMPLES_FILE, sample_lines
 
@@ -39,7 +40,7 @@ def check_adapters(
     try:
         settings = load_config(config)
         limits = settings.admission.limits
-        outcomes = [_outcome(adapter, base_name, settings.served_model, limits) for adapter in found]
+        outcomes = [_outcome(adapter, base_name, settings.served_models, limits) for adapter in found]
     except (ValueError, OSError) as exc:
         return _fail(str(exc))
     num_refused = sum(not outcome["is_fit"] for outcome in outcomes)
@@ -57,7 +58,11 @@ def check_adapters(
         err.print(f"{len(outcomes) - num_refused} fit to publish, {num_refused} refused", highlight=False)
     if num_refused:
         return 1
-    return _check_parity(found[0].path.resolve(), settings.worker_config()) if parity else 0
+    if not parity:
+        return 0
+    folder = found[0].path.resolve()
+    model = settings.served_models.made_for(base_name or read_base_model(folder, limits))
+    return _check_parity(folder, settings.by_model[model.name].worker_config())
 
 
 def folder_problem(folder: Path) -> str:
@@ -69,15 +74,16 @@ def folder_problem(folder: Path) -> str:
     return f"{folder}: no adapter here, {CONFIG_FILE} is missing"
 
 
-def _outcome(adapter: AdapterFolder, base_name: str | None, model: ServedModel, limits: Limits) -> JsonObject:
+def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels, limits: Limits) -> JsonObject:
     """Return what the check of one folder finds. Raises: OSError."""
     folder = adapter.path.resolve()
+    model = models.made_for(base_name or read_base_model(folder, limits))
     has_template = (folder / TEMPLATE_FILE).exists()  # without one, the base model's need not be read
     try:
         admitted = check_folder(
             folder,
             Label(adapter.name, base_model=base_name),
-            accepts_base=model.accepted_names,
+            accepts_base=models.accepted_names,
             module_shapes=None,
             templates=model.known_templates if has_template else None,
             read_contract=read_contract,

@@ -124,7 +124,7 @@ class Server:
         report("opening the pool")
         keep_files_private(Path.home())
         self._open_pool()
-        if self.settings.base_model == PACKAGED_MODEL:
+        if any(model.base == PACKAGED_MODEL for model in self.settings.served_models):
             report("checking the base model (the first start converts it, which takes about a minute)")
             packaged_folder(self.settings.cache_dir)
         report("starting Ray and the deployments")
@@ -133,7 +133,7 @@ class Server:
         """Check here what would otherwise end a replica minutes later. Raises: ServerFailed."""
         config = self.settings
         try:
-            store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
+            store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
             store.check_writes(os.environ)
             store.snapshot()
             self.has_new_pool = store.is_new

@@ -284,7 +284,8 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         return
     pool_facts, workers, defaults = found["pool"], found["workers"], found["defaults"]
     out.print(f"server:   {url}", highlight=False)
-    out.print(f"model:    {found['base_model']}", markup=False, highlight=False)
+    names = ", ".join(found.get("models", [found["base_model"]]))
+    out.print(f"model:    {names}", markup=False, highlight=False)
     out.print(
         f"pool:     {pool_facts['num_adapters']} adapters at generation {pool_facts['generation']}", highlight=False
     )
@@ -292,12 +293,20 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     if workers is None:
         out.print("workers:  shown to keys with the role admin", highlight=False)
         return
+    for base_model, own in found.get("models", {"": workers}).items():
+        if base_model:
+            out.print(f"\n{base_model}", markup=False, highlight=False)
+        for line in _load_of(own):
+            out.print(line, highlight=False)
+
+
+def _load_of(workers: JsonObject) -> list[str]:
+    """Return the replicas, the load and the memory of the workers of one base model."""
     replicas = workers["replicas"]
     silent = f", {replicas['silent']} silent" if replicas["silent"] else ""
     load = f"{workers['num_running']} of {workers['max_running']} rows running, {workers['num_waiting']} waiting"
-    out.print(f"workers:  {replicas['answered']}{silent}; {load}", highlight=False)
     bank = f"{workers['bank_adapters']} adapters in {workers['bank_rows_occupied']} of {workers['bank_rows']} rank rows"
-    out.print(f"bank:     {bank}", highlight=False)
+    return [f"workers:  {replicas['answered']}{silent}; {load}", f"bank:     {bank}"]
 
 
 def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
@@ -306,7 +315,8 @@ def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:
 
     try:
         settings = loading.load_config(config, **changes)
-        loading.require_base_model(settings.base_model)
+        for model in settings.served_models:
+            loading.require_base_model(model.base)
         loading.require_keys_file(settings.keys_file)
     except (ValueError, OSError) as exc:
         fail(str(exc))

@@ -67,7 +67,9 @@ def _serve(server: Server, host: str) -> None:
             out.print(f"created a new pool at {settings.store_uri}", markup=False, highlight=False, soft_wrap=True)
         for problem in start_problems(ready):
             show_error(problem)
-        out.print(template_note(settings.served_model), markup=False)
+        for model in settings.served_models:
+            note = template_note(model)
+            out.print(f"{model.name}: {note}" if settings.models else note, markup=False)
         out.print(
             access_note(
                 host,

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Discriminator, Field, SecretStr, Tag, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from deployments.config.model_settings import ModelSettings, make_default
 from deployments.config.parts import AdmissionSettings as AdmissionSettings
 from deployments.config.parts import RetrievalSettings as RetrievalSettings
 from deployments.config.parts import SamplingDefaults as SamplingDefaults
-from deployments.config.parts import Settings
-from deployments.config.served_model import ServedModel, find_accepted_names
+from deployments.config.served_model import ServedModel, ServedModels, find_accepted_names
 from deployments.config.source_prefixes import SourcePrefix
 from deployments.json_types import JsonObject
 from deployments.scaling.settings import ServeOptions, default_options, with_defaults
 from gpu_worker.config import (
     PACKAGED_MODEL,
-    NativeSettings,
     NativeWorkerConfig,
-    ToolParser,
-    VllmSettings,
     VllmWorkerConfig,
     configure_worker,
 )
@@ -40,7 +35,6 @@ FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an uploa
 OTHER_FILES_BYTES = 16 << 20  # files of one adapter besides its weights
 EVERY_TENANT = "*"  # in source_prefixes
 _ROUTING_STATS_PERIOD_S = 1.0  # how often Serve asks each worker for its adapters and load
-_NAME = r"^[A-Za-z0-9._-]{1,64}$"
 # Retriever and Ingress accept many requests: these wait in queues of the replica, which are fair to tenants.
 _SERVE_DEFAULTS = {
     "ingress_scaling": default_options(
@@ -48,50 +42,22 @@ _SERVE_DEFAULTS = {
     ),
     "retriever_scaling": default_options(target_ongoing_requests=64, max_ongoing_requests=10_000),
     "store_scaling": default_options(target_ongoing_requests=32),
-    "worker_scaling": default_options(target_ongoing_requests=48, max_ongoing_requests=2112, num_cpus=1),
 }
 
 
-def _name_engine(worker: object) -> object:
-    """Return the engine that a `worker` group names."""
-    engine = worker.get("engine") if isinstance(worker, Mapping) else getattr(worker, "engine", None)
-    return "native" if engine is None else engine
-
-
-def _default(name: str) -> ServeOptions:
-    """Return the default of a group, without Serve, which takes seconds to import."""
-    return ServeOptions.model_construct(with_defaults({}, _SERVE_DEFAULTS[name]))
-
-
-class AppConfig(Settings):
+class AppConfig(ModelSettings):
     """All settings of the application. Unknown names and invalid values stop the start."""
 
-    base_model: str = PACKAGED_MODEL
-    """The base model: the packaged default, a Hugging Face id, or a folder. Set it first; adapters of other base models
-    stay in the pool and are not served."""
-    base_model_name: str = Field(default="", pattern=r"^$|" + _NAME)
-    """The name by which clients ask for the base model. Unset: the last part of `base_model`. Set it to keep the name
-    when the folder changes."""
-    accepts_base: tuple[str, ...] = ()
-    """More values of `base_model_name_or_path` that adapters may have. Add the names that your training scripts write
-    for this base model; a publish refuses others."""
+    models: tuple[ModelSettings, ...] = ()
+    """Several base models in one application. Each item takes the settings from `base_model` to `worker_scaling`,
+    `sampling_defaults` and `worker`, which are then unset at the top level. Each has workers of its own; all share the
+    pool. `auto` answers on the base model of the adapter that it finds, and on the first one where none fits."""
     store_uri: str = "loraretriever-pool"
     """Where the pool is kept: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`. Set it before the first publish;
     a server with another value has another pool."""
     cache_dir: Path = DEFAULT_CACHE_DIR
     """Where converted models, compiled kernels and copies of weights are kept. Set it to a disk with room; everything
     in it is made again when it is missing, except the usage of the last seconds, which is on its way to the pool."""
-    template: Literal["auto", "alpaca", "chat"] = "auto"
-    """The prompt template of chats. `auto` is the base model's own chat template, or Alpaca's if it has none. Set the
-    one that your adapters were trained with; another one makes answers poor."""
-    chat_template: Path | None = None
-    """A Jinja file that overrides the base model's own chat template. Set it if that one is missing or wrong."""
-    tool_parser: ToolParser = "auto"
-    """The form in which the base model writes tool calls. `auto` follows its chat template. Set it if tool calls arrive
-    as text."""
-    generation_config: Literal["auto", "none"] = "auto"
-    """Whether the base model's `generation_config.json` gives the sampling parameters that a request leaves unset. Set
-    `none` to begin with those of the OpenAI API."""
     publish_paths: bool | None = None
     """Whether clients on the server's own machine may publish folders of its file system. Unset: only without keys.
     With keys, the owner of a publishing key need not be the operator, and `kubectl port-forward` makes clients appear
@@ -163,57 +129,50 @@ class AppConfig(Settings):
     """How long requests wait for the first worker after scaling to zero, in seconds. Raise it for a base model that
     takes long to load; then the answer is 503."""
     admission: AdmissionSettings = AdmissionSettings()
-    sampling_defaults: SamplingDefaults = SamplingDefaults()
-    worker: Annotated[
-        Annotated[NativeSettings, Tag("native")] | Annotated[VllmSettings, Tag("vllm")], Discriminator(_name_engine)
-    ] = NativeSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
-    ingress_scaling: ServeOptions = _default("ingress_scaling")
+    ingress_scaling: ServeOptions = make_default(_SERVE_DEFAULTS["ingress_scaling"])
     """Serve's options of the Ingress deployment, which answers HTTP. Set `autoscaling_config` for more replicas behind
     a load balancer."""
-    retriever_scaling: ServeOptions = _default("retriever_scaling")
+    retriever_scaling: ServeOptions = make_default(_SERVE_DEFAULTS["retriever_scaling"])
     """Serve's options of the Retriever deployment, which embeds prompts and searches. Raise `num_cpus` of its
     `ray_actor_options`, or its replicas, when routing takes long."""
-    store_scaling: ServeOptions = _default("store_scaling")
+    store_scaling: ServeOptions = make_default(_SERVE_DEFAULTS["store_scaling"])
     """Serve's options of the Store deployment, which checks and keeps adapters. Two replicas survive the loss of
     one."""
-    worker_scaling: ServeOptions = _default("worker_scaling")
-    """Serve's options of the Worker deployment, which computes. Set `autoscaling_config` for the range of workers and
-    `ray_actor_options` for their CPUs and GPUs; only workers may scale to zero."""
 
     @model_validator(mode="before")
     @classmethod
     def _set_defaults(cls, settings: object) -> Any:
         """Complete Serve's options. With keys, protect tenants: publishers could attract the prompts of others."""
         if isinstance(settings, dict):
-            settings = settings | _complete_options(settings)
+            groups = {name: settings[name] for name in _SERVE_DEFAULTS if isinstance(settings.get(name), dict)}
+            completed = {name: with_defaults(given, _SERVE_DEFAULTS[name]) for name, given in groups.items()}
+            settings = settings | completed
         if isinstance(settings, dict) and settings.get("keys_file") is not None:
             return {"public_requires_approval": True} | settings
         return settings
 
     @model_validator(mode="after")
-    def _base_has_a_name(self) -> Self:
-        name = self.served_base_name
-        if name == "auto" or not re.fullmatch(_NAME, name):
-            raise ValueError(
-                f"base_model_name: {name!r} cannot be the name of a model: use 1 to 64 of A-Za-z0-9._- except 'auto'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _device_is_placed(self) -> Self:
-        device, num_gpus = self.worker.device, self.worker_scaling.num_gpus
-        if (device == "cuda") != (num_gpus > 0):
-            raise ValueError(
-                f"worker.device is {device} but worker_scaling.ray_actor_options.num_gpus is {num_gpus:g}: "
-                "cuda needs num_gpus above 0, and cpu needs 0"
-            )
-        size = self.worker.tensor_parallel_size if isinstance(self.worker, VllmSettings) else 1
-        if device == "cuda" and size > 1 and num_gpus != size:
-            raise ValueError(
-                f"worker.tensor_parallel_size is {size} but worker_scaling.ray_actor_options.num_gpus is {num_gpus:g}: "
-                f"set num_gpus to {size}, which reserves {size} GPUs of one machine for each worker"
-            )
+    def _models_are_told_apart(self) -> Self:
+        """Names must decide which base model answers a request, and which one an adapter was made for."""
+        if not self.models:
+            return self
+        unset = {name: getattr(self, name) == field.default for name, field in ModelSettings.model_fields.items()}
+        if not all(unset.values()):
+            given = ", ".join(name for name, is_unset in unset.items() if not is_unset)
+            raise ValueError(f"models: cannot be combined with {given}; move it into a model of the list")
+        names = [model.served_base_name for model in self.models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"models: {twice[0]!r} is the name of two; give each its own base_model_name")
+        owners: dict[str, str] = {}
+        for model in self.served_models:
+            for name in sorted(model.accepted_names):
+                if name in owners:
+                    raise ValueError(
+                        f"models: {owners[name]!r} and {model.name!r} both accept adapters of {name!r}; serve that base"
+                        " model once, and leave the name out of one accepts_base"
+                    )
+                owners[name] = model.name
         return self
 
     @model_validator(mode="after")
@@ -224,7 +183,8 @@ class AppConfig(Settings):
                 "max_upload_total_bytes must hold one upload, which has admission.max_weights_bytes"
                 f" + {least - self.admission.max_weights_bytes} = {least} bytes, got {self.max_upload_total_bytes}"
             )
-        for name, scaling in (("ingress_scaling", self.ingress_scaling), ("worker_scaling", self.worker_scaling)):
+        workers = [("worker_scaling", model.worker_scaling) for model in self.by_model.values()]
+        for name, scaling in (("ingress_scaling", self.ingress_scaling), *workers):
             if scaling.graceful_shutdown_timeout_s < self.max_request_s:
                 raise ValueError(
                     f"{name}.graceful_shutdown_timeout_s must be at least max_request_s = {self.max_request_s:g}, "
@@ -240,11 +200,6 @@ class AppConfig(Settings):
                     f"{name}.autoscaling_config.min_replicas must be at least 1, got 0: only workers may scale to zero"
                 )
         return self
-
-    @field_validator("base_model")
-    @classmethod
-    def _folder_with_home(cls, base: str) -> str:
-        return os.path.expanduser(base)
 
     @field_validator("store_uri")
     @classmethod
@@ -306,18 +261,6 @@ class AppConfig(Settings):
             raise ValueError("api_key: cannot be combined with keys_file; add the key to that file")
         return self
 
-    @field_validator("chat_template")
-    @classmethod
-    def _absolute_template(cls, path: Path | None) -> Path | None:
-        if path is None:
-            return None
-        path = path.expanduser().absolute()
-        try:
-            read_chat_template(path)
-        except OSError as exc:
-            raise ValueError(f"{path}: cannot be read: {exc.strerror}") from exc
-        return path
-
     @field_validator("cache_dir")
     @classmethod
     def _with_home(cls, path: Path) -> Path:
@@ -364,13 +307,29 @@ class AppConfig(Settings):
             return self.source_prefixes
         return (*self.source_prefixes.get(tenant, ()), *self.source_prefixes.get(EVERY_TENANT, ()))
 
+    @property
+    def by_model(self) -> dict[str, AppConfig]:
+        """The settings for each served base model by its name, as if it were the only one; the first is the default."""
+        if not self.models:
+            return {self.served_base_name: self}
+        own, names = dict(self), tuple(ModelSettings.model_fields)
+        return {
+            model.served_base_name: AppConfig.model_construct(
+                **own | {name: getattr(model, name) for name in names} | {"models": ()}
+            )
+            for model in self.models
+        }
+
     @cached_property
-    def served_base_name(self) -> str:
-        return self.base_model_name or self.base_model.rstrip("/").rpartition("/")[2]
+    def served_models(self) -> ServedModels:
+        """The served base models as clients and publishers meet them."""
+        return ServedModels(tuple(config.served_model for config in self.by_model.values()))
 
     @cached_property
     def served_model(self) -> ServedModel:
-        """The base model as clients and publishers meet it."""
+        """The base model as clients and publishers meet it, of several the first."""
+        if self.models:
+            return self.served_models.first
         name = self.served_base_name
         return ServedModel(
             name=name,
@@ -418,7 +377,8 @@ class AppConfig(Settings):
     @property
     def num_logical_cpus(self) -> int:
         """Logical CPUs of all replicas at their maximum. They may exceed the real cores."""
-        scalings = (self.ingress_scaling, self.retriever_scaling, self.store_scaling, self.worker_scaling)
+        workers = [model.worker_scaling for model in self.by_model.values()]
+        scalings = (self.ingress_scaling, self.retriever_scaling, self.store_scaling, *workers)
         return math.ceil(sum(scaling.max_replicas * scaling.num_cpus for scaling in scalings)) + 1  # 1 for Serve itself
 
     def worker_config(self) -> NativeWorkerConfig | VllmWorkerConfig:
@@ -435,19 +395,3 @@ class AppConfig(Settings):
             cache_dir=self.cache_dir,
             device_share=num_gpus if 0 < num_gpus < 1 else 1.0,  # Ray places as many such workers on one GPU as fit
         )
-
-
-def _complete_options(settings: JsonObject) -> JsonObject:
-    """Return the given groups of Serve's options with their defaults. `device: cuda` implies the GPUs of a worker."""
-    given = {name: settings[name] for name in _SERVE_DEFAULTS if isinstance(settings.get(name), dict)}
-    worker = settings.get("worker")
-    num_gpus = 0
-    if isinstance(worker, Mapping) and worker.get("device") == "cuda":
-        num_gpus = worker.get("tensor_parallel_size", 1)
-        if "worker_scaling" not in settings:
-            given["worker_scaling"] = {}
-    found = {name: with_defaults(group, _SERVE_DEFAULTS[name]) for name, group in given.items()}
-    actor = found.get("worker_scaling", {}).get("ray_actor_options")
-    if num_gpus and isinstance(actor, dict):
-        actor.setdefault("num_gpus", num_gpus)
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ class ServedModel:
     @cached_property
     def bases(self) -> ServedBases:
         """The base models whose adapters are served: those that publishing accepts."""
-        return ServedBases(self.name, self.accepted_names)
+        return ServedBases({self.name: self.accepted_names})
 
     @cached_property
     def template_in_use(self) -> str:
@@ -69,6 +69,60 @@ class ServedModel:
         """The values for what a request leaves unset, by name: the operator's, then the base model's if it is here."""
         own = sampling_defaults_of_files(self.base) if self.has_own_defaults else {}
         return own | dict(self.given_defaults or {})
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """All served base models. The first one answers where no adapter fits."""
+
+    models: tuple[ServedModel, ...]
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self.models)
+
+    @property
+    def first(self) -> ServedModel:
+        return self.models[0]
+
+    @property
+    def are_several(self) -> bool:
+        return len(self.models) > 1
+
+    @cached_property
+    def bases(self) -> ServedBases:
+        """The base models whose adapters are served: those that publishing accepts."""
+        return ServedBases({model.name: model.accepted_names for model in self.models})
+
+    @cached_property
+    def accepted_names(self) -> frozenset[str]:
+        """Every name that an adapter may have for one of them."""
+        return frozenset().union(*[model.accepted_names for model in self.models])
+
+    @cached_property
+    def widest(self) -> ServedModel:
+        """The one with the longest context, which bounds requests whose base model is not known yet."""
+        return max(self.models, key=lambda model: model.max_model_len)
+
+    def named(self, name: str) -> ServedModel:
+        """Return the base model that a plan names; the first for "". Raises: KeyError."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, ServedModel]:
+        return {"": self.first, **{model.name: model for model in self.models}}
+
+    def made_for(self, base_model: str | None) -> ServedModel:
+        """Return the base model that an adapter names; the first one where it names none, or one that is not served."""
+        return self.named(self.bases.find(base_model or "") or "")
+
+    def split(self, model: str) -> tuple[str, str]:
+        """Split a request's `model`: return the base model that it names, or "", and the rest: an adapter's name.
+
+        The rest is "" for a base model alone, and `model` itself where it names no served base model.
+        """
+        head, _, tail = model.partition(":")
+        is_base = any(head == served.name for served in self.models)
+        return (head, tail) if is_base and (tail or head == model) else ("", model)
 
 
 def find_accepted_names(base: str, name: str, others: tuple[str, ...], cache_dir: Path) -> frozenset[str]:

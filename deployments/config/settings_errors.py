@@ -10,6 +10,7 @@ from typing import get_args
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
+from deployments.config.model_settings import ModelSettings
 from deployments.field_problems import describe_problem, field_names
 from gpu_worker.config import CommonSettings, NativeSettings, VllmSettings
 
@@ -28,8 +29,12 @@ def settings_error(file: Path | None, model: type[BaseModel], error: ValidationE
     for problem in error.errors(include_url=False):
         path = _name_setting(problem)
         shows_value = not _is_secret(model, problem["loc"])
+        owner: type[BaseModel] = model
+        if problem["loc"][:1] == ("models",) and len(problem["loc"]) > 2:
+            owner, problem["loc"] = ModelSettings, problem["loc"][2:]
+            path = ".".join([path.split(".")[0], path.split(".")[1], _name_setting(problem)])
         text = _describe_misplaced(model, problem) or describe_problem(
-            problem, _find_known(model, problem["loc"]), shows_value=shows_value
+            problem, _find_known(owner, problem["loc"]), shows_value=shows_value
         )
         for number, line in enumerate(text.splitlines()):
             lines.setdefault(f"{path}#{number}", f"{source}: {path}: {line}" if path else f"{source}: {line}")
@@ -72,7 +77,8 @@ def _describe_misplaced(model: type[BaseModel], problem: ErrorDetails) -> str:
         return f"is a setting of the engine {engines[0]!r}; leave it unset, or set worker.engine to {engines[0]!r}"
     places = [name] if name in model.model_fields else []
     places += ["worker." + name] if engines else []
-    places += [f"{group}.{name}" for group in model.model_fields if name in field_names(model, [group, name])]
+    groups = [group for group in model.model_fields if group != "models"]  # whose fields the top level has too
+    places += [f"{group}.{name}" for group in groups if name in field_names(model, [group, name])]
     return f"unknown here; {' or '.join(dict.fromkeys(places))}?" if places else ""
 
 

@@ -40,8 +40,8 @@ function connection(text, state) {
   byId("connection").className = `connection ${state}`;
 }
 
-function show({ pool, tenant, workers, read_at, base_model, defaults }) {
-  say("base-model", base_model);
+function show({ pool, tenant, workers, models, read_at, base_model, defaults }) {
+  say("base-model", models ? Object.keys(models).join(", ") : base_model);
   byId("k").placeholder = defaults.k;
   document.documentElement.classList.toggle("learns", (defaults.learning ?? "off") !== "off");
   byId("strategy").options[0].text = `server default (${defaults.strategy})`;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -25,8 +25,8 @@ from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.serve_calls import AttemptCounter
-from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, DeltaStream, StreamEnd, WorkerClient, WorkerGate
-from deployments.config.served_model import ServedModel
+from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, BaseWorkers, DeltaStream, StreamEnd, Workers
+from deployments.config.served_model import ServedModel, ServedModels
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
 from deployments.generation.shadows import Shadows
@@ -95,8 +95,7 @@ def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
 class RowStream:
     """One row of a request: its job, its charge, and its time limit."""
 
-    worker: WorkerClient
-    gate: WorkerGate
+    workers: BaseWorkers
     job: Job
     index: int  # index of the row in the answer
     question: int  # index of the prompt in the request
@@ -120,8 +119,8 @@ class RowStream:
             try:
                 usage.sent(name, self.question, prompt_tokens(self.job.prompt))
                 async with within(self.deadline):
-                    await self.gate.ready()
-                stream = self.worker.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
+                    await self.workers.gate.ready()
+                stream = self.workers.client.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
                 until = self.deadline + self.limits.grace_s  # the Worker keeps the deadline unless it hangs
                 while not isinstance(delta := await stream.next(until), StreamEnd):
                     if delta is not None:
@@ -161,12 +160,12 @@ def jobs_of(
     sampling: SamplingParams,
     questions: Sequence[Question],
     plans: Sequence[Planned],
-    template: str,
+    templates: Sequence[str],
     num_choices: int = 1,
 ) -> list[Job]:
-    """Return one job per choice of each question, in order. `template` applies where a plan names none."""
+    """Return one job per choice of each question, in order. `templates`: of each one's base model, by default."""
     jobs: list[Job] = []
-    for question, planned in zip(questions, plans, strict=True):
+    for question, planned, template in zip(questions, plans, templates, strict=True):
         for choice in range(num_choices):
             own = sampling if sampling.seed is None else replace(sampling, seed=seed_of(sampling.seed, choice))
             name = request_id if not jobs else f"{request_id}-{len(jobs)}"
@@ -221,10 +220,12 @@ def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
 class StartedCompletion:
     """A planned request, with the fields that it got from the policy of a model name.
 
+    `sampling_defaults`: those of the base model that answers.
     Closing `held` releases its reservations against the limits of its key.
     """
 
     request: GenerationRequest
+    sampling_defaults: Mapping[str, float]
     answer: Answer
     rows: Sequence[RowStream]
     include_usage: bool  # at the end of a stream
@@ -236,11 +237,10 @@ class CompletionService:
 
     def __init__(
         self,
-        model: ServedModel,
+        models: ServedModels,
         authenticator: Authenticator,
         planner: Planner,
-        gate: WorkerGate,
-        worker: WorkerClient,
+        workers: Workers,
         limits: StreamLimits,
         shadows: Shadows,
         notes: PromptNotes,
@@ -249,39 +249,45 @@ class CompletionService:
         is_strict: bool = False,
     ) -> None:
         """`is_strict`: refuse unknown fields instead of ignoring them."""
-        self._model, self._authenticator, self._planner, self._is_strict = model, authenticator, planner, is_strict
-        self._gate, self._worker, self._limits, self._shadows = gate, worker, limits, shadows
+        self._models, self._authenticator, self._planner, self._is_strict = models, authenticator, planner, is_strict
+        self._workers, self._limits, self._shadows = workers, limits, shadows
         self._notes, self._usage_log = notes, usage_log
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
-        deadline = deadline_of(context.arrived_at, request.timeout_s, self._model.max_request_s)
+        deadline = deadline_of(context.arrived_at, request.timeout_s, self._models.first.max_request_s)
         async with within(deadline):
             if self._is_strict:
                 refuse_ignored(request)
             context.ignored, context.model, context.num_choices = ignored_fields(request), request.model, request.n
-            request, questions, bound = await bind(self._planner, request, caller.tenant, self._model)
+            request, questions, bound = await bind(self._planner, request, caller.tenant)
             sampling, include_usage = request.sampling(), request.include_usage
             with ExitStack() as stack:
                 work = self._planner.work_of(request, questions)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
-                if any(question.text is None for question in questions):
-                    questions = await self._with_texts(request, questions, caller.tenant)
+                for question in questions:
+                    if isinstance(question.prompt, TokenIds) and question.lora.names_adapters is None:
+                        self._planner.require_base(question.model)
+                if any(map(self._planner.reads, questions)):
+                    bases = [self._planner.limits(question.model).name for question in questions]
+                    questions = await self._with_texts(questions, bases, caller.tenant)
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
+                if _echoes(request):
+                    bases = [planned.plan.base_model for planned in plans]
+                    questions = await self._with_texts(questions, bases, caller.tenant)
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explained(plans)
-                plans = with_contracts(request, questions, plans, sampling, self._model)
+                plans = with_contracts(request, questions, plans, sampling, self._models.first)
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
                 answer = _answer_to(request, questions, plans, caller, context)
-                template = self._model.template
+                templates = [self._models.named(planned.plan.base_model).template for planned in plans]
                 jobs = [
                     replace(job, tenant=caller.tenant)
-                    for job in jobs_of(answer.request_id, sampling, questions, plans, template, request.n)
+                    for job in jobs_of(answer.request_id, sampling, questions, plans, templates, request.n)
                 ]
                 rows = [
                     RowStream(
-                        worker=self._worker,
-                        gate=self._gate,
+                        workers=self._workers.named(job.plan.base_model),
                         job=job,
                         index=index,
                         question=index // request.n,
@@ -294,7 +300,8 @@ class CompletionService:
                 ]
                 if any(planned.shadow for planned in plans):
                     self._shadows.start(jobs[:: request.n], plans, deadline)
-                return StartedCompletion(request, answer, rows, include_usage, stack.pop_all())
+                defaults = self._models.named(plans[0].plan.base_model).sampling_defaults
+                return StartedCompletion(request, defaults, answer, rows, include_usage, stack.pop_all())
 
     async def count_tokens(self, request: CountTokensRequest, caller: Caller, context: RequestContext) -> int:
         """Return how many tokens a conversation has with its tools, as a chat would render it."""
@@ -316,23 +323,29 @@ class CompletionService:
         add_special_tokens: bool | None = None,
         with_texts: bool = False,
     ) -> Tokenized:
-        deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
-        check_tokenized(question, field, self._model)
+        deadline = deadline_of(context.arrived_at, None, self._models.first.max_request_s)
+        check_tokenized(question, field, self._planner.limits(question.model))
         question, template = await self._bound(question, caller, context, deadline)
-        is_routed = not isinstance(question.prompt, str)
-        num_read = self._planner.tokens_read(question) if is_routed else 0
+        if isinstance(question.prompt, str):
+            question = replace(question, text=question.prompt)
+        is_planned = self._models.are_several or not (question.model == AUTO and isinstance(question.prompt, str))
+        num_read = self._planner.tokens_read(question) if is_planned else 0
         num_tokens = prompt_tokens(question.prompt) + tool_tokens(question)
         work = Work(num_tokens=num_tokens, num_read=num_read, tokens_field=field)
         with self._authenticator.running(caller, work) as usage:
-            planned = await self._planned(question, caller, context, deadline)
-            contract = applied_contract(planned.plan, question) if is_routed else None
+            planned = Planned(BASE_PLAN)  # for a text no template applies
+            if is_planned:
+                planned = await self._planned(question, caller, context, deadline)
+            contract = None if isinstance(question.prompt, str) else applied_contract(planned.plan, question)
+            base_model = planned.plan.base_model
+            workers = self._workers.named(base_model)
             async with within(deadline):
-                await self._gate.ready()
+                await workers.gate.ready()
                 with charged(usage, work.num_tokens):
-                    found = await self._worker.tokenize(
+                    found = await workers.client.tokenize(
                         caller.tenant,
                         question.prompt if contract is None else contract.prompt(question.prompt),
-                        template or planned.plan.template or self._model.template,
+                        template or planned.plan.template or self._models.named(base_model).template,
                         add_special_tokens,
                         with_texts,
                         question.tools,
@@ -342,16 +355,21 @@ class CompletionService:
 
     async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
         """Return the text of token ids, with special tokens."""
-        deadline = deadline_of(context.arrived_at, None, self._model.max_request_s)
+        deadline = deadline_of(context.arrived_at, None, self._models.first.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
         question, _ = await self._bound(question, caller, context, deadline)
         work = Work(num_tokens=len(request.tokens), tokens_field="tokens")
         with self._authenticator.running(caller, work) as usage:
-            await self._planned(question, caller, context, deadline)
+            if self._planner.reads(question):
+                self._planner.require_base(question.model)
+                base_model = self._planner.limits(question.model).name
+            else:
+                base_model = (await self._planned(question, caller, context, deadline)).plan.base_model
+            workers = self._workers.named(base_model)
             async with within(deadline):
-                await self._gate.ready()
+                await workers.gate.ready()
                 with charged(usage, work.num_tokens):
-                    [text] = await self._worker.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
+                    [text] = await workers.client.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
                     return text
 
     async def _bound(
@@ -371,8 +389,6 @@ class CompletionService:
 
     async def _planned(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> Planned:
         """Return the plan of a question, whose adapters may name a template. Raises: ModelNotFound."""
-        if question.model == AUTO and not isinstance(question.prompt, tuple):
-            return Planned(BASE_PLAN)  # without messages no template applies
         async with within(deadline):
             [planned] = await self._planner.plan_all([question], caller.tenant, context)
         return planned
@@ -416,35 +432,42 @@ class CompletionService:
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 
     async def _with_texts(
-        self, request: GenerationRequest, questions: Sequence[Question], tenant: str
+        self, questions: Sequence[Question], base_models: Sequence[str], tenant: str
     ) -> Sequence[Question]:
-        """Return the questions with the texts of token ids, where the encoder or the answer needs them.
+        """Return the questions with the texts of token ids, which are those of each one's base model.
 
         Raises: PromptInvalid for an id outside the vocabulary; the errors of starting a Worker.
         """
-        if not (_echoes(request) or any(map(self._planner.reads, questions))):
-            return questions
-        prompts = [question.prompt for question in questions if isinstance(question.prompt, TokenIds)]
-        await self._gate.ready()
-        texts = iter(await self._worker.detokenize(tenant, prompts, True))
-        return [replace(question, text=next(texts)) if question.text is None else question for question in questions]
+        found = list(questions)
+        for base_model in dict.fromkeys(base_models):
+            prompts = {
+                place: question.prompt
+                for place, question in enumerate(questions)
+                if question.text is None and base_models[place] == base_model and isinstance(question.prompt, TokenIds)
+            }
+            if not prompts:
+                continue
+            workers = self._workers.named(base_model)
+            await workers.gate.ready()
+            texts = await workers.client.detokenize(tenant, list(prompts.values()), True)
+            for place, text in zip(prompts, texts, strict=True):
+                found[place] = replace(found[place], text=text)
+        return found
 
 
-async def bind(
-    planner: Planner, request: R, tenant: str, model: ServedModel
-) -> tuple[R, Sequence[Question], BoundName | None]:
+async def bind(planner: Planner, request: R, tenant: str) -> tuple[R, Sequence[Question], BoundName | None]:
     """Check the limits of a request. Return it and its questions by the policy of its model name, and that policy.
 
     Raises: PromptTooLong, ModelNotFound, RequestInvalid, StaleIndex.
     """
     questions = request.questions()
-    check_limits(request, questions, model)  # before any call
+    check_limits(request, questions, planner.limits(request.model))  # before any call
     named = await planner.named(request.model, tenant, request.lora.min_generation)
     if named is None:
         return request, questions, None
     bound = BoundName.of(named, questions[0], tenant)
     filled = bound.filled(request)
-    check_limits(filled, questions, model)
+    check_limits(filled, questions, planner.limits(bound.policy.model))
     return filled, bound.questions(filled), bound
 
 

@@ -16,7 +16,7 @@ from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.parts import RetrievalSettings
-from deployments.config.served_model import ServedModel
+from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.conversation import Reading, reading_of
 from deployments.observability.request_metrics import RequestContext
@@ -114,16 +114,30 @@ def _num_chars(prompt: str | tuple[Message, ...]) -> int:
 class Planner:
     """Plans questions. `model` is read in this order: auto, the base's name, `base:adapter`, an adapter's name.
 
-    A model name was replaced by its policy before; no adapter is called like one.
+    A model name was replaced by its policy before; no adapter is called like one. The plan names the base model that
+    answers; the one that `model` names, as in `base:auto`, is the only one that may.
     """
 
-    def __init__(self, model: ServedModel, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
-        self._model, self._retriever = model, retriever
+    def __init__(self, models: ServedModels, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
+        self._models, self._retriever = models, retriever
         self.defaults = defaults  # of requests; may be replaced at any time
+
+    def limits(self, model: str) -> ServedModel:
+        """Return the served model whose limits hold for `model`: of those that may answer the one with most room."""
+        base_model, _ = self._models.split(model)
+        return self._models.named(base_model) if base_model else self._models.widest
+
+    def require_base(self, model: str) -> None:
+        """Refuse token ids where `auto` may find any base model: each has its own ids. Raises: RequestInvalid."""
+        if self._models.are_several and self._models.split(model) == ("", AUTO):
+            named = f"{self._models.first.name}:{AUTO}"
+            raise RequestInvalid(
+                f"token ids need a model that names their base model, as {named!r}; or send text", "model"
+            )
 
     async def named(self, model: str, tenant: str, min_generation: int = 0) -> NamedPolicy | None:
         """Return the newest policy of a model name, None for any other model. Raises: ModelNotFound, StaleIndex."""
-        if model == AUTO or self._model_name(model) != model:
+        if model == AUTO or self._models.split(model) != ("", model) or ":" in model:
             return None
         return next(iter(await self._retriever.policies(tenant, model, min_generation)), None)
 
@@ -139,10 +153,10 @@ class Planner:
         return settled
 
     async def _with_owners(self, policy: P, tenant: str) -> P:
-        _check_new_tokens(policy.max_tokens, policy.min_tokens, self._model)
+        _check_new_tokens(policy.max_tokens, policy.min_tokens, self._models.widest)
         given, name = policy.lora.adapters or [], self._model_name(policy.model)
         if name == AUTO and not given:
-            self._request_of("", policy.lora, tenant)  # checks the options of the strategy
+            self._request_of("", policy.model, policy.lora, tenant)  # checks the options of the strategy
             return policy
         [planned] = await self._plan_alike([Question("", "", policy.model, policy.lora)], tenant)
         names = [
@@ -217,21 +231,40 @@ class Planner:
             raise RequestInvalid(f"{field} requires model 'auto'", field)
         if name == AUTO:
             if isinstance(question.prompt, tuple) and _is_read(options):
-                return [await self._plan_conversation(reading_of(question.prompt), options, tenant)] * len(questions)
-            return await self.route_all([item.text or "" for item in questions], options, tenant)
+                reading = reading_of(question.prompt)
+                return [await self._plan_conversation(reading, question.model, options, tenant)] * len(questions)
+            texts = [item.text or "" for item in questions]
+            return await self.route_all(texts, options, tenant, model=question.model)
         _refuse_retrieval(options)
         if name is None:
             if options.strategy is not None:
                 raise RequestInvalid(
                     "lora.strategy requires at least one adapter, but `model` is the base model", "lora.strategy"
                 )
-            return [Planned(BASE_PLAN)] * len(questions)
+            return [Planned(self._base_plan(question.model))] * len(questions)
         try:
             choices, strategy = [(name, 1.0)], options.strategy or "selection"
             plan = await self._retriever.plan_named(tenant, choices, strategy, options.min_generation)
-            return [Planned(plan)] * len(questions)
         except AdapterNotFound as exc:  # through Serve it is also a RayTaskError
             raise ModelNotFound(question.model, exc.hint) from exc
+        self._check_base(plan, question.model)
+        return [Planned(plan)] * len(questions)
+
+    def _base_plan(self, model: str) -> Plan:
+        """Return the plan without adapters: of the base model that `model` names, or of the first one."""
+        if not self._models.are_several:
+            return BASE_PLAN
+        return replace(BASE_PLAN, base_model=self._models.split(model)[0] or self._models.first.name)
+
+    def _check_base(self, plan: Plan, model: str) -> None:
+        """Raises: RequestInvalid if the plan's adapters are not of the base model that `model` names."""
+        base_model, _ = self._models.split(model)
+        if base_model and plan.base_model not in ("", base_model):
+            raise RequestInvalid(
+                f"model: {plan.adapters[0].ref.name!r} is an adapter of the base model {plan.base_model!r}, and model"
+                f" {model!r} names {base_model!r}; leave the base model out, or name its own",
+                "model",
+            )
 
     def tokens_read(self, question: Question) -> int:
         """Return how many tokens the encoder may read to find the question's adapters. Raises: ModelNotFound.
@@ -256,33 +289,35 @@ class Planner:
         """Return whether the encoder reads the question's own text. Raises: ModelNotFound."""
         return self._model_name(question.model) == AUTO and _is_read(question.lora)
 
-    async def _plan_conversation(self, reading: Reading, options: LoraOptions, tenant: str) -> Planned:
+    async def _plan_conversation(self, reading: Reading, model: str, options: LoraOptions, tenant: str) -> Planned:
         """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.
 
         Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `route_all`.
         """
         if reading.is_housekeeping:
-            return Planned(BASE_PLAN, abstained=True, reason="housekeeping")
-        earlier = await self._earlier_turn(reading.previous, options, tenant)
+            return Planned(self._base_plan(model), abstained=True, reason="housekeeping")
+        earlier = await self._earlier_turn(reading.previous, model, options, tenant)
         preferred = None if earlier is None else earlier[1]
         refers_back = False
         for text in reading.texts if earlier is not None else reading.texts[:-1]:
-            tried = replace(self._request_of(text, options, tenant, preferred), fallback="base", counted="if_chosen")
+            tried = replace(
+                self._request_of(text, model, options, tenant, preferred), fallback="base", counted="if_chosen"
+            )
             [route] = await self._retriever.route([tried])
             if not route.abstained:
                 return _planned(tried, route)
             refers_back = refers_back or route.refers_back
         text = earlier[0] if earlier is not None and refers_back else reading.texts[-1]
-        [planned] = await self._route([self._request_of(text, options, tenant, preferred)])
+        [planned] = await self._route([self._request_of(text, model, options, tenant, preferred)])
         return planned
 
     async def _earlier_turn(
-        self, texts: Sequence[str], options: LoraOptions, tenant: str
+        self, texts: Sequence[str], model: str, options: LoraOptions, tenant: str
     ) -> tuple[str, AdapterRef] | None:
         """Return the text and the best adapter of the previous turn, or of the turn that it refers to, or None."""
         for text in texts:
             request = replace(
-                self._request_of(text, options, tenant), fallback="base", shows_samples=False, counted="never"
+                self._request_of(text, model, options, tenant), fallback="base", shows_samples=False, counted="never"
             )
             [route] = await self._retriever.route([request])
             if not route.abstained:
@@ -291,18 +326,24 @@ class Planner:
                 return None
         return None
 
-    async def route_all(self, texts: Sequence[str], options: LoraOptions, tenant: str) -> Sequence[Planned]:
+    async def route_all(
+        self, texts: Sequence[str], options: LoraOptions, tenant: str, *, model: str = AUTO
+    ) -> Sequence[Planned]:
         """Return a plan for each text: the plan sent back, a plan of the named adapters, or the Retriever's choice.
 
         Raises: RequestInvalid, AdapterNotFound, PlanInvalid, PlanGone, StaleIndex, EncoderBusy; NoAdapterMatched,
         where the fallback is `error`.
         """
         if options.plan is not None:
-            return [await self._replayed(options, options.plan, tenant)] * len(texts)
+            replayed = await self._replayed(options, options.plan, model, tenant)
+            self._check_base(replayed.plan, model)
+            return [replayed] * len(texts)
         if options.adapters is not None:
             _refuse_retrieval(options)
-            return [Planned(await self._named(options, tenant))] * len(texts)
-        requests = [self._request_of(text, options, tenant) for text in texts]
+            plan = await self._named(options, tenant)
+            self._check_base(plan, model)
+            return [Planned(plan)] * len(texts)
+        requests = [self._request_of(text, model, options, tenant) for text in texts]
         return await self._route(requests)
 
     async def _route(self, requests: Sequence[RouteRequest]) -> list[Planned]:
@@ -311,7 +352,7 @@ class Planner:
         return [_planned(request, route) for request, route in zip(requests, routes, strict=True)]
 
     def _request_of(
-        self, text: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
+        self, text: str, model: str, options: LoraOptions, tenant: str, preferred: AdapterRef | None = None
     ) -> RouteRequest:
         defaults = self.defaults
         strategy = options.strategy or defaults.strategy
@@ -333,9 +374,10 @@ class Planner:
             abstain=options.abstain,
             shows_samples=options.explain,
             options=chosen,
+            base_model=self._models.split(model)[0] if self._models.are_several else "",
         )
 
-    async def _replayed(self, options: LoraOptions, given: PlanGiven, tenant: str) -> Planned:
+    async def _replayed(self, options: LoraOptions, given: PlanGiven, model: str, tenant: str) -> Planned:
         """Return the plan that the client sends back. Nothing is retrieved, and no default applies."""
         _refuse_retrieval(options)
         for field in ("strategy", "adapters"):
@@ -346,7 +388,13 @@ class Planner:
         pinned = [row.pinned() for row in given.adapters]
         generation = max(given.generation, options.min_generation)
         plan = await self._retriever.replay(tenant, given.strategy, pinned, generation)
-        return Planned(replace(plan, generation=given.generation), abstained=given.abstained)
+        base_model = plan.base_model if plan.adapters else self._base_plan(given.base_model or model).base_model
+        if given.base_model not in (None, base_model):
+            raise RequestInvalid(
+                f"lora.plan.base_model: this plan has {base_model!r}, got {given.base_model!r}", "lora.plan.base_model"
+            )
+        settled = replace(plan, generation=given.generation, base_model=base_model)
+        return Planned(settled, abstained=given.abstained)
 
     async def _named(self, options: LoraOptions, tenant: str) -> Plan:
         assert options.adapters is not None
@@ -356,15 +404,12 @@ class Planner:
 
     def _model_name(self, model: str) -> str | None:
         """Return `auto`, an adapter's name, or None for the base model alone. Raises: ModelNotFound."""
-        base = self._model.name
-        if model == base:
-            return None
-        head, colon, tail = model.partition(":")
-        if not colon:
-            return model
-        if head != base or not tail:
+        base_model, name = self._models.split(model)
+        if base_model:
+            return name or None
+        if ":" in model:
             raise ModelNotFound(model)
-        return tail
+        return model
 
 
 def _planned(request: RouteRequest, route: Route) -> Planned:

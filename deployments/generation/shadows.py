@@ -10,7 +10,7 @@ from dataclasses import replace
 from deployments.api import error_table
 from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import DeltaStream, StreamEnd, WorkerClient
+from deployments.calls.worker_client import DeltaStream, StreamEnd, WorkerGroup
 from deployments.observability.request_metrics import DIGEST_CHARS, RequestMetrics
 from gpu_worker.front.request.request import Job
 
@@ -39,7 +39,7 @@ class Shadows:
     No key is charged for it. It runs as the pseudo-tenant of the version's owner, and counts for the owner's usage.
     """
 
-    def __init__(self, worker: WorkerClient, background: Background, metrics: RequestMetrics) -> None:
+    def __init__(self, worker: WorkerGroup, background: Background, metrics: RequestMetrics) -> None:
         self._worker, self._background, self._metrics = worker, background, metrics
         self._num_running = 0
 

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deployments.api.pool_responses import Ready, unserved_objects
+from deployments.api.pool_responses import ModelState, Ready, unserved_objects
 from deployments.auth.authenticator import ANONYMOUS_TENANT, LOCAL_CALLER
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.shared import Shared
-from deployments.calls.worker_client import WorkerClient, WorkerGate
+from deployments.calls.worker_client import WorkerGate, Workers
 from deployments.errors import NotReady
 from deployments.publishing.preload import Preload
 from retriever_svc import PoolSize
@@ -27,18 +27,16 @@ class Readiness:
     def __init__(
         self,
         preload: Preload,
-        gate: WorkerGate,
+        workers: Workers,
         retriever: RetrieverClient,
-        worker: WorkerClient,
         *,
         has_keys: bool,
         wait_s: float = READY_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._preload = preload
-        self._gate = gate
+        self._workers = workers
         self._retriever = retriever
-        self._worker = worker
         self._has_keys = has_keys
         self._wait_s = wait_s
         self._size = Shared(self._ask, kept_s=KEPT_S, keeps_errors=True, clock=clock)
@@ -63,24 +61,37 @@ class Readiness:
             raise NotReady(f"{MAX_WAITING} clients wait for this answer already; ask again later")
         self._num_waiting += 1
         try:
-            size = await self._size.get()
+            size, states = await self._size.get()
         finally:
             self._num_waiting -= 1
+        models: Ready = {"status": "ready", "models": states} if len(states) > 1 else {"status": "ready"}
         return {
-            "status": "ready",
+            **models,
             "generation": size.generation,
             "num_adapters": size.num_adapters,
             "unserved": unserved_objects(size.unserved),
             "refused": refused,
         }
 
-    async def _ask(self) -> PoolSize:
-        """Call both deployments. Raises: NotReady; RayActorError if replicas keep dying."""
+    async def _ask(self) -> tuple[PoolSize, dict[str, ModelState]]:
+        """Ask the Retriever, and the workers of every base model: the server is ready if those of one answer.
+
+        Raises: NotReady; RayActorError if replicas keep dying.
+        """
         tenant = ANONYMOUS_TENANT if self._has_keys else LOCAL_CALLER.tenant  # private adapters are not counted
         try:
-            async with asyncio.timeout(self._wait_s):
-                if not await self._gate.is_scaled_to_zero():  # asking would start one
-                    await self._worker.module_shapes()
-                return await self._retriever.load(tenant)
+            async with asyncio.timeout(self._wait_s * min(len(self._workers.by_model), 2)):
+                checks = [self._check(workers.gate) for workers in self._workers.by_model.values()]
+                found = await asyncio.gather(*checks, return_exceptions=True)
+                if all(isinstance(state, BaseException) for state in found):
+                    raise next(state for state in found if isinstance(state, BaseException))
+                states: list[ModelState] = ["unavailable" if isinstance(s, BaseException) else s for s in found]
+                return await self._retriever.load(tenant), dict(zip(self._workers.by_model, states, strict=True))
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {self._wait_s:g} s") from exc
+
+    async def _check(self, gate: WorkerGate) -> ModelState:
+        """Ask a worker, unless that would start one. One that is silent leaves time for the Retriever."""
+        async with asyncio.timeout(self._wait_s):
+            await gate.check()
+        return "asleep" if await gate.is_scaled_to_zero() else "ready"

@@ -14,11 +14,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.api.pool_responses import Stats
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.shared import Shared
-from deployments.calls.worker_client import Usage, WorkerClient
-from deployments.config.parts import RetrievalSettings
-from deployments.config.served_model import ServedModel
+from deployments.calls.worker_client import Usage, Workers
+from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
-from gpu_worker.config import EngineSettings
 from gpu_worker.front.engine_status import EngineStatus
 from retriever_svc import PoolSize
 
@@ -40,7 +38,7 @@ class ReplicaAnswers(Generic[T]):
         return {"answered": len(self.given), "silent": self.num_silent}
 
 
-_Workers = tuple[float, ReplicaAnswers[EngineStatus], ReplicaAnswers[Mapping[str, Usage]]]
+_Workers = tuple[ReplicaAnswers[EngineStatus], ReplicaAnswers[Mapping[str, Usage]]]
 
 
 class StatsReader:
@@ -48,26 +46,18 @@ class StatsReader:
 
     def __init__(
         self,
-        model: ServedModel,
-        defaults: RetrievalSettings,
-        engine: EngineSettings,
+        config: AppConfig,
         retriever: RetrieverClient,
-        worker: WorkerClient,
+        workers: Workers,
         clock: Callable[[], float] = time.monotonic,
         *,
-        may_sleep: bool = False,
         evaluation_of: Callable[[str], JsonObject] | None = None,
-        learning: str = "off",
     ) -> None:
-        """`may_sleep`: whether there may be no worker, as the last one was scaled away. `learning`: the setting."""
-        self._model = model
-        self.defaults = defaults
-        self._engine = engine
-        self._may_sleep = may_sleep
+        self._config, self._by_model = config, config.by_model
+        self.defaults = config.retrieval
         self._retriever = retriever
-        self._worker = worker
+        self._workers_of = workers
         self._evaluation_of = evaluation_of
-        self._learning = learning
         self._workers = Shared(self._read_workers, kept_s=KEPT_S, clock=clock)
 
     async def read(self, tenant: str, *, sees_all: bool = True) -> Stats:
@@ -75,30 +65,42 @@ class StatsReader:
 
         Without `sees_all` the answer covers only the tenant's own requests.
         """
-        (read_at, workers, usages), retrievers = await asyncio.gather(
+        (read_at, found), retrievers = await asyncio.gather(
             self._workers.get(), _broadcast(partial(self._retriever.broadcast_load, tenant, _TIMEOUT_S))
         )
-        return {
+        usages = [usage for _, own in found.values() for usage in own.given]
+        models = {name: self._workers_object(name, answers) for name, (answers, _) in found.items()}
+        stats: Stats = {
             "object": "stats",
             "read_at": read_at,
-            "base_model": self._model.name,
-            "defaults": {"strategy": self.defaults.strategy, "k": self.defaults.k, "learning": self._learning},
+            "base_model": self._config.served_models.first.name,
+            "defaults": {
+                "strategy": self.defaults.strategy,
+                "k": self.defaults.k,
+                "learning": self._config.learning,
+            },
             "pool": _pool_object(retrievers) | {"replicas": retrievers.counts},
-            "tenant": _usage_object([usage[tenant] for usage in usages.given if tenant in usage]),
+            "tenant": _usage_object([usage[tenant] for usage in usages if tenant in usage]),
             "evaluation": None if self._evaluation_of is None else self._evaluation_of(tenant),
-            "workers": self._workers_object(workers.given) | {"replicas": workers.counts} if sees_all else None,
+            "workers": _sums(list(models.values())) if sees_all else None,
         }
+        return {**stats, "models": models} if sees_all and len(models) > 1 else stats
 
-    async def _read_workers(self) -> _Workers:
-        may_be_none = self._may_sleep
-        answers, usages = await asyncio.gather(
-            _broadcast(partial(self._worker.broadcast_load, _TIMEOUT_S), may_be_none=may_be_none),
-            _broadcast(partial(self._worker.broadcast_usage, _TIMEOUT_S), may_be_none=may_be_none),
+    async def _read_workers(self) -> tuple[float, dict[str, _Workers]]:
+        models = self._by_model
+        found = await asyncio.gather(*[self._read_model(name, models[name]) for name in models])
+        return time.time(), dict(zip(models, found, strict=True))
+
+    async def _read_model(self, name: str, config: AppConfig) -> _Workers:
+        client, may_be_none = self._workers_of.named(name).client, config.workers_scale_to_zero
+        return await asyncio.gather(
+            _broadcast(partial(client.broadcast_load, _TIMEOUT_S), may_be_none=may_be_none),
+            _broadcast(partial(client.broadcast_usage, _TIMEOUT_S), may_be_none=may_be_none),
         )
-        return time.time(), answers, usages
 
-    def _workers_object(self, statuses: Sequence[EngineStatus]) -> JsonObject:
-        settings, counters = self._engine, [status.counters for status in statuses]
+    def _workers_object(self, name: str, answers: ReplicaAnswers[EngineStatus]) -> JsonObject:
+        statuses, settings = answers.given, self._by_model[name].worker
+        counters = [status.counters for status in statuses]
         return {
             "num_running": sum(status.num_running for status in statuses),
             "max_running": settings.max_batch_size * len(statuses),
@@ -119,7 +121,18 @@ class StatsReader:
             "cached_prompt_tokens": sum(counter.num_cached_tokens for counter in counters),
             "prefix_cache_tokens": sum(status.prefix_cache_tokens for status in statuses),
             "kv_tokens_free": sum(status.free_kv_tokens for status in statuses),
+            "replicas": answers.counts,
         }
+
+
+def _sums(objects: Sequence[JsonObject]) -> JsonObject:
+    """Return the sums of the numbers of objects with the same fields."""
+    return {
+        name: _sums([item[name] for item in objects])
+        if isinstance(value, dict)
+        else sum(item[name] for item in objects)
+        for name, value in objects[0].items()
+    }
 
 
 def _usage_object(usages: Sequence[Usage]) -> JsonObject:

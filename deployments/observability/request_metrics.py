@@ -61,6 +61,7 @@ class RequestContext:
     code: str = ""  # of the API's error object
     model: str = ""  # as the client asked
     strategy: str = "none"
+    base_model: str = ""  # that answers; "" is the first of the served ones
     adapters: tuple[str, ...] = ()  # version digests
     used: tuple[
         tuple[str, str, float], ...
@@ -75,8 +76,9 @@ class RequestContext:
     is_recorded: bool = False  # as usage
 
     def record_plans(self, plans: Sequence[Planned], seconds: float) -> None:
-        """Record the plans. A request of several prompts is reported with the strategy of its first."""
+        """Record the plans. A request of several prompts is reported with the strategy and base model of its first."""
         self.strategy, self.plan_s = plans[0].plan.strategy, seconds
+        self.base_model = plans[0].plan.base_model
         weights: dict[AdapterRef, float] = {}
         for row in (row for planned in plans for row in planned.plan.adapters):
             weights[row.ref] = weights.get(row.ref, 0.0) + row.weight / len(plans)

@@ -31,7 +31,8 @@ _SUFFIX = ".jsonl"
 class UsageLog:
     """The events of one Ingress replica. A segment is locked while its writer lives, and nobody else sends it.
 
-    Without a `folder` nothing is recorded. `send` stores a segment under its name; repeating it changes nothing.
+    Without a `folder` nothing is recorded. `base`: the base model of requests whose plan names none. `send` stores a
+    segment under its name; repeating it changes nothing.
     """
 
     def __init__(self, folder: Path | None, base: str, send: Callable[[str, bytes], Awaitable[None]]) -> None:
@@ -49,7 +50,7 @@ class UsageLog:
         if self._folder is None or context.is_recorded or context.caller is None or context.method == "GET":
             return
         context.is_recorded = True
-        line = encode_event(context, self._base, context.status if status is None else status)
+        line = encode_event(context, context.base_model or self._base, context.status if status is None else status)
         # A line that the disk took in part is ended first. The segment stays open: a new one for each request would
         # fill the disk with empty files.
         data = b"\n" + line if self._is_failing else line

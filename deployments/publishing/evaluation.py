@@ -15,7 +15,8 @@ from deployments.api.completions import Question
 from deployments.api.contract import applied_contract
 from deployments.api.pool_responses import ranking_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
-from deployments.calls.worker_client import StreamEnd, WorkerClient, WorkerGate
+from deployments.calls.worker_client import StreamEnd, Workers
+from deployments.config.served_model import ServedModels
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
 from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
@@ -41,13 +42,13 @@ class AnswerScorer(Scorer):
     Case, surrounding space and a final full stop do not count. An adapter that cannot be loaded scores 0.
     """
 
-    def __init__(self, worker: WorkerClient, gate: WorkerGate, template: str) -> None:
-        self._worker, self._gate, self._template = worker, gate, template
+    def __init__(self, workers: Workers, models: ServedModels) -> None:
+        self._workers, self._models = workers, models
         self._room, self._numbers = asyncio.Semaphore(_AT_ONCE), itertools.count()
 
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         """Return one score for each example. Raises: WorkerStarting, DeadlineExceeded, and what a Worker raises."""
-        await self._gate.ready()
+        await self._workers.made_for(adapter.base_model).gate.ready()
         return await asyncio.gather(*[self._score(adapter, example) for example in examples])
 
     async def _score(self, adapter: AdapterRecord, example: Sample) -> float:
@@ -57,8 +58,9 @@ class AnswerScorer(Scorer):
         return score_of(answer, example.output)
 
     async def _answer(self, adapter: AdapterRecord, text: str, output: str) -> str:
+        model = self._models.made_for(adapter.base_model)
         rows = (PlannedAdapter(adapter.ref, adapter.weights_digest, 1.0),)
-        plan = Plan("selection", rows, template=adapter.template, contract=adapter.contract)
+        plan = Plan("selection", rows, template=adapter.template, contract=adapter.contract, base_model=model.name)
         question = Question((Message("user", text),), text, adapter.ref.name, LoraOptions())
         sampling = SamplingParams(max_tokens=max_tokens_for(output), temperature=0)
         contract = applied_contract(plan, question, sampling)
@@ -67,11 +69,11 @@ class AnswerScorer(Scorer):
             prompt=question.prompt if contract is None else contract.prompt(question.prompt),
             plan=replace(plan, contract=None),
             sampling=sampling if contract is None else contract.sampling(sampling),
-            template=adapter.template or self._template,
+            template=adapter.template or model.template,
             tenant=_TENANT,
             time_left_s=_ANSWER_S,
         )
-        stream, parts = self._worker.stream(job), list[str]()
+        stream, parts = self._workers.stream(job), list[str]()
         deadline = time.monotonic() + _ANSWER_S
         try:
             while not isinstance(delta := await stream.next(deadline), StreamEnd):

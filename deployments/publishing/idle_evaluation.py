@@ -12,7 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api import error_table
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import WorkerClient
+from deployments.calls.worker_client import Workers
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.evaluation import Evaluator
@@ -33,23 +33,24 @@ Sleep = Callable[[float], Awaitable[None]]
 
 
 class IdleScorer(Scorer):
-    """Scores as `scorer`, but begins each batch of examples only when no worker has a request.
+    """Scores as `scorer`, but begins each batch of examples only when no worker of their base model has a request.
 
     Without any worker it waits, so an evaluation starts none.
     """
 
-    def __init__(self, scorer: Scorer, worker: WorkerClient, sleep: Sleep = asyncio.sleep) -> None:
-        self._scorer, self._worker, self._sleep = scorer, worker, sleep
+    def __init__(self, scorer: Scorer, workers: Workers, sleep: Sleep = asyncio.sleep) -> None:
+        self._scorer, self._workers, self._sleep = scorer, workers, sleep
 
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         """Return one score for each example, once the workers are idle. Raises: what the other scorer raises."""
-        while not await self._is_idle():
+        while not await self._is_idle(adapter):
             await self._sleep(POLL_S)
         return await self._scorer.scores(adapter, examples)
 
-    async def _is_idle(self) -> bool:
+    async def _is_idle(self, adapter: AdapterRecord) -> bool:
         try:
-            answers = await self._worker.broadcast_load(_LOAD_TIMEOUT_S)
+            client = self._workers.made_for(adapter.base_model).client
+            answers = await client.broadcast_load(_LOAD_TIMEOUT_S)
         except (DeploymentUnavailableError, TimeoutError):
             return False
         statuses = [answer for answer in answers if isinstance(answer, EngineStatus)]

@@ -18,7 +18,7 @@ from deployments.api.pool_responses import contract_object
 from deployments.api.responses import FieldChange, Published, Removed, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import WorkerClient, WorkerGate
+from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
@@ -54,6 +54,7 @@ T = TypeVar("T")
 Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
+_SHAPES_S = 60.0  # of several base models; then adapters of those that do not answer are refused
 _MAX_SWAPS = 3  # changes of the encoder, or of what a version keeps, during one publish
 
 
@@ -182,15 +183,14 @@ class Publisher:
         self,
         store: StoreClient,
         retriever: RetrieverClient,
-        worker: WorkerClient,
+        workers: Workers,
         *,
         background: Background,
         reclaimer: Reclaimer,
-        gate: WorkerGate,
         metrics: ChangeMetrics | None = None,
     ) -> None:
-        self._store, self._retriever, self._gate = store, retriever, gate
-        self._validator = AdapterValidator(retriever, worker)
+        self._store, self._retriever, self._workers = store, retriever, workers
+        self._validator = AdapterValidator(retriever, workers)
         self._background, self._reclaimer, self._metrics = background, reclaimer, metrics or ChangeMetrics()
         self._listeners: list[Listener] = []
 
@@ -336,17 +336,36 @@ class Publisher:
         with held or nullcontext():
             try:
                 active = await self._store.active_encoder()
-                staged = await self._stage_all(uploads, await self._gate.module_shapes())
+                staged = await self._stage_all(uploads, await self._find_shapes())
             finally:
                 await self._delete_parts([id for upload in uploads for id in upload.sent])
             return await self._make_live(staged, active, change)
 
-    async def _stage_all(self, uploads: Sequence[PublishItem], module_shapes: Shapes) -> list[Staged | BaseException]:
+    async def _find_shapes(self) -> dict[str, Shapes]:
+        """Return the module shapes of each base model: adapters of one that does not tell them are refused.
+
+        Raises: the error of the first one if none does; WorkerStarting.
+        """
+        gates = {name: workers.gate for name, workers in self._workers.by_model.items()}
+        if len(gates) == 1:
+            return {name: await gate.module_shapes() for name, gate in gates.items()}
+        asked = [asyncio.wait_for(gate.known_shapes(), _SHAPES_S) for gate in gates.values()]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        told = {
+            name: shapes for name, shapes in zip(gates, found, strict=True) if not isinstance(shapes, BaseException)
+        }
+        if not told and isinstance(found[0], BaseException):
+            raise found[0]
+        return told
+
+    async def _stage_all(
+        self, uploads: Sequence[PublishItem], shapes_by_model: Mapping[str, Shapes]
+    ) -> list[Staged | BaseException]:
         slots = asyncio.Semaphore(_STAGED_TOGETHER)  # leave room for the Store's other callers
 
         async def stage(upload: PublishItem) -> Staged:
             async with slots:
-                return await self._store.stage(upload, module_shapes)
+                return await self._store.stage(upload, shapes_by_model)
 
         return await asyncio.gather(*map(stage, uploads), return_exceptions=True)
 
@@ -359,14 +378,14 @@ class Publisher:
             return await self._end_trial(kept[0], actor)
         wanted = kept_version(kept, digest)
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
-        return await self._publish_staged(lambda: self._store.restage(wanted), active, change)
+        return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
 
     async def _resample(
         self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge
     ) -> Published:
         active = await self._store.active_encoder()
         change = Change(actor, charge=charge)
-        return await self._publish_staged(lambda: self._store.resample(live, samples), active, change)
+        return await self._publish_staged(live.base_model, lambda: self._store.resample(live, samples), active, change)
 
     async def _edit(self, key: Key, edit: Edit, digest: str | None, change: Change) -> Published:
         active = await self._store.active_encoder()
@@ -376,13 +395,13 @@ class Publisher:
         live = kept[0]
         if digest is not None and digest != live.ref.digest:
             raise VersionChanged(key[1], digest, live.ref.digest)
-        return await self._publish_staged(lambda: self._store.edit(live, edit), active, change)
+        return await self._publish_staged(live.base_model, lambda: self._store.edit(live, edit), active, change)
 
     async def _publish_staged(
-        self, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
+        self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
     ) -> Published:
         """Publish the version that `stage` makes of stored weights; `active` is the active encoder."""
-        await self._gate.ready()
+        await self._workers.made_for(base_model).gate.ready()
         [outcome] = await self._make_live([await stage()], active, change)
         if isinstance(outcome, Exception):
             raise outcome

@@ -11,7 +11,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import StoreClient
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import WorkerClient
+from deployments.calls.worker_client import WorkerGroup
 from lora_store import AdapterRecord, LoraStoreError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Reclaimer:
     def __init__(
         self,
         store: StoreClient,
-        worker: WorkerClient,
+        worker: WorkerGroup,
         background: Background,
         *,
         longest_request_s: float,

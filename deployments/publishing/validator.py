@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.calls.catalogue_clients import RetrieverClient
-from deployments.calls.worker_client import WorkerClient
+from deployments.calls.worker_client import Workers
 from lora_store import AdapterRecord, AdapterRef, Staged
 from lora_store.validation import NEVER_TRAINED
 from retriever_svc.embedded import Embedded
@@ -56,8 +56,8 @@ def warnings_of(staged: Staged, shift: float | None) -> tuple[str, ...]:
 class AdapterValidator:
     """Embeds with the Retriever and probes on a Worker, both at the same time."""
 
-    def __init__(self, retriever: RetrieverClient, worker: WorkerClient) -> None:
-        self._retriever, self._worker = retriever, worker
+    def __init__(self, retriever: RetrieverClient, workers: Workers) -> None:
+        self._retriever, self._workers = retriever, workers
 
     async def validate(
         self,
@@ -118,9 +118,22 @@ class AdapterValidator:
         return await self._retriever.embed(samples, tenants)
 
     async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
-        """Return each shift or error. If the whole call fails, its error applies to each adapter."""
+        """Return each shift or error, from the workers of each one's base model."""
+        by_workers: dict[int, list[int]] = {}
+        for place, staged in enumerate(batch):
+            by_workers.setdefault(id(self._workers.made_for(staged.record.base_model)), []).append(place)
+        groups = [[batch[place] for place in places] for places in by_workers.values()]
+        answers = await asyncio.gather(*map(self._probe_alike, groups))
+        places = [place for own in by_workers.values() for place in own]
+        shifts = dict(zip(places, [shift for own in answers for shift in own], strict=True))
+        return [shifts[place] for place in range(len(batch))]
+
+    async def _probe_alike(self, batch: Sequence[Staged]) -> list[float | Exception]:
+        """Probe adapters of one base model. If the whole call fails, its error applies to each of them."""
+        workers = self._workers.made_for(batch[0].record.base_model)
         try:
-            return await self._worker.probe_many([staged.weights_digest for staged in batch])
+            await workers.gate.ready()
+            return await workers.client.probe_many([staged.weights_digest for staged in batch])
         except Exception as exc:
             return [exc] * len(batch)
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from deployments.config.app import AppConfig
+from deployments.config.model_settings import ModelSettings
 from deployments.scaling.settings import ServeOptions
 from docs.generate.markdown import code, table
 from gpu_worker.config import CommonSettings, NativeSettings, VllmSettings
@@ -31,8 +32,9 @@ def find_schema() -> Mapping[str, Any]:
         properties = schema["$defs"][engine.__name__]["properties"]
         for name, text in find_meanings(engine).items():
             properties[name]["description"] = text
-    worker = schema["properties"]["worker"]
-    worker["anyOf"] = worker.pop("oneOf")  # a group that names no engine is one of both
+    for part in (schema, schema["$defs"][ModelSettings.__name__]):
+        worker = part["properties"]["worker"]
+        worker["anyOf"] = worker.pop("oneOf")  # a group that names no engine is one of both
     for part in (schema, *schema["$defs"].values()):
         for field in part.get("properties", {}).values():
             if "description" in field:
@@ -128,6 +130,8 @@ def _reference(field: Mapping[str, Any]) -> str | None:
 def _allowed(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if options := field.get("anyOf"):
         return " or ".join(dict.fromkeys(_allowed(option, schema) for option in options))
+    if _reference(field) == ModelSettings.__name__:
+        return "base models"
     if "$ref" in field:
         return "[Serve's options](#serves-options)"
     if "enum" in field:

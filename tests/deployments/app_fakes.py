@@ -98,7 +98,7 @@ def serve_plainly(
     ingress = Ingress(
         config,
         retriever_handle,
-        worker_handle,
+        dict.fromkeys(config.by_model, worker_handle),
         store_handle,
         limits=limits,
         keep_alive_s=keep_alive_s,

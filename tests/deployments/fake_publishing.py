@@ -11,12 +11,12 @@ from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Removed
 from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import ServeWorker, WorkerGate
+from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerClient, WorkerGate, Workers
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
 from gpu_worker.errors import AdapterUnfit
 from lora_store import LOCAL_TENANT, AdapterRecord
-from tests.deployments.adapter_records import pool_of
+from tests.deployments.adapter_records import BASE, pool_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
@@ -80,13 +80,17 @@ class Publishing:
     def publisher(self, background: Background) -> Publisher:
         store, worker = serve_store(self.store, wait_s=self._store_wait_s), ServeWorker(self.worker)
         reclaimer = Reclaimer(store, worker, background, longest_request_s=1, sleep=_in_no_time)
-        gate = WorkerGate(worker, None)
-        clients = store, serve_retriever(self.retriever), worker
-        return Publisher(*clients, background=background, reclaimer=reclaimer, gate=gate)
+        clients = store, serve_retriever(self.retriever), workers_of(worker)
+        return Publisher(*clients, background=background, reclaimer=reclaimer)
 
     @property
     def live_digests(self) -> dict[str, list[str]]:
         return {name: [record.ref.digest for record in kept] for (_, name), kept in self.pool.live.items()}
+
+
+def workers_of(client: WorkerClient) -> Workers:
+    """Return the workers of one base model, which never scale to zero."""
+    return Workers({BASE: BaseWorkers(client, WorkerGate(client, None))})
 
 
 def live(outcomes: Sequence[Published | Exception]) -> list[Published]:

@@ -81,7 +81,7 @@ class FakeStore:
     _leases: Iterator[int] = field(default_factory=itertools.count)
     _commits: dict[str, int] = field(default_factory=dict)  # generations by commit id
 
-    async def stage(self, upload: PublishItem, module_shapes: Shapes) -> Staged:
+    async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         self._fail("stage")
         name = upload.adapter_name
         if name in self.refused:

@@ -37,12 +37,19 @@ def test_a_key_without_a_value_in_serves_own_file_does_not_start_a_server_withou
 def bound(app: Application) -> tuple[str, dict[str, Any]]:
     """Return the deployment's name and its arguments by name. Ray has no public way to read the graph."""
     deployment = app._bound_deployment
-    handles = [each for each in deployment.init_args if isinstance(each, Application)]
+    workers = [each for own in deployment.init_args if isinstance(own, dict) for each in own.values()]
+    handles = [each for each in (*deployment.init_args, *workers) if isinstance(each, Application)]
     return deployment.name, dict(bound(each) for each in handles)
 
 
 def test_the_ingress_calls_all_others_and_the_worker_calls_the_store() -> None:
     assert bound(build_app(config_of())) == ("Ingress", {"Retriever": {}, "Worker": {"Store": {}}, "Store": {}})
+
+
+def test_each_of_several_base_models_has_workers_of_its_own() -> None:
+    models = [{"base_model": "org/a"}, {"base_model": "org/b", "worker_scaling": {"num_replicas": 2}}]
+    _, handles = bound(build_app(AppConfig(models=models)))
+    assert handles == {"Retriever": {}, "Worker-a": {"Store": {}}, "Worker-b": {"Store": {}}, "Store": {}}
 
 
 def test_only_a_local_server_has_an_address_of_its_own() -> None:

@@ -63,7 +63,7 @@ class Stores:
         return path
 
     async def stage(self, upload: PublishItem) -> Staged:
-        return await self.deployment.stage(upload, SHAPES)
+        return await self.deployment.stage(upload, {BASE: SHAPES})
 
     async def publish(self, *uploads: PublishItem, encoder: str = "enc") -> list[Staged]:
         staged = [await self.stage(upload) for upload in uploads]

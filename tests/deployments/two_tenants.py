@@ -138,7 +138,7 @@ async def two_tenants(
     retriever._pools._background = lambda work: work()  # lists are trained before a publish is answered
     asked, worker = FakeHandle(retriever), FakeHandle(QuietWorker())
     store = FakeHandle(StoreDeployment(config, put=lambda b: b))
-    served = Served(Ingress(config, asked, worker, store), asked, worker, store)
+    served = Served(Ingress(config, asked, dict.fromkeys(config.by_model, worker), store), asked, worker, store)
     try:
         async with http_of(served) as client:
             made = TwoTenants(served, client, folder)

@@ -53,10 +53,11 @@ def test_a_staged_adapter_is_seen_only_after_commit(
 def test_the_template_that_the_folder_brings_is_recorded(make_folder: MakeFolder, folder_uri: str) -> None:
     folder, source = make_folder(), "{{ messages }}"
     (folder / TEMPLATE_FILE).write_text(source)
-    store = LoraStore(folder_uri, accepts_base=[BASE], templates={template_digest(source): "chat"})
-    _commit(store, brought := store.stage(folder))
+    store, known = LoraStore(folder_uri, accepts_base=[BASE]), {template_digest(source): "chat"}
+    _commit(store, brought := store.stage(folder, templates=known))
     assert store.snapshot().resolve("local", "poet").template == "chat"
-    assert store.stage(folder, template="chat").ref == brought.ref, "a named one and a brought one are the same version"
+    named = store.stage(folder, template="chat", templates=known)
+    assert named.ref == brought.ref, "a named one and a brought one are the same version"
 
 
 def test_weights_and_samples_load_as_published(

@@ -73,6 +73,12 @@ def test_samples_of_a_version_that_is_not_live_any_more_are_refused(store: LoraS
     assert live(store).ref == newer.ref, "the newer weights stay"
 
 
+def test_the_same_samples_twice_are_one_version_and_no_conflict(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    twice = [store.resample(first, [Sample("a"), ACCEPTED]) for _ in range(2)]
+    assert len({commit(store, staged).ref for staged in twice}) == 1
+
+
 def test_the_visibility_is_that_of_the_commit(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder(), visibility="public"))
     staged = store.resample(first, [Sample("a"), ACCEPTED])

@@ -105,12 +105,12 @@ def test_a_description_replaces_a_description_and_never_several_samples(
 
 
 def test_a_folders_template_counts_for_a_new_name_only(folder_uri: str, make_folder: MakeFolder) -> None:
-    store = LoraStore(folder_uri, accepts_base=["tiny-base"], templates={})
+    store = LoraStore(folder_uri, accepts_base=["tiny-base"])
     commit(store, store.stage(make_folder(), template="alpaca"))
     folder = make_folder(seed=1)
     (folder / TEMPLATE_FILE).write_text("{{ unknown }}")
-    assert commit(store, store.stage(folder)).template == "alpaca"
-    assert commit(store, store.stage(folder, template="server")).template is None
+    assert commit(store, store.stage(folder, templates={})).template == "alpaca"
+    assert commit(store, store.stage(folder, template="server", templates={})).template is None
 
 
 def test_a_trial_has_the_template_of_the_live_version(store: LoraStore, make_folder: MakeFolder) -> None:

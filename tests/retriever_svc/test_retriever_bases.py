@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_store import AdapterRecord, RankedAdapter, Ranking, Sample
+from lora_store import AdapterRecord, PlanInvalid, RankedAdapter, Ranking, Sample
 from lora_store.events import Rank
 from lora_store.trials import Trial
 from retriever_svc import (
@@ -21,7 +21,7 @@ from retriever_svc import (
 from tests.retriever_svc.pool_fakes import BASE, FakeEncoder, Source, live_pool, names, record_of, snapshot_of
 from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, TABLE, TEMPERATURE, route_one
 
-BASES = ServedBases("tiny-chat", frozenset({BASE, "tiny-chat"}))
+BASES = ServedBases({"tiny-chat": {BASE, "tiny-chat"}})
 OTHER = "org/other"
 OWN, OLD = record_of("own", NORTH), record_of("old", EAST, base_model=OTHER)
 BARE = record_of("bare", None, base_model=OTHER)  # without samples
@@ -151,3 +151,44 @@ def test_a_reindex_embeds_the_adapters_of_every_base() -> None:
     old = replace(OLD, num_samples=2, samples_digest="x", embedding=None)
     steps = list(over(Source(old, OWN)).reindex("model", samples))
     assert [ref for step in steps for ref in step.embeddings] == [OLD.ref]
+
+
+SEVERAL = ServedBases({"tiny-chat": {BASE}, "other": {OTHER}})
+MORE = [record_of(f"own-{number}", (number / 9, 1.0)) for number in range(1, 4)]
+MIXED = Source(OLD, OWN, *MORE)
+
+
+def test_a_plan_has_the_base_of_the_best_adapter_and_what_that_base_has_alone() -> None:
+    retriever = over(MIXED, SEVERAL)
+    for text, base_model, best in (("east", "other", "old"), ("north", "tiny-chat", "own")):
+        route = route_one(retriever, text, strategy="mixture", top_k=3)
+        alone = over(MIXED, ServedBases({base_model: (SEVERAL.accepted or {})[base_model]}))
+        alone_route = route_one(alone, text, strategy="mixture", top_k=3)
+        assert route == replace(alone_route, plan=replace(alone_route.plan, base_model=base_model))
+        assert (route.plan.base_model, names(route)[0]) == (base_model, best)
+
+
+def test_a_request_may_choose_the_base_and_gets_it_also_without_an_adapter() -> None:
+    retriever = over(MIXED, SEVERAL)
+    route = route_one(retriever, "east", top_k=3, base_model="tiny-chat")
+    assert (route.plan.base_model, names(route)) == ("tiny-chat", ["own-3", "own-2", "own-1"])
+    for chosen, base_model in (("", "tiny-chat"), ("other", "other")):
+        plan = route_one(retriever, "north", min_score=1.1, base_model=chosen).plan
+        assert (plan.strategy, plan.base_model) == ("base", base_model)
+
+
+def test_the_adapter_of_the_turn_before_keeps_its_base() -> None:
+    near = record_of("near", (0.05, 1.0), base_model=OTHER)
+    route = route_one(over(Source(OWN, near), SEVERAL), "north", preferred=near.ref)
+    assert (route.plan.base_model, names(route)) == ("other", ["near"])
+
+
+def test_named_adapters_of_two_bases_form_no_plan() -> None:
+    retriever = over(MIXED, SEVERAL)
+    assert retriever.plan_named("local", [("old", 1.0)], "selection").base_model == "other"
+    with pytest.raises(PlanInvalid, match="must have one base model, got 'own' for 'tiny-chat', 'old' for 'other'"):
+        retriever.plan_named("local", [("own", 0.5), ("old", 0.5)])
+    pinned = [PinnedAdapter(record.ref.name, record.ref.digest, 0.5) for record in (OWN, OLD)]
+    assert retriever.replay("local", "selection", pinned[1:], 1).base_model == "other"
+    with pytest.raises(PlanInvalid, match="must have one base model"):
+        retriever.replay("local", "mixture", pinned, 1)

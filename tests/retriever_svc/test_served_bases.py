@@ -7,7 +7,7 @@ import pytest
 from retriever_svc import AdapterIncompatible, ServedBases
 from tests.retriever_svc.pool_fakes import record_of
 
-BASES = ServedBases("chat-b", frozenset({"org/b", "chat-b"}))
+BASES = ServedBases({"chat-b": {"org/b", "chat-b"}})
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,10 @@ def test_adapters_that_are_not_served_are_counted_by_their_base() -> None:
     records = [record_of(name, None, base_model=base_model) for name, base_model in of.items()]
     assert BASES.unserved(records) == (("org/a", 2), ("org/c", 1))
     assert ServedBases().unserved(records) == ()
+
+
+def test_an_adapter_belongs_to_the_base_that_accepts_its_name_or_to_the_first() -> None:
+    several = ServedBases({"chat-b": {"org/b"}, "chat-a": {"org/a"}})
+    assert [several.find(name) for name in ("org/a", "org/b", "", "org/c")] == ["chat-a", "chat-b", "chat-b", None]
+    with pytest.raises(AdapterIncompatible, match="this server serves 'chat-b, chat-a'"):
+        several.check(record_of("poet", None, base_model="org/c"), "poet")

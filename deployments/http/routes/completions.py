@@ -75,7 +75,7 @@ async def responses(
     """Answer as a chat does, in the shape of the Responses API. Nothing is stored: `input` is a whole conversation."""
     if body.previous_response_id is not None:
         raise ResponseNotStored
-    form = ResponseForm(body, context.request_id, services.config.served_model.sampling_defaults)
+    form = ResponseForm(body, context.request_id)
     return await _respond(body, caller, services, context, form)
 
 
@@ -98,7 +98,7 @@ async def count_tokens(
 async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
     config = services.config
-    check_texts(body.prompt, config.served_model)
+    check_texts(body.prompt, config.served_models.widest)
     texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
     with services.authenticator.running(caller, Work(len(body.prompt), num_read=sum(map(tokens_routed, texts)))):
         async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
@@ -123,7 +123,7 @@ async def _respond(
         refuse_stream_options(request)
     started = await services.completions.start(request, caller, context)
     if form is not None:
-        form.use(started.request)
+        form.use(started.request, started.sampling_defaults)
     if not request.stream:
         answer = await services.completions.collect(started)
         return JSONResponse(answer if form is None else form.whole(answer), headers=started.answer.headers())

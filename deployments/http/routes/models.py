@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Self
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from pydantic import Field
@@ -15,7 +14,7 @@ from deployments.api.adapters import Tag
 from deployments.api.base import ApiRequest
 from deployments.api.pool_responses import ModelCard, ModelList, model_list
 from deployments.auth.authenticator import Caller
-from deployments.config.served_model import ServedModel
+from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound
 from deployments.generation.planner import AUTO
 from deployments.http.bodies import AnsweringRoute
@@ -32,7 +31,7 @@ _MAX_READ = 1024  # policies whose fields are remembered; a list may have hundre
 
 
 class ModelQuery(ApiRequest):
-    """The query of one page of the list: names in order, `auto` and the base model first."""
+    """The query of one page of the list: names in order, `auto` and the base models first."""
 
     limit: int = Field(default=MAX_PAGE, ge=1, le=MAX_PAGE)
     after: str = Field(default="", max_length=256, description="the last id of the page before")
@@ -43,11 +42,11 @@ class ModelQuery(ApiRequest):
 
 @router.get("/v1/models", response_model=None, responses=MODELS_ANSWERS)
 async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, caller: AnyCaller) -> ModelList:
-    """List `auto`, the base model, model names, then every adapter the caller may name.
+    """List `auto`, the base models, model names, then every adapter the caller may name.
 
     If `has_more`, go on `after` `last_id`.
     """
-    cards = _Cards.of(services.config.served_model, caller)
+    cards = _Cards(services.config.served_models, caller)
     own, is_inside = cards.own(query, await services.retriever.names(caller.tenant), caller.tenant)
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
@@ -64,9 +63,10 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL_ANSWERS)
 async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCard:
     """Return the card of one model, by any name that a request may use for it."""
-    cards = _Cards.of(services.config.served_model, caller)
-    name = model.removeprefix(f"{cards.base}:")
-    if model == cards.base or name == AUTO:
+    served = services.config.served_models
+    cards = _Cards(served, caller)
+    base_model, name = served.split(model)
+    if not name or name == AUTO:
         return cards.special(model)
     for policy in await services.retriever.policies(caller.tenant, name) if name == model else ():
         return cards.named(policy, caller.tenant)
@@ -74,36 +74,30 @@ async def model(model: str, services: AnyServices, caller: AnyCaller) -> ModelCa
         _, versions = await services.retriever.record(caller.tenant, name)
     except AdapterNotFound as exc:  # also matches the RayTaskError of it
         raise ModelNotFound(model, exc.hint) from exc
-    services.config.served_model.bases.check(versions[0], model)
+    if served.bases.check(versions[0], model) != base_model and base_model:
+        raise ModelNotFound(model)
     return cards.adapter(model, versions[0], caller.tenant)
 
 
-@dataclass(frozen=True, slots=True)
 class _Cards:
-    """The cards of the models over one base model, of which they have the template and the defaults for sampling."""
+    """The cards of the models. Each has the template and the defaults for sampling of its base model."""
 
-    base: str
-    accepts_base: tuple[str, ...]  # for callers who publish: one of the names may be a path on the server
-    template: str
-    sampling_defaults: dict[str, float]
-
-    @classmethod
-    def of(cls, model: ServedModel, caller: Caller) -> Self:
-        accepted = tuple(sorted(model.accepted_names)) if "publish" in caller.roles else ()
-        return cls(model.name, accepted, model.template_in_use, model.sampling_defaults)
+    def __init__(self, models: ServedModels, caller: Caller) -> None:
+        self._models, self._caller = models, caller
 
     def own(self, query: ModelQuery, named: Sequence[NamedPolicy], tenant: str) -> tuple[list[ModelCard], bool]:
         """Return the cards before those of adapters that belong to the page, and whether `after` is one of them.
 
         If the page has no room for all, there is one more than it has. Filters for adapters exclude them.
         """
-        ids = [AUTO, self.base, *(item.ref.name_for(tenant) for item in named)]
+        special = [AUTO, *(model.name for model in self._models)]
+        ids = [*special, *(item.ref.name_for(tenant) for item in named)]
         is_inside = query.after in ids
         if query.owner is not None or query.tag or (query.after and not is_inside):
             return [], is_inside
         start = ids.index(query.after) + 1 if is_inside else 0
         found = [place for place in range(start, len(ids)) if query.name.lower() in ids[place].lower()]
-        policies = [None, None, *named]
+        policies = [*[None] * len(special), *named]
         cards = []
         for place in found[: query.limit + 1]:
             policy = policies[place]
@@ -113,43 +107,54 @@ class _Cards:
     def named(self, named: NamedPolicy, tenant: str) -> ModelCard:
         """Return the card of a model name. `root` is the version of its policy."""
         name = named.ref.name_for(tenant)
-        template, given = _shown_fields(named.policy)
+        target, template, given = _shown_fields(named.policy)
         root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
-        card = self._card(name, created, named.ref.tenant, root, self.base, template or self.template)
-        card["sampling_defaults"] = {**self.sampling_defaults, **given}
+        model = self._models.named(self._models.split(target)[0])
+        card = self._card(name, created, named.ref.tenant, root, model, template)
+        card["sampling_defaults"] = {**model.sampling_defaults, **given}
         return card
 
     def special(self, name: str) -> ModelCard:
-        """Return the card of `auto` or of the base model."""
-        if name != self.base:
-            card = self._card(name, 0, _OWNER, name, self.base, self.template)
+        """Return the card of `auto`, alone or for one base model, or of a base model."""
+        base_model, rest = self._models.split(name)
+        model = self._models.named(base_model)
+        card = self._card(name, 0, _OWNER, name, model)
+        if rest:
             strategies = {each: STRATEGIES[each].summary for each in ROUTED_STRATEGIES}
             weights = {each: weighting.summary for each, weighting in WEIGHTINGS.items()}
             return card | {"strategies": strategies, "weights": weights}
-        card = self._card(name, 0, _OWNER, name, None, self.template)
-        return card | {"accepts_base": list(self.accepts_base)} if self.accepts_base else card
+        card["parent"] = None
+        accepted = sorted(model.accepted_names) if "publish" in self._caller.roles else []  # one may be a path
+        return card | {"accepts_base": accepted} if accepted else card
 
     def adapter(self, name: str, record: AdapterRecord, tenant: str) -> ModelCard:
         """Return the card of an adapter. `root` is the source of the tenant's own; the others' stays private."""
         root = record.source if record.ref.tenant == tenant else name
         created = int(record.created_at.timestamp())
-        return self._card(name, created, record.ref.tenant, root, self.base, record.template or self.template)
+        model = self._models.made_for(record.base_model)
+        return self._card(name, created, record.ref.tenant, root, model, record.template)
 
-    def _card(self, name: str, created: int, owner: str, root: str, parent: str | None, template: str) -> ModelCard:
+    def _card(
+        self, name: str, created: int, owner: str, root: str, model: ServedModel, template: str | None = None
+    ) -> ModelCard:
         return {
             "id": name,
             "object": "model",
             "created": created,
             "owned_by": owner,
             "root": root,
-            "parent": parent,
-            "template": template,
-            "sampling_defaults": self.sampling_defaults,
+            "parent": model.name,
+            "template": template or model.template_in_use,
+            "sampling_defaults": model.sampling_defaults,
         }
 
 
 @lru_cache(_MAX_READ)
-def _shown_fields(policy: str) -> tuple[str | None, Mapping[str, float]]:
-    """Return what a card shows of a stored policy: its template, and its defaults for sampling."""
+def _shown_fields(policy: str) -> tuple[str, str | None, Mapping[str, float]]:
+    """Return what a card shows of a stored policy: its model, its template, and its defaults for sampling."""
     fields = json.loads(policy)
-    return fields.get("template"), {name: fields[name] for name in SAMPLING_DEFAULTS if name in fields}
+    return (
+        fields.get("model", AUTO),
+        fields.get("template"),
+        {name: fields[name] for name in SAMPLING_DEFAULTS if name in fields},
+    )

@@ -64,7 +64,7 @@ async def set_name(name: str, body: NamePolicy, caller: PublishCaller, services:
     key = _own_key(name, caller)
     if not is_valid_name(key[1]):
         raise RequestInvalid(f"name: 1 to 64 of A-Z a-z 0-9 . _ - and not 'auto', got {name[:100]!r}", "name")
-    if key[1] in services.config.served_model.accepted_names:
+    if key[1] in services.config.served_models.accepted_names:
         raise NameTaken(key[1], "the base model")
     text = (await services.planner.settle(body, caller.tenant)).to_json()
     if len(text) > MAX_POLICY_CHARS:

@@ -42,7 +42,7 @@ async def pool_map(
 @router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)
 async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, context: AnyContext) -> PromptPlace:
     """Return the position of a prompt on that map, and of these adapters: a large map does not show all."""
-    check_texts([body.prompt], services.config.served_model)
+    check_texts([body.prompt], services.config.served_models.widest)
     with services.authenticator.running(caller, Work(num_read=tokens_read(body.prompt))):
         async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)

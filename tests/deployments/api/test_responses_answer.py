@@ -42,7 +42,10 @@ def answer_of(*, num_logprobs: int | None = None) -> Answer:
 
 
 def form_of(**fields: Any) -> ResponseForm:
-    return ResponseForm(ResponsesRequest.model_validate({"input": "Hi"} | fields), "r", DEFAULTS)
+    request = ResponsesRequest.model_validate({"input": "Hi"} | fields)
+    form = ResponseForm(request, "r")
+    form.use(request, DEFAULTS)
+    return form
 
 
 def streamed(deltas: Sequence[Delta], form: ResponseForm, *, with_end: bool = True) -> list[JsonObject]:

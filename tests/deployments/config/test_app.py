@@ -373,3 +373,48 @@ def test_cuda_implies_the_gpus_of_a_worker() -> None:
 def test_an_upload_holds_the_largest_weights_and_their_other_files() -> None:
     config = AppConfig(admission={"max_weights_bytes": 100})
     assert config.max_upload_bytes == 100 + OTHER_FILES_BYTES
+
+
+def test_each_of_several_models_has_settings_of_its_own_and_shares_the_others() -> None:
+    models = [
+        {"base_model": "org/a", "worker": {"device": "cuda", "max_model_len": 512}},
+        {"base_model": "org/b", "worker_scaling": {"autoscaling_config": {"min_replicas": 0}}, "accepts_base": ["x/b"]},
+    ]
+    config = AppConfig(models=models, max_new_tokens=77)
+    first, second = config.by_model.values()
+    assert list(config.by_model) == [model.name for model in config.served_models] == ["a", "b"]
+    assert (first.worker_config().device, first.worker_scaling.num_gpus, first.workers_scale_to_zero) == (
+        "cuda",
+        1,
+        False,
+    )
+    assert (second.worker_config().device, second.worker_scaling.num_gpus, second.workers_scale_to_zero) == (
+        "cpu",
+        0,
+        True,
+    )
+    assert {each.worker_config().max_new_tokens for each in (first, second)} == {77}
+    assert (config.served_models.first.max_model_len, config.served_models.widest.name) == (512, "b")
+    assert (config.served_models.made_for("x/b").name, config.served_models.made_for(None).name) == ("b", "a")
+    assert [config.served_models.split(name) for name in ("b", "b:auto", "b:", "c:auto", "poet")] == [
+        ("b", ""), ("b", "auto"), ("", "b:"), ("", "c:auto"), ("", "poet")
+    ]  # fmt: skip
+    assert AppConfig().by_model == {"gemma-3-270m": AppConfig()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"models": [{}], "template": "chat"}, "models: cannot be combined with template; move it into a model"),
+        ({"models": [{"base_model": "x/a"}, {"base_model": "y/a"}]}, "'a' is the name of two"),
+        ({"models": [{"base_model": "x/a"}, {"accepts_base": ["x/a"]}]}, "both accept adapters of 'x/a'"),
+        (
+            {"models": [{"worker": {"device": "cuda"}, "worker_scaling": {"ray_actor_options": {"num_gpus": 0}}}]},
+            "cuda",
+        ),
+        ({"models": [{"worker_scaling": {"graceful_shutdown_timeout_s": 1}}]}, "at least max_request_s"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_or_started_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        AppConfig(**settings)

@@ -24,13 +24,13 @@ from tests.fakes import FakeHandle
 
 def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = None, **retrieval: Any) -> Planned:
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora or {}}
-    planner = Planner(config_of().served_model, RetrievalSettings(**retrieval), serve_retriever(handle))
+    planner = Planner(config_of().served_models, RetrievalSettings(**retrieval), serve_retriever(handle))
     [question] = ChatCompletionRequest.model_validate(body).questions()
     return asyncio.run(planner.plan(question, "local"))
 
 
 def planner_over(handle: FakeHandle) -> Planner:
-    return Planner(config_of().served_model, RetrievalSettings(), serve_retriever(handle))
+    return Planner(config_of().served_models, RetrievalSettings(), serve_retriever(handle))
 
 
 def handle_of(*extra: str) -> FakeHandle:

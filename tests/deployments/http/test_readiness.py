@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from deployments.api.pool_responses import Ready
 from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import ServeWorker, WorkerGate
+from deployments.calls.worker_client import ServeWorker
 from deployments.errors import NotReady
 from deployments.http.readiness import KEPT_S, MAX_WAITING, Readiness
 from deployments.publishing.preload import Preload
@@ -22,7 +22,7 @@ from lora_store import AdapterRecord
 from retriever_svc import BaseCounts
 from tests.clocks import Clock
 from tests.deployments.adapter_records import POOL, adapter
-from tests.deployments.fake_publishing import Publishing
+from tests.deployments.fake_publishing import Publishing, workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.preloads import preload_of
@@ -71,8 +71,9 @@ def with_readiness(
         client = ServeWorker(handle)
         preload = Preload(folders, asked.publisher(background))
         await preload.wait()
-        clients = serve_retriever(asked.retriever), client
-        readiness = Readiness(preload, WorkerGate(client, None), *clients, has_keys=has_keys, **options)
+        readiness = Readiness(
+            preload, workers_of(client), serve_retriever(asked.retriever), has_keys=has_keys, **options
+        )
         answer = await question(Asked(readiness, handle, asked.retriever))
         await background.idle()
         return answer

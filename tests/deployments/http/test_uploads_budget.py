@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +14,7 @@ from starlette.types import Message
 
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.byte_budget import ByteBudget
+from deployments.calls.catalogue_clients import Shapes
 from deployments.config.app import FORM_OVERHEAD_BYTES, OTHER_FILES_BYTES
 from deployments.errors import BodyTooSlow, UploadMemoryFull
 from deployments.http.uploads import count_upload
@@ -129,10 +130,10 @@ class HeldStore(FakeStore):
     let_go: asyncio.Event
     staging: asyncio.Event
 
-    async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
+    async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         self.staging.set()
         await self.let_go.wait()
-        return await super().stage(upload, module_shapes)
+        return await super().stage(upload, shapes_by_model)
 
 
 def upload(client: httpx.AsyncClient, num_bytes: int) -> Any:
@@ -200,14 +201,14 @@ def test_a_large_file_is_sent_in_parts_and_the_parts_are_deleted_after_the_stage
     content = bytes(range(256)) * (80 << 10)  # 20 MiB
 
     class WatchingStore(FakeStore):
-        async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
+        async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
             files = upload.files or {}
             for name, file in files.items():
                 parts = self.parts[file.id] if isinstance(file, SentFile) else {0: file}
                 assert b"".join(parts[number] for number in range(len(parts))) == sent[name]
                 assert len(file) == len(sent[name])
                 seen.append((name, [len(part) for part in parts.values()]))
-            return await super().stage(upload, module_shapes)
+            return await super().stage(upload, shapes_by_model)
 
     sent = {"adapter_model.safetensors": content, "adapter_config.json": b"{}"}
     store = WatchingStore(pool_of(*POOL))

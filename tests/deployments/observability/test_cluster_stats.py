@@ -15,6 +15,7 @@ from gpu_worker.errors import EngineStopped
 from retriever_svc import PoolSize
 from tests.deployments.app_fakes import config_of
 from tests.deployments.console_fakes import HOLDINGS, CountingWorker
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.fakes import FakeHandle
 
@@ -48,15 +49,7 @@ def reader_over(
     retriever: Any, worker: ServeWorker, config: AppConfig | None = None, clock: FakeClock | None = None
 ) -> StatsReader:
     config = config or config_of()
-    return StatsReader(
-        config.served_model,
-        config.retrieval,
-        config.worker,
-        retriever,
-        worker,
-        clock or FakeClock(),
-        may_sleep=config.workers_scale_to_zero,
-    )
+    return StatsReader(config, retriever, workers_of(worker), clock or FakeClock())
 
 
 def test_stats_are_sums_over_the_workers() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.calls.worker_client import ServeWorker, WorkerGate
+from deployments.calls.worker_client import ServeWorker
 from deployments.publishing.evaluation import AnswerScorer
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.front.request.prompts import Message
@@ -14,13 +14,15 @@ from gpu_worker.front.request.request import Delta, Job
 from lora_store import Sample
 from retriever_svc import Region
 from tests.deployments.adapter_records import POOL
-from tests.deployments.app_fakes import Served
+from tests.deployments.app_fakes import Served, config_of
 from tests.deployments.asking import ask
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
 
 POET, CODER = POOL
+CHATTING = config_of(template="chat").served_models
 EXAMPLES = tuple(Sample(f"prompt {number}", "Yes.") for number in range(8))
 
 
@@ -43,7 +45,7 @@ class Broken(FakeWorker):
 def scores(worker: FakeWorker, adapter=POET) -> list[float]:  # type: ignore[no-untyped-def]
     async def run() -> list[float]:
         client = ServeWorker(FakeHandle(worker))
-        return list(await AnswerScorer(client, WorkerGate(client, None), "chat").scores(adapter, EXAMPLES))
+        return list(await AnswerScorer(workers_of(client), CHATTING).scores(adapter, EXAMPLES))
 
     return asyncio.run(run())
 
@@ -62,7 +64,7 @@ def test_jobs_are_greedy_short_and_take_turns_with_tenants() -> None:
 
     async def run() -> None:
         client = ServeWorker(handle)
-        await AnswerScorer(client, WorkerGate(client, None), "chat").scores(POET, EXAMPLES)
+        await AnswerScorer(workers_of(client), CHATTING).scores(POET, EXAMPLES)
 
     asyncio.run(run())
     jobs = [job for (job,) in handle.called("stream")]
@@ -78,7 +80,7 @@ def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:
 
     async def run() -> None:
         client = ServeWorker(handle)
-        scorer = AnswerScorer(client, WorkerGate(client, None), "chat")
+        scorer = AnswerScorer(workers_of(client), CHATTING)
         await scorer.scores(replace(POET, contract=contract), EXAMPLES[:1])
 
     asyncio.run(run())

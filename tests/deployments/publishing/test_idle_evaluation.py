@@ -21,6 +21,7 @@ from retriever_svc import Region
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.console_fakes import HOLDINGS, CountingWorker
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.metric_fakes import FakeMetrics
@@ -71,7 +72,7 @@ class Ones:
 def test_a_batch_begins_when_no_worker_has_a_request(workers: list[list[EngineStatus]], num_polls: int) -> None:
     sleeper = Sleeper()
     client = ServeWorker(FakeHandle(*[Poet(states=list(states)) for states in workers]))
-    assert asyncio.run(IdleScorer(Ones(), client, sleeper).scores(POET, EXAMPLES)) == [1.0] * 4
+    assert asyncio.run(IdleScorer(Ones(), workers_of(client), sleeper).scores(POET, EXAMPLES)) == [1.0] * 4
     assert sleeper.slept_s == [POLL_S] * num_polls
 
 
@@ -82,7 +83,7 @@ def test_without_a_worker_it_waits_and_starts_none(num_silent: int) -> None:
     async def run() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1000 * POLL_S):
-                await IdleScorer(Ones(), ServeWorker(handle)).scores(POET, EXAMPLES)
+                await IdleScorer(Ones(), workers_of(ServeWorker(handle))).scores(POET, EXAMPLES)
 
     run_in_virtual_time(run())
     assert handle.called("module_shapes") == handle.called("stream") == []

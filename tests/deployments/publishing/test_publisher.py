@@ -17,7 +17,7 @@ from deployments.publishing.validator import VALIDATED_TOGETHER
 from gpu_worker.errors import AdapterUnfit
 from lora_store import AdapterRecord, AdapterRefused, Key, Sample, StoreUnavailable, VersionConflict
 from retriever_svc import StaleIndex
-from tests.deployments.adapter_records import ENCODER, adapter, pool_of
+from tests.deployments.adapter_records import BASE, ENCODER, adapter, pool_of
 from tests.deployments.fake_publishing import POET, Publishing, live
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
@@ -68,7 +68,7 @@ def test_many_are_embedded_in_batches_and_live_by_one_commit() -> None:
 def test_each_step_gets_the_adapters_that_passed_the_previous_one() -> None:
     publishing = Publishing()
     publishing("bad", "poet", "bare")
-    assert [given for _, given in publishing.store.called("stage")] == [SHAPES] * 3
+    assert [given for _, given in publishing.store.called("stage")] == [{BASE: SHAPES}] * 3
     assert publishing.retriever.called("embed") == [([(Sample("one"), Sample("two")), ()], ["local", "local"])]
     probed = [adapter(name).weights_digest for name in ("poet", "bare")]
     assert publishing.worker.called("probe_many") == [(probed,)]

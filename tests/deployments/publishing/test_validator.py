@@ -21,6 +21,7 @@ from deployments.publishing.validator import (
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from lora_store.validation import NEVER_TRAINED
 from tests.deployments.adapter_records import adapter
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
@@ -37,7 +38,9 @@ def validate(
     **retriever: Any,
 ) -> tuple[list[Outcome], FakeHandle]:
     handle = FakeHandle(worker or FakeWorker())
-    validator = AdapterValidator(serve_retriever(FakeHandle(FakeRetriever(**retriever))), ServeWorker(handle))
+    validator = AdapterValidator(
+        serve_retriever(FakeHandle(FakeRetriever(**retriever))), workers_of(ServeWorker(handle))
+    )
     return asyncio.run(validator.validate(items, live or {}, free_of_charge)), handle
 
 

@@ -48,7 +48,7 @@ async def serving(folder: Path, base: str, **settings: Any) -> AsyncIterator[tup
     retriever = RetrieverDeployment(config, poll_interval_s=3600.0)
     asked, worker = FakeHandle(retriever), FakeHandle(QuietWorker())
     store = FakeHandle(StoreDeployment(config, put=lambda b: b))
-    served = Served(Ingress(config, asked, worker, store), asked, worker, store)
+    served = Served(Ingress(config, asked, dict.fromkeys(config.by_model, worker), store), asked, worker, store)
     try:
         await served.services.preload.wait()
         async with http_of(served) as client:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from deployments.api.adapters import PublishItem
+from deployments.calls.catalogue_clients import Shapes
 from lora_store import Staged
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.asking import ask, error_of, get
@@ -23,9 +25,9 @@ class SlowStore(FakeStore):
         super().__init__()
         self.gate = asyncio.Event()
 
-    async def stage(self, upload: PublishItem, module_shapes: object) -> Staged:
+    async def stage(self, upload: PublishItem, shapes_by_model: Mapping[str, Shapes]) -> Staged:
         await self.gate.wait()
-        return await super().stage(upload, module_shapes)
+        return await super().stage(upload, shapes_by_model)
 
 
 def test_health_answers_while_ready_waits_for_the_preload(tmp_path: Path) -> None:
