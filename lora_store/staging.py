@@ -44,7 +44,7 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What a new version of the same weights has instead of the live one's; None: the same. "server": no template."""
+    """Changes that make a new version of the same weights. None: as in the live version; "server": no template."""
 
     tags: tuple[str, ...] | None = None
     template: str | None = None

@@ -11,12 +11,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
 from lora_store.lru_cache import LruCache
 from lora_store.persistent_map import PersistentMap
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key, Snapshot
-from retriever_svc.calibration import Abstain, Candidates, judge
+from retriever_svc.calibration import Abstain, Candidates, Floats, judge
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
@@ -75,6 +76,7 @@ class Pool:
     _rewordings: PerCallerCache[Rewording] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
+    _near_ordinary: dict[AdapterRef, float] = field(default_factory=dict)
     listings: Listings = field(init=False)
     references: Vectors | None = field(init=False)  # the ordinary prompts, from the centre
 
@@ -170,12 +172,24 @@ class Pool:
             compared = scores
         else:  # own scores are not from the centre, so they set no floor
             compared, own_scores = np.asarray(vectors @ query, np.float64), [0 * own for own in own_scores]
-        judgement = judge(Candidates(compared, own_scores, nearness(vectors, self.references)), abstain, close)
+        refs = [match.record.ref for match in matches]
+        judgement = judge(Candidates(compared, own_scores, self._adapters_nearness(refs, vectors)), abstain, close)
         thresholds = judgement.thresholds
         if abstain != "never":
             thresholds = (thresholds + scores - compared).clip(-1, 1)
         judged = zip(matches, thresholds.tolist(), judgement.confidences.tolist(), strict=True)
         return [match._replace(threshold=threshold, confidence=confidence) for match, threshold, confidence in judged]
+
+    def _adapters_nearness(self, refs: Sequence[AdapterRef], vectors: Vectors) -> Floats:
+        """Return the nearness (C,) of these adapters' vectors (C, D) to ordinary prompts.
+
+        It is kept: many prompts have the same candidates, and computing it takes longer than the rest of a judgement.
+        """
+        assert self.references is not None
+        new = [row for row, ref in enumerate(refs) if ref not in self._near_ordinary]
+        for row, near in zip(new, nearness(vectors[new], self.references).tolist(), strict=True):
+            self._near_ordinary[refs[row]] = near
+        return np.asarray([self._near_ordinary[ref] for ref in refs], np.float64)
 
     def refers_back(self, query: Vectors) -> bool:
         """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""
