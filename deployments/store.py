@@ -233,5 +233,4 @@ class StoreDeployment:
 def _without_vectors(record: AdapterRecord) -> AdapterRecord:
     if record.embedding is None:
         return record
-    bare = replace(record.embedding, vector=_NO_VECTOR, own_scores=_NO_VECTOR, accepted=None)
-    return replace(record, embedding=bare)
+    return replace(record, embedding=replace(record.embedding, vector=_NO_VECTOR, own_scores=_NO_VECTOR))

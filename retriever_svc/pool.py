@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, count
 from operator import is_not
@@ -26,11 +26,9 @@ from retriever_svc.ordinary_prompts import centred, nearness, refers_back
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
-from retriever_svc.rewording import AS_WRITTEN, Rewording, accepted_prompts, undisputed
 from retriever_svc.served_bases import BaseCounts, ServedBases
 
 _TRUSTED = "trusted"
-_NUM_RIVALS = 3  # adapters that may answer an accepted prompt
 _EVERY_BASE = ServedBases()
 Value = TypeVar("Value")
 _MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
@@ -69,11 +67,9 @@ class Pool:
     ordinary: Vectors | None = None  # (J, D) of ordinary prompts, by the same encoder
     bases: ServedBases = _EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
-    taught: Mapping[Key, AdapterRecord] = field(default_factory=dict)  # the routable ones with accepted prompts
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
-    _rewordings: PerCallerCache[Rewording] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
     _near_ordinary: dict[AdapterRef, float] = field(default_factory=dict)
@@ -97,27 +93,22 @@ class Pool:
         centre: Vectors | None = None,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
-        records = routable(snapshot, encoder.identity, bases)
-        index = AdapterIndex.of(records, encoder.dim, settings, lists)
-        return cls(snapshot, encoder, index, ordinary, bases, centre, _taught(records))
+        index = AdapterIndex.of(routable(snapshot, encoder.identity, bases), encoder.dim, settings, lists)
+        return cls(snapshot, encoder, index, ordinary, bases, centre)
 
     def after(self, snapshot: Snapshot) -> Pool:
         """Return the pool of a later generation with the same encoder. Call it from one thread on the newest pool."""
-        gone, new = self._changes(snapshot)
-        taught = {key: record for key, record in self.taught.items() if key not in set(gone)} | _taught(new)
-        index = self.index.after(gone, new)
-        return Pool(snapshot, self.encoder, index, self.ordinary, self.bases, self.centre, taught)
+        index = self._index_after(self.index, snapshot)
+        return Pool(snapshot, self.encoder, index, self.ordinary, self.bases, self.centre)
 
     def rebuilt(self, index: AdapterIndex, newest: Pool) -> Pool:
         """Return `newest` with a new index: `index` holds this pool's adapters, so apply the changes since."""
-        index = index.after(*self._changes(newest.snapshot))
-        pool = newest
-        return Pool(pool.snapshot, pool.encoder, index, pool.ordinary, pool.bases, pool.centre, pool.taught)
+        index = self._index_after(index, newest.snapshot)
+        return Pool(newest.snapshot, newest.encoder, index, newest.ordinary, newest.bases, newest.centre)
 
-    def _changes(self, snapshot: Snapshot) -> tuple[list[Key], list[AdapterRecord]]:
-        """Return the names that a later generation removed or replaced, and its new routable adapters."""
+    def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
         gone, new = diff_records(self.snapshot.records, snapshot.records)
-        return gone, [record for record in new if _is_routable(record, self.encoder.identity, self.bases)]
+        return index.after(gone, [record for record in new if _is_routable(record, self.encoder.identity, self.bases)])
 
     def may_find(self, record: AdapterRecord, tenant: str) -> bool:
         """Return whether `tenant` may be given this adapter without naming it."""
@@ -138,24 +129,18 @@ class Pool:
         )
 
     def judged(
-        self,
-        found: Sequence[list[Match]],
-        abstain: Abstain,
-        queries: Vectors,
-        near: Sequence[float] | None = None,
-        rise: float = 0.0,
+        self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None
     ) -> list[list[Match]]:
         """Return the same matches with their thresholds at an operating point and their confidences.
 
         `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
-        `rise`: of the thresholds above it (see `rewording`).
         """
         if self.references is None:
             return list(found)
         asked = centred(queries, self.centre)
         near = nearness(asked, self.references).tolist() if near is None else near
         return [
-            self._judged(matches, abstain, query, close + rise)
+            self._judged(matches, abstain, query, close)
             for matches, query, close in zip(found, asked, near, strict=True)
         ]
 
@@ -201,22 +186,6 @@ class Pool:
             (tenant,),
             lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre),
         )
-
-    def rewording(self, tenant: str) -> Rewording:
-        """Return how prompts of `tenant` are read: as they are written without accepted prompts or a projection."""
-        return self._rewordings.get((tenant,), lambda: self._fit_rewording(tenant))
-
-    def _fit_rewording(self, tenant: str) -> Rewording:
-        pairs = accepted_prompts(record for record in self.taught.values() if record.ref.tenant == tenant)
-        if not pairs or self.references is None or self.centre is not None:
-            return AS_WRITTEN
-        asked = np.stack([prompt for prompt, _ in pairs])
-        near = nearness(asked, self.references).tolist()
-        found = self.judged(self.nearest(asked, _NUM_RIVALS, tenant), "balanced", asked, near)
-        if not (pairs := undisputed(pairs, found, near)):
-            return AS_WRITTEN
-        prompts, adapters = (np.stack(rows) for rows in zip(*pairs, strict=True))
-        return Rewording.fit(prompts, adapters, self.references)
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:
         """Return the plane and the map of the adapters of `tenant`. Adapters it cannot see do not affect the axes."""
@@ -286,11 +255,6 @@ def _distinct_weights(matches: list[Match]) -> list[Match]:
     for match in matches:
         first.setdefault(match.record.weights_digest, match)
     return list(first.values())
-
-
-def _taught(records: Iterable[AdapterRecord]) -> dict[Key, AdapterRecord]:
-    with_prompts = (r for r in records if r.embedding is not None and r.embedding.accepted is not None)
-    return {(record.ref.tenant, record.ref.name): record for record in with_prompts}
 
 
 def diff_records(

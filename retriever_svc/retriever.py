@@ -196,15 +196,12 @@ class Retriever:
         rows, preferences = np.stack(vectors), pool.preferences(tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
-        rewording = pool.rewording(tenant)
-        nearest = pool.nearest(
-            rewording.read(rows), num, tenant, tags, trusted_only=trusted_only, base_model=base_model
-        )
+        nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only, base_model=base_model)
         found = [
             preferences.applied(vector, matches, num, tags)[: request.num_considered]
             for request, vector, matches in zip(requests, vectors, nearest, strict=True)
         ]
-        return pool.judged(found, abstain, rows, rise=rewording.rise)
+        return pool.judged(found, abstain, rows)
 
     def _narrowed(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
         """Return the base model of the best match that fits, if others of another base model are among the matches.
