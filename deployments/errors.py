@@ -216,7 +216,7 @@ class VersionChanged(DeploymentsError):
     def __str__(self) -> str:
         return (
             f"digest: {self.wanted!r} is not the live version of adapter {self.name!r}; "
-            f"review {self.live!r}, then approve that digest"
+            f"review {self.live!r}, then name that digest"
         )
 
 

@@ -24,7 +24,7 @@ from deployments.observability.metrics import SERVE, MetricFactory, report_perio
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.tracing import tracer
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Sample, Strategy
+from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from retriever_svc import (
     AskedPrompt,
     BulkEncoding,
@@ -218,6 +218,10 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         generation, versions = await _on(self._lookups, self._retriever.versions, tenant, name)
         return generation, [_as_seen_by(tenant, record) for record in versions]
+
+    async def evaluation(self, tenant: str, name: str) -> Ranking | None:
+        """Return what the tenant's last evaluation measured on this adapter's examples. Raises: AdapterNotFound."""
+        return await _on(self._lookups, self._retriever.evaluation, tenant, name)
 
     async def samples(self, tenant: str, name: str) -> list[Sample]:
         """Return the samples of the adapter's live version; none of another tenant's adapter.

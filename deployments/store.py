@@ -137,6 +137,7 @@ class StoreDeployment:
     restage = in_thread(LoraStore.restage)
     take_over = in_thread(LoraStore.take_over)
     resample = in_thread(LoraStore.resample)
+    edit = in_thread(LoraStore.edit)
     commit = in_thread(LoraStore.commit)
     discard = in_thread(LoraStore.discard)
     withdraw = in_thread(LoraStore.withdraw)
@@ -232,4 +233,5 @@ class StoreDeployment:
 def _without_vectors(record: AdapterRecord) -> AdapterRecord:
     if record.embedding is None:
         return record
-    return replace(record, embedding=replace(record.embedding, vector=_NO_VECTOR, own_scores=_NO_VECTOR))
+    bare = replace(record.embedding, vector=_NO_VECTOR, own_scores=_NO_VECTOR, accepted=None)
+    return replace(record, embedding=bare)

@@ -36,7 +36,7 @@ from lora_store.rankings import RankedAdapter, Ranking
 from lora_store.records import VISIBILITIES, AdapterRecord, Embedding, OutputProfile, Visibility
 from lora_store.rules import Precondition
 from lora_store.snapshot import KEPT_VERSIONS, ActiveEncoder, Key, Snapshot
-from lora_store.staging import Kept, Staged
+from lora_store.staging import Edit, Kept, Staged
 from lora_store.store import LoraStore, Withdrawn
 from lora_store.strategies.registry import ROUTED_STRATEGIES, STRATEGIES, RoutedStrategy, Strategy
 from lora_store.strategies.strategy import MAX_PLAN_ADAPTERS, StrategyOption
@@ -70,6 +70,7 @@ __all__ = [
     "CheckedFolder",
     "Collected",
     "ConditionalWritesMissing",
+    "Edit",
     "Embed",
     "Embedding",
     "EncoderIncomplete",

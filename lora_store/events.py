@@ -174,6 +174,7 @@ SCHEMA = pa.schema(
         pa.field("trial", pa.string()),  # JSON; of a kept version that was never live: "offered"
         pa.field("live_since", pa.timestamp("us", tz="UTC")),  # null: since `created_at`
         pa.field("contract", pa.string()),  # JSON
+        pa.field("accepted_vectors", pa.binary()),  # float32, one row after another; null: no accepted prompts
     ]
 )
 _OFFERED = "offered"
@@ -349,7 +350,7 @@ def _read_event(
     embedding = None
     if vector is not None:
         own_scores = np.empty(0, np.float32) if own_scores is None else own_scores
-        embedding = Embedding(row["encoder"], vector, own_scores, _read_outputs(row))
+        embedding = Embedding(row["encoder"], vector, own_scores, _read_outputs(row), _read_accepted(row, len(vector)))
     match row["event"]:
         case "publish":
             return Publish(_read_record(row, embedding, row["generation"]))
@@ -420,6 +421,8 @@ def _embedding_row(embedding: Embedding | None) -> dict[str, Any]:
         vector = embedding.outputs.vector
         row["output_labels"] = embedding.outputs.labels
         row["output_vector"] = None if vector is None else vector.tobytes()
+    if embedding.accepted is not None:
+        row["accepted_vectors"] = embedding.accepted.astype(np.float32).tobytes()
     return row
 
 
@@ -428,6 +431,11 @@ def _read_outputs(row: Mapping[str, Any]) -> OutputProfile | None:
     if labels is None:
         return None
     return OutputProfile(labels, None if vector is None else np.frombuffer(vector, np.int8))
+
+
+def _read_accepted(row: Mapping[str, Any], dim: int) -> NDArray[np.float32] | None:
+    data = row["accepted_vectors"]
+    return None if data is None else np.frombuffer(data, np.float32).reshape(-1, dim)
 
 
 def _read_arrays(column: pa.ChunkedArray) -> list[NDArray[np.float32] | None]:

@@ -29,8 +29,9 @@ class OutputProfile:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """An adapter's vector in one encoder's space. Dims: D dimensions, S samples (0 for fewer than two).
+    """An adapter's vector in one encoder's space.
 
+    Dims: D dimensions, S samples (0 for fewer than two), A accepted prompts, which are no part of the other arrays.
     Embeddings compare equal if the same encoder made them: encoder and samples determine the arrays.
     """
 
@@ -38,6 +39,7 @@ class Embedding:
     vector: NDArray[np.float32] = field(compare=False, repr=False)  # (D,), length 1
     own_scores: NDArray[np.float32] = field(compare=False, repr=False)  # (S,) cosine of each sample to the others' mean
     outputs: OutputProfile | None = field(default=None, compare=False, repr=False)  # None for too few outputs
+    accepted: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)  # (A, D); None for none
 
 
 @dataclass(frozen=True, slots=True)

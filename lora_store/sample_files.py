@@ -81,7 +81,7 @@ def parse_samples(data: bytes) -> tuple[Sample, ...]:
 
 
 def _parse_sample(line: bytes, max_bytes: int) -> Sample:
-    """Return the sample of one line. A longer input is cut: the encoder reads its beginning alone."""
+    """Return the sample of one line."""
     try:
         raw = parse_json_object(line)
     except ValueError as exc:
@@ -92,6 +92,13 @@ def _parse_sample(line: bytes, max_bytes: int) -> Sample:
         raise ValueError(f'needs a text "{key}" that is not blank')
     if not isinstance(output, str | None):
         raise ValueError('has an "output" that is not a string')
+    return checked_sample(text, output, max_bytes)
+
+
+def checked_sample(text: str, output: str | None, max_bytes: int) -> Sample:
+    """Return the sample. A longer input is cut, because the encoder reads only its beginning. Raises: ValueError."""
+    if not text.strip():
+        raise ValueError('needs an "input" that is not blank')
     try:
         f"{text}{output}".encode()
     except UnicodeEncodeError as exc:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lora_store.adapter import AdapterRef, Sample
-from lora_store.records import AdapterRecord
+from lora_store.records import AdapterRecord, Visibility
 from lora_store.validation import CheckedFolder, Label
 from lora_store.weights_blob import digest_of
 
@@ -42,6 +42,16 @@ class Staged:
         return self.record.weights_digest
 
 
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Changes that make a new version of the same weights. None: as in the live version; "server": no template."""
+
+    tags: tuple[str, ...] | None = None
+    template: str | None = None
+    visibility: Visibility | None = None
+    samples: tuple[Sample, ...] | None = None
+
+
 def version_digest(label: Label, weights_digest: str, samples_digest: str | None, base_model: str) -> str:
     """Return the sha256 over everything that identifies a version. Visibility is left out, as it may change later."""
     parts = [weights_digest, samples_digest, label.template, list(label.tags), base_model]
@@ -61,14 +71,13 @@ def label_of(record: AdapterRecord) -> Label:
     )
 
 
-def with_samples(record: AdapterRecord, samples_digest: str, num_samples: int) -> AdapterRecord:
-    """Return another version of the record: the same weights with these samples, and nothing that a commit fills in."""
-    digest = version_digest(label_of(record), record.weights_digest, samples_digest, record.base_model)
+def changed_version(record: AdapterRecord, **changes: Any) -> AdapterRecord:
+    """Return another version of the record: the same weights with these changes, and nothing that a commit fills in."""
+    new = replace(record, **changes)
+    digest = version_digest(label_of(new), new.weights_digest, new.samples_digest, new.base_model)
     return replace(
-        record,
-        ref=replace(record.ref, digest=digest),
-        samples_digest=samples_digest,
-        num_samples=num_samples,
+        new,
+        ref=replace(new.ref, digest=digest),
         embedding=None,
         probe_shift=None,
         actor="",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -48,9 +49,9 @@ from lora_store.rules import (
     visibility_events,
     withdraw_events,
 )
-from lora_store.sample_files import parse_samples, write_samples
+from lora_store.sample_files import checked_sample, parse_samples, write_samples
 from lora_store.snapshot import ActiveEncoder, Key, Snapshot
-from lora_store.staging import Kept, Staged, staged_record, take_over, with_samples
+from lora_store.staging import Edit, Kept, Staged, changed_version, staged_record, take_over
 from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
@@ -234,13 +235,59 @@ class LoraStore:
         if samples is None:
             samples = [sample for sample in self.samples(live.samples_digest) if not sample.is_accepted]
         data = write_samples(samples)
-        record = with_samples(live, digest_of(data), len(samples))
+        record = changed_version(live, samples_digest=digest_of(data), num_samples=len(samples))
+        return self._stage_changed(live, record, tuple(samples))
+
+    def edit(self, live: AdapterRecord, edit: Edit) -> Staged:
+        """Stage the weights of the live version with these changes.
+
+        The commit fails if another version is live by then. An accepted prompt stays marked as one.
+        Raises: AdapterRefused with every reason; AdapterNotFound if its blobs were deleted.
+        """
+        name, tenant = live.ref.name, live.ref.tenant
+        label = _make_label(name, tenant, edit.tags, edit.template, edit.visibility or live.visibility, live)
+        reasons = list(label.problems())
+        samples = None if edit.samples is None else self._checked_samples(live, edit.samples, reasons)
+        if reasons:
+            raise AdapterRefused(name, reasons)
+        template = None if label.template == SERVER_TEMPLATE else label.template
+        changes: dict[str, Any] = {"tags": label.tags, "template": template, "visibility": label.visibility}
+        if samples is not None:
+            digest = digest_of(write_samples(samples)) if samples else None
+            changes |= {"samples_digest": digest, "num_samples": len(samples)}
+        staged = self._stage_changed(live, changed_version(live, **changes), samples)
+        return staged if edit.visibility is None else replace(staged, keeps=frozenset())
+
+    def _checked_samples(self, live: AdapterRecord, given: Sequence[Sample], reasons: list[str]) -> tuple[Sample, ...]:
+        """Return the samples as they are stored. Add what is wrong with them to `reasons`."""
+        limits = self._limits or Limits()
+        if live.is_unlisted and given:
+            reasons.append("samples: an adapter with ttl_s has none; publish it without ttl_s first")
+        if len(given) > limits.max_samples:
+            reasons.append(f"samples: at most {limits.max_samples} (admission.max_samples), got {len(given)}")
+        accepted = {sample for sample in self._find(live) if sample.is_accepted}
+        samples = []
+        for number, sample in enumerate(given, start=1):
+            try:
+                checked = checked_sample(sample.input, sample.output, limits.max_sample_bytes)
+            except ValueError as exc:
+                reasons.append(f"samples: number {number} {exc}")
+            else:
+                marked = replace(checked, is_accepted=True)
+                samples.append(marked if marked in accepted else checked)
+        return tuple(samples)
+
+    def _stage_changed(self, live: AdapterRecord, record: AdapterRecord, samples: tuple[Sample, ...] | None) -> Staged:
+        """Stage another version of the live one's weights, with these samples, or None for its own."""
 
         def write() -> tuple[Sample, ...]:
+            if samples is None:
+                return self._find(record)
             if live.weights_digest not in self._blobs:
                 raise AdapterNotFound(str(live.ref))
-            self._blobs.put(data)
-            return tuple(samples)
+            if samples:
+                self._blobs.put(write_samples(samples))
+            return samples
 
         staged = self._stage_leased(record, write)
         return replace(staged, keeps=frozenset({"visibility"}), replaces=live.ref.digest)

@@ -58,12 +58,16 @@ _SUFFIX = ".parquet"
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """The days from `start` to `end`, both included. `tenant`: only this one's requests."""
+    """The days from `start` to `end`, both included. `tenant`: only this one's requests.
+
+    `adapter`: only those that this one, `tenant/name`, answered.
+    """
 
     start: date
     end: date
     by: tuple[Dimension, ...] = ()
     tenant: str | None = None
+    adapter: str | None = None
 
 
 class UsageFiles:
@@ -174,8 +178,10 @@ def _folder(day: date) -> str:
 def _sums_of_day(events: pa.Table, folder: str, query: UsageQuery) -> pa.Table:
     if query.tenant is not None:
         events = events.filter(pc.equal(events["tenant"], query.tenant))
-    if "adapter" in query.by:
+    if "adapter" in query.by or query.adapter is not None:
         events = _first_of_each(_with_each_adapter(events), ["id", "adapter"])
+    if query.adapter is not None:
+        events = events.filter(pc.equal(events["adapter"], query.adapter))
     given: dict[str, Any] = {name: events[name] for name in ("tenant", "key", "base", "adapter") if name in query.by}
     ones = pa.array(np.ones(len(events), np.int64))
     failed = pc.or_(pc.greater_equal(events["status"], _FIRST_ERROR), pc.not_equal(events["code"], ""))

@@ -82,8 +82,7 @@ class Judgement:
 
 def judge(candidates: Candidates, abstain: Abstain, nearness: float) -> Judgement:
     """Judge the candidates of a prompt with this nearness to ordinary prompts."""
-    scores = candidates.scores
-    handicaps = _MAX_HANDICAP * ((candidates.nearness - _NEAR) / (_VERY_NEAR - _NEAR)).clip(0, 1)
+    scores, handicaps = candidates.scores, handicaps_at(candidates.nearness)
     margins = np.minimum(scores - nearness - handicaps, _MAX_MARGIN)
     logits = _CONSTANT + _MARGIN_WEIGHT * margins + _LEAD_WEIGHT * _leads(scores)
     confidences = 1 / (1 + np.exp(-logits))
@@ -93,6 +92,12 @@ def judge(candidates: Candidates, abstain: Abstain, nearness: float) -> Judgemen
     reliefs = np.asarray([_SINGLE_TEXT * (len(own) == 0) for own in candidates.own_scores])
     thresholds = np.maximum(nearness + MARGINS[abstain] + handicaps - reliefs, np.asarray(floors, np.float64))
     return Judgement(thresholds.clip(-1, 1), confidences)
+
+
+def handicaps_at(nearness: Floats) -> Floats:
+    """Return the handicap of each adapter by the nearness of its vector to ordinary prompts: (C,)."""
+    handicaps: Floats = _MAX_HANDICAP * ((nearness - _NEAR) / (_VERY_NEAR - _NEAR)).clip(0, 1)
+    return handicaps
 
 
 def _leads(scores: Floats) -> Floats:

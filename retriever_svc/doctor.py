@@ -20,7 +20,7 @@ from retriever_svc.output_profile import functions_agree
 from retriever_svc.pool import Pool
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.refit_gain import RefitGain, refit_gain
-from retriever_svc.sample_source import SampleSource, read_samples
+from retriever_svc.sample_source import SampleSource, read_samples, without_accepted
 from retriever_svc.shared_wording import has_one_wording, num_wordings
 
 FEW_SAMPLES = 10
@@ -186,7 +186,7 @@ class _Examination:
         if samples is None:
             self.unreadable.append(record.ref)
             return
-        texts = [sample.input for sample in samples]
+        texts = [sample.input for sample in without_accepted(samples)]
         encoding = BulkEncoding(self.pool.encoder, texts, [self.tenant] * len(texts))
         vectors = encoding.encode_all()
         if keeps_vectors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from retriever_svc.bulk import BulkEncoding
 from retriever_svc.calibration import leave_one_out_scores
 from retriever_svc.encoder import Encoder, Vectors, project, unit_rows
 from retriever_svc.output_profile import profile_of, texts_to_encode
+from retriever_svc.sample_source import without_accepted
 from retriever_svc.shared_wording import without_shared_wording
 
 CORE_WEIGHT = 0.4  # on the tune pools of `python -m benchmarks.routing.wording` 0.3 to 0.5 are alike
@@ -34,8 +36,8 @@ def encoding_of(
 ) -> BulkEncoding:
     """Return a chunk-by-chunk encoding of the samples of all groups, in order; `tenants` as in `embed_groups`.
 
-    Of each group: first the inputs, then the inputs without the wording that they share, then those outputs that its
-    profile needs.
+    Of each group: first the inputs, then the inputs without the wording that they share, then accepted prompts, then
+    those outputs that its profile needs.
     """
     texts = [_texts_of(samples) for samples in groups]
     owners = None
@@ -45,8 +47,10 @@ def encoding_of(
 
 
 def _texts_of(samples: Sequence[Sample]) -> list[str]:
-    inputs = [sample.input for sample in samples]
-    return inputs + without_shared_wording(inputs) + texts_to_encode(samples)
+    given = without_accepted(samples)
+    inputs = [sample.input for sample in given]
+    accepted = [sample.input for sample in samples if sample.is_accepted]
+    return inputs + without_shared_wording(inputs) + accepted + texts_to_encode(given)
 
 
 def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) -> list[Embedding | None]:
@@ -55,10 +59,16 @@ def embeddings_of(encoding: BulkEncoding, groups: Sequence[Sequence[Sample]]) ->
     embeddings: list[Embedding | None] = []
     start = 0
     for samples in groups:
-        num, end = len(samples), start + len(_texts_of(samples))
-        inputs, cores, outputs = np.split(rows[start:end], [num, 2 * num])
+        given = without_accepted(samples)
+        num, end = len(given), start + len(_texts_of(samples))
+        inputs, cores, accepted, outputs = np.split(rows[start:end], [num, 2 * num, num + len(samples)])
         start = end
-        embeddings.append(_embedding_of(encoding.encoder, samples, inputs, cores, outputs) if samples else None)
+        if not given:
+            embeddings.append(None)
+            continue
+        embedding = _embedding_of(encoding.encoder, given, inputs, cores, outputs)
+        prompts = project(encoding.encoder, accepted) if len(accepted) else None
+        embeddings.append(replace(embedding, accepted=prompts))
     return embeddings
 
 

@@ -1,11 +1,12 @@
 """Learn from clients: accepted prompts as samples, and outcomes as choices of one tenant.
 
-An accepted prompt is a row of its adapter's samples, so it moves the adapter's vector a little. An outcome says how an
-adapter answered one prompt. It counts for that tenant's prompts that are nearly the same, and nowhere else.
+An accepted prompt is stored among its adapter's samples. It says how clients of that tenant word their requests (see
+`rewording`) and leaves the adapter's vector as it is. An outcome says how an adapter answered one prompt. It counts for
+that tenant's prompts that are nearly the same, and nowhere else.
 
-Both are bounded: accepted prompts are at most a quarter of the rows, and one key has at most `MAX_PER_KEY` outcomes for
-an adapter. Both are *checked* before they apply: the samples that the publishers chose must still find their adapters,
-and ordinary prompts must still go to the base model.
+Both are bounded: accepted prompts are at most a quarter of the samples, and one key has at most `MAX_PER_KEY` outcomes
+for an adapter. Both are *checked* before they apply: the samples that the publishers chose must still find their
+adapters, and ordinary prompts must still go to the base model.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from retriever_svc.encoder import Vectors
 from retriever_svc.index import IndexSettings, Match
 from retriever_svc.ordinary_prompts import nearness_to_others
 from retriever_svc.pool import Pool
-from retriever_svc.sample_source import SampleSource, read_samples
+from retriever_svc.sample_source import SampleSource, read_samples, without_accepted
 
 NEAR_COPY = 0.95
 OWN_PER_ACCEPTED = 3  # rows of the publisher for each accepted one, which is at most a quarter of all
@@ -99,7 +100,7 @@ def accept(
     Raises: AdapterNotFound, BlobCorrupted, StoreUnavailable.
     """
     own = list(samples(live))
-    given = [sample for sample in own if not sample.is_accepted]
+    given = without_accepted(own)
     earlier = [sample for sample in own if sample.is_accepted]
     every = [sample.input for sample in own] + list(texts)
     vectors = _encoded(pool, every, live.ref.tenant)
@@ -117,11 +118,6 @@ def accept(
     after = {(live.ref.tenant, live.ref.name): replace(live, embedding=embedding)}
     effect = _Check(pool, live.ref.tenant, abstain, min_score, samples).effect(after, None)
     return Resampled(changed, tuple(left_out), effect)
-
-
-def without_accepted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    """Return the samples that the publisher gave."""
-    return tuple(sample for sample in samples if not sample.is_accepted)
 
 
 def learn(
@@ -257,10 +253,10 @@ class _Check:
     def _judged(self, pool: Pool, queries: Vectors, near: Sequence[float] | None = None) -> list[list[Match]]:
         if not len(queries):
             return []
-        preferences, num = pool.preferences(self.tenant), _NUM_COMPARED
-        nearest = pool.nearest(queries, num, self.tenant)
+        preferences, num, rewording = pool.preferences(self.tenant), _NUM_COMPARED, pool.rewording(self.tenant)
+        nearest = pool.nearest(rewording.read(queries), num, self.tenant)
         found = [preferences.applied(query, matches, num, ()) for query, matches in zip(queries, nearest, strict=True)]
-        judged = pool.judged(found, self.abstain, queries, near)
+        judged = pool.judged(found, self.abstain, queries, near, rewording.rise)
         if self.min_score is None:
             return judged
         return [[match._replace(threshold=self.min_score) for match in matches] for matches in judged]

@@ -5,36 +5,43 @@ from __future__ import annotations
 import heapq
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
+from typing import Any, Literal
 
 from lora_store.lru_cache import LruCache
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from retriever_svc.served_bases import BaseCounts, ServedBases
 
+Sort = Literal["name", "newest", "oldest"]
+"""By name, or by the time of the version's first publish."""
+
 
 @dataclass(frozen=True, slots=True)
 class PageRequest:
-    """Asks for the first `limit` adapters whose names sort after `after` and that pass every filter.
+    """Asks for the first `limit` adapters that follow the one named `after` and pass every filter.
 
-    `owner`: only this tenant's. `tags`: must have all of these. `contains`: part of the name, ignoring case. `words`:
-    each must be in the name or a tag, ignoring case. Names are those that the caller uses (`name` or `owner/name`).
+    `owner`: only this tenant's. `base`: only of this base model. `tags`: must have all of these. `contains`: part of
+    the name, ignoring case. `words`: each must be in the name or a tag, ignoring case. Names are those that the caller
+    uses (`name` or `owner/name`).
     """
 
     limit: int
     after: str = ""
     owner: str | None = None
+    base: str | None = None
     tags: tuple[str, ...] = ()
     contains: str = ""
     words: str = ""
+    sort: Sort = "name"
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Adapters with the names that the caller uses, sorted by name. `has_more`: more adapters follow the last one.
+    """Adapters with the names that the caller uses, sorted as requested. `has_more`: more adapters follow the last one.
 
     `num_found`: how many adapters pass the filters in total, on this and all other pages. `unserved`: how many others
     the caller could use if their base model was served.
@@ -47,10 +54,15 @@ class Page:
     unserved: BaseCounts = ()
 
 
-Rows = list[tuple[str, AdapterRecord]]  # never changed once created
+Row = tuple[str, AdapterRecord]
+Rows = list[Row]  # never changed once created
 _Query = tuple[str, PageRequest]
 _NO_FILTERS = PageRequest(limit=0)
 _SORTED_TOGETHER = 8192
+_SORT_KEYS: dict[Sort, Callable[[Row], Any]] = {  # equal times stay in the order of names
+    "newest": lambda row: -row[1].created_at.timestamp(),
+    "oldest": lambda row: row[1].created_at,
+}
 ROWS_OF_A_LIST = 64  # the overhead of a list in rows: callers choose the filters, so empty lists must count too
 
 
@@ -68,9 +80,16 @@ class Listings:
         self._lock = threading.Lock()
 
     def page(self, tenant: str, request: PageRequest) -> Page:
-        """Return one page of what `tenant` may use. It starts after a name, so a changing pool skips no adapter."""
+        """Return one page of what `tenant` may use.
+
+        By name it starts after a name, so a changing pool skips no adapter. In another order it starts after the
+        adapter of that name, or at the first one if that is gone.
+        """
         rows = self._rows(tenant, replace(request, limit=0, after=""))
-        start = bisect_right(rows, request.after, key=itemgetter(0))
+        if request.sort == "name":
+            start = bisect_right(rows, request.after, key=itemgetter(0))
+        else:
+            start = next((place for place, (name, _) in enumerate(rows, start=1) if name == request.after), 0)
         shown = rows[start : start + request.limit]
         return Page(self._snapshot.generation_for(tenant), tuple(shown), start + request.limit < len(rows), len(rows))
 
@@ -83,6 +102,8 @@ class Listings:
             return cached
         if filters == _NO_FILTERS:
             rows = _sorted_rows(filter(self._bases.serves, self._snapshot.records.values()), tenant)
+        elif filters.sort != "name":
+            rows = _sorted_in_blocks(self._rows(tenant, replace(filters, sort="name")), _SORT_KEYS[filters.sort])
         else:
             rows = list(_matching(self._rows(tenant, _NO_FILTERS), filters))
         with self._lock:
@@ -100,18 +121,24 @@ def listed(records: Iterable[AdapterRecord], tenant: str) -> Iterator[AdapterRec
 
 
 def _sorted_rows(records: Iterable[AdapterRecord], tenant: str) -> Rows:
-    """Return what `tenant` may use, by name. Sort in blocks, since one sort of a large pool would hold the GIL."""
+    """Return what `tenant` may use, by name."""
     named = ((record.ref.name_for(tenant), record) for record in listed(records, tenant))
+    return _sorted_in_blocks(named, itemgetter(0))
+
+
+def _sorted_in_blocks(rows: Iterable[Row], key: Callable[[Row], Any]) -> Rows:
+    """Return the rows in order. Sort in blocks, since one sort of a large pool would hold the GIL."""
+    left = iter(rows)
     blocks: list[Rows] = []
-    while block := list(islice(named, _SORTED_TOGETHER)):
-        blocks.append(sorted(block, key=itemgetter(0)))
-    return list(heapq.merge(*blocks, key=itemgetter(0)))
+    while block := list(islice(left, _SORTED_TOGETHER)):
+        blocks.append(sorted(block, key=key))
+    return list(heapq.merge(*blocks, key=key))
 
 
 def _matching(rows: Rows, filters: PageRequest) -> Iterator[tuple[str, AdapterRecord]]:
     tags, part, words = set(filters.tags), filters.contains.lower(), filters.words.casefold().split()
     for name, record in rows:
-        if filters.owner not in (None, record.ref.tenant):
+        if filters.owner not in (None, record.ref.tenant) or filters.base not in (None, record.base_model):
             continue
         if tags <= set(record.tags) and part in name.lower() and _has_all(words, (name, *record.tags)):
             yield name, record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, count
 from operator import is_not
@@ -11,12 +11,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
 from lora_store.lru_cache import LruCache
 from lora_store.persistent_map import PersistentMap
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key, Snapshot
-from retriever_svc.calibration import Abstain, Candidates, judge
+from retriever_svc.calibration import Abstain, Candidates, Floats, judge
 from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
@@ -25,9 +26,11 @@ from retriever_svc.ordinary_prompts import centred, nearness, refers_back
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
+from retriever_svc.rewording import AS_WRITTEN, Rewording, accepted_prompts, undisputed
 from retriever_svc.served_bases import BaseCounts, ServedBases
 
 _TRUSTED = "trusted"
+_NUM_RIVALS = 3  # adapters that may answer an accepted prompt
 _EVERY_BASE = ServedBases()
 Value = TypeVar("Value")
 _MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
@@ -66,11 +69,14 @@ class Pool:
     ordinary: Vectors | None = None  # (J, D) of ordinary prompts, by the same encoder
     bases: ServedBases = _EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
+    taught: Mapping[Key, AdapterRecord] = field(default_factory=dict)  # the routable ones with accepted prompts
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
     _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
+    _rewordings: PerCallerCache[Rewording] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
+    _near_ordinary: dict[AdapterRef, float] = field(default_factory=dict)
     listings: Listings = field(init=False)
     references: Vectors | None = field(init=False)  # the ordinary prompts, from the centre
 
@@ -91,22 +97,27 @@ class Pool:
         centre: Vectors | None = None,
     ) -> Pool:
         """Build a pool. `lists` must be for the positions in the order of `routable`."""
-        index = AdapterIndex.of(routable(snapshot, encoder.identity, bases), encoder.dim, settings, lists)
-        return cls(snapshot, encoder, index, ordinary, bases, centre)
+        records = routable(snapshot, encoder.identity, bases)
+        index = AdapterIndex.of(records, encoder.dim, settings, lists)
+        return cls(snapshot, encoder, index, ordinary, bases, centre, _taught(records))
 
     def after(self, snapshot: Snapshot) -> Pool:
         """Return the pool of a later generation with the same encoder. Call it from one thread on the newest pool."""
-        index = self._index_after(self.index, snapshot)
-        return Pool(snapshot, self.encoder, index, self.ordinary, self.bases, self.centre)
+        gone, new = self._changes(snapshot)
+        taught = {key: record for key, record in self.taught.items() if key not in set(gone)} | _taught(new)
+        index = self.index.after(gone, new)
+        return Pool(snapshot, self.encoder, index, self.ordinary, self.bases, self.centre, taught)
 
     def rebuilt(self, index: AdapterIndex, newest: Pool) -> Pool:
         """Return `newest` with a new index: `index` holds this pool's adapters, so apply the changes since."""
-        index = self._index_after(index, newest.snapshot)
-        return Pool(newest.snapshot, newest.encoder, index, newest.ordinary, newest.bases, newest.centre)
+        index = index.after(*self._changes(newest.snapshot))
+        pool = newest
+        return Pool(pool.snapshot, pool.encoder, index, pool.ordinary, pool.bases, pool.centre, pool.taught)
 
-    def _index_after(self, index: AdapterIndex, snapshot: Snapshot) -> AdapterIndex:
+    def _changes(self, snapshot: Snapshot) -> tuple[list[Key], list[AdapterRecord]]:
+        """Return the names that a later generation removed or replaced, and its new routable adapters."""
         gone, new = diff_records(self.snapshot.records, snapshot.records)
-        return index.after(gone, [record for record in new if _is_routable(record, self.encoder.identity, self.bases)])
+        return gone, [record for record in new if _is_routable(record, self.encoder.identity, self.bases)]
 
     def may_find(self, record: AdapterRecord, tenant: str) -> bool:
         """Return whether `tenant` may be given this adapter without naming it."""
@@ -127,18 +138,24 @@ class Pool:
         )
 
     def judged(
-        self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None
+        self,
+        found: Sequence[list[Match]],
+        abstain: Abstain,
+        queries: Vectors,
+        near: Sequence[float] | None = None,
+        rise: float = 0.0,
     ) -> list[list[Match]]:
         """Return the same matches with their thresholds at an operating point and their confidences.
 
         `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
+        `rise`: of the thresholds above it (see `rewording`).
         """
         if self.references is None:
             return list(found)
         asked = centred(queries, self.centre)
         near = nearness(asked, self.references).tolist() if near is None else near
         return [
-            self._judged(matches, abstain, query, close)
+            self._judged(matches, abstain, query, close + rise)
             for matches, query, close in zip(found, asked, near, strict=True)
         ]
 
@@ -155,12 +172,24 @@ class Pool:
             compared = scores
         else:  # own scores are not from the centre, so they set no floor
             compared, own_scores = np.asarray(vectors @ query, np.float64), [0 * own for own in own_scores]
-        judgement = judge(Candidates(compared, own_scores, nearness(vectors, self.references)), abstain, close)
+        refs = [match.record.ref for match in matches]
+        judgement = judge(Candidates(compared, own_scores, self._adapters_nearness(refs, vectors)), abstain, close)
         thresholds = judgement.thresholds
         if abstain != "never":
             thresholds = (thresholds + scores - compared).clip(-1, 1)
         judged = zip(matches, thresholds.tolist(), judgement.confidences.tolist(), strict=True)
         return [match._replace(threshold=threshold, confidence=confidence) for match, threshold, confidence in judged]
+
+    def _adapters_nearness(self, refs: Sequence[AdapterRef], vectors: Vectors) -> Floats:
+        """Return the nearness (C,) of these adapters' vectors (C, D) to ordinary prompts.
+
+        It is kept: many prompts have the same candidates, and computing it takes longer than the rest of a judgement.
+        """
+        assert self.references is not None
+        new = [row for row, ref in enumerate(refs) if ref not in self._near_ordinary]
+        for row, near in zip(new, nearness(vectors[new], self.references).tolist(), strict=True):
+            self._near_ordinary[refs[row]] = near
+        return np.asarray([self._near_ordinary[ref] for ref in refs], np.float64)
 
     def refers_back(self, query: Vectors) -> bool:
         """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""
@@ -172,6 +201,21 @@ class Pool:
             (tenant,),
             lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre),
         )
+
+    def rewording(self, tenant: str) -> Rewording:
+        """Return how prompts of `tenant` are read: as they are written without accepted prompts or a projection."""
+        return self._rewordings.get((tenant,), lambda: self._fit_rewording(tenant))
+
+    def _fit_rewording(self, tenant: str) -> Rewording:
+        pairs = accepted_prompts(record for record in self.taught.values() if record.ref.tenant == tenant)
+        if not pairs or self.references is None or self.centre is not None:
+            return AS_WRITTEN
+        asked = np.stack([prompt for prompt, _ in pairs])
+        found = self.judged(self.nearest(asked, _NUM_RIVALS, tenant), "balanced", asked)
+        if not (pairs := undisputed(pairs, found)):
+            return AS_WRITTEN
+        prompts, adapters = (np.stack(rows) for rows in zip(*pairs, strict=True))
+        return Rewording.fit(prompts, adapters, self.references)
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:
         """Return the plane and the map of the adapters of `tenant`. Adapters it cannot see do not affect the axes."""
@@ -241,6 +285,11 @@ def _distinct_weights(matches: list[Match]) -> list[Match]:
     for match in matches:
         first.setdefault(match.record.weights_digest, match)
     return list(first.values())
+
+
+def _taught(records: Iterable[AdapterRecord]) -> dict[Key, AdapterRecord]:
+    with_prompts = (r for r in records if r.embedding is not None and r.embedding.accepted is not None)
+    return {(record.ref.tenant, record.ref.name): record for record in with_prompts}
 
 
 def diff_records(

@@ -14,6 +14,7 @@ from lora_store.adapter import AdapterRef, Sample
 from lora_store.feedback import Feedback
 from lora_store.names import NamedPolicy
 from lora_store.plan import Plan
+from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, Embedding
 from lora_store.strategies.registry import Strategy
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
@@ -195,12 +196,15 @@ class Retriever:
         rows, preferences = np.stack(vectors), pool.preferences(tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
-        nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only, base_model=base_model)
+        rewording = pool.rewording(tenant)
+        nearest = pool.nearest(
+            rewording.read(rows), num, tenant, tags, trusted_only=trusted_only, base_model=base_model
+        )
         found = [
             preferences.applied(vector, matches, num, tags)[: request.num_considered]
             for request, vector, matches in zip(requests, vectors, nearest, strict=True)
         ]
-        return pool.judged(found, abstain, rows)
+        return pool.judged(found, abstain, rows, rise=rewording.rise)
 
     def _narrowed(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
         """Return the base model of the best match that fits, if others of another base model are among the matches.
@@ -300,6 +304,16 @@ class Retriever:
         ref = resolve_version(snapshot, tenant, name, owner_names=self._owner_names).ref
         kept = snapshot.versions((ref.tenant, ref.name))
         return snapshot.generation_for(tenant), [record for record in kept if record.is_visible_to(tenant)]
+
+    def evaluation(self, tenant: str, name: str) -> Ranking | None:
+        """Return what the tenant's last evaluation measured on the examples of this adapter; None: nothing.
+
+        An evaluation of an earlier version does not count. Raises: AdapterNotFound.
+        """
+        snapshot = self._pool_at(0, tenant).snapshot
+        ref = resolve_version(snapshot, tenant, name, owner_names=self._owner_names).ref
+        rankings = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
+        return next((ranking for ranking in rankings if ranking.anchor == ref), None)
 
     def _pool_at(self, min_generation: int, tenant: str) -> Pool:
         """Return the pool in service. Compare with what the tenant can see, to reveal nothing about other tenants.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lora_store.adapter import Sample
 from lora_store.errors import AdapterNotFound, BlobCorrupted
@@ -21,3 +21,8 @@ def read_samples(source: SampleSource, record: AdapterRecord) -> Sequence[Sample
     except (AdapterNotFound, BlobCorrupted) as exc:
         logger.warning("cannot read the samples of version %s: %s", record.ref.digest, exc)
         return None
+
+
+def without_accepted(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """Return the samples that the publisher gave, without accepted prompts."""
+    return tuple(sample for sample in samples if not sample.is_accepted)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from deployments.api.base import MAX_ADAPTERS, MAX_TEXT_CHARS, AdapterName, ApiRequest
 from deployments.api.contract import Contract
-from lora_store import LOCAL_TENANT, Visibility
+from lora_store import LOCAL_TENANT, Edit, Sample, Visibility
 from lora_store.bounded_files import parse_json_object
 from retriever_svc import AskedPrompt
 
@@ -20,6 +20,7 @@ MAX_UPLOAD_FILES = 64
 MAX_BATCH = 256
 MAX_DOCTOR_PROMPTS = 10_000
 MAX_TAGS = 32
+MAX_EDITED_SAMPLES = 10_000  # a server takes `admission.max_samples` of them
 MAX_TAG_CHARS = 256
 MAX_TTL_S = 30 * 86_400
 Tag = Annotated[str, Field(max_length=MAX_TAG_CHARS)]  # the Store checks the value
@@ -226,10 +227,40 @@ class ShareRequest(ApiRequest):
     shadow: bool = False
 
 
-class VisibilityRequest(ApiRequest):
-    """`PATCH /v1/loras/{name}`: which tenants may name and find the adapter."""
+class EditedSample(ApiRequest):
+    """A sample of an adapter, as a line of `lora_samples.jsonl` has it."""
 
-    visibility: Visibility
+    input: str = Field(min_length=1, max_length=MAX_TEXT_CHARS)
+    output: str | None = Field(default=None, max_length=MAX_TEXT_CHARS)
+
+
+class EditRequest(ApiRequest):
+    """`PATCH /v1/loras/{name}`: change what is given, without an upload.
+
+    `visibility` applies to the live version. Each other field makes a new version of the same weights.
+    `samples` replace all of them. `digest`: of the version that was edited; if another one is live, nothing changes.
+    """
+
+    visibility: Visibility | None = None
+    tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
+    template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
+    samples: list[EditedSample] | None = Field(fail_fast=True, default=None, max_length=MAX_EDITED_SAMPLES)
+    digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if self.visibility is None and not self.makes_version:
+            raise ValueError("at least one of `visibility`, `tags`, `template` and `samples` says what to change")
+        return self
+
+    @property
+    def makes_version(self) -> bool:
+        """Whether it makes a new version."""
+        return not (self.tags is None and self.template is None and self.samples is None)
+
+    def edit(self) -> Edit:
+        samples = None if self.samples is None else tuple(Sample(item.input, item.output) for item in self.samples)
+        return Edit(None if self.tags is None else tuple(self.tags), self.template, self.visibility, samples)
 
 
 class ApproveRequest(ApiRequest):

@@ -14,6 +14,8 @@ from lora_store import AdapterRecord, Feedback, Ranking, Sample
 from lora_store.usage import UsageQuery
 from retriever_svc import BaseCounts, Page, Place, Point, PoolMap
 
+VersionField = Literal["weights", "samples", "tags", "template", "contract"]
+
 
 class ModelCard(TypedDict):
     id: str
@@ -92,12 +94,18 @@ class AdapterList(TypedDict):
 
 
 class AdapterVersion(TypedDict):
+    """`differs`: what is not as in the live version."""
+
     digest: str
     state: Literal["live", "trial", "shadow", "kept"]
     generation: int
     created_at: str
     source: str
     actor: str
+    tags: list[str]
+    template: str | None
+    num_samples: int
+    differs: list[VersionField]
 
 
 class ShownSample(TypedDict):
@@ -116,7 +124,8 @@ class ProposedSample(TypedDict):
 class AdapterShown(Adapter):
     """`versions`: the kept versions of the name, the live one first. `samples`: as many as the query asks for.
 
-    `proposed`: prompts that may become samples, newest first, if the query asks for them.
+    `proposed`: prompts that may become samples, newest first, if the query asks for them. `evaluation`: the adapters
+    that the tenant's last evaluation measured on the examples of the live version, best first, if the query asks.
     """
 
     contract: JsonObject | None
@@ -124,6 +133,7 @@ class AdapterShown(Adapter):
     catalogue_generation: int
     samples: list[ShownSample]
     proposed: list[ProposedSample]
+    evaluation: JsonObject | None
 
 
 class Outcome(TypedDict):
@@ -326,6 +336,7 @@ def shown_object(
     generation: int,
     samples: Sequence[Sample] = (),
     proposed: Sequence[Feedback] = (),
+    evaluation: Ranking | None = None,
 ) -> AdapterShown:
     """Return the live version of an adapter, with all kept versions."""
     return {
@@ -335,6 +346,7 @@ def shown_object(
         "catalogue_generation": generation,
         "samples": [{"input": sample.input, "output": sample.output} for sample in samples],
         "proposed": [{"id": item.id, "input": item.text, "key_id": item.key_id} for item in proposed],
+        "evaluation": None if evaluation is None else ranking_object(evaluation, tenant),
     }
 
 
@@ -348,9 +360,24 @@ def versions_object(versions: Sequence[AdapterRecord]) -> list[AdapterVersion]:
             "created_at": record.created_at.isoformat(),
             "source": record.source,
             "actor": record.actor,
+            "tags": list(record.tags),
+            "template": record.template,
+            "num_samples": record.num_samples,
+            "differs": _differences(record, versions[0]),
         }
         for place, record in enumerate(versions)
     ]
+
+
+def _differences(record: AdapterRecord, live: AdapterRecord) -> list[VersionField]:
+    compared: dict[VersionField, bool] = {
+        "weights": record.weights_digest != live.weights_digest,
+        "samples": record.samples_digest != live.samples_digest,
+        "tags": record.tags != live.tags,
+        "template": record.template != live.template,
+        "contract": record.contract != live.contract,
+    }
+    return [field for field, is_other in compared.items() if is_other]
 
 
 def _state_of(older: AdapterRecord, live: AdapterRecord) -> Literal["trial", "shadow", "kept"]:

@@ -1,11 +1,14 @@
 // The page of one adapter: samples, versions, similar adapters and code; roll back, approve and withdraw.
 
 import { post, read, reasonOf, send } from "./api.js";
-import { ago, byId, bytes, confirmed, element, say, sayOrHide, whole } from "./dom.js";
+import { ago, byId, bytes, confirmed, element, percent, say, sayOrHide, whole } from "./dom.js";
+import * as edit from "./edit.js";
 import { adapterLink, trialText } from "./plan.js";
 import { codeBlocks } from "./snippets.js";
+import { readUses } from "./usage.js";
 
 const NUM_SAMPLES = 8;
+const MAX_SAMPLES = 200; // that the server shows
 let shown = null; // the adapter, as the server describes it
 let handlers = { onAsk: () => {}, onChange: () => {}, onCompare: () => {} };
 
@@ -14,6 +17,8 @@ export function start(callbacks) {
   byId("adapter-ask").addEventListener("click", () => handlers.onAsk(shown.id, ""));
   byId("adapter-approve").addEventListener("click", approve);
   byId("adapter-withdraw").addEventListener("click", withdraw);
+  byId("adapter-edit").addEventListener("click", openForm);
+  edit.start((save) => change(save, async () => { await open(shown.id); byId("adapter-edit").focus(); }));
   byId("trial-form").addEventListener("submit", (event) => { event.preventDefault(); setTrial(Number(byId("trial-percent").value) / 100); });
   byId("trial-stop").addEventListener("click", () => setTrial(0));
   byId("trial-promote").addEventListener("click", () => makeLive(shown.trial.digest));
@@ -24,10 +29,10 @@ export function start(callbacks) {
 export async function open(name) {
   if (shown?.id !== name) clear(name);
   try {
-    const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}`);
+    const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}&evaluation=true`);
     if (byId("adapter-title").textContent !== name) return; // another one was opened meanwhile
     show(found);
-    await Promise.all([showSimilar(found), showProposed(found)]);
+    await Promise.all([showRouted(found), showProposed(found), showUses(found)]);
   } catch (error) {
     sayOrHide("adapter-error", reasonOf(error));
   }
@@ -35,6 +40,7 @@ export async function open(name) {
 
 function clear(name) {
   shown = null;
+  edit.close();
   say("adapter-title", name);
   sayOrHide("adapter-error", "");
   byId("adapter-body").hidden = true;
@@ -47,8 +53,10 @@ function show(adapter) {
   sayOrHide("adapter-error", "");
   byId("adapter-body").hidden = byId("adapter-actions").hidden = false;
   byId("adapter-approve").hidden = isOwn || adapter.approved || adapter.visibility !== "public";
-  byId("adapter-withdraw").hidden = !isOwn;
+  byId("adapter-withdraw").hidden = byId("adapter-edit").hidden = !isOwn;
   byId("adapter-facts").replaceChildren(...factsOf(adapter));
+  byId("adapter-evaluation-part").hidden = !adapter.evaluation;
+  byId("adapter-evaluation").replaceChildren(...(adapter.evaluation?.adapters ?? []).map(measuredRow));
   byId("adapter-samples").replaceChildren(...adapter.samples.map(sampleRow));
   const none = adapter.num_samples ? "Only its owner sees its samples." : "It has no samples, so auto cannot find it: use it by name.";
   sayOrHide("adapter-samples-note", adapter.samples.length ? "" : none);
@@ -78,6 +86,11 @@ function factsOf(adapter) {
   return Object.entries(rows).map(([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text)));
 }
 
+function measuredRow({ name, score, num_examples, is_beaten }) {
+  const note = is_beaten ? element("small", {}, " clearly worse") : null;
+  return element("li", {}, element("span", {}, adapterLink(name), note), element("span", { class: "value" }, `${percent(score)} of ${whole(num_examples)}`));
+}
+
 function sampleRow({ input, output }) {
   const ask = () => handlers.onAsk("auto", input);
   return element("li", {}, element("button", { type: "button", class: "example", title: "Ask this", onclick: ask },
@@ -101,7 +114,20 @@ async function setTrial(share) {
   await change(async () => (await post(`${path()}/share`, body)).generation, () => open(shown.id));
 }
 
-function versionRow({ digest, state, created_at, actor, source }, isOwn) {
+/** Says what a version has instead of the live one's. */
+function differences({ differs, tags, template, num_samples }) {
+  const texts = {
+    weights: "weights",
+    samples: num_samples === shown.num_samples ? "samples" : `${whole(num_samples)} samples (live: ${whole(shown.num_samples)})`,
+    tags: `tags: ${tags.join(", ") || "none"}`,
+    template: `template: ${template ?? "the server's"}`,
+    contract: "contract",
+  };
+  return differs.map((field) => texts[field]).join("; ");
+}
+
+function versionRow(version, isOwn) {
+  const { digest, state, created_at, actor, source } = version;
   const isKept = state !== "live";
   const button = isKept && isOwn
     ? element("button", { type: "button", class: "small", "aria-label": `Make live: version ${digest.slice(0, 12)}`, onclick: () => makeLive(digest) }, "Make live")
@@ -115,19 +141,37 @@ function versionRow({ digest, state, created_at, actor, source }, isOwn) {
     element("th", { scope: "row" }, element("code", {}, digest.slice(0, 12))),
     element("td", { title: created_at }, ago(created_at)),
     element("td", { class: "wide" }, [actor, source].filter(Boolean).join(", ")),
+    element("td", {}, isKept ? differences(version) || "nothing" : ""),
     element("td", { class: "actions" }, note, " ", compare, " ", button));
 }
 
-/** Shows the adapters that are nearest to its first sample. */
-async function showSimilar(adapter) {
-  const sample = adapter.samples[0]?.input;
+/** Shows which adapters `auto` answers the shown samples with, and those that are nearest to the first one. */
+async function showRouted(adapter) {
   byId("adapter-similar").replaceChildren();
-  byId("adapter-similar-part").hidden = !sample;
-  if (!sample) return;
-  const { data: [plan] } = await post("v1/route", { prompt: sample, lora: { k: 6, fallback: "base" } }, { quietly: true });
+  sayOrHide("adapter-routed", "");
+  byId("adapter-similar-part").hidden = !adapter.samples.length;
+  if (!adapter.samples.length) return;
+  const prompt = adapter.samples.map(({ input }) => input);
+  const { data: plans } = await post("v1/route", { prompt, lora: { k: 6, fallback: "base" } }, { quietly: true });
+  const first = plans.map(({ adapters }) => adapters[0]?.name ?? "the base model"), others = new Set(first.filter((name) => name !== adapter.id));
+  const count = (name) => whole(first.filter((one) => one === name).length);
+  const rivals = [...others].map((name) => `${name}: ${count(name)}`).join(", ");
+  if (shown !== adapter) return;
+  sayOrHide("adapter-routed", `auto answers ${count(adapter.id)} of these ${whole(plans.length)} with it${rivals && `; ${rivals}`}.`);
+  showSimilar(adapter, plans[0]);
+}
+
+function showSimilar(adapter, plan) {
   const others = (plan.candidates ?? []).filter((candidate) => candidate.name !== adapter.id);
   const rows = others.map(({ name, score }) => element("li", {}, adapterLink(name), element("span", { class: "value" }, score.toFixed(3))));
-  if (shown === adapter) byId("adapter-similar").replaceChildren(...(rows.length ? rows : [element("li", { class: "muted" }, "no other adapter")]));
+  byId("adapter-similar").replaceChildren(...(rows.length ? rows : [element("li", { class: "muted" }, "no other adapter")]));
+}
+
+/** Shows how often it answered. */
+async function showUses(adapter) {
+  byId("adapter-uses").replaceChildren();
+  const uses = await readUses(adapter).catch((error) => [reasonOf(error)]);
+  if (shown === adapter) byId("adapter-uses").replaceChildren(...uses);
 }
 
 /** Shows the prompts that its owner may accept as samples. */
@@ -156,6 +200,16 @@ async function decide(action, ids) {
 }
 
 const path = () => `v1/loras/${encodeURIComponent(shown.id)}`;
+
+/** Opens the form that edits the adapter, with all its samples. */
+async function openForm() {
+  const { id } = shown;
+  await change(async () => {
+    const found = await read(`${path()}?samples=${MAX_SAMPLES}`);
+    if (shown?.id === id) edit.open(found);
+    return null;
+  }, () => {});
+}
 
 async function makeLive(digest) {
   const createdAt = shown.versions.find((version) => version.digest === digest)?.created_at;

@@ -35,8 +35,17 @@ export function start(callbacks) {
   byId("show-code").addEventListener("click", () => showCode(nextRequest()));
   byId("history-clear").addEventListener("click", () => clearHistory("Clear the history?"));
   byId("history-export").addEventListener("click", exportHistory);
+  const narrow = matchMedia("(max-width: 600px)");
+  narrow.addEventListener("change", () => placeExamples(narrow.matches));
+  placeExamples(narrow.matches);
   updateOptions();
   open(history.last() ?? newChat());
+}
+
+/** Places the examples below the prompt on a narrow screen, else above it. */
+function placeExamples(isNarrow) {
+  if (isNarrow) byId("ask-form").after(byId("welcome"));
+  else byId("conversation").prepend(byId("welcome"));
 }
 
 /** Loads the suggestions and examples of the pool. */

@@ -3,6 +3,7 @@
 import { ApiError } from "./api.js";
 import { adapterTags, listed, newTiming, optionsOf, stream, summary } from "./answers.js";
 import { byId, element, say, whole } from "./dom.js";
+import { readSamples } from "./samples.js";
 
 const MAX_PROMPTS = 100; // of a file
 const PROMPTS_AT_ONCE = 4;
@@ -151,18 +152,10 @@ async function fillCell(cell, { changes }, { input, output }, signal) {
   return isRight;
 }
 
-/** Reads a prompt on each line, or `{"input", "output"}`. Returns the rows, or the problem in words. */
+/** Returns the prompts of a file as rows, or the problem in words. */
 function promptsOf(text) {
-  const rows = [];
-  for (const [place, line] of text.split("\n").entries()) {
-    if (!line.trim()) continue;
-    let row = { input: line.trim() };
-    if (line.trim().startsWith("{")) {
-      try { row = JSON.parse(line); } catch { return { problem: `line ${place + 1} of the file is not JSON` }; }
-      if (typeof row.input !== "string" || !["string", "undefined"].includes(typeof row.output)) return { problem: `line ${place + 1} of the file needs "input", and "output" must be text` };
-    }
-    rows.push(row);
-  }
+  const { rows, problem } = readSamples(text, "the file");
+  if (problem) return { problem };
   if (!rows.length) return { problem: "the file has no prompts" };
   return rows.length > MAX_PROMPTS ? { problem: `the file has ${whole(rows.length)} prompts; at most ${MAX_PROMPTS} are compared here` } : { rows };
 }

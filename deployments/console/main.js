@@ -44,9 +44,9 @@ async function offerStrategies() {
   compare.offer(strategies);
 }
 
-/** Shows the view of the address, such as `#compare` or `#adapter/NAME`. */
+/** Shows the view of the address, such as `#compare`, `#adapters?tag=fun` or `#adapter/NAME`. */
 function show() {
-  const [view, ...rest] = location.hash.slice(1).split("/");
+  const [place, query = ""] = location.hash.slice(1).split("?"), [view, ...rest] = place.split("/");
   if (view && !VIEWS.includes(view)) return; // a place on the page
   const current = view || "ask";
   for (const name of VIEWS) byId(`view-${name}`).hidden = name !== current;
@@ -57,8 +57,9 @@ function show() {
   }
   const title = current === "adapter" ? decodeURIComponent(rest.join("/")) : byId(`view-${current}`).querySelector("h2").textContent;
   document.title = `${title} · LoraRetriever`;
+  if (current === "adapters") pool.enter(query);
   if (current === "adapter") adapter.open(title);
-  if (current === "status" && !byId("usage").hidden) usage.refresh();
+  if (current === "status") usage.refresh();
 }
 
 /** Shows the view `ask` with this model and prompt. */
@@ -78,11 +79,13 @@ pool.start({ onShown: seen });
 adapter.start({ onAsk: use, onChange: follow, onCompare: (names, prompt) => { compare.prepare(names, prompt); location.hash = "compare"; } });
 publish.start({ onChange: follow, onTry: use, onDrop: () => { location.hash = "publish"; } });
 usage.start();
-stats.start({ onGeneration: follow, onAdmin: (isAdmin) => { if (isAdmin && !byId("view-status").hidden) usage.refresh(); } });
+stats.start({ onGeneration: follow });
 key.start(() => {
+  pool.forget();
   offerStrategies();
   showAll();
   stats.refresh();
+  if (!byId("view-status").hidden) usage.refresh();
 }, ask.offerToClear);
 addEventListener("hashchange", () => {
   show();

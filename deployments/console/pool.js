@@ -1,10 +1,13 @@
-// The table of adapters: search and paging. Arrow keys move between the rows, which are one tab stop.
+// The table of adapters: search, filters, order and paging. The address keeps them. Arrow keys move between the rows, which are one tab stop.
 
+import { listed } from "./answers.js";
 import { read, reasonOf } from "./api.js";
 import { ago, byId, bytes, element, say, sayOrHide, soon, whole } from "./dom.js";
 import { adapterLink, trialLabel, trialText } from "./plan.js";
 
 const PAGE = 15;
+const FIELDS = { search: "search", tag: "pool-tag", owner: "pool-owner", base: "pool-base", sort: "pool-sort" };
+const seen = { "pool-tags": new Set(), "pool-owners": new Set(), "pool-bases": new Set() }; // what the filters suggest
 let before = []; // the last id of each previous page
 let lastId = null; // of the current page
 let generation = 0;
@@ -13,20 +16,52 @@ let onShown = () => {};
 
 export function start(callbacks) {
   onShown = callbacks.onShown;
-  byId("search").addEventListener("input", soon(() => { before = []; load(); }));
+  const choose = soon(() => {
+    if (!byId("view-adapters").hidden) history.replaceState(null, "", `#adapters?${chosen()}`);
+    before = [];
+    load();
+  });
+  for (const id of Object.values(FIELDS)) byId(id).addEventListener("input", choose);
+  byId("pool-filters").addEventListener("submit", (event) => event.preventDefault());
   byId("page-back").addEventListener("click", () => { before.pop(); load(); });
   byId("page-on").addEventListener("click", () => { before.push(lastId); load(); });
   byId("pool-rows").addEventListener("keydown", step);
   byId("pool-rows").addEventListener("focusin", ({ target }) => { for (const link of links()) link.tabIndex = link === target ? 0 : -1; });
 }
 
+/** Returns what the fields choose. */
+function chosen() {
+  const query = new URLSearchParams();
+  for (const [name, id] of Object.entries(FIELDS)) {
+    const value = byId(id).value.trim();
+    for (const one of name === "tag" ? listed(value) : [value]) if (one) query.append(name, one);
+  }
+  return query;
+}
+
+/** Fills the fields from the address, such as `tag=fun&sort=newest`. */
+export function enter(address) {
+  const query = new URLSearchParams(address);
+  if (query.toString() === chosen().toString()) return;
+  for (const [name, id] of Object.entries(FIELDS)) byId(id).value = query.getAll(name).join(", ");
+  before = [];
+  load();
+}
+
+/** Forgets what the filters suggest, which another key may not see. */
+export function forget() {
+  for (const values of Object.values(seen)) values.clear();
+}
+
 /** Shows the page at generation `wanted` or later. */
 export async function load(wanted = 0) {
   generation = Math.max(generation, wanted);
   const number = ++numLoads;
-  const query = { limit: PAGE, search: byId("search").value.trim(), after: before.at(-1) ?? "", min_generation: generation };
+  const query = chosen();
+  byId("adapter-back").href = `#adapters?${query}`;
+  for (const [name, value] of Object.entries({ limit: PAGE, after: before.at(-1) ?? "", min_generation: generation })) query.set(name, value);
   try {
-    const page = await read(`v1/loras?${new URLSearchParams(query)}`);
+    const page = await read(`v1/loras?${query}`);
     if (number !== numLoads) return; // a newer load has started
     if (!page.data.length && before.length) { before.pop(); load(); return; }
     show(page);
@@ -37,7 +72,18 @@ export async function load(wanted = 0) {
   }
 }
 
+/** Suggests the tags, owners and base models of these adapters in the filters. */
+function suggest(adapters) {
+  for (const { tags, tenant, base_model } of adapters) {
+    for (const tag of tags) seen["pool-tags"].add(tag);
+    seen["pool-owners"].add(tenant);
+    seen["pool-bases"].add(base_model);
+  }
+  for (const [id, values] of Object.entries(seen)) byId(id).replaceChildren(...[...values].sort().map((value) => element("option", { value })));
+}
+
 function show({ data, total, last_id, has_more }) {
+  suggest(data);
   byId("pool-rows").replaceChildren(...data.map(row));
   lastId = last_id;
   const first = before.length * PAGE;

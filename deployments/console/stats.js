@@ -9,10 +9,9 @@ const rates = [];
 let before = null; // the previous sample
 let timer = 0;
 let onGeneration = () => {};
-let onAdmin = () => {};
 
 export function start(callbacks) {
-  ({ onGeneration, onAdmin } = callbacks);
+  ({ onGeneration } = callbacks);
   document.addEventListener("visibilitychange", () => {
     clearTimeout(timer);
     before = null; // a rate over hidden time would be misleading
@@ -46,10 +45,6 @@ function show({ pool, tenant, workers, models, read_at, base_model, defaults }) 
   byId("k").placeholder = defaults.k;
   document.documentElement.classList.toggle("learns", (defaults.learning ?? "off") !== "off");
   byId("strategy").options[0].text = `server default (${defaults.strategy})`;
-  if (byId("usage").hidden === Boolean(workers)) { // the key is another one
-    byId("usage").hidden = !workers;
-    onAdmin(Boolean(workers));
-  }
   if (workers) showWorkers(workers);
   else say("metric-running", whole(tenant.num_running)); // without the role admin the server reports this tenant's metrics only
   showRate((workers ?? tenant).new_tokens, read_at);

@@ -1,27 +1,68 @@
-// Who used what in the last 30 days, for keys with the role admin.
+// Who used what in the last days: of all tenants for keys with the role admin, else of the own one.
 
 import { read, reasonOf } from "./api.js";
-import { byId, element, sayOrHide, whole } from "./dom.js";
+import { byId, element, sayOrHide, shape, whole } from "./dom.js";
 
 const NUMBERS = ["requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens"];
+const DAY_MS = 86_400_000;
+let numLoads = 0;
 
 export function start() {
-  byId("usage-by").addEventListener("change", refresh);
+  for (const id of ["usage-by", "usage-days"]) byId(id).addEventListener("change", refresh);
+}
+
+/** Returns the days up to today as the server names them, oldest first. */
+function lastDays(count) {
+  const now = Date.now();
+  return Array.from({ length: count }, (_, place) => new Date(now - (count - 1 - place) * DAY_MS).toISOString().slice(0, 10));
+}
+
+/** Reads the sums of the last `count` days by these dimensions. `more`: further parts of the query. */
+async function report(count, by, more = {}) {
+  const query = new URLSearchParams({ start: lastDays(count)[0], ...more });
+  for (const one of by) query.append("by", one);
+  return (await read(`v1/usage?${query}`, { quietly: true })).data;
 }
 
 /** Shows the report, or why it cannot be shown. */
 export async function refresh() {
-  const by = byId("usage-by").value;
+  const number = ++numLoads, by = byId("usage-by").value, count = Number(byId("usage-days").value);
   try {
-    const { data } = await read(`v1/usage?by=${by}`, { quietly: true });
+    const data = await report(count, [by]);
+    const daily = by === "day" ? [] : await report(count, [by, "day"]).catch(() => []); // too long a report: no bars
+    if (number !== numLoads) return; // a newer load has started
     data.sort((one, other) => (by === "day" ? other.day.localeCompare(one.day) : other.requests - one.requests));
-    byId("usage-rows").replaceChildren(...data.map((row) => line(row[by] ?? "base model", row)));
+    const findDays = (row) => daily.filter((one) => one[by] === row[by]);
+    byId("usage-rows").replaceChildren(...data.map((row) => line(row[by] ?? "base model", row, by === "day" ? [row] : findDays(row), count)));
     sayOrHide("usage-note", data.length ? "" : "No request was recorded.");
   } catch (error) {
+    if (number !== numLoads) return;
+    byId("usage-rows").replaceChildren();
     sayOrHide("usage-note", reasonOf(error));
   }
 }
 
-function line(name, row) {
-  return element("tr", {}, element("th", { scope: "row" }, name), ...NUMBERS.map((field) => element("td", {}, whole(row[field]))));
+function line(name, row, daily, count) {
+  const cells = NUMBERS.map((field) => element("td", {}, whole(row[field])));
+  return element("tr", {}, element("th", { scope: "row" }, name), ...cells, element("td", {}, daily.length ? bars(daily, count) : "–"));
+}
+
+/** Draws the requests of each day as bars. */
+function bars(rows, count) {
+  const requests = new Map(rows.map((row) => [row.day, row.requests]));
+  const most = rows.reduce((found, row) => (row.requests > found.requests ? row : found));
+  const drawn = lastDays(count).map((day, place) => {
+    const height = (20 * (requests.get(day) ?? 0)) / most.requests;
+    return shape("rect", { x: place, y: 20 - height, width: 0.8, height });
+  });
+  const label = `Requests by day, most on ${most.day}: ${whole(most.requests)}`;
+  return shape("svg", { class: "bars", role: "img", "aria-label": label, viewBox: `0 0 ${count} 20`, preserveAspectRatio: "none" }, shape("title", {}, label), ...drawn);
+}
+
+/** Returns what describes the use of an adapter in the last 30 days. Throws ApiError. */
+export async function readUses({ tenant, name }) {
+  const rows = await report(30, ["day"], { adapter: `${tenant}/${name}` });
+  if (!rows.length) return ["no request that your key may see"];
+  const sum = (field) => whole(rows.reduce((total, row) => total + row[field], 0));
+  return [`${sum("requests")} requests, ${sum("errors")} errors, ${sum("completion_tokens")} new tokens `, bars(rows, 30)];
 }

@@ -104,7 +104,15 @@ PUBLISH_ANSWERS = answers(
 )
 WITHDRAW_ANSWERS = answers(404, s200=responses.RemovedAdapters, s202=responses.RemovedAdapters)
 ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=responses.PublishedAdapter, s202=responses.PublishedAdapter)
-VISIBILITY_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+EDIT_ANSWERS = answers(
+    400,
+    404,
+    409,
+    422,
+    s200=responses.SettledAdapter,
+    s201=responses.PublishedAdapter,
+    s202=responses.PublishedAdapter | responses.SettledAdapter,
+)
 APPROVE_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 SHARE_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 SAMPLES_ANSWERS = answers(

@@ -19,7 +19,7 @@ from deployments.api.responses import FieldChange, Published, Removed, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
-from deployments.errors import NoTrial, VersionNotKept
+from deployments.errors import NoTrial, VersionChanged, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
 from deployments.publishing.validator import (
@@ -35,6 +35,7 @@ from lora_store import (
     AdapterRecord,
     AdapterRef,
     AdapterRefused,
+    Edit,
     Kept,
     Key,
     Precondition,
@@ -233,6 +234,22 @@ class Publisher:
         """
         return await self._run("resample", self._resample(live, samples, actor, charge))
 
+    async def edit(
+        self,
+        key: Key,
+        edit: Edit,
+        digest: str | None,
+        actor: str,
+        quota: TenantQuota | None = None,
+        charge: Charge = free_of_charge,
+    ) -> Published:
+        """Publish the live version's weights with these changes. `digest`: the version that must be live; None: any.
+
+        Raises: AdapterNotFound; VersionChanged; VersionConflict if another version becomes live meanwhile; the errors
+        of `publish`.
+        """
+        return await self._run("edit", self._edit(key, edit, digest, Change(actor, quota, charge=charge)))
+
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         """Withdraw all of `names` with all their versions, or none. Free their weights and blobs in the background.
 
@@ -360,21 +377,32 @@ class Publisher:
         if digest is None and kept[0].trial is not None:
             return await self._end_trial(kept[0], actor)
         wanted = kept_version(kept, digest)
-        await self._workers.made_for(wanted.base_model).gate.ready()
-        staged = await self._store.restage(wanted)
         change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
-        [outcome] = await self._make_live([staged], active, change)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
 
     async def _resample(
         self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge
     ) -> Published:
         active = await self._store.active_encoder()
-        await self._workers.made_for(live.base_model).gate.ready()
-        staged = await self._store.resample(live, samples)
-        [outcome] = await self._make_live([staged], active, Change(actor, charge=charge))
+        change = Change(actor, charge=charge)
+        return await self._publish_staged(live.base_model, lambda: self._store.resample(live, samples), active, change)
+
+    async def _edit(self, key: Key, edit: Edit, digest: str | None, change: Change) -> Published:
+        active = await self._store.active_encoder()
+        kept = (await self._store.versions([key])).get(key, ())
+        if not kept:
+            raise AdapterNotFound(key[1])
+        live = kept[0]
+        if digest is not None and digest != live.ref.digest:
+            raise VersionChanged(key[1], digest, live.ref.digest)
+        return await self._publish_staged(live.base_model, lambda: self._store.edit(live, edit), active, change)
+
+    async def _publish_staged(
+        self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
+    ) -> Published:
+        """Publish the version that `stage` makes of stored weights; `active` is the active encoder."""
+        await self._workers.made_for(base_model).gate.ready()
+        [outcome] = await self._make_live([await stage()], active, change)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
@@ -220,7 +220,22 @@ def _load(
         problems.append(f"the output head has another name in the files ({_some(heads)})")
     if problems:
         raise BaseModelUnsupported(f"{source} lacks weights: {'; '.join(problems)}. {_REMEDY}")
+    biases = [] if is_quantised else _biases_left_out(info["unexpected_keys"], model)  # GPTQ files have some of zeros
+    if biases:
+        raise BaseModelUnsupported(
+            f"{source} has biases of linear layers that have none by its config.json ({_some(biases)}). {_REMEDY}"
+        )
     return model
+
+
+def _biases_left_out(unexpected: Collection[str], model: nn.Module) -> list[str]:
+    """Return those tensors of the files that are biases of linear layers which have none in the model."""
+    plain = {
+        f"{path}.bias"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.bias is None
+    }
+    return sorted(plain & set(unexpected))
 
 
 class _Report(logging.Filter):

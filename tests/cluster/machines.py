@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +87,12 @@ class Machines:
         """Start the nodes. Return when the application is ready."""
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": _ADDRESS.format(2)}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self._addresses = map(_ADDRESS.format, count(3))
-        self._kinds = [(self._add(node), node) for node in _NODES]
+        for number, node in enumerate(_NODES, start=3):
+            self._cluster.add_node(wait=False, node_ip_address=_ADDRESS.format(number), **node)
         self._cluster.wait_for_nodes(timeout=START_S)
         self._deploy()
         ray.init(address=self._cluster.address, log_to_driver=False)
         eventually(self.is_ready, within_s=START_S)
-
-    def _add(self, node: Mapping[str, Any]) -> Any:
-        return self._cluster.add_node(wait=False, node_ip_address=next(self._addresses), **node)
 
     def _deploy(self) -> None:
         program = str(Path(sys.executable).with_name("serve"))
@@ -146,13 +142,12 @@ class Machines:
         """Kill the oldest replica's engine with SIGKILL, where it has processes of its own."""
         self.replicas(deployment)[0].kill_engine()
 
-    def replace_node_of(self, deployment: str) -> None:
-        """Kill all processes of one node that has a replica of the deployment, and start another node of its kind."""
+    def kill_node_of(self, deployment: str) -> None:
+        """Kill all processes of one node that has a replica of the deployment."""
         victim = self.replicas(deployment)[0].node_id
-        [(node, kind)] = [(node, kind) for node, kind in self._kinds if node.node_id == victim]
+        [node] = [node for node in self._cluster.worker_nodes if node.node_id == victim]
         self._kill_replicas(victim)
         self._cluster.remove_node(node, allow_graceful=False)
-        self._kinds = [pair for pair in self._kinds if pair[0] is not node] + [(self._add(kind), kind)]
 
     def _kill_replicas(self, node_id: str | None) -> None:
         """Return the replicas on this node, or all replicas."""

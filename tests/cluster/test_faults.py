@@ -72,11 +72,6 @@ def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if not outcome.is_answer]
 
 
-def test_the_replicas_of_a_deployment_are_on_different_nodes(running: Running) -> None:
-    for name in ("Ingress", "Retriever"):
-        assert len({replica.node_id for replica in running.machines.replicas(name)}) == 2
-
-
 def test_defaults_of_requests_change_while_every_replica_runs_on(running: Running) -> None:
     machines = running.machines
 
@@ -195,7 +190,7 @@ def test_a_client_that_retries_survives_the_death_of_an_ingress_and_a_node(
     machines = running.machines
 
     async def kill_ingress_and_node(load: Load) -> None:
-        kills: list[Callable[[str], None]] = [*[machines.kill] * num_alone, machines.replace_node_of]
+        kills: list[Callable[[str], None]] = [*[machines.kill] * num_alone, machines.kill_node_of]
         for kill in kills:
             await machines.until_full("Ingress")
             already = len(load.outcomes)

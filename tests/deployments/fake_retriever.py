@@ -72,6 +72,7 @@ class FakeRetriever:
     asked: list[Sequence[AskedPrompt]] = field(default_factory=list)  # of the doctor
     effect: Effect = NO_EFFECT  # of accepted prompts
     model_names: FakeNames = field(default_factory=FakeNames)
+    evaluated: Ranking | None = None
     num_own: int = 4  # samples of an adapter that gets accepted prompts
 
     async def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
@@ -111,6 +112,10 @@ class FakeRetriever:
     async def record(self, tenant: str, name: str, min_generation: int = 0) -> tuple[int, list[AdapterRecord]]:
         record = self._snapshot.resolve(tenant, name)
         return 7, [record, adapter(record.ref.name, version="older", generation=0)]
+
+    async def evaluation(self, tenant: str, name: str) -> Ranking | None:
+        record = self._snapshot.resolve(tenant, name)
+        return self.evaluated if self.evaluated is not None and self.evaluated.anchor == record.ref else None
 
     async def samples(self, tenant: str, name: str) -> list[Sample]:
         record = self._snapshot.resolve(tenant, name)

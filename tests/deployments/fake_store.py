@@ -22,6 +22,7 @@ from lora_store import (
     AdapterRefused,
     BlobCheck,
     Collected,
+    Edit,
     Embedding,
     EncoderIncomplete,
     Feedback,
@@ -44,7 +45,7 @@ from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from lora_store.location import Location
 from lora_store.rules import approve_name_events, name_events
-from lora_store.staging import take_over, with_samples
+from lora_store.staging import changed_version, take_over
 from lora_store.usage import UsageFiles, UsageQuery
 from tests.deployments.adapter_records import POOL, adapter, digest_of, key_of
 from tests.deployments.fake_names import FakeNames
@@ -131,7 +132,24 @@ class FakeStore:
     async def resample(self, live: AdapterRecord, samples: Sequence[Sample] | None) -> Staged:
         self._fail("resample")
         samples = [Sample("one"), Sample("two")] if samples is None else samples
-        record = with_samples(live, digest_of("\n".join(sample.input for sample in samples)), len(samples))
+        return self._hold_samples(live, samples)
+
+    async def edit(self, live: AdapterRecord, edit: Edit) -> Staged:
+        self._fail("edit")
+        if edit.tags is not None and "auto" in edit.tags:
+            raise AdapterRefused(live.ref.name, ["tag 'auto' must be another"])
+        samples = [Sample("one"), Sample("two")] if edit.samples is None else edit.samples
+        changes = {
+            "tags": live.tags if edit.tags is None else edit.tags,
+            "template": None if edit.template == "server" else edit.template or live.template,
+            "visibility": edit.visibility or live.visibility,
+        }
+        staged = self._hold_samples(live, samples, **changes)
+        return replace(staged, keeps=frozenset() if edit.visibility else frozenset({"visibility"}))
+
+    def _hold_samples(self, live: AdapterRecord, samples: Sequence[Sample], **changes: object) -> Staged:
+        digest = digest_of("\n".join(sample.input for sample in samples))
+        record = changed_version(live, samples_digest=digest, num_samples=len(samples), **changes)
         staged = replace(self._hold(record), samples=tuple(samples), replaces=live.ref.digest)
         self.held[-1] = staged
         return staged

@@ -69,6 +69,10 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
         await page.locator("#pool-rows a").first.click()
         await expect(page.locator("#adapter-code pre")).to_have_count(2)
         await check(page, "adapter")
+        await page.get_by_role("button", name="Edit", exact=True).click()
+        await expect(page.locator("#edit-form")).to_be_visible()
+        await check(page, "edit")
+        await page.locator("#edit-cancel").click()
         await page.get_by_role("button", name="Withdraw…").click()
         await check(page, "withdraw")
         await page.get_by_role("button", name="Cancel").click()
@@ -79,6 +83,7 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
         await expect(page.locator("#previews .good")).to_have_count(1)
         await check(page, "published")
         await go(page, "Status")
+        await expect(page.locator("#usage-rows svg").first).to_be_visible()
         await check(page, "status")
         await page.get_by_role("navigation").get_by_role("link", name="API").click()
         await expect(page.locator("#operations section").first).to_be_visible(

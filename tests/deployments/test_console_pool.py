@@ -8,10 +8,11 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.async_api import Page, Route, expect
 
-from lora_store import Trial
+from lora_store import AdapterRecord, Edit, RankedAdapter, Ranking, Sample, Trial
 from retriever_svc import Drawn, DrawnAdapter, Draws
 from tests.browsing import Browsing, drop_folder
 from tests.deployments.adapter_records import adapter, pool_of
@@ -55,6 +56,38 @@ def test_the_table_is_one_tab_stop_with_arrow_keys(browsing: Browsing) -> None:
     look(browsing, question, retriever=MappedRetriever(held))
 
 
+def test_filters_and_order_are_kept_in_the_address(browsing: Browsing) -> None:
+    def at(day: int, name: str, tenant: str = "local") -> AdapterRecord:
+        return replace(adapter(name, version="fun", tenant=tenant), created_at=datetime(2026, 1, day, tzinfo=UTC))
+
+    held = [at(1, "poet"), at(3, "novelist"), at(2, "bard", tenant="them"), adapter("coder")]
+
+    async def question(page: Page, served: Served) -> None:
+        await go(page, "Adapters")
+        links = page.locator("#pool-rows").get_by_role("link")
+        await expect(links).to_have_count(4)
+        assert await page.locator("#pool-owners option").evaluate_all("rows => rows.map((row) => row.value)") == [
+            "local",
+            "them",
+        ]
+        await page.locator("#pool-tag").fill("fun")
+        await page.get_by_label("Order").select_option("newest first")
+        await expect(links).to_have_text(["novelist", "them/bard", "poet"])
+        await page.locator("#pool-owner").fill("local")
+        await expect(links).to_have_text(["novelist", "poet"])
+        await expect(page).to_have_url(re.compile(r"#adapters\?tag=fun&owner=local&sort=newest$"))
+        await links.first.click()
+        await page.get_by_role("link", name="All adapters").click()
+        await expect(links).to_have_text(["novelist", "poet"])
+        await page.reload()
+        await expect(links).to_have_text(["novelist", "poet"])
+        await expect(page.locator("#pool-tag")).to_have_value("fun")
+        await go(page, "Adapters")
+        await expect(links).to_have_count(4)
+
+    look(browsing, question, retriever=MappedRetriever(held))
+
+
 def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "poet")
@@ -62,6 +95,8 @@ def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Bro
         for fact in ("Rank2, 4", "Size9 B", "Found by autoyes, by 2 samples", "Visibilitypublic"):
             await expect(facts).to_contain_text(fact)
         await expect(page.locator("#adapter-versions tr")).to_have_count(2)
+        await expect(page.locator("#adapter-versions tr").last).to_contain_text("weights; tags: older")
+        await expect(page.locator("#adapter-routed")).to_have_text("auto answers 2 of these 2 with it.")
         await expect(page.locator("#adapter-similar li")).to_have_text(["coder0.500"])
         await expect(page.get_by_label("curl code")).to_contain_text('"model": "poet"')
         await expect(page.get_by_label("Python code")).to_contain_text('model="poet"')
@@ -71,11 +106,29 @@ def test_the_page_of_an_adapter_shows_what_it_is_and_how_to_use_it(browsing: Bro
         await open_adapter(page, "poet")
         await page.get_by_role("button", name="Ask it").click()
         await expect(page.get_by_label("Model", exact=True)).to_have_value("poet")
+        await open_adapter(page, "coder")
+        await expect(page.locator("#adapter-routed")).to_have_text("auto answers 0 of these 2 with it; poet: 2.")
         await page.goto(page.url.partition("#")[0] + "#adapter/nosuch")
         await expect(page.locator("#adapter-error")).to_contain_text("nosuch")
         await expect(page.locator("#adapter-body")).to_be_hidden()
 
     look(browsing, question)
+
+
+def test_the_page_of_an_evaluated_adapter_shows_who_answers_its_examples_best(browsing: Browsing) -> None:
+    poet, coder = adapter("poet"), adapter("coder")
+    measured = (RankedAdapter(poet.ref, 0.75, 8, False), RankedAdapter(coder.ref, 0.125, 8, True))
+    none = np.empty(0, np.float32)
+
+    async def question(page: Page, served: Served) -> None:
+        await open_adapter(page, "poet")
+        rows = page.locator("#adapter-evaluation li")
+        await expect(rows).to_have_text(["poet75 % of 8", "coder clearly worse13 % of 8"])
+        await open_adapter(page, "coder")
+        await expect(page.locator("#adapter-evaluation-part")).to_be_hidden()
+
+    evaluated = Ranking(poet.ref, measured, "fake-encoder", none, none)
+    look(browsing, question, retriever=MappedRetriever([poet, coder], evaluated=evaluated))
 
 
 def test_a_version_that_was_rolled_back_to_shows_since_when_it_is_live(browsing: Browsing) -> None:
@@ -232,12 +285,52 @@ def test_the_form_of_a_trial_keeps_nothing_of_another_adapter(browsing: Browsing
     look(browsing, question, retriever=MappedRetriever([tried, adapter("coder")]), store=store)
 
 
+def test_tags_template_visibility_and_samples_are_edited_without_an_upload(browsing: Browsing) -> None:
+    live = adapter("poet", version="fun", template="alpaca")
+
+    async def question(page: Page, served: Served) -> None:
+        async def save(status: int) -> None:
+            async with page.expect_response(lambda answer: answer.request.method == "PATCH") as answered:
+                await page.get_by_role("button", name="Save").click()
+            assert (await answered.value).status == status
+
+        await open_adapter(page, "poet")
+        await page.get_by_role("button", name="Edit", exact=True).press("Enter")
+        tags, samples = page.get_by_label("Tags", exact=True), page.get_by_label("Samples, one on each line")
+        await expect(tags).to_be_focused()
+        await expect(tags).to_have_value("fun")
+        await expect(samples).to_have_value('A sample of poet.\n{"input":"Another one.","output":"Its output."}')
+        await samples.fill('Only this.\n{"input": "<b>a</b>", "output": "b"}')
+        await tags.fill("red,  blue")
+        await save(201)
+        await expect(page.locator("#edit-form")).to_be_hidden()
+        await expect(page.get_by_role("button", name="Edit", exact=True)).to_be_focused()
+        [(edited, changes)] = served.store.called("edit")
+        assert edited.ref == live.ref
+        assert changes == Edit(tags=("red", "blue"), samples=(Sample("Only this."), Sample("<b>a</b>", "b")))
+        await page.get_by_role("button", name="Edit", exact=True).click()  # the page's version is not live any more
+        await page.locator("#edit-template").select_option("chat")
+        await save(409)
+        await expect(page.locator("#adapter-error")).to_contain_text("is not the live version of adapter 'poet'")
+        await samples.fill('{"input": 1}')
+        await page.get_by_role("button", name="Save").click()
+        await expect(page.locator("#adapter-error")).to_contain_text('line 1 of the samples needs "input"')
+        await page.locator("#edit-cancel").click()
+        await page.get_by_role("button", name="Edit", exact=True).click()
+        await page.locator("#edit-visibility").select_option("private")
+        await save(200)
+        assert served.store.called("set_visibility") == [("local", "poet", "private", "local")]
+        assert len(served.store.called("edit")) == 1
+
+    look(browsing, question, retriever=MappedRetriever([live]), store=FakeStore(pool_of(live)))
+
+
 def test_another_tenants_adapter_cannot_be_changed_even_with_an_own_one_of_its_name(browsing: Browsing) -> None:
     held = [adapter("poet"), adapter("poet", version="theirs", tenant="them")]
 
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "them/poet")
-        for what in ("Withdraw", "Make live"):
+        for what in ("Withdraw", "Make live", "Edit"):
             await expect(page.get_by_role("button", name=what)).to_have_count(0)
         await expect(page.locator("#adapter-samples-note")).to_have_text("Only its owner sees its samples.")
         await page.get_by_role("button", name="Ask it").click()
@@ -286,7 +379,7 @@ def test_folders_are_previewed_and_the_ticked_ones_published(browsing: Browsing,
         assert [json.loads(body or "") for body in bodies] == [sent]
         await page.get_by_label("Publish left-out").uncheck()
         await page.get_by_label("Tags of all").fill("one, two")
-        await page.get_by_label("Visibility").select_option("private")
+        await page.locator("#publish-visibility").select_option("private")
         await page.get_by_role("button", name="Dry run").click()
         await expect(page.locator("#previews .good .state")).to_contain_text("fit to publish")
         await expect(page.locator("#previews .bad .state").filter(has_text="it is bad")).to_have_count(1)
@@ -363,7 +456,7 @@ def test_tags_and_template_of_a_new_version_are_cleared_by_choice(browsing: Brow
         await drop_folder(page, folder)
         await page.get_by_label("No tags").check()
         await expect(page.get_by_label("Tags of all")).to_be_disabled()
-        await page.get_by_label("Template").select_option("server default")
+        await page.locator("#publish-template").select_option("server default")
         await page.get_by_role("button", name="Publish 1 adapter").click()
         changes = "tags: none (was fun); template: server default (was alpaca)"
         await expect(page.locator("#previews .good .state")).to_contain_text(changes)

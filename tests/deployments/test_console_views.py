@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -184,7 +185,10 @@ def test_on_a_phone_the_prompt_is_in_view_and_the_links_take_two_lines(browsing:
         await expect(page.locator("#examples button")).to_have_count(6)
         await expect(page.locator("#examples button:visible")).to_have_count(2)
         bottom = "(node) => node.getBoundingClientRect().bottom"
-        assert await page.locator("#prompt").evaluate(bottom) < 844
+        prompt_ends = await page.locator("#prompt").evaluate(bottom)
+        assert prompt_ends < 844
+        top = "(node) => node.getBoundingClientRect().top"
+        assert prompt_ends < await page.locator("#examples button").first.evaluate(top)
         tops = "(nodes) => nodes.map((node) => node.getBoundingClientRect().top)"
         links = await page.locator("nav a").evaluate_all(tops)
         assert len(links) == 6 and len(set(links)) <= 2
@@ -255,26 +259,40 @@ def test_views_are_reached_by_keyboard_and_the_address_names_them(browsing: Brow
     look(browsing, question)
 
 
-def test_an_admin_sees_who_used_what_and_another_key_does_not(browsing: Browsing, tmp_path: Path) -> None:
+def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsing: Browsing, tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json", entry("user", roles=["infer"]), entry("admin", "ops"))
 
     async def question(page: Page, served: Served) -> None:
-        await page.get_by_label("API key", exact=True).fill("user")
+        async def use(key: str) -> None:
+            await page.evaluate(f"sessionStorage.setItem('loraretriever-key', '{key}')")
+            await page.reload()
+
+        rows = page.locator("#usage-rows tr")
+        await page.get_by_label("API key", exact=True).fill("admin")
         await page.get_by_role("button", name="Use", exact=True).click()
-        for _ in range(2):
-            await ask(page)
-            await expect(last_turn(page, ".note")).to_contain_text("tokens")
+        for key, count in (("admin", 1), ("user", 2)):
+            await use(key)
+            for _ in range(count):
+                await ask(page)
+                await expect(last_turn(page, ".note")).to_contain_text("tokens")
         await go(page, "Status")
-        await expect(page.locator("#connection")).to_have_text("live")
-        await expect(page.locator("#usage")).to_be_hidden()
-        await page.evaluate("sessionStorage.setItem('loraretriever-key', 'admin')")
-        await page.reload()
-        row = page.locator("#usage-rows tr").filter(has_text="acme")
-        await expect(row).to_have_count(1)
+        await expect(rows.get_by_role("rowheader")).to_have_text(["acme"])
+        bars = rows.get_by_role("img", name=re.compile(r"^Requests by day, most on \d{4}-\d\d-\d\d: \d+$"))
+        await expect(bars.locator("rect")).to_have_count(30)
+        await page.get_by_label("In the last").select_option("7 days")
+        await expect(bars.locator("rect")).to_have_count(7)
+        await go(page, "Adapters")
+        await page.get_by_role("link", name="local/poet").click()
+        await expect(page.locator("#adapter-uses")).to_contain_text("2 requests, 0 errors")
+        await use("admin")
+        await expect(page.locator("#adapter-uses")).to_contain_text("3 requests, 0 errors")
+        await go(page, "Status")
+        await expect(rows.get_by_role("rowheader")).to_have_text(["acme", "ops"])
+        row = rows.filter(has_text="acme")
         query = UsageQuery(date(2000, 1, 1), date(2100, 1, 1), ("tenant",), "acme")
         [known] = await served.services.store.usage(query)
         assert known["completion_tokens"] > 0
-        assert (await row.inner_text()).split("\t") == ["acme", *[str(known[name]) for name in SUMS]]
+        assert (await row.inner_text()).split("\t")[: len(SUMS) + 1] == ["acme", *[str(known[name]) for name in SUMS]]
         await page.locator("#usage-by").select_option("adapter")
         await expect(page.locator("#usage-rows")).to_contain_text("local/")
 

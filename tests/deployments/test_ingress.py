@@ -76,18 +76,18 @@ def test_adapters_are_found_by_the_last_user_message_after_the_previous_one() ->
 
 
 def test_user_config_changes_the_defaults_of_requests_while_the_server_runs() -> None:
-    async def run() -> list[int]:
-        ingress = serve_plainly().ingress
-        numbers = []
+    async def run() -> list[tuple[Any, ...]]:
+        served = serve_plainly()
+        seen: list[tuple[Any, ...]] = []
         for user_config in ({"retrieval": {"k": 1, "strategy": "selection"}}, {}):
-            ingress.reconfigure(user_config)
-            answer = await ingress.generate(CHAT)
-            stats = await ingress.services.stats.read("local")
-            assert stats["defaults"]["strategy"] == answer["lora"]["strategy"]
-            numbers.append(len(answer["lora"]["adapters"]))
-        return numbers
+            served.ingress.reconfigure(user_config)
+            await served.ingress.generate(CHAT)
+            [request] = served.retriever.called("route")[-1][0]
+            stats = (await served.ingress.services.stats.read("local"))["defaults"]
+            seen.append((request.top_k, request.strategy, stats["k"], stats["strategy"]))
+        return seen
 
-    assert asyncio.run(run()) == [1, 2]
+    assert asyncio.run(run()) == [(1, "selection", 1, "selection"), (3, "mixture", 3, "mixture")]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from typer.main import get_command
 
 from deployments.api.names import NamePolicy
@@ -20,6 +21,8 @@ from deployments.cli.main import cli
 from deployments.cli.pool_file import PoolFile
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
+from deployments.publishing.contract_files import read_contract
+from lora_store.contract_files import CONTRACT_FILE
 from tests.conftest import ON_A_CLUSTER
 from tests.docs.pages import ROOT, CodeBlock, blocks_of, pages
 
@@ -66,9 +69,19 @@ def test_settings_and_policies_are_valid(block: CodeBlock) -> None:
     if "of LiteLLM's proxy" in block.text:
         assert {row["model_name"] for row in settings["model_list"]} == {"auto"}
         return
+    if block.text.startswith(f"# {CONTRACT_FILE}"):
+        read_contract(CONTRACT_FILE, block.text.encode())
+        return
     if block.text.startswith("# pool.yaml"):
         PoolFile.model_validate(settings)
         return
+    for deployment in settings.get("deployments", []):
+        DeploymentSchema.model_validate(deployment)
+    if "deployments" in settings:
+        return
+    if "applications" in settings:  # Serve's own file, with our settings as the arguments
+        [application] = ServeDeploySchema.model_validate(settings).applications
+        settings = application.args
     if settings.get("worker", {}).get("device") == "cuda":
         settings.setdefault("worker_scaling", {"num_gpus": 1})
     AppConfig.model_validate(settings)

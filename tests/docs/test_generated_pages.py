@@ -107,7 +107,7 @@ def test_every_setting_of_the_top_level_has_a_row_with_a_meaning() -> None:
 def test_every_test_of_a_client_is_in_the_table() -> None:
     shown = clients.clients()
     files = sorted((clients.ROOT / "tests" / "clients").glob("test_*.py"))
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         assert path.read_text(encoding="utf-8").split('"""')[1].splitlines()[0] in shown
     assert "langchain-tests" in shown and "streaming with usage" in shown

@@ -1,7 +1,8 @@
-"""The `sh` and `python` blocks of the first pages run, in order, against the session's server."""
+"""The blocks of the first pages and the cells of the notebook run, in order, against the session's server."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -20,6 +21,11 @@ from tests.soak import Scale
 
 DOCS = ROOT / "docs"
 IN_TUTORIALS = "http://127.0.0.1:8000"
+NOTEBOOK = ROOT / "examples" / "demo.ipynb"
+COUNT_DRAWN = """
+for number in plt.get_fignums():
+    print("drawn", sum(len(axis.patches) + len(axis.collections) for axis in plt.figure(number).axes))
+"""
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
     """Return a working folder as the tutorials expect it, with `examples`. Withdraw what they publish."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     yield tmp_path
-    run_shell("loraretriever withdraw my-adapter ticket-queue", tmp_path, url, check=False)
+    run_shell("loraretriever withdraw my-adapter ticket-queue ask-it", tmp_path, url, check=False)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +67,9 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
         (
             "how-to/evaluate-a-pool.md",
             5,
-            ["39 prompts", "AUROC", "fusion: ", "selection: ", "of 12 right"],
+            ["36 prompts of adapters", "AUROC", "have similar ones to compare with", "fusion: ", "of 12 right"],
         ),
-        ("how-to/choose-k-and-strategy.md", 1, ["strategy", "top_p_mixture", "boys like tea"]),
+        ("how-to/choose-k-and-strategy.md", 1, ["do the boys like tea"]),
         ("how-to/upgrade-and-roll-back.md", 3, [", 0 bad", "are in before-upgrade.tar", "pool-of-before, generation"]),
     ],
 )
@@ -118,8 +124,22 @@ def test_the_ray_example_runs_in_another_driver_of_the_cluster(server: Server, t
     [block] = [block for block in blocks_of(DOCS / "how-to" / "connect-clients.md") if "import ray" in block.text]
     code = block.text.replace("127.0.0.1:6379", server.ray_address)
     printed = finished([sys.executable, "-c", code], tmp_path, server.url).stdout
-    assert "Do the boys like tea?" in printed and "question_formation" in printed
+    assert "do the boys like tea" in printed and "question_formation" in printed
     assert "'finish_reason': 'stop'" in printed
+
+
+def test_the_notebook_publishes_routes_asks_mixes_and_evaluates(folder: Path, url: str) -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells) + COUNT_DRAWN
+    printed = finished([sys.executable, "-c", code], folder, url).stdout
+    assert "ask-it is live" in printed
+    assert "What is the capital of France? -> the base model" in printed
+    assert "'do the boys like tea'" in printed
+    [right] = [ast.literal_eval(line) for line in printed.splitlines() if line.startswith("{'selection'")]
+    assert right["mixture"] > right["base model"] + 4
+    drawn = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("drawn")]
+    assert len(drawn) == 3 and min(drawn) > 0
 
 
 def write_training_output(adapter: Path, output: Path) -> None:
@@ -148,7 +168,13 @@ def run_shell(script: str, folder: Path, url: str, *, check: bool = True) -> str
 
 def finished(command: list[str], folder: Path, url: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "COLUMNS": "200", "NO_COLOR": "1", "LORARETRIEVER_URL": url}
+    environment = os.environ | {
+        "PATH": path,
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+        "LORARETRIEVER_URL": url,
+        "MPLBACKEND": "Agg",
+    }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     if check:
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"

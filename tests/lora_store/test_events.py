@@ -88,6 +88,20 @@ def test_a_profile_of_outputs_is_read_as_it_was_written(make_record: MakeRecord,
             assert found.outputs.vector.tolist() == [-127, 0, 42]
 
 
+def test_vectors_of_accepted_prompts_are_read_as_they_were_written(make_record: MakeRecord) -> None:
+    rows = np.arange(2 * len(embedding().vector), dtype=np.float32).reshape(2, -1)
+    own = replace(embedding(), accepted=rows)
+    events = [Publish(make_record(embedding=own)), Embed(REF, own), Keep(make_record(embedding=own), is_live=True)]
+    for _, read in dated_events_of(table_of(events, 7), after=0):
+        assert isinstance(read, Publish | Embed | Keep)
+        found = read.embedding if isinstance(read, Embed) else read.record.embedding
+        assert found is not None and np.array_equal(found.accepted, rows)
+    older = table_of([Embed(REF, own)], 7).drop_columns(["accepted_vectors"])
+    padded = pa.concat_tables([SCHEMA.empty_table(), older], promote_options="default")
+    [(_, read)] = dated_events_of(padded, after=0)
+    assert isinstance(read, Embed) and read.embedding.accepted is None
+
+
 def test_a_publish_gets_the_generation_of_its_commit(make_record: MakeRecord) -> None:
     [(_, read)] = dated_events_of(table_of([Publish(make_record())], 7), after=0)
     assert isinstance(read, Publish) and read.record.generation == 7

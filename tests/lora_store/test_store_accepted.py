@@ -1,4 +1,4 @@
-"""Versions with prompts of clients among their samples."""
+"""Versions of the same weights: with prompts of clients among their samples, and with other tags or samples."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lora_store import AdapterNotFound, AdapterRecord, Feedback, LoraStore, Sample, Staged, VersionConflict
-from tests.lora_store.builders import MakeFolder, OpenStore, embedding
+from lora_store import (
+    AdapterNotFound,
+    AdapterRecord,
+    AdapterRefused,
+    Edit,
+    Feedback,
+    Limits,
+    LoraStore,
+    Sample,
+    Staged,
+    VersionConflict,
+)
+from tests.lora_store.builders import BASE, MakeFolder, OpenStore, embedding
 
 ACCEPTED = Sample("Make me a rhyme about rain", is_accepted=True)
 
@@ -62,6 +73,12 @@ def test_samples_of_a_version_that_is_not_live_any_more_are_refused(store: LoraS
     assert live(store).ref == newer.ref, "the newer weights stay"
 
 
+def test_the_same_samples_twice_are_one_version_and_no_conflict(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    twice = [store.resample(first, [Sample("a"), ACCEPTED]) for _ in range(2)]
+    assert len({commit(store, staged).ref for staged in twice}) == 1
+
+
 def test_the_visibility_is_that_of_the_commit(store: LoraStore, make_folder: MakeFolder) -> None:
     first = commit(store, store.stage(make_folder(), visibility="public"))
     staged = store.resample(first, [Sample("a"), ACCEPTED])
@@ -88,3 +105,56 @@ def test_a_withdrawal_deletes_the_proposals_for_the_adapter(store: LoraStore, ma
     store.feedback.put("local", "proposed", Feedback.proposed("Rhyme", "poet", "key"), datetime.now(UTC))
     store.withdraw("local", ["poet"], "owner")
     assert store.feedback.all("local", "proposed", "poet") == []
+
+
+def test_an_edit_makes_a_version_of_the_same_weights_and_keeps_the_rest(
+    store: LoraStore, make_folder: MakeFolder
+) -> None:
+    first = commit(store, store.stage(make_folder(), tags=["fun"], template="alpaca"))
+    second = commit(store, store.edit(first, Edit(tags=("b", "a", "b"))))
+    assert (second.tags, second.template, second.samples_digest) == (("a", "b"), "alpaca", first.samples_digest)
+    third = commit(store, store.edit(second, Edit(template="server", visibility="private")))
+    assert (third.tags, third.template, third.visibility) == (("a", "b"), None, "private")
+    assert {record.weights_digest for record in (second, third)} == {first.weights_digest}
+    assert commit(store, store.edit(third, Edit(tags=("fun",), template="alpaca"))).ref == first.ref
+
+
+def test_an_edit_of_samples_keeps_the_marks_of_accepted_ones(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    accepted = commit(store, store.resample(first, [Sample("a"), ACCEPTED]))
+    edited = commit(store, store.edit(accepted, Edit(samples=(Sample("new", "out"), Sample(ACCEPTED.input)))))
+    assert store.samples(edited.samples_digest or "") == (Sample("new", "out"), ACCEPTED)
+    bare = commit(store, store.edit(edited, Edit(samples=())))
+    assert (bare.samples_digest, bare.num_samples) == (None, 0)
+    assert commit(store, store.edit(bare, Edit(samples=(Sample("a"),)))).num_samples == 1
+
+
+def test_an_edit_is_refused_with_every_reason(store_uri: str, make_folder: MakeFolder) -> None:
+    store = LoraStore(store_uri, accepts_base=[BASE], limits=Limits(max_samples=2, max_sample_bytes=64))
+    first = commit(store, store.stage(make_folder()))
+    bad = Edit(tags=("a b",), samples=(Sample(" "), Sample("a", "x" * 65), Sample("ok")))
+    with pytest.raises(AdapterRefused) as refused:
+        store.edit(first, bad)
+    for reason in (
+        "tag 'a b' must be 1 to 64",
+        "samples: at most 2 (admission.max_samples), got 3",
+        'samples: number 1 needs an "input" that is not blank',
+        'samples: number 2 has an "output" of more than 64 bytes',
+    ):
+        assert reason in str(refused.value)
+    assert live(store).ref == first.ref
+
+
+def test_an_unlisted_adapter_gets_no_samples(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder(), ttl_s=60))
+    with pytest.raises(AdapterRefused, match="an adapter with ttl_s has none"):
+        store.edit(first, Edit(samples=(Sample("a"),)))
+    assert commit(store, store.edit(first, Edit(tags=("step",)))).expires_at == first.expires_at
+
+
+def test_an_edit_of_a_version_that_is_not_live_any_more_is_refused(store: LoraStore, make_folder: MakeFolder) -> None:
+    first = commit(store, store.stage(make_folder()))
+    staged = store.edit(first, Edit(tags=("old",)))
+    commit(store, store.stage(make_folder(seed=5)))
+    with pytest.raises(VersionConflict):
+        commit(store, staged)

@@ -67,6 +67,10 @@ def test_sums_are_by_group_and_a_request_counts_for_each_of_its_adapters(files: 
     assert counts(files, tenant="nobody", days=1) == {}
     [row] = files.sums(UsageQuery(TODAY, TODAY, ("tenant",), "acme"))
     assert row["last_at"] == NOON
+    for by, tenant, expected in (((), None, 2), (("adapter",), None, 2), ((), "acme", 1)):
+        [row] = files.sums(UsageQuery(TODAY, TODAY, by, tenant, "acme/poet"))  # type: ignore[arg-type]
+        assert row["requests"] == expected
+    assert files.sums(UsageQuery(TODAY, TODAY, (), None, "acme/nosuch")) == []
 
 
 def test_a_segment_cut_anywhere_in_its_last_event_keeps_all_others() -> None:

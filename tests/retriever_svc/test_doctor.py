@@ -48,6 +48,12 @@ def test_samples_that_find_their_own_adapter_are_counted() -> None:
     assert report.always_shadowed == report.never_chosen == report.collisions == report.unreadable == ()
 
 
+def test_accepted_prompts_are_not_asked_as_samples() -> None:
+    accepted = [Sample("up", is_accepted=True)]
+    report = report_on(E, N, U, source=lambda record: [*source(record), *accepted])
+    assert {a.ref.name: a.num_samples for a in report.adapters} == {"e": 2, "n": 2, "u": 1}
+
+
 def test_an_adapter_that_none_of_its_samples_ranks_first_is_shadowed() -> None:
     report = report_on(E, record_of("e2", unit_rows(np.asarray([1, 0, 0.3], np.float32))), N)
     [shadowed] = report.always_shadowed

@@ -72,3 +72,13 @@ def test_outputs_are_encoded_for_their_profile_and_do_not_move_the_adapter() -> 
     assert labels.outputs == OutputProfile(("no", "yes"))
     assert plain.outputs is None
     assert {text for batch in encoder.batches for text in batch} == {"x", "y", "z", *outputs}
+
+
+def test_accepted_prompts_leave_the_vector_as_it_is_and_are_kept_beside_it() -> None:
+    accepted = [Sample("z", is_accepted=True)]
+    plain, taught = embed_groups(FakeEncoder(TABLE), [samples("x", "y"), [*samples("x", "y"), *accepted]])
+    assert plain is not None and taught is not None
+    assert plain.accepted is None
+    assert (taught.vector.tolist(), taught.own_scores.tolist()) == (plain.vector.tolist(), plain.own_scores.tolist())
+    np.testing.assert_allclose(taught.accepted, [TABLE["z"]], atol=1e-6)
+    assert embed_groups(FakeEncoder(TABLE), [accepted]) == [None], "an adapter is not embedded by these alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -14,11 +15,11 @@ from lora_store.feedback import MAX_PER_KEY, Feedback
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
-from retriever_svc import IndexSettings, Retriever
+from retriever_svc import IndexSettings, Retriever, embed_groups
 from retriever_svc.encoder import unit_rows
 from retriever_svc.learning import MAX_OUTCOMES, OWN_PER_ACCEPTED, Effect, Learnt, Resampled, accept, learn
 from retriever_svc.pool import Pool
-from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, names, record_of, snapshot_of
+from tests.retriever_svc.pool_fakes import FakeEncoder, OrdinaryRows, Source, live_pool, names, record_of, snapshot_of
 from tests.retriever_svc.routing import route_one
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -98,28 +99,30 @@ def test_a_liar_cannot_take_a_victims_prompts() -> None:
     """The attacker names its adapter in requests with the victim's prompts, and accepts all that are proposed."""
     lies = [f"lie {number}" for number in range(20)]
     table = {**TABLE, **{text: near(1, 0.05 * number, towards=2) for number, text in enumerate(lies)}}
-    encoder = FakeEncoder(table, dim=DIM)
-    pool = Pool.of(snapshot_of(POET, CODER), encoder, IndexSettings())
+    encoder, ordinary = FakeEncoder(table, dim=DIM), np.stack([near(2, 0.02 * number) for number in range(40)])
+    pool = Pool.of(snapshot_of(POET, CODER), encoder, IndexSettings(), ordinary=ordinary)
     found = accept(pool, POET, lies, lambda r: SAMPLES[r.ref.name], "balanced")
-    rows = np.stack([table[sample.input] for sample in found.samples])
-    after = Retriever(
-        live_pool(encoder, Source(record_of("poet", unit_rows(rows.mean(axis=0))), CODER)), min_score=-1.0
-    )
+    [embedding] = embed_groups(encoder, [found.samples])
+    assert embedding is not None and embedding.accepted is not None
+    source = Source(replace(POET, embedding=embedding), CODER)
+    after = Retriever(live_pool(encoder, source, projections=OrdinaryRows(ordinary)), min_score=-1.0)
     assert [names(route_one(after, text))[0] for text in CODER_TEXTS] == ["coder"] * 6
 
 
 def test_a_change_that_costs_publishers_their_samples_is_refused() -> None:
     texts = [f"poem {number}" for number in range(6)]
-    stray = {text: near(0, 0.0) for text in texts} | {"far": near(1, 0.0)}
-    beside = record_of("beside", near(0, 0.1, towards=1), num_samples=1)
-    encoder = FakeEncoder({**stray, "beside": near(0, 0.1, towards=1)}, dim=DIM)
+    angles = {"near": 23.5, "far": 66.5, "between": 25.0}  # from the poems
+    turned = {text: near(0, float(np.tan(np.radians(angle))), towards=1) for text, angle in angles.items()}
+    encoder = FakeEncoder({**{text: near(0, 0.0) for text in texts}, **turned}, dim=DIM)
     poet = record_of("poet", near(0, 0.0), num_samples=6)
-    own = {"poet": [*map(Sample, texts)], "beside": [Sample("beside")]}
-    pool = Pool.of(snapshot_of(poet, beside), encoder, IndexSettings())
+    beside = record_of("beside", unit_rows(turned["near"] + turned["far"]), num_samples=2)
+    own = {"poet": [*map(Sample, texts)], "beside": [Sample("near"), Sample("far")]}
+    ordinary = np.stack([near(2, 0.02 * number) for number in range(40)])
+    pool = Pool.of(snapshot_of(poet, beside), encoder, IndexSettings(), ordinary=ordinary)
     kept = accept(pool, poet, [], lambda r: own[r.ref.name], "balanced")
     assert kept.effect.refusal is None
-    found = accept(pool, poet, ["far"], lambda r: own[r.ref.name], "balanced")
-    assert found.effect.refusal is not None and "samples" in found.effect.refusal
+    found = accept(pool, poet, ["between"], lambda r: own[r.ref.name], "balanced")
+    assert found.effect.refusal is not None and "1 of 8 samples" in found.effect.refusal
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,16 @@ from tests.retriever_svc.pool_fakes import record_of
 
 TAGS = [(), ("code",), ("code", "fast"), ("prose",)]
 RECORDS = [
-    record_of(
-        f"{name}{number:02}",
-        None,
-        tenant=tenant,
-        visibility="private" if number % 3 else "public",
-        tags=TAGS[number % 4],
+    replace(
+        record_of(
+            f"{name}{number:02}",
+            None,
+            tenant=tenant,
+            visibility="private" if number % 3 else "public",
+            tags=TAGS[number % 4],
+            base_model="large" if number % 5 else "small",
+        ),
+        created_at=datetime(2026, 1, 1 + 7 * number % 10, tzinfo=UTC),
     )
     for tenant, name in (("a", "Alpha"), ("b", "beta"))
     for number in range(12)
@@ -41,15 +45,19 @@ def matching_slowly(tenant: str, request: PageRequest) -> list[str]:
         (record.ref.name if record.ref.tenant == tenant else str(record.ref).partition("@")[0], record)
         for record in RECORDS
     ]
-    return sorted(
-        name
+    rows = sorted(
+        (name, record.created_at)
         for name, record in named
         if (record.ref.tenant == tenant or record.visibility == "public")
         and request.owner in (None, record.ref.tenant)
+        and request.base in (None, record.base_model)
         and all(tag in record.tags for tag in request.tags)
         and request.contains.lower() in name.lower()
         and all(word in f"{name} {' '.join(record.tags)}".lower() for word in request.words.lower().split())
     )
+    if request.sort != "name":
+        rows.sort(key=lambda row: row[1], reverse=request.sort == "newest")  # equal times stay in the order of names
+    return [name for name, _ in rows]
 
 
 @pytest.mark.parametrize("tenant", ["a", "b", "nobody"])
@@ -66,6 +74,9 @@ def matching_slowly(tenant: str, request: PageRequest) -> list[str]:
         {"words": "CODE a0"},
         {"words": "  fast b/beta"},
         {"words": "code prose"},
+        {"base": "small", "owner": "b"},
+        {"sort": "newest"},
+        {"sort": "oldest", "tags": ("code",)},
     ],
     ids=str,
 )
@@ -83,6 +94,12 @@ def test_pages_hold_every_match_once_and_in_order(tenant: str, limit: int, filte
 def test_a_page_continues_after_a_removed_name() -> None:
     kept = [record for record in RECORDS if record.ref.name != "Alpha05"]
     assert names(Listings(snapshot_of(*kept)).page("a", PageRequest(1, "Alpha05"))) == ["Alpha06"]
+
+
+def test_a_page_by_age_after_a_removed_adapter_is_the_first_one() -> None:
+    listings = Listings(snapshot_of(*RECORDS))
+    newest = names(listings.page("a", PageRequest(2, sort="newest")))
+    assert names(listings.page("a", PageRequest(2, "gone", sort="newest"))) == newest
 
 
 def test_another_tenants_adapter_is_listed_with_its_owner() -> None:

@@ -99,7 +99,9 @@ def test_matches_are_judged_together_as_one_by_one() -> None:
     ]
     angles = np.linspace(-2.6, -0.9, 10)  # ordinary prompts are on the other side
     ordinary = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    pool = Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
+    pool, fresh = (
+        Pool.of(snapshot_of(*records), FakeEncoder({}), IndexSettings(), ordinary=ordinary) for _ in range(2)
+    )
     asked = np.asarray([0.8, 0.2, -0.3, -1.5])
     queries = np.stack([np.cos(asked), np.sin(asked)], axis=1).astype(np.float32)
     found = [*pool.nearest(queries, 3, "local"), []]
@@ -108,7 +110,8 @@ def test_matches_are_judged_together_as_one_by_one() -> None:
     assert [[m.record for m in row] for row in judged] == [[m.record for m in row] for row in found]
     for query, row, plain in zip(rows_judged, judged, found, strict=True):
         for match, before in zip(row, plain, strict=True):
-            [[alone]] = pool.judged([[before]], "strict", query[np.newaxis])
+            fresh._near_ordinary.clear()
+            [[alone]] = fresh.judged([[before]], "strict", query[np.newaxis])
             assert match[:2] == alone[:2] == before[:2]
             assert match.threshold == pytest.approx(alone.threshold, abs=1e-6)
             assert match.confidence <= alone.confidence + 1e-12  # the only candidate has the largest lead

@@ -44,6 +44,16 @@ def test_a_beaten_adapter_is_replaced_with_its_score_by_the_best_of_its_region()
     assert names(route_one(retriever, "north"))[0] == "other"
 
 
+def test_an_evaluation_is_read_by_its_tenant_for_the_version_that_it_measured() -> None:
+    ranking = ranking_of(BAD.ref, (GOOD, 0.9), (BAD, 0.1))
+    retriever = retriever_of(GOOD, BAD, OTHER, ranking=ranking)
+    assert retriever.evaluation("local", "bad") == ranking
+    assert retriever.evaluation("local", "good") is None
+    assert retriever.evaluation("other", "local/bad") is None
+    newer = retriever_of(GOOD, record_of("bad", EAST, version="2"), ranking=ranking)
+    assert newer.evaluation("local", "bad") is None
+
+
 def test_an_unlisted_adapter_takes_no_place_since_only_its_name_finds_it() -> None:
     unlisted = replace(GOOD, expires_at=NOON.replace(year=2100))
     ranking = ranking_of(BAD.ref, (unlisted, 0.9), (BAD, 0.1))

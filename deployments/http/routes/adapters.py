@@ -18,13 +18,13 @@ from deployments.api.adapters import (
     MAX_UPLOAD_FILES,
     AdapterSource,
     ApproveRequest,
+    EditRequest,
     PublishBatch,
     PublishItem,
     RollbackRequest,
     SamplesRequest,
     ShareRequest,
     Tag,
-    VisibilityRequest,
 )
 from deployments.api.draws_report import draws_object
 from deployments.api.pool_responses import AdapterList, AdapterShown, adapter_list, shown_object
@@ -57,13 +57,13 @@ from deployments.http.dependencies import (
 )
 from deployments.http.openapi import (
     APPROVE_ANSWERS,
+    EDIT_ANSWERS,
     LORA_ANSWERS,
     LORAS_ANSWERS,
     PUBLISH_ANSWERS,
     ROLLBACK_ANSWERS,
     SAMPLES_ANSWERS,
     SHARE_ANSWERS,
-    VISIBILITY_ANSWERS,
     WITHDRAW_ANSWERS,
 )
 from deployments.http.uploads import count_upload, read_upload
@@ -71,6 +71,7 @@ from deployments.publishing.validator import Charge
 from lora_store import VISIBILITIES, Feedback
 from lora_store.contract_files import MAX_CONTRACT_BYTES
 from retriever_svc import PageRequest
+from retriever_svc.listing import Sort
 
 router = APIRouter(route_class=AnsweringRoute)
 MAX_PAGE = 1000
@@ -107,12 +108,14 @@ async def loras(
     search: Annotated[str, Query(max_length=256)] = "",
     tag: Annotated[list[Tag] | None, Query(max_length=MAX_TAGS, description="has all of these tags")] = None,
     owner: Annotated[str | None, Query(max_length=64, description="belongs to this tenant")] = None,
+    base: Annotated[str | None, Query(max_length=4096, description="names this base model")] = None,
+    sort: Annotated[Sort, Query(description="newest and oldest: by the time of publish")] = "name",
     after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0,
 ) -> AdapterList:
     """Return a page of the adapters that the caller may use and that pass the filters, and their number."""
-    wanted = PageRequest(limit, after, owner=owner, tags=tuple(tag or ()), words=search)
+    wanted = PageRequest(limit, after, owner=owner, base=base, tags=tuple(tag or ()), words=search, sort=sort)
     return adapter_list(await services.retriever.page(caller.tenant, wanted, min_generation), caller.tenant)
 
 
@@ -155,21 +158,24 @@ async def show(
     services: AnyServices,
     caller: AnyCaller,
     samples: Annotated[int, Query(ge=0, le=MAX_SHOWN_SAMPLES, description="how many samples to include")] = 0,
+    evaluation: Annotated[bool, Query(description="include what the last evaluation measured")] = False,
     proposed: Annotated[bool, Query(description="include prompts that may become samples; role publish")] = False,
 ) -> AdapterShown:
     """Return one adapter and its kept versions, the live one first.
 
-    With `samples` also this many samples of the live version. Other tenants' adapters show none.
+    With `samples` also this many samples of the live version. Other tenants' adapters show none. With `evaluation` what
+    the tenant's last evaluation measured on the examples of the live version.
     """
     generation, versions = await services.retriever.record(caller.tenant, name)
     found = await services.retriever.samples(caller.tenant, name) if samples else []
+    measured = await services.retriever.evaluation(caller.tenant, name) if evaluation else None
     waiting: list[Feedback] = []
     if proposed:
         if "publish" not in caller.roles:
             raise RoleMissing(caller.key_id, "publish")
         async with own_key(name, caller, services) as (tenant, bare):
             waiting = await services.store.feedback(tenant, "proposed", bare)
-    return shown_object(versions, caller.tenant, generation, found[:samples], waiting)
+    return shown_object(versions, caller.tenant, generation, found[:samples], waiting, measured)
 
 
 @router.post("/v1/loras/{name:path}/samples", response_model=None, responses=SAMPLES_ANSWERS, dependencies=[MAY_CHANGE])
@@ -223,15 +229,21 @@ async def share(name: str, body: ShareRequest, caller: PublishCaller, services: 
     return JSONResponse(share_object(key[1], trial, settled), 202 if settled.behind else 200)
 
 
-@router.patch("/v1/loras/{name:path}", response_model=None, responses=VISIBILITY_ANSWERS, dependencies=[MAY_CHANGE])
-async def set_visibility(
-    name: str, body: VisibilityRequest, caller: PublishCaller, services: AnyServices
-) -> JSONResponse:
-    """Make an adapter private, or public. A public one claims its bare name: 409 if another tenant has it."""
+@router.patch("/v1/loras/{name:path}", response_model=None, responses=EDIT_ANSWERS, dependencies=[MAY_CHANGE])
+async def edit(name: str, body: EditRequest, caller: PublishCaller, services: AnyServices) -> JSONResponse:
+    """Change the visibility, or the tags, template or samples, which makes a new version of the same weights.
+
+    A public adapter claims its bare name: 409 if another tenant has it, and also if `digest` is not the live version's.
+    """
+    publisher, quota = services.publisher, caller.limits.tenant_quota
     async with own_key(name, caller, services) as key:
-        settled = await services.publisher.set_visibility(key, body.visibility, caller.key_id)
-    answer = visibility_object(key[1], body.visibility, settled)
-    return JSONResponse(answer, 202 if settled.behind else 200)
+        if body.visibility is not None and not body.makes_version and body.digest is None:
+            settled = await publisher.set_visibility(key, body.visibility, caller.key_id)
+            answer = visibility_object(key[1], body.visibility, settled)
+            return JSONResponse(answer, 202 if settled.behind else 200)
+        charge = charge_to(services, caller)
+        published = await publisher.edit(key, body.edit(), body.digest, caller.key_id, quota, charge)
+    return JSONResponse(published_object(published), status_of(published))
 
 
 @router.post("/v1/loras/{name:path}/approve", response_model=None, responses=APPROVE_ANSWERS, dependencies=[MAY_CHANGE])

@@ -30,6 +30,9 @@ class UsageQueryFields(ApiRequest):
     )
     end: date | None = Field(default=None, ge=_FIRST_DAY, description="the last day; default: today")
     tenant: str | None = Field(default=None, max_length=64, description="only this tenant; another one needs an admin")
+    adapter: str | None = Field(
+        default=None, max_length=129, description="only requests that this adapter answered, as tenant/name"
+    )
 
 
 @router.get("/health", response_model=None, responses=HEALTH_ANSWERS)
@@ -67,7 +70,7 @@ async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServic
     tenant = query.tenant if "admin" in caller.roles else caller.tenant
     if query.tenant not in (None, tenant):
         raise RoleMissing(caller.key_id, "admin")
-    wanted = UsageQuery(start, end, tuple(dict.fromkeys(query.by)), tenant)
+    wanted = UsageQuery(start, end, tuple(dict.fromkeys(query.by)), tenant, query.adapter)
     async with services.usage_log.report_turn(caller.tenant):
         await services.usage_log.send_all()
         rows = await services.store.usage(wanted)

@@ -43,8 +43,12 @@ def test_an_adapter_is_shown_without_its_embedding() -> None:
 
 
 def test_kept_versions_are_distinguished_from_the_live_one() -> None:
-    older = adapter("poet", version="older", generation=0)
+    older = adapter("poet", version="older", generation=0, template="chat")
     shown = versions_object([POET, older])
+    assert [row["differs"] for row in shown] == [[], ["weights", "tags", "template"]]
+    assert (shown[1]["tags"], shown[1]["template"], shown[1]["num_samples"]) == (["older"], "chat", 2)
+    bare = replace(POET, samples_digest=None, num_samples=0)
+    assert versions_object([POET, bare])[1]["differs"] == ["samples"]
     assert [(row["digest"], row["state"], row["generation"]) for row in shown] == [
         (POET.ref.digest, "live", 1),
         (older.ref.digest, "kept", 0),

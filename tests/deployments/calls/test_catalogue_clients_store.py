@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from deployments.api.adapters import PublishItem
 from deployments.calls.catalogue_clients import StoreClient, serve_store
 from deployments.errors import PoisonRequest
-from lora_store import StoreUnavailable
+from lora_store import Edit, StoreUnavailable
 from tests.deployments.adapter_records import adapter, digest_of
 from tests.fakes import FakeHandle
 from tests.virtual_time import run_in_virtual_time
@@ -27,6 +27,7 @@ REPEATED: dict[str, Ask] = {
     "versions": lambda store: store.versions([("local", "poet")]),
     "stage": lambda store: store.stage(PublishItem(Path("poet")), {}),
     "restage": lambda store: store.restage(adapter("poet")),
+    "edit": lambda store: store.edit(adapter("poet"), Edit()),
     "commit": lambda store: store.commit([], [], [], "tester", commit_id="1"),
     "withdraw": lambda store: store.withdraw("local", ["poet"], "tester", commit_id="1"),
 }
@@ -88,7 +89,7 @@ def test_large_files_and_references_go_over_the_object_store(method: str) -> Non
     with pytest.raises((RayActorError, PoisonRequest)):
         asyncio.run(_ask({**SENT_ONCE, **REPEATED}[method], handle))
     assert dying.asked
-    assert {call.by_reference for call in handle.calls} == {True if method in ("stage", "fetch") else None}
+    assert {call.by_reference for call in handle.calls} == {True if method in ("stage", "edit", "fetch") else None}
 
 
 @pytest.mark.parametrize("method", ["ping", "active_encoder", "versions"])

@@ -71,7 +71,7 @@ def test_auto_finds_by_the_users_text_and_asks_by_the_contract(tmp_path: Path) -
         counted = await tenants.ask(OWNER, "POST", "/tokenize", json={"messages": CHAT["messages"], "model": "mood"})
         [*_, (_, prompt, *_)] = tenants.served.worker.called("tokenize")
         assert counted.status_code == 200 and prompt == job.prompt
-        job, lora = await ask(tenants, OTHER, model=f"{OWNER}/mood", temperature=1.0)
+        job, lora = await ask(tenants, OTHER, model=f"{OWNER}/mood", temperature=1.0, lora={"explain": True})
         assert lora["contract"] == {"adapter": f"{OWNER}/mood", "applied": APPLIED[:-1]}
         assert job.sampling.temperature == 1.0
         job, lora = await ask(tenants, lora=CHAT["lora"] | {"contract": False})
@@ -103,7 +103,7 @@ def test_a_contract_applies_where_its_adapter_has_more_than_half(tmp_path: Path)
 
 def test_a_new_version_keeps_replaces_and_clears_the_contract(tmp_path: Path) -> None:
     async def look(tenants: TwoTenants) -> None:
-        first = await publish(tenants, folder(tenants))
+        await publish(tenants, folder(tenants))
         kept = await publish(tenants, folder(tenants, seed=78, contract=None))
         assert await contract_of(tenants) == kept["kept"]["contract"] == CONTRACT
         other = {"stop": ["X"]}
@@ -115,8 +115,8 @@ def test_a_new_version_keeps_replaces_and_clears_the_contract(tmp_path: Path) ->
         assert await contract_of(tenants) == {"stop": ["Y"]} and given["digest"] != changed["digest"]
         await publish(tenants, folder(tenants, seed=79, contract=other), contract={})
         assert await contract_of(tenants) is None
-        back = await tenants.ask(OWNER, "POST", "/v1/loras/mood/rollback", json={"digest": first["digest"]})
-        assert back.status_code == 201 and await contract_of(tenants) == CONTRACT
+        back = await tenants.ask(OWNER, "POST", "/v1/loras/mood/rollback", json={"digest": given["digest"]})
+        assert back.status_code == 201 and await contract_of(tenants) == {"stop": ["Y"]}
 
     run(tmp_path, look)
 

@@ -145,6 +145,19 @@ def test_checkpoints_with_ties_and_without_are_whole(family: str, tiny_folders: 
     assert check_checkpoint(str(tiny_folders[family]))
 
 
+@pytest.mark.parametrize("check", CHECKS)
+def test_biases_that_the_config_denies_are_refused_by_name(check: Check, llama: Path, tmp_path: Path) -> None:
+    """They would be left out of all answers."""
+
+    def with_bias(tensors: Tensors) -> Tensors:
+        name = "model.layers.1.mlp.up_proj"
+        return tensors | {f"{name}.bias": torch.ones(len(tensors[f"{name}.weight"]))}
+
+    folder = copy_with(with_bias, llama, tmp_path / "biased")
+    with pytest.raises(BaseModelUnsupported, match=r"has biases .* \(model.layers.1.mlp.up_proj.bias\)"):
+        check(str(folder))
+
+
 def test_tensors_beyond_the_model_are_ignored(llama: Path, tmp_path: Path) -> None:
     """A config may leave out layers of its files, such as those that predict several tokens."""
     folder = shutil.copytree(llama, tmp_path / "pruned")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
+
 import httpx
 import pytest
 
@@ -44,7 +47,16 @@ def test_the_pool_is_paged_as_the_models_are(limit: int, search: str) -> None:
     assert ask(walk, retriever=FakeRetriever(held)) == expected
 
 
-@pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit")])
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [("sort=newest", ["poet", "coder"]), ("base=tiny-base", ["coder", "poet"]), ("base=other", [])],
+)
+def test_the_pool_is_filtered_by_base_and_sorted_by_age(query: str, expected: list[str]) -> None:
+    held = [replace(adapter("poet"), created_at=datetime(2026, 1, 9, tzinfo=UTC)), adapter("coder")]
+    assert [row["id"] for row in get(f"/v1/loras?{query}", retriever=FakeRetriever(held)).json()["data"]] == expected
+
+
+@pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit"), ("sort=size", "sort")])
 def test_a_page_of_the_pool_is_bounded(query: str, param: str) -> None:
     response = get(f"/v1/loras?{query}")
     assert (response.status_code, error_of(response)["param"]) == (400, param)

@@ -101,3 +101,39 @@ def test_a_rollback_without_a_body_says_what_to_send() -> None:
 def test_a_short_digest_is_refused() -> None:
     response = post("/v1/loras/poet/rollback", {"digest": "abc"})
     assert (response.status_code, error_of(response)["param"]) == (400, "digest")
+
+
+def patch(body: Any, **options: Any) -> httpx.Response:
+    return request("PATCH", "/v1/loras/poet", sent={"json": body}, **options)
+
+
+def test_an_edit_publishes_the_live_weights_with_other_tags_and_samples() -> None:
+    old = adapter("poet", version="fun", template="alpaca")
+    store = FakeStore(pool_of(old))
+    answer = patch({"tags": ["new"], "samples": [{"input": "a", "output": "b"}], "digest": old.ref.digest}, store=store)
+    assert answer.status_code == 201
+    assert answer.json()["changed"] == {"tags": {"from": ["fun"], "to": ["new"]}, "samples": {"from": 2, "to": 1}}
+    new, kept = store.live["local", "poet"]
+    assert (new.ref.digest, new.tags, new.template) == (answer.json()["digest"], ("new",), "alpaca")
+    assert (kept.ref, new.weights_digest) == (old.ref, old.weights_digest)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        ({}, 400, None, "at least one of `visibility`, `tags`, `template` and `samples`"),
+        ({"digest": "a" * 64}, 400, None, "at least one of"),
+        ({"tags": ["x"], "digest": "a" * 64}, 409, "digest", "is not the live version"),
+        ({"tags": ["x"], "digest": "abc"}, 400, "digest", ""),
+        ({"tags": ["auto"]}, 400, None, "tag 'auto' must be another"),
+        ({"template": "mine"}, 400, "template", "alpaca"),
+        ({"samples": [{"output": "b"}]}, 400, "samples.0.input", ""),
+        ({"visibility": "private", "digest": "a" * 64}, 409, "digest", "is not the live version"),
+    ],
+)
+def test_a_bad_edit_changes_nothing(body: dict[str, Any], status: int, param: str | None, message: str) -> None:
+    store = FakeStore(pool_of(*POOL))
+    response = patch(body, store=store)
+    assert (response.status_code, error_of(response)["param"]) == (status, param), response.text
+    assert message in error_of(response)["message"]
+    assert store.live["local", "poet"] == (POOL[0],)
