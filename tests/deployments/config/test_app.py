@@ -380,7 +380,7 @@ def test_each_of_several_models_has_settings_of_its_own_and_shares_the_others() 
         {"base_model": "org/a", "worker": {"device": "cuda", "max_model_len": 512}},
         {"base_model": "org/b", "worker_scaling": {"autoscaling_config": {"min_replicas": 0}}, "accepts_base": ["x/b"]},
     ]
-    config = AppConfig(models=models, max_new_tokens=77)
+    config = AppConfig(models=models, max_new_tokens=300)
     first, second = config.by_model.values()
     assert list(config.by_model) == [model.name for model in config.served_models] == ["a", "b"]
     assert (first.worker_config().device, first.worker_scaling.num_gpus, first.workers_scale_to_zero) == (
@@ -393,7 +393,7 @@ def test_each_of_several_models_has_settings_of_its_own_and_shares_the_others() 
         0,
         True,
     )
-    assert {each.worker_config().max_new_tokens for each in (first, second)} == {77}
+    assert {each.worker_config().max_new_tokens for each in (first, second)} == {300}
     assert (config.served_models.first.max_model_len, config.served_models.widest.name) == (512, "b")
     assert (config.served_models.made_for("x/b").name, config.served_models.made_for(None).name) == ("b", "a")
     assert [config.served_models.split(name) for name in ("b", "b:auto", "b:", "c:auto", "poet")] == [
