@@ -126,7 +126,8 @@ def test_an_adapter_with_a_schema_answers_in_it_without_being_asked(
     folder = tmp_path / "ordering"
     shutil.copytree(sorted(POOL.glob("*/adapter_config.json"))[0].parent, folder)
     (folder / "description.txt").unlink(missing_ok=True)
-    contract = {"instruction": "Order: {input}", "output_schema": Order.model_json_schema()}
+    schema = Order.model_json_schema() | {"additionalProperties": False}  # so that an answer must end
+    contract = {"instruction": "Order: {input}", "output_schema": schema}
     (folder / "adapter_io.yaml").write_text(json.dumps(contract))
     said = {"path": str(folder), "ttl_s": 600}  # unlisted, so that no other test finds it
     assert httpx.post(f"{url}/v1/loras", json=said, timeout=120).status_code in (201, 202)
