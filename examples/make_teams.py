@@ -47,7 +47,7 @@ def write_variant(adapter: Path, folder: Path, office: str, *, scale: float) -> 
 
 
 def main(folder: Path) -> None:
-    """Write sixty adapters of three teams into a new folder."""
+    """Write sixty adapters of three teams into a folder."""
     print(f"{len(write_teams(folder))} adapters in {folder}")
 
 
