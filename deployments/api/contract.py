@@ -106,9 +106,14 @@ class AppliedContract:
         asked = replace(prompt[place], content=instruction.replace(INPUT, prompt[place].content))
         return (*prompt[:place], asked, *prompt[place + 1 :])
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The sampling defaults that apply, by name."""
+        return {name: value for name, value in self.contract.defaults.items() if name in self.parts}
+
     def sampling(self, sampling: SamplingParams) -> SamplingParams:
         """Return the parameters with the contract's values. Raises: GrammarInvalid."""
-        values = {name: value for name, value in self.contract.defaults.items() if name in self.parts}
+        values = self.defaults
         if "top_k" in values:
             values["top_k"] = max(values["top_k"], 0)  # as a request's own values are read
         if "top_p" in values:
