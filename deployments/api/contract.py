@@ -68,11 +68,14 @@ class Contract(ApiRequest):
         return {} if self.sampling is None else self.sampling.model_dump(exclude_unset=True)
 
     def to_json(self) -> str:
-        """Return the fields that are set, "" for none. Raises: RequestInvalid for text that is not Unicode."""
+        """Return the fields that are set, "" for none. Raises: RequestInvalid for what JSON cannot hold."""
         try:
             return self.model_dump_json(exclude_unset=True) if self.parts else ""
         except PydanticSerializationError as exc:
-            message = "contract: has text that is not Unicode; remove lone surrogates such as \\ud800"
+            message = (
+                "contract: is nested too deeply, or has text that is not Unicode; flatten output_schema, or remove lone"
+                " surrogates such as \\ud800"
+            )
             raise RequestInvalid(message, "contract") from exc
 
     def grammar(self) -> Grammar | None:

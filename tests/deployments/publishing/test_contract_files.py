@@ -55,6 +55,10 @@ def test_a_contract_in_yaml_is_kept_as_it_is_written() -> None:
         (b"? [a]\n: b\n? [a]\n: b", "not valid YAML: .*unhashable key"),
         (b"- a\n- b", "must be a mapping"),
         (b"[" * 30_000, "nested too deeply"),
+        (
+            b"output_schema: " + b"{items: " * 300 + b"{}" + b"}" * 300,
+            "nested too deeply",
+        ),
         (b"a: [", "not valid YAML"),
         (b"\xff", "is not UTF-8"),
         (b'instruction: "\\ud800{input}"', "instruction: must be valid Unicode"),
