@@ -184,7 +184,9 @@ class Pool:
         """Return what the rankings of `tenant` say about its search results."""
         return self._preferences.get(
             (tenant,),
-            lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre),
+            lambda: Preferences.of(
+                self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre, self.bases
+            ),
         )
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:

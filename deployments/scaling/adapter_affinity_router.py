@@ -17,6 +17,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from gpu_worker.front.prefix import namespace_of
 from gpu_worker.front.request.request import Job
 
 RESIDENT = "resident"  # key in a replica's routing stats
@@ -28,7 +29,10 @@ _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them ev
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The prompt of a chat as digests over tenant, plan and messages: all of it, the turn before, and the first one."""
+    """The prompt of a chat as digests over its namespace in the prefix cache and its messages.
+
+    All of it, the turn before, and the first one. Scores and generations differ from turn to turn, and are left out.
+    """
 
     whole: bytes
     previous: bytes
@@ -40,7 +44,7 @@ class Turn:
         job = args[0] if args else None
         if not isinstance(job, Job) or not isinstance(job.prompt, tuple):
             return None
-        digest = hashlib.blake2b(repr((job.tenant, job.plan)).encode(), digest_size=16)
+        digest = hashlib.blake2b(namespace_of(job.plan, job.tenant, shares_base=False), digest_size=16)
         first = previous = b""
         for message in job.prompt:
             if message.role == "assistant":
