@@ -361,18 +361,21 @@ class Planner:
             chosen = STRATEGIES[strategy].read_options(options.strategy_options or {}, defaults.strategy_options)
         except ValueError as exc:
             raise RequestInvalid(f"lora.strategy_options: {exc}", "lora.strategy_options") from exc
+        abstain, min_score = options.abstain, options.min_score
+        if abstain is None and min_score is None:
+            abstain, min_score = defaults.abstain, defaults.min_score
         return RouteRequest(
             text=(options.query or text)[:MAX_CHARS],
             tenant=tenant,
             strategy=strategy,
             top_k=options.k or defaults.k,
             weighting=options.weights or defaults.weights,
-            min_score=options.min_score,
+            min_score=min_score,
             fallback=options.fallback or defaults.fallback,
             tags=() if options.filter is None else tuple(options.filter.tags),
             min_generation=options.min_generation,
             preferred=preferred,
-            abstain=options.abstain,
+            abstain=abstain,
             shows_samples=options.explain,
             options=chosen,
             base_model=self._models.split(model)[0] if self._models.are_several else "",

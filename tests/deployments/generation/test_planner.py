@@ -86,8 +86,7 @@ def test_omitted_options_come_from_the_config() -> None:
     handle = handle_of()
     plan(handle, strategy="fusion", k=5, weights="softmax", fallback="error", min_score=0.9)
     [([request],)] = handle.called("route")
-    expected = RouteRequest("Rhyme", "local", "fusion", 5, "softmax", min_score=None, fallback="error")
-    assert request == expected  # None requests the Retriever's own floor, which is the config's
+    assert request == RouteRequest("Rhyme", "local", "fusion", 5, "softmax", 0.9, "error", abstain="balanced")
 
 
 def test_a_requests_options_override_the_config() -> None:
@@ -121,12 +120,19 @@ def test_an_option_that_the_strategy_lacks_is_refused_before_retrieval() -> None
     assert handle.calls == []
 
 
-@pytest.mark.parametrize("said", ["never", "strict", None])
-def test_a_requests_operating_point_reaches_the_retriever(said: str | None) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"abstain": "never"}, ("never", None)),
+        ({"min_score": 0.5}, (None, 0.5)),
+        ({}, ("lenient", 0.3)),
+    ],
+)
+def test_the_operating_point_is_the_requests_or_else_the_settings(given: dict[str, Any], expected: object) -> None:
     handle = handle_of()
-    plan(handle, lora={"abstain": said}, abstain="lenient")
+    plan(handle, lora=given, abstain="lenient", min_score=0.3)
     [([request],)] = handle.called("route")
-    assert request.abstain == said  # None requests the Retriever's own, which is the config's
+    assert (request.abstain, request.min_score) == expected
 
 
 @pytest.mark.parametrize(
