@@ -23,7 +23,6 @@ from gpu_worker.front.request.request import Job
 RESIDENT = "resident"  # key in a replica's routing stats
 _EXPECTED_S = 3.0  # until sent requests appear in the stats: their period plus the delay of the controller
 _LONGEST_QUEUE = (1.25, 2)  # factor of the mean and addend; replicas with longer queues are ranked last
-_MAX_CONVERSATIONS = 100_000  # remembered turns, 200 bytes each
 _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them everywhere, one could be overloaded
 
 
@@ -71,6 +70,8 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
     that did not send that turn, because several routers share the clients, takes the conversation's home replica.
     """
 
+    max_turns = 100_000  # remembered ones, 200 bytes each
+
     def initialize_state(self) -> None:
         """Set up the state. Serve calls this once, before any replica is known."""
         self._resident: dict[ReplicaID, frozenset[str]] = {}
@@ -109,7 +110,7 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
         if (turn := Turn.of(pending_request.args)) is not None:
             self._turns.pop(turn.whole, None)
             self._turns[turn.whole] = replica_id
-            if len(self._turns) > _MAX_CONVERSATIONS:
+            if len(self._turns) > self.max_turns:
                 self._turns.popitem(last=False)
 
     # Ray 2.60 matches a chosen replica to its call by an id that all calls of one HTTP request share, so of several

@@ -9,7 +9,6 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
-from deployments.scaling import adapter_affinity_router
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter, short_digest
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
@@ -349,7 +348,7 @@ def test_first_turns_go_to_the_shortest_queue() -> None:
 
 
 def test_the_oldest_turns_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_affinity_router, "_MAX_CONVERSATIONS", 3)
+    monkeypatch.setattr(AdapterAffinityRouter, "max_turns", 3)
 
     async def main() -> None:
         routing = Routing(*[FakeReplica(f"r{number}") for number in range(4)])
