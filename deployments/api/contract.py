@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticSerializationError
 
+from deployments.api import error_table
 from deployments.api.base import ApiRequest, problem
 from deployments.api.completions import LEAST_TOP_P, PolicyFields, Question, StopStrings
 from deployments.api.structured import Schema, of_schema
@@ -134,8 +135,6 @@ def _parse(text: str, name: str) -> Contract:
     try:
         return Contract.model_validate_json(text)
     except ValidationError as exc:
-        from deployments.api import error_table  # it imports Ray, which takes seconds
-
         raise RequestInvalid(
             f"lora.contract: the contract of {name!r} is of a newer release ({error_table.validation_error(exc)});"
             " set lora.contract: false to ask without it",

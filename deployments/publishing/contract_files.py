@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deployments.api import error_table
 from deployments.api.contract import INPUT, Contract
 from deployments.errors import RequestInvalid
 from gpu_worker.errors import GrammarInvalid
@@ -54,8 +55,6 @@ def read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         if (grammar := contract.grammar()) is not None:
             CheckProcess().run(grammar)
     except ValidationError as exc:
-        from deployments.api import error_table  # it imports Ray, which takes seconds
-
         raise FileRefused(name, [str(error_table.validation_error(exc))]) from exc
     except GrammarInvalid as exc:
         raise FileRefused(name, [f"output_schema{exc.pointer}: {exc.message}"]) from exc
