@@ -23,7 +23,8 @@ from lora_store.trials import Trial
 class Publish:
     """A version becomes the live one of its name. The commit that writes the event sets its generation.
 
-    A version that `is_offered` is kept with the live one, which gets the trial of the record.
+    A private version makes the older ones private too. A version that `is_offered` is kept with the live one, which
+    gets the trial of the record.
     """
 
     record: AdapterRecord

@@ -276,6 +276,8 @@ class _State:
         key = (record.ref.tenant, record.ref.name)
         older = self._versions(key)
         kept = tuple(replace(old, trial=None) for old in older if old.ref != record.ref)[: KEPT_VERSIONS - 1]
+        if record.visibility == "private":
+            kept = tuple(replace(old, visibility="private") for old in kept)
         was_approved = any(old.ref == record.ref and old.approved for old in older)
         self._keep(key, (replace(record, approved=True) if was_approved else record, *kept))
         for old in older:

@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
 from lora_store.lru_cache import LruCache
 from lora_store.persistent_map import PersistentMap
@@ -72,7 +71,7 @@ class Pool:
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
-    _near_ordinary: dict[AdapterRef, float] = field(default_factory=dict)
+    _near_ordinary: dict[int, float] = field(default_factory=dict)  # by the hash of the vector
     listings: Listings = field(init=False)
     references: Vectors | None = field(init=False)  # the ordinary prompts, from the centre
 
@@ -157,24 +156,26 @@ class Pool:
             compared = scores
         else:  # own scores are not from the centre, so they set no floor
             compared, own_scores = np.asarray(vectors @ query, np.float64), [0 * own for own in own_scores]
-        refs = [match.record.ref for match in matches]
-        judgement = judge(Candidates(compared, own_scores, self._adapters_nearness(refs, vectors)), abstain, close)
+        near = self._adapters_nearness([embedding.vector for embedding in embeddings], vectors)
+        judgement = judge(Candidates(compared, own_scores, near), abstain, close)
         thresholds = judgement.thresholds
         if abstain != "never":
             thresholds = (thresholds + scores - compared).clip(-1, 1)
         judged = zip(matches, thresholds.tolist(), judgement.confidences.tolist(), strict=True)
         return [match._replace(threshold=threshold, confidence=confidence) for match, threshold, confidence in judged]
 
-    def _adapters_nearness(self, refs: Sequence[AdapterRef], vectors: Vectors) -> Floats:
-        """Return the nearness (C,) of these adapters' vectors (C, D) to ordinary prompts.
+    def _adapters_nearness(self, given: Sequence[Vectors], vectors: Vectors) -> Floats:
+        """Return the nearness (C,) to ordinary prompts of adapters' vectors, `given` and from the centre (C, D).
 
         It is kept: many prompts have the same candidates, and computing it takes longer than the rest of a judgement.
+        An adapter has another vector where a tenant's evaluation or outcomes chose it for prompts of another one.
         """
         assert self.references is not None
-        new = [row for row, ref in enumerate(refs) if ref not in self._near_ordinary]
+        keys = [hash(vector.tobytes()) for vector in given]
+        new = [row for row, key in enumerate(keys) if key not in self._near_ordinary]
         for row, near in zip(new, nearness(vectors[new], self.references).tolist(), strict=True):
-            self._near_ordinary[refs[row]] = near
-        return np.asarray([self._near_ordinary[ref] for ref in refs], np.float64)
+            self._near_ordinary[keys[row]] = near
+        return np.asarray([self._near_ordinary[key] for key in keys], np.float64)
 
     def refers_back(self, query: Vectors) -> bool:
         """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""
@@ -184,7 +185,9 @@ class Pool:
         """Return what the rankings of `tenant` say about its search results."""
         return self._preferences.get(
             (tenant,),
-            lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre),
+            lambda: Preferences.of(
+                self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre, self.bases
+            ),
         )
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:

@@ -198,7 +198,7 @@ class Retriever:
             preferences = replace(preferences, outcomes=())
         nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only, base_model=base_model)
         found = [
-            preferences.applied(vector, matches, num, tags)[: request.num_considered]
+            preferences.applied(vector, matches, num, tags, base_model)[: request.num_considered]
             for request, vector, matches in zip(requests, vectors, nearest, strict=True)
         ]
         return pool.judged(found, abstain, rows)

@@ -240,7 +240,8 @@ class EditedSample(ApiRequest):
 class EditRequest(ApiRequest):
     """`PATCH /v1/loras/{name}`: change what is given, without an upload.
 
-    `visibility` applies to the live version. Each other field makes a new version of the same weights.
+    `visibility` applies to the live version, and `private` to the older ones too. Each other field makes a new version
+    of the same weights.
     `samples` replace all of them. `digest`: of the version that was edited; if another one is live, nothing changes.
     """
 

@@ -99,7 +99,9 @@ def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels
 
 
 def _read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
-    from deployments.publishing.contract_files import read_contract  # ray and fastapi take seconds to import
+    from deployments.publishing.contract_files import (
+        read_contract,
+    )  # with Ray, which takes seconds; few folders have one
 
     return read_contract(name, data)
 

@@ -176,7 +176,8 @@ def _write_peft(source: PoolSource, state: PoolState, folder: Path) -> None:
             entry["contract"] = {}
         else:
             (folder / place / CONTRACT_FILE).write_text(
-                yaml.safe_dump(json.loads(record.contract), sort_keys=False, allow_unicode=True)
+                yaml.safe_dump(json.loads(record.contract), sort_keys=False, allow_unicode=True),
+                encoding="utf-8",
             )
         entries.append(entry | ({"owner": tenant} if has_owners else {}))
     (folder / POOL_FILE).write_text(yaml.safe_dump({"adapters": entries}, sort_keys=False))

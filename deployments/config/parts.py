@@ -103,7 +103,7 @@ class RetrievalSettings(Settings):
 
         Raises: ValueError for any other setting, and for a value that is not allowed.
         """
-        given = user_config.get("retrieval", {})
+        given = user_config.get("retrieval") or {}
         others = [*(user_config.keys() - {"retrieval"}), *(f"retrieval.{name}" for name in given.keys() - _OF_REQUESTS)]
         if others:
             raise ValueError(

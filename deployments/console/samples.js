@@ -18,7 +18,7 @@ export function readSamples(text, where) {
 /** Returns the lines that `readSamples` reads as these samples. */
 export function writeSamples(samples) {
   return samples.map(({ input, output }) => {
-    const isPlain = output === null && input === input.trim() && !/^\{|\n/.test(input);
+    const isPlain = output === null && input === input.trim() && !/^\{|[\n\r]/.test(input);
     return isPlain ? input : JSON.stringify(output === null ? { input } : { input, output });
   }).join("\n");
 }

@@ -156,18 +156,29 @@ def _check_all_is_read(gguf: Path, reader: Any, model: nn.Module) -> None:
         )
 
 
+def _read_field(reader: Any, name: str) -> Any:
+    """Return this field of the file's architecture, or None."""
+    architecture = reader.fields["general.architecture"].contents()
+    field = reader.fields.get(f"{architecture}.{name}")
+    return None if field is None else field.contents()
+
+
+def _check_window(gguf: Path, reader: Any, config: Any) -> None:
+    """transformers reads the window of few families. Raises: BaseModelUnsupported for another one than the file's."""
+    in_file, in_config = _read_field(reader, "attention.sliding_window"), getattr(config, "sliding_window", None)
+    if (in_file or None) != in_config:  # some files have 0 for none
+        raise BaseModelUnsupported(
+            f"{gguf} attends to {in_file or 'all'} tokens, and transformers reads {in_config or 'all'}: {_REMEDY}"
+        )
+
+
 def _read_rope(gguf: Path, reader: Any, config: Any) -> dict[str, Any]:
     """Return how the model scales its positions, which transformers does not read from the file.
 
     Raises: BaseModelUnsupported for a way that is not supported.
     """
-
-    def read(name: str) -> Any:
-        field = reader.fields.get(name)
-        return None if field is None else field.contents()
-
-    prefix = f"{read('general.architecture')}.rope"
-    kind, factor = read(f"{prefix}.scaling.type"), read(f"{prefix}.scaling.factor") or read(f"{prefix}.scale_linear")
+    kind = _read_field(reader, "rope.scaling.type")
+    factor = _read_field(reader, "rope.scaling.factor") or _read_field(reader, "rope.scale_linear")
     if kind not in (None, "none", "linear") or factor not in (None, 1.0):
         raise BaseModelUnsupported(f"{gguf} scales its positions ({kind or 'linear'} by {factor}): {_REMEDY}")
     found = [tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS]
@@ -198,6 +209,7 @@ def _convert(gguf: Path, reader: Any, target: Path) -> None:
     except Exception as exc:  # transformers has no single one for architectures and tokenizers that it does not know
         raise BaseModelUnsupported(f"{gguf} cannot be converted ({exc})") from exc
     _check_all_is_read(gguf, reader, read)
+    _check_window(gguf, reader, read.config)
     if rope := _read_rope(gguf, reader, read.config):
         read.config.rope_parameters = rope
     tensors: dict[str, Tensor] = {}

@@ -79,15 +79,15 @@ def test_user_config_changes_the_defaults_of_requests_while_the_server_runs() ->
     async def run() -> list[tuple[Any, ...]]:
         served = serve_plainly()
         seen: list[tuple[Any, ...]] = []
-        for user_config in ({"retrieval": {"k": 1, "strategy": "selection"}}, {}):
+        for user_config in ({"retrieval": {"k": 1, "strategy": "selection", "abstain": "strict"}}, {}):
             served.ingress.reconfigure(user_config)
             await served.ingress.generate(CHAT)
             [request] = served.retriever.called("route")[-1][0]
             stats = (await served.ingress.services.stats.read("local"))["defaults"]
-            seen.append((request.top_k, request.strategy, stats["k"], stats["strategy"]))
+            seen.append((request.top_k, request.strategy, request.abstain, stats["k"], stats["strategy"]))
         return seen
 
-    assert asyncio.run(run()) == [(1, "selection", 1, "selection"), (3, "mixture", 3, "mixture")]
+    assert asyncio.run(run()) == [(1, "selection", "strict", 1, "selection"), (3, "mixture", "balanced", 3, "mixture")]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_store import AdapterNotFound, AdapterRef, LoraStore, Precondition, PublicNameTaken, Snapshot, Visibility
+from lora_store import AdapterNotFound, AdapterRef, Edit, LoraStore, Precondition, PublicNameTaken, Snapshot, Visibility
 from tests.lora_store.builders import MakeFolder, OpenStore, embedding
 
 
@@ -103,9 +103,8 @@ def test_embedding_again_does_not_undo_a_change_of_visibility(
 
 def test_a_rollback_never_makes_a_private_adapter_public(store: LoraStore, publish: Callable[..., AdapterRef]) -> None:
     publish(visibility="public")
+    old = store.snapshot().records["local", "poet"]
     publish(seed=1, visibility="private")
-    old = store.snapshot().versions(("local", "poet"))[1]
-    assert old.visibility == "public"
     store.commit([store.restage(old)], [embedding()], [1.0], "me")
     assert (store.snapshot().records["local", "poet"].ref, seen(store, "other")) == (old.ref, [])
 
@@ -119,6 +118,22 @@ def test_making_a_name_private_includes_its_older_versions_and_making_it_public_
     assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["private"] * 2
     store.set_visibility("local", "poet", "public", "me")
     assert [record.visibility for record in store.snapshot().versions(("local", "poet"))] == ["public", "private"]
+
+
+def test_a_private_version_makes_the_older_ones_private_too(
+    store: LoraStore, publish: Callable[..., AdapterRef], open_store: OpenStore
+) -> None:
+    """Otherwise plans of other tenants that pin an older version would still be answered."""
+    publish(visibility="public")
+    live = store.snapshot().records["local", "poet"]
+    store.commit([store.edit(live, Edit(tags=("new",), visibility="private"))], [embedding()], [1.0], "me")
+    kept = store.snapshot().versions(("local", "poet"))
+    assert [record.visibility for record in kept] == ["private", "private"]
+    publish(seed=1, visibility="public")
+    publish(seed=2, visibility="private")
+    kept = store.snapshot().versions(("local", "poet"))
+    assert {record.visibility for record in kept} == {"private"} and len(kept) == 3, "KEPT_VERSIONS is three"
+    assert open_store().snapshot() == store.snapshot()
 
 
 def test_an_approval_is_for_one_version(

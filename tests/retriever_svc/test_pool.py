@@ -131,6 +131,23 @@ def test_a_prompt_near_ordinary_prompts_has_higher_thresholds() -> None:
     assert near.threshold > far.threshold and near.confidence < far.confidence
 
 
+def test_an_adapter_is_judged_by_the_vector_of_the_match_whatever_was_judged_before() -> None:
+    """A tenant's evaluation gives a match another adapter's vector; that must not change the answers to others."""
+    record = record_of("a", EAST)
+    elsewhere = replace(record, embedding=record_of("x", NORTH).embedding)
+    angles = np.linspace(1.2, 1.9, 10)  # near the other vector
+    ordinary = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    def thresholds(*records: AdapterRecord) -> list[float]:
+        pool = Pool.of(snapshot_of(record), FakeEncoder({}), IndexSettings(), ordinary=ordinary)
+        judged = [pool.judged([[Match(one, 0.9)]], "balanced", QUERY)[0][0] for one in records]
+        return [match.threshold for match in judged]
+
+    [own], [other] = thresholds(record), thresholds(elsewhere)
+    assert own != other
+    assert thresholds(elsewhere, record, elsewhere) == [other, own, other]
+
+
 def test_an_index_rebuilt_during_requests_has_newer_changes() -> None:
     records = [record_of(f"a{n}", EAST) for n in range(5)]
     pool = pool_of(*records)

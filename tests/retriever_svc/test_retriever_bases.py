@@ -192,3 +192,21 @@ def test_named_adapters_of_two_bases_form_no_plan() -> None:
     assert retriever.replay("local", "selection", pinned[1:], 1).base_model == "other"
     with pytest.raises(PlanInvalid, match="must have one base model"):
         retriever.replay("local", "mixture", pinned, 1)
+
+
+def test_rankings_stay_within_a_base() -> None:
+    items = (RankedAdapter(OLD.ref, 1.0, 8, False), RankedAdapter(OWN.ref, 0.2, 8, True))
+    vectors = np.asarray(NORTH, np.float32), np.asarray([1.0], np.float32)
+    for anchor in (OWN.ref, replace(OWN.ref, name="withdrawn")):
+        ranking = Ranking(anchor, items, "fake-encoder", *vectors)
+        source = Source()
+        source.now = snapshot_of(OLD, OWN, rankings={"local": (Rank("local", ranking, True, "us", OWN.created_at),)})
+        assert names(route_one(over(source, ServedBases()), "north")) == ["old"]
+        assert names(route_one(over(source, SEVERAL), "north", base_model="tiny-chat")) == ["own"]
+    regions = over(Source(*[replace(r, num_samples=2) for r in (OLD, OWN)], BARE), SEVERAL).regions(
+        "local", many_samples
+    )
+    assert {(r.anchor.ref.name, *[c.ref.name for c in r.candidates]) for r in regions} == {
+        ("own", "own"),
+        ("old", "old", "bare"),
+    }

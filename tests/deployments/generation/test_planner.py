@@ -11,7 +11,7 @@ from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import describe
 from deployments.api.responses import Planned
 from deployments.calls.catalogue_clients import serve_retriever
-from deployments.config.app import RetrievalSettings
+from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
 from lora_store import BASE_PLAN, PlanInvalid
@@ -86,8 +86,7 @@ def test_omitted_options_come_from_the_config() -> None:
     handle = handle_of()
     plan(handle, strategy="fusion", k=5, weights="softmax", fallback="error", min_score=0.9)
     [([request],)] = handle.called("route")
-    expected = RouteRequest("Rhyme", "local", "fusion", 5, "softmax", min_score=None, fallback="error")
-    assert request == expected  # None requests the Retriever's own floor, which is the config's
+    assert request == RouteRequest("Rhyme", "local", "fusion", 5, "softmax", 0.9, "error", abstain="balanced")
 
 
 def test_a_requests_options_override_the_config() -> None:
@@ -121,12 +120,19 @@ def test_an_option_that_the_strategy_lacks_is_refused_before_retrieval() -> None
     assert handle.calls == []
 
 
-@pytest.mark.parametrize("said", ["never", "strict", None])
-def test_a_requests_operating_point_reaches_the_retriever(said: str | None) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"abstain": "never"}, ("never", None)),
+        ({"min_score": 0.5}, (None, 0.5)),
+        ({}, ("lenient", 0.3)),
+    ],
+)
+def test_the_operating_point_is_the_requests_or_else_the_settings(given: dict[str, Any], expected: object) -> None:
     handle = handle_of()
-    plan(handle, lora={"abstain": said}, abstain="lenient")
+    plan(handle, lora=given, abstain="lenient", min_score=0.3)
     [([request],)] = handle.called("route")
-    assert request.abstain == said  # None requests the Retriever's own, which is the config's
+    assert (request.abstain, request.min_score) == expected
 
 
 @pytest.mark.parametrize(
@@ -346,3 +352,31 @@ def test_every_text_that_may_be_encoded_is_counted(turns: list[str], lora: dict[
     [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora}).questions()
     texts = planner_over(handle_of()).texts_read(question)
     assert list(texts) == ["\n".join(turns) if text == "joined" else text for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "base_model", "said"),
+    [
+        ("ab", "a:auto", "b", "model: lora.plan is of the base model 'b', and model 'a:auto' names 'a'"),
+        ("ab", "auto", "c", "this plan has 'a', got 'c'"),
+        ("a", "auto", "c", "this plan has 'a', got 'c'"),
+        ("ab", "b:auto", None, None),
+        ("ab", "auto", "b", None),
+        ("a", "auto", "a", None),
+    ],
+)
+def test_a_plan_without_adapters_is_replayed_on_its_base(
+    names: str, model: str, base_model: str | None, said: str | None
+) -> None:
+    models = AppConfig(models=[{"base_model": f"x/{name}"} for name in names]).served_models
+    planner = Planner(models, RetrievalSettings(), serve_retriever(handle_of()))
+    lora = {"plan": {"strategy": "base", "adapters": [], "base_model": base_model}}
+    body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora}
+    [question] = ChatCompletionRequest.model_validate(body).questions()
+    if said is None:
+        planned = asyncio.run(planner.plan(question, "local"))
+        assert planned.plan.base_model == ("b" if names == "ab" else "")
+    else:
+        with pytest.raises(RequestInvalid) as refused:
+            asyncio.run(planner.plan(question, "local"))
+        assert said in str(refused.value)

@@ -152,8 +152,9 @@ def test_the_scaling_of_positions_of_llama_3_is_found_by_its_factors(factor: flo
         (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "has 64 numbers that"),
         (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scales its positions (yarn"),
         (lambda writer: writer.add_rope_scaling_factor(8), "scales its positions (linear by 8.0)"),
+        (lambda writer: writer.add_sliding_window(16), "attends to 16 tokens, and transformers reads all"),
     ],
-    ids=["factors", "a bias", "yarn", "linear"],
+    ids=["factors", "a bias", "yarn", "linear", "window"],
 )
 def test_what_transformers_leaves_out_of_a_file_is_refused(
     more: Callable[[gguf.GGUFWriter], object], says: str, tmp_path: Path
