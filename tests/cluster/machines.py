@@ -119,7 +119,7 @@ class Machines:
         """Return whether every expected replica accepts requests and the HTTP proxy answers."""
         if any(len(self.replicas(name)) < size for name, size in self._sizes.items()):
             return False
-        return httpx.get(f"{self.url}/ready", timeout=30).status_code == 200
+        return httpx.get(f"{self.url}/ready", timeout=120).status_code == 200
 
     async def until_full(self, deployment: str) -> None:
         """Return once all replicas of the deployment accept requests."""
@@ -161,7 +161,7 @@ class Machines:
 
         async def ask() -> list[Any]:
             handle = serve.get_deployment_handle(deployment, APP)
-            answers: list[Any] = await handle.broadcast(method, *args).results_async(timeout_s=30)
+            answers: list[Any] = await handle.broadcast(method, *args).results_async(timeout_s=120)
             return answers
 
         return asyncio.run(ask())

@@ -139,13 +139,13 @@ def on_machines(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
 
 def is_ready(url: str) -> bool:
     with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
+        return httpx.get(f"{url}/ready", timeout=120).status_code == 200
     return False
 
 
 def worker_replicas(url: str) -> dict[str, int]:
     """Return the number of workers that accept requests, and of those that did not answer a call."""
-    found: dict[str, int] = httpx.get(f"{url}/v1/stats", timeout=30).json()["workers"]["replicas"]
+    found: dict[str, int] = httpx.get(f"{url}/v1/stats", timeout=120).json()["workers"]["replicas"]
     return found
 
 

@@ -102,7 +102,7 @@ class Live:
         """Return the answers of all replicas of a deployment."""
 
         async def ask() -> list[Any]:
-            answers: list[Any] = await self.handle(deployment).broadcast(method, *args).results_async(timeout_s=30)
+            answers: list[Any] = await self.handle(deployment).broadcast(method, *args).results_async(timeout_s=120)
             return answers
 
         return asyncio.run(ask())

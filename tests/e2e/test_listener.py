@@ -24,7 +24,7 @@ _LONG = completion(PACKAGED_MODEL, "The sea is", 1500)
 def running_and_waiting() -> int:
     async def ask() -> list[Any]:
         worker = serve.get_deployment_handle("Worker", APP_NAME)
-        answers: list[Any] = await worker.broadcast("holdings").results_async(timeout_s=30)
+        answers: list[Any] = await worker.broadcast("holdings").results_async(timeout_s=120)
         return answers
 
     return sum(held.num_running + held.num_waiting for held in asyncio.run(ask()))
@@ -68,7 +68,7 @@ def test_an_ingress_that_fails_is_replaced_at_the_same_address(number: signal.Si
 
     def answer() -> str:
         try:
-            return httpx.post(f"{url}/v1/completions", json=body, timeout=20).text
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=120).text
         except httpx.TransportError as exc:
             return str(exc)
 

@@ -26,7 +26,7 @@ _OURS = re.compile(r"(# (HELP|TYPE) )?ray_loraretriever_")
 def scraped() -> str:
     """Return Ray's metrics of this machine, in Prometheus' format."""
     [node] = ray.nodes()
-    return httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).text
+    return httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=120).text
 
 
 def series() -> Scrape:

@@ -123,7 +123,7 @@ class Gate:
 
     def wait_for_step(self) -> None:
         """Wait until the next step has started, which then waits for its permit."""
-        assert self._arrivals.acquire(timeout=10), "no step began"
+        assert self._arrivals.acquire(timeout=120), "no step began"
 
     def open(self) -> None:
         """Let every later step through."""
