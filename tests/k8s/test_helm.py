@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -147,3 +148,14 @@ def test_helm_is_not_installed_for_another_kind_of_machine(tmp_path: Path, monke
     with pytest.raises(SystemExit, match="for Linux on x86-64 only"):
         install(tmp_path / "helm")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chart_without_its_links_says_how_to_get_them(helm: str, tmp_path: Path) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart, symlinks=True)
+    for link in (chart / "files").iterdir():
+        target = link.readlink()
+        link.unlink()
+        link.write_text(str(target))
+    run = run_helm(helm, "template", "any-release", chart)
+    assert run.returncode != 0 and "clone the repository with git" in run.stderr, run.stderr
