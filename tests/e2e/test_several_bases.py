@@ -41,7 +41,7 @@ class Several:
     expected: Mapping[str, Mapping[str, str]]
 
     def post(self, prompt: str) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json=completion("auto", prompt, MAX_TOKENS), timeout=120)
+        return httpx.post(f"{self.url}/v1/completions", json=completion("auto", prompt, MAX_TOKENS), timeout=START_S)
 
     def ask(self, prompt: str) -> dict[str, Any]:
         answer = self.post(prompt)
