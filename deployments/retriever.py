@@ -22,7 +22,7 @@ from deployments.encoder_queue import EncoderQueue
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
 from deployments.observability.retriever_metrics import RetrieverMetrics
-from deployments.observability.tracing import tracer
+from deployments.observability.tracing import open_span
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from retriever_svc import (
@@ -121,9 +121,9 @@ class RetrieverDeployment:
             return []
         await self._reach_for(requests[0].tenant, max(request.min_generation for request in requests))
         views, places = with_views(requests)
-        with tracer.start_as_current_span("retriever.encode"):
+        with open_span("retriever.encode"):
             read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
-        with tracer.start_as_current_span("retriever.search"):
+        with open_span("retriever.search"):
             found = await _on(self._searches, self._retriever.route_encoded, views, read)
         chosen = [own[chosen_view([found[place] for place in own])] for own in places]
         answers, encoded = [found[place] for place in chosen], [read[place] for place in chosen]
