@@ -223,12 +223,12 @@ class RetrieverDeployment:
         """Return what the tenant's last evaluation measured on this adapter's examples. Raises: AdapterNotFound."""
         return await _on(self._lookups, self._retriever.evaluation, tenant, name)
 
-    async def samples(self, tenant: str, name: str) -> list[Sample]:
+    async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
         """Return the samples of the adapter's live version; none of another tenant's adapter.
 
-        Raises: AdapterNotFound, StoreUnavailable.
+        Raises: AdapterNotFound, StaleIndex, StoreUnavailable.
         """
-        _, [record, *_] = await self._record(tenant, name, 0)
+        _, [record, *_] = await self._record(tenant, name, min_generation)
         return list(await asyncio.to_thread(self._samples, record)) if record.ref.tenant == tenant else []
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:
