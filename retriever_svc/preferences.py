@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 
@@ -74,29 +74,42 @@ class Preferences:
         judged = _stacked([vector for _, vector in said])
         return cls(better, tuple(regions), _stacked(vectors), outcomes, judged, centre)
 
-    def applied(self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str]) -> list[Match]:
+    def applied(
+        self,
+        query: Vectors,
+        matches: Sequence[Match],
+        top_k: int,
+        tags: Sequence[str],
+        base_models: Collection[str] | None = None,
+    ) -> list[Match]:
         """Return the matches with beaten adapters replaced by better ones, and with those of withdrawn anchors added.
 
         A better adapter gets the score and the embedding of the one it replaces, since it answers that one's prompts.
-        The result has at most `top_k` matches, sorted by score, and contains no weights twice. `query` (D,) has length
-        1.
+        The result has at most `top_k` matches, sorted by score, and contains no weights twice. Adapters that come in
+        have all of `tags`, and name one of `base_models` if these are given. `query` (D,) has length 1.
         """
         if not self.better and not self.regions and not self.outcomes:
             return list(matches)
-        found = [self._replaced(match, tags) for match in matches]
+
+        def may_enter(record: AdapterRecord) -> bool:
+            return (base_models is None or record.base_model in base_models) and set(tags) <= set(record.tags)
+
+        found = [self._replaced(match, may_enter) for match in matches]
         if self.regions:
             scores = (self.vectors @ query).tolist()
             added = zip(self.regions, scores, strict=True)
-            found += [Match(record, score) for record, score in added if _has_tags(record, tags)]
+            found += [Match(record, score) for record, score in added if may_enter(record)]
         if self.outcomes:
-            found = self._with_outcomes(query, found, tags)
+            found = self._with_outcomes(query, found, may_enter)
         found.sort(key=lambda match: -match.score)
         distinct: dict[str, Match] = {}
         for match in found:
             distinct.setdefault(match.record.weights_digest, match)
         return list(distinct.values())[:top_k]
 
-    def _with_outcomes(self, query: Vectors, matches: Sequence[Match], tags: Sequence[str]) -> list[Match]:
+    def _with_outcomes(
+        self, query: Vectors, matches: Sequence[Match], may_enter: Callable[[AdapterRecord], bool]
+    ) -> list[Match]:
         """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
         is_near = centred(self.judged, self.centre) @ centred(query, self.centre) >= NEAR_OUTCOME
         cosines = (self.judged @ query).tolist()  # what other scores are compared with
@@ -109,7 +122,7 @@ class Preferences:
         for cosine, said in sorted(near, key=lambda item: -item[0]):
             if said.record is not None:
                 sums[said.record.ref] += said.score
-                if said.score > 0 and _has_tags(said.record, tags):
+                if said.score > 0 and may_enter(said.record):
                     praised.setdefault(said.record.ref, Match(said.record, cosine))
         found = {match.record.ref: match for match in matches}
         for ref, match in praised.items():
@@ -117,9 +130,9 @@ class Preferences:
                 found[ref] = match
         return [match._replace(outcome=sums[ref]) for ref, match in found.items()]
 
-    def _replaced(self, match: Match, tags: Sequence[str]) -> Match:
+    def _replaced(self, match: Match, may_enter: Callable[[AdapterRecord], bool]) -> Match:
         better = self.better.get(match.record.ref)
-        if better is None or not _has_tags(better, tags):
+        if better is None or not may_enter(better):
             return match
         return match._replace(record=replace(better, embedding=match.record.embedding))
 
@@ -146,7 +159,3 @@ def _leader(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind
         if record is not None and record.ref == ref and may_find(record, tenant):
             return record
     return None
-
-
-def _has_tags(record: AdapterRecord, tags: Sequence[str]) -> bool:
-    return set(tags) <= set(record.tags)

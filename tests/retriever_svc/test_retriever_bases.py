@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_store import AdapterRecord, PlanInvalid, RankedAdapter, Ranking, Sample
+from lora_store import AdapterRecord, AdapterRef, PlanInvalid, RankedAdapter, Ranking, Sample
 from lora_store.events import Rank
+from lora_store.rankings import OUTCOME
 from lora_store.trials import Trial
 from retriever_svc import (
     AdapterIncompatible,
@@ -175,6 +176,30 @@ def test_a_request_may_choose_the_base_and_gets_it_also_without_an_adapter() -> 
     for chosen, base_model in (("", "tiny-chat"), ("other", "other")):
         plan = route_one(retriever, "north", min_score=1.1, base_model=chosen).plan
         assert (plan.strategy, plan.base_model) == ("base", base_model)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "items"),
+    [
+        (OWN.ref, (RankedAdapter(OLD.ref, 1.0, 8, False), RankedAdapter(OWN.ref, 0.2, 8, True))),
+        (AdapterRef("local", "gone", "1"), (RankedAdapter(OLD.ref, 1.0, 8, False),)),
+        (AdapterRef("local", f"{OUTCOME}1", ""), (RankedAdapter(OLD.ref, 1.0, 1, False),)),
+    ],
+    ids=["a better one", "of a withdrawn anchor", "an outcome"],
+)
+def test_what_is_learnt_brings_no_adapter_of_another_base_into_a_plan(
+    anchor: AdapterRef, items: tuple[RankedAdapter, ...]
+) -> None:
+    """Its weights would be put on the layers of the wrong base model."""
+    ranking = Ranking(anchor, items, "fake-encoder", np.asarray(NORTH, np.float32), np.asarray([1.0], np.float32))
+    source = Source()
+    ranks = {"local": (Rank("local", ranking, True, "us", OWN.created_at),)}
+    source.now = snapshot_of(OLD, OWN, *MORE, rankings=ranks)
+    owners = {"tiny-chat": BASE, "other": OTHER}
+    for base_model in ("", *owners):
+        plan = route_one(over(source, SEVERAL), "north", strategy="mixture", top_k=3, base_model=base_model).plan
+        found = {record.base_model for record in (OLD, OWN, *MORE) for row in plan.adapters if row.ref == record.ref}
+        assert found == {owners[plan.base_model]} and plan.base_model == (base_model or plan.base_model)
 
 
 def test_the_adapter_of_the_turn_before_keeps_its_base() -> None:
