@@ -6,9 +6,9 @@ They are the starter pool's adapters with slightly different weights. Each is fo
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import typer
 from safetensors.torch import load_file, save_file
 
 STARTER_POOL = Path(__file__).parent / "starter_pool"
@@ -46,5 +46,10 @@ def write_variant(adapter: Path, folder: Path, office: str, *, scale: float) -> 
     (folder / "lora_samples.jsonl").write_text(text, encoding="utf-8")
 
 
+def main(folder: Path) -> None:
+    """Write sixty adapters of three teams into a folder."""
+    print(f"{len(write_teams(folder))} adapters in {folder}")
+
+
 if __name__ == "__main__":
-    print(f"{len(write_teams(Path(sys.argv[1])))} adapters in {sys.argv[1]}")
+    typer.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -39,10 +40,27 @@ def rows_in(content: bytes) -> tuple[pa.Table, bool]:
     Columns that an earlier release did not write are null. Raises: ArrowException, OSError for a damaged file.
     """
     rows = pq.read_table(pa.BufferReader(content), schema=SCHEMA, page_checksum_verification=True)
-    names = [name for name in pq.read_schema(pa.BufferReader(content)).names if name not in SCHEMA.names]
+    names = [name for name in _column_names(content) if name not in SCHEMA.names]
     unknown = pq.read_table(pa.BufferReader(content), columns=names).columns if names else []
     has_unknown = any(column.null_count < len(column) for column in unknown)
     return rows, has_unknown or not knows_all_events(rows)
+
+
+def _column_names(content: bytes) -> list[str]:
+    """Return the names of a data file's columns. Raises: ArrowInvalid for a damaged one, which would read as a null.
+
+    The footer has no checksum, but it has the names twice.
+    """
+    footer = pq.read_metadata(pa.BufferReader(content))
+    names: list[str] = footer.schema.to_arrow_schema().names
+    again = (footer.metadata or {}).get(b"ARROW:schema")
+    try:
+        is_whole = again is None or names == pa.ipc.read_schema(pa.BufferReader(base64.b64decode(again))).names
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise pa.ArrowInvalid("the names of the columns are damaged")
+    return names
 
 
 def all_columns_in(contents: Iterable[bytes], schema: pa.Schema) -> pa.Table:

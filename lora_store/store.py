@@ -197,7 +197,7 @@ class LoraStore:
         kept_samples: AdapterRecord | None,
     ) -> Staged:
         """`kept_samples`: the live version whose samples it takes over."""
-        label = replace(label, template=checked.template, contract=checked.contract)
+        label = replace(label, template=checked.template, contract=checked.contract or None)
         weights = WeightsBlob(checked.modules)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples and kept_samples is None else None

@@ -1,7 +1,7 @@
 """Measure which adapters answer the examples of a region best, by successive halving.
 
 A region is the neighbourhood of one adapter, its anchor, whose samples have outputs. Candidates are the anchor, the
-adapters near it, and adapters without samples, which no search can find.
+adapters near it, and adapters without samples, which no search can find, all of the anchor's base model.
 
 Only trusted anchors have regions: the tenant's own adapters, and public ones that an admin approved. So another tenant
 cannot choose the examples by which a tenant's adapters are judged. A ranking is used by the tenant that measured it,
@@ -73,11 +73,11 @@ def regions_of(pool: Pool, tenant: str, samples: SampleSource) -> Iterator[Regio
     places = {record.ref: place for place, record in enumerate(anchors)}
     unsampled = [record for record in usable if not record.num_samples]
     unsampled.sort(key=lambda r: (r.ref.tenant != tenant, not r.approved))  # own adapters first, then approved ones
-    unsampled = unsampled[:MAX_WITHOUT_SAMPLES]
     for place, anchor in enumerate(anchors):
-        near = _near(pool, tenant, anchor)
+        near, base_model = _near(pool, tenant, anchor), pool.bases.find(anchor.base_model)
         judged = {r.ref for r in near if _is_judged(anchor, r, place, places)} | {anchor.ref}
-        yield Region(anchor, (anchor, *near, *unsampled), given[anchor.ref], frozenset(judged))
+        others = [r for r in unsampled if pool.bases.find(r.base_model) == base_model][:MAX_WITHOUT_SAMPLES]
+        yield Region(anchor, (anchor, *near, *others), given[anchor.ref], frozenset(judged))
 
 
 def _is_judged(anchor: AdapterRecord, other: AdapterRecord, place: int, places: dict[AdapterRef, int]) -> bool:
@@ -102,8 +102,9 @@ def _near(pool: Pool, tenant: str, anchor: AdapterRecord) -> list[AdapterRecord]
     assert anchor.embedding is not None, "an anchor is embedded"
     vectors = anchor.embedding.vector[np.newaxis]
     near: dict[AdapterRef, AdapterRecord] = {}
+    base_model = pool.bases.name_in_plans(anchor.base_model)
     for trusted_only in (False, True):
-        allowed = pool.allowed(tenant, trusted_only=trusted_only)
+        allowed = pool.allowed(tenant, trusted_only=trusted_only, base_model=base_model)
         [matches] = pool.index.search(vectors, MAX_NEAR + 1, allowed)
         others = [match.record for match in matches if match.record.ref != anchor.ref and match.score >= NEAR]
         near |= {record.ref: record for record in others[:MAX_NEAR]}

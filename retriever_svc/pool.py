@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, count
 from operator import is_not
@@ -122,14 +122,10 @@ class Pool:
         """
         wanted = tuple(sorted(set(tags)))
         key = (_TRUSTED if trusted_only else "", base_model, tenant, *wanted)
-        names = self.names_of_base(base_model)
+        names = self.bases.list_names(base_model) if base_model and self.bases.are_several else None
         return self._allowed.get(
             key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only, base_models=names)
         )
-
-    def names_of_base(self, base_model: str) -> Collection[str] | None:
-        """Return the names that adapters have for this served base model; None for "", or if there is only one."""
-        return self.bases.list_names(base_model) if base_model and self.bases.are_several else None
 
     def judged(
         self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None
@@ -189,7 +185,9 @@ class Pool:
         """Return what the rankings of `tenant` say about its search results."""
         return self._preferences.get(
             (tenant,),
-            lambda: Preferences.of(self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre),
+            lambda: Preferences.of(
+                self.snapshot, tenant, self.encoder.identity, self.may_find, self.centre, self.bases
+            ),
         )
 
     def map(self, tenant: str) -> tuple[Plane, PoolMap]:

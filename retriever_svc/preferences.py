@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 
@@ -16,6 +16,7 @@ from lora_store.snapshot import Snapshot
 from retriever_svc.encoder import Vectors
 from retriever_svc.index import Match
 from retriever_svc.ordinary_prompts import centred
+from retriever_svc.served_bases import ServedBases
 
 MayFind = Callable[[AdapterRecord, str], bool]
 """Whether a tenant may be given an adapter without naming it."""
@@ -39,6 +40,7 @@ class Preferences:
     `better`: by a beaten adapter, the best live one of its ranking. `regions`: the best live adapter of each ranking
     whose anchor was withdrawn, with the anchor's embedding. `vectors` (R, D) are those embeddings' vectors. `judged`
     (J, D) are the vectors of the prompts with outcomes. `centre` (D,): as in `Pool`; from it prompts are compared.
+    An adapter replaces only those of its own base model.
     """
 
     better: dict[AdapterRef, AdapterRecord]
@@ -47,10 +49,17 @@ class Preferences:
     outcomes: tuple[Outcome, ...] = ()
     judged: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
     centre: Vectors | None = None
+    bases: ServedBases = field(default_factory=ServedBases)
 
     @classmethod
     def of(
-        cls, snapshot: Snapshot, tenant: str, encoder: str, may_find: MayFind, centre: Vectors | None = None
+        cls,
+        snapshot: Snapshot,
+        tenant: str,
+        encoder: str,
+        may_find: MayFind,
+        centre: Vectors | None = None,
+        bases: ServedBases | None = None,
     ) -> Preferences:
         """Read the rankings of `tenant`. Ignore those of another encoder, and adapters that it may not be given."""
         better: dict[AdapterRef, AdapterRecord] = {}
@@ -72,35 +81,28 @@ class Preferences:
         said = [(outcome, r.vector) for r in usable for outcome in _outcomes(r, snapshot, tenant, may_find)]
         outcomes = tuple(outcome for outcome, _ in said)
         judged = _stacked([vector for _, vector in said])
-        return cls(better, tuple(regions), _stacked(vectors), outcomes, judged, centre)
+        bases = bases or ServedBases()
+        return cls(better, tuple(regions), _stacked(vectors), outcomes, judged, centre, bases)
 
     def applied(
-        self,
-        query: Vectors,
-        matches: Sequence[Match],
-        top_k: int,
-        tags: Sequence[str],
-        base_models: Collection[str] | None = None,
+        self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str], base_model: str = ""
     ) -> list[Match]:
         """Return the matches with beaten adapters replaced by better ones, and with those of withdrawn anchors added.
 
         A better adapter gets the score and the embedding of the one it replaces, since it answers that one's prompts.
-        The result has at most `top_k` matches, sorted by score, and contains no weights twice. Adapters that come in
-        have all of `tags`, and name one of `base_models` if these are given. `query` (D,) has length 1.
+        `base_model`: add only adapters of this served base model.
+        The result has at most `top_k` matches, sorted by score, and contains no weights twice. `query` (D,) has length
+        1.
         """
         if not self.better and not self.regions and not self.outcomes:
             return list(matches)
-
-        def may_enter(record: AdapterRecord) -> bool:
-            return (base_models is None or record.base_model in base_models) and set(tags) <= set(record.tags)
-
-        found = [self._replaced(match, may_enter) for match in matches]
+        found = [self._replaced(match, tags) for match in matches]
         if self.regions:
             scores = (self.vectors @ query).tolist()
             added = zip(self.regions, scores, strict=True)
-            found += [Match(record, score) for record, score in added if may_enter(record)]
+            found += [Match(r, score) for r, score in added if _has_tags(r, tags) and self._is_of(base_model, r)]
         if self.outcomes:
-            found = self._with_outcomes(query, found, may_enter)
+            found = self._with_outcomes(query, found, tags, base_model)
         found.sort(key=lambda match: -match.score)
         distinct: dict[str, Match] = {}
         for match in found:
@@ -108,7 +110,7 @@ class Preferences:
         return list(distinct.values())[:top_k]
 
     def _with_outcomes(
-        self, query: Vectors, matches: Sequence[Match], may_enter: Callable[[AdapterRecord], bool]
+        self, query: Vectors, matches: Sequence[Match], tags: Sequence[str], base_model: str
     ) -> list[Match]:
         """Return the matches with what the outcomes near the query say, and the adapters that they praise."""
         is_near = centred(self.judged, self.centre) @ centred(query, self.centre) >= NEAR_OUTCOME
@@ -122,19 +124,24 @@ class Preferences:
         for cosine, said in sorted(near, key=lambda item: -item[0]):
             if said.record is not None:
                 sums[said.record.ref] += said.score
-                if said.score > 0 and may_enter(said.record):
+                if said.score > 0 and _has_tags(said.record, tags):
                     praised.setdefault(said.record.ref, Match(said.record, cosine))
         found = {match.record.ref: match for match in matches}
         for ref, match in praised.items():
-            if sums[ref] > 0 and (ref not in found or match.score > found[ref].score):
+            is_nearer = ref not in found or match.score > found[ref].score
+            if sums[ref] > 0 and is_nearer and self._is_of(base_model, match.record):
                 found[ref] = match
         return [match._replace(outcome=sums[ref]) for ref, match in found.items()]
 
-    def _replaced(self, match: Match, may_enter: Callable[[AdapterRecord], bool]) -> Match:
+    def _replaced(self, match: Match, tags: Sequence[str]) -> Match:
         better = self.better.get(match.record.ref)
-        if better is None or not may_enter(better):
+        own_base = self.bases.find(match.record.base_model)
+        if better is None or not _has_tags(better, tags) or self.bases.find(better.base_model) != own_base:
             return match
         return match._replace(record=replace(better, embedding=match.record.embedding))
+
+    def _is_of(self, base_model: str, record: AdapterRecord) -> bool:
+        return not base_model or self.bases.find(record.base_model) == base_model
 
 
 def _outcomes(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind) -> Iterator[Outcome]:
@@ -159,3 +166,7 @@ def _leader(ranking: Ranking, snapshot: Snapshot, tenant: str, may_find: MayFind
         if record is not None and record.ref == ref and may_find(record, tenant):
             return record
     return None
+
+
+def _has_tags(record: AdapterRecord, tags: Sequence[str]) -> bool:
+    return set(tags) <= set(record.tags)

@@ -197,9 +197,8 @@ class Retriever:
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
         nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only, base_model=base_model)
-        names = pool.names_of_base(base_model)
         found = [
-            preferences.applied(vector, matches, num, tags, names)[: request.num_considered]
+            preferences.applied(vector, matches, num, tags, base_model)[: request.num_considered]
             for request, vector, matches in zip(requests, vectors, nearest, strict=True)
         ]
         return pool.judged(found, abstain, rows)

@@ -99,6 +99,9 @@ def _as_object(value: object) -> object:
     return parse_json_object(value or "{}") if isinstance(value, str) else value
 
 
+_CONTRACT_SCHEMA = {"type": "object", "maxProperties": len(Contract.model_fields)}
+
+
 class AdapterLabel(ApiRequest):
     """The description that a publisher may send with the files.
 
@@ -110,7 +113,7 @@ class AdapterLabel(ApiRequest):
     tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
     template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
     # {}: none. It comes instead of the folder's.
-    contract: Annotated[Contract | None, BeforeValidator(_as_object), WithJsonSchema({"type": "object"})] = None
+    contract: Annotated[Contract | None, BeforeValidator(_as_object), WithJsonSchema(_CONTRACT_SCHEMA)] = None
     # []: none, so that only its name finds it. Samples come as a file of the folder.
     samples: list[Tag] | None = Field(default=None, max_length=0)
     visibility: Visibility | None = None  # None: that of the live version; for a new name the server's default

@@ -68,11 +68,14 @@ class Contract(ApiRequest):
         return {} if self.sampling is None else self.sampling.model_dump(exclude_unset=True)
 
     def to_json(self) -> str:
-        """Return the fields that are set, "" for none. Raises: RequestInvalid for text that is not Unicode."""
+        """Return the fields that are set, "" for none. Raises: RequestInvalid for what JSON cannot hold."""
         try:
             return self.model_dump_json(exclude_unset=True) if self.parts else ""
         except PydanticSerializationError as exc:
-            message = "contract: has text that is not Unicode; remove lone surrogates such as \\ud800"
+            message = (
+                "contract: is nested too deeply, or has text that is not Unicode; flatten output_schema, or remove lone"
+                " surrogates such as \\ud800"
+            )
             raise RequestInvalid(message, "contract") from exc
 
     def grammar(self) -> Grammar | None:
@@ -106,9 +109,14 @@ class AppliedContract:
         asked = replace(prompt[place], content=instruction.replace(INPUT, prompt[place].content))
         return (*prompt[:place], asked, *prompt[place + 1 :])
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The sampling defaults that apply, by name."""
+        return {name: value for name, value in self.contract.defaults.items() if name in self.parts}
+
     def sampling(self, sampling: SamplingParams) -> SamplingParams:
         """Return the parameters with the contract's values. Raises: GrammarInvalid."""
-        values = {name: value for name, value in self.contract.defaults.items() if name in self.parts}
+        values = self.defaults
         if "top_k" in values:
             values["top_k"] = max(values["top_k"], 0)  # as a request's own values are read
         if "top_p" in values:

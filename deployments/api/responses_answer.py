@@ -125,7 +125,7 @@ class ResponseForm:
     def use(self, request: GenerationRequest, defaults: Mapping[str, float]) -> None:
         """Repeat the fields of this request, which the policy of a model name filled.
 
-        `defaults`: what its base model uses for sampling parameters that the request leaves unset.
+        `defaults`: what the server uses for sampling parameters that the request leaves unset.
         """
         assert isinstance(request, ResponsesRequest)
         self._request, self._defaults = request, defaults

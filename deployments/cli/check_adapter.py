@@ -12,7 +12,6 @@ from deployments.config.loading import load_config
 from deployments.config.served_model import ServedModels
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import CONFIG_FILE, AdapterFolder, adapter_folders
-from deployments.publishing.contract_files import read_contract
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
 from lora_store import AdapterRefused, Label, Limits, check_folder
 from lora_store.peft_config import read_base_model
@@ -86,7 +85,7 @@ def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels
             accepts_base=models.accepted_names,
             module_shapes=None,
             templates=model.known_templates if has_template else None,
-            read_contract=read_contract,
+            read_contract=_read_contract,
             limits=limits,
         )
     except AdapterRefused as exc:
@@ -97,6 +96,14 @@ def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels
         "num_lines": _num_lines(folder),
     }
     return {"name": adapter.name, "is_fit": True, **counted, "warnings": list(admitted.warnings)}
+
+
+def _read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
+    from deployments.publishing.contract_files import (
+        read_contract,
+    )  # with Ray, which takes seconds; few folders have one
+
+    return read_contract(name, data)
 
 
 def _print(outcome: JsonObject) -> None:

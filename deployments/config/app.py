@@ -170,7 +170,7 @@ class AppConfig(ModelSettings):
                 if name in owners:
                     raise ValueError(
                         f"models: {owners[name]!r} and {model.name!r} both accept adapters of {name!r}; serve that base"
-                        " model once, and leave the name out of one accepts_base"
+                        " model once, leave the name out of one accepts_base, or rename the folder of one"
                     )
                 owners[name] = model.name
         return self

@@ -220,7 +220,7 @@ def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
 class StartedCompletion:
     """A planned request, with the fields that it got from the policy of a model name.
 
-    `sampling_defaults`: those of the base model that answers.
+    `sampling_defaults`: those of the base model that answers, and of the contract that applies.
     Closing `held` releases its reservations against the limits of its key.
     """
 
@@ -300,7 +300,9 @@ class CompletionService:
                 ]
                 if any(planned.shadow for planned in plans):
                     self._shadows.start(jobs[:: request.n], plans, deadline)
-                defaults = self._models.named(plans[0].plan.base_model).sampling_defaults
+                contract, base_model = plans[0].contract, plans[0].plan.base_model
+                own = {} if contract is None else contract.defaults
+                defaults = self._models.named(base_model).sampling_defaults | own
                 return StartedCompletion(request, defaults, answer, rows, include_usage, stack.pop_all())
 
     async def count_tokens(self, request: CountTokensRequest, caller: Caller, context: RequestContext) -> int:

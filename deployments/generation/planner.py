@@ -260,9 +260,10 @@ class Planner:
         """Raises: RequestInvalid if the plan's adapters are not of the base model that `model` names."""
         base_model, _ = self._models.split(model)
         if base_model and plan.base_model not in ("", base_model):
+            of = f"{plan.adapters[0].ref.name!r} is an adapter" if plan.adapters else "lora.plan is"
             raise RequestInvalid(
-                f"model: {plan.adapters[0].ref.name!r} is an adapter of the base model {plan.base_model!r}, and model"
-                f" {model!r} names {base_model!r}; leave the base model out, or name its own",
+                f"model: {of} of the base model {plan.base_model!r}, and model {model!r} names {base_model!r}; leave"
+                " the base model out, or name its own",
                 "model",
             )
 
@@ -392,9 +393,10 @@ class Planner:
         generation = max(given.generation, options.min_generation)
         plan = await self._retriever.replay(tenant, given.strategy, pinned, generation)
         base_model = plan.base_model if plan.adapters else self._base_plan(given.base_model or model).base_model
-        if given.base_model not in (None, base_model):
+        answering = base_model or self._models.first.name  # the name that a plan of several base models has
+        if given.base_model not in (None, answering):
             raise RequestInvalid(
-                f"lora.plan.base_model: this plan has {base_model!r}, got {given.base_model!r}", "lora.plan.base_model"
+                f"lora.plan.base_model: this plan has {answering!r}, got {given.base_model!r}", "lora.plan.base_model"
             )
         settled = replace(plan, generation=given.generation, base_model=base_model)
         return Planned(settled, abstained=given.abstained)

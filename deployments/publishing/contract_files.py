@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import Any
@@ -71,9 +72,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"has {str(twice)[:100]!r} twice: keep one of them")
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((name for name, count in names.items() if count > 1), None):
+            raise ValueError(f"has {twice[:100]!r} twice: keep one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -90,7 +91,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise ValueError(f"is not valid YAML: {' '.join(str(exc).split())}") from exc
     except UnicodeDecodeError as exc:
         raise ValueError("is not UTF-8") from exc
-    except TypeError as exc:
+    except (TypeError, KeyError) as exc:  # PyYAML's own for `!!bool x`
         raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("must be a mapping of fields, such as `instruction: ...`")
@@ -115,7 +116,7 @@ def _of_prefix(value: Mapping[str, Any]) -> dict[str, Any]:
 def _of_intrinsic(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the fields of the contract in IBM's `io.yaml`. Raises: ValueError for what cannot be done here."""
     schema = value.get("response_format")
-    yield from _own_parameters(value.get("parameters") or {})
+    yield from _own_parameters(value.get("parameters"))
     for name, given in value.items():
         if name in _WITHOUT_EFFECT or given is None:
             continue
@@ -138,11 +139,10 @@ def _schema(field: str, value: Any) -> Any:
 
 def _own_parameters(parameters: Any) -> Iterator[tuple[str, Any]]:
     """Yield the fields of the contract among IBM's parameters of a request. Raises: ValueError."""
-    if not isinstance(parameters, dict):
-        raise ValueError(f"parameters: must be a mapping; {_REMEDY}")
-    extra = parameters.get("extra_body") or {}
-    given = {_SPELLINGS.get(name, name): value for name, value in {**parameters, **extra}.items()}
-    structured = given.pop("structured_outputs", None) or {}
+    own = _mapping("parameters", parameters)
+    extra = _mapping("parameters.extra_body", own.get("extra_body"))
+    given = {_SPELLINGS.get(name, name): value for name, value in (own | extra).items()}
+    structured = _mapping("structured_outputs", given.pop("structured_outputs", None))
     schema = given.pop("guided_json", structured.get("json"))
     given.pop("extra_body", None)
     if "stop" in given:
@@ -151,6 +151,13 @@ def _own_parameters(parameters: Any) -> Iterator[tuple[str, Any]]:
         yield "output_schema", _schema("parameters.extra_body.guided_json", schema)
     if given:
         yield "sampling", given
+
+
+def _mapping(field: str, value: Any) -> dict[Any, Any]:
+    """Return a mapping that may be left out. Raises: ValueError."""
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{field}: must be a mapping; {_REMEDY}")
+    return value or {}
 
 
 def _converted(instruction: Any) -> str:

@@ -17,18 +17,21 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from gpu_worker.front.prefix import namespace_of
 from gpu_worker.front.request.request import Job
 
 RESIDENT = "resident"  # key in a replica's routing stats
 _EXPECTED_S = 3.0  # until sent requests appear in the stats: their period plus the delay of the controller
 _LONGEST_QUEUE = (1.25, 2)  # factor of the mean and addend; replicas with longer queues are ranked last
-_MAX_CONVERSATIONS = 100_000  # remembered turns, 200 bytes each
 _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them everywhere, one could be overloaded
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The prompt of a chat as digests over tenant, plan and messages: all of it, the turn before, and the first one."""
+    """The prompt of a chat as digests over its namespace in the prefix cache and its messages.
+
+    All of it, the turn before, and the first one. Scores and generations differ from turn to turn, and are left out.
+    """
 
     whole: bytes
     previous: bytes
@@ -40,7 +43,7 @@ class Turn:
         job = args[0] if args else None
         if not isinstance(job, Job) or not isinstance(job.prompt, tuple):
             return None
-        digest = hashlib.blake2b(repr((job.tenant, job.plan)).encode(), digest_size=16)
+        digest = hashlib.blake2b(namespace_of(job.plan, job.tenant, shares_base=False), digest_size=16)
         first = previous = b""
         for message in job.prompt:
             if message.role == "assistant":
@@ -66,6 +69,8 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
     A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
     that did not send that turn, because several routers share the clients, takes the conversation's home replica.
     """
+
+    max_turns = 100_000  # remembered ones, 200 bytes each
 
     def initialize_state(self) -> None:
         """Set up the state. Serve calls this once, before any replica is known."""
@@ -105,7 +110,7 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
         if (turn := Turn.of(pending_request.args)) is not None:
             self._turns.pop(turn.whole, None)
             self._turns[turn.whole] = replica_id
-            if len(self._turns) > _MAX_CONVERSATIONS:
+            if len(self._turns) > self.max_turns:
                 self._turns.popitem(last=False)
 
     # Ray 2.60 matches a chosen replica to its call by an id that all calls of one HTTP request share, so of several

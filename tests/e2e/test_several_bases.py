@@ -20,7 +20,7 @@ from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from gpu_worker.model.base_model import load_base_model
 from lora_store import Sample, write_peft_folder
-from tests.e2e.live import completion, eventually
+from tests.e2e.live import completion, eventually, eventually_equal
 from tests.served_engine import START_S, needs_native
 from tests.tiny import linear_shapes, random_adapter, save_talkative, tiny_config
 
@@ -70,6 +70,12 @@ def alone(folder: Path, settings: Mapping[str, Any], prompts: list[str]) -> dict
     return {prompt: item.text for prompt, item in zip(prompts, found, strict=True)}
 
 
+def refused_at(url: str) -> object:
+    """Return the folders that the preload refused; what the server says while it is not ready."""
+    answer = httpx.get(f"{url}/ready", timeout=60)
+    return answer.json()["refused"] if answer.status_code == 200 else answer.text
+
+
 @pytest.fixture(scope="module")
 def several(
     server: Server, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -88,8 +94,7 @@ def several(
     serve.run(build_app(config), name=APP, route_prefix=f"/{APP}")
     url = f"{server.proxy_url}/{APP}"
     try:
-        eventually(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 200, within_s=START_S)
-        assert httpx.get(f"{url}/ready", timeout=60).json()["refused"] == {}
+        eventually_equal(lambda: refused_at(url), {}, within_s=START_S)
         expected = {
             name: alone(folder, own, [f"{verb} {topic}, please." for verb in VERBS for topic in TOPICS[name]])
             for name, own in zip(FAMILIES, each, strict=True)

@@ -59,6 +59,13 @@ def test_the_same_folder_without_its_label_is_the_live_version(store: LoraStore,
     assert (again.ref, commit(store, again).generation) == (first.ref, 1)
 
 
+def test_an_empty_contract_clears(store: LoraStore, make_folder: MakeFolder) -> None:
+    commit(store, store.stage(make_folder(), contract="a contract"))
+    assert commit(store, store.stage(make_folder(seed=1))).contract == "a contract"
+    (folder := make_folder(seed=2)).joinpath("adapter_io.yaml").write_text("")
+    assert commit(store, store.stage(folder)).contract is None
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

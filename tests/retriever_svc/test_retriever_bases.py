@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_store import AdapterRecord, AdapterRef, PlanInvalid, RankedAdapter, Ranking, Sample
+from lora_store import AdapterRecord, PlanInvalid, RankedAdapter, Ranking, Sample
 from lora_store.events import Rank
-from lora_store.rankings import OUTCOME
 from lora_store.trials import Trial
 from retriever_svc import (
     AdapterIncompatible,
@@ -178,30 +177,6 @@ def test_a_request_may_choose_the_base_and_gets_it_also_without_an_adapter() -> 
         assert (plan.strategy, plan.base_model) == ("base", base_model)
 
 
-@pytest.mark.parametrize(
-    ("anchor", "items"),
-    [
-        (OWN.ref, (RankedAdapter(OLD.ref, 1.0, 8, False), RankedAdapter(OWN.ref, 0.2, 8, True))),
-        (AdapterRef("local", "gone", "1"), (RankedAdapter(OLD.ref, 1.0, 8, False),)),
-        (AdapterRef("local", f"{OUTCOME}1", ""), (RankedAdapter(OLD.ref, 1.0, 1, False),)),
-    ],
-    ids=["a better one", "of a withdrawn anchor", "an outcome"],
-)
-def test_what_is_learnt_brings_no_adapter_of_another_base_into_a_plan(
-    anchor: AdapterRef, items: tuple[RankedAdapter, ...]
-) -> None:
-    """Its weights would be put on the layers of the wrong base model."""
-    ranking = Ranking(anchor, items, "fake-encoder", np.asarray(NORTH, np.float32), np.asarray([1.0], np.float32))
-    source = Source()
-    ranks = {"local": (Rank("local", ranking, True, "us", OWN.created_at),)}
-    source.now = snapshot_of(OLD, OWN, *MORE, rankings=ranks)
-    owners = {"tiny-chat": BASE, "other": OTHER}
-    for base_model in ("", *owners):
-        plan = route_one(over(source, SEVERAL), "north", strategy="mixture", top_k=3, base_model=base_model).plan
-        found = {record.base_model for record in (OLD, OWN, *MORE) for row in plan.adapters if row.ref == record.ref}
-        assert found == {owners[plan.base_model]} and plan.base_model == (base_model or plan.base_model)
-
-
 def test_the_adapter_of_the_turn_before_keeps_its_base() -> None:
     near = record_of("near", (0.05, 1.0), base_model=OTHER)
     route = route_one(over(Source(OWN, near), SEVERAL), "north", preferred=near.ref)
@@ -217,3 +192,21 @@ def test_named_adapters_of_two_bases_form_no_plan() -> None:
     assert retriever.replay("local", "selection", pinned[1:], 1).base_model == "other"
     with pytest.raises(PlanInvalid, match="must have one base model"):
         retriever.replay("local", "mixture", pinned, 1)
+
+
+def test_rankings_stay_within_a_base() -> None:
+    items = (RankedAdapter(OLD.ref, 1.0, 8, False), RankedAdapter(OWN.ref, 0.2, 8, True))
+    vectors = np.asarray(NORTH, np.float32), np.asarray([1.0], np.float32)
+    for anchor in (OWN.ref, replace(OWN.ref, name="withdrawn")):
+        ranking = Ranking(anchor, items, "fake-encoder", *vectors)
+        source = Source()
+        source.now = snapshot_of(OLD, OWN, rankings={"local": (Rank("local", ranking, True, "us", OWN.created_at),)})
+        assert names(route_one(over(source, ServedBases()), "north")) == ["old"]
+        assert names(route_one(over(source, SEVERAL), "north", base_model="tiny-chat")) == ["own"]
+    regions = over(Source(*[replace(r, num_samples=2) for r in (OLD, OWN)], BARE), SEVERAL).regions(
+        "local", many_samples
+    )
+    assert {(r.anchor.ref.name, *[c.ref.name for c in r.candidates]) for r in regions} == {
+        ("own", "own"),
+        ("old", "old", "bare"),
+    }

@@ -11,7 +11,7 @@ from deployments.api.completions import ChatCompletionRequest
 from deployments.api.error_table import describe
 from deployments.api.responses import Planned
 from deployments.calls.catalogue_clients import serve_retriever
-from deployments.config.app import RetrievalSettings
+from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.planner import Planner
 from lora_store import BASE_PLAN, PlanInvalid
@@ -352,3 +352,31 @@ def test_every_text_that_may_be_encoded_is_counted(turns: list[str], lora: dict[
     [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora}).questions()
     texts = planner_over(handle_of()).texts_read(question)
     assert list(texts) == ["\n".join(turns) if text == "joined" else text for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "base_model", "said"),
+    [
+        ("ab", "a:auto", "b", "model: lora.plan is of the base model 'b', and model 'a:auto' names 'a'"),
+        ("ab", "auto", "c", "this plan has 'a', got 'c'"),
+        ("a", "auto", "c", "this plan has 'a', got 'c'"),
+        ("ab", "b:auto", None, None),
+        ("ab", "auto", "b", None),
+        ("a", "auto", "a", None),
+    ],
+)
+def test_a_plan_without_adapters_is_replayed_on_its_base(
+    names: str, model: str, base_model: str | None, said: str | None
+) -> None:
+    models = AppConfig(models=[{"base_model": f"x/{name}"} for name in names]).served_models
+    planner = Planner(models, RetrievalSettings(), serve_retriever(handle_of()))
+    lora = {"plan": {"strategy": "base", "adapters": [], "base_model": base_model}}
+    body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora}
+    [question] = ChatCompletionRequest.model_validate(body).questions()
+    if said is None:
+        planned = asyncio.run(planner.plan(question, "local"))
+        assert planned.plan.base_model == ("b" if names == "ab" else "")
+    else:
+        with pytest.raises(RequestInvalid) as refused:
+            asyncio.run(planner.plan(question, "local"))
+        assert said in str(refused.value)

@@ -14,6 +14,7 @@ from deployments.publishing.adapter_folders import (
     linked_files,
     open_without_links,
 )
+from lora_store.contract_files import CONTRACT_FILE, INTRINSIC_FILE
 from lora_store.peft_config import CONFIG_FILE
 from lora_store.peft_files import MLX_WEIGHTS_FILE, PICKLE_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
@@ -27,6 +28,8 @@ def test_the_adapters_files_are_those_that_validation_reads(tmp_path: Path) -> N
         SAMPLES_FILE,
         DESCRIPTION_FILE,
         TEMPLATE_FILE,
+        CONTRACT_FILE,
+        INTRINSIC_FILE,
         PICKLE_FILE,
     )
     for name in (WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt"):

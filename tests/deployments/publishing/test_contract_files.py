@@ -51,8 +51,14 @@ def test_a_contract_in_yaml_is_kept_as_it_is_written() -> None:
         (b"stop: &x [a]\noutput_schema: {enum: *x}", "YAML alias"),
         (b"stop: a\nstop: b", "has 'stop' twice"),
         (b"stop: 2020-01-01", "JSON does not have .* put it in quotes"),
+        (b"stop: !!bool maybe", "JSON does not have .* put it in quotes"),
+        (b"? [a]\n: b\n? [a]\n: b", "not valid YAML: .*unhashable key"),
         (b"- a\n- b", "must be a mapping"),
         (b"[" * 30_000, "nested too deeply"),
+        (
+            b"output_schema: " + b"{items: " * 300 + b"{}" + b"}" * 300,
+            "nested too deeply",
+        ),
         (b"a: [", "not valid YAML"),
         (b"\xff", "is not UTF-8"),
         (b'instruction: "\\ud800{input}"', "instruction: must be valid Unicode"),
@@ -97,6 +103,8 @@ def test_an_intrinsic_of_ibm_is_imported() -> None:
         ({"response_format": "{"}, "response_format: is not valid JSON"),
         ({"parameters": {"logprobs": True}}, r"sampling\.logprobs: unknown field"),
         ({"parameters": [1]}, "parameters: must be a mapping"),
+        ({"parameters": {"extra_body": "a"}}, "parameters.extra_body: must be a mapping"),
+        ({"parameters": {"structured_outputs": [1]}}, "structured_outputs: must be a mapping"),
     ],
     ids=str,
 )

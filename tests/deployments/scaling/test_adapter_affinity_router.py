@@ -9,7 +9,6 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
-from deployments.scaling import adapter_affinity_router
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter, short_digest
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
@@ -296,12 +295,25 @@ def test_a_turn_stays_only_where_the_adapters_are_and_the_queue_is_short() -> No
     run(main())
 
 
+def test_a_turn_that_routing_found_again_is_of_the_same_conversation() -> None:
+    async def main() -> None:
+        routing = Routing(*[FakeReplica(f"r{number}", 3, "ab") for number in range(8)])
+        routing.sent(chat("I ask", adapters="ab"), "r5")
+        again = chat("I ask", "Yes?", "This", adapters="ab")
+        rows = [replace(row, score=0.1) for row in again.plan.adapters]
+        for adapters in (tuple(rows), tuple(reversed(rows))):
+            plan = replace(again.plan, adapters=adapters, generation=8)
+            assert await routing.chosen(replace(again, plan=plan)) == "r5"
+
+    run(main())
+
+
 def test_turns_of_another_tenant_or_plan_or_beginning_are_others() -> None:
     async def main() -> None:
         names = [f"r{number}" for number in range(40)]
         routing = Routing(*[FakeReplica(name, 3, "ab") for name in names])
         turns = [chat("I ask", "Yes?", "This", adapters="ab", tenant=tenant) for tenant in ("t", "u")]
-        turns += [chat("I ask", "Yes?", "This", adapters="ba"), chat("He asks", "Yes?", "This", adapters="ab")]
+        turns += [chat("I ask", "Yes?", "This", adapters="a"), chat("He asks", "Yes?", "This", adapters="ab")]
         homes = [await routing.chosen(turn) for turn in turns]
         away = next(name for name in names if name not in homes)
         routing.sent(chat("I ask", adapters="ab"), away)
@@ -336,7 +348,7 @@ def test_first_turns_go_to_the_shortest_queue() -> None:
 
 
 def test_the_oldest_turns_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_affinity_router, "_MAX_CONVERSATIONS", 3)
+    monkeypatch.setattr(AdapterAffinityRouter, "max_turns", 3)
 
     async def main() -> None:
         routing = Routing(*[FakeReplica(f"r{number}") for number in range(4)])

@@ -76,6 +76,8 @@ def test_auto_finds_by_the_users_text_and_asks_by_the_contract(tmp_path: Path) -
         assert job.sampling.temperature == 1.0
         job, lora = await ask(tenants, lora=CHAT["lora"] | {"contract": False})
         assert (job.prompt, job.sampling.grammar, "contract" in lora) == ((Message("user", TEXT),), None, False)
+        response = await tenants.ask(OWNER, "POST", "/v1/responses", json={"model": "mood", "input": TEXT})
+        assert response.json()["temperature"] == 0.25
         completion = {"model": "mood", "prompt": TEXT, "echo": True}
         answer = await tenants.ask(OWNER, "POST", "/v1/completions", json=completion)
         read = f"Judge the mood of: {TEXT}"
