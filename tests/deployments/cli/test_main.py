@@ -429,7 +429,9 @@ def test_status_shows_the_model_the_pool_and_the_load() -> None:
 def test_printed_settings_hide_the_values_of_environment_variables(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     variables = {"env_vars": {"AWS_SECRET_ACCESS_KEY": "correct-horse"}}
-    file.write_text(json.dumps({"store_scaling": {"ray_actor_options": {"runtime_env": variables}}}))
-    result = run("serve", "--config", file, "--print-config")
-    assert result.exit_code == 0 and "AWS_SECRET_ACCESS_KEY" in result.stdout
-    assert "correct-horse" not in result.output
+    scaling = {"ray_actor_options": {"runtime_env": variables}}
+    for settings in ({"store_scaling": scaling}, {"models": [{"worker_scaling": scaling}]}):
+        file.write_text(json.dumps(settings))
+        result = run("serve", "--config", file, "--print-config")
+        assert result.exit_code == 0 and "AWS_SECRET_ACCESS_KEY" in result.stdout
+        assert "correct-horse" not in result.output
