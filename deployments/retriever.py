@@ -22,7 +22,7 @@ from deployments.encoder_queue import EncoderQueue
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory, report_periodically
 from deployments.observability.retriever_metrics import RetrieverMetrics
-from deployments.observability.tracing import tracer
+from deployments.observability.tracing import open_span
 from deployments.retriever_factory import live_pool, retriever_over
 from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from retriever_svc import (
@@ -121,9 +121,9 @@ class RetrieverDeployment:
             return []
         await self._reach_for(requests[0].tenant, max(request.min_generation for request in requests))
         views, places = with_views(requests)
-        with tracer.start_as_current_span("retriever.encode"):
+        with open_span("retriever.encode"):
             read = await self._prompts.encoded(requests[0].tenant, [view.text for view in views])
-        with tracer.start_as_current_span("retriever.search"):
+        with open_span("retriever.search"):
             found = await _on(self._searches, self._retriever.route_encoded, views, read)
         chosen = [own[chosen_view([found[place] for place in own])] for own in places]
         answers, encoded = [found[place] for place in chosen], [read[place] for place in chosen]
@@ -223,12 +223,12 @@ class RetrieverDeployment:
         """Return what the tenant's last evaluation measured on this adapter's examples. Raises: AdapterNotFound."""
         return await _on(self._lookups, self._retriever.evaluation, tenant, name)
 
-    async def samples(self, tenant: str, name: str) -> list[Sample]:
+    async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
         """Return the samples of the adapter's live version; none of another tenant's adapter.
 
-        Raises: AdapterNotFound, StoreUnavailable.
+        Raises: AdapterNotFound, StaleIndex, StoreUnavailable.
         """
-        _, [record, *_] = await self._record(tenant, name, 0)
+        _, [record, *_] = await self._record(tenant, name, min_generation)
         return list(await asyncio.to_thread(self._samples, record)) if record.ref.tenant == tenant else []
 
     async def embed(self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str]) -> list[Embedded | None]:

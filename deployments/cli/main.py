@@ -257,6 +257,7 @@ def route(
         return
     weights = {adapter["name"]: f"{adapter['weight']:.3f}" for adapter in plan["adapters"]}
     title = f"strategy {plan['strategy']}, generation {plan['generation']}"
+    title += f", base model {plan['base_model']}" if "base_model" in plan else ""
     table = Table("adapter", "score", "needs", "confidence", "weight", title=title)
     for candidate in plan["candidates"]:
         name, shown = candidate["name"], (candidate[key] for key in ("score", "threshold", "confidence"))
@@ -352,7 +353,8 @@ def _exit_with(code: int) -> None:
 
 def _plan_line(lora: JsonObject) -> str:
     parts = [f"{row['name']} × {row['weight']:.2f}" for row in lora["adapters"]]
-    return f"{lora['strategy']}: {', '.join(parts) or 'no adapter'}"
+    base_model = f" on {lora['base_model']}" if "base_model" in lora else ""
+    return f"{lora['strategy']}{base_model}: {', '.join(parts) or 'no adapter'}"
 
 
 def main() -> None:

@@ -62,16 +62,15 @@ def dump_config(config: Settings) -> str:
     return text
 
 
-def _with_masked_variables(settings: JsonObject) -> JsonObject:
-    """Mask the values of every mapping `env_vars`, such as that of a deployment's `runtime_env`."""
-    return {
-        name: dict.fromkeys(value, _MASK)
-        if name == "env_vars" and isinstance(value, dict)
-        else _with_masked_variables(value)
-        if isinstance(value, dict)
-        else value
-        for name, value in settings.items()
-    }
+def _with_masked_variables(value: Any, name: str = "") -> Any:
+    """Mask the values of every mapping `env_vars`, such as that of a deployment's `runtime_env`, also in lists."""
+    if isinstance(value, list):
+        return [_with_masked_variables(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if name == "env_vars":
+        return dict.fromkeys(value, _MASK)
+    return {key: _with_masked_variables(item, key) for key, item in value.items()}
 
 
 def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:

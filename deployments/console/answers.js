@@ -9,12 +9,15 @@ const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).valu
 /** Returns the text as a list of the parts between commas. */
 export const listed = (words) => words.split(",").map((word) => word.trim()).filter(Boolean);
 
-/** Returns the fields of a request that the options determine. Options of retrieval apply to the model `auto` only. */
+/** Returns whether the server chooses the adapters: of all base models, or of one as in `base:auto`. */
+export const isRouted = (model) => model === "auto" || model.endsWith(":auto");
+
+/** Returns the fields of a request that the options determine. Options of retrieval apply where the server chooses. */
 export function optionsOf() {
   const model = byId("model").value.trim();
   const tags = listed(byId("filter-tags").value);
   const filter = tags.length ? { tags } : undefined;
-  const lora = model === "auto" ? { strategy: text("strategy"), k: number("k"), abstain: text("abstain"), filter } : {};
+  const lora = isRouted(model) ? { strategy: text("strategy"), k: number("k"), abstain: text("abstain"), filter } : {};
   return { model, lora, max_tokens: number("max-tokens"), temperature: number("temperature"), top_p: number("top-p"), seed: number("seed") };
 }
 

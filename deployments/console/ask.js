@@ -1,7 +1,7 @@
 // The conversation: sends prompts, streams answers, and keeps the turns.
 
 import { ApiError, post, read, reasonOf } from "./api.js";
-import { adapterTags, messagesOf, newTiming, optionsOf, stream, summary } from "./answers.js";
+import { adapterTags, isRouted, messagesOf, newTiming, optionsOf, stream, summary } from "./answers.js";
 import { ago, byId, confirmed, element, say, sayOrHide, soon, whole } from "./dom.js";
 import { chosenExamples } from "./examples.js";
 import * as history from "./history.js";
@@ -73,9 +73,9 @@ export function askAgain(model) {
   if (turn) ask(turn.prompt);
 }
 
-/** Disables the options of retrieval unless the model is `auto`, or a name that stands for a policy. */
+/** Disables the options of retrieval unless the server chooses, or the model is a name that stands for a policy. */
 function updateOptions() {
-  const model = byId("model").value.trim(), isAuto = model === "auto" || policies.has(model);
+  const model = byId("model").value.trim(), isAuto = isRouted(model) || policies.has(model);
   for (const id of ["strategy", "k", "abstain", "filter-tags"]) byId(id).disabled = !isAuto;
 }
 
@@ -84,7 +84,7 @@ async function suggest() {
   try {
     const { data } = await read(`v1/models?limit=20&name=${encodeURIComponent(typed === "auto" ? "" : typed)}`, { quietly: true });
     for (const { id, root } of data) if (root.startsWith(`${id}@`)) policies.add(id);
-    const names = new Set(["auto", byId("base-model").textContent, ...data.map(({ id }) => id)].filter(Boolean));
+    const names = new Set(["auto", ...byId("base-model").textContent.split(", "), ...data.map(({ id }) => id)].filter(Boolean));
     byId("models").replaceChildren(...[...names].map((name) => element("option", { value: name })));
     updateOptions();
   } catch {
@@ -221,7 +221,7 @@ function endOf(turn) {
     element("span", { class: "buttons" },
       turn.plan ? button("Why", "Show why these adapters answered", () => explain(turn)) : null,
       turn.answer ? button("Copy", "Copy the answer", () => navigator.clipboard?.writeText(turn.answer)) : null,
-      ...(turn.request && turn.plan && turn.model === "auto" ? outcomeButtons(turn) : []),
+      ...(turn.request && turn.plan && isRouted(turn.model) ? outcomeButtons(turn) : []),
       button("Again", "Send this prompt once more, with the present options", () => again(turn))),
   ].filter(Boolean);
 }

@@ -11,7 +11,7 @@ const auto = (lora) => ({ model: "auto", lora });
 let running = null;
 
 const AUTO = { label: "auto", note: "the server's default", changes: () => auto({ strategy: undefined }) };
-const BASE = { label: "base model", note: "no adapter", changes: () => ({ model: byId("base-model").textContent, lora: {} }) };
+const BASE = { label: "base model", note: "no adapter", changes: () => ({ model: byId("base-model").textContent.split(", ")[0], lora: {} }) };
 let offered = {}; // the ways to answer: their labels, and the model and options of `lora` that they set
 let isTicked = true; // whether a way that is offered for the first time is ticked
 

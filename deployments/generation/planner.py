@@ -20,7 +20,7 @@ from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.conversation import Reading, reading_of
 from deployments.observability.request_metrics import RequestContext
-from deployments.observability.tracing import tracer
+from deployments.observability.tracing import open_span
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
@@ -206,7 +206,7 @@ class Planner:
         for place, question in enumerate(questions):
             groups.setdefault((question.model, question.alias, options[id(question.lora)]), []).append(place)
         alike = [[questions[place] for place in places] for places in groups.values()]
-        with tracer.start_as_current_span("plan"):
+        with open_span("plan"):
             plans = await asyncio.gather(*[self._plan_alike(group, tenant) for group in alike])
         found = {
             place: plan

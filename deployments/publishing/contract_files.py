@@ -155,9 +155,10 @@ def _own_parameters(parameters: Any) -> Iterator[tuple[str, Any]]:
 
 def _mapping(field: str, value: Any) -> dict[Any, Any]:
     """Return a mapping that may be left out. Raises: ValueError."""
-    if not isinstance(value or {}, dict):
+    found = value or {}
+    if not isinstance(found, dict):
         raise ValueError(f"{field}: must be a mapping; {_REMEDY}")
-    return value or {}
+    return found
 
 
 def _converted(instruction: Any) -> str:

@@ -166,7 +166,7 @@ def _read_field(reader: Any, name: str) -> Any:
 def _check_window(gguf: Path, reader: Any, config: Any) -> None:
     """transformers reads the window of few families. Raises: BaseModelUnsupported for another one than the file's."""
     in_file, in_config = _read_field(reader, "attention.sliding_window"), getattr(config, "sliding_window", None)
-    if (in_file or None) != in_config:  # some files have 0 for none
+    if (in_file or None) != (in_config or None):  # 0 is none too
         raise BaseModelUnsupported(
             f"{gguf} attends to {in_file or 'all'} tokens, and transformers reads {in_config or 'all'}: {_REMEDY}"
         )

@@ -117,7 +117,7 @@ class FakeRetriever:
         record = self._snapshot.resolve(tenant, name)
         return self.evaluated if self.evaluated is not None and self.evaluated.anchor == record.ref else None
 
-    async def samples(self, tenant: str, name: str) -> list[Sample]:
+    async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
         record = self._snapshot.resolve(tenant, name)
         is_own = record.ref.tenant == tenant and record.num_samples > 0
         return [Sample(f"A sample of {name}."), Sample("Another one.", "Its output.")] if is_own else []

@@ -79,7 +79,7 @@ class ClusteredRetriever(MappedRetriever):
             points.append(Point(record.ref, math.cos(angle) + number / 10_000, math.sin(angle)))
         return PoolMap(7, len(points), 0.625, tuple(points))
 
-    async def samples(self, tenant: str, name: str) -> list[Sample]:
+    async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
         kind = _kind(name)
         return [Sample(self.samples_by_kind.get(kind, f"A sample of {kind}."))]
 

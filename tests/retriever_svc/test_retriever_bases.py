@@ -9,6 +9,7 @@ import pytest
 
 from lora_store import AdapterRecord, PlanInvalid, RankedAdapter, Ranking, Sample
 from lora_store.events import Rank
+from lora_store.rankings import OUTCOME
 from lora_store.trials import Trial
 from retriever_svc import (
     AdapterIncompatible,
@@ -203,6 +204,11 @@ def test_rankings_stay_within_a_base() -> None:
         source.now = snapshot_of(OLD, OWN, rankings={"local": (Rank("local", ranking, True, "us", OWN.created_at),)})
         assert names(route_one(over(source, ServedBases()), "north")) == ["old"]
         assert names(route_one(over(source, SEVERAL), "north", base_model="tiny-chat")) == ["own"]
+    praised = Ranking(replace(OWN.ref, name=f"{OUTCOME}1"), items[:1], "fake-encoder", *vectors)
+    source = Source()
+    source.now = snapshot_of(OLD, OWN, rankings={"local": (Rank("local", praised, True, "us", OWN.created_at),)})
+    assert "old" in names(route_one(over(source, ServedBases()), "north", strategy="mixture"))
+    assert names(route_one(over(source, SEVERAL), "north", strategy="mixture", base_model="tiny-chat")) == ["own"]
     regions = over(Source(*[replace(r, num_samples=2) for r in (OLD, OWN)], BARE), SEVERAL).regions(
         "local", many_samples
     )

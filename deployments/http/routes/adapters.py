@@ -167,7 +167,8 @@ async def show(
     the tenant's last evaluation measured on the examples of the live version.
     """
     generation, versions = await services.retriever.record(caller.tenant, name)
-    found = await services.retriever.samples(caller.tenant, name) if samples else []
+    # Older samples than those of this version would overwrite newer ones if a client edits them.
+    found = await services.retriever.samples(caller.tenant, name, generation) if samples else []
     measured = await services.retriever.evaluation(caller.tenant, name) if evaluation else None
     waiting: list[Feedback] = []
     if proposed:

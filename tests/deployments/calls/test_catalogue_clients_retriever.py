@@ -31,6 +31,7 @@ READS: dict[str, tuple[Callable[[RetrieverClient], Awaitable[Any]], tuple[Any, .
     "place": (lambda client: client.place("t", "text", ["poet"], 7), ("t", "text", ["poet"], 7)),
     "load": (lambda client: client.load("t"), ("t",)),
     "record": (lambda client: client.record("t", "poet", 7), ("t", "poet", 7)),
+    "samples": (lambda client: client.samples("t", "poet", 7), ("t", "poet", 7)),
     "embed": (lambda client: client.embed([()], ["t"]), ([()], ["t"])),
 }
 

@@ -77,6 +77,15 @@ def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_
     assert "typo" in result.stderr
 
 
+def test_ask_and_route_say_which_of_several_base_models_answers() -> None:
+    lora = {"strategy": "base", "adapters": [], "base_model": "code-3b", "generation": 4, "candidates": []}
+    with scripted((200, events_of(delta("Hi", lora=lora)))) as server:
+        assert words(run("ask", "Hi", "--url", server.url).stderr) == "base on code-3b: no adapter"
+    candidate = {"name": "poet", "score": 0.5, "threshold": 0.75, "confidence": 0.5}
+    with scripted((200, {"data": [lora | {"candidates": [candidate]}]})) as server:
+        assert "base model code-3b" in words(run("route", "Hi", "--url", server.url).stdout)
+
+
 def test_ask_streams_the_text_and_prints_the_adapters() -> None:
     lora = {"strategy": "mixture", "adapters": [{"name": "poet", "weight": 0.5}, {"name": "coder", "weight": 0.5}]}
     body = events_of(delta("", lora=lora), delta("Hel"), delta("lo [b]"), {"choices": []})
@@ -420,7 +429,9 @@ def test_status_shows_the_model_the_pool_and_the_load() -> None:
 def test_printed_settings_hide_the_values_of_environment_variables(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     variables = {"env_vars": {"AWS_SECRET_ACCESS_KEY": "correct-horse"}}
-    file.write_text(json.dumps({"store_scaling": {"ray_actor_options": {"runtime_env": variables}}}))
-    result = run("serve", "--config", file, "--print-config")
-    assert result.exit_code == 0 and "AWS_SECRET_ACCESS_KEY" in result.stdout
-    assert "correct-horse" not in result.output
+    scaling = {"ray_actor_options": {"runtime_env": variables}}
+    for settings in ({"store_scaling": scaling}, {"models": [{"worker_scaling": scaling}]}):
+        file.write_text(json.dumps(settings))
+        result = run("serve", "--config", file, "--print-config")
+        assert result.exit_code == 0 and "AWS_SECRET_ACCESS_KEY" in result.stdout
+        assert "correct-horse" not in result.output

@@ -96,6 +96,14 @@ def test_planning_is_a_span_without_the_prompt(spans: InMemorySpanExporter) -> N
     assert "secret" not in by_name(spans)["plan"].to_json()
 
 
+def test_a_failed_plan_is_a_span_without_the_text_of_the_error(spans: InMemorySpanExporter) -> None:
+    """Serve's exporters may be read by people who may not know private adapters."""
+    answer = post("/v1/completions", {"prompt": "Hi", "model": "secret"}, worker=FakeWorker(DELTAS))
+    assert answer.status_code == 404 and "secret" in answer.text
+    plan = by_name(spans)["plan"]
+    assert "secret" not in plan.to_json() and plan.status.status_code is trace.StatusCode.ERROR
+
+
 def test_encoding_and_search_are_spans(spans: InMemorySpanExporter, tmp_path: Path) -> None:
     async def scenario(here: Served) -> None:
         await here.replica.catch_up(here.publish(*await here.embedded("german", "sums")))

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from lora_store import Sample
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of, get
@@ -71,6 +72,17 @@ def test_one_adapter_is_shown_with_its_kept_versions(name: str) -> None:
         (adapter("poet").ref.digest, "live"),
         (adapter("poet", version="older").ref.digest, "kept"),
     ]
+
+
+def test_samples_are_not_older_than_the_version_that_is_shown_with_them() -> None:
+    """An editor that names this version's digest would otherwise replace newer samples by older ones."""
+
+    class Behind(FakeRetriever):
+        async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
+            return [Sample("new" if min_generation == 7 else "old")]
+
+    shown = get("/v1/loras/poet?samples=1", retriever=Behind()).json()
+    assert (shown["catalogue_generation"], shown["samples"]) == (7, [{"input": "new", "output": None}])
 
 
 def test_samples_are_shown_as_many_as_asked_for() -> None:
