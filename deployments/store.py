@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Cor
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -111,6 +112,7 @@ class StoreDeployment:
                 is_private=is_copied(upload),
                 module_shapes=shapes_by_model[model.name],
                 templates=model.known_templates,
+                read_contract=partial(read_contract, context=model.max_model_len),
                 name=upload.adapter_name,
                 tenant=upload.tenant,
                 tags=upload.tags,

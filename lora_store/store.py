@@ -132,6 +132,7 @@ class LoraStore:
         base_model: str | None = None,
         module_shapes: Shapes | None = None,
         templates: Mapping[str, str] | None = None,
+        read_contract: ReadContract | None = None,
         is_private: bool = False,
     ) -> Staged:
         """Validate the folder, write its blobs, and lease them until `commit` or `discard`.
@@ -144,8 +145,8 @@ class LoraStore:
 
         A new version of a live name keeps what is not given. `tags`: None keeps. `template`: None keeps; "server" names
         none; for a new name None takes the folder's. `contract`: JSON; None takes the folder's, and without one keeps;
-        "" for none. `keeps_visibility`: `visibility` is for new names only. A folder
-        without samples keeps the live ones. A description replaces a single live sample only. `has_samples`: False
+        "" for none. `read_contract`: how it is read for this base model. `keeps_visibility`: `visibility` is for new
+        names only. A folder without samples keeps the live ones. A description replaces a single live sample only. `has_samples`: False
         publishes it without any.
         Raises: AdapterRefused with every reason; nothing is written then.
         """
@@ -160,7 +161,7 @@ class LoraStore:
             accepts_base=self._accepts_base,
             module_shapes=module_shapes,
             templates=templates,
-            read_contract=self._read_contract,
+            read_contract=read_contract or self._read_contract,
             limits=self._limits,
             is_private=is_private,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -85,7 +86,7 @@ def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels
             accepts_base=models.accepted_names,
             module_shapes=None,
             templates=model.known_templates if has_template else None,
-            read_contract=_read_contract,
+            read_contract=partial(_read_contract, context=model.max_model_len),
             limits=limits,
         )
     except AdapterRefused as exc:
@@ -98,12 +99,10 @@ def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels
     return {"name": adapter.name, "is_fit": True, **counted, "warnings": list(admitted.warnings)}
 
 
-def _read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
-    from deployments.publishing.contract_files import (
-        read_contract,
-    )  # with Ray, which takes seconds; few folders have one
+def _read_contract(name: str, data: bytes, context: int) -> tuple[str, tuple[str, ...]]:
+    from deployments.publishing.contract_files import read_contract  # it imports Ray, which takes seconds
 
-    return read_contract(name, data)
+    return read_contract(name, data, context)
 
 
 def _print(outcome: JsonObject) -> None:

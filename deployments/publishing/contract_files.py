@@ -28,6 +28,7 @@ _MARKUP = re.compile(
 _WITHOUT_EFFECT = {"model", "logprobs_workaround", "docs_as_message"}  # requests here bring no documents
 _LAST_MESSAGE = "last_message"  # IBM's name for the input
 _REMEDY = "write adapter_io.yaml instead, or publish without a contract (--no-contract)"
+_CHARS_PER_TOKEN = 4  # estimate for English
 _SPELLINGS = {"max_completion_tokens": "max_tokens"}
 _TRANSFORMED = (
     f"{INTRINSIC_FILE}: transformations are steps of IBM's client: answers here are what the model writes, and only a"
@@ -35,9 +36,10 @@ _TRANSFORMED = (
 )
 
 
-def read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
+def read_contract(name: str, data: bytes, context: int | None = None) -> tuple[str, tuple[str, ...]]:
     """Return the contract in a file of this name, as JSON, and what its publisher should know. "" is an empty one.
 
+    `context`: the tokens of its base model's context, about half of which are for what users write.
     Raises: FileRefused, which names the field; EngineFull if its schema cannot be checked now.
     """
     notes: tuple[str, ...] = ()
@@ -52,6 +54,12 @@ def read_contract(name: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         text = contract.to_json()
         if len(text.encode()) > MAX_CONTRACT_BYTES:
             raise ValueError(f"has {len(text.encode())} bytes as JSON, at most {MAX_CONTRACT_BYTES} are allowed")
+        length = len(contract.instruction or "")
+        if context is not None and length > (most := _CHARS_PER_TOKEN * context // 2):
+            raise ValueError(
+                f"instruction: has {length} characters, at most {most} leave half of the base model's context of "
+                f"{context} tokens to the user's text"
+            )
         if (grammar := contract.grammar()) is not None:
             CheckProcess().run(grammar)
     except ValidationError as exc:

@@ -74,6 +74,16 @@ def test_a_bad_contract_names_the_field(data: bytes, said: str) -> None:
     assert refused.value.file == "adapter_io.yaml" and "pydantic" not in str(refused.value)
 
 
+def test_an_instruction_leaves_half_of_the_context_to_the_user() -> None:
+    def data(count: int) -> bytes:
+        return b"instruction: '{input}" + b"a" * (count - len("{input}")) + b"'"
+
+    text, _ = read_contract("adapter_io.yaml", data(200), 100)
+    assert len(json.loads(text)["instruction"]) == 200
+    with pytest.raises(FileRefused, match=r"instruction: has 201 characters, at most 200 leave half of .* 100 tokens"):
+        read_contract("adapter_io.yaml", data(201), 100)
+
+
 def test_an_intrinsic_of_ibm_is_imported() -> None:
     own: dict[str, Any] = {
         "instruction": "{{ braces }} {last_message} about fish?",
