@@ -146,8 +146,8 @@ class LoraStore:
         A new version of a live name keeps what is not given. `tags`: None keeps. `template`: None keeps; "server" names
         none; for a new name None takes the folder's. `contract`: JSON; None takes the folder's, and without one keeps;
         "" for none. `read_contract`: how it is read for this base model. `keeps_visibility`: `visibility` is for new
-        names only. A folder without samples keeps the live ones. A description replaces a single live sample only. `has_samples`: False
-        publishes it without any.
+        names only. A folder without samples keeps the live ones. A description replaces a single live sample only.
+        `has_samples`: False publishes it without any.
         Raises: AdapterRefused with every reason; nothing is written then.
         """
         self._ballast.fill()
