@@ -73,7 +73,11 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
         ("how-to/upgrade-and-roll-back.md", 3, [", 0 bad", "are in before-upgrade.tar", "pool-of-before, generation"]),
     ],
 )
-def test_every_block_of_the_page_runs(page: str, num_blocks: int, outputs: list[str], folder: Path, url: str) -> None:
+def test_every_block_of_the_page_runs(
+    page: str, num_blocks: int, outputs: list[str], folder: Path, url: str, scale: Scale
+) -> None:
+    if page == "how-to/evaluate-a-pool.md" and not scale.pick("pages that take a minute", small=0, full=1):
+        pytest.skip("`pool evaluate` of the starter pool takes a minute")
     blocks = [block for block in blocks_of(DOCS / page) if block.language in ("sh", "python")]
     assert len(blocks) == num_blocks
     printed = "".join(run(block, folder, url) for block in blocks)
