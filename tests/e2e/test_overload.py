@@ -135,7 +135,7 @@ def test_an_accepted_burst_is_answered_or_refused_for_waiting_too_long(url: str,
 
 
 def test_a_conversation_stays_on_the_worker_that_has_its_turns(live: Live) -> None:
-    """Two workers: without it half of the turns would find nothing. One that does not tell its queue in time is left."""
+    """Two workers: without it half of the turns would find nothing. A worker that answers too late loses a turn."""
     chats: list[list[dict[str, str]]] = [
         [{"role": "user", "content": f"The sea at port {number} is " + "wide and deep " * 8}] for number in range(6)
     ]
