@@ -28,7 +28,7 @@ from lora_store.location import Location
 from lora_store.names import policy_digest
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Key, Snapshot
-from lora_store.staging import label_of, version_digest
+from lora_store.staging import make_label, version_digest
 from lora_store.table_format import OURS, TableFormat
 from lora_store.validation import Label
 
@@ -134,7 +134,7 @@ class PoolState:
         """Check that each version and policy is what its digest says, under a valid name. Raises: ValueError."""
         for key in self.snapshot.records:
             for record in self.snapshot.versions(key):
-                label = label_of(record)
+                label = make_label(record)
                 if problem := next(label.problems(), None):
                     raise ValueError(problem)
                 wanted = version_digest(label, record.weights_digest, record.samples_digest, record.base_model)

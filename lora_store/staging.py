@@ -59,7 +59,7 @@ def version_digest(label: Label, weights_digest: str, samples_digest: str | None
     return digest_of(json.dumps(parts).encode())
 
 
-def label_of(record: AdapterRecord) -> Label:
+def make_label(record: AdapterRecord) -> Label:
     """Return the publisher's metadata of a version."""
     return Label(
         record.ref.name,
@@ -74,7 +74,7 @@ def label_of(record: AdapterRecord) -> Label:
 def changed_version(record: AdapterRecord, **changes: Any) -> AdapterRecord:
     """Return another version of the record: the same weights with these changes, and nothing that a commit fills in."""
     new = replace(record, **changes)
-    digest = version_digest(label_of(new), new.weights_digest, new.samples_digest, new.base_model)
+    digest = version_digest(make_label(new), new.weights_digest, new.samples_digest, new.base_model)
     return replace(
         new,
         ref=replace(new.ref, digest=digest),
@@ -102,7 +102,9 @@ def take_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept
     new = replace(record, **changes)
     if new == record:
         return record
-    ref = replace(new.ref, digest=version_digest(label_of(new), new.weights_digest, new.samples_digest, new.base_model))
+    ref = replace(
+        new.ref, digest=version_digest(make_label(new), new.weights_digest, new.samples_digest, new.base_model)
+    )
     trial = None if new.trial is None else replace(new.trial, digest=ref.digest)
     return replace(new, ref=ref, trial=trial)
 

@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("total_s", pa.float32()),
     ]
 )
-MAX_ROWS = 10_000  # of a report
+MAX_ROWS = 10_000  # in one report
 SUMS = ("requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
 _READ = ("id", "time", "tenant", "key", "base", "adapters", "status", "code", *SUMS[2:])
 _FIRST_ERROR = 400

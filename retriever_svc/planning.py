@@ -38,7 +38,7 @@ def routed_plan(
         PlannedAdapter(match.record.ref, match.record.weights_digest, weight, match.score) for match, weight in planned
     )
     records = [match.record for match, _ in planned]
-    return replace(_plan_of(request.strategy, rows, generation, records), base_model=base_model)
+    return replace(_make_plan(request.strategy, rows, generation, records), base_model=base_model)
 
 
 def led_by(preferred: AdapterRef | None, matches: list[Match]) -> list[Match]:
@@ -74,7 +74,7 @@ def named_plan(
         PlannedAdapter(record.ref, record.weights_digest, weight)
         for record, (_, weight) in zip(records, choices, strict=True)
     )
-    plan = _plan_of(strategy, rows, snapshot.generation_for(tenant), records)
+    plan = _make_plan(strategy, rows, snapshot.generation_for(tenant), records)
     plan = replace(plan, base_model=base_model)
     live = {record.ref for record, (name, _) in zip(records, choices, strict=True) if "@" not in name}
     return with_trials(plan, snapshot, tenant, live, bases=bases)
@@ -129,7 +129,7 @@ def replayed_plan(
         PlannedAdapter(record.ref, record.weights_digest, item.weight, item.score)
         for record, item in zip(records, pinned, strict=True)
     )
-    return replace(_plan_of(strategy, rows, generation, records), base_model=base_model)
+    return replace(_make_plan(strategy, rows, generation, records), base_model=base_model)
 
 
 def _kept_version(snapshot: Snapshot, tenant: str, pinned: PinnedAdapter) -> AdapterRecord:
@@ -227,7 +227,7 @@ def _common_base(records: Sequence[AdapterRecord], names: Sequence[str], bases: 
     return bases.name_in_plans(records[0].base_model if records else "")
 
 
-def _plan_of(
+def _make_plan(
     strategy: Strategy, rows: tuple[PlannedAdapter, ...], generation: int, records: Sequence[AdapterRecord]
 ) -> Plan:
     """Return the plan with the template that all its adapters name, and the contract of the one that leads it."""

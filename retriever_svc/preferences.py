@@ -100,7 +100,7 @@ class Preferences:
         if self.regions:
             scores = (self.vectors @ query).tolist()
             added = zip(self.regions, scores, strict=True)
-            found += [Match(r, score) for r, score in added if _has_tags(r, tags) and self._is_of(base_model, r)]
+            found += [Match(r, score) for r, score in added if _has_tags(r, tags) and self._belongs_to(base_model, r)]
         if self.outcomes:
             found = self._with_outcomes(query, found, tags, base_model)
         found.sort(key=lambda match: -match.score)
@@ -129,7 +129,7 @@ class Preferences:
         found = {match.record.ref: match for match in matches}
         for ref, match in praised.items():
             is_nearer = ref not in found or match.score > found[ref].score
-            if sums[ref] > 0 and is_nearer and self._is_of(base_model, match.record):
+            if sums[ref] > 0 and is_nearer and self._belongs_to(base_model, match.record):
                 found[ref] = match
         return [match._replace(outcome=sums[ref]) for ref, match in found.items()]
 
@@ -140,7 +140,7 @@ class Preferences:
             return match
         return match._replace(record=replace(better, embedding=match.record.embedding))
 
-    def _is_of(self, base_model: str, record: AdapterRecord) -> bool:
+    def _belongs_to(self, base_model: str, record: AdapterRecord) -> bool:
         return not base_model or self.bases.find(record.base_model) == base_model
 
 

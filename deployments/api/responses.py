@@ -43,7 +43,7 @@ class Planned:
     shadow: Plan | None = None  # answers a copy of the request, and no client sees it
     tags: tuple[str, ...] = ()  # which the server's choice had to have
     policy: str | None = None  # the model name with the version of its policy
-    contract: AppliedContract | None = None  # of the adapter that leads the plan
+    contract: AppliedContract | None = None  # if an adapter that has one leads the plan
 
     def drawn(self, key: str | None) -> Planned:
         """Return it with the versions that answer the request with this key; without a key, the live ones answer."""

@@ -57,7 +57,7 @@ def bound_headers() -> list[Middleware]:
     protocol = protocol_within(limits)
     # uvicorn accepts a class although it documents an import path.
     HTTP_PROTOCOLS["auto"] = cast(Any, protocol)
-    _require_use_of(protocol)
+    _require_protocol(protocol)
     return [] if limits.trusts_traceparent else [Middleware(WithoutTraceparent)]
 
 
@@ -71,7 +71,7 @@ def warn_if_unbounded(environment: Mapping[str, str]) -> None:
         )
 
 
-def _require_use_of(protocol: type[BoundedProtocol]) -> None:
+def _require_protocol(protocol: type[BoundedProtocol]) -> None:
     """Raise ImportError unless a server that is configured as Serve's proxy uses this protocol."""
     config = uvicorn.Config(Response(), log_config=None)
     config.load()

@@ -207,7 +207,7 @@ def _label_notes(answer: JsonObject) -> Iterator[str]:
 def _shown(field: str, value: object) -> str:
     if not value:
         return "the server's" if field == "template" else "none"
-    return ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value)  # of a contract, its fields
+    return ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value)  # a contract prints its fields
 
 
 def share_of(trial: JsonObject) -> str:

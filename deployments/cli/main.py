@@ -297,11 +297,11 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     for base_model, own in found.get("models", {"": workers}).items():
         if base_model:
             out.print(f"\n{base_model}", markup=False, highlight=False)
-        for line in _load_of(own):
+        for line in _describe_load(own):
             out.print(line, highlight=False)
 
 
-def _load_of(workers: JsonObject) -> list[str]:
+def _describe_load(workers: JsonObject) -> list[str]:
     """Return the replicas, the load and the memory of the workers of one base model."""
     replicas = workers["replicas"]
     silent = f", {replicas['silent']} silent" if replicas["silent"] else ""

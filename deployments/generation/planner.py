@@ -120,7 +120,7 @@ class Planner:
 
     def __init__(self, models: ServedModels, defaults: RetrievalSettings, retriever: RoutingClient) -> None:
         self._models, self._retriever = models, retriever
-        self.defaults = defaults  # of requests; may be replaced at any time
+        self.defaults = defaults  # for what a request leaves unset; may be replaced at any time
 
     def limits(self, model: str) -> ServedModel:
         """Return the served model whose limits hold for `model`: of those that may answer the one with most room."""

@@ -54,7 +54,7 @@ T = TypeVar("T")
 Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
-_SHAPES_S = 60.0  # of several base models; then adapters of those that do not answer are refused
+_SHAPES_S = 60.0  # with several base models: after it, adapters of those that did not answer are refused
 _MAX_SWAPS = 3  # changes of the encoder, or of what a version keeps, during one publish
 
 

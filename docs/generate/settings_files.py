@@ -55,15 +55,15 @@ def chart_schema() -> str:
     settings = _portable(find_schema())
     definitions = settings.pop("$defs")
     values = yaml.safe_load(CHART_VALUES.read_text(encoding="utf-8"))
-    properties = {name: settings if name == "settings" else _schema_of(value) for name, value in values.items()}
+    properties = {name: settings if name == "settings" else _make_schema(value) for name, value in values.items()}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "additionalProperties": False}
     return json.dumps(head | {"properties": properties, "$defs": definitions}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _schema_of(value: object) -> dict[str, Any]:
+def _make_schema(value: object) -> dict[str, Any]:
     """Return the JSON schema of values of the type of this one. An empty mapping takes any fields."""
     if isinstance(value, dict):
-        fields_of_value = {name: _schema_of(inner) for name, inner in value.items()}
+        fields_of_value = {name: _make_schema(inner) for name, inner in value.items()}
         return {"type": "object"} | ({"properties": fields_of_value, "additionalProperties": False} if value else {})
     return {"type": {bool: "boolean", str: "string", list: "array"}[type(value)]}
 

@@ -66,21 +66,17 @@ def test_the_integers_of_a_checkpoint_are_kept(bits: int, tmp_path: Path, tiny_f
     assert len(list(quantized_layers(base.model))) == len(expected) + is_rounded
 
 
-def test_a_checkpoint_without_its_integers_is_refused(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
-    checkpoint(tiny_folders["llama"], tmp_path, bits=4)
+@pytest.mark.parametrize(
+    ("bits", "part", "said"), [(4, "weight_packed", "integers"), (8, "weight_scale", "the scales")]
+)
+def test_a_checkpoint_without_its_integers_or_scales_is_refused(
+    bits: int, part: str, said: str, tmp_path: Path, tiny_folders: Mapping[str, Path]
+) -> None:
+    checkpoint(tiny_folders["llama"], tmp_path, bits=bits)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.0.mlp.up_proj.weight_packed"]
+    del tensors[f"model.layers.0.mlp.up_proj.{part}"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelUnsupported, match=r"integers of model.layers.0.mlp.up_proj are missing"):
-        load_base_model(tiny_config(tmp_path, dtype="auto"))
-
-
-def test_integers_without_their_scales_are_refused(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:
-    checkpoint(tiny_folders["llama"], tmp_path, bits=8)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelUnsupported, match=r"the scales of model.layers.0.mlp.up_proj are missing"):
+    with pytest.raises(BaseModelUnsupported, match=rf"{said} of model.layers.0.mlp.up_proj are missing"):
         load_base_model(tiny_config(tmp_path, dtype="auto"))
 
 
