@@ -294,6 +294,10 @@ class Workers(WorkerGroup):
         """Return the workers of the base model that an adapter names, in any of the names that publishing accepts."""
         return self.named(self._bases.find(base_model) or "")
 
+    def has_same_base(self, first: str, second: str) -> bool:
+        """Return whether two adapters that name these have one base model."""
+        return first == second or self._bases.find(first) == self._bases.find(second)
+
     def stream(self, job: Job) -> DeltaStream:
         return self.named(job.plan.base_model).client.stream(job)
 

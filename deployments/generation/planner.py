@@ -234,7 +234,7 @@ class Planner:
                 reading = reading_of(question.prompt)
                 return [await self._plan_conversation(reading, question.model, options, tenant)] * len(questions)
             texts = [item.text or "" for item in questions]
-            return await self.route_all(texts, options, tenant, model=question.model)
+            return await self._plan_texts(texts, options, tenant, question.model)
         _refuse_retrieval(options)
         if name is None:
             if options.strategy is not None:
@@ -283,8 +283,8 @@ class Planner:
         if isinstance(question.prompt, tuple) and _is_read(question.lora):
             reading = reading_of(question.prompt)
             return () if reading.is_housekeeping else (*reading.previous, *reading.texts)
-        text = text_read(question.text or "", question.lora)
-        return () if text is None else (text,)
+        options = question.lora
+        return () if options.names_adapters is not None else (options.query or question.text or "",)
 
     def reads(self, question: Question) -> bool:
         """Return whether the encoder reads the question's own text. Raises: ModelNotFound."""
@@ -293,7 +293,7 @@ class Planner:
     async def _plan_conversation(self, reading: Reading, model: str, options: LoraOptions, tenant: str) -> Planned:
         """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.
 
-        Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `route_all`.
+        Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `plan_all`.
         """
         if reading.is_housekeeping:
             return Planned(self._base_plan(model), abstained=True, reason="housekeeping")
@@ -327,8 +327,8 @@ class Planner:
                 return None
         return None
 
-    async def route_all(
-        self, texts: Sequence[str], options: LoraOptions, tenant: str, *, model: str = AUTO
+    async def _plan_texts(
+        self, texts: Sequence[str], options: LoraOptions, tenant: str, model: str
     ) -> Sequence[Planned]:
         """Return a plan for each text: the plan sent back, a plan of the named adapters, or the Retriever's choice.
 
@@ -419,11 +419,6 @@ class Planner:
 
 def _planned(request: RouteRequest, route: Route) -> Planned:
     return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags)
-
-
-def text_read(text: str, options: LoraOptions) -> str | None:
-    """Return what the encoder reads to find adapters for `text`, None where the options name them."""
-    return (options.query or text) if options.names_adapters is None else None
 
 
 def _is_read(options: LoraOptions) -> bool:

@@ -287,7 +287,14 @@ class FakeStore:
         self.generation += 1
         return self.generation
 
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
+    async def rank(
+        self,
+        tenant: str,
+        rankings: Sequence[Ranking],
+        actor: str,
+        are_outcomes: bool = False,
+        keeps: Sequence[AdapterRef] = (),
+    ) -> int:
         self._fail("rank")
         self.ranked.append((tenant, rankings))
         self.generation += 1

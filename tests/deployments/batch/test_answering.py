@@ -109,8 +109,8 @@ def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place) -> No
     rows[5]["prompt"] = f"Say {POISON}"
     run = place.begin(rows, part_rows=6)
     answerer = PartAnswerer(run)
-    assert isinstance(answerer.engine, NativeEngine)
-    engine = answerer.engine.loop
+    assert isinstance(answerer.named("").engine, NativeEngine)
+    engine = answerer.named("").engine.loop
     [token] = engine.base.tokenizer(POISON, add_special_tokens=False).input_ids
 
     def break_on_poison(module: Any, args: Any, kwargs: Any) -> None:

@@ -33,13 +33,13 @@ def test_an_engine_that_is_not_installed_is_refused_and_no_other_answers(pool: A
 def test_the_native_engine_is_warmed_up_and_answers_from_any_event_loop(place: Place) -> None:
     run = place.begin(prompts(6))
     answerer = PartAnswerer(run)
-    assert isinstance(answerer.engine, NativeEngine) and answerer.engine.loop.num_steps == 0
+    assert isinstance(answerer.named("").engine, NativeEngine) and answerer.named("").engine.loop.num_steps == 0
     try:
         planned = asyncio.run(PartPlanner(run).plan(run.parts[0]))
         assert asyncio.run(answerer.answer(planned)) == asyncio.run(answerer.answer(planned))
     finally:
         answerer.close()
-    assert not answerer.engine.health().is_alive
+    assert not answerer.named("").engine.health().is_alive
 
 
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
@@ -59,7 +59,7 @@ def test_vllm_answers_a_batch_of_every_kind(tmp_path: Path) -> None:
     run = place.begin(prompts(12))
     answerer = PartAnswerer(run)
     try:
-        assert type(answerer.engine).__name__ == "VllmEngine"
+        assert type(answerer.named("").engine).__name__ == "VllmEngine"
         for part in run.parts:
             planned = asyncio.run(PartPlanner(run).plan(part))
             asyncio.run(answerer.answer(planned))

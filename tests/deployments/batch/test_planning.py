@@ -52,8 +52,8 @@ def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
             rows = (PlannedAdapter(AdapterRef("local", "sea", "d" * 64), "w", 1.0),)
             return Plan("selection", rows, contract='{"instruction":"Sing: {input}"}')
 
-    served = place.config.served_model
-    planner = Planner(place.config.served_models, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
+    served = place.config.served_models
+    planner = Planner(served, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
     for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
         asked = asyncio.run(asked_of(planner, served, "local", "row-0", body))

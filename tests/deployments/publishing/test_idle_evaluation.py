@@ -67,6 +67,9 @@ class Ones:
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         return [1.0] * len(examples)
 
+    async def can_score(self, adapter: AdapterRecord) -> bool:
+        return True
+
 
 @pytest.mark.parametrize(("workers", "num_polls"), [([[]], 0), ([[RUNNING, WAITING]], 2), ([[], [RUNNING]], 1)])
 def test_a_batch_begins_when_no_worker_has_a_request(workers: list[list[EngineStatus]], num_polls: int) -> None:
