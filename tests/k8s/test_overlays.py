@@ -85,7 +85,8 @@ def test_only_gpu_pods_of_the_vllm_overlay_have_its_image(rendered: Callable[[st
 @pytest.mark.parametrize("name", ALL)
 def test_gpu_pods_exist_if_workers_use_gpus(name: str, rendered: Callable[[str], Manifests]) -> None:
     manifests = rendered(name)
-    assert ("gpu" in [pod.name for pod in manifests.workers]) == (manifests.config.worker_scaling.num_gpus == 1)
+    num_gpus = {own.worker_scaling.num_gpus for own in manifests.config.by_model.values()}
+    assert ("gpu" in [pod.name for pod in manifests.workers]) == (num_gpus == {1})
 
 
 def test_images_are_renamed_in_every_pod(kubectl: str, tmp_path: Path, rendered: Callable[[str], Manifests]) -> None:
