@@ -242,7 +242,7 @@ class Retriever:
             return NoAdapterMatched(best and best.score, NO_THRESHOLD if best is None else best.threshold)
         reason: Reason = "below_threshold" if matches else "no_candidates"
         back = pool.refers_back(encoded.vector)
-        base_model = request.base_model or pool.bases.name_in_plans("")
+        base_model = request.base_model or request.fallback_base or pool.bases.name_in_plans("")
         plan = Plan("base", generation=generation, base_model=base_model)
         return Route(plan, candidates, generation, abstained=True, reason=reason, refers_back=back)
 

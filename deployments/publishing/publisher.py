@@ -474,7 +474,8 @@ class Publisher:
         if not isinstance(item, Staged) or not item.record.is_offered:
             return item
         kept = older.get((item.ref.tenant, item.ref.name))
-        return (kept and self._refuse_other_base(item.record, kept[0])) or item
+        refused = self._refuse_other_base(item.record, kept[0]) if kept else None
+        return item if refused is None else refused
 
     def _refuse_other_base(self, version: AdapterRecord, live: AdapterRecord) -> AdapterRefused | None:
         """Return the error if versions that would share requests have different base models."""

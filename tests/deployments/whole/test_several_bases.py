@@ -153,6 +153,8 @@ def test_the_model_chooses_the_base_and_without_a_fit_the_first_answers(tmp_path
         no_fit = {"lora": {"min_score": 1.0}}
         for model, options, base_model, names in (
             ("auto", no_fit, "first", []),
+            ("auto", {"lora": {"min_score": 1.0, "fallback": "second"}}, "second", []),
+            ("second:auto", {"lora": {"min_score": 1.0, "fallback": "second"}}, "second", []),
             ("second:auto", no_fit, "second", []),
             ("second:auto", {}, "second", ["coder"]),
             ("second", {}, "second", []),
@@ -168,10 +170,13 @@ def test_the_model_chooses_the_base_and_without_a_fit_the_first_answers(tmp_path
             ({"model": "first:coder"}, "invalid_request"),
             ({"model": "first:auto", "lora": {"adapters": [{"name": "coder"}]}}, "invalid_request"),
             ({"lora": {"adapters": [{"name": "coder"}, {"name": "poet"}]}}, "invalid_request"),
+            ({"lora": {"fallback": "third"}}, "invalid_request"),
+            ({"model": "first:auto", "lora": {"fallback": "second"}}, "invalid_request"),
             ({"model": "third:auto"}, "model_not_found"),
         ):
             answer = await case.chat("Hello!", **asked)
-            assert (answer.status_code, error_of(answer)["code"]) == (404 if "third" in str(asked) else 400, code)
+            status = 404 if code == "model_not_found" else 400
+            assert (answer.status_code, error_of(answer)["code"]) == (status, code)
         assert case.take_jobs() == []
 
     on_two_bases(tmp_path, scenario)
