@@ -118,7 +118,7 @@ class Evaluator:
                 left_out += [ranking] if isinstance(ranking, AdapterRef) else []
                 done += 1
                 yield {"done": done, "total": len(regions)}
-        generation = await self._store.rank(tenant, rankings, actor, False, left_out)
+        generation = await self._store.rank(tenant, rankings, actor, keeps=left_out)
         ready, behind = await self._publisher.catch_up(generation)
         yield {
             "result": {
