@@ -66,8 +66,13 @@ class Several:
 
 
 def settings_of(model: Path, name: str) -> dict[str, Any]:
-    found = {"base_model": str(model), "base_model_name": name, "worker": TINY | (WORKER if name == "second" else {})}
-    return found | ({"worker_scaling": {"autoscaling_config": SLEEPY}} if name == "third" else {})
+    scaling: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.5}}  # the other applications leave little room
+    return {
+        "base_model": str(model),
+        "base_model_name": name,
+        "worker": TINY | (WORKER if name == "second" else {}),
+        "worker_scaling": scaling | ({"autoscaling_config": SLEEPY} if name == "third" else {}),
+    }
 
 
 def save_wide_qwen3(folder: Path) -> Path:
