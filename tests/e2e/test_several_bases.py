@@ -34,7 +34,14 @@ TOPICS = {"first": ("the sea", "mountains", "bread"), "second": ("chess", "violi
 VERBS = ("Tell me about", "Explain", "Write of", "Describe")
 TINY = {"dtype": "float32", "num_threads": 1, "bank_rank_rows": 32, "max_model_len": 256, "max_batch_size": 8}
 MAX_TOKENS = 8
-SLEEPY = {"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1, "look_back_period_s": 1, "upscale_delay_s": 0}
+SLEEPY = {
+    "min_replicas": 0,
+    "max_replicas": 1,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 1,
+    "look_back_period_s": 2,
+    "metrics_interval_s": 0.5,
+}
 
 
 @dataclass(frozen=True)
