@@ -304,12 +304,12 @@ def test_route_searches_the_base_that_its_model_names(tmp_path: Path) -> None:
 def test_a_trial_across_base_models_is_refused(tmp_path: Path) -> None:
     async def scenario(case: Case) -> None:
         offered = await case.publish(tmp_path / "other", "poet", "second", share=0.5)
-        assert offered.status_code == 422, offered.text
+        assert (offered.status_code, error_of(offered)["code"]) == (400, "adapter_refused"), offered.text
         assert "the live version is for the base model 'first' and this one for 'second'" in error_of(offered)["message"]
         assert (await case.publish(tmp_path / "other", "poet", "second")).status_code == 201
         older = (await case.client.get("/v1/loras/poet")).json()["versions"][1]["digest"]
         started = await case.client.post("/v1/loras/poet/share", json={"digest": older, "share": 0.5})
-        assert (started.status_code, error_of(started)["code"]) == (422, "adapter_refused"), started.text
+        assert (started.status_code, error_of(started)["code"]) == (400, "adapter_refused"), started.text
 
     on_two_bases(tmp_path, scenario)
 
