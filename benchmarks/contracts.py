@@ -1,14 +1,13 @@
 """Measure what contracts are worth: `python -m benchmarks.contracts`.
 
-Many prompts of a task have one beginning or end, which is its instruction. It is taken off the held-out prompts and off
-the samples, as users write who do not know it, and becomes the contract of the task's adapter. Greedy answers that equal
+All prompts of a task may have one beginning or end, which is its instruction. It is taken off the held-out prompts and
+the samples, as users write who do not know it, and becomes the contract of the task's adapter. Greedy answers that are
 the expected ones count as right. Tasks without an instruction only compete for prompts. About five minutes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -57,11 +56,16 @@ class Instruction:
 
 def find_instruction(texts: Sequence[str]) -> Instruction:
     """Return the whole words, and marks at the end, that begin and end every text."""
-    head = os.path.commonprefix(texts)
+    head = _common_beginning(texts)
     head = head[: max(head.rfind(" "), head.rfind("\n")) + 1]
-    tail = os.path.commonprefix([text[len(head) :][::-1] for text in texts])[::-1]
+    tail = _common_beginning([text[len(head) :][::-1] for text in texts])[::-1]
     starts = [place for place in (tail.find(" "), tail.find("\n")) if place >= 0]
     return Instruction(head, tail[min(starts, default=len(tail)) :])
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    same = [len(set(chars)) == 1 for chars in zip(*texts, strict=False)]
+    return texts[0][: [*same, False].index(False)]
 
 
 def read_rows(path: Path) -> Rows:
@@ -100,7 +104,9 @@ def main(pool: Path = POOL, held_out: Path = HELD_OUT, per_task: int = 12) -> No
         config = AppConfig(store_uri=f"{folder}/pool")
         publish(config, pool, Path(folder), instructions)
         with LoraRetriever(config) as offline:
-            for (kind, applies), model in [(item, model) for item in ASKED.items() for model in ("the adapter", "auto")]:
+            for (kind, applies), model in [
+                (item, model) for item in ASKED.items() for model in ("the adapter", "auto")
+            ]:
                 texts = [text if kind == "whole prompt" else instructions[name].strip(text) for name, text, _ in asked]
                 named = [{"adapters": [{"name": name}]} if model != "auto" else {} for name, _, _ in asked]
                 options = [{**lora, "contract": applies} for lora in named]

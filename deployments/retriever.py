@@ -185,7 +185,7 @@ class RetrieverDeployment:
         limit: int | None = None,
         is_short: bool = False,
     ) -> list[NamedPolicy]:
-        """Return the newest policy of each model name that the tenant may use, see `visible_names`. Raises: StaleIndex."""
+        """Return the newest policy of each name that the tenant may use, see `visible_names`. Raises: StaleIndex."""
         await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.names, tenant, after, limit, is_short=is_short)
 

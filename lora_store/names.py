@@ -38,4 +38,6 @@ def policy_digest(policy: str) -> str:
 @lru_cache(_MAX_SHORTENED)
 def shorten_policy(policy: str) -> str:
     """Return the fields of a policy that are texts or numbers, for a list that shows no others."""
-    return json.dumps({name: value for name, value in json.loads(policy).items() if isinstance(value, str | float | int)})
+    return json.dumps(
+        {name: value for name, value in json.loads(policy).items() if isinstance(value, str | float | int)}
+    )

@@ -333,8 +333,9 @@ def rank_events(
 ) -> list[Event]:
     """Return events that replace the rankings of `tenant` that an evaluation made, or those of its outcomes.
 
-    `keeps`: the anchors whose earlier rankings stay. An evaluation keeps an earlier ranking if its anchor was withdrawn and one of its adapters is still live: its
-    examples cannot be measured again, and they show what the adapter is for.
+    `keeps`: the anchors whose earlier rankings stay. An evaluation also keeps an earlier ranking if its anchor was
+    withdrawn and one of its adapters is still live: its examples cannot be measured again, and they show what the
+    adapter is for.
     """
     live = {record.ref for record in snapshot.records.values()}
     earlier = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]

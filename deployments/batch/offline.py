@@ -94,8 +94,8 @@ class LoraRetriever:
         request's `lora` object, for all prompts or one for each. `fields`: other fields of a request, such as
         `max_tokens`, `temperature` and `seed`.
 
-        Raises: ValueError for fields that ask for more than `Generated` returns; EngineStopped, StoreUnavailable; for the
-        first prompt to one of several base models, what keeps that from being served.
+        Raises: ValueError for fields that ask for more than `Generated` returns; EngineStopped, StoreUnavailable; of
+        several base models, what keeps one that a prompt needs from being served.
         """
         _refuse_lost_results(fields)
         given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)

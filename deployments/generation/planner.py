@@ -26,8 +26,8 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest
-from retriever_svc.route import Fallback
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
+from retriever_svc.route import Fallback
 from retriever_svc.views import tokens_routed
 
 AUTO = "auto"

@@ -24,6 +24,8 @@ def test_an_instruction_is_whole_words_around_every_text(
     found = find_instruction(texts)
     assert found == Instruction(head, tail)
     assert [found.strip(text) for text in texts] == stripped
-    assert [json.loads(found.contract)["instruction"].replace("{input}", text) for text in stripped] == texts if (
-        head or tail
-    ) else found.contract == ""
+    assert (
+        [json.loads(found.contract)["instruction"].replace("{input}", text) for text in stripped] == texts
+        if (head or tail)
+        else found.contract == ""
+    )

@@ -437,7 +437,9 @@ def test_a_folder_for_any_of_several_base_models_may_be_published(browsing: Brow
         await page.route("**/v1/models?*", lambda route: route.fulfill(json={"data": cards}))
         await drop_folder(page, tmp_path / "all")
         await expect(page.locator("#previews > li")).to_have_count(3)
-        await expect(page.locator("#previews .bad .problem")).to_contain_text(["this server accepts an/alias, org/two."])
+        await expect(page.locator("#previews .bad .problem")).to_contain_text(
+            ["this server accepts an/alias, org/two."]
+        )
         for name, is_ticked in (("one", True), ("two", True), ("three", False)):
             await expect(page.get_by_label(f"Publish {name}")).to_be_checked(checked=is_ticked)
 

@@ -29,9 +29,7 @@ def pool(model: Path, tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
 
 
 @pytest.fixture(scope="session")
-def two_bases(
-    model: Path, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> AppConfig:
+def two_bases(model: Path, tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
     """Return settings with base models of two families, and a pool with adapters for both."""
     folder = tmp_path_factory.mktemp("two-bases")
     models = {"first": model, "second": save_talkative(tiny_folders["qwen3"], folder / "second")}

@@ -94,8 +94,14 @@ def test_without_a_worker_it_waits_and_starts_none(num_silent: int) -> None:
 
 
 def test_of_several_base_models_one_without_workers_is_left_out() -> None:
-    clients = [ServeWorker(FakeHandle(Poet())), ServeWorker(FakeHandle()), ServeWorker(FakeHandle(Poet(), num_silent=1))]
-    by_model = {name: BaseWorkers(client, WorkerGate(client, None)) for name, client in zip("abc", clients, strict=True)}
+    clients = [
+        ServeWorker(FakeHandle(Poet())),
+        ServeWorker(FakeHandle()),
+        ServeWorker(FakeHandle(Poet(), num_silent=1)),
+    ]
+    by_model = {
+        name: BaseWorkers(client, WorkerGate(client, None)) for name, client in zip("abc", clients, strict=True)
+    }
     scorer = IdleScorer(Ones(), Workers(by_model, ServedBases({name: {name} for name in "abc"})))
     found = [asyncio.run(scorer.can_score(replace(POET, base_model=name))) for name in "abc"]
     assert found == [True, False, True], "a busy one is waited for"

@@ -273,7 +273,9 @@ def test_the_tokens_of_a_request_count_for_the_base_of_each_prompt(tmp_path: Pat
         body = {"model": "auto", "prompt": prompts, "n": 2, "lora": {"k": 1}}
         answer = await case.client.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
-        events = {event["base"]: event for event in events_in(tmp_path / "cache") if event["route"] == "/v1/completions"}
+        events = {
+            event["base"]: event for event in events_in(tmp_path / "cache") if event["route"] == "/v1/completions"
+        }
         [job, *_] = [job for _, job in case.take_jobs()]
         assert {base: (len(event["adapters"]), event["request_id"]) for base, event in events.items()} == {
             "first": (2, job.request_id),
@@ -290,11 +292,15 @@ def test_route_searches_the_base_that_its_model_names(tmp_path: Path) -> None:
     async def scenario(case: Case) -> None:
         for model, expected in (("auto", ["coder"]), ("first:auto", ["poet"]), ("second:coder", ["coder"])):
             lora = {"k": 1} if model.endswith("auto") else {}
-            answer = await case.client.post("/v1/route", json={"prompt": PROMPTS["coder"], "model": model, "lora": lora})
+            answer = await case.client.post(
+                "/v1/route", json={"prompt": PROMPTS["coder"], "model": model, "lora": lora}
+            )
             plans = answer.json()["data"]
             bases = {ADAPTERS[name] for name in expected}
             assert {plan["base_model"] for plan in plans} == bases, model
-            assert {row["name"] for plan in plans for row in plan["adapters"]} <= {*ADAPTERS} - {"coder"} | set(expected)
+            assert {row["name"] for plan in plans for row in plan["adapters"]} <= {*ADAPTERS} - {"coder"} | set(
+                expected
+            )
         missing = await case.client.post("/v1/route", json={"prompt": "Hi", "model": "third:auto"})
         assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
@@ -305,7 +311,9 @@ def test_a_trial_across_base_models_is_refused(tmp_path: Path) -> None:
     async def scenario(case: Case) -> None:
         offered = await case.publish(tmp_path / "other", "poet", "second", share=0.5)
         assert (offered.status_code, error_of(offered)["code"]) == (400, "adapter_refused"), offered.text
-        assert "the live version is for the base model 'first' and this one for 'second'" in error_of(offered)["message"]
+        assert (
+            "the live version is for the base model 'first' and this one for 'second'" in error_of(offered)["message"]
+        )
         assert (await case.publish(tmp_path / "other", "poet", "second")).status_code == 201
         older = (await case.client.get("/v1/loras/poet")).json()["versions"][1]["digest"]
         started = await case.client.post("/v1/loras/poet/share", json={"digest": older, "share": 0.5})

@@ -286,9 +286,9 @@ def test_route_shows_the_plan_that_a_name_gets() -> None:
             ("Ho", 2, "fusion"),
         ]
         assert [plan["policy"].partition("@")[0] for plan in plans] == ["support"] * 2
-        for model, names in (("poet", ["poet"]), (BASE, [])):
+        for model, expected in (("poet", ["poet"]), (BASE, [])):
             [plan] = (await say("POST", "/v1/route", {"prompt": "Hi", "model": model})).json()["data"]
-            assert [row["name"] for row in plan["adapters"]] == names
+            assert [row["name"] for row in plan["adapters"]] == expected
         assert error_of(await say("POST", "/v1/route", {"prompt": "Hi", "model": "nobody"}, 404))
 
     named(question)
