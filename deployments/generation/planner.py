@@ -391,8 +391,10 @@ class Planner:
         Raises: RequestInvalid for the name of a base model that may not answer.
         """
         wanted = options.fallback or self.defaults.fallback
-        if wanted == "base" or wanted == "error":
-            return wanted, ""
+        if wanted == "error":
+            return "error", ""
+        if wanted == "base":
+            return "base", ""
         only, _ = self._models.split(model)
         names = [only] if only else [served.name for served in self._models]
         if wanted not in names:
