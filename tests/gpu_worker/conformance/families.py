@@ -27,13 +27,13 @@ _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 _GROUPS = {"n_group": 1, "topk_group": 1}
 _LATENT = {
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,  # with the 64 of positions the only size that vLLM takes on the CPU
     "q_lora_rank": 32,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
 }
 _DELTA = {
     "linear_key_head_dim": 32,
