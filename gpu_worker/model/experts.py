@@ -7,6 +7,7 @@ multiplied together. Dims: N tokens, E experts, K experts of a token, R rank, I 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -125,9 +126,9 @@ class LoraExperts:
             computed: Tensor = self._forward(hidden_states, top_k_index, top_k_weights)
             return computed
         gate_up, down = (self._module.get_parameter(name) for name in EXPERT_PARAMETERS)
-        apply_gate: Callable[[Tensor], Tensor] = self._module._apply_gate
+        apply_gate = cast("Callable[[Tensor], Tensor]", self._module._apply_gate)
         y = torch.zeros(hidden_states.shape, device=hidden_states.device)  # float32, as transformers sums
-        for expert in top_k_index.unique().tolist():
+        for expert in sorted(set(top_k_index.flatten().tolist())):
             tokens, places = torch.where(top_k_index == expert)
             x = hidden_states[tokens]
             inner = nn.functional.linear(x, gate_up[expert])
@@ -142,4 +143,4 @@ class LoraExperts:
 def adapt_experts(experts: Mapping[str, nn.Module], step: StepContext) -> None:
     """Let the modules add the adapters of each step."""
     for path, module in experts.items():
-        module.forward = LoraExperts(module, path, step)  # type: ignore[method-assign]
+        module.forward = LoraExperts(module, path, step)
