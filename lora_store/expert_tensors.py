@@ -20,9 +20,8 @@ import numpy as np
 
 from lora_store.adapter import ModuleWeights, Shapes
 from lora_store.peft_config import EXPERT_PARAMETERS, PeftConfig
-from lora_store.peft_files import tensor_key
 from lora_store.safetensors_layout import StoredTensor
-from lora_store.tensor_names import MAX_NAME, WRAPPERS, inner_path
+from lora_store.tensor_paths import MAX_NAME, WRAPPERS, inner_path, tensor_key
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""Read and write PEFT's adapter folders. PEFT's own names appear only here and in `peft_config`."""
+"""Read and write PEFT's adapter folders. Its names appear only here, in `peft_config` and in what they import."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from lora_store.adapter import ModuleWeights, Sample
 from lora_store.bounded_files import Limits, read_bytes, read_tensors
 from lora_store.errors import AdapterRefused, FileRefused
+from lora_store.expert_tensors import read_experts, split_experts
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
+from lora_store.tensor_paths import tensor_key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MLX_WEIGHTS_FILE = "adapters.safetensors"
-_ROUTERS = (".gate", ".router")  # of experts; to PEFT they are parameters, and a linear layer can be one too
+_ROUTERS = (".gate", ".router")  # to PEFT, weights of routers are parameters
 PICKLE_FILE = "adapter_model.bin"
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -62,8 +64,6 @@ def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
 
     Raises: AdapterRefused, which lists the problems of the first file that cannot be read.
     """
-    from lora_store.expert_tensors import read_experts  # which reads names with the help of this module
-
     limits = limits or Limits()
     try:
         config = read_config(folder, limits)
@@ -98,8 +98,6 @@ def write_peft_folder(
     """
     from safetensors.torch import save_file  # imported here, since torch takes seconds
 
-    from lora_store.expert_tensors import split_experts  # which reads names with the help of this module
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors, experts = split_experts(weights)
     config = _make_config(weights, experts) | {"base_model_name_or_path": base_model, "task_type": task_type}
@@ -129,11 +127,6 @@ def read_template(folder: Path, limits: Limits) -> str | None:
         return template_digest(read_bytes(folder / TEMPLATE_FILE, limits.max_template_bytes).decode())
     except UnicodeDecodeError as exc:
         raise FileRefused(TEMPLATE_FILE, ["is not UTF-8"]) from exc
-
-
-def tensor_key(module: str, side: str) -> str:
-    """Return the name of a module's tensor. `side`: A or B."""
-    return f"base_model.model.{module}.lora_{side}.weight"
 
 
 def is_only_for_training(key: str) -> bool:

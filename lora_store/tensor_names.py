@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_store.peft_files import WEIGHTS_FILE, split_key, tensor_key
+from lora_store.peft_files import WEIGHTS_FILE, split_key
+from lora_store.tensor_paths import MAX_NAME, WRAPPERS, inner_path, tensor_key
 
 _NUM_SHOWN = 3
-MAX_NAME = 500  # longer names are not explained
 _VOCABULARY = re.compile(r"\.lora_embedding_|(^|\.)(embed_tokens|embed_in|wte|word_embeddings|lm_head|embed_out)\.")
 _OTHER_PARTS = re.compile(
     r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|connector|audio_tower|embed_vision|embed_audio)\."
@@ -22,10 +22,6 @@ _READABLE = re.compile(  # the second form is MLX's, the third torchtune's
 )
 _FROM_TORCHTUNE = {"attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _PEFT_PREFIX = "base_model.model."
-# Of torch and Lightning, around a module.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-# Around all layers: PEFT, transformers' classes, data parallel, and the text part of multimodal models.
-_OUTER = {"base_model", "model", "module", "language_model", "text_model"}
 _OLD_BLOCK = (".block_sparse_moe.", ".mlp.")  # what held Mixtral's router and experts in transformers 4, and now
 _MOST_ADDED = 64  # characters of a path; the config's patterns are slow for long ones
 
@@ -156,12 +152,6 @@ def explain_names(misnamed: dict[str, str], num_tensors: int) -> Iterator[str]:
         f"{WEIGHTS_FILE}: {count} tensor names {what}: {key!r} must be {wanted!r}. Save the adapter with"
         " PEFT's save_pretrained, or rename its tensors"
     )
-
-
-def inner_path(parts: list[str]) -> str:
-    """Return the path without what surrounds all layers."""
-    start = next((place for place, part in enumerate(parts) if part not in _OUTER), len(parts))
-    return ".".join(parts[start:])
 
 
 def _is_known(key: str, modules: Collection[str] | None) -> bool:

@@ -37,7 +37,7 @@ class RowAssignment(ABC):
     def __init__(self, bank: AdapterStore, expert_bytes: int = 0) -> None:
         """`expert_bytes`: the most bytes of the experts of all adapters in the bank."""
         self._bank, self._expert_bytes = bank, expert_bytes
-        self._experts: dict[str, Mapping[str, DeviceModule]] = {}  # of the resident adapters that have some
+        self._experts: dict[str, Mapping[str, DeviceModule]] = {}  # only resident adapters that have experts
         self._rows: dict[str, list[int]] = {}  # digest -> bank row per rank index; least recently used first
         self._owner: list[tuple[str, int] | None] = [None] * bank.num_rows
         self._pins: dict[str, int] = {}
