@@ -24,15 +24,11 @@ from lora_store.plan import BASE_PLAN, Plan
 from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
-from tests.gpu_worker.families import EQUAL, save
+from tests.gpu_worker.families import EQUAL, WITH_EXPERTS, save
 from tests.gpu_worker.native.test_loop_text_parts import continuation, whole_model
 from tests.soak import Scale
 from tests.tiny import assert_equal_logits, plan_of, random_adapter, tiny_config
 
-FAMILIES = [
-    *("qwen3_moe", "mixtral", "qwen2_moe", "granitemoe", "granitemoeshared", "olmoe", "phimoe", "cohere2_moe"),
-    *("minimax_m2", "afmoe", "flex_olmo", "glm4_moe", "solar_open", "ernie4_5_moe", "laguna"),
-]
 PROMPTS = ["The parrot says", "x", "0123456789" * 3]
 NUM_NEW = 5
 
@@ -130,7 +126,7 @@ def assert_follows_the_reference(folder: Path, make_engine: MakeEngine) -> int:
 
 
 def test_every_plan_over_experts_equals_the_reference(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
-    names = FAMILIES[: scale.pick("families with adapters on experts", small=2, full=len(FAMILIES))]
+    names = WITH_EXPERTS[: scale.pick("families with adapters on experts", small=2, full=len(WITH_EXPERTS))]
     num = [assert_follows_the_reference(save(tmp_path / name, name, EQUAL[name]), make_engine) for name in names]
     assert num == [12] * len(names)
 
