@@ -153,7 +153,7 @@ class WorkerDeployment:
         """Return each tenant's usage of this replica."""
         return self._usage.read()
 
-    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+    async def module_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return (out, in) of every module that an adapter may target."""
         return dict(self._engine.module_shapes)
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample, is_valid_name
+from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample, Shapes, is_valid_name
 from lora_store.ballast import Ballast
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
@@ -56,7 +56,7 @@ from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
 from lora_store.usage import UsageFiles
-from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, Shapes, check_folder
+from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)

@@ -34,6 +34,7 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
+from lora_store.adapter import Shapes
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from lora_store.usage import UsageQuery
@@ -57,8 +58,6 @@ from retriever_svc import (
 from retriever_svc.embedded import Embedded
 
 T = TypeVar("T")
-Shapes = Mapping[str, tuple[int, int]]
-"""(out, in) of every module that an adapter may target."""
 Buffer = NDArray[np.uint8]
 WAIT_S = 60.0  # longer than the Store takes to report that its disk does not answer
 

@@ -21,7 +21,6 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.serve_calls import ServeCalls, answer_or_raise
 from deployments.calls.shared import Shared
 from deployments.errors import WorkerStarting
@@ -29,6 +28,7 @@ from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tools import Tools
+from lora_store.adapter import Shapes
 from retriever_svc import ServedBases
 
 HEARTBEAT_INTERVAL_S = 5.0

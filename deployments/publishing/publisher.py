@@ -16,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.api.adapters import PublishItem
 from deployments.api.pool_responses import contract_object
 from deployments.api.responses import FieldChange, Published, Removed, Settled
-from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
@@ -47,6 +47,7 @@ from lora_store import (
     VersionConflict,
     Visibility,
 )
+from lora_store.adapter import Shapes
 
 _MIN_DIGEST_CHARS = 8
 logger = logging.getLogger(__name__)
