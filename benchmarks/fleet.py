@@ -18,6 +18,7 @@ import statistics
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -173,9 +174,10 @@ class Router:
             rank = next(rank for rank in ranks if rank)
         else:
             rank = self._chance.choices(self._workers, k=2)
-        known = {worker.number: self.router.replica_queue_len_cache.get(worker.replica_id) for worker in rank}
-        asked = [worker for worker in rank if known[worker.number] is not None] or rank  # unknown: all are asked
-        return min(asked, key=lambda worker: known[worker.number] if known[worker.number] is not None else len(worker.queue))
+        queues = [(self.router.replica_queue_len_cache.get(worker.replica_id), worker) for worker in rank]
+        known = [(queue, worker) for queue, worker in queues if queue is not None]
+        asked = known or [(len(worker.queue), worker) for worker in rank]
+        return min(asked, key=lambda pair: pair[0])[1]
 
 
 class Simulation:
@@ -277,6 +279,7 @@ def _digest(adapter: int) -> str:
     return f"{adapter:064x}"[::-1]
 
 
+@cache
 def _short(adapter: int) -> bytes:
     return short_digest(_digest(adapter))
 

@@ -58,7 +58,10 @@ class HeartbeatStream(Generic[T]):
     """The items and heartbeats of one streaming call, which fails after `timeout_s` without either."""
 
     def __init__(
-        self, response: StreamResponse[T | ResidencyReport | None], timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        response: StreamResponse[T | ResidencyReport | None],
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._response, self._items, self._timeout_s, self._clock = response, aiter(response), timeout_s, clock
         self._silent_at = float("inf")  # the first item may take any time: it needs a replica

@@ -56,9 +56,10 @@ class Turn:
 class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Ranks replicas by how many of the plan's adapters they hold; the shortest queue wins within a rank.
 
-    A replica holds the adapters that its last heard report names, and those of requests sent to it since. Adapters that no replica holds have two home replicas, the same for every router, computed from
-    the first adapter's digest and the replicas' ids. Replicas with a much longer queue than the others rank last. Calls
-    without a Job go to the shortest queue.
+    A replica holds the adapters that its last heard report names, and those of requests sent to it since. Adapters that
+    no replica holds have two home replicas, the same for every router, computed from the first adapter's digest and the
+    replicas' ids. Replicas with a much longer queue than the others rank last. Calls without a Job go to the shortest
+    queue.
 
     A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
     that did not send that turn, because several routers share the clients, takes the conversation's home replica.

@@ -106,7 +106,7 @@ async def converse(url: str, name: str, seeds: Sequence[int], found: Found) -> N
     left = iter(seeds)
 
     async def client_of() -> None:
-        # Connections are not kept, so Serve's proxy gives each turn to any Ingress.
+        # Serve's proxy gives each turn to any Ingress.
         async with httpx.AsyncClient(base_url=url, timeout=START_S) as client:
             for seed in left:
                 adapter = min(int(random.Random(seed).paretovariate(1.0)) - 1, NUM_ADAPTERS - 1)
