@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import math
 import pickle
 import random
 import statistics
@@ -23,14 +22,18 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
-from ray.serve._private.common import RunningReplicaInfo
+from ray.serve._private.common import (
+    DeploymentHandleSource,
+    DeploymentID,
+    ReplicaID,
+    RequestMetadata,
+    RunningReplicaInfo,
+)
 from ray.serve.request_router import PendingRequest
 
 from benchmarks.engine_cases import Quick, console, shown, table_of
 from benchmarks.results_file import write_part
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
-from deployments.scaling.autoscaling_policy import TARGET_BUSY
 from deployments.scaling.residency import HeardReports, ResidencyReport, short_digest
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
@@ -288,7 +291,12 @@ def controller_bytes(workers: int = 200, held: int = 64) -> tuple[int, int]:
     """Return the bytes of one change at each router: in Serve's list of all workers, and in the report of one."""
     infos = [
         RunningReplicaInfo(
-            ReplicaID(f"{number:08d}", _DEPLOYMENT), "n" * 56, "10.0.0.1", None, f"SERVE_REPLICA::{number:08d}", 100,
+            ReplicaID(f"{number:08d}", _DEPLOYMENT),
+            "n" * 56,
+            "10.0.0.1",
+            None,
+            f"SERVE_REPLICA::{number:08d}",
+            100,
             routing_stats={"resident": sorted(_digest(number * held + place)[:12] for place in range(held))},
         )
         for number in range(workers)
@@ -321,8 +329,12 @@ def texts(replicas: int, rate: float, routers: int = 20, seconds: float = 60.0) 
         place = min(chance.choices(range(replicas), k=2), key=known[router].__getitem__)
         waiting[place].append(now_s)
         known[router][place] = len(waiting[place])
-    return {"busy": busy_s / replicas / seconds, "p50_ms": 1000 * statistics.median(delays),
-            "p99_ms": 1000 * float(np.quantile(delays, 0.99)), "answered": len(delays) / (rate * seconds)}
+    return {
+        "busy": busy_s / replicas / seconds,
+        "p50_ms": 1000 * statistics.median(delays),
+        "p99_ms": 1000 * float(np.quantile(delays, 0.99)),
+        "answered": len(delays) / (rate * seconds),
+    }
 
 
 def main(
@@ -334,14 +346,23 @@ def main(
     seconds = 3.0 if quick else seconds
     cases: dict[str, tuple[Fleet, float | None]] = {"all queues known": (fleet, None)}
     cases |= {f"{age:g} s old" if age else "as Serve tells them": (fleet, age) for age in AGES_S}
-    cases |= {"one router": (replace(fleet, routers=1), 0.0), "without affinity": (replace(fleet, is_affine=False), 0.0)}
+    cases |= {
+        "one router": (replace(fleet, routers=1), 0.0),
+        "without affinity": (replace(fleet, is_affine=False), 0.0),
+    }
     table = table_of("queues and reports", "prefix hits", "bank misses", "turns/s", "wait, p99 s", "busiest / mean")
     rows: list[dict[str, Any]] = [asdict(fleet)]
     figures: dict[str, float] = {}
     for name, (own, age_s) in cases.items():
         found = Simulation(own, age_s).run(seconds, seconds)
-        table.add_row(name, f"{found['prefix_hits']:.3f}", f"{found['bank_misses']:.3f}", f"{found['turns_s']:.0f}",
-                      f"{found['wait_p99_s']:.2f}", f"{found['busiest']:.2f}")
+        table.add_row(
+            name,
+            f"{found['prefix_hits']:.3f}",
+            f"{found['bank_misses']:.3f}",
+            f"{found['turns_s']:.0f}",
+            f"{found['wait_p99_s']:.2f}",
+            f"{found['busiest']:.2f}",
+        )
         rows.append({"case": name} | found)
         figures |= {f"{name.replace(' ', '_')}_{figure}": value for figure, value in found.items()}
     whole, report = controller_bytes()
@@ -349,13 +370,14 @@ def main(
     retrievers = table_of("retrievers", "new texts/s", "busy", "delay, p50 ms", "delay, p99 ms")
     for replicas, rate in ((4, 200), (4, 1000), (10, 1000), (20, 1000), (20, 2000)):
         found = texts(replicas, rate, seconds=5 if quick else 60)
-        retrievers.add_row(str(replicas), str(rate), f"{found['busy']:.2f}", f"{found['p50_ms']:.0f}", f"{found['p99_ms']:.0f}")
+        retrievers.add_row(
+            str(replicas), str(rate), f"{found['busy']:.2f}", f"{found['p50_ms']:.0f}", f"{found['p99_ms']:.0f}"
+        )
         rows.append({"retrievers": replicas, "rate": rate} | found)
         figures |= {f"texts_{replicas}_{rate}_{figure}": value for figure, value in found.items()}
-    text_ms = (ENCODER_MS[0] + SEARCH_MS) / TARGET_BUSY
-    figures["retrievers_for_1000"] = math.ceil(text_ms)
-    text = f"{shown(table)}\n{shown(retrievers)}\nbytes for one change at each router, 200 workers x 64: {whole:,} in Serve's list, {report} in a report"
-    console.print(text)
+    told = f"bytes for one change at each router, 200 workers x 64: {whole:,} in Serve's list, {report} in a report"
+    text = f"{shown(table)}\n{shown(retrievers)}\n{told}"
+    console.print(told)
     if not quick:
         write_part("fleet", "simulated", figures=figures, table=text, runs=rows)
 

@@ -1,4 +1,7 @@
-"""Compute the numbers of workers and retrievers for the load. Ray pickles this module into Serve's controller: keep imports small."""
+"""Compute the numbers of workers and retrievers for the load.
+
+Ray pickles this module into Serve's controller: keep imports small.
+"""
 
 from __future__ import annotations
 

@@ -53,8 +53,11 @@ def fleet_queues() -> str:
     """Return how the simulated fleet fares with queues and reports of different ages."""
     head = ("queues and reports", "prefixes found", "adapters not in the bank", "waits, p99 s", "busiest worker / mean")
     cells = [
-        (row["case"], _percent(row["prefix_hits"]), _percent(row["bank_misses"]), _number(row["wait_p99_s"]))
-        + (_number(row["busiest"]),)
+        (
+            row["case"],
+            *map(_percent, (row["prefix_hits"], row["bank_misses"])),
+            *map(_number, (row["wait_p99_s"], row["busiest"])),
+        )
         for row in _fleet("simulated")["rows"]
         if "case" in row
     ]
@@ -66,8 +69,12 @@ def fleet_texts() -> str:
     rows = [row for row in _fleet("simulated")["rows"] if "retrievers" in row]
     head = ("Retriever replicas", "new texts a second", "encoders busy", "delay, p50 ms", "delay, p99 ms")
     cells = [
-        (str(row["retrievers"]), f"{row['rate']:,}", _percent(row["busy"]), _number(row["p50_ms"]))
-        + (_number(row["p99_ms"]),)
+        (
+            str(row["retrievers"]),
+            f"{row['rate']:,}",
+            _percent(row["busy"]),
+            *map(_number, (row["p50_ms"], row["p99_ms"])),
+        )
         for row in rows
     ]
     return table(head, cells)

@@ -98,7 +98,10 @@ async def talk(client: httpx.AsyncClient, model: str, seed: int, turns: int, fou
         found.turns += 1
         earlier = usage["total_tokens"]
         reply = answer.json()["choices"][0]["message"]["content"]
-        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": letters(MESSAGE, seed + turn)}]
+        messages += [
+            {"role": "assistant", "content": reply},
+            {"role": "user", "content": letters(MESSAGE, seed + turn)},
+        ]
 
 
 async def converse(url: str, name: str, seeds: Sequence[int], found: Found) -> None:
