@@ -30,7 +30,8 @@ _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them ev
 class Turn:
     """The prompt of a chat as digests over its namespace in the prefix cache and its messages.
 
-    All of it, the turn before (b"" for a first turn), and the first one. Scores and generations differ from turn to turn, and are left out.
+    All of it, the turn before (b"" if it is the first), and the first one. Scores and generations differ from turn to
+    turn, and are left out.
     """
 
     whole: bytes
