@@ -39,7 +39,7 @@ from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
 
-AGES_S = (0.0, 0.1, 1.0, 5.0)  # of what routers learn
+AGES_S = (0.0, 0.1, 1.0, 5.0)  # how old queues and reports are when routers learn them
 ENCODER_MS = (6.0, 102.3)  # one text, and 32 together: results/encoder
 SEARCH_MS = 2.6  # among a million adapters: results/pool_scale
 _DEPLOYMENT = DeploymentID("Worker", "simulated")
@@ -72,7 +72,7 @@ class Fleet:
 
 @dataclass(slots=True)
 class Counts:
-    """What happened after the warm-up. Tokens are those of earlier turns: `found` of them were in the prefix cache."""
+    """Counts after the warm-up. Tokens are those of earlier turns: `found` of them were in the prefix cache."""
 
     turns: int = 0
     adapters: int = 0
@@ -100,7 +100,7 @@ class Talk:
 
     number: int
     adapters: tuple[int, ...]
-    num_tokens: int = 0  # of all earlier turns
+    num_tokens: int = 0  # earlier turns have this many
     messages: tuple[Message, ...] = ()
 
 

@@ -1,8 +1,8 @@
-"""What each worker holds, told by the worker itself at the begin of each answer.
+"""Tell the request routers what each worker holds, at the beginning of each answer.
 
 Serve's controller could spread it as routing stats. It sends the lists of all workers to every router whenever one of
-them changes: 10 times a second at 100 workers. Here each answer's first item, which a worker sends anyway, carries the
-list of that worker, with six bytes for each adapter.
+them changes, up to 10 times a second. Instead, the first item of each answer, which a worker sends anyway, is the list
+of that worker, with six bytes for each adapter.
 
 A report is whole and numbered, so none needs another one. A lost report leaves an older one in force, and repeated or
 late reports change nothing. A router with an old report chooses a worker that must load the adapter first.
@@ -39,7 +39,7 @@ class ResidencyReport(NamedTuple):
 
 
 class Residency:
-    """What this worker holds, as its engine told last, with the adapters of requests that came since.
+    """The adapters of this worker, as its engine told last, with those of requests that came since.
 
     The engine answers between two steps, so no answer waits for it. Use it on one event loop.
     """

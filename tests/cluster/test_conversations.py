@@ -35,7 +35,7 @@ FLEETS: dict[str, dict[str, Any]] = {
     "plain": {"num_replicas": 4, "request_router_config": SERVES_ROUTER},
     "one": {"num_replicas": 1},
 }
-RANK, BANK = 4, 4  # of the adapters, and how many fit a worker
+RANK, BANK = 4, 4  # each adapter has this rank, and this many fit a worker
 NUM_ADAPTERS, ROUTERS = 12, 2
 FIRST, MESSAGE, ANSWER = 900, 60, 24  # tokens, which are bytes
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
@@ -44,7 +44,7 @@ TURNS, CLIENTS = 6, 8
 
 @dataclass
 class Found:
-    """What one fleet did: tokens of earlier turns, those found in the prefix cache, turns and seconds."""
+    """Counts of one fleet: tokens of earlier turns, those found in the prefix cache, turns and seconds."""
 
     earlier: int = 0
     found: int = 0
