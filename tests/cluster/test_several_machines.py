@@ -141,7 +141,7 @@ class Site:
 def site(
     tiny_folders: Mapping[str, Path], tmp_path: Path, scale: Scale, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Site]:
-    """Yield the site, with the page's variables set and an own folder of Ray's."""
+    """Yield the site, with the page's variables set and a separate folder for Ray."""
     if not scale.is_full:
         pytest.skip("another cluster starts: in make soak")
     for name, value in VARIABLES.items():
