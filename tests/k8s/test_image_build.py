@@ -107,13 +107,13 @@ def build_python() -> None:
             shutil.copy2(library, local / "lib", follow_symlinks=False)
         shutil.copy2(installed / "bin/python3.11", local / "bin")
         (local / "bin/python").symlink_to("python3.11")
-        shutil.rmtree(root / "var/cache/apt")
-        buildah("run", name, "--", "sh", "-c", "ldconfig && python -m ensurepip --default-pip")
+        finish = "apt-get clean && rm -rf /var/lib/apt/lists/* && ldconfig && python -m ensurepip --default-pip"
+        buildah("run", name, "--", "sh", "-c", finish)
         buildah("commit", name, PYTHON)
 
 
 def processes(server: subprocess.Popen[bytes], part: str) -> list[psutil.Process]:
-    """Return the processes below buildah with these words in their command, this side of buildah's own."""
+    """Return the container's processes with these words in their command."""
     with suppress(psutil.NoSuchProcess):
         found = psutil.Process(server.pid).children(recursive=True)
         return [each for each in found if part in command_of(each) and "buildah" not in command_of(each)]
