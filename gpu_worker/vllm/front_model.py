@@ -66,7 +66,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     text_config = hf_config.get_text_config()
     _check_config(hf_config, text_config)
     _check_dtype(config, hf_config)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, source)
     dtype = resolve_dtype(config.dtype, config.device)
     model = _model_without_weights(hf_config, dtype)
     linears, paths = language_linears(model)
@@ -90,7 +90,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_quantized=bool(find_quantised(hf_config)),
         window=config_setting(text_config, "sliding_window"),
-        sampling_defaults=sampling_defaults(config),
+        sampling_defaults=sampling_defaults(config, source),
     )
 
 
