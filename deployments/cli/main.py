@@ -120,10 +120,10 @@ def serve(
     from deployments.private_names import check_libraries
 
     try:
-        check_libraries()
+        check_libraries(of_engine=False)
     except ImportError as exc:
         fail(str(exc))
-    from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
+    from deployments.cli.run_server import run_server  # Ray takes seconds to import
 
     _exit_with(run_server(settings, host, port, metrics_port, is_verbose=verbose))
 
