@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.catalogue_clients import Buffer, Shapes
+from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import SourceMissing
 from deployments.json_types import JsonObject
 from lora_store import (
@@ -41,6 +41,7 @@ from lora_store import (
     Withdrawn,
     policy_digest,
 )
+from lora_store.adapter import Shapes
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from lora_store.location import Location
