@@ -59,11 +59,11 @@ class Fleet:
     k: int = 3
     bank: int = 32
     talks: int = 400
-    clients: int = 10_000
+    clients: int = 5_000
     turns: int = 8
     first_tokens: int = 300
     turn_tokens: int = 62
-    read_s: float = 10.0
+    read_s: float = 5.0
     turn_s: float = 0.045
     token_s: float = 0.00002
     load_s: float = 0.005
@@ -208,7 +208,7 @@ class Simulation:
             talk = self._new_talk()
             for _ in range(self._chance.randrange(fleet.turns)):
                 self._lengthen(talk)
-            self._at(self._chance.uniform(0, max(fleet.read_s, 0.1)), lambda talk=talk: self._due.append(talk))
+            self._at(self._read_s(), lambda talk=talk: self._due.append(talk))
         is_warm = False
         while self._events and self._now_s < warm_s + seconds:
             self._now_s, _, event = heapq.heappop(self._events)
@@ -223,6 +223,9 @@ class Simulation:
     def _at(self, time_s: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time_s, next(self._numbers), event))
 
+    def _read_s(self) -> float:
+        return self._chance.expovariate(1 / self._fleet.read_s) if self._fleet.read_s else 0.0
+
     def _new_talk(self) -> Talk:
         [first] = self._chance.choices(self._ring, cum_weights=self._popular)
         adapters = tuple((first + step) % self._fleet.adapters for step in range(self._fleet.k))
@@ -236,7 +239,7 @@ class Simulation:
     async def _ask(self, talk: Talk) -> None:
         prompt = (*talk.messages, Message("user", f"{talk.number} {len(talk.messages)}"))
         rows = tuple(PlannedAdapter(AdapterRef("t", d, d), d, 1.0) for d in map(_digest, talk.adapters))
-        job = Job("simulated", prompt, Plan("mixture", rows))
+        job = Job("simulated", prompt, Plan("mixture" if rows else "base", rows))
         request = PendingRequest([job], {}, RequestMetadata("", ""))
         router = self._chance.choice(self._routers)  # Serve's proxy
         if self._age_s is None:
@@ -272,8 +275,7 @@ class Simulation:
         self._lengthen(asked.talk)
         is_over = len(asked.talk.messages) >= 2 * self._fleet.turns
         talk = self._new_talk() if is_over else asked.talk
-        read_s = self._chance.expovariate(1 / self._fleet.read_s) if self._fleet.read_s else 0.0
-        self._at(self._now_s + read_s, lambda: self._due.append(talk))
+        self._at(self._now_s + self._read_s(), lambda: self._due.append(talk))
         if worker.queue:
             self._start(worker)
 
