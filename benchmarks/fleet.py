@@ -348,10 +348,7 @@ def main(
     seconds = 3.0 if quick else seconds
     cases: dict[str, tuple[Fleet, float | None]] = {"all queues known": (fleet, None)}
     cases |= {f"{age:g} s old" if age else "as Serve tells them": (fleet, age) for age in AGES_S}
-    cases |= {
-        "one router": (replace(fleet, routers=1), 0.0),
-        "without affinity": (replace(fleet, is_affine=False), 0.0),
-    }
+    cases["without affinity"] = replace(fleet, is_affine=False), 0.0
     table = table_of("queues and reports", "prefix hits", "bank misses", "turns/s", "wait, p99 s", "busiest / mean")
     rows: list[dict[str, Any]] = [asdict(fleet)]
     figures: dict[str, float] = {}
