@@ -102,6 +102,7 @@ class Talk:
     adapters: tuple[int, ...]
     num_tokens: int = 0  # earlier turns have this many
     messages: tuple[Message, ...] = ()
+    is_known: bool = False  # whether a worker has answered a turn of it
 
 
 @dataclass(slots=True)
@@ -144,7 +145,7 @@ class Worker:
         counts.turns += 1
         counts.adapters += len(talk.adapters)
         counts.loads += loads
-        counts.earlier += talk.num_tokens
+        counts.earlier += talk.num_tokens * talk.is_known
         counts.found += found
         counts.by_worker[self.number] += 1
         return fleet.turn_s + fleet.token_s * (talk.num_tokens + new - found) + fleet.load_s * loads
@@ -204,7 +205,7 @@ class Simulation:
     async def _run(self, seconds: float, warm_s: float) -> dict[str, float]:
         fleet = self._fleet
         self._routers = [Router(self._workers, lambda: self._now_s, self._chance) for _ in range(fleet.routers)]
-        for _ in range(fleet.clients):  # in the middle of their talks
+        for _ in range(fleet.clients):  # each is in the middle of a talk
             talk = self._new_talk()
             for _ in range(self._chance.randrange(fleet.turns)):
                 self._lengthen(talk)
@@ -273,6 +274,7 @@ class Simulation:
         asked = worker.queue.popleft()
         asked.router.router.decrement_queue_len_cache(worker.replica_id)
         self._lengthen(asked.talk)
+        asked.talk.is_known = True
         is_over = len(asked.talk.messages) >= 2 * self._fleet.turns
         talk = self._new_talk() if is_over else asked.talk
         self._at(self._now_s + self._read_s(), lambda: self._due.append(talk))
