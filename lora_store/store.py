@@ -441,11 +441,18 @@ class LoraStore:
         encoder, at = ActiveEncoder(model, identity), self._now()
         return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
 
-    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
+    def rank(
+        self,
+        tenant: str,
+        rankings: Sequence[Ranking],
+        actor: str,
+        are_outcomes: bool = False,
+        keeps: Sequence[AdapterRef] = (),
+    ) -> int:
         """Replace the rankings that `auto` of this tenant uses, and return the generation. See `rank_events`."""
         at = self._now()
         return self._catalogue.commit(
-            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes)
+            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes, keeps=keeps)
         )
 
     def load(self, weights_digest: str) -> bytes:

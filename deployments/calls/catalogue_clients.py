@@ -138,7 +138,14 @@ class StoreCalls(Protocol):
     @once
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
     @once
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int: ...
+    async def rank(
+        self,
+        tenant: str,
+        rankings: Sequence[Ranking],
+        actor: str,
+        are_outcomes: bool = False,
+        keeps: Sequence[AdapterRef] = (),
+    ) -> int: ...
     @once
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
     @retry
@@ -243,7 +250,14 @@ class RetrieverCalls(RoutingClient, Protocol):
     @retry
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
     @retry
-    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]: ...
+    async def names(
+        self,
+        tenant: str,
+        min_generation: int = 0,
+        after: str = "",
+        limit: int | None = None,
+        is_short: bool = False,
+    ) -> list[NamedPolicy]: ...
     @retry
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...
     @retry

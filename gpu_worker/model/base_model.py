@@ -78,12 +78,13 @@ def model_source(config: WorkerConfig) -> str:
     return config.base_model if gguf is None else str(gguf_folder(gguf, config.cache_dir))
 
 
-def load_tokenizer(config: WorkerConfig) -> Any:
+def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     """Load the base model's tokenizer, with the operator's chat template if there is one.
 
+    `source`: what `model_source` returned, if it is known: it hashes a packaged model's files.
     Raises: BaseModelUnsupported.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_source(config))
+    tokenizer = AutoTokenizer.from_pretrained(source or model_source(config))
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
     backend = tokenizer.backend_tokenizer
@@ -131,7 +132,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
     register()
     model = _load_model(config, source, hf_config, part)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, source)
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -144,7 +145,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
         dtype=model.dtype,
         window=config_setting(hf_config, "sliding_window"),
         window_layers=_window_layers(hf_config),
-        sampling_defaults=sampling_defaults(config),
+        sampling_defaults=sampling_defaults(config, source),
     )
 
 
@@ -176,9 +177,12 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: M
     return model
 
 
-def sampling_defaults(config: WorkerConfig) -> dict[str, float]:
-    """Return the sampling parameters for what a request leaves unset: the operator's, then the base model's own."""
-    own = sampling_defaults_of_files(model_source(config)) if config.generation_config == "auto" else {}
+def sampling_defaults(config: WorkerConfig, source: str | None = None) -> dict[str, float]:
+    """Return the sampling parameters for what a request leaves unset: the operator's, then the base model's own.
+
+    `source`: as in `load_tokenizer`.
+    """
+    own = sampling_defaults_of_files(source or model_source(config)) if config.generation_config == "auto" else {}
     return own | dict(config.sampling_defaults)
 
 

@@ -78,7 +78,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     _check_config(hf_config, text_config)
     _check_dtype(config, hf_config)
     _check_code(config, text_config.model_type)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, source)
     dtype = resolve_dtype(config.dtype, config.device)
     model = _model_without_weights(hf_config, dtype)
     images = inspect.signature(type(model).forward).parameters.get("pixel_values")
@@ -105,7 +105,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_quantized=bool(find_quantised(hf_config)),
         window=config_setting(text_config, "sliding_window"),
-        sampling_defaults=sampling_defaults(config),
+        sampling_defaults=sampling_defaults(config, source),
     )
 
 
