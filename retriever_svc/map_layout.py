@@ -88,7 +88,9 @@ class Layout:
         names = name_clusters(groups.tolist(), records, len(self.planes))
         sizes = np.bincount(groups, minlength=len(self.planes)).tolist()
         discs = np.column_stack((self.discs, self.radii)).round(_DIGITS).tolist()
-        return tuple(Cluster(name, *disc, size) for name, disc, size in zip(names, discs, sizes, strict=True))
+        return tuple(
+            Cluster(name, x, y, radius, size) for name, (x, y, radius), size in zip(names, discs, sizes, strict=True)
+        )
 
 
 def name_clusters(groups: Sequence[int], records: Sequence[AdapterRecord], num_clusters: int) -> list[str]:
