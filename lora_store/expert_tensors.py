@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from lora_store.tensor_paths import MAX_NAME, WRAPPERS, inner_path, tensor_key
 if TYPE_CHECKING:
     from torch import Tensor
 
-GATE_UP, DOWN = EXPERT_PARAMETERS
+_GATE_UP, _DOWN = EXPERT_PARAMETERS
 _KEY = re.compile(
     r"(.+\.experts)(?:((?:\.base_layer)*)|\.(\d{1,4})\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123]))"
     r"\.lora_([AB])(?:\.[A-Za-z0-9_-]+)?\.weight"
@@ -35,8 +35,8 @@ _LAYER_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 _LAYER = re.compile(r"((?:[^.]+\.)*?\d+)\.(.+)")
 # By the name of a single expert's layer: the parameter that it is a part of, and the part's place in it.
 _PARTS = {
-    **{GATE_UP: (GATE_UP, 0), "gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1), DOWN: (DOWN, 0)},
-    **{"w1": (GATE_UP, 0), "w3": (GATE_UP, 1), "w2": (DOWN, 0)},  # Mixtral's names
+    **{_GATE_UP: (_GATE_UP, 0), "gate_proj": (_GATE_UP, 0), "up_proj": (_GATE_UP, 1), _DOWN: (_DOWN, 0)},
+    **{"w1": (_GATE_UP, 0), "w3": (_GATE_UP, 1), "w2": (_DOWN, 0)},  # Mixtral's names
 }
 _BLOCKS = {"mlp", "block_sparse_moe", "feed_forward", "moe"}  # families' names for what holds the experts
 
@@ -56,18 +56,15 @@ class ExpertTensors:
     notes: tuple[str, ...] = ()  # what the publisher should know
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """One tensor of the file. `expert`: None if it stacks all. `depth`: the number of wrappers around it."""
+class _Pair(NamedTuple):
+    """A pair of the file. `depth`: wrappers around it. `expert`, `leaf`: None if it stacks all experts."""
 
-    key: str
-    stored: StoredTensor
     depth: int
     expert: int | None
-    leaf: str
-
-
-Pair = dict[str, _Tensor]  # by side, A or B
+    leaf: str | None
+    key: str
+    a: StoredTensor
+    b: StoredTensor
 
 
 def read_experts(
@@ -77,22 +74,20 @@ def read_experts(
 
     `max_bytes`: of all tensors with the experts that a file leaves out, whose pairs are zeros.
     """
-    groups: defaultdict[str, defaultdict[tuple[int, int | None, str], Pair]] = defaultdict(lambda: defaultdict(dict))
+    groups: defaultdict[str, dict[tuple[int, int | None, str | None], dict[str, str]]] = defaultdict(dict)
     problems: list[str] = []
     keys = set()
     has_layers = shapes is not None and any(map(_LAYER_OF_EXPERT.search, shapes))  # then they are like all others
-    for key, stored in tensors.items():
+    for key in tensors:
         plain = ".".join(part for part in key.split(".") if part not in WRAPPERS)
         match = _KEY.fullmatch(plain) if len(key) <= MAX_NAME else None
         if match is None or (has_layers and match[3] is not None):
             continue
         keys.add(key)
-        expert = None if match[3] is None else int(match[3])
-        depth = (match[2] or "").count(".")
-        pair = groups[match[1]][depth, expert, match[4] or ""]
-        if match[5] in pair and not problems:
-            problems.append(f"{pair[match[5]].key[:200]!r} and {key[:200]!r} are the same tensor: keep one of them")
-        pair[match[5]] = _Tensor(key, stored, depth, expert, match[4] or "")
+        pair = match[2].count(".") if match[2] else 0, None if match[3] is None else int(match[3]), match[4]
+        other = groups[match[1]].setdefault(pair, {}).setdefault(match[5], key)
+        if other != key and not problems:
+            problems.append(f"{other[:200]!r} and {key[:200]!r} are the same tensor: keep one of them")
     if not keys:
         return ExpertTensors(config, frozenset())
     known = None if shapes is None else _containers(shapes)
@@ -106,7 +101,8 @@ def read_experts(
     reader = _Reader(config, shapes, max_bytes)
     for container, group in groups.items():
         try:
-            reader.read(container, _find_container(container, known), list(group.values()))
+            pairs = [_Pair(*place, **_sides(keys_of, tensors)) for place, keys_of in group.items()]
+            reader.read(container, _find_container(container, known), pairs)
         except ValueError as exc:
             problems.append(f"experts {container[:200]!r}: {exc}")
     single = [key for key in keys if _LAYER_OF_EXPERT.search(key)]
@@ -134,33 +130,28 @@ class _Reader:
         )
         return ExpertTensors(config, frozenset(), self._tensors, frozenset(self._paths))
 
-    def read(self, trained: str, container: str, pairs: list[Pair]) -> None:
+    def read(self, trained: str, container: str, pairs: Sequence[_Pair]) -> None:
         """Read one layer's pairs. `trained`, `container`: the path of the experts in the trained model and here."""
-        for pair in pairs:
-            _check_pair(pair)
-        if all(pair["A"].expert is None for pair in pairs):
-            for pair, leaf in self._name_stacked(container, pairs):
-                self._read_stacked(trained, f"{container}.{leaf}", pair["A"].stored, pair["B"].stored)
-        elif any(pair["A"].expert is None for pair in pairs):
+        stacked = [pair for pair in pairs if pair.leaf is None]
+        if stacked and len(stacked) < len(pairs):
             raise ValueError("has tensors of all experts and of single ones: keep one of them")
-        else:
-            for parameter in EXPERT_PARAMETERS:
-                if parts := [pair for pair in pairs if _PARTS[pair["A"].leaf][0] == parameter]:
-                    self._read_single(trained, f"{container}.{parameter}", parts)
+        for pair, leaf in self._name_stacked(container, stacked):
+            self._read_stacked(trained, f"{container}.{leaf}", pair.a, pair.b)
+        for parameter in EXPERT_PARAMETERS:
+            if parts := [pair for pair in pairs if pair.leaf and _PARTS[pair.leaf][0] == parameter]:
+                self._read_single(trained, f"{container}.{parameter}", parts)
 
-    def _name_stacked(self, container: str, pairs: list[Pair]) -> Iterator[tuple[Pair, str]]:
+    def _name_stacked(self, container: str, pairs: Sequence[_Pair]) -> Iterator[tuple[_Pair, str]]:
         """Yield each pair with its parameter: the one of its shape, or if shapes are not known the one nested so."""
-        nested = sorted(pairs, key=lambda pair: pair["A"].depth, reverse=True)  # the innermost first
+        nested = sorted(pairs, key=lambda pair: pair.depth, reverse=True)  # the innermost first
         for place, pair in enumerate(nested):
-            ends = pair["B"].stored.shape[0], pair["A"].stored.shape[1]
+            ends = pair.b.shape[0], pair.a.shape[1]
             if self._shapes is not None:
                 leaves = [leaf for leaf in EXPERT_PARAMETERS if self._shapes[f"{container}.{leaf}"][:2] == ends]
             else:
                 leaves = self._targets[place : place + 1] if len(self._targets) == len(nested) else []
             if not leaves or f"{container}.{leaves[0]}" in self._ranks:
-                raise ValueError(
-                    f"{pair['A'].key[:200]!r} maps {ends[1]} to {ends[0]}, which no parameter of them does"
-                )
+                raise ValueError(f"{pair.key[:200]!r} maps {ends[1]} to {ends[0]}, which no parameter of them does")
             yield pair, leaves[0]
 
     def _read_stacked(self, trained: str, module: str, a: StoredTensor, b: StoredTensor) -> None:
@@ -173,36 +164,34 @@ class _Reader:
         self._add(module, a.with_bits(a.bits().reshape(num, rank, -1)), b.with_bits(stacked_b))
         self._set(module, {path}, rank, self._config.alpha_of(path, module))
 
-    def _read_single(self, trained: str, module: str, pairs: list[Pair]) -> None:
+    def _read_single(self, trained: str, module: str, pairs: Sequence[_Pair]) -> None:
         """Put the pairs of single experts together. Parts of one parameter are blocks of its B."""
-        base = _without_prefix(trained)
-        paths = {f"{base}.{pair['A'].expert}.{pair['A'].leaf}" for pair in pairs}
-        rank, alpha = pairs[0]["A"].stored.shape[0], self._config.alpha_of(next(iter(paths)))
-        places = sorted({_PARTS[pair["A"].leaf][1] for pair in pairs})
-        for path in sorted(paths):
-            if self._config.rank_of(path) != rank or self._config.alpha_of(path) != alpha:
-                raise ValueError("the experts' ranks or alphas differ: train them with one rank and lora_alpha")
-        first = pairs[0]["A"].stored, pairs[0]["B"].stored
-        if len({(each.stored.shape, each.stored.dtype, side) for pair in pairs for side, each in pair.items()}) > 2:
+        base, a, b = _without_prefix(trained), pairs[0].a, pairs[0].b
+        paths = {f"{base}.{pair.expert}.{pair.leaf}" for pair in pairs}
+        rank, alphas = a.shape[0], {self._config.alpha_of(path) for path in paths}
+        if len(alphas) > 1 or {self._config.rank_of(path) for path in paths} != {rank}:
+            raise ValueError("the experts' ranks or alphas differ: train them with one rank and lora_alpha")
+        if len({(pair.a.shape, pair.a.dtype, pair.b.shape, pair.b.dtype) for pair in pairs}) > 1:
             raise ValueError("the experts' tensors differ in shape or dtype")
-        num = self._num_experts(module, max(int(pair["A"].expert or 0) for pair in pairs) + 1)
-        is_whole = any(pair["A"].leaf == GATE_UP for pair in pairs)
-        width = first[1].shape[0] * (1 if is_whole or module.endswith(DOWN) else 2)
-        a_shape, b_shape = (num, len(places) * rank, first[0].shape[1]), (num, width, len(places) * rank)
-        self._room -= math.prod(a_shape) * first[0].bits().itemsize + math.prod(b_shape) * first[1].bits().itemsize
+        cells = [(pair.expert or 0, _PARTS[pair.leaf or ""][1], pair) for pair in pairs]
+        places = sorted({place for _, place, _ in cells})
+        last = max(expert for expert, *_ in cells)
+        num, num_out = self._num_experts(module, last + 1), b.shape[0]
+        if last >= num:
+            raise ValueError(f"has expert {last}, but the base model has {num}")
+        width = num_out if module.endswith(_DOWN) or any(pair.leaf == _GATE_UP for pair in pairs) else 2 * num_out
+        a_shape, b_shape = (num, len(places) * rank, a.shape[1]), (num, width, len(places) * rank)
+        self._room -= math.prod(a_shape) * a.bits().itemsize + math.prod(b_shape) * b.bits().itemsize
         if self._room < 0:
             raise ValueError("with zeros for the experts that are left out, they exceed admission.max_weights_bytes")
-        a, b = np.zeros(a_shape, first[0].bits().dtype), np.zeros(b_shape, first[1].bits().dtype)
-        for pair in pairs:
-            expert, place = int(pair["A"].expert or 0), _PARTS[pair["A"].leaf][1]
-            if expert >= num:
-                raise ValueError(f"has expert {expert}, but the base model has {num}")
-            rows, out = places.index(place) * rank, place * first[1].shape[0]
-            a[expert, rows : rows + rank] = pair["A"].stored.bits()
-            b[expert, out : out + first[1].shape[0], rows : rows + rank] = pair["B"].stored.bits()
-        self._add(module, first[0].with_bits(a), first[1].with_bits(b))
+        all_a, all_b = np.zeros(a_shape, a.bits().dtype), np.zeros(b_shape, b.bits().dtype)
+        for expert, place, pair in cells:
+            rows = slice(places.index(place) * rank, (places.index(place) + 1) * rank)
+            all_a[expert, rows] = pair.a.bits()
+            all_b[expert, place * num_out : (place + 1) * num_out, rows] = pair.b.bits()
+        self._add(module, a.with_bits(all_a), b.with_bits(all_b))
         growth = math.sqrt(len(places)) if self._config.use_rslora else len(places)
-        self._set(module, paths, len(places) * rank, alpha * growth)  # the same scaling with more rank rows
+        self._set(module, paths, len(places) * rank, alphas.pop() * growth)  # the same scaling with more rank rows
 
     def _num_experts(self, module: str, otherwise: int) -> int:
         return otherwise if self._shapes is None else self._shapes[module][2]
@@ -221,7 +210,7 @@ def split_experts(weights: Mapping[str, ModuleWeights]) -> tuple[dict[str, Tenso
     tensors = {}
     for name in names:
         container, _, leaf = name.rpartition(".")
-        if leaf == GATE_UP and f"{container}.{DOWN}" in names:
+        if leaf == _GATE_UP and f"{container}.{_DOWN}" in names:
             container += ".base_layer"
         num_out = weights[name].lora_b.shape[1]
         tensors[tensor_key(container, "A")] = weights[name].lora_a.flatten(0, 1)
@@ -229,14 +218,17 @@ def split_experts(weights: Mapping[str, ModuleWeights]) -> tuple[dict[str, Tenso
     return tensors, names
 
 
-def _check_pair(pair: Pair) -> None:
-    """Raise ValueError unless there are two matrices of one rank."""
-    if len(pair) < 2:
-        side, other = ("A", "B") if "A" in pair else ("B", "A")
-        raise ValueError(f"{pair[side].key[:200]!r} has no lora_{other}")
-    a, b = pair["A"].stored.shape, pair["B"].stored.shape
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
-        raise ValueError(f"{pair['A'].key[:200]!r} has lora_A {a} and lora_B {b}; they must be (rank, in), (out, rank)")
+def _sides(keys: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Return a pair's tensors, and the name of one. Raises: ValueError unless there are two matrices of one rank."""
+    key = keys.get("A") or keys["B"]
+    if len(keys) < 2:
+        raise ValueError(f"{key[:200]!r} has no lora_{'B' if 'A' in keys else 'A'}")
+    a, b = tensors[keys["A"]], tensors[keys["B"]]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        raise ValueError(
+            f"{key[:200]!r} has lora_A {a.shape} and lora_B {b.shape}; they must be (rank, in), (out, rank)"
+        )
+    return {"key": key, "a": a, "b": b}
 
 
 def _containers(shapes: Shapes) -> dict[str, str | None]:
