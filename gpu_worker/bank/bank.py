@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpu_worker.bank.bank_layout import Arrangement, BankLayout
 from gpu_worker.bank.device_layout import DeviceAdapter, Pair, check_finite, check_shapes, to_device_layout
-from gpu_worker.bank.device_memory import zeros_on_huge_pages
+from gpu_worker.bank.device_memory import release_pages, zeros_on_huge_pages
 from gpu_worker.bank.layout_kernel import LayoutKernel
 from lora_store.adapter import AdapterWeights
 from lora_store.weights_blob import BlobLayout, StoredModules
@@ -113,6 +113,12 @@ class LoraBank:
         )  # True where an adapter has the module
         self._place = {name: place for place, name in enumerate(self.modules)}
 
+    def release(self) -> None:
+        """Give Linux the memory of this bank, which holds no adapter, until adapters are written."""
+        if self._device.type == "cpu" and not self._free_fill:
+            for store in self._stores:
+                release_pages(store)
+
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out, in) of every module an adapter may target."""
@@ -211,7 +217,8 @@ class LoraBank:
 def _filled(size: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.full(size, value, dtype=dtype, device=device)
-    return zeros_on_huge_pages(*size, dtype=dtype).fill_(value)
+    zeros = zeros_on_huge_pages(*size, dtype=dtype)
+    return zeros.fill_(value) if value else zeros
 
 
 def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, slice]]:
