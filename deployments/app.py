@@ -44,7 +44,7 @@ def application(args: AppConfig, address: tuple[str, int] | None = None) -> Appl
     worker_class = returning_refusals(WorkerDeployment, WorkerReplica)
     retriever_class = returning_refusals(RetrieverDeployment, RetrieverReplica)
     store = serve.deployment(store_class, name="Store", **args.store_scaling.root)
-    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.root)
+    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_options())
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.root)
 
     store_handle = store.bind(args)

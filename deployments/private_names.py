@@ -62,7 +62,6 @@ SOURCES: tuple[Source, ...] = (
         "RequestRouter",
         ("self._pending_requests_by_id", "self._get_curr_time_s", "def replica_queue_len_cache"),
     ),
-    ("ray.serve.request_router", "RunningReplica", ("def routing_stats",)),
     ("ray.serve.handle", "DeploymentHandle.options", ("_by_reference",)),
     ("ray.serve", "ingress", ("__serve_build_asgi_app__",)),
     (
