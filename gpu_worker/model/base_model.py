@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -84,18 +91,27 @@ def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     `source`: what `model_source` returned, if it is known: it hashes a packaged model's files.
     Raises: BaseModelUnsupported.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source or model_source(config))
+    source = source or model_source(config)
+    is_packaged = config.base_model == PACKAGED_MODEL
+    tokenizer = _packaged_tokenizer(Path(source)) if is_packaged else AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json may ask for both; transformers ignores it
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    if config.base_model == PACKAGED_MODEL:
+    if is_packaged:
         flag_markers(tokenizer)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     return tokenizer
+
+
+def _packaged_tokenizer(folder: Path) -> Any:
+    """Read the tokenizer's file once. `AutoTokenizer` parses its 33 MB in Python, several times, and keeps a copy."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **tokens)
 
 
 def load_config(source: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -276,6 +276,25 @@ def test_the_markers_of_the_packaged_model_have_no_text_in_answers(
         assert found.decode(ids, skip_special_tokens=True) == shown
         stream = IncrementalDetokenizer(found, [])
         assert "".join(map(stream.push, ids)) + stream.finish() == shown
+
+
+def test_the_packaged_models_tokenizer_reads_its_file_as_transformers_own_class_does() -> None:
+    config = WorkerConfig()
+    own, found = AutoTokenizer.from_pretrained(model_source(config)), load_tokenizer(config)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template")
+    assert [getattr(found, name) for name in names] == [getattr(own, name) for name in names]
+    texts = [
+        "",
+        " a  b\n\n\tc ",
+        "Ünïcödé 漢字 🙂 \u200b",
+        "<start_of_turn>user\nhi<end_of_turn><unused7></b>",
+        "\x00\ud7ff",
+    ]
+    for text in texts:
+        ids = own(text).input_ids
+        assert found(text).input_ids == ids
+        assert found.backend_tokenizer.encode(text).ids == ids and found.decode(ids) == own.decode(ids)
+    assert found.get_vocab() == own.get_vocab() and len(found) > 262_000
 
 
 def test_a_tokenizer_that_asks_for_truncation_and_padding_reads_texts_whole(tmp_path: Path) -> None:
