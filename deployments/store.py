@@ -29,6 +29,7 @@ from deployments.weights import ObjectCache
 from lora_store import (
     AdapterRecord,
     AdapterRefused,
+    Edit,
     Feedback,
     Key,
     LoraStore,
@@ -129,6 +130,12 @@ class StoreDeployment:
                 base_model=upload.base_model,
             )
 
+    async def edit(self, live: AdapterRecord, edit: Edit) -> Staged:
+        """Stage the weights of the live version with these changes, as `LoraStore.edit` does. Same errors."""
+        model = self._config.served_models.made_for(live.base_model)
+        read = partial(read_contract, context=model.max_model_len)
+        return await asyncio.to_thread(self._store.edit, live, edit, read)
+
     async def put_part(self, upload: str, number: int, data: Buffer) -> None:
         """Store one part of an uploaded file until `delete_parts`. Raises: StoreUnavailable."""
         await asyncio.to_thread(self._store.uploads.put, upload, number, data.data)
@@ -140,7 +147,6 @@ class StoreDeployment:
     restage = in_thread(LoraStore.restage)
     take_over = in_thread(LoraStore.take_over)
     resample = in_thread(LoraStore.resample)
-    edit = in_thread(LoraStore.edit)
     commit = in_thread(LoraStore.commit)
     discard = in_thread(LoraStore.discard)
     withdraw = in_thread(LoraStore.withdraw)

@@ -21,9 +21,9 @@ from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
-from lora_store.contract_files import ReadContract
+from lora_store.contract_files import GIVEN, ReadContract
 from lora_store.data_files import DATA_SUFFIX
-from lora_store.errors import AdapterNotFound, AdapterRefused, StoreDamaged, StoreUnavailable
+from lora_store.errors import AdapterNotFound, AdapterRefused, FileRefused, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
 from lora_store.feedback import FeedbackFiles
 from lora_store.files import Files
@@ -239,8 +239,8 @@ class LoraStore:
         record = changed_version(live, samples_digest=digest_of(data), num_samples=len(samples))
         return self._stage_changed(live, record, tuple(samples))
 
-    def edit(self, live: AdapterRecord, edit: Edit) -> Staged:
-        """Stage the weights of the live version with these changes.
+    def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
+        """Stage the weights of the live version with these changes. `read_contract`: for its base model.
 
         The commit fails if another version is live by then. An accepted prompt stays marked as one.
         Raises: AdapterRefused with every reason; AdapterNotFound if its blobs were deleted.
@@ -249,10 +249,18 @@ class LoraStore:
         label = _make_label(name, tenant, edit.tags, edit.template, edit.visibility or live.visibility, live)
         reasons = list(label.problems())
         samples = None if edit.samples is None else self._checked_samples(live, edit.samples, reasons)
+        read = read_contract or self._read_contract
+        if edit.contract and read is not None:
+            try:
+                read(GIVEN, edit.contract.encode())
+            except FileRefused as exc:
+                reasons += [f"{exc.file}: {problem}" for problem in exc.problems]
         if reasons:
             raise AdapterRefused(name, reasons)
         template = None if label.template == SERVER_TEMPLATE else label.template
         changes: dict[str, Any] = {"tags": label.tags, "template": template, "visibility": label.visibility}
+        if edit.contract is not None:
+            changes["contract"] = edit.contract or None
         if samples is not None:
             digest = digest_of(write_samples(samples)) if samples else None
             changes |= {"samples_digest": digest, "num_samples": len(samples)}

@@ -84,8 +84,8 @@ class Encoder:
     `instruction`: None means that of the model (see `instruction_of`).
 
     It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
-    surrogates) reads as "?". `num_threads` sets the encoder's thread count, and torch's for the whole process where torch is
-    used: a saved network of the packaged encoder does without.
+    surrogates) reads as "?". `num_threads` sets the encoder's thread count, and torch's for the whole process unless a
+    saved network of the packaged encoder is used, which does without torch.
     With `dtype` auto a vector also depends slightly on the texts that are encoded with it, as bfloat16 is rounded.
     `max_cached_texts`: the number of cached vectors for each owner of texts.
     `projection` follows the model, if one is set with `projected`.

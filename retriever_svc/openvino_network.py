@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from retriever_svc.saved_network import Run, Vectors, check, compiled, import_openvino, probed, save_network, short
@@ -69,8 +67,8 @@ def use_openvino(
 ) -> bool:
     """Replace the network of `model` in place. Return whether it stays replaced.
 
-    `encode` returns unit rows of texts, by `model`. `saves`: place and source for `save_network`. A model keeps its own network where OpenVINO cannot run it, or
-    where the vectors differ.
+    `encode` returns unit rows of texts, by `model`. A model keeps its own network where OpenVINO cannot run it, or
+    where the vectors differ. `saves`: place and source for `save_network`; None saves nothing.
     """
     transformer: Transformer = model[0]
     own = getattr(transformer, "model", None)

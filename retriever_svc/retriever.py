@@ -375,11 +375,11 @@ class Retriever:
         Ignore versions: `name@digest` has the place of the live `name`.
         """
         pool = encoded.pool
-        plane, _ = pool.map(tenant)
+        layout, _ = pool.map(tenant)
         bare = [name.partition("@")[0] for name in names]
         records = [r for name in bare for r in pool.embedded(tenant, name, owner_names=self._owner_names)]
         vectors = [record.embedding.vector for record in records if record.embedding is not None]
-        [(x, y), *others] = plane.project(np.stack([encoded.vector, *vectors])).tolist()
+        [(x, y), *others] = layout.place(np.stack([encoded.vector, *vectors]))[1].tolist()
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
         return Place(pool.snapshot.generation_for(tenant), Point(None, x, y), adapters)
 

@@ -19,10 +19,7 @@ from retriever_svc import BaseCounts
 # Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
 _OF_MODEL = ("base_model", "base_model_name", "accepts_base", "template", "generation_config", "sampling_defaults")
 _OF_APP = (*_OF_MODEL, "store_uri", "max_new_tokens", "public_requires_approval")
-_OF_RETRIEVAL = (
-    *("encoder", "projection", "strategy", "k", "weights", "strategy_options"),
-    *("abstain", "min_score", "fallback"),
-)
+_OTHERS_OF_RETRIEVAL = ("encoder_threads", "encoder_dtype", "max_waiting")
 _OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows")
 
 
@@ -128,7 +125,9 @@ def _described(source: BatchInput) -> JsonObject:
 def _deciding(settings: BatchSettings) -> JsonObject:
     config = settings.config.model_dump(mode="json")
     deciding: JsonObject = {name: config[name] for name in _OF_APP}
-    deciding["retrieval"] = {name: config["retrieval"][name] for name in _OF_RETRIEVAL}
+    deciding["retrieval"] = {
+        name: value for name, value in config["retrieval"].items() if name not in _OTHERS_OF_RETRIEVAL
+    }
     deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
     for number, model in enumerate(config["models"]):
         deciding[f"models.{number}"] = {

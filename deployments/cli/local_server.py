@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus, ServeStatus
+from ray.serve.schema import ServeStatus
 
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.auth.ray_token import use_token_mode
@@ -190,17 +190,11 @@ class Server:
             starting.result()
         report("loading the base model")
         app = application(self.settings, None if self._uses_proxy else (self._host, self._port))
-        target = serve.RunTarget(app, APP_NAME, logging_config={"enable_access_log": False})
-        [self._app] = serve.run_many([target], wait_for_applications_running=False)
-        self._wait_running(sessions)
+        try:
+            self._app = serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
+        except RuntimeError as exc:
+            raise ServerFailed(causes_in(serve.status(), sessions) or str(exc)) from exc
         return self.url
-
-    def _wait_running(self, sessions: Path) -> None:
-        """Wait until every deployment runs. Raises: ServerFailed, with the causes, if one cannot start."""
-        while (status := serve.status()).applications[APP_NAME].status != ApplicationStatus.RUNNING:
-            if status.applications[APP_NAME].status == ApplicationStatus.DEPLOY_FAILED:
-                raise ServerFailed(causes_in(status, sessions) or status.applications[APP_NAME].message)
-            time.sleep(_POLL_S)
 
     def wait_ready(self, *, timeout_s: float) -> JsonObject:
         """Wait for a 200 from `/ready` and return its body. Raises: ServerFailed after `timeout_s`."""

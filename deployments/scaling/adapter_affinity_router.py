@@ -30,8 +30,7 @@ _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them ev
 class Turn:
     """The prompt of a chat as digests over its namespace in the prefix cache and its messages.
 
-    All of it, the turn before (b"" if it is the first), and the first one. Scores and generations differ from turn to
-    turn, and are left out.
+    All of it, the turn before, and the first one. Scores and generations differ from turn to turn, and are left out.
     """
 
     whole: bytes
@@ -51,8 +50,7 @@ class Turn:
                 previous = digest.digest()
                 first = first or previous
             digest.update(repr(message).encode(errors="surrogatepass"))
-        whole = digest.digest()
-        return cls(whole, previous, first or whole)
+        return cls(digest.digest(), previous, first)
 
 
 class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
@@ -64,8 +62,7 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
     queue.
 
     A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
-    that did not send that turn, because several routers share the clients, takes the conversation's home replica. First
-    turns go there too, unless its queue is longer than the mean.
+    that did not send that turn, because several routers share the clients, takes the conversation's home replica.
     """
 
     max_turns = 100_000  # remembered ones, 200 bytes each
@@ -89,13 +86,11 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
             return [replicas]
         pending_request.routing_context.should_backoff = True  # otherwise Ray retries without a pause
         wanted, turn = _wanted(pending_request.args), Turn.of(pending_request.args)
-        if turn is None or not replicas:
+        if turn is None or not turn.previous or not replicas:
             return self._ranks(replicas, wanted) if wanted else [replicas]
         best, *others = [rank for rank in self._ranks(replicas, wanted) if rank]
-        last = self._turns.get(turn.previous) if turn.previous else None
+        last = self._turns.get(turn.previous)
         best.sort(key=lambda r: (r.replica_id == last, _home_score(turn.first, r.replica_id)), reverse=True)
-        if not turn.previous and self._queue_len(best[0]) > sum(map(self._queue_len, best)) / len(best):
-            return [best, *others]
         return [best[:1], best[1:], *others]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
@@ -128,7 +123,7 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
         return None if pending is None or pending.future.done() else pending
 
     def _ranks(self, replicas: Sequence[RunningReplica], wanted: Sequence[bytes]) -> list[list[RunningReplica]]:
-        queues = {r.replica_id: self._queue_len(r) for r in replicas}
+        queues = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in replicas}
         factor, slack = _LONGEST_QUEUE
         longest = factor * sum(queues.values()) / len(queues) + slack if queues else 0
         holding: defaultdict[int, list[RunningReplica]] = defaultdict(list)
@@ -142,9 +137,6 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
             return [strangers, busy]
         strangers.sort(key=lambda r: _home_score(wanted[0], r.replica_id), reverse=True)
         return [*held, strangers[:_NUM_HOMES], strangers[_NUM_HOMES:], busy]
-
-    def _queue_len(self, replica: RunningReplica) -> int:
-        return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
     def _num_held(self, replica_id: ReplicaID, wanted: Iterable[bytes]) -> int:
         now = self._get_curr_time_s()

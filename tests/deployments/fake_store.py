@@ -144,6 +144,7 @@ class FakeStore:
             "tags": live.tags if edit.tags is None else edit.tags,
             "template": None if edit.template == "server" else edit.template or live.template,
             "visibility": edit.visibility or live.visibility,
+            "contract": live.contract if edit.contract is None else edit.contract or None,
         }
         staged = self._hold_samples(live, samples, **changes)
         return replace(staged, keeps=frozenset() if edit.visibility else frozenset({"visibility"}))

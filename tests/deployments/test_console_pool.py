@@ -137,7 +137,7 @@ def test_a_version_that_was_rolled_back_to_shows_since_when_it_is_live(browsing:
 
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "poet")
-        await expect(page.locator("#adapter-facts")).to_contain_text("Published3 d agoLive since2 h ago")
+        await expect(page.locator("#adapter-facts")).to_contain_text("Published3 d ago by testerLive since2 h ago")
 
     look(browsing, question, retriever=MappedRetriever([record]), store=FakeStore(pool_of(record)))
 
@@ -286,7 +286,7 @@ def test_the_form_of_a_trial_keeps_nothing_of_another_adapter(browsing: Browsing
 
 
 def test_tags_template_visibility_and_samples_are_edited_without_an_upload(browsing: Browsing) -> None:
-    live = adapter("poet", version="fun", template="alpaca")
+    live = replace(adapter("poet", version="fun", template="alpaca"), contract='{"stop": ["."]}')
 
     async def question(page: Page, served: Served) -> None:
         async def save(status: int) -> None:
@@ -315,6 +315,16 @@ def test_tags_template_visibility_and_samples_are_edited_without_an_upload(brows
         await samples.fill('{"input": 1}')
         await page.get_by_role("button", name="Save").click()
         await expect(page.locator("#adapter-error")).to_contain_text('line 1 of the samples needs "input"')
+        await page.locator("#edit-cancel").click()
+        contract = page.get_by_label("Contract, as JSON")
+        await page.get_by_role("button", name="Edit", exact=True).click()
+        await expect(contract).to_have_value('{\n  "stop": [\n    "."\n  ]\n}')
+        await contract.fill("{")
+        await page.get_by_role("button", name="Save").click()
+        await expect(page.locator("#adapter-error")).to_contain_text("the contract is not JSON")
+        await contract.fill('{"instruction": "Negate: {input}"}')
+        await save(409)  # refused for its version only
+        assert len(served.store.called("edit")) == 1
         await page.locator("#edit-cancel").click()
         await page.get_by_role("button", name="Edit", exact=True).click()
         await page.locator("#edit-visibility").select_option("private")

@@ -33,7 +33,9 @@ def test_the_libraries_of_the_engine_are_checked_apart_from_the_others(of_engine
     missing: list[Source] = [("torch", "lost", ()), ("deltalake", "lost", ())]
     with pytest.raises(ImportError) as refused:
         check_libraries(gone, missing, of_engine=of_engine)
-    named = {name for name in ("torch", "transformers", "uvicorn", "deltalake") if f"has no {name}." in str(refused.value)}
+    named = {
+        name for name in ("torch", "transformers", "uvicorn", "deltalake") if f"has no {name}." in str(refused.value)
+    }
     assert named == ({"torch", "transformers"} if of_engine else {"uvicorn", "deltalake"})
 
 

@@ -100,7 +100,9 @@ def check_processes(server: psutil.Process) -> None:
     for needless in ("dashboard.py", "monitor.py", "ProxyActor"):
         assert not [command for command in commands.values() if needless in command]
     with_torch = {
-        command for process, command in commands.items() if any("libtorch" in each.path for each in process.memory_maps())
+        command
+        for process, command in commands.items()
+        if any("libtorch" in each.path for each in process.memory_maps())
     }
     replicas = {command for command in commands.values() if "ServeReplica" in command}
     assert len(replicas) == 4 and any(":Worker:" in f"{command}:" for command in with_torch)

@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -171,24 +170,6 @@ def test_a_failed_start_says_which_deployment_failed_and_why(tmp_path: Path) -> 
     assert str(tmp_path) in last
     assert causes_in(status_of(Store=(DeploymentStatus.UPDATING, "")), tmp_path) == ""
     assert causes_in(ServeStatus(), tmp_path) == ""
-
-
-def test_the_start_waits_until_the_application_runs_or_one_of_its_deployments_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failed = status_of(Worker=(DeploymentStatus.DEPLOY_FAILED, "Error:\nValueError: no such model\n"))
-    deploying, running = (
-        ServeStatus(applications={APP_NAME: replace(failed.applications[APP_NAME], status=status, deployments={})})
-        for status in (ApplicationStatus.DEPLOYING, ApplicationStatus.RUNNING)
-    )
-    waited = list[float]()
-    monkeypatch.setattr(local_server, "time", SimpleNamespace(sleep=waited.append))
-    for last in (running, failed):
-        seen = iter([deploying, deploying, last])
-        monkeypatch.setattr(serve, "status", lambda seen=seen: next(seen))
-        with pytest.raises(ServerFailed, match="no such model") if last is failed else nullcontext():
-            Server(config_of(), port=1)._wait_running(tmp_path)
-    assert len(waited) == 4
 
 
 def test_ray_starts_without_processes_that_nobody_needs_and_others_have_them_again() -> None:

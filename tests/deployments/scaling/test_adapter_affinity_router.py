@@ -353,16 +353,12 @@ def test_routers_that_did_not_send_the_turn_before_agree_on_a_home() -> None:
     run(main())
 
 
-def test_first_turns_go_home_unless_its_queue_is_longer_than_the_mean() -> None:
+def test_first_turns_go_to_the_shortest_queue() -> None:
     async def main() -> None:
-        names = [f"r{number}" for number in range(8)]
-        even, other = (Routing(*[FakeReplica(name, 3) for name in names]) for _ in range(2))
+        routing = Routing(FakeReplica("longer", 2), FakeReplica("shorter", 1))
         for number in range(20):
-            home = await even.chosen(chat(str(number)))
-            assert await other.chosen(chat(str(number), "Yes?", "This")) == home, "every router finds the next turn"
-            queues = {name: 4 if name == home else 3 for name in names} | {"r8": 2}
-            uneven = Routing(*[FakeReplica(name, queue) for name, queue in queues.items()])
-            assert await uneven.chosen(chat(str(number))) == "r8"
+            routing.sent(chat(str(number)), "longer")
+            assert await routing.chosen(chat(str(number))) == "shorter"
 
     run(main())
 
