@@ -10,7 +10,7 @@ from ray.serve import Application
 
 from deployments.private_names import check_libraries
 
-check_libraries()  # before the imports that need private names, whose own errors would not say what to do
+check_libraries(of_engine=False)  # before the imports that need private names, whose own errors would not say what to do
 
 from deployments.auth.ray_token import require_token_mode
 from deployments.calls.catalogue_clients import RetrieverReplica, StoreReplica
@@ -42,7 +42,7 @@ def application(args: AppConfig, address: tuple[str, int] | None = None) -> Appl
     worker_class = returning_refusals(WorkerDeployment, WorkerReplica)
     retriever_class = returning_refusals(RetrieverDeployment, RetrieverReplica)
     store = serve.deployment(store_class, name="Store", **args.store_scaling.root)
-    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_scaling.root)
+    retriever = serve.deployment(retriever_class, name="Retriever", **args.retriever_options())
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress", **args.ingress_scaling.root)
 
     store_handle = store.bind(args)

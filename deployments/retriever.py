@@ -24,6 +24,7 @@ from deployments.observability.metrics import SERVE, MetricFactory, report_perio
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.tracing import open_span
 from deployments.retriever_factory import live_pool, retriever_over
+from deployments.scaling.autoscaling_policy import EncoderLoad
 from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from retriever_svc import (
     AskedPrompt,
@@ -100,6 +101,7 @@ class RetrieverDeployment:
         # At most one chunk of each tenant waits for the thread, so tenants take turns.
         self._bulk_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
+        self._encoder_load = EncoderLoad()
         self._prompts = EncoderQueue(
             self._encode,
             batch_size=_BATCH_TEXTS,
@@ -152,7 +154,8 @@ class RetrieverDeployment:
         return routes
 
     async def _encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
-        return await _on(self._encoding, self._retriever.encode, texts)
+        with self._encoder_load.encoding(len(texts)):
+            return await _on(self._encoding, self._retriever.encode, texts)
 
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
@@ -177,10 +180,17 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.policies, tenant, model, 0, limit)
 
-    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]:
-        """Return the newest policy of each model name that the tenant may use. Raises: StaleIndex."""
+    async def names(
+        self,
+        tenant: str,
+        min_generation: int = 0,
+        after: str = "",
+        limit: int | None = None,
+        is_short: bool = False,
+    ) -> list[NamedPolicy]:
+        """Return the newest policy of each name that the tenant may use, see `visible_names`. Raises: StaleIndex."""
         await self._reach_for(tenant, min_generation)
-        return await _on(self._lookups, self._retriever.names, tenant)
+        return await _on(self._lookups, self._retriever.names, tenant, after, limit, is_short=is_short)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """Return a page of the adapters that the tenant may use, without embeddings. Raises: StaleIndex."""
@@ -324,6 +334,10 @@ class RetrieverDeployment:
 
     async def index_stats(self) -> IndexStats:
         return await _on(self._lookups, self._pools.stats)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the inputs of `RetrieverScaling`."""
+        return self._encoder_load.read(self._prompts.num_waiting)
 
     def check_health(self) -> None:
         if self._polling.done():

@@ -18,7 +18,7 @@ import ray
 from deployments.api.adapters import PublishItem
 from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
-from deployments.calls.catalogue_clients import Buffer, Shapes
+from deployments.calls.catalogue_clients import Buffer
 from deployments.config.app import AppConfig
 from deployments.errors import NotReady
 from deployments.json_types import JsonObject
@@ -34,6 +34,7 @@ from lora_store import (
     LoraStore,
     Staged,
 )
+from lora_store.adapter import Shapes
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from lora_store.peft_config import read_base_model

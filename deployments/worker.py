@@ -1,4 +1,8 @@
-"""The Worker deployment: one engine on one device."""
+"""The Worker deployment: one engine on one device.
+
+Its constructor imports the engine, whose libraries take seconds and memory: the process that builds the application,
+and those of the other deployments that import this module, do without them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray.serve.handle import DeploymentHandle
 
@@ -17,22 +22,23 @@ from deployments.calls.catalogue_clients import serve_store
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S, Usage
 from deployments.errors import ReplicaStuck
 from deployments.generation.shadows import paying_tenant
-from deployments.observability.logs import join_serve_logs
+from deployments.observability.logs import join_serve_logs, own_replica_id
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
 from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics
-from deployments.scaling.adapter_affinity_router import RESIDENT, short_digest
+from deployments.private_names import check_libraries
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
+from deployments.scaling.residency import Residency, ResidencyReport
 from deployments.weights import WeightsFetcher
-from gpu_worker.bank.load_threads import load_executor, use_one_thread
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
-from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tools import Tools
-from gpu_worker.start import start_engine
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
+
+if TYPE_CHECKING:
+    from gpu_worker.engine import EngineHealth, InferenceEngine
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,10 @@ class WorkerDeployment:
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
+        check_libraries(of_engine=True)
+        from gpu_worker.bank.load_threads import load_executor, use_one_thread
+        from gpu_worker.start import start_engine
+
         self._metrics = WorkerMetrics(config.num_rank_rows, kinds)
         self._usage = TenantUsage()
         self._asyncio_loop = asyncio.get_event_loop()
@@ -75,11 +85,12 @@ class WorkerDeployment:
             niceness=config.niceness,
             reports_to_ray=True,
         )
+        self._residency = Residency(own_replica_id(), self._engine.expected)
         self._reporting = self._asyncio_loop.create_task(report_periodically(self._report))
         self._step_timeout_s, self._end_process = config.step_timeout_s, end_process
 
-    async def stream(self, job: Job) -> AsyncIterator[Delta | None]:
-        """Yield the first text at once, then text every `stream_interval_ms`; None is a heartbeat.
+    async def stream(self, job: Job) -> AsyncIterator[Delta | ResidencyReport]:
+        """Yield the first text at once, then text every `stream_interval_ms`. A report is a heartbeat.
 
         A client that leaves frees its row, KV and pins at the next step.
         Raises: PromptInvalid, PromptTooLong, PlanTooLarge, AdapterLoadFailed and other errors of this job.
@@ -90,12 +101,15 @@ class WorkerDeployment:
         try:
             with self._usage.row(paying_tenant(job.tenant)) as row:
                 async for delta in deltas:
-                    if delta is not None:
-                        trace.answered()
-                        if last is None:
-                            self._metrics.waited(delta.queued_s)
-                        last = delta
-                        row.count(delta)
+                    if delta is None:
+                        yield self._residency.report([adapter.weights_digest for adapter in job.plan.adapters])
+                        continue
+                    trace.answered()
+                    if last is None:
+                        self._metrics.waited(delta.queued_s)
+                        self._residency.refresh()
+                    last = delta
+                    row.count(delta)
                     yield delta
         except EngineStopped:
             self.check_health()  # an ended engine refuses fast, and would attract requests until the next health check
@@ -103,6 +117,8 @@ class WorkerDeployment:
         finally:
             await deltas.aclose()
             trace.end(last)
+            if last is None:
+                self._residency.refresh()
 
     async def probe(self, weights_digest: str) -> float:
         """Return how much the adapter changes the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
@@ -153,13 +169,9 @@ class WorkerDeployment:
         """Return each tenant's usage of this replica."""
         return self._usage.read()
 
-    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+    async def module_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return (out, in) of every module that an adapter may target."""
         return dict(self._engine.module_shapes)
-
-    async def record_routing_stats(self) -> dict[str, list[str]]:
-        """Return the router's criteria for this replica, sorted, so that Serve notices when nothing has changed."""
-        return {RESIDENT: sorted(map(short_digest, await self._engine.expected()))}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the inputs of `WorkerScaling`."""

@@ -15,7 +15,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample, is_valid_name
+from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample, Shapes, is_valid_name
 from lora_store.ballast import Ballast
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
@@ -56,7 +56,7 @@ from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
 from lora_store.usage import UsageFiles
-from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, Shapes, check_folder
+from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
@@ -441,11 +441,18 @@ class LoraStore:
         encoder, at = ActiveEncoder(model, identity), self._now()
         return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
 
-    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
+    def rank(
+        self,
+        tenant: str,
+        rankings: Sequence[Ranking],
+        actor: str,
+        are_outcomes: bool = False,
+        keeps: Sequence[AdapterRef] = (),
+    ) -> int:
         """Replace the rankings that `auto` of this tenant uses, and return the generation. See `rank_events`."""
         at = self._now()
         return self._catalogue.commit(
-            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes)
+            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes, keeps=keeps)
         )
 
     def load(self, weights_digest: str) -> bytes:

@@ -1,8 +1,8 @@
 """The client of the Worker: calls, streams with heartbeats, and starting a Worker if none runs.
 
 Ray raises an error when a replica dies. If a node disappears, there is no error for a long time: gRPC notices after
-minutes, Ray's own calls after about one. Workers therefore send a heartbeat (None) every 5 s, and a stream is given up
-after 30 s without any item.
+minutes, Ray's own calls after about one. Workers therefore send a heartbeat every 5 s, and a stream is given up
+after 30 s without any item. A Worker's heartbeats are reports of what it holds, which the request router reads.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.serve_calls import ServeCalls, answer_or_raise
 from deployments.calls.shared import Shared
 from deployments.errors import WorkerStarting
+from deployments.scaling.residency import HEARD, ResidencyReport
 from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tools import Tools
+from lora_store.adapter import Shapes
 from retriever_svc import ServedBases
 
 HEARTBEAT_INTERVAL_S = 5.0
@@ -57,7 +58,10 @@ class HeartbeatStream(Generic[T]):
     """The items and heartbeats of one streaming call, which fails after `timeout_s` without either."""
 
     def __init__(
-        self, response: StreamResponse[T | None], timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        response: StreamResponse[T | ResidencyReport | None],
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._response, self._items, self._timeout_s, self._clock = response, aiter(response), timeout_s, clock
         self._silent_at = float("inf")  # the first item may take any time: it needs a replica
@@ -90,6 +94,9 @@ class HeartbeatStream(Generic[T]):
                 raise
             raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
         self._silent_at = self._clock() + self._timeout_s
+        if isinstance(item, ResidencyReport):
+            HEARD.hear(item)
+            return None
         return answer_or_raise(item)
 
 
@@ -121,9 +128,9 @@ class WorkerCalls(Protocol):
 
 
 class WorkerReplica(WorkerCalls, Protocol):
-    """One replica of the Worker deployment. None in a stream is a heartbeat."""
+    """One replica of the Worker deployment. A report in a stream is a heartbeat."""
 
-    def stream(self, job: Job) -> AsyncIterator[Delta | None]: ...
+    def stream(self, job: Job) -> AsyncIterator[Delta | ResidencyReport | None]: ...
     async def forget(self, weights_digests: Collection[str]) -> bool: ...
     async def load(self) -> EngineStatus: ...
     async def usage(self) -> Mapping[str, Usage]: ...
@@ -293,6 +300,10 @@ class Workers(WorkerGroup):
     def made_for(self, base_model: str) -> BaseWorkers:
         """Return the workers of the base model that an adapter names, in any of the names that publishing accepts."""
         return self.named(self._bases.find(base_model) or "")
+
+    def has_same_base(self, first: str, second: str) -> bool:
+        """Return whether two adapters that name these have one base model."""
+        return first == second or self._bases.find(first) == self._bases.find(second)
 
     def stream(self, job: Job) -> DeltaStream:
         return self.named(job.plan.base_model).client.stream(job)

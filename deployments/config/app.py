@@ -34,7 +34,6 @@ from lora_store.location import DEFAULT_CACHE_DIR, Location
 FORM_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and form fields of an upload
 OTHER_FILES_BYTES = 16 << 20  # files of one adapter besides its weights
 EVERY_TENANT = "*"  # in source_prefixes
-_ROUTING_STATS_PERIOD_S = 1.0  # how often Serve asks each worker for its adapters and load
 # Retriever and Ingress accept many requests: these wait in queues of the replica, which are fair to tenants.
 _SERVE_DEFAULTS = {
     "ingress_scaling": default_options(
@@ -364,15 +363,12 @@ class AppConfig(ModelSettings):
 
     def worker_options(self) -> JsonObject:
         """Return Serve's options of the Worker, with its autoscaling policy and request router."""
-        router = {
-            "request_router_class": "deployments.scaling.adapter_affinity_router:AdapterAffinityRouter",
-            "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
-        }
-        options = {"request_router_config": router} | self.worker_scaling.root
-        if scaling := options.get("autoscaling_config"):
-            policy = {"policy_function": "deployments.scaling.autoscaling_policy:WorkerScaling"}
-            options["autoscaling_config"] = {"policy": policy} | scaling
-        return options
+        router = {"request_router_class": "deployments.scaling.adapter_affinity_router:AdapterAffinityRouter"}
+        return {"request_router_config": router} | _scaled_by("WorkerScaling", self.worker_scaling)
+
+    def retriever_options(self) -> JsonObject:
+        """Return Serve's options of the Retriever, with its autoscaling policy."""
+        return _scaled_by("RetrieverScaling", self.retriever_scaling)
 
     @property
     def num_logical_cpus(self) -> int:
@@ -395,3 +391,12 @@ class AppConfig(ModelSettings):
             cache_dir=self.cache_dir,
             device_share=num_gpus if 0 < num_gpus < 1 else 1.0,  # Ray places as many such workers on one GPU as fit
         )
+
+
+def _scaled_by(policy: str, given: ServeOptions) -> JsonObject:
+    """Return these options with a policy of ours, unless they have no range of replicas or another policy."""
+    options = dict(given.root)
+    if scaling := options.get("autoscaling_config"):
+        function = f"deployments.scaling.autoscaling_policy:{policy}"
+        options["autoscaling_config"] = {"policy": {"policy_function": function}} | scaling
+    return options

@@ -21,7 +21,7 @@ class _ServeLogHandler(logging.Handler):
 
 def join_serve_logs() -> None:
     """Redirect the project's loggers to Serve. Do nothing outside a replica."""
-    if not _is_replica():
+    if not own_replica_id():
         return
     levels = dict.fromkeys(_PACKAGES, logging.getLogger("ray.serve").level) | {_HTTP_SERVER: logging.ERROR}
     for name, level in levels.items():
@@ -31,8 +31,10 @@ def join_serve_logs() -> None:
         logger.propagate = False
 
 
-def _is_replica() -> bool:
+def own_replica_id() -> str:
+    """Return the unique id of the replica that this process is; "" outside a replica."""
     try:
-        return isinstance(serve.get_replica_context(), ReplicaContext)
+        context = serve.get_replica_context()
     except RayServeException:
-        return False
+        return ""
+    return context.replica_id.unique_id if isinstance(context, ReplicaContext) else ""

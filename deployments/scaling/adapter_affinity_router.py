@@ -17,11 +17,11 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from deployments.scaling.residency import HEARD, HeardReports, short_digest
 from gpu_worker.front.prefix import namespace_of
 from gpu_worker.front.request.request import Job
 
-RESIDENT = "resident"  # key in a replica's routing stats
-_EXPECTED_S = 3.0  # until sent requests appear in the stats: their period plus the delay of the controller
+_EXPECTED_S = 3.0  # until a worker with a late event loop has reported the adapters of a request that was sent to it
 _LONGEST_QUEUE = (1.25, 2)  # factor of the mean and addend; replicas with longer queues are ranked last
 _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them everywhere, one could be overloaded
 
@@ -30,7 +30,8 @@ _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them ev
 class Turn:
     """The prompt of a chat as digests over its namespace in the prefix cache and its messages.
 
-    All of it, the turn before, and the first one. Scores and generations differ from turn to turn, and are left out.
+    All of it, the turn before (b"" if it is the first), and the first one. Scores and generations differ from turn to
+    turn, and are left out.
     """
 
     whole: bytes
@@ -50,38 +51,34 @@ class Turn:
                 previous = digest.digest()
                 first = first or previous
             digest.update(repr(message).encode(errors="surrogatepass"))
-        return cls(digest.digest(), previous, first)
-
-
-def short_digest(weights_digest: str) -> str:
-    """Return 48 bits of the digest: thousands are sent every second, and a collision costs only one load."""
-    return weights_digest[:12]
+        whole = digest.digest()
+        return cls(whole, previous, first or whole)
 
 
 class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Ranks replicas by how many of the plan's adapters they hold; the shortest queue wins within a rank.
 
-    A replica holds the adapters that it reports as resident or expected by its waiting requests, and those of requests
-    sent to it since. Adapters that no replica holds have two home replicas, the same for every router, computed from
-    the first adapter's digest and the replicas' ids. Replicas with a much longer queue than the others rank last. Calls
-    without a Job go to the shortest queue.
+    A replica holds the adapters that its last heard report names, and those of requests sent to it since. Adapters that
+    no replica holds have two home replicas, the same for every router, computed from the first adapter's digest and the
+    replicas' ids. Replicas with a much longer queue than the others rank last. Calls without a Job go to the shortest
+    queue.
 
     A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
-    that did not send that turn, because several routers share the clients, takes the conversation's home replica.
+    that did not send that turn, because several routers share the clients, takes the conversation's home replica. First
+    turns go there too, unless its queue is longer than the mean.
     """
 
     max_turns = 100_000  # remembered ones, 200 bytes each
 
-    def initialize_state(self) -> None:
+    def initialize_state(self, heard: HeardReports = HEARD) -> None:
         """Set up the state. Serve calls this once, before any replica is known."""
-        self._resident: dict[ReplicaID, frozenset[str]] = {}
-        self._expected: dict[ReplicaID, dict[str, float]] = {}  # digest -> expiry time, the earliest first
+        self._heard = heard
+        self._expected: dict[ReplicaID, dict[bytes, float]] = {}  # digest -> expiry time, the earliest first
         self._turns: OrderedDict[bytes, ReplicaID] = OrderedDict()  # the replica that got it, the oldest first
 
     def update_replicas(self, replicas: Sequence[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._resident = {r.replica_id: frozenset(r.routing_stats.get(RESIDENT, ())) for r in replicas}
-        self._expected = {replica_id: self._expected.get(replica_id, {}) for replica_id in self._resident}
+        self._expected = {r.replica_id: self._expected.get(r.replica_id, {}) for r in replicas}
 
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
@@ -92,11 +89,13 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
             return [replicas]
         pending_request.routing_context.should_backoff = True  # otherwise Ray retries without a pause
         wanted, turn = _wanted(pending_request.args), Turn.of(pending_request.args)
-        if turn is None or not turn.previous or not replicas:
+        if turn is None or not replicas:
             return self._ranks(replicas, wanted) if wanted else [replicas]
         best, *others = [rank for rank in self._ranks(replicas, wanted) if rank]
-        last = self._turns.get(turn.previous)
-        best.sort(key=lambda r: (r.replica_id == last, _home_score(turn.first.hex(), r.replica_id)), reverse=True)
+        last = self._turns.get(turn.previous) if turn.previous else None
+        best.sort(key=lambda r: (r.replica_id == last, _home_score(turn.first, r.replica_id)), reverse=True)
+        if not turn.previous and self._queue_len(best[0]) > sum(map(self._queue_len, best)) / len(best):
+            return [best, *others]
         return [best[:1], best[1:], *others]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
@@ -128,8 +127,8 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
         pending: PendingRequest | None = self._pending_requests_by_id.get(id(request_metadata))
         return None if pending is None or pending.future.done() else pending
 
-    def _ranks(self, replicas: Sequence[RunningReplica], wanted: Sequence[str]) -> list[list[RunningReplica]]:
-        queues = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in replicas}
+    def _ranks(self, replicas: Sequence[RunningReplica], wanted: Sequence[bytes]) -> list[list[RunningReplica]]:
+        queues = {r.replica_id: self._queue_len(r) for r in replicas}
         factor, slack = _LONGEST_QUEUE
         longest = factor * sum(queues.values()) / len(queues) + slack if queues else 0
         holding: defaultdict[int, list[RunningReplica]] = defaultdict(list)
@@ -144,19 +143,22 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
         strangers.sort(key=lambda r: _home_score(wanted[0], r.replica_id), reverse=True)
         return [*held, strangers[:_NUM_HOMES], strangers[_NUM_HOMES:], busy]
 
-    def _num_held(self, replica_id: ReplicaID, wanted: Iterable[str]) -> int:
+    def _queue_len(self, replica: RunningReplica) -> int:
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+    def _num_held(self, replica_id: ReplicaID, wanted: Iterable[bytes]) -> int:
         now = self._get_curr_time_s()
-        resident, expected = self._resident.get(replica_id, frozenset()), self._expected.get(replica_id, {})
-        return sum(digest in resident or expected.get(digest, now) > now for digest in wanted)
+        held, expected = self._heard.held_by(replica_id.unique_id), self._expected.get(replica_id, {})
+        return sum(digest in held or expected.get(digest, now) > now for digest in wanted)
 
 
-def _wanted(args: Sequence[object]) -> list[str]:
+def _wanted(args: Sequence[object]) -> list[bytes]:
     """Return short digests of the adapters in the call's Job, best first; nothing for other calls."""
     job = args[0] if args else None
     return [short_digest(adapter.weights_digest) for adapter in job.plan.adapters] if isinstance(job, Job) else []
 
 
-def _overdue(expected: dict[str, float], now: float) -> list[str]:
+def _overdue(expected: dict[bytes, float], now: float) -> list[bytes]:
     """Return the expired entries, which are the first ones."""
     overdue = []
     for digest, until in expected.items():
@@ -166,6 +168,6 @@ def _overdue(expected: dict[str, float], now: float) -> list[str]:
     return overdue
 
 
-def _home_score(digest: str, replica_id: ReplicaID) -> bytes:
+def _home_score(digest: bytes, replica_id: ReplicaID) -> bytes:
     """Return the rendezvous hash: a new or removed replica moves only its own adapters."""
-    return hashlib.blake2b(f"{digest} {replica_id.unique_id}".encode(), digest_size=8).digest()
+    return hashlib.blake2b(digest + replica_id.unique_id.encode(), digest_size=8).digest()

@@ -1,13 +1,23 @@
-"""Compute the number of workers for the load. Ray pickles this module into Serve's controller: keep imports small."""
+"""Compute the numbers of workers and retrievers for the load.
+
+Ray pickles this module into Serve's controller: keep imports small.
+"""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ray.serve.config import AutoscalingContext
 
 from deployments.json_types import JsonObject
 
 TARGET_WAITING_TOKENS = 8192  # tokens that wait in one worker; above it Serve adds workers
+TARGET_BUSY = 0.7  # share of the time in which a Retriever's encoder works; above it texts wait long
+DRAIN_S = 5.0  # in which waiting texts are to be encoded
 ONGOING, WAITING_TOKENS = "ongoing_requests", "waiting_tokens"  # keys of a worker's autoscaling stats
+BUSY, WAITING_S = "busy", "waiting_s"  # keys of a retriever's autoscaling stats
 
 
 class WorkerScaling:
@@ -28,3 +38,52 @@ class WorkerScaling:
         ongoing = sum(stats.get(ONGOING, {}).values()) + context.total_queued_requests
         tokens = sum(stats.get(WAITING_TOKENS, {}).values())
         return max(ongoing / context.config.target_ongoing_requests, tokens / self._target_waiting_tokens), {}
+
+
+class RetrieverScaling:
+    """A policy of Serve's autoscaler: as many replicas as keep their encoders busy for `target_busy` of the time.
+
+    replicas = (the encoders' shares of busy time + seconds of work that wait / DRAIN_S) / target_busy. Both are
+    measured by each replica, so the texts a second of a replica follow from its encoder, prompts and machine.
+    """
+
+    def __init__(self, target_busy: float = TARGET_BUSY) -> None:
+        self._target_busy = target_busy
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, JsonObject]:
+        """Return (number of replicas, no state)."""
+        stats = context.aggregated_metrics or {}
+        work = sum(stats.get(BUSY, {}).values()) + sum(stats.get(WAITING_S, {}).values()) / DRAIN_S
+        return work / self._target_busy, {}
+
+
+class EncoderLoad:
+    """The share of time in which a replica's encoder works, and the mean time that it takes for a text."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._read_at = clock, clock()
+        self._busy_since: float | None = None
+        self._busy_s = self._total_s = 0.0
+        self._num_texts = 0
+
+    @contextmanager
+    def encoding(self, num_texts: int) -> Iterator[None]:
+        """Count the time in this context as that of a batch. One batch runs after the other."""
+        started = self._busy_since = self._clock()
+        try:
+            yield
+        finally:
+            self._busy_s += self._clock() - self._busy_since
+            self._total_s += self._clock() - started
+            self._num_texts += num_texts
+            self._busy_since = None
+
+    def read(self, num_waiting: int) -> dict[str, float]:
+        """Return the inputs of `RetrieverScaling` since the last reading, with this many texts waiting."""
+        now = self._clock()
+        if self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+            self._busy_since = now
+        busy = self._busy_s / max(now - self._read_at, 1e-3)
+        self._read_at, self._busy_s = now, 0.0
+        return {BUSY: busy, WAITING_S: num_waiting * self._total_s / max(self._num_texts, 1)}

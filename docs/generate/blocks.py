@@ -21,7 +21,7 @@ from docs.generate.request_fields import (
     responses_fields,
     route_fields,
 )
-from docs.generate.scale import scale_costs, scale_formula, scale_measured, scale_needs
+from docs.generate.scale import fleet_queues, fleet_texts, fleet_workers, scale_costs, scale_needs
 from docs.generate.settings import settings
 from docs.generate.strategies import strategies, weightings
 
@@ -33,6 +33,9 @@ BLOCKS: Mapping[str, Block] = {
     "completion-fields": completion_fields,
     "error-codes": error_codes,
     "families": families,
+    "fleet-queues": fleet_queues,
+    "fleet-texts": fleet_texts,
+    "fleet-workers": fleet_workers,
     "folder-limits": folder_limits,
     "lora-fields": lora_fields,
     "metrics": metrics,
@@ -42,8 +45,6 @@ BLOCKS: Mapping[str, Block] = {
     "responses-fields": responses_fields,
     "route-fields": route_fields,
     "scale-costs": scale_costs,
-    "scale-formula": scale_formula,
-    "scale-measured": scale_measured,
     "scale-needs": scale_needs,
     "settings": settings,
     "strategies": strategies,

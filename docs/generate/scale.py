@@ -49,19 +49,50 @@ def scale_needs() -> str:
     return table(("requests a minute, 1,000,000 adapters", "10,000", "1,000,000"), rows)
 
 
-def scale_measured() -> str:
-    """Return the simulated fleet of four workers next to the measured one."""
-    rows = [run for run in _results()["runs"] if "measured" in run]
-    cells = [(run["case"], _percent(run["simulated"]), _percent(run["measured"])) for run in rows]
-    return table(("loads from the store for each adapter of each request", "simulated", "measured"), cells)
+def fleet_queues() -> str:
+    """Return how the simulated fleet fares with queues and reports of different ages."""
+    head = ("queues and reports", "prefixes found", "adapters not in the bank", "waits, p99 s", "busiest worker / mean")
+    cells = [
+        (
+            row["case"],
+            *map(_percent, (row["prefix_hits"], row["bank_misses"])),
+            *map(_number, (row["wait_p99_s"], row["busiest"])),
+        )
+        for row in _fleet("simulated")["rows"]
+        if "case" in row
+    ]
+    return table(head, cells)
 
 
-def scale_formula() -> str:
-    """Return simulated fleets next to the formula."""
-    rows = [run for run in _results()["runs"] if "one_worker" in run]
-    shares = ("simulated", "one_worker", "two_workers")
-    cells = [(run["case"], *[_percent(run[share]) for share in shares]) for run in rows]
-    return table(("adapters that are not in the bank", "simulated", "each on one worker", "each on two"), cells)
+def fleet_texts() -> str:
+    """Return how retrievers carry new texts."""
+    rows = [row for row in _fleet("simulated")["rows"] if "retrievers" in row]
+    head = ("Retriever replicas", "new texts a second", "encoders busy", "delay, p50 ms", "delay, p99 ms")
+    cells = [
+        (
+            str(row["retrievers"]),
+            f"{row['rate']:,}",
+            _percent(row["busy"]),
+            *map(_number, (row["p50_ms"], row["p99_ms"])),
+        )
+        for row in rows
+    ]
+    return table(head, cells)
+
+
+def fleet_workers() -> str:
+    """Return what real workers did next to the simulation."""
+    figures, names = _fleet("four workers")["figures"], {"affine": "four, this router", "plain": "four, Serve's router"}
+    names |= {"one": "one"}
+    shares = [f"{kind}{suffix}" for kind in ("hits", "misses") for suffix in ("", "_predicted")]
+    cells = [(text, *[_percent(figures[f"{name}_{share}"]) for share in shares]) for name, text in names.items()]
+    return table(("workers", "prefixes found", "predicted", "adapters not in the bank", "predicted"), cells)
+
+
+def _fleet(part: str) -> dict[str, Any]:
+    content = json.loads((_RESULTS.parents[1] / "fleet" / "results.json").read_text(encoding="utf-8"))
+    [found] = [run for run in content["runs"] if run["part"] == part]
+    return dict(found)
 
 
 def _results() -> dict[str, Any]:

@@ -82,12 +82,13 @@ def model_source(config: WorkerConfig) -> str:
     return config.base_model if gguf is None else str(gguf_folder(gguf, config.cache_dir))
 
 
-def load_tokenizer(config: WorkerConfig) -> Any:
+def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     """Load the base model's tokenizer, with the operator's chat template if there is one.
 
+    `source`: what `model_source` returned, if it is known: it hashes a packaged model's files.
     Raises: BaseModelUnsupported.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_source(config))
+    tokenizer = AutoTokenizer.from_pretrained(source or model_source(config))
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
     backend = tokenizer.backend_tokenizer
@@ -139,7 +140,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
     if is_chosen and dtype == torch.float32 and load_linear_kernel(config.cache_dir) is not None:
         store_narrow(model)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, source)
     return BaseModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -152,7 +153,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
         dtype=dtype,
         window=config_setting(hf_config, "sliding_window"),
         window_layers=_window_layers(hf_config),
-        sampling_defaults=sampling_defaults(config),
+        sampling_defaults=sampling_defaults(config, source),
     )
 
 
@@ -211,9 +212,12 @@ def store_narrow(model: PreTrainedModel) -> None:
         look_up(model, EmbeddingRows(embedding.weight.detach().bfloat16(), torch.float32))
 
 
-def sampling_defaults(config: WorkerConfig) -> dict[str, float]:
-    """Return the sampling parameters for what a request leaves unset: the operator's, then the base model's own."""
-    own = sampling_defaults_of_files(model_source(config)) if config.generation_config == "auto" else {}
+def sampling_defaults(config: WorkerConfig, source: str | None = None) -> dict[str, float]:
+    """Return the sampling parameters for what a request leaves unset: the operator's, then the base model's own.
+
+    `source`: as in `load_tokenizer`.
+    """
+    own = sampling_defaults_of_files(source or model_source(config)) if config.generation_config == "auto" else {}
     return own | dict(config.sampling_defaults)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.embedding import EmbeddingRows, LookupEmbedding, is_tied, look_up
+from gpu_worker.model.experts import expert_shapes, fused_experts
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.output_head import OutputHead
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, NarrowLinear, packed
 from gpu_worker.model.quantization import QuantizedLinear
+from gpu_worker.model.routers import as_linears, routers
 from gpu_worker.model.step_context import StepContext
+from lora_store.adapter import Shapes
 
 
 def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str, nn.Linear]:
@@ -33,6 +38,27 @@ def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str,
     return linears
 
 
+@dataclass(frozen=True, slots=True)
+class Adaptable:
+    """The modules of a model that adapters may change. `linears` has the routers too, described as linear layers."""
+
+    linears: dict[str, nn.Linear]
+    routers: dict[str, nn.Module]
+    experts: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Adaptable:
+        experts = fused_experts(model)
+        found = routers(model, experts)
+        linears = target_linears(model, model.get_output_embeddings())
+        return cls(linears | as_linears(found), found, experts)
+
+    @property
+    def shapes(self) -> Shapes:
+        linears = {name: (linear.out_features, linear.in_features) for name, linear in self.linears.items()}
+        return {**linears, **expert_shapes(self.experts)}
+
+
 def inject(
     model: PreTrainedModel, bank: LoraBank, step: StepContext, linear_kernel: LinearKernel | None = None
 ) -> None:
@@ -44,6 +70,8 @@ def inject(
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, leaf)
+        if not isinstance(linear, nn.Linear):
+            continue  # a router
         setattr(parent, leaf, LoraLinear(packed(linear, linear_kernel), module_bank, step))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):

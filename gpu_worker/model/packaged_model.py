@@ -10,17 +10,17 @@ import hashlib
 import importlib.metadata
 import io
 import logging
+import multiprocessing
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.config import PACKAGED_MODEL
 from gpu_worker.errors import BaseModelUnsupported
@@ -53,6 +53,17 @@ def packaged_folder(cache_dir: Path, *, keeps_integers: bool = False) -> Path:
         if not folder.exists():
             _convert_into(folder, _keep_integers if keeps_integers else _convert)
     return folder
+
+
+def ensure_converted(cache_dir: Path) -> None:
+    """Convert the model unless it is in the cache folder, whose checksums `packaged_folder` verifies.
+
+    A process of its own converts, so that this one imports no torch and keeps its memory.
+    Raises: BaseModelUnsupported, as `packaged_folder`.
+    """
+    if not (cache_dir / PACKAGED_MODEL).exists():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+            child.submit(packaged_folder, cache_dir).result()
 
 
 def flag_markers(tokenizer: Any) -> None:
@@ -99,6 +110,9 @@ def assemble(gguf: Path) -> None:
 
 def _convert(gguf: Path, target: Path) -> None:
     """Save the GGUF model as safetensors, by way of a plain model: transformers does not save one read from GGUF."""
+    import torch  # imported here, as they take seconds
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = read.config

@@ -29,6 +29,7 @@ from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from gpu_worker.native.compiled_layer import compile_layers, load_layer_kernel
 from gpu_worker.native.fused import fuse, load_fused_kernel
+from lora_store.adapter import Shapes
 
 
 def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
@@ -38,10 +39,12 @@ def make_kv_cache(config: WorkerConfig, shape: KvShape) -> KvCache:
     return HostKvCache(shape, load_decode_kernel(config.cache_dir))
 
 
-def make_bank(config: WorkerConfig, linears: Mapping[str, nn.Linear], free_fill: float) -> LoraBank:
+def make_bank(
+    config: WorkerConfig, linears: Mapping[str, nn.Linear], free_fill: float, experts: Shapes | None = None
+) -> LoraBank:
     """Return a bank for adapters of these layers. On the CPU the compiled kernel converts weights for it."""
     kernel = load_layout_kernel(config.cache_dir) if config.device == "cpu" else None
-    return LoraBank(linears, config.bank_rank_rows, free_fill=free_fill, kernel=kernel)
+    return LoraBank(linears, config.bank_rank_rows, experts=experts, free_fill=free_fill, kernel=kernel)
 
 
 def make_loader(

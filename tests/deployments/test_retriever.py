@@ -85,6 +85,8 @@ def test_a_text_has_the_vector_of_length_one_that_routing_uses(tmp_path: Path) -
         assert (german.dtype, float(german @ german)) == (np.float32, pytest.approx(1, abs=1e-5))
         assert float(german @ again) == pytest.approx(1, abs=1e-5)
         assert float(german @ sums) < 0.9
+        load = await here.replica.record_autoscaling_stats()
+        assert load["busy"] > 0 and load["waiting_s"] == 0
 
     run(tmp_path, scenario)
 

@@ -21,9 +21,10 @@ from deployments.calls.worker_client import Usage
 from deployments.errors import ReplicaStuck
 from deployments.generation.shadows import shadow_tenant
 from deployments.observability.metrics import SERVE
+from deployments.scaling.residency import ResidencyReport
 from deployments.worker import WorkerDeployment
 from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed
-from gpu_worker.front.request.request import Job
+from gpu_worker.front.request.request import Delta, Job
 from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.native.openmp import run_on_short_lived_thread
@@ -104,7 +105,7 @@ class Serving:
         return greedy("once", plan_of("selection", (self.pool[number], 1.0)), number, num_new)
 
     async def text(self, job: Job) -> str:
-        return "".join([delta.text async for delta in self.worker.stream(job) if delta is not None])
+        return "".join([delta.text async for delta in self.worker.stream(job) if isinstance(delta, Delta)])
 
 
 Main = Callable[[Serving], Awaitable[Any]]
@@ -288,11 +289,11 @@ def test_a_running_request_keeps_forgotten_weights_to_its_end(serve: Callable[[M
         expected = await serving.text(job)
         assert expected
         deltas = serving.worker.stream(job)
-        assert await anext(deltas) is None, "it says at once that it is there"
+        assert isinstance(await anext(deltas), ResidencyReport), "it says at once that it is there"
         parts = [(await anext(deltas)).text]
         await serving.worker.forget([digest])
         serving.store.is_down = True
-        parts += [delta.text async for delta in deltas if delta is not None]
+        parts += [delta.text async for delta in deltas if isinstance(delta, Delta)]
         assert "".join(parts) == expected
         assert await serving.worker.forget([digest]) is True
         assert (await serving.worker.holdings()).resident == frozenset()
@@ -312,17 +313,47 @@ def test_cached_weights_on_disk_survive_replica_and_store(serve: Callable[..., A
     assert serve(first, weights_cache=cache) == serve(second, weights_cache=cache)
 
 
-def test_routing_stats_have_resident_and_expected_adapters(serve: Callable[[Main], Any]) -> None:
+async def held_by(serving: Serving, job: Job) -> set[bytes]:
+    """Return the short digests in the report that begins the answer, and leave."""
+    stream = serving.worker.stream(job)
+    report = await anext(stream)
+    await stream.aclose()
+    assert isinstance(report, ResidencyReport)
+    return {report.digests[start : start + 6] for start in range(0, len(report.digests), 6)}
+
+
+def test_an_answer_begins_with_what_the_worker_holds_and_waits_for(serve: Callable[[Main], Any]) -> None:
     async def main(serving: Serving) -> None:
-        digests = [weights.weights_digest for weights in serving.pool]
-        assert await serving.worker.record_routing_stats() == {"resident": []}
+        base = greedy("once")
+        digests = [bytes.fromhex(weights.weights_digest[:12]) for weights in serving.pool]
+        assert await held_by(serving, base) == set()
         await serving.text(serving.job(0))
-        loads = serving.store.holding(digests[1])
+        loads = serving.store.holding(serving.pool[1].weights_digest)
         waiting = asyncio.create_task(serving.text(serving.job(1)))
         await loads.begun.wait()
-        assert await serving.worker.record_routing_stats() == {"resident": sorted(d[:12] for d in digests[:2])}
+        assert await held_by(serving, base) == set(digests[:2])
+        assert await held_by(serving, serving.job(2)) == set(digests)
         loads.go_on.set()
         assert await waiting
+
+    serve(main)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_adapters_that_the_bank_does_not_hold_leave_the_reports(serve: Callable[[Main], Any], fails: bool) -> None:
+    async def main(serving: Serving) -> None:
+        digests = [bytes.fromhex(weights.weights_digest[:12]) for weights in serving.pool]
+        assert await serving.text(serving.job(1))
+        if fails:
+            serving.store.is_down = True
+            with pytest.raises(AdapterLoadFailed):
+                await serving.text(serving.job(0))
+        else:
+            await serving.text(serving.job(0))
+            await serving.worker.forget([serving.pool[0].weights_digest])
+        async with asyncio.timeout(120):  # the engine answers between two steps
+            while await held_by(serving, serving.job(1)) != {digests[1]}:
+                await serving.text(serving.job(1))
 
     serve(main)
 

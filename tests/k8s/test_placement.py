@@ -17,7 +17,7 @@ def test_rays_own_autoscaler_reads_the_groups(rendered: Callable[[str], Manifest
     nodes = read["available_node_types"]
     assert {name: (node["min_workers"], node["max_workers"]) for name, node in nodes.items()} == {
         "headgroup": (0, 0),
-        "cpu": (2, 4),
+        "cpu": (2, 20),
         "gpu": (2, 4),
     }
     sizes = {name: (node["resources"]["CPU"], node["resources"].get("GPU", 0)) for name, node in nodes.items()}

@@ -11,6 +11,7 @@ from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
 
 from deployments.calls.worker_client import HeartbeatStream, StreamEnd
+from deployments.scaling.residency import HEARD, ResidencyReport
 from gpu_worker.errors import DeadlineExceeded
 from tests.fakes import FakeResponse
 from tests.virtual_time import run_in_virtual_time
@@ -18,11 +19,11 @@ from tests.virtual_time import run_in_virtual_time
 TIMEOUT_S = 30.0
 
 
-def stream_of(items: AsyncIterator[str | None]) -> HeartbeatStream[str]:
+def stream_of(items: AsyncIterator[str | ResidencyReport | None]) -> HeartbeatStream[str]:
     return HeartbeatStream(FakeResponse(items), TIMEOUT_S, asyncio.get_running_loop().time)
 
 
-async def all_of(items: AsyncIterator[str | None], deadline: float = 1e6) -> list[str | None]:
+async def all_of(items: AsyncIterator[str | ResidencyReport | None], deadline: float = 1e6) -> list[str | None]:
     stream, got = stream_of(items), list[str | None]()
     while not isinstance(item := await stream.next(deadline), StreamEnd):
         got.append(item)
@@ -35,6 +36,16 @@ def test_heartbeats_are_none() -> None:
             yield item
 
     assert run_in_virtual_time(all_of(items())) == [None, "a", None, None, "b", None]
+
+
+def test_a_workers_report_is_a_heartbeat_that_the_router_reads() -> None:
+    async def items() -> AsyncIterator[str | ResidencyReport]:
+        yield ResidencyReport("w-of-this-test", 1, b"abcdef")
+        yield "a"
+        yield ResidencyReport("w-of-this-test", 2, b"ghijklmnopqr")
+
+    assert run_in_virtual_time(all_of(items())) == [None, "a", None]
+    assert HEARD.held_by("w-of-this-test") == {b"ghijkl", b"mnopqr"}
 
 
 def test_heartbeats_keep_a_stream_alive() -> None:

@@ -10,7 +10,7 @@ from ray import serve
 
 from deployments.config.app import OTHER_FILES_BYTES, AppConfig
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
-from deployments.scaling.autoscaling_policy import WorkerScaling
+from deployments.scaling.autoscaling_policy import RetrieverScaling, WorkerScaling
 from gpu_worker.config import (
     NativeSettings,
     NativeWorkerConfig,
@@ -258,19 +258,23 @@ def test_serve_takes_the_scaling_of_every_deployment(name: str) -> None:
         "metrics_interval_s": 10,
     }
     config = AppConfig.model_validate({name: {"autoscaling_config": settings}})
-    options = config.worker_options() if name == "worker_scaling" else getattr(config, name).root
+    own = {"worker_scaling": config.worker_options, "retriever_scaling": config.retriever_options}
+    options = own[name]() if name in own else getattr(config, name).root
     assert "num_replicas" not in options
     taken = serve.deployment(AppConfig, **options)._deployment_config.autoscaling_config
     assert {name: getattr(taken, name) for name in settings} == settings
-    assert taken.policy.is_default_policy_function() == (name != "worker_scaling")
+    assert taken.policy.is_default_policy_function() == (name not in own)
 
 
-def test_workers_have_their_own_scaling_policy_and_router() -> None:
-    config = AppConfig(worker_scaling={"autoscaling_config": {"min_replicas": 0, "max_replicas": 2}})
+def test_workers_and_retrievers_have_their_own_scaling_policies_and_workers_a_router() -> None:
+    scaling = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}}
+    config = AppConfig(worker_scaling=scaling, retriever_scaling=scaling)
+    taken = serve.deployment(AppConfig, **config.retriever_options())._deployment_config
+    assert taken.autoscaling_config.policy.get_policy().__name__ == RetrieverScaling.__name__
+    assert AppConfig().retriever_options() == AppConfig().retriever_scaling.root
     taken = serve.deployment(AppConfig, **config.worker_options())._deployment_config
     assert taken.autoscaling_config.policy.get_policy().__name__ == WorkerScaling.__name__
     assert taken.request_router_config.get_request_router_class().__name__ == AdapterAffinityRouter.__name__
-    assert taken.request_router_config.request_routing_stats_period_s == 1
 
 
 def test_an_operators_policy_overrides_that_of_the_workers() -> None:

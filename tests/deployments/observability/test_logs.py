@@ -38,7 +38,7 @@ def test_outside_a_replica_the_loggers_do_not_change() -> None:
 
 
 def test_in_a_replica_records_of_every_package_go_to_serve_once_at_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_is_replica", lambda: True)  # only Serve creates one
+    monkeypatch.setattr(logs, "own_replica_id", lambda: "r1")  # only Serve creates one
     serve, recorder = logging.getLogger("ray.serve"), Recorder()
     serve.handlers, serve.propagate = [recorder], False
     serve.setLevel(logging.WARNING)

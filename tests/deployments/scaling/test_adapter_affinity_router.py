@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
-from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter, short_digest
+from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
+from deployments.scaling.residency import HeardReports, ResidencyReport, short_digest
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
@@ -18,7 +20,7 @@ from tests.deployments.adapter_records import digest_of
 DEPLOYMENT = DeploymentID("Worker", "app")
 
 
-def digests(names: str) -> list[str]:
+def digests(names: str) -> list[bytes]:
     return [short_digest(digest_of(name)) for name in names]
 
 
@@ -35,10 +37,6 @@ class FakeReplica:
     def __post_init__(self) -> None:
         self.replica_id = ReplicaID(self.name, DEPLOYMENT)
 
-    @property
-    def routing_stats(self) -> Mapping[str, Any]:
-        return {"resident": digests(self.holds)} if self.holds else {}
-
     async def get_queue_len(self, *, deadline_s: float) -> int:
         return self.queue_len
 
@@ -47,14 +45,15 @@ class Routing:
     """The router over fake replicas, and its clock."""
 
     def __init__(self, *replicas: FakeReplica) -> None:
-        self.now_s, self.replicas = 100.0, replicas
+        self.now_s, self.replicas, self.heard = 100.0, replicas, HeardReports()
+        self._numbers = itertools.count()
         self._router = AdapterAffinityRouter(
             DEPLOYMENT,
             DeploymentHandleSource.REPLICA,
             use_replica_queue_len_cache=True,
             get_curr_time_s=lambda: self.now_s,
         )
-        self._router.initialize_state()
+        self._router.initialize_state(self.heard)
         self.update(*replicas)
 
     def update(self, *replicas: FakeReplica) -> None:
@@ -62,6 +61,8 @@ class Routing:
         self._router.update_replicas(replicas)
         for replica in replicas:
             self._router.on_new_queue_len_info(replica.replica_id, replica.queue_len)
+            held = b"".join(digests(replica.holds))
+            self.heard.hear(ResidencyReport(replica.name, next(self._numbers), held))
 
     async def ranks(self, *args: object) -> list[set[str]]:
         """Return the names in each rank, without empty ranks."""
@@ -151,6 +152,21 @@ def test_waiting_for_a_full_replica_has_pauses() -> None:
         request = request_of(job("a"))
         await routing._router.choose_replicas(routing.replicas, request)
         assert request.routing_context.should_backoff
+
+    run(main())
+
+
+def test_lost_late_and_false_reports_never_hide_a_replica() -> None:
+    async def main() -> None:
+        routing = Routing(*[FakeReplica(name, 3, "ab") for name in "wxyz"])
+        routing.heard.hear(ResidencyReport("w", 0, b""))  # late: it is older than the one in force
+        assert (await routing.ranks(job("ab"))) == [set("wxyz")]
+        routing.heard.hear(ResidencyReport("x", 99, b"".join(digests("ac"))))
+        routing.heard.hear(ResidencyReport("gone", 99, b"".join(digests("abc"))))
+        assert (await routing.ranks(job("ab"))) == [set("wyz"), {"x"}]
+        assert (await routing.ranks(job("c")))[0] == {"x"}
+        for wanted in ("", "abc", "q"):
+            assert set().union(*await routing.ranks(job(wanted))) == set("wxyz")
 
     run(main())
 
@@ -337,12 +353,16 @@ def test_routers_that_did_not_send_the_turn_before_agree_on_a_home() -> None:
     run(main())
 
 
-def test_first_turns_go_to_the_shortest_queue() -> None:
+def test_first_turns_go_home_unless_its_queue_is_longer_than_the_mean() -> None:
     async def main() -> None:
-        routing = Routing(FakeReplica("longer", 2), FakeReplica("shorter", 1))
+        names = [f"r{number}" for number in range(8)]
+        even, other = (Routing(*[FakeReplica(name, 3) for name in names]) for _ in range(2))
         for number in range(20):
-            routing.sent(chat(str(number)), "longer")
-            assert await routing.chosen(chat(str(number))) == "shorter"
+            home = await even.chosen(chat(str(number)))
+            assert await other.chosen(chat(str(number), "Yes?", "This")) == home, "every router finds the next turn"
+            queues = {name: 4 if name == home else 3 for name in names} | {"r8": 2}
+            uneven = Routing(*[FakeReplica(name, queue) for name, queue in queues.items()])
+            assert await uneven.chosen(chat(str(number))) == "r8"
 
     run(main())
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from deployments.scaling.autoscaling_policy import WorkerScaling
+from deployments.scaling.autoscaling_policy import EncoderLoad, RetrieverScaling, WorkerScaling
 
 TARGET_REQUESTS, TARGET_TOKENS = 10, 1000
 
@@ -58,3 +58,37 @@ def test_replicas_without_reports_do_not_count() -> None:
     context = context_of(10, 10)
     context.__dict__["aggregated_metrics"] = {}
     assert WorkerScaling(TARGET_TOKENS)(context) == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("busy", "waiting_s", "wanted"),
+    [
+        ((0.35, 0.35), (0, 0), 1),
+        ((0.7, 0.7, 0.7), (0, 0, 0), 3),
+        ((1.0,) * 4, (0,) * 4, 4 / 0.7),  # saturated: more than there are
+        ((1.0,), (7.0,), 2.4 / 0.7),  # and what waits is to be encoded within five seconds
+    ],
+)
+def test_retrievers_follow_the_busy_time_of_their_encoders(
+    busy: tuple[float, ...], waiting_s: tuple[float, ...], wanted: float
+) -> None:
+    context = context_of()
+    context.__dict__["aggregated_metrics"] = {"busy": dict(enumerate(busy)), "waiting_s": dict(enumerate(waiting_s))}
+    replicas, state = RetrieverScaling()(context)
+    assert (replicas, state) == (pytest.approx(wanted), {})
+
+
+def test_the_load_of_an_encoder_is_its_busy_time_and_the_cost_of_waiting_texts() -> None:
+    now_s = 100.0
+    load = EncoderLoad(lambda: now_s)
+    assert load.read(9) == {"busy": 0, "waiting_s": 0}
+    with load.encoding(4):
+        now_s += 2
+        assert load.read(0) == {"busy": 1, "waiting_s": 0}  # a batch that lasts longer than a period
+        now_s += 1
+    now_s += 3
+    assert load.read(8) == {"busy": 0.25, "waiting_s": 6}
+    with pytest.raises(ValueError, match="bad text"), load.encoding(2):
+        now_s += 3
+        raise ValueError("bad text")
+    assert load.read(10) == {"busy": 1, "waiting_s": 10}

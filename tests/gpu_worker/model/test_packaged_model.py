@@ -35,6 +35,15 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy(
         packaged_model.assemble(tmp_path / "model.gguf")
 
 
+def test_another_process_converts_what_the_cache_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):  # of the other process, which cannot create the cache folder there
+        packaged_model.ensure_converted(tmp_path / "file")
+    (tmp_path / packaged_model.PACKAGED_MODEL).mkdir()
+    monkeypatch.setattr(packaged_model, "ProcessPoolExecutor", None)  # calling it would fail
+    packaged_model.ensure_converted(tmp_path)
+
+
 def test_a_conversion_shows_no_progress_bars_of_other_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
