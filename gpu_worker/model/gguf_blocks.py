@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gpu_worker.model.quantization import GROUP, SMALL_GROUP, QuantizedWeight, round_to_halves
 
 Bytes = NDArray[np.uint8]
-_Parts = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32] | None]
+_Parts = tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]
 """Integers (O, B, inputs), scales (O, B, groups), and offsets, or None."""
 
 
@@ -96,5 +96,5 @@ def read_integers(kind: str, data: Bytes) -> QuantizedWeight:
     return QuantizedWeight(whole, scales, form.bits, form.group, offsets)
 
 
-def _rounded(of_groups: NDArray[np.float32]) -> torch.Tensor:
+def _rounded(of_groups: NDArray[Any]) -> torch.Tensor:
     return round_to_halves(torch.from_numpy(of_groups.reshape(len(of_groups), -1)))
