@@ -224,7 +224,7 @@ def test_a_processor_without_bfloat16_is_logged_once(
     with caplog.at_level("INFO"):
         assert resolve_dtype("auto") == dtype
         assert resolve_dtype("float32") == torch.float32  # chosen, so nothing is said
-    said = ["this processor has no AVX-512 or AMX instructions for bfloat16: weights are float32"]
+    said = ["this processor has no AVX-512 or AMX instructions for bfloat16: products are float32"]
     assert caplog.messages == (said if dtype == torch.float32 else [])
 
 
@@ -267,7 +267,7 @@ def test_the_markers_of_the_packaged_model_have_no_text_in_answers(
     converted = byte_tokenizer()
     converted.add_tokens(["[multimodal]", "<start_of_image>", "<end_of_image>", "<table>"])
     converted.save_pretrained(tmp_path)
-    monkeypatch.setattr(base_model, "packaged_folder", lambda cache_dir: tmp_path)
+    monkeypatch.setattr(base_model, "packaged_folder", lambda cache_dir, keeps_integers: tmp_path)
     text = "a<start_of_image>b[multimodal]<end_of_image>c<table>"
     for source, shown in ((str(tmp_path), text), (PACKAGED_MODEL, "abc<table>")):
         found = load_tokenizer(WorkerConfig(base_model=source)).backend_tokenizer
