@@ -114,12 +114,9 @@ def name_clusters(groups: Sequence[int], records: Sequence[AdapterRecord], num_c
             for term, count in inside.items()
         }
         best = sorted((term for term in worth if worth[term] >= _SHARED), key=lambda term: (-worth[term], term))
-        own = [term for term in best if not used[term]][:2] or best[:1]
-        if not own and size:
-            own = [records[members[group][0]].ref.name]
-        used.update(own[:1])
-        number = f" {used[own[0]]}" if own and used[own[0]] > 1 else ""
-        names[group] = ", ".join(own) + number
+        label = ", ".join(best[:2]) or (records[members[group][0]].ref.name if size else "")
+        used[label] += 1
+        names[group] = f"{label} {used[label]}" if used[label] > 1 else label
     return names
 
 
