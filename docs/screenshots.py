@@ -27,7 +27,7 @@ QUALITY = 70
 WIDE: ViewportSize = {"width": 1280, "height": 860}
 NARROW: ViewportSize = {"width": 390, "height": 720}
 LARGE: ViewportSize = {"width": 1280, "height": 1500}
-KINDS = {  # of a pool that does not exist: tags, with words of names
+KINDS = {  # A pool that does not exist has these tags, and names with these words.
     "support": ("ticket", "refund"),
     "legal": ("clause", "contract"),
     "sql": ("query", "schema"),
