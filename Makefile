@@ -68,15 +68,15 @@ quick: $(READY) ## run the tests that need no model and no Ray, in under a minut
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -x -k "not s3 and not endpoint and not run_models" $(QUICK_TESTS) $(NOT_QUICK)
 
 # LlamaIndex needs an older transformers than the server, and other frameworks other versions of what the server uses, so
-# both have environments of their own. The source distribution of
-# `jsonschema` contains JSON Schema's own test suite.
+# both have environments of their own. frameworks.txt names what the tests use, frameworks-constraints.txt the exact
+# versions of all that it brings. The source distribution of `jsonschema` contains JSON Schema's own test suite.
 CLIENTS_READY := $(VENV)/.clients-ready
-$(CLIENTS_READY): $(READY) tests/clients/package.json tests/clients/llama_index.txt tests/clients/frameworks.txt
+$(CLIENTS_READY): $(READY) $(addprefix tests/clients/,package.json llama_index.txt frameworks.txt frameworks-constraints.txt)
 	$(BIN)/python -m pip install --progress-bar off --no-compile -c constraints.txt -e '.[clients]'
 	$(PYTHON) -m venv $(VENV)/llama-index
 	$(VENV)/llama-index/bin/python -m pip install --progress-bar off --no-compile -r tests/clients/llama_index.txt
 	$(PYTHON) -m venv $(VENV)/frameworks
-	$(VENV)/frameworks/bin/python -m pip install --progress-bar off --no-compile -r tests/clients/frameworks.txt
+	$(VENV)/frameworks/bin/python -m pip install --progress-bar off --no-compile -c tests/clients/frameworks-constraints.txt -r tests/clients/frameworks.txt
 	$(BIN)/python -m pip download --progress-bar off -c constraints.txt --no-deps --no-binary jsonschema -d $(VENV)/json-schema jsonschema
 	mkdir -p $(VENV)/node && cp tests/clients/package.json $(VENV)/node
 	if command -v npm; then cd $(VENV)/node && npm install --no-package-lock --ignore-scripts; fi
@@ -98,7 +98,7 @@ paper: $(READY) ## the paper's main claims on 46 adapters, resumed where it stop
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.paper all $(ARGS)
 
-soak: $(READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak/
+soak: $(CLIENTS_READY) ## run the tests that have full counts at those; reports in benchmarks/results/soak/
 	$(BIN)/python -m pytest --scale full $(ARGS)
 
 kernels: $(READY) ## build the CPU kernels ahead of time, as the image does; a start then compiles nothing

@@ -10,7 +10,9 @@ from ray.serve import Application
 
 from deployments.private_names import check_libraries
 
-check_libraries()  # before the imports that need private names, whose own errors would not say what to do
+check_libraries(
+    of_engine=False
+)  # before the imports that need private names, whose own errors would not say what to do
 
 from deployments.auth.ray_token import require_token_mode
 from deployments.calls.catalogue_clients import RetrieverReplica, StoreReplica

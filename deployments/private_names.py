@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 Function = tuple[str, str, tuple[str, ...]]
 """A module, the dotted name of one of its functions, and that function's parameters."""
@@ -53,6 +53,9 @@ Source = tuple[str, str, tuple[str, ...]]
 SOURCES: tuple[Source, ...] = (
     ("ray", "init", ('"_node_ip_address"', '"_temp_dir"', '"_metrics_export_port"')),
     ("ray._private.auto_init_hook", "", ("enable_auto_connect",)),
+    ("ray._private.worker", "", ("ray._private.parameter.RayParams(",)),
+    ("ray._private.parameter", "RayParams.__init__", ("no_monitor", "include_log_monitor")),
+    ("ray._private.node", "Node", ("ray._private.services.start_api_server(", "if process_info is not None")),
     ("ray.serve._private.common", "RequestMetadata", ("internal_request_id",)),
     (
         "ray.serve.request_router",
@@ -96,11 +99,23 @@ SOURCES: tuple[Source, ...] = (
     ("deltalake.transaction", "", ("class AddAction", "modification_time", "data_change", "stats")),
 )
 """The attributes, variables and options that this server reads or sets."""
+ENGINE_LIBRARIES = ("torch", "transformers")
+"""They take seconds to import. So each worker checks their names, and the command's process does without them."""
+Row = TypeVar("Row", Function, Source)
 
 
-def check_libraries(functions: Iterable[Function] = FUNCTIONS, sources: Iterable[Source] = SOURCES) -> None:
-    """Raise ImportError unless the installed libraries have every private name that this server uses."""
-    problems = [*_find_changed(functions), *_find_missing(sources)]
+def check_libraries(
+    functions: Iterable[Function] = FUNCTIONS, sources: Iterable[Source] = SOURCES, *, of_engine: bool | None = None
+) -> None:
+    """Raise ImportError unless the installed libraries have every private name that this server uses.
+
+    `of_engine`: check only the names of `ENGINE_LIBRARIES`, or only the others. None: all.
+    """
+
+    def chosen(rows: Iterable[Row]) -> list[Row]:
+        return [row for row in rows if of_engine in (None, row[0].partition(".")[0] in ENGINE_LIBRARIES)]
+
+    problems = [*_find_changed(chosen(functions)), *_find_missing(chosen(sources))]
     if problems:
         raise ImportError(
             f"the installed packages do not fit this server: {'; '.join(problems)}. "

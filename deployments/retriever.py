@@ -180,10 +180,17 @@ class RetrieverDeployment:
         await self._reach_for(tenant, min_generation)
         return await _on(self._lookups, self._retriever.policies, tenant, model, 0, limit)
 
-    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]:
-        """Return the newest policy of each model name that the tenant may use. Raises: StaleIndex."""
+    async def names(
+        self,
+        tenant: str,
+        min_generation: int = 0,
+        after: str = "",
+        limit: int | None = None,
+        is_short: bool = False,
+    ) -> list[NamedPolicy]:
+        """Return the newest policy of each name that the tenant may use, see `visible_names`. Raises: StaleIndex."""
         await self._reach_for(tenant, min_generation)
-        return await _on(self._lookups, self._retriever.names, tenant)
+        return await _on(self._lookups, self._retriever.names, tenant, after, limit, is_short=is_short)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         """Return a page of the adapters that the tenant may use, without embeddings. Raises: StaleIndex."""

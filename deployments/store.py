@@ -18,7 +18,7 @@ import ray
 from deployments.api.adapters import PublishItem
 from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
-from deployments.calls.catalogue_clients import Buffer, Shapes
+from deployments.calls.catalogue_clients import Buffer
 from deployments.config.app import AppConfig
 from deployments.errors import NotReady
 from deployments.json_types import JsonObject
@@ -29,11 +29,13 @@ from deployments.weights import ObjectCache
 from lora_store import (
     AdapterRecord,
     AdapterRefused,
+    Edit,
     Feedback,
     Key,
     LoraStore,
     Staged,
 )
+from lora_store.adapter import Shapes
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from lora_store.peft_config import read_base_model
@@ -128,6 +130,12 @@ class StoreDeployment:
                 base_model=upload.base_model,
             )
 
+    async def edit(self, live: AdapterRecord, edit: Edit) -> Staged:
+        """Stage the weights of the live version with these changes, as `LoraStore.edit` does. Same errors."""
+        model = self._config.served_models.made_for(live.base_model)
+        read = partial(read_contract, context=model.max_model_len)
+        return await asyncio.to_thread(self._store.edit, live, edit, read)
+
     async def put_part(self, upload: str, number: int, data: Buffer) -> None:
         """Store one part of an uploaded file until `delete_parts`. Raises: StoreUnavailable."""
         await asyncio.to_thread(self._store.uploads.put, upload, number, data.data)
@@ -139,7 +147,6 @@ class StoreDeployment:
     restage = in_thread(LoraStore.restage)
     take_over = in_thread(LoraStore.take_over)
     resample = in_thread(LoraStore.resample)
-    edit = in_thread(LoraStore.edit)
     commit = in_thread(LoraStore.commit)
     discard = in_thread(LoraStore.discard)
     withdraw = in_thread(LoraStore.withdraw)

@@ -1,4 +1,8 @@
-"""The Worker deployment: one engine on one device."""
+"""The Worker deployment: one engine on one device.
+
+Its constructor imports the engine, whose libraries take seconds and memory: the process that builds the application,
+and those of the other deployments that import this module, do without them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray.serve.handle import DeploymentHandle
 
@@ -20,19 +25,20 @@ from deployments.generation.shadows import paying_tenant
 from deployments.observability.logs import join_serve_logs, own_replica_id
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
 from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics
+from deployments.private_names import check_libraries
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
 from deployments.scaling.residency import Residency, ResidencyReport
 from deployments.weights import WeightsFetcher
-from gpu_worker.bank.load_threads import load_executor, use_one_thread
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
-from gpu_worker.engine import EngineHealth, InferenceEngine
 from gpu_worker.errors import EngineStopped
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tools import Tools
-from gpu_worker.start import start_engine
 from lora_store import AdapterWeights
 from lora_store.disk_cache import DiskCache
+
+if TYPE_CHECKING:
+    from gpu_worker.engine import EngineHealth, InferenceEngine
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,10 @@ class WorkerDeployment:
     ) -> None:
         join_serve_logs()
         require_token_mode(allow_unauthenticated=allow_unauthenticated_ray)
+        check_libraries(of_engine=True)
+        from gpu_worker.bank.load_threads import load_executor, use_one_thread
+        from gpu_worker.start import start_engine
+
         self._metrics = WorkerMetrics(config.num_rank_rows, kinds)
         self._usage = TenantUsage()
         self._asyncio_loop = asyncio.get_event_loop()
@@ -159,7 +169,7 @@ class WorkerDeployment:
         """Return each tenant's usage of this replica."""
         return self._usage.read()
 
-    async def module_shapes(self) -> dict[str, tuple[int, int]]:
+    async def module_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return (out, in) of every module that an adapter may target."""
         return dict(self._engine.module_shapes)
 

@@ -2,13 +2,15 @@
 
     python -m docs.screenshots http://127.0.0.1:8000
 
-The server must have the starter pool, as `make serve` starts it. Needs Debian's package `chromium`.
+The server must have the starter pool, as `make serve` starts it; one adapter of it gets other tags, and a trial. Needs
+Debian's package `chromium`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import shutil
 import sys
 import tempfile
@@ -23,7 +25,18 @@ FOLDER = Path(__file__).parent / "console"
 STARTER_POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
 QUALITY = 70
 WIDE: ViewportSize = {"width": 1280, "height": 860}
-NARROW: ViewportSize = {"width": 320, "height": 640}
+NARROW: ViewportSize = {"width": 390, "height": 720}
+LARGE: ViewportSize = {"width": 1280, "height": 1500}
+KINDS = {  # of a pool that does not exist: tags, with words of names
+    "support": ("ticket", "refund"),
+    "legal": ("clause", "contract"),
+    "sql": ("query", "schema"),
+    "dates": ("date", "week"),
+    "poems": ("rhyme", "verse"),
+    "medical": ("dose", "triage"),
+    "travel": ("hotel", "route"),
+    "code": ("python", "review"),
+}
 ANSWER_MS = 120_000
 PROMPTS = ("Negate the statement: the chemist has used my car", "Turn the statement into a question: the boys like tea")
 SYSTEM_PROMPT = "You edit sentences."
@@ -89,6 +102,52 @@ async def of_history(page: Page, folder: Path) -> None:
     await page.get_by_text("System prompt and more options").click()
 
 
+def made_up_map(per_cluster: int = 50) -> dict[str, Any]:
+    """Return the map of a pool of four hundred adapters that do not exist, as the server describes one."""
+    clusters, points = [], []
+    for number, (tag, words) in enumerate(KINDS.items()):
+        x, y, radius = 1.1 * (number % 4), 1.1 * (number // 4), 0.5
+        clusters.append({"name": tag, "x": x, "y": y, "radius": radius, "num_adapters": per_cluster})
+        for place in range(per_cluster):
+            far, turn = 0.9 * radius * math.sqrt((place + 0.5) / per_cluster), 2.4 * place
+            name = f"{tag}-{words[place % 2]}-{place:02}"
+            at = {"x": x + far * math.cos(turn), "y": y + far * math.sin(turn)}
+            points.append({"name": name, **at, "cluster": number})
+    count = {"object": "pool_map", "generation": 1, "num_adapters": len(points)}
+    return {**count, "clusters": clusters, "points": points}
+
+
+async def of_map(page: Page, folder: Path) -> None:
+    """Take the screenshot of the map of a large pool, a cluster of which is searched."""
+    await page.route("**/v1/pool/map*", lambda route: route.fulfill(json=made_up_map()))
+    await page.reload()
+    await expect(page.locator("#map .label.cluster")).to_have_count(len(KINDS))
+    await page.get_by_label("Find").fill("refund")
+    await expect(page.locator("#map-count")).to_contain_text("Found: 25")
+    await save(page, folder, "map", "#map-panel")
+
+
+async def of_changes(page: Page, folder: Path) -> None:
+    """Edit an adapter, try the version before, and take the screenshots of that, of its page and of the usage."""
+    await go(page, "Adapters")
+    await page.get_by_role("link", name="past_tense", exact=True).click()
+    await expect(page.locator("#adapter-similar li").first).to_be_visible(timeout=ANSWER_MS)
+    await page.get_by_role("button", name="Edit", exact=True).click()
+    await page.locator("#edit-tags").fill("grammar, verbs")
+    await save(page, folder, "edit", "#edit-form")
+    await page.get_by_role("button", name="Save").click()
+    await expect(page.locator("#edit-form")).to_be_hidden(timeout=ANSWER_MS)
+    await page.get_by_label("on this many % of the requests").fill("20")
+    await page.locator("#adapter-versions tr").first.evaluate("(row) => row.setAttribute('data-before', '')")
+    await page.get_by_role("button", name="Start trial").click()
+    await expect(page.locator("#adapter-versions [data-before]")).to_have_count(0, timeout=ANSWER_MS)
+    await save(page, folder, "trial", "#adapter-body > div:has(#trial-form)")
+    await go(page, "Status")
+    await page.locator("#usage-by").select_option("version")
+    await expect(page.locator("#usage-rows svg").first).to_be_visible(timeout=ANSWER_MS)
+    await save(page, folder, "usage", "#usage")
+
+
 async def of_other_views(page: Page, folder: Path, adapters: Path) -> None:
     """Take the screenshots of the views Compare, Adapters and Publish. Nothing is published."""
     await page.get_by_text("System prompt and more options").click()
@@ -132,6 +191,9 @@ async def take(url: str, folder: Path) -> None:
                 await of_ask(page, folder)
                 await of_history(page, folder)
                 await of_other_views(page, folder, adapters)
+            async with opened(browser, url, size=LARGE) as page:
+                await of_changes(page, folder)
+                await of_map(page, folder)
         for name, size, theme in (("dark", WIDE, "dark"), ("narrow", NARROW, "light")):
             async with opened(browser, url, size=size, theme=theme) as page:
                 await ask(page, PROMPTS[0])

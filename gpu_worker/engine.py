@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from gpu_worker.front.preprocess import RequestPreprocessor
 from gpu_worker.front.request.request import Completion, Delta, Job
 from gpu_worker.front.row import Row, Sink
 from gpu_worker.front.tokenizing import Tokenizing
+from lora_store.adapter import Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,9 @@ class InferenceEngine(ABC):
 
     @property
     @abstractmethod
-    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every module an adapter may target, by the base model's module path."""
+    def module_shapes(self) -> Shapes:
+        """(out, in) of every module an adapter may target, by the base model's module path; of fused experts also their
+        number."""
 
     @property
     @abstractmethod

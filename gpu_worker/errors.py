@@ -74,8 +74,9 @@ class GrammarFailed(GpuWorkerError):
 
 
 class PlanTooLarge(GpuWorkerError):
-    """The plan's adapters have more rank rows together than the bank (`worker.bank_rank_rows`). With vLLM, the widest
-    adapter of a fusion has more than the rows for fusions (`worker.fusion_rank_rows`)."""
+    """The plan's adapters have more rank rows together than the bank (`worker.bank_rank_rows`), or more bytes for
+    experts than it keeps (`worker.host_cache_bytes`). With vLLM, the widest adapter of a fusion has more than the rows
+    for fusions (`worker.fusion_rank_rows`)."""
 
     kind = Kind.INVALID
     code = "invalid_request"

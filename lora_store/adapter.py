@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCAL_TENANT = "local"
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of each module that an adapter may change: (out, in) of a linear layer, (out, in, experts) of fused experts."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RESERVED = frozenset({"auto", ".", ".."})
 
@@ -41,7 +43,10 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class ModuleWeights:
-    """One module's LoRA pair. Dims: R rank, I in, O out. `lora_a` (R, I), `lora_b` (O, R)."""
+    """One module's LoRA pair. Dims: R rank, I in, O out. `lora_a` (R, I), `lora_b` (O, R).
+
+    Of E fused experts each has a pair of its own: `lora_a` (E, R, I), `lora_b` (E, O, R).
+    """
 
     lora_a: Tensor
     lora_b: Tensor
@@ -49,7 +54,7 @@ class ModuleWeights:
 
     @property
     def rank(self) -> int:
-        return self.lora_a.shape[0]
+        return self.lora_a.shape[-2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Compose adapters into one that computes what a mixture of them does: the weighted sum of their outputs.
 
-Dims: R rank, I in, O out.
+Dims: R rank, I in, O out. Of fused experts each matrix has a first dimension for them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def _concatenated(pairs: Sequence[tuple[ModuleWeights, float]]) -> tuple[Tensor,
     """Return A (R, I) and B (O, R) of the sum, R being the sum of the ranks."""
     import torch  # imported here, since it takes seconds
 
-    a = torch.cat([module.lora_a.float() for module, _ in pairs], 0)
-    b = torch.cat([weight * module.scaling * module.lora_b.float() for module, weight in pairs], 1)
+    a = torch.cat([module.lora_a.float() for module, _ in pairs], -2)
+    b = torch.cat([weight * module.scaling * module.lora_b.float() for module, weight in pairs], -1)
     return a, b
 
 
@@ -51,9 +51,10 @@ def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, 
     import torch  # imported here, since it takes seconds
 
     q, s = torch.linalg.qr(b.double())
-    p, t = torch.linalg.qr(a.double().T)
-    left, values, right = torch.linalg.svd(s @ t.T)
-    root = values[:rank].sqrt()
-    new_a, new_b = root[:, None] * (right[:rank] @ p.T), (q @ left[:, :rank]) * root
+    p, t = torch.linalg.qr(a.double().mT)
+    left, values, right = torch.linalg.svd(s @ t.mT)
+    root = values[..., :rank].sqrt()
+    new_a = root[..., :, None] * (right[..., :rank, :] @ p.mT)
+    new_b = (q @ left[..., :rank]) * root[..., None, :]
     squares = values.square()
-    return new_a.float(), new_b.float(), float(squares.sum()), float(squares[rank:].sum())
+    return new_a.float(), new_b.float(), float(squares.sum()), float(squares[..., rank:].sum())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from lora_store.adapter import AdapterRef
 
 KEPT_POLICIES = 16  # versions of one name; `name@digest` and rollback can use these
 MAX_NAMES = 256  # a tenant may have this many
 MAX_POLICY_CHARS = 16_384
+_MAX_SHORTENED = 1024  # policies that are remembered: clients poll the list of models
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +33,11 @@ class NamedPolicy:
 def policy_digest(policy: str) -> str:
     """Return the digest of a policy."""
     return hashlib.sha256(policy.encode()).hexdigest()
+
+
+@lru_cache(_MAX_SHORTENED)
+def shorten_policy(policy: str) -> str:
+    """Return the fields of a policy that are texts or numbers, for a list that shows no others."""
+    return json.dumps(
+        {name: value for name, value in json.loads(policy).items() if isinstance(value, str | float | int)}
+    )

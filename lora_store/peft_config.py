@@ -39,7 +39,6 @@ _VARIANTS = {
     "modules_to_save": "fully trained modules",
     "lora_bias": "LoRA biases",
     "trainable_token_indices": "trained tokens",
-    "target_parameters": "LoRA on bare parameters",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
@@ -49,6 +48,7 @@ _VARIANTS = {
 }
 _APPROXIMATE = "let PEFT's save_as_lora approximate this one"
 # These initialisations rewrite the base model's weights, so the adapter alone does not hold all of the training.
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MAX_PATTERN_LEN = 256
 _MAX_MODULE_LEN = 256
@@ -74,15 +74,24 @@ class PeftConfig:
     alpha_pattern: PatternTable
     unsupported: tuple[str, ...]
     is_lora: bool = True
+    target_parameters: frozenset[str] = frozenset()
+
+    def targets_weight_of(self, module: str) -> bool:
+        """Return whether the module was adapted as a bare parameter, whose path is then what patterns match."""
+        parts = f"{module}.weight".split(".")
+        return any(".".join(parts[start:]) in self.target_parameters for start in range(len(parts)))
 
     def rank_of(self, *paths: str) -> int:
         """Return the module's rank. `paths`: what the module is called, in the model that was trained and here."""
         return int(self.rank_pattern.get(paths, self.rank))
 
+    def alpha_of(self, *paths: str) -> float:
+        """Return the module's lora_alpha. `paths`: as for `rank_of`."""
+        return self.alpha_pattern.get(paths, self.lora_alpha)
+
     def scaling_of(self, rank: int, *paths: str) -> float:
         """Return lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA. `paths`: as for `rank_of`."""
-        alpha = self.alpha_pattern.get(paths, self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha_of(*paths) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_base_model(folder: Path, limits: Limits) -> str | None:
@@ -112,6 +121,7 @@ def read_config(folder: Path, limits: Limits) -> PeftConfig:
         rank_pattern=PatternTable(tables["rank_pattern"]),
         alpha_pattern=PatternTable(tables["alpha_pattern"]),
         unsupported=tuple(_unsupported(raw)),
+        target_parameters=frozenset(_names(raw.get("target_parameters") or [])),
     )
 
 
@@ -186,12 +196,23 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
         if value and key in _VARIANTS:
             approximate = f", or {_APPROXIMATE}" if key == "use_dora" else ""
             found.append(f"{key} ({_VARIANTS[key]}) is not supported: train LoRA on linear layers only{approximate}")
+        elif value and key == "target_parameters":
+            if others := sorted(name for name in _names(value) if not name.endswith((*EXPERT_PARAMETERS, ".weight"))):
+                found.append(
+                    f"target_parameters has {_short(others[0])}: only the parameters of fused experts"
+                    f" ({', '.join(EXPERT_PARAMETERS)}) and the weight of a router or a linear layer can be adapted"
+                )
         elif value and key not in _HARMLESS | _READ:
             found.append(
                 f"{CONFIG_FILE} sets {_short(key)}, which this version does not know: upgrade the server, or remove the"
                 " setting if it does not change the adapter"
             )
     return found
+
+
+def _names(value: object) -> list[str]:
+    """Return a JSON list's strings, or the value as the only one."""
+    return [str(name) for name in value] if isinstance(value, list) else [str(value)]
 
 
 def _is_rank(value: object) -> bool:
@@ -224,6 +245,10 @@ class PatternTable:
             if path in self._values:
                 return self._values[path]
         return default
+
+    def preceded_by(self, values: Mapping[str, float]) -> PatternTable:
+        """Return the table with the values of whole paths before all others."""
+        return PatternTable({"^" + re.escape(path): value for path, value in values.items()} | self._values)
 
     def without_match(self, paths: Collection[str]) -> list[str]:
         """Return the patterns that match none of the paths."""

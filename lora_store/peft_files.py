@@ -1,4 +1,4 @@
-"""Read and write PEFT's adapter folders. PEFT's own names appear only here and in `peft_config`."""
+"""Read and write PEFT's adapter folders. Its names appear only here, in `peft_config` and in what they import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from lora_store.adapter import ModuleWeights, Sample
 from lora_store.bounded_files import Limits, read_bytes, read_tensors
 from lora_store.errors import AdapterRefused, FileRefused
+from lora_store.expert_tensors import read_experts, split_experts
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
+from lora_store.tensor_paths import tensor_key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MLX_WEIGHTS_FILE = "adapters.safetensors"
+_ROUTERS = (".gate", ".router")  # to PEFT, weights of routers are parameters
 PICKLE_FILE = "adapter_model.bin"
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -37,17 +40,23 @@ _TRAINING_STATE = re.compile(r"base_model\.model\..+\.(?:lora_velora_embed|lora_
 
 @dataclass(frozen=True, slots=True)
 class PeftFolder:
-    """The content of an adapter folder. `tensors` has every tensor by the file's own key, paired or not."""
+    """The content of an adapter folder. `tensors` has every tensor by the file's own key, paired or not.
+
+    Those of fused experts are in `experts`, under the names of their parameters.
+    """
 
     config: PeftConfig
     tensors: dict[str, Tensor]
+    experts: dict[str, Tensor]
     samples: tuple[Sample, ...]
     description: str | None
 
     @property
     def modules(self) -> dict[str, ModuleWeights]:
         """The complete LoRA pairs by module path."""
-        return pair_modules(self.config, pairs_of(self.tensors))
+        pairs = pairs_of(self.tensors) | pairs_of(self.experts)
+        paths = {name: f"{name}.weight" for name in pairs if self.config.targets_weight_of(name)}
+        return pair_modules(self.config, pairs, paths)
 
 
 def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
@@ -59,8 +68,16 @@ def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
     try:
         config = read_config(folder, limits)
         tensors = read_tensors(folder / WEIGHTS_FILE, limits)
-        read = {key: tensor.tensor() for key, tensor in tensors.items()}
-        return PeftFolder(config, read, read_samples(folder, limits), read_description(folder, limits))
+        experts = read_experts(tensors, config, None, limits.max_weights_bytes)
+        if experts.problems:
+            raise FileRefused(WEIGHTS_FILE, list(experts.problems))
+        return PeftFolder(
+            config=experts.config,
+            tensors={key: tensor.tensor() for key, tensor in tensors.items() if key not in experts.keys},
+            experts={key: tensor.tensor() for key, tensor in experts.tensors.items()},
+            samples=read_samples(folder, limits),
+            description=read_description(folder, limits),
+        )
     except FileRefused as exc:
         raise AdapterRefused(folder.name, [f"{exc.file}: {problem}" for problem in exc.problems]) from exc
 
@@ -82,12 +99,13 @@ def write_peft_folder(
     from safetensors.torch import save_file  # imported here, since torch takes seconds
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = _make_config(weights) | {"base_model_name_or_path": base_model, "task_type": task_type}
+    tensors, experts = split_experts(weights)
+    config = _make_config(weights, experts) | {"base_model_name_or_path": base_model, "task_type": task_type}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {}
-    for name, module in weights.items():
-        tensors[tensor_key(name, "A")] = module.lora_a.detach().cpu().clone().contiguous()
-        tensors[tensor_key(name, "B")] = module.lora_b.detach().cpu().clone().contiguous()
+    for name in weights.keys() - set(experts):
+        tensors[tensor_key(name, "A")] = weights[name].lora_a
+        tensors[tensor_key(name, "B")] = weights[name].lora_b
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in sorted(tensors.items())}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if samples:
         (folder / SAMPLES_FILE).write_bytes(write_samples(samples))
@@ -109,11 +127,6 @@ def read_template(folder: Path, limits: Limits) -> str | None:
         return template_digest(read_bytes(folder / TEMPLATE_FILE, limits.max_template_bytes).decode())
     except UnicodeDecodeError as exc:
         raise FileRefused(TEMPLATE_FILE, ["is not UTF-8"]) from exc
-
-
-def tensor_key(module: str, side: str) -> str:
-    """Return the name of a module's tensor. `side`: A or B."""
-    return f"base_model.model.{module}.lora_{side}.weight"
 
 
 def is_only_for_training(key: str) -> bool:
@@ -146,22 +159,25 @@ def pair_modules(
     trained = paths or {}
     return {
         name: ModuleWeights(
-            pair["lora_a"], pair["lora_b"], config.scaling_of(len(pair["lora_a"]), trained.get(name, name), name)
+            pair["lora_a"], pair["lora_b"], config.scaling_of(pair["lora_a"].shape[-2], trained.get(name, name), name)
         )
         for name, pair in pairs.items()
         if len(pair) == len(_SIDES)
     }
 
 
-def _make_config(weights: Mapping[str, ModuleWeights]) -> dict[str, Any]:
-    ranks = {name: module.rank for name, module in weights.items()}
-    alphas = {name: _int_if_whole(_compute_alpha(module)) for name, module in weights.items()}
+def _make_config(weights: Mapping[str, ModuleWeights], experts: Collection[str]) -> dict[str, Any]:
+    paths = {name: f"{name}.weight" if name.endswith(_ROUTERS) else name for name in weights}
+    parameters = {*experts, *(path for name, path in paths.items() if path != name)}
+    ranks = {paths[name]: module.rank for name, module in weights.items()}
+    alphas = {paths[name]: _int_if_whole(_compute_alpha(module)) for name, module in weights.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(weights),
+        "target_modules": sorted({*paths.values()} - parameters),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {_exactly(name): value for name, value in alphas.items() if value != alpha},
         "inference_mode": True,

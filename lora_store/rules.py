@@ -329,11 +329,13 @@ def rank_events(
     at: datetime,
     *,
     are_outcomes: bool = False,
+    keeps: Collection[AdapterRef] = (),
 ) -> list[Event]:
     """Return events that replace the rankings of `tenant` that an evaluation made, or those of its outcomes.
 
-    An evaluation keeps an earlier ranking if its anchor was withdrawn and one of its adapters is still live: its
-    examples cannot be measured again, and they show what the adapter is for.
+    `keeps`: the anchors whose earlier rankings stay. An evaluation also keeps an earlier ranking if its anchor was
+    withdrawn and one of its adapters is still live: its examples cannot be measured again, and they show what the
+    adapter is for.
     """
     live = {record.ref for record in snapshot.records.values()}
     earlier = [rank.ranking for rank in snapshot.rankings.get(tenant, ())]
@@ -341,6 +343,7 @@ def rank_events(
         ranking
         for ranking in earlier
         if ranking.is_outcome != are_outcomes
+        or ranking.anchor in keeps
         or (
             not ranking.is_outcome
             and (ranking.anchor.tenant, ranking.anchor.name) not in snapshot.records

@@ -75,10 +75,17 @@ class StoredTensor:
         with np.errstate(over="ignore"):
             return StoredTensor("F32", self.shape, self.data.view("<f8").astype("<f4").view(np.uint8))
 
+    def bits(self) -> NDArray[np.unsignedinteger[Any]]:
+        """Return the numbers' bits in the tensor's shape, a view."""
+        return self.data.view(f"<u{_DTYPES[self.dtype][1]}").reshape(self.shape)
+
+    def with_bits(self, bits: NDArray[np.unsignedinteger[Any]]) -> StoredTensor:
+        """Return a tensor of the same dtype with these bits, a copy if they are not contiguous."""
+        return StoredTensor(self.dtype, bits.shape, np.ascontiguousarray(bits).reshape(-1).view(np.uint8))
+
     def transposed(self) -> StoredTensor:
         """Return the transposed matrix, a copy."""
-        values = self.data.view(f"<u{_DTYPES[self.dtype][1]}").reshape(self.shape)
-        return StoredTensor(self.dtype, self.shape[::-1], np.ascontiguousarray(values.T).reshape(-1).view(np.uint8))
+        return self.with_bits(self.bits().T)
 
     def tensor(self) -> Tensor:
         """Return it for torch: a view of the file's bytes, or a copy where they are not aligned."""

@@ -44,12 +44,16 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """Changes that make a new version of the same weights. None: as in the live version; "server": no template."""
+    """Changes that make a new version of the same weights. None: as in the live version; "server": no template.
+
+    `contract`: JSON; "": none.
+    """
 
     tags: tuple[str, ...] | None = None
     template: str | None = None
     visibility: Visibility | None = None
     samples: tuple[Sample, ...] | None = None
+    contract: str | None = None
 
 
 def version_digest(label: Label, weights_digest: str, samples_digest: str | None, base_model: str) -> str:

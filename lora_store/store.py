@@ -15,15 +15,15 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample, is_valid_name
+from lora_store.adapter import LOCAL_TENANT, AdapterRef, Sample, Shapes, is_valid_name
 from lora_store.ballast import Ballast
 from lora_store.blobs import BlobStore
 from lora_store.bounded_files import Limits
 from lora_store.catalogue import CATALOGUE, Catalogue
 from lora_store.conditional_writes import check_conditional_writes
-from lora_store.contract_files import ReadContract
+from lora_store.contract_files import GIVEN, ReadContract
 from lora_store.data_files import DATA_SUFFIX
-from lora_store.errors import AdapterNotFound, AdapterRefused, StoreDamaged, StoreUnavailable
+from lora_store.errors import AdapterNotFound, AdapterRefused, FileRefused, StoreDamaged, StoreUnavailable
 from lora_store.events import Event, Withdraw
 from lora_store.feedback import FeedbackFiles
 from lora_store.files import Files
@@ -56,7 +56,7 @@ from lora_store.table_log import LOG
 from lora_store.trials import Trial
 from lora_store.uploads import Uploads
 from lora_store.usage import UsageFiles
-from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, Shapes, check_folder
+from lora_store.validation import SERVER_TEMPLATE, CheckedFolder, Label, check_folder
 from lora_store.weights_blob import WeightsBlob, digest_of
 
 logger = logging.getLogger(__name__)
@@ -239,8 +239,8 @@ class LoraStore:
         record = changed_version(live, samples_digest=digest_of(data), num_samples=len(samples))
         return self._stage_changed(live, record, tuple(samples))
 
-    def edit(self, live: AdapterRecord, edit: Edit) -> Staged:
-        """Stage the weights of the live version with these changes.
+    def edit(self, live: AdapterRecord, edit: Edit, read_contract: ReadContract | None = None) -> Staged:
+        """Stage the weights of the live version with these changes. `read_contract`: for its base model.
 
         The commit fails if another version is live by then. An accepted prompt stays marked as one.
         Raises: AdapterRefused with every reason; AdapterNotFound if its blobs were deleted.
@@ -249,10 +249,18 @@ class LoraStore:
         label = _make_label(name, tenant, edit.tags, edit.template, edit.visibility or live.visibility, live)
         reasons = list(label.problems())
         samples = None if edit.samples is None else self._checked_samples(live, edit.samples, reasons)
+        read = read_contract or self._read_contract
+        if edit.contract and read is not None:
+            try:
+                read(GIVEN, edit.contract.encode())
+            except FileRefused as exc:
+                reasons += [f"{exc.file}: {problem}" for problem in exc.problems]
         if reasons:
             raise AdapterRefused(name, reasons)
         template = None if label.template == SERVER_TEMPLATE else label.template
         changes: dict[str, Any] = {"tags": label.tags, "template": template, "visibility": label.visibility}
+        if edit.contract is not None:
+            changes["contract"] = edit.contract or None
         if samples is not None:
             digest = digest_of(write_samples(samples)) if samples else None
             changes |= {"samples_digest": digest, "num_samples": len(samples)}
@@ -441,11 +449,18 @@ class LoraStore:
         encoder, at = ActiveEncoder(model, identity), self._now()
         return self._catalogue.commit(lambda snapshot: activate_events(snapshot, encoder, actor, at))
 
-    def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
+    def rank(
+        self,
+        tenant: str,
+        rankings: Sequence[Ranking],
+        actor: str,
+        are_outcomes: bool = False,
+        keeps: Sequence[AdapterRef] = (),
+    ) -> int:
         """Replace the rankings that `auto` of this tenant uses, and return the generation. See `rank_events`."""
         at = self._now()
         return self._catalogue.commit(
-            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes)
+            lambda snapshot: rank_events(snapshot, tenant, rankings, actor, at, are_outcomes=are_outcomes, keeps=keeps)
         )
 
     def load(self, weights_digest: str) -> bytes:

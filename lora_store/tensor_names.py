@@ -7,22 +7,22 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_store.peft_files import WEIGHTS_FILE, split_key, tensor_key
+from lora_store.peft_files import WEIGHTS_FILE, split_key
+from lora_store.tensor_paths import MAX_NAME, WRAPPERS, inner_path, tensor_key
 
 _NUM_SHOWN = 3
-_MAX_NAME = 500  # longer names are not explained
 _VOCABULARY = re.compile(r"\.lora_embedding_|(^|\.)(embed_tokens|embed_in|wte|word_embeddings|lm_head|embed_out)\.")
 _OTHER_PARTS = re.compile(
     r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|connector|audio_tower|embed_vision|embed_audio)\."
 )
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:(?:\.[A-Za-z0-9_-]+)?\.weight)?")
-_OF_TORCHTUNE = re.compile(r".+\.lora_[ab]\.weight")
-_READABLE = re.compile(r"(.+)\.lora_(?:([AB])(?:\.([A-Za-z0-9_-]+))?\.weight|([ab]))")  # the last: of MLX
+_REORDERED_BY_TORCHTUNE = re.compile(r".+\.[qk]_proj\.lora_[ab]\.weight")
+_READABLE = re.compile(  # the second form is MLX's, the third torchtune's
+    r"(.+)\.lora_(?:([AB])(?:\.([A-Za-z0-9_-]+))?\.weight|([ab])|([ab])\.weight)"
+)
+_FROM_TORCHTUNE = {"attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _PEFT_PREFIX = "base_model.model."
-# Of torch and Lightning, around a module.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-# Around all layers: PEFT, transformers' classes, data parallel, and the text part of multimodal models.
-_OUTER = {"base_model", "model", "module", "language_model", "text_model"}
+_OLD_BLOCK = (".block_sparse_moe.", ".mlp.")  # what held Mixtral's router and experts in transformers 4, and now
 _MOST_ADDED = 64  # characters of a path; the config's patterns are slow for long ones
 
 
@@ -45,19 +45,22 @@ def read_names(keys: Collection[str], modules: Collection[str] | None) -> dict[s
     """
     by_tail: dict[str, str | None] = {}
     for known in modules or ():
-        tail = _inner(known.split("."))
+        tail = inner_path(known.split("."))
         by_tail[tail] = None if tail in by_tail else known
     found = {}
     for key in keys:
-        match = None if len(key) > _MAX_NAME or _is_known(key, modules) else _READABLE.fullmatch(key)
+        match = None if len(key) > MAX_NAME or _is_known(key, modules) else _READABLE.fullmatch(key)
         if match is None:
             continue
-        parts = [part for part in match[1].split(".") if part not in _WRAPPERS]
+        parts = [part for part in match[1].split(".") if part not in WRAPPERS]
+        if match[5]:
+            parts = [_FROM_TORCHTUNE.get(part, part) for part in parts]
         path = ".".join(parts).rpartition(_PEFT_PREFIX)[2]
-        module: str | None = path if modules is None else by_tail.get(_inner(parts))
-        name = tensor_key(module or "", (match[2] or match[4]).upper())
+        tail = inner_path(parts)
+        module: str | None = path if modules is None else by_tail.get(tail, by_tail.get(tail.replace(*_OLD_BLOCK)))
+        name = tensor_key(module or "", (match[2] or match[4] or match[5]).upper())
         if module and split_key(name) and len(path) <= len(module) + _MOST_ADDED:
-            found[key] = Spelling(name, module, path, match[3], is_transposed=match[2] is None)
+            found[key] = Spelling(name, module, path, match[3], is_transposed=match[4] is not None)
     return found
 
 
@@ -97,10 +100,10 @@ def explain_other_parts(keys: Collection[str]) -> Iterator[str]:
 
 def explain_torchtune(keys: Collection[str]) -> Iterator[str]:
     """Yield the reason why tensors in torchtune's own format are refused, if there are any."""
-    if found := [key for key in keys if _OF_TORCHTUNE.fullmatch(key)]:
+    if found := [key for key in keys if _REORDERED_BY_TORCHTUNE.fullmatch(key)]:
         yield (
             f"{WEIGHTS_FILE}: {len(found)} tensors have torchtune's own format ({min(found)[:200]!r}), which orders the"
-            " rows of some models otherwise: let torchtune save the adapter in PEFT's format"
+            " rows of queries and keys otherwise for some models: let torchtune save the adapter in PEFT's format"
         )
 
 
@@ -128,7 +131,7 @@ def misnamed_tensors(keys: Collection[str], modules: Collection[str] | None) -> 
     by_tail = _tails(modules) if modules is not None else None
     found = {}
     for key in keys:
-        wanted = None if len(key) > _MAX_NAME or _is_known(key, modules) else _name_for_peft(key, by_tail)
+        wanted = None if len(key) > MAX_NAME or _is_known(key, modules) else _name_for_peft(key, by_tail)
         if wanted is not None and wanted != key:
             found[key] = wanted
     return found
@@ -151,17 +154,11 @@ def explain_names(misnamed: dict[str, str], num_tensors: int) -> Iterator[str]:
     )
 
 
-def _inner(parts: list[str]) -> str:
-    """Return the path without what surrounds all layers."""
-    start = next((place for place, part in enumerate(parts) if part not in _OUTER), len(parts))
-    return ".".join(parts[start:])
-
-
 def _is_known(key: str, modules: Collection[str] | None) -> bool:
     split = split_key(key)
     if split is None or modules is not None:
         return split is not None and modules is not None and split[0] in modules
-    return not _VOCABULARY.search(key) and _WRAPPERS.isdisjoint(split[0].split("."))
+    return not _VOCABULARY.search(key) and WRAPPERS.isdisjoint(split[0].split("."))
 
 
 def _name_for_peft(key: str, by_tail: dict[str, str] | None) -> str | None:
@@ -169,7 +166,7 @@ def _name_for_peft(key: str, by_tail: dict[str, str] | None) -> str | None:
     match = _LORA.fullmatch(key)
     if match is None:
         return None
-    parts = [part for part in match[1].split(".") if part not in _WRAPPERS]
+    parts = [part for part in match[1].split(".") if part not in WRAPPERS]
     if by_tail is None:
         _, prefix, rest = ".".join(parts).rpartition(_PEFT_PREFIX)
         module: str | None = rest if prefix else ".".join(parts)

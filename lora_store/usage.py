@@ -8,7 +8,7 @@ clients may choose them. Processes write, merge, read and delete without coordin
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from lora_store.files import Files, StoredFile
 from lora_store.location import Location
 
-Dimension = Literal["day", "tenant", "key", "adapter", "base"]
+Dimension = Literal["day", "tenant", "key", "adapter", "version", "base"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 ADAPTER = pa.struct([("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64())])
 SCHEMA = pa.schema(
@@ -48,7 +48,9 @@ SCHEMA = pa.schema(
 )
 MAX_ROWS = 10_000  # in one report
 SUMS = ("requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
-_READ = ("id", "time", "tenant", "key", "base", "adapters", "status", "code", *SUMS[2:])
+_READ = ("id", "time", "tenant", "key", "base", "adapters", "status", "code", *SUMS[2:], "total_s")
+_STEP = 1.05  # between the bounds of durations: a percentile is at most 5 % too long
+_SLOW = 0.95
 _FIRST_ERROR = 400
 _TIDY_EVERY = timedelta(minutes=10)
 _MANY = 32  # files of the present day; those of earlier days become one
@@ -106,16 +108,16 @@ class UsageFiles:
         """Return one row for each group, in order, with its sums and the time of its last event.
 
         A report of more than MAX_ROWS has some of its rows, more than MAX_ROWS: days, keys and adapters make millions.
-        A request counts for each of its adapters: with `adapter` in `by`, sums over the rows may exceed the total. An
-        `adapter` of None is the base model.
+        A request counts for each of its adapters: by `adapter` or `version`, sums over the rows may exceed the total.
+        An `adapter` of None is the base model. `mean_s` and `p95_s` are of the requests' durations.
         """
         days = self._by_day().items()
         wanted = [(day, files) for day, files in days if _folder(query.start) <= day <= _folder(query.end)]
         found = [_sums_of_day(self._read_day(day, files), day, query) for day, files in wanted]
         if not found:
             return []
-        summed = _summed(pa.concat_tables(found), query.by).slice(0, MAX_ROWS + 1)
-        rows = [row for row in summed.to_pylist() if row["requests"]]
+        summed = _summed(pa.concat_tables(found), query.by, {"bound": "list", "timed": "list"}).slice(0, MAX_ROWS + 1)
+        rows = [_with_durations(row) for row in summed.to_pylist() if row["requests"]]
         return sorted(rows, key=lambda row: [str(row[name] or "") for name in query.by])
 
     def _by_day(self) -> dict[str, list[StoredFile]]:
@@ -178,34 +180,50 @@ def _folder(day: date) -> str:
 def _sums_of_day(events: pa.Table, folder: str, query: UsageQuery) -> pa.Table:
     if query.tenant is not None:
         events = events.filter(pc.equal(events["tenant"], query.tenant))
-    if "adapter" in query.by or query.adapter is not None:
-        events = _first_of_each(_with_each_adapter(events), ["id", "adapter"])
+    if {"adapter", "version"} & {*query.by} or query.adapter is not None:
+        events = _first_of_each(_with_each_adapter(events), ["id", *{"adapter", *query.by} & {"adapter", "version"}])
     if query.adapter is not None:
         events = events.filter(pc.equal(events["adapter"], query.adapter))
-    given: dict[str, Any] = {name: events[name] for name in ("tenant", "key", "base", "adapter") if name in query.by}
+    given: dict[str, Any] = {name: events[name] for name in DIMENSIONS[1:] if name in query.by}
     ones = pa.array(np.ones(len(events), np.int64))
     failed = pc.or_(pc.greater_equal(events["status"], _FIRST_ERROR), pc.not_equal(events["code"], ""))
     day = pa.array([folder.removeprefix("day=")] * len(events), pa.string())
     columns: dict[str, Any] = {"day": day, **given, "requests": ones, "errors": pc.cast(failed, pa.int64())}
     columns |= {name: events[name] for name in SUMS[2:]}
-    return _summed(pa.table(columns | {"last_at": events["time"]}), query.by)
+    seconds = pc.cast(events["total_s"], pa.float64())
+    columns |= {"bound": pc.ceil(pc.logb(pc.max_element_wise(seconds, 1e-6, skip_nulls=False), _STEP))}
+    columns |= {"seconds": seconds, "timed": pc.cast(pc.is_valid(seconds), pa.int64()), "last_at": events["time"]}
+    return _summed(pa.table(columns), [*query.by, "bound"], {"timed": "sum"})
 
 
 def _with_each_adapter(events: pa.Table) -> pa.Table:
-    """Return the events once for each of their adapters, in a column of their names; null for the base model."""
+    """Return the events once for each of their adapters, in columns of their names and digests; null for the base."""
     lists = events["adapters"].combine_chunks()
-    used = events.take(pc.list_parent_indices(lists)).append_column(
-        "adapter", pc.struct_field(pc.list_flatten(lists), "name")
-    )
+    flat, used = pc.list_flatten(lists), events.take(pc.list_parent_indices(lists))
     none = events.filter(pc.equal(pc.list_value_length(lists), 0))
-    return pa.concat_tables([used, none.append_column("adapter", pa.nulls(len(none), pa.string()))])
+    for column, field in (("adapter", "name"), ("version", "digest")):
+        used = used.append_column(column, pc.struct_field(flat, field))
+        none = none.append_column(column, pa.nulls(len(none), pa.string()))
+    return pa.concat_tables([used, none])
 
 
-def _summed(table: pa.Table, by: Iterable[Dimension]) -> pa.Table:
-    groups = [*by]
-    summed = table.group_by(groups).aggregate([*((name, "sum") for name in SUMS), ("last_at", "max")])
-    names = {f"{name}_sum": name for name in SUMS} | {"last_at_max": "last_at"}
+def _summed(table: pa.Table, by: Iterable[str], more: Mapping[str, str]) -> pa.Table:
+    """Return the sums of each group, its last time, and `more` aggregates of other columns."""
+    wanted = {**dict.fromkeys((*SUMS, "seconds"), "sum"), "last_at": "max", **more}
+    one = pa.array(np.zeros(len(table), np.int8))  # lists need a group
+    summed = table.append_column("one", one).group_by(["one", *by]).aggregate([*wanted.items()]).drop_columns(["one"])
+    names = {f"{name}_{how}": name for name, how in wanted.items()}
     return summed.rename_columns([names.get(name, name) for name in summed.column_names])
+
+
+def _with_durations(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with the mean of its durations and the bound of 95 % of them; None if no event has one."""
+    counts = sorted((bound, timed) for bound, timed in zip(row.pop("bound"), row.pop("timed"), strict=True) if timed)
+    seconds, num_timed = row.pop("seconds"), sum(timed for _, timed in counts)
+    reached = np.cumsum([timed for _, timed in counts])
+    place = int(np.searchsorted(reached, _SLOW * num_timed))
+    p95 = round(_STEP ** counts[place][0], 4) if counts else None
+    return row | {"mean_s": round(seconds / num_timed, 4) if counts else None, "p95_s": p95}
 
 
 def _first_of_each(table: pa.Table, keys: list[str]) -> pa.Table:

@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from lora_store.adapter import LOCAL_TENANT, ModuleWeights, Sample, is_valid_name
+from lora_store.adapter import LOCAL_TENANT, ModuleWeights, Sample, Shapes, is_valid_name
 from lora_store.bounded_files import Limits, read_tensors
 from lora_store.contract_files import GIVEN, MAX_CONTRACT_BYTES, ReadContract, read_contract_file
 from lora_store.errors import AdapterRefused, FileRefused
+from lora_store.expert_tensors import read_experts
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
 from lora_store.peft_files import (
     MLX_WEIGHTS_FILE,
@@ -53,7 +54,6 @@ MAX_TAGS = 32
 _SHOWN_FOLDERS = 5
 _QUANTISED = re.compile(r"[48]-?bit|gptq|awq", re.IGNORECASE)
 
-Shapes = Mapping[str, tuple[int, int]]
 Pairs = Mapping[str, dict[Side, StoredTensor]]
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ def check_folder(
 ) -> CheckedFolder:
     """Read and validate the folder's adapter. `is_private`: no other process can change the folder meanwhile.
 
-    `module_shapes`: (out, in) of each linear layer that an adapter may change; None skips this check.
+    `module_shapes`: those of all modules that an adapter may change; None skips this check.
     `templates`: the names of the known chat templates, by digest; None skips this check. `read_contract`: how contracts
     are read; None ignores them.
     Raises: AdapterRefused, which lists every reason found.
@@ -150,16 +150,29 @@ def check_folder(
     read: dict[str, Spelling] = {}
     paths: dict[str, str] = {}
     if tensors is not None and (config is None or config.is_lora):
+        expert_paths: frozenset[str] = frozenset()
+        of_experts: Mapping[str, StoredTensor] = {}
+        if not tensors:
+            reasons.append(f"{WEIGHTS_FILE}: has no tensors")
+        if config is not None:
+            experts = read_experts(tensors, config, module_shapes, limits.max_weights_bytes)
+            config, of_experts, expert_paths = experts.config, experts.tensors, experts.paths
+            notes = (*experts.notes, *notes)
+            reasons += [f"{WEIGHTS_FILE}: {problem}" for problem in experts.problems]
+            tensors = {key: tensor for key, tensor in tensors.items() if key not in experts.keys}
         read, explained = _read_names(reasons, tensors, module_shapes)
         named = {key: tensor for key, tensor in tensors.items() if key not in explained and key not in read}
         named |= {spelling.name: _turned(tensors[key], spelling) for key, spelling in read.items()}
+        named |= of_experts
         paths = {spelling.module: spelling.path for spelling in read.values() if spelling.module != spelling.path}
         pairs = pairs_of(named)
         reasons += _tensor_problems(named, pairs, module_shapes, limits)
         # Match the config's patterns with real module paths only: a crafted one could make matching slow.
         known = {name: pair for name, pair in pairs.items() if module_shapes is None or name in module_shapes}
         if config is not None:
-            reasons += [*_scaling_problems(config, known, paths), *_pattern_problems(config, paths, known)]
+            paths |= {name: f"{name}.weight" for name in known if config.targets_weight_of(name)}
+            reasons += _scaling_problems(config, known, paths)
+            reasons += _pattern_problems(config, paths, [*known, *expert_paths])
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
@@ -293,13 +306,11 @@ def _read_names(
     reasons: list[str], tensors: Mapping[str, StoredTensor], shapes: Shapes | None
 ) -> tuple[dict[str, Spelling], set[str]]:
     """Return how other tools' names are read, and the tensors that are refused for a reason added to `reasons`."""
-    if not tensors:
-        reasons.append(f"{WEIGHTS_FILE}: has no tensors")
     vocabulary = set(vocabulary_tensors(tensors, shapes))
     others = set(other_part_tensors(tensors.keys() - vocabulary, shapes))
     rest = tensors.keys() - vocabulary - others
-    read = read_names(rest, shapes)
     torchtune = list(explain_torchtune(rest))
+    read = {} if torchtune else read_names(rest, shapes)
     misnamed = {} if torchtune else misnamed_tensors(rest - read.keys(), shapes)
     reasons += [*explain_vocabulary(vocabulary), *explain_other_parts(others), *torchtune]
     reasons += [*explain_names(misnamed, len(tensors)), *unreadable(rest, read)]
@@ -357,21 +368,24 @@ def _pair_problems(
         yield "has lora_A but no lora_B" if "lora_a" in pair else "has lora_B but no lora_A"
         return
     a, b = pair["lora_a"].shape, pair["lora_b"].shape
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+    num_dims = 2 if shapes is None or module not in shapes else len(shapes[module])
+    if shapes is None and len(a) == len(b) == 3:  # experts, read as such
+        num_dims = 3
+    if len(a) != num_dims or len(b) != num_dims or a[-2] != b[-1]:
         yield f"has lora_A {a} and lora_B {b}; their shapes must be (rank, in) and (out, rank)"
         return
-    if not 1 <= a[0] <= limits.max_rank:
-        yield f"has rank {a[0]}, must be 1 to {limits.max_rank}"
-    if shapes is not None and module in shapes and (b[0], a[1]) != shapes[module]:
-        yield f"maps {a[1]} to {b[0]}, but the base model's layer maps {shapes[module][1]} to {shapes[module][0]}"
+    if not 1 <= a[-2] <= limits.max_rank:
+        yield f"has rank {a[-2]}, must be 1 to {limits.max_rank}"
+    if shapes is not None and module in shapes and (b[-2], a[-1], *a[:-2]) != shapes[module]:
+        yield f"maps {a[-1]} to {b[-2]}, but the base model's layer maps {shapes[module][1]} to {shapes[module][0]}"
 
 
 def _scaling_problems(config: PeftConfig, pairs: Pairs, paths: Mapping[str, str]) -> Iterator[str]:
     for name, pair in pairs.items():
-        if len(pair) < 2 or pair["lora_a"].ndim != 2 or not pair["lora_a"].shape[0]:
+        if len(pair) < 2 or pair["lora_a"].ndim not in (2, 3) or not pair["lora_a"].shape[-2]:
             continue  # reported by _pair_problems
         path = paths.get(name, name)
-        rank, wanted = pair["lora_a"].shape[0], config.rank_of(path, name)
+        rank, wanted = pair["lora_a"].shape[-2], config.rank_of(path, name)
         if rank != wanted:
             yield f"module {name[:200]!r} has rank {rank}, but {CONFIG_FILE} gives it {wanted}"
         largest = _largest(pair["lora_b"])
@@ -379,10 +393,10 @@ def _scaling_problems(config: PeftConfig, pairs: Pairs, paths: Mapping[str, str]
             yield f"module {name[:200]!r} overflows its dtype once scaled by lora_alpha / rank"
 
 
-def _pattern_problems(config: PeftConfig, paths: Mapping[str, str], pairs: Pairs) -> Iterator[str]:
+def _pattern_problems(config: PeftConfig, paths: Mapping[str, str], modules: Sequence[str]) -> Iterator[str]:
     """Yield the patterns of an adapter with other paths that match none of its modules, so that a scaling is lost."""
     for field_name, table in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        if paths and (unused := table.without_match([*paths.values(), *pairs])):
+        if paths and (unused := table.without_match([*paths.values(), *modules])):
             yield (
                 f"{field_name} has {unused[0][:100]!r}, which matches none of the tensors' modules: remove it, or save"
                 " the adapter with PEFT's save_pretrained"

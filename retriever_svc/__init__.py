@@ -26,7 +26,7 @@ from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.learning import Learnt, Resampled
 from retriever_svc.listing import Page, PageRequest
 from retriever_svc.live_pool import IndexStats, LivePool
-from retriever_svc.projection import Place, Point, PoolMap
+from retriever_svc.projection import Cluster, Place, Point, PoolMap
 from retriever_svc.projection_files import ProjectionFiles
 from retriever_svc.reindex import ReindexStep
 from retriever_svc.retriever import PoolSize, Retriever
@@ -50,6 +50,7 @@ __all__ = [
     "BaseCounts",
     "BulkEncoding",
     "Candidate",
+    "Cluster",
     "Collision",
     "DoctorReport",
     "DoctorStep",

@@ -49,6 +49,10 @@ class Scorer(Protocol):
         """Return one score from 0 to 1 for each example, such as 1 for an answer equal to its output."""
         ...
 
+    async def can_score(self, adapter: AdapterRecord) -> bool:
+        """Return whether adapters of the base model of this one can be run now."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -178,13 +182,16 @@ def is_clearly_better(first: Sequence[float], second: Sequence[float]) -> bool:
     return mean >= MIN_LEAD and mean > _ERRORS * error
 
 
-async def evaluate(regions: Sequence[Region], scorer: Scorer) -> AsyncGenerator[Ranking | None]:
-    """Yield the ranking of each region, in order; None if nothing was measured.
+async def evaluate(regions: Sequence[Region], scorer: Scorer) -> AsyncGenerator[Ranking | AdapterRef | None]:
+    """Yield the ranking of each region, in order; None if nothing was measured, its anchor if it cannot be now.
 
     An adapter that an earlier region disqualified has no region of its own.
     """
     beaten: set[AdapterRef] = set()
     for region in regions:
+        if not await scorer.can_score(region.anchor):
+            yield region.anchor.ref
+            continue
         ranking = None if region.anchor.ref in beaten else await rank(region, scorer)
         beaten |= set() if ranking is None else {item.ref for item in ranking.adapters if item.is_beaten}
         yield ranking

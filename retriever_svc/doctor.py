@@ -191,7 +191,7 @@ class _Examination:
         vectors = encoding.encode_all()
         if keeps_vectors:
             self.kept.append((encoding.plain_vectors()[:_MAX_REFITTED_SAMPLES], texts[:_MAX_REFITTED_SAMPLES]))
-        found = [[m.record.ref for m in row] for row in self.pool.index.search(vectors, self.top_k, self.allowed)]
+        found = self._found(vectors)
         firsts = Counter(refs[0] for refs in found)
         self.chosen.update(ref for refs in found for ref in refs)
         self.firsts.update({(record.ref, ref): count for ref, count in firsts.items()})
@@ -201,6 +201,17 @@ class _Examination:
         counts = len(found), firsts[record.ref], num_found
         turned_away, wordings = self._turned_away(record, vectors), num_wordings(texts)
         self.findings.append(AdapterFinding(record.ref, *counts, shadow, turned_away, wordings))
+
+    def _found(self, vectors: Vectors) -> list[list[AdapterRef]]:
+        """Return the adapters that each vector finds, best first: as in a plan, all of the best one's base model."""
+        rows = self.pool.index.search(vectors, self.top_k, self.allowed)
+        bases = self.pool.bases
+        for place, row in enumerate(rows if bases.are_several else ()):
+            found = [bases.name_in_plans(match.record.base_model) for match in row]
+            if len(set(found)) > 1:
+                own = self.pool.allowed(self.tenant, base_model=found[0])
+                rows[place] = self.pool.index.search(vectors[place : place + 1], self.top_k, own)[0]
+        return [[match.record.ref for match in row] for row in rows]
 
     def _turned_away(self, record: AdapterRecord, vectors: Vectors) -> tuple[int, ...]:
         """Return how many of the samples (S, D), each compared with the others, the adapter would not answer."""

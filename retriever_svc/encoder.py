@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
-from retriever_svc.packaged_encoder import TASK_PROMPT
+from retriever_svc.packaged_encoder import CONVERSION, TASK_PROMPT
+from retriever_svc.saved_network import SavedEncoder, load_saved
 from retriever_svc.vector_cache import OwnedText, VectorCache
 from retriever_svc.whitening import Whitening, split_identity
 
@@ -55,7 +56,7 @@ def load_model(
     return network
 
 
-def instruction_of(model: SentenceTransformer) -> str:
+def instruction_of(model: SentenceTransformer | SavedEncoder) -> str:
     """Return the text that the model expects before a task's text: its own prompt `task`, or else the paper's."""
     prompt: str = model.prompts.get(TASK_PROMPT, INSTRUCTION)
     return prompt
@@ -83,7 +84,8 @@ class Encoder:
     `instruction`: None means that of the model (see `instruction_of`).
 
     It reads up to `max_tokens` of a text, including the instruction, and 64 characters per token. Invalid Unicode (lone
-    surrogates) reads as "?". `num_threads` sets torch's thread count for the whole process, and the encoder's own.
+    surrogates) reads as "?". `num_threads` sets the encoder's thread count, and torch's for the whole process unless a
+    saved network of the packaged encoder is used, which does without torch.
     With `dtype` auto a vector also depends slightly on the texts that are encoded with it, as bfloat16 is rounded.
     `max_cached_texts`: the number of cached vectors for each owner of texts.
     `projection` follows the model, if one is set with `projected`.
@@ -101,12 +103,16 @@ class Encoder:
         dtype: EncoderDtype = "auto",
         cache_dir: Path = DEFAULT_CACHE_DIR,
     ) -> None:
-        if num_threads is not None:
+        folder = model_folder(model, cache_dir)
+        saves = None
+        if dtype == "auto" and instruction is None and max_tokens == MAX_TOKENS and (folder / CONVERSION).is_file():
+            saves = folder.with_name(f"{folder.name}.openvino"), _identity(folder, str(max_tokens))
+        found = load_saved(*saves, instruction_of, max_tokens, num_threads) if saves else None
+        if found is None and num_threads is not None:
             import torch  # imported here, since it takes seconds
 
             torch.set_num_threads(num_threads)
-        folder = model_folder(model, cache_dir)
-        self._model = load_model(folder, max_tokens)
+        self._model: SentenceTransformer | SavedEncoder = found or load_model(folder, max_tokens)
         self._instruction = instruction_of(self._model) if instruction is None else instruction
         self._max_chars = max_tokens * _CHARS_PER_TOKEN
         self._cache = VectorCache(max_cached_texts)
@@ -115,11 +121,11 @@ class Encoder:
         self.identity: str = _identity(folder, f"{self._instruction}\0{self._model.max_seq_length}")
         self.dim: int = self._model.get_embedding_dimension()
         self.projection: Whitening | None = None
-        if dtype == "auto":
+        if dtype == "auto" and not isinstance(self._model, SavedEncoder):
             from retriever_svc.bfloat16_linear import has_bfloat16_products, use_bfloat16  # torch takes seconds
             from retriever_svc.openvino_network import use_openvino
 
-            if not use_openvino(self._model, self._compute) and has_bfloat16_products():
+            if not use_openvino(self._model, self._compute, saves) and has_bfloat16_products():
                 use_bfloat16(self._model, self._compute)
 
     def projected(self, projection: Whitening | None) -> Encoder:

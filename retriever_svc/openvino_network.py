@@ -8,31 +8,22 @@ torch in float32, so both may be in one index.
 from __future__ import annotations
 
 import logging
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from retriever_svc.saved_network import Run, Vectors, check, compiled, import_openvino, probed, save_network, short
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
 
 logger = logging.getLogger(__name__)
-
-_LEAST_COSINE = 0.999  # to the vectors of torch in float32
-_LONG = "Translate to French: the cat sleeps on the old sofa in the kitchen. "
-_PROBES = ["", "Is it so?", _LONG], [20 * _LONG]  # a batch with padding, and a text of all tokens that are read
-_REASON_CHARS = 400  # of an error, on one line; OpenVINO names the place in its sources first
-_MAX_KERNELS = 1024  # that are kept: each length of a text needs its own; 1,024 take about 200 MB
-
-Run = Callable[[list[NDArray[np.int64]]], Mapping[Any, NDArray[np.float32]]]
 
 
 class OpenvinoNetwork(nn.Module):
@@ -42,18 +33,20 @@ class OpenvinoNetwork(nn.Module):
         """Convert `network` at the first call. `output`: the key of its result that the model's next part reads."""
         super().__init__()
         self.config = network.config  # sentence-transformers reads it
-        self._output, self._names = output, list[str]()
+        self._output, self.names = output, list[str]()
         self._source: nn.Module | None = network  # until it is converted
+        self.converted: Any = None  # OpenVINO's network before its compilation
         self.run: Run | None = None
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Return {output: (N, T, D)} for tensors (N, T). Other arguments keep the values of the first call."""
         if self._source is not None:
-            self._names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
-            self.run = _compiled(self._source, inputs, self._output)
+            self.names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+            self.converted = _converted(self._source, inputs, self._output)
+            self.run = compiled(self.converted, torch.get_num_threads())
             self._source = None
         assert self.run is not None
-        [rows] = self.run([inputs[name].numpy() for name in self._names]).values()
+        [rows] = self.run([inputs[name].numpy() for name in self.names]).values()
         return {self._output: torch.from_numpy(rows)}
 
 
@@ -69,32 +62,37 @@ class _Positional(nn.Module):
         return result
 
 
-def use_openvino(model: SentenceTransformer, encode: Callable[[list[str]], NDArray[np.float32]]) -> bool:
+def use_openvino(
+    model: SentenceTransformer, encode: Callable[[list[str]], Vectors], saves: tuple[Path, str] | None = None
+) -> bool:
     """Replace the network of `model` in place. Return whether it stays replaced.
 
     `encode` returns unit rows of texts, by `model`. A model keeps its own network where OpenVINO cannot run it, or
-    where the vectors differ.
+    where the vectors differ. `saves`: place and source for `save_network`; None saves nothing.
     """
     transformer: Transformer = model[0]
     own = getattr(transformer, "model", None)
     if not isinstance(own, nn.Module):
         return False  # it has none, such as a table of words' vectors
-    expected = _probed(encode)
+    expected = probed(encode)
     try:
-        transformer.model = OpenvinoNetwork(own, _output_of(transformer))
-        cosines = (_probed(encode) * expected).sum(axis=1)
-        if not (cosines > _LEAST_COSINE).all():  # NaN is not
-            raise ValueError(f"its vectors have a cosine of {cosines.min():.4f} to those of torch")
+        transformer.model = network = OpenvinoNetwork(own, _output_of(transformer))
+        check(probed(encode), expected)
     except Exception as exc:  # OpenVINO's errors have no common base
-        reason = textwrap.shorten(str(exc), _REASON_CHARS) or type(exc).__name__
-        logger.warning("the encoder runs with torch, as OpenVINO cannot run it: %s", reason)
+        logger.warning("the encoder runs with torch, as OpenVINO cannot run it: %s", short(exc))
         transformer.model = own
         return False
+    if saves is not None:
+        facts = {
+            "prompts": dict(model.prompts),
+            "max_seq_length": model.max_seq_length,
+            "dim": model.get_embedding_dimension(),
+            "names": network.names,
+            "pad": model.tokenizer.pad_token_id,
+        }
+        save_network(*saves, network.converted, model.tokenizer.backend_tokenizer, facts, expected)
+    network.converted = None
     return True
-
-
-def _probed(encode: Callable[[list[str]], NDArray[np.float32]]) -> NDArray[np.float32]:
-    return np.concatenate([encode(texts) for texts in _PROBES])
 
 
 def _output_of(transformer: Transformer) -> str:
@@ -107,25 +105,13 @@ def _output_of(transformer: Transformer) -> str:
     return str(names[0])
 
 
-def _compiled(network: nn.Module, example: Mapping[str, Any], output: str) -> Run:
-    """Compile a network for tensors of any (N, T), in the order of `example`, and for as many threads as torch has."""
-    # `import openvino` would send an event to Google Analytics. Without this package it has nothing to send it with.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino  # after torch, which is enough for models that it cannot run
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,  # of several processes all would use the first core
-        "CPU_RUNTIME_CACHE_CAPACITY": _MAX_KERNELS,
-    }
+def _converted(network: nn.Module, example: Mapping[str, Any], output: str) -> Any:
+    """Return OpenVINO's network for tensors of any (N, T), in the order of `example`."""
     tensors = {name: value.clone() for name, value in example.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in example.items() if name not in tensors}
     positional = _Positional(network.eval(), list(tensors), others, output)
     with _quietly(), torch.inference_mode():
-        converted = openvino.convert_model(positional, example_input=tuple(tensors.values()))
-        compiled: Run = openvino.Core().compile_model(converted, "CPU", settings)
-    return compiled
+        return import_openvino().convert_model(positional, example_input=tuple(tensors.values()))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, PlanInvalid
-from lora_store.names import NamedPolicy
+from lora_store.names import NamedPolicy, shorten_policy
 from lora_store.plan import Plan, PlannedAdapter
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
@@ -208,11 +209,20 @@ def named_policies(snapshot: Snapshot, tenant: str, model: str, *, owner_names: 
     return [named for named in found if len(digest) >= _MIN_DIGEST_CHARS and named.ref.digest.startswith(digest)]
 
 
-def visible_names(snapshot: Snapshot, tenant: str) -> list[NamedPolicy]:
-    """Return the newest policy of each model name that `tenant` may use: its own, then others'."""
-    own = sorted(key for key in snapshot.names if key[0] == tenant)
-    others = sorted(key for key in snapshot.approved_names.values() if key[0] != tenant)
-    return [snapshot.policies(tenant, f"{owner}/{name}")[0] for owner, name in (*own, *others)]
+def visible_names(
+    snapshot: Snapshot, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
+) -> list[NamedPolicy]:
+    """Return the newest policy of each model name that `tenant` may use: its own, then others'.
+
+    `after`: the name before the first one. `is_short`: as `shorten_policy` returns them.
+    """
+    own = {key for key in snapshot.names if key[0] == tenant}
+    places = sorted((owner != tenant, owner, name) for owner, name in {*own, *snapshot.approved_names.values()})
+    if after:
+        owner, _, name = after.rpartition("/")
+        places = places[bisect_right(places, (owner not in ("", tenant), owner or tenant, name)) :]
+    found = [snapshot.policies(tenant, f"{owner}/{name}")[0] for _, owner, name in places[:limit]]
+    return [replace(named, policy=shorten_policy(named.policy)) for named in found] if is_short else found
 
 
 def _common_base(records: Sequence[AdapterRecord], names: Sequence[str], bases: ServedBases) -> str:

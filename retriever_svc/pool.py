@@ -21,10 +21,11 @@ from retriever_svc.encoder import Encoder, Vectors
 from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings, listed
+from retriever_svc.map_layout import MAX_NAME_CHARS, MAX_POINTS, Layout
 from retriever_svc.ordinary_prompts import centred, nearness, refers_back
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
-from retriever_svc.projection import MAX_POINTS, Plane, Point, PoolMap
+from retriever_svc.projection import PoolMap
 from retriever_svc.served_bases import BaseCounts, ServedBases
 
 _TRUSTED = "trusted"
@@ -67,7 +68,7 @@ class Pool:
     bases: ServedBases = _EVERY_BASE
     centre: Vectors | None = None  # (D,), of an encoder without projection (see `ordinary_prompts.centred`)
     _allowed: PerCallerCache[Allowed] = field(default_factory=PerCallerCache)
-    _maps: PerCallerCache[tuple[Plane, PoolMap]] = field(default_factory=PerCallerCache)
+    _maps: PerCallerCache[tuple[Layout, PoolMap]] = field(default_factory=PerCallerCache)
     _preferences: PerCallerCache[Preferences] = field(default_factory=PerCallerCache)
     _counts: PerCallerCache[int] = field(default_factory=PerCallerCache)
     _unserved: PerCallerCache[BaseCounts] = field(default_factory=PerCallerCache)
@@ -190,16 +191,25 @@ class Pool:
             ),
         )
 
-    def map(self, tenant: str) -> tuple[Plane, PoolMap]:
-        """Return the plane and the map of the adapters of `tenant`. Adapters it cannot see do not affect the axes."""
+    def map(self, tenant: str) -> tuple[Layout, PoolMap]:
+        """Return the layout and the map of the adapters of `tenant`. Adapters it cannot see do not affect it."""
         return self._maps.get((tenant,), lambda: self._drawn(tenant))
 
-    def _drawn(self, tenant: str) -> tuple[Plane, PoolMap]:
+    def _drawn(self, tenant: str) -> tuple[Layout, PoolMap]:
         num, records, vectors = self.index.spread(tenant, MAX_POINTS)
-        plane = Plane.of(vectors)
-        places = zip(records, plane.project(vectors).tolist(), strict=True)
-        points = tuple(Point(record.ref, x, y) for record, (x, y) in places)
-        return plane, PoolMap(self.snapshot.generation_for(tenant), num, plane.shown_variance, points)
+        num_chars = sum(len(record.ref.name_for(tenant)) for record in records)
+        if num_chars > MAX_NAME_CHARS:
+            _, records, vectors = self.index.spread(tenant, len(records) * MAX_NAME_CHARS // num_chars)
+        layout = Layout.of(vectors)
+        groups, places = layout.place(vectors)
+        return layout, PoolMap(
+            generation=self.snapshot.generation_for(tenant),
+            num_adapters=num,
+            names=tuple(record.ref.name_for(tenant) for record in records),
+            places=tuple((x, y) for x, y in places.tolist()),
+            groups=tuple(groups.tolist()),
+            clusters=layout.clusters(groups, records),
+        )
 
     def embedded(self, tenant: str, name: str, *, owner_names: bool = False) -> list[AdapterRecord]:
         """Return the live adapter that `tenant` means by `name` if it is served and embedded, else an empty list."""

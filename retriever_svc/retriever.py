@@ -242,7 +242,7 @@ class Retriever:
             return NoAdapterMatched(best and best.score, NO_THRESHOLD if best is None else best.threshold)
         reason: Reason = "below_threshold" if matches else "no_candidates"
         back = pool.refers_back(encoded.vector)
-        base_model = request.base_model or pool.bases.name_in_plans("")
+        base_model = request.base_model or request.fallback_base or pool.bases.name_in_plans("")
         plan = Plan("base", generation=generation, base_model=base_model)
         return Route(plan, candidates, generation, abstained=True, reason=reason, refers_back=back)
 
@@ -274,9 +274,11 @@ class Retriever:
         snapshot = self._pool_at(min_generation, tenant).snapshot
         return named_policies(snapshot, tenant, model, owner_names=self._owner_names)[:limit]
 
-    def names(self, tenant: str) -> list[NamedPolicy]:
-        """Return the newest policy of each name that `tenant` may use: its own, then others'."""
-        return visible_names(self._pools.current.snapshot, tenant)
+    def names(
+        self, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
+    ) -> list[NamedPolicy]:
+        """Return the newest policy of each name that `tenant` may use, see `visible_names`."""
+        return visible_names(self._pools.current.snapshot, tenant, after, limit, is_short=is_short)
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
@@ -373,11 +375,11 @@ class Retriever:
         Ignore versions: `name@digest` has the place of the live `name`.
         """
         pool = encoded.pool
-        plane, _ = pool.map(tenant)
+        layout, _ = pool.map(tenant)
         bare = [name.partition("@")[0] for name in names]
         records = [r for name in bare for r in pool.embedded(tenant, name, owner_names=self._owner_names)]
         vectors = [record.embedding.vector for record in records if record.embedding is not None]
-        [(x, y), *others] = plane.project(np.stack([encoded.vector, *vectors])).tolist()
+        [(x, y), *others] = layout.place(np.stack([encoded.vector, *vectors]))[1].tolist()
         adapters = tuple(Point(record.ref, *at) for record, at in zip(records, others, strict=True))
         return Place(pool.snapshot.generation_for(tenant), Point(None, x, y), adapters)
 

@@ -35,7 +35,7 @@ class RouteRequest:
     `shows_samples`: candidates of this tenant come with the samples that the text is nearest to. `counted`: whether
     metrics count this text as a prompt: `never` for that of an earlier turn, `if_chosen` if another text is tried next.
     `base_model`: the name of the served base model that answers; by default the best adapter's, and without one the
-    first.
+    first. `fallback_base`: the one that answers without an adapter, instead of the first.
     Raises: RouteInvalid if a value is out of range.
     """
 
@@ -54,6 +54,7 @@ class RouteRequest:
     counted: Counted = "always"
     options: OptionValues = field(default_factory=dict)
     base_model: str = ""
+    fallback_base: str = ""
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, ROUTED_STRATEGIES)

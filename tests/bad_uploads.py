@@ -241,7 +241,9 @@ _CONFIG_FILE = {
     "bias": BadFolder(config(bias="all"), "bias must be 'none', got 'all'"),
     "lora bias": BadFolder(config(lora_bias=True), "lora_bias (LoRA biases)"),
     "trained tokens": BadFolder(config(trainable_token_indices=[1]), "trainable_token_indices (trained tokens)"),
-    "bare parameters": BadFolder(config(target_parameters=["x"]), "target_parameters (LoRA on bare parameters)"),
+    "bare parameters": BadFolder(
+        config(target_parameters=["x"]), "target_parameters has 'x': only the parameters of fused"
+    ),
     "replicated layers": BadFolder(config(layer_replication=[[0, 1]]), "layer_replication (replicated layers)"),
     "activated lora": BadFolder(config(alora_invocation_tokens=[1]), "alora_invocation_tokens (activated LoRA)"),
     "block-diagonal": BadFolder(config(use_bdlora={"nblocks": 2}), "use_bdlora (block-diagonal LoRA) is not supported"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers import (
 from gpu_worker.config import configure_worker
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.inject import target_linears
-from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights
+from lora_store.adapter import AdapterRef, AdapterWeights, ModuleWeights, Shapes
 from lora_store.plan import Plan, PlannedAdapter, Strategy
 
 VOCABULARY = 300
@@ -121,7 +121,7 @@ def linear_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
 
 
 def random_adapter(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Shapes,
     seed: int,
     *,
     rank: int = 4,
@@ -133,11 +133,11 @@ def random_adapter(
     """Return an adapter with random tensors, large enough to change a tiny model's answers."""
     generator = torch.Generator().manual_seed(seed)
     chosen = {}
-    for name, (num_out, num_in) in shapes.items():
+    for name, (num_out, num_in, *num) in shapes.items():
         if modules(name):
             r = rank if rank_of is None else rank_of(name)
-            a = torch.randn(r, num_in, generator=generator) * size
-            b = torch.randn(num_out, r, generator=generator) * size
+            a = torch.randn(*num, r, num_in, generator=generator) * size
+            b = torch.randn(*num, num_out, r, generator=generator) * size
             chosen[name] = ModuleWeights(a, b, scaling)
     return AdapterWeights(hashlib.sha256(f"random-{seed}-{rank}-{scaling}".encode()).hexdigest(), chosen)
 

@@ -249,22 +249,31 @@ class EditRequest(ApiRequest):
     tags: list[Tag] | None = Field(fail_fast=True, default=None, max_length=MAX_TAGS)  # []: none
     template: Literal["alpaca", "chat", "server"] | None = None  # "server": the adapter names none
     samples: list[EditedSample] | None = Field(fail_fast=True, default=None, max_length=MAX_EDITED_SAMPLES)
+    contract: Contract | None = None  # {}: none
     digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
         if self.visibility is None and not self.makes_version:
-            raise ValueError("at least one of `visibility`, `tags`, `template` and `samples` says what to change")
+            raise ValueError(
+                "at least one of `visibility`, `tags`, `template`, `samples` and `contract` says what to change"
+            )
         return self
 
     @property
     def makes_version(self) -> bool:
         """Whether it makes a new version."""
-        return not (self.tags is None and self.template is None and self.samples is None)
+        return any(given is not None for given in (self.tags, self.template, self.samples, self.contract))
 
     def edit(self) -> Edit:
-        samples = None if self.samples is None else tuple(Sample(item.input, item.output) for item in self.samples)
-        return Edit(None if self.tags is None else tuple(self.tags), self.template, self.visibility, samples)
+        """Return the changes. Raises: RequestInvalid for a contract that JSON cannot hold."""
+        return Edit(
+            tags=None if self.tags is None else tuple(self.tags),
+            template=self.template,
+            visibility=self.visibility,
+            samples=None if self.samples is None else tuple(Sample(item.input, item.output) for item in self.samples),
+            contract=None if self.contract is None else self.contract.to_json(),
+        )
 
 
 class ApproveRequest(ApiRequest):

@@ -420,6 +420,9 @@ class RouteQuery(ApiRequest):
         BeforeValidator(_as_list, json_schema_input_type=Text | Queries),
     ]
     """One text or a list."""
+    model: str = Field(default="auto", min_length=1, max_length=256)
+    """As in a request: `base:auto` searches the adapters of one base model, and a model name shows its policy's
+    plan."""
     lora: LoraOptions = LoraOptions()
     """Options for retrieval and composition, see lora options."""
 

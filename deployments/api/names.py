@@ -13,7 +13,7 @@ from pydantic_core import PydanticSerializationError
 from typing_extensions import TypedDict
 
 from deployments.api import error_table
-from deployments.api.base import ApiRequest, problem
+from deployments.api.base import ApiRequest, LoraOptions, problem
 from deployments.api.completions import GenerationRequest, PolicyFields, Question
 from deployments.api.responses import Planned
 from deployments.errors import RequestInvalid
@@ -126,11 +126,18 @@ class BoundName:
         A request that names adapters or sends a plan takes none of the policy's `lora`.
         """
         given = request.model_fields_set
-        names_adapters = request.lora.names_adapters or request.merged_adapters or "lora_path" in given
-        lora = request.lora if names_adapters else _filled(request.lora, self.policy.lora)
+        names_adapters = request.merged_adapters or "lora_path" in given
+        lora = request.lora if names_adapters else self._options(request.lora)
         return _filled(request, self.policy, leaves=("model", "lora", "template", "variant", "share")).model_copy(
             update={"lora": lora}
         )
+
+    def asked(self, question: Question) -> Question:
+        """Return the question with the policy's model, and with its options where it sets none."""
+        return replace(question, model=self.policy.model, lora=self._options(question.lora))
+
+    def _options(self, own: LoraOptions) -> LoraOptions:
+        return own if own.names_adapters else _filled(own, self.policy.lora)
 
     def questions(self, filled: GenerationRequest) -> list[Question]:
         """Return the questions of a request that was filled."""
@@ -180,8 +187,12 @@ class NameShown(NameVersion):
 
 
 class NameList(TypedDict):
+    """One page. If `has_more`, continue `after` the `last_id`."""
+
     object: Literal["list"]
     data: list[NameShown]
+    last_id: str | None
+    has_more: bool
 
 
 def name_object(named: NamedPolicy, tenant: str) -> NameShown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
@@ -188,12 +189,30 @@ class MapPoint(TypedDict):
     y: float
 
 
+class MapCluster(MapPoint):
+    """Adapters near each other, as a disc. `name`: the tags or words of names that distinguish them."""
+
+    radius: float
+    num_adapters: int
+
+
+class ClusteredPoint(MapPoint):
+    """`cluster`: the position in `clusters`, from 0."""
+
+    cluster: int
+
+
 class PoolPicture(TypedDict):
+    """The adapters that `auto` may choose for the caller, or of very many an even selection.
+
+    A pool of few adapters is one cluster.
+    """
+
     object: Literal["pool_map"]
     generation: int
     num_adapters: int
-    shown_variance: float
-    points: list[MapPoint]
+    clusters: list[MapCluster]
+    points: list[ClusteredPoint]
 
 
 class PromptPlace(TypedDict):
@@ -223,22 +242,27 @@ class Stats(TypedDict):
 
 
 class UsageRow(TypedDict):
-    """The sums of one group. `day`, `tenant`, `key`, `adapter` and `base` are there if the query groups by them.
+    """The sums of one group. The dimensions by which the query groups are there.
 
-    `adapter` is `tenant/name`, null for the base model. Tokens are those of the answers' `usage`. `errors`: requests
-    that did not end well, among them those whose clients left. `last_at`: when the last request ended.
+    `adapter` is `tenant/name` and `version` its digest, null for the base model. `mean_s` and `p95_s`: the mean
+    duration of the requests, and the one that 95 % of them did not exceed, at most 5 % too long; null if none was
+    timed. Tokens are those of the answers' `usage`. `errors`: requests that did not end well, among them those whose
+    clients left. `last_at`: when the last request ended.
     """
 
     day: NotRequired[str]
     tenant: NotRequired[str]
     key: NotRequired[str]
     adapter: NotRequired[str | None]
+    version: NotRequired[str | None]
     base: NotRequired[str]
     requests: int
     errors: int
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    mean_s: float | None
+    p95_s: float | None
     last_at: str
 
 
@@ -386,13 +410,14 @@ def _state_of(older: AdapterRecord, live: AdapterRecord) -> Literal["trial", "sh
     return "shadow" if live.trial.is_shadow else "trial"
 
 
-def map_object(drawn: PoolMap, tenant: str) -> PoolPicture:
+def map_object(drawn: PoolMap) -> PoolPicture:
+    points = zip(drawn.names, drawn.places, drawn.groups, strict=True)
     return {
         "object": "pool_map",
         "generation": drawn.generation,
         "num_adapters": drawn.num_adapters,
-        "shown_variance": drawn.shown_variance,
-        "points": [point_object(point, tenant) for point in drawn.points],
+        "clusters": [cast(MapCluster, asdict(cluster)) for cluster in drawn.clusters],
+        "points": [{"name": name, "x": x, "y": y, "cluster": group} for name, (x, y), group in points],
     }
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered, bodies_of, usage_line
-from deployments.batch.run import BatchRun, open_store
+from deployments.batch.run import BatchRun
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
+from deployments.config.app import AppConfig
 from deployments.generation.planner import AUTO
 from deployments.json_types import JsonObject
 from deployments.weights import WeightsFetcher
@@ -113,14 +114,65 @@ class OfflineEngine:
         return self._fetcher.start(weights_digest, self._asyncio_loop)
 
 
-class PartAnswerer(OfflineEngine):
+class OfflineEngines:
+    """The engines of the served base models in this process. Of several, each starts with the first row for it."""
+
+    def __init__(self, config: AppConfig, store: LoraStore, max_waiting: int) -> None:
+        """Start the engine of an only base model. Raises: as `named`."""
+        self._models, self._settings = config.served_models, config.by_model
+        self._store, self._max_waiting = store, max_waiting
+        self._engines: dict[str, OfflineEngine] = {}
+        self._lock = threading.Lock()
+        if not self._models.are_several:
+            self.named("")
+
+    def named(self, base_model: str) -> OfflineEngine:
+        """Return the engine of the base model that a plan names, and start it if it is not running.
+
+        Raises: BaseModelUnsupported, WorkerConfigInvalid, WarmUpFailed.
+        """
+        name = self._models.named(base_model).name
+        with self._lock:
+            if name not in self._engines:
+                own = self._settings[name]
+                self._engines[name] = OfflineEngine(
+                    own.worker_config(), self._store, own.weights_cache, self._max_waiting
+                )
+            return self._engines[name]
+
+    async def complete(self, jobs: Sequence[Job]) -> list[Completion | Exception]:
+        """Answer all rows at once, each on its base model, in their order. Raises: EngineStopped, and as `named`."""
+        groups: dict[str, list[int]] = {}
+        for place, job in enumerate(jobs):
+            groups.setdefault(job.plan.base_model, []).append(place)
+        engines = [await asyncio.to_thread(self.named, base_model) for base_model in groups]
+        answers = await asyncio.gather(
+            *[
+                engine.complete([jobs[place] for place in places])
+                for engine, places in zip(engines, groups.values(), strict=True)
+            ]
+        )
+        found = {
+            place: answer
+            for places, own in zip(groups.values(), answers, strict=True)
+            for place, answer in zip(places, own, strict=True)
+        }
+        return [found[place] for place in range(len(jobs))]
+
+    def close(self) -> None:
+        """Stop the engines and free their memory."""
+        with self._lock:
+            for engine in self._engines.values():
+                engine.close()
+
+
+class PartAnswerer(OfflineEngines):
     """Answers and writes whole parts."""
 
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
-        store = open_store(config.store_uri, config.served_model)
-        max_waiting = (PARTS_AT_ONCE + 1) * run.settings.part_rows
-        super().__init__(config.worker_config(), store, config.weights_cache, max_waiting)
+        store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
+        super().__init__(config, store, (PARTS_AT_ONCE + 1) * run.settings.part_rows)
         self._batch, self._usage = run, store.usage
         self._output = BatchOutput(run.settings.output_uri)
 
@@ -133,7 +185,7 @@ class PartAnswerer(OfflineEngine):
         jobs = [asked.job for asked in planned.asked if asked.job is not None]
         answers = iter(await self.complete(jobs))
         outcomes = [None if asked.job is None else next(answers) for asked in planned.asked]
-        part = answered(planned.rows, planned.asked, outcomes)
+        part = answered(planned.rows, planned.asked, outcomes, self._batch.settings.answer)
         await asyncio.to_thread(self._record, planned, outcomes)
         await asyncio.to_thread(self._output.write, planned.part.number, part)
         return {"num_rows": part.num_rows, "num_errors": part.num_rows - part["error"].null_count}
@@ -144,10 +196,9 @@ class PartAnswerer(OfflineEngine):
         if settings.config.usage_days:
             segment = f"{self._batch.id}-{planned.part.number}"
             models = [body.get("model", AUTO) for body in bodies_of(planned.rows, settings.defaults)]
+            first = settings.config.served_models.first.name
             lines = [
-                usage_line(
-                    f"{segment}-{row}", settings.tenant, model, settings.config.served_model.name, asked, outcome
-                )
+                usage_line(f"{segment}-{row}", settings.tenant, model, first, asked, outcome)
                 for row, (model, asked, outcome) in enumerate(zip(models, planned.asked, outcomes, strict=True))
             ]
             kept = timedelta(settings.config.usage_days)

@@ -60,8 +60,8 @@ def answer_parts(run: BatchRun, concurrency: int) -> Iterator[dict[str, int]]:
             max_concurrent_calls_per_actor=PARTS_AT_ONCE,
             max_tasks_in_flight_per_actor=PARTS_AT_ONCE + 1,
         ),
-        num_cpus=config.worker_scaling.num_cpus,
-        num_gpus=config.worker_scaling.num_gpus,
+        num_cpus=run.settings.engine_cpus,
+        num_gpus=run.settings.engine_gpus,
     )
     for table in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from table.to_pylist()

@@ -10,16 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from deployments.batch.answering import OfflineEngine
+from deployments.batch.answering import OfflineEngines
 from deployments.batch.planning import BatchRouting, asked_of
 from deployments.batch.rows import Asked, answer_of
-from deployments.batch.run import open_store, refuse_several
+from deployments.batch.run import check_devices
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonMapping, JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import LOCAL_TENANT
+from lora_store import LOCAL_TENANT, LoraStore
 
 _MAX_PROMPTS = 1_000_000  # of one call; they wait in the engine's queue
 _NOT_RETURNED = (
@@ -47,10 +47,11 @@ class Generated:
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     error: JsonObject | None = field(default=None)
+    base_model: str | None = None  # of several, the one that answered
 
 
 class LoraRetriever:
-    """The server's planner over a pool, and its engine on one device of this process.
+    """The server's planner over a pool, and the engines of its base models on one device of this process.
 
     Each call answers from the pool's newest generation, and starts all its prompts together. Calls from several threads
     take turns. Use it as a context manager, or call `close`.
@@ -61,21 +62,21 @@ class LoraRetriever:
     ) -> None:
         """`settings`: those of the server, or a file of them. `changes`: settings that replace those of the file.
 
-        Raises: SettingsInvalid, BatchRefused, StoreUnavailable, EncoderUnusable, and what keeps the base model from
-        being served.
+        Raises: SettingsInvalid, BatchRefused, StoreUnavailable, EncoderUnusable, and what keeps an only base model from
+        being served; several are loaded when the first prompt needs them.
         """
         path = None if settings is None or isinstance(settings, AppConfig) else Path(settings)
         self._config = settings if isinstance(settings, AppConfig) else load_config(path, **changes)
-        refuse_several(self._config)
+        check_devices(self._config)
         self._tenant = tenant
-        store = open_store(self._config.store_uri, self._config.served_model)
+        store = LoraStore(self._config.store_uri, accepts_base=self._config.served_models.accepted_names)
         self._pools = live_pool(self._config, store.snapshot)
         self._planner = Planner(
             self._config.served_models,
             self._config.retrieval,
             BatchRouting(retriever_over(self._pools, self._config)),
         )
-        self._engine = OfflineEngine(self._config.worker_config(), store, self._config.weights_cache, _MAX_PROMPTS)
+        self._engines = OfflineEngines(self._config, store, _MAX_PROMPTS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offline")  # a notebook's own event loop is running
 
     def generate(
@@ -93,7 +94,8 @@ class LoraRetriever:
         request's `lora` object, for all prompts or one for each. `fields`: other fields of a request, such as
         `max_tokens`, `temperature` and `seed`.
 
-        Raises: ValueError for fields that ask for more than `Generated` returns; EngineStopped, StoreUnavailable.
+        Raises: ValueError for fields that ask for more than `Generated` returns; EngineStopped, StoreUnavailable; of
+        several base models, what keeps one that a prompt needs from being served.
         """
         _refuse_lost_results(fields)
         given: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -111,9 +113,9 @@ class LoraRetriever:
         return self._thread.submit(lambda: asyncio.run(self._answer(bodies))).result()
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
+        """Stop the engines and free their memory."""
         self._thread.shutdown()
-        self._engine.close()
+        self._engines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -127,11 +129,11 @@ class LoraRetriever:
         await asyncio.to_thread(self._pools.catch_up)
         asked: list[Asked] = await asyncio.gather(
             *[
-                asked_of(self._planner, self._config.served_model, self._tenant, f"prompt-{number}", body)
+                asked_of(self._planner, self._config.served_models, self._tenant, f"prompt-{number}", body)
                 for number, body in enumerate(bodies)
             ]
         )
-        outcomes = iter(await self._engine.complete([item.job for item in asked if item.job is not None]))
+        outcomes = iter(await self._engines.complete([item.job for item in asked if item.job is not None]))
         return [Generated(**answer_of(item, None if item.job is None else next(outcomes))) for item in asked]
 
 

@@ -12,14 +12,14 @@ import pyarrow as pa
 from deployments.api import error_table
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
-from deployments.batch.run import BatchRun, Part, open_store
+from deployments.batch.run import BatchRun, Part
 from deployments.calls.catalogue_clients import RoutingClient
-from deployments.config.served_model import ServedModel
+from deployments.config.served_model import ServedModels
 from deployments.generation.completions import bind, jobs_of, with_contracts
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import NamedPolicy, Plan, Strategy
+from lora_store import LoraStore, NamedPolicy, Plan, Strategy
 from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
 
 
@@ -37,7 +37,8 @@ class PartPlanner:
 
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
-        snapshot = open_store(config.store_uri, config.served_model).snapshot_at(run.generation)
+        store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
+        snapshot = store.snapshot_at(run.generation)
         retriever = retriever_over(live_pool(config, lambda: snapshot), config)
         self._planner = Planner(config.served_models, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)
@@ -56,11 +57,11 @@ class PartPlanner:
 
     async def _ask(self, number: int, body: JsonObject) -> Asked:
         return await asked_of(
-            self._planner, self._settings.config.served_model, self._settings.tenant, f"row-{number}", body
+            self._planner, self._settings.config.served_models, self._settings.tenant, f"row-{number}", body
         )
 
 
-async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str, body: JsonObject) -> Asked:
+async def asked_of(planner: Planner, models: ServedModels, tenant: str, name: str, body: JsonObject) -> Asked:
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)
@@ -68,8 +69,8 @@ async def asked_of(planner: Planner, served: ServedModel, tenant: str, name: str
         sampling = request.sampling()
         planned = await planner.plan(questions[0], tenant)
         [planned] = [planned] if bound is None else bound.explained([planned])
-        [planned] = with_contracts(request, questions, [planned], sampling, served)
-        [job] = jobs_of(name, sampling, questions, [planned], [served.template])
+        [planned] = with_contracts(request, questions, [planned], sampling, models.first)
+        [job] = jobs_of(name, sampling, questions, [planned], [models.named(planned.plan.base_model).template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])
     return Asked(planned, replace(job, tenant=tenant))

@@ -41,6 +41,8 @@ ANSWER = pa.schema(
         pa.field("error", _ERROR),
     ]
 )
+ANSWER_OF_SEVERAL = ANSWER.append(pa.field("base_model", pa.string()))
+"""The columns of an answer where several base models are served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,11 @@ class Asked:
     error: JsonObject | None = None
 
 
-def check_columns(schema: pa.Schema) -> None:
+def check_columns(schema: pa.Schema, answer: pa.Schema = ANSWER) -> None:
     """Check that there is a prompt column, and no column with the name of an answer column. Raises: BatchRefused."""
     if not any(name in schema.names for name in _PROMPTS):
         raise BatchRefused(f"the input has neither a column 'prompt' nor 'messages', only {', '.join(schema.names)}")
-    for name in ANSWER.names:
+    for name in answer.names:
         if name in schema.names:
             raise BatchRefused(f"the input has a column {name!r}, which is the name of an answer column: rename it")
 
@@ -88,12 +90,17 @@ def _decoded(name: str, value: object) -> Any:
         raise RequestInvalid(f"{name}: invalid JSON: {exc}", name) from exc
 
 
-def answered(table: pa.Table, asked: Sequence[Asked], outcomes: Sequence[Completion | Exception | None]) -> pa.Table:
+def answered(
+    table: pa.Table,
+    asked: Sequence[Asked],
+    outcomes: Sequence[Completion | Exception | None],
+    answer: pa.Schema = ANSWER,
+) -> pa.Table:
     """Return the input's columns and those of the answers. `outcomes`: the engine's; None for rows without a job."""
     rows = [answer_of(*each) for each in zip(asked, outcomes, strict=True)]
-    columns = pa.Table.from_pylist(rows, ANSWER)
-    for name in ANSWER.names:
-        table = table.append_column(ANSWER.field(name), columns[name])
+    columns = pa.Table.from_pylist(rows, answer)
+    for name in answer.names:
+        table = table.append_column(answer.field(name), columns[name])
     return table
 
 
@@ -102,7 +109,7 @@ def answer_of(asked: Asked, outcome: Completion | Exception | None) -> JsonObjec
     line: JsonObject = {"error": asked.error}
     if asked.planned is not None and asked.job is not None:
         plan = plan_object(asked.planned, asked.job.tenant, explain=False)
-        line |= {"adapters": plan["adapters"], "strategy": plan["strategy"]}
+        line |= {"adapters": plan["adapters"], "strategy": plan["strategy"], "base_model": plan.get("base_model")}
     if isinstance(outcome, Exception):
         line["error"] = error_table.describe(outcome)[1]["error"]
     elif outcome is not None:
@@ -115,7 +122,8 @@ def usage_line(
 ) -> bytes:
     """Return the row's usage event. The status of a row that was not planned is 400, whatever its code.
 
-    `model`: the row's value, which may be of any type and length in a row that was refused.
+    `model`: the row's value, which may be of any type and length in a row that was refused. `base`: the base model of a
+    row whose plan names none.
     """
     shown = str(model)[:_MAX_NAME_CHARS]
     context = RequestContext(name, "batch", caller=Caller(tenant, frozenset(), "batch"), model=shown)
@@ -129,4 +137,4 @@ def usage_line(
     elif outcome is not None:
         counts = (outcome.num_prompt_tokens, outcome.num_new_tokens)
         context.record_delta(0, Delta("", *counts, num_cached_tokens=outcome.num_cached_tokens))
-    return encode_event(context, base, status)
+    return encode_event(context, context.base_model or base, status)

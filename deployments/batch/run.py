@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from deployments.batch.input import BatchInput, scan
 from deployments.batch.output import BatchOutput, Manifest
-from deployments.batch.rows import check_columns
+from deployments.batch.rows import ANSWER, ANSWER_OF_SEVERAL, check_columns
 from deployments.config.app import AppConfig
-from deployments.config.served_model import ServedModel
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
 from retriever_svc import BaseCounts
 
 # Settings that affect answers. Others, such as threads and batch sizes, may change when a run is resumed.
-_OF_APP = (
-    *("base_model", "base_model_name", "accepts_base", "store_uri", "template", "max_new_tokens", "generation_config"),
-    "sampling_defaults",
-    "public_requires_approval",
-)
-_OF_RETRIEVAL = (
-    *("encoder", "projection", "strategy", "k", "weights", "strategy_options"),
-    *("abstain", "min_score", "fallback"),
-)
+_OF_MODEL = ("base_model", "base_model_name", "accepts_base", "template", "generation_config", "sampling_defaults")
+_OF_APP = (*_OF_MODEL, "store_uri", "max_new_tokens", "public_requires_approval")
+_OTHERS_OF_RETRIEVAL = ("encoder_threads", "encoder_dtype", "max_waiting")
 _OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows")
 
 
@@ -37,6 +32,21 @@ class BatchSettings:
     part_rows: int = 256
     tenant: str = LOCAL_TENANT
     defaults: JsonMapping = field(default_factory=dict)
+
+    @property
+    def answer(self) -> pa.Schema:
+        """The columns that the run adds to those of the input."""
+        return ANSWER_OF_SEVERAL if self.config.models else ANSWER
+
+    @property
+    def engine_cpus(self) -> float:
+        """Logical CPUs of the process with the engines of all base models."""
+        return sum(config.worker_scaling.num_cpus for config in self.config.by_model.values())
+
+    @property
+    def engine_gpus(self) -> float:
+        """GPUs of that process."""
+        return sum(config.worker_scaling.num_gpus for config in self.config.by_model.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +78,10 @@ class BatchRun:
 
 def begin(settings: BatchSettings) -> BatchRun:
     """Start or resume a run, and find the missing parts. Raises: BatchRefused, StoreUnavailable."""
-    refuse_several(settings.config)
+    check_devices(settings.config)
     source = scan(settings.input_uri)
-    check_columns(source.schema)
-    store = open_store(settings.config.store_uri, settings.config.served_model)
+    check_columns(source.schema, settings.answer)
+    store = LoraStore(settings.config.store_uri, accepts_base=settings.config.served_models.accepted_names)
     newest = store.snapshot().generation
     output = BatchOutput(settings.output_uri)
     manifest = output.begin(Manifest(generation=newest, input=_described(source), settings=_deciding(settings)))
@@ -85,23 +95,20 @@ def begin(settings: BatchSettings) -> BatchRun:
         records = store.snapshot_at(manifest.generation).records
     except GenerationGone as exc:
         raise BatchRefused(f"the run cannot be resumed: {exc}; start a new one in another output folder") from exc
-    unserved = settings.config.served_model.bases.unserved(records.values())
+    unserved = settings.config.served_models.bases.unserved(records.values())
     num_adapters = len(records) - sum(num for _, num in unserved)
     num_done = len(parts) - len(left)
     return BatchRun(settings, source, manifest.generation, num_adapters, unserved, left, num_done, manifest.run)
 
 
-def refuse_several(config: AppConfig) -> None:
-    """Raises: BatchRefused for settings with `models`: an offline run loads one base model."""
-    if config.models:
+def check_devices(config: AppConfig) -> None:
+    """Raises: BatchRefused if the engines of several base models do not fit on the one GPU of their process."""
+    shares = [model.worker_scaling.num_gpus for model in config.models if model.worker_scaling.num_gpus]
+    if len(shares) > 1 and sum(shares) > 1:
         raise BatchRefused(
-            "models: an offline run answers with one base model; give it a settings file with base_model instead"
+            f"models: the num_gpus of their workers add up to {sum(shares):g}, and an offline run has one GPU for all;"
+            " set worker_scaling.ray_actor_options.num_gpus of each to its share, as 0.5"
         )
-
-
-def open_store(uri: str, model: ServedModel) -> LoraStore:
-    """Open the pool at `uri`, whose adapters are of the served base model."""
-    return LoraStore(uri, accepts_base=model.accepted_names)
 
 
 def _described(source: BatchInput) -> JsonObject:
@@ -112,8 +119,15 @@ def _described(source: BatchInput) -> JsonObject:
 def _deciding(settings: BatchSettings) -> JsonObject:
     config = settings.config.model_dump(mode="json")
     deciding: JsonObject = {name: config[name] for name in _OF_APP}
-    deciding["retrieval"] = {name: config["retrieval"][name] for name in _OF_RETRIEVAL}
+    deciding["retrieval"] = {
+        name: value for name, value in config["retrieval"].items() if name not in _OTHERS_OF_RETRIEVAL
+    }
     deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
+    for number, model in enumerate(config["models"]):
+        deciding[f"models.{number}"] = {
+            **{name: model[name] for name in _OF_MODEL},
+            "worker": {name: model["worker"][name] for name in _OF_WORKER},
+        }
     deciding["owner_names"] = settings.config.owner_names
     deciding["defaults"] = dict(settings.defaults)
     return deciding | {"tenant": settings.tenant, "part_rows": settings.part_rows}

@@ -34,6 +34,7 @@ from lora_store import (
     Visibility,
     Withdrawn,
 )
+from lora_store.adapter import Shapes
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from lora_store.usage import UsageQuery
@@ -57,8 +58,6 @@ from retriever_svc import (
 from retriever_svc.embedded import Embedded
 
 T = TypeVar("T")
-Shapes = Mapping[str, tuple[int, int]]
-"""(out, in) of every module that an adapter may target."""
 Buffer = NDArray[np.uint8]
 WAIT_S = 60.0  # longer than the Store takes to report that its disk does not answer
 
@@ -139,7 +138,14 @@ class StoreCalls(Protocol):
     @once
     async def add_embeddings(self, embeddings: Mapping[AdapterRef, Embedding]) -> int: ...
     @once
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int: ...
+    async def rank(
+        self,
+        tenant: str,
+        rankings: Sequence[Ranking],
+        actor: str,
+        are_outcomes: bool = False,
+        keeps: Sequence[AdapterRef] = (),
+    ) -> int: ...
     @once
     async def activate_encoder(self, model: str, identity: str, actor: str) -> int: ...
     @retry
@@ -244,7 +250,14 @@ class RetrieverCalls(RoutingClient, Protocol):
     @retry
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page: ...
     @retry
-    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]: ...
+    async def names(
+        self,
+        tenant: str,
+        min_generation: int = 0,
+        after: str = "",
+        limit: int | None = None,
+        is_short: bool = False,
+    ) -> list[NamedPolicy]: ...
     @retry
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...
     @retry

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Generic, TypeVar, cast, overload
 
 from ray.serve.handle import DeploymentHandle
+from typing_extensions import is_protocol
 
 from deployments.calls.serve_calls import ServeCalls
 
@@ -27,6 +28,16 @@ Stream = TypeVar("Stream", bound=Callable[..., AsyncGenerator[Any]])
 
 class ServeClient(Generic[Replica]):
     """The calls of one handle, for the methods below and for those that a client writes itself."""
+
+    def __init_subclass__(cls) -> None:
+        """Check that each method of the client's Protocols is a call. Python lets an empty one answer None."""
+        super().__init_subclass__()
+        for protocol in filter(is_protocol, cls.__mro__):
+            for name, method in vars(protocol).items():
+                is_empty = inspect.isfunction(method) and not hasattr(method, "__wrapped__")
+                if is_empty and not name.startswith("_") and getattr(cls, name) is method:
+                    remedy = f"put @retry, @once or @stream above it, or write it in {cls.__name__}"
+                    raise TypeError(f"{protocol.__name__}.{name} sends nothing: {remedy}")
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self.calls: ServeCalls[Replica] = ServeCalls(handle)

@@ -21,7 +21,6 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.catalogue_clients import Shapes
 from deployments.calls.serve_calls import ServeCalls, answer_or_raise
 from deployments.calls.shared import Shared
 from deployments.errors import WorkerStarting
@@ -30,6 +29,7 @@ from gpu_worker.errors import DeadlineExceeded
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job, Prompt, TokenIds, Tokenized
 from gpu_worker.front.request.tools import Tools
+from lora_store.adapter import Shapes
 from retriever_svc import ServedBases
 
 HEARTBEAT_INTERVAL_S = 5.0
@@ -300,6 +300,10 @@ class Workers(WorkerGroup):
     def made_for(self, base_model: str) -> BaseWorkers:
         """Return the workers of the base model that an adapter names, in any of the names that publishing accepts."""
         return self.named(self._bases.find(base_model) or "")
+
+    def has_same_base(self, first: str, second: str) -> bool:
+        """Return whether two adapters that name these have one base model."""
+        return first == second or self._bases.find(first) == self._bases.find(second)
 
     def stream(self, job: Job) -> DeltaStream:
         return self.named(job.plan.base_model).client.stream(job)

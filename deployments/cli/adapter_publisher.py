@@ -17,6 +17,9 @@ import httpx
 
 from deployments.cli.client import (
     behind_note,
+    counted,
+    err,
+    fail,
     has_key,
     is_this_machine,
     message_of,
@@ -34,7 +37,7 @@ _BATCH = 64
 _REQUESTS_AT_ONCE = 2
 _PAUSES_S = (1.0, 2.0, 4.0)
 _UNAVAILABLE = 503
-_SAMPLES_FILE = "lora_samples.jsonl"
+SAMPLES_FILE = "lora_samples.jsonl"
 SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 
 
@@ -42,12 +45,14 @@ SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 class Item:
     """One adapter to publish: a folder, or a URI that the server reads. `name`: if it is not the server's default.
 
-    `fields`: its own description, before the one of the command.
+    `fields`: its own description, before the one of the command. `samples`: the content of a samples file that is
+    uploaded instead of the folder's own.
     """
 
     place: Path | str
     name: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict)
+    samples: bytes | None = None
 
     @property
     def is_source(self) -> bool:
@@ -74,19 +79,22 @@ class AdapterPublisher:
     """Publishes adapters through one client.
 
     `fields`: the name, tags, template, contract, visibility and samples that were given; an empty one clears.
-    `params`: of every request. `samples`: the content of a samples file that is uploaded instead of the folder's own.
-    `sent`: is called with the size of each part of a file as it is uploaded.
+    `params`: of every request. `sent`: is called with the size of each part of a file as it is uploaded.
     """
 
     client: httpx.Client
     fields: JsonObject
     params: dict[str, str]
-    samples: bytes | None = None
     sent: Callable[[int], object] = lambda _: None
     sleep: Callable[[float], None] = time.sleep
 
     def by_path(self, items: Sequence[Item]) -> Iterator[Answered]:
-        """Let the server read the folders and sources, many per commit, with up to two requests at once."""
+        """Let the server read the folders and sources, many per commit, with up to two requests at once.
+
+        A folder with other samples is uploaded.
+        """
+        yield from self.by_upload([item for item in items if item.samples is not None])
+        items = [item for item in items if item.samples is None]
         batches = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
         pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
         try:
@@ -134,9 +142,9 @@ class AdapterPublisher:
         with ExitStack() as opened:
             files = {path.name: opened.enter_context(_Counted(path, self.sent)) for path in paths}
             parts: list[tuple[str, tuple[str, BinaryIO]]] = [("files", (name, file)) for name, file in files.items()]
-            if self.samples is not None:
-                parts = [part for part in parts if part[1][0] != _SAMPLES_FILE]
-                parts.append(("files", (_SAMPLES_FILE, io.BytesIO(self.samples))))
+            if item.samples is not None:
+                parts = [part for part in parts if part[1][0] != SAMPLES_FILE]
+                parts.append(("files", (SAMPLES_FILE, io.BytesIO(item.samples))))
             given = {**self.fields, **item.fields}
             fields = {key: value if value != [] else "" for key, value in given.items()}  # a form has no lists
             if "contract" in given:
@@ -228,3 +236,19 @@ def _link_message(link: Path) -> str:
 
 def _refusal(response: httpx.Response) -> JsonObject:
     return {"status": response.status_code, "error": {"message": message_of(response)}}
+
+
+def samples_from(file: Path) -> bytes:
+    """Return the samples of a training file as a samples file. Exit if there are none."""
+    from lora_store import FileRefused, Limits  # torch takes seconds to import
+    from lora_store.sample_files import write_samples
+    from lora_store.training_files import training_samples
+
+    try:
+        samples = training_samples(file, Limits())
+    except FileRefused as exc:
+        fail(f"{file}: {exc.problems[0]}")
+    err.print(
+        f"{counted(len(samples), 'sample')} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True
+    )
+    return write_samples(samples)

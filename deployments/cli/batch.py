@@ -43,7 +43,8 @@ def batch(
     try:
         settings = configured(config, store, {name: value for name, value in retrieval.items() if value is not None})
         if address is None:  # a cluster has files of its own
-            require_base_model(settings.base_model)
+            for served in settings.served_models:
+                require_base_model(served.base)
     except (ValueError, OSError) as exc:
         raise typer.Exit(fail(str(exc))) from exc
     given = {name: value for name, value in defaults.items() if value is not None}

@@ -9,7 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
@@ -18,14 +20,13 @@ from typing import BinaryIO, Self
 import httpx
 import ray
 from ray import serve
-from ray._private import auto_init_hook
+from ray._private import auto_init_hook, parameter, services
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.app import application
 from deployments.auth.private_files import keep_files_private, make_private, sessions_folder
 from deployments.auth.ray_token import use_token_mode
 from deployments.calls.h11_proxy import CALLBACK, CALLBACK_VARIABLE
@@ -35,7 +36,7 @@ from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.config.app import AppConfig
 from deployments.json_types import JsonObject
 from gpu_worker.config import PACKAGED_MODEL
-from gpu_worker.model.packaged_model import packaged_folder
+from gpu_worker.model.packaged_model import ensure_converted
 from lora_store import LoraStore, LoraStoreError
 
 APP_NAME = "loraretriever"
@@ -85,6 +86,7 @@ class Server:
         self._port, self._metrics_port = port or free_port(host), metrics_port
         needs_proxy = config.ingress_scaling.max_replicas > 1 or TRACING_VARIABLE in os.environ
         self._uses_proxy = needs_proxy if uses_proxy is None else uses_proxy
+        self._has_proxy = needs_proxy or self._uses_proxy
         self._proxy = host, self._port
         self._session, self._control_plane = Path(), ("", 0)
         self._app: DeploymentHandle | None = None
@@ -97,7 +99,10 @@ class Server:
 
     @property
     def proxy_url(self) -> str:
-        """Return the address of Serve's proxy, after the start. It serves all applications of this Ray."""
+        """Return the address of Serve's proxy, after the start. It serves all applications of this Ray.
+
+        It runs only if it is needed for several Ingress replicas or for traces, or if `uses_proxy`.
+        """
         return _url_of(*self._proxy)
 
     @property
@@ -126,7 +131,7 @@ class Server:
         self._open_pool()
         if any(model.base == PACKAGED_MODEL for model in self.settings.served_models):
             report("checking the base model (the first start converts it, which takes about a minute)")
-            packaged_folder(self.settings.cache_dir)
+            ensure_converted(self.settings.cache_dir)
         report("starting Ray and the deployments")
 
     def _open_pool(self) -> None:
@@ -158,7 +163,7 @@ class Server:
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()
-        with _inherited(CHEAPER_SERVE | ({} if self._uses_proxy else ENDS_AT_ONCE)):
+        with _inherited(CHEAPER_SERVE | ({} if self._uses_proxy else ENDS_AT_ONCE)), _fewer_processes():
             context = ray.init(
                 "local",  # ignores RAY_ADDRESS
                 num_cpus=self._num_cpus,
@@ -176,7 +181,13 @@ class Server:
         logging.getLogger("ray.serve").setLevel(self.ray_log_level)
         if not self._uses_proxy:
             self._proxy = _LOOPBACK, free_port(_LOOPBACK)
-        serve.start(http_options=HTTPOptions(host=self._proxy[0], port=self._proxy[1]))
+        location = ProxyLocation.EveryNode if self._has_proxy else ProxyLocation.Disabled
+        options = HTTPOptions(host=self._proxy[0], port=self._proxy[1])
+        with ThreadPoolExecutor(1) as beside:
+            starting = beside.submit(serve.start, proxy_location=location, http_options=options)
+            from deployments.app import application  # imported while Serve's controller starts
+
+            starting.result()
         report("loading the base model")
         app = application(self.settings, None if self._uses_proxy else (self._host, self._port))
         try:
@@ -324,6 +335,22 @@ def causes_in(status: ServeStatus, sessions: Path) -> str:
 def _leave(number: int, _: FrameType | None) -> None:
     """Handle a signal during the start: leave all contexts, which stops what has been started."""
     sys.exit(128 + number)
+
+
+@contextmanager
+def _fewer_processes() -> Iterator[None]:
+    """Let Ray start without its dashboard, its autoscaler of machines and its log monitor.
+
+    Nothing reads what they do on one machine: `include_dashboard=False` leaves a process that reports usage to Ray's
+    makers, nobody adds machines, and `log_to_driver=False` leaves a reader of logs without a listener.
+    """
+    before = parameter.RayParams, services.start_api_server
+    parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    services.start_api_server = lambda *_, **__: (None, None)  # as after a start that failed, which is no error
+    try:
+        yield
+    finally:
+        parameter.RayParams, services.start_api_server = before
 
 
 @contextmanager

@@ -109,6 +109,7 @@ def serve(
         "worker": None if device is None else {"device": device},
     }
     changes = {name: value for name, value in given.items() if value}
+    _import_serve()
     settings = _settings_of_server(config, changes)
     if print_config:
         from deployments.config.loading import dump_config
@@ -120,10 +121,10 @@ def serve(
     from deployments.private_names import check_libraries
 
     try:
-        check_libraries()
+        check_libraries(of_engine=False)
     except ImportError as exc:
         fail(str(exc))
-    from deployments.cli.run_server import run_server  # Ray and torch take seconds to import
+    from deployments.cli.run_server import run_server  # Ray takes seconds to import
 
     _exit_with(run_server(settings, host, port, metrics_port, is_verbose=verbose))
 
@@ -227,6 +228,9 @@ def route(
             ' {"input" or "prompt": text, "adapter": name, list of names, or null}',
         ),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="as in a request, such as BASE:auto or a model name")
+    ] = None,
     abstain: Abstain = None,
     strategy: Strategy = None,
     k: NumAdapters = None,
@@ -239,7 +243,7 @@ def route(
 ) -> None:
     """Show which adapters would answer a prompt, without generating. With --file, measure how often they are right."""
     if file is not None:
-        if prompt or any(each is not None for each in (abstain, strategy, k, option, tag)):
+        if prompt or any(each is not None for each in (model, abstain, strategy, k, option, tag)):
             raise typer.BadParameter(
                 "is measured with the server's defaults: leave out the prompt and options", param_hint="--file"
             )
@@ -251,7 +255,8 @@ def route(
     options = _options_of(
         strategy_options=read_options(option), abstain=abstain, strategy=strategy, k=k, filter=wanted, explain=True
     )
-    plan = call(url, "POST", "/v1/route", json={"prompt": _text_of(prompt), **options})["data"][0]
+    body = {"prompt": _text_of(prompt), **({} if model is None else {"model": model}), **options}
+    plan = call(url, "POST", "/v1/route", json=body)["data"][0]
     if as_json:
         print_json(plan)
         return
@@ -308,6 +313,17 @@ def _describe_load(workers: JsonObject) -> list[str]:
     load = f"{workers['num_running']} of {workers['max_running']} rows running, {workers['num_waiting']} waiting"
     bank = f"{workers['bank_adapters']} adapters in {workers['bank_rows_occupied']} of {workers['bank_rows']} rank rows"
     return [f"workers:  {replicas['answered']}{silent}; {load}", f"bank:     {bank}"]
+
+
+def _import_serve() -> None:
+    """Import Ray Serve as where pandas is not installed: it takes 40 MB of this process, which needs none of it."""
+    if "pandas" not in sys.modules:
+        sys.modules["pandas"] = None  # type: ignore[assignment]  # Python then raises ImportError
+        try:
+            with suppress(ImportError):  # `check_libraries` says what is missing
+                importlib.import_module("ray.serve")
+        finally:
+            del sys.modules["pandas"]
 
 
 def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:

@@ -12,7 +12,7 @@ import typer
 from rich.table import Column, Table
 from rich.text import Text
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, print_json
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, pages, print_json
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(cls=Commands, help="Let model names stand for policies: which adapters answer, and how.")
@@ -48,7 +48,10 @@ def list_names(
     url: Url = DEFAULT_URL,
 ) -> None:
     """List the model names with their policies, or the versions of one name."""
-    answer = call(url, "GET", "/v1/names" if name is None else _path(name))
+    if name is None:
+        answer = {"object": "list", "data": [row for page in pages(url, "/v1/names") for row in page["data"]]}
+    else:
+        answer = call(url, "GET", _path(name))
     if as_json:
         print_json(answer)
         return

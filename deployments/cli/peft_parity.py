@@ -20,7 +20,7 @@ from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.text.token_bytes import TokenBytes
 from gpu_worker.model.base_model import load_config, model_source
 from gpu_worker.model.checkpoint import load_whole
-from gpu_worker.model.inject import target_linears
+from gpu_worker.model.inject import Adaptable
 from gpu_worker.model.text_part import text_options
 from gpu_worker.start import start_engine
 from lora_store import (
@@ -36,6 +36,7 @@ from lora_store import (
     read_peft_folder,
     write_peft_folder,
 )
+from lora_store.composition import compose
 from lora_store.peft_config import read_config
 from lora_store.peft_files import WEIGHTS_FILE
 
@@ -51,6 +52,7 @@ def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig
 
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
     PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
+    PEFT has no combination of adapters on experts, so there the concatenation is an adapter as well.
     """
     with tempfile.TemporaryDirectory() as copies:
         return _parity(_in_pefts_names(folder, config, Path(copies)), config)
@@ -65,23 +67,36 @@ def _parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> dict
         "fusion": _plan("fusion", adapter=_HALF, other=_HALF),
     }
     tokens, found = asyncio.run(_engine_answers(config, {"adapter": adapter, "other": other}, plans))
-    expected = _peft_logprobs(config, folder, other, _fused(adapter, other), tokens)
+    copies = {"other": other, "fusion": _fused(adapter, other)}
+    if _has_experts(adapter):
+        copies["mixture"], _ = compose([(adapter, _HALF), (other, _HALF)])
+    expected = _peft_logprobs(config, folder, copies, tokens)
     read = TokenBytes(AutoTokenizer.from_pretrained(model_source(config)).backend_tokenizer)
     token_bytes = [read(token_id) for token_id in range(len(expected["selection"]))]
     return {strategy: _furthest(found[strategy], expected[strategy], token_bytes) for strategy in plans}
 
 
 def _in_pefts_names(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig, copies: Path) -> Path:
-    """Return the folder, or a copy in `copies` if its tensors have other names than PEFT's of this base."""
+    """Return the folder, or a copy in `copies` if its tensors have other names than PEFT's of this base.
+
+    Adapters on experts are copied too: PEFT loads several only if their configs name the parameters alike.
+    """
     base = _text_model(config)
-    linears = target_linears(base, base.get_output_embeddings())
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    shapes = Adaptable.of(base).shapes
+    if config.engine == "vllm":
+        shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     named = read_config(folder, Limits()).base_model or ""
     checked = check_folder(folder, accepts_base={named}, module_shapes=shapes)
-    if (folder / WEIGHTS_FILE).exists() and read_peft_folder(folder).modules.keys() == checked.pairs.keys():
+    modules = checked.modules
+    is_named = (folder / WEIGHTS_FILE).exists() and read_peft_folder(folder).modules.keys() == modules.keys()
+    if is_named and not _has_experts(modules):
         return folder
-    write_peft_folder(copies / folder.name, checked.modules, base_model=named)
+    write_peft_folder(copies / folder.name, modules, base_model=named)
     return copies / folder.name
+
+
+def _has_experts(modules: Mapping[str, ModuleWeights]) -> bool:
+    return any(module.lora_a.ndim > 2 for module in modules.values())
 
 
 def _text_model(config: NativeWorkerConfig | VllmWorkerConfig) -> PreTrainedModel:
@@ -101,7 +116,7 @@ def _noisy(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
         return wider + size * torch.randn(wider.shape, generator=random)
 
     return {
-        name: ModuleWeights(add_noise(module.lora_a, 0), add_noise(module.lora_b, 1), module.scaling)
+        name: ModuleWeights(add_noise(module.lora_a, -2), add_noise(module.lora_b, -1), module.scaling)
         for name, module in modules.items()
     }
 
@@ -112,10 +127,11 @@ def _fused(*adapters: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
     for name in adapters[0]:
         modules = [adapter[name] for adapter in adapters]
         rank = max(module.rank for module in modules)
-        a, b = (torch.zeros(shape) for shape in ((rank, modules[0].lora_a.shape[1]), (len(modules[0].lora_b), rank)))
+        (*experts, _, num_in), num_out = modules[0].lora_a.shape, modules[0].lora_b.shape[-2]
+        a, b = torch.zeros(*experts, rank, num_in), torch.zeros(*experts, num_out, rank)
         for module in modules:
-            a[: module.rank] += _HALF * module.lora_a.float()
-            b[:, : module.rank] += _HALF * module.scaling * module.lora_b.float()
+            a[..., : module.rank, :] += _HALF * module.lora_a.float()
+            b[..., : module.rank] += _HALF * module.scaling * module.lora_b.float()
         fused[name] = ModuleWeights(a, b, 1.0)
     return fused
 
@@ -176,20 +192,24 @@ def _furthest(found: Mapping[bytes, float], expected: Tensor, token_bytes: Seque
 def _peft_logprobs(
     config: NativeWorkerConfig | VllmWorkerConfig,
     folder: Path,
-    other: Mapping[str, ModuleWeights],
-    fused: Mapping[str, ModuleWeights],
+    copies: Mapping[str, Mapping[str, ModuleWeights]],
     tokens: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Return the log probabilities (V,) of the next token by strategy, computed by PEFT and transformers."""
+    """Return the log probabilities (V,) of the next token by strategy, computed by PEFT and transformers.
+
+    `copies`: adapters by the name that they get in PEFT, the copy first.
+    """
     base = _text_model(config)
     with tempfile.TemporaryDirectory() as folder_of_copies:
         # The copy must be first: PEFT scales a concatenation by 1 only if its first adapter is not rank-stabilised.
-        for name, modules in (("other", other), ("fusion", fused)):
+        for name, modules in copies.items():
             write_peft_folder(Path(folder_of_copies) / name, modules, base_model=config.base_model)
         model = PeftModel.from_pretrained(base, str(Path(folder_of_copies) / "other"), adapter_name="other").eval()
-        model.load_adapter(str(Path(folder_of_copies) / "fusion"), adapter_name="fusion")
+        for name in copies.keys() - {"other"}:
+            model.load_adapter(str(Path(folder_of_copies) / name), adapter_name=name)
         model.load_adapter(str(folder), adapter_name="selection")
-    model.add_weighted_adapter(["other", "selection"], [_HALF, _HALF], "mixture", combination_type="cat")
+    if "mixture" not in copies:
+        model.add_weighted_adapter(["other", "selection"], [_HALF, _HALF], "mixture", combination_type="cat")
     logprobs = {}
     for strategy in ("selection", "mixture", "fusion"):
         model.set_adapter(strategy)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.cli.adapter_publisher import (
+    SAMPLES_FILE,
     SOURCE,
     AdapterPublisher,
     Item,
@@ -20,12 +21,15 @@ from deployments.cli.adapter_publisher import (
     describe_outcome,
     note_refusal,
     reads_paths,
+    samples_from,
     show_refusals,
 )
 from deployments.cli.client import client_of, counted, err, fail, message_of, out, pages, print_json, show_error
 from deployments.field_problems import describe_problem
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
+
+_NOT_SENT = ("source", "name", "owner", "samples")
 
 
 class _Described(BaseModel):
@@ -44,6 +48,7 @@ class _Described(BaseModel):
 class _Entry(_Described):
     source: str = Field(min_length=1)  # a folder, relative to the file, or a URI that the server reads
     name: str | None = None
+    samples: str | None = None  # a training file, relative to this one, whose samples come instead of the folder's
 
 
 class PoolFile(BaseModel):
@@ -157,15 +162,18 @@ def _item(file: Path, entry: _Entry, defaults: _Described) -> tuple[str | None, 
     given: Mapping[str, object] = defaults.model_dump(exclude_none=True) | entry.model_dump(exclude_none=True)
     owner = given.get("owner")
     named = {"base_name": "base_model"}
-    fields = {named.get(key, key): value for key, value in given.items() if key not in ("source", "name", "owner")}
+    fields = {named.get(key, key): value for key, value in given.items() if key not in _NOT_SENT}
     owner = None if owner is None else str(owner)
     if SOURCE.match(entry.source):
         if entry.name is None:
             fail(f"{file}: adapters: {entry.source}: needs a name")
+        if entry.samples is not None:
+            fail(f"{file}: adapters: {entry.source}: samples go with a folder; give the source a {SAMPLES_FILE}")
         return owner, Item(entry.source, entry.name, fields)
     folder = file.parent / entry.source
     found = adapter_folders(folder)  # the last checkpoint of a training run
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters"
         fail(f"{file}: adapters: {entry.source}: has {what}; list each adapter's own folder")
-    return owner, Item(found[0].path, entry.name or found[0].new_name, fields)
+    samples = None if entry.samples is None else samples_from(file.parent / entry.samples)
+    return owner, Item(found[0].path, entry.name or found[0].new_name, fields, samples)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from deployments.cli.adapter_publisher import (
     describe_outcome,
     note_refusal,
     reads_paths,
+    samples_from,
     show_refusals,
 )
 from deployments.cli.client import (
@@ -29,7 +31,6 @@ from deployments.cli.client import (
     Url,
     answers,
     client_of,
-    counted,
     err,
     fail,
     out,
@@ -159,10 +160,12 @@ def publish(
     _require_one(items, name, samples)
     _check_share(share, shadow)
     _check_cleared(tag, no_tags, samples, no_samples)
-    params, content = {"dry_run": "true"} if dry_run else {}, None if samples is None else _samples_from(samples)
+    params = {"dry_run": "true"} if dry_run else {}
+    if samples is not None:
+        items = [replace(items[0], samples=samples_from(samples))]
     with client_of(url) as client, _upload_progress(items) as sent:
-        publisher = AdapterPublisher(client, fields, params, content, sent)
-        send = publisher.by_path if reads_paths(url, upload=upload) and content is None else publisher.by_upload
+        publisher = AdapterPublisher(client, fields, params, sent)
+        send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
@@ -229,22 +232,6 @@ def _items_of(place: str) -> list[Item]:
         return [Item(place)]
     found = [Item(adapter.path, adapter.new_name) for adapter in adapter_folders(Path(place))]
     return found or [Item(Path(place))]
-
-
-def _samples_from(file: Path) -> bytes:
-    """Return the samples of a training file as a samples file. Exit if there are none."""
-    from lora_store import FileRefused, Limits  # torch takes seconds to import
-    from lora_store.sample_files import write_samples
-    from lora_store.training_files import training_samples
-
-    try:
-        samples = training_samples(file, Limits())
-    except FileRefused as exc:
-        fail(f"{file}: {exc.problems[0]}")
-    err.print(
-        f"{counted(len(samples), 'sample')} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True
-    )
-    return write_samples(samples)
 
 
 def _contract_from(file: Path) -> JsonObject:

@@ -71,9 +71,9 @@ def _answer(run: BatchRun, address: str | None, concurrency: int) -> int:
     from deployments.batch.dataset import answer_parts, cluster  # torch takes seconds to import
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    num_errors, config = 0, run.settings.config
+    num_errors, settings = 0, run.settings
     with (
-        cluster(config.worker_scaling.num_cpus + config.retriever_scaling.num_cpus, address, concurrency),
+        cluster(settings.engine_cpus + settings.config.retriever_scaling.num_cpus, address, concurrency),
         Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
     ):
         task = progress.add_task("rows", total=run.num_rows_left)

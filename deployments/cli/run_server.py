@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from deployments.auth.key_file import load_keys
@@ -50,9 +51,10 @@ def run_server(
 
 def _serve(server: Server, host: str) -> None:
     started, settings = time.monotonic(), server.settings
+    say = partial(out.print, markup=False, highlight=False, soft_wrap=True)
     with server:
         with out.status("starting") as status:
-            report: Callable[[str], None] = status.update if out.is_terminal else _print_phase
+            report: Callable[[str], None] = status.update if out.is_terminal else say  # a line for a log file
             server.prepare(report)
             url = server.start(report)
             if settings.preload:
@@ -64,7 +66,7 @@ def _serve(server: Server, host: str) -> None:
             f"ready after {time.monotonic() - started:.0f} s at {url} with {counted(ready['num_adapters'], 'adapter')}"
         )
         if server.has_new_pool:
-            out.print(f"created a new pool at {settings.store_uri}", markup=False, highlight=False, soft_wrap=True)
+            say(f"created a new pool at {settings.store_uri}")
         for problem in start_problems(ready):
             show_error(problem)
         for model in settings.served_models:
@@ -83,15 +85,10 @@ def _serve(server: Server, host: str) -> None:
         for line in next_steps(
             url, server.ray_address, server.logs, program_of(sys.argv[0]), has_keys=settings.has_keys
         ):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line)
         interrupts.get()
         if not server.finish_requests():
             out.print("stopped before all requests were answered")
-
-
-def _print_phase(phase: str) -> None:
-    """Print a line for a log file, such as that of systemd, Docker or nohup."""
-    out.print(phase, markup=False, highlight=False, soft_wrap=True)
 
 
 def start_problems(ready: JsonObject) -> list[str]:

@@ -8,6 +8,7 @@ import typer
 from rich.table import Column, Table
 
 from deployments.cli.client import DEFAULT_URL, Json, Url, call, out, print_json
+from deployments.json_types import JsonObject
 
 commands = typer.Typer()
 _NUMBERS = {
@@ -24,7 +25,7 @@ _BASE_MODEL = "(base model)"
 def usage(
     by: Annotated[
         list[str] | None,
-        typer.Option("--by", "-b", help="day, tenant, key, adapter or base; repeatable"),
+        typer.Option("--by", "-b", help="day, tenant, key, adapter, version or base; repeatable"),
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="first day, as 2026-11-01; default: 30 days")] = None,
     end: Annotated[str | None, typer.Option("--to", help="last day; default: today")] = None,
@@ -32,7 +33,7 @@ def usage(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Show how many requests and tokens were used, by day, tenant, key, adapter or base model.
+    """Show how many requests and tokens were used, and how long it took, by day, tenant, key, adapter, version or base.
 
     A key with the role admin sees all tenants, any other key its own. Days are of UTC. A request that several adapters
     answered counts for each of them.
@@ -48,8 +49,14 @@ def usage(
         print_json(report)
         return
     columns = [Column(name, overflow="fold") for name in groups]
-    columns += [Column(title, justify="right", no_wrap=True) for title in _NUMBERS.values()]
+    columns += [Column(title, justify="right", no_wrap=True) for title in (*_NUMBERS.values(), "mean s")]
     table = Table(*columns, title=f"{report['start']} to {report['end']}; prompt, cached and new are tokens")
     for row in report["data"]:
-        table.add_row(*(row[name] or _BASE_MODEL for name in groups), *(f"{row[name]:,}" for name in _NUMBERS))
+        mean = "–" if row["mean_s"] is None else f"{row['mean_s']:.2f}"
+        table.add_row(*(_shown(name, row) for name in groups), *(f"{row[name]:,}" for name in _NUMBERS), mean)
     out.print(table)
+
+
+def _shown(group: str, row: JsonObject) -> str:
+    value: str | None = row[group]
+    return _BASE_MODEL if value is None else value[:12] if group == "version" else value

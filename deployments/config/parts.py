@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deployments.api.base import LoraOptions
 from deployments.json_types import JsonMapping
 from lora_store import MAX_PLAN_ADAPTERS, STRATEGIES, Limits, RoutedStrategy
 from retriever_svc.calibration import Abstain
@@ -58,9 +59,6 @@ class SamplingDefaults(Settings):
         return self.model_dump(exclude_none=True)
 
 
-_OF_REQUESTS = {"strategy", "strategy_options", "k", "weights", "abstain", "min_score", "fallback"}
-
-
 class RetrievalSettings(Settings):
     """Defaults for `model: auto`. The `lora` object of a request overrides them."""
 
@@ -104,11 +102,12 @@ class RetrievalSettings(Settings):
         Raises: ValueError for any other setting, and for a value that is not allowed.
         """
         given = user_config.get("retrieval") or {}
-        others = [*(user_config.keys() - {"retrieval"}), *(f"retrieval.{name}" for name in given.keys() - _OF_REQUESTS)]
+        allowed = RetrievalSettings.model_fields.keys() & LoraOptions.model_fields.keys()
+        others = [*(user_config.keys() - {"retrieval"}), *(f"retrieval.{name}" for name in given.keys() - allowed)]
         if others:
             raise ValueError(
                 f"user_config: {', '.join(sorted(others))} cannot change while the server runs; set it in args. "
-                f"user_config takes retrieval with {', '.join(sorted(_OF_REQUESTS))}"
+                f"user_config takes retrieval with {', '.join(sorted(allowed))}"
             )
         return RetrievalSettings.model_validate(self.model_dump() | given)
 

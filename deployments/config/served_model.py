@@ -80,11 +80,11 @@ class ServedModels:
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self.models)
 
-    @property
+    @cached_property
     def first(self) -> ServedModel:
         return self.models[0]
 
-    @property
+    @cached_property
     def are_several(self) -> bool:
         return len(self.models) > 1
 

@@ -68,7 +68,7 @@ function show(adapter) {
 }
 
 function factsOf(adapter) {
-  const { tags, visibility, found_by_auto, ranks, num_bytes, num_samples, target_modules, base_model, template, created_at, live_since, digest, trial } = adapter;
+  const { tags, visibility, found_by_auto, ranks, num_bytes, num_samples, target_modules, base_model, template, created_at, live_since, digest, trial, versions, contract } = adapter;
   const rows = {
     Tags: tags.join(", ") || "none",
     Visibility: visibility,
@@ -78,7 +78,8 @@ function factsOf(adapter) {
     Modules: target_modules.join(", "),
     "Base model": base_model,
     Template: template ?? "the server's",
-    Published: ago(created_at),
+    Contract: contract ? Object.keys(contract).join(", ") : "none",
+    Published: [ago(created_at), versions[0].actor].filter(Boolean).join(" by "),
     "Live since": ago(live_since),
     Version: digest.slice(0, 12),
     Trial: trial ? trialText(trial) : "none",
@@ -142,6 +143,7 @@ function versionRow(version, isOwn) {
     element("td", { title: created_at }, ago(created_at)),
     element("td", { class: "wide" }, [actor, source].filter(Boolean).join(", ")),
     element("td", {}, isKept ? differences(version) || "nothing" : ""),
+    element("td", { class: "wide", "data-uses": digest }, ""),
     element("td", { class: "actions" }, note, " ", compare, " ", button));
 }
 
@@ -167,11 +169,13 @@ function showSimilar(adapter, plan) {
   byId("adapter-similar").replaceChildren(...(rows.length ? rows : [element("li", { class: "muted" }, "no other adapter")]));
 }
 
-/** Shows how often it answered. */
+/** Shows how often it answered, and each of its versions. */
 async function showUses(adapter) {
   byId("adapter-uses").replaceChildren();
-  const uses = await readUses(adapter).catch((error) => [reasonOf(error)]);
-  if (shown === adapter) byId("adapter-uses").replaceChildren(...uses);
+  const { uses, versions } = await readUses(adapter).catch((error) => ({ uses: [reasonOf(error)], versions: {} }));
+  if (shown !== adapter) return;
+  byId("adapter-uses").replaceChildren(...uses);
+  for (const cell of byId("adapter-versions").querySelectorAll("[data-uses]")) cell.textContent = versions[cell.dataset.uses] ?? "";
 }
 
 /** Shows the prompts that its owner may accept as samples. */

@@ -46,7 +46,7 @@ export function prepare(names, prompt = "") {
   for (const tick of ticksOf()) tick.checked = false;
 }
 
-/** Returns the ways that are ticked, and one for each adapter or version that is named. */
+/** Returns the ways that are ticked, and one for each adapter, version or policy that is named. */
 function chosenWays() {
   const ticked = ticksOf().filter(({ checked }) => checked).map(({ value }) => offered[value]);
   const named = [...new Set(listed(byId("compare-models").value))];

@@ -1,4 +1,4 @@
-// The form that changes the tags, template, visibility and samples of an adapter, without an upload.
+// The form that changes the tags, template, visibility, samples and contract of an adapter, without an upload.
 
 import { send } from "./api.js";
 import { listed } from "./answers.js";
@@ -8,7 +8,7 @@ import { readSamples, writeSamples } from "./samples.js";
 let edited = null; // the adapter as it was when the form was opened
 let before = {}; // the fields of the form as they were then
 
-const FIELDS = ["tags", "template", "visibility", "samples"];
+const FIELDS = ["tags", "template", "visibility", "samples", "contract"];
 const fields = () => Object.fromEntries(FIELDS.map((name) => [name, byId(`edit-${name}`).value]));
 
 /** Connects the form. `onSave(work)` runs `work`, which resolves to the answer of the server, and shows its error. */
@@ -25,6 +25,7 @@ export function open(adapter) {
   byId("edit-visibility").value = adapter.visibility;
   byId("edit-samples").value = writeSamples(adapter.samples);
   byId("edit-samples").disabled = adapter.samples.length < adapter.num_samples; // saving would drop the others
+  byId("edit-contract").value = adapter.contract ? JSON.stringify(adapter.contract, null, 2) : "";
   before = fields();
   shown(true);
   byId("edit-tags").focus();
@@ -46,6 +47,7 @@ async function save() {
     if (problem) throw new Error(problem);
     body.samples = rows.map(({ input, output }) => ({ input, output }));
   }
+  if (now.contract !== before.contract) body.contract = parsed(now.contract.trim() || "{}");
   for (const name of ["template", "visibility"]) if (now[name] !== before[name]) body[name] = now[name];
   let generation = null;
   if (Object.keys(body).length) {
@@ -54,4 +56,13 @@ async function save() {
   }
   close();
   return generation;
+}
+
+/** Returns the contract that the text describes. Throws Error. */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new Error(`the contract is not JSON: ${error.message}`);
+  }
 }

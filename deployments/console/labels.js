@@ -7,21 +7,25 @@ const BOLD_CHAR_WIDTH = 7.2;
 const HEIGHT = 14;
 
 export class Labels {
-  /** `points`: circles {x, y, r} that no label may cover. */
-  constructor(width, height, points) {
+  constructor(width, height) {
     this.width = width;
     this.height = height;
-    this.taken = points.map(({ x, y, r }) => ({ left: x - r, right: x + r, top: y - r, bottom: y + r }));
+    this.taken = [];
   }
 
-  /** Returns a label next to (x, y), or null if no side is free. `always`: use the side with the least overlap. */
-  put(text, x, y, distance, { always, kind }) {
-    const length = text.length * (always ? BOLD_CHAR_WIDTH : CHAR_WIDTH), half = HEIGHT / 2;
+  /** `points`: circles {x, y, r} that no further label may cover. */
+  avoid(points) {
+    this.taken.push(...points.map(({ x, y, r }) => ({ left: x - r, right: x + r, top: y - r, bottom: y + r })));
+  }
+
+  /** Returns a label next to (x, y), with `isOver` on it, or null if no side is free. `always`: use the side with the least overlap. */
+  put(text, x, y, distance, { always = false, isOver = false, kind }) {
+    const length = text.length * (always || isOver ? BOLD_CHAR_WIDTH : CHAR_WIDTH), half = HEIGHT / 2;
     const right = x + distance, left = x - distance - length, middle = x - length / 2;
-    const sides = [
+    const sides = (isOver ? [[middle, y - half], [middle, y - distance - HEIGHT], [middle, y + distance]] : [
       [right, y - half], [left, y - half], [middle, y - distance - HEIGHT], [middle, y + distance],
       [right, y - HEIGHT - 2], [right, y + 2], [left, y - HEIGHT - 2], [left, y + 2],
-    ].map(([from, top]) => ({ left: from, top, right: from + length, bottom: top + HEIGHT }));
+    ]).map(([from, top]) => ({ left: from, top, right: from + length, bottom: top + HEIGHT })).map((box) => (isOver ? this.shifted(box) : box));
     const inView = sides.filter((box) => box.left >= 0 && box.right <= this.width && box.top >= 0 && box.bottom <= this.height);
     const best = inView.reduce((found, box) => (!found || this.covered(box) < this.covered(found) ? box : found), null);
     const box = best && (always || this.covered(best) === 0) ? best : always ? this.shifted(sides[0]) : null;

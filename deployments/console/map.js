@@ -1,41 +1,56 @@
-// Draws the adapters as points by the similarity of their samples, with the last prompt among them.
+// Draws the adapters as points in named clusters, with the last prompt among them. Near ones have similar samples.
 
 import { post, read, reasonOf } from "./api.js";
-import { byId, percent, say, shape, whole } from "./dom.js";
+import { byId, element, say, shape, whole } from "./dom.js";
 import { Labels } from "./labels.js";
+import { adapterLink } from "./plan.js";
+import * as viewport from "./viewport.js";
 
 const MARGIN = 22;
 const MAX_LABELS = 60;
+const MAX_LISTED = 50;
 const MAX_STRETCH = 2;
-let drawn = { generation: 0, num_adapters: 0, shown_variance: 0, points: [] };
+const MANY = 300; // points in view, of which only clusters have labels, and a click goes nearer
+let drawn = { generation: 0, num_adapters: 0, clusters: [], points: [] };
 let prompt = null; // {x, y} of the last prompt
 let asked = null; // its text and the names of its adapters
 let chosen = []; // the adapters that answered it, best first
+let spots = []; // every adapter with its place on the whole map, the chosen ones last so that they are on top
+let rings = []; // the clusters with theirs
+let mark = null; // that of the prompt
+let found = new Set(); // the adapters that the search finds
+let near = []; // the adapters in view
 let current = null; // the name under the pointer or the arrow keys
 let numLoads = 0;
 let onChoose = () => {};
 
 export function start(callbacks) {
-  onChoose = callbacks.onChoose;
+  onChoose = (name) => { if (document.fullscreenElement) document.exitFullscreen(); callbacks.onChoose(name); };
   const map = byId("map");
-  new ResizeObserver(draw).observe(map);
+  viewport.start(map, look);
+  new ResizeObserver(fit).observe(map);
   map.addEventListener("pointermove", (event) => pick(nearest(event)));
   map.addEventListener("pointerleave", () => pick(null));
   map.addEventListener("blur", () => pick(null));
-  map.addEventListener("click", (event) => { const found = nearest(event); if (found) onChoose(found.name); });
+  map.addEventListener("click", click);
   map.addEventListener("keydown", step);
+  for (const [id, work] of Object.entries({ "map-in": viewport.zoomIn, "map-out": viewport.zoomOut, "map-whole": viewport.showAll })) byId(id).addEventListener("click", work);
+  byId("map-large").hidden = !document.fullscreenEnabled;
+  byId("map-large").addEventListener("click", () => (document.fullscreenElement ? document.exitFullscreen() : byId("map-panel").requestFullscreen()));
+  byId("map-search").addEventListener("input", search);
+  byId("map-form").addEventListener("submit", (event) => { event.preventDefault(); if (found.size) viewport.showThese([...found]); });
 }
 
 /** Draws the pool at `generation` or later. */
 export async function load(generation) {
   const number = ++numLoads;
   try {
-    const found = await read(`v1/pool/map?min_generation=${generation}`);
+    const answer = await read(`v1/pool/map?min_generation=${generation}`);
     if (number !== numLoads) return;
-    drawn = found;
+    drawn = answer;
     if (asked) await locatePrompt();
     note("");
-    draw();
+    fit();
   } catch (error) {
     if (number === numLoads) say("map-note", reasonOf(error));
   }
@@ -46,87 +61,125 @@ export async function place(text, names, follow) {
   asked = text === null ? null : { text, names };
   prompt = null;
   chosen = [];
-  draw();
+  fit();
   if (!asked) return;
   try {
     const generation = await locatePrompt();
-    draw();
+    fit();
     if (generation > drawn.generation) follow(generation);
   } catch (error) {
     note(error.message);
   }
 }
 
-/** Locates the prompt. The axes depend on the generation, so this runs again after a change of the pool. */
+/** Locates the prompt. Its place depends on the generation, so this runs again after a change of the pool. */
 async function locatePrompt() {
   const mine = asked;
   const body = { prompt: mine.text, adapters: mine.names, min_generation: drawn.generation };
-  const found = await post("v1/pool/map", body, { quietly: true });
+  const answer = await post("v1/pool/map", body, { quietly: true });
   if (mine === asked) {
-    prompt = found.prompt;
-    chosen = found.adapters;
+    prompt = answer.prompt;
+    chosen = answer.adapters;
   }
-  return found.generation;
+  return answer.generation;
 }
 
 function note(problem) {
-  const { num_adapters, points, shown_variance } = drawn;
-  const some = points.length < num_adapters ? `${whole(points.length)} of ${whole(num_adapters)} adapters` : `${whole(num_adapters)} adapters`;
-  say("map-note", problem || (num_adapters ? `${some}, ${percent(shown_variance)} of their variance.` : "There are no adapters yet."));
+  const { num_adapters, points, clusters } = drawn;
+  const some = points.length < num_adapters ? `${whole(points.length)} of ${whole(num_adapters)}` : whole(num_adapters);
+  const text = `${some} ${num_adapters === 1 ? "adapter" : "adapters"}${clusters.length > 1 ? ` in ${clusters.length} clusters` : ""}.`;
+  say("map-note", problem || (num_adapters ? text : "There are no adapters yet."));
 }
 
-/** Returns every adapter to draw, the chosen ones last so that they are on top. */
-function spots() {
-  const names = new Set(chosen.map((adapter) => adapter.name));
-  const others = drawn.points.filter((point) => !names.has(point.name)).map((point) => ({ ...point, rank: -1 }));
-  const top = chosen.map((adapter, rank) => ({ ...adapter, rank }));
-  return [...others, ...top.reverse()];
-}
-
-/** Returns a map from coordinates to pixels. No axis is stretched by more than `MAX_STRETCH` against the other. */
-function scale() {
-  const { width, height } = byId("map").getBoundingClientRect();
-  const all = [...spots(), ...(prompt ? [prompt] : [])];
-  const range = (axis) => {
-    const values = all.map((point) => point[axis]);
-    return values.length ? [Math.min(...values), Math.max(...values)] : [0, 0];
-  };
+/** Finds the place of everything on the whole map, and draws it. No axis is stretched by more than `MAX_STRETCH` against the other. */
+function fit() {
+  const { width, height } = viewport.size();
+  const discs = drawn.clusters.length > 1 ? drawn.clusters : [];
+  const edges = discs.flatMap(({ x, y, radius }) => [{ x: x - radius, y: y - radius }, { x: x + radius, y: y + radius }]);
+  const all = [...drawn.points, ...chosen, ...edges, ...(prompt ? [prompt] : [])];
+  const range = (axis) => all.reduce(([low, high], point) => [Math.min(low, point[axis]), Math.max(high, point[axis])], all.length ? [Infinity, -Infinity] : [0, 0]);
   const [left, right] = range("x"), [bottom, top] = range("y");
   const room = (pixels, length) => (length > 0 ? Math.max(1, pixels - 2 * MARGIN) / length : Infinity);
-  const across = room(width, right - left), up = room(height, top - bottom);
-  const unit = Math.min(across, up);
+  const unit = Math.min(room(width, right - left), room(height, top - bottom));
   const along = (own) => (Number.isFinite(unit) ? Math.min(own, MAX_STRETCH * unit) : 1);
-  return (point) => ({
-    px: width / 2 + (point.x - (left + right) / 2) * along(across),
-    py: height / 2 - (point.y - (bottom + top) / 2) * along(up),
-  });
+  const across = along(room(width, right - left)), up = along(room(height, top - bottom));
+  const at = ({ x, y }) => ({ px: width / 2 + (x - (left + right) / 2) * across, py: height / 2 - (y - (bottom + top) / 2) * up });
+  const names = new Set(chosen.map(({ name }) => name));
+  const others = drawn.points.filter(({ name }) => !names.has(name)).map((point) => ({ ...point, rank: -1, ...at(point) }));
+  spots = [...others, ...chosen.map((point, rank) => ({ ...point, rank, ...at(point) })).reverse()];
+  rings = discs.map((disc) => ({ ...disc, ...at(disc), rx: disc.radius * across, ry: disc.radius * up }));
+  mark = prompt && at(prompt);
+  byId("map-rings").replaceChildren(...rings.map(({ px, py, rx, ry }) => shape("ellipse", { cx: px, cy: py, rx, ry })));
+  byId("map-dots").setAttribute("d", dots(others));
+  byId("map").classList.toggle("many", spots.length > MANY);
+  search();
 }
 
-function placed() {
-  const at = scale();
-  return { all: spots().map((spot) => ({ ...spot, ...at(spot) })), mark: prompt && at(prompt) };
+/** Returns the path of these points: one shape for thousands, which zooming does not change. */
+const dots = (points) => points.map(({ px, py }) => `M${px.toFixed(2)} ${py.toFixed(2)}h0`).join("");
+
+/** Marks the adapters whose name, or whose cluster's name, has the words of the search field. */
+function search() {
+  const text = byId("map-search").value.trim().toLowerCase();
+  const has = (name) => name.toLowerCase().includes(text);
+  const groups = drawn.clusters.map(({ name }) => has(name));
+  found = new Set(text ? spots.filter(({ name, cluster }) => has(name) || groups[cluster]) : []);
+  byId("map-found").setAttribute("d", dots([...found].filter(({ rank }) => rank < 0)));
+  byId("map").classList.toggle("searched", Boolean(text));
+  if (text) say("map-spoken", `${whole(found.size)} found`);
+  look();
 }
 
+/** Draws and lists what is in view now. */
+function look() {
+  near = spots.filter(viewport.sight());
+  draw();
+  list();
+}
+
+/** Lists what is in view: the adapters that the search finds, else the clusters, or the adapters if they are few. */
+function list() {
+  const isInView = viewport.sight();
+  const searched = byId("map").classList.contains("searched"), inView = near.filter((spot) => found.has(spot)).length;
+  const rows = searched ? [...found] : near;
+  say("map-count", searched ? `Found: ${whole(found.size)}, ${whole(inView)} of them in view` : `In view: ${whole(near.length)} of ${whole(drawn.num_adapters)}`);
+  const hasClusters = !searched && rings.length > 0 && near.length > MAX_LISTED;
+  const nearer = (ring) => element("button", { type: "button", class: "small", onclick: () => goTo(ring) }, ring.name);
+  const clusters = () => rings.filter(isInView).map((ring) => element("li", {}, nearer(ring), " ", element("small", {}, `${whole(ring.num_adapters)} adapters`)));
+  const adapters = () => [...rows].sort((a, b) => (a.name < b.name ? -1 : 1)).slice(0, MAX_LISTED).map(({ name }) => element("li", {}, adapterLink(name)));
+  const rest = hasClusters || rows.length <= MAX_LISTED ? [] : [element("li", { class: "muted" }, `and ${whole(rows.length - MAX_LISTED)} more: zoom in, or search`)];
+  byId("map-list").replaceChildren(...(hasClusters ? clusters() : adapters()), ...rest);
+}
+
+/** Shows the disc of a cluster as large as it fits. */
+function goTo({ px, py, rx, ry, name }) {
+  viewport.showThese([{ px: px - rx, py: py - ry }, { px: px + rx, py: py + ry }]);
+  say("map-spoken", `${name}: ${whole(near.length)} adapters in view`);
+}
+
+/** Draws what keeps its size while the map is zoomed: the chosen adapters, the current one, the prompt, and labels. */
 function draw() {
-  const map = byId("map");
-  const { width, height } = map.getBoundingClientRect();
-  const { all, mark } = placed();
-  const top = all.filter((spot) => spot.rank >= 0);
-  const lines = mark ? top.map((spot) => shape("line", { class: `link rank-${Math.min(spot.rank, 3)}`, x1: mark.px, y1: mark.py, x2: spot.px, y2: spot.py })) : [];
-  map.replaceChildren(...lines, ...all.map(dot), ...(mark ? [star(mark)] : []), ...labels(all, mark, width, height));
+  byId("map-moved").setAttribute("transform", viewport.transform());
+  const moved = (spot) => { const { x, y } = viewport.shown(spot); return { ...spot, px: x, py: y }; };
+  const isMarked = ({ name, rank }) => name === current || rank >= 0, isFew = near.length <= MANY;
+  const move = (test) => near.filter(test).map(moved), star = mark && moved(mark);
+  const marked = move(isMarked), searched = move((spot) => found.has(spot) && !isMarked(spot)), plain = isFew ? move((spot) => !found.has(spot) && !isMarked(spot)) : [];
+  const top = spots.filter(({ rank }) => rank >= 0).map(moved);
+  const lines = star ? top.map((spot) => shape("line", { class: `link rank-${Math.min(spot.rank, 3)}`, x1: star.px, y1: star.py, x2: spot.px, y2: spot.py })) : [];
+  const seen = [...marked.filter(({ rank }) => rank < 0), ...top];
+  byId("map-over").replaceChildren(...lines, ...seen.map(dot), ...(star ? [starAt(star)] : []), ...labels(marked, searched, plain, rings.filter(viewport.sight()).map(moved), star));
 }
 
 function dot(spot) {
   const isTop = spot.rank >= 0, isCurrent = spot.name === current;
   const kind = `${isTop ? `chosen rank-${Math.min(spot.rank, 3)}` : "other"}${isCurrent ? " current" : ""}`;
-  const radius = (isTop ? 8 : drawn.points.length > 300 ? 2.5 : 4) + (isCurrent ? 2 : 0);
-  const circle = shape("circle", { cx: spot.px, cy: spot.py, r: radius });
+  const circle = shape("circle", { cx: spot.px, cy: spot.py, r: (isTop ? 8 : 4) + (isCurrent ? 2 : 0) });
   if (!isTop) return shape("g", { class: `spot ${kind}` }, circle);
   const number = shape("text", { class: "number", x: spot.px, y: spot.py, dy: "0.35em" }, String(spot.rank + 1));
   return shape("g", { class: `spot ${kind}` }, circle, number);
 }
 
-function star({ px, py }) {
+function starAt({ px, py }) {
   const corners = Array.from({ length: 8 }, (_, i) => {
     const angle = (i * Math.PI) / 4, radius = i % 2 ? 3.5 : 10;
     return `${px + radius * Math.sin(angle)},${py - radius * Math.cos(angle)}`;
@@ -134,27 +187,38 @@ function star({ px, py }) {
   return shape("polygon", { class: "prompt", points: corners.join(" ") });
 }
 
-/** Places labels where there is room: the current adapter, the prompt, the chosen adapters, then the others. */
-function labels(all, mark, width, height) {
-  const taken = new Labels(width, height, all.map((spot) => ({ x: spot.px, y: spot.py, r: spot.rank >= 0 ? 8 : 3 })));
-  const isCurrent = (spot) => spot.name === current;
-  const order = [...all].sort((a, b) => isCurrent(b) - isCurrent(a) || (b.rank >= 0) - (a.rank >= 0) || a.rank - b.rank);
-  const made = [];
-  if (mark) made.push(taken.put("prompt", mark.px, mark.py, 11, { always: true, kind: "label prompt-label" }));
-  for (const spot of order.slice(0, MAX_LABELS)) {
-    const always = isCurrent(spot) || spot.rank >= 0;
-    const kind = `label ${isCurrent(spot) ? "current" : spot.rank >= 0 ? "chosen" : "other"}`;
-    made.push(taken.put(spot.name, spot.px, spot.py, spot.rank >= 0 ? 9 : 5, { always, kind }));
-  }
-  return made.filter(Boolean);
+/** Places labels where there is room: the prompt, the current and chosen adapters, clusters, what was found, then others. */
+function labels(marked, searched, plain, clusters, star) {
+  const { width, height } = viewport.size();
+  const taken = new Labels(width, height), isCurrent = (spot) => spot.name === current;
+  const put = (spot) => {
+    const kind = isCurrent(spot) ? "current" : spot.rank >= 0 ? "chosen" : "other";
+    return taken.put(spot.name, spot.px, spot.py, spot.rank >= 0 ? 9 : 5, { always: kind !== "other", kind: `label ${kind}` });
+  };
+  const made = star ? [taken.put("prompt", star.px, star.py, 11, { always: true, kind: "label prompt-label" })] : [];
+  made.push(...marked.sort((a, b) => isCurrent(b) - isCurrent(a) || a.rank - b.rank).map(put));
+  for (const ring of clusters) made.push(taken.put(ring.name, ring.px, ring.py, 10, { isOver: true, kind: "label cluster" }));
+  made.push(...searched.slice(0, MAX_LABELS).map(put));
+  taken.avoid([...marked, ...searched, ...plain].slice(0, MANY).map((spot) => ({ x: spot.px, y: spot.py, r: spot.rank >= 0 ? 8 : 3 })));
+  return [...made, ...plain.slice(0, MAX_LABELS).map(put)].filter(Boolean);
 }
 
 function nearest(event) {
-  const box = byId("map").getBoundingClientRect();
-  const x = event.clientX - box.left, y = event.clientY - box.top;
-  const far = (spot) => Math.hypot(spot.px - x, spot.py - y);
-  const best = placed().all.reduce((found, spot) => (!found || far(spot) < far(found) ? spot : found), null);
-  return best && far(best) < 24 ? best : null;
+  const { px, py, pixel } = viewport.findPlace(event);
+  let best = null, least = 24 * pixel;
+  for (const spot of near) {
+    const far = Math.hypot(spot.px - px, spot.py - py);
+    if (far < least) [best, least] = [spot, far];
+  }
+  return best;
+}
+
+/** Opens the adapter at the pointer. Where there are many, shows their cluster instead. */
+function click(event) {
+  if (viewport.isDragged()) return;
+  const spot = nearest(event), isDense = near.length > MANY && rings.length > 0;
+  if (isDense && spot?.cluster !== undefined) goTo(rings[spot.cluster]);
+  else if (spot) onChoose(spot.name);
 }
 
 function pick(spot) {
@@ -165,17 +229,18 @@ function pick(spot) {
 }
 
 function step(event) {
-  const names = spots().map((spot) => spot.name).sort();
+  if (viewport.press(event)) { event.preventDefault(); say("map-spoken", `${whole(near.length)} adapters in view`); return; }
+  const offered = [...(found.size ? found : near)].sort((a, b) => (a.name < b.name ? -1 : 1));
   if (event.key === "Enter" && current) { onChoose(current); return; }
   if (event.key === "Escape") { pick(null); return; }
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
-  const ends = { Home: 0, End: names.length - 1 };
-  if (!names.length || !(event.key in steps || event.key in ends)) return;
+  const ends = { Home: 0, End: offered.length - 1 };
+  if (!offered.length || !(event.key in steps || event.key in ends)) return;
   event.preventDefault();
-  const at = names.indexOf(current);
-  const start = at < 0 && steps[event.key] < 0 ? 0 : at;
-  const next = event.key in ends ? ends[event.key] : (start + steps[event.key] + names.length) % names.length;
-  pick({ name: names[next] });
-  const rank = chosen.findIndex((adapter) => adapter.name === names[next]);
-  say("map-spoken", rank >= 0 ? `${names[next]}, chosen, rank ${rank + 1}` : names[next]);
+  const at = offered.findIndex(({ name }) => name === current);
+  const from = at < 0 && steps[event.key] < 0 ? 0 : at;
+  const next = offered[event.key in ends ? ends[event.key] : (from + steps[event.key] + offered.length) % offered.length];
+  if (!near.includes(next)) viewport.showThese([next]);
+  pick(next);
+  say("map-spoken", next.rank >= 0 ? `${next.name}, chosen, rank ${next.rank + 1}` : next.name);
 }

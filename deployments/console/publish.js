@@ -52,8 +52,9 @@ async function preview(folders, whyNone) {
 /** Returns the base model names that adapters may have here, or null if the server does not report them now. */
 async function acceptedBases() {
   try {
-    const { data } = await read("v1/models?limit=2", { quietly: true }); // auto and the base model
-    return data.find((card) => card.accepts_base)?.accepts_base ?? null;
+    const { data } = await read("v1/models?limit=100", { quietly: true }); // auto, then the base models, come first
+    const names = data.flatMap((card) => card.accepts_base ?? []);
+    return names.length ? names.sort() : null;
   } catch {
     return null; // the server checks it again
   }

@@ -4,6 +4,7 @@ import { read, reasonOf } from "./api.js";
 import { byId, element, sayOrHide, shape, whole } from "./dom.js";
 
 const NUMBERS = ["requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens"];
+const TIMES = ["mean_s", "p95_s"];
 const DAY_MS = 86_400_000;
 let numLoads = 0;
 
@@ -26,14 +27,15 @@ async function report(count, by, more = {}) {
 
 /** Shows the report, or why it cannot be shown. */
 export async function refresh() {
-  const number = ++numLoads, by = byId("usage-by").value, count = Number(byId("usage-days").value);
+  const number = ++numLoads, by = byId("usage-by").value.split(" "), isDaily = by[0] === "day", count = Number(byId("usage-days").value);
   try {
-    const data = await report(count, [by]);
-    const daily = by === "day" ? [] : await report(count, [by, "day"]).catch(() => []); // too long a report: no bars
+    const data = await report(count, by);
+    const daily = isDaily ? [] : await report(count, [...by, "day"]).catch(() => []); // too long a report: no bars
     if (number !== numLoads) return; // a newer load has started
-    data.sort((one, other) => (by === "day" ? other.day.localeCompare(one.day) : other.requests - one.requests));
-    const findDays = (row) => daily.filter((one) => one[by] === row[by]);
-    byId("usage-rows").replaceChildren(...data.map((row) => line(row[by] ?? "base model", row, by === "day" ? [row] : findDays(row), count)));
+    data.sort((one, other) => (isDaily ? other.day.localeCompare(one.day) : other.requests - one.requests));
+    const findDays = (row) => daily.filter((one) => by.every((field) => one[field] === row[field]));
+    const nameOf = ({ version, ...row }) => `${row[by[0]] ?? "base model"}${version ? `@${version.slice(0, 12)}` : ""}`;
+    byId("usage-rows").replaceChildren(...data.map((row) => line(nameOf(row), row, isDaily ? [row] : findDays(row), count)));
     sayOrHide("usage-note", data.length ? "" : "No request was recorded.");
   } catch (error) {
     if (number !== numLoads) return;
@@ -43,7 +45,8 @@ export async function refresh() {
 }
 
 function line(name, row, daily, count) {
-  const cells = NUMBERS.map((field) => element("td", {}, whole(row[field])));
+  const texts = [...NUMBERS.map((field) => whole(row[field])), ...TIMES.map((field) => seconds(row[field]))];
+  const cells = texts.map((text) => element("td", {}, text));
   return element("tr", {}, element("th", { scope: "row" }, name), ...cells, element("td", {}, daily.length ? bars(daily, count) : "–"));
 }
 
@@ -59,10 +62,18 @@ function bars(rows, count) {
   return shape("svg", { class: "bars", role: "img", "aria-label": label, viewBox: `0 0 ${count} 20`, preserveAspectRatio: "none" }, shape("title", {}, label), ...drawn);
 }
 
-/** Returns what describes the use of an adapter in the last 30 days. Throws ApiError. */
+const seconds = (value) => (value === null ? "–" : `${value.toFixed(value < 10 ? 2 : 0)} s`);
+const tokens = (row) => `${whole(row.prompt_tokens)} prompt tokens, ${whole(row.completion_tokens)} new tokens`;
+
+/** Returns what describes the use of an adapter in the last 30 days, and a text for each version by its digest. Throws ApiError. */
 export async function readUses({ tenant, name }) {
-  const rows = await report(30, ["day"], { adapter: `${tenant}/${name}` });
-  if (!rows.length) return ["no request that your key may see"];
-  const sum = (field) => whole(rows.reduce((total, row) => total + row[field], 0));
-  return [`${sum("requests")} requests, ${sum("errors")} errors, ${sum("completion_tokens")} new tokens `, bars(rows, 30)];
+  const adapter = `${tenant}/${name}`;
+  const rows = await report(30, ["day"], { adapter });
+  if (!rows.length) return { uses: ["no request that your key may see"], versions: {} };
+  const versions = await report(30, ["version"], { adapter });
+  const fields = Object.keys(rows[0]).filter((field) => field !== "day");
+  const all = Object.fromEntries(fields.map((field) => [field, rows.reduce((total, row) => total + row[field], 0)]));
+  const text = (row) => `${whole(row.requests)} requests, ${whole(row.errors)} errors, ${tokens(row)}`;
+  const timed = (row) => `${text(row)}; mean ${seconds(row.mean_s)}, 95 % within ${seconds(row.p95_s)}`;
+  return { uses: [`${text(all)} `, bars(rows, 30)], versions: Object.fromEntries(versions.map((row) => [row.version, timed(row)])) };
 }

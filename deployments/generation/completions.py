@@ -386,8 +386,8 @@ class CompletionService:
             named = await self._planner.named(question.model, caller.tenant)
         if named is None:
             return question, None
-        policy = BoundName.of(named, question, caller.tenant).policy
-        return replace(question, model=policy.model, lora=policy.lora), policy.template
+        bound = BoundName.of(named, question, caller.tenant)
+        return bound.asked(question), bound.policy.template
 
     async def _planned(self, question: Question, caller: Caller, context: RequestContext, deadline: float) -> Planned:
         """Return the plan of a question, whose adapters may name a template. Raises: ModelNotFound."""

@@ -27,6 +27,7 @@ from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
+from retriever_svc.route import Fallback
 from retriever_svc.views import tokens_routed
 
 AUTO = "auto"
@@ -234,7 +235,7 @@ class Planner:
                 reading = reading_of(question.prompt)
                 return [await self._plan_conversation(reading, question.model, options, tenant)] * len(questions)
             texts = [item.text or "" for item in questions]
-            return await self.route_all(texts, options, tenant, model=question.model)
+            return await self._plan_texts(texts, options, tenant, question.model)
         _refuse_retrieval(options)
         if name is None:
             if options.strategy is not None:
@@ -283,8 +284,8 @@ class Planner:
         if isinstance(question.prompt, tuple) and _is_read(question.lora):
             reading = reading_of(question.prompt)
             return () if reading.is_housekeeping else (*reading.previous, *reading.texts)
-        text = text_read(question.text or "", question.lora)
-        return () if text is None else (text,)
+        options = question.lora
+        return () if options.names_adapters is not None else (options.query or question.text or "",)
 
     def reads(self, question: Question) -> bool:
         """Return whether the encoder reads the question's own text. Raises: ModelNotFound."""
@@ -293,10 +294,11 @@ class Planner:
     async def _plan_conversation(self, reading: Reading, model: str, options: LoraOptions, tenant: str) -> Planned:
         """Return the plan of the first text that finds an adapter. The previous turn's adapter is preferred.
 
-        Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `route_all`.
+        Without one, a turn that refers back gets the plan of the turn that it means. Raises: as `plan_all`.
         """
         if reading.is_housekeeping:
-            return Planned(self._base_plan(model), abstained=True, reason="housekeeping")
+            _, fallback_base = self._fallback(model, options)
+            return Planned(self._base_plan(fallback_base or model), abstained=True, reason="housekeeping")
         earlier = await self._earlier_turn(reading.previous, model, options, tenant)
         preferred = None if earlier is None else earlier[1]
         refers_back = False
@@ -327,8 +329,8 @@ class Planner:
                 return None
         return None
 
-    async def route_all(
-        self, texts: Sequence[str], options: LoraOptions, tenant: str, *, model: str = AUTO
+    async def _plan_texts(
+        self, texts: Sequence[str], options: LoraOptions, tenant: str, model: str
     ) -> Sequence[Planned]:
         """Return a plan for each text: the plan sent back, a plan of the named adapters, or the Retriever's choice.
 
@@ -361,6 +363,7 @@ class Planner:
             chosen = STRATEGIES[strategy].read_options(options.strategy_options or {}, defaults.strategy_options)
         except ValueError as exc:
             raise RequestInvalid(f"lora.strategy_options: {exc}", "lora.strategy_options") from exc
+        fallback, fallback_base = self._fallback(model, options)
         abstain, min_score = options.abstain, options.min_score
         if abstain is None and min_score is None:
             abstain, min_score = defaults.abstain, defaults.min_score
@@ -371,7 +374,8 @@ class Planner:
             top_k=options.k or defaults.k,
             weighting=options.weights or defaults.weights,
             min_score=min_score,
-            fallback=options.fallback or defaults.fallback,
+            fallback=fallback,
+            fallback_base=fallback_base,
             tags=() if options.filter is None else tuple(options.filter.tags),
             min_generation=options.min_generation,
             preferred=preferred,
@@ -380,6 +384,23 @@ class Planner:
             options=chosen,
             base_model=self._models.split(model)[0] if self._models.are_several else "",
         )
+
+    def _fallback(self, model: str, options: LoraOptions) -> tuple[Fallback, str]:
+        """Return what happens where no adapter fits, and which of several base models answers, "" for the first one.
+
+        Raises: RequestInvalid for the name of a base model that may not answer.
+        """
+        wanted = options.fallback or self.defaults.fallback
+        if wanted == "error":
+            return "error", ""
+        if wanted == "base":
+            return "base", ""
+        only, _ = self._models.split(model)
+        names = [only] if only else [served.name for served in self._models]
+        if wanted not in names:
+            allowed = ", ".join(map(repr, ("base", "error", *names)))
+            raise RequestInvalid(f"lora.fallback: must be one of {allowed}, got {wanted!r}", "lora.fallback")
+        return "base", wanted if self._models.are_several else ""
 
     async def _replayed(self, options: LoraOptions, given: PlanGiven, model: str, tenant: str) -> Planned:
         """Return the plan that the client sends back. Nothing is retrieved, and no default applies."""
@@ -419,11 +440,6 @@ class Planner:
 
 def _planned(request: RouteRequest, route: Route) -> Planned:
     return Planned(route.plan, route.candidates, route.abstained, route.reason, tags=request.tags)
-
-
-def text_read(text: str, options: LoraOptions) -> str | None:
-    """Return what the encoder reads to find adapters for `text`, None where the options name them."""
-    return (options.query or text) if options.names_adapters is None else None
 
 
 def _is_read(options: LoraOptions) -> bool:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from starlette.types import Scope
@@ -73,11 +73,12 @@ class RequestContext:
     num_choices: int = 1  # of each prompt
     num_read: int = 0  # tokens that the encoder read for an answer of vectors
     rows: dict[int, RowTimes] = field(default_factory=dict)
+    plans: Sequence[Planned] = ()  # of each prompt
     is_recorded: bool = False  # as usage
 
     def record_plans(self, plans: Sequence[Planned], seconds: float) -> None:
         """Record the plans. A request of several prompts is reported with the strategy and base model of its first."""
-        self.strategy, self.plan_s = plans[0].plan.strategy, seconds
+        self.plans, self.strategy, self.plan_s = plans, plans[0].plan.strategy, seconds
         self.base_model = plans[0].plan.base_model
         weights: dict[AdapterRef, float] = {}
         for row in (row for planned in plans for row in planned.plan.adapters):
@@ -85,6 +86,21 @@ class RequestContext:
         self.adapters = tuple(ref.digest[:DIGEST_CHARS] for ref in weights)
         self.used = tuple((f"{ref.tenant}/{ref.name}", ref.digest, weight) for ref, weight in weights.items())
         self.abstained = any(planned.abstained for planned in plans)
+
+    def split_by_base(self) -> list[RequestContext]:
+        """Return the request once for each base model that answers, each with its own prompts, adapters and tokens."""
+        places: dict[str, list[int]] = {}
+        for place, planned in enumerate(self.plans):
+            places.setdefault(planned.plan.base_model, []).append(place)
+        if len(places) < 2:
+            return [self]
+        parts = []
+        for own in places.values():
+            rows = {index: row for index, row in self.rows.items() if index // self.num_choices in own}
+            part = replace(self, rows=rows)
+            part.record_plans([self.plans[place] for place in own], self.plan_s or 0.0)
+            parts.append(part)
+        return parts
 
     def record_versions(self, plans: Sequence[Planned]) -> None:
         """Record the versions that generate an answer for names under trial."""

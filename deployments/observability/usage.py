@@ -50,7 +50,9 @@ class UsageLog:
         if self._folder is None or context.is_recorded or context.caller is None or context.method == "GET":
             return
         context.is_recorded = True
-        line = encode_event(context, context.base_model or self._base, context.status if status is None else status)
+        status = context.status if status is None else status
+        parts = context.split_by_base()
+        line = b"".join(encode_event(part, part.base_model or self._base, status) for part in parts)
         # A line that the disk took in part is ended first. The segment stays open: a new one for each request would
         # fill the disk with empty files.
         data = b"\n" + line if self._is_failing else line

@@ -22,7 +22,7 @@ from deployments.publishing.publisher import Publisher
 from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
-from lora_store import AdapterRecord, Plan, PlannedAdapter, Ranking, Sample
+from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Ranking, Sample
 from retriever_svc import Region, Scorer
 from retriever_svc.competence import evaluate
 from retriever_svc.output_profile import normalized
@@ -110,13 +110,15 @@ class Evaluator:
                 regions.append(region)
         yield {"done": 0, "total": len(regions)}
         rankings: list[Ranking] = []
+        left_out: list[AdapterRef] = []
         async with aclosing(evaluate(regions, self._scorer)) as results:
             done = 0
             async for ranking in results:
-                rankings += [] if ranking is None else [ranking]
+                rankings += [ranking] if isinstance(ranking, Ranking) else []
+                left_out += [ranking] if isinstance(ranking, AdapterRef) else []
                 done += 1
                 yield {"done": done, "total": len(regions)}
-        generation = await self._store.rank(tenant, rankings, actor)
+        generation = await self._store.rank(tenant, rankings, actor, keeps=left_out)
         ready, behind = await self._publisher.catch_up(generation)
         yield {
             "result": {

@@ -35,7 +35,7 @@ Sleep = Callable[[float], Awaitable[None]]
 class IdleScorer(Scorer):
     """Scores as `scorer`, but begins each batch of examples only when no worker of their base model has a request.
 
-    Without any worker it waits, so an evaluation starts none.
+    Without any worker it waits, so an evaluation starts none. Of several base models, one without any is left out.
     """
 
     def __init__(self, scorer: Scorer, workers: Workers, sleep: Sleep = asyncio.sleep) -> None:
@@ -46,6 +46,18 @@ class IdleScorer(Scorer):
         while not await self._is_idle(adapter):
             await self._sleep(POLL_S)
         return await self._scorer.scores(adapter, examples)
+
+    async def can_score(self, adapter: AdapterRecord) -> bool:
+        """Return whether its base model has a worker, or is the only one, which is waited for."""
+        try:
+            client = self._workers.made_for(adapter.base_model).client
+            if len(self._workers.by_model) > 1:
+                await client.broadcast_load(_LOAD_TIMEOUT_S)
+        except DeploymentUnavailableError:
+            return False
+        except TimeoutError:  # it is busy
+            pass
+        return True
 
     async def _is_idle(self, adapter: AdapterRecord) -> bool:
         try:

@@ -16,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.api.adapters import PublishItem
 from deployments.api.pool_responses import contract_object
 from deployments.api.responses import FieldChange, Published, Removed, Settled
-from deployments.calls.catalogue_clients import RetrieverClient, Shapes, StoreClient
+from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
@@ -47,6 +47,7 @@ from lora_store import (
     VersionConflict,
     Visibility,
 )
+from lora_store.adapter import Shapes
 
 _MIN_DIGEST_CHARS = 8
 logger = logging.getLogger(__name__)
@@ -294,7 +295,10 @@ class Publisher:
             wanted = running.digest if digest is None and running is not None else digest
             if wanted is None:
                 raise NoTrial(key[1], [record.ref.digest for record in kept[1:]])
-            trial = Trial(kept_version(kept, wanted).ref.digest, share, is_shadow)
+            version = kept_version(kept, wanted)
+            if refused := self._refuse_other_base(version, kept[0]):
+                raise refused
+            trial = Trial(version.ref.digest, share, is_shadow)
         change = partial(self._store.set_trial, *key, trial, actor)
         return trial, await self._run("set_trial", self._settle(change))
 
@@ -437,6 +441,7 @@ class Publisher:
         is_unsure = False
         try:
             older = await self._store.versions([(item.ref.tenant, item.ref.name) for item in held])
+            staged = [self._check_trial(item, older) for item in staged]
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
             if change.is_dry:
@@ -462,6 +467,26 @@ class Publisher:
             for listener in self._listeners:
                 listener(tenant, change.actor)
         return _results(staged, outcomes, older, generation, ready, behind)
+
+    def _check_trial(
+        self, item: Staged | BaseException, older: Mapping[Key, Sequence[AdapterRecord]]
+    ) -> Staged | BaseException:
+        """Return the error of a version that is to share the requests of one of another base model, else the item."""
+        if not isinstance(item, Staged) or not item.record.is_offered:
+            return item
+        kept = older.get((item.ref.tenant, item.ref.name))
+        refused = self._refuse_other_base(item.record, kept[0]) if kept else None
+        return item if refused is None else refused
+
+    def _refuse_other_base(self, version: AdapterRecord, live: AdapterRecord) -> AdapterRefused | None:
+        """Return the error if versions that would share requests have different base models."""
+        if self._workers.has_same_base(version.base_model, live.base_model):
+            return None
+        reason = (
+            f"the live version is for the base model {live.base_model!r} and this one for {version.base_model!r}:"
+            " versions that share requests need the same one; publish it under another name, or without a share"
+        )
+        return AdapterRefused(version.ref.name, [reason])
 
     async def _commit(self, outcomes: list[Outcome], change: Change) -> tuple[int, list[Outcome]]:
         """Return (the generation of the commit, or 0 if nothing was new; the outcomes, taken names refused).

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from benchmarks.results_file import RESULTS
 from docs.generate.markdown import code, table
-from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED
+from tests.gpu_worker.families import EQUAL, MULTIMODAL, REFUSED, WITH_EXPERTS
 
 _EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
@@ -27,7 +27,7 @@ def families() -> str:
 
 def _native_rows() -> Iterator[tuple[str, str, str]]:
     for name in (*EQUAL, *_OWN_TESTS):
-        yield code(name), "native", _EQUAL
+        yield code(name), "native", f"{_EQUAL}, with adapters on experts" if name in WITH_EXPERTS else _EQUAL
     for name in MULTIMODAL:
         family, _, text = name.partition(" ")
         yield f"{code(family)} {text}".rstrip(), "native", f"text part {_EQUAL} to the whole model"

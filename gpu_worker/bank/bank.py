@@ -6,16 +6,24 @@ import ctypes
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from ctypes import c_int32, c_int64, c_void_p
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from gpu_worker.bank.bank_layout import Arrangement, BankLayout
-from gpu_worker.bank.device_layout import DeviceAdapter, Pair, check_finite, check_shapes, to_device_layout
-from gpu_worker.bank.device_memory import zeros_on_huge_pages
+from gpu_worker.bank.device_layout import (
+    DeviceAdapter,
+    Pair,
+    check_finite,
+    check_shapes,
+    expert_modules,
+    to_device_layout,
+)
+from gpu_worker.bank.device_memory import release_pages, zeros_on_huge_pages
 from gpu_worker.bank.layout_kernel import LayoutKernel
-from lora_store.adapter import AdapterWeights
+from lora_store.adapter import AdapterWeights, ModuleWeights, Shapes
 from lora_store.weights_blob import BlobLayout, StoredModules
 
 
@@ -81,6 +89,7 @@ class LoraBank:
     takes a few operations instead of two per module.
     `free_fill`: the value of free rows. They are never read; tests fill them with NaN to prove it.
     `device`: by default the layers' device. `kernel`: converts weights on the CPU; without it torch does.
+    `experts`: the shapes of fused experts. Their weights are no rows: see `Residency.experts`.
     """
 
     def __init__(
@@ -88,12 +97,14 @@ class LoraBank:
         linears: Mapping[str, nn.Linear],
         num_rows: int,
         *,
+        experts: Shapes | None = None,
         free_fill: float = 0.0,
         device: torch.device | None = None,
         kernel: LayoutKernel | None = None,
     ) -> None:
         self.num_rows, self._kernel = num_rows, kernel
         self._shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        self._experts = dict(experts or {})
         self._free_fill = free_fill
         weight = next(iter(linears.values())).weight
         self._dtype, self._device = weight.dtype, device or weight.device
@@ -113,10 +124,16 @@ class LoraBank:
         )  # True where an adapter has the module
         self._place = {name: place for place, name in enumerate(self.modules)}
 
+    def release(self) -> None:
+        """Give Linux the memory of this bank, which holds no adapter, until adapters are written."""
+        if self._device.type == "cpu" and not self._free_fill:
+            for store in self._stores:
+                release_pages(store)
+
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return (out, in) of every module an adapter may target."""
-        return dict(self._shapes)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return (out, in) of every module an adapter may target, of fused experts (out, in, experts)."""
+        return {**self._shapes, **self._experts}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,6 +145,14 @@ class LoraBank:
 
     def to_device_layout(self, weights: AdapterWeights) -> DeviceAdapter:
         """Convert the weights for `write`. Raises: AdapterUnfit, which names every unsuitable module."""
+        modules, experts = _split_experts(weights.modules)
+        converted = expert_modules(experts, self._experts, self._dtype)
+        if converted and not modules:
+            return DeviceAdapter(weights.weights_digest, {}, experts=converted)
+        adapter = self._arranged(AdapterWeights(weights.weights_digest, modules))
+        return replace(adapter, experts=converted) if converted else adapter
+
+    def _arranged(self, weights: AdapterWeights) -> DeviceAdapter:
         pin = self._device.type == "cuda"
         if self._kernel is None or not self._kernel.serves(self._dtype):
             return self._layout.arranged(to_device_layout(weights, self._shapes, self._dtype), pin=pin)
@@ -208,10 +233,30 @@ class LoraBank:
             self._has_module[:, run] = False
 
 
+def _split_experts(
+    modules: Mapping[str, ModuleWeights],
+) -> tuple[Mapping[str, ModuleWeights], dict[str, ModuleWeights]]:
+    """Return the modules that are linear layers, and those that are fused experts."""
+    pairs: Mapping[str, Pair] = modules.layout.pairs if isinstance(modules, StoredModules) else modules
+    names = [name for name, pair in pairs.items() if len(pair.lora_a.shape) > 2]
+    if not names:
+        return modules, {}
+    experts = {name: modules[name] for name in names}
+    if isinstance(modules, StoredModules):
+        return StoredModules(_without_experts(modules.layout), modules.data), experts
+    return {name: module for name, module in modules.items() if name not in experts}, experts
+
+
+@lru_cache(maxsize=64)
+def _without_experts(layout: BlobLayout) -> BlobLayout:
+    return BlobLayout({name: pair for name, pair in layout.pairs.items() if len(pair.lora_a.shape) == 2})
+
+
 def _filled(size: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.full(size, value, dtype=dtype, device=device)
-    return zeros_on_huge_pages(*size, dtype=dtype).fill_(value)
+    zeros = zeros_on_huge_pages(*size, dtype=dtype)
+    return zeros.fill_(value) if value else zeros
 
 
 def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, slice]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from gpu_worker.errors import AdapterUnfit
-from lora_store.adapter import AdapterWeights, ModuleWeights
+from lora_store.adapter import AdapterWeights, ModuleWeights, Shapes
 from lora_store.weights_blob import StoredPair
 
 Pair = ModuleWeights | StoredPair
@@ -19,14 +19,21 @@ Pair = ModuleWeights | StoredPair
 
 @dataclass(frozen=True, slots=True)
 class DeviceModule:
-    """One module. Dims: R rank, I in, O out. `a` (R, I); `bt` (R, O) is lora_b transposed and scaled."""
+    """One module. Dims: R rank, I in, O out. `a` (R, I); `bt` (R, O) is lora_b transposed and scaled.
+
+    Of E fused experts: `a` (E, R, I), `bt` (E, R, O).
+    """
 
     a: Tensor
     bt: Tensor
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a.nbytes + self.bt.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +73,13 @@ class DeviceAdapter:
     """A checked adapter, ready to be copied into the bank. Loading threads make it; the engine's thread copies it.
 
     `blocks`: if a BankLayout has arranged the modules in them, which are then views of these blocks.
+    `experts`: the modules that are fused experts, which take no rows of the bank and are never copied.
     """
 
     weights_digest: str
     modules: Mapping[str, DeviceModule]
     blocks: tuple[Block, ...] = ()
+    experts: Mapping[str, DeviceModule] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -81,19 +90,21 @@ class DeviceAdapter:
 
     @property
     def max_rank(self) -> int:
-        """Return the number of bank rows the adapter needs: the rank of its widest module."""
-        return max(self.ranks.values())
+        """Return the number of bank rows the adapter needs: the rank of its widest module, 1 if it has experts only."""
+        return max(self.ranks.values(), default=1)
 
     @property
     def num_bytes(self) -> int:
         if self.blocks:
-            return sum(block.values.nbytes for block in self.blocks)
-        return sum(module.a.nbytes + module.bt.nbytes for module in self.modules.values())
+            return sum(block.values.nbytes for block in self.blocks) + self.expert_bytes
+        return sum(module.num_bytes for module in self.modules.values()) + self.expert_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(module.num_bytes for module in self.experts.values())
 
 
-def to_device_layout(
-    weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype
-) -> DeviceAdapter:
+def to_device_layout(weights: AdapterWeights, shapes: Shapes, dtype: torch.dtype) -> DeviceAdapter:
     """Convert the weights for a base model whose modules have these (out, in) shapes.
 
     Raises: AdapterUnfit, which names every unsuitable module.
@@ -110,7 +121,22 @@ def to_device_layout(
     return DeviceAdapter(weights.weights_digest, modules)
 
 
-def check_shapes(modules: Mapping[str, Pair], shapes: Mapping[str, tuple[int, int]]) -> None:
+def expert_modules(modules: Mapping[str, ModuleWeights], shapes: Shapes, dtype: torch.dtype) -> dict[str, DeviceModule]:
+    """Convert the modules that are fused experts. Raises: AdapterUnfit, which names every unsuitable module."""
+    if not modules:
+        return {}
+    check_shapes(modules, shapes)
+    found = {
+        name: DeviceModule(
+            module.lora_a.to(dtype, copy=True), (module.lora_b.float() * module.scaling).mT.to(dtype).contiguous()
+        )
+        for name, module in modules.items()
+    }
+    check_finite([name for name, each in found.items() if not all(one.isfinite().all() for one in (each.a, each.bt))])
+    return found
+
+
+def check_shapes(modules: Mapping[str, Pair], shapes: Shapes) -> None:
     """Raise AdapterUnfit if a module does not have the (out, in) of the base model's, or if there is none."""
     problems = [text for name, module in modules.items() if (text := _shape_problem(name, module, shapes))]
     if not modules:
@@ -156,12 +182,14 @@ def _largest(tensor: Tensor) -> Tensor:
     return tensor.abs().amax(dim=(1, 2))
 
 
-def _shape_problem(name: str, module: Pair, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+def _shape_problem(name: str, module: Pair, shapes: Shapes) -> str | None:
     if name not in shapes:
         return f"the base model has no module {name!r}"
-    shape = (module.lora_b.shape[0], module.lora_a.shape[1])
-    if shape != shapes[name]:
-        return f"{name} has shape (out, in) {shape}, the base model has {shapes[name]}"
-    if not 1 <= module.lora_a.shape[0] == module.lora_b.shape[1]:
-        return f"{name} has rank {module.lora_a.shape[0]} in lora_A but {module.lora_b.shape[1]} in lora_B"
+    a, b = module.lora_a.shape, module.lora_b.shape
+    shape = (b[-2], a[-1], *a[:-2])
+    if shape != shapes[name] or a[:-2] != b[:-2]:
+        kind = "(out, in, experts)" if len(shape) > 2 else "(out, in)"
+        return f"{name} has shape {kind} {shape}, the base model has {shapes[name]}"
+    if not 1 <= a[-2] == b[-1]:
+        return f"{name} has rank {a[-2]} in lora_A but {b[-1]} in lora_B"
     return None

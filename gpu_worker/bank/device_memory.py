@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import re
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +93,36 @@ def zeros_on_huge_pages(*shape: int, dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, num_values * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     use_huge_pages(memory)
     return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor owns the mapping
+
+
+def release_pages(zeros: Tensor) -> None:
+    """Give Linux the pages of a tensor of `zeros_on_huge_pages` whose numbers may become zeros again."""
+    _madvise(zeros.data_ptr(), zeros.nbytes)
+
+
+def release_unused(smaps: Path = _PROC / "self/smaps") -> None:
+    """Give Linux the memory that the start has freed, and the pages of weight files that it read and did not change.
+
+    Those pages stay in the cache of files; a later access finds them there, or reads the file.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # of glibc
+        libc.malloc_trim(0)
+    for start, end in _unchanged(smaps.read_text()):
+        _madvise(start, end - start)
+
+
+def _madvise(address: int, num_bytes: int) -> None:
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), mmap.MADV_DONTNEED)
+
+
+def _unchanged(smaps: str) -> Iterator[tuple[int, int]]:
+    """Yield the addresses of the mappings of safetensors files without a page that this process has written to."""
+    for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps):
+        head, _, counts = entry.partition("\n")
+        if head.endswith(".safetensors") and re.search(r"^Anonymous: +0 kB$", counts, re.MULTILINE):
+            start, _, end = head.partition(" ")[0].partition("-")
+            yield int(start, 16), int(end, 16)
 
 
 def use_huge_pages(memory: mmap.mmap) -> None:

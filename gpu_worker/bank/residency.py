@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from gpu_worker.bank.device_layout import DeviceAdapter
+from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 from gpu_worker.errors import PlanTooLarge
 
 
@@ -34,8 +34,10 @@ class RowAssignment(ABC):
     need not be adjacent.
     """
 
-    def __init__(self, bank: AdapterStore) -> None:
-        self._bank = bank
+    def __init__(self, bank: AdapterStore, expert_bytes: int = 0) -> None:
+        """`expert_bytes`: the most bytes of the experts of all adapters in the bank."""
+        self._bank, self._expert_bytes = bank, expert_bytes
+        self._experts: dict[str, Mapping[str, DeviceModule]] = {}  # only resident adapters that have experts
         self._rows: dict[str, list[int]] = {}  # digest -> bank row per rank index; least recently used first
         self._owner: list[tuple[str, int] | None] = [None] * bank.num_rows
         self._pins: dict[str, int] = {}
@@ -64,6 +66,11 @@ class RowAssignment(ABC):
         """Return the assignment of the rows that these adapters use: of all rows."""
         return self
 
+    @property
+    def experts(self) -> Mapping[str, Mapping[str, DeviceModule]]:
+        """Return the experts of the resident adapters that have some, by digest."""
+        return self._experts
+
     def rows(self, digest: str) -> list[int]:
         """Return the bank rows of a resident adapter, by rank index."""
         return self._rows[digest]
@@ -80,7 +87,13 @@ class RowAssignment(ABC):
             raise PlanTooLarge(
                 f"the plan's adapters need {needed} rank rows, the bank has {self._bank.num_rows}; use fewer adapters"
             )
-        vacated = self._make_room(num_missing, digests)
+        num_bytes = sum(adapter.expert_bytes for adapter in missing.values())
+        if num_bytes and num_bytes + sum(map(self._bytes_of, digests)) > self._expert_bytes:
+            raise PlanTooLarge(
+                f"the plan's adapters need {num_bytes + sum(map(self._bytes_of, digests))} bytes for their experts, of"
+                f" {self._expert_bytes} (worker.host_cache_bytes); use fewer adapters"
+            )
+        vacated = self._make_room(num_missing, num_bytes, digests)
         if vacated is None:
             return False
         for digest in digests:
@@ -113,24 +126,34 @@ class RowAssignment(ABC):
             if digest in self._rows:
                 self.evict(digest)
 
-    def _make_room(self, num_missing: int, wanted: Sequence[str]) -> list[list[int]] | None:
-        """Let adapters leave until there is room. Return the rows of each, still to be freed, or None without room."""
-        free = self._owner.count(None)
+    def _make_room(self, num_missing: int, num_bytes: int, wanted: Sequence[str]) -> list[list[int]] | None:
+        """Let adapters leave until there is room. Return the rows of each, still to be freed, or None without room.
+
+        `num_bytes`: of the experts of the adapters that come.
+        """
+        free, free_bytes = self._owner.count(None), self._expert_bytes - sum(map(self._bytes_of, self._experts))
         evictable = [digest for digest in self._rows if digest not in self._pins and digest not in wanted]
         if num_missing > free + sum(len(self._rows[digest]) for digest in evictable):
             return None
+        if num_bytes > free_bytes + sum(map(self._bytes_of, evictable)):
+            return None
         vacated: list[list[int]] = []
         for digest in evictable:
-            if free >= num_missing:
+            if free >= num_missing and free_bytes >= num_bytes:
                 break
-            free += len(self._rows[digest])
+            free, free_bytes = free + len(self._rows[digest]), free_bytes + self._bytes_of(digest)
             vacated.append(self._vacate(digest))
         return vacated
+
+    def _bytes_of(self, digest: str) -> int:
+        """Return the bytes of the experts of a resident adapter, 0 of another."""
+        return sum(module.num_bytes for module in self._experts.get(digest, {}).values())
 
     def _vacate(self, digest: str) -> list[int]:
         """Take the adapter's rows from it and return them."""
         rows = self._rows.pop(digest)
         self._unwritten.pop(digest, None)
+        self._experts.pop(digest, None)
         for row in rows:
             self._owner[row] = None
         return rows
@@ -143,6 +166,8 @@ class RowAssignment(ABC):
         """Assign the first free rows to the adapter and return them."""
         rows = [row for row, owner in enumerate(self._owner) if owner is None][: adapter.max_rank]
         self._unwritten[adapter.weights_digest] = adapter
+        if adapter.experts:
+            self._experts[adapter.weights_digest] = adapter.experts
         for index, row in enumerate(rows):
             self._owner[row] = (adapter.weights_digest, index)
         return rows
@@ -163,8 +188,8 @@ class Residency(RowAssignment):
     Only a reader of a whole prefix needs that. `is_packed`: `settle` packs every time. Without, `settle` moves no rows.
     """
 
-    def __init__(self, bank: RowStore, *, is_packed: bool = True) -> None:
-        super().__init__(bank)
+    def __init__(self, bank: RowStore, *, is_packed: bool = True, expert_bytes: int = 0) -> None:
+        super().__init__(bank, expert_bytes)
         self._row_store, self._is_packed = bank, is_packed
         self.num_misplaced = 0  # rows of pinned adapters that `pack` would move
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
+from gpu_worker.model.experts import expert_shapes
 from lora_store.adapter import AdapterRef
 from lora_store.plan import Plan, PlannedAdapter
 
@@ -91,6 +93,51 @@ def check_adapter(linears: Mapping[str, nn.Linear], rank: int) -> DeviceAdapter:
         bt = torch.randn(rank, linear.out_features, generator=generator) * spread
         modules[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
     return DeviceAdapter(DIGEST, modules)
+
+
+def check_experts(experts: Mapping[str, nn.Module], rank: int) -> dict[str, DeviceModule]:
+    """Make random weights for all fused experts, of the same size as `check_adapter` makes them."""
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, (num_out, num_in, num) in expert_shapes(experts).items():
+        weight = experts[name.rpartition(".")[0]].get_parameter(name.rpartition(".")[2]).detach()
+        spread = _ADAPTER_SHARE * float(weight[0, :64].float().std()) / rank**0.5
+        a = torch.randn(num, rank, num_in, generator=generator)
+        bt = torch.randn(num, rank, num_out, generator=generator) * spread
+        found[name] = DeviceModule(a.to(weight.dtype), bt.to(weight.dtype))
+    return found
+
+
+@contextmanager
+def changed_weights(modules: Mapping[str, nn.Module], adapter: DeviceAdapter) -> Iterator[None]:
+    """Within the block let experts and routers compute with the adapter in their weights, one module at a time."""
+    handles: list[RemovableHandle] = []
+    for path, module in modules.items():
+        handles += _changed_while_computing(path, module, adapter)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _changed_while_computing(
+    path: str, module: nn.Module, adapter: DeviceAdapter
+) -> tuple[RemovableHandle, RemovableHandle]:
+    own = dict(module.named_parameters(recurse=False))
+
+    def change(*_: object) -> None:
+        for name, weight in own.items():
+            added = adapter.modules[path] if name == "weight" else adapter.experts[f"{path}.{name}"]
+            delta = added.bt.to(weight.device).float().mT @ added.a.to(weight.device).float()
+            changed = (weight.float() + delta).to(weight.dtype)
+            setattr(module, name, nn.Parameter(changed, requires_grad=False))
+
+    def restore(*_: object) -> None:
+        for name, weight in own.items():
+            setattr(module, name, weight)
+
+    return module.register_forward_pre_hook(change), module.register_forward_hook(restore, always_call=True)
 
 
 @contextmanager

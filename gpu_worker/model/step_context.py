@@ -30,6 +30,13 @@ class Composition(Protocol):
         """
 
 
+class ExpertComposition(Protocol):
+    """The LoRA products of one step on fused experts: `ExpertMapping`."""
+
+    def __contains__(self, name: object) -> bool: ...
+    def add(self, name: str, expert: int, tokens: Tensor, x: Tensor, y: Tensor) -> None: ...
+
+
 class StepContext:
     """The only mutable object that a forward pass reads: the step's composition, its attention plan and its masks.
 
@@ -38,13 +45,22 @@ class StepContext:
 
     def __init__(self) -> None:
         self.composition: Composition | None = None  # None if no token of the step has an adapter
+        self.experts: ExpertComposition | None = None  # None if no token of the step has an adapter on experts
         self.masks: Masks = tuple  # none
         self._attention: AttentionPlan | None = None
         self._attended: set[int] = set()
 
-    def fill(self, composition: Composition | None, attention: AttentionPlan, masks: Masks = tuple) -> None:
+    def fill(
+        self,
+        composition: Composition | None,
+        attention: AttentionPlan,
+        masks: Masks = tuple,
+        *,
+        experts: ExpertComposition | None = None,
+    ) -> None:
         """Prepare the next forward pass. `masks` is called when the logits are computed."""
         self.composition, self._attention, self.masks = composition, attention, masks
+        self.experts = experts
         self._attended.clear()
 
     @property

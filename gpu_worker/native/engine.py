@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +27,7 @@ from gpu_worker.native.checks.warm_up import warm_up
 from gpu_worker.native.kernels.kernel_loading import num_missing_kernels
 from gpu_worker.native.loop import Engine
 from gpu_worker.native.openmp import run_on_short_lived_thread, thread_team_releaser
+from lora_store.adapter import Shapes
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +87,11 @@ class NativeEngine(InferenceEngine):
             return warm_up(Engine(config, fetch, executor=executor, free_fill=free_fill))
 
         loop = run_on_short_lived_thread(build)
+        loop.release()
         return cls(loop, stream_interval_ms=stream_interval_ms, niceness=niceness)
 
     @property
-    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+    def module_shapes(self) -> Shapes:
         return self.loop.bank.shapes
 
     @property

@@ -12,6 +12,7 @@ from gpu_worker.bank.residency import Residency
 from gpu_worker.front.row import Row
 from gpu_worker.model.attention_plan import Segment
 from gpu_worker.model.base_model import BaseModel
+from gpu_worker.model.experts import expert_mapping
 from gpu_worker.model.lora_kernel import LoraKernel
 from gpu_worker.model.mapping import Composer
 from gpu_worker.model.step_context import Composition, Masks, StepContext
@@ -44,6 +45,7 @@ class ForwardPass:
             residency, base.dtype, kernel, device
         )
         self._base, self._kv_cache, self._context, self._device = base, kv_cache, context, device
+        self._residency = residency
 
     def __call__(self, scheduled: Sequence[Scheduled], masks: Masks = tuple) -> Tensor:
         """Return logits (K, V), float32 or the model's dtype.
@@ -84,7 +86,8 @@ class ForwardPass:
         num_tokens = [segment.num_tokens for segment in segments]
         lora = self.compose(plans, num_tokens)
         attention = self._kv_cache.attention(segments)
-        self._context.fill(lora, attention, masks)
+        experts = expert_mapping(plans, num_tokens, self._residency, self._device)
+        self._context.fill(lora, attention, masks, experts=experts)
         try:
             output = self._base.model(
                 input_ids=to_device(torch.tensor(tokens), self._device)[None],

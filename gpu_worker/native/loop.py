@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gpu_worker.bank.device_memory import release_unused
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.bank.residency import Residency
@@ -27,7 +28,9 @@ from gpu_worker.front.queue import RequestQueue
 from gpu_worker.front.request.request import Delta
 from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
-from gpu_worker.model.inject import target_linears
+from gpu_worker.model.experts import adapt_experts, expert_shapes
+from gpu_worker.model.inject import Adaptable
+from gpu_worker.model.routers import adapt_routers
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native import device_parts
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
@@ -71,15 +74,19 @@ class Engine:
         self.base, self.memory = load_planned(config, base)
         self.max_len = self.memory.kv.max_len
         context = StepContext()
-        linears = target_linears(self.base.model, self.base.model.get_output_embeddings())
-        check = ModelCheck(self.base, linears, self.max_len, config.bank_rank_rows)
+        found = Adaptable.of(self.base.model)
+        check = ModelCheck(self.base, found, self.max_len, config.bank_rank_rows)
         device_parts.fuse_where_compiled(self.base.model, config)
-        self.bank = device_parts.make_bank(config, linears, free_fill)
+        self.bank = device_parts.make_bank(config, found.linears, free_fill, expert_shapes(found.experts))
         device_parts.inject_adapters(self.base.model, self.bank, context, config)
+        adapt_experts(found.experts, context)
+        adapt_routers(found.routers, self.bank.modules, context)
         self._masks = MaskThread()
         self._sampler = Sampler(load_sampling_kernel(config.cache_dir) if config.device == "cpu" else None)
         kernel, device = device_parts.make_lora_kernel(config), torch.device(config.device)
-        self.residency = Residency(self.bank, is_packed=kernel is None)  # the kernel reads rows anywhere
+        self.residency = Residency(  # the kernel reads rows anywhere
+            self.bank, is_packed=kernel is None, expert_bytes=self.memory.expert_bytes
+        )
         self.kv_cache = (build_kv_cache or partial(device_parts.make_kv_cache, config))(self.memory.kv)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
         check.run(self._forward, self.residency, self.kv_cache)
@@ -117,6 +124,12 @@ class Engine:
             prefix_cache_tokens=self.kv_cache.num_cached_tokens,
             num_threads=self._threads.count,
         )
+
+    def release(self) -> None:
+        """Give Linux the memory that an engine without rows and adapters does not need until it has some."""
+        self.bank.release()
+        self.kv_cache.release()
+        release_unused()
 
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`. Raises: errors of freeing on a lost device, after sending all events."""

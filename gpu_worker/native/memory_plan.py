@@ -12,10 +12,15 @@ from gpu_worker.bank.device_memory import MappingLimit, free_bytes, mapping_limi
 from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import BaseModel, load_base_model
-from gpu_worker.model.inject import target_linears
-from gpu_worker.model.quantization import quantized_layers
+from gpu_worker.model.eager_check import RANK
+from gpu_worker.model.embedding import EmbeddingRows
+from gpu_worker.model.experts import expert_shapes
+from gpu_worker.model.inject import Adaptable
+from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.native.attention.kv_cache import KvShape
+from gpu_worker.native.device_parts import choose_linear_kernel
 from gpu_worker.native.scheduler import MAX_SCORED_TOKENS
+from lora_store.adapter import Shapes
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ class MemoryPlan:
     bank_bytes: int
     headroom_bytes: int
     kv: KvShape
+    expert_bytes: int = 0  # the most that adapters in the bank may have for fused experts
 
     @property
     def kv_bytes(self) -> int:
@@ -42,12 +48,13 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.bank_bytes + self.headroom_bytes + self.kv_bytes
+        return self.weights_bytes + self.bank_bytes + self.expert_bytes + self.headroom_bytes + self.kv_bytes
 
     def __str__(self) -> str:
+        experts = f" + adapters' experts {_mib(self.expert_bytes)}" if self.expert_bytes else ""
         return (
-            f"weights {_mib(self.weights_bytes)} + bank {_mib(self.bank_bytes)} + headroom {_mib(self.headroom_bytes)}"
-            f" + KV of {_kv(self.kv)} {_mib(self.kv_bytes)}"
+            f"weights {_mib(self.weights_bytes)} + bank {_mib(self.bank_bytes)}{experts}"
+            f" + headroom {_mib(self.headroom_bytes)} + KV of {_kv(self.kv)} {_mib(self.kv_bytes)}"
             f" = {_mib(self.total_bytes)} of {_mib(self.free_bytes)} free on {self.device}"
         )
 
@@ -60,7 +67,8 @@ def plan_memory(
     `limits`: limits of the process's mappings, measured together with `num_free_bytes`.
     Raises: WorkerConfigInvalid, with the sum, if the plan does not fit or leaves too little KV for one row.
     """
-    linears = target_linears(base.model, base.model.get_output_embeddings()).values()
+    found = Adaptable.of(base.model)
+    linears = found.linears.values()
     num_weights = sum(linear.in_features + linear.out_features for linear in linears)
     widest = max(max(linear.in_features, linear.out_features) for linear in linears)
     num_logits = max(config.max_batch_size, MAX_SCORED_TOKENS)
@@ -69,10 +77,11 @@ def plan_memory(
     plan = MemoryPlan(
         device=config.device,
         free_bytes=num_free_bytes,
-        weights_bytes=_weights_bytes(base, config.device),
+        weights_bytes=_weights_bytes(base, config),
         bank_bytes=config.bank_rank_rows * num_weights * base.dtype.itemsize,
         headroom_bytes=step_bytes + int(_SPARE * num_free_bytes),
         kv=_one_row(config, base),
+        expert_bytes=_expert_bytes(config, expert_shapes(found.experts), base.dtype),
     )
     plan = replace(plan, kv=_with_budget(config, plan))
     if plan.total_bytes > num_free_bytes:
@@ -87,6 +96,15 @@ def plan_memory(
                 f" {limit.name} leaves; lower kv_tokens, max_batch_size or max_model_len, or raise that limit"
             )
     return plan
+
+
+def _expert_bytes(config: NativeWorkerConfig, shapes: Shapes, dtype: torch.dtype) -> int:
+    """Return the bytes for adapters on fused experts: those of the host's cache, at most those of the bank's rows.
+
+    The adapters of the checks at start must fit.
+    """
+    row_bytes = sum(num * (num_out + num_in) for num_out, num_in, num in shapes.values()) * dtype.itemsize
+    return min(max(config.host_cache_bytes, RANK * row_bytes), config.bank_rank_rows * row_bytes)
 
 
 def _one_row(config: NativeWorkerConfig, base: BaseModel) -> KvShape:
@@ -145,14 +163,16 @@ def _pages_within(num_bytes: int, kv: KvShape, config: NativeWorkerConfig) -> in
     return (num_bytes - most * len(kv.window_layers) * layer_bytes) // (num_whole * layer_bytes)
 
 
-def _weights_bytes(base: BaseModel, device: str) -> int:
-    """Return the bytes of the weights. On the CPU a bfloat16 output head is packed, so it is a second copy.
+def _weights_bytes(base: BaseModel, config: NativeWorkerConfig) -> int:
+    """Return the bytes of the weights. A bfloat16 output head that oneDNN packs is a second copy of a tied embedding.
 
-    Of a layer of integers only these stay, after the checks at start.
+    Of a layer or an embedding of integers only these stay, after the checks at start.
     """
-    is_one = device != "cpu" or base.dtype != torch.bfloat16
+    has_copy = config.device == "cpu" and base.dtype == torch.bfloat16
+    is_one = not has_copy or choose_linear_kernel(base.model, config) is not None
     named = base.model.named_parameters(remove_duplicate=is_one)
-    saved = sum(layer.weight.nbytes - layer.quantized.num_bytes for layer in quantized_layers(base.model))
+    holders = [module for module in base.model.modules() if isinstance(module, QuantizedLinear | EmbeddingRows)]
+    saved = sum(each.weight.nbytes - each.quantized.num_bytes for each in holders if each.quantized is not None)
     return int(sum(parameter.nbytes for _, parameter in named) - saved)
 
 

@@ -35,6 +35,7 @@ from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
+_CPU_LATENT_SIZE = 576
 _GPU_SHARE = 0.9  # share of the GPU's memory, as vLLM's default
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
@@ -45,7 +46,7 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
     args = _engine_args(config, model, free_fill, is_compiled)
     try:
         vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        _check_class(vllm_config.model_config, model.model_type)
+        _check_class(vllm_config.model_config, model.model_type, config.device)
         cache = vllm_config.cache_config
         if vllm_config.model_config.is_hybrid and cache.kv_cache_memory_bytes is not None:
             # vLLM has given blocks the size of a layer's state, and every row needs some for that too.
@@ -56,7 +57,7 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
     return vllm_config
 
 
-def _check_class(model_config: ModelConfig, model_type: str) -> None:
+def _check_class(model_config: ModelConfig, model_type: str, device: str) -> None:
     """Raise BaseModelUnsupported unless the class that vLLM would serve the model with takes it and adapters."""
     found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
     name = found.__name__
@@ -64,6 +65,11 @@ def _check_class(model_config: ModelConfig, model_type: str) -> None:
     if kinds and model_config.using_transformers_backend():
         raise BaseModelUnsupported(
             f"{model_type} has layers of other kinds ({', '.join(sorted(kinds))}), for which vLLM has no class"
+        )
+    if device == "cpu" and model_config.use_mla and (size := model_config.get_head_size()) != _CPU_LATENT_SIZE:
+        raise BaseModelUnsupported(
+            f"{model_type} has latent attention over {size} values (kv_lora_rank + qk_rope_head_dim), and vLLM computes"
+            f" {_CPU_LATENT_SIZE} only on the CPU"
         )
     if not supports_lora(found):
         raise BaseModelUnsupported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,16 @@ from gpu_worker.model.inject import target_linears
 logger = logging.getLogger(__name__)
 
 _NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
+# What vLLM 0.32 lacks on the CPU, and families that its classes do not read, by transformers' name.
+_NOT_ON_CPU = {
+    "jamba": "layers of Mamba 1",
+    "olmo_hybrid": "its linear attention",
+}
+_UNREAD = {
+    "axk1": "its class asks for settings that transformers names otherwise",
+    "exaone": "its class expects tensors under other names",
+}
+_BFLOAT16_ON_CPU = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
 _SEVERAL_PARTS = {"qkv_proj", "gate_up_proj", "query_key_value"}  # names of layers that hold several
 
 
@@ -66,9 +77,13 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     text_config = hf_config.get_text_config()
     _check_config(hf_config, text_config)
     _check_dtype(config, hf_config)
-    tokenizer = load_tokenizer(config)
+    _check_code(config, text_config.model_type)
+    tokenizer = load_tokenizer(config, source)
     dtype = resolve_dtype(config.dtype, config.device)
     model = _model_without_weights(hf_config, dtype)
+    images = inspect.signature(type(model).forward).parameters.get("pixel_values")
+    if images is not None and images.default is inspect.Parameter.empty:
+        raise BaseModelUnsupported(f"{hf_config.model_type} takes no prompt without an image")
     linears, paths = language_linears(model)
     heads = config_setting(text_config, "num_key_value_heads") or text_config.num_attention_heads
     _check_size(config.tensor_parallel_size, text_config, heads, linears)
@@ -90,7 +105,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_quantized=bool(find_quantised(hf_config)),
         window=config_setting(text_config, "sliding_window"),
-        sampling_defaults=sampling_defaults(config),
+        sampling_defaults=sampling_defaults(config, source),
     )
 
 
@@ -191,6 +206,22 @@ def _check_dtype(config: VllmWorkerConfig, hf_config: Any) -> None:
     """Refuse float32 over quantized weights: where a processor has AMX, vLLM's products of integers refuse it."""
     if config.dtype == "float32" and find_quantised(hf_config):
         raise WorkerConfigInvalid("dtype must be 'auto' or 'bfloat16' with a quantized base model, got 'float32'")
+
+
+def _check_code(config: VllmWorkerConfig, model_type: str) -> None:
+    """Raise BaseModelUnsupported for a family that vLLM would fail to start after its processes have begun."""
+    if model_type in _UNREAD:
+        raise BaseModelUnsupported(f"vLLM 0.32 cannot load {model_type}: {_UNREAD[model_type]}")
+    if config.device == "cpu" and model_type in _NOT_ON_CPU:
+        raise BaseModelUnsupported(
+            f"{model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for {_NOT_ON_CPU[model_type]}"
+        )
+    is_float32 = resolve_dtype(config.dtype, config.device) == torch.float32
+    if config.device == "cpu" and is_float32 and model_type in _BFLOAT16_ON_CPU:
+        raise BaseModelUnsupported(
+            f"{model_type} has linear attention, which vLLM computes on the CPU in bfloat16 only: set worker.dtype to"
+            f" 'bfloat16', got '{config.dtype}'"
+        )
 
 
 def _check_size(size: int, hf_config: Any, num_kv_heads: int, linears: Mapping[str, nn.Linear]) -> None:

@@ -183,6 +183,17 @@ def test_a_known_shape_is_answered(server_url: str, path: str, body: dict[str, A
     assert "Hel" in response.text
 
 
+def test_a_name_is_picked_from_the_list(server_url: str, model_name: str) -> None:
+    """model names and their policies"""
+    cards = {card["id"]: card for card in httpx.get(f"{server_url}/models").json()["data"]}
+    path, body = SHAPES["Open WebUI, a chat"]
+    picked = {"model": model_name, "model_item": cards[model_name]}  # it sends the card of the list back
+    response = httpx.post(f"{server_url}/{path}", json={**body, **picked}, timeout=30)
+    assert response.status_code == 200, response.text
+    headers = response.headers
+    assert headers["x-lora-policy"].startswith(f"{model_name}@") and headers["x-lora-adapters"].startswith("coder@")
+
+
 def test_a_response_that_cannot_be_continued_is_refused_by_the_code_that_clients_know(server_url: str) -> None:
     """continued responses are refused with the code after which clients send the whole conversation"""
     body = {"model": "auto", "input": "Hi", "previous_response_id": "resp_1"}

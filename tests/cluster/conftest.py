@@ -47,7 +47,7 @@ def running(
         **{f"worker.{name}": value for name, value in WORKER.items()},
         "worker_scaling.num_replicas": num_workers,
     }
-    machines = Machines(settings, folder)
+    machines = Machines(settings, folder, num_accelerators=num_workers)
     with own_ray():
         machines.start()
         try:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,8 @@ from tests.served_engine import START_S
 APP = "loraretriever"
 _ADDRESS = "127.0.0.{}"  # one per node; Ray 2.60 replaces 127.0.0.1 by the machine's external address
 _FILE = Path(__file__).with_name("serve.yaml")
-_NODES: tuple[dict[str, Any], ...] = (
-    {"num_cpus": 8},
-    {"num_cpus": 8},
-    {"num_cpus": 0, "resources": {"accelerator": 2}},
-    {"num_cpus": 0, "resources": {"accelerator": 2}},
-)
+_CPUS: dict[str, Any] = {"num_cpus": 8}
+_ACCELERATORS: dict[str, Any] = {"num_cpus": 0, "resources": {"accelerator": 2}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +55,11 @@ class Replica:
 
 
 class Machines:
-    """The nodes: the head, which has the proxy and no replica, two with CPUs, two with accelerators."""
+    """The nodes: the head, which has the proxy and no replica, two with CPUs, two or more with accelerators."""
 
-    def __init__(self, settings: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, settings: Mapping[str, Any], folder: Path, *, num_accelerators: int = 2) -> None:
         """Prepare the nodes. `settings`: changes of the YAML file's `args`, by dotted names."""
+        self._kinds = (_CPUS, _CPUS, *[_ACCELERATORS] * num_accelerators)
         self._file = folder / "serve.yaml"
         config = yaml.safe_load(_FILE.read_text())
         port = free_port("127.0.0.1")
@@ -87,12 +85,21 @@ class Machines:
         """Start the nodes. Return when the application is ready."""
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": _ADDRESS.format(2)}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        for number, node in enumerate(_NODES, start=3):
-            self._cluster.add_node(wait=False, node_ip_address=_ADDRESS.format(number), **node)
+        self._addresses = map(_ADDRESS.format, count(3))
+        self._nodes = {self._add(kind): kind for kind in self._kinds}
         self._cluster.wait_for_nodes(timeout=START_S)
         self._deploy()
         ray.init(address=self._cluster.address, log_to_driver=False)
         eventually(self.is_ready, within_s=START_S)
+
+    def _add(self, kind: Mapping[str, Any]) -> Any:
+        return self._cluster.add_node(wait=False, node_ip_address=next(self._addresses), **kind)
+
+    def replace_dead_nodes(self) -> None:
+        """Start a node of the same kind for each that was killed. Ray starts nodes in the main thread only."""
+        for node in self._nodes.keys() - self._cluster.worker_nodes:
+            kind = self._nodes.pop(node)
+            self._nodes[self._add(kind)] = kind
 
     def _deploy(self) -> None:
         program = str(Path(sys.executable).with_name("serve"))
@@ -100,10 +107,11 @@ class Machines:
         run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
         assert run.returncode == 0, run.stderr
 
-    def deploy_with(self, user_config: Mapping[str, Any]) -> None:
-        """Deploy the YAML file again, with this `user_config` of the Ingress."""
+    def deploy_with(self, user_config: Mapping[str, Any], **args: Any) -> None:
+        """Deploy the YAML file again, with this `user_config` of the Ingress and these changes of `args`."""
         config = yaml.safe_load(self._file.read_text())
         config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
+        config["applications"][0]["args"] |= args
         self._file.write_text(yaml.safe_dump(config))
         self._deploy()
 
@@ -121,11 +129,15 @@ class Machines:
             return False
         return httpx.get(f"{self.url}/ready", timeout=120).status_code == 200
 
-    async def until_full(self, deployment: str) -> None:
-        """Return once all replicas of the deployment accept requests."""
+    async def until_full(self, *deployments: str) -> None:
+        """Return once all replicas of these deployments accept requests; of all deployments if none is named."""
         async with asyncio.timeout(START_S):
-            while len(self.replicas(deployment)) < self._sizes[deployment]:
+            while any(len(self.replicas(name)) < self._sizes[name] for name in deployments or self._sizes):
                 await asyncio.sleep(0.05)
+
+    def all_replicas(self) -> dict[str, set[Replica]]:
+        """Return the replicas that accept requests, by deployment."""
+        return {name: set(self.replicas(name)) for name in self._sizes}
 
     def replicas(self, deployment: str) -> list[Replica]:
         """Return the replicas of a deployment that accept requests. Serve notices a death only at its next check."""
@@ -142,6 +154,11 @@ class Machines:
         """Kill the oldest replica's engine with SIGKILL, where it has processes of its own."""
         self.replicas(deployment)[0].kill_engine()
 
+    def kill_all(self, deployment: str) -> None:
+        """Kill all replicas with SIGKILL."""
+        for replica in self.replicas(deployment):
+            replica.kill()
+
     def kill_node_of(self, deployment: str) -> None:
         """Kill all processes of one node that has a replica of the deployment."""
         victim = self.replicas(deployment)[0].node_id
@@ -150,9 +167,8 @@ class Machines:
         self._cluster.remove_node(node, allow_graceful=False)
 
     def _kill_replicas(self, node_id: str | None) -> None:
-        """Return the replicas on this node, or all replicas."""
-        replicas = [replica for name in self._sizes for replica in self.replicas(name)]
-        for replica in replicas:
+        """Kill the replicas on this node, or all replicas."""
+        for replica in set().union(*self.all_replicas().values()):
             if node_id in (None, replica.node_id):
                 replica.kill()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +24,20 @@ from deployments.calls.serve_calls import retry_on_replica_death
 from deployments.errors import PoisonRequest
 from deployments.worker import WorkerDeployment
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
+from lora_store import Sample, write_peft_folder
 from tests.cluster.load import CLIENTS, KEY, LETTERS, SAMPLING, Load, Outcome
 from tests.cluster.running import TENANTS, TOPICS, Running, asks
 from tests.deployments.key_files import bearer
 from tests.e2e.live import eventually, eventually_equal
-from tests.served_engine import ENGINE, needs_own_process
+from tests.served_engine import ENGINE, START_S, needs_own_process
 from tests.soak import Scale
-from tests.tiny import tiny_config
+from tests.tiny import linear_shapes, random_adapter, tiny_config
 
 MAX_BATCH_SIZE = 16  # per worker: tests/cluster/serve.yaml
 STREAMING = 3  # before a worker is killed
-NUM_RESULTS = {"native": 4, "vllm": 6}  # of all tests of this file together
+NUM_RESULTS = {"native": 5, "vllm": 7}  # of all tests of this file together
 
 
 @dataclass
@@ -75,20 +77,16 @@ def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def test_defaults_of_requests_change_while_every_replica_runs_on(running: Running) -> None:
     machines = running.machines
 
-    def replicas() -> dict[str, set[int]]:
-        names = ("Ingress", "Retriever", "Store", "Worker")
-        return {name: {replica.pid for replica in machines.replicas(name)} for name in names}
-
     def defaults() -> set[int]:
         """Return the numbers of adapters that the Ingresses state. Either may answer a request."""
         answers = [httpx.get(f"{machines.url}/v1/stats", headers=bearer(KEY), timeout=60) for _ in range(20)]
         return {answer.json()["defaults"]["k"] for answer in answers}
 
-    before = replicas()
+    before = machines.all_replicas()
     for user_config, k in (({"retrieval": {"k": 1}}, 1), ({}, 3)):
         machines.deploy_with(user_config)
         eventually(lambda k=k: defaults() == {k}, within_s=120)
-    eventually_equal(replicas, before)  # Serve counts a replica as updating for a moment longer
+    eventually_equal(machines.all_replicas, before)  # Serve counts a replica as updating for a moment longer
 
 
 @pytest.mark.parametrize("victim", ["worker", pytest.param("engine of a worker", marks=needs_own_process)])
@@ -160,7 +158,7 @@ def error_of_a_stream_cut_off(running: Running) -> openai.APIError | None:
     return None
 
 
-def test_no_request_fails_while_retrievers_and_the_store_are_killed(
+def test_no_request_fails_while_retrievers_and_all_stores_are_killed(
     running: Running, results: Results, scale: Scale
 ) -> None:
     num_kills = scale.pick("kills of a retriever and of the store", small=1, full=3)
@@ -168,12 +166,12 @@ def test_no_request_fails_while_retrievers_and_the_store_are_killed(
     machines, part = running.machines, num_whole // (2 * num_kills + 1)
 
     async def kill_others(load: Load) -> None:
-        for name in ["Retriever", "Store"] * num_kills:
+        for name, kill in [("Retriever", machines.kill), ("Store", machines.kill_all)] * num_kills:
             await machines.until_full(name)
             already = len(load.outcomes)
             load.release(part)
             await load.until(lambda already=already: len(load.outcomes) > already)
-            machines.kill(name)
+            kill(name)
 
     outcomes = asyncio.run(running.load().run(asks(num_whole), kill_others))
     what = f"{num_kills} kills of a retriever, {num_kills} of the store"
@@ -187,20 +185,82 @@ def test_a_client_that_retries_survives_the_death_of_an_ingress_and_a_node(
 ) -> None:
     num_whole = scale.pick("requests", small=40, full=500)
     num_alone = scale.pick("kills of an ingress before the node's", small=0, full=1)
-    machines = running.machines
+    machines, left = running.machines, dict[str, int]()
 
     async def kill_ingress_and_node(load: Load) -> None:
         kills: list[Callable[[str], None]] = [*[machines.kill] * num_alone, machines.kill_node_of]
         for kill in kills:
-            await machines.until_full("Ingress")
+            await machines.until_full()
+            for name, replicas in machines.all_replicas().items():
+                assert len({replica.node_id for replica in replicas}) == len(replicas) > 1, name
             already = len(load.outcomes)
             load.release(num_whole // len(kills))
             await load.until(lambda already=already: len(load.outcomes) > already)
             await asyncio.to_thread(kill, "Ingress")
+        left.update({name: len(replicas) for name, replicas in machines.all_replicas().items()})
 
     outcomes = asyncio.run(running.load(max_retries=2).run(asks(num_whole), kill_ingress_and_node))
     what = "an ingress and a whole node, client's 2 retries"
     results.add(what, outcomes, node_kill_failed_with_retries=len(failed(outcomes)))
+    assert len(outcomes) == num_whole
+    assert failed(outcomes) == []
+    assert all(number >= 1 for number in left.values()) and len(left) == 4, left
+    machines.replace_dead_nodes()
+    asyncio.run(machines.until_full())
+
+
+def test_no_request_is_lost_while_adapters_nodes_and_settings_change(
+    running: Running, results: Results, scale: Scale, tmp_path: Path
+) -> None:
+    if not scale.is_full:
+        pytest.skip("two nodes die, and then every replica is replaced: in make soak")
+    num_whole = scale.pick("requests", small=0, full=500)
+    machines, new_names = running.machines, ("chess", "bridges")
+    shapes = linear_shapes(load_base_model(tiny_config(running.model)))
+
+    def publish_and_ask() -> None:
+        for seed, name in enumerate(new_names, start=len(TOPICS)):
+            folder = tmp_path / name
+            samples = [Sample(f"{verb} {name}, please.") for verb in ("Tell me about", "Explain", "Describe")]
+            write_peft_folder(folder, random_adapter(shapes, seed).modules, base_model="tiny", samples=samples)
+            files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+            sent = {"data": {"name": name}, "headers": bearer(KEY), "timeout": 300}
+            assert httpx.post(f"{machines.url}/v1/loras", files=files, **sent).status_code == 201
+            body = {"model": name, "prompt": "The sea", "max_tokens": 4}
+            answer = httpx.post(f"{machines.url}/v1/completions", json=body, headers=bearer(KEY), timeout=300)
+            assert answer.status_code == 200, answer.text
+
+    async def lose_a_node_of(deployment: str) -> None:
+        await asyncio.to_thread(machines.kill_node_of, deployment)
+        assert all(len(replicas) >= 1 for replicas in machines.all_replicas().values())
+        machines.replace_dead_nodes()
+
+    async def change_a_setting() -> None:
+        before = set().union(*machines.all_replicas().values())
+        await asyncio.to_thread(machines.deploy_with, {}, max_request_s=590)
+        async with asyncio.timeout(START_S):
+            while before & set().union(*machines.all_replicas().values()):
+                await asyncio.sleep(0.05)
+
+    async def change_all(load: Load) -> None:
+        events: tuple[Callable[[], Awaitable[None]], ...] = (
+            lambda: asyncio.to_thread(publish_and_ask),
+            lambda: lose_a_node_of("Worker"),
+            lambda: lose_a_node_of("Ingress"),
+            change_a_setting,
+        )
+        for event in events:
+            already = len(load.outcomes)
+            load.release(num_whole // (len(events) + 1))
+            await load.until(lambda already=already: len(load.outcomes) > already)
+            await event()
+            await machines.until_full()
+
+    outcomes = asyncio.run(running.load(max_retries=2).run(asks(num_whole), change_all))
+    for name in new_names:
+        httpx.delete(f"{machines.url}/v1/loras/{name}", headers=bearer(KEY), timeout=300).raise_for_status()
+    what = "2 adapters, 2 whole nodes, a setting; 2 retries"
+    results.add(what, outcomes, changes_failed_with_retries=len(failed(outcomes)))
     assert len(outcomes) == num_whole
     assert failed(outcomes) == []
 
@@ -319,8 +379,8 @@ def test_usage_equals_what_20_tenants_counted_while_every_kind_of_replica_dies(r
                 machines.kill(victim)
 
     asyncio.run(run())
-    for name in set(victims):
-        asyncio.run(machines.until_full(name))
+    asyncio.run(machines.until_full())
+    scale.record("answers that a kill broke", len(counted.broken))
     assert counted.num_ended == num_requests
     assert len(counted.complete) >= num_requests // 2, "only what a killed Ingress or Worker was answering may break"
 
@@ -330,7 +390,7 @@ def test_usage_equals_what_20_tenants_counted_while_every_kind_of_replica_dies(r
         found = {event["id"]: event for event in stored if event["tenant"] in TENANTS}
         return list(found.values())
 
-    eventually(lambda: counted.complete.keys() <= {event["request_id"] for event in events()}, within_s=60)
+    eventually(lambda: counted.complete.keys() <= {event["request_id"] for event in events()})
     found = events()
     by_request = Counter(event["request_id"] for event in found)
     assert set(by_request.values()) == {1}, "none twice"
@@ -342,8 +402,14 @@ def test_usage_equals_what_20_tenants_counted_while_every_kind_of_replica_dies(r
     }
     assert recorded == counted.complete
     report = httpx.get(f"{machines.url}/v1/usage?by=tenant", headers=bearer(KEY), timeout=60).json()["data"]
-    totals = {row["tenant"]: row["requests"] for row in report if row["tenant"] in TENANTS}
-    assert totals == Counter(event["tenant"] for event in found)
+    columns = ("prompt_tokens", "completion_tokens")
+    totals = {(row["tenant"], name): row[name] for row in report if row["tenant"] in TENANTS for name in columns}
+    sums = Counter[tuple[str, str]]()
+    for event in found:
+        sums.update({(event["tenant"], name): event[name] for name in columns})
+    assert totals == sums
+    requests = {row["tenant"]: row["requests"] for row in report if row["tenant"] in TENANTS}
+    assert requests == Counter(event["tenant"] for event in found)
 
 
 def test_the_pool_survives_the_death_of_all_nodes(running: Running, scale: Scale) -> None:

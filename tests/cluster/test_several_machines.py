@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import httpx
+import psutil
 import pytest
 import yaml
 from ray.scripts.scripts import cli as ray_cli
@@ -26,7 +30,7 @@ from deployments.cli.client import free_port
 from deployments.cli.local_server import CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
 from tests.cluster.machines import own_ray
-from tests.e2e.live import eventually
+from tests.e2e.live import command_of, eventually, eventually_equal
 from tests.served_engine import START_S, WORKER, save_served_model
 from tests.soak import Scale
 
@@ -35,7 +39,9 @@ LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for l
 VARIABLES = dict(line.removeprefix("export ").split("=", 1) for line in LINES if line.startswith("export "))
 COMMANDS = [shlex.split(line) for line in LINES if not line.startswith("export ")]
 YAML, DEPLOYMENTS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+HEADS_VARIABLES = ("RAY_REDIS_ADDRESS", "RAY_external_storage_namespace")
 HEAD, NODE = "127.0.0.2", "127.0.0.3"
+PASSWORD = "password-of-redis"
 END_S = 120
 
 
@@ -75,62 +81,151 @@ def test_the_page_names_the_variables_that_serve_sets() -> None:
     assert {name: VARIABLES[name] for name in ours} == ours
 
 
-def test_the_pages_commands_start_an_application_on_two_nodes(
-    tiny_folders: Mapping[str, Path], tmp_path: Path, scale: Scale, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not scale.is_full:
-        pytest.skip("another cluster starts: in make soak")
-    for name, value in VARIABLES.items():
-        if not name.startswith(("RAY_REDIS", "RAY_external")):
-            monkeypatch.setenv(name, value)
-    config = page_config()
-    config["proxy_location"] = "HeadOnly"  # two proxies of one machine cannot have the same port
-    config["http_options"] = {"host": HEAD, "port": free_port(HEAD)}
-    config["applications"][0]["args"] = {
-        "base_model": str(save_served_model(tiny_folders, tmp_path / "model")),
-        "base_model_name": "tiny",
-        "store_uri": str(tmp_path / "pool"),
-        "cache_dir": str(tmp_path / "cache"),
-        "worker": WORKER,
-        "allowed_hosts": [HEAD],
-    }
-    file = tmp_path / "serve.yaml"
-    file.write_text(yaml.safe_dump(config))
-    ports = {"6379": str(free_port(HEAD)), "8265": str(free_port(HEAD))}
+class Site:
+    """The page's commands with the addresses of this machine, and its file with a tiny model."""
 
-    def here(command: list[str], *more: str) -> list[str]:
-        """Return the page's command with the addresses and the file of this test."""
-        text = shlex.join([*command, *more])
-        for old, new in {"10.0.0.1": HEAD, "10.0.0.2": NODE, "serve.yaml": str(file), **ports}.items():
+    def __init__(self, tiny_folders: Mapping[str, Path], folder: Path) -> None:
+        port = free_port(HEAD)
+        self.url = f"http://{HEAD}:{port}"
+        config = page_config()
+        config["http_options"] = {"host": HEAD, "port": port}  # the proxies of both nodes share the port
+        config["applications"][0]["args"] = {
+            "base_model": str(save_served_model(tiny_folders, folder / "model")),
+            "base_model_name": "tiny",
+            "store_uri": str(folder / "pool"),
+            "cache_dir": str(folder / "cache"),
+            "worker": WORKER,
+            "allowed_hosts": [HEAD],
+        }
+        file = folder / "serve.yaml"
+        file.write_text(yaml.safe_dump(config))
+        ports = {"6379": str(free_port(HEAD)), "8265": str(free_port(HEAD))}
+        self._here = {"10.0.0.1": HEAD, "10.0.0.2": NODE, "serve.yaml": str(file), **ports}
+        agent = ("--dashboard-agent-listen-port", "0")  # two agents of one machine cannot have the same port
+        client = ("--ray-client-server-port", str(free_port(HEAD)), "--dashboard-port", "8265")
+        _, head, node, deploy, status = COMMANDS
+        self.head, self.node = self._replaced(*head, *agent, *client), self._replaced(*node, *agent)
+        self.deploy, self.status = self._replaced(*deploy), self._replaced(*status)
+
+    def _replaced(self, *command: str) -> list[str]:
+        text = shlex.join(command)
+        for old, new in self._here.items():
             text = text.replace(old, new)
         program, *arguments = shlex.split(text)
         return [str(Path(sys.executable).with_name(program)), *arguments]
 
-    _, head, node, deploy, status = COMMANDS
-    agent = ("--dashboard-agent-listen-port", "0")  # two agents of one machine cannot have the same port
-    client = ("--ray-client-server-port", str(free_port(HEAD)), "--dashboard-port", "8265")
-    url = f"http://{HEAD}:{config['http_options']['port']}"
-    with own_ray(), ExitStack() as nodes:
-        nodes.enter_context(running(here(head, *agent, *client)))
-        eventually(lambda: answers(here(status)), within_s=START_S)
-        nodes.enter_context(running(here(node, *agent)))
-        run = subprocess.run(here(deploy), capture_output=True, text=True, timeout=START_S, check=False)
+    def start_application(self) -> None:
+        """Run the page's `serve deploy`. Return when the application is ready."""
+        run = subprocess.run(self.deploy, capture_output=True, text=True, timeout=START_S, check=False)
         assert run.returncode == 0, run.stderr
-        eventually(lambda: is_ready(url), within_s=START_S)
+        eventually(self.is_ready, within_s=START_S)
+
+    def is_ready(self) -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/ready", timeout=60).status_code == 200
+        return False
+
+    def check_answer(self) -> None:
         body = {"model": "tiny", "prompt": "The sea", "max_tokens": 4}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4, answer.text
-        shown = subprocess.run(here(status), capture_output=True, text=True, timeout=END_S, check=True).stdout
-        assert yaml.safe_load(shown)["applications"]["loraretriever"]["status"] == "RUNNING"
+
+    def application_status(self) -> str:
+        """Return what `serve status` says, empty where it fails."""
+        run = subprocess.run(self.status, capture_output=True, text=True, timeout=END_S, check=False)
+        found = yaml.safe_load(run.stdout) if run.returncode == 0 else {}
+        return str(found.get("applications", {}).get("loraretriever", {}).get("status", ""))
+
+
+@pytest.fixture
+def site(
+    tiny_folders: Mapping[str, Path], tmp_path: Path, scale: Scale, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Site]:
+    """Yield the site, with the page's variables set and a separate folder for Ray."""
+    if not scale.is_full:
+        pytest.skip("another cluster starts: in make soak")
+    for name, value in VARIABLES.items():
+        if name not in HEADS_VARIABLES:
+            monkeypatch.setenv(name, value)
+    with own_ray():
+        yield Site(tiny_folders, tmp_path)
+
+
+def test_the_pages_commands_start_an_application_on_two_nodes(site: Site) -> None:
+    with running(site.head):
+        eventually(lambda: answers(site.status), within_s=START_S)
+        with running(site.node):
+            site.start_application()
+            site.check_answer()
+            assert site.application_status() == "RUNNING"
+
+
+def test_replicas_outlive_the_head_and_a_new_head_with_redis_finds_them(site: Site, tmp_path: Path) -> None:
+    with redis(tmp_path) as address, ExitStack() as nodes:
+        variables = {name: VARIABLES[name] for name in HEADS_VARIABLES} | {"RAY_REDIS_ADDRESS": address}
+        start_head = partial(running, [*site.head, "--redis-password", PASSWORD], **variables)
+        head = nodes.enter_context(start_head())
+        eventually(lambda: answers(site.status), within_s=START_S)
+        node = nodes.enter_context(running(site.node))
+        site.start_application()
+        site.check_answer()
+        before = replicas(node)
+        assert len(before) >= 4
+
+        for process in [head.pid, *(child.pid for child in psutil.Process(head.pid).children(recursive=True))]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        head.wait(END_S)
+        assert not answers(site.status)
+        for _ in range(20):
+            site.check_answer()
+
+        nodes.enter_context(start_head())
+        eventually_equal(site.application_status, "RUNNING", within_s=START_S)
+        site.check_answer()
+        assert replicas(node) == before
+
+        [worker] = [pid for pid, name in before.items() if name == "Worker"]
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: set(replicas(node).values()) == set(before.values()) and worker not in replicas(node))
+        eventually(site.is_ready, within_s=START_S)
+        site.check_answer()
+
+
+def replicas(node: subprocess.Popen[bytes]) -> dict[int, str]:
+    """Return the processes of replicas on a node, with the names of their deployments."""
+    commands = {child.pid: command_of(child) for child in psutil.Process(node.pid).children(recursive=True)}
+    found = {pid: re.match(r"ray::ServeReplica:loraretriever:(\w+)", command) for pid, command in commands.items()}
+    return {pid: match[1] for pid, match in found.items() if match is not None}
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[None]:
-    """Run `ray start --block`. At the end ask it to stop, as systemd does, and kill what is left of its group."""
-    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"}
+def redis(folder: Path) -> Iterator[str]:
+    """Run Redis as the page asks for it, and yield its address."""
+    program, port = shutil.which("redis-server"), free_port("127.0.0.1")
+    if program is None:
+        pytest.skip("there is no redis-server: install Debian's package redis-server")
+    options = {"bind": "127.0.0.1", "port": port, "requirepass": PASSWORD, "dir": folder}
+    options |= {"appendonly": "yes", "appendfsync": "always"}
+    command = [program, *[part for name, value in options.items() for part in (f"--{name}", str(value))]]
+    with running(command):
+        eventually(lambda: connects(port))
+        yield f"127.0.0.1:{port}"
+
+
+def connects(port: int) -> bool:
+    with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+@contextmanager
+def running(command: list[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as a service. At the end ask it to stop, as systemd does, and kill what is left of its group."""
+    environment = os.environ | variables | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         try:
@@ -142,10 +237,3 @@ def running(command: list[str]) -> Iterator[None]:
 
 def answers(command: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, timeout=END_S, check=False).returncode == 0
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
-    except httpx.TransportError:
-        return False

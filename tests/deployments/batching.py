@@ -22,6 +22,7 @@ from tests.tiny import random_adapter
 BASE = "tiny"
 VERBS = ("Tell me about", "Explain", "Write of", "Describe")
 TOPICS = ("the sea", "old trains", "good bread", "a long war", "wild bees", "cold winters")
+TOPICS_OF = {"first": ("the sea", "old trains"), "second": ("good bread", "wild bees")}  # with two base models
 TOP_P = {"strategy": "top_p_mixture", "strategy_options": {"kept_weight": 0.5}}
 DEFAULTS = {"max_tokens": 6, "temperature": 0}
 
@@ -56,15 +57,17 @@ def tiny_app(model: Path, store: str, **worker: Any) -> AppConfig:
     )
 
 
-def publish(config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: Path, topics: Sequence[str]) -> int:
+def publish(
+    config: AppConfig, shapes: Mapping[str, tuple[int, int]], folders: Path, topics: Sequence[str], base: str = BASE
+) -> int:
     """Publish a random adapter for each topic, with sentences about it as samples. Return the generation."""
-    store = LoraStore(config.store_uri, accepts_base=config.served_model.accepted_names)
+    store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
     staged = []
     for topic in topics:
         path = folders / topic.replace(" ", "-")
         samples = [Sample(f"{verb} {topic}, please.") for verb in VERBS]
         modules = random_adapter(shapes, seed=TOPICS.index(topic)).modules
-        write_peft_folder(path, modules, base_model=BASE, samples=samples)
+        write_peft_folder(path, modules, base_model=base, samples=samples)
         staged.append(store.stage(path, module_shapes=shapes))
     embeddings = embed_groups(shared_encoder(num_threads=1), [item.samples for item in staged])
     return store.commit(staged, embeddings, [1.0] * len(staged), "tester")

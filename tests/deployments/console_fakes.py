@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+import string
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta, Job
-from retriever_svc import Place, Point, PoolMap
+from retriever_svc import Cluster, Place, Point, PoolMap, Retriever
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
+from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, record_of
 
 HOLDINGS = EngineStatus(
     resident=frozenset({"a", "b"}),
@@ -43,7 +47,10 @@ class MappedRetriever(FakeRetriever):
     """Its adapters are on a circle, a prompt is in the middle."""
 
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
-        return PoolMap(7, len(self.held), 0.625, tuple(map(self._point, range(len(self.held)))))
+        points = [self._point(number) for number in range(len(self.held))]
+        names = tuple(record.ref.name_for(tenant) for record in self.held)
+        places = tuple((point.x, point.y) for point in points)
+        return PoolMap(7, len(points), names, places, (0,) * len(points), (Cluster("", 0.0, 0.0, 1.0, len(points)),))
 
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
         asked = [number for number, record in enumerate(self.held) if record.ref.name in names]
@@ -52,6 +59,25 @@ class MappedRetriever(FakeRetriever):
     def _point(self, number: int) -> Point:
         angle = 2 * math.pi * number / len(self.held)
         return Point(self.held[number].ref, math.cos(angle), math.sin(angle))
+
+
+class LaidOutRetriever(MappedRetriever):
+    """Draws `count` adapters of `num_kinds` kinds by the real layout. A kind is a tag and the first word of names."""
+
+    def __init__(self, count: int, num_kinds: int) -> None:
+        rng = np.random.default_rng(0)
+        middles = np.eye(num_kinds)[np.arange(count) % num_kinds]
+        vectors = middles + rng.normal(scale=0.05, size=middles.shape)
+        self.kinds = [f"kind{letter * 2}" for letter in string.ascii_lowercase[:num_kinds]]
+        kinds = [self.kinds[number % num_kinds] for number in range(count)]
+        self.names = [f"{kind}-{number:05}" for number, kind in enumerate(kinds)]
+        rows = zip(self.names, vectors, kinds, strict=True)
+        records = [record_of(name, vector, tags=(kind,)) for name, vector, kind in rows]
+        super().__init__(records[:2])
+        self._drawn = Retriever(live_pool(FakeEncoder({}, dim=num_kinds), Source(*records))).map("local")
+
+    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+        return replace(self._drawn, generation=7)
 
 
 @dataclass

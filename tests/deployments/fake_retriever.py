@@ -100,8 +100,15 @@ class FakeRetriever:
     async def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
         return named_policies(self.model_names.snapshot, tenant, model)[:limit]
 
-    async def names(self, tenant: str, min_generation: int = 0) -> list[NamedPolicy]:
-        return visible_names(self.model_names.snapshot, tenant)
+    async def names(
+        self,
+        tenant: str,
+        min_generation: int = 0,
+        after: str = "",
+        limit: int | None = None,
+        is_short: bool = False,
+    ) -> list[NamedPolicy]:
+        return visible_names(self.model_names.snapshot, tenant, after, limit, is_short=is_short)
 
     async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
         return replace(Listings(self._snapshot).page(tenant, request), unserved=self.unserved)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.catalogue_clients import Buffer, Shapes
+from deployments.calls.catalogue_clients import Buffer
 from deployments.errors import SourceMissing
 from deployments.json_types import JsonObject
 from lora_store import (
@@ -41,6 +41,7 @@ from lora_store import (
     Withdrawn,
     policy_digest,
 )
+from lora_store.adapter import Shapes
 from lora_store.feedback import Kind
 from lora_store.garbage_collection import Verified
 from lora_store.location import Location
@@ -143,6 +144,7 @@ class FakeStore:
             "tags": live.tags if edit.tags is None else edit.tags,
             "template": None if edit.template == "server" else edit.template or live.template,
             "visibility": edit.visibility or live.visibility,
+            "contract": live.contract if edit.contract is None else edit.contract or None,
         }
         staged = self._hold_samples(live, samples, **changes)
         return replace(staged, keeps=frozenset() if edit.visibility else frozenset({"visibility"}))
@@ -287,7 +289,14 @@ class FakeStore:
         self.generation += 1
         return self.generation
 
-    async def rank(self, tenant: str, rankings: Sequence[Ranking], actor: str, are_outcomes: bool = False) -> int:
+    async def rank(
+        self,
+        tenant: str,
+        rankings: Sequence[Ranking],
+        actor: str,
+        are_outcomes: bool = False,
+        keeps: Sequence[AdapterRef] = (),
+    ) -> int:
         self._fail("rank")
         self.ranked.append((tenant, rankings))
         self.generation += 1

@@ -35,7 +35,7 @@ def test_an_answer_streams_next_to_its_adapters(browsing: Browsing) -> None:
     goes_on = asyncio.Event()
 
     async def question(page: Page, served: Served) -> None:
-        await expect(page.locator("#map .spot")).to_have_count(2)
+        await expect(page.locator("#map-list li")).to_have_count(2)
         await ask(page)
         await expect(last_turn(page, ".text")).to_have_text("Hel")
         await expect(page.locator("#plan li .name")).to_have_text(["poet", "coder"])
@@ -252,7 +252,7 @@ def test_the_metrics_are_live(browsing: Browsing) -> None:
 
 def test_the_map_is_read_by_keyboard(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
-        await expect(page.locator("#map .spot")).to_have_count(2)
+        await expect(page.locator("#map-list li")).to_have_count(2)
         await expect(page.locator("#examples button")).to_have_count(2)  # nothing else changes the layout
         frames = "(n) => new Promise((done) => { const f = () => (n-- ? requestAnimationFrame(f) : done()); f(); })"
         before = await page.locator("#map").bounding_box()

@@ -11,6 +11,7 @@ from playwright.async_api import Page, expect
 from tests.browsing import Browsing, drop_folder
 from tests.clients.processes import node_file
 from tests.deployments.app_fakes import Served
+from tests.deployments.console_fakes import LaidOutRetriever
 from tests.deployments.looking import ask, folder_of, go, last_turn, look, show_options
 
 pytestmark = pytest.mark.browser
@@ -95,3 +96,18 @@ def test_no_view_violates_wcag(browsing: Browsing, tmp_path: Path, theme: Litera
 
     context = {"color_scheme": theme, "viewport": {"width": width, "height": 800}, "bypass_csp": True}
     look(browsing, question, context=context, api_key="of good news")
+
+
+def test_a_large_map_violates_no_wcag_rule(browsing: Browsing) -> None:
+    axe = node_file("axe-core/axe.min.js").read_text(encoding="utf-8")
+
+    async def question(page: Page, served: Served) -> None:
+        await page.evaluate(axe)
+        await expect(page.locator("#map-count")).to_have_text("In view: 300 of 300")
+        await page.locator("#map-count").click()
+        await check(page, "clusters")
+        await page.get_by_label("Find").fill("kindaa")
+        await expect(page.locator("#map-list a").first).to_be_visible()
+        await check(page, "a search")
+
+    look(browsing, question, context={"bypass_csp": True}, retriever=LaidOutRetriever(300, 12))

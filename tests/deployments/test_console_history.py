@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -17,7 +17,7 @@ from playwright.async_api import Page, expect
 
 from gpu_worker.front.request.prompts import Message
 from lora_store import Sample
-from retriever_svc import Point, PoolMap
+from retriever_svc import PoolMap
 from tests.browsing import Browsing
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
@@ -73,11 +73,11 @@ class ClusteredRetriever(MappedRetriever):
 
     async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
         kinds = sorted({_kind(record.ref.name) for record in self.held})
-        points = []
+        places = []
         for number, record in enumerate(self.held):
             angle = 2 * math.pi * kinds.index(_kind(record.ref.name)) / len(kinds)
-            points.append(Point(record.ref, math.cos(angle) + number / 10_000, math.sin(angle)))
-        return PoolMap(7, len(points), 0.625, tuple(points))
+            places.append((math.cos(angle) + number / 10_000, math.sin(angle)))
+        return replace(await super().map(tenant), places=tuple(places))
 
     async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
         kind = _kind(name)

@@ -36,7 +36,7 @@ def test_a_key_is_asked_for_once_and_sent_with_every_request(browsing: Browsing,
         page.on("response", note)
         await use(page, KEY)
         await expect(page.locator("#connection")).to_have_text("live")
-        await expect(page.locator("#map .spot")).to_have_count(2)
+        await expect(page.locator("#map-list li")).to_have_count(2)
         await ask(page)
         await expect(last_turn(page, ".text")).to_have_text("Hello")
         await expect(page.locator("#map .prompt")).to_have_count(1)
@@ -95,7 +95,7 @@ def test_only_a_key_that_the_server_accepts_gets_a_tick(browsing: Browsing) -> N
 def test_a_server_without_keys_has_no_button_for_one(browsing: Browsing) -> None:
     async def question(page: Page, served: Served) -> None:
         await expect(page.locator("#connection")).to_have_text("live")
-        await expect(page.locator("#map .spot")).to_have_count(2)
+        await expect(page.locator("#map-list li")).to_have_count(2)
         await expect(page.locator("#key-button")).to_be_hidden()
 
     look(browsing, question)

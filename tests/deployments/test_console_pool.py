@@ -137,7 +137,7 @@ def test_a_version_that_was_rolled_back_to_shows_since_when_it_is_live(browsing:
 
     async def question(page: Page, served: Served) -> None:
         await open_adapter(page, "poet")
-        await expect(page.locator("#adapter-facts")).to_contain_text("Published3 d agoLive since2 h ago")
+        await expect(page.locator("#adapter-facts")).to_contain_text("Published3 d ago by testerLive since2 h ago")
 
     look(browsing, question, retriever=MappedRetriever([record]), store=FakeStore(pool_of(record)))
 
@@ -286,7 +286,7 @@ def test_the_form_of_a_trial_keeps_nothing_of_another_adapter(browsing: Browsing
 
 
 def test_tags_template_visibility_and_samples_are_edited_without_an_upload(browsing: Browsing) -> None:
-    live = adapter("poet", version="fun", template="alpaca")
+    live = replace(adapter("poet", version="fun", template="alpaca"), contract='{"stop": ["."]}')
 
     async def question(page: Page, served: Served) -> None:
         async def save(status: int) -> None:
@@ -315,6 +315,16 @@ def test_tags_template_visibility_and_samples_are_edited_without_an_upload(brows
         await samples.fill('{"input": 1}')
         await page.get_by_role("button", name="Save").click()
         await expect(page.locator("#adapter-error")).to_contain_text('line 1 of the samples needs "input"')
+        await page.locator("#edit-cancel").click()
+        contract = page.get_by_label("Contract, as JSON")
+        await page.get_by_role("button", name="Edit", exact=True).click()
+        await expect(contract).to_have_value('{\n  "stop": [\n    "."\n  ]\n}')
+        await contract.fill("{")
+        await page.get_by_role("button", name="Save").click()
+        await expect(page.locator("#adapter-error")).to_contain_text("the contract is not JSON")
+        await contract.fill('{"instruction": "Negate: {input}"}')
+        await save(409)  # refused for its version only
+        assert len(served.store.called("edit")) == 1
         await page.locator("#edit-cancel").click()
         await page.get_by_role("button", name="Edit", exact=True).click()
         await page.locator("#edit-visibility").select_option("private")
@@ -426,6 +436,24 @@ def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_upload(
         assert [upload.name for (upload, _) in served.store.called("stage")] == ["alias"]
 
     look(browsing, question, accepts_base=("an/alias",))
+
+
+def test_a_folder_for_any_of_several_base_models_may_be_published(browsing: Browsing, tmp_path: Path) -> None:
+    for name, base in (("one", "an/alias"), ("two", "org/two"), ("three", "org/three")):
+        folder_of(tmp_path / "all", name, config=f'{{"base_model_name_or_path": "{base}"}}')
+    cards = [{"id": "auto"}, {"id": "a", "accepts_base": ["an/alias"]}, {"id": "b", "accepts_base": ["org/two"]}]
+
+    async def question(page: Page, served: Served) -> None:
+        await page.route("**/v1/models?*", lambda route: route.fulfill(json={"data": cards}))
+        await drop_folder(page, tmp_path / "all")
+        await expect(page.locator("#previews > li")).to_have_count(3)
+        await expect(page.locator("#previews .bad .problem")).to_contain_text(
+            ["this server accepts an/alias, org/two."]
+        )
+        for name, is_ticked in (("one", True), ("two", True), ("three", False)):
+            await expect(page.get_by_label(f"Publish {name}")).to_be_checked(checked=is_ticked)
+
+    look(browsing, question)
 
 
 def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from gpu_worker.front.request.request import Delta, Job
 from lora_store import ROUTED_STRATEGIES
 from lora_store.usage import SUMS, UsageQuery
 from tests.browsing import Browsing
-from tests.deployments.adapter_records import adapter
+from tests.deployments.adapter_records import POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.fake_names import FakeNames
+from tests.deployments.fake_store import FakeStore
 from tests.deployments.key_files import entry, write
 from tests.deployments.looking import ask, go, last_turn, look
 
@@ -57,7 +59,7 @@ def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing) -> N
         await page.goto(page.url.partition("#")[0] + "#adapter/poet")
         await page.get_by_role("button", name="Compare version").first.click()
         await expect(page.get_by_label("Prompt to compare")).to_have_value("A sample of poet.")
-        models = page.get_by_label("Adapters or versions")
+        models = page.get_by_label("Adapters, versions or policies")
         live, kept = (await models.input_value()).split(", ")
         assert (live, kept.partition("@")[0]) == ("poet", "poet")
         await models.fill("poet, coder, poet")
@@ -68,6 +70,24 @@ def test_named_adapters_and_versions_are_compared_alone(browsing: Browsing) -> N
         assert sorted(choice for [choice] in named) == [("coder", 1.0), ("poet", 1.0)]
 
     look(browsing, question)
+
+
+def test_a_policy_is_compared_under_its_model_name(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        answer = await page.request.put(f"{page.url.partition('#')[0]}v1/names/careful", data={"model": "poet"})
+        assert answer.ok, await answer.text()
+        await go(page, "Compare")
+        for way in await page.locator("#ways input").all():
+            await way.uncheck()
+        await page.get_by_label("Adapters, versions or policies").fill("careful, coder")
+        await page.get_by_label("Prompt to compare").fill("A verse, please.")
+        await page.get_by_label("Prompt to compare").press("Enter")
+        await expect(page.locator("#compared h3")).to_have_text(["careful by name", "coder by name"])
+        await expect(page.locator("#compared .by")).to_contain_text(["poet", "coder"])
+
+    names = FakeNames()
+    store = FakeStore(pool_of(*POOL), model_names=names)
+    look(browsing, question, retriever=MappedRetriever(model_names=names), store=store)
 
 
 def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_answers(
@@ -81,7 +101,7 @@ def test_the_prompts_of_a_file_are_answered_in_a_table_with_the_share_of_right_a
         await go(page, "Compare")
         for way in ("auto", *ROUTED_STRATEGIES):
             await page.get_by_label(way, exact=True).uncheck()
-        await page.get_by_label("Adapters or versions").fill("poet")
+        await page.get_by_label("Adapters, versions or policies").fill("poet")
         await page.get_by_label("Prompts from a file").set_input_files(file)
         await expect(page.locator("#compare-status")).to_have_text(
             "3 of 3 prompts, 2 ways; most right: base model, poet (1 of 2)"
@@ -284,6 +304,8 @@ def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsing: Br
         await go(page, "Adapters")
         await page.get_by_role("link", name="local/poet").click()
         await expect(page.locator("#adapter-uses")).to_contain_text("2 requests, 0 errors")
+        used = page.locator("#adapter-versions tr", has_text="live").locator("[data-uses]")
+        await expect(used).to_have_text(re.compile(r"^2 requests, .* new tokens; mean [\d.]+ s, 95 % within [\d.]+ s$"))
         await use("admin")
         await expect(page.locator("#adapter-uses")).to_contain_text("3 requests, 0 errors")
         await go(page, "Status")
@@ -295,5 +317,9 @@ def test_an_admin_sees_who_used_what_and_another_key_its_own_tenant(browsing: Br
         assert (await row.inner_text()).split("\t")[: len(SUMS) + 1] == ["acme", *[str(known[name]) for name in SUMS]]
         await page.locator("#usage-by").select_option("adapter")
         await expect(page.locator("#usage-rows")).to_contain_text("local/")
+        await page.locator("#usage-by").select_option("version")
+        version = rows.filter(has_text="local/poet@")
+        await expect(version.get_by_role("rowheader")).to_have_text(re.compile("^local/poet@[0-9a-f]{12}$"))
+        await expect(version.locator("td").nth(len(SUMS))).to_have_text(re.compile(r"^[\d.]+ s$"))
 
     look(browsing, question, keys_file=keys, cache_dir=tmp_path)

@@ -23,8 +23,20 @@ UNCHECKED = {"_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_
 
 
 def test_the_installed_libraries_have_every_name() -> None:
-    assert (len(FUNCTIONS), len(SOURCES)) == (17, 22)
+    assert (len(FUNCTIONS), len(SOURCES)) == (17, 25)
     check_libraries()
+
+
+@pytest.mark.parametrize("of_engine", [False, True])
+def test_the_libraries_of_the_engine_are_checked_apart_from_the_others(of_engine: bool) -> None:
+    gone: list[Function] = [("torch.cpu", "gone", ()), ("transformers", "gone", ()), ("uvicorn", "gone", ())]
+    missing: list[Source] = [("torch", "lost", ()), ("deltalake", "lost", ())]
+    with pytest.raises(ImportError) as refused:
+        check_libraries(gone, missing, of_engine=of_engine)
+    named = {
+        name for name in ("torch", "transformers", "uvicorn", "deltalake") if f"has no {name}." in str(refused.value)
+    }
+    assert named == ({"torch", "transformers"} if of_engine else {"uvicorn", "deltalake"})
 
 
 @pytest.mark.parametrize("row", FUNCTIONS, ids=lambda row: row[1])

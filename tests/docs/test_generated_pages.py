@@ -20,6 +20,7 @@ from docs.generate import clients, error_codes, metrics, request_fields, setting
 from docs.generate.__main__ import DOCS, stale_pages
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import block_names, filled, pages_with_blocks, table
+from tests.deployments.all_routes import OPEN_ROUTES, ROLES_OF
 
 GROUPS = {"admission", "sampling_defaults", "worker", "retrieval"}
 
@@ -53,6 +54,26 @@ def test_every_error_has_a_row_with_its_cause_and_remedy() -> None:
     ]
 
 
+def test_the_table_of_routes_has_every_route_with_its_role() -> None:
+    rows = re.findall(
+        r"^\| (`[A-Z]+ /.*?) \| `?(\w+)`? \|", (DOCS / "reference" / "http-api.md").read_text(), re.MULTILINE
+    )
+    found: dict[tuple[str, str], str] = {}
+    for routes, role in rows:
+        method = ""
+        for own, path in re.findall(r"`(?:([A-Z]+) )?(/[^`]*)`", routes):
+            method = own or method
+            found[method, _without_names(path)] = role
+    expected = {(method, _without_names(path)): role or "any" for (method, path), role in ROLES_OF.items()}
+    with_role = {route: role for route, role in found.items() if role != "none"}
+    assert with_role == expected, "docs/reference/http-api.md lists each route with its role"
+    assert found.keys() - with_role.keys() < OPEN_ROUTES
+
+
+def _without_names(path: str) -> str:
+    return re.sub(r"\{[^}]*\}", "{}", path)
+
+
 def test_a_field_of_chats_is_printed_once_with_what_completions_lack() -> None:
     chats, completions = request_fields.chat_fields(), request_fields.completion_fields()
     first, *rows = [re.findall(r"`(\w+)`", line)[:9] for line in completions.splitlines()]
@@ -64,7 +85,8 @@ def test_a_field_of_chats_is_printed_once_with_what_completions_lack() -> None:
 
 @pytest.mark.parametrize("model", [ChatCompletionRequest, CompletionRequest, ResponsesRequest, RouteQuery, LoraOptions])
 def test_every_request_field_has_a_text(model: type[BaseModel]) -> None:
-    assert all(field.description for field in model.model_fields.values())
+    lacking = [name for name, field in model.model_fields.items() if not field.description]
+    assert not lacking, "write a text under each of these fields"
     assert len(model.model_fields) > 1
 
 
@@ -142,6 +164,6 @@ def test_the_schema_accepts_the_defaults_and_refuses_unknown_settings() -> None:
     assert not check.is_valid({"worker": {"max_batch": 8}})
     assert not check.is_valid({"retrieval": {"k": 99}})
     groups = [schema, *(part for part in schema["$defs"].values() if "properties" in part)]
-    texts = [setting.get("description") for part in groups for name, setting in part["properties"].items()
-             if name not in GROUPS]  # fmt: skip
-    assert all(texts) and len(texts) > 70
+    texts = {name: setting.get("description") for part in groups for name, setting in part["properties"].items()}
+    lacking = {name for name, text in texts.items() if not text} - GROUPS
+    assert not lacking and len(texts) > 70, "write a text under each setting's field"

@@ -10,9 +10,10 @@ import pytest
 from docs.screenshots import FOLDER, take
 from gpu_worker.config import PACKAGED_MODEL
 from tests.browsing import Browsing, address_of
-from tests.deployments.adapter_records import adapter
+from tests.deployments.adapter_records import adapter, pool_of
 from tests.deployments.app_fakes import serve_plainly
 from tests.deployments.console_fakes import CountingWorker, MappedRetriever
+from tests.deployments.fake_store import FakeStore
 from tests.soak import Scale
 
 MAX_BYTES = 600_000  # of all together
@@ -29,7 +30,10 @@ def test_the_command_takes_every_screenshot_of_the_documentation(
 
     async def run() -> None:
         retriever = MappedRetriever(held)
-        served = serve_plainly(worker=CountingWorker(), retriever=retriever, accepts_base=(PACKAGED_MODEL,))
+        store = FakeStore(pool_of(*held, *(adapter(one.ref.name, version="older", generation=0) for one in held)))
+        served = serve_plainly(
+            worker=CountingWorker(), retriever=retriever, store=store, accepts_base=(PACKAGED_MODEL,)
+        )
         async with address_of(served) as url:
             await take(url, tmp_path)
 

@@ -51,7 +51,7 @@ def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_p
     async def visit() -> None:
         async with browsing.page(f"{url}/") as page:
             await limit(page)
-            await expect(page.locator("#map .spot")).to_have_count(12, timeout=SLOW_MS)
+            await expect(page.locator("#map-list li")).to_have_count(12, timeout=SLOW_MS)
             examples = page.locator("#examples button small")
             await expect(examples).to_have_count(6, timeout=SLOW_MS)
             assert "bbq_gender_ambig" not in await examples.all_inner_texts(), "its samples are long"
@@ -70,7 +70,7 @@ def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_p
             await page.get_by_role("button", name="Publish 1 adapter").click(timeout=SLOW_MS)
             await expect(page.locator("#previews .good .state")).to_contain_text("live at generation", timeout=SLOW_MS)
             await go(page, "Ask")
-            await expect(page.locator("#map .spot")).to_have_count(13)
+            await expect(page.locator("#map-list li")).to_have_count(13)
             await ask(page, PIRATES)
             await expect(page.locator("#plan li .name").first).to_have_text("pirate_talk")
 
@@ -81,7 +81,7 @@ def test_a_user_asks_publishes_and_withdraws(url: str, browsing: Browsing, tmp_p
             await page.locator("#confirm-yes").click()
             await expect(page.locator("#pool-rows .name", has_text="pirate_talk")).to_have_count(0, timeout=SLOW_MS)
             await go(page, "Ask")
-            await expect(page.locator("#map .spot")).to_have_count(12)
+            await expect(page.locator("#map-list li")).to_have_count(12)
             await ask(page, PIRATES)
             await expect(page.locator("#plan li .name", has_text="pirate_talk")).to_have_count(0)
 

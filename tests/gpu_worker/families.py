@@ -66,6 +66,12 @@ EQUAL: dict[str, Settings] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
 }
 
+# These are compared with adapters on their experts too.
+WITH_EXPERTS = [
+    *("qwen3_moe", "mixtral", "qwen2_moe", "granitemoe", "granitemoeshared", "olmoe", "phimoe", "cohere2_moe"),
+    *("minimax_m2", "afmoe", "flex_olmo", "glm4_moe", "solar_open", "ernie4_5_moe", "laguna"),
+]
+
 _EYES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
 _SIGLIP, _CLIP, _PIXTRAL, _INTERN, _IDEFICS, _SMOL = (
     _EYES | {"model_type": name, "image_size": 8, "patch_size": 4}

@@ -72,7 +72,8 @@ def _names(manifests: Manifests, pod: Pod) -> Iterator[str]:
 
 def _image_problems(manifests: Manifests, pod: Pod) -> Iterator[str]:
     """Check that the pod has this version's image, and the user that the image is made for."""
-    on_gpu = "vllm" if manifests.args.get("worker", {}).get("engine") == "vllm" else "cuda"
+    engines = {config.worker.engine for config in manifests.config.by_model.values()}
+    on_gpu = "vllm" if "vllm" in engines else "cuda"
     wanted = f"loraretriever-{on_gpu if pod.requests('nvidia.com/gpu') else 'cpu'}:{VERSION}"
     if pod.container["image"] != wanted:
         yield f"its image is {pod.container['image']}, not {wanted}"

@@ -64,7 +64,7 @@ def _scalings(config: AppConfig) -> dict[str, ServeOptions]:
         "Ingress": config.ingress_scaling,
         "Retriever": config.retriever_scaling,
         "Store": config.store_scaling,
-        "Worker": config.worker_scaling,
+        **{f"Worker of {name}": own.worker_scaling for name, own in config.by_model.items()},
     }
 
 
@@ -102,12 +102,18 @@ def _group_problems(group: Document, pod: Pod, config: AppConfig) -> Iterator[st
     gpus = pod.requests("nvidia.com/gpu")
     if gpus != float(resources["limits"].get("nvidia.com/gpu", 0)):
         yield "GPUs are limited to something else than is requested"
-    if gpus != 0 and gpus != config.worker_scaling.num_gpus:
-        yield f"a pod has {gpus:.0f} GPUs, a Worker takes {config.worker_scaling.num_gpus:.0f}"
+    for own in config.by_model.values():
+        if gpus != 0 and gpus != own.worker_scaling.num_gpus:
+            yield f"a pod has {gpus:.0f} GPUs, a Worker takes {own.worker_scaling.num_gpus:.0f}"
 
 
 def _worker_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:
-    threads = manifests.args.get("worker", {}).get("num_threads")
+    given = manifests.args.get("models") or [manifests.args]
+    for own, settings in zip(config.by_model.values(), given, strict=True):
+        yield from _thread_problems(manifests, own, settings.get("worker", {}).get("num_threads"))
+
+
+def _thread_problems(manifests: Manifests, config: AppConfig, threads: int | None) -> Iterator[str]:
     pairs = list(zip(manifests.cluster["workerGroupSpecs"], manifests.workers, strict=True))
     hosts = [pod for group, pod in pairs if may_hold(group, pod, config.worker_scaling)]
     if not hosts:

@@ -17,10 +17,10 @@ from tests.k8s.manifests import Manifests
 
 ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
-OVERLAYS = ("cpu-pvc", "gpu-s3", "gpu-s3-vllm")
+OVERLAYS = ("cpu-pvc", "gpu-s3", "gpu-s3-vllm", "gpu-s3-models")
 # By name: components, and the overlay whose settings are used, with another store URI.
 MIXTURES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
-    "cpu-s3": (("components/store-s3", "components/cpu-only"), "cpu-pvc", "s3://my-bucket/pool"),
+    "cpu-s3": (("components/store-s3", "components/arm64", "components/cpu-only"), "cpu-pvc", "s3://my-bucket/pool"),
     "hub": (("components/store-pvc", "components/model-hub", "components/cpu-only"), "cpu-pvc", "/pool"),
     "gpu-outside": (
         (

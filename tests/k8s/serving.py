@@ -103,8 +103,9 @@ def _path_problems(config: AppConfig, pod: Pod) -> Iterator[str]:
         yield f"cache_dir {config.cache_dir} is not on a volume of the pod's own"
     elif config.weights_cache is not None and quantity(cache["emptyDir"]["sizeLimit"]) <= config.disk_cache_bytes:
         yield f"disk_cache_bytes ({config.disk_cache_bytes}) is not below the volume's sizeLimit"
-    if _may_hold_a_worker(config, pod) and not _has_model(config, pod):
-        yield f"base_model {config.base_model} is neither in the image nor on a volume"
+    for own in config.by_model.values():
+        if _may_hold_a_worker(own, pod) and not _has_model(own, pod):
+            yield f"base_model {own.base_model} is neither in the image nor on a volume"
 
 
 def _store_problems(config: AppConfig, group: Document, pod: Pod) -> Iterator[str]:
@@ -135,8 +136,10 @@ def _has_model(config: AppConfig, pod: Pod) -> bool:
 
 def _scaling_problems(config: AppConfig) -> Iterator[str]:
     """Check that bounds on queues do not shrink, and that every deployment has a second replica."""
-    for name in ("ingress_scaling", "retriever_scaling", "store_scaling", "worker_scaling"):
-        scaling: ServeOptions = getattr(config, name)
+    names = ("ingress_scaling", "retriever_scaling", "store_scaling")
+    scalings: list[tuple[str, ServeOptions]] = [(name, getattr(config, name)) for name in names]
+    scalings += [("worker_scaling", own.worker_scaling) for own in config.by_model.values()]
+    for name, scaling in scalings:
         default: ServeOptions = AppConfig.model_fields[name].default
         if scaling.root["max_ongoing_requests"] < (least := default.root["max_ongoing_requests"]):
             yield f"{name}: max_ongoing_requests is below the default's {least}"
@@ -144,8 +147,9 @@ def _scaling_problems(config: AppConfig) -> Iterator[str]:
             yield f"{name}: max_queued_requests is not the default's {number}"
         if scaling.min_replicas < 2:
             yield f"{name}: one replica alone is missing while it is replaced"
-    if config.worker_scaling.root["max_ongoing_requests"] < config.worker.max_batch_size + config.worker.max_waiting:
-        yield "worker_scaling: max_ongoing_requests is below max_batch_size + max_waiting"
+    for own in config.by_model.values():
+        if own.worker_scaling.root["max_ongoing_requests"] < own.worker.max_batch_size + own.worker.max_waiting:
+            yield "worker_scaling: max_ongoing_requests is below max_batch_size + max_waiting"
 
 
 def _drain_problems(manifests: Manifests, config: AppConfig) -> Iterator[str]:

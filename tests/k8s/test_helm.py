@@ -19,7 +19,12 @@ from tests.k8s.manifests import Document, Manifests
 from tests.k8s.rendering import K8S
 
 CHART = K8S / "helm" / "loraretriever"
-VALUES = {"cpu-pvc": (), "gpu-s3": ("values-gpu-s3",), "gpu-s3-vllm": ("values-gpu-s3", "values-gpu-s3-vllm")}
+VALUES = {
+    "cpu-pvc": (),
+    "gpu-s3": ("values-gpu-s3",),
+    "gpu-s3-vllm": ("values-gpu-s3", "values-gpu-s3-vllm"),
+    "gpu-s3-models": ("values-gpu-s3-models",),
+}
 OUTSIDE = {
     "gpu": {
         "pod": {
@@ -62,9 +67,10 @@ def comparable(manifests: Manifests) -> dict[tuple[str, str], Any]:
         ("cpu-pvc", {}, "cpu-pvc", 14),
         ("gpu-s3", {}, "gpu-s3", 17),
         ("gpu-s3-vllm", {}, "gpu-s3-vllm", 17),
+        ("gpu-s3-models", {}, "gpu-s3-models", 17),
         ("gpu-s3", OUTSIDE, "gpu-outside", 22),
     ],
-    ids=["cpu-pvc", "gpu-s3", "gpu-s3-vllm", "gpu-outside"],
+    ids=["cpu-pvc", "gpu-s3", "gpu-s3-vllm", "gpu-s3-models", "gpu-outside"],
 )
 def test_helm_and_kustomize_render_the_same_application(
     overlay: str,

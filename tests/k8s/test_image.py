@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -140,6 +142,29 @@ def test_the_lock_satisfies_the_projects_requirements() -> None:
     locked = pins(LOCK) | {lock.LEFT_OUT: constraints[lock.LEFT_OUT]}  # a constraint installs nothing
     for requirement in map(Requirement, asked):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), str(requirement)
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "aarch64"])
+def test_the_lock_has_all_that_its_packages_require(processor: str) -> None:
+    """In the image's build `pip check` does the same for the builder's processor, without optional parts."""
+    locked = pins(LOCK)
+    here = {"platform_machine": processor, "python_version": "3.11", "python_full_version": "3.11.14"}
+    project = PROJECT["project"]
+    waiting = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["local"])]
+    walked: set[str] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name == lock.LEFT_OUT or f"{name}{sorted(requirement.extras)}" in walked:
+            continue
+        walked.add(f"{name}{sorted(requirement.extras)}")
+        assert requirement.specifier.contains(locked[name]), str(requirement)
+        with suppress(PackageNotFoundError):  # an optional part of another Python's environment
+            for needed in map(Requirement, distribution(name).requires or []):
+                parts = [here | {"extra": extra} for extra in (*requirement.extras, "")]
+                if needed.marker is None or any(map(needed.marker.evaluate, parts)):
+                    waiting.append(needed)
+    assert len(walked) > 100
 
 
 def test_setuptools_is_one_version_wherever_the_package_is_built() -> None:

@@ -85,7 +85,22 @@ def test_only_gpu_pods_of_the_vllm_overlay_have_its_image(rendered: Callable[[st
 @pytest.mark.parametrize("name", ALL)
 def test_gpu_pods_exist_if_workers_use_gpus(name: str, rendered: Callable[[str], Manifests]) -> None:
     manifests = rendered(name)
-    assert ("gpu" in [pod.name for pod in manifests.workers]) == (manifests.config.worker_scaling.num_gpus == 1)
+    num_gpus = {own.worker_scaling.num_gpus for own in manifests.config.by_model.values()}
+    assert ("gpu" in [pod.name for pod in manifests.workers]) == (num_gpus == {1})
+
+
+@pytest.mark.parametrize(("components", "processor"), [([], "amd64"), (["../components/arm64"], "arm64")])
+def test_every_pod_with_our_image_is_on_nodes_of_one_processor(
+    components: list[str], processor: str, kubectl: str, tmp_path: Path
+) -> None:
+    copied = tmp_path / "k8s"
+    shutil.copytree(K8S, copied)
+    (copied / "own").mkdir()
+    own = {"kind": "Kustomization", "resources": ["../fetch-model", "../overlays/gpu-s3"], "components": components}
+    (copied / "own" / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    pods = [pod for pod in build(kubectl, copied / "own").pods if "loraretriever" in pod.container["image"]]
+    assert [pod.name for pod in pods] == ["head", "cpu", "gpu", "loraretriever-fetch-model"]
+    assert {pod.spec["nodeSelector"]["kubernetes.io/arch"] for pod in pods} == {processor}
 
 
 def test_images_are_renamed_in_every_pod(kubectl: str, tmp_path: Path, rendered: Callable[[str], Manifests]) -> None:

@@ -50,7 +50,7 @@ ERRORS: list[LoraStoreError] = [
 
 def test_every_error_has_a_case() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LoraStoreError)}
-    assert {type(error) for error in ERRORS} == kinds - {LoraStoreError}
+    assert {type(error) for error in ERRORS} == kinds - {LoraStoreError}, "add an instance of the new class to ERRORS"
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)

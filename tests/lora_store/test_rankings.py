@@ -47,6 +47,14 @@ def test_a_ranking_outlives_its_anchor_while_one_of_its_adapters_is_live(make_re
     assert rank_events(both, "local", [], "me", NOON) == []
 
 
+def test_an_evaluation_keeps_the_rankings_of_anchors_that_it_left_out(make_record: MakeRecord) -> None:
+    records = [Publish(make_record("poet")), Publish(make_record("bard", digest="e" * 64))]
+    ranks = [Rank("local", ranking(anchor), place == 0, "me", NOON) for place, anchor in enumerate((POET, BARD))]
+    snapshot = after(Snapshot(0, {}), *records, *ranks)
+    events = rank_events(snapshot, "local", [ranking(BARD, POET)], "me", NOON, keeps=[POET])
+    assert used(after(snapshot, *events)) == [ranking(BARD, POET), ranking(POET)]
+
+
 def test_outcomes_and_an_evaluation_replace_their_own_rankings_only() -> None:
     said = ranking(AdapterRef("local", f"{OUTCOME}1", ""), POET)
     later = replace(said, anchor=AdapterRef("local", f"{OUTCOME}2", ""))

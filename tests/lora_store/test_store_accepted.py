@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import NoReturn
 
 import pytest
 
@@ -12,6 +13,7 @@ from lora_store import (
     AdapterRefused,
     Edit,
     Feedback,
+    FileRefused,
     Limits,
     LoraStore,
     Sample,
@@ -116,7 +118,11 @@ def test_an_edit_makes_a_version_of_the_same_weights_and_keeps_the_rest(
     third = commit(store, store.edit(second, Edit(template="server", visibility="private")))
     assert (third.tags, third.template, third.visibility) == (("a", "b"), None, "private")
     assert {record.weights_digest for record in (second, third)} == {first.weights_digest}
-    assert commit(store, store.edit(third, Edit(tags=("fun",), template="alpaca"))).ref == first.ref
+    asked = commit(store, store.edit(third, Edit(contract='{"stop":["."]}')))
+    assert (asked.contract, asked.tags) == ('{"stop":["."]}', ("a", "b"))
+    fourth = commit(store, store.edit(asked, Edit(tags=("fun",))))
+    assert fourth.contract == asked.contract
+    assert commit(store, store.edit(fourth, Edit(template="alpaca", contract=""))).ref == first.ref
 
 
 def test_an_edit_of_samples_keeps_the_marks_of_accepted_ones(store: LoraStore, make_folder: MakeFolder) -> None:
@@ -132,10 +138,15 @@ def test_an_edit_of_samples_keeps_the_marks_of_accepted_ones(store: LoraStore, m
 def test_an_edit_is_refused_with_every_reason(store_uri: str, make_folder: MakeFolder) -> None:
     store = LoraStore(store_uri, accepts_base=[BASE], limits=Limits(max_samples=2, max_sample_bytes=64))
     first = commit(store, store.stage(make_folder()))
-    bad = Edit(tags=("a b",), samples=(Sample(" "), Sample("a", "x" * 65), Sample("ok")))
+    bad = Edit(tags=("a b",), samples=(Sample(" "), Sample("a", "x" * 65), Sample("ok")), contract="{}")
+
+    def refuse(name: str, data: bytes) -> NoReturn:
+        raise FileRefused(name, [f"{data.decode()} is too long"])
+
     with pytest.raises(AdapterRefused) as refused:
-        store.edit(first, bad)
+        store.edit(first, bad, refuse)
     for reason in (
+        "contract: {} is too long",
         "tag 'a b' must be 1 to 64",
         "samples: at most 2 (admission.max_samples), got 3",
         'samples: number 1 needs an "input" that is not blank',

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lora_store import AdapterRefused, check_folder
-from lora_store.peft_files import tensor_key
 from lora_store.tensor_names import misnamed_tensors
+from lora_store.tensor_paths import tensor_key
 from tests.bad_uploads import Spoil, Tensors, add, rename, tensors
 from tests.lora_store.builders import BASE, SHAPES, MakeFolder
 

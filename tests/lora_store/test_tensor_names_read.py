@@ -197,11 +197,24 @@ def test_tensors_of_two_adapters_are_refused(make_folder: MakeFolder) -> None:
     assert "has tensors of several adapters ('a', 'b'): save one adapter a folder" in reason
 
 
-def test_torchtunes_own_format_is_refused_in_one_reason(make_folder: MakeFolder) -> None:
+def test_torchtunes_own_format_is_read_where_no_rows_are_reordered() -> None:
+    names = {"layers.0.attn.output_proj": "self_attn.o_proj", "layers.0.attn.v_proj": "self_attn.v_proj"}
+    names |= {f"layers.0.mlp.w{n}": f"mlp.{leaf}_proj" for n, leaf in ((1, "gate"), (2, "down"), (3, "up"))}
+    modules = {f"model.layers.0.{module}" for module in names.values()}
+    read = read_names([f"{name}.lora_{side}.weight" for name in names for side in "ab"], modules)
+    found = {key: (spelling.name, spelling.is_transposed) for key, spelling in read.items()}
+    assert found == {
+        f"{name}.lora_{side}.weight": (f"{PREFIX}model.layers.0.{module}.lora_{side.upper()}.weight", False)
+        for name, module in names.items()
+        for side in "ab"
+    }
+
+
+def test_torchtunes_own_format_of_queries_is_refused_in_one_reason(make_folder: MakeFolder) -> None:
     folder = make_folder()
     respell(folder, lambda key: key.removeprefix(f"{PREFIX}model.").replace("lora_A", "lora_a").replace("_B", "_b"))
     [reason] = reasons(folder)
-    assert "6 tensors have torchtune's own format ('layers.0.mlp.up_proj.lora_a.weight')" in reason
+    assert "4 tensors have torchtune's own format ('layers.0.self_attn.q_proj.lora_a.weight')" in reason
     assert "let torchtune save the adapter in PEFT's format" in reason
 
 

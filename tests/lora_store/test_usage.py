@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -71,6 +73,31 @@ def test_sums_are_by_group_and_a_request_counts_for_each_of_its_adapters(files: 
         [row] = files.sums(UsageQuery(TODAY, TODAY, by, tenant, "acme/poet"))  # type: ignore[arg-type]
         assert row["requests"] == expected
     assert files.sums(UsageQuery(TODAY, TODAY, (), None, "acme/nosuch")) == []
+
+
+def test_versions_are_told_apart_and_durations_equal_a_slow_count(files: UsageFiles) -> None:
+    rng = random.Random(0)
+    events = []
+    for _ in range(400):
+        digest, total_s = rng.choice(["d1", "d2"]), rng.choice([None, rng.expovariate(1)])
+        used = [{"name": "acme/poet", "digest": digest, "weight": 1.0}]
+        events.append(event(at=NOON - timedelta(rng.randrange(3))) | {"adapters": used, "total_s": total_s})
+    files.put("a" * 32, lines(*events), NOON, KEPT)
+    query = UsageQuery(TODAY - timedelta(3), TODAY, ("version",), "acme", "acme/poet")
+    rows = {row["version"]: row for row in files.sums(query)}
+    assert rows.keys() == {"d1", "d2"}
+    for digest, row in rows.items():
+        own = [one["total_s"] for one in events if one["adapters"][0]["digest"] == digest]
+        timed = sorted(seconds for seconds in own if seconds is not None)
+        p95 = timed[math.ceil(0.95 * len(timed)) - 1]
+        assert row["requests"] == len(own)
+        assert row["mean_s"] == pytest.approx(sum(timed) / len(timed), rel=1e-3)
+        assert p95 * 0.999 <= row["p95_s"] <= p95 * 1.06
+    files.put("b" * 32, lines(event("globex", ["acme/poet"], total_s=None)), NOON, KEPT)
+    [row] = files.sums(UsageQuery(TODAY, TODAY, ("adapter", "version"), "globex"))
+    assert (row["version"], row["mean_s"], row["p95_s"]) == ("of-acme/poet", None, None)
+    [row] = files.sums(UsageQuery(TODAY, TODAY, (), "globex"))
+    assert (row["requests"], row["p95_s"]) == (1, None)
 
 
 def test_a_segment_cut_anywhere_in_its_last_event_keeps_all_others() -> None:

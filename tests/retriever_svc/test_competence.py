@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_store.adapter import Sample
+from lora_store.adapter import AdapterRef, Sample
 from lora_store.rankings import Ranking
 from lora_store.records import AdapterRecord, OutputProfile
 from retriever_svc.competence import (
@@ -39,8 +39,11 @@ def adapter(
 class Answers:
     """Scores adapters by a table: the share of examples that each answers rightly, the same ones each time."""
 
-    def __init__(self, right: Mapping[str, float]) -> None:
-        self.right, self.asked = right, dict.fromkeys(right, 0)
+    def __init__(self, right: Mapping[str, float], away: Sequence[str] = ()) -> None:
+        self.right, self.asked, self.away = right, dict.fromkeys(right, 0), away
+
+    async def can_score(self, adapter: AdapterRecord) -> bool:
+        return adapter.ref.name not in self.away
 
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         self.asked[adapter.ref.name] += len(examples)
@@ -61,7 +64,7 @@ def regions(
 
 def evaluated(found: Sequence[Region], right: Mapping[str, float]) -> list[Ranking]:
     async def run() -> list[Ranking]:
-        return [ranking async for ranking in evaluate(found, Answers(right)) if ranking is not None]
+        return [ranking async for ranking in evaluate(found, Answers(right)) if isinstance(ranking, Ranking)]
 
     return asyncio.run(run())
 
@@ -169,6 +172,15 @@ def test_a_better_adapter_beats_the_anchor_on_its_own_examples() -> None:
 @pytest.mark.parametrize("right", [{"own": 0.0, "twin": 0.2}, {"own": 0.0, "twin": 0.0}])
 def test_no_adapter_leads_where_all_answer_badly(right: dict[str, float]) -> None:
     assert evaluated(regions(adapter("own"), adapter("twin", None)), right) == []
+
+
+def test_a_region_that_cannot_be_scored_now_is_left_out_and_named() -> None:
+    async def run() -> list[Ranking | AdapterRef | None]:
+        scorer = Answers({"a": 0.9, "b": 0.2}, away=["a"])
+        return [found async for found in evaluate(regions(adapter("a"), adapter("b")), scorer)]
+
+    first, second = asyncio.run(run())
+    assert first == adapter("a").ref and isinstance(second, Ranking) and second.anchor == adapter("b").ref
 
 
 def test_an_anchor_without_rivals_is_not_measured() -> None:

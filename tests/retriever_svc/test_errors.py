@@ -5,21 +5,26 @@ import pickle
 import pytest
 
 from retriever_svc import (
+    AdapterIncompatible,
     EncoderExists,
     EncoderUnusable,
     NoAdapterMatched,
     NothingToEmbed,
     PlanGone,
+    ProjectionUnusable,
     RetrieverError,
     RouteInvalid,
     StaleIndex,
     TooFewSamples,
     TrainingUnavailable,
+    errors,
 )
 
 ERRORS = [
     EncoderUnusable("some/model", "no weights"),
+    ProjectionUnusable("the projection is damaged"),
     NothingToEmbed("none"),
+    AdapterIncompatible("poet", "org/old", "org/new"),
     RouteInvalid("top_k"),
     PlanGone("a", "d" * 64),
     TooFewSamples("none"),
@@ -29,6 +34,11 @@ ERRORS = [
     NoAdapterMatched(None, -1.0),
     StaleIndex(7, 5),
 ]
+
+
+def test_every_error_has_a_case() -> None:
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RetrieverError)}
+    assert {type(error) for error in ERRORS} == kinds - {RetrieverError}, "add an instance of the new class to ERRORS"
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)

@@ -31,7 +31,8 @@ def exact() -> Encoder:
 
 @pytest.fixture(scope="module")
 def fast() -> Encoder:
-    return shared_encoder()
+    """Return an encoder that converts its network: with an instruction of its own it loads no saved one."""
+    return Encoder(instruction="query: ")
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from lora_store.records import AdapterRecord
-from retriever_svc import IndexSettings, PoolMap, PoolSize, Retriever
+from retriever_svc import IndexSettings, PoolMap, PoolSize, Retriever, pool
 from retriever_svc.index import AdapterIndex
 from retriever_svc.pool import Pool
-from retriever_svc.projection import MAX_POINTS
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, record_of, snapshot_of
 
 EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
@@ -17,7 +17,7 @@ PRIVATE = record_of("secret", (0.6, -0.8), tenant="them", visibility="private")
 
 
 def names_on(drawn: PoolMap) -> list[str]:
-    return sorted(point.ref.name for point in drawn.points if point.ref is not None)
+    return sorted(drawn.names)
 
 
 def retriever_of(*records: AdapterRecord) -> Retriever:
@@ -29,7 +29,7 @@ def test_the_map_has_the_adapters_that_auto_may_choose() -> None:
     drawn = retriever.map("local")
     assert names_on(drawn) == ["east", "north", "west"]
     assert (drawn.num_adapters, drawn.generation) == (3, 1)
-    assert names_on(retriever.map("them")) == ["east", "north", "secret", "west"]
+    assert names_on(retriever.map("them")) == ["local/east", "local/north", "local/west", "secret"]
 
 
 def test_private_adapters_do_not_change_another_tenants_map() -> None:
@@ -42,7 +42,8 @@ def test_private_adapters_do_not_change_another_tenants_map() -> None:
 def test_a_prompt_has_the_place_of_an_adapter_with_the_same_embedding() -> None:
     retriever = retriever_of(*PUBLIC)
     place = retriever.place("local", "go north", ["west", "north", "nobody"])
-    on_map = {point.ref.name: (point.x, point.y) for point in retriever.map("local").points if point.ref is not None}
+    drawn = retriever.map("local")
+    on_map = dict(zip(drawn.names, drawn.places, strict=True))
     assert (place.prompt.x, place.prompt.y) == on_map["north"]
     assert [(point.ref.name, (point.x, point.y)) for point in place.adapters if point.ref is not None] == [
         ("west", on_map["west"]),
@@ -58,33 +59,34 @@ def test_names_of_versions_have_the_place_of_the_live_one_and_invisible_ones_non
 
 def test_an_empty_pool_has_a_map() -> None:
     retriever = retriever_of()
-    assert retriever.map("local").points == ()
+    assert retriever.map("local").names == ()
     place = retriever.place("local", "go east", [])
     assert (place.prompt.x, place.prompt.y, place.adapters) == (0.0, 0.0, ())
 
 
 def test_a_map_is_computed_once_per_generation_and_caller() -> None:
-    pool = Pool.of(snapshot_of(*PUBLIC), FakeEncoder({}), IndexSettings())
-    assert pool.map("local") is pool.map("local")
-    assert pool.after(snapshot_of(*PUBLIC[:2], generation=2)).map("local")[1].num_adapters == 2
+    now = Pool.of(snapshot_of(*PUBLIC), FakeEncoder({}), IndexSettings())
+    assert now.map("local") is now.map("local")
+    assert now.after(snapshot_of(*PUBLIC[:2], generation=2)).map("local")[1].num_adapters == 2
 
 
 def test_a_large_pool_is_shown_in_part_evenly() -> None:
-    num = 3 * MAX_POINTS
+    num, most = 600, 200
     index = AdapterIndex.of([record_of(f"a{number:05}", EAST) for number in range(num)], 2)
-    found, records, vectors = index.spread("local", MAX_POINTS)
-    assert (found, len(records), vectors.shape) == (num, MAX_POINTS, (MAX_POINTS, 2))
+    found, records, vectors = index.spread("local", most)
+    assert (found, len(records), vectors.shape) == (num, most, (most, 2))
     assert [record.ref.name for record in records] == [f"a{number:05}" for number in range(0, num, 3)]
     assert np.array_equal(vectors[0], np.asarray(EAST, np.float32))
 
 
-def test_adapters_omitted_from_a_large_map_are_placed_on_request() -> None:
-    angles = np.linspace(0, 1, MAX_POINTS + 1)
+def test_adapters_omitted_from_a_large_map_are_placed_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MAX_POINTS", 100)
+    angles = np.linspace(0, 1, 101)
     records = [record_of(f"a{n:05}", (float(np.cos(t)), float(np.sin(t)))) for n, t in enumerate(angles)]
     retriever = retriever_of(*records)
     drawn = retriever.map("local")
     [left_out] = {record.ref.name for record in records} - set(names_on(drawn))
-    assert (len(drawn.points), drawn.num_adapters) == (MAX_POINTS, MAX_POINTS + 1)
+    assert (len(drawn.names), drawn.num_adapters) == (100, 101)
     assert [point.ref.name for point in retriever.place("local", "go east", [left_out]).adapters if point.ref] == [
         left_out
     ]

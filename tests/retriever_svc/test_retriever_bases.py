@@ -195,6 +195,14 @@ def test_named_adapters_of_two_bases_form_no_plan() -> None:
         retriever.replay("local", "mixture", pinned, 1)
 
 
+def test_the_doctor_finds_what_a_plan_would_have() -> None:
+    near = record_of("near", (0.05, 1.0), base_model=OTHER)
+    *_, last = over(Source(OWN, near), SEVERAL).doctor("local", lambda record: [Sample("north")])
+    assert last.report is not None
+    found = {item.ref.name: (item.num_first, item.num_found, item.shadowed_by) for item in last.report.adapters}
+    assert found == {"own": (1, 1, None), "near": (0, 0, OWN.ref)}
+
+
 def test_rankings_stay_within_a_base() -> None:
     items = (RankedAdapter(OLD.ref, 1.0, 8, False), RankedAdapter(OWN.ref, 0.2, 8, True))
     vectors = np.asarray(NORTH, np.float32), np.asarray([1.0], np.float32)

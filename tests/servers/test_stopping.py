@@ -86,11 +86,28 @@ def test_a_request_in_progress_is_answered_by_a_server_that_stops(tmp_path: Path
         printed = started_log(tmp_path)
         [logs] = re.findall(r"^logs: +(/.*/session_[^/]*/logs/serve)$", printed, re.MULTILINE)
         assert len(list(Path(logs).glob("replica_*.log"))) >= 4
+        check_processes(psutil.Process(server.pid))
         first_line, answer = asyncio.run(stop_during_a_request(httpx.URL(url), server))
         assert first_line.endswith(b"200 OK"), answer
         assert answer["usage"]["completion_tokens"] == 8
         assert server.wait(60) == 0
     assert (tmp_path / "server.log").read_text() == printed
+
+
+def check_processes(server: psutil.Process) -> None:
+    """Check that no process runs that nobody needs, and that only those that compute hold torch."""
+    commands = {process: command_of(process) for process in (server, *server.children(recursive=True))}
+    for needless in ("dashboard.py", "monitor.py", "ProxyActor"):
+        assert not [command for command in commands.values() if needless in command]
+    with_torch = {
+        command
+        for process, command in commands.items()
+        if any("libtorch" in each.path for each in process.memory_maps())
+    }
+    replicas = {command for command in commands.values() if "ServeReplica" in command}
+    assert len(replicas) == 4 and any(":Worker:" in f"{command}:" for command in with_torch)
+    # A first start converts the encoder with torch.
+    assert all(":Worker:" in f"{command}:" or ":Retriever:" in f"{command}:" for command in with_torch)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

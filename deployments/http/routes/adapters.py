@@ -232,7 +232,7 @@ async def share(name: str, body: ShareRequest, caller: PublishCaller, services: 
 
 @router.patch("/v1/loras/{name:path}", response_model=None, responses=EDIT_ANSWERS, dependencies=[MAY_CHANGE])
 async def edit(name: str, body: EditRequest, caller: PublishCaller, services: AnyServices) -> JSONResponse:
-    """Change the visibility, or the tags, template or samples, which makes a new version of the same weights.
+    """Change the visibility, or tags, template, samples or contract, which makes a new version of the same weights.
 
     A public adapter claims its bare name: 409 if another tenant has it, and also if `digest` is not the live version's.
     """

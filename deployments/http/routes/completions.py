@@ -23,13 +23,14 @@ from deployments.api.completions import (
     RouteQuery,
 )
 from deployments.api.contract import applied_contract
+from deployments.api.names import BoundName
 from deployments.api.responses import RouteAnswer
 from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
 from deployments.generation.completions import deadline_of, within
-from deployments.generation.planner import AUTO, check_texts, refuse_stream_options, text_read
+from deployments.generation.planner import check_texts, refuse_stream_options
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
 from deployments.http.error_responses import error_body
@@ -45,7 +46,6 @@ from deployments.http.routes.vllm import note_ignored
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.front.request.prompts import Message
-from retriever_svc.views import tokens_routed
 
 router = APIRouter(route_class=AnsweringRoute)
 _STREAM_HEADERS = {"X-Accel-Buffering": "no"}  # nginx would buffer events
@@ -97,16 +97,20 @@ async def count_tokens(
 @router.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
 async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
-    config = services.config
-    check_texts(body.prompt, config.served_models.widest)
-    texts = [text for prompt in body.prompt if (text := text_read(prompt, body.lora)) is not None]
-    with services.authenticator.running(caller, Work(len(body.prompt), num_read=sum(map(tokens_routed, texts)))):
-        async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
-            planned = await services.planner.route_all(body.prompt, body.lora, caller.tenant)
-    asked = [Question((Message("user", prompt),), prompt, AUTO, body.lora) for prompt in body.prompt]
+    planner, tenant = services.planner, caller.tenant
+    check_texts(body.prompt, planner.limits(body.model))
+    asked = [Question(prompt, prompt, body.model, body.lora) for prompt in body.prompt]
+    async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
+        named = await planner.named(body.model, tenant, body.lora.min_generation)
+        bound = [] if named is None else [BoundName.of(named, question, tenant) for question in asked]
+        asked = [name.asked(question) for name, question in zip(bound, asked, strict=True)] if bound else asked
+        work = Work(len(asked), num_read=sum(map(planner.tokens_read, asked)))
+        with services.authenticator.running(caller, work):
+            planned = await planner.plan_all(asked, tenant)
+    planned = [name.explained([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
     shown = [
-        replace(item, contract=applied_contract(item.plan, question))
-        for question, item in zip(asked, planned, strict=True)
+        replace(item, contract=applied_contract(item.plan, replace(question, prompt=(Message("user", prompt),))))
+        for prompt, question, item in zip(body.prompt, asked, planned, strict=True)
     ]
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
 

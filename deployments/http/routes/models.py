@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -27,7 +26,6 @@ from retriever_svc import WEIGHTINGS, PageRequest
 
 router = APIRouter(route_class=AnsweringRoute)
 _OWNER = "loraretriever"
-_MAX_READ = 1024  # policies whose fields are remembered; a list may have hundreds, and clients poll it
 
 
 class ModelQuery(ApiRequest):
@@ -47,7 +45,7 @@ async def models(query: Annotated[ModelQuery, Query()], services: AnyServices, c
     If `has_more`, go on `after` `last_id`.
     """
     cards = _Cards(services.config.served_models, caller)
-    own, is_inside = cards.own(query, await services.retriever.names(caller.tenant), caller.tenant)
+    own, is_inside = cards.own(query, await services.retriever.names(caller.tenant, is_short=True), caller.tenant)
     wanted = PageRequest(
         limit=max(query.limit - len(own), 0),
         after="" if is_inside else query.after,
@@ -149,7 +147,6 @@ class _Cards:
         }
 
 
-@lru_cache(_MAX_READ)
 def _shown_fields(policy: str) -> tuple[str, str | None, Mapping[str, float]]:
     """Return what a card shows of a stored policy: its model, its template, and its defaults for sampling."""
     fields = json.loads(policy)

@@ -45,14 +45,23 @@ from lora_store import (
 
 router = APIRouter(route_class=AnsweringRoute)
 _NAMES, _NAME = "/v1/names", "/v1/names/{name:path}"
+_MAX_PAGE = 64  # names, of which each may have a policy of 16 kB
 MinGeneration = Annotated[int, Query(ge=0, lt=2**63)]
 
 
 @router.get(_NAMES, response_model=None, responses=NAMES_ANSWERS)
-async def names(services: AnyServices, caller: AnyCaller, min_generation: MinGeneration = 0) -> NameList:
-    """Return the model names that the caller may use: its own, and those that are approved for every tenant."""
-    found = await services.retriever.names(caller.tenant, min_generation)
-    return {"object": "list", "data": [name_object(named, caller.tenant) for named in found]}
+async def names(
+    services: AnyServices,
+    caller: AnyCaller,
+    min_generation: MinGeneration = 0,
+    after: Annotated[str, Query(max_length=256, description="the last id of the page before")] = "",
+    limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = _MAX_PAGE,
+) -> NameList:
+    """Return a page of the model names that the caller may use: its own, then those approved for every tenant."""
+    found = await services.retriever.names(caller.tenant, min_generation, after, limit + 1)
+    rows = [name_object(named, caller.tenant) for named in found[:limit]]
+    last_id = rows[-1]["id"] if rows else None
+    return {"object": "list", "data": rows, "last_id": last_id, "has_more": len(found) > limit}
 
 
 @router.put(_NAME, response_model=None, responses=SETTLED_NAME_ANSWERS, dependencies=[MAY_CHANGE])

@@ -59,9 +59,10 @@ async def stats(services: AnyServices, caller: AnyCaller) -> Stats:
 
 @router.get("/v1/usage", response_model=None, responses=USAGE_ANSWERS)
 async def usage(query: Annotated[UsageQueryFields, Query()], services: AnyServices, caller: AnyCaller) -> UsageReport:
-    """Return sums of requests and tokens by day, tenant, key, adapter or base model; without `admin` of the own tenant.
+    """Return sums of requests and tokens, and durations, by day, tenant, key, adapter, version or base model.
 
-    Requests that other Ingress replicas answered in the last ten seconds may be missing.
+    Without the role `admin` only those of the own tenant. Requests that other Ingress replicas answered in the last ten
+    seconds may be missing.
     """
     end = query.end or datetime.now(UTC).date()
     start = query.start or end - timedelta(days=_DAYS - 1)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_GRAMMARS = 64
 MAX_PENDING = 64
 MAX_REFUSED = 1024
+MAX_PASSED = 4096
 _NUM_THREADS = 2
 _LONGEST_CHECK_S = 20.0  # the process limits its own CPU time; this is for a machine that gives it none
 _TOO_COMPLEX = "it needs too much time or memory; make it simpler"
@@ -102,6 +103,9 @@ class GrammarCompiler:
 
     Tenants take turns and share the places for pending grammars, as in FairThreads.
 
+    Grammars that passed their check are remembered, so that one whose entry was dropped is compiled again within
+    milliseconds, without a process. A pool may have more schemas in contracts than there are entries.
+
     Refused grammars are remembered, so that a repeated one costs nothing: invalid ones until `max_refused` others came
     later, and those that were too slow, also while an answer was generated, for ten minutes.
     """
@@ -123,6 +127,7 @@ class GrammarCompiler:
         self._vocabulary: LLTokenizer | None = None
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._refused: OrderedDict[bytes, tuple[float, GrammarInvalid]] = OrderedDict()  # until when, and why
+        self._passed: OrderedDict[bytes, None] = OrderedDict()
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
         self._threads = FairThreads(
@@ -220,6 +225,7 @@ class GrammarCompiler:
         with self._lock:
             if entry.is_abandoned:
                 return
+            self._passed.pop(key, None)
             self._refused[key] = (self._clock() + for_s, error)
             if len(self._refused) > self._max_refused:
                 self._refused.popitem(last=False)
@@ -231,14 +237,25 @@ class GrammarCompiler:
 
     def _compile(self, key: bytes, grammar: Grammar, entry: _Entry) -> LLMatcher:
         try:
-            entry.check.run(grammar)
+            if not self._has_passed(key):
+                entry.check.run(grammar)
             matcher = matcher_of(grammar, self._known_vocabulary())
             if matcher.is_error():
                 raise GrammarInvalid(_TOO_COMPLEX)
         except GrammarInvalid as exc:
             self._refuse(key, entry, exc, _SLOW_FOR_S if exc.message == _TOO_COMPLEX else math.inf)
             raise
+        with self._lock:
+            self._passed[key] = None
+            if len(self._passed) > MAX_PASSED:
+                self._passed.popitem(last=False)
         return matcher
+
+    def _has_passed(self, key: bytes) -> bool:
+        with self._lock:
+            if has_passed := key in self._passed:
+                self._passed.move_to_end(key)
+            return has_passed
 
     def _known_vocabulary(self) -> LLTokenizer:
         with self._vocabulary_lock:

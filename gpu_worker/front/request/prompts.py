@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from jinja2.exceptions import TemplateError
@@ -77,7 +77,11 @@ def render_alpaca(messages: Sequence[Message]) -> str:
 def render_chat(
     messages: Sequence[Message], tokenizer: ChatTokenizer, tools: list[dict[str, Any]] | None = None
 ) -> str:
-    """Render with the tokenizer's chat template. Raises: PromptInvalid if there is none or it rejects the messages."""
+    """Render with the tokenizer's chat template.
+
+    Templates that want roles to alternate get the user's messages in a row as one.
+    Raises: PromptInvalid if there is none or it rejects the messages.
+    """
     if not tokenizer.chat_template:
         raise PromptInvalid(
             "template 'chat' needs a chat template, but the base model's tokenizer has none; use template 'alpaca'"
@@ -86,7 +90,20 @@ def render_chat(
     try:
         return tokenizer.apply_chat_template(conversation, tools, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as exc:  # filters raise these for values of the client
+        joined = _join_user_messages(messages)
+        if len(joined) < len(messages):
+            return render_chat(joined, tokenizer, tools)
         raise PromptInvalid(f"the base model's chat template rejects the messages: {exc}") from exc
+
+
+def _join_user_messages(messages: Sequence[Message]) -> list[Message]:
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role == message.role == "user":
+            joined[-1] = replace(message, content=f"{joined[-1].content}\n\n{message.content}")
+        else:
+            joined.append(message)
+    return joined
 
 
 def turn_of(message: Message) -> dict[str, Any]:

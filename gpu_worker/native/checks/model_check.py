@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,14 @@ from gpu_worker.model.eager_check import (
     Difference,
     EagerLogits,
     adding,
+    changed_weights,
     check_adapter,
+    check_experts,
     check_prompts,
     hooked,
     jittering,
 )
+from gpu_worker.model.inject import Adaptable
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.packed_attention import ATTENTION_NAME
 from gpu_worker.native.attention.kv_cache import KvCache
@@ -69,10 +72,11 @@ class ModelCheck:
     Raises: BaseModelUnsupported if the eager model cannot be run.
     """
 
-    def __init__(self, base: BaseModel, linears: Mapping[str, nn.Linear], max_len: int, max_rank: int) -> None:
+    def __init__(self, base: BaseModel, modules: Adaptable, max_len: int, max_rank: int) -> None:
         began = time.perf_counter()
-        self._base = base
-        self._adapter = check_adapter(linears, min(RANK, max_rank))
+        linears, rank = modules.linears, min(RANK, max_rank)
+        self._base, self._mixtures = base, modules.experts | modules.routers
+        self._adapter = replace(check_adapter(linears, rank), experts=check_experts(modules.experts, rank))
         self._allowed: dict[str, float] = {}
         self._rounds = [self._round(_prompts(base, TEXTS, min(MOST_TOKENS, max_len)), linears)]
         longer = _prompts(base, [" ".join(TEXTS)], min(_MOST_LONG_TOKENS, max_len))
@@ -134,7 +138,7 @@ class ModelCheck:
 
         with _eager(self._base):
             plain = with_roundings()
-            with hooked(linears, adding(self._adapter)):
+            with hooked(linears, adding(self._adapter)), changed_weights(self._mixtures, self._adapter):
                 return plain, with_roundings()
 
     def _run_some(self, forward: ForwardPass, kv_cache: KvCache, waiting: list[_Row]) -> list[_Row]:
@@ -212,8 +216,8 @@ class ModelCheck:
 
 def _prompts(base: BaseModel, texts: Sequence[str], most_tokens: int) -> Tensor:
     """Return prompts of equal length (P, T)."""
-    num_ids = base.model.get_input_embeddings().weight.shape[0]
-    return torch.tensor(check_prompts(base.tokenizer, num_ids, most_tokens, texts), device=base.model.device)
+    ids = check_prompts(base.tokenizer, base.num_embeddings, most_tokens, texts)
+    return torch.tensor(ids, device=base.model.device)
 
 
 def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor, names: tuple[str, str]) -> list[_Row]:

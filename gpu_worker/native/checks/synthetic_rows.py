@@ -37,8 +37,8 @@ def synthetic_rows(prepare: RequestPreprocessor, num_prompt_tokens: int, num_new
 def synthetic_adapter(bank: LoraBank) -> DeviceAdapter:
     """Make an adapter of rank 1 for every module of the bank, with weights too small to overflow."""
     modules = {
-        name: ModuleWeights(torch.full((1, num_in), 1e-3), torch.full((num_out, 1), 1e-3), 1.0)
-        for name, (num_out, num_in) in bank.shapes.items()
+        name: ModuleWeights(torch.full((*num, 1, num_in), 1e-3), torch.full((*num, num_out, 1), 1e-3), 1.0)
+        for name, (num_out, num_in, *num) in bank.shapes.items()
     }
     return bank.to_device_layout(AdapterWeights(DIGEST, modules))
 

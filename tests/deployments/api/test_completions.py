@@ -63,7 +63,7 @@ def refusal(kind: Any, body: dict[str, Any]) -> RequestInvalid:
             {"messages": [USER], "lora": {"adapters": [{"name": "a", "scale": 1}]}},
             "lora.adapters.0.scale",
         ),
-        (RouteQuery, {"prompt": "Hi", "model": "auto"}, "model"),
+        (RouteQuery, {"prompt": "Hi", "models": "auto"}, "models"),
         (ChatCompletionRequest, {"messages": [USER], "lora": {"filter": {"tag": "a"}}}, "lora.filter.tag"),
         (PublishBatch, {"adapters": [{"path": "/a", "force": True}]}, "adapters.0.force"),
         (RollbackRequest, {"version": "a"}, "version"),

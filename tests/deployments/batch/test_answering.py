@@ -8,9 +8,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from deployments.batch.answering import PartAnswerer
 from deployments.batch.planning import PartPlanner
 from deployments.batch.run import BatchRun
+from deployments.config.app import AppConfig
+from deployments.errors import BatchRefused
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
 from lora_store import LoraStore
@@ -104,13 +108,41 @@ def test_a_resumed_run_answers_the_missing_parts_from_the_same_generation(
     assert own.begin(rows, part_rows=2).parts == ()
 
 
+def test_rows_of_several_base_models_are_written_and_counted_by_base(two_bases: AppConfig, tmp_path: Path) -> None:
+    place = Place(tmp_path, two_bases)
+    topics = ("the sea", "wild bees", "good bread", "old trains", "wild bees")
+    expected = ["first", "second", "second", "first", "second"]
+    rows = [{"prompt": f"Explain {topic}, please."} for topic in topics]
+    run = place.begin(rows, part_rows=3)
+    assert (run.num_adapters, run.unserved) == (4, ())
+    answerer = PartAnswerer(run)
+    try:
+        answer(run, answerer)
+    finally:
+        answerer.close()
+    found = place.written()
+    assert [(row["prompt"], row["base_model"], row["error"]) for row in found] == [
+        (row["prompt"], base, None) for row, base in zip(rows, expected, strict=True)
+    ]
+    query = UsageQuery(date(2000, 1, 1), date(2100, 1, 1), ("base",), run.settings.tenant)
+    usage = LoraStore(two_bases.store_uri, accepts_base=two_bases.served_models.accepted_names).usage
+    assert {row["base"]: row["requests"] for row in usage.sums(query)} == {"first": 2, "second": 3}
+    first, second = two_bases.models
+    worker = replace(second.worker, dtype="bfloat16")
+    other = two_bases.model_copy(update={"models": (first, second.model_copy(update={"worker": worker}))})
+    with pytest.raises(BatchRefused, match=r"models\.1\.worker\.dtype was 'float32', is 'bfloat16'"):
+        place.begin(rows, part_rows=3, config=other)
+    with pytest.raises(BatchRefused, match="a column 'base_model'"):
+        place.begin([row | {"base_model": "x"} for row in rows], config=other)
+
+
 def test_a_row_that_makes_a_step_fail_does_not_affect_others(place: Place) -> None:
     rows = [{"prompt": f"The sea {n}", "model": BASE} for n in range(12)]
     rows[5]["prompt"] = f"Say {POISON}"
     run = place.begin(rows, part_rows=6)
     answerer = PartAnswerer(run)
-    assert isinstance(answerer.engine, NativeEngine)
-    engine = answerer.engine.loop
+    assert isinstance(answerer.named("").engine, NativeEngine)
+    engine = answerer.named("").engine.loop
     [token] = engine.base.tokenizer(POISON, add_special_tokens=False).input_ids
 
     def break_on_poison(module: Any, args: Any, kwargs: Any) -> None:

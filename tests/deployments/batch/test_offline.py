@@ -11,14 +11,14 @@ import pytest
 import ray
 
 from deployments.batch.answering import PartAnswerer
-from deployments.batch.offline import LoraRetriever
+from deployments.batch.offline import Generated, LoraRetriever
 from deployments.batch.planning import PartPlanner
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool
 from gpu_worker.config import PACKAGED_MODEL, NativeSettings
 from lora_store import LoraStore
 from retriever_svc import embed_groups
-from tests.deployments.batching import BASE, TOPICS, Place, prompts
+from tests.deployments.batching import BASE, TOPICS, TOPICS_OF, VERBS, Place, prompts
 
 SHORT = {"max_tokens": 6, "temperature": 0}
 POOL = Path(__file__).parents[3] / "examples" / "starter_pool"
@@ -51,6 +51,38 @@ def test_answers_are_those_of_a_batch_run_and_no_ray_is_started(offline: LoraRet
     ]
     assert [answer.adapters[0]["name"] for answer in found[:2]] == ["the-sea", "old-trains"]
     assert not ray.is_initialized()
+
+
+def test_prompts_of_several_base_models_are_answered_as_by_each_alone(two_bases: AppConfig) -> None:
+    texts = [f"{verb} {topic}, please." for verb in VERBS for topic in TOPICS[:5] if topic != "a long war"]
+    alone: dict[str, list[Generated]] = {}
+    for name, config in two_bases.by_model.items():
+        with LoraRetriever(config) as offline:
+            alone[name] = offline.generate(texts, as_is=True, **SHORT)
+    with LoraRetriever(two_bases) as offline:
+        found = offline.generate(texts, as_is=True, **SHORT)
+        [named] = offline.generate("Hello", model="second", **SHORT)
+        [ours] = offline.generate(texts[:1], model="second:auto", as_is=True, **SHORT)
+    owners = {text: name for name, topics in TOPICS_OF.items() for text in texts if any(t in text for t in topics)}
+    assert [answer.base_model for answer in found] == [owners[text] for text in texts]
+    assert len({answer.text for answer in found}) > 1
+    for place, answer in enumerate(found):
+        expected = alone[owners[texts[place]]][place]
+        assert (answer.text, answer.strategy) == (expected.text, expected.strategy)
+        assert list(answer.adapters) == list(expected.adapters)
+    assert (named.base_model, named.strategy, ours.base_model) == ("second", "base", "second")
+
+
+def test_a_base_model_is_loaded_when_a_prompt_needs_it(two_bases: AppConfig, tmp_path: Path) -> None:
+    first, second = two_bases.models
+    broken = second.model_copy(update={"base_model": str(tmp_path)})
+    with LoraRetriever(two_bases.model_copy(update={"models": (first, broken)})) as offline:
+        [answer] = offline.generate("Tell me about the sea, please.", as_is=True, **SHORT)
+        assert (answer.base_model, answer.error) == ("first", None)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="Unrecognized model"):
+                offline.generate("Tell me about wild bees, please.", as_is=True, **SHORT)
+        assert offline.generate("Tell me about the sea, please.", as_is=True, **SHORT) == [answer]
 
 
 def test_options_apply_to_all_prompts_or_to_each(offline: LoraRetriever) -> None:

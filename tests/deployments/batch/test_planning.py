@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 from deployments.batch.planning import BatchRouting, PartPlanner, asked_of
@@ -10,7 +12,7 @@ from deployments.config.app import AppConfig
 from deployments.generation.planner import Planner
 from lora_store import AdapterRef, NamedPolicy, Plan, PlannedAdapter
 from retriever_svc import NoAdapterMatched, Retriever, Route, RouteRequest
-from tests.deployments.batching import BASE, Place, prompts
+from tests.deployments.batching import BASE, TOPICS, Place, prompts
 
 
 def test_every_row_of_a_part_has_a_job_of_its_own_or_an_error(place: Place) -> None:
@@ -43,6 +45,17 @@ def test_a_run_of_another_base_uses_no_adapter_and_names_it_where_a_row_does(pla
     assert f"base model '{BASE}', and this server serves 'another-base'" in named.error["message"]
 
 
+def test_a_row_has_the_template_of_the_base_model_that_answers(two_bases: AppConfig, tmp_path: Path) -> None:
+    first, second = two_bases.models
+    models = (first, second.model_copy(update={"template": "chat"}))
+    config = AppConfig(models=models, store_uri=two_bases.store_uri, retrieval=two_bases.retrieval)
+    rows = [{"messages": json.dumps([{"role": "user", "content": f"Explain {topic}."}])} for topic in TOPICS[::2]]
+    run = Place(tmp_path, config).begin(rows)
+    asked = asyncio.run(PartPlanner(run).plan(run.parts[0])).asked
+    found = [(item.job.plan.base_model, item.job.template) for item in asked if item.job is not None]
+    assert found == [("first", "auto"), ("second", "chat"), ("second", "chat")]
+
+
 def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
     class Asked(BatchRouting):
         async def policies(self, *args: object, **options: object) -> list[NamedPolicy]:
@@ -52,8 +65,8 @@ def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
             rows = (PlannedAdapter(AdapterRef("local", "sea", "d" * 64), "w", 1.0),)
             return Plan("selection", rows, contract='{"instruction":"Sing: {input}"}')
 
-    served = place.config.served_model
-    planner = Planner(place.config.served_models, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
+    served = place.config.served_models
+    planner = Planner(served, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
     for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
         asked = asyncio.run(asked_of(planner, served, "local", "row-0", body))

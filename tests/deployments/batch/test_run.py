@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deployments.batch.run import BatchSettings, begin
+from deployments.batch.run import BatchSettings, begin, check_devices
 from deployments.config.app import AppConfig, SamplingDefaults
 from deployments.errors import BatchRefused
 from lora_store import Catalogue, Location, Publish
@@ -42,6 +45,22 @@ def test_a_run_counts_the_adapters_of_other_bases_apart_and_keeps_its_bases(tmp_
     assert (run.num_adapters, run.unserved) == (1, (("org/old", 1),))
     with pytest.raises(BatchRefused, match=r"accepts_base was \['tiny-base'\], is \[\]"):
         begin(replace(settings, config=AppConfig(store_uri=config.store_uri)))
+
+
+@pytest.mark.parametrize(("shares", "problem"), [((0.5, 0.5), None), ((1, 0.5), "add up to 1.5"), ((2, 0), None)])
+def test_base_models_that_do_not_fit_on_one_gpu_are_refused(shares: Sequence[float], problem: str | None) -> None:
+    models: list[dict[str, Any]] = [
+        {
+            "base_model": f"org/{number}",
+            "worker": {"device": "cuda", "engine": "vllm", "tensor_parallel_size": max(1, int(share))} if share else {},
+            "worker_scaling": {"ray_actor_options": {"num_gpus": share}},
+        }
+        for number, share in enumerate(shares)
+    ]
+    config = AppConfig.model_validate({"models": models})
+    assert BatchSettings(config, "in", "out").engine_gpus == sum(shares)
+    with nullcontext() if problem is None else pytest.raises(BatchRefused, match=problem):
+        check_devices(config)
 
 
 def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> None:

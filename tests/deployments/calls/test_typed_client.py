@@ -75,6 +75,22 @@ def test_a_keyword_only_argument_is_refused_where_the_call_is_declared() -> None
         async def price(self: object, *, currency: str) -> str: ...
 
 
+def test_a_call_without_a_policy_is_refused_where_the_client_is_declared() -> None:
+    class Bakery(Shop, Protocol):
+        async def bake(self) -> str: ...
+
+    with pytest.raises(TypeError, match=r"^Bakery\.bake sends nothing: put @retry, @once or @stream above it"):
+
+        class _Client(ServeClient[Bakery], Bakery):
+            pass
+
+    class Baker(ServeClient[Bakery], Bakery):
+        async def bake(self) -> str:
+            return await self.calls.once(Bakery.bake)
+
+    assert asyncio.run(Baker(FakeHandle(Replicas())).bake()) == "answer to bake"  # type: ignore[abstract]
+
+
 @pytest.mark.parametrize(
     ("call", "num_sent"),
     [

@@ -60,9 +60,10 @@ def test_a_bad_value_is_refused_by_name_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_base_model_is_refused_unless_a_cluster_has_it(rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["base_model: /nosuch/model", "models: [{}, {base_model: /nosuch/model}]"])
+def test_a_missing_base_model_is_refused_unless_a_cluster_has_it(given: str, rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text(f"store_uri: {tmp_path / 'store'}\nbase_model: /nosuch/model\n")
+    file.write_text(f"store_uri: {tmp_path / 'store'}\n{given}\n")
     result = run("batch", rows, tmp_path / "out", "--config", file)
     assert result.exit_code == 1
     assert "base_model: /nosuch/model: no such folder" in words(result.stderr)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 from ray import serve
-from ray._private import auto_init_hook
+from ray._private import auto_init_hook, parameter, services
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -29,6 +29,7 @@ from deployments.cli.client import ServerFailed, check_free, free_port
 from deployments.cli.local_server import (
     APP_NAME,
     Server,
+    _fewer_processes,
     _inherited,
     _shut_down_serve,
     causes_in,
@@ -171,6 +172,16 @@ def test_a_failed_start_says_which_deployment_failed_and_why(tmp_path: Path) -> 
     assert causes_in(ServeStatus(), tmp_path) == ""
 
 
+def test_ray_starts_without_processes_that_nobody_needs_and_others_have_them_again() -> None:
+    before = parameter.RayParams, services.start_api_server
+    with pytest.raises(KeyError), _fewer_processes():
+        params = parameter.RayParams(num_cpus=1)
+        assert (params.num_cpus, params.no_monitor, params.include_log_monitor) == (1, True, False)
+        assert services.start_api_server(False, raise_on_failure=False, port=None) == (None, None)
+        raise KeyError
+    assert (parameter.RayParams, services.start_api_server) == before
+
+
 def test_the_start_waits_for_ready() -> None:
     with ready_server(503, 200) as server:
         assert server.wait_ready(timeout_s=120) == {"path": "/ready", "status": 200}
@@ -211,6 +222,7 @@ def test_requests_pass_the_proxy_only_where_it_is_needed(
     config = config_of(ingress_scaling={"autoscaling_config": {"max_replicas": num_ingresses}})
     server = Server(config, host="::1", port=8000, uses_proxy=given)
     assert server.url == "http://[::1]:8000" and server._uses_proxy == passes_proxy
+    assert server._has_proxy == (num_ingresses > 1 or traces or passes_proxy)
 
 
 def test_the_output_of_a_process_that_stops_ray_goes_to_a_file_or_is_lost(tmp_path: Path) -> None:

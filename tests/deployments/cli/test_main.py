@@ -83,7 +83,9 @@ def test_ask_and_route_say_which_of_several_base_models_answers() -> None:
         assert words(run("ask", "Hi", "--url", server.url).stderr) == "base on code-3b: no adapter"
     candidate = {"name": "poet", "score": 0.5, "threshold": 0.75, "confidence": 0.5}
     with scripted((200, {"data": [lora | {"candidates": [candidate]}]})) as server:
-        assert "base model code-3b" in words(run("route", "Hi", "--url", server.url).stdout)
+        result = run("route", "Hi", "-m", "code-3b:auto", "--url", server.url)
+    assert "base model code-3b" in words(result.stdout)
+    assert server.sent == [{"prompt": "Hi", "model": "code-3b:auto", "lora": {"explain": True}}]
 
 
 def test_ask_streams_the_text_and_prints_the_adapters() -> None:

@@ -35,14 +35,14 @@ def test_a_file_that_is_no_policy_is_refused_before_the_server_is_asked(
 @pytest.mark.parametrize(
     ("given", "answer"),
     [
-        ((), {"data": [SHOWN]}),
+        ((), {"data": [SHOWN], "has_more": False}),
         (("support",), SHOWN | {"versions": [VERSION | {"policy": {"k": 1, "stop": ["[/INST]"]}}]}),
     ],
 )
 def test_list_shows_names_or_the_versions_of_one(given: tuple[str, ...], answer: dict[str, Any]) -> None:
     with scripted((200, answer)) as server:
         result = run("name", "list", *given, "--url", server.url)
-    assert server.asked == [("GET", "/v1/names" + "".join(f"/{name}" for name in given))]
+    assert server.asked == [("GET", "/v1/names/support" if given else "/v1/names?after=")]
     for word in ("support", "e" * 12, "2026-01-02 03:04:05", '"k":', '"[/INST]"', "me"):
         assert word in words(result.stdout)
 

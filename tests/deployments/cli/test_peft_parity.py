@@ -14,7 +14,7 @@ from deployments.cli import peft_parity
 from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
 from lora_store import ModuleWeights
 from lora_store.peft_files import WEIGHTS_FILE
-from tests.gpu_worker.families import save_multimodal
+from tests.gpu_worker.families import EQUAL, save, save_multimodal
 from tests.tiny import tiny_config
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -29,7 +29,8 @@ def trained(model: Path, folder: Path, **settings: Any) -> Path:
     """Return an adapter that PEFT created, with a random lora_B instead of zeros."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=ALL_LINEAR, **settings))
+    chosen = {"target_modules": ALL_LINEAR} | settings
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **chosen))
     for key, parameter in adapted.named_parameters():
         if "lora_" in key:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -77,6 +78,15 @@ def test_other_names_are_compared_as_pefts(tiny_folders: Mapping[str, Path], tmp
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file({key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}, folder / WEIGHTS_FILE)
     assert max(parity_with_peft(folder, tiny_config(model)).values()) < TOLERANCE / 10
+
+
+def test_an_adapter_on_experts_and_routers_agrees_with_peft(tmp_path: Path) -> None:
+    folder = save(tmp_path / "base", "qwen3_moe", EQUAL["qwen3_moe"])
+    parameters = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+    adapter = trained(
+        folder, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=parameters
+    )
+    assert max(parity_with_peft(adapter, tiny_config(folder)).values()) < TOLERANCE / 10
 
 
 def test_an_adapter_of_a_whole_multimodal_model_agrees_with_peft(tmp_path: Path) -> None:

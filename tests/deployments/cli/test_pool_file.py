@@ -59,6 +59,18 @@ def test_each_adapter_is_sent_with_its_own_description(tmp_path: Path) -> None:
     assert "1 adapter of other owners" in words(result.stderr)
 
 
+def test_samples_of_a_training_file_are_sent_with_their_adapter(tmp_path: Path) -> None:
+    file = write(tmp_path, {"source": "poet", "samples": "data/poet.jsonl"}, {"source": "plain"})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "poet.jsonl").write_text(json.dumps({"instruction": "Rhyme", "output": "time"}))
+    with scripted(listing(), (201, published("poet")), answers(published("plain"))) as server:
+        result = publish(server, file)
+    assert (result.exit_code, [method for method, _ in server.asked]) == (0, ["GET", "POST", "POST"])
+    assert b'"input": "Rhyme"' in server.bodies[1] and b'filename="lora_samples.jsonl"' in server.bodies[1]
+    assert json.loads(server.bodies[2]) == {"adapters": [{"path": str(tmp_path / "plain")}]}
+    assert words(result.stdout).endswith("2 new, 0 changed, 0 unchanged, 0 refused")
+
+
 def test_new_changed_and_unchanged_adapters_are_told_apart(tmp_path: Path) -> None:
     file = write(tmp_path, *({"source": name} for name in ("new", "tagged", "heavier", "same")))
     rows = [
@@ -134,6 +146,8 @@ def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
         ({"adapters": [{"source": "poet"}, {"source": "poet"}]}, "'poet' is listed twice"),
         ({"adapters": [{"source": "nowhere"}]}, "nowhere: has no adapter"),
         ({"adapters": [{"source": "s3://bucket/x"}]}, "s3://bucket/x: needs a name"),
+        ({"adapters": [{"source": "s3://b/x", "name": "x", "samples": "x.jsonl"}]}, "samples go with a folder"),
+        ({"adapters": [{"source": "poet", "samples": "no.jsonl"}]}, "no.jsonl: "),
         ("adapters: [", "while parsing"),
     ],
 )

@@ -9,7 +9,16 @@ REPORT = {
     "object": "usage",
     "start": "2026-11-01",
     "end": "2026-11-30",
-    "data": [{"tenant": "acme", "adapter": None, **_COUNTS, "last_at": "2026-11-29T12:00:00+00:00"}],
+    "data": [
+        {
+            "tenant": "acme",
+            "adapter": None,
+            **_COUNTS,
+            "mean_s": 0.5,
+            "p95_s": None,
+            "last_at": "2026-11-29T12:00:00+00:00",
+        }
+    ],
 }
 
 
@@ -21,7 +30,7 @@ def test_the_report_is_asked_for_and_shown_by_group() -> None:
     path = "/v1/usage?by=tenant&by=adapter&start=2026-11-01&end=2026-11-30&tenant=acme"
     assert server.asked == [("GET", path)] * 2
     assert json.loads(printed.stdout) == REPORT
-    for part in ("2026-11-01 to 2026-11-30", "acme", "(base model)", "1,200"):
+    for part in ("2026-11-01 to 2026-11-30", "acme", "(base model)", "1,200", "0.50"):
         assert part in words(shown.stdout)
 
 

@@ -58,7 +58,7 @@ def keys(tmp_path: Path) -> Path:
 
 
 def test_the_routes_are_the_known_ones() -> None:
-    assert mounted().keys() == ROLES_OF.keys() | OPEN_ROUTES
+    assert mounted().keys() == ROLES_OF.keys() | OPEN_ROUTES, "list each route with its role in all_routes.ROLES_OF"
     assert len(guarded()) == len(ROLES_OF) >= 21
     in_document = {(method, path.replace(":path}", "}")) for method, path in ROLES_OF} | {
         ("GET", "/health"),

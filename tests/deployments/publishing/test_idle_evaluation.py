@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate, Workers
 from deployments.observability.request_metrics import ChangeMetrics
+from deployments.publishing.evaluation import Evaluator
 from deployments.publishing.idle_evaluation import MAX_REGIONS, POLL_S, QUIET_S, IdleEvaluations, IdleScorer
 from gpu_worker.front.engine_status import EngineStatus
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import AdapterRecord, Sample, StoreUnavailable
-from retriever_svc import Region
+from retriever_svc import Region, ServedBases
 from tests.deployments.adapter_records import POOL, pool_of
 from tests.deployments.app_fakes import Served, http_of, serve_plainly
 from tests.deployments.console_fakes import HOLDINGS, CountingWorker
@@ -67,6 +68,9 @@ class Ones:
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         return [1.0] * len(examples)
 
+    async def can_score(self, adapter: AdapterRecord) -> bool:
+        return True
+
 
 @pytest.mark.parametrize(("workers", "num_polls"), [([[]], 0), ([[RUNNING, WAITING]], 2), ([[], [RUNNING]], 1)])
 def test_a_batch_begins_when_no_worker_has_a_request(workers: list[list[EngineStatus]], num_polls: int) -> None:
@@ -87,6 +91,38 @@ def test_without_a_worker_it_waits_and_starts_none(num_silent: int) -> None:
 
     run_in_virtual_time(run())
     assert handle.called("module_shapes") == handle.called("stream") == []
+
+
+def test_of_several_base_models_one_without_workers_is_left_out() -> None:
+    clients = [
+        ServeWorker(FakeHandle(Poet())),
+        ServeWorker(FakeHandle()),
+        ServeWorker(FakeHandle(Poet(), num_silent=1)),
+    ]
+    by_model = {
+        name: BaseWorkers(client, WorkerGate(client, None)) for name, client in zip("abc", clients, strict=True)
+    }
+    scorer = IdleScorer(Ones(), Workers(by_model, ServedBases({name: {name} for name in "abc"})))
+    found = [asyncio.run(scorer.can_score(replace(POET, base_model=name))) for name in "abc"]
+    assert found == [True, False, True], "a busy one is waited for"
+
+
+def test_what_is_left_out_keeps_its_ranking() -> None:
+    class AwayOnes(Ones):
+        async def can_score(self, adapter: AdapterRecord) -> bool:
+            return adapter.ref != POET.ref
+
+    async def work(served: Served) -> None:
+        services = served.services
+        retriever, publisher = services.retriever, services.publisher
+        evaluator = Evaluator(services.store, retriever, publisher, AwayOnes())
+        async for _ in evaluator.evaluate("acme", "me"):
+            pass
+        [(_, rankings, _, _, keeps)] = served.store.called("rank")
+        assert ([item.anchor for item in rankings], keeps) == ([CODER.ref], [POET.ref])
+
+    other = Region(CODER, (CODER, POET), EXAMPLES, frozenset({POET.ref, CODER.ref}))
+    run_served(work, regions=(REGION, other), evaluate_after_publish=False)
 
 
 async def publish(served: Served, times: int = 1) -> None:

@@ -23,6 +23,7 @@ from lora_store import ModuleWeights, Sample, write_peft_folder
 from tests.deployments.app_fakes import Served, config_of, http_of
 from tests.deployments.asking import error_of
 from tests.deployments.console_fakes import CountingWorker
+from tests.deployments.observability.test_usage import events_in
 from tests.fakes import FakeHandle
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -82,13 +83,13 @@ class Case:
             handle.calls.clear()
         return jobs
 
-    async def publish(self, folder: Path, name: str, base_model: str) -> httpx.Response:
+    async def publish(self, folder: Path, name: str, base_model: str, **fields: Any) -> httpx.Response:
         num_out, num_in = SHAPES[base_model]
         random = torch.Generator().manual_seed(len(folder.parts) * 100 + len(name))
         sides = torch.randn(2, num_in, generator=random), torch.randn(num_out, 2, generator=random)
         path, samples = folder / base_model / name, [Sample(text) for text in PROMPTS[name]]
         write_peft_folder(path, {MODULE: ModuleWeights(*sides, 2.0)}, base_model=base_model, samples=samples)
-        return await self.client.post("/v1/loras", json={"path": str(path)})
+        return await self.client.post("/v1/loras", json={"path": str(path), **fields})
 
 
 @asynccontextmanager
@@ -110,11 +111,11 @@ async def serving(folder: Path, *, is_asleep: bool = False, **settings: Any) -> 
         retriever._polling.cancel()
 
 
-def on_two_bases(folder: Path, scenario: Callable[[Case], Awaitable[None]]) -> None:
+def on_two_bases(folder: Path, scenario: Callable[[Case], Awaitable[None]], **settings: Any) -> None:
     """Publish the adapters of both, then run the scenario."""
 
     async def run() -> None:
-        async with serving(folder) as case:
+        async with serving(folder, **settings) as case:
             for name, base_model in ADAPTERS.items():
                 answer = await case.publish(folder, name, base_model)
                 assert answer.status_code == 201, answer.text
@@ -152,6 +153,8 @@ def test_the_model_chooses_the_base_and_without_a_fit_the_first_answers(tmp_path
         no_fit = {"lora": {"min_score": 1.0}}
         for model, options, base_model, names in (
             ("auto", no_fit, "first", []),
+            ("auto", {"lora": {"min_score": 1.0, "fallback": "second"}}, "second", []),
+            ("second:auto", {"lora": {"min_score": 1.0, "fallback": "second"}}, "second", []),
             ("second:auto", no_fit, "second", []),
             ("second:auto", {}, "second", ["coder"]),
             ("second", {}, "second", []),
@@ -167,10 +170,13 @@ def test_the_model_chooses_the_base_and_without_a_fit_the_first_answers(tmp_path
             ({"model": "first:coder"}, "invalid_request"),
             ({"model": "first:auto", "lora": {"adapters": [{"name": "coder"}]}}, "invalid_request"),
             ({"lora": {"adapters": [{"name": "coder"}, {"name": "poet"}]}}, "invalid_request"),
+            ({"lora": {"fallback": "third"}}, "invalid_request"),
+            ({"model": "first:auto", "lora": {"fallback": "second"}}, "invalid_request"),
             ({"model": "third:auto"}, "model_not_found"),
         ):
             answer = await case.chat("Hello!", **asked)
-            assert (answer.status_code, error_of(answer)["code"]) == (404 if "third" in str(asked) else 400, code)
+            status = 404 if code == "model_not_found" else 400
+            assert (answer.status_code, error_of(answer)["code"]) == (status, code)
         assert case.take_jobs() == []
 
     on_two_bases(tmp_path, scenario)
@@ -257,6 +263,61 @@ def test_a_batch_of_prompts_may_need_both_bases(tmp_path: Path) -> None:
         assert answer.status_code == 200, answer.text
         assert [choice["lora"]["base_model"] for choice in answer.json()["choices"]] == ["first", "second"]
         assert sorted(name for name, _ in case.take_jobs()) == ["first", "second"]
+
+    on_two_bases(tmp_path, scenario)
+
+
+def test_the_tokens_of_a_request_count_for_the_base_of_each_prompt(tmp_path: Path) -> None:
+    async def scenario(case: Case) -> None:
+        prompts = ["Write a poem.", "Write a function.", "Write a song."]
+        body = {"model": "auto", "prompt": prompts, "n": 2, "lora": {"k": 1}}
+        answer = await case.client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        events = {
+            event["base"]: event for event in events_in(tmp_path / "cache") if event["route"] == "/v1/completions"
+        }
+        [job, *_] = [job for _, job in case.take_jobs()]
+        assert {base: (len(event["adapters"]), event["request_id"]) for base, event in events.items()} == {
+            "first": (2, job.request_id),
+            "second": (1, job.request_id),
+        }
+        assert events["first"]["completion_tokens"] == 2 * events["second"]["completion_tokens"] > 0
+        total = answer.json()["usage"]["completion_tokens"]
+        assert sum(event["completion_tokens"] for event in events.values()) == total
+
+    on_two_bases(tmp_path, scenario, cache_dir=tmp_path / "cache", usage_days=1)
+
+
+def test_route_searches_the_base_that_its_model_names(tmp_path: Path) -> None:
+    async def scenario(case: Case) -> None:
+        for model, expected in (("auto", ["coder"]), ("first:auto", ["poet"]), ("second:coder", ["coder"])):
+            lora = {"k": 1} if model.endswith("auto") else {}
+            answer = await case.client.post(
+                "/v1/route", json={"prompt": PROMPTS["coder"], "model": model, "lora": lora}
+            )
+            plans = answer.json()["data"]
+            bases = {ADAPTERS[name] for name in expected}
+            assert {plan["base_model"] for plan in plans} == bases, model
+            assert {row["name"] for plan in plans for row in plan["adapters"]} <= {*ADAPTERS} - {"coder"} | set(
+                expected
+            )
+        missing = await case.client.post("/v1/route", json={"prompt": "Hi", "model": "third:auto"})
+        assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+
+    on_two_bases(tmp_path, scenario)
+
+
+def test_a_trial_across_base_models_is_refused(tmp_path: Path) -> None:
+    async def scenario(case: Case) -> None:
+        offered = await case.publish(tmp_path / "other", "poet", "second", share=0.5)
+        assert (offered.status_code, error_of(offered)["code"]) == (400, "adapter_refused"), offered.text
+        assert (
+            "the live version is for the base model 'first' and this one for 'second'" in error_of(offered)["message"]
+        )
+        assert (await case.publish(tmp_path / "other", "poet", "second")).status_code == 201
+        older = (await case.client.get("/v1/loras/poet")).json()["versions"][1]["digest"]
+        started = await case.client.post("/v1/loras/poet/share", json={"digest": older, "share": 0.5})
+        assert (started.status_code, error_of(started)["code"]) == (400, "adapter_refused"), started.text
 
     on_two_bases(tmp_path, scenario)
 

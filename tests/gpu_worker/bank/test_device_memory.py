@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import re
 import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gpu_worker.bank.device_memory import (
     MappingLimit,
     cgroup_bytes,
     free_bytes,
     mapping_limits,
+    release_unused,
     share_of,
     zeros_on_huge_pages,
 )
@@ -109,3 +112,25 @@ def test_large_tensors_are_on_huge_pages_where_linux_has_them() -> None:
 def huge_page_bytes() -> int:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))
+
+
+def resident(path: Path) -> list[int]:
+    """Return the resident KiB of each mapping of the file."""
+    entries = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    own = [entry for entry in entries if entry.partition("\n")[0].endswith(str(path))]
+    return [int(re.findall(r"^Rss: +(\d+) kB$", entry, re.MULTILINE)[0]) for entry in own]
+
+
+def test_pages_of_weight_files_are_released_unless_they_were_changed(tmp_path: Path) -> None:
+    """The tensors keep their numbers, those of the file and those written to a private copy of its pages."""
+    files = [tmp_path / name for name in ("read.safetensors", "changed.safetensors", "other.bin")]
+    for path in files:
+        save_file({"x": torch.arange(1 << 20)}, path)
+    tensors = [torch.from_file(str(path), size=(path.stat().st_size) // 8, dtype=torch.int64) for path in files]
+    tensors[1][-1] = 7
+    sums = [int(tensor.sum()) for tensor in tensors]
+    before = [resident(path)[0] for path in files]
+    assert min(before) > 4 << 10
+    release_unused()
+    assert [resident(path)[0] for path in files] == [0, *before[1:]]
+    assert [int(tensor.sum()) for tensor in tensors] == sums and tensors[1][-1] == 7

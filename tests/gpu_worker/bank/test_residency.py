@@ -296,3 +296,26 @@ def test_an_evicted_adapter_is_unchanged_when_used_again() -> None:
     assert module.is_used
     torch.testing.assert_close(module.a, weights[0].modules["m"].lora_a)
     torch.testing.assert_close(module.bt, weights[0].modules["m"].lora_b.T)
+
+
+def with_experts(digest: str, num_bytes: int) -> DeviceAdapter:
+    """Return an adapter of one row whose experts take this many bytes."""
+    half = torch.zeros(1, 1, num_bytes // 2, dtype=torch.uint8)
+    return DeviceAdapter(
+        digest, {"0": DeviceModule(torch.zeros(1, 1), torch.zeros(1, 1))}, (), {"e": DeviceModule(half, half)}
+    )
+
+
+def test_experts_stay_within_their_bytes_and_leave_with_their_adapters() -> None:
+    residency = Residency(RowList(), expert_bytes=10)
+    small, other, large = with_experts("small", 4), with_experts("other", 6), with_experts("large", 8)
+    assert try_pin(residency, small) and try_pin(residency, other)
+    assert residency.experts == {"small": small.experts, "other": other.experts}
+    unpin(residency, "other")
+    assert not try_pin(residency, large), "the pinned one and this one have 12 bytes"
+    assert residency.experts.keys() == {"small", "other"}, "nothing is evicted for nothing"
+    assert try_pin(residency, adapter("without", 3)) and residency.experts.keys() == {"small", "other"}
+    unpin(residency, "small")
+    assert try_pin(residency, large) and residency.experts.keys() == {"large"}
+    with pytest.raises(PlanTooLarge, match=r"need 14 bytes for their experts, of 10 \(worker\.host_cache_bytes\)"):
+        try_pin(residency, large, other)

@@ -27,13 +27,13 @@ _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 _GROUPS = {"n_group": 1, "topk_group": 1}
 _LATENT = {
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,  # with the 64 of positions the only size that vLLM takes on the CPU
     "q_lora_rank": 32,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
 }
 _DELTA = {
     "linear_key_head_dim": 32,
@@ -63,7 +63,8 @@ TEXT: dict[str, Settings] = {
     "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, **_MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2,
                 "num_hidden_layers": 4},
     "phimoe": _LOCAL_EXPERTS,
-    "minimax_m2": {**_LOCAL_EXPERTS, **_HEADS, "rotary_dim": 32, "scoring_func": "sigmoid"},
+    "minimax_m2": {**_LOCAL_EXPERTS, **_HEADS, "rotary_dim": 32, "scoring_func": "sigmoid",
+                   "use_routing_bias": True},
     "afmoe": {**_EXPERTS, **_HEADS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1,
               "score_func": "sigmoid", "route_norm": True, **_GROUPS},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
@@ -71,14 +72,14 @@ TEXT: dict[str, Settings] = {
                    "is_moe_layer": [False, True, True], **_GROUPS},
     "laguna": {**_EXPERTS, **_HEADS, "shared_expert_intermediate_size": 32},
     "hy_v3": {**_EXPERTS, **_HEADS, "expert_hidden_dim": 32, "route_norm": True, "num_shared_experts": 1,
-              "first_k_dense_replace": 1},
+              "first_k_dense_replace": 1, "qk_norm": True},
     "longcat_flash": {**_LATENT, "n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 32,
                       "ffn_hidden_size": 96, "zero_expert_num": 2, "num_layers": 2,
                       "mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "axk1": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, **_HEADS},
     "dots1": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
-    "flex_olmo": _EXPERTS,
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 32},
     "sarvam_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "sarvam_mla": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from gpu_worker.front.text.token_bytes import TokenBytes
 from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.model.inject import Adaptable
 from gpu_worker.vllm.front_model import language_linears, language_part
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import Plan
@@ -36,7 +37,12 @@ class Reference:
         self._model = language_part(whole)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model.eval()
-        self._linears, _ = language_linears(whole)
+        linears, _ = language_linears(whole)
+        self._weights = {name: linear.weight for name, linear in linears.items()}
+        found = Adaptable.of(self._model)
+        self._weights |= {name: router.get_parameter("weight") for name, router in found.routers.items()}
+        for path, experts in found.experts.items():
+            self._weights |= {f"{path}.{name}": weight for name, weight in experts.named_parameters(recurse=False)}
 
     @torch.inference_mode()
     def greedy(self, prompt: str, plan: Plan, pool: Mapping[str, AdapterWeights], num_new: int) -> list[Step]:
@@ -60,12 +66,12 @@ class Reference:
         """Add the plan's adapters to the weights within the block."""
         changes = deltas(plan, pool)
         for name, change in changes.items():
-            self._linears[name].weight += change
+            self._weights[name] += change
         try:
             yield
         finally:
             for name, change in changes.items():
-                self._linears[name].weight -= change
+                self._weights[name] -= change
 
     def token_bytes(self, token: int) -> bytes:
         return TokenBytes(self._tokenizer.backend_tokenizer)(token)
@@ -78,7 +84,7 @@ class Reference:
 
 
 def deltas(plan: Plan, pool: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
-    """Return the change (out, in) of each module's weight under the plan, in float64.
+    """Return the change (out, in) of each module's weight under the plan, in float64; of experts (experts, out, in).
 
     selection, mixture: sum_s m_s B_s A_s.  fusion: (sum_s m_s B_s) (sum_s m_s A_s), ranks padded with zeros.
     B_s includes the adapter's scaling.
@@ -92,9 +98,9 @@ def deltas(plan: Plan, pool: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
             if module is not None:
                 parts.append((adapter.weight, module.lora_a.double(), module.lora_b.double() * module.scaling))
         if plan.strategy == "fusion":
-            rank = max(len(a) for _, a, _ in parts)
-            a = sum(weight * torch.nn.functional.pad(a, (0, 0, 0, rank - len(a))) for weight, a, _ in parts)
-            b = sum(weight * torch.nn.functional.pad(b, (0, rank - b.shape[1])) for weight, _, b in parts)
+            rank = max(a.shape[-2] for _, a, _ in parts)
+            a = sum(weight * torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[-2])) for weight, a, _ in parts)
+            b = sum(weight * torch.nn.functional.pad(b, (0, rank - b.shape[-1])) for weight, _, b in parts)
             assert isinstance(a, Tensor) and isinstance(b, Tensor)
             changes[name] = b @ a
         else:

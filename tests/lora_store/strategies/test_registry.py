@@ -11,7 +11,7 @@ from lora_store.strategies.strategy import CompositionStrategy
 
 def test_every_strategy_file_is_registered() -> None:
     files = {path.stem for path in Path(strategies.__path__[0]).glob("*.py")} - {"__init__", "registry", "strategy"}
-    assert files == set(ROUTED_STRATEGIES)
+    assert files == set(ROUTED_STRATEGIES), "registry.py lists each file's strategy, which has the file's name"
 
 
 def test_the_names_that_schemas_read_are_those_of_the_registry() -> None:

@@ -13,6 +13,11 @@
 {{- set .template "spec" $spec | toYaml -}}
 {{- end -}}
 
+{{- /* Devices and engines of the workers of all base models, as one text. */ -}}
+{{- define "workers" -}}
+{{- range prepend (.Values.settings.models | default list) .Values.settings }}{{ with .worker }}{{ .device }} {{ .engine }} {{ end }}{{ end -}}
+{{- end -}}
+
 {{- /* A file of kustomize's, as it is. */ -}}
 {{- define "file" -}}
 ---

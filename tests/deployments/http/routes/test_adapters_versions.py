@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -118,16 +119,28 @@ def test_an_edit_publishes_the_live_weights_with_other_tags_and_samples() -> Non
     assert (kept.ref, new.weights_digest) == (old.ref, old.weights_digest)
 
 
+def test_an_edit_gives_and_takes_a_contract() -> None:
+    store = FakeStore(pool_of(adapter("poet", version="fun")))
+    contract = {"instruction": "Negate: {input}", "stop": ["."]}
+    assert patch({"contract": contract}, store=store).json()["changed"] == {"contract": {"from": None, "to": contract}}
+    [given, *_] = store.live["local", "poet"]
+    assert json.loads(given.contract or "") == contract
+    assert patch({"contract": {}}, store=store).status_code == 201
+    assert store.live["local", "poet"][0].contract is None
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param", "message"),
     [
-        ({}, 400, None, "at least one of `visibility`, `tags`, `template` and `samples`"),
+        ({}, 400, None, "at least one of `visibility`, `tags`, `template`, `samples` and `contract`"),
         ({"digest": "a" * 64}, 400, None, "at least one of"),
         ({"tags": ["x"], "digest": "a" * 64}, 409, "digest", "is not the live version"),
         ({"tags": ["x"], "digest": "abc"}, 400, "digest", ""),
         ({"tags": ["auto"]}, 400, None, "tag 'auto' must be another"),
         ({"template": "mine"}, 400, "template", "alpaca"),
         ({"samples": [{"output": "b"}]}, 400, "samples.0.input", ""),
+        ({"contract": {"instruction": "no place"}}, 400, "contract.instruction", "needs {input} once"),
+        ({"contract": []}, 400, "contract", ""),
         ({"visibility": "private", "digest": "a" * 64}, 409, "digest", "is not the live version"),
     ],
 )

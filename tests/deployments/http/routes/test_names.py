@@ -12,8 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.http.routes import models
-from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy
+from lora_store import AdapterRecord, Plan, PlannedAdapter, Strategy, names
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask, error_of
@@ -255,9 +254,44 @@ def test_a_list_that_is_polled_reads_each_policy_once(monkeypatch: pytest.Monkey
             page = (await say("GET", "/v1/models?name=polled")).json()
             assert len(page["data"]) == 3
 
-    monkeypatch.setattr(models, "json", SimpleNamespace(loads=loads))
+    monkeypatch.setattr(names, "json", SimpleNamespace(loads=loads, dumps=json.dumps))
     named(question)
     assert len(read) == 3
+
+
+def test_names_are_listed_page_by_page_with_their_policies() -> None:
+    async def question(say: Say, _: Served) -> None:
+        for name in ("c", "a", "b"):
+            await say("PUT", f"/v1/names/{name}", {"stop": [name]})
+        for limit in range(1, 5):
+            found: list[Any] = []
+            page: Any = {"has_more": True, "last_id": ""}
+            while page["has_more"] and len(found) <= 3:
+                page = (await say("GET", f"/v1/names?limit={limit}&after={page['last_id']}")).json()
+                found += page["data"]
+            assert [(item["id"], item["policy"]["stop"]) for item in found] == [(name, [name]) for name in "abc"]
+        assert (await say("GET", "/v1/names?after=bb")).json()["last_id"] == "c", "a name that is gone has a place"
+
+    named(question)
+
+
+def test_route_shows_the_plan_that_a_name_gets() -> None:
+    async def question(say: Say, served: Served) -> None:
+        await say("PUT", "/v1/names/support", {"lora": {"k": 3, "strategy": "fusion"}, "template": "alpaca"})
+        body = {"prompt": ["Hi", "Ho"], "model": "support", "lora": {"k": 2}}
+        plans = (await say("POST", "/v1/route", body)).json()["data"]
+        [(requests,)] = served.retriever.called("route")
+        assert [(request.text, request.top_k, request.strategy) for request in requests] == [
+            ("Hi", 2, "fusion"),
+            ("Ho", 2, "fusion"),
+        ]
+        assert [plan["policy"].partition("@")[0] for plan in plans] == ["support"] * 2
+        for model, expected in (("poet", ["poet"]), (BASE, [])):
+            [plan] = (await say("POST", "/v1/route", {"prompt": "Hi", "model": model})).json()["data"]
+            assert [row["name"] for row in plan["adapters"]] == expected
+        assert error_of(await say("POST", "/v1/route", {"prompt": "Hi", "model": "nobody"}, 404))
+
+    named(question)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import pytest
 from llguidance import LLTokenizer
 
 from gpu_worker.errors import EngineFull, GrammarInvalid
+from gpu_worker.front.grammar import compiler as compiler_module
+from gpu_worker.front.grammar import library
 from gpu_worker.front.grammar.compiler import CheckProcess, GrammarCompiler
 from gpu_worker.front.request.grammar import Grammar
 from tests.gpu_worker.engine_driver import run
@@ -206,8 +208,30 @@ def test_the_oldest_unused_grammars_are_dropped(make: Callable[..., GrammarCompi
     assert compiler.num_grammars == 3
     use(compiler, Grammar("regex", "a"))
     assert checks.checked == ["a", "b", "c", "d"], "a was used after b"
-    use(compiler, Grammar("regex", "b"))
-    assert checks.checked == ["a", "b", "c", "d", "b"]
+    assert compiler.num_grammars == 3
+
+
+def test_a_grammar_that_passed_is_compiled_again_without_a_check(
+    make: Callable[..., GrammarCompiler], checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def matcher_of(grammar: Grammar, vocabulary: LLTokenizer) -> Any:
+        compiled.append(grammar.text)
+        return library.matcher_of(grammar, vocabulary)
+
+    monkeypatch.setattr(compiler_module, "matcher_of", matcher_of)
+    monkeypatch.setattr(compiler_module, "MAX_PASSED", 2)
+    compiler = make(max_grammars=1)
+    checks.released.set()
+    for text in "abab":
+        assert use(compiler, Grammar("regex", text)) == [ord(text)]
+    assert (compiled, checks.checked) == (["a", "b", "a", "b"], ["a", "b"]), "an entry is dropped, not what is known"
+    for text in "cba":
+        use(compiler, Grammar("regex", text))
+    assert checks.checked == ["a", "b", "c", "a"], "a bounded number is known, those that were used last"
+    use(compiler, Grammar("regex", "b"), tenant="b")
+    assert checks.checked[4:] == ["b"], "other tenants know nothing of it"
 
 
 def test_too_many_waiting_grammars_are_refused(make: Callable[..., GrammarCompiler], checks: Checks) -> None:

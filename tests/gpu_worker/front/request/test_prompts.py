@@ -54,6 +54,27 @@ def test_chat_without_a_template_is_refused() -> None:
         render(TURNS, "chat", byte_tokenizer())
 
 
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [(CHAT, "<bos>[user]One[user]Two[user]Three"), (ALTERNATING, "[user]One\n\nTwo\n\nThree")],
+    ids=["any order", "alternating"],
+)
+def test_messages_of_the_user_in_a_row_are_one_where_roles_must_alternate(template: str, rendered: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    turns = [Message("user", text) for text in ("One", "Two", "Three")]
+    assert render(turns, "chat", tokenizer).removesuffix("[assistant]") == rendered
+    tokenizer.chat_template = ALTERNATING
+    with pytest.raises(PromptInvalid, match="roles must alternate"):
+        render([Message("assistant", "Hi"), *turns], "chat", tokenizer)
+
+
 def test_a_conversation_the_chat_template_refuses_is_invalid() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

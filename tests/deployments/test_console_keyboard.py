@@ -1,0 +1,116 @@
+"""The console's tasks with the keyboard alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, expect
+
+from lora_store import Edit
+from tests.browsing import Browsing
+from tests.deployments.adapter_records import adapter, pool_of
+from tests.deployments.app_fakes import Served
+from tests.deployments.console_fakes import MappedRetriever
+from tests.deployments.fake_store import FakeStore
+from tests.deployments.looking import folder_of, last_turn, look
+
+pytestmark = pytest.mark.browser
+MAX_TABS = 120
+FOCUSED = "(wanted) => document.activeElement.matches(wanted)"
+
+
+async def reach(page: Page, selector: str) -> None:
+    """Press Tab until an element that matches has the focus."""
+    for _ in range(MAX_TABS):
+        await page.keyboard.press("Tab")
+        if await page.evaluate(FOCUSED, selector):
+            return
+    pytest.fail(f"{selector} is not reached by Tab")
+
+
+async def press(page: Page, selector: str) -> None:
+    await reach(page, selector)
+    await page.keyboard.press("Enter")
+
+
+async def enter(page: Page, view: str) -> None:
+    """Go to a view by its link, whose heading then has the focus."""
+    await press(page, f'nav a[href="#{view}"]')
+    await expect(page.locator(f"#view-{view}")).to_be_visible()
+
+
+async def open_row(page: Page, number: int, name: str) -> None:
+    """Open an adapter of the table, whose rows are one stop of Tab."""
+    await enter(page, "adapters")
+    await expect(page.locator("#pool-rows a")).to_have_count(2)
+    await reach(page, "#pool-rows a")
+    await page.keyboard.press("Home")
+    for _ in range(number):
+        await page.keyboard.press("ArrowDown")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#adapter-title")).to_have_text(name)
+    await expect(page.locator("#adapter-body")).to_be_visible()
+
+
+async def replace_text(page: Page, text: str) -> None:
+    await page.keyboard.press("Control+A")
+    await page.keyboard.type(text)
+
+
+def test_every_task_is_done_with_the_keyboard_alone(browsing: Browsing, tmp_path: Path) -> None:
+    own, theirs = adapter("poet", version="fun"), adapter("sums", tenant="globex")
+    folder = folder_of(tmp_path, "verse", ["Write a verse."])
+
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#prompt")).to_be_focused()
+        await page.keyboard.type("A verse, please.")
+        await page.keyboard.press("Enter")
+        await expect(last_turn(page, ".note")).to_contain_text("tokens")
+
+        await enter(page, "compare")
+        await reach(page, "#compare-prompt")
+        await page.keyboard.type("A verse, please.")
+        for _ in range(2):  # the first two ways are not asked
+            await reach(page, "#ways input")
+            await page.keyboard.press("Space")
+        num_ways = await page.locator("#ways input").count() - 2
+        await reach(page, "#compare-models")
+        await page.keyboard.type("poet")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#compare-status")).to_have_text(f"{num_ways + 1} ways, 1 different answer")
+
+        await enter(page, "publish")
+        await reach(page, "#folder")
+        async with page.expect_file_chooser() as opened:
+            await page.keyboard.press("Enter")
+        await (await opened.value).set_files(folder)
+        await expect(page.locator("#previews > li")).to_have_count(1)
+        await press(page, "#publish-button")
+        await expect(page.locator("#previews .good .state")).to_contain_text("live at generation")
+
+        await open_row(page, 1, "poet")
+        await press(page, "#adapter-edit")
+        await expect(page.locator("#edit-tags")).to_be_focused()
+        await replace_text(page, "red")
+        await press(page, "#edit-form .primary")
+        await expect(page.locator("#adapter-edit")).to_be_focused()
+        assert [changes for _, changes in served.store.called("edit")] == [Edit(tags=("red",))]
+
+        await open_row(page, 0, "globex/sums")
+        await press(page, "#adapter-approve")
+        await expect(page.locator("#confirm-dialog")).to_be_visible()
+        await press(page, "#confirm-yes")
+        await expect(page.locator("#confirm-dialog")).to_be_hidden()
+
+        await open_row(page, 1, "poet")
+        await press(page, "#adapter-withdraw")
+        await expect(page.locator("#confirm-typed")).to_be_focused()
+        await page.keyboard.type("poet")
+        await press(page, "#confirm-yes")
+        await expect(page.locator("#view-adapters")).to_be_visible()
+        assert [refs for refs, _ in served.store.called("approve")] == [[theirs.ref]]
+        assert [names for _, names, *_ in served.store.called("withdraw")] == [["poet"]]
+
+    retriever = MappedRetriever([own, theirs])
+    look(browsing, question, retriever=retriever, store=FakeStore(pool_of(own, theirs)))

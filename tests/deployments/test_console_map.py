@@ -1,0 +1,144 @@
+"""The map of a large pool in a real browser: named clusters, search, zoom, and the list of what is in view."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.browsing import Browsing
+from tests.deployments.app_fakes import Served
+from tests.deployments.console_fakes import LaidOutRetriever
+from tests.deployments.looking import look
+
+pytestmark = pytest.mark.browser
+WIDE: dict[str, Any] = {"viewport": {"width": 1400, "height": 1000}}
+OVERLAPS = """(nodes) => {
+  const boxes = nodes.map((node) => [node.textContent, node.getBBox()]);
+  const apart = (a, b, axis, size) => a[axis] + 3 >= b[axis] + b[size] || b[axis] + 3 >= a[axis] + a[size];
+  const meet = (a, b) => !apart(a, b, "x", "width") && !apart(a, b, "y", "height");
+  const after = (i, box) => boxes.slice(i + 1).filter(([, other]) => meet(box, other));
+  return boxes.flatMap(([name, box], i) => after(i, box).map(([other]) => [name, other]));
+}"""
+NEXT_WHEEL = "() => new Promise((done) => addEventListener('wheel', (e) => done(e.defaultPrevented), { once: true }))"
+COUNT_DOTS = "(node) => node.getAttribute('d').split('M').length - 1"
+
+
+async def moved(page: Page) -> str | None:
+    return await page.locator("#map-moved").get_attribute("transform")
+
+
+async def check_labels(page: Page, kind: str, least: int) -> None:
+    """Check that there are labels of this kind, and that no two labels overlap."""
+    labels = page.locator("#map .label")
+    assert await page.locator(f"#map .label.{kind}").count() >= least
+    assert await labels.evaluate_all(OVERLAPS) == []
+
+
+@pytest.mark.parametrize(("count", "num_kinds"), [(300, 12), (10_000, 24)])
+def test_an_adapter_is_found_on_the_map_of_a_large_pool(browsing: Browsing, count: int, num_kinds: int) -> None:
+    retriever = LaidOutRetriever(count, num_kinds)
+    name = retriever.names[7]
+
+    async def question(page: Page, served: Served) -> None:
+        summary, listed = page.locator("#map-count"), page.locator("#map-list li")
+        await expect(summary).to_have_text(f"In view: {count:,} of {count:,}")
+        await expect(page.locator("#map-note")).to_have_text(f"{count:,} adapters in {num_kinds} clusters.")
+        assert await page.locator("#map-dots").evaluate(COUNT_DOTS) == count
+        await check_labels(page, "cluster", least=num_kinds // 2)
+        await summary.click()
+        assert sorted(await listed.get_by_role("button").all_inner_texts()) == retriever.kinds
+
+        await page.get_by_label("Find").fill(name)
+        await expect(summary).to_have_text("Found: 1, 1 of them in view")
+        await expect(page.locator("#map-spoken")).to_have_text("1 found")
+        assert await page.locator("#map-found").evaluate(COUNT_DOTS) == 1
+        await page.get_by_label("Find").press("Enter")
+        await expect(page.locator("#map")).to_have_class("many searched zoomed" if count > 300 else "searched zoomed")
+        await expect(page.locator("#map .label.other").first).to_have_text(name)
+        await expect(listed.get_by_role("link")).to_have_text([name])
+        await page.get_by_label("Find").fill(retriever.kinds[2])  # the name of a cluster
+        await expect(summary).to_contain_text(f"Found: {len(retriever.names[2::num_kinds]):,}, ")
+        await page.get_by_label("Find").fill("nothing like it")
+        await expect(summary).to_have_text("Found: 0, 0 of them in view")
+        await page.get_by_label("Find").fill("")
+
+        await page.get_by_role("button", name="Whole map").click()
+        await expect(summary).to_have_text(f"In view: {count:,} of {count:,}")
+        await listed.get_by_role("button", name=retriever.kinds[3]).click()
+        await expect(page.locator("#map")).to_have_class("many zoomed" if count > 300 else "zoomed")
+        await expect(page.locator("#map-spoken")).to_contain_text(f"{retriever.kinds[3]}: ")
+        await check_labels(page, "cluster", least=1)
+        for _ in range(8):
+            await page.get_by_role("button", name="Zoom in").click()
+        await check_labels(page, "other", least=0)
+        if count > 300:
+            await page.get_by_role("button", name="Whole map").click()
+            label = await page.locator("#map .label.cluster").first.bounding_box()
+            assert label
+            await page.mouse.click(label["x"] + label["width"] / 2, label["y"] + label["height"] / 2)
+            await expect(page.locator("#map")).to_have_class("many zoomed")  # a click among many goes nearer
+        await page.locator("#map").focus()
+        await page.keyboard.press("0")
+        await expect(page.locator("#map-spoken")).to_have_text(f"{count:,} adapters in view")
+        await page.keyboard.press("Home")
+        await expect(page.locator("#map-spoken")).to_have_text(min(retriever.names))
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#adapter-title")).to_have_text(min(retriever.names))
+
+    look(browsing, question, context=WIDE, retriever=retriever)
+
+
+def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing) -> None:
+    async def question(page: Page, served: Served) -> None:
+        await expect(page.locator("#map-count")).to_have_text("In view: 300 of 300")
+        map_, whole = page.locator("#map"), await moved(page)
+        box = await map_.bounding_box()
+        assert box
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        seen = [whole]
+
+        async def check_moved() -> None:
+            await expect(page.locator("#map-moved")).not_to_have_attribute("transform", seen[-1] or "")
+            seen.append(await moved(page))
+
+        for has_focus in (False, True):  # without it the wheel scrolls the page
+            if has_focus:
+                await map_.focus()
+            await page.mouse.move(x, y)
+            turned = asyncio.create_task(page.evaluate(NEXT_WHEEL))
+            await page.mouse.wheel(0, -300)
+            assert await turned == has_focus
+        await check_moved()
+        await page.mouse.down()
+        await page.mouse.move(x + 60, y + 30, steps=3)
+        await page.mouse.up()
+        await check_moved()
+        await expect(page.locator("#view-ask")).to_be_visible()  # a drag opens no adapter
+        for key in ("+", "Shift+ArrowRight", "Shift+ArrowDown", "-"):
+            await page.keyboard.press(key)
+            await check_moved()
+        await page.keyboard.press("0")
+        await expect(page.locator("#map-moved")).to_have_attribute("transform", whole or "")
+        seen.append(whole)
+        await pinch(page, x, y)
+        await check_moved()
+
+    look(browsing, question, context=WIDE | {"has_touch": True}, retriever=LaidOutRetriever(300, 12))
+
+
+async def pinch(page: Page, x: float, y: float) -> None:
+    """Put two fingers on the page and move them apart."""
+    session = await page.context.new_cdp_session(page)
+
+    async def touch(kind: str, *apart: float) -> None:
+        points: list[dict[str, Any]] = [{"x": x + far, "y": y, "id": place} for place, far in enumerate(apart)]
+        await session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    await touch("touchStart", -20, 20)
+    for far in (30, 40, 60):
+        await touch("touchMove", -far, far)
+    await touch("touchEnd")
+    await session.detach()
