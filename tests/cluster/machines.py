@@ -167,7 +167,7 @@ class Machines:
 
     def _kill_replicas(self, node_id: str | None) -> None:
         """Kill the replicas on this node, or all replicas."""
-        for replica in set().union(*self.all_replicas().values()):
+        for replica in set[Replica]().union(*self.all_replicas().values()):
             if node_id in (None, replica.node_id):
                 replica.kill()
 
