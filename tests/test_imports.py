@@ -180,8 +180,15 @@ def test_init_files_hold_exports_only() -> None:
 
 def test_only_packages_that_run_models_import_model_libraries() -> None:
     """Importing them takes seconds and memory, in every new replica and in the process of the command."""
-    modules = "deployments.cli.run_server, deployments.app"  # the latter imports every deployment's module
-    heavy = "{'torch', 'transformers', 'sentence_transformers', 'openvino', 'peft', 'sklearn'}"
-    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
+    code = """
+import sys
+from deployments.cli.main import cli
+cli(["serve", "--print-config"], standalone_mode=False)  # as the command begins
+import deployments.cli.run_server, deployments.app  # the latter imports every deployment's module
+heavy = {"torch", "transformers", "sentence_transformers", "openvino", "peft", "sklearn", "pandas"}
+assert "ray.serve" in sys.modules
+print(sorted(heavy & set(sys.modules)))
+import pandas  # what needs it can still import it
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -15,7 +15,7 @@ from pathlib import Path
 from deployments.batch.output import BatchOutput
 from deployments.batch.planning import PlannedPart
 from deployments.batch.rows import answered, bodies_of, usage_line
-from deployments.batch.run import BatchRun, open_store
+from deployments.batch.run import BatchRun
 from deployments.calls.catalogue_clients import Buffer, WeightsSource
 from deployments.config.app import AppConfig
 from deployments.generation.planner import AUTO
@@ -171,7 +171,7 @@ class PartAnswerer(OfflineEngines):
 
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
-        store = open_store(config.store_uri, config.served_models)
+        store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
         super().__init__(config, store, (PARTS_AT_ONCE + 1) * run.settings.part_rows)
         self._batch, self._usage = run, store.usage
         self._output = BatchOutput(run.settings.output_uri)

@@ -12,14 +12,14 @@ import pyarrow as pa
 from deployments.api import error_table
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
-from deployments.batch.run import BatchRun, Part, open_store
+from deployments.batch.run import BatchRun, Part
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModels
 from deployments.generation.completions import bind, jobs_of, with_contracts
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
-from lora_store import NamedPolicy, Plan, Strategy
+from lora_store import LoraStore, NamedPolicy, Plan, Strategy
 from retriever_svc import PinnedAdapter, Retriever, Route, RouteRequest
 
 
@@ -37,7 +37,8 @@ class PartPlanner:
 
     def __init__(self, run: BatchRun) -> None:
         config = run.settings.config
-        snapshot = open_store(config.store_uri, config.served_models).snapshot_at(run.generation)
+        store = LoraStore(config.store_uri, accepts_base=config.served_models.accepted_names)
+        snapshot = store.snapshot_at(run.generation)
         retriever = retriever_over(live_pool(config, lambda: snapshot), config)
         self._planner = Planner(config.served_models, config.retrieval, BatchRouting(retriever))
         self._reader = PartReader(run.source)

@@ -10,7 +10,6 @@ from deployments.batch.input import BatchInput, scan
 from deployments.batch.output import BatchOutput, Manifest
 from deployments.batch.rows import ANSWER, ANSWER_OF_SEVERAL, check_columns
 from deployments.config.app import AppConfig
-from deployments.config.served_model import ServedModels
 from deployments.errors import BatchRefused
 from deployments.json_types import JsonMapping, JsonObject
 from lora_store import LOCAL_TENANT, GenerationGone, LoraStore
@@ -82,7 +81,7 @@ def begin(settings: BatchSettings) -> BatchRun:
     check_devices(settings.config)
     source = scan(settings.input_uri)
     check_columns(source.schema, settings.answer)
-    store = open_store(settings.config.store_uri, settings.config.served_models)
+    store = LoraStore(settings.config.store_uri, accepts_base=settings.config.served_models.accepted_names)
     newest = store.snapshot().generation
     output = BatchOutput(settings.output_uri)
     manifest = output.begin(Manifest(generation=newest, input=_described(source), settings=_deciding(settings)))
@@ -110,11 +109,6 @@ def check_devices(config: AppConfig) -> None:
             f"models: the num_gpus of their workers add up to {sum(shares):g}, and an offline run has one GPU for all;"
             " set worker_scaling.ray_actor_options.num_gpus of each to its share, as 0.5"
         )
-
-
-def open_store(uri: str, models: ServedModels) -> LoraStore:
-    """Open the pool at `uri`, whose adapters are of the served base models."""
-    return LoraStore(uri, accepts_base=models.accepted_names)
 
 
 def _described(source: BatchInput) -> JsonObject:

@@ -21,7 +21,7 @@ from gpu_worker.bank.device_layout import (
     expert_modules,
     to_device_layout,
 )
-from gpu_worker.bank.device_memory import zeros_on_huge_pages
+from gpu_worker.bank.device_memory import release_pages, zeros_on_huge_pages
 from gpu_worker.bank.layout_kernel import LayoutKernel
 from lora_store.adapter import AdapterWeights, ModuleWeights, Shapes
 from lora_store.weights_blob import BlobLayout, StoredModules
@@ -123,6 +123,12 @@ class LoraBank:
             len(self.modules), num_rows, dtype=torch.bool
         )  # True where an adapter has the module
         self._place = {name: place for place, name in enumerate(self.modules)}
+
+    def release(self) -> None:
+        """Give Linux the memory of this bank, which holds no adapter, until adapters are written."""
+        if self._device.type == "cpu" and not self._free_fill:
+            for store in self._stores:
+                release_pages(store)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -249,7 +255,8 @@ def _without_experts(layout: BlobLayout) -> BlobLayout:
 def _filled(size: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.full(size, value, dtype=dtype, device=device)
-    return zeros_on_huge_pages(*size, dtype=dtype).fill_(value)
+    zeros = zeros_on_huge_pages(*size, dtype=dtype)
+    return zeros.fill_(value) if value else zeros
 
 
 def _runs(rows: Sequence[int], others: Sequence[int]) -> Iterator[tuple[slice, slice]]:

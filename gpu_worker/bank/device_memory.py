@@ -95,6 +95,11 @@ def zeros_on_huge_pages(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor owns the mapping
 
 
+def release_pages(zeros: Tensor) -> None:
+    """Give Linux the pages of a tensor of `zeros_on_huge_pages` whose numbers may become zeros again."""
+    _madvise(zeros.data_ptr(), zeros.nbytes)
+
+
 def release_unused(smaps: Path = _PROC / "self/smaps") -> None:
     """Give Linux the memory that the start has freed, and the pages of weight files that it read and did not change.
 
@@ -104,7 +109,11 @@ def release_unused(smaps: Path = _PROC / "self/smaps") -> None:
     if hasattr(libc, "malloc_trim"):  # of glibc
         libc.malloc_trim(0)
     for start, end in _unchanged(smaps.read_text()):
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+        _madvise(start, end - start)
+
+
+def _madvise(address: int, num_bytes: int) -> None:
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), mmap.MADV_DONTNEED)
 
 
 def _unchanged(smaps: str) -> Iterator[tuple[int, int]]:

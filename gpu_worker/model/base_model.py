@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,17 +13,25 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.request.model_files import sampling_defaults_of_files
 from gpu_worker.model.checkpoint import load_whole
+from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
-from gpu_worker.model.quantization import BITS, quantize_layers
+from gpu_worker.model.packed_linear import NarrowLinear, load_linear_kernel
+from gpu_worker.model.quantization import BITS, quantize, quantize_layers
 from gpu_worker.model.quantized_checkpoint import check_format, load_quantized
 from gpu_worker.model.rope import pin_longrope
 from gpu_worker.model.text_part import text_options
@@ -30,6 +39,7 @@ from gpu_worker.model.text_part import text_options
 logger = logging.getLogger(__name__)
 
 _ATTENTION_SINKS = ("gpt_oss",)
+_EMBEDDING_BITS = 8  # of an embedding without a head: its rows cost no time, and nothing is gained by fewer
 _LARGEST_CUDA_HEAD = 256  # limit of flash attention 2
 _NEEDED = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
@@ -63,7 +73,7 @@ class BaseModel:
     @property
     def num_embeddings(self) -> int:
         """Return the number of token ids that the model's embedding has."""
-        num: int = self.model.get_input_embeddings().weight.shape[0]
+        num: int = self.model.get_input_embeddings().num_embeddings
         return num
 
 
@@ -73,7 +83,8 @@ def model_source(config: WorkerConfig) -> str:
     Raises: BaseModelUnsupported if the packaged model or a GGUF file cannot be converted.
     """
     if config.base_model == PACKAGED_MODEL:
-        return str(packaged_folder(config.cache_dir))
+        keeps_integers = isinstance(config, NativeWorkerConfig) and config.quantization != "none"
+        return str(packaged_folder(config.cache_dir, keeps_integers=keeps_integers))
     gguf = find_gguf(config.base_model) if isinstance(config, NativeWorkerConfig) else None
     return config.base_model if gguf is None else str(gguf_folder(gguf, config.cache_dir))
 
@@ -84,18 +95,27 @@ def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     `source`: what `model_source` returned, if it is known: it hashes a packaged model's files.
     Raises: BaseModelUnsupported.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source or model_source(config))
+    source = source or model_source(config)
+    is_packaged = config.base_model == PACKAGED_MODEL
+    tokenizer = _packaged_tokenizer(Path(source)) if is_packaged else AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json may ask for both; transformers ignores it
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    if config.base_model == PACKAGED_MODEL:
+    if is_packaged:
         flag_markers(tokenizer)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     return tokenizer
+
+
+def _packaged_tokenizer(folder: Path) -> Any:
+    """Read the tokenizer's file once. `AutoTokenizer` parses its 33 MB in Python, several times, and keeps a copy."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **tokens)
 
 
 def load_config(source: str) -> Any:
@@ -131,6 +151,10 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
         )
     register()
     model = _load_model(config, source, hf_config, part)
+    dtype = model.dtype
+    is_chosen = config.dtype == "auto" and config.device == "cpu"
+    if is_chosen and dtype == torch.float32 and load_linear_kernel(config.cache_dir) is not None:
+        store_narrow(model)
     pin_longrope(model, min(config.max_model_len, hf_config.max_position_embeddings))
     tokenizer = load_tokenizer(config, source)
     return BaseModel(
@@ -142,7 +166,7 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
         head_dim=head_dim,
         max_position=hf_config.max_position_embeddings,
         vocab_size=hf_config.vocab_size,
-        dtype=model.dtype,
+        dtype=dtype,
         window=config_setting(hf_config, "sliding_window"),
         window_layers=_window_layers(hf_config),
         sampling_defaults=sampling_defaults(config, source),
@@ -171,10 +195,37 @@ def _load_model(config: NativeWorkerConfig, source: str, hf_config: Any, part: M
     load = partial(load_quantized, config=hf_config) if has_integers else partial(load_whole, **part)
     model = load(source, dtype=dtype, attn_implementation=ATTENTION_NAME)
     if config.quantization != "none":
-        head = model.get_output_embeddings()
-        names = {name for name, module in model.named_modules() if module is head and isinstance(head, nn.Linear)}
-        quantize_layers(model, [*target_linears(model, head), *names], BITS[config.quantization])
+        with keeping_tie(model):
+            quantize_layers(model, _linear_names(model), BITS[config.quantization])
+        embedding = model.get_input_embeddings()
+        if not is_tied(model) and isinstance(embedding, nn.Embedding):
+            rows = quantize(embedding.weight, _EMBEDDING_BITS)
+            look_up(model, EmbeddingRows(rows.dequantized(dtype), dtype, rows))
     return model
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers that an adapter may target, and of the output head if it is one."""
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is head and isinstance(head, nn.Linear)]
+    return [*target_linears(model, head), *heads]
+
+
+def store_narrow(model: PreTrainedModel) -> None:
+    """Store the weights of a float32 model's linear layers, its output head and its embedding as bfloat16, in place.
+
+    All products stay those of float32 numbers.
+    """
+    was_tied = is_tied(model)
+    for name in _linear_names(model):
+        linear = model.get_submodule(name)
+        if isinstance(linear, nn.Linear) and linear.in_features % 2 == 0:  # as the kernel needs
+            model.set_submodule(name, NarrowLinear(linear))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if was_tied and isinstance(head, NarrowLinear):
+        look_up(model, head)
+    elif isinstance(embedding, nn.Embedding) and not was_tied:
+        look_up(model, EmbeddingRows(embedding.weight.detach().bfloat16(), torch.float32))
 
 
 def sampling_defaults(config: WorkerConfig, source: str | None = None) -> dict[str, float]:
@@ -194,7 +245,7 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         name = "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
         if name == "float32":
-            logger.info("this processor has no AVX-512 or AMX instructions for bfloat16: weights are float32")
+            logger.info("this processor has no AVX-512 or AMX instructions for bfloat16: products are float32")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

@@ -1,7 +1,7 @@
-"""Convert a GGUF file of Q8_0 or Q4_0 once into a cache folder, and keep its integers.
+"""Convert a GGUF file once into a cache folder, and keep its integers.
 
-transformers reads the file and knows the names and the order of its tensors, but dequantises them. The products of an
-integer and a scale are exact in float32, so the integers are found again, and compared.
+transformers reads the file and knows the names and the order of its tensors, but dequantises them. So each layer's
+integers are those of the file's tensor that has the same numbers, in whatever order of its outputs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import hashlib
 import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -25,18 +27,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import load_whole
-from gpu_worker.model.quantization import GROUP, QuantizedWeight
-from gpu_worker.model.quantized_checkpoint import METHOD, PACKED, pack_words
+from gpu_worker.model.gguf_blocks import KINDS, read_integers
+from gpu_worker.model.quantization import QuantizedWeight
+from gpu_worker.model.quantized_checkpoint import METHOD, OFFSET, PACKED, pack_words
 
 logger = logging.getLogger(__name__)
 
-CONVERTER = 1  # raise it when the converter writes other files, so that those in the cache are not read any more
-_KEPT = ("Q8_0", "Q4_0")
+CONVERTER = 2  # raise it when the converter writes other files, so that those in the cache are not read any more
 _FLOATS = ("F32", "F16", "BF16")
-_OF_HEADS = ("Q6_K",)  # files of Q4_0 have it for the output head; it is read as bfloat16
-_WHOLE = {"Q8_0": 127, "Q4_0": 8}  # the largest sizes of integers
-_MOST = {"Q8_0": 127, "Q4_0": 7}  # the largest integers
-_BITS = {"Q8_0": 8, "Q4_0": 4}
 _ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
 # How Llama 3.1 and its successors scale positions. The file has only the factors that follow from it.
 _LLAMA3 = {
@@ -82,42 +80,13 @@ def gguf_folder(gguf: Path, cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".{folder.name}.lock"):
         if not folder.exists():
-            reader = _read_checked(gguf)
             logger.info("converting %s into %s, once; this takes about a minute", gguf, folder)
             with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{folder.name}-") as scratch:
                 target = Path(scratch, "converted")
                 target.mkdir()
-                _convert(gguf, reader, target)
+                convert_gguf(gguf, target)
                 target.rename(folder)
     return folder
-
-
-def find_integers(weight: Tensor, kind: str) -> QuantizedWeight | None:
-    """Return the integers and scales of a dequantised weight (O, I) float32, or None if it does not consist of them.
-
-    The integers are in the range of the kind, and the scales are halves, as in the file.
-    """
-    num_out, num_in = weight.shape
-    if num_in % GROUP:
-        return None
-    groups = weight.reshape(-1, GROUP)
-    furthest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
-    scales, values = torch.zeros_like(furthest), torch.zeros_like(groups, dtype=torch.int8)
-    left = torch.arange(len(groups))
-    largest = _WHOLE[kind]
-    for size in range(largest, 0, -1):  # the size of the furthest value's integer; files have the largest mostly
-        own, sign = groups[left], -1 if kind == "Q4_0" and size == largest else 1
-        tried = furthest[left] / (sign * size)
-        found = (own / tried.where(tried != 0, 1)).round_()
-        fits = ((found * tried == own) & (found <= _MOST[kind]) & (tried == tried.half())).all(dim=1)
-        scales[left[fits]], values[left[fits]] = tried[fits], found[fits].to(torch.int8)
-        is_other = size == largest and not bool(fits.any())
-        left = left[~fits]
-        if is_other or not len(left):
-            break
-    if len(left):
-        return None
-    return QuantizedWeight(values.view(num_out, num_in), scales.view(num_out, -1), _BITS[kind], has_groups=True)
 
 
 def _read_checked(gguf: Path) -> Any:
@@ -133,11 +102,11 @@ def _read_checked(gguf: Path) -> Any:
         types = {tensor.tensor_type.name for tensor in reader.tensors}
     except Exception as exc:  # numpy, struct and the reader raise their own kinds
         raise BaseModelUnsupported(f"{gguf} cannot be read as a GGUF file ({exc}). Copy it again") from exc
-    others = sorted(types - {*_KEPT, *_FLOATS, *_OF_HEADS})
-    if others or not types & set(_KEPT):
+    others = sorted(types - {*KINDS, *_FLOATS})
+    if others or not types & set(KINDS):
         raise BaseModelUnsupported(
             f"{gguf} has tensors of type {', '.join(others or sorted(types))}; the native engine reads GGUF files of"
-            f" {' and '.join(_KEPT)}: use such a file, or {_REMEDY}"
+            f" {', '.join(KINDS)}: use such a file, or {_REMEDY}"
         )
     return reader
 
@@ -195,11 +164,13 @@ def _read_rope(gguf: Path, reader: Any, config: Any) -> dict[str, Any]:
     return dict(scaled.rope_parameters)
 
 
-def _convert(gguf: Path, reader: Any, target: Path) -> None:
-    """Save the model as a checkpoint of the format compressed-tensors.
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Save the model of a GGUF file as a checkpoint of the format compressed-tensors, in a folder that exists.
 
-    Raises: BaseModelUnsupported if transformers cannot read all of the file, or if it lacks tensors.
+    Raises: BaseModelUnsupported, as `gguf_folder`; also if transformers cannot read all of the file, or if it lacks
+    tensors.
     """
+    reader = _read_checked(gguf)
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             read = load_whole(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
@@ -212,36 +183,60 @@ def _convert(gguf: Path, reader: Any, target: Path) -> None:
     _check_window(gguf, reader, read.config)
     if rope := _read_rope(gguf, reader, read.config):
         read.config.rope_parameters = rope
-    tensors: dict[str, Tensor] = {}
-    found = {name: _integers(module) for name, module in read.named_modules() if isinstance(module, nn.Linear)}
-    for name, tensor in read.state_dict().items():
-        weight = found.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if weight is None:
-            tensors[name] = tensor.bfloat16()
-        else:
-            tensors |= _packed(name.removesuffix(".weight"), weight)
+    found = _find_integers(reader, read)
+    kept = {read.get_submodule(name).weight.data_ptr() for name in found}  # of a tied head, the embedding's too
+    whole = read.state_dict()
+    tensors = {name: tensor.bfloat16() for name, tensor in whole.items() if tensor.data_ptr() not in kept}
+    for name, weight in found.items():
+        tensors |= _packed(name, weight)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    kinds = sorted({weight.bits for weight in found.values() if weight is not None})
-    read.config.quantization_config = _quantization_config(kinds)
+    read.config.quantization_config = _quantization_config({(weight.bits, weight.group) for weight in found.values()})
     read.config.save_pretrained(target)
     read.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _integers(linear: nn.Linear) -> QuantizedWeight | None:
-    weight = linear.weight.detach()
-    return find_integers(weight, "Q4_0") or find_integers(weight, "Q8_0")
+def _find_integers(reader: Any, model: nn.Module) -> dict[str, QuantizedWeight]:
+    """Return the integers of the model's linear layers, by name. transformers orders some tensors' outputs anew."""
+    from gguf.quants import dequantize
+
+    found: dict[str, QuantizedWeight] = {}
+    linears = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    left = {name: weight.detach().numpy() for name, weight in linears.items()}
+    for tensor in reader.tensors:
+        if tensor.tensor_type.name not in KINDS or len(tensor.shape) != 2:
+            continue
+        numbers = dequantize(tensor.data, tensor.tensor_type)  # as transformers does
+        places = {hash(row.tobytes()): place for place, row in enumerate(numbers)}
+        for name, weight in left.items():
+            if weight.shape == numbers.shape and (order := _find_order(weight, numbers, places)) is not None:
+                found[name] = read_integers(tensor.tensor_type.name, tensor.data[order])
+                del left[name]
+                break
+    return found
+
+
+def _find_order(weight: NDArray[Any], numbers: NDArray[Any], places: dict[int, int]) -> NDArray[np.int64] | None:
+    """Return the order in which the rows of `numbers` are those of `weight`, or None if they are not."""
+    if hash(weight[0].tobytes()) not in places:
+        return None
+    order = np.array([places.get(hash(row.tobytes()), 0) for row in weight])
+    return order if np.array_equal(numbers[order], weight) else None
 
 
 def _packed(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     return {
         f"{name}.weight_packed": pack_words(weight.values, weight.bits),
-        f"{name}.weight_scale": weight.scales.half(),  # as in the file
+        f"{name}.weight_scale": weight.scales,
         f"{name}.weight_shape": torch.tensor(weight.values.shape),
+        **({} if weight.offsets is None else {name + OFFSET: weight.offsets}),
     }
 
 
-def _quantization_config(kinds: Sequence[int]) -> dict[str, Any]:
-    common = {"type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
-    groups = {f"group_{bits}": {"targets": ["Linear"], "weights": {"num_bits": bits, **common}} for bits in kinds}
+def _quantization_config(kinds: Collection[tuple[int, int]]) -> dict[str, Any]:
+    """Return the config of integers of these kinds: bits, and inputs of a group."""
+    groups = {}
+    for bits, size in sorted(kinds):
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": size}
+        groups[f"group_{bits}_{size}"] = {"targets": ["Linear"], "weights": weights}
     return {"quant_method": METHOD, "format": PACKED, "config_groups": groups, "ignore": []}

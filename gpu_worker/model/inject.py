@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from gpu_worker.bank.bank import LoraBank
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.embedding import EmbeddingRows, LookupEmbedding, is_tied, look_up
 from gpu_worker.model.experts import expert_shapes, fused_experts
 from gpu_worker.model.lora_linear import LoraLinear
 from gpu_worker.model.output_head import OutputHead
-from gpu_worker.model.packed_linear import LinearKernel, packed
+from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, NarrowLinear, packed
 from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.model.routers import as_linears, routers
 from gpu_worker.model.step_context import StepContext
@@ -29,7 +30,7 @@ def target_linears(model: nn.Module, output_head: nn.Module | None) -> dict[str,
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and type(module).forward in (nn.Linear.forward, QuantizedLinear.forward)
+        and type(module).forward in (nn.Linear.forward, QuantizedLinear.forward, NarrowLinear.forward)
         and module is not output_head
     }
     if not linears:
@@ -61,7 +62,10 @@ class Adaptable:
 def inject(
     model: PreTrainedModel, bank: LoraBank, step: StepContext, linear_kernel: LinearKernel | None = None
 ) -> None:
-    """Replace every module of `bank` in `model`, in place. Pack the base weights where that is faster."""
+    """Replace every module of `bank` in `model`, in place. Pack the base weights where that is faster.
+
+    The embedding of a tied model is then looked up in the packed output head.
+    """
     for name, module_bank in bank.modules.items():
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
@@ -71,5 +75,12 @@ def inject(
         setattr(parent, leaf, LoraLinear(packed(linear, linear_kernel), module_bank, step))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
-        whole = packed(head, linear_kernel)
-        model.set_output_embeddings(OutputHead(whole, step) if head.weight.device.type == "cpu" else whole)
+        was_tied, whole = is_tied(model), packed(head, linear_kernel)
+        is_on_cpu = next(head.parameters()).device.type == "cpu"
+        model.set_output_embeddings(OutputHead(whole, step) if is_on_cpu else whole)
+        if was_tied and isinstance(whole, KernelLinear):
+            look_up(model, whole)
+    embedding = model.get_input_embeddings()
+    rows = embedding.source if isinstance(embedding, LookupEmbedding) else None
+    if isinstance(rows, EmbeddingRows) and rows.quantized is not None and linear_kernel is not None:
+        look_up(model, KernelLinear(linear_kernel, rows.quantized, None))

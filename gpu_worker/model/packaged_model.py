@@ -1,6 +1,7 @@
 """Convert the packaged default model, Gemma-3-270M, once into a cache folder.
 
 The Python packages contain a 4-bit GGUF file in parts. It is dequantised to bfloat16 safetensors, which are reused.
+With `worker.quantization` its integers are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import multiprocessing
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -35,20 +37,21 @@ _CHECKSUMS = "SHA256SUMS"
 _MARKERS = ["[multimodal]", "<start_of_image>", "<end_of_image>"]
 
 
-def packaged_folder(cache_dir: Path) -> Path:
+def packaged_folder(cache_dir: Path, *, keeps_integers: bool = False) -> Path:
     """Return the folder with the converted model, after verifying its checksums.
 
-    The first call converts the model, which takes about a minute. A lock lets concurrent processes convert it once.
+    `keeps_integers`: those of the file, instead of bfloat16. The first call converts the model, which takes about a
+    minute. A lock lets concurrent processes convert it once.
     Raises: BaseModelUnsupported if the Python packages are missing or damaged.
     """
-    folder = cache_dir / PACKAGED_MODEL
+    folder = cache_dir / (_integers_name() if keeps_integers else PACKAGED_MODEL)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".{PACKAGED_MODEL}.lock"):
+    with FileLock(cache_dir / f".{folder.name}.lock"):
         if folder.exists() and not _is_whole(folder):
             logger.warning("the checksums of the cached model in %s do not match; converting it again", folder)
             shutil.rmtree(folder)
         if not folder.exists():
-            _convert_into(folder)
+            _convert_into(folder, _keep_integers if keeps_integers else _convert)
     return folder
 
 
@@ -68,16 +71,16 @@ def flag_markers(tokenizer: Any) -> None:
     tokenizer.add_tokens(_MARKERS, special_tokens=True)
 
 
-def _convert_into(folder: Path) -> None:
+def _convert_into(folder: Path, convert: Callable[[Path, Path], None]) -> None:
     """Convert in a temporary folder and rename it, so that `folder` is never incomplete."""
     logger.info("converting %s into %s, once; this takes about a minute", PACKAGED_MODEL, folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{PACKAGED_MODEL}-") as scratch:
         gguf, target = Path(scratch, "model.gguf"), Path(scratch, "converted")
-        _assemble(gguf)
+        assemble(gguf)
         hidden = io.StringIO()  # progress bars of other libraries
         try:
             with redirect_stderr(hidden):
-                _convert(gguf, target)
+                convert(gguf, target)
         except Exception:
             sys.stderr.write(hidden.getvalue())
             raise
@@ -86,7 +89,7 @@ def _convert_into(folder: Path) -> None:
         target.rename(folder)
 
 
-def _assemble(gguf: Path) -> None:
+def assemble(gguf: Path) -> None:
     """Join the parts. Read them as files: importing their packages would run third-party code."""
     try:
         parts = [importlib.metadata.distribution(package).locate_file(file) for package, file in _PARTS]
@@ -121,6 +124,19 @@ def _convert(gguf: Path, target: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _integers_name() -> str:
+    from gpu_worker.model.gguf_model import CONVERTER
+
+    return f"{PACKAGED_MODEL}-integers-{CONVERTER}"
+
+
+def _keep_integers(gguf: Path, target: Path) -> None:
+    from gpu_worker.model.gguf_model import convert_gguf
+
+    target.mkdir()
+    convert_gguf(gguf, target)
 
 
 def _is_whole(folder: Path) -> bool:

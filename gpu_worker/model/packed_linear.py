@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpu_worker.bank.device_memory import zeros_on_huge_pages
-from gpu_worker.model.quantization import GROUP, QuantizedLinear, QuantizedWeight
+from gpu_worker.model.quantization import QuantizedLinear, QuantizedWeight
 from gpu_worker.native.kernels.kernel_loading import load_library
 
 _STEP_ROWS = 32  # oneDNN chooses the layout for this number of rows; other numbers work too
@@ -30,12 +30,13 @@ class _Linear(ctypes.Structure):
         ("num_out", c_int64),
         ("scales", c_void_p),
         ("bits", c_int32),
-        ("has_groups", c_int32),
+        ("group", c_int32),
+        ("has_offsets", c_int32),
     )
 
 
 class LinearKernel:
-    """The compiled products on the CPU, of bfloat16 numbers and of integers.
+    """The compiled products on the CPU: of bfloat16 numbers, of integers, and of bfloat16 weights and float32 inputs.
 
     `has_bf16_products`: the library uses the processor's bfloat16 instructions. A prebuilt one for older processors
     does not, nor does one of an old compiler. `has_tiles`: it uses the processor's tiles (AMX) too, as Linux permits.
@@ -49,42 +50,83 @@ class LinearKernel:
         self.rows_per_read = _ROWS_PER_READ_TILES if self.has_tiles else _ROWS_PER_READ
         self.pack.argtypes, self.pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
         self.pack_integers = library.pack_integers
-        self.pack_integers.argtypes = c_void_p, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32
+        sizes = c_int32, c_int32, c_int64, c_int64, c_int64
+        self.pack_integers.argtypes = c_void_p, c_void_p, *sizes, c_void_p, c_int32
         self.pack_integers.restype = None
-        arguments = c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32
-        self.linear.argtypes, self.linear.restype = arguments, None
-        self.linear_parts = library.linear_parts_bf16
-        self.linear_parts.argtypes, self.linear_parts.restype = arguments, None
+        self.linear_f32 = library.linear_f32
+        self.linear_parts, self.linear_parts_f32 = library.linear_parts_bf16, library.linear_parts_f32
+        for function in (self.linear, self.linear_f32, self.linear_parts, self.linear_parts_f32):
+            function.argtypes, function.restype = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32), None
+
+
+class NarrowLinear(nn.Linear):
+    """A linear layer of a float32 model whose weight is stored as bfloat16, computed slowly.
+
+    It is the reference of the compiled products: those of float32 inputs and of the weights' own values.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares it as always there
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = linear.weight.shape
+        self.stored = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # a new tensor each time
+        return self.stored.float()
+
+    def forward(self, input: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        return nn.functional.linear(input, self.weight, self.bias)
+
+    def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
+        """Return the weights of these outputs."""
+        return self.stored[outputs].float()
 
 
 class KernelLinear(nn.Module):
     """A linear layer whose weight is packed for `packed_linear.cpp`. A row's result does not depend on other rows.
 
     Panels (O / 32, I / 2, 32, 2) bfloat16; O is padded to whole panels. The panels of integer weights are described in
-    `quantized_linear.h`.
+    `quantized_linear.h`. `dtype`: of inputs and outputs; float32 for weights of bfloat16 numbers only.
     """
 
-    def __init__(self, kernel: LinearKernel, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        kernel: LinearKernel,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
+        is_half = dtype == torch.bfloat16
+        self._products = kernel.linear if is_half else kernel.linear_f32
+        self._products_of_parts = kernel.linear_parts if is_half else kernel.linear_parts_f32
         shape = weight.values.shape if isinstance(weight, QuantizedWeight) else weight.shape
         self.out_features, self.in_features = shape
         padded = -(-self.out_features // PANEL) * PANEL
-        self._kernel, self._bias = kernel, torch.zeros(padded)
+        self._bias = torch.zeros(padded)
         if bias is not None:
             self._bias[: self.out_features] = bias.detach()
         self._scales = torch.zeros(padded)
-        num_threads, bits, has_groups = torch.get_num_threads(), 16, False
+        self._bits, self._group, self._num_kinds, num_threads = 16, 0, 0, torch.get_num_threads()
         if isinstance(weight, QuantizedWeight):
+            assert is_half, "products of integers give bfloat16"
             self.rows_per_read = _ROWS_PER_READ_INTEGERS
-            bits, has_groups = weight.bits, weight.has_groups
+            self._bits, self._group = weight.bits, weight.group
             halves, self._scales[: self.out_features] = weight.stored_scales()
+            self._num_kinds = 0 if halves is None else len(halves)
             padded_in = -(-self.in_features // _PADDED_INPUTS) * _PADDED_INPUTS
-            row_bytes = padded_in * bits // 8 + (padded_in // GROUP * 2 if has_groups else 0)
+            row_bytes = padded_in * weight.bits // 8 + padded_in // weight.block * 2 * self._num_kinds
             self._panels = zeros_on_huge_pages(padded * row_bytes, dtype=torch.uint8)
             values, places = weight.values.contiguous(), None if halves is None else halves.data_ptr()
-            kernel.pack_integers(values.data_ptr(), places, bits, *shape, self._panels.data_ptr(), num_threads)
+            sizes = self._num_kinds, weight.bits, weight.block, *shape
+            kernel.pack_integers(values.data_ptr(), places, *sizes, self._panels.data_ptr(), num_threads)
         else:
             self.rows_per_read = kernel.rows_per_read
+            assert weight.dtype == torch.bfloat16, "weights must be bfloat16"
             self._panels = zeros_on_huge_pages(padded * self.in_features, dtype=weight.dtype)
             weight = weight.detach().contiguous()
             kernel.pack(weight.data_ptr(), *shape, self._panels.data_ptr(), num_threads)
@@ -94,25 +136,53 @@ class KernelLinear(nn.Module):
             num_in=self.in_features,
             num_out=self.out_features,
             scales=self._scales.data_ptr(),
-            bits=bits,
-            has_groups=has_groups,
+            bits=self._bits,
+            group=self._group,
+            has_offsets=self._num_kinds == 2,
         )
         self.address = ctypes.addressof(self._layer)  # points to a struct Linear of `packed_linear.cpp`
 
     def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, "x does not fit the layer"
+        assert x.dtype == self.dtype and x.shape[-1] == self.in_features, "x does not fit the layer"
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         num_rows = x.numel() // self.in_features
-        self._kernel.linear(self.address, x.data_ptr(), None, num_rows, y.data_ptr(), torch.get_num_threads())
+        self._products(self.address, x.data_ptr(), None, num_rows, y.data_ptr(), torch.get_num_threads())
         return y
+
+    def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
+        """Return the weights of these outputs, or what their integers stand for, rounded to the layer's dtype."""
+        panels, places = outputs // PANEL, outputs % PANEL
+        num_panels = len(self._scales) // PANEL
+        if self._bits == 16:
+            pairs = self._panels.view(num_panels, -1, PANEL, 2)
+            return pairs[panels, :, places].flatten(1).to(self.dtype)
+        factors, zero = self._scales[outputs], 1 << (self._bits - 1)
+        block, stored = self._group or _PADDED_INPUTS, PANEL * self._bits // 8  # bytes of an input
+        scale_bytes = self._num_kinds * PANEL * 2
+        groups = self._panels.view(num_panels, -1, scale_bytes + block * stored)
+        codes = torch.unflatten(groups[..., scale_bytes:], 2, (-1, stored, 4))
+        codes = codes[panels, :, :, places % stored]  # (N, G, ., 4)
+        if self._bits == 4:
+            codes = (codes >> (places // stored * 4).view(-1, 1, 1, 1)) & 15
+        values = codes.flatten(2).float() - zero
+        if self._num_kinds:
+            halves = torch.unflatten(groups[..., :scale_bytes].view(torch.float16), 2, (-1, PANEL))
+            of_groups = halves[panels, :, :, places].float() * factors.view(
+                -1, 1, 1
+            )  # exact: the factor is a power of two
+            values = values * of_groups[..., :1]
+            values = values if self._num_kinds == 1 else values + of_groups[..., 1:]
+        else:
+            values = values * factors.view(-1, 1, 1)
+        return values.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def some(self, x: Tensor, whole: NDArray[np.int32], parts: NDArray[np.int32]) -> Tensor:
         """Return `forward` of these rows and parts, bit for bit, and -inf elsewhere.
 
         Dims: x (N, I) -> (N, O); `whole` (W,): rows; `parts` (P, 2): a panel and a row each, those of a panel together.
         """
-        assert x.dtype == torch.bfloat16 and x.shape[1:] == (self.in_features,), "x does not fit the layer"
+        assert x.dtype == self.dtype and x.shape[1:] == (self.in_features,), "x does not fit the layer"
         assert whole.dtype == parts.dtype == np.int32 and parts.flags.c_contiguous, "rows and panels must be int32"
         x, num_threads = x.contiguous(), torch.get_num_threads()
         y = x.new_empty(len(x), self.out_features)
@@ -120,9 +190,9 @@ class KernelLinear(nn.Module):
         if len(whole):
             own = x.index_select(0, torch.from_numpy(whole))
             places = whole.ctypes.data, len(whole), y.data_ptr()
-            self._kernel.linear(self.address, own.data_ptr(), *places, num_threads)
+            self._products(self.address, own.data_ptr(), *places, num_threads)
         places = parts.ctypes.data, len(parts), y.data_ptr()
-        self._kernel.linear_parts(self.address, x.data_ptr(), *places, num_threads)
+        self._products_of_parts(self.address, x.data_ptr(), *places, num_threads)
         return y
 
 
@@ -147,10 +217,13 @@ class PackedLinear(nn.Module):
 def packed(linear: nn.Linear, kernel: LinearKernel | None) -> nn.Linear | KernelLinear | PackedLinear:
     """Return the layer with a packed weight if that is known to be faster, else the layer itself.
 
-    `kernel`: used for integer weights, and instead of oneDNN where it is faster and can compute the layer.
+    `kernel`: used for integer weights and for bfloat16 weights of a float32 model, and instead of oneDNN where it is
+    faster and can compute the layer.
     """
     if isinstance(linear, QuantizedLinear) and kernel is not None:
         return KernelLinear(kernel, linear.quantized, linear.bias)
+    if isinstance(linear, NarrowLinear) and kernel is not None:
+        return KernelLinear(kernel, linear.stored, linear.bias, torch.float32)
     weight = linear.weight
     if isinstance(linear, QuantizedLinear) or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return linear

@@ -1,21 +1,23 @@
 """Hold weights as integers with scales, and define what a layer of such weights computes.
 
 Weights are symmetric: 8 bits with one scale per output, or 8 or 4 bits with one scale per output and group of inputs.
-Each token's inputs are rounded to 8-bit integers when they are multiplied, in blocks with one scale each: base models
-have single inputs that are far larger than the others. `packed_linear.cpp` computes the same integers.
+Those of 4 bits in groups may have offsets too, as the GGUF type Q4_K has. Each token's inputs are rounded to 8-bit
+integers when they are multiplied, in blocks with one scale each: base models have single inputs that are far larger
+than the others. `packed_linear.cpp` computes the same integers.
 
 Dims: N tokens, I in, O out, G groups of inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 GROUP = 32  # inputs of an output that share a scale
+SMALL_GROUP = 16  # in the GGUF type Q6_K
 _BLOCK = 64  # inputs of a token that share a scale, if the weights have no groups
 BITS = {"int8": 8, "int4": 4}  # by the setting's value
 _LARGEST_INPUT = 127
@@ -27,40 +29,65 @@ _HALF_EXPONENT = 14  # the largest scale that is stored as a half has it
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight as integers: `values` (O, I) int8 of `bits` bits, and `scales` (O, G) float32; G is 1 without groups."""
+    """A weight as integers: `values` (O, I) int8 of `bits` bits times `scales` (O, G) float32, plus `offsets` (O, G).
+
+    `group`: inputs of an output that share a scale, 32 or 16. 0: all inputs, so G is 1. `offsets`: None are 0.
+    """
 
     values: Tensor
     scales: Tensor
     bits: int
-    has_groups: bool
+    group: int
+    offsets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        forms = (8, 0, False), (8, GROUP, False), (8, SMALL_GROUP, False), (4, GROUP, False), (4, GROUP, True)
+        form = self.bits, self.group, self.offsets is not None
+        assert form in forms, f"there are no products of integers of the form {form}"
+
+    @property
+    def block(self) -> int:
+        """Return the number of a token's inputs that share a scale."""
+        return self.group or _BLOCK
+
+    @property
+    def scales_per_group(self) -> int:
+        """Return 2 if a group has an offset besides its scale."""
+        return 1 if self.offsets is None else 2
 
     @property
     def num_bytes(self) -> int:
         """Return the bytes of the packed values and scales, without padding."""
-        return self.values.numel() * self.bits // 8 + self.scales.numel() * (2 if self.has_groups else 4)
+        num_scales = self.scales.numel() * self.scales_per_group
+        return self.values.numel() * self.bits // 8 + num_scales * (2 if self.group else 4)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight (O, I) that the integers stand for."""
         whole = torch.empty(self.values.shape, dtype=dtype)
         for start in range(0, len(whole), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
-            scales = self.scales[part]
-            if self.has_groups:
-                scales = scales.repeat_interleave(GROUP, dim=1)[:, : self.values.shape[1]]
-            whole[part] = self.values[part] * scales
+            rows = self.values[part] * self._per_input(self.scales[part])
+            whole[part] = rows if self.offsets is None else rows + self._per_input(self.offsets[part])
         return whole
 
-    def stored_scales(self) -> tuple[Tensor | None, Tensor]:
-        """Return the groups' scales (O, G) as halves, or None, and each output's factor (O,) float32.
+    def _per_input(self, of_groups: Tensor) -> Tensor:
+        if not self.group:
+            return of_groups
+        return of_groups.repeat_interleave(self.group, dim=1)[:, : self.values.shape[1]]
 
-        A power of two moves the groups' scales into the range of halves, which represent scales of 11 bits exactly.
+    def stored_scales(self) -> tuple[Tensor | None, Tensor]:
+        """Return the scales, and offsets if any, of groups as halves (1 or 2, O, G), and each output's factor (O,).
+
+        Without groups there are no halves. A power of two moves them into the range of halves, which represent numbers
+        of 11 bits exactly.
         """
-        if not self.has_groups:
+        if not self.group:
             return None, self.scales[:, 0].contiguous()
-        largest = max(float(self.scales.abs().max()), torch.finfo(torch.float32).tiny)
+        exact = torch.stack([self.scales] if self.offsets is None else [self.scales, self.offsets])
+        largest = max(float(exact.abs().max()), torch.finfo(torch.float32).tiny)
         exponent = int(torch.tensor(largest).frexp().exponent) - _HALF_EXPONENT
-        halves = torch.ldexp(self.scales, torch.tensor(-exponent)).half()
-        return halves.contiguous(), torch.full((len(self.scales),), 2.0**exponent)
+        halves = torch.ldexp(exact, torch.tensor(-exponent)).half()
+        return halves, torch.full((len(self.scales),), 2.0**exponent)
 
 
 class QuantizedLinear(nn.Linear):
@@ -79,8 +106,12 @@ class QuantizedLinear(nn.Linear):
         self.bias = bias
 
     def forward(self, input: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        rounded = rounded_inputs(input, GROUP if self.quantized.has_groups else _BLOCK)
+        rounded = rounded_inputs(input, self.quantized.block)
         return nn.functional.linear(rounded.to(input.dtype), self.weight, self.bias)
+
+    def rows(self, outputs: Tensor) -> Tensor:  # (N,) -> (N, I)
+        """Return the weights of these outputs."""
+        return self.weight[outputs]
 
 
 def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
@@ -92,7 +123,8 @@ def rounded_inputs(x: Tensor, block: int = _BLOCK) -> Tensor:
     padded = nn.functional.pad(x.float(), (0, -x.shape[-1] % block))
     values = padded.view(*padded.shape[:-1], -1, block)
     largest = values.abs().amax(dim=-1, keepdim=True)
-    exact = _LARGEST_INPUT / largest.clamp(min=_SMALLEST_RANGE)
+    # a number divided by a tensor would be multiplied by its reciprocal, which the kernel does not do
+    exact = torch.full_like(largest, _LARGEST_INPUT) / largest.clamp(min=_SMALLEST_RANGE)
     inverse = (exact.contiguous().view(torch.int32) & ~0xFF).view(torch.float32)
     rounded = (values * inverse).round_() * (1 / inverse)
     return torch.where(largest.isfinite(), rounded, torch.nan).flatten(-2)[..., : x.shape[-1]]
@@ -103,7 +135,13 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
     """Round a weight (O, I) to 8 bits per output, or to 4 bits in groups of inputs."""
     found = [_quantize_rows(part.float(), bits) for part in torch.split(weight.detach(), _ROWS_AT_ONCE)]
     values, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return QuantizedWeight(values, scales, bits, has_groups=bits == 4)
+    return QuantizedWeight(values, scales, bits, GROUP if bits == 4 else 0)
+
+
+def round_to_halves(numbers: Tensor) -> Tensor:
+    """Return the nearest numbers of 11 bits, as halves have: the kernel stores scales and offsets of groups so."""
+    mantissa, exponent = numbers.frexp()
+    return torch.ldexp((mantissa * 2**11).round_(), exponent - 11)
 
 
 def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -146,8 +184,3 @@ def replace_layer(model: nn.Module, name: str, quantized: QuantizedWeight) -> No
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear), f"{name} is not a linear layer"
     setattr(model.get_submodule(parent_name), leaf, QuantizedLinear(quantized, linear.bias, linear.weight.dtype))
-
-
-def quantized_layers(model: nn.Module) -> Iterator[QuantizedLinear]:
-    """Yield the model's layers of integer weights."""
-    return (module for module in model.modules() if isinstance(module, QuantizedLinear))

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import load_tensors, read_tensors
-from gpu_worker.model.quantization import GROUP, QuantizedWeight, replace_layer
+from gpu_worker.model.embedding import keeping_tie
+from gpu_worker.model.quantization import GROUP, SMALL_GROUP, QuantizedWeight, replace_layer, round_to_halves
 
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"  # several values in one int32
 _FORMATS = (PACKED, "int-quantized", "naive-quantized")
 _WORD_BITS = 32
 _REMEDY = "use engine 'vllm', or dequantise the weights and save the result"
+OFFSET = ".weight_offset"  # only in the folders that `gguf_model` writes
 _SCALE, _VALUES, _WORDS, _SHAPE = ".weight_scale", ".weight", ".weight_packed", ".weight_shape"
 _OTHERS = (".weight_zero_point", ".weight_g_idx", ".input_scale", ".weight_global_scale")
 
@@ -30,7 +32,7 @@ def check_format(quantization: Any, model_type: str) -> None:
     if problem := _problem(_as_mapping(quantization)):
         raise BaseModelUnsupported(
             f"{model_type} has weights quantised by {problem}; the native engine reads {METHOD} with symmetric"
-            f" integers of 8 or 4 bits, and GGUF files of Q8_0 and Q4_0: {_REMEDY}"
+            f" integers of 8 or 4 bits, and GGUF files: {_REMEDY}"
         )
 
 
@@ -51,16 +53,18 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
     tensors |= {name + _VALUES: weight.dequantized(options["dtype"]) for name, weight in weights.items()}
     model = load_tensors(source, config, tensors, **options)
     tensors.clear()  # so that the memory of a weight is free once its layer is replaced
-    for name, weight in weights.items():
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise BaseModelUnsupported(
-                f"the weights of {name} are integers, but it is not a linear layer of {config.model_type}: {_REMEDY}"
-            )
-        replace_layer(model, name, weight)
+    with keeping_tie(model):
+        for name, weight in weights.items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if not isinstance(linear, nn.Linear):
+                raise BaseModelUnsupported(
+                    f"the weights of {name} are integers, but it is not a linear layer of {config.model_type}:"
+                    f" {_REMEDY}"
+                )
+            replace_layer(model, name, weight)
     return model
 
 
@@ -117,8 +121,9 @@ def _problem(found: Mapping[str, Any]) -> str | None:
         if not weights.get("symmetric", True) or weights.get("strategy") not in ("channel", "group", "tensor"):
             return f"{method} with asymmetric weights or strategy {weights.get('strategy')} ({kind})"
         size = weights.get("group_size")
-        if weights["strategy"] == "group" and (not isinstance(size, int) or size < GROUP or size % GROUP):
-            return f"{method} with groups of {size}, which is not a multiple of {GROUP}"
+        is_known = isinstance(size, int) and (size == SMALL_GROUP or (size >= GROUP and size % GROUP == 0))
+        if weights["strategy"] == "group" and not is_known:
+            return f"{method} with groups of {size}, which is neither {SMALL_GROUP} nor a multiple of {GROUP}"
         if inputs and (inputs.get("type", "int"), inputs.get("num_bits"), inputs.get("dynamic")) != ("int", 8, True):
             return f"{method} with inputs of {inputs.get('num_bits')} bits that are not rounded token by token"
         if group.get("output_activations"):
@@ -138,7 +143,7 @@ def take_weights(tensors: dict[str, Tensor], group_sizes: Collection[int]) -> It
             bits, values = 8, found
         else:
             raise BaseModelUnsupported(f"the integers of {name} are missing. Copy the model's files again")
-        yield name, _weight(name, values, scales, bits, group_sizes)
+        yield name, _weight(name, values, scales, tensors.pop(name + OFFSET, None), bits, group_sizes)
 
 
 def _unpack(name: str, words: Tensor, shape: Tensor | None) -> tuple[int, Tensor]:
@@ -152,10 +157,13 @@ def _unpack(name: str, words: Tensor, shape: Tensor | None) -> tuple[int, Tensor
     return fitting[0], unpack_words(words, fitting[0], num_in)
 
 
-def _weight(name: str, values: Tensor, scales: Tensor, bits: int, group_sizes: Collection[int]) -> QuantizedWeight:
-    """Return the weight with one scale per output, or per output and group of GROUP inputs.
+def _weight(
+    name: str, values: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_sizes: Collection[int]
+) -> QuantizedWeight:
+    """Return the weight with one scale per output, or per output and group of GROUP or SMALL_GROUP inputs.
 
-    `group_sizes`: those that the config names. The file's groups may be longer than GROUP.
+    `group_sizes`: those that the config names. The file's groups may be longer than GROUP. Scales of groups are rounded
+    to 11 bits, and 4 bits in small groups become 8.
     """
     num_out, num_in = values.shape if values.ndim == 2 else (0, 0)
     scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
@@ -165,7 +173,9 @@ def _weight(name: str, values: Tensor, scales: Tensor, bits: int, group_sizes: C
         sizes = [num_groups * GROUP]
     if len(sizes) != 1 or scales.shape[0] not in (1, num_out) or not num_in:
         raise BaseModelUnsupported(f"the scales of {name} do not fit its weights. Copy the model's files again")
-    has_groups = bits == 4 or scales.shape[1] > 1
-    if has_groups:
-        scales = scales.repeat_interleave(sizes[0] // GROUP, dim=1)[:, :num_groups]
-    return QuantizedWeight(values, scales.expand(num_out, -1).contiguous(), bits, has_groups)
+    if bits == 8 and scales.shape[1] == 1:
+        return QuantizedWeight(values, scales.expand(num_out, -1).contiguous(), bits, 0)
+    group = SMALL_GROUP if sizes[0] == SMALL_GROUP else GROUP
+    scales = scales.repeat_interleave(sizes[0] // group, dim=1)[:, : -(-num_in // group)]
+    scales = round_to_halves(scales.expand(num_out, -1).contiguous())
+    return QuantizedWeight(values, scales, 8 if group == SMALL_GROUP else bits, group, offsets)

@@ -148,6 +148,8 @@ class _Parts:
         for group in self.linears:
             if not all(isinstance(each, LoraLinear) and isinstance(each.base, KernelLinear) for each in group):
                 return False
+            if any(cast("KernelLinear", each.base).dtype != torch.bfloat16 for each in group):
+                return False
             if any(each.bank.inputs is not group[0].bank.inputs for each in group):
                 return False
         (query, key, value), (output,), (gate, up), (down,) = (

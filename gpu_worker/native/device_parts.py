@@ -15,8 +15,14 @@ from gpu_worker.bank.loader import AdapterLoader, Fetch
 from gpu_worker.config import WorkerConfig
 from gpu_worker.model.inject import inject
 from gpu_worker.model.lora_kernel import LoraKernel, load_lora_kernel
-from gpu_worker.model.packed_linear import LinearKernel, has_bf16_vectors, is_kernel_faster, load_linear_kernel
-from gpu_worker.model.quantization import quantized_layers
+from gpu_worker.model.packed_linear import (
+    LinearKernel,
+    NarrowLinear,
+    has_bf16_vectors,
+    is_kernel_faster,
+    load_linear_kernel,
+)
+from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.model.step_context import StepContext
 from gpu_worker.native.attention.decode_attention import load_decode_kernel
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
@@ -68,11 +74,15 @@ def make_linear_kernel(config: WorkerConfig) -> LinearKernel | None:
     return kernel if kernel is not None and is_kernel_faster(kernel) else None
 
 
+def choose_linear_kernel(model: nn.Module, config: WorkerConfig) -> LinearKernel | None:
+    """Return the compiled products if they are faster for this model's layers, or if torch has no such products."""
+    needs_kernel = any(isinstance(module, QuantizedLinear | NarrowLinear) for module in model.modules())
+    return load_linear_kernel(config.cache_dir) if needs_kernel else make_linear_kernel(config)
+
+
 def inject_adapters(model: PreTrainedModel, bank: LoraBank, context: StepContext, config: WorkerConfig) -> None:
     """Let the model's layers add the bank's adapters. On the CPU pack and compile the layers where that is faster."""
-    linear_kernel = make_linear_kernel(config)
-    if linear_kernel is None and any(quantized_layers(model)):
-        linear_kernel = load_linear_kernel(config.cache_dir)  # torch has no such products
+    linear_kernel = choose_linear_kernel(model, config)
     inject(model, bank, context, linear_kernel)
     layer_kernel = None if linear_kernel is None else load_layer_kernel(config.cache_dir)
     if layer_kernel is not None:

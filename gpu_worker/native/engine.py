@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
-from gpu_worker.bank.device_memory import release_unused
 from gpu_worker.bank.load_threads import use_one_thread
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.config import NativeWorkerConfig
@@ -88,7 +87,7 @@ class NativeEngine(InferenceEngine):
             return warm_up(Engine(config, fetch, executor=executor, free_fill=free_fill))
 
         loop = run_on_short_lived_thread(build)
-        release_unused()
+        loop.release()
         return cls(loop, stream_interval_ms=stream_interval_ms, niceness=niceness)
 
     @property

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gpu_worker.bank.device_memory import release_unused
 from gpu_worker.bank.load_threads import load_executor
 from gpu_worker.bank.loader import Fetch
 from gpu_worker.bank.residency import Residency
@@ -123,6 +124,12 @@ class Engine:
             prefix_cache_tokens=self.kv_cache.num_cached_tokens,
             num_threads=self._threads.count,
         )
+
+    def release(self) -> None:
+        """Give Linux the memory that an engine without rows and adapters does not need until it has some."""
+        self.bank.release()
+        self.kv_cache.release()
+        release_unused()
 
     def fail_all(self, error: Exception) -> None:
         """End every request with `error`. Raises: errors of freeing on a lost device, after sending all events."""

@@ -13,10 +13,12 @@ from gpu_worker.config import NativeWorkerConfig
 from gpu_worker.errors import WorkerConfigInvalid
 from gpu_worker.model.base_model import BaseModel, load_base_model
 from gpu_worker.model.eager_check import RANK
+from gpu_worker.model.embedding import EmbeddingRows
 from gpu_worker.model.experts import expert_shapes
 from gpu_worker.model.inject import Adaptable
-from gpu_worker.model.quantization import quantized_layers
+from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.native.attention.kv_cache import KvShape
+from gpu_worker.native.device_parts import choose_linear_kernel
 from gpu_worker.native.scheduler import MAX_SCORED_TOKENS
 from lora_store.adapter import Shapes
 
@@ -75,7 +77,7 @@ def plan_memory(
     plan = MemoryPlan(
         device=config.device,
         free_bytes=num_free_bytes,
-        weights_bytes=_weights_bytes(base, config.device),
+        weights_bytes=_weights_bytes(base, config),
         bank_bytes=config.bank_rank_rows * num_weights * base.dtype.itemsize,
         headroom_bytes=step_bytes + int(_SPARE * num_free_bytes),
         kv=_one_row(config, base),
@@ -161,14 +163,16 @@ def _pages_within(num_bytes: int, kv: KvShape, config: NativeWorkerConfig) -> in
     return (num_bytes - most * len(kv.window_layers) * layer_bytes) // (num_whole * layer_bytes)
 
 
-def _weights_bytes(base: BaseModel, device: str) -> int:
-    """Return the bytes of the weights. On the CPU a bfloat16 output head is packed, so it is a second copy.
+def _weights_bytes(base: BaseModel, config: NativeWorkerConfig) -> int:
+    """Return the bytes of the weights. A bfloat16 output head that oneDNN packs is a second copy of a tied embedding.
 
-    Of a layer of integers only these stay, after the checks at start.
+    Of a layer or an embedding of integers only these stay, after the checks at start.
     """
-    is_one = device != "cpu" or base.dtype != torch.bfloat16
+    has_copy = config.device == "cpu" and base.dtype == torch.bfloat16
+    is_one = not has_copy or choose_linear_kernel(base.model, config) is not None
     named = base.model.named_parameters(remove_duplicate=is_one)
-    saved = sum(layer.weight.nbytes - layer.quantized.num_bytes for layer in quantized_layers(base.model))
+    holders = [module for module in base.model.modules() if isinstance(module, QuantizedLinear | EmbeddingRows)]
+    saved = sum(each.weight.nbytes - each.quantized.num_bytes for each in holders if each.quantized is not None)
     return int(sum(parameter.nbytes for _, parameter in named) - saved)
 
 

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # They run in environments of their own.
-ELSEWHERE = {"benchmarks.vllm_peer", "benchmarks.gpu.kernels", "benchmarks.routing.semantic_router_peer"}
+ELSEWHERE = {
+    *("benchmarks.vllm_peer", "benchmarks.cpu_peer", "benchmarks.gpu.kernels"),
+    "benchmarks.routing.semantic_router_peer",
+}
 PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for folder in ("benchmarks", "examples")

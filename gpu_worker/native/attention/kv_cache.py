@@ -325,5 +325,9 @@ class KvCache(ABC):
         """See `attention`. Every row has its pages."""
 
     @abstractmethod
+    def release(self) -> None:
+        """Give Linux the host memory of this cache, which holds no row and no prefix, until tokens are written."""
+
+    @abstractmethod
     def _wipe(self, group: int, pages: Sequence[int]) -> None:
         """Zero the keys and values of these pages."""

@@ -32,6 +32,9 @@ class DeviceKvCache(KvCache):
         ]
         self._layers = _places(shape)
 
+    def release(self) -> None:
+        """Do nothing: the memory is the GPU's."""
+
     def _attention(self, segments: Sequence[Segment]) -> PagedAttention:
         groups = [DevicePages(store, of.table, of.window) for store, of in zip(self.stores, self._groups, strict=True)]
         return paged_attention(groups, self._layers, segments, self._attend)
@@ -69,6 +72,9 @@ class HostKvCache(KvCache):
         self.values = [slots[group][index, 1] for group, index in places]
         self._group_of = [group for group, _ in places]
         self._pages = [HostPages(of.table, shape.page_tokens, of.window) for of in self._groups]
+
+    def release(self) -> None:
+        self._memory.madvise(mmap.MADV_DONTNEED)
 
     def _attention(self, segments: Sequence[Segment]) -> HostAttention:
         return host_attention((self.keys, self.values), self._pages, self._group_of, segments, self._kernel)

@@ -216,8 +216,8 @@ class ModelCheck:
 
 def _prompts(base: BaseModel, texts: Sequence[str], most_tokens: int) -> Tensor:
     """Return prompts of equal length (P, T)."""
-    num_ids = base.model.get_input_embeddings().weight.shape[0]
-    return torch.tensor(check_prompts(base.tokenizer, num_ids, most_tokens, texts), device=base.model.device)
+    ids = check_prompts(base.tokenizer, base.num_embeddings, most_tokens, texts)
+    return torch.tensor(ids, device=base.model.device)
 
 
 def _rows(prompts: Sequence[list[int]], plain: Tensor, adapted: Tensor, names: tuple[str, str]) -> list[_Row]:

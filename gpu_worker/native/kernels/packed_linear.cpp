@@ -1,5 +1,6 @@
 // Linear layers over packed weights: y = x W^T + bias. Of bfloat16 numbers, summed in float32, and of integers
-// (quantized_linear.h).
+// (quantized_linear.h). Inputs and outputs are bfloat16, or float32 with weights of bfloat16 numbers: then nothing is
+// rounded but the sums.
 //
 // Dims: N rows, I in (even), O out. Every output is summed over the inputs in one order, so a row does not depend on the
 // others or on their number. Tiles (AMX) have another order than vectors, so a layer uses one of them for all rows.
@@ -7,6 +8,7 @@
 // weights of adjacent inputs in each lane. A panel is read once for all rows.
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "quantized_linear.h"
 #include "structs.h"
@@ -68,32 +70,59 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
   }
   for (int r = 0; r < R; ++r) store_block(y + rows.place(r), low[r], high[r], left);
 }
-#else
-constexpr int kMostRows = 2;
+#endif
 
-template <int R>
-void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y, Rows rows, int64_t left) {
-  f32x16 low[R], high[R];
-  for (int r = 0; r < R; ++r) {
-    low[r] = load(bias);
-    high[r] = load(bias + kLanes);
-  }
+// Vectors of the processor's own width: g++ keeps longer ones in memory.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kMostWideRows = 8;
+#elif defined(__AVX__)
+constexpr int kWidth = 8, kMostWideRows = 2;  // 8 sums, 4 inputs, a pair of weights and a mask are in 16 registers
+#elif defined(__aarch64__)
+constexpr int kWidth = 4, kMostWideRows = 2;
+#else
+constexpr int kWidth = 4, kMostWideRows = 1;
+#endif
+using wide = float __attribute__((vector_size(4 * kWidth)));
+using wide_bits = uint32_t __attribute__((vector_size(4 * kWidth)));
+
+inline float widen(float value) { return value; }
+
+inline float widen(bf16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// As `multiply`, for processors without bfloat16 instructions and for inputs of float32: the weights are widened in
+// registers.
+template <int R, class T>
+void multiply_wide(const T* x, int64_t num_in, const bf16* panel, const float* bias, T* y, Rows rows, int64_t left) {
+  constexpr int kParts = kBlock / kWidth;
+  wide sums[R][kParts];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) std::memcpy(sums[r], bias, sizeof sums[r]);
   for (int64_t i = 0; i < num_in; i += 2, panel += 2 * kBlock) {
-    u32x16 w_low, w_high;  // the second weight of a pair in the upper half
-    std::memcpy(&w_low, panel, sizeof w_low);
-    std::memcpy(&w_high, panel + kBlock, sizeof w_high);
-    for (int r = 0; r < R; ++r) {
-      const f32x16 two = load_part(x + r * num_in + i, 2);
-      low[r] += (f32x16)(w_low << 16) * two[0] + (f32x16)(w_low & 0xffff0000u) * two[1];
-      high[r] += (f32x16)(w_high << 16) * two[0] + (f32x16)(w_high & 0xffff0000u) * two[1];
+#pragma GCC unroll 16
+    for (int p = 0; p < kParts; ++p) {
+      wide_bits pairs;  // the second weight of a pair is in the upper half
+      std::memcpy(&pairs, panel + 2 * kWidth * p, sizeof pairs);
+      const wide first = (wide)(pairs << 16), second = (wide)(pairs & 0xffff0000u);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        sums[r][p] += first * widen(x[r * num_in + i]);
+        sums[r][p] += second * widen(x[r * num_in + i + 1]);
+      }
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    store_part(y + rows.place(r), low[r], left);
-    if (left > kLanes) store_part(y + rows.place(r) + kLanes, high[r], left - kLanes);
+    float found[kBlock];
+    std::memcpy(found, sums[r], sizeof found);
+    store_part(y + rows.place(r), load(found), left);
+    if (left > kLanes) store_part(y + rows.place(r) + kLanes, load(found + kLanes), left - kLanes);
   }
 }
-#endif
 
 #ifdef HAS_TILES
 constexpr int kTileRows = 16, kTileInputs = 32;
@@ -186,21 +215,38 @@ class Tiles {
 };
 #endif
 
-// Calls multiply<R> with R = num_rows.
-template <int R, class... Args>
-void multiply_rows(int64_t num_rows, Args... args) {
+#ifdef __AVX512BF16__
+template <class T>
+constexpr bool kIsWide = std::is_same_v<T, float>;
+#else
+template <class T>
+constexpr bool kIsWide = true;
+constexpr int kMostRows = kMostWideRows;
+#endif
+
+// Calls multiply<R> or multiply_wide<R> with R = num_rows.
+template <int R, class T, class... Args>
+void multiply_rows(int64_t num_rows, const T* x, Args... args) {
   if constexpr (R > 0) {
-    if (num_rows == R) return multiply<R>(args...);
-    multiply_rows<R - 1>(num_rows, args...);
+    if (num_rows != R) return multiply_rows<R - 1>(num_rows, x, args...);
+    if constexpr (kIsWide<T>) {
+      multiply_wide<R>(x, args...);
+    } else {
+#ifdef __AVX512BF16__
+      multiply<R>(x, args...);
+#endif
+    }
   }
 }
 
-// The products of one thread: by tiles or by vectors, the same way for every number of rows of a layer.
+// The products of one thread with inputs of type T: by tiles or by vectors, the same way for every number of rows of a
+// layer.
+template <class T>
 class Products {
  public:
   explicit Products([[maybe_unused]] int64_t num_in) {
 #ifdef HAS_TILES
-    uses_tiles_ = request_tiles() && num_in % kTileInputs == 0;
+    uses_tiles_ = !kIsWide<T> && request_tiles() && num_in % kTileInputs == 0;
 #endif
   }
 
@@ -208,15 +254,16 @@ class Products {
 #ifdef HAS_TILES
     if (uses_tiles_) return 2 * kTileRows;
 #endif
-    return kMostRows;
+    return kIsWide<T> ? kMostWideRows : kMostRows;
   }
 
   template <class... Args>
   void multiply(int64_t num_rows, Args... args) {
 #ifdef HAS_TILES
-    if (uses_tiles_) return tiles_.multiply(num_rows, args...);
+    if constexpr (!kIsWide<T>)
+      if (uses_tiles_) return tiles_.multiply(num_rows, args...);
 #endif
-    multiply_rows<kMostRows>(num_rows, args...);
+    multiply_rows<kIsWide<T> ? kMostWideRows : kMostRows>(num_rows, args...);
   }
 
 #ifdef HAS_TILES
@@ -276,6 +323,48 @@ void parts_of_integers(const Linear& layer, const void* x, const Part* parts, in
   }
 }
 
+// Sets row numbers[n] of y (M, O), or row n if numbers is null, to row n of x (N, I) W^T + bias.
+template <class T>
+void linear(const Linear& layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
+            int32_t num_threads) {
+  const int64_t num_in = layer.num_in, num_out = layer.num_out, num_panels = (num_out + kBlock - 1) / kBlock;
+  const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
+#pragma omp parallel num_threads(num_threads)
+  {
+    Products<T> products(num_in);
+    const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t p = 0; p < num_panels; ++p)
+      for (int64_t g = 0; g < num_groups; ++g) {
+        const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
+        const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
+        T* target = static_cast<T*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
+        products.multiply(num, static_cast<const T*>(x) + first * num_in, num_in,
+                          static_cast<const bf16*>(layer.panels) + p * kBlock * num_in, layer.bias + p * kBlock,
+                          target, rows, num_out - p * kBlock);
+      }
+  }
+}
+
+// Sets one panel of one row of y (N, O) for each part, to what `linear` sets it to for x (N, I), and nothing else.
+// Parts of one panel should be adjacent, so that it is read from memory once.
+template <class T>
+void linear_parts(const Linear& layer, const void* x, const Part* parts, int64_t num_parts, void* y,
+                  int32_t num_threads) {
+  const int64_t num_in = layer.num_in, num_out = layer.num_out;
+#pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
+  {
+    Products<T> products(num_in);
+#pragma omp for schedule(dynamic, kPartsPerTask) nowait
+    for (int64_t i = 0; i < num_parts; ++i) {
+      const int64_t first = parts[i].panel * kBlock;
+      products.multiply(1, static_cast<const T*>(x) + parts[i].row * num_in, num_in,
+                        static_cast<const bf16*>(layer.panels) + first * num_in, layer.bias + first,
+                        static_cast<T*>(y) + first, Rows{&parts[i].row, num_out}, num_out - first);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -310,13 +399,14 @@ void pack_bf16(const void* weight, int64_t num_out, int64_t num_in, void* panels
   }
 }
 
-// Sets panels to the packed form of the values (O, I), with group_scales (O, groups) as halves, or null.
-void pack_integers(const int8_t* values, const uint16_t* group_scales, int32_t bits, int64_t num_out, int64_t num_in,
-                   uint8_t* panels, int32_t num_threads) {
+// Sets panels to the packed form of the values (O, I) in groups, with scales (kinds, O, groups) as halves: one kind, or
+// scales and offsets, or none.
+void pack_integers(const int8_t* values, const uint16_t* scales, int32_t num_kinds, int32_t bits, int64_t group,
+                   int64_t num_out, int64_t num_in, uint8_t* panels, int32_t num_threads) {
   using namespace quantized;
-  const int64_t num_groups = (num_in + quantized::kBlock - 1) / quantized::kBlock * (quantized::kBlock / kGroup);
-  const int64_t given_groups = (num_in + kGroup - 1) / kGroup;
-  const int64_t group_bytes = kPanel * kGroup * bits / 8 + (group_scales == nullptr ? 0 : kScaleBytes);
+  const int64_t num_groups = (num_in + quantized::kBlock - 1) / quantized::kBlock * (quantized::kBlock / group);
+  const int64_t given_groups = (num_in + group - 1) / group;
+  const int64_t group_bytes = kPanel * group * bits / 8 + num_kinds * kScaleBytes;
   const int zero = 1 << (bits - 1);
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t first = 0; first < num_out; first += kPanel) {
@@ -325,13 +415,13 @@ void pack_integers(const int8_t* values, const uint16_t* group_scales, int32_t b
       return static_cast<uint8_t>((o < num_out && i < num_in ? values[o * num_in + i] : 0) + zero);
     };
     for (int64_t g = 0; g < num_groups; ++g) {
-      if (group_scales != nullptr) {
+      for (int32_t kind = 0; kind < num_kinds; ++kind)
         for (int64_t o = first; o < first + kPanel; ++o, target += sizeof(uint16_t)) {
-          const uint16_t scale = o < num_out && g < given_groups ? group_scales[o * given_groups + g] : 0;
+          const int64_t place = (kind * num_out + o) * given_groups + g;
+          const uint16_t scale = o < num_out && g < given_groups ? scales[place] : 0;
           std::memcpy(target, &scale, sizeof scale);
         }
-      }
-      for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += kStep)
+      for (int64_t i = g * group; i < (g + 1) * group; i += kStep)
         for (int64_t o = first; o < first + (bits == 8 ? kPanel : kLanes); ++o)
           for (int64_t j = i; j < i + kStep; ++j)
             *target++ = bits == 8 ? stored(o, j) : stored(o, j) | stored(o + kLanes, j) << 4;
@@ -339,46 +429,28 @@ void pack_integers(const int8_t* values, const uint16_t* group_scales, int32_t b
   }
 }
 
-// Sets row numbers[n] of y (M, O), or row n if numbers is null, to row n of x (N, I) W^T + bias.
+// See `linear`.
 void linear_bf16(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
                  int32_t num_threads) {
   if (layer->bits != 16) return linear_integers(*layer, x, numbers, num_rows, y, num_threads);
-  const int64_t num_in = layer->num_in, num_out = layer->num_out, num_panels = (num_out + kBlock - 1) / kBlock;
-  const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
-#pragma omp parallel num_threads(num_threads)
-  {
-    Products products(num_in);
-    const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t p = 0; p < num_panels; ++p)
-      for (int64_t g = 0; g < num_groups; ++g) {
-        const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
-        const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
-        bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
-        products.multiply(num, static_cast<const bf16*>(x) + first * num_in, num_in,
-                          static_cast<const bf16*>(layer->panels) + p * kBlock * num_in, layer->bias + p * kBlock,
-                          target, rows, num_out - p * kBlock);
-      }
-  }
+  linear<bf16>(*layer, x, numbers, num_rows, y, num_threads);
 }
 
-// Sets one panel of one row of y (N, O) for each part, to what linear_bf16 sets it to for x (N, I), and nothing else.
-// Parts of one panel should be adjacent, so that it is read from memory once.
+void linear_f32(const Linear* layer, const void* x, const int32_t* numbers, int64_t num_rows, void* y,
+                int32_t num_threads) {
+  linear<float>(*layer, x, numbers, num_rows, y, num_threads);
+}
+
+// See `linear_parts`.
 void linear_parts_bf16(const Linear* layer, const void* x, const Part* parts, int64_t num_parts, void* y,
                        int32_t num_threads) {
   if (layer->bits != 16) return parts_of_integers(*layer, x, parts, num_parts, y, num_threads);
-  const int64_t num_in = layer->num_in, num_out = layer->num_out;
-#pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
-  {
-    Products products(num_in);
-#pragma omp for schedule(dynamic, kPartsPerTask) nowait
-    for (int64_t i = 0; i < num_parts; ++i) {
-      const int64_t first = parts[i].panel * kBlock;
-      products.multiply(1, static_cast<const bf16*>(x) + parts[i].row * num_in, num_in,
-                        static_cast<const bf16*>(layer->panels) + first * num_in, layer->bias + first,
-                        static_cast<bf16*>(y) + first, Rows{&parts[i].row, num_out}, num_out - first);
-    }
-  }
+  linear_parts<bf16>(*layer, x, parts, num_parts, y, num_threads);
+}
+
+void linear_parts_f32(const Linear* layer, const void* x, const Part* parts, int64_t num_parts, void* y,
+                      int32_t num_threads) {
+  linear_parts<float>(*layer, x, parts, num_parts, y, num_threads);
 }
 
 }  // extern "C"

@@ -1,13 +1,13 @@
 // Products of 8-bit inputs and integer weights, summed in int32: y = x W^T + bias.
 //
 // Dims: N rows, I in, O out. Weights have 8 bits with one scale per output, or 8 or 4 bits with one scale per output and
-// group of kGroup inputs. Each row of x is rounded to 8-bit integers with one scale per kBlock inputs, or per group: with
-// one scale per row, a single large input would round the others to 0. The integer sums are exact, so every processor and
-// every number of rows has the same ones.
-// A packed weight has panels of 32 outputs. A group of a panel: the outputs' scales as halves, if groups have scales; then
-// for each kStep inputs the weights of 32 outputs, as bytes (32, kStep), or with 4 bits as 64 bytes (16, kStep) with
-// outputs 0 to 15 in the lower halves. A weight is stored as an unsigned number, kZero more than its value. Inputs are
-// padded to kBlock with weights of value 0.
+// group of 32 or 16 inputs, and maybe an offset that is added to all weights of the group. Each row of x is rounded to
+// 8-bit integers with one scale per kBlock inputs, or per group: with one scale per row, a single large input would
+// round the others to 0. The integer sums are exact, so every processor and every number of rows has the same ones.
+// A packed weight has panels of 32 outputs. A group of a panel: the outputs' scales as halves, if groups have scales,
+// and their offsets; then for each kStep inputs the weights of 32 outputs, as bytes (32, kStep), or with 4 bits as 64
+// bytes (16, kStep) with outputs 0 to 15 in the lower halves. A weight is stored as an unsigned number, kZero more than
+// its value. Inputs are padded to kBlock with weights of value 0.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +26,7 @@
 namespace {
 namespace quantized {
 
-
-constexpr int64_t kPanel = 2 * kLanes, kStep = 4, kGroup = 32, kBlock = 64, kScaleBytes = kPanel * 2;
+constexpr int64_t kPanel = 2 * kLanes, kStep = 4, kBlock = 64, kScaleBytes = kPanel * 2;
 
 template <int kBits>
 constexpr int kZero = 1 << (kBits - 1);
@@ -216,7 +215,7 @@ struct Inputs {
 
   Inputs(const Linear& layer, int64_t num_rows)
       : num_in(layer.num_in),
-        block(layer.has_groups ? kGroup : kBlock),
+        block(layer.group == 0 ? kBlock : layer.group),
         padded((num_in + kBlock - 1) / kBlock * kBlock) {
     static thread_local std::vector<int64_t> memory;  // aligned for all parts
     num_blocks = padded / block;
@@ -270,10 +269,10 @@ inline void store_row(bf16* y, f32x16 low, f32x16 high, int64_t left) {
 
 // y[r][0 .. 32) = x[first + r] . panel + bias, where y has one pointer per row. g++ keeps the sums in memory if it does
 // not unroll the loops over rows early.
-template <int R, int kBits, bool kHasGroups>
+template <int R, int kBits, int kGroup, bool kHasOffsets>
 void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float* scales, const float* bias,
               bf16* const* y, int64_t left) {
-  constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8, kInputs = kHasGroups ? kGroup : kBlock;
+  constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8, kInputs = kGroup == 0 ? kBlock : kGroup;
   constexpr int kOffset = kBits == 8 && kLoadsSigned ? 0 : -kZero<kBits>;
   const int64_t num_blocks = x.num_blocks, padded = x.padded;
   const int8_t* codes = x.codes + first * padded;
@@ -284,7 +283,7 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
   for (int r = 0; r < R; ++r) low_total[r] = high_total[r] = f32x16{};
   for (int64_t b = 0; b < num_blocks; ++b) {
     const uint8_t* group_scales = panel;
-    if (kHasGroups) panel += kScaleBytes;
+    if (kGroup != 0) panel += kHasOffsets ? 2 * kScaleBytes : kScaleBytes;
     Sums low[R], high[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(kOffset * sums[r * num_blocks + b]);
@@ -294,12 +293,22 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) weights.add(codes + r * padded + i, low[r], high[r]);
     }
-    if constexpr (kHasGroups) {
+    if constexpr (kGroup != 0) {
       const f32x16 scale_low = load_halves(group_scales), scale_high = load_halves(group_scales + kScaleBytes / 2);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         low_total[r] += low[r].floats() * (scale_low * row_scales[r * num_blocks + b]);
         high_total[r] += high[r].floats() * (scale_high * row_scales[r * num_blocks + b]);
+      }
+      if constexpr (kHasOffsets) {
+        const f32x16 offset_low = load_halves(group_scales + kScaleBytes);
+        const f32x16 offset_high = load_halves(group_scales + kScaleBytes * 3 / 2);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const float sum = row_scales[r * num_blocks + b] * static_cast<float>(sums[r * num_blocks + b]);
+          low_total[r] += offset_low * sum;
+          high_total[r] += offset_high * sum;
+        }
       }
     } else {
 #pragma GCC unroll 16
@@ -316,32 +325,36 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
   }
 }
 
-template <int R, int kBits, bool kHasGroups, class... Args>
+template <int R, int kBits, int kGroup, bool kHasOffsets, class... Args>
 void multiply_rows(int64_t num_rows, Args... args) {
   if constexpr (R > 0) {
-    if (num_rows == R) return multiply<R, kBits, kHasGroups>(args...);
-    multiply_rows<R - 1, kBits, kHasGroups>(num_rows, args...);
+    if (num_rows == R) return multiply<R, kBits, kGroup, kHasOffsets>(args...);
+    multiply_rows<R - 1, kBits, kGroup, kHasOffsets>(num_rows, args...);
   }
 }
 
 // Sets the panel's outputs of rows first to first + num of x; y has one pointer per row, to their places.
 inline void multiply_panel(const Linear& layer, const Inputs& x, int64_t first, int64_t num, int64_t panel,
                            bf16* const* y) {
-  const int64_t scale_bytes = layer.has_groups ? x.num_blocks * kScaleBytes : 0;
+  const int64_t scale_bytes = layer.group == 0 ? 0 : x.num_blocks * kScaleBytes * (layer.has_offsets ? 2 : 1);
   const int64_t panel_bytes = x.padded * kPanel * layer.bits / 8 + scale_bytes;
   const uint8_t* weights = static_cast<const uint8_t*>(layer.panels) + panel * panel_bytes;
   const float *scales = layer.scales + panel * kPanel, *bias = layer.bias + panel * kPanel;
   const int64_t left = layer.num_out - panel * kPanel;
-  if (!layer.has_groups) {
-    multiply_rows<kMostRows, 8, false>(num, x, first, weights, scales, bias, y, left);
+  if (layer.group == 0) {
+    multiply_rows<kMostRows, 8, 0, false>(num, x, first, weights, scales, bias, y, left);
+  } else if (layer.group == 16) {
+    multiply_rows<kMostGroupRows, 8, 16, false>(num, x, first, weights, scales, bias, y, left);
   } else if (layer.bits == 8) {
-    multiply_rows<kMostGroupRows, 8, true>(num, x, first, weights, scales, bias, y, left);
+    multiply_rows<kMostGroupRows, 8, 32, false>(num, x, first, weights, scales, bias, y, left);
+  } else if (layer.has_offsets) {
+    multiply_rows<kMostGroupRows, 4, 32, true>(num, x, first, weights, scales, bias, y, left);
   } else {
-    multiply_rows<kMostGroupRows, 4, true>(num, x, first, weights, scales, bias, y, left);
+    multiply_rows<kMostGroupRows, 4, 32, false>(num, x, first, weights, scales, bias, y, left);
   }
 }
 
-inline int64_t most_rows(const Linear& layer) { return layer.has_groups ? kMostGroupRows : kMostRows; }
+inline int64_t most_rows(const Linear& layer) { return layer.group == 0 ? kMostRows : kMostGroupRows; }
 
 }  // namespace quantized
 }  // namespace

@@ -15,7 +15,8 @@ extern "C" struct Linear {
   int64_t num_in, num_out;
   const float* scales;  // (panels, 32), of integer weights
   int32_t bits;         // 16: bfloat16 numbers
-  int32_t has_groups;   // whether groups of inputs have scales too
+  int32_t group;        // inputs that have a scale of their own: 32, 16, or 0 for all
+  int32_t has_offsets;  // whether groups have offsets too
 };
 
 // grouped_lora.cpp. A pair is a token and one of its adapters; S adapters. A run is a row of many tokens, which have the

@@ -140,3 +140,15 @@ def test_a_module_is_used_while_an_active_adapter_has_it() -> None:
     assert used(1) == {"gate"}
     bank.free([0])
     assert used(1) == set()
+
+
+@pytest.mark.parametrize("free_fill", [0.0, float("nan")])
+def test_an_empty_bank_gives_back_its_memory_unless_its_free_rows_have_a_value(free_fill: float) -> None:
+    bank = LoraBank({"m": nn.Linear(8, 4)}, 8, free_fill=free_fill)
+    [module] = bank.modules.values()
+    for rows in (module.all_a, module.all_bt):
+        assert rows.isnan().all() if free_fill else not rows.any()
+        rows.fill_(3.0)
+    bank.release()
+    expected = 3.0 if free_fill else 0.0
+    assert (module.all_a == expected).all() and (module.all_bt == expected).all()

@@ -1,4 +1,4 @@
-"""A base model of integers answers plans as its rounded weights do in float64."""
+"""A base model of integers, or of bfloat16 with float32 products, answers as its rounded weights do in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.model.base_model import load_base_model
+from gpu_worker.model.packed_linear import KernelLinear
 from gpu_worker.model.quantization import QuantizedLinear
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN
@@ -81,7 +82,8 @@ def test_weights_rounded_at_the_start_equal_the_rounded_model(
             tensors[name] = layer.quantized.dequantized()
     head = rounded.get_output_embeddings()
     assert isinstance(head, QuantizedLinear)
-    tensors["lm_head.weight"] = head.quantized.dequantized()
+    assert torch.equal(rounded.get_input_embeddings().weight, head.weight), "the embedding has the head's matrix"
+    tensors |= {name: head.quantized.dequantized() for name in ("lm_head.weight", "model.embed_tokens.weight")}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
@@ -94,13 +96,42 @@ def test_weights_rounded_at_the_start_equal_the_rounded_model(
         engine.close()
 
 
+def test_products_of_bfloat16_weights_are_float32_without_bfloat16_instructions(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model_folder / "model.safetensors")
+    rounded = {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
+    save_file(rounded, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    engine = HostedEngine(ENGINES["native"], tiny_config(tmp_path, max_model_len=256, dtype="auto"))
+    try:
+        model = engine.engine.loop.base.model  # type: ignore[attr-defined]  # the native engine's
+        packed = [module for module in model.modules() if isinstance(module, KernelLinear)]
+        assert len(packed) == 7 * 3 + 1 and {layer.dtype for layer in packed} == {torch.float32}
+        left = sum(parameter.nbytes for parameter in model.parameters())
+        assert left < 1 << 14, "only norms are left; the embedding is looked up in the output head"
+        one, other = (random_adapter(engine.engine.module_shapes, seed) for seed in (1, 2))
+        check_plans(engine, Reference(tmp_path), one, other, tolerance=1e-3)
+    finally:
+        engine.close()
+
+
 def test_mixtures_over_a_quantized_base_equal_the_reference(
     hosted: HostedEngine, adapter: MakeAdapter, folders: tuple[Path, Path]
 ) -> None:
     check_plans(hosted, Reference(folders[1]), adapter(1), adapter(2))
 
 
-def check_plans(hosted: HostedEngine, reference: Reference, one: AdapterWeights, other: AdapterWeights) -> None:
+def check_plans(
+    hosted: HostedEngine,
+    reference: Reference,
+    one: AdapterWeights,
+    other: AdapterWeights,
+    *,
+    tolerance: float = TOLERANCE,
+) -> None:
     """Compare the answers of the base, of one adapter, of a mixture and of a fusion with the reference."""
     for weights in (one, other):
         hosted.add(weights)
@@ -110,7 +141,7 @@ def check_plans(hosted: HostedEngine, reference: Reference, one: AdapterWeights,
     for number, answer in enumerate(hosted.answers(*[job("A parrot says", plan) for plan in plans])):
         found = dict(answer.logprobs[0].top)
         errors = [error_of(found, each, reference) for each in known]
-        assert errors[number] < TOLERANCE
+        assert errors[number] < tolerance
         assert min(errors[:number] + errors[number + 1 :]) > 2 * errors[number], "each plan has its own answer"
 
 

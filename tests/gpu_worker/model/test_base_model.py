@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -224,7 +224,7 @@ def test_a_processor_without_bfloat16_is_logged_once(
     with caplog.at_level("INFO"):
         assert resolve_dtype("auto") == dtype
         assert resolve_dtype("float32") == torch.float32  # chosen, so nothing is said
-    said = ["this processor has no AVX-512 or AMX instructions for bfloat16: weights are float32"]
+    said = ["this processor has no AVX-512 or AMX instructions for bfloat16: products are float32"]
     assert caplog.messages == (said if dtype == torch.float32 else [])
 
 
@@ -267,7 +267,7 @@ def test_the_markers_of_the_packaged_model_have_no_text_in_answers(
     converted = byte_tokenizer()
     converted.add_tokens(["[multimodal]", "<start_of_image>", "<end_of_image>", "<table>"])
     converted.save_pretrained(tmp_path)
-    monkeypatch.setattr(base_model, "packaged_folder", lambda cache_dir: tmp_path)
+    monkeypatch.setattr(base_model, "packaged_folder", lambda cache_dir, keeps_integers: tmp_path)
     text = "a<start_of_image>b[multimodal]<end_of_image>c<table>"
     for source, shown in ((str(tmp_path), text), (PACKAGED_MODEL, "abc<table>")):
         found = load_tokenizer(WorkerConfig(base_model=source)).backend_tokenizer
@@ -276,6 +276,25 @@ def test_the_markers_of_the_packaged_model_have_no_text_in_answers(
         assert found.decode(ids, skip_special_tokens=True) == shown
         stream = IncrementalDetokenizer(found, [])
         assert "".join(map(stream.push, ids)) + stream.finish() == shown
+
+
+def test_the_packaged_models_tokenizer_reads_its_file_as_transformers_own_class_does() -> None:
+    config = WorkerConfig()
+    own, found = AutoTokenizer.from_pretrained(model_source(config)), load_tokenizer(config)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template")
+    assert [getattr(found, name) for name in names] == [getattr(own, name) for name in names]
+    texts = [
+        "",
+        " a  b\n\n\tc ",
+        "Ünïcödé 漢字 🙂 \u200b",
+        "<start_of_turn>user\nhi<end_of_turn><unused7></b>",
+        "\x00\ud7ff",
+    ]
+    for text in texts:
+        ids = own(text).input_ids
+        assert found(text).input_ids == ids
+        assert found.backend_tokenizer.encode(text).ids == ids and found.decode(ids) == own.decode(ids)
+    assert found.get_vocab() == own.get_vocab() and len(found) > 262_000
 
 
 def test_a_tokenizer_that_asks_for_truncation_and_padding_reads_texts_whole(tmp_path: Path) -> None:

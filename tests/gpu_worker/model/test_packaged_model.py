@@ -13,8 +13,8 @@ from gpu_worker.model import packaged_model
 def test_the_packaged_weights_are_joined_without_importing_their_packages(tmp_path: Path) -> None:
     """Joining also compares their hash with the known one."""
     code = (
-        "import sys; from pathlib import Path; from gpu_worker.model.packaged_model import _assemble; "
-        "_assemble(Path(sys.argv[1])); "
+        "import sys; from pathlib import Path; from gpu_worker.model.packaged_model import assemble; "
+        "assemble(Path(sys.argv[1])); "
         "assert not [name for name in sys.modules if name.startswith('gemma3_270m')]"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.gguf")], check=True, timeout=300)
@@ -24,7 +24,7 @@ def test_the_packaged_weights_are_joined_without_importing_their_packages(tmp_pa
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged_model, "_PARTS", packaged_model._PARTS[:1])
     with pytest.raises(BaseModelUnsupported, match="have SHA-256"):
-        packaged_model._assemble(tmp_path / "model.gguf")
+        packaged_model.assemble(tmp_path / "model.gguf")
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_remedy(
@@ -32,7 +32,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy(
 ) -> None:
     monkeypatch.setattr(packaged_model, "_PARTS", (("no-such-package", "file"),))
     with pytest.raises(BaseModelUnsupported, match=r"loraretriever\[local\]"):
-        packaged_model._assemble(tmp_path / "model.gguf")
+        packaged_model.assemble(tmp_path / "model.gguf")
 
 
 def test_another_process_converts_what_the_cache_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +52,11 @@ def test_a_conversion_shows_no_progress_bars_of_other_libraries(
         (target / "model.safetensors").write_text("weights")
         print("Loading weights: 100%", file=sys.stderr)
 
-    monkeypatch.setattr(packaged_model, "_assemble", lambda gguf: None)
+    monkeypatch.setattr(packaged_model, "assemble", lambda gguf: None)
     monkeypatch.setattr(packaged_model, "_convert", convert)
+    monkeypatch.setattr(packaged_model, "_keep_integers", convert)
     folder = packaged_model.packaged_folder(tmp_path)
+    assert packaged_model.packaged_folder(tmp_path, keeps_integers=True) != folder, "each form has its folder"
     assert (folder / "model.safetensors").read_text() == "weights"
     assert capsys.readouterr().err == ""
 
@@ -66,7 +68,7 @@ def test_a_conversion_that_fails_shows_what_it_printed(
         print("a tensor is missing", file=sys.stderr)
         raise ValueError("no")
 
-    monkeypatch.setattr(packaged_model, "_assemble", lambda gguf: None)
+    monkeypatch.setattr(packaged_model, "assemble", lambda gguf: None)
     monkeypatch.setattr(packaged_model, "_convert", convert)
     with pytest.raises(ValueError, match="no"):
         packaged_model.packaged_folder(tmp_path)

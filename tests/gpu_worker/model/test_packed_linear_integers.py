@@ -1,4 +1,7 @@
-"""The products of integers equal a slow loop, on every kind of processor whose code runs here."""
+"""The products of integers equal a slow loop, on every kind of processor whose code runs here.
+
+So do those of bfloat16 weights and float32 inputs, on the kinds of processors that have no bfloat16 instructions.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,21 @@ import torch
 from torch import Tensor
 
 from gpu_worker.model.packed_linear import KernelLinear, LinearKernel, load_linear_kernel
-from gpu_worker.model.quantization import GROUP, QuantizedWeight, quantize, rounded_inputs
+from gpu_worker.model.quantization import (
+    GROUP,
+    SMALL_GROUP,
+    QuantizedWeight,
+    quantize,
+    round_to_halves,
+    rounded_inputs,
+)
 from gpu_worker.native.kernels.kernel_build import FOLDER, Compiler, source_of
 from gpu_worker.native.kernels.kernel_loading import share_openmp
 from gpu_worker.native.kernels.kernel_variants import VARIANTS, this_processor
 from tests.gpu_worker.engine_driver import compiled
 
-KINDS = ("int8", "int8 in groups", "int4")
+GROUPS = {"int8": 0, "int8 in groups": GROUP, "int8 in small groups": SMALL_GROUP}
+KINDS = (*GROUPS, "int4", "int4 with offsets")
 _ARM = "aarch64-linux-gnu-g++"
 
 
@@ -43,12 +54,13 @@ def other_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 def weight_of(kind: str, num_out: int, num_in: int) -> QuantizedWeight:
     """Return random weights, with the extreme integers among them."""
-    bits = 4 if kind == "int4" else 8
+    bits = 4 if kind.startswith("int4") else 8
     values = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (num_out, num_in)).to(torch.int8)
     values[::3] = -(1 << (bits - 1))
-    has_groups = kind != "int8"
-    num_scales = -(-num_in // GROUP) if has_groups else 1
-    return QuantizedWeight(values, (torch.randn(num_out, num_scales) / 50).bfloat16().float(), bits, has_groups)
+    group = GROUPS.get(kind, GROUP)
+    scales = (torch.randn(num_out, -(-num_in // group) if group else 1) / 50).bfloat16().float()
+    offsets = round_to_halves(torch.randn_like(scales) / 6) if kind == "int4 with offsets" else None
+    return QuantizedWeight(values, scales, bits, group, offsets)
 
 
 def inputs_of(num_rows: int, num_in: int) -> Tensor:
@@ -59,7 +71,7 @@ def inputs_of(num_rows: int, num_in: int) -> Tensor:
 
 def slow_products(weight: QuantizedWeight, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return x W^T + bias in float64, and the sums of the terms' sizes."""
-    inputs = rounded_inputs(x, GROUP if weight.has_groups else 64).double()
+    inputs = rounded_inputs(x, weight.group or 64).double()
     whole = weight.dequantized(torch.float64)
     found, sizes = torch.empty(len(x), len(whole)).double(), torch.empty(len(x), len(whole)).double()
     for n, row in enumerate(inputs):
@@ -82,6 +94,14 @@ def test_products_equal_a_slow_loop(kind: str, seed: int, kernel: LinearKernel) 
     assert ((found - expected).abs() <= expected.abs() * 2**-8 + sizes * 2**-20).all()
 
 
+def assert_same_integers(kind: str, found: Tensor, other: Tensor) -> None:
+    """Check that two processors' products have the same integers; of many or cancelling sums a last bit may differ."""
+    if kind in ("int8 in small groups", "int4 with offsets"):
+        torch.testing.assert_close(found, other, rtol=2**-7, atol=float(found.abs().max()) * 2**-16)
+    else:
+        assert torch.equal(found, other), "a processor rounds another integer"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_older_processors_compute_the_same_bits(kind: str, kernel: LinearKernel, other_kernel: LinearKernel) -> None:
@@ -89,7 +109,49 @@ def test_older_processors_compute_the_same_bits(kind: str, kernel: LinearKernel,
     for num_rows, num_in, num_out in ((1, 1, 1), (2, 31, 33), (3, 64, 32), (12, 65, 31), (13, 640, 100), (64, 129, 64)):
         weight, x = weight_of(kind, num_out, num_in), inputs_of(num_rows, num_in)
         found, other = (KernelLinear(each, weight, None)(x) for each in (kernel, other_kernel))
-        assert torch.equal(found, other), "a processor rounds another integer"
+        assert_same_integers(kind, found, other)
+
+
+def wide_layer(num_in: int, num_out: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bfloat16 weights, float32 inputs and a bias."""
+    torch.manual_seed(num_in)
+    return torch.randn(num_out, num_in).bfloat16(), torch.randn(num_rows, num_in), torch.randn(num_out)
+
+
+def assert_exact(found: Tensor, weight: Tensor, x: Tensor, bias: Tensor) -> None:
+    """Check that nothing but the float32 sums is rounded."""
+    expected = x.double() @ weight.double().T + bias
+    sizes = x.double().abs() @ weight.double().abs().T + bias.abs()
+    assert found.dtype == torch.float32 and ((found - expected).abs() <= sizes * 2**-22).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (40, 33, 2), (66, 32, 7), (130, 100, 8), (512, 70, 19)], ids=str)
+@torch.inference_mode()
+def test_products_of_float32_inputs_round_nothing_but_sums(
+    shape: tuple[int, int, int], kernel: LinearKernel, other_kernel: LinearKernel
+) -> None:
+    weight, x, bias = wide_layer(*shape)
+    for each in (kernel, other_kernel):
+        layer = KernelLinear(each, weight, bias, torch.float32)
+        y = layer(x)
+        assert_exact(y, weight, x, bias)
+        assert all(torch.equal(layer(row), whole) for row, whole in zip(x, y, strict=True)), "rows are independent"
+        whole, parts = np.arange(1, len(x), dtype=np.int32), np.array([[0, 0]], np.int32)
+        some = layer.some(x, whole, parts)
+        assert torch.equal(some[1:], y[1:]) and torch.equal(some[0, :32], y[0, :32])
+        assert (some[0, 32:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bfloat16", "float32"])
+def test_the_rows_of_a_packed_weight_are_what_its_integers_stand_for(kind: str, kernel: LinearKernel) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    for num_out, num_in in ((1, 2), (33, 64), (70, 100)):
+        weight = weight_of(kind, num_out, num_in) if kind in KINDS else torch.randn(num_out, num_in).bfloat16()
+        outputs = torch.randint(num_out, (9,))
+        found = KernelLinear(kernel, weight, None, dtype).rows(outputs)
+        whole = weight.dequantized(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+        assert torch.equal(found, whole[outputs]) and found.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,20 +202,27 @@ def test_arm_processors_compute_the_same_bits(options: str, kernel: LinearKernel
     main.write_text(_PROGRAM.replace("SOURCE", str(source_of("packed_linear"))))
     built = [_ARM, "-O2", "-std=c++17", "-static", "-Wno-psabi", f"-I{FOLDER}", options, str(main), "-o"]
     subprocess.run([*built, str(tmp_path / "main")], check=True, timeout=120)
+
+    def run(sent: bytes) -> bytearray:
+        command = [emulator, str(tmp_path / "main")]
+        return bytearray(subprocess.run(command, input=sent, capture_output=True, check=True, timeout=60).stdout)
+
     torch.manual_seed(0)
     for kind in KINDS:
         weight, x = weight_of(kind, 70, 100), inputs_of(5, 100)
         layer = KernelLinear(kernel, weight, None)
         halves, scales = weight.stored_scales()
-        sizes = np.array([5, 100, 70, weight.bits, weight.has_groups, layer._panels.numel()], np.int64)
+        kinds = 0 if halves is None else len(halves)
+        sizes = np.array([5, 100, 70, weight.bits, weight.group, kinds, layer._panels.nbytes], np.int64)
         parts = sizes, x.view(torch.int16).numpy(), weight.values.numpy(), scales.numpy()
         scale_bytes = b"" if halves is None else halves.numpy().tobytes()
         sent = b"".join(part.tobytes() for part in parts) + scale_bytes
-        run = subprocess.run(
-            [emulator, str(tmp_path / "main")], input=sent, capture_output=True, check=True, timeout=60
-        )
-        found = torch.frombuffer(bytearray(run.stdout), dtype=torch.bfloat16).view(5, 70)
-        assert torch.equal(found, layer(x))
+        found = torch.frombuffer(run(sent), dtype=torch.bfloat16).view(5, 70)
+        assert_same_integers(kind, found, layer(x))
+    wide, inputs, bias = wide_layer(100, 70, 5)
+    sizes = np.array([5, 100, 70, 16, 0, 0, 96 * 100 * 2], np.int64)
+    sent = b"".join(part.numpy().tobytes() for part in (inputs, wide.view(torch.int16), bias))
+    assert_exact(torch.frombuffer(run(sizes.tobytes() + sent), dtype=torch.float32).view(5, 70), wide, inputs, bias)
 
 
 _PROGRAM = r"""
@@ -165,16 +234,26 @@ template <class T> std::vector<T> read(int64_t num) {
   return values;
 }
 int main() {
-  const auto sizes = read<int64_t>(6);
-  const int64_t rows = sizes[0], in = sizes[1], out = sizes[2];
+  const auto sizes = read<int64_t>(7);
+  const int64_t rows = sizes[0], in = sizes[1], out = sizes[2], group = sizes[4], kinds = sizes[5];
+  std::vector<uint8_t> panels(sizes[6] + 64);
+  if (sizes[3] == 16) {
+    const auto x = read<float>(rows * in);
+    const auto weights = read<uint16_t>(out * in);
+    const auto bias = read<float>(out);
+    pack_bf16(weights.data(), out, in, panels.data(), 1);
+    const Linear layer{panels.data(), bias.data(), in, out, nullptr, 16, 0, 0};
+    std::vector<float> y(rows * out);
+    linear_f32(&layer, x.data(), nullptr, rows, y.data(), 1);
+    return fwrite(y.data(), 4, y.size(), stdout) != y.size();
+  }
   const auto x = read<uint16_t>(rows * in);
   const auto values = read<int8_t>(out * in);
   auto scales = read<float>(out);
-  const auto halves = read<uint16_t>(sizes[4] ? out * ((in + 31) / 32) : 0);
-  std::vector<uint8_t> panels(sizes[5] + 64);
+  const auto halves = read<uint16_t>(group ? kinds * out * ((in + group - 1) / group) : 0);
   std::vector<float> bias(out + 64);
-  pack_integers(values.data(), sizes[4] ? halves.data() : nullptr, sizes[3], out, in, panels.data(), 1);
-  const Linear layer{panels.data(), bias.data(), in, out, scales.data(), int32_t(sizes[3]), int32_t(sizes[4])};
+  pack_integers(values.data(), halves.data(), kinds, sizes[3], group ? group : 64, out, in, panels.data(), 1);
+  const Linear layer{panels.data(), bias.data(), in, out, scales.data(), int32_t(sizes[3]), int32_t(group), kinds == 2};
   std::vector<uint16_t> y(rows * out);
   linear_bf16(&layer, x.data(), nullptr, rows, y.data(), 1);
   fwrite(y.data(), 2, y.size(), stdout);

@@ -10,6 +10,7 @@ from gpu_worker.model.quantization import (
     QuantizedWeight,
     quantize,
     quantize_layers,
+    round_to_halves,
     rounded_inputs,
 )
 
@@ -22,7 +23,7 @@ def test_a_rounded_weight_is_within_half_a_step_of_the_weight(bits: int, num_in:
     weight[3] = 0
     found = quantize(weight, bits)
     assert found.values.int().abs().max() <= 1 << (bits - 1) and found.values.shape == weight.shape
-    assert found.has_groups == (bits == 4)
+    assert found.group == (GROUP if bits == 4 else 0)
     scales = found.scales.abs()
     steps = scales.repeat_interleave(GROUP, dim=1)[:, :num_in] if bits == 4 else scales.expand_as(weight)
     clipped = 0 if bits == 8 else 2.1 * steps  # 4 bits may clip the largest values of a group
@@ -40,9 +41,17 @@ def test_four_bits_choose_the_scale_with_the_least_error() -> None:
 
 
 def test_stored_scales_are_exact_over_twenty_binades() -> None:
-    scales = (torch.randint(-1024, 1024, (8, 3)) / 1024) * 2.0 ** torch.randint(-60, -40, (8, 3))
-    halves, factors = QuantizedWeight(torch.zeros(8, 96, dtype=torch.int8), scales, 4, True).stored_scales()
-    assert halves is not None and torch.equal(halves.float() * factors[:, None], scales)
+    scales, offsets = (torch.randint(-1024, 1024, (2, 8, 3)) / 1024) * 2.0 ** torch.randint(-60, -40, (2, 8, 3))
+    weight = QuantizedWeight(torch.zeros(8, 96, dtype=torch.int8), scales, 4, GROUP, offsets)
+    halves, factors = weight.stored_scales()
+    assert halves is not None and torch.equal(halves.float() * factors[:, None], torch.stack([scales, offsets]))
+    assert torch.equal(weight.dequantized(), offsets.repeat_interleave(GROUP, dim=1)), "the integers are 0"
+
+
+def test_scales_of_groups_are_rounded_to_the_nearest_that_a_half_has() -> None:
+    numbers = torch.cat([torch.randn(1000) * 2.0 ** torch.randint(-14, 15, (1000,)), torch.zeros(1)])
+    numbers = numbers[(numbers == 0) | (numbers.abs() > 2.0**-14)]  # smaller halves have fewer bits
+    assert torch.equal(round_to_halves(numbers), numbers.half().float())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -51,6 +60,12 @@ def test_only_the_block_of_a_number_that_is_not_finite_becomes_nan(value: float)
     x[1, 70] = value
     found = rounded_inputs(x)
     assert found[1, 64:128].isnan().all() and found[0].isfinite().all() and found[1, 128:].isfinite().all()
+
+
+def test_inputs_are_rounded_by_the_nearest_inverse_of_their_scale() -> None:
+    """The kernel divides: 127 / 255 and 127 * (1 / 255) differ in the last bit, so 63.5 becomes 63 or 64."""
+    found = rounded_inputs(torch.tensor([[255.0, 127.5]]).bfloat16(), 32)
+    assert found[0, 1] / found[0, 0] == pytest.approx(63 / 127, rel=1e-6)
 
 
 def test_rounded_inputs_are_at_most_half_a_step_away() -> None:

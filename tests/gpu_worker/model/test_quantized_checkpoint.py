@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.checkpoint import read_tensors
-from gpu_worker.model.quantization import QuantizedLinear, quantized_layers
+from gpu_worker.model.quantization import QuantizedLinear
 from gpu_worker.model.quantized_checkpoint import check_format, pack_words, take_weights, unpack_words
 from tests.tiny import tiny_config
 
@@ -60,10 +60,12 @@ def test_the_integers_of_a_checkpoint_are_kept(bits: int, tmp_path: Path, tiny_f
     for name, weight in expected.items():
         layer = base.model.get_submodule(name)
         assert isinstance(layer, QuantizedLinear) and layer.quantized.bits == bits
-        torch.testing.assert_close(layer.quantized.dequantized(), weight)
+        assert layer.quantized.group == (32 if bits == 4 else 0)
+        torch.testing.assert_close(layer.quantized.dequantized(), weight, rtol=2**-11, atol=0)  # scales of 11 bits
     is_rounded = isinstance(base.model.get_output_embeddings(), QuantizedLinear)
     assert is_rounded == (bits == 8), "the setting rounds what the checkpoint has as numbers"
-    assert len(list(quantized_layers(base.model))) == len(expected) + is_rounded
+    layers = [module for module in base.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == len(expected) + is_rounded
 
 
 @pytest.mark.parametrize(
@@ -108,12 +110,17 @@ def test_integers_of_another_shape_are_refused(
 
 
 def test_the_config_says_how_long_groups_are() -> None:
-    """Two scales for 160 inputs are those of 128 and 32, or of 96 and 64."""
+    """Two scales for 160 inputs are those of 128 and 32, or of 96 and 64. Small groups are kept as 8 bits."""
     values, scales = torch.ones(2, 160, dtype=torch.int8), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     for size in (128, 96):
         tensors = {"a.weight_packed": pack_words(values, 4), "a.weight_shape": torch.tensor([2, 160])}
         found = dict(take_weights(tensors | {"a.weight_scale": scales}, {size}))["a"].dequantized()
         assert torch.equal(found, scales.repeat_interleave(size, dim=1)[:, :160])
+    scales = torch.rand(2, 10).bfloat16()
+    tensors = {"a.weight_packed": pack_words(values, 4), "a.weight_shape": torch.tensor([2, 160])}
+    weight = dict(take_weights(tensors | {"a.weight_scale": scales}, {16, 32}))["a"]
+    assert (weight.bits, weight.group) == (8, 16)
+    assert torch.equal(weight.dequantized(), scales.float().repeat_interleave(16, dim=1))
 
 
 def test_a_broken_file_is_refused_in_one_sentence(tmp_path: Path, tiny_folders: Mapping[str, Path]) -> None:

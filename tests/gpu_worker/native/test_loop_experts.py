@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from gpu_worker.native.loop import Engine
 from lora_store import check_folder
 from lora_store.adapter import AdapterWeights, Shapes
 from lora_store.plan import BASE_PLAN, Plan
+from lora_store.strategies.registry import Strategy
 from lora_store.weights_blob import decode_weights, encode_weights
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.engine_driver import MakeEngine, by_digest, greedy, run_together
@@ -111,9 +113,28 @@ def plans_of(shapes: Shapes) -> tuple[dict[str, AdapterWeights], dict[str, Plan]
     }
 
 
-def assert_follows_the_reference(folder: Path, make_engine: MakeEngine) -> int:
+def random_plans(shapes: Shapes, seed: int) -> tuple[dict[str, AdapterWeights], dict[str, Plan]]:
+    """Return adapters with random modules and ranks, and plans over some of them with any weights."""
+    draw = random.Random(seed)
+    adapters = []
+    for number in range(4):
+        share, ranks = draw.choice((0.3, 0.8, 1.0)), {name: draw.choice((1, 2, 3, 6)) for name in shapes}
+        chosen = {name for name in shapes if draw.random() < share} or {draw.choice(sorted(shapes))}
+        adapters.append(
+            random_adapter(shapes, 100 * seed + number, rank_of=ranks.__getitem__, modules=chosen.__contains__)
+        )
+    plans = {}
+    for number in range(6):
+        parts = draw.sample(adapters, draw.randint(1, 4))
+        strategy: Strategy = draw.choice(("mixture", "fusion")) if len(parts) > 1 else "selection"
+        plans[str(number)] = plan_of(strategy, *((each, draw.choice((1.0, 0.5, -0.4, 0.0, 0.3))) for each in parts))
+    return by_digest(*adapters), plans
+
+
+def assert_follows_the_reference(
+    folder: Path, make_engine: MakeEngine, pool: Mapping[str, AdapterWeights], plans: Mapping[str, Plan]
+) -> int:
     """Compare all plans for two prompts in one batch with weights plus deltas. Return how many rows were compared."""
-    pool, plans = plans_of(shapes_of(folder))
     reference = Reference(folder)
     jobs = [greedy(prompt, plan, num_new=NUM_NEW) for plan in plans.values() for prompt in PROMPTS[:2]]
     answers = run_together(engine_over(folder, make_engine, pool), jobs)
@@ -127,8 +148,16 @@ def assert_follows_the_reference(folder: Path, make_engine: MakeEngine) -> int:
 
 def test_every_plan_over_experts_equals_the_reference(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
     names = WITH_EXPERTS[: scale.pick("families with adapters on experts", small=2, full=len(WITH_EXPERTS))]
-    num = [assert_follows_the_reference(save(tmp_path / name, name, EQUAL[name]), make_engine) for name in names]
-    assert num == [12] * len(names)
+    for name in names:
+        folder = save(tmp_path / name, name, EQUAL[name])
+        assert assert_follows_the_reference(folder, make_engine, *plans_of(shapes_of(folder))) == 12
+
+
+def test_random_plans_over_experts_equal_the_reference(tmp_path: Path, make_engine: MakeEngine, scale: Scale) -> None:
+    for seed in range(scale.pick("batches of random plans over experts", small=1, full=85)):
+        name = WITH_EXPERTS[seed % len(WITH_EXPERTS)]
+        folder = save(tmp_path / f"{name}-{seed}", name, EQUAL[name])
+        assert assert_follows_the_reference(folder, make_engine, *random_plans(shapes_of(folder), seed)) == 12
 
 
 def moe(tmp_path: Path) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gpu_worker.errors import LogitsNotFinite, WarmUpFailed
+from gpu_worker.native.attention.kv_pages import HostKvCache
 from gpu_worker.native.checks.warm_up import warm_up
 from gpu_worker.native.loop import Engine
 from tests.gpu_worker.engine_driver import (
@@ -129,3 +130,15 @@ def test_a_model_whose_logits_are_not_finite_is_refused(make_engine: MakeEngine)
     with pytest.raises(WarmUpFailed) as caught:
         warm_up(engine)
     assert isinstance(caught.value.__cause__, LogitsNotFinite)
+
+
+def test_a_started_engine_gives_back_its_cache_and_answers_as_before(alone: Alone, make_engine: MakeEngine) -> None:
+    engine = warm_up(make_engine({}))
+    cache = engine.kv_cache
+    assert isinstance(cache, HostKvCache)
+    for store in cache.stores:
+        store.fill_(7)
+    engine.release()
+    assert not any(store.any() for store in cache.stores)
+    [answer] = run_together(engine, [BASE_JOB])
+    assert_same(answer, alone(BASE_JOB, {}))
