@@ -30,7 +30,8 @@ _NUM_HOMES = 2  # replicas for adapters that none holds; more would load them ev
 class Turn:
     """The prompt of a chat as digests over its namespace in the prefix cache and its messages.
 
-    All of it, the turn before, and the first one. Scores and generations differ from turn to turn, and are left out.
+    All of it, the turn before (b"" if there is none), and the first one. Scores and generations differ from turn to
+    turn, and are left out.
     """
 
     whole: bytes
@@ -50,7 +51,8 @@ class Turn:
                 previous = digest.digest()
                 first = first or previous
             digest.update(repr(message).encode(errors="surrogatepass"))
-        return cls(digest.digest(), previous, first)
+        whole = digest.digest()
+        return cls(whole, previous, first or whole)
 
 
 class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
@@ -62,7 +64,8 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
     queue.
 
     A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
-    that did not send that turn, because several routers share the clients, takes the conversation's home replica.
+    that did not send that turn, because several routers share the clients, takes the conversation's home replica. First
+    turns go there too, so that every router finds the next one.
     """
 
     max_turns = 100_000  # remembered ones, 200 bytes each
@@ -86,10 +89,10 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
             return [replicas]
         pending_request.routing_context.should_backoff = True  # otherwise Ray retries without a pause
         wanted, turn = _wanted(pending_request.args), Turn.of(pending_request.args)
-        if turn is None or not turn.previous or not replicas:
+        if turn is None or not replicas:
             return self._ranks(replicas, wanted) if wanted else [replicas]
         best, *others = [rank for rank in self._ranks(replicas, wanted) if rank]
-        last = self._turns.get(turn.previous)
+        last = self._turns.get(turn.previous) if turn.previous else None
         best.sort(key=lambda r: (r.replica_id == last, _home_score(turn.first, r.replica_id)), reverse=True)
         return [best[:1], best[1:], *others]
 

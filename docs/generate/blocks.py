@@ -21,7 +21,7 @@ from docs.generate.request_fields import (
     responses_fields,
     route_fields,
 )
-from docs.generate.scale import fleet_queues, fleet_texts, fleet_workers, scale_costs, scale_needs
+from docs.generate.scale import fleet_queues, fleet_texts, scale_costs, scale_needs
 from docs.generate.settings import settings
 from docs.generate.strategies import strategies, weightings
 
@@ -35,7 +35,6 @@ BLOCKS: Mapping[str, Block] = {
     "families": families,
     "fleet-queues": fleet_queues,
     "fleet-texts": fleet_texts,
-    "fleet-workers": fleet_workers,
     "folder-limits": folder_limits,
     "lora-fields": lora_fields,
     "metrics": metrics,

@@ -80,15 +80,6 @@ def fleet_texts() -> str:
     return table(head, cells)
 
 
-def fleet_workers() -> str:
-    """Return what real workers did next to the simulation."""
-    figures, names = _fleet("four workers")["figures"], {"affine": "four, this router", "plain": "four, Serve's router"}
-    names |= {"one": "one"}
-    shares = [f"{kind}{suffix}" for kind in ("hits", "misses") for suffix in ("", "_predicted")]
-    cells = [(text, *[_percent(figures[f"{name}_{share}"]) for share in shares]) for name, text in names.items()]
-    return table(("workers", "prefixes found", "predicted", "adapters not in the bank", "predicted"), cells)
-
-
 def _fleet(part: str) -> dict[str, Any]:
     content = json.loads((_RESULTS.parents[1] / "fleet" / "results.json").read_text(encoding="utf-8"))
     [found] = [run for run in content["runs"] if run["part"] == part]

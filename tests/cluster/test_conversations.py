@@ -40,6 +40,7 @@ NUM_ADAPTERS, ROUTERS = 12, 2
 FIRST, MESSAGE, ANSWER = 900, 60, 24  # tokens, which are bytes
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 TURNS, CLIENTS = 6, 8
+POPULARITY = [1 / (number + 1) for number in range(NUM_ADAPTERS)]
 
 
 @dataclass
@@ -112,7 +113,7 @@ async def converse(url: str, name: str, seeds: Sequence[int], found: Found) -> N
         # Serve's proxy gives each turn to any Ingress.
         async with httpx.AsyncClient(base_url=url, timeout=START_S) as client:
             for seed in left:
-                adapter = min(int(random.Random(seed).paretovariate(1.0)) - 1, NUM_ADAPTERS - 1)
+                [adapter] = random.Random(seed).choices(range(NUM_ADAPTERS), POPULARITY)
                 await talk(client, f"{name}-{adapter}", seed, TURNS, found)
 
     started = time.perf_counter()
@@ -142,7 +143,7 @@ def misses(url: str, name: str) -> float:
 def test_conversations_find_their_prefixes_as_the_simulation_predicts(scale: Scale, tmp_path: Path) -> None:
     if not scale.is_full:
         pytest.skip("it starts nine workers")
-    num_talks = scale.pick("conversations of each fleet", small=8, full=48)
+    num_talks = scale.pick("conversations of each fleet", small=8, full=32)
     torch.set_num_threads(1)
     found = {name: Found() for name in FLEETS}
     with served(tmp_path, settings_of(tmp_path)) as url:
@@ -173,7 +174,7 @@ def test_conversations_find_their_prefixes_as_the_simulation_predicts(scale: Sca
     text = f"{shown(table)}\nturns a second over Serve's router: {figures['throughput_over_plain']:.2f}, predicted "
     text += f"{figures['predicted_throughput_over_plain']:.2f}"
     print(text)
-    assert figures["hits_over_one_worker"] >= 0.9
     for name, own in found.items():
         assert own.hits == pytest.approx(predicted[name]["prefix_hits"], abs=0.1)
+    assert figures["hits_over_one_worker"] >= 0.9
     write_part("fleet", "four workers", figures=figures, table=text, runs=[asdict(own) for own in found.values()])

@@ -353,12 +353,16 @@ def test_routers_that_did_not_send_the_turn_before_agree_on_a_home() -> None:
     run(main())
 
 
-def test_first_turns_go_to_the_shortest_queue() -> None:
+def test_first_turns_go_home_unless_its_queue_is_much_longer() -> None:
     async def main() -> None:
-        routing = Routing(FakeReplica("longer", 2), FakeReplica("shorter", 1))
-        for number in range(20):
-            routing.sent(chat(str(number)), "longer")
-            assert await routing.chosen(chat(str(number))) == "shorter"
+        names = [f"r{number}" for number in range(8)]
+        one, other = (Routing(*[FakeReplica(name, 3) for name in names]) for _ in range(2))
+        homes = [await one.chosen(chat(str(number))) for number in range(20)]
+        assert len(set(homes)) > 4, "conversations are spread"
+        for number, home in enumerate(homes):
+            assert await other.chosen(chat(str(number), "Yes?", "This")) == home, "every router finds the next turn"
+            busy = Routing(*[FakeReplica(name, 9 if name == home else 3) for name in names])
+            assert await busy.chosen(chat(str(number))) != home
 
     run(main())
 
