@@ -22,6 +22,7 @@ from ray import serve
 from benchmarks.results_file import write_part
 from deployments.calls.serve_calls import retry_on_replica_death
 from deployments.errors import PoisonRequest
+from deployments.scaling.residency import ResidencyReport
 from deployments.worker import WorkerDeployment
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.engine import NativeEngine
@@ -217,7 +218,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
     class Hanging(WorkerDeployment):
         """Hangs in the next step, once per file."""
 
-        async def stream(self, job: Job) -> AsyncGenerator[Delta | None]:
+        async def stream(self, job: Job) -> AsyncGenerator[Delta | ResidencyReport]:
             for hang in hangs:
                 with suppress(FileNotFoundError):
                     hang.unlink()
@@ -251,7 +252,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
 
     async def attempt() -> str:
         deltas = [delta async for delta in handle.options(stream=True).stream.remote(job)]
-        return "".join(delta.text for delta in deltas if delta is not None)
+        return "".join(delta.text for delta in deltas if isinstance(delta, Delta))  # others are heartbeats
 
     async def text() -> str:
         return await retry_on_replica_death(attempt)
