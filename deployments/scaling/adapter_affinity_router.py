@@ -17,7 +17,8 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from deployments.scaling.residency import HEARD, HeardReports, short_digest
+from deployments.scaling import residency  # Serve pickles this module by value, but not the modules that it imports
+from deployments.scaling.residency import HeardReports, short_digest
 from gpu_worker.front.prefix import namespace_of
 from gpu_worker.front.request.request import Job
 
@@ -70,9 +71,9 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
 
     max_turns = 100_000  # remembered ones, 200 bytes each
 
-    def initialize_state(self, heard: HeardReports = HEARD) -> None:
-        """Set up the state. Serve calls this once, before any replica is known."""
-        self._heard = heard
+    def initialize_state(self, heard: HeardReports | None = None) -> None:
+        """Set up the state. Serve calls this once, before any replica is known, without `heard`."""
+        self._heard = residency.HEARD if heard is None else heard
         self._expected: dict[ReplicaID, dict[bytes, float]] = {}  # digest -> expiry time, the earliest first
         self._turns: OrderedDict[bytes, ReplicaID] = OrderedDict()  # the replica that got it, the oldest first
 
