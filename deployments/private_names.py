@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 Function = tuple[str, str, tuple[str, ...]]
 """A module, the dotted name of one of its functions, and that function's parameters."""
@@ -101,7 +101,6 @@ SOURCES: tuple[Source, ...] = (
 """The attributes, variables and options that this server reads or sets."""
 ENGINE_LIBRARIES = ("torch", "transformers")
 """They take seconds to import. So each worker checks their names, and the command's process does without them."""
-Row = TypeVar("Row", Function, Source)
 
 
 def check_libraries(
@@ -112,7 +111,7 @@ def check_libraries(
     `of_engine`: check only the names of `ENGINE_LIBRARIES`, or only the others. None: all.
     """
 
-    def chosen(rows: Iterable[Row]) -> list[Row]:
+    def chosen(rows: Iterable[Function | Source]) -> list[Function | Source]:
         return [row for row in rows if of_engine in (None, row[0].partition(".")[0] in ENGINE_LIBRARIES)]
 
     problems = [*_find_changed(chosen(functions)), *_find_missing(chosen(sources))]

@@ -27,7 +27,7 @@ QUALITY = 70
 WIDE: ViewportSize = {"width": 1280, "height": 860}
 NARROW: ViewportSize = {"width": 390, "height": 720}
 LARGE: ViewportSize = {"width": 1280, "height": 1500}
-KINDS = {  # of a pool that does not exist: tags, with words of names
+KINDS = {  # A pool that does not exist has these tags, and names with these words.
     "support": ("ticket", "refund"),
     "legal": ("clause", "contract"),
     "sql": ("query", "schema"),
@@ -58,6 +58,7 @@ async def opened(
 async def save(page: Page, folder: Path, name: str, part: str | None = None) -> None:
     """Write what the window shows, or one element, as WebP."""
     await page.mouse.move(0, 0)
+    await page.evaluate("scrollTo(0, 0)")
     box = None if part is None else await page.locator(part).bounding_box()
     clip: dict[str, Any] = {"captureBeyondViewport": True, "clip": {**box, "scale": 1}} if box else {}
     session = await page.context.new_cdp_session(page)
@@ -121,9 +122,11 @@ async def of_map(page: Page, folder: Path) -> None:
     """Take the screenshot of the map of a large pool, a cluster of which is searched."""
     await page.route("**/v1/pool/map*", lambda route: route.fulfill(json=made_up_map()))
     await page.reload()
+    await go(page, "Ask")
     await expect(page.locator("#map .label.cluster")).to_have_count(len(KINDS))
     await page.get_by_label("Find").fill("refund")
     await expect(page.locator("#map-count")).to_contain_text("Found: 25")
+    await page.locator("#map-count").click()
     await save(page, folder, "map", "#map-panel")
 
 

@@ -19,7 +19,7 @@ from lora_store.records import AdapterRecord
 from retriever_svc.projection import Cluster, Plane
 
 MAX_POINTS = 10_000
-MAX_NAME_CHARS = 480_000  # of all names of a map, whose answer then has less than a megabyte
+MAX_NAME_CHARS = 480_000  # A map whose names have more shows fewer adapters: its answer has less than a megabyte.
 FEWEST_IN_CLUSTERS = 24  # adapters; fewer are easily found on one plane
 _MOST_CLUSTERS = 24
 _FITTED = 2_000  # vectors that determine axes and clusters
@@ -27,7 +27,7 @@ _AXES = 32  # in which clusters are found
 _ROUNDS = 20
 _PUSHES = 300
 _GAP = 0.06  # between discs
-_DIGITS = 4  # of coordinates
+_COORDINATE_DIGITS = 4
 _SHARED = 0.3  # the least by which a word is more frequent in a cluster than elsewhere
 _TAG_BONUS = 0.1  # a tag was chosen by a person, a word of a name was not
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -81,13 +81,13 @@ class Layout:
                 far = np.linalg.norm(local, axis=1, keepdims=True)
                 local *= np.minimum(1, self.radii[group] / np.maximum(far, 1e-9))
             places[mine] = self.discs[group] + local
-        return groups, places.round(_DIGITS)
+        return groups, places.round(_COORDINATE_DIGITS)
 
     def clusters(self, groups: Groups, records: Sequence[AdapterRecord]) -> tuple[Cluster, ...]:
         """Return the discs, with names that distinguish these adapters in their groups (N,)."""
         names = name_clusters(groups.tolist(), records, len(self.planes))
         sizes = np.bincount(groups, minlength=len(self.planes)).tolist()
-        discs = np.column_stack((self.discs, self.radii)).round(_DIGITS).tolist()
+        discs = np.column_stack((self.discs, self.radii)).round(_COORDINATE_DIGITS).tolist()
         return tuple(
             Cluster(name, x, y, radius, size) for name, (x, y, radius), size in zip(names, discs, sizes, strict=True)
         )
@@ -114,12 +114,9 @@ def name_clusters(groups: Sequence[int], records: Sequence[AdapterRecord], num_c
             for term, count in inside.items()
         }
         best = sorted((term for term in worth if worth[term] >= _SHARED), key=lambda term: (-worth[term], term))
-        own = [term for term in best if not used[term]][:2] or best[:1]
-        if not own and size:
-            own = [records[members[group][0]].ref.name]
-        used.update(own[:1])
-        number = f" {used[own[0]]}" if own and used[own[0]] > 1 else ""
-        names[group] = ", ".join(own) + number
+        label = ", ".join(best[:2]) or (records[members[group][0]].ref.name if size else "")
+        used[label] += 1
+        names[group] = f"{label} {used[label]}" if used[label] > 1 else label
     return names
 
 

@@ -161,13 +161,16 @@ class KernelLinear(nn.Module):
         block, stored = self._group or _PADDED_INPUTS, PANEL * self._bits // 8  # bytes of an input
         scale_bytes = self._num_kinds * PANEL * 2
         groups = self._panels.view(num_panels, -1, scale_bytes + block * stored)
-        codes = groups[..., scale_bytes:].unflatten(2, (-1, stored, 4))[panels, :, :, places % stored]  # (N, G, ., 4)
+        codes = torch.unflatten(groups[..., scale_bytes:], 2, (-1, stored, 4))
+        codes = codes[panels, :, :, places % stored]  # (N, G, ., 4)
         if self._bits == 4:
             codes = (codes >> (places // stored * 4).view(-1, 1, 1, 1)) & 15
         values = codes.flatten(2).float() - zero
         if self._num_kinds:
-            halves = groups[..., :scale_bytes].view(torch.float16).unflatten(2, (-1, PANEL))[panels, :, :, places]
-            of_groups = halves.float() * factors.view(-1, 1, 1)  # exact: the factor is a power of two
+            halves = torch.unflatten(groups[..., :scale_bytes].view(torch.float16), 2, (-1, PANEL))
+            of_groups = halves[panels, :, :, places].float() * factors.view(
+                -1, 1, 1
+            )  # exact: the factor is a power of two
             values = values * of_groups[..., :1]
             values = values if self._num_kinds == 1 else values + of_groups[..., 1:]
         else:

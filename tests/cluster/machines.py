@@ -107,11 +107,10 @@ class Machines:
         run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
         assert run.returncode == 0, run.stderr
 
-    def deploy_with(self, user_config: Mapping[str, Any], **args: Any) -> None:
-        """Deploy the YAML file again, with this `user_config` of the Ingress and these changes of `args`."""
+    def deploy_with(self, user_config: Mapping[str, Any]) -> None:
+        """Deploy the YAML file again, with this `user_config` of the Ingress."""
         config = yaml.safe_load(self._file.read_text())
         config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
-        config["applications"][0]["args"] |= args
         self._file.write_text(yaml.safe_dump(config))
         self._deploy()
 
@@ -168,7 +167,7 @@ class Machines:
 
     def _kill_replicas(self, node_id: str | None) -> None:
         """Kill the replicas on this node, or all replicas."""
-        for replica in set().union(*self.all_replicas().values()):
+        for replica in set[Replica]().union(*self.all_replicas().values()):
             if node_id in (None, replica.node_id):
                 replica.kill()
 

@@ -438,24 +438,6 @@ def test_a_base_model_that_the_server_refuses_is_a_problem_before_the_upload(
     look(browsing, question, accepts_base=("an/alias",))
 
 
-def test_a_folder_for_any_of_several_base_models_may_be_published(browsing: Browsing, tmp_path: Path) -> None:
-    for name, base in (("one", "an/alias"), ("two", "org/two"), ("three", "org/three")):
-        folder_of(tmp_path / "all", name, config=f'{{"base_model_name_or_path": "{base}"}}')
-    cards = [{"id": "auto"}, {"id": "a", "accepts_base": ["an/alias"]}, {"id": "b", "accepts_base": ["org/two"]}]
-
-    async def question(page: Page, served: Served) -> None:
-        await page.route("**/v1/models?*", lambda route: route.fulfill(json={"data": cards}))
-        await drop_folder(page, tmp_path / "all")
-        await expect(page.locator("#previews > li")).to_have_count(3)
-        await expect(page.locator("#previews .bad .problem")).to_contain_text(
-            ["this server accepts an/alias, org/two."]
-        )
-        for name, is_ticked in (("one", True), ("two", True), ("three", False)):
-            await expect(page.get_by_label(f"Publish {name}")).to_be_checked(checked=is_ticked)
-
-    look(browsing, question)
-
-
 def test_a_preview_says_what_a_name_would_replace(browsing: Browsing, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "verses", ["Write a verse."])
 

@@ -98,6 +98,12 @@ def test_versions_are_told_apart_and_durations_equal_a_slow_count(files: UsageFi
     assert (row["version"], row["mean_s"], row["p95_s"]) == ("of-acme/poet", None, None)
     [row] = files.sums(UsageQuery(TODAY, TODAY, (), "globex"))
     assert (row["requests"], row["p95_s"]) == (1, None)
+    both = [{"name": "acme/poet", "digest": digest, "weight": 0.5} for digest in ("d1", "d2")]
+    files.put("c" * 32, lines(event("initech") | {"adapters": both}), NOON, KEPT)
+    for by, expected in ((("version",), 2), (("adapter",), 1)):
+        assert len(files.sums(UsageQuery(TODAY, TODAY, by, "initech"))) == expected  # type: ignore[arg-type]
+    [row] = files.sums(UsageQuery(TODAY, TODAY, ("adapter",), "initech"))
+    assert row["requests"] == 1
 
 
 def test_a_segment_cut_anywhere_in_its_last_event_keeps_all_others() -> None:

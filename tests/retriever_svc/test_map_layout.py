@@ -31,7 +31,8 @@ def test_groups_of_vectors_become_discs_that_do_not_overlap() -> None:
     assert len(set(groups)) == len(layout.discs) == 5
     far = np.linalg.norm(layout.discs[:, None] - layout.discs, axis=2)
     assert (far + np.eye(5) * 99 > layout.radii[:, None] + layout.radii).all()
-    assert (np.linalg.norm(places - layout.discs[groups], axis=1) <= layout.radii[groups] + 1e-3).all()
+    from_middle = np.linalg.norm(places - layout.discs[groups], axis=1) / layout.radii[groups]
+    assert from_middle.max() < 1.01 and np.median(from_middle) < 0.9, "inside, and not all at the edge"
     assert np.ptp(places[:12], axis=0).min() > 0.1, "adapters of one kind are told apart"
 
 

@@ -72,11 +72,18 @@ void multiply(const bf16* x, int64_t num_in, const bf16* panel, const float* bia
 }
 #endif
 
-#ifdef __AVX512F__
-constexpr int kMostWideRows = 8;
+// Vectors of the processor's own width: g++ keeps longer ones in memory.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kMostWideRows = 8;
+#elif defined(__AVX__)
+constexpr int kWidth = 8, kMostWideRows = 2;  // 8 sums, 4 inputs, a pair of weights and a mask are in 16 registers
+#elif defined(__aarch64__)
+constexpr int kWidth = 4, kMostWideRows = 2;
 #else
-constexpr int kMostWideRows = 2;  // with 8 vectors of sums, of 16 with AVX2
+constexpr int kWidth = 4, kMostWideRows = 1;
 #endif
+using wide = float __attribute__((vector_size(4 * kWidth)));
+using wide_bits = uint32_t __attribute__((vector_size(4 * kWidth)));
 
 inline float widen(float value) { return value; }
 
@@ -91,31 +98,29 @@ inline float widen(bf16 value) {
 // registers.
 template <int R, class T>
 void multiply_wide(const T* x, int64_t num_in, const bf16* panel, const float* bias, T* y, Rows rows, int64_t left) {
-  f32x16 low[R], high[R];
+  constexpr int kParts = kBlock / kWidth;
+  wide sums[R][kParts];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    low[r] = load(bias);
-    high[r] = load(bias + kLanes);
-  }
+  for (int r = 0; r < R; ++r) std::memcpy(sums[r], bias, sizeof sums[r]);
   for (int64_t i = 0; i < num_in; i += 2, panel += 2 * kBlock) {
-    u32x16 w_low, w_high;  // the second weight of a pair in the upper half
-    std::memcpy(&w_low, panel, sizeof w_low);
-    std::memcpy(&w_high, panel + kBlock, sizeof w_high);
-    const f32x16 first_low = (f32x16)(w_low << 16), second_low = (f32x16)(w_low & 0xffff0000u);
-    const f32x16 first_high = (f32x16)(w_high << 16), second_high = (f32x16)(w_high & 0xffff0000u);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const float first = widen(x[r * num_in + i]), second = widen(x[r * num_in + i + 1]);
-      low[r] += first_low * first;
-      high[r] += first_high * first;
-      low[r] += second_low * second;
-      high[r] += second_high * second;
+    for (int p = 0; p < kParts; ++p) {
+      wide_bits pairs;  // the second weight of a pair is in the upper half
+      std::memcpy(&pairs, panel + 2 * kWidth * p, sizeof pairs);
+      const wide first = (wide)(pairs << 16), second = (wide)(pairs & 0xffff0000u);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        sums[r][p] += first * widen(x[r * num_in + i]);
+        sums[r][p] += second * widen(x[r * num_in + i + 1]);
+      }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    store_part(y + rows.place(r), low[r], left);
-    if (left > kLanes) store_part(y + rows.place(r) + kLanes, high[r], left - kLanes);
+    float found[kBlock];
+    std::memcpy(found, sums[r], sizeof found);
+    store_part(y + rows.place(r), load(found), left);
+    if (left > kLanes) store_part(y + rows.place(r) + kLanes, load(found + kLanes), left - kLanes);
   }
 }
 

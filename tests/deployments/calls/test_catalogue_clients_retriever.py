@@ -25,7 +25,7 @@ READS: dict[str, tuple[Callable[[RetrieverClient], Awaitable[Any]], tuple[Any, .
     ),
     "replay": (lambda client: client.replay("t", "mixture", [], 7), ("t", "mixture", [], 7)),
     "policies": (lambda client: client.policies("t", "support", 7, 1), ("t", "support", 7, 1)),
-    "names": (lambda client: client.names("t", 7), ("t", 7)),
+    "names": (lambda client: client.names("t", 7), ("t", 7, "", None, False)),
     "page": (lambda client: client.page("t", PAGE, 7), ("t", PAGE, 7)),
     "map": (lambda client: client.map("t", 7), ("t", 7)),
     "place": (lambda client: client.place("t", "text", ["poet"], 7), ("t", "text", ["poet"], 7)),

@@ -102,7 +102,7 @@ def test_each_process_has_room_for_the_keys_of_its_heads(
 
 
 def test_every_row_of_a_hybrid_model_has_blocks_for_its_states(tmp_path: Path, environment: Mapping[str, str]) -> None:
-    config = tiny_config(save_of_vllm(tmp_path, "qwen3_5"), engine="vllm", max_model_len=96)
+    config = tiny_config(save_of_vllm(tmp_path, "qwen3_5"), engine="vllm", max_model_len=96, dtype="bfloat16")
     model = load_front_model(config)
     vllm_config = build_config(config, model, free_fill=0.0, is_compiled=False)
     cache = vllm_config.cache_config
