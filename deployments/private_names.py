@@ -91,6 +91,7 @@ SOURCES: tuple[Source, ...] = (
     ("transformers", "PreTrainedModel", ("_supports_attention_backend",)),
     ("transformers", "PreTrainedConfig", ("_attn_implementation",)),
     ("transformers.utils.hub", "cached_files", ("_raise_exceptions_for_missing_entries",)),
+    ("transformers.integrations.moe", "", ('experts_class, "_apply_gate"',)),
     ("transformers.modeling_utils", "", ("\nALL_ATTENTION_FUNCTIONS",)),
     ("transformers.modeling_rope_utils", "", ("\nROPE_INIT_FUNCTIONS", '"longrope"')),
     ("torch.nn", "Module", ("_forward_hooks", "_forward_pre_hooks")),
