@@ -66,7 +66,7 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
 
     A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
     that did not send that turn, because several routers share the clients, takes the conversation's home replica. First
-    turns go there too, so that every router finds the next one.
+    turns go there too, so that every router that knows the same holders finds the next one.
     """
 
     max_turns = 100_000  # remembered ones, 200 bytes each
