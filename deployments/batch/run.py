@@ -123,6 +123,8 @@ def _deciding(settings: BatchSettings) -> JsonObject:
         name: value for name, value in config["retrieval"].items() if name not in _OTHERS_OF_RETRIEVAL
     }
     deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
+    if config["models"]:  # a manifest may lack a setting, so that of a run with fewer of them must differ in this one
+        deciding["base_model"] = [model["base_model"] for model in config["models"]]
     for number, model in enumerate(config["models"]):
         deciding[f"models.{number}"] = {
             **{name: model[name] for name in _OF_MODEL},
