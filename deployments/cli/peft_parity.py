@@ -52,8 +52,11 @@ def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig
 
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
     PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
-    PEFT has no combination of adapters on experts, so there the concatenation is an adapter as well.
+    PEFT has no combination of adapters on experts, so there the concatenation is an adapter as well. Neither rounds the
+    base model, whatever `worker.quantization` says.
     """
+    if isinstance(config, NativeWorkerConfig):
+        config = replace(config, quantization="none")
     with tempfile.TemporaryDirectory() as copies:
         return _parity(_in_pefts_names(folder, config, Path(copies)), config)
 
