@@ -21,7 +21,7 @@ import numpy as np
 from lora_store.adapter import ModuleWeights, Shapes
 from lora_store.peft_config import EXPERT_PARAMETERS, PeftConfig
 from lora_store.safetensors_layout import StoredTensor
-from lora_store.tensor_paths import MAX_NAME, WRAPPERS, inner_path, tensor_key
+from lora_store.tensor_paths import MAX_NAME, MOST_ADDED, WRAPPERS, inner_path, tensor_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ _PARTS = {
     **{_GATE_UP: (_GATE_UP, 0), "gate_proj": (_GATE_UP, 0), "up_proj": (_GATE_UP, 1), _DOWN: (_DOWN, 0)},
     **{"w1": (_GATE_UP, 0), "w3": (_GATE_UP, 1), "w2": (_DOWN, 0)},  # Mixtral's names
 }
+_MOST_MATCHES = 100_000  # of a pattern and a path of a single expert's layer: a crafted pattern takes 0.1 ms
 _BLOCKS = {"mlp", "block_sparse_moe", "feed_forward", "moe"}  # families' names for what holds the experts
 
 
@@ -115,6 +116,7 @@ class _Reader:
 
     def __init__(self, config: PeftConfig, shapes: Shapes | None, max_bytes: int) -> None:
         self._config, self._shapes, self._room = config, shapes, max_bytes
+        self._num_patterns, self._matches_left = len(config.rank_pattern) + len(config.alpha_pattern), _MOST_MATCHES
         self._tensors: dict[str, StoredTensor] = {}
         self._paths: set[str] = set()
         self._ranks: dict[str, float] = {}
@@ -168,6 +170,9 @@ class _Reader:
         """Put the pairs of single experts together. Parts of one parameter are blocks of its B."""
         base, a, b = _without_prefix(trained), pairs[0].a, pairs[0].b
         paths = {f"{base}.{pair.expert}.{pair.leaf}" for pair in pairs}
+        self._matches_left -= len(paths) * self._num_patterns
+        if self._matches_left < 0:
+            raise ValueError("rank_pattern and alpha_pattern have too many entries for this many single experts")
         rank, alphas = a.shape[0], {self._config.alpha_of(path) for path in paths}
         if len(alphas) > 1 or {self._config.rank_of(path) for path in paths} != {rank}:
             raise ValueError("the experts' ranks or alphas differ: train them with one rank and lora_alpha")
@@ -197,6 +202,8 @@ class _Reader:
         return otherwise if self._shapes is None else self._shapes[module][2]
 
     def _add(self, module: str, a: StoredTensor, b: StoredTensor) -> None:
+        if module in self._ranks:
+            raise ValueError("are also in the file under another path: keep one of them")
         self._tensors |= {tensor_key(module, "A"): a, tensor_key(module, "B"): b}
 
     def _set(self, module: str, paths: set[str], rank: int, alpha: float) -> None:
@@ -246,6 +253,8 @@ def _find_container(trained: str, known: Mapping[str, str | None] | None) -> str
         return _without_prefix(trained)
     layer, rest = _layer_of(trained)
     container = known.get(layer)
+    if container is not None and len(_without_prefix(trained)) > len(container) + MOST_ADDED:
+        container = None
     if container is None or (rest != _layer_of(container)[1] and rest.removesuffix(".experts") not in _BLOCKS):
         raise ValueError("are no experts of the base model that can be adapted")
     return container

@@ -234,6 +234,9 @@ class PatternTable:
         self._values = dict(values)
         self._compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in self._values.items()]
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def get(self, paths: Collection[str], default: float) -> float:
         """Return the value of the first pattern that matches the first path that any matches, or `default`."""
         for path in paths:

@@ -161,6 +161,16 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], Shapes, str]] = {
     "half of a pair": (without("1.down_proj.lora_B.weight"), SHAPES, "has no lora_B"),
     "both spellings": (lambda x: x | stacked(x), SHAPES, "of all experts and of single ones"),
     "two names": (lambda x: x | {f"_orig_mod.{k}": t for k, t in x.items()}, SHAPES, "are the same tensor"),
+    "two paths": (
+        lambda x: {k.replace("model.layers", "layers") if ".1." in k else k: t for k, t in x.items()},
+        SHAPES,
+        "also in the file under another path",
+    ),
+    "a long path": (
+        lambda x: {k.replace(EXPERTS, "model." * 20 + EXPERTS): t for k, t in x.items()},
+        SHAPES,
+        "are no experts of the",
+    ),
     "two dtypes": (
         lambda x: {k: t.half() if ".1." in k else t for k, t in x.items()},
         SHAPES,
@@ -178,6 +188,14 @@ def test_experts_that_cannot_be_read_are_refused(
     with pytest.raises(AdapterRefused, match=reason) as refusal:
         check(folder_of(tmp_path / "bad", tensors, **config), shapes)
     assert len(refusal.value.reasons) == 1, refusal.value.reasons
+
+
+def test_patterns_and_single_experts_are_matched_in_bounded_time(tmp_path: Path) -> None:
+    patterns = {f"layers.{number}.q_proj": 2 for number in range(1_000)}
+    shapes: Shapes = {name: (*shape[:2], 20) if "experts" in name else shape for name, shape in SHAPES.items()}
+    folder = folder_of(tmp_path / "many", single_experts(20), rank_pattern=patterns, alpha_pattern=patterns)
+    with pytest.raises(AdapterRefused, match="too many entries for this many single experts"):
+        check(folder, shapes)
 
 
 def test_experts_that_are_left_out_count_towards_the_limit_of_bytes(tmp_path: Path) -> None:
