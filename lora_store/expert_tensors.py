@@ -121,8 +121,6 @@ class _Reader:
         self._paths: set[str] = set()
         self._ranks: dict[str, float] = {}
         self._alphas: dict[str, float] = {}
-        targets = config.target_parameters
-        self._targets = [leaf for leaf in EXPERT_PARAMETERS if any(name.endswith(leaf) for name in targets)]
 
     def found(self) -> ExpertTensors:
         config = replace(
@@ -146,12 +144,13 @@ class _Reader:
     def _name_stacked(self, container: str, pairs: Sequence[_Pair]) -> Iterator[tuple[_Pair, str]]:
         """Yield each pair with its parameter: the one of its shape, or if shapes are not known the one nested so."""
         nested = sorted(pairs, key=lambda pair: pair.depth, reverse=True)  # the innermost first
+        targets = [leaf for leaf in EXPERT_PARAMETERS if self._config.targets_parameter(f"{container}.{leaf}")]
         for place, pair in enumerate(nested):
             ends = pair.b.shape[0], pair.a.shape[1]
             if self._shapes is not None:
                 leaves = [leaf for leaf in EXPERT_PARAMETERS if self._shapes[f"{container}.{leaf}"][:2] == ends]
             else:
-                leaves = self._targets[place : place + 1] if len(self._targets) == len(nested) else []
+                leaves = targets[place : place + 1] if len(targets) == len(nested) else []
             if not leaves or f"{container}.{leaves[0]}" in self._ranks:
                 raise ValueError(f"{pair.key[:200]!r} maps {ends[1]} to {ends[0]}, which no parameter of them does")
             yield pair, leaves[0]

@@ -122,6 +122,16 @@ def test_written_experts_are_read_again(tmp_path: Path) -> None:
     assert WeightsBlob(read_peft_folder(tmp_path / "two").modules).digest() == digest
 
 
+def test_layers_with_different_parameters_are_read_without_a_known_base(tmp_path: Path) -> None:
+    """One layer has both, another one only one, as PEFT writes it: then it is not nested."""
+    both = check(folder_of(tmp_path / "one", stacked(single_experts()), **AS_STACKED))
+    other = EXPERTS.replace("0", "1")
+    for leaf in ("gate_up_proj", "down_proj"):
+        modules = both | {f"{other}.{leaf}": both[f"{EXPERTS}.{leaf}"]}
+        write_peft_folder(tmp_path / leaf, modules, base_model=BASE)
+        assert WeightsBlob(check(tmp_path / leaf, shapes=None)).digest() == WeightsBlob(modules).digest()
+
+
 def test_experts_are_composed_one_by_one(tmp_path: Path) -> None:
     modules = check(folder_of(tmp_path / "one", single_experts()))
     for rank, bound in ((None, 1e-6), (2, 1.0)):
