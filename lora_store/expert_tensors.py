@@ -95,7 +95,7 @@ def read_experts(
     if known is not None and not known:
         reason = (
             f"{min(keys)[:200]!r} changes experts, and this server's base model and engine take no adapters on them:"
-            " serve the model with worker.engine 'native', or train with target_modules of attention and dense layers"
+            " train with target_modules of attention and dense layers, or use worker.engine 'native' instead of 'vllm'"
         )
         routers = {key for key in tensors if ".gate.lora_" in key}  # PEFT adapts both for target_modules "all-linear"
         return ExpertTensors(config, frozenset(keys | routers), problems=(reason,))
