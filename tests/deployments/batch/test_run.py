@@ -81,6 +81,9 @@ def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> 
     other = replace(place.config.worker, dtype="bfloat16")
     with pytest.raises(BatchRefused, match=r"worker.dtype was 'float32', is 'bfloat16'"):
         place.begin(rows, config=place.config.model_copy(update={"worker": other}))
+    rounded = replace(place.config.worker, dtype="bfloat16", quantization="int4")
+    with pytest.raises(BatchRefused, match=r"worker.quantization was 'none', is 'int4'"):
+        place.begin(rows, config=place.config.model_copy(update={"worker": rounded}))
     sampled = place.config.model_copy(update={"sampling_defaults": SamplingDefaults(temperature=0)})
     with pytest.raises(BatchRefused, match=r"sampling_defaults.temperature was None, is 0.0"):
         place.begin(rows, config=sampled)
