@@ -109,7 +109,6 @@ def serve(
         "worker": None if device is None else {"device": device},
     }
     changes = {name: value for name, value in given.items() if value}
-    _import_serve()
     settings = _settings_of_server(config, changes)
     if print_config:
         from deployments.config.loading import dump_config
@@ -118,6 +117,7 @@ def serve(
         return
     if port:
         _require_free(host, port)
+    _import_serve()
     from deployments.private_names import check_libraries
 
     try:
