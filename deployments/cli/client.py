@@ -319,6 +319,11 @@ def print_json(answer: JsonObject) -> None:
     typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
+def join_lines(text: str) -> str:
+    """Return the text on one line, without characters that a terminal obeys."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
 def show_error(message: str) -> None:
     """Print an error to stderr."""
     err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)

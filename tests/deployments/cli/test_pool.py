@@ -67,9 +67,12 @@ def test_show_prints_the_servers_answer_as_json() -> None:
 def test_show_prints_an_adapter_and_its_versions() -> None:
     version = {"generation": 3, "created_at": "2026-01-02", "actor": "tester", "source": "s3://bucket/poet"}
     versions = [version | {"digest": "d" * 64, "state": "live"}, version | {"digest": "e" * 64, "state": "kept"}]
-    with scripted((200, {**ROW, "trial": None, "tags": ["fun"], "versions": versions})) as server:
+    samples = [{"input": "Write a [poem].\nOf \x1b[31mrain", "output": "Drops"}]
+    answer = {**ROW, "trial": None, "tags": ["fun"], "versions": versions, "samples": samples}
+    with scripted((200, answer)) as server:
         result = run("show", "local/poet", "--url", server.url)
-    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/local%2Fpoet")])
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/local%2Fpoet?samples=3")])
+    assert "\nsample: Write a [poem]. Of [31mrain\n" in result.stdout
     live, kept = [line for line in result.stdout.splitlines() if "tester" in line]
     assert ("d" * 12 in live and "live" in live, "e" * 12 in kept and "kept" in kept) == (True, True)
     assert "None" not in result.stdout
