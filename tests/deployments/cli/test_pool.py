@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -36,6 +39,17 @@ def test_list_shows_the_pool() -> None:
     assert "2, 4" in line
     assert "by name only" in line
     assert "fun," in line and "short" in result.stdout
+
+
+def test_a_pipe_gets_every_adapter_on_one_line() -> None:
+    name = "a-name-of-sixty-characters-that-no-terminal-has-room-for-xxx"
+    answer = {"generation": 3, "data": [ROW | {"id": name}], "last_id": name, "has_more": False}
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    with scripted((200, answer)) as server:
+        command = [sys.executable, "-c", "from deployments.cli.main import main; main()", "list", "--url", server.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    [line] = [line for line in done.stdout.splitlines() if name in line]
+    assert all(part in line for part in ("d" * 12, "2, 4", "by name only", "fun, short"))
 
 
 def test_list_says_which_adapters_are_not_served() -> None:
