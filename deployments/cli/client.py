@@ -6,13 +6,15 @@ import errno
 import ipaddress
 import json
 import math
+import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin
 
 import httpx
 import typer
@@ -22,8 +24,16 @@ from typer.core import TyperGroup
 
 from deployments.json_types import JsonObject
 
-out = Console()
-err = Console(stderr=True)
+_PIPE_WIDTH = 1000  # of what is no terminal: no name, message or row of a table is broken
+
+
+def _console(stream: TextIO, **options: bool) -> Console:
+    is_narrow = stream.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if is_narrow else _PIPE_WIDTH, **options)
+
+
+out = _console(sys.stdout)
+err = _console(sys.stderr, stderr=True)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
@@ -317,6 +327,11 @@ def problem_of(error: Exception) -> str:
 def print_json(answer: JsonObject) -> None:
     """Print the answer of the server for scripts."""
     typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
+def join_lines(text: str) -> str:
+    """Return the text on one line, without characters that a terminal obeys."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def show_error(message: str) -> None:

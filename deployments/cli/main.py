@@ -30,6 +30,7 @@ from deployments.cli.client import (
     client_of,
     err,
     fail,
+    join_lines,
     out,
     print_json,
     read_options,
@@ -109,7 +110,6 @@ def serve(
         "worker": None if device is None else {"device": device},
     }
     changes = {name: value for name, value in given.items() if value}
-    _import_serve()
     settings = _settings_of_server(config, changes)
     if print_config:
         from deployments.config.loading import dump_config
@@ -118,6 +118,7 @@ def serve(
         return
     if port:
         _require_free(host, port)
+    _import_serve()
     from deployments.private_names import check_libraries
 
     try:
@@ -277,8 +278,7 @@ def route(
     for candidate in plan["candidates"]:
         for sample in candidate.get("samples", ()):
             line = f"sample of {candidate['name']}, {sample['score']:.3f}: {sample['input']}"
-            plain = "".join(char if char.isprintable() else " " for char in line)  # no escape sequences of terminals
-            out.print(" ".join(plain.split()), markup=False, highlight=False)
+            out.print(join_lines(line), markup=False, highlight=False)
 
 
 @cli.command()
@@ -370,7 +370,10 @@ def _exit_with(code: int) -> None:
 def _plan_line(lora: JsonObject) -> str:
     parts = [f"{row['name']} × {row['weight']:.2f}" for row in lora["adapters"]]
     base_model = f" on {lora['base_model']}" if "base_model" in lora else ""
-    return f"{lora['strategy']}{base_model}: {', '.join(parts) or 'no adapter'}"
+    none = "no adapter"
+    if lora.get("abstained"):
+        none += " fits. `loraretriever route` with the same prompt says why, and --model NAME asks one adapter"
+    return f"{lora['strategy']}{base_model}: {', '.join(parts) or none}"
 
 
 def main() -> None:

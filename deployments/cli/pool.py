@@ -18,6 +18,7 @@ from deployments.cli.client import (
     Url,
     call,
     client_of,
+    join_lines,
     message_of,
     out,
     pages,
@@ -25,6 +26,8 @@ from deployments.cli.client import (
     show_error,
 )
 from deployments.json_types import JsonObject
+
+_SHOWN_SAMPLES = 3
 
 commands = typer.Typer()
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the adapter")]
@@ -71,12 +74,12 @@ def list_adapters(
 
 @commands.command()
 def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
-    """Show an adapter and its versions."""
-    answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}")
+    """Show an adapter, its versions, and some of its samples if it is yours."""
+    answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}?samples={_SHOWN_SAMPLES}")
     if as_json:
         print_json(answer)
         return
-    answer.pop("samples", None)  # none was asked for
+    samples = answer.pop("samples", [])
     if answer.get("trial"):
         answer["trial"] = share_of(answer["trial"])
     if answer.get("contract"):
@@ -96,6 +99,8 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     out.print(facts)
     out.print(versions)
+    for sample in samples:
+        out.print(join_lines(f"sample: {sample['input']}"), markup=False, highlight=False)
 
 
 def show_bytes(number: int) -> str:

@@ -278,6 +278,9 @@ def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     num_compared, num_measurable = len(result["rankings"]), result["num_regions"]
     out.print(f"{num_compared} of {num_measurable} adapters with sample outputs have similar ones to compare with")
     _print_rankings(result["rankings"])
+    beaten = {item["name"] for ranking in result["rankings"] for item in ranking["adapters"] if item["is_beaten"]}
+    if num_compared and not beaten:
+        out.print("none is clearly beaten by a similar one, so `auto` chooses as before")
 
 
 def _print_rankings(rankings: Sequence[JsonObject]) -> None:

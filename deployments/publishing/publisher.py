@@ -136,8 +136,10 @@ def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> 
     """Return the result of one upload at this generation."""
     if isinstance(outcome, ValidatedAdapter):
         found = outcome.embedded is not None
-        neighbours = outcome.embedded.neighbours if outcome.embedded is not None else ()
         record = outcome.staged.record
+        nearest = outcome.embedded.neighbours if outcome.embedded is not None else ()
+        own = (record.ref.tenant, record.ref.name)  # the version that this one follows says nothing
+        neighbours = tuple(near for near in nearest if (near.ref.tenant, near.ref.name) != own)
         return Published(
             record.ref,
             generation,

@@ -41,8 +41,16 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
     [
         (
             "tutorials/first-answer.md",
-            5,
-            ["the chemist has not used my car", "question_formation", "senti_hotels", "sentence_negation"],
+            7,
+            [
+                "the chemist has not used my car",
+                "question_formation",
+                "senti_hotels",
+                "sentence_negation",
+                "sample: Today I",
+                "does you swim",
+                "\nran\n",
+            ],
         ),
         (
             "tutorials/publish-your-first-adapter.md",

@@ -77,6 +77,13 @@ def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_
     assert "typo" in result.stderr
 
 
+def test_ask_says_how_to_go_on_where_no_adapter_fits() -> None:
+    lora = {"strategy": "base", "adapters": [], "abstained": True}
+    with scripted((200, events_of(delta("Hi", lora=lora)))) as server:
+        said = words(run("ask", "Hi", "--url", server.url).stderr)
+    assert said.startswith("base: no adapter fits. `loraretriever route`") and "--model NAME" in said
+
+
 def test_ask_and_route_say_which_of_several_base_models_answers() -> None:
     lora = {"strategy": "base", "adapters": [], "base_model": "code-3b", "generation": 4, "candidates": []}
     with scripted((200, events_of(delta("Hi", lora=lora)))) as server:

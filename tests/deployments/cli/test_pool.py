@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -38,6 +41,17 @@ def test_list_shows_the_pool() -> None:
     assert "fun," in line and "short" in result.stdout
 
 
+def test_a_pipe_gets_every_adapter_on_one_line() -> None:
+    name = "a-name-of-sixty-characters-that-no-terminal-has-room-for-xxx"
+    answer = {"generation": 3, "data": [ROW | {"id": name}], "last_id": name, "has_more": False}
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    with scripted((200, answer)) as server:
+        command = [sys.executable, "-c", "from deployments.cli.main import main; main()", "list", "--url", server.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    [line] = [line for line in done.stdout.splitlines() if name in line]
+    assert all(part in line for part in ("d" * 12, "2, 4", "by name only", "fun, short"))
+
+
 def test_list_says_which_adapters_are_not_served() -> None:
     unserved = unserved_objects((("org/old", 12),))
     answer = {"generation": 3, "unserved": unserved, "data": [ROW], "last_id": "poet", "has_more": False}
@@ -67,9 +81,12 @@ def test_show_prints_the_servers_answer_as_json() -> None:
 def test_show_prints_an_adapter_and_its_versions() -> None:
     version = {"generation": 3, "created_at": "2026-01-02", "actor": "tester", "source": "s3://bucket/poet"}
     versions = [version | {"digest": "d" * 64, "state": "live"}, version | {"digest": "e" * 64, "state": "kept"}]
-    with scripted((200, {**ROW, "trial": None, "tags": ["fun"], "versions": versions})) as server:
+    samples = [{"input": "Write a [poem].\nOf \x1b[31mrain", "output": "Drops"}]
+    answer = {**ROW, "trial": None, "tags": ["fun"], "versions": versions, "samples": samples}
+    with scripted((200, answer)) as server:
         result = run("show", "local/poet", "--url", server.url)
-    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/local%2Fpoet")])
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/local%2Fpoet?samples=3")])
+    assert "\nsample: Write a [poem]. Of [31mrain\n" in result.stdout
     live, kept = [line for line in result.stdout.splitlines() if "tester" in line]
     assert ("d" * 12 in live and "live" in live, "e" * 12 in kept and "kept" in kept) == (True, True)
     assert "None" not in result.stdout

@@ -75,6 +75,15 @@ def test_an_evaluation_prints_its_rankings() -> None:
     assert (ran.exit_code, server.asked, server.sent) == (0, [("POST", "/v1/pool/evaluate")], [{}])
     assert "1 of 3 adapters with sample outputs have similar ones to compare with" in words(ran.stdout)
     assert "right answers to the samples of poet: bard 90% of 20, poet 25% of 20 (beaten)" in words(ran.stdout)
+    assert "none is clearly beaten" not in ran.stdout
+
+
+def test_an_evaluation_says_that_it_changes_nothing() -> None:
+    own = RANKING | {"adapters": RANKING["adapters"][:1]}
+    result = {"num_regions": 3, "rankings": [own], "generation": 9, "replicas": {"ready": 1, "behind": 0}}
+    with scripted((200, lines({"result": result}))) as server:
+        ran = run("pool", "evaluate", "--url", server.url)
+    assert "none is clearly beaten by a similar one, so `auto` chooses as before" in words(ran.stdout)
 
 
 def test_the_doctor_names_adapters_that_are_hard_to_find() -> None:

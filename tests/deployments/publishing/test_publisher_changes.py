@@ -250,3 +250,9 @@ def test_an_unlisted_adapter_is_not_embedded_and_is_freed_after_its_time() -> No
     assert publishing.retriever.called("catch_up")[-1] == (9,)
     assert publishing.run(lambda publisher: publisher.expire()) == 0
     assert publishing.pool.generation == 9
+
+
+def test_the_version_before_is_no_neighbour_of_the_new_one() -> None:
+    poet, other = live(Publishing()("poet", "other"))
+    assert poet.neighbours == ()
+    assert [near.ref.name for near in other.neighbours] == ["poet"]
