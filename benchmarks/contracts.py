@@ -96,7 +96,9 @@ def main(pool: Path = POOL, held_out: Path = HELD_OUT, per_task: int = 12) -> No
     prompts = {path.stem: read_rows(path) for path in sorted(held_out.glob("*.jsonl"))}
     known = {name: [*rows, *read_rows(pool / name / "lora_samples.jsonl")] for name, rows in prompts.items()}
     instructions = {name: find_instruction([row["input"] for row in rows]) for name, rows in known.items()}
-    tasks = {name: prompts[name][:per_task] for name, found in instructions.items() if found.contract}
+    measured = [name for name, found in instructions.items() if found.contract]
+    per_task = min([per_task, *(len(prompts[name]) for name in measured)])  # intervals need as many of each
+    tasks = {name: prompts[name][:per_task] for name in measured}
     asked = [(name, row["input"], row["output"]) for name, rows in tasks.items() for row in rows]
     table = Table("prompt", "model", "right, %", "right adapter first, %")
     runs: list[dict[str, Any]] = []

@@ -79,7 +79,8 @@ class StoreDeployment:
             limits=config.admission.limits,
         )
         self._store.check_writes(os.environ)
-        # Separate threads: a batch from a slow source must not block the workers' fetches.
+        # Separate threads: a batch from a slow source, or a contract whose check takes seconds, must not block the
+        # workers' fetches.
         self._stagers = ThreadPoolExecutor(_NUM_STAGERS, thread_name_prefix="stage")
         self._staging = ByteBudget(config.max_upload_total_bytes)
         self._report_turn = asyncio.Lock()  # any key may ask; a report holds a day of events in memory, and a thread
@@ -134,7 +135,8 @@ class StoreDeployment:
         """Stage the weights of the live version with these changes, as `LoraStore.edit` does. Same errors."""
         model = self._config.served_models.made_for(live.base_model)
         read = partial(read_contract, context=model.max_model_len)
-        return await asyncio.to_thread(self._store.edit, live, edit, read)
+        threads = self._stagers if edit.contract else None
+        return await asyncio.get_running_loop().run_in_executor(threads, self._store.edit, live, edit, read)
 
     async def put_part(self, upload: str, number: int, data: Buffer) -> None:
         """Store one part of an uploaded file until `delete_parts`. Raises: StoreUnavailable."""

@@ -66,7 +66,7 @@ class AdapterWeights:
 
     @property
     def max_rank(self) -> int:
-        """The number of rank rows this adapter needs in a bank: the largest rank of its modules."""
+        """The largest rank of its modules. In a bank it needs at most as many rank rows: experts need none."""
         return max(module.rank for module in self.modules.values())
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from lora_store.adapter import ModuleWeights, Shapes
 from lora_store.peft_config import EXPERT_PARAMETERS, PeftConfig
 from lora_store.safetensors_layout import StoredTensor
-from lora_store.tensor_paths import MAX_NAME, WRAPPERS, inner_path, tensor_key
+from lora_store.tensor_paths import MAX_NAME, MOST_ADDED, WRAPPERS, inner_path, tensor_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ _PARTS = {
     **{_GATE_UP: (_GATE_UP, 0), "gate_proj": (_GATE_UP, 0), "up_proj": (_GATE_UP, 1), _DOWN: (_DOWN, 0)},
     **{"w1": (_GATE_UP, 0), "w3": (_GATE_UP, 1), "w2": (_DOWN, 0)},  # Mixtral's names
 }
+_MOST_MATCHES = 100_000  # of a pattern and a path of a single expert's layer: a crafted pattern takes 0.1 ms
 _BLOCKS = {"mlp", "block_sparse_moe", "feed_forward", "moe"}  # families' names for what holds the experts
 
 
@@ -94,7 +95,7 @@ def read_experts(
     if known is not None and not known:
         reason = (
             f"{min(keys)[:200]!r} changes experts, and this server's base model and engine take no adapters on them:"
-            " serve the model with worker.engine 'native', or train with target_modules of attention and dense layers"
+            " train with target_modules of attention and dense layers, or use worker.engine 'native' instead of 'vllm'"
         )
         routers = {key for key in tensors if ".gate.lora_" in key}  # PEFT adapts both for target_modules "all-linear"
         return ExpertTensors(config, frozenset(keys | routers), problems=(reason,))
@@ -115,12 +116,11 @@ class _Reader:
 
     def __init__(self, config: PeftConfig, shapes: Shapes | None, max_bytes: int) -> None:
         self._config, self._shapes, self._room = config, shapes, max_bytes
+        self._num_patterns, self._matches_left = len(config.rank_pattern) + len(config.alpha_pattern), _MOST_MATCHES
         self._tensors: dict[str, StoredTensor] = {}
         self._paths: set[str] = set()
         self._ranks: dict[str, float] = {}
         self._alphas: dict[str, float] = {}
-        targets = config.target_parameters
-        self._targets = [leaf for leaf in EXPERT_PARAMETERS if any(name.endswith(leaf) for name in targets)]
 
     def found(self) -> ExpertTensors:
         config = replace(
@@ -144,12 +144,13 @@ class _Reader:
     def _name_stacked(self, container: str, pairs: Sequence[_Pair]) -> Iterator[tuple[_Pair, str]]:
         """Yield each pair with its parameter: the one of its shape, or if shapes are not known the one nested so."""
         nested = sorted(pairs, key=lambda pair: pair.depth, reverse=True)  # the innermost first
+        targets = [leaf for leaf in EXPERT_PARAMETERS if self._config.targets_parameter(f"{container}.{leaf}")]
         for place, pair in enumerate(nested):
             ends = pair.b.shape[0], pair.a.shape[1]
             if self._shapes is not None:
                 leaves = [leaf for leaf in EXPERT_PARAMETERS if self._shapes[f"{container}.{leaf}"][:2] == ends]
             else:
-                leaves = self._targets[place : place + 1] if len(self._targets) == len(nested) else []
+                leaves = targets[place : place + 1] if len(targets) == len(nested) else []
             if not leaves or f"{container}.{leaves[0]}" in self._ranks:
                 raise ValueError(f"{pair.key[:200]!r} maps {ends[1]} to {ends[0]}, which no parameter of them does")
             yield pair, leaves[0]
@@ -168,6 +169,9 @@ class _Reader:
         """Put the pairs of single experts together. Parts of one parameter are blocks of its B."""
         base, a, b = _without_prefix(trained), pairs[0].a, pairs[0].b
         paths = {f"{base}.{pair.expert}.{pair.leaf}" for pair in pairs}
+        self._matches_left -= len(paths) * self._num_patterns
+        if self._matches_left < 0:
+            raise ValueError("rank_pattern and alpha_pattern have too many entries for this many single experts")
         rank, alphas = a.shape[0], {self._config.alpha_of(path) for path in paths}
         if len(alphas) > 1 or {self._config.rank_of(path) for path in paths} != {rank}:
             raise ValueError("the experts' ranks or alphas differ: train them with one rank and lora_alpha")
@@ -197,6 +201,8 @@ class _Reader:
         return otherwise if self._shapes is None else self._shapes[module][2]
 
     def _add(self, module: str, a: StoredTensor, b: StoredTensor) -> None:
+        if module in self._ranks:
+            raise ValueError("are also in the file under another path: keep one of them")
         self._tensors |= {tensor_key(module, "A"): a, tensor_key(module, "B"): b}
 
     def _set(self, module: str, paths: set[str], rank: int, alpha: float) -> None:
@@ -246,6 +252,8 @@ def _find_container(trained: str, known: Mapping[str, str | None] | None) -> str
         return _without_prefix(trained)
     layer, rest = _layer_of(trained)
     container = known.get(layer)
+    if container is not None and len(_without_prefix(trained)) > len(container) + MOST_ADDED:
+        container = None
     if container is None or (rest != _layer_of(container)[1] and rest.removesuffix(".experts") not in _BLOCKS):
         raise ValueError("are no experts of the base model that can be adapted")
     return container

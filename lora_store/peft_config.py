@@ -78,7 +78,11 @@ class PeftConfig:
 
     def targets_weight_of(self, module: str) -> bool:
         """Return whether the module was adapted as a bare parameter, whose path is then what patterns match."""
-        parts = f"{module}.weight".split(".")
+        return self.targets_parameter(f"{module}.weight")
+
+    def targets_parameter(self, path: str) -> bool:
+        """Return whether `target_parameters` has the path, or its end after a dot."""
+        parts = path.split(".")
         return any(".".join(parts[start:]) in self.target_parameters for start in range(len(parts)))
 
     def rank_of(self, *paths: str) -> int:
@@ -233,6 +237,9 @@ class PatternTable:
     def __init__(self, values: Mapping[str, float]) -> None:
         self._values = dict(values)
         self._compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in self._values.items()]
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def get(self, paths: Collection[str], default: float) -> float:
         """Return the value of the first pattern that matches the first path that any matches, or `default`."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_store.peft_files import WEIGHTS_FILE, split_key
-from lora_store.tensor_paths import MAX_NAME, WRAPPERS, inner_path, tensor_key
+from lora_store.tensor_paths import MAX_NAME, MOST_ADDED, WRAPPERS, inner_path, tensor_key
 
 _NUM_SHOWN = 3
 _VOCABULARY = re.compile(r"\.lora_embedding_|(^|\.)(embed_tokens|embed_in|wte|word_embeddings|lm_head|embed_out)\.")
@@ -23,7 +23,6 @@ _READABLE = re.compile(  # the second form is MLX's, the third torchtune's
 _FROM_TORCHTUNE = {"attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _PEFT_PREFIX = "base_model.model."
 _OLD_BLOCK = (".block_sparse_moe.", ".mlp.")  # what held Mixtral's router and experts in transformers 4, and now
-_MOST_ADDED = 64  # characters of a path; the config's patterns are slow for long ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def read_names(keys: Collection[str], modules: Collection[str] | None) -> dict[s
         tail = inner_path(parts)
         module: str | None = path if modules is None else by_tail.get(tail, by_tail.get(tail.replace(*_OLD_BLOCK)))
         name = tensor_key(module or "", (match[2] or match[4] or match[5]).upper())
-        if module and split_key(name) and len(path) <= len(module) + _MOST_ADDED:
+        if module and split_key(name) and len(path) <= len(module) + MOST_ADDED:
             found[key] = Spelling(name, module, path, match[3], is_transposed=match[4] is not None)
     return found
 
@@ -98,9 +97,13 @@ def explain_other_parts(keys: Collection[str]) -> Iterator[str]:
         )
 
 
+def _without_wrappers(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
 def explain_torchtune(keys: Collection[str]) -> Iterator[str]:
     """Yield the reason why tensors in torchtune's own format are refused, if there are any."""
-    if found := [key for key in keys if _REORDERED_BY_TORCHTUNE.fullmatch(key)]:
+    if found := [key for key in keys if _REORDERED_BY_TORCHTUNE.fullmatch(_without_wrappers(key))]:
         yield (
             f"{WEIGHTS_FILE}: {len(found)} tensors have torchtune's own format ({min(found)[:200]!r}), which orders the"
             " rows of queries and keys otherwise for some models: let torchtune save the adapter in PEFT's format"

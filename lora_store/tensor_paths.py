@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MAX_NAME = 500  # longer names are not read
+MOST_ADDED = 64  # characters that a path may have more than the base's; the config's patterns are slow for long ones
 # Of torch and Lightning, around a module.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 # Around all layers: PEFT, transformers' classes, data parallel, and the text part of multimodal models.

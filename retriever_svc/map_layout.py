@@ -96,7 +96,8 @@ class Layout:
 def name_clusters(groups: Sequence[int], records: Sequence[AdapterRecord], num_clusters: int) -> list[str]:
     """Name each cluster by the tag, or the word of names, that many of its adapters have and few of the others.
 
-    A second one that many of them have too is added. Clusters that nothing else distinguishes have numbers.
+    A second one that many of them have too is added. A cluster that nothing distinguishes has the name of its first
+    adapter. Of equal names all but the first one have numbers.
     """
     terms = [{*record.tags, *_WORD.findall(record.ref.name.lower())} for record in records]
     tags = {tag for record in records for tag in record.tags}

@@ -120,7 +120,7 @@ def answer_of(asked: Asked, outcome: Completion | Exception | None) -> JsonObjec
 def usage_line(
     name: str, tenant: str, model: object, base: str, asked: Asked, outcome: Completion | Exception | None
 ) -> bytes:
-    """Return the row's usage event. The status of a row that was not planned is 400, whatever its code.
+    """Return the row's usage event, without a duration. The status of a row that was not planned is 400.
 
     `model`: the row's value, which may be of any type and length in a row that was refused. `base`: the base model of a
     row whose plan names none.
@@ -137,4 +137,4 @@ def usage_line(
     elif outcome is not None:
         counts = (outcome.num_prompt_tokens, outcome.num_new_tokens)
         context.record_delta(0, Delta("", *counts, num_cached_tokens=outcome.num_cached_tokens))
-    return encode_event(context, context.base_model or base, status)
+    return encode_event(context, context.base_model or base, status, is_timed=False)

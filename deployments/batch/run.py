@@ -19,7 +19,7 @@ from retriever_svc import BaseCounts
 _OF_MODEL = ("base_model", "base_model_name", "accepts_base", "template", "generation_config", "sampling_defaults")
 _OF_APP = (*_OF_MODEL, "store_uri", "max_new_tokens", "public_requires_approval")
 _OTHERS_OF_RETRIEVAL = ("encoder_threads", "encoder_dtype", "max_waiting")
-_OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows")
+_OF_WORKER = ("engine", "dtype", "max_model_len", "bank_rank_rows", "quantization")  # the last of the native engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +122,18 @@ def _deciding(settings: BatchSettings) -> JsonObject:
     deciding["retrieval"] = {
         name: value for name, value in config["retrieval"].items() if name not in _OTHERS_OF_RETRIEVAL
     }
-    deciding["worker"] = {name: config["worker"][name] for name in _OF_WORKER}
+    deciding["worker"] = _pick_worker_settings(config["worker"])
+    if config["models"]:  # a manifest may lack a setting, so that of a run with fewer of them must differ in this one
+        deciding["base_model"] = [model["base_model"] for model in config["models"]]
     for number, model in enumerate(config["models"]):
         deciding[f"models.{number}"] = {
             **{name: model[name] for name in _OF_MODEL},
-            "worker": {name: model["worker"][name] for name in _OF_WORKER},
+            "worker": _pick_worker_settings(model["worker"]),
         }
     deciding["owner_names"] = settings.config.owner_names
     deciding["defaults"] = dict(settings.defaults)
     return deciding | {"tenant": settings.tenant, "part_rows": settings.part_rows}
+
+
+def _pick_worker_settings(worker: JsonObject) -> JsonObject:
+    return {name: worker[name] for name in _OF_WORKER if name in worker}

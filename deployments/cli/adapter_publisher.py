@@ -19,7 +19,6 @@ from deployments.cli.client import (
     behind_note,
     counted,
     err,
-    fail,
     has_key,
     is_this_machine,
     message_of,
@@ -45,14 +44,14 @@ SOURCE = re.compile(r"(?:[a-z0-9]+://|runs:/|models:/)")
 class Item:
     """One adapter to publish: a folder, or a URI that the server reads. `name`: if it is not the server's default.
 
-    `fields`: its own description, before the one of the command. `samples`: the content of a samples file that is
-    uploaded instead of the folder's own.
+    `fields`: its own description, before the one of the command. `samples`: a training file whose samples are uploaded
+    instead of the folder's own. It is read when the folder is sent, because the samples of many take much memory.
     """
 
     place: Path | str
     name: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict)
-    samples: bytes | None = None
+    samples: Path | None = None
 
     @property
     def is_source(self) -> bool:
@@ -139,12 +138,16 @@ class AdapterPublisher:
             return [
                 {"status": 404, "error": {"message": "no adapter here: a folder with adapter_config.json is needed"}}
             ]
+        try:
+            samples = None if item.samples is None else _samples_from(item.samples)
+        except ValueError as exc:
+            return [{"status": 400, "error": {"message": str(exc)}}]
         with ExitStack() as opened:
             files = {path.name: opened.enter_context(_Counted(path, self.sent)) for path in paths}
             parts: list[tuple[str, tuple[str, BinaryIO]]] = [("files", (name, file)) for name, file in files.items()]
-            if item.samples is not None:
+            if samples is not None:
                 parts = [part for part in parts if part[1][0] != SAMPLES_FILE]
-                parts.append(("files", (SAMPLES_FILE, io.BytesIO(item.samples))))
+                parts.append(("files", (SAMPLES_FILE, io.BytesIO(samples))))
             given = {**self.fields, **item.fields}
             fields = {key: value if value != [] else "" for key, value in given.items()}  # a form has no lists
             if "contract" in given:
@@ -238,8 +241,8 @@ def _refusal(response: httpx.Response) -> JsonObject:
     return {"status": response.status_code, "error": {"message": message_of(response)}}
 
 
-def samples_from(file: Path) -> bytes:
-    """Return the samples of a training file as a samples file. Exit if there are none."""
+def _samples_from(file: Path) -> bytes:
+    """Return the samples of a training file as a samples file. Raises: ValueError if there are none."""
     from lora_store import FileRefused, Limits  # torch takes seconds to import
     from lora_store.sample_files import write_samples
     from lora_store.training_files import training_samples
@@ -247,7 +250,7 @@ def samples_from(file: Path) -> bytes:
     try:
         samples = training_samples(file, Limits())
     except FileRefused as exc:
-        fail(f"{file}: {exc.problems[0]}")
+        raise ValueError(f"{file}: {exc.problems[0]}") from exc
     err.print(
         f"{counted(len(samples), 'sample')} from {file}", style="dim", markup=False, highlight=False, soft_wrap=True
     )

@@ -14,6 +14,7 @@ from deployments.config.served_model import ServedModels
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import CONFIG_FILE, AdapterFolder, adapter_folders
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
+from gpu_worker.errors import GpuWorkerError
 from lora_store import AdapterRefused, Label, Limits, check_folder
 from lora_store.peft_config import read_base_model
 from lora_store.peft_files import TEMPLATE_FILE
@@ -135,8 +136,15 @@ def _summary(outcome: JsonObject) -> str:
 def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> int:
     from deployments.cli.peft_parity import TOLERANCE, parity_with_peft  # transformers takes seconds to import
 
-    with out.status("loading the base model twice"):
-        differences = parity_with_peft(folder, config)
+    try:
+        with out.status("loading the base model twice"):
+            differences = parity_with_peft(folder, config)
+    except AdapterRefused as exc:  # the shapes of the base model's layers were not known before
+        for reason in exc.reasons:
+            show_error(f"refused: {reason}")
+        return 1
+    except GpuWorkerError as exc:
+        return _fail(str(exc))
     title = f"log probabilities compared with PEFT in float32, at most {TOLERANCE:g}"
     table = Table("strategy", "largest difference", title=title)
     for strategy, difference in differences.items():

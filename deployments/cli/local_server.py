@@ -129,9 +129,10 @@ class Server:
         report("opening the pool")
         keep_files_private(Path.home())
         self._open_pool()
-        if any(model.base == PACKAGED_MODEL for model in self.settings.served_models):
-            report("checking the base model (the first start converts it, which takes about a minute)")
-            ensure_converted(self.settings.cache_dir)
+        for model in self.settings.by_model.values():
+            if model.base_model == PACKAGED_MODEL:
+                report("checking the base model (the first start converts it, which takes about a minute)")
+                ensure_converted(model.worker_config())
         report("starting Ray and the deployments")
 
     def _open_pool(self) -> None:

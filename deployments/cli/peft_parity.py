@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gpu_worker.config import NativeWorkerConfig, VllmWorkerConfig
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.request.request import Job, SamplingParams
 from gpu_worker.front.text.token_bytes import TokenBytes
 from gpu_worker.model.base_model import load_config, model_source
-from gpu_worker.model.checkpoint import load_whole
+from gpu_worker.model.checkpoint import find_quantised, load_whole
 from gpu_worker.model.inject import Adaptable
 from gpu_worker.model.text_part import text_options
 from gpu_worker.start import start_engine
@@ -52,8 +53,11 @@ def parity_with_peft(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig
 
     `mixture` and `fusion` combine the adapter and a noisy copy of it, which has one more rank, with equal weights.
     PEFT computes the adapter itself, its `cat` combination, and the merged adapter (Σ m A, Σ m B) padded with zeros.
-    PEFT has no combination of adapters on experts, so there the concatenation is an adapter as well.
+    PEFT has no combination of adapters on experts, so there the concatenation is an adapter as well. Neither rounds the
+    base model, whatever `worker.quantization` says.
     """
+    if isinstance(config, NativeWorkerConfig):
+        config = replace(config, quantization="none")
     with tempfile.TemporaryDirectory() as copies:
         return _parity(_in_pefts_names(folder, config, Path(copies)), config)
 
@@ -102,7 +106,13 @@ def _has_experts(modules: Mapping[str, ModuleWeights]) -> bool:
 def _text_model(config: NativeWorkerConfig | VllmWorkerConfig) -> PreTrainedModel:
     """Load transformers' model, of a multimodal checkpoint that of its text part."""
     source = model_source(config)
-    return load_whole(source, dtype=torch.float32, attn_implementation="eager", **text_options(load_config(source)))
+    whole = load_config(source)
+    if find_quantised(whole):
+        raise BaseModelUnsupported(
+            f"{config.base_model} has quantised weights, which PEFT does not compute as the engine does: compare with"
+            " the model that they were made from"
+        )
+    return load_whole(source, dtype=torch.float32, attn_implementation="eager", **text_options(whole))
 
 
 def _noisy(modules: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:

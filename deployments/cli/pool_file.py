@@ -21,7 +21,6 @@ from deployments.cli.adapter_publisher import (
     describe_outcome,
     note_refusal,
     reads_paths,
-    samples_from,
     show_refusals,
 )
 from deployments.cli.client import client_of, counted, err, fail, message_of, out, pages, print_json, show_error
@@ -175,5 +174,7 @@ def _item(file: Path, entry: _Entry, defaults: _Described) -> tuple[str | None, 
     if len(found) != 1:
         what = "no adapter" if not found else f"{len(found)} adapters"
         fail(f"{file}: adapters: {entry.source}: has {what}; list each adapter's own folder")
-    samples = None if entry.samples is None else samples_from(file.parent / entry.samples)
+    samples = None if entry.samples is None else file.parent / entry.samples
+    if samples is not None and not samples.is_file():
+        fail(f"{file}: adapters: {entry.source}: samples: there is no file {samples}")
     return owner, Item(found[0].path, entry.name or found[0].new_name, fields, samples)

@@ -22,7 +22,6 @@ from deployments.cli.adapter_publisher import (
     describe_outcome,
     note_refusal,
     reads_paths,
-    samples_from,
     show_refusals,
 )
 from deployments.cli.client import (
@@ -162,7 +161,7 @@ def publish(
     _check_cleared(tag, no_tags, samples, no_samples)
     params = {"dry_run": "true"} if dry_run else {}
     if samples is not None:
-        items = [replace(items[0], samples=samples_from(samples))]
+        items = [replace(items[0], samples=samples)]
     with client_of(url) as client, _upload_progress(items) as sent:
         publisher = AdapterPublisher(client, fields, params, sent)
         send = publisher.by_path if reads_paths(url, upload=upload) else publisher.by_upload

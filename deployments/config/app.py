@@ -163,6 +163,8 @@ class AppConfig(ModelSettings):
         names = [model.served_base_name for model in self.models]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"models: {twice[0]!r} is the name of two; give each its own base_model_name")
+        if words := sorted({*names} & {"base", "error"}):
+            raise ValueError(f"models: {words[0]!r} means another thing in lora.fallback; give another base_model_name")
         owners: dict[str, str] = {}
         for model in self.served_models:
             for name in sorted(model.accepted_names):

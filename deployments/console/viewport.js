@@ -64,8 +64,9 @@ export function showThese(places) {
   move();
 }
 
-/** Zooms or moves by a key. Returns whether it was one for that. */
+/** Zooms or moves by a key. Returns whether it was one for that: with Control or Command it zooms the page. */
 export function press(event) {
+  if (event.ctrlKey || event.metaKey) return false;
   const work = { "+": zoomIn, "=": zoomIn, "-": zoomOut, 0: showAll }[event.key];
   const [right, down] = (event.shiftKey && ARROWS[event.key]) || [0, 0];
   if (!work && !right && !down) return false;

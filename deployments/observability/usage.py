@@ -137,11 +137,11 @@ def _read_all(descriptor: int) -> bytes:
         return file.read()
 
 
-def encode_event(context: RequestContext, base: str, status: int) -> bytes:
-    """Return the line of a request in a segment."""
+def encode_event(context: RequestContext, base: str, status: int, *, is_timed: bool = True) -> bytes:
+    """Return the line of a request in a segment. `is_timed`: whether the context began with the request."""
     assert context.caller is not None
     num_prompt, num_cached, num_new = context.num_tokens
-    first_s = context.first_token_s
+    first_s = context.first_token_s if is_timed else None
     event = {
         "time": int(time.time() * 1000),
         "request_id": context.request_id,
@@ -158,6 +158,6 @@ def encode_event(context: RequestContext, base: str, status: int) -> bytes:
         "code": context.code,
         "queued_s": round(context.queued_s, 4),
         "first_token_s": None if first_s is None else round(first_s, 4),
-        "total_s": round(time.monotonic() - context.arrived_at, 4),
+        "total_s": round(time.monotonic() - context.arrived_at, 4) if is_timed else None,
     }
     return json.dumps(event).encode() + b"\n"

@@ -17,7 +17,8 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from deployments.scaling.residency import HEARD, HeardReports, short_digest
+from deployments.scaling import residency  # Serve pickles this module by value, but not the modules that it imports
+from deployments.scaling.residency import HeardReports, short_digest
 from gpu_worker.front.prefix import namespace_of
 from gpu_worker.front.request.request import Job
 
@@ -65,14 +66,14 @@ class AdapterAffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray has no 
 
     A later turn of a chat goes to the replica that got the turn before, whose prefix cache has most of it. A router
     that did not send that turn, because several routers share the clients, takes the conversation's home replica. First
-    turns go there too, so that every router finds the next one.
+    turns go there too, so that every router that knows the same holders finds the next one.
     """
 
     max_turns = 100_000  # remembered ones, 200 bytes each
 
-    def initialize_state(self, heard: HeardReports = HEARD) -> None:
-        """Set up the state. Serve calls this once, before any replica is known."""
-        self._heard = heard
+    def initialize_state(self, heard: HeardReports | None = None) -> None:
+        """Set up the state. Serve calls this once, before any replica is known, without `heard`."""
+        self._heard = residency.HEARD if heard is None else heard
         self._expected: dict[ReplicaID, dict[bytes, float]] = {}  # digest -> expiry time, the earliest first
         self._turns: OrderedDict[bytes, ReplicaID] = OrderedDict()  # the replica that got it, the oldest first
 

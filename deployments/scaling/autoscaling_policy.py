@@ -44,7 +44,8 @@ class RetrieverScaling:
     """A policy of Serve's autoscaler: as many replicas as keep their encoders busy for `target_busy` of the time.
 
     replicas = (the encoders' shares of busy time + seconds of work that wait / DRAIN_S) / target_busy. Both are
-    measured by each replica, so the texts a second of a replica follow from its encoder, prompts and machine.
+    measured by each replica, so the texts a second of a replica follow from its encoder, prompts and machine. While no
+    replica has reported, the number stays: a replica that is too busy to report is not idle.
     """
 
     def __init__(self, target_busy: float = TARGET_BUSY) -> None:
@@ -53,6 +54,8 @@ class RetrieverScaling:
     def __call__(self, context: AutoscalingContext) -> tuple[float, JsonObject]:
         """Return (number of replicas, no state)."""
         stats = context.aggregated_metrics or {}
+        if not stats.get(BUSY):
+            return context.target_num_replicas, {}
         work = sum(stats.get(BUSY, {}).values()) + sum(stats.get(WAITING_S, {}).values()) / DRAIN_S
         return work / self._target_busy, {}
 

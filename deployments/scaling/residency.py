@@ -19,7 +19,7 @@ from typing import NamedTuple
 from gpu_worker.errors import EngineStopped
 
 _DIGEST_BYTES = 6  # a collision of 48 bits costs only one load
-_MAX_WORKERS = 10_000  # that a process remembers, dead ones included
+_MAX_WORKERS = 1_000  # that a process remembers, those that have ended included
 
 
 def short_digest(weights_digest: str) -> bytes:
@@ -71,18 +71,21 @@ class Residency:
 
 
 class HeardReports:
-    """The newest report of each worker that this process has heard. Threads may share it: each step is atomic."""
+    """The newest report of each worker that this process has heard.
+
+    One event loop hears. Other threads, such as those of Serve's routers, may ask.
+    """
 
     def __init__(self) -> None:
         self._newest: OrderedDict[str, tuple[int, frozenset[bytes]]] = OrderedDict()
 
     def hear(self, report: ResidencyReport) -> None:
         """Keep the report unless a later one of that worker was heard."""
-        if report.number <= self._newest.get(report.worker, (-1, ()))[0]:
-            return
-        starts = range(0, len(report.digests), _DIGEST_BYTES)
-        held = frozenset(report.digests[start : start + _DIGEST_BYTES] for start in starts)
-        self._newest[report.worker] = report.number, held
+        newest = self._newest.get(report.worker)
+        if newest is None or report.number > newest[0]:
+            starts = range(0, len(report.digests), _DIGEST_BYTES)
+            held = frozenset(report.digests[start : start + _DIGEST_BYTES] for start in starts)
+            self._newest[report.worker] = report.number, held
         self._newest.move_to_end(report.worker)
         if len(self._newest) > _MAX_WORKERS:
             self._newest.popitem(last=False)

@@ -108,8 +108,9 @@ def release_unused(smaps: Path = _PROC / "self/smaps") -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # of glibc
         libc.malloc_trim(0)
-    for start, end in _unchanged(smaps.read_text()):
-        _madvise(start, end - start)
+    with contextlib.suppress(OSError):  # some kernels and containers have no such file
+        for start, end in _unchanged(smaps.read_text(errors="replace")):
+            _madvise(start, end - start)
 
 
 def _madvise(address: int, num_bytes: int) -> None:
@@ -120,7 +121,8 @@ def _unchanged(smaps: str) -> Iterator[tuple[int, int]]:
     """Yield the addresses of the mappings of safetensors files without a page that this process has written to."""
     for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps):
         head, _, counts = entry.partition("\n")
-        if head.endswith(".safetensors") and re.search(r"^Anonymous: +0 kB$", counts, re.MULTILINE):
+        is_unchanged = all(re.search(rf"^{kind}: +0 kB$", counts, re.MULTILINE) for kind in ("Anonymous", "Swap"))
+        if head.endswith(".safetensors") and is_unchanged:  # pages that were changed may have been swapped out
             start, _, end = head.partition(" ")[0].partition("-")
             yield int(start, 16), int(end, 16)
 

@@ -28,7 +28,7 @@ from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
-from gpu_worker.model.packaged_model import flag_markers, packaged_folder
+from gpu_worker.model.packaged_model import flag_markers, packaged_folder, wants_integers
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.packed_linear import NarrowLinear, load_linear_kernel
 from gpu_worker.model.quantization import BITS, quantize, quantize_layers
@@ -83,8 +83,7 @@ def model_source(config: WorkerConfig) -> str:
     Raises: BaseModelUnsupported if the packaged model or a GGUF file cannot be converted.
     """
     if config.base_model == PACKAGED_MODEL:
-        keeps_integers = isinstance(config, NativeWorkerConfig) and config.quantization != "none"
-        return str(packaged_folder(config.cache_dir, keeps_integers=keeps_integers))
+        return str(packaged_folder(config.cache_dir, keeps_integers=wants_integers(config)))
     gguf = find_gguf(config.base_model) if isinstance(config, NativeWorkerConfig) else None
     return config.base_model if gguf is None else str(gguf_folder(gguf, config.cache_dir))
 

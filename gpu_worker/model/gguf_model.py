@@ -28,12 +28,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.gguf_blocks import KINDS, read_integers
+from gpu_worker.model.packaged_model import CONVERTER
 from gpu_worker.model.quantization import QuantizedWeight
 from gpu_worker.model.quantized_checkpoint import METHOD, OFFSET, PACKED, pack_words
 
 logger = logging.getLogger(__name__)
 
-CONVERTER = 2  # raise it when the converter writes other files, so that those in the cache are not read any more
 _FLOATS = ("F32", "F16", "BF16")
 _ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
 # How Llama 3.1 and its successors scale positions. The file has only the factors that follow from it.

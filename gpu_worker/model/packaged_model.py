@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from gpu_worker.config import PACKAGED_MODEL
+from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,9 @@ _PARTS = tuple(  # (package, its file), in order
 )
 _GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _CHECKSUMS = "SHA256SUMS"
+# The version of `gguf_model`, which takes seconds to import. Raise it when that module writes other files, so that
+# those in the cache are not read any more.
+CONVERTER = 2
 # Gemma's tokenizer calls these special. The GGUF file does not say so, and answers would show them as text.
 _MARKERS = ["[multimodal]", "<start_of_image>", "<end_of_image>"]
 
@@ -44,7 +47,7 @@ def packaged_folder(cache_dir: Path, *, keeps_integers: bool = False) -> Path:
     minute. A lock lets concurrent processes convert it once.
     Raises: BaseModelUnsupported if the Python packages are missing or damaged.
     """
-    folder = cache_dir / (_integers_name() if keeps_integers else PACKAGED_MODEL)
+    folder = _folder(cache_dir, keeps_integers=keeps_integers)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".{folder.name}.lock"):
         if folder.exists() and not _is_whole(folder):
@@ -55,15 +58,21 @@ def packaged_folder(cache_dir: Path, *, keeps_integers: bool = False) -> Path:
     return folder
 
 
-def ensure_converted(cache_dir: Path) -> None:
-    """Convert the model unless it is in the cache folder, whose checksums `packaged_folder` verifies.
+def ensure_converted(config: WorkerConfig) -> None:
+    """Convert the model for this worker unless it is in the cache folder, whose checksums `packaged_folder` verifies.
 
     A process of its own converts, so that this one imports no torch and keeps its memory.
     Raises: BaseModelUnsupported, as `packaged_folder`.
     """
-    if not (cache_dir / PACKAGED_MODEL).exists():
+    integers = wants_integers(config)
+    if not _folder(config.cache_dir, keeps_integers=integers).exists():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-            child.submit(packaged_folder, cache_dir).result()
+            child.submit(packaged_folder, config.cache_dir, keeps_integers=integers).result()
+
+
+def wants_integers(config: WorkerConfig) -> bool:
+    """Return whether this worker computes with the integers of GGUF files."""
+    return isinstance(config, NativeWorkerConfig) and config.quantization != "none"
 
 
 def flag_markers(tokenizer: Any) -> None:
@@ -126,10 +135,8 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _integers_name() -> str:
-    from gpu_worker.model.gguf_model import CONVERTER
-
-    return f"{PACKAGED_MODEL}-integers-{CONVERTER}"
+def _folder(cache_dir: Path, *, keeps_integers: bool) -> Path:
+    return cache_dir / (f"{PACKAGED_MODEL}-integers-{CONVERTER}" if keeps_integers else PACKAGED_MODEL)
 
 
 def _keep_integers(gguf: Path, target: Path) -> None:

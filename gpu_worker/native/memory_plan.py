@@ -40,7 +40,7 @@ class MemoryPlan:
     bank_bytes: int
     headroom_bytes: int
     kv: KvShape
-    expert_bytes: int = 0  # the most that adapters in the bank may have for fused experts
+    expert_bytes: int = 0  # the most that adapters in the bank may have for fused experts, always in host memory
 
     @property
     def kv_bytes(self) -> int:
@@ -48,10 +48,14 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.bank_bytes + self.expert_bytes + self.headroom_bytes + self.kv_bytes
+        return self.weights_bytes + self.bank_bytes + self.counted_expert_bytes + self.headroom_bytes + self.kv_bytes
+
+    @property
+    def counted_expert_bytes(self) -> int:
+        return self.expert_bytes if self.device == "cpu" else 0
 
     def __str__(self) -> str:
-        experts = f" + adapters' experts {_mib(self.expert_bytes)}" if self.expert_bytes else ""
+        experts = f" + adapters' experts {_mib(self.counted_expert_bytes)}" if self.counted_expert_bytes else ""
         return (
             f"weights {_mib(self.weights_bytes)} + bank {_mib(self.bank_bytes)}{experts}"
             f" + headroom {_mib(self.headroom_bytes)} + KV of {_kv(self.kv)} {_mib(self.kv_bytes)}"
@@ -87,7 +91,7 @@ def plan_memory(
     if plan.total_bytes > num_free_bytes:
         raise WorkerConfigInvalid(
             f"the worker needs more memory than is free: {plan}; lower kv_tokens, bank_rank_rows, max_batch_size,"
-            " max_step_tokens or max_model_len"
+            f" max_step_tokens{', host_cache_bytes' if plan.counted_expert_bytes else ''} or max_model_len"
         )
     for limit in limits if config.device == "cpu" else ():
         if plan.total_bytes > limit.free_bytes:

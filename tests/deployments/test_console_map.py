@@ -120,6 +120,8 @@ def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing)
         for key in ("+", "Shift+ArrowRight", "Shift+ArrowDown", "-"):
             await page.keyboard.press(key)
             await check_moved()
+        await page.keyboard.press("Control+0")  # that of the browser, which zooms the page
+        assert await moved(page) == seen[-1]
         await page.keyboard.press("0")
         await expect(page.locator("#map-moved")).to_have_attribute("transform", whole or "")
         seen.append(whole)

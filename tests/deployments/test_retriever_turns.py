@@ -14,7 +14,8 @@ import pytest
 
 from lora_store import AdapterNotFound, Sample
 from retriever_svc import PinnedAdapter, PoolSize, RouteRequest, StaleIndex
-from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS
+from retriever_svc.encoder import CHUNK_TOKENS, MAX_TOKENS, Vectors
+from retriever_svc.map_layout import Layout
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 
 
@@ -51,6 +52,26 @@ def test_names_and_lists_are_answered_while_every_call_of_the_encoder_hangs(
         assert not any(call.done() for call in waiting)
         goes_on.set()
         assert len(await asyncio.gather(*waiting)) == 120
+
+    run(tmp_path, scenario)
+
+
+def test_prompts_are_routed_while_maps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: Served) -> None:
+        await here.replica.catch_up(here.publish(*await here.embedded("sums")))
+        goes_on, lay_out = threading.Event(), Layout.of
+
+        def hang(vectors: Vectors) -> Layout:
+            assert goes_on.wait(120)
+            return lay_out(vectors)
+
+        monkeypatch.setattr(Layout, "of", hang)
+        maps = [asyncio.ensure_future(here.replica.map("local")) for _ in range(8)]
+        async with asyncio.timeout(60):
+            [route] = await here.replica.route([RouteRequest("Add 3 and 4.")])
+        assert route.candidates and not any(call.done() for call in maps)
+        goes_on.set()
+        assert [drawn.num_adapters for drawn in await asyncio.gather(*maps)] == [1] * 8
 
     run(tmp_path, scenario)
 

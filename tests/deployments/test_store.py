@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import deployments.store
 from deployments.api.adapters import PublishItem, SentFile
 from deployments.calls.catalogue_clients import Buffer
 from deployments.config.app import OTHER_FILES_BYTES
@@ -22,6 +25,7 @@ from lora_store import (
     AdapterNotFound,
     AdapterRefused,
     BlobCorrupted,
+    Edit,
     Embedding,
     EncoderIncomplete,
     ModuleWeights,
@@ -368,3 +372,26 @@ def test_reports_of_usage_are_made_one_at_a_time(stores: Stores, monkeypatch: py
     monkeypatch.setattr(asyncio, "to_thread", to_thread)
     run(check())
     assert most == 1
+
+
+def test_the_check_of_an_edited_contract_holds_up_no_other_call(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+
+    def check(name: str, data: bytes, context: int | None = None) -> tuple[str, tuple[str, ...]]:
+        released.wait(60)
+        return data.decode(), ()
+
+    async def question() -> str | None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        [poet] = await stores.publish(PublishItem(stores.adapter(), "poet"))
+        monkeypatch.setattr(deployments.store, "read_contract", check)
+        editing = asyncio.create_task(stores.deployment.edit(poet.record, Edit(contract='{"stop":["."]}')))
+        await asyncio.sleep(0)  # the edit has its thread
+        found = await stores.deployment.versions([POET])
+        assert not editing.done() and len(found[POET]) == 1
+        released.set()
+        return (await editing).record.contract
+
+    assert run(question()) == '{"stop":["."]}'

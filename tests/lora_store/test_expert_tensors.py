@@ -122,6 +122,16 @@ def test_written_experts_are_read_again(tmp_path: Path) -> None:
     assert WeightsBlob(read_peft_folder(tmp_path / "two").modules).digest() == digest
 
 
+def test_layers_with_different_parameters_are_read_without_a_known_base(tmp_path: Path) -> None:
+    """One layer has both, another one only one, as PEFT writes it: then it is not nested."""
+    both = check(folder_of(tmp_path / "one", stacked(single_experts()), **AS_STACKED))
+    other = EXPERTS.replace("0", "1")
+    for leaf in ("gate_up_proj", "down_proj"):
+        modules = both | {f"{other}.{leaf}": both[f"{EXPERTS}.{leaf}"]}
+        write_peft_folder(tmp_path / leaf, modules, base_model=BASE)
+        assert WeightsBlob(check(tmp_path / leaf, shapes=None)).digest() == WeightsBlob(modules).digest()
+
+
 def test_experts_are_composed_one_by_one(tmp_path: Path) -> None:
     modules = check(folder_of(tmp_path / "one", single_experts()))
     for rank, bound in ((None, 1e-6), (2, 1.0)):
@@ -161,6 +171,16 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], Shapes, str]] = {
     "half of a pair": (without("1.down_proj.lora_B.weight"), SHAPES, "has no lora_B"),
     "both spellings": (lambda x: x | stacked(x), SHAPES, "of all experts and of single ones"),
     "two names": (lambda x: x | {f"_orig_mod.{k}": t for k, t in x.items()}, SHAPES, "are the same tensor"),
+    "two paths": (
+        lambda x: {k.replace("model.layers", "layers") if ".1." in k else k: t for k, t in x.items()},
+        SHAPES,
+        "also in the file under another path",
+    ),
+    "a long path": (
+        lambda x: {k.replace(EXPERTS, "model." * 20 + EXPERTS): t for k, t in x.items()},
+        SHAPES,
+        "are no experts of the",
+    ),
     "two dtypes": (
         lambda x: {k: t.half() if ".1." in k else t for k, t in x.items()},
         SHAPES,
@@ -178,6 +198,14 @@ def test_experts_that_cannot_be_read_are_refused(
     with pytest.raises(AdapterRefused, match=reason) as refusal:
         check(folder_of(tmp_path / "bad", tensors, **config), shapes)
     assert len(refusal.value.reasons) == 1, refusal.value.reasons
+
+
+def test_patterns_and_single_experts_are_matched_in_bounded_time(tmp_path: Path) -> None:
+    patterns = {f"layers.{number}.q_proj": 2 for number in range(1_000)}
+    shapes: Shapes = {name: (*shape[:2], 20) if "experts" in name else shape for name, shape in SHAPES.items()}
+    folder = folder_of(tmp_path / "many", single_experts(20), rank_pattern=patterns, alpha_pattern=patterns)
+    with pytest.raises(AdapterRefused, match="too many entries for this many single experts"):
+        check(folder, shapes)
 
 
 def test_experts_that_are_left_out_count_towards_the_limit_of_bytes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -210,11 +211,13 @@ def test_torchtunes_own_format_is_read_where_no_rows_are_reordered() -> None:
     }
 
 
-def test_torchtunes_own_format_of_queries_is_refused_in_one_reason(make_folder: MakeFolder) -> None:
+@pytest.mark.parametrize("wrapper", ["", "_checkpoint_wrapped_module."])
+def test_torchtunes_own_format_of_queries_is_refused_in_one_reason(wrapper: str, make_folder: MakeFolder) -> None:
     folder = make_folder()
-    respell(folder, lambda key: key.removeprefix(f"{PREFIX}model.").replace("lora_A", "lora_a").replace("_B", "_b"))
+    sides = {"lora_A": f"{wrapper}lora_a", "lora_B": f"{wrapper}lora_b"}
+    respell(folder, lambda key: re.sub("lora_[AB]", lambda found: sides[found[0]], key.removeprefix(f"{PREFIX}model.")))
     [reason] = reasons(folder)
-    assert "4 tensors have torchtune's own format ('layers.0.self_attn.q_proj.lora_a.weight')" in reason
+    assert f"4 tensors have torchtune's own format ('layers.0.self_attn.q_proj.{wrapper}lora_a.weight')" in reason
     assert "let torchtune save the adapter in PEFT's format" in reason
 
 

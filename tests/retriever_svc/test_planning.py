@@ -8,14 +8,16 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, PlanInvalid
+from lora_store.names import NamedPolicy
 from lora_store.plan import Plan, Strategy
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
 from lora_store.trials import Trial
 from retriever_svc import PinnedAdapter, PlanGone, Retriever, ServedBases, StaleIndex
 from retriever_svc.index import Match
-from retriever_svc.planning import named_plan, replayed_plan, resolve, routed_plan, with_trials
+from retriever_svc.planning import named_plan, replayed_plan, resolve, routed_plan, visible_names, with_trials
 from retriever_svc.route import RouteRequest, Weighting
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -219,3 +221,20 @@ def test_only_evidence_limits_the_companions_of_a_mixture(weighting: Weighting, 
     matches = [Match(record_of(f"n{n}", None), 0.8 - 0.1 * n) for n in range(3)]
     plan = routed_plan(RouteRequest("text", weighting=weighting), matches, 1, 0.1)
     assert [adapter.weight for adapter in plan.adapters] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_pages_of_names_go_over_from_the_own_ones_to_those_of_others(limit: int) -> None:
+    policies = [
+        NamedPolicy(AdapterRef(owner, name, "d" * 64), "{}", "", datetime.now(UTC), approved=approved)
+        for owner, name, approved in [
+            *(("m", name, name == "b") for name in "zab"),
+            *(("a", "y", True), ("a", "secret", False), ("z", "m", True), ("m2", "a2", True)),
+        ]
+    ]
+    pool = Snapshot(9, {}, names={(named.ref.tenant, named.ref.name): (named,) for named in policies})
+    found: list[str] = []
+    while page := visible_names(pool, "m", found[-1] if found else "", limit):
+        found += [named.ref.name_for("m") for named in page]
+        assert len(found) <= 6
+    assert found == ["a", "b", "z", "a/y", "m2/a2", "z/m"]

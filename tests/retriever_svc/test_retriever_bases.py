@@ -53,7 +53,7 @@ def test_lists_counts_maps_and_neighbours_leave_out_the_other_base() -> None:
     page = retriever.page("local", PageRequest(9))
     assert ([name for name, _ in page.rows], page.num_found, page.unserved) == (["own"], 1, ((OTHER, 2),))
     assert retriever.count("local") == PoolSize(1, 1, ((OTHER, 3),))  # those of all tenants, for the operator
-    assert [point.ref for point in retriever.map("local").points] == [OWN.ref]
+    assert retriever.map("local").names == (OWN.ref.name,)
     place = retriever.place("local", "east", ["own", "old"])
     assert [point.ref for point in place.adapters] == [OWN.ref]
     assert OLD.embedding is not None

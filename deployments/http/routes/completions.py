@@ -97,6 +97,7 @@ async def count_tokens(
 @router.post("/v1/route", response_model=None, responses=ROUTE_ANSWERS)
 async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, context: AnyContext) -> RouteAnswer:
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
+    context.model = body.model
     planner, tenant = services.planner, caller.tenant
     check_texts(body.prompt, planner.limits(body.model))
     asked = [Question(prompt, prompt, body.model, body.lora) for prompt in body.prompt]

@@ -15,6 +15,7 @@ import pytest
 
 from deployments.batch.run import BatchSettings, begin, check_devices
 from deployments.config.app import AppConfig, SamplingDefaults
+from deployments.config.model_settings import ModelSettings
 from deployments.errors import BatchRefused
 from lora_store import Catalogue, Location, Publish
 from tests.deployments.adapter_records import BASE, adapter
@@ -80,6 +81,21 @@ def test_a_run_with_other_rows_settings_or_defaults_is_refused(place: Place) -> 
     other = replace(place.config.worker, dtype="bfloat16")
     with pytest.raises(BatchRefused, match=r"worker.dtype was 'float32', is 'bfloat16'"):
         place.begin(rows, config=place.config.model_copy(update={"worker": other}))
+    rounded = replace(place.config.worker, dtype="bfloat16", quantization="int4")
+    with pytest.raises(BatchRefused, match=r"worker.quantization was 'none', is 'int4'"):
+        place.begin(rows, config=place.config.model_copy(update={"worker": rounded}))
     sampled = place.config.model_copy(update={"sampling_defaults": SamplingDefaults(temperature=0)})
     with pytest.raises(BatchRefused, match=r"sampling_defaults.temperature was None, is 0.0"):
         place.begin(rows, config=sampled)
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 2), (2, 3), (2, 1)])
+def test_a_run_is_not_resumed_with_other_base_models(place: Place, before: int, now: int) -> None:
+    def settings(count: int) -> AppConfig:
+        models = tuple(ModelSettings(base_model=f"org/{number}") for number in range(count))
+        return AppConfig(models=models, store_uri=place.config.store_uri, retrieval=place.config.retrieval)
+
+    place.begin(prompts(4), config=settings(before))
+    place.begin(prompts(4), config=settings(before))
+    with pytest.raises(BatchRefused, match="base_model was "):
+        place.begin(prompts(4), config=settings(now))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from deployments.cli import peft_parity
-from lora_store import ModuleWeights, Sample, write_peft_folder
+from gpu_worker.errors import BaseModelUnsupported
+from lora_store import AdapterRefused, ModuleWeights, Sample, write_peft_folder
 from tests.deployments.adapter_records import BASE
 from tests.deployments.scripted import run, words
 
@@ -116,6 +117,20 @@ def test_parity_is_printed_for_each_strategy_and_fails_above_its_tolerance(
     apart = not parts[1] < 1e-3
     assert result.exit_code == apart
     assert ("mixture differ from PEFT" in result.stderr) is apart
+
+
+@pytest.mark.parametrize(
+    "error", [AdapterRefused("poet", ["q_proj maps 8 to 9"]), BaseModelUnsupported("q_proj maps 8 to 9")]
+)
+def test_what_prevents_the_comparison_is_said_without_a_traceback(
+    error: Exception, folder: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(peft_parity, "parity_with_peft", fail)
+    result = run("publish", "--dry-run", folder, "--config", config, "--parity")
+    assert result.exit_code == 1 and "q_proj maps 8 to 9" in words(result.stderr)
 
 
 def test_a_dry_run_without_a_server_needs_no_ray_torch_and_transformers(folder: Path, config: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from deployments.cli import peft_parity
 from deployments.cli.peft_parity import TOLERANCE, parity_with_peft
+from gpu_worker.errors import BaseModelUnsupported
 from lora_store import ModuleWeights
 from lora_store.peft_files import WEIGHTS_FILE
 from tests.gpu_worker.families import EQUAL, save, save_multimodal
@@ -44,7 +46,7 @@ def test_every_strategy_agrees_with_peft(
 ) -> None:
     model = tiny_folders["gemma3"]
     differences = parity_with_peft(
-        trained(model, tmp_path / "adapter", **settings), tiny_config(model, dtype="bfloat16")
+        trained(model, tmp_path / "adapter", **settings), tiny_config(model, dtype="bfloat16", quantization="int8")
     )
     assert list(differences) == ["selection", "mixture", "fusion"]
     assert max(differences.values()) < TOLERANCE / 10
@@ -93,3 +95,11 @@ def test_an_adapter_of_a_whole_multimodal_model_agrees_with_peft(tmp_path: Path)
     folder = save_multimodal(tmp_path / "base", "gemma3")
     adapter = trained(folder, tmp_path / "adapter", r=4, lora_alpha=8, exclude_modules=r".*vision_tower.*")
     assert max(parity_with_peft(adapter, tiny_config(folder)).values()) < TOLERANCE / 10
+
+
+def test_a_quantised_base_is_refused_in_one_sentence(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    config = json.loads((tiny_folders["llama"] / "config.json").read_text())
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(BaseModelUnsupported, match="compare with the model that they were made from"):
+        parity_with_peft(tmp_path, tiny_config(tmp_path))

@@ -71,6 +71,18 @@ def test_samples_of_a_training_file_are_sent_with_their_adapter(tmp_path: Path) 
     assert words(result.stdout).endswith("2 new, 0 changed, 0 unchanged, 0 refused")
 
 
+def test_a_training_file_is_read_when_its_adapter_is_sent_and_refuses_that_one_only(tmp_path: Path) -> None:
+    rows = ({"source": name, "samples": f"{name}.jsonl"} for name in ("bad", "poet"))
+    file = write(tmp_path, *rows)
+    (tmp_path / "bad.jsonl").write_text('{"label": 1}')
+    (tmp_path / "poet.jsonl").write_text('{"instruction": "Rhyme", "output": "time"}')
+    with scripted(listing(), (201, published("poet"))) as server:
+        result = publish(server, file)
+    assert (result.exit_code, [method for method, _ in server.asked]) == (1, ["GET", "POST"])
+    assert "bad.jsonl: has no row with a user's text" in words(result.stderr)
+    assert words(result.stdout).endswith("1 new, 0 changed, 0 unchanged, 1 refused")
+
+
 def test_new_changed_and_unchanged_adapters_are_told_apart(tmp_path: Path) -> None:
     file = write(tmp_path, *({"source": name} for name in ("new", "tagged", "heavier", "same")))
     rows = [
@@ -147,7 +159,7 @@ def test_a_file_for_others_or_with_a_name_twice_changes_nothing(
         ({"adapters": [{"source": "nowhere"}]}, "nowhere: has no adapter"),
         ({"adapters": [{"source": "s3://bucket/x"}]}, "s3://bucket/x: needs a name"),
         ({"adapters": [{"source": "s3://b/x", "name": "x", "samples": "x.jsonl"}]}, "samples go with a folder"),
-        ({"adapters": [{"source": "poet", "samples": "no.jsonl"}]}, "no.jsonl: "),
+        ({"adapters": [{"source": "poet", "samples": "no.jsonl"}]}, "poet: samples: there is no file"),
         ("adapters: [", "while parsing"),
     ],
 )

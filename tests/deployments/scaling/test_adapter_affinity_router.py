@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
+from deployments.scaling import adapter_affinity_router
 from deployments.scaling.adapter_affinity_router import AdapterAffinityRouter
-from deployments.scaling.residency import HeardReports, ResidencyReport, short_digest
+from deployments.scaling.residency import HEARD, HeardReports, ResidencyReport, short_digest
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Job
 from lora_store import AdapterRef, Plan, PlannedAdapter
@@ -167,6 +169,24 @@ def test_lost_late_and_false_reports_never_hide_a_replica() -> None:
         assert (await routing.ranks(job("c")))[0] == {"x"}
         for wanted in ("", "abc", "q"):
             assert set().union(*await routing.ranks(job(wanted))) == set("wxyz")
+
+    run(main())
+
+
+def test_the_router_that_serve_unpickles_reads_what_this_process_hears() -> None:
+    async def main() -> None:
+        cloudpickle.register_pickle_by_value(adapter_affinity_router)  # as Serve does
+        try:
+            initialize = cloudpickle.loads(cloudpickle.dumps(AdapterAffinityRouter.initialize_state))
+        finally:
+            cloudpickle.unregister_pickle_by_value(adapter_affinity_router)
+        router = AdapterAffinityRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA)
+        initialize(router)
+        replicas = [FakeReplica(f"{name}-of-this-test") for name in "wxyz"]
+        router.update_replicas(replicas)
+        HEARD.hear(ResidencyReport(replicas[2].name, 0, b"".join(digests("a"))))
+        request = PendingRequest([job("a")], {}, RequestMetadata("", ""))
+        assert (await router.choose_replicas(replicas, request))[0] == [replicas[2]]
 
     run(main())
 

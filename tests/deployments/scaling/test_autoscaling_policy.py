@@ -78,6 +78,13 @@ def test_retrievers_follow_the_busy_time_of_their_encoders(
     assert (replicas, state) == (pytest.approx(wanted), {})
 
 
+@pytest.mark.parametrize("stats", [None, {}, {"busy": {}}])
+def test_retrievers_that_have_not_reported_are_not_idle(stats: dict[str, Any] | None) -> None:
+    context = context_of(target=3)
+    context.__dict__["aggregated_metrics"] = stats
+    assert RetrieverScaling()(context) == (3, {})
+
+
 def test_the_load_of_an_encoder_is_its_busy_time_and_the_cost_of_waiting_texts() -> None:
     now_s = 100.0
     load = EncoderLoad(lambda: now_s)

@@ -14,6 +14,7 @@ import pytest
 
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from retriever_svc import IndexSettings, RouteRequest
+from retriever_svc.map_layout import FEWEST_IN_CLUSTERS
 from tests.deployments.isolation import Request, answer_to, run
 from tests.deployments.metric_fakes import FakeMetrics
 from tests.deployments.two_tenants import TENANTS, WORDS, TwoTenants, plans_of
@@ -65,10 +66,12 @@ def naming(name: str, owner: str) -> Iterator[Request]:
         yield "POST", "/v1/completions", {"prompt": "hi", "model": f"tiny-base:{form}"}
         yield "POST", "/v1/completions", {"prompt": "hi", "lora": {"adapters": [{"name": form}]}}
         yield "POST", "/v1/route", {"prompt": "hi", "lora": {"adapters": [{"name": form}, {"name": "open-acme"}]}}
+        yield "POST", "/v1/route", {"prompt": "hi", "model": form}
         yield "GET", f"/v1/models/{form}", {}
         yield "GET", f"/v1/loras/{form}", {}
         yield "DELETE", f"/v1/loras/{form}", {}
         yield "PATCH", f"/v1/loras/{form}", {"visibility": "public"}
+        yield "PATCH", f"/v1/loras/{form}", {"contract": {"instruction": "Negate: {input}"}}
         yield "POST", f"/v1/loras/{form}/rollback", {}
         yield "POST", "/v1/unload_lora_adapter", {"lora_name": form}
         if "@" not in form:
@@ -113,6 +116,23 @@ def test_prompts_of_anothers_tasks_and_lists_show_nothing_of_it(
     ]
     assert ours
     assert [line for line in ours if any(word in line for word in WORDS.values())] == []
+
+
+def test_maps_and_usage_show_nothing_of_anothers(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        for mine in TENANTS:
+            asked = {"model": tenants.names[mine][0], "messages": [{"role": "user", "content": "hi"}]}
+            assert (await tenants.ask(mine, "POST", "/v1/chat/completions", json=asked)).status_code == 200
+        for mine in TENANTS:
+            drawn = await tenants.ask(mine, "GET", "/v1/pool/map")
+            used = await tenants.ask(mine, "GET", f"/v1/usage?by=adapter&by=version&tenant={mine}")  # both are admins
+            for response in (drawn, used):
+                assert response.status_code == 200, response.text
+                tenants.assert_no_leak(mine, response)
+            assert len(drawn.json()["clusters"]) > 1 and drawn.json()["num_adapters"] == FEWEST_IN_CLUSTERS + 1
+            assert f"{mine}/{tenants.names[mine][0]}" in used.text
+
+    run(tmp_path, look, FEWEST_IN_CLUSTERS, cache_dir=tmp_path / "cache")
 
 
 def test_explanations_show_samples_of_the_callers_own_adapters_alone(tmp_path: Path) -> None:

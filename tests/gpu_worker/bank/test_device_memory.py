@@ -134,3 +134,18 @@ def test_pages_of_weight_files_are_released_unless_they_were_changed(tmp_path: P
     release_unused()
     assert [resident(path)[0] for path in files] == [0, *before[1:]]
     assert [int(tensor.sum()) for tensor in tensors] == sums and tensors[1][-1] == 7
+
+
+def test_changed_pages_that_are_swapped_out_stay(tmp_path: Path) -> None:
+    """Linux counts them as Swap instead of Anonymous, and forgets them with a release."""
+    file, smaps = tmp_path / "swapped.safetensors", tmp_path / "smaps"
+    save_file({"x": torch.arange(1 << 20)}, file)
+    tensor = torch.from_file(str(file), size=file.stat().st_size // 8, dtype=torch.int64)
+    assert tensor.sum() and resident(file) != [0]
+    smaps.write_text(re.sub(r"(?m)^Swap: +0 kB$", "Swap:                  4 kB", Path("/proc/self/smaps").read_text()))
+    release_unused(smaps)
+    assert resident(file) != [0]
+
+
+def test_a_linux_that_does_not_list_mappings_releases_none(tmp_path: Path) -> None:
+    release_unused(tmp_path / "missing")

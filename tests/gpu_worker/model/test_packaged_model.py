@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from gpu_worker.config import NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model import packaged_model
+from gpu_worker.model.base_model import model_source
 
 
 def test_the_packaged_weights_are_joined_without_importing_their_packages(tmp_path: Path) -> None:
@@ -38,10 +40,16 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy(
 def test_another_process_converts_what_the_cache_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):  # of the other process, which cannot create the cache folder there
-        packaged_model.ensure_converted(tmp_path / "file")
-    (tmp_path / packaged_model.PACKAGED_MODEL).mkdir()
+        packaged_model.ensure_converted(WorkerConfig(cache_dir=tmp_path / "file"))
+    monkeypatch.setattr(packaged_model, "_convert_into", lambda folder, convert: folder.mkdir())
+    monkeypatch.setattr(packaged_model, "_is_whole", lambda folder: True)
     monkeypatch.setattr(packaged_model, "ProcessPoolExecutor", None)  # calling it would fail
-    packaged_model.ensure_converted(tmp_path)
+    for quantization in ("none", "int8"):
+        config = NativeWorkerConfig(cache_dir=tmp_path, quantization=quantization)
+        with pytest.raises(TypeError):
+            packaged_model.ensure_converted(config)
+        assert model_source(config).startswith(str(tmp_path))  # converts what the worker will read
+        packaged_model.ensure_converted(config)
 
 
 def test_a_conversion_shows_no_progress_bars_of_other_libraries(

@@ -13,12 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
-from gpu_worker.errors import BaseModelUnsupported, PlanTooLarge
+from gpu_worker.errors import BaseModelUnsupported, PlanTooLarge, WorkerConfigInvalid
 from gpu_worker.front.request.request import Job
 from gpu_worker.model import experts
 from gpu_worker.model.base_model import load_base_model
 from gpu_worker.model.inject import Adaptable
 from gpu_worker.native.loop import Engine
+from gpu_worker.native.memory_plan import plan_memory
 from lora_store import check_folder
 from lora_store.adapter import AdapterWeights, Shapes
 from lora_store.plan import BASE_PLAN, Plan
@@ -217,6 +218,11 @@ def test_the_memory_plan_counts_the_experts_of_adapters(tmp_path: Path, make_eng
     assert [few.expert_bytes, cached.expert_bytes, most.expert_bytes] == [n * row_bytes for n in (4, 5, rows)]
     assert most.total_bytes - replace(most, expert_bytes=0).total_bytes == most.expert_bytes
     assert "adapters' experts" in str(most)
+    on_gpu = replace(most, device="cuda")
+    assert on_gpu.total_bytes == replace(on_gpu, expert_bytes=0).total_bytes, "they stay in host memory"
+    assert "adapters' experts" not in str(on_gpu)
+    with pytest.raises(WorkerConfigInvalid, match=r"adapters' experts .*max_step_tokens, host_cache_bytes or"):
+        plan_memory(tiny_config(folder), load_base_model(tiny_config(folder)), most.weights_bytes)
 
 
 def expert_only(shapes: Shapes) -> list[tuple[int, ...]]:

@@ -275,7 +275,7 @@ def test_names_are_listed_page_by_page_with_their_policies() -> None:
     named(question)
 
 
-def test_route_shows_the_plan_that_a_name_gets() -> None:
+def test_route_shows_the_plan_that_a_name_gets(tmp_path: Path) -> None:
     async def question(say: Say, served: Served) -> None:
         await say("PUT", "/v1/names/support", {"lora": {"k": 3, "strategy": "fusion"}, "template": "alpaca"})
         body = {"prompt": ["Hi", "Ho"], "model": "support", "lora": {"k": 2}}
@@ -291,7 +291,8 @@ def test_route_shows_the_plan_that_a_name_gets() -> None:
             assert [row["name"] for row in plan["adapters"]] == expected
         assert error_of(await say("POST", "/v1/route", {"prompt": "Hi", "model": "nobody"}, 404))
 
-    named(question)
+    named(question, cache_dir=tmp_path)
+    assert [event["model"] for event in events_in(tmp_path)] == ["", "support", "poet", BASE, "nobody"]
 
 
 @pytest.mark.parametrize(
