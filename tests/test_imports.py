@@ -182,8 +182,9 @@ def test_only_packages_that_run_models_import_model_libraries() -> None:
     """Importing them takes seconds and memory, in every new replica and in the process of the command."""
     code = """
 import sys
-from deployments.cli.main import cli
-cli(["serve", "--print-config"], standalone_mode=False)  # as the command begins
+from deployments.cli.main import _import_serve, _settings_of_server
+_settings_of_server(None, {})  # as the command begins
+_import_serve()
 import deployments.cli.run_server, deployments.app  # the latter imports every deployment's module
 heavy = {"torch", "transformers", "sentence_transformers", "openvino", "peft", "sklearn", "pandas"}
 assert "ray.serve" in sys.modules

@@ -292,9 +292,8 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     out.print(f"server:   {url}", highlight=False)
     names = ", ".join(found.get("models", [found["base_model"]]))
     out.print(f"model:    {names}", markup=False, highlight=False)
-    out.print(
-        f"pool:     {pool_facts['num_adapters']} adapters at generation {pool_facts['generation']}", highlight=False
-    )
+    usable = f"{pool_facts['num_adapters']} adapters that you may use"
+    out.print(f"pool:     {usable}, at generation {pool_facts['generation']}", highlight=False)
     out.print(f"routing:  {defaults['strategy']}, k = {defaults['k']}", highlight=False)
     if workers is None:
         out.print("workers:  shown to keys with the role admin", highlight=False)

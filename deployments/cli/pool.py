@@ -62,6 +62,9 @@ def list_adapters(
     table = Table(names, digests, "ranks", "size", "samples", autos, tags, title=f"generation {answer['generation']}")
     for row in rows:
         ranks, auto = ", ".join(map(str, row["ranks"])), "yes" if row["found_by_auto"] else "by name only"
+        is_foreign = "tenant" in answer and row["tenant"] != answer["tenant"]
+        if is_foreign and row["found_by_auto"] and not row["approved"]:
+            auto = "not approved"
         cells = (row["digest"][:12], ranks, show_bytes(row["num_bytes"]), str(row["num_samples"]), auto)
         table.add_row(row["id"], *cells, ", ".join(row["tags"]))
     out.print(table)

@@ -78,6 +78,10 @@ def export_to(target: str, names: Sequence[str], store: str | None, url: str, *,
         facts = {"target": target, "generation": snapshot.generation, "num_adapters": len(snapshot.records)}
         print_json(facts | {"num_bytes": num_bytes})
         return
+    if not snapshot.records and store is None:
+        show_warning(
+            "a key copies the adapters of its tenant, which has none; --store STORE copies those of all tenants"
+        )
     said = f"{counted(len(snapshot.records), 'adapter')} as of generation {snapshot.generation} are in {target}"
     out.print(said, markup=False, highlight=False, soft_wrap=True)
 

@@ -62,9 +62,9 @@ def _serve(server: Server, host: str) -> None:
             server.wait_ready(timeout_s=_READY_TIMEOUT_S)
             ready = server.started()
         interrupts = server.interrupts()
-        out.print(
-            f"ready after {time.monotonic() - started:.0f} s at {url} with {counted(ready['num_adapters'], 'adapter')}"
-        )
+        # With keys the start may only see what all tenants may use.
+        usable = counted(ready["num_adapters"], "public adapter" if settings.has_keys else "adapter")
+        out.print(f"ready after {time.monotonic() - started:.0f} s at {url} with {usable}")
         if server.has_new_pool:
             say(f"created a new pool at {settings.store_uri}")
         for problem in start_problems(ready):

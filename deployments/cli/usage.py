@@ -18,7 +18,7 @@ _NUMBERS = {
     "cached_tokens": "cached",
     "completion_tokens": "new",
 }
-_BASE_MODEL = "(base model)"
+_NO_ADAPTER = "(none)"
 
 
 @commands.command()
@@ -59,4 +59,4 @@ def usage(
 
 def _shown(group: str, row: JsonObject) -> str:
     value: str | None = row[group]
-    return _BASE_MODEL if value is None else value[:12] if group == "version" else value
+    return _NO_ADAPTER if value is None else value[:12] if group == "version" else value

@@ -35,7 +35,14 @@ def test_the_tutorial_about_many_teams_runs(tmp_path: Path, scale: Scale) -> Non
     assert printed.count("20 live, 0 refused") == 3
     first = [re.findall(r"^│ (\S+)", table, re.MULTILINE)[0] for table in printed.split("strategy mixture")[1:3]]
     assert first == ["question_formation-oslo", "question_formation-lima"]
-    for said in ("the boys do not like tea", "collision: ", "!03!07!2024!", "data/date_format-oslo", "platform"):
+    for said in (
+        "the boys do not like tea",
+        "own adapter first 100.0%",
+        "not approved",
+        "!03!07!2024!",
+        "data/date_format-oslo",
+        "platform",
+    ):
         assert said in printed
 
 

@@ -425,7 +425,7 @@ def test_status_shows_the_model_the_pool_and_the_load() -> None:
     assert server.asked[0] == ("GET", "/v1/stats")
     for part in (
         "tiny",
-        "14 adapters at generation 9",
+        "14 adapters that you may use, at generation 9",
         "mixture, k = 3",
         "2, 1 silent; 3 of 64 rows running, 5 waiting",
     ):

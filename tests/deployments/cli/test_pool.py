@@ -41,6 +41,17 @@ def test_list_shows_the_pool() -> None:
     assert "fun," in line and "short" in result.stdout
 
 
+def test_list_says_which_adapters_auto_may_not_choose_yet() -> None:
+    others = [{"id": f"acme/{name}", "tenant": "acme", "approved": name == "good"} for name in ("good", "new")]
+    rows = [ROW | {"tenant": "local", "approved": False, "found_by_auto": True}]
+    rows += [ROW | {"found_by_auto": True} | other for other in others]
+    answer = {"generation": 3, "tenant": "local", "data": rows, "last_id": "poet", "has_more": False}
+    with scripted((200, answer)) as server:
+        printed = run("list", "--url", server.url).stdout
+    marks = [("yes" in line, "not approved" in line) for line in printed.splitlines() if "dddd" in line]
+    assert marks == [(True, False), (True, False), (False, True)]
+
+
 def test_a_pipe_gets_every_adapter_on_one_line() -> None:
     name = "a-name-of-sixty-characters-that-no-terminal-has-room-for-xxx"
     answer = {"generation": 3, "data": [ROW | {"id": name}], "last_id": name, "has_more": False}

@@ -65,6 +65,15 @@ def test_a_server_gives_what_the_key_owns(
     assert all(check.problem is None for check in copy.verify())
 
 
+def test_a_key_without_adapters_is_told_how_to_copy_those_of_all_tenants(
+    pool: LoraStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tenant, is_told in (("platform", True), ("acme", False)):
+        monkeypatch.setattr("deployments.cli.pool_transfer.client_of", lambda url, who=tenant: serve(pool, who))
+        done = run("pool", "export", tmp_path / f"{tenant}.tar")
+        assert (done.exit_code, "--store STORE copies those of all" in words(done.stderr)) == (0, is_told)
+
+
 @pytest.mark.parametrize("name", ["catalogue/_delta_log/0.json", "projections/../../etc/passwd", "blobs/aa/../x"])
 def test_no_other_file_of_the_store_is_given(name: str, pool: LoraStore) -> None:
     with pytest.raises(AdapterNotFound):

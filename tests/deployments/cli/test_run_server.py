@@ -119,6 +119,14 @@ def test_a_start_without_a_terminal_prints_a_line_for_each_phase(
     assert printed[-1] == "stopping, which takes some seconds"
 
 
+def test_a_start_with_keys_says_that_it_counts_public_adapters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deployments.cli.run_server.Server", QuickServer)
+    assert run_server(AppConfig(api_key="secret-key"), "127.0.0.1", 8000) == 0
+    assert "with 0 public adapters" in capsys.readouterr().out
+
+
 def test_the_start_says_which_adapters_are_not_served() -> None:
     unserved = unserved_objects((("org/old", 12), ("org/older", 1)))
     assert start_problems({"unserved": unserved, "refused": {"/adapters/bad": "it is bad"}}) == [

@@ -30,7 +30,7 @@ def test_the_report_is_asked_for_and_shown_by_group() -> None:
     path = "/v1/usage?by=tenant&by=adapter&start=2026-11-01&end=2026-11-30&tenant=acme"
     assert server.asked == [("GET", path)] * 2
     assert json.loads(printed.stdout) == REPORT
-    for part in ("2026-11-01 to 2026-11-30", "acme", "(base model)", "1,200", "0.50"):
+    for part in ("2026-11-01 to 2026-11-30", "acme", "(none)", "1,200", "0.50"):
         assert part in words(shown.stdout)
 
 
