@@ -27,9 +27,9 @@ from deployments.json_types import JsonObject
 _PIPE_WIDTH = 1000  # of what is no terminal: no name, message or row of a table is broken
 
 
-def _console(stream: TextIO, **options: bool) -> Console:
+def _console(stream: TextIO, *, stderr: bool = False) -> Console:
     is_narrow = stream.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_narrow else _PIPE_WIDTH, **options)
+    return Console(width=None if is_narrow else _PIPE_WIDTH, stderr=stderr)
 
 
 out = _console(sys.stdout)
