@@ -27,13 +27,13 @@ from deployments.json_types import JsonObject
 _PIPE_WIDTH = 1000  # of what is no terminal: no name, message or row of a table is broken
 
 
-def _console(stream: TextIO, **options: bool) -> Console:
-    is_narrow = stream.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_narrow else _PIPE_WIDTH, **options)
+def _width_of(stream: TextIO) -> int | None:
+    """Return how wide the lines may be; None: as a terminal, or the variable COLUMNS, says."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
 
 
-out = _console(sys.stdout)
-err = _console(sys.stderr, stderr=True)
+out = Console(width=_width_of(sys.stdout))
+err = Console(width=_width_of(sys.stderr), stderr=True)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
