@@ -32,8 +32,8 @@ def _console(stream: TextIO, *, stderr: bool = False) -> Console:
     return Console(width=None if is_narrow else _PIPE_WIDTH, stderr=stderr)
 
 
-out = Console(width=_width_of(sys.stdout))
-err = Console(width=_width_of(sys.stderr), stderr=True)
+out = _console(sys.stdout)
+err = _console(sys.stderr, stderr=True)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "LORARETRIEVER_URL"
