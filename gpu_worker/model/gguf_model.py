@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from gpu_worker.config import CONVERTER
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.gguf_blocks import KINDS, read_integers
-from gpu_worker.model.packaged_model import CONVERTER
 from gpu_worker.model.quantization import QuantizedWeight
 from gpu_worker.model.quantized_checkpoint import METHOD, OFFSET, PACKED, pack_words
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
+from gpu_worker.config import CONVERTER, PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,6 @@ _PARTS = tuple(  # (package, its file), in order
 )
 _GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _CHECKSUMS = "SHA256SUMS"
-# The version of `gguf_model`, which takes seconds to import. Raise it when that module writes other files, so that
-# those in the cache are not read any more.
-CONVERTER = 2
 # Gemma's tokenizer calls these special. The GGUF file does not say so, and answers would show them as text.
 _MARKERS = ["[multimodal]", "<start_of_image>", "<end_of_image>"]
 
