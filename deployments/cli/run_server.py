@@ -87,7 +87,6 @@ def _serve(server: Server, host: str) -> None:
         ):
             say(line)
         interrupts.get()
-        say("stopping, which takes some seconds")
         if not server.finish_requests():
             out.print("stopped before all requests were answered")
 

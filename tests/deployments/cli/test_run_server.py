@@ -116,7 +116,6 @@ def test_a_start_without_a_terminal_prints_a_line_for_each_phase(
     phases = ["starting Ray and the deployments", "loading the base model", "publishing the preloaded adapters"]
     assert printed[: 2 + has_preload] == phases[: 2 + has_preload]
     assert printed[2 + has_preload].startswith("ready after 0 s at http://127.0.0.1:8000")
-    assert printed[-1] == "stopping, which takes some seconds"
 
 
 def test_a_start_with_keys_says_that_it_counts_public_adapters(
