@@ -45,9 +45,9 @@ def test_results_are_in_order_and_a_refusal_does_not_affect_others() -> None:
 
 def test_all_valid_adapters_are_live_by_one_commit() -> None:
     publishing = Publishing()
-    outcomes = publishing("bad", "poet", "wrong", "bare")
+    outcomes = publishing("bad", "other", "wrong", "bare")
     [(staged, embeddings, shifts, actor, *_)] = publishing.store.called("commit")
-    assert [item.ref.name for item in staged] == ["poet", "bare"]
+    assert [item.ref.name for item in staged] == ["other", "bare"]
     assert [None if embedding is None else embedding.encoder for embedding in embeddings] == [ENCODER, None]
     assert (shifts, actor) == ([0.5, 0.25], "tester")
     assert [(p.generation, p.probe_shift, p.found_by_auto) for p in live(outcomes)] == [
@@ -288,7 +288,7 @@ def test_uploads_reach_the_store_through_rays_object_store() -> None:
 
 def test_a_dry_run_validates_and_leaves_nothing() -> None:
     publishing = Publishing()
-    uploads = [PublishItem(Path("folders", name)) for name in ("bad", "poet", "wrong", "bare")]
+    uploads = [PublishItem(Path("folders", name)) for name in ("bad", "other", "wrong", "bare")]
     outcomes = publishing.run(lambda publisher: publisher.publish(uploads, "tester", is_dry=True))
     kinds = [AdapterRefused, Published, AdapterUnfit, Published]
     assert [isinstance(outcome, kind) for outcome, kind in zip(outcomes, kinds, strict=True)] == [True] * 4
