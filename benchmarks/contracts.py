@@ -86,7 +86,7 @@ def publish(config: AppConfig, pool: Path, folder: Path, instructions: Mapping[s
     store.commit(staged, embeddings, [1.0] * len(staged), "benchmark")
 
 
-def interval_of(values: Sequence[bool], num_tasks: int) -> Interval:
+def find_interval(values: Sequence[bool], num_tasks: int) -> Interval:
     """Return the share of the values, which are those of one task after another."""
     return bootstrap(np.asarray(values, float).reshape(1, num_tasks, -1))
 
@@ -116,7 +116,7 @@ def main(pool: Path = POOL, held_out: Path = HELD_OUT, per_task: int = 12) -> No
                 right = [bool(score_of(answer.text, row[2])) for row, answer in zip(asked, found, strict=True)]
                 firsts = [[used["name"] for used in answer.adapters][:1] for answer in found]
                 first = [names == [name] for names, (name, _, _) in zip(firsts, asked, strict=True)]
-                shares = [interval_of(values, len(tasks)) for values in (right, first)]
+                shares = [find_interval(values, len(tasks)) for values in (right, first)]
                 table.add_row(kind, model, *(share.in_percent() for share in shares))
                 runs.append({"prompt": kind, "model": model, "right": shares[0], "first": shares[1], "num": len(asked)})
     with out.capture() as captured:

@@ -19,7 +19,7 @@ Generate = Callable[[Rows, int, int | None], int]
 """Takes prompts, new tokens per row, and the number of their adapter; returns new tokens."""
 FILE_TYPES = {"bfloat16": 32, "int8": 7, "int4": 2}  # llama.cpp's numbers of BF16, Q8_0 and Q4_0
 WEIGHTS = {"bfloat16": "fp16", "int8": "int8", "int4": "int4"}  # OpenVINO computes in bfloat16 where it is faster
-MOST_TOKENS = 4096  # of a batch
+MOST_TOKENS = 4096  # a batch has at most so many
 
 
 def llama(settings: dict[str, Any]) -> tuple[Generate, str]:

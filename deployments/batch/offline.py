@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from deployments.batch.answering import OfflineEngines
-from deployments.batch.planning import BatchRouting, asked_of
+from deployments.batch.planning import BatchRouting, ask_planner
 from deployments.batch.rows import Asked, answer_of
 from deployments.batch.run import check_devices
 from deployments.config.app import AppConfig
@@ -129,7 +129,7 @@ class LoraRetriever:
         await asyncio.to_thread(self._pools.catch_up)
         asked: list[Asked] = await asyncio.gather(
             *[
-                asked_of(self._planner, self._config.served_models, self._tenant, f"prompt-{number}", body)
+                ask_planner(self._planner, self._config.served_models, self._tenant, f"prompt-{number}", body)
                 for number, body in enumerate(bodies)
             ]
         )

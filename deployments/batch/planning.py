@@ -56,12 +56,12 @@ class PartPlanner:
         return PlannedPart(part, rows, tuple(asked))
 
     async def _ask(self, number: int, body: JsonObject) -> Asked:
-        return await asked_of(
+        return await ask_planner(
             self._planner, self._settings.config.served_models, self._settings.tenant, f"row-{number}", body
         )
 
 
-async def asked_of(planner: Planner, models: ServedModels, tenant: str, name: str, body: JsonObject) -> Asked:
+async def ask_planner(planner: Planner, models: ServedModels, tenant: str, name: str, body: JsonObject) -> Asked:
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)

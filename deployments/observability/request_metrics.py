@@ -70,10 +70,10 @@ class RequestContext:
     abstained: bool = False
     ignored: tuple[str, ...] = ()  # paths of the fields that this server does not read
     plan_s: float | None = None
-    num_choices: int = 1  # of each prompt
+    num_choices: int = 1  # answers that each prompt gets
     num_read: int = 0  # tokens that the encoder read for an answer of vectors
     rows: dict[int, RowTimes] = field(default_factory=dict)
-    plans: Sequence[Planned] = ()  # of each prompt
+    plans: Sequence[Planned] = ()  # one for each prompt
     is_recorded: bool = False  # as usage
 
     def record_plans(self, plans: Sequence[Planned], seconds: float) -> None:

@@ -88,9 +88,9 @@ class RowAssignment(ABC):
                 f"the plan's adapters need {needed} rank rows, the bank has {self._bank.num_rows}; use fewer adapters"
             )
         num_bytes = sum(adapter.expert_bytes for adapter in missing.values())
-        if num_bytes and num_bytes + sum(map(self._bytes_of, digests)) > self._expert_bytes:
+        if num_bytes and num_bytes + sum(map(self._count_bytes, digests)) > self._expert_bytes:
             raise PlanTooLarge(
-                f"the plan's adapters need {num_bytes + sum(map(self._bytes_of, digests))} bytes for their experts, of"
+                f"the plan's adapters need {num_bytes + sum(map(self._count_bytes, digests))} bytes for their experts, of"
                 f" {self._expert_bytes} (worker.host_cache_bytes); use fewer adapters"
             )
         vacated = self._make_room(num_missing, num_bytes, digests)
@@ -131,21 +131,21 @@ class RowAssignment(ABC):
 
         `num_bytes`: of the experts of the adapters that come.
         """
-        free, free_bytes = self._owner.count(None), self._expert_bytes - sum(map(self._bytes_of, self._experts))
+        free, free_bytes = self._owner.count(None), self._expert_bytes - sum(map(self._count_bytes, self._experts))
         evictable = [digest for digest in self._rows if digest not in self._pins and digest not in wanted]
         if num_missing > free + sum(len(self._rows[digest]) for digest in evictable):
             return None
-        if num_bytes > free_bytes + sum(map(self._bytes_of, evictable)):
+        if num_bytes > free_bytes + sum(map(self._count_bytes, evictable)):
             return None
         vacated: list[list[int]] = []
         for digest in evictable:
             if free >= num_missing and free_bytes >= num_bytes:
                 break
-            free, free_bytes = free + len(self._rows[digest]), free_bytes + self._bytes_of(digest)
+            free, free_bytes = free + len(self._rows[digest]), free_bytes + self._count_bytes(digest)
             vacated.append(self._vacate(digest))
         return vacated
 
-    def _bytes_of(self, digest: str) -> int:
+    def _count_bytes(self, digest: str) -> int:
         """Return the bytes of the experts of a resident adapter, 0 of another."""
         return sum(module.num_bytes for module in self._experts.get(digest, {}).values())
 

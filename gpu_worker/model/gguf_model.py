@@ -184,7 +184,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     if rope := _read_rope(gguf, reader, read.config):
         read.config.rope_parameters = rope
     found = _find_integers(reader, read)
-    kept = {read.get_submodule(name).weight.data_ptr() for name in found}  # of a tied head, the embedding's too
+    kept = {read.get_submodule(name).weight.data_ptr() for name in found}  # a tied head has the embedding's
     whole = read.state_dict()
     tensors = {name: tensor.bfloat16() for name, tensor in whole.items() if tensor.data_ptr() not in kept}
     for name, weight in found.items():

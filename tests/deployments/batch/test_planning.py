@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deployments.batch.planning import BatchRouting, PartPlanner, asked_of
+from deployments.batch.planning import BatchRouting, PartPlanner, ask_planner
 from deployments.config.app import AppConfig
 from deployments.generation.planner import Planner
 from lora_store import AdapterRef, NamedPolicy, Plan, PlannedAdapter
@@ -69,7 +69,7 @@ def test_a_row_is_asked_by_the_contract_of_its_adapter(place: Place) -> None:
     planner = Planner(served, place.config.retrieval, Asked(Retriever.__new__(Retriever)))
     for lora, content in (({}, "Sing: Hi"), ({"contract": False}, "Hi")):
         body = {"prompt": "Hi", "model": "sea", "lora": lora}
-        asked = asyncio.run(asked_of(planner, served, "local", "row-0", body))
+        asked = asyncio.run(ask_planner(planner, served, "local", "row-0", body))
         assert asked.job is not None and asked.job.prompt == content
 
 
