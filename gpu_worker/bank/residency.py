@@ -90,8 +90,8 @@ class RowAssignment(ABC):
         num_bytes = sum(adapter.expert_bytes for adapter in missing.values())
         if num_bytes and num_bytes + sum(map(self._count_bytes, digests)) > self._expert_bytes:
             raise PlanTooLarge(
-                f"the plan's adapters need {num_bytes + sum(map(self._count_bytes, digests))} bytes for their experts, of"
-                f" {self._expert_bytes} (worker.host_cache_bytes); use fewer adapters"
+                f"the plan's adapters need {num_bytes + sum(map(self._count_bytes, digests))} bytes for their experts,"
+                f" of {self._expert_bytes} (worker.host_cache_bytes); use fewer adapters"
             )
         vacated = self._make_room(num_missing, num_bytes, digests)
         if vacated is None:
