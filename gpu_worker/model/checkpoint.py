@@ -79,8 +79,13 @@ def load_tensors(source: str, config: Any, tensors: dict[str, Tensor], **options
     Raises: BaseModelUnsupported, as `load_whole`.
     """
     with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
-    model = _load(model_class, None, source, config=config, state_dict=tensors, **options)
+        empty = AutoModelForCausalLM.from_config(config)
+    names = {module: f"{name}.weight" for name, module in empty.named_modules()}
+    head = names.get(empty.get_output_embeddings())
+    if getattr(config, "tie_word_embeddings", False) and head in tensors:
+        # transformers would draw random numbers for a tied embedding that is not in the file
+        tensors.setdefault(names[empty.get_input_embeddings()], tensors[head])
+    model = _load(type(empty), None, source, config=config, state_dict=tensors, **options)
     with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model

@@ -180,6 +180,13 @@ def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOC
     return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads
 
 
+def sockets_folder() -> TemporaryDirectory[str]:
+    """Make a folder for the sockets of vLLM's processes, as vLLM removes none of them; and tell vLLM where it is."""
+    folder = TemporaryDirectory(prefix="vllm-")  # short, as a socket's path has at most 107 bytes
+    os.environ["VLLM_RPC_BASE_PATH"] = folder.name
+    return folder
+
+
 def set_environment(config: VllmWorkerConfig) -> None:
     """Set what vLLM reads from the environment only, before it starts its processes."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
