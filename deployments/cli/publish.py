@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
+from rich.progress import DownloadColumn, TransferSpeedColumn, track
 
 from deployments.cli.adapter_publisher import (
     SOURCE,
@@ -32,19 +32,15 @@ from deployments.cli.client import (
     client_of,
     err,
     fail,
-    out,
     print_json,
+    progress,
+    say,
     show_warning,
 )
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import (
-    adapter_folders,
-    folder_bytes,
-)
+from deployments.publishing.adapter_folders import adapter_folders, folder_bytes
 
 commands = typer.Typer()
-
-
 Places = Annotated[
     list[str] | None,
     typer.Argument(
@@ -196,9 +192,7 @@ def _check_alone(
         raise typer.BadParameter(f"only a server can read {sources[0]}; start one, or give --url", param_hint="FOLDER")
     from deployments.cli.check_adapter import check_adapters  # the store's libraries take most of a second to import
 
-    folders = [Path(place) for place in places]
-    if code := check_adapters(folders, config, parity, base_name=base_name, as_json=as_json):
-        raise typer.Exit(code)
+    check_adapters([Path(place) for place in places], config, parity, base_name=base_name, as_json=as_json)
 
 
 def _require_one(items: Sequence[Item], name: str | None, samples: Path | None) -> None:
@@ -253,13 +247,12 @@ def _contract_from(file: Path) -> JsonObject:
 @contextmanager
 def _upload_progress(items: Sequence[Item]) -> Iterator[Callable[[int], object]]:
     """Yield a function that adds bytes to a progress bar, which appears with the first upload of a single adapter."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     if len(items) != 1 or items[0].is_source:
         yield lambda _: None
         return
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("uploading", total=folder_bytes(Path(items[0].place)), visible=False)
-        yield lambda num_bytes: progress.update(task, advance=num_bytes, visible=True)
+    total = folder_bytes(Path(items[0].place))
+    with progress("uploading", DownloadColumn(), TransferSpeedColumn(), total=total, visible=False) as update:
+        yield lambda num_bytes: update(advance=num_bytes, visible=True)
 
 
 def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
@@ -283,7 +276,7 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
             note_refusal(refused, item, answer)
             continue
         by_name += not answer["found_by_auto"]
-        out.print(describe_outcome(answer, is_dry), markup=False)
+        say(describe_outcome(answer, is_dry))
         for warning in answer.get("warnings", ()):
             warned.setdefault(warning, []).append(answer["name"])
     for warning, named in warned.items():
