@@ -21,7 +21,7 @@ from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
 from deployments.calls.h11_proxy import warn_if_unbounded
 from deployments.calls.serve_calls import Background, bypass_http_proxy
-from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate, Workers
+from deployments.calls.worker_client import BaseWorkers, WorkerGate, Workers, serve_worker
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
 from deployments.generation.notes import PromptNotes
@@ -161,7 +161,7 @@ def _serve_workers(config: AppConfig, handles: Mapping[str, DeploymentHandle], l
     """Return the workers of every base model, with a gate for those that may be scaled to zero."""
     served: dict[str, BaseWorkers] = {}
     for name, model in config.by_model.items():
-        client = ServeWorker(handles[name], heartbeat_timeout_s=limits.silence_s)
+        client = serve_worker(handles[name], heartbeat_timeout_s=limits.silence_s)
         timeout_s = config.scale_from_zero_timeout_s if model.workers_scale_to_zero else None
         served[name] = BaseWorkers(client, WorkerGate(client, timeout_s))
     return Workers(served, config.served_models.bases)
