@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.completions import TextRequest, parse
 from deployments.api.pool_responses import Ready
-from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight, Limiter
+from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight
 from deployments.auth.key_file import load_keys
 from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
@@ -186,9 +186,8 @@ def _build_services(
     longest_request_s = max(each.worker_scaling.graceful_shutdown_timeout_s for each in config.by_model.values())
     reclaimer = Reclaimer(store, workers, background, longest_request_s=longest_request_s)
     publisher = Publisher(store, retriever, workers, background=background, reclaimer=reclaimer, metrics=changes)
-    authenticator = Authenticator(
-        load_keys(config.api_key, config.keys_file), Limiter(config.ingress_scaling.max_replicas)
-    )
+    keys = load_keys(config.api_key, config.keys_file)
+    authenticator = Authenticator(keys, config.ingress_scaling.max_replicas)
     planner = Planner(models, config.retrieval, retriever)
     approves = has_keys or config.public_requires_approval
     preload = Preload(config.preload, publisher, bases=models.bases, approves=approves)
