@@ -7,8 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -52,6 +52,7 @@ from lora_store.adapter import Shapes
 _MIN_DIGEST_CHARS = 8
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+P = ParamSpec("P")
 Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
@@ -179,6 +180,19 @@ def _results(
     return results
 
 
+def run_to_end(
+    method: Callable[Concatenate[Publisher, P], Coroutine[object, object, T]],
+) -> Callable[Concatenate[Publisher, P], Coroutine[object, object, T]]:
+    """Count the outcome of the method, and run it to its end even if its caller leaves."""
+
+    @wraps(method)
+    async def run(self: Publisher, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        name = "dry_run" if kwargs.get("is_dry") else method.__name__
+        return await self.background.run(self.metrics.count(name, method(self, *args, **kwargs)))
+
+    return run
+
+
 class Publisher:
     """The only component that publishes and withdraws adapters. A change continues if its caller leaves."""
 
@@ -194,13 +208,14 @@ class Publisher:
     ) -> None:
         self._store, self._retriever, self._workers = store, retriever, workers
         self._validator = AdapterValidator(retriever, workers)
-        self._background, self._reclaimer, self._metrics = background, reclaimer, metrics or ChangeMetrics()
+        self.background, self.metrics, self._reclaimer = background, metrics or ChangeMetrics(), reclaimer
         self._listeners: list[Listener] = []
 
     def subscribe(self, listener: Listener) -> None:
         """Call `listener` with the tenant and the author of every later commit of new versions."""
         self._listeners.append(listener)
 
+    @run_to_end
     async def publish(
         self,
         uploads: Sequence[PublishItem],
@@ -218,16 +233,29 @@ class Publisher:
         Raises, without any change: the error of the Retriever or the Store for the whole batch; QuotaExceeded;
         WorkerStarting; the error of `charge`.
         """
-        change = Change(actor, quota, charge=charge, is_dry=is_dry)
-        return await self._run("dry_run" if is_dry else "publish", self._publish(uploads, change, held))
+        with held or nullcontext():
+            try:
+                active = await self._store.active_encoder()
+                staged = await self._stage_all(uploads, await self._find_shapes())
+            finally:
+                await self._delete_parts([id for upload in uploads for id in upload.sent])
+            return await self._make_live(staged, active, Change(actor, quota, charge=charge, is_dry=is_dry))
 
+    @run_to_end
     async def rollback(self, key: Key, digest: str | None, actor: str, charge: Charge = free_of_charge) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
 
         Raises: AdapterNotFound, VersionNotKept; the errors of `publish`.
         """
-        return await self._run("rollback", self._rollback(key, digest, actor, charge))
+        active = await self._store.active_encoder()
+        kept = await self._kept(key)
+        if digest is None and kept[0].trial is not None:
+            return await self._end_trial(kept[0], actor)
+        wanted = kept_version(kept, digest)
+        change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
+        return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
 
+    @run_to_end
     async def resample(
         self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge = free_of_charge
     ) -> Published:
@@ -235,8 +263,11 @@ class Publisher:
 
         Raises: AdapterNotFound; VersionConflict if another version is live by now; the errors of `publish`.
         """
-        return await self._run("resample", self._resample(live, samples, actor, charge))
+        active = await self._store.active_encoder()
+        stage = partial(self._store.resample, live, samples)
+        return await self._publish_staged(live.base_model, stage, active, Change(actor, charge=charge))
 
+    @run_to_end
     async def edit(
         self,
         key: Key,
@@ -251,14 +282,27 @@ class Publisher:
         Raises: AdapterNotFound; VersionChanged; VersionConflict if another version becomes live meanwhile; the errors
         of `publish`.
         """
-        return await self._run("edit", self._edit(key, edit, digest, Change(actor, quota, charge=charge)))
+        active = await self._store.active_encoder()
+        live = (await self._kept(key))[0]
+        if digest is not None and digest != live.ref.digest:
+            raise VersionChanged(key[1], digest, live.ref.digest)
+        stage = partial(self._store.edit, live, edit)
+        return await self._publish_staged(live.base_model, stage, active, Change(actor, quota, charge=charge))
 
+    @run_to_end
     async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
         """Withdraw all of `names` with all their versions, or none. Free their weights and blobs in the background.
 
         Raises: AdapterNotFound, VersionConflict, StoreUnavailable.
         """
-        return await self._run("withdraw", self._withdraw(tenant, names, actor))
+        kept = await self._store.versions([(tenant, name) for name in names])
+        try:
+            withdrawn = await self._store.withdraw(tenant, names, actor, uuid4().hex)
+            ready, behind = await self.catch_up(withdrawn.generation)
+        finally:  # after an error they may be withdrawn nevertheless; blobs still in use are not freed
+            self._reclaimer.reclaim([record for versions in kept.values() for record in versions])
+        logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
+        return Removed(tuple(names), withdrawn.generation, ready, behind)
 
     async def expire(self) -> int:
         """Withdraw the unlisted adapters whose time to live is over, and free them. Return how many versions they had.
@@ -272,14 +316,15 @@ class Publisher:
             logger.info("withdrew %d expired versions at generation %d", len(withdrawn.records), withdrawn.generation)
         return len(withdrawn.records)
 
+    @run_to_end
     async def set_visibility(self, key: Key, visibility: Visibility, actor: str) -> Settled:
         """Make an adapter public or private.
 
         Raises: AdapterNotFound, PublicNameTaken, VersionConflict, StoreUnavailable.
         """
-        change = partial(self._store.set_visibility, *key, visibility, actor)
-        return await self._run("set_visibility", self._settle(change))
+        return await self._settle(partial(self._store.set_visibility, *key, visibility, actor))
 
+    @run_to_end
     async def set_trial(
         self, key: Key, digest: str | None, share: float, actor: str, *, is_shadow: bool = False
     ) -> tuple[Trial | None, Settled]:
@@ -288,9 +333,7 @@ class Publisher:
         `digest`: its beginning, None for the version under trial. Return the trial.
         Raises: AdapterNotFound, VersionNotKept, AdapterRefused, VersionConflict, StoreUnavailable.
         """
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
+        kept = await self._kept(key)
         trial = None
         if share:
             running = kept[0].trial
@@ -301,16 +344,16 @@ class Publisher:
             if refused := self._refuse_other_base(version, kept[0]):
                 raise refused
             trial = Trial(version.ref.digest, share, is_shadow)
-        change = partial(self._store.set_trial, *key, trial, actor)
-        return trial, await self._run("set_trial", self._settle(change))
+        return trial, await self._settle(partial(self._store.set_trial, *key, trial, actor))
 
+    @run_to_end
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> Settled:
         """Let `auto` choose these public versions for every tenant. Raises: AdapterNotFound, StoreUnavailable."""
-        return await self._run("approve", self._settle(partial(self._store.approve, refs, actor)))
+        return await self._settle(partial(self._store.approve, refs, actor))
 
     async def change_name(self, change: Callable[[], Awaitable[int]]) -> Settled:
         """Commit a change of a model name, and wait for the Retriever replicas. Raises: as `change`."""
-        return await self._run("name", self._settle(change))
+        return await self.background.run(self.metrics.count("name", self._settle(change)))
 
     async def live(self, uploads: Sequence[PublishItem]) -> dict[Key, AdapterRecord]:
         """Return the live version of each name that has one."""
@@ -327,25 +370,18 @@ class Publisher:
         ready = sum(isinstance(answer, int) for answer in answers)
         return ready, len(answers) - ready
 
-    async def _run(self, change: str, work: Coroutine[object, object, T]) -> T:
-        return await self._background.run(self._metrics.count(change, work))
-
     async def _settle(self, change: Callable[[], Awaitable[int]]) -> Settled:
         await self._store.check_available()
         generation = await change()
         ready, behind = await self.catch_up(generation)
         return Settled(generation, ready, behind)
 
-    async def _publish(
-        self, uploads: Sequence[PublishItem], change: Change, held: AbstractContextManager[object] | None
-    ) -> list[Published | Exception]:
-        with held or nullcontext():
-            try:
-                active = await self._store.active_encoder()
-                staged = await self._stage_all(uploads, await self._find_shapes())
-            finally:
-                await self._delete_parts([id for upload in uploads for id in upload.sent])
-            return await self._make_live(staged, active, change)
+    async def _kept(self, key: Key) -> tuple[AdapterRecord, ...]:
+        """Return the kept versions of a name, the live one first. Raises: AdapterNotFound."""
+        kept = (await self._store.versions([key])).get(key, ())
+        if not kept:
+            raise AdapterNotFound(key[1])
+        return kept
 
     async def _find_shapes(self) -> dict[str, Shapes]:
         """Return the module shapes of each base model: adapters of one that does not tell them are refused.
@@ -375,34 +411,6 @@ class Publisher:
 
         return await asyncio.gather(*map(stage, uploads), return_exceptions=True)
 
-    async def _rollback(self, key: Key, digest: str | None, actor: str, charge: Charge) -> Published:
-        active = await self._store.active_encoder()
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
-        if digest is None and kept[0].trial is not None:
-            return await self._end_trial(kept[0], actor)
-        wanted = kept_version(kept, digest)
-        change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
-        return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
-
-    async def _resample(
-        self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge
-    ) -> Published:
-        active = await self._store.active_encoder()
-        change = Change(actor, charge=charge)
-        return await self._publish_staged(live.base_model, lambda: self._store.resample(live, samples), active, change)
-
-    async def _edit(self, key: Key, edit: Edit, digest: str | None, change: Change) -> Published:
-        active = await self._store.active_encoder()
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
-        live = kept[0]
-        if digest is not None and digest != live.ref.digest:
-            raise VersionChanged(key[1], digest, live.ref.digest)
-        return await self._publish_staged(live.base_model, lambda: self._store.edit(live, edit), active, change)
-
     async def _publish_staged(
         self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
     ) -> Published:
@@ -419,16 +427,6 @@ class Publisher:
         result = published_of(ended, settled.generation, settled.ready, settled.behind)
         assert isinstance(result, Published)
         return result
-
-    async def _withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
-        kept = await self._store.versions([(tenant, name) for name in names])
-        try:
-            withdrawn = await self._store.withdraw(tenant, names, actor, uuid4().hex)
-            ready, behind = await self.catch_up(withdrawn.generation)
-        finally:  # after an error they may be withdrawn nevertheless; blobs still in use are not freed
-            self._reclaimer.reclaim([record for versions in kept.values() for record in versions])
-        logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
-        return Removed(tuple(names), withdrawn.generation, ready, behind)
 
     async def _make_live(
         self, staged: Sequence[Staged | BaseException], active: str | None, change: Change
