@@ -309,27 +309,6 @@ def batch_object(outcomes: Sequence[Published | Exception]) -> BatchAnswer:
     return {"object": "list", "data": data}
 
 
-def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAdapter:
-    replicas = replicas_object(settled)
-    return {"name": name, "visibility": visibility, "generation": settled.generation, "replicas": replicas}
-
-
-def approval_object(ref: AdapterRef, settled: Settled, draws: DrawsObject, *, approved: bool = True) -> SettledAdapter:
-    return {
-        "name": ref.name,
-        "digest": ref.digest,
-        "approved": approved,
-        "draws": draws,
-        "generation": settled.generation,
-        "replicas": replicas_object(settled),
-    }
-
-
-def share_object(name: str, trial: Trial | None, settled: Settled) -> SettledAdapter:
-    shown = None if trial is None else trial_object(trial)
-    return {"name": name, "trial": shown, "generation": settled.generation, "replicas": replicas_object(settled)}
-
-
 def removed_object(removed: Removed) -> RemovedAdapters:
     return {
         "names": list(removed.names),
