@@ -211,9 +211,10 @@ class KeyAnywhere(Commands):
 @contextmanager
 def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
     """Yield an HTTP client. If the server cannot be reached, print why and exit."""
+    key, hooks = _key.get(), {"response": [_note_ignored_key()]}
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        hooks = {"response": [_note_ignored_key()]}
-        with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization(), event_hooks=hooks) as client:
+        with httpx.Client(base_url=url, timeout=timeout_s, headers=headers, event_hooks=hooks) as client:
             yield client
     except httpx.ConnectError:
         fail(
@@ -231,11 +232,6 @@ def use_key(key: str | None) -> None:
 def has_key() -> bool:
     """Return whether this command sends a key."""
     return _key.get() is not None
-
-
-def _authorization() -> dict[str, str]:
-    key = _key.get()
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _note_ignored_key() -> Callable[[httpx.Response], None]:

@@ -15,6 +15,7 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Protocol
 from urllib.parse import quote, urlsplit
 
@@ -221,11 +222,15 @@ def is_loopback(http: Request) -> bool:
 
 
 def _is_local_page(origin: str) -> bool:
-    try:
-        host = urlsplit(origin).hostname
-    except ValueError:  # as of `http://[evil`
-        return False
+    host = _host_of_page(origin)
     return host == "localhost" or (host is not None and is_loopback_address(host))
+
+
+def _host_of_page(origin: str) -> str | None:
+    """Return the host of an `Origin` header, None without one."""
+    with suppress(ValueError):  # as of `http://[evil`
+        return urlsplit(origin).hostname
+    return None
 
 
 def is_loopback_address(host: str) -> bool:
@@ -247,18 +252,13 @@ def check_origin(headers: Headers, rules: OriginRules) -> None:
         return
     hosts = headers.getlist("host")
     host = host_of(hosts[0]) if len(hosts) == 1 else None
-    if host is None or not _is_ours(host, rules.allowed_hosts):
+    if host is None or not (host == "localhost" or host in rules.allowed_hosts or _is_address(host)):
         raise HostRefused(", ".join(hosts)[:_MAX_SHOWN_CHARS])
     origin = headers.get("origin")
-    if origin is None or has_keys or allows_origin(origin, rules):
+    if origin is None or has_keys or "*" in rules.cors_origins or origin.lower() in rules.cors_origins:
         return
     if not _is_own_page(origin, host, rules.allowed_hosts):
         raise OriginRefused(origin[:_MAX_SHOWN_CHARS])
-
-
-def allows_origin(origin: str, rules: OriginRules) -> bool:
-    """Return whether the setting `cors_origins` lists the page's origin."""
-    return "*" in rules.cors_origins or origin.lower() in rules.cors_origins
 
 
 def host_of(header: str) -> str | None:
@@ -270,19 +270,9 @@ def host_of(header: str) -> str | None:
     return host.removesuffix(".") or None
 
 
-def _is_ours(host: str, allowed: Collection[str]) -> bool:
-    return host == "localhost" or host in allowed or _is_address(host)
-
-
 def _is_own_page(origin: str, host: str, allowed: Collection[str]) -> bool:
     """Return whether the page of this `Origin` is the console, or a page served from this machine."""
-    try:
-        page = urlsplit(origin).hostname
-    except ValueError:  # as of `http://[evil`
-        return False
-    if page is None:
-        return False
-    page = page.removesuffix(".")
+    page = (_host_of_page(origin) or "").removesuffix(".")
     return page in ("localhost", host) or page in allowed or is_loopback_address(page)
 
 

@@ -62,7 +62,8 @@ class AnswerScorer(Scorer):
         rows = (PlannedAdapter(adapter.ref, adapter.weights_digest, 1.0),)
         plan = Plan("selection", rows, template=adapter.template, contract=adapter.contract, base_model=model.name)
         question = Question((Message("user", text),), text, adapter.ref.name, LoraOptions())
-        sampling = SamplingParams(max_tokens=max_tokens_for(output), temperature=0)
+        max_tokens = min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)  # enough to compare with the output
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
         contract = applied_contract(plan, question, sampling)
         job = Job(
             request_id=f"evaluate-{next(self._numbers)}",
@@ -83,11 +84,6 @@ class AnswerScorer(Scorer):
         finally:
             stream.cancel()
         return "".join(parts)
-
-
-def max_tokens_for(output: str) -> int:
-    """Return how many tokens an answer may have to be compared with this output."""
-    return min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)
 
 
 def score_of(answer: str, output: str) -> float:

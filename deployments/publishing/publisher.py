@@ -78,8 +78,12 @@ class Change:
 def live_already(
     staged: Sequence[Staged], older: Mapping[Key, tuple[AdapterRecord, ...]], active: str | None
 ) -> dict[AdapterRef, AdapterRecord]:
-    """Return the live versions that need no publish: embedded by the active encoder, visibility as requested."""
-    live = {kept[0].ref: kept[0] for kept in older.values() if is_embedded(kept[0], active)}
+    """Return the live versions that need no publish: visibility as requested, and embedded by the active encoder.
+
+    A version without samples needs no embedding.
+    """
+    now = [kept[0] for kept in older.values()]
+    live = {record.ref: record for record in now if not record.samples_digest or active in (None, record.encoder)}
     for item in staged:
         record = live.get(item.ref)
         if record is None:
@@ -88,11 +92,6 @@ def live_already(
         if is_changed or item.record.is_offered or record.expires_at != item.record.expires_at:
             del live[item.ref]
     return live
-
-
-def is_embedded(record: AdapterRecord, active: str | None) -> bool:
-    """Return whether the active encoder embedded it, or it has no samples."""
-    return record.samples_digest is None or active in (None, record.encoder)
 
 
 def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRecord:
