@@ -138,8 +138,8 @@ def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> 
         found = outcome.embedded is not None
         record = outcome.staged.record
         nearest = outcome.embedded.neighbours if outcome.embedded is not None else ()
-        own = (record.ref.tenant, record.ref.name)  # the version that this one follows says nothing
-        neighbours = tuple(near for near in nearest if (near.ref.tenant, near.ref.name) != own)
+        # The version that this one follows says nothing.
+        neighbours = tuple(near for near in nearest if near.ref.key != record.ref.key)
         return Published(
             record.ref,
             generation,
@@ -173,7 +173,7 @@ def _results(
         if isinstance(result, Published):
             new = outcome.staged if isinstance(outcome, ValidatedAdapter) else item
             assert isinstance(new, Staged)
-            before = older.get((result.ref.tenant, result.ref.name), (None,))[0]
+            before = older.get(result.ref.key, (None,))[0]
             result = replace(compared(result, new, before), warnings=warnings_of(new, result.probe_shift))
         results.append(result)
     return results
@@ -439,7 +439,7 @@ class Publisher:
         committed: set[str] = set()
         is_unsure = False
         try:
-            older = await self._store.versions([(item.ref.tenant, item.ref.name) for item in held])
+            older = await self._store.versions([item.ref.key for item in held])
             staged = [self._check_trial(item, older) for item in staged]
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
@@ -473,7 +473,7 @@ class Publisher:
         """Return the error of a version that is to share the requests of one of another base model, else the item."""
         if not isinstance(item, Staged) or not item.record.is_offered:
             return item
-        kept = older.get((item.ref.tenant, item.ref.name))
+        kept = older.get(item.ref.key)
         refused = self._refuse_other_base(item.record, kept[0]) if kept else None
         return item if refused is None else refused
 
