@@ -261,8 +261,5 @@ def _no_constant(name: str) -> None:
 def _dumped(arguments: dict[str, object]) -> str:
     """Return JSON text, without characters that UTF-8 lacks."""
     text = json.dumps(arguments, ensure_ascii=False)
-    return text if text.isascii() or _is_utf8(text) else json.dumps(arguments)
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    has_surrogate = not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    return json.dumps(arguments) if has_surrogate else text
