@@ -19,10 +19,6 @@ MAX_MALFORMED = 8  # in one answer: each is searched again for others, so their 
 _HEADER = re.compile(r'\{\s*"name"\s*:\s*"(?P<name>[A-Za-z0-9_.-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
-Parsed = tuple[str, tuple[ToolCallPiece, ...], FinishReason | None]
-"""Content, pieces of calls, and why the answer ends."""
-
-
 def new_call_id() -> str:
     """Return a new id of a call."""
     return f"call_{secrets.token_hex(12)}"
