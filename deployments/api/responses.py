@@ -160,16 +160,6 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
-    """Withdrawn adapters. `behind` Retriever replicas may still route to them."""
-
-    names: tuple[str, ...]
-    generation: int
-    ready: int
-    behind: int
-
-
-@dataclass(frozen=True, slots=True)
 class Settled:
     """A committed change. `behind` Retriever replicas do not know it yet."""
 
@@ -288,7 +278,7 @@ def trial_object(trial: Trial) -> TrialObject:
     return {"digest": trial.digest, "share": trial.share, "shadow": trial.is_shadow}
 
 
-def replicas_object(change: Published | Removed | Settled) -> Replicas:
+def replicas_object(change: Published | Settled) -> Replicas:
     return {"ready": change.ready, "behind": change.behind}
 
 
@@ -307,12 +297,3 @@ def batch_object(outcomes: Sequence[Published | Exception]) -> BatchAnswer:
         else:
             data.append({"status": status_of(outcome), **published_object(outcome)})
     return {"object": "list", "data": data}
-
-
-def removed_object(removed: Removed) -> RemovedAdapters:
-    return {
-        "names": list(removed.names),
-        "deleted": True,
-        "generation": removed.generation,
-        "replicas": replicas_object(removed),
-    }

@@ -14,6 +14,7 @@ from deployments.api.base import LoraOptions
 from deployments.api.completions import Question
 from deployments.api.contract import applied_contract
 from deployments.api.pool_responses import ranking_object
+from deployments.api.responses import replicas_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.worker_client import StreamEnd, Workers
 from deployments.config.served_model import ServedModels
@@ -115,12 +116,12 @@ class Evaluator:
                 done += 1
                 yield {"done": done, "total": len(regions)}
         generation = await self._store.rank(tenant, rankings, actor, keeps=left_out)
-        ready, behind = await self._publisher.catch_up(generation)
+        settled = await self._publisher.catch_up(generation)
         yield {
             "result": {
                 "num_regions": len(regions),
                 "rankings": [ranking_object(ranking, tenant) for ranking in rankings],
                 "generation": generation,
-                "replicas": {"ready": ready, "behind": behind},
+                "replicas": replicas_object(settled),
             }
         }

@@ -14,29 +14,21 @@ from uuid import uuid4
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.adapters import PublishItem
-from deployments.api.pool_responses import contract_object
-from deployments.api.responses import FieldChange, Published, Removed, Settled
+from deployments.api.responses import Published, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.publishing.validator import (
-    AdapterValidator,
-    Charge,
-    Outcome,
-    ValidatedAdapter,
-    free_of_charge,
-    warnings_of,
-)
+from deployments.publishing.results import published_of, results_of
+from deployments.publishing.validator import AdapterValidator, Charge, Outcome, ValidatedAdapter, free_of_charge
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
     AdapterRef,
     AdapterRefused,
     Edit,
-    Kept,
     Key,
     Precondition,
     QuotaExceeded,
@@ -104,79 +96,6 @@ def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRe
     if len(matching) != 1:
         raise VersionNotKept(kept[0].ref.name, digest, [record.ref.digest for record in kept])
     return matching[0]
-
-
-def compared(result: Published, staged: Staged, before: AdapterRecord | None) -> Published:
-    """Return the result with what the version kept of the one that was live before, and what differs from it."""
-    if before is None:
-        return result
-    old, new = _label_of(before), _label_of(staged.record)
-    keeps: set[Kept] = {*staged.keeps, "visibility"} if staged.record.is_offered else {*staged.keeps}
-    if "visibility" in keeps:  # decided by the commit
-        new["visibility"] = old["visibility"]
-    changed: dict[str, FieldChange] = {
-        field: {"from": old[field], "to": value}
-        for field, value in new.items()
-        if field not in keeps and value != old[field]
-    }
-    return replace(result, kept={field: value for field, value in new.items() if field in keeps}, changed=changed)
-
-
-def _label_of(record: AdapterRecord) -> dict[Kept, object]:
-    return {
-        "tags": list(record.tags),
-        "template": record.template,
-        "contract": contract_object(record),
-        "visibility": record.visibility,
-        "samples": record.num_samples,
-    }
-
-
-def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> Published | Exception:
-    """Return the result of one upload at this generation."""
-    if isinstance(outcome, ValidatedAdapter):
-        found = outcome.embedded is not None
-        record = outcome.staged.record
-        nearest = outcome.embedded.neighbours if outcome.embedded is not None else ()
-        # The version that this one follows says nothing.
-        neighbours = tuple(near for near in nearest if near.ref.key != record.ref.key)
-        return Published(
-            record.ref,
-            generation,
-            ready,
-            behind,
-            found,
-            outcome.shift,
-            neighbours,
-            expires_at=record.expires_at,
-            trial=record.trial,
-        )
-    if isinstance(outcome, AdapterRecord):
-        found = outcome.encoder is not None
-        return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
-    assert isinstance(outcome, Exception)
-    return outcome
-
-
-def _results(
-    staged: Sequence[Staged | BaseException],
-    outcomes: Sequence[Outcome],
-    older: Mapping[Key, Sequence[AdapterRecord]],
-    generation: int,
-    ready: int = 0,
-    behind: int = 0,
-) -> list[Published | Exception]:
-    """Return the result of each upload. `older`: the kept versions before the commit, by name."""
-    results: list[Published | Exception] = []
-    for item, outcome in zip(staged, outcomes, strict=True):
-        result = published_of(outcome, generation, ready, behind)
-        if isinstance(result, Published):
-            new = outcome.staged if isinstance(outcome, ValidatedAdapter) else item
-            assert isinstance(new, Staged)
-            before = older.get(result.ref.key, (None,))[0]
-            result = replace(compared(result, new, before), warnings=warnings_of(new, result.probe_shift))
-        results.append(result)
-    return results
 
 
 def run_to_end(
@@ -289,7 +208,7 @@ class Publisher:
         return await self._publish_staged(live.base_model, stage, active, Change(actor, quota, charge=charge))
 
     @run_to_end
-    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
+    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Settled:
         """Withdraw all of `names` with all their versions, or none. Free their weights and blobs in the background.
 
         Raises: AdapterNotFound, VersionConflict, StoreUnavailable.
@@ -297,11 +216,11 @@ class Publisher:
         kept = await self._store.versions([(tenant, name) for name in names])
         try:
             withdrawn = await self._store.withdraw(tenant, names, actor, uuid4().hex)
-            ready, behind = await self.catch_up(withdrawn.generation)
+            settled = await self.catch_up(withdrawn.generation)
         finally:  # after an error they may be withdrawn nevertheless; blobs still in use are not freed
             self._reclaimer.reclaim([record for versions in kept.values() for record in versions])
         logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
-        return Removed(tuple(names), withdrawn.generation, ready, behind)
+        return settled
 
     async def expire(self) -> int:
         """Withdraw the unlisted adapters whose time to live is over, and free them. Return how many versions they had.
@@ -359,21 +278,19 @@ class Publisher:
         kept = await self._store.versions([(upload.tenant, upload.adapter_name) for upload in uploads])
         return {key: versions[0] for key, versions in kept.items()}
 
-    async def catch_up(self, generation: int) -> tuple[int, int]:
-        """Return (replicas that serve `generation`, replicas that do not yet), or (0, 1) if that is unknown."""
+    async def catch_up(self, generation: int) -> Settled:
+        """Wait for the Retriever replicas to serve `generation`. If it is unknown which do, one counts as behind."""
         try:
             answers = await self._retriever.broadcast_catch_up(generation, CATCH_UP_TIMEOUT_S)
         except (TimeoutError, DeploymentUnavailableError) as exc:
             logger.warning("generation %d is committed, but not every replica serves it yet: %s", generation, exc)
-            return 0, 1
+            return Settled(generation, 0, 1)
         ready = sum(isinstance(answer, int) for answer in answers)
-        return ready, len(answers) - ready
+        return Settled(generation, ready, len(answers) - ready)
 
     async def _settle(self, change: Callable[[], Awaitable[int]]) -> Settled:
         await self._store.check_available()
-        generation = await change()
-        ready, behind = await self.catch_up(generation)
-        return Settled(generation, ready, behind)
+        return await self.catch_up(await change())
 
     async def _kept(self, key: Key) -> tuple[AdapterRecord, ...]:
         """Return the kept versions of a name, the live one first. Raises: AdapterNotFound."""
@@ -423,7 +340,7 @@ class Publisher:
     async def _end_trial(self, live: AdapterRecord, actor: str) -> Published:
         settled = await self._settle(partial(self._store.set_trial, live.ref.tenant, live.ref.name, None, actor))
         ended = replace(live, generation=settled.generation, trial=None)
-        result = published_of(ended, settled.generation, settled.ready, settled.behind)
+        result = published_of(ended, settled)
         assert isinstance(result, Published)
         return result
 
@@ -444,7 +361,7 @@ class Publisher:
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
             if change.is_dry:
-                return _results(staged, outcomes, older, generation=0)
+                return results_of(staged, outcomes, older, Settled(0, 0, 0))
             is_unsure = True
             generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False
@@ -460,12 +377,12 @@ class Publisher:
                 self._reclaimer.reclaim(replaced)
         generation, outcomes = await self._follow_encoder(generation, outcomes, change)
         generation = max([generation, *[record.generation for record in live.values()]])
-        ready, behind = await self.catch_up(generation) if generation else (0, 0)
+        settled = await self.catch_up(generation) if generation else Settled(0, 0, 0)
         new = [outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter)]
         for tenant in dict.fromkeys(outcome.staged.ref.tenant for outcome in new):
             for listener in self._listeners:
                 listener(tenant, change.actor)
-        return _results(staged, outcomes, older, generation, ready, behind)
+        return results_of(staged, outcomes, older, settled)
 
     def _check_trial(
         self, item: Staged | BaseException, older: Mapping[Key, Sequence[AdapterRecord]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.api.adapters import PublishItem
-from deployments.api.responses import Published, Removed
+from deployments.api.responses import Published, Settled
 from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import BaseWorkers, WorkerClient, WorkerGate, Workers, serve_worker
@@ -63,8 +63,8 @@ class Publishing:
         published: Published = self.run(lambda publisher: publisher.rollback((LOCAL_TENANT, name), digest, "tester"))
         return published
 
-    def withdraw(self, *names: str) -> Removed:
-        removed: Removed = self.run(lambda publisher: publisher.withdraw(LOCAL_TENANT, names, "tester"))
+    def withdraw(self, *names: str) -> Settled:
+        removed: Settled = self.run(lambda publisher: publisher.withdraw(LOCAL_TENANT, names, "tester"))
         return removed
 
     def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:

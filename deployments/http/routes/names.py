@@ -124,12 +124,12 @@ async def approve_name(
     shown = version_object(found[0], caller.tenant)
     about = {"digest": body.digest, "approved": not dry_run, "policy": shown["policy"]}
     if dry_run:
-        return answer_settled(name, Settled(0, 0, 0), **about)
+        return answer_settled(Settled(0, 0, 0), name=name, **about)
     try:
         settled = await services.publisher.change_name(partial(services.store.approve_name, found[0].ref))
     except AdapterNotFound as exc:
         raise ModelNotFound(name) from exc
-    return answer_settled(name, settled, **about)
+    return answer_settled(settled, name=name, **about)
 
 
 @router.delete(_NAME, response_model=None, responses=SETTLED_NAME_ANSWERS, dependencies=[MAY_CHANGE])
@@ -140,7 +140,7 @@ async def remove_name(name: str, caller: PublishCaller, services: AnyServices) -
         settled = await services.publisher.change_name(partial(services.store.set_name, key, "", caller.key_id))
     except AdapterNotFound as exc:
         raise ModelNotFound(name) from exc
-    return answer_settled(key[1], settled)
+    return answer_settled(settled, name=key[1])
 
 
 def _own_key(name: str, caller: Caller) -> Key:
@@ -161,7 +161,7 @@ async def _kept(name: str, tenant: str, services: Services, min_generation: int 
 
 async def _set(services: Services, key: Key, policy: str, caller: Caller) -> JSONResponse:
     settled = await services.publisher.change_name(partial(services.store.set_name, key, policy, caller.key_id))
-    return answer_settled(key[1], settled, digest=policy_digest(policy))
+    return answer_settled(settled, name=key[1], digest=policy_digest(policy))
 
 
 async def _require_public(named: NamedPolicy, services: Services) -> None:

@@ -10,13 +10,13 @@ from ray.exceptions import RayActorError
 from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.worker_client import serve_worker
 from deployments.errors import PoisonRequest
+from deployments.publishing.results import warnings_of
 from deployments.publishing.validator import (
     VALIDATED_TOGETHER,
     AdapterValidator,
     Outcome,
     ValidatedAdapter,
     free_of_charge,
-    warnings_of,
 )
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from lora_store.validation import NEVER_TRAINED
