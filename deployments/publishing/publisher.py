@@ -166,7 +166,7 @@ class Publisher:
         Raises: AdapterNotFound, VersionNotKept; the errors of `publish`.
         """
         active = await self._store.active_encoder()
-        kept = await self._kept(key)
+        kept = await self.kept(key)
         if digest is None and kept[0].trial is not None:
             return await self._end_trial(kept[0], actor)
         wanted = kept_version(kept, digest)
@@ -201,7 +201,7 @@ class Publisher:
         of `publish`.
         """
         active = await self._store.active_encoder()
-        live = (await self._kept(key))[0]
+        live = (await self.kept(key))[0]
         if digest is not None and digest != live.ref.digest:
             raise VersionChanged(key[1], digest, live.ref.digest)
         stage = partial(self._store.edit, live, edit)
@@ -251,7 +251,7 @@ class Publisher:
         `digest`: its beginning, None for the version under trial. Return the trial.
         Raises: AdapterNotFound, VersionNotKept, AdapterRefused, VersionConflict, StoreUnavailable.
         """
-        kept = await self._kept(key)
+        kept = await self.kept(key)
         trial = None
         if share:
             running = kept[0].trial
@@ -273,6 +273,13 @@ class Publisher:
         """Commit a change of a model name, and wait for the Retriever replicas. Raises: as `change`."""
         return await self.background.run(self.metrics.count("name", self._settle(change)))
 
+    async def kept(self, key: Key) -> tuple[AdapterRecord, ...]:
+        """Return the kept versions of a name, the live one first. Raises: AdapterNotFound."""
+        kept = (await self._store.versions([key])).get(key, ())
+        if not kept:
+            raise AdapterNotFound(key[1])
+        return kept
+
     async def live(self, uploads: Sequence[PublishItem]) -> dict[Key, AdapterRecord]:
         """Return the live version of each name that has one."""
         kept = await self._store.versions([(upload.tenant, upload.adapter_name) for upload in uploads])
@@ -291,13 +298,6 @@ class Publisher:
     async def _settle(self, change: Callable[[], Awaitable[int]]) -> Settled:
         await self._store.check_available()
         return await self.catch_up(await change())
-
-    async def _kept(self, key: Key) -> tuple[AdapterRecord, ...]:
-        """Return the kept versions of a name, the live one first. Raises: AdapterNotFound."""
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
-        return kept
 
     async def _find_shapes(self) -> dict[str, Shapes]:
         """Return the module shapes of each base model: adapters of one that does not tell them are refused.
