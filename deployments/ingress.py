@@ -23,9 +23,10 @@ from deployments.calls.h11_proxy import warn_if_unbounded
 from deployments.calls.serve_calls import Background, bypass_http_proxy
 from deployments.calls.worker_client import BaseWorkers, WorkerGate, Workers, serve_worker
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
-from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
+from deployments.generation.completions import CompletionService
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import Planner, refuse_stream_options
+from deployments.generation.row_stream import STREAM_LIMITS, StreamLimits
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, MAX_BODY_TOTAL_BYTES

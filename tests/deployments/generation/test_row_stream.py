@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from deployments.auth.authenticator import TokenUsage
 from deployments.calls.worker_client import BaseWorkers, WorkerGate, serve_worker
 from deployments.errors import PoisonRequest, WorkerStarting
-from deployments.generation.completions import NO_ROOM, RowStream, StreamLimits
+from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
 from gpu_worker.front.request.request import Delta, Job
