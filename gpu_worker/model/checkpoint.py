@@ -134,32 +134,16 @@ def auto_class(config: Any) -> Any:
 
 
 def weight_files(source: str, *, may_download: bool = False) -> list[Path]:
-    """Return the files of weights in this folder, or in the local cache for an id of the model hub.
+    """Return the files of weights in this folder; for an id of the model hub those on this machine, none if one lacks.
 
     `may_download`: fetch those that the cache lacks.
     Raises: BaseModelUnsupported if files are missing that the folder's index names.
     """
-    if not Path(source).is_dir():
-        return _cached_weight_files(source, may_download)
     folder = Path(source)
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            files = [folder / name for name in _shards(folder / index)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise BaseModelUnsupported(
-                    f"{folder / index} names {len(files)} files, and {len(missing)} of them"
-                    f" {'is' if len(missing) == 1 else 'are'} missing ({_some(missing)}). Copy the model's files again"
-                )
-            return files
-    return sorted(folder.glob("*.safetensors"))  # vLLM accepts any name
-
-
-def _cached_weight_files(source: str, may_download: bool) -> list[Path]:
-    """Return the files of a hub's model that are on this machine, or may be fetched; none if some are not."""
 
     def find(name: str) -> Path | None:
+        if folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
         found = cached_file(
             source, name, local_files_only=not may_download, _raise_exceptions_for_missing_entries=False
         )
@@ -169,9 +153,15 @@ def _cached_weight_files(source: str, may_download: bool) -> list[Path]:
         if (file := find(single)) is not None:
             return [file]
         if (found := find(index)) is not None:
-            files = [find(name) for name in _shards(found)]
-            return [file for file in files if file is not None] if None not in files else []
-    return []
+            files = {name: find(name) for name in _shards(found)}
+            missing = [name for name, file in files.items() if file is None]
+            if missing and folder.is_dir():
+                raise BaseModelUnsupported(
+                    f"{found} names {len(files)} files, and {len(missing)} of them"
+                    f" {'is' if len(missing) == 1 else 'are'} missing ({_some(missing)}). Copy the model's files again"
+                )
+            return [] if missing else [file for file in files.values() if file is not None]
+    return sorted(folder.glob("*.safetensors"))  # vLLM accepts any name
 
 
 def _shards(index: Path) -> list[str]:

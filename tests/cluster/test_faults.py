@@ -123,8 +123,8 @@ def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
     ends = {outcome.end for outcome in streams}
     assert ends <= {"[DONE]", "replica_died"}
     assert num_kills == 1 or "replica_died" in ends  # a single kill may hit a worker without streams
-    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.on_all("Worker", "holdings")))
-    for held in machines.on_all("Worker", "holdings"):
+    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.on_all("Worker", "load")))
+    for held in machines.on_all("Worker", "load"):
         assert (held.active_rows, held.free_kv_rows, held.num_forgetting) == (0, MAX_BATCH_SIZE, 0)
 
 

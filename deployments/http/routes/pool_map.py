@@ -12,8 +12,8 @@ from pydantic import Field
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
 from deployments.api.pool_responses import PromptPlace, map_object, place_object
 from deployments.auth.authenticator import Work
-from deployments.generation.completions import deadline_of, within
 from deployments.generation.planner import check_texts
+from deployments.generation.row_stream import deadline_of, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
 from deployments.http.openapi import MAP_ANSWERS, PLACE_ANSWERS
