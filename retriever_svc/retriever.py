@@ -87,6 +87,43 @@ class Encoded:
     vector: Vectors
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """Requests of one tenant that differ in their texts and in what is made of the matches. Dims: N requests.
+
+    `near` (N,): how near the texts are to ordinary prompts. `windows` (N,): what a search found among all base models,
+    empty where one is asked for.
+    """
+
+    pool: Pool
+    requests: list[RouteRequest]
+    base_model: str
+    vectors: Vectors  # (N, D)
+    abstain: Abstain
+    near: list[float] | None
+    windows: list[list[Match]]
+
+    @classmethod
+    def of(cls, pool: Pool, requests: list[RouteRequest], rows: Sequence[Vectors], abstain: Abstain) -> _Asked:
+        """Search the windows where adapters of several base models may be found."""
+        vectors, request = np.stack(rows), requests[0]
+        is_mixed = pool.bases.are_several and not request.base_model
+        windows = pool.windows(vectors, request.num_considered, request.tenant, request.tags) if is_mixed else []
+        return cls(pool, requests, request.base_model, vectors, abstain, pool.nearness(vectors), windows)
+
+    def part(self, places: list[int], base_model: str) -> _Asked:
+        """Return the requests at these places, for this base model."""
+        return _Asked(
+            self.pool,
+            [self.requests[place] for place in places],
+            base_model,
+            self.vectors[places],
+            self.abstain,
+            self.near and [self.near[place] for place in places],
+            [self.windows[place] for place in places if self.windows],
+        )
+
+
 class Retriever:
     """Answers every read from the pool that is in service when the read begins.
 
@@ -153,60 +190,63 @@ class Retriever:
         return answers
 
     def _answers(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
-        rows_of: defaultdict[tuple[int, str, tuple[str, ...], Abstain, str], list[int]] = defaultdict(list)
+        rows_of: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
-            abstain = request.abstain or self._abstain
-            rows_of[id(item.pool), request.tenant, request.tags, abstain, request.base_model].append(row)
+            asked_for = request.tenant, request.tags, request.abstain, request.base_model, request.num_considered
+            rows_of[id(item.pool), *asked_for].append(row)
         answers: dict[int, RouteAnswer] = {}
-        narrowed: dict[int, RouteRequest] = {}
-        for (_, tenant, _, abstain, _), rows in rows_of.items():
-            pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
-            found = self._judged(pool, [requests[row] for row in rows], vectors, abstain)
-            crowded = [
-                place
-                for place, matches in enumerate(found)
-                if self._least_score(requests[rows[place]]) is None and _may_be_crowded(matches, tenant)
-            ]
-            if crowded:
-                again = [requests[rows[place]] for place in crowded]
-                others = self._judged(pool, again, [vectors[p] for p in crowded], abstain, trusted_only=True)
-                found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
-            for row, matches in zip(rows, found, strict=True):
-                if base_model := self._narrowed(pool, requests[row], matches):
-                    narrowed[row] = replace(requests[row], base_model=base_model)
-                else:
-                    answers[row] = self._decide(requests[row], matches, encoded[row])
-        if narrowed:
-            found_again = self._answers(list(narrowed.values()), [encoded[row] for row in narrowed])
-            answers |= zip(narrowed, found_again, strict=True)
+        for rows in rows_of.values():
+            group = [requests[row] for row in rows]
+            abstain = group[0].abstain or self._abstain
+            asked = _Asked.of(encoded[rows[0]].pool, group, [encoded[row].vector for row in rows], abstain)
+            found, places_of = self._found(asked), defaultdict[str, list[int]](list)
+            for place, matches in enumerate(found):
+                if base_model := self._narrowed(asked.pool, group[place], matches):
+                    places_of[base_model].append(place)
+            for base_model, places in places_of.items():
+                for place, matches in zip(places, self._found(asked.part(places, base_model)), strict=True):
+                    found[place] = matches
+            for row, request, matches in zip(rows, group, found, strict=True):
+                answers[row] = self._decide(request, matches, encoded[row])
         return [answers[row] for row in range(len(requests))]
 
-    def _judged(
-        self,
-        pool: Pool,
-        requests: Sequence[RouteRequest],
-        vectors: Sequence[Vectors],
-        abstain: Abstain,
-        *,
-        trusted_only: bool = False,
-    ) -> list[list[Match]]:
-        """Return the judged matches of requests of one tenant with the same tags and base model."""
-        tenant, tags, num = requests[0].tenant, requests[0].tags, max(request.num_considered for request in requests)
-        base_model = requests[0].base_model
-        rows, preferences = np.stack(vectors), pool.preferences(tenant)
+    def _found(self, asked: _Asked) -> list[list[Match]]:
+        """Return the judged matches of each request."""
+        found, tenant = self._judged(asked), asked.requests[0].tenant
+        crowded = [
+            place
+            for place, (request, matches) in enumerate(zip(asked.requests, found, strict=True))
+            if self._least_score(request) is None and _may_be_crowded(matches, tenant)
+        ]
+        if crowded:
+            others = self._judged(asked.part(crowded, asked.base_model), trusted_only=True)
+            found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
+        return found
+
+    def _judged(self, asked: _Asked, *, trusted_only: bool = False) -> list[list[Match]]:
+        pool, request = asked.pool, asked.requests[0]
+        preferences = pool.preferences(request.tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
-        nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only, base_model=base_model)
+        nearest = pool.nearest(
+            asked.vectors,
+            request.num_considered,
+            request.tenant,
+            request.tags,
+            trusted_only=trusted_only,
+            base_model=asked.base_model,
+            windows=() if trusted_only else asked.windows,
+        )
         found = [
-            preferences.applied(vector, matches, num, tags, base_model)[: request.num_considered]
-            for request, vector, matches in zip(requests, vectors, nearest, strict=True)
+            preferences.applied(vector, matches, request.num_considered, request.tags, asked.base_model)
+            for vector, matches in zip(asked.vectors, nearest, strict=True)
         ]
-        return pool.judged(found, abstain, rows)
+        return pool.judged(found, asked.abstain, asked.vectors, asked.near)
 
     def _narrowed(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
         """Return the base model of the best match that fits, if others of another base model are among the matches.
 
-        A plan has one base model: it is searched again among the adapters of that one, as if the others did not exist.
+        A plan has one base model: it is made of the adapters of that one, as if the others did not exist.
         """
         if request.base_model or not pool.bases.are_several or len({m.record.base_model for m in matches}) < 2:
             return ""
