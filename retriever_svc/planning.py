@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, PlanInvalid
-from lora_store.names import NamedPolicy, shorten_policy
+from lora_store.names import NamedPolicy, find_first_adapter, shorten_policy
 from lora_store.plan import Plan, PlannedAdapter
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
@@ -209,8 +209,26 @@ def named_policies(snapshot: Snapshot, tenant: str, model: str, *, owner_names: 
     return [named for named in found if len(digest) >= _MIN_DIGEST_CHARS and named.ref.digest.startswith(digest)]
 
 
+def with_base(snapshot: Snapshot, named: NamedPolicy, bases: ServedBases) -> NamedPolicy:
+    """Return the policy with the base model of the adapter that it names, if it names one and several are served."""
+    wanted = find_first_adapter(named.policy) if bases.are_several else ""
+    if not wanted:
+        return named
+    try:
+        record = resolve_version(snapshot, named.ref.tenant, wanted)
+    except AdapterNotFound:
+        return named
+    return replace(named, base_model=bases.name_in_plans(record.base_model))
+
+
 def visible_names(
-    snapshot: Snapshot, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
+    snapshot: Snapshot,
+    tenant: str,
+    after: str = "",
+    limit: int | None = None,
+    *,
+    is_short: bool = False,
+    bases: ServedBases = _EVERY_BASE,
 ) -> list[NamedPolicy]:
     """Return the newest policy of each model name that `tenant` may use: its own, then others'.
 
@@ -221,7 +239,8 @@ def visible_names(
     if after:
         owner, _, name = after.rpartition("/")
         places = places[bisect_right(places, (owner not in ("", tenant), owner or tenant, name)) :]
-    found = [snapshot.policies(tenant, f"{owner}/{name}")[0] for _, owner, name in places[:limit]]
+    newest = [snapshot.policies(tenant, f"{owner}/{name}")[0] for _, owner, name in places[:limit]]
+    found = [with_base(snapshot, named, bases) for named in newest]
     return [replace(named, policy=shorten_policy(named.policy)) for named in found] if is_short else found
 
 

@@ -39,6 +39,7 @@ from retriever_svc.planning import (
     resolve_version,
     routed_plan,
     visible_names,
+    with_base,
     with_trials,
 )
 from retriever_svc.pool import Pool
@@ -311,14 +312,16 @@ class Retriever:
 
     def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
         """Return the newest kept policies of a model name, see `named_policies`. Raises: StaleIndex."""
-        snapshot = self._pool_at(min_generation, tenant).snapshot
-        return named_policies(snapshot, tenant, model, owner_names=self._owner_names)[:limit]
+        pool = self._pool_at(min_generation, tenant)
+        found = named_policies(pool.snapshot, tenant, model, owner_names=self._owner_names)[:limit]
+        return [with_base(pool.snapshot, named, pool.bases) for named in found]
 
     def names(
         self, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
     ) -> list[NamedPolicy]:
         """Return the newest policy of each name that `tenant` may use, see `visible_names`."""
-        return visible_names(self._pools.current.snapshot, tenant, after, limit, is_short=is_short)
+        pool = self._pools.current
+        return visible_names(pool.snapshot, tenant, after, limit, is_short=is_short, bases=pool.bases)
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
