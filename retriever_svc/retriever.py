@@ -19,7 +19,7 @@ from lora_store.records import AdapterRecord, Embedding
 from lora_store.strategies.registry import Strategy
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import NO_THRESHOLD, Abstain
+from retriever_svc.calibration import NO_THRESHOLD, Abstain, least_threshold
 from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
@@ -200,16 +200,40 @@ class Retriever:
             group = [requests[row] for row in rows]
             abstain = group[0].abstain or self._abstain
             asked = _Asked.of(encoded[rows[0]].pool, group, [encoded[row].vector for row in rows], abstain)
-            found, places_of = self._found(asked), defaultdict[str, list[int]](list)
-            for place, matches in enumerate(found):
-                if base_model := self._narrowed(asked.pool, group[place], matches):
+            found = self._evident(asked)
+            rest = [place for place in range(len(rows)) if place not in found]
+            found |= zip(rest, self._found(asked.part(rest, asked.base_model)) if rest else (), strict=True)
+            places_of = defaultdict[str, list[int]](list)
+            for place in rest:
+                if base_model := self._narrowed(asked.pool, group[place], found[place]):
                     places_of[base_model].append(place)
             for base_model, places in places_of.items():
-                for place, matches in zip(places, self._found(asked.part(places, base_model)), strict=True):
-                    found[place] = matches
-            for row, request, matches in zip(rows, group, found, strict=True):
-                answers[row] = self._decide(request, matches, encoded[row])
+                found |= zip(places, self._found(asked.part(places, base_model)), strict=True)
+            for place, row in enumerate(rows):
+                answers[row] = self._decide(group[place], found[place], encoded[row])
         return [answers[row] for row in range(len(requests))]
+
+    def _evident(self, asked: _Asked) -> dict[int, list[Match]]:
+        """Return the judged matches, by place, of requests whose best match fits and decides the base model.
+
+        These are most of them, and are judged once: among the adapters of that base model. Where the best match scores
+        too low, probably nothing fits, and the matches of every base model are shown.
+        """
+        pool, places_of = asked.pool, defaultdict[str, list[int]](list)
+        if not asked.windows or not pool.preferences(asked.requests[0].tenant).is_empty:
+            return {}
+        for place, (request, window) in enumerate(zip(asked.requests, asked.windows, strict=True)):
+            least = self._least_score(request)
+            if least is None and asked.near is not None:
+                least = least_threshold(asked.abstain, asked.near[place])
+            if window and request.preferred is None and window[0].score >= (NO_THRESHOLD if least is None else least):
+                places_of[pool.bases.name_in_plans(window[0].record.base_model)].append(place)
+        found: dict[int, list[Match]] = {}
+        for base_model, places in places_of.items():
+            for place, matches in zip(places, self._judged(asked.part(places, base_model)), strict=True):
+                if self._fitting(asked.requests[place], matches[:1]):
+                    found[place] = matches
+        return found
 
     def _found(self, asked: _Asked) -> list[list[Match]]:
         """Return the judged matches of each request."""
