@@ -40,10 +40,12 @@ def policy_digest(policy: str) -> str:
 
 @lru_cache(_MAX_SHORTENED)
 def shorten_policy(policy: str) -> str:
-    """Return the fields of a policy that are texts or numbers, for a list that shows no others."""
-    return json.dumps(
-        {name: value for name, value in json.loads(policy).items() if isinstance(value, str | float | int)}
-    )
+    """Return the fields of a policy that are texts or numbers, for a list that shows no others.
+
+    `model` is the first adapter that it names, if it names one.
+    """
+    short = {name: value for name, value in json.loads(policy).items() if isinstance(value, str | float | int)}
+    return json.dumps(short | ({"model": adapter} if (adapter := find_first_adapter(policy)) else {}))
 
 
 @lru_cache(_MAX_SHORTENED)

@@ -214,21 +214,14 @@ def with_base(snapshot: Snapshot, named: NamedPolicy, bases: ServedBases) -> Nam
     wanted = find_first_adapter(named.policy) if bases.are_several else ""
     if not wanted:
         return named
-    try:
+    with suppress(AdapterNotFound):  # it may be gone
         record = resolve_version(snapshot, named.ref.tenant, wanted)
-    except AdapterNotFound:
-        return named
-    return replace(named, base_model=bases.name_in_plans(record.base_model))
+        return replace(named, base_model=bases.name_in_plans(record.base_model))
+    return named
 
 
 def visible_names(
-    snapshot: Snapshot,
-    tenant: str,
-    after: str = "",
-    limit: int | None = None,
-    *,
-    is_short: bool = False,
-    bases: ServedBases = _EVERY_BASE,
+    snapshot: Snapshot, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
 ) -> list[NamedPolicy]:
     """Return the newest policy of each model name that `tenant` may use: its own, then others'.
 
@@ -239,8 +232,7 @@ def visible_names(
     if after:
         owner, _, name = after.rpartition("/")
         places = places[bisect_right(places, (owner not in ("", tenant), owner or tenant, name)) :]
-    newest = [snapshot.policies(tenant, f"{owner}/{name}")[0] for _, owner, name in places[:limit]]
-    found = [with_base(snapshot, named, bases) for named in newest]
+    found = [snapshot.policies(tenant, f"{owner}/{name}")[0] for _, owner, name in places[:limit]]
     return [replace(named, policy=shorten_policy(named.policy)) for named in found] if is_short else found
 
 

@@ -32,7 +32,6 @@ _TRUSTED = "trusted"
 _EVERY_BASE = ServedBases()
 Value = TypeVar("Value")
 _MAX_VALUES = 256  # callers choose the keys, so their number must be bounded
-_SPARE = 10  # for each companion: a base model of a fifth of the adapters has two beside its best in 95 of 100 windows
 _BLOCK = 4096  # records compared at a time; other threads may run in between
 
 
@@ -145,11 +144,8 @@ class Pool:
         near = self.nearness(queries) if near is None else near
         if near is None:
             return list(found)
-        asked = centred(queries, self.centre)
-        return [
-            self._judged(matches, abstain, query, close)
-            for matches, query, close in zip(found, asked, near, strict=True)
-        ]
+        rows = zip(found, centred(queries, self.centre), near, strict=True)
+        return [self._judged(matches, abstain, query, close) for matches, query, close in rows]
 
     def _judged(self, matches: Sequence[Match], abstain: Abstain, query: Vectors, close: float) -> list[Match]:
         """Judge the matches of a prompt: its vector (D,) from the centre, and its nearness to ordinary prompts."""
@@ -238,10 +234,6 @@ class Pool:
             return self._unserved.get((), lambda: self.bases.unserved(records))
         return self._unserved.get((tenant,), lambda: self.bases.unserved(listed(records, tenant)))
 
-    def windows(self, vectors: Vectors, num: int, tenant: str, tags: Sequence[str] = ()) -> list[list[Match]]:
-        """Return the best `num` adapters per query, and the next best: so most have `num` of the best one's base."""
-        return self.index.search(vectors, num, self.allowed(tenant, tags), _SPARE * (num - 1))
-
     def nearest(
         self,
         vectors: Vectors,
@@ -256,8 +248,8 @@ class Pool:
         """Return the best `top_k` adapters per query among those that `tenant` may see, or all of them if fewer.
 
         Of adapters with equal weights return only the best, since a plan cannot contain the same weights twice.
-        `windows`: the best adapters of all base models per query, as `windows` returns them for the same caller. Search
-        only where one has too few.
+        `windows`: the best adapters of all base models per query, if the caller has searched them already. Search only
+        where one has too few.
         """
         allowed, width = self.allowed(tenant, tags, trusted_only=trusted_only, base_model=base_model), top_k
         found = [self._distinct(window, top_k, base_model) for window in windows] or [[] for _ in vectors]

@@ -51,6 +51,7 @@ from retriever_svc.served_bases import BaseCounts
 from retriever_svc.views import chosen_view, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
+_SPARE = 10  # for each companion: a base model of a fifth of the adapters has two beside its best in 95 of 100 windows
 _ASKED_TOGETHER = 16  # prompts that the doctor routes at once, while other callers wait
 
 
@@ -107,9 +108,10 @@ class _Asked:
     @classmethod
     def of(cls, pool: Pool, requests: list[RouteRequest], rows: Sequence[Vectors], abstain: Abstain) -> _Asked:
         """Search the windows where adapters of several base models may be found."""
-        vectors, request = np.stack(rows), requests[0]
-        is_mixed = pool.bases.are_several and not request.base_model
-        windows = pool.windows(vectors, request.num_considered, request.tenant, request.tags) if is_mixed else []
+        vectors, request, windows = np.stack(rows), requests[0], list[list[Match]]()
+        if pool.bases.are_several and not request.base_model:
+            num, allowed = request.num_considered, pool.allowed(request.tenant, request.tags)
+            windows = pool.index.search(vectors, num, allowed, _SPARE * (num - 1))
         return cls(pool, requests, request.base_model, vectors, abstain, pool.nearness(vectors), windows)
 
     def part(self, places: list[int], base_model: str) -> _Asked:
@@ -253,19 +255,13 @@ class Retriever:
         preferences = pool.preferences(request.tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
+        num, tags, base_model = request.num_considered, request.tags, asked.base_model
+        windows = () if trusted_only else asked.windows
         nearest = pool.nearest(
-            asked.vectors,
-            request.num_considered,
-            request.tenant,
-            request.tags,
-            trusted_only=trusted_only,
-            base_model=asked.base_model,
-            windows=() if trusted_only else asked.windows,
+            asked.vectors, num, request.tenant, tags, trusted_only=trusted_only, base_model=base_model, windows=windows
         )
-        found = [
-            preferences.applied(vector, matches, request.num_considered, request.tags, asked.base_model)
-            for vector, matches in zip(asked.vectors, nearest, strict=True)
-        ]
+        rows = zip(asked.vectors, nearest, strict=True)
+        found = [preferences.applied(vector, matches, num, tags, base_model) for vector, matches in rows]
         return pool.judged(found, asked.abstain, asked.vectors, asked.near)
 
     def _narrowed(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
@@ -345,7 +341,8 @@ class Retriever:
     ) -> list[NamedPolicy]:
         """Return the newest policy of each name that `tenant` may use, see `visible_names`."""
         pool = self._pools.current
-        return visible_names(pool.snapshot, tenant, after, limit, is_short=is_short, bases=pool.bases)
+        found = visible_names(pool.snapshot, tenant, after, limit, is_short=is_short)
+        return [with_base(pool.snapshot, named, pool.bases) for named in found]
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
