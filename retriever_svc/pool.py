@@ -132,7 +132,8 @@ class Pool:
         """Return the nearness of queries (N, D) to ordinary prompts, None if there are none."""
         if self.references is None:
             return None
-        return nearness(centred(queries, self.centre), self.references).tolist()
+        found: list[float] = nearness(centred(queries, self.centre), self.references).tolist()
+        return found
 
     def judged(
         self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None

@@ -25,7 +25,7 @@ from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import MAX_CHARS, Vectors
-from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
+from retriever_svc.errors import NoAdapterMatched, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
@@ -388,13 +388,6 @@ class Retriever:
         if found < min_generation:
             raise StaleIndex(min_generation, found)
         return pool
-
-    def embed(self, samples: Sequence[Sample]) -> Embedding:
-        """Return the embedding of an adapter with these samples. Raises: NothingToEmbed if there is no sample."""
-        [embedding] = self.embed_groups([samples])
-        if embedding is None:
-            raise NothingToEmbed("the adapter has no samples, so it cannot be embedded: add samples or a description")
-        return embedding
 
     def embed_groups(
         self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None
