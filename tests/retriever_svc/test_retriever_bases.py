@@ -262,7 +262,7 @@ def random_record(rng: np.random.Generator, number: int, num_bases: int) -> Adap
         approved=bool(rng.random() < 0.4),
         tags=tuple(tag for tag, share in (("common", 0.7), ("rare", 0.1)) if rng.random() < share),
         weights=None if rng.random() < 0.7 else f"shared-{rng.integers(0, 9)}",
-        own_scores=rng.uniform(0.2, 0.99, rng.integers(0, 3)),
+        own_scores=rng.uniform(0.2, 0.99, rng.integers(0, 3)).tolist(),
         base_model=str(rng.choice([*FAMILIES[:num_bases]], p=shares / shares.sum())),
     )
 
@@ -320,7 +320,7 @@ def slow_base(pool: Pool, request: RouteRequest, query: np.ndarray) -> tuple[str
 def random_request(rng: np.random.Generator, text: str) -> RouteRequest:
     return RouteRequest(
         text,
-        strategy=str(rng.choice(["mixture", "fusion", "selection"])),  # type: ignore[arg-type]
+        strategy=str(rng.choice(["mixture", "fusion", "selection"])),
         top_k=int(rng.integers(1, 9)),
         tags=[(), ("common",), ("rare",)][int(rng.choice(3, p=[0.6, 0.2, 0.2]))],
         min_score=None if rng.random() < 0.7 else float(rng.uniform(0, 1)),
