@@ -339,7 +339,7 @@ def with_contracts(
     model: ServedModel,
 ) -> list[Planned]:
     """Return the plans with what the contracts of their leading adapters set. Raises: RequestInvalid."""
-    given, most = request.model_fields_set, model.max_new_tokens
+    given, most = request.set_fields, model.max_new_tokens
     return [
         replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
         for question, planned in zip(questions, plans, strict=True)

@@ -109,9 +109,14 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
         with services.authenticator.running(caller, work):
             planned = await planner.plan_all(asked, tenant)
     planned = [name.explained([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
+    sets = [name.policy.model_fields_set for name in bound] or [set[str]()] * len(asked)
+    chats = [
+        replace(question, prompt=(Message("user", prompt),))
+        for prompt, question in zip(body.prompt, asked, strict=True)
+    ]
     shown = [
-        replace(item, contract=applied_contract(item.plan, replace(question, prompt=(Message("user", prompt),))))
-        for prompt, question, item in zip(body.prompt, asked, planned, strict=True)
+        replace(item, contract=applied_contract(item.plan, chat, given=own))
+        for chat, item, own in zip(chats, planned, sets, strict=True)
     ]
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
 
