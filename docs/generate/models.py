@@ -14,7 +14,25 @@ _EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
 _VLLM_OUTCOMES = {"equal": _EQUAL, "not compared": "vLLM's class was built with adapters, not compared"}
 _NOT_STARTED = "vLLM did not start"
-_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `tests.gpu_worker.conformance.run_families`
+# Of `tests.gpu_worker.conformance.run_families`, the second one with `--files`.
+_VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
+_REASONS = {
+    "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
+        *("bagel", "bailing_moe", "bailing_moe_linear", "bailing_moe_v3", "chatglm", "deepseek_ocr", "deepseek_ocr2"),
+        *("dots_ocr", "eagle2_5_vl", "glm4v", "h2ovl", "internlm2", "internvl", "interns1_pro", "interns2_mobius"),
+        *("interns2_preview", "isaac", "k2_horizon", "keye", "keye_vl1_5", "longcat_flash_ngram", "mimo", "minicpm"),
+        *("minicpmo", "minicpmv", "molmo", "moss_audio", "nemotron_nas", "nemotron_vl", "nvlm_d", "opencua"),
+        *("openpangu", "openpangu_vl", "param2moe", "phi4mm", "plamo3", "qianfan_ocr", "solar", "telechat2"),
+        *("teleflm", "ultravox", "unlimited_ocr"),
+    ),
+    "it reads the format of Mistral's own tools only": ("mistral_large_3", "pixtral", "voxtral_realtime"),
+    "it is code for GPUs only": (
+        *("vllm.models.deepseek_v32", "vllm.models.deepseek_v4", "vllm.models.glm5next", "vllm.models.hy_v4"),
+        *("vllm.models.inkling", "vllm.models.qwen4_exp"),
+    ),
+    "an encoder-decoder architecture": ("whisper",),
+}
+_REASON_OF = {file: reason for reason, files in _REASONS.items() for file in files}
 
 
 def families() -> str:
@@ -35,6 +53,26 @@ def _native_rows() -> Iterator[tuple[str, str, str]]:
         yield code(name), "native", f"refused: {reason}"
 
 
+def vllm_files() -> str:
+    """Return how many of vLLM's model files have a family that is served and equal, and why the others have none."""
+    seen = {family.replace("`", ""): text for family, _, text in _vllm_rows()}
+    files = json.loads(_VLLM_FILES.read_text(encoding="utf-8"))["runs"]
+    equal = [row for row in files if any(_EQUAL in seen.get(family, "") for family in row["families"])]
+    named = sum(row["names_interface"] for row in files)
+    served = sum(row["names_interface"] for row in equal)
+    others = []
+    for row in files:
+        if row not in equal:
+            tried = [f"{family}: {seen[family]}" for family in row["families"] if family in seen]
+            others.append((code(row["file"]), "; ".join(tried) or _REASON_OF.get(row["file"], "not tried")))
+    return (
+        f"vLLM has {len(files)} files with models that generate text and take adapters: {named} name its interface for"
+        f" LoRA, and {len(files) - named} inherit it. {len(equal)} of them have a family above that is served and"
+        f" equal: {served} of the {named}, and {len(equal) - served} of the {len(files) - named}. The others:\n\n"
+        + table(("file", "why"), others)
+    )
+
+
 def _vllm_rows() -> Iterator[tuple[str, str, str]]:
     """Yield what a run saw, nothing if there are no results."""
     if not _VLLM_RESULTS.exists():
@@ -44,4 +82,6 @@ def _vllm_rows() -> Iterator[tuple[str, str, str]]:
         is_open = row.get("reason", "").startswith(_NOT_STARTED)  # perhaps the tiny model's fault
         seen = row["reason"] if is_open else f"{row['outcome']}: {row.get('reason')}"
         seen = _VLLM_OUTCOMES.get(row["outcome"], seen)
-        yield code(row["family"]), "vllm", seen
+        family, _, variant = row["family"].partition(" ")
+        in_bfloat16 = " in bfloat16" if row.get("dtype") == "bfloat16" else ""
+        yield f"{code(family)} {variant}".rstrip(), "vllm", f"{seen}{in_bfloat16}"

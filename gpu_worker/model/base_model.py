@@ -14,12 +14,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import __version__ as transformers_version
 
 from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -96,7 +99,15 @@ def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     """
     source = source or model_source(config)
     is_packaged = config.base_model == PACKAGED_MODEL
-    tokenizer = _packaged_tokenizer(Path(source)) if is_packaged else AutoTokenizer.from_pretrained(source)
+    try:
+        tokenizer = (
+            _packaged_tokenizer(Path(source))
+            if is_packaged
+            else AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        )
+    except ValueError as exc:  # among others: its class is code of the checkpoint
+        reason = str(exc).partition("\n")[0]
+        raise BaseModelUnsupported(f"the base model's tokenizer cannot be loaded ({reason})") from exc
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
     backend = tokenizer.backend_tokenizer
@@ -118,7 +129,10 @@ def _packaged_tokenizer(folder: Path) -> Any:
 
 
 def load_config(source: str) -> Any:
-    """Read the model's config.json. Raises: BaseModelUnsupported for a GGUF file, or a folder of them."""
+    """Read the model's config.json.
+
+    Raises: BaseModelUnsupported for a GGUF file, for a folder of them, and for a family that transformers lacks.
+    """
     folder = Path(source)
     if folder.suffix == ".gguf" and not folder.exists():
         raise BaseModelUnsupported(f"base_model {source!r} is no file of this machine")
@@ -128,7 +142,14 @@ def load_config(source: str) -> Any:
             f"{found[0]} is a GGUF file, which engine 'vllm' does not read here: use engine 'native', or the folder of"
             " the same model that has config.json and *.safetensors"
         )
-    return AutoConfig.from_pretrained(source)
+    settings, _ = PreTrainedConfig.get_config_dict(source)
+    family = settings.get("model_type")
+    if family is not None and family not in CONFIG_MAPPING:
+        raise BaseModelUnsupported(
+            f"{family} is no family of transformers {transformers_version}, and this server runs no code of a"
+            " checkpoint: use a base model that transformers loads without trust_remote_code"
+        )
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def load_base_model(config: NativeWorkerConfig) -> BaseModel:

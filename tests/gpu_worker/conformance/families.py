@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from gpu_worker.model.checkpoint import auto_class
@@ -114,7 +116,20 @@ TEXT: dict[str, Settings] = {
     "qwen2": {}, "qwen3": _HEADS, "phi": {}, "phi3": {}, "olmo2": {}, "smollm3": {}, "starcoder2": {},
     "exaone": {}, "internlm3": {}, "iquestcoder": {}, "cohere2": _MIXED, "ministral3": _HEADS, "seed_oss": _HEADS,
     "gpt_neox": {"num_key_value_heads": 4}, "granitemoe_swa": _LOCAL_EXPERTS,
+    "ernie4_5": _HEADS, "arcee": {}, "jais2": {}, "olmo": {}, "olmo3": _MIXED, "hunyuan_v1_dense": _HEADS,
+    "cwm": {**_HEADS, **_MIXED}, "vaultgemma": {**_HEADS, **_MIXED}, "ministral": {**_HEADS, **_WINDOW},
+    "mellum": {**_EXPERTS, **_HEADS, **_MIXED, "mlp_layer_types": ["sparse"] * 3},
+    "minicpm3": {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+                 "v_head_dim": 32, "num_key_value_heads": 4, "dim_model_base": 64},
+    "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96},
 }  # fmt: skip
+# Variants of a family. The text in parentheses says what is other than in the family.
+TEXT |= {
+    "gemma3_text (as Rnj1ForCausalLM)": {**_HEADS, "layer_types": ["full_attention"] * 3},
+    "apertus (in bfloat16)": {},
+    # vLLM has no least time step, and transformers takes the published 0.001.
+    "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
+}
 
 _GEMMA4_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _GEMMA4_VISION |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 16}
@@ -160,9 +175,73 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
         {"tie_word_embeddings": True},
     ),
     "minicpmv4_6": ({**_HEADS, **_DELTA}, {}),
-    "muse_glimmer": (_HEADS, {}),
-    "nemotron_h_omni": (TEXT["nemotron_h"], {}),
+    "muse_glimmer": (_HEADS, {"vision_config": {"output_dim": 128}}),
+    "nemotron_h_omni (with settings that only vLLM reads)": (
+        TEXT["nemotron_h (without a least time step)"],
+        {
+            "patch_size": 4,
+            "force_image_size": 8,
+            "template": "",
+            "ps_version": "v2",
+            "image_tag_type": "internvl",
+            "vit_hidden_size": 32,
+        },
+    ),
+    "audioflamingo3": ({}, {}),
+    "exaone4_5": (TEXT["exaone4"], {}),
+    "gemma4_unified": (
+        {**_HEADS, **_MIXED, "global_head_dim": 32, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0},
+        {},
+    ),
+    "glm_ocr": (
+        {**_HEADS, "rope_parameters": {**_SECTIONS["rope_parameters"], "partial_rotary_factor": 1.0}},
+        {},
+    ),
+    "granite4_vision": (
+        {},
+        {
+            "deepstack_layer_map": [[-1, 0]],
+            "spatial_target_layers": [1],
+            "downsample_rate": "1/2",
+            "qformer_config": {"encoder_hidden_size": 32, "hidden_size": 32},
+        },
+    ),
+    "granite_speech_plus": ({}, {}),
+    "lighton_ocr": (_HEADS, {"projector_hidden_act": "gelu", "multimodal_projector_bias": False}),
+    "minicpmv4_7": ({**_HEADS, **_DELTA}, {}),
+    "molmo2": (_HEADS, {}),
+    "qwen3_omni_moe": (
+        {**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+        {"enable_audio_output": False},
+    ),
+    "smolvlm": ({}, {}),
 }
+
+# What checkpoints on the model hub name otherwise than transformers' class of the family.
+ARCHITECTURES = {
+    "gemma3_text (as Rnj1ForCausalLM)": "Rnj1ForCausalLM",
+    "lighton_ocr": "LightOnOCRForConditionalGeneration",
+    "sarvam_mla": "SarvamMLAForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
+}
+# Their checkpoints on the model hub have experts with inputs first, which transformers writes otherwise for tiny ones.
+INPUTS_FIRST = ("qwen3_vl_moe",)
+# vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
+IN_BFLOAT16 = (
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7"),
+    "apertus (in bfloat16)",
+)
+# vLLM makes the processor of these at its start, also without images and sounds.
+_OMNI = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 8,
+}
+PROCESSORS = {
+    "qwen2_5_omni": {**_OMNI, "processor_class": "Qwen2_5OmniProcessor"},
+    "qwen3_omni_moe": {**_OMNI, "processor_class": "Qwen3OmniMoeProcessor"},
+}
+_OMNI_TOKENS = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 
 FAMILIES = [*TEXT, *MULTIMODAL]
 PROMPTS = ("The parrot says " * 4, "x")
@@ -188,10 +267,20 @@ _TOWER: dict[str, Any] = {
 def config_of(family: str) -> PretrainedConfig:
     """Return the configuration of a tiny model of the family."""
     if family in TEXT:
-        return AutoConfig.for_model(family, **{**_TEXT, **TEXT[family]})
+        return AutoConfig.for_model(family.partition(" ")[0], **{**_TEXT, **TEXT[family]})
     text, whole = MULTIMODAL[family]
-    default = AutoConfig.for_model(family)
-    return AutoConfig.for_model(family, **{**_tiny(default, default.get_text_config(), text), **whole})
+    name = family.partition(" ")[0]
+    default = AutoConfig.for_model(name)
+    return AutoConfig.for_model(name, **_merged(_tiny(default, default.get_text_config(), text), whole))
+
+
+def _merged(settings: Settings, changes: Settings) -> dict[str, Any]:
+    """Return the settings with the changes, also within settings that are settings themselves."""
+    merged = {**settings, **changes}
+    for name in settings.keys() & changes.keys():
+        if isinstance(settings[name], dict) and isinstance(changes[name], dict):
+            merged[name] = _merged(settings[name], changes[name])
+    return merged
 
 
 def _tiny(config: PretrainedConfig, language: PretrainedConfig, text: Settings) -> dict[str, Any]:
@@ -211,8 +300,26 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     with torch.no_grad():
         language_part(model).get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    if family in ARCHITECTURES:
+        _change(folder / "config.json", {"architectures": [ARCHITECTURES[family]]})
+    if family in PROCESSORS:
+        _change(folder / "preprocessor_config.json", PROCESSORS[family])
+        _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
+        tokens = {f"{name}_token": tokenizer.pad_token for name in _OMNI_TOKENS}
+        _change(folder / "tokenizer_config.json", {"extra_special_tokens": tokens})
+    if family in INPUTS_FIRST:
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: each.mT.contiguous() for name, each in tensors.items() if ".experts." in name}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def _change(file: Path, settings: Settings) -> None:
+    """Write these settings into a JSON file, which keeps its others."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**kept, **settings}))
 
 
 def assert_equal(hosted: HostedEngine, folder: Path) -> float:
