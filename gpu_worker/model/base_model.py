@@ -31,6 +31,7 @@ from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
+from gpu_worker.model.own_families import OWN_FAMILIES
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder, wants_integers
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.packed_linear import NarrowLinear, load_linear_kernel
@@ -147,9 +148,14 @@ def load_config(source: str) -> Any:
     if family is not None and family not in CONFIG_MAPPING:
         raise BaseModelUnsupported(
             f"{family} is no family of transformers {transformers_version}, and this server runs no code of a"
-            " checkpoint: use a base model that transformers loads without trust_remote_code"
+            " checkpoint: use a base model that transformers loads without trust_remote_code, or one of"
+            f" {', '.join(OWN_FAMILIES)}"
         )
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as exc:  # among others: its language model is of an unknown family
+        reason = str(exc).partition("\n")[0]
+        raise BaseModelUnsupported(f"the configuration of {source} cannot be read ({reason})") from exc
 
 
 def load_base_model(config: NativeWorkerConfig) -> BaseModel:

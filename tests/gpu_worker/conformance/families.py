@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.model.own_families import OWN_FAMILIES
 from gpu_worker.vllm.front_model import language_part
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, job, tokens_of
@@ -123,6 +124,13 @@ TEXT: dict[str, Settings] = {
                  "v_head_dim": 32, "num_key_value_heads": 4, "dim_model_base": 64},
     "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96},
 }  # fmt: skip
+# Their checkpoints on the model hub bring code, which is never run.
+_OWN_CODE = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}}
+TEXT |= {
+    "mimo": {**_OWN_CODE, "attention_bias": True},
+    "minicpm": {**_OWN_CODE, "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 64},
+    "PanguEmbedded": {**_OWN_CODE, "bias": True},
+}
 # Variants of a family. The text in parentheses says what is other than in the family.
 TEXT |= {
     "gemma3_text (as Rnj1ForCausalLM)": {**_HEADS, "layer_types": ["full_attention"] * 3},
@@ -217,9 +225,29 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "smolvlm": ({}, {}),
 }
 
+_EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_EYES |= {"patch_size": 4, "image_size": 8, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
+_EYES |= {"num_channels": 3, "initializer_factor": 0.1, "norm_type": "layer_norm", "qk_normalization": False}
+_CHAT = {
+    "vision_config": _EYES,
+    "force_image_size": 8,
+    "downsample_ratio": 0.5,
+    "ps_version": "v2",
+    "select_layer": -1,
+    **_OWN_CODE,
+}
+MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
+
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
 ARCHITECTURES = {
+    "PanguEmbedded": "PanguEmbeddedForCausalLM",
+    "mimo": "MiMoForCausalLM",
+    "minicpm": "MiniCPMForCausalLM",
+    "internvl_chat": "InternVLChatModel",
+    "h2ovl_chat": "H2OVLChatModel",
     "gemma3_text (as Rnj1ForCausalLM)": "Rnj1ForCausalLM",
+    "NVLM_D": "NVLM_D",
+    "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
     "sarvam_mla": "SarvamMLAForCausalLM",
     "sarvam_moe": "SarvamMoEForCausalLM",
@@ -244,6 +272,7 @@ PROCESSORS = {
 _OMNI_TOKENS = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 
 FAMILIES = [*TEXT, *MULTIMODAL]
+assert {*OWN_FAMILIES} <= {*FAMILIES}, "each of them is compared"
 PROMPTS = ("The parrot says " * 4, "x")
 NUM_NEW = 8
 TOLERANCE = 1e-3  # of a log probability

@@ -210,8 +210,8 @@ class Run:
         result = {"outcome": FAILS, "reason": f"it did not end within {PATIENCE_S} s"}
         if (self.folder / "result").exists():
             result = json.loads((self.folder / "result").read_text())
-        if result["outcome"] not in (EQUAL, REFUSED):
-            print((self.folder / "log").read_text()[-1500:], file=sys.stderr)
+        if result["outcome"] != EQUAL:
+            print(f"--- {self.family}", (self.folder / "log").read_text()[-3000:], sep="\n", file=sys.stderr)
         return {"family": self.family, "engine": "vllm", **result}
 
 
