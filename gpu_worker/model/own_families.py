@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AudioFlamingo3Config,
+    AudioFlamingo3ForConditionalGeneration,
     AutoConfig,
     AutoModelForCausalLM,
     GraniteConfig,
@@ -121,3 +123,5 @@ for _config, _model in _TEXT.items():
     MODEL_FOR_CAUSAL_LM_MAPPING.register(_config, _model, exist_ok=True)
 for _config in _MULTIMODAL:
     MODEL_FOR_MULTIMODAL_LM_MAPPING.register(_config, ChatModel, exist_ok=True)
+# A class of transformers that this mapping lacks.
+MODEL_FOR_MULTIMODAL_LM_MAPPING.register(AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, exist_ok=True)
