@@ -40,6 +40,7 @@ _UNREAD = {
     "exaone": "its class expects tensors under other names",
     "molmo2": "its class asks for settings that transformers names otherwise",
     "qwen3_asr": "its class asks for settings that transformers names otherwise",
+    "sarvam_mla": "its class asks for a head size that transformers changes",
     "voxtral": "its class reads the format of Mistral's own tools only",
 }
 _BFLOAT16_ON_CPU = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
