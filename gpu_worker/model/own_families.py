@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.configuration_utils import SubConfigSpec
 
@@ -113,15 +115,31 @@ class NVLMDConfig(ChatConfig):
     model_type = "NVLM_D"
 
 
-_TEXT = {MiMoConfig: Qwen2ForCausalLM, MiniCPMConfig: GraniteForCausalLM, PanguEmbeddedConfig: LlamaForCausalLM}
-_MULTIMODAL = (InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig)
-OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
+class KeyeConfig(Qwen3Config):
+    """Keye is Qwen 3 and an encoder of images. The settings of both stand next to each other."""
 
-for _config in (*_TEXT, *_MULTIMODAL):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-for _config, _model in _TEXT.items():
-    MODEL_FOR_CAUSAL_LM_MAPPING.register(_config, _model, exist_ok=True)
-for _config in _MULTIMODAL:
-    MODEL_FOR_MULTIMODAL_LM_MAPPING.register(_config, ChatModel, exist_ok=True)
-# A class of transformers that this mapping lacks.
-MODEL_FOR_MULTIMODAL_LM_MAPPING.register(AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, exist_ok=True)
+    model_type = "Keye"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"vision_config": PreTrainedConfig}
+    vision_config: Any = None
+
+    def get_text_config(self, *_: object, **__: object) -> Qwen3Config:
+        others = ("vision_config", "architectures", "model_type")
+        return Qwen3Config(**{name: value for name, value in self.to_dict().items() if name not in others})
+
+
+class Keye15Config(KeyeConfig):
+    model_type = "KeyeVL1_5"
+
+
+_TEXT = {MiMoConfig: Qwen2ForCausalLM, MiniCPMConfig: GraniteForCausalLM, PanguEmbeddedConfig: LlamaForCausalLM}
+_MULTIMODAL = {
+    **dict.fromkeys((InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel),
+    **dict.fromkeys((KeyeConfig, Keye15Config), Qwen3ForCausalLM),
+    AudioFlamingo3Config: AudioFlamingo3ForConditionalGeneration,  # of transformers, which lists it elsewhere
+}
+OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL) if config is not AudioFlamingo3Config)
+
+for _mapping, _models in ((MODEL_FOR_CAUSAL_LM_MAPPING, _TEXT), (MODEL_FOR_MULTIMODAL_LM_MAPPING, _MULTIMODAL)):
+    for _config, _model in _models.items():
+        AutoConfig.register(_config.model_type, _config, exist_ok=True)
+        _mapping.register(_config, _model, exist_ok=True)

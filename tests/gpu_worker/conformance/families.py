@@ -173,7 +173,7 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "lfm2_vl": (TEXT["lfm2"], {}),
     "granite_speech": ({}, {}),
-    "qwen2_5_omni": ({}, {"enable_audio_output": False}),
+    "qwen2_5_omni": (_SECTIONS, {}),
     "qwen3_asr": ({}, {}),
     "voxtral": ({}, {}),
     "glmasr": ({}, {}),
@@ -211,13 +211,12 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
             "deepstack_layer_map": [[-1, 0]],
             "spatial_target_layers": [1],
             "downsample_rate": "1/2",
-            "qformer_config": {"encoder_hidden_size": 32, "hidden_size": 32, "num_attention_heads": 2},
+            "vision_config": {"hidden_size": 64},
         },
     ),
     "granite_speech_plus": ({}, {}),
     "lighton_ocr": (_HEADS, {"projector_hidden_act": "gelu", "multimodal_projector_bias": False}),
     "minicpmv4_7": ({**_HEADS, **_DELTA}, {}),
-    "molmo2": (_HEADS, {"vision_config": {"image_size": [8, 8]}}),
     "qwen3_omni_moe": (
         {**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
         {"enable_audio_output": False},
@@ -236,6 +235,8 @@ _CHAT = {
     "select_layer": -1,
     **_OWN_CODE,
 }
+_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": _EYES, **_OWN_CODE}
+MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
@@ -246,6 +247,8 @@ ARCHITECTURES = {
     "internvl_chat": "InternVLChatModel",
     "h2ovl_chat": "H2OVLChatModel",
     "gemma3_text (as Rnj1ForCausalLM)": "Rnj1ForCausalLM",
+    "Keye": "KeyeForConditionalGeneration",
+    "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration",
     "NVLM_D": "NVLM_D",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
@@ -338,6 +341,7 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
         tokens = {f"{name}_token": tokenizer.pad_token for name in _OMNI_TOKENS}
         _change(folder / "tokenizer_config.json", {"extra_special_tokens": tokens})
+        torch.save({}, folder / "spk_dict.pt")  # voices, which Qwen2.5-Omni reads with its weights
     if family in INPUTS_FIRST:
         tensors = load_file(folder / "model.safetensors")
         tensors |= {name: each.mT.contiguous() for name, each in tensors.items() if ".experts." in name}
