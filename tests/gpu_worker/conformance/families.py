@@ -39,8 +39,8 @@ _LATENT = {
     "head_dim": 64,
 }
 _DELTA = {
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,  # the only size that vLLM takes on the CPU
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_conv_kernel_dim": 4,
