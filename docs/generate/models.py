@@ -27,6 +27,7 @@ _REASONS = {
     ),
     "it reads the format of Mistral's own tools only": ("mistral_large_3", "pixtral", "voxtral_realtime"),
     "its class asks for settings that transformers names otherwise": ("molmo2",),
+    "vLLM has no CPU code for its attention": ("rnj1",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.deepseek_v4", "vllm.models.glm5next", "vllm.models.hy_v4"),
         *("vllm.models.inkling", "vllm.models.qwen4_exp"),

@@ -32,6 +32,8 @@ _NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_siz
 # What vLLM 0.32 lacks on the CPU, and families that its classes do not read, by transformers' name.
 _NOT_ON_CPU = {
     "jamba": "layers of Mamba 1",
+    "laguna": "its choice of experts",
+    "minimax_m2": "its choice of experts",
     "olmo_hybrid": "its linear attention",
 }
 _UNREAD = {

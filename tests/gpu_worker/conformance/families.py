@@ -77,14 +77,16 @@ TEXT: dict[str, Settings] = {
     "hy_v3": {**_EXPERTS, **_HEADS, "expert_hidden_dim": 32, "route_norm": True, "num_shared_experts": 1,
               "first_k_dense_replace": 1, "qk_norm": True},
     "longcat_flash": {**_LATENT, "n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 32,
-                      "ffn_hidden_size": 96, "zero_expert_num": 2, "num_layers": 2,
+                      "ffn_hidden_size": 96, "zero_expert_num": 0, "num_layers": 2,
                       "mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "axk1": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, **_HEADS},
     "dots1": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 32},
-    "sarvam_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
+    "sarvam_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1, "embedding_dropout": 0.0, "use_bias": False,
+                   "moe_shared_expert_intermediate_size": 32, "moe_router_enable_expert_bias": True,
+                   "score_function": "sigmoid", "use_rmsnorm": True},
     "sarvam_mla": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "solar_open": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "llama4_text": {**_LOCAL_EXPERTS, **_HEADS, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1,
@@ -133,7 +135,6 @@ TEXT |= {
 }
 # Variants of a family. The text in parentheses says what is other than in the family.
 TEXT |= {
-    "gemma3_text (as Rnj1ForCausalLM)": {**_HEADS, "layer_types": ["full_attention"] * 3},
     "apertus (in bfloat16)": {},
     # vLLM has no least time step, and transformers takes the published 0.001.
     "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
@@ -185,8 +186,11 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "minicpmv4_6": ({**_HEADS, **_DELTA}, {}),
     "muse_glimmer": (_HEADS, {"vision_config": {"output_dim": 128}}),
     "nemotron_h_omni (with settings that only vLLM reads)": (
-        TEXT["nemotron_h (without a least time step)"],
+        {**TEXT["nemotron_h (without a least time step)"], "dtype": "float32"},
         {
+            "vision_config": {"args": {"model": "vit_base_patch16_224"}},
+            "norm_mean": [0.5, 0.5, 0.5],
+            "norm_std": [0.5, 0.5, 0.5],
             "patch_size": 4,
             "force_image_size": 8,
             "template": "",
@@ -199,7 +203,15 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "exaone4_5": (TEXT["exaone4"], {}),
     "gemma4_unified": (
         {**_HEADS, **_MIXED, "global_head_dim": 32, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0},
-        {},
+        {
+            "vision_config": {
+                "model_type": "gemma4_unified_vision",
+                "patch_size": 4,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 16,
+                "output_proj_dims": 32,
+            }
+        },
     ),
     "glm_ocr": (
         {**_HEADS, "rope_parameters": {**_SECTIONS["rope_parameters"], "partial_rotary_factor": 1.0}},
@@ -215,11 +227,14 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
         },
     ),
     "granite_speech_plus": ({}, {}),
-    "lighton_ocr": (_HEADS, {"projector_hidden_act": "gelu", "multimodal_projector_bias": False}),
+    "lighton_ocr": (
+        _HEADS,
+        {"projector_hidden_act": "gelu", "multimodal_projector_bias": False, "vision_feature_layer": -1},
+    ),
     "minicpmv4_7": ({**_HEADS, **_DELTA}, {}),
     "qwen3_omni_moe": (
         {**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
-        {"enable_audio_output": False},
+        {"enable_audio_output": False, "thinker_config": {"vision_config": {"image_size": 8}}},
     ),
     "smolvlm": ({}, {}),
 }
@@ -246,7 +261,6 @@ ARCHITECTURES = {
     "minicpm": "MiniCPMForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "h2ovl_chat": "H2OVLChatModel",
-    "gemma3_text (as Rnj1ForCausalLM)": "Rnj1ForCausalLM",
     "Keye": "KeyeForConditionalGeneration",
     "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration",
     "NVLM_D": "NVLM_D",

@@ -211,7 +211,9 @@ class Run:
         if (self.folder / "result").exists():
             result = json.loads((self.folder / "result").read_text())
         if result["outcome"] != EQUAL:
-            print(f"--- {self.family}", (self.folder / "log").read_text()[-3000:], sep="\n", file=sys.stderr)
+            log = (self.folder / "log").read_text().splitlines()
+            errors = [line for line in log if line.startswith("(Worker") and " ERROR " in line] or log
+            print(f"--- {self.family}", *errors[-25:], sep="\n", file=sys.stderr)
         return {"family": self.family, "engine": "vllm", **result}
 
 
