@@ -100,12 +100,9 @@ def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     """
     source = source or model_source(config)
     is_packaged = config.base_model == PACKAGED_MODEL
+    load = _packaged_tokenizer if is_packaged else partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
     try:
-        tokenizer = (
-            _packaged_tokenizer(Path(source))
-            if is_packaged
-            else AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        )
+        tokenizer = load(Path(source) if is_packaged else source)
     except ValueError as exc:  # among others: its class is code of the checkpoint
         reason = str(exc).partition("\n")[0]
         raise BaseModelUnsupported(f"the base model's tokenizer cannot be loaded ({reason})") from exc

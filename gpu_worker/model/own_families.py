@@ -9,35 +9,19 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import transformers
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AudioFlamingo3Config,
-    AudioFlamingo3ForConditionalGeneration,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
 
-class MiMoConfig(Qwen2Config):
+class MiMoConfig(transformers.Qwen2Config):
     """MiMo is Qwen 2. Its layers that draft tokens are left out."""
 
     model_type = "mimo"
 
 
-class MiniCPMConfig(GraniteConfig):
+class MiniCPMConfig(transformers.GraniteConfig):
     """MiniCPM is Granite, whose factors have other names."""
 
     model_type = "minicpm"
@@ -52,7 +36,7 @@ class MiniCPMConfig(GraniteConfig):
         self.logits_scaling = self.hidden_size / self.dim_model_base
 
 
-class PanguEmbeddedConfig(LlamaConfig):
+class PanguEmbeddedConfig(transformers.LlamaConfig):
     """openPangu Embedded is Llama with biases in its attention."""
 
     model_type = "PanguEmbedded"
@@ -86,7 +70,7 @@ class ChatModel(PreTrainedModel):
 
     def __init__(self, config: ChatConfig) -> None:
         super().__init__(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = transformers.AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
     def get_output_embeddings(self) -> Any:
@@ -115,31 +99,38 @@ class NVLMDConfig(ChatConfig):
     model_type = "NVLM_D"
 
 
-class KeyeConfig(Qwen3Config):
+class KeyeConfig(transformers.Qwen3Config):
     """Keye is Qwen 3 and an encoder of images. The settings of both stand next to each other."""
 
     model_type = "Keye"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"vision_config": PreTrainedConfig}
     vision_config: Any = None
 
-    def get_text_config(self, *_: object, **__: object) -> Qwen3Config:
+    def get_text_config(self, *_: object, **__: object) -> transformers.Qwen3Config:
         others = ("vision_config", "architectures", "model_type")
-        return Qwen3Config(**{name: value for name, value in self.to_dict().items() if name not in others})
+        return transformers.Qwen3Config(**{name: value for name, value in self.to_dict().items() if name not in others})
 
 
 class Keye15Config(KeyeConfig):
     model_type = "KeyeVL1_5"
 
 
-_TEXT = {MiMoConfig: Qwen2ForCausalLM, MiniCPMConfig: GraniteForCausalLM, PanguEmbeddedConfig: LlamaForCausalLM}
+_TEXT = {
+    MiMoConfig: transformers.Qwen2ForCausalLM,
+    MiniCPMConfig: transformers.GraniteForCausalLM,
+    PanguEmbeddedConfig: transformers.LlamaForCausalLM,
+}
 _MULTIMODAL = {
     **dict.fromkeys((InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel),
-    **dict.fromkeys((KeyeConfig, Keye15Config), Qwen3ForCausalLM),
-    AudioFlamingo3Config: AudioFlamingo3ForConditionalGeneration,  # of transformers, which lists it elsewhere
+    **dict.fromkeys((KeyeConfig, Keye15Config), transformers.Qwen3ForCausalLM),
 }
-OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL) if config is not AudioFlamingo3Config)
+OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
 
-for _mapping, _models in ((MODEL_FOR_CAUSAL_LM_MAPPING, _TEXT), (MODEL_FOR_MULTIMODAL_LM_MAPPING, _MULTIMODAL)):
+_mappings = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+for _mapping, _models in zip(_mappings, (_TEXT, _MULTIMODAL), strict=True):
     for _config, _model in _models.items():
         AutoConfig.register(_config.model_type, _config, exist_ok=True)
         _mapping.register(_config, _model, exist_ok=True)
+_mappings[1].register(  # transformers lists its own class elsewhere only
+    transformers.AudioFlamingo3Config, transformers.AudioFlamingo3ForConditionalGeneration, exist_ok=True
+)
