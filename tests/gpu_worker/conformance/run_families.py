@@ -137,17 +137,17 @@ def list_files() -> None:
     file_of = {}
     for architecture in sorted({*groups[0], *groups[1], *groups[2]}):
         registered = registry.ModelRegistry.models[architecture]
-        file = registered.module_name.removeprefix("vllm.model_executor.models.")
-        file_of[architecture] = file
+        file = file_of[architecture] = registered.module_name.removeprefix("vllm.model_executor.models.")
         try:
             takes_lora = supports_lora(registered.load_model_cls())
         except Exception as exc:  # it needs a package or a device that is not here
             print(f"{architecture} cannot be imported: {exc}", file=sys.stderr)
             takes_lora = False
         if takes_lora:
-            rows.setdefault(file, {"file": file, "architectures": [], "families": []})["architectures"] += [
-                architecture
-            ]
+            spec = importlib.util.find_spec(registered.module_name)
+            names_interface = "SupportsLoRA" in Path(spec.origin).read_text() if spec and spec.origin else False
+            row = rows.setdefault(file, {"file": file, "names_interface": names_interface, "families": []})
+            row.setdefault("architectures", []).append(architecture)
     for family in FAMILIES:
         config = config_of(family)
         with torch.device("meta"):
@@ -155,14 +155,9 @@ def list_files() -> None:
         file = file_of.get(ARCHITECTURES.get(family, default), OTHER_CLASSES)
         if file in rows:
             rows[file]["families"].append(family)
-    for file, row in rows.items():
-        source = importlib.util.find_spec(f"vllm.model_executor.models.{file}")
-        path = Path(source.origin) if source is not None and source.origin is not None else Path()
-        row["names_interface"] = path.is_file() and "SupportsLoRA" in path.read_text()
     found = sorted(rows.values(), key=lambda row: str(row["file"]))
-    write_results(
-        FILES, figures={}, table="\n".join(f"{row['file']}  {', '.join(row['families'])}" for row in found), runs=found
-    )
+    table = "\n".join(f"{row['file']}  {', '.join(row['families'])}" for row in found)
+    write_results(FILES, figures={}, table=table, runs=found)
 
 
 def write(family: str, row: dict[str, Any]) -> None:
