@@ -34,6 +34,7 @@ _NOT_ON_CPU = {
     "jamba": "layers of Mamba 1",
     "laguna": "its choice of experts",
     "minimax_m2": "its choice of experts",
+    "longcat_flash": "its choice of experts",
     "olmo_hybrid": "its linear attention",
 }
 _UNREAD = {
@@ -41,6 +42,7 @@ _UNREAD = {
     "ernie4_5_vl_moe": "its class asks for settings that transformers names otherwise",
     "exaone": "its class expects tensors under other names",
     "molmo2": "its class asks for settings that transformers names otherwise",
+    "nemotron_h_omni": "its class asks for settings that transformers names otherwise",
     "qwen3_asr": "its class asks for settings that transformers names otherwise",
     "sarvam_mla": "its class asks for a head size that transformers changes",
     "voxtral": "its class reads the format of Mistral's own tools only",

@@ -121,7 +121,7 @@ TEXT: dict[str, Settings] = {
     "gpt_neox": {"num_key_value_heads": 4}, "granitemoe_swa": _LOCAL_EXPERTS,
     "ernie4_5": _HEADS, "arcee": {}, "jais2": {}, "olmo": {}, "olmo3": _MIXED, "hunyuan_v1_dense": _HEADS,
     "cwm": {**_HEADS, **_MIXED}, "vaultgemma": {**_HEADS, **_MIXED}, "ministral": {**_HEADS, **_WINDOW},
-    "mellum": {**_EXPERTS, **_HEADS, **_MIXED, "mlp_layer_types": ["sparse"] * 3},
+    "mellum": {**_EXPERTS, **_HEADS, **_MIXED, "mlp_layer_types": ["sparse"] * 3, "num_mtp_layers": 0},
     "minicpm3": {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
                  "v_head_dim": 32, "num_key_value_heads": 4, "dim_model_base": 64},
     "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96},
@@ -140,6 +140,7 @@ TEXT |= {
     "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
 }
 
+_OMNI_EYES = {"image_size": 8, "apply_vit_abs_pos_embed": True}
 _GEMMA4_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _GEMMA4_VISION |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 16}
 # The settings of the language model, and of the whole.
@@ -174,7 +175,7 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "lfm2_vl": (TEXT["lfm2"], {}),
     "granite_speech": ({}, {}),
-    "qwen2_5_omni": (_SECTIONS, {}),
+    "qwen2_5_omni": ({**_SECTIONS, "tie_word_embeddings": False}, {}),
     "qwen3_asr": ({}, {}),
     "voxtral": ({}, {}),
     "glmasr": ({}, {}),
@@ -185,20 +186,7 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "minicpmv4_6": ({**_HEADS, **_DELTA}, {}),
     "muse_glimmer": (_HEADS, {"vision_config": {"output_dim": 128}}),
-    "nemotron_h_omni (with settings that only vLLM reads)": (
-        {**TEXT["nemotron_h (without a least time step)"], "dtype": "float32"},
-        {
-            "vision_config": {"args": {"model": "vit_base_patch16_224"}},
-            "norm_mean": [0.5, 0.5, 0.5],
-            "norm_std": [0.5, 0.5, 0.5],
-            "patch_size": 4,
-            "force_image_size": 8,
-            "template": "",
-            "ps_version": "v2",
-            "image_tag_type": "internvl",
-            "vit_hidden_size": 32,
-        },
-    ),
+    "nemotron_h_omni": (TEXT["nemotron_h"], {}),
     "audioflamingo3": ({}, {}),
     "exaone4_5": (TEXT["exaone4"], {}),
     "gemma4_unified": (
@@ -234,7 +222,7 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "minicpmv4_7": ({**_HEADS, **_DELTA}, {}),
     "qwen3_omni_moe": (
         {**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
-        {"enable_audio_output": False, "thinker_config": {"vision_config": {"image_size": 8}}},
+        {"enable_audio_output": False, "thinker_config": {"vision_config": _OMNI_EYES}},
     ),
     "smolvlm": ({}, {}),
 }
@@ -250,7 +238,7 @@ _CHAT = {
     "select_layer": -1,
     **_OWN_CODE,
 }
-_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": _EYES, **_OWN_CODE}
+_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": {**_EYES, "spatial_merge_size": 2}, **_OWN_CODE}
 MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
 
@@ -266,6 +254,7 @@ ARCHITECTURES = {
     "NVLM_D": "NVLM_D",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
+    "phimoe": "PhiMoEForCausalLM",
     "sarvam_mla": "SarvamMLAForCausalLM",
     "sarvam_moe": "SarvamMoEForCausalLM",
 }
