@@ -26,7 +26,10 @@ _REASONS = {
         *("teleflm", "ultravox", "unlimited_ocr"),
     ),
     "it reads the format of Mistral's own tools only": ("mistral_large_3", "pixtral", "voxtral_realtime"),
-    "its class asks for settings that transformers names otherwise": ("molmo2",),
+    "its class asks for settings that transformers names otherwise": (
+        *("molmo2", "nano_nemotron_vl", "qwen3_asr_realtime"),
+    ),
+    "its class expects tensors under other names": ("exaone",),
     "vLLM has no CPU code for its attention": ("rnj1",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.deepseek_v4", "vllm.models.glm5next", "vllm.models.hy_v4"),
@@ -62,16 +65,17 @@ def vllm_files() -> str:
     equal = [row for row in files if any(_EQUAL in seen.get(family, "") for family in row["families"])]
     named = sum(row["names_interface"] for row in files)
     served = sum(row["names_interface"] for row in equal)
-    others = []
+    others: dict[str, list[str]] = {}
     for row in files:
         if row not in equal:
-            tried = [f"{family}: {seen[family]}" for family in row["families"] if family in seen]
-            others.append((code(row["file"]), "; ".join(tried) or _REASON_OF.get(row["file"], "not tried")))
+            tried = [f"{code(family)} {seen[family]}" for family in row["families"] if family in seen]
+            reason = "; ".join(tried) or _REASON_OF.get(row["file"], "not tried")
+            others.setdefault(reason, []).append(code(row["file"]))
     return (
         f"vLLM has {len(files)} files with models that generate text and take adapters: {named} name its interface for"
         f" LoRA, and {len(files) - named} inherit it. {len(equal)} of them have a family above that is served and"
         f" equal: {served} of the {named}, and {len(equal) - served} of the {len(files) - named}. The others:\n\n"
-        + table(("file", "why"), others)
+        + table(("files", "why"), [(", ".join(names), reason) for reason, names in others.items()])
     )
 
 
