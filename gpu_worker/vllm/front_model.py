@@ -47,6 +47,7 @@ _UNREAD = {
     "sarvam_mla": "its class asks for a head size that transformers changes",
     "voxtral": "its class reads the format of Mistral's own tools only",
 }
+_CONVOLUTIONS = {"lfm2", "lfm2_moe"}
 _BFLOAT16_ON_CPU = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
 _FAILS_WITHOUT_IMAGES = {"llama4"}  # in transformers 5.24; its text part does not
 _SEVERAL_PARTS = {"qkv_proj", "gate_up_proj", "query_key_value"}  # names of layers that hold several
@@ -228,6 +229,10 @@ def _check_code(config: VllmWorkerConfig, model_type: str) -> None:
     if config.device == "cpu" and model_type in _NOT_ON_CPU:
         raise BaseModelUnsupported(
             f"{model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for {_NOT_ON_CPU[model_type]}"
+        )
+    if config.device == "cpu" and model_type in _CONVOLUTIONS:
+        raise BaseModelUnsupported(
+            f"{model_type} has convolutions, which vLLM computes on the CPU otherwise than transformers"
         )
     is_float32 = resolve_dtype(config.dtype, config.device) == torch.float32
     if config.device == "cpu" and is_float32 and model_type in _BFLOAT16_ON_CPU:
