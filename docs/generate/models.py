@@ -20,7 +20,7 @@ _REASONS = {
     "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
         *("bagel", "bailing_moe", "bailing_moe_linear", "bailing_moe_v3", "chatglm", "deepseek_ocr", "deepseek_ocr2"),
         *("dots_ocr", "glm4v", "internlm2", "interns1_pro", "interns2_mobius"),
-        *("interns2_preview", "isaac", "k2_horizon", "longcat_flash_ngram"),
+        *("interns2_preview", "isaac", "k2_horizon", "keye", "keye_vl1_5", "longcat_flash_ngram"),
         *("minicpmo", "minicpmv", "molmo", "moss_audio", "nemotron_nas", "nemotron_vl", "opencua"),
         *("openpangu_vl", "param2moe", "phi4mm", "plamo3", "qianfan_ocr", "solar", "telechat2"),
         *("teleflm", "ultravox", "unlimited_ocr"),
@@ -43,8 +43,8 @@ _REASON_OF = {file: reason for reason, files in _REASONS.items() for file in fil
 def families() -> str:
     """Return one row a family and engine: served and equal, or refused with the words of the message."""
     rows = sorted([*_native_rows(), *_vllm_rows()], key=lambda row: (row[0].lower(), row[1]))
-    equal = Counter(engine for _, engine, seen in rows if _EQUAL in seen)
-    counts = ", ".join(f"{number} with the {engine} engine" for engine, number in sorted(equal.items()))
+    equal = Counter(engine for name, engine, seen in rows if _EQUAL in seen and not name.startswith("`quantised:"))
+    counts = ", ".join(f"{number} families with the {engine} engine" for engine, number in sorted(equal.items()))
     return f"Served and equal: {counts}.\n\n" + table(("family", "engine", "what was seen"), rows)
 
 

@@ -99,31 +99,12 @@ class NVLMDConfig(ChatConfig):
     model_type = "NVLM_D"
 
 
-class KeyeConfig(transformers.Qwen3Config):
-    """Keye is Qwen 3 and an encoder of images. The settings of both stand next to each other."""
-
-    model_type = "Keye"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {"vision_config": PreTrainedConfig}
-    vision_config: Any = None
-
-    def get_text_config(self, *_: object, **__: object) -> transformers.Qwen3Config:
-        others = ("vision_config", "architectures", "model_type")
-        return transformers.Qwen3Config(**{name: value for name, value in self.to_dict().items() if name not in others})
-
-
-class Keye15Config(KeyeConfig):
-    model_type = "KeyeVL1_5"
-
-
 _TEXT = {
     MiMoConfig: transformers.Qwen2ForCausalLM,
     MiniCPMConfig: transformers.GraniteForCausalLM,
     PanguEmbeddedConfig: transformers.LlamaForCausalLM,
 }
-_MULTIMODAL = {
-    **dict.fromkeys((InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel),
-    **dict.fromkeys((KeyeConfig, Keye15Config), transformers.Qwen3ForCausalLM),
-}
+_MULTIMODAL = dict.fromkeys((InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel)
 OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
 
 _mappings = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING

@@ -238,8 +238,6 @@ _CHAT = {
     "select_layer": -1,
     **_OWN_CODE,
 }
-_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": {**_EYES, "spatial_merge_size": 2}, **_OWN_CODE}
-MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
@@ -249,8 +247,6 @@ ARCHITECTURES = {
     "minicpm": "MiniCPMForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "h2ovl_chat": "H2OVLChatModel",
-    "Keye": "KeyeForConditionalGeneration",
-    "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration",
     "NVLM_D": "NVLM_D",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
