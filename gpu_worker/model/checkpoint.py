@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,11 @@ def _load(
     is_part = "key_mapping" in options  # the rest of the checkpoint is left out on purpose
     with _Report(is_shown=path is not None and not is_part) as report:
         try:
-            model, info = model_class.from_pretrained(
-                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            if path is None:  # the class's own function may ask for files beside the weights
+                load = partial(PreTrainedModel.from_pretrained.__func__, model_class)
+            else:
+                load = model_class.from_pretrained
+            model, info = load(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         except RuntimeError as exc:
             if is_quantised or not report.unconverted:
                 raise
