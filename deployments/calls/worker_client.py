@@ -95,7 +95,7 @@ class HeartbeatStream(Generic[T]):
                 raise
             raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
         self._silent_at = self._clock() + self._timeout_s
-        if isinstance(item, ResidencyReport):
+        if isinstance(item, tuple):  # a ResidencyReport, of this version of the server or another one
             HEARD.hear(item)
             return None
         return answer_or_raise(item)
