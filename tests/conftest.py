@@ -55,7 +55,7 @@ def loaded_bases() -> dict[str, BaseModel]:
     return {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_base(tiny_folders: Mapping[str, Path], loaded_bases: dict[str, BaseModel]) -> Callable[..., BaseModel]:
     """Return a maker of fresh tiny base models of a family."""
 

@@ -1,0 +1,35 @@
+"""One server for the tests that only look at it, until the last of them stops it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_store.location import DEFAULT_CACHE_DIR
+from tests.cluster.scaling_app import serving, settings_of
+from tests.servers.started import TOKEN, Started, in_home
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Return a folder with a short path, because Ray's sockets need one."""
+    with tempfile.TemporaryDirectory(prefix="lr-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def started() -> Iterator[Started]:
+    """Yield a server whose home has a token that others may read. `test_stopping.py`, the last file, stops it."""
+    with tempfile.TemporaryDirectory(prefix="lr-") as name:
+        folder = Path(name)
+        (folder / ".ray").mkdir()
+        (folder / ".ray" / "auth_token").write_text(TOKEN)
+        (folder / ".ray" / "auth_token").chmod(0o644)
+        (folder / ".cache").mkdir()
+        (folder / ".cache" / DEFAULT_CACHE_DIR.name).symlink_to(DEFAULT_CACHE_DIR)  # no kernel is compiled again
+        settings = settings_of(folder, min_workers=1, max_workers=1)
+        with serving(folder, settings, in_home(folder, "disabled")) as (url, process):
+            yield Started(url, process, folder)
