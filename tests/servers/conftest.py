@@ -1,4 +1,4 @@
-"""One server for the tests that only look at it, until the last of them stops it."""
+"""Two servers for the tests that only use them, until the tests of `test_stopping.py`, the last file, stop them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from lora_store.location import DEFAULT_CACHE_DIR
 from tests.cluster.scaling_app import serving, settings_of
-from tests.servers.started import TOKEN, Started, in_home
+from tests.servers.started import MOST_WORKERS, TOKEN, Started, in_home, untraced
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def started() -> Iterator[Started]:
-    """Yield a server whose home has a token that others may read. `test_stopping.py`, the last file, stops it."""
+    """Yield a server whose home has a token that others may read."""
     with tempfile.TemporaryDirectory(prefix="lr-") as name:
         folder = Path(name)
         (folder / ".ray").mkdir()
@@ -33,3 +33,12 @@ def started() -> Iterator[Started]:
         settings = settings_of(folder, min_workers=1, max_workers=1)
         with serving(folder, settings, in_home(folder, "disabled")) as (url, process):
             yield Started(url, process, folder)
+
+
+@pytest.fixture(scope="session")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    """Yield a server with workers as its load needs them, which leads a process group."""
+    folder = tmp_path_factory.mktemp("scaled")
+    settings = settings_of(folder, min_workers=0, max_workers=MOST_WORKERS)
+    with serving(folder, settings, untraced(), leads_group=True) as (url, process):
+        yield Started(url, process, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from deployments.cli.local_server import TRACING_VARIABLE
 
 TOKEN = "ab" * 32
+MOST_WORKERS = 3
 
 
 @dataclass(frozen=True)

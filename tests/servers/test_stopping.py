@@ -25,7 +25,8 @@ from tests.served_engine import START_S
 from tests.servers.started import Started, untraced
 from tests.soak import Scale
 
-BODY = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": 8, "ignore_eos": True}).encode()
+ASKED = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "ignore_eos": True}
+BODY = json.dumps(ASKED).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
 
 
@@ -58,6 +59,38 @@ def started_log(folder: Path) -> str:
     log = folder / "server.log"
     until(lambda: re.search(r"^logs: .*\n", log.read_text(), re.MULTILINE) is not None)
     return log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_the_server_without_a_line_of_rays(
+    number: int, scale: Scale, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Ctrl-C in a terminal, `timeout` and systemd send their signals to the processes of Ray too."""
+    if number == signal.SIGINT:
+        check_stop(request.getfixturevalue("scaled"), number, said=[])
+        return
+    if not scale.is_full:
+        pytest.skip("it needs a server of its own: in make soak")
+    settings = settings_of(tmp_path, min_workers=1, max_workers=1)
+    with serving(tmp_path, settings, untraced(), leads_group=True) as (url, process):
+        said = ["stopped before all requests were answered"]  # Ray's processes may end first
+        check_stop(Started(url, process, tmp_path), number, said)
+
+
+def check_stop(server: Started, number: int, said: list[str]) -> None:
+    """Send the signal to all processes of a server with a worker. It may print nothing, or what it `said`."""
+    started_log(server.folder)
+    assert httpx.post(f"{server.url}/v1/completions", json=ASKED, timeout=START_S).status_code == 200
+    printed = (server.folder / "server.log").read_text()
+    started = psutil.Process(server.process.pid).children(recursive=True)
+    os.killpg(server.process.pid, number)
+    assert server.process.wait(60) == 0
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert left == [] and processes_of_session(server.process.pid) == []
+    lines = (server.folder / "server.log").read_text().removeprefix(printed).splitlines()
+    # Ray's control plane may end before this process has read its signal. Then a thread of Ray's core prints this line.
+    lines = [line for line in lines if "task_manager.cc" not in line or "Failed to push error to driver" not in line]
+    assert lines in ([], said)
 
 
 def test_a_request_in_progress_is_answered_by_a_server_that_stops(started: Started) -> None:
@@ -108,28 +141,6 @@ def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
             server.kill()
         _, left = psutil.wait_procs(started.values(), timeout=30)
         assert left == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_stops_the_server_without_a_line_of_rays(
-    tmp_path: Path, number: int, scale: Scale
-) -> None:
-    """Ctrl-C in a terminal, `timeout` and systemd send their signals to the processes of Ray too."""
-    if number == signal.SIGTERM and not scale.is_full:
-        pytest.skip("in make soak: another test sends it to one process")
-    settings = settings_of(tmp_path, min_workers=1, max_workers=1)
-    with serving(tmp_path, settings, untraced(), leads_group=True) as (_, server):
-        printed = started_log(tmp_path)
-        started = psutil.Process(server.pid).children(recursive=True)
-        os.killpg(server.pid, number)
-        assert server.wait(60) == 0
-        _, left = psutil.wait_procs(started, timeout=30)
-        assert left == [] and processes_of_session(server.pid) == []
-    lines = (tmp_path / "server.log").read_text().removeprefix(printed).splitlines()
-    # Ray's control plane may end before this process has read its signal. Then a thread of Ray's core prints this line.
-    lines = [line for line in lines if "task_manager.cc" not in line or "Failed to push error to driver" not in line]
-    own = ["stopped before all requests were answered"] if number == signal.SIGTERM else []  # Ray's processes end first
-    assert lines in ([], own)
 
 
 def processes_of_session(leader: int) -> list[str]:
