@@ -100,7 +100,7 @@ def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     """
     source = source or model_source(config)
     is_packaged = config.base_model == PACKAGED_MODEL
-    load = _packaged_tokenizer if is_packaged else partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    load: Any = _packaged_tokenizer if is_packaged else partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
     try:
         tokenizer = load(Path(source) if is_packaged else source)
     except ValueError as exc:  # among others: its class is code of the checkpoint

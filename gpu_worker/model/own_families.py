@@ -15,13 +15,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
 
-class MiMoConfig(transformers.Qwen2Config):
+class MiMoConfig(transformers.Qwen2Config):  # type: ignore[misc]
     """MiMo is Qwen 2. Its layers that draft tokens are left out."""
 
     model_type = "mimo"
 
 
-class MiniCPMConfig(transformers.GraniteConfig):
+class MiniCPMConfig(transformers.GraniteConfig):  # type: ignore[misc]
     """MiniCPM is Granite, whose factors have other names."""
 
     model_type = "minicpm"
@@ -36,17 +36,17 @@ class MiniCPMConfig(transformers.GraniteConfig):
         self.logits_scaling = self.hidden_size / self.dim_model_base
 
 
-class PanguEmbeddedConfig(transformers.LlamaConfig):
+class PanguEmbeddedConfig(transformers.LlamaConfig):  # type: ignore[misc]
     """openPangu Embedded is Llama with biases in its attention."""
 
     model_type = "PanguEmbedded"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.attention_bias = getattr(self, "bias", self.attention_bias)
+        self.attention_bias = getattr(self, "bias", False) or getattr(self, "attention_bias", False)
 
 
-class ChatConfig(PreTrainedConfig):
+class ChatConfig(PreTrainedConfig):  # type: ignore[misc]
     """A language model, and an encoder of images that is left out."""
 
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
@@ -62,7 +62,7 @@ class ChatConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class ChatModel(PreTrainedModel):
+class ChatModel(PreTrainedModel):  # type: ignore[misc]
     """The language model of such a checkpoint, under the name that it has there."""
 
     config_class = ChatConfig
@@ -99,15 +99,17 @@ class NVLMDConfig(ChatConfig):
     model_type = "NVLM_D"
 
 
-_TEXT = {
+_TEXT: dict[Any, Any] = {
     MiMoConfig: transformers.Qwen2ForCausalLM,
     MiniCPMConfig: transformers.GraniteForCausalLM,
     PanguEmbeddedConfig: transformers.LlamaForCausalLM,
 }
-_MULTIMODAL = dict.fromkeys((InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel)
+_MULTIMODAL: dict[Any, Any] = dict.fromkeys(
+    (InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel
+)
 OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
 
-_mappings = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+_mappings: tuple[Any, Any] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
 for _mapping, _models in zip(_mappings, (_TEXT, _MULTIMODAL), strict=True):
     for _config, _model in _models.items():
         AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -227,7 +227,7 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     "smolvlm": ({}, {}),
 }
 
-_EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_EYES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _EYES |= {"patch_size": 4, "image_size": 8, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
 _EYES |= {"num_channels": 3, "initializer_factor": 0.1, "norm_type": "layer_norm", "qk_normalization": False}
 _CHAT = {
