@@ -29,8 +29,8 @@ from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
-from deployments.generation.completions import deadline_of, within
 from deployments.generation.planner import check_texts, refuse_stream_options
+from deployments.generation.row_stream import deadline_of, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
 from deployments.http.error_responses import error_body
