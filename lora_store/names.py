@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -44,16 +45,15 @@ def shorten_policy(policy: str) -> str:
 
     `model` is the first adapter that it names, if it names one.
     """
-    short = {name: value for name, value in json.loads(policy).items() if isinstance(value, str | float | int)}
-    return json.dumps(short | ({"model": adapter} if (adapter := find_first_adapter(policy)) else {}))
+    fields = json.loads(policy)
+    short = {name: value for name, value in fields.items() if isinstance(value, str | float | int)}
+    with suppress(LookupError, TypeError):
+        short["model"] = fields["lora"]["adapters"][0]["name"]
+    return json.dumps(short)
 
 
 @lru_cache(_MAX_SHORTENED)
 def find_first_adapter(policy: str) -> str:
     """Return the first adapter that a stored policy names, as `owner/name`, "" if it names none."""
-    fields = json.loads(policy)
-    try:
-        name = fields["lora"]["adapters"][0]["name"]
-    except (LookupError, TypeError):
-        name = fields.get("model")
+    name = json.loads(shorten_policy(policy)).get("model")
     return name if isinstance(name, str) and "/" in name else ""

@@ -114,7 +114,7 @@ class _Asked:
             windows = pool.index.search(vectors, num, allowed, _SPARE * (num - 1))
         return cls(pool, requests, request.base_model, vectors, abstain, pool.nearness(vectors), windows)
 
-    def part(self, places: list[int], base_model: str) -> _Asked:
+    def select(self, places: list[int], base_model: str) -> _Asked:
         """Return the requests at these places, for this base model."""
         return _Asked(
             self.pool,
@@ -202,20 +202,20 @@ class Retriever:
             group = [requests[row] for row in rows]
             abstain = group[0].abstain or self._abstain
             asked = _Asked.of(encoded[rows[0]].pool, group, [encoded[row].vector for row in rows], abstain)
-            found = self._evident(asked)
+            found = self._judge_evident(asked)
             rest = [place for place in range(len(rows)) if place not in found]
-            found |= zip(rest, self._found(asked.part(rest, asked.base_model)) if rest else (), strict=True)
+            found |= zip(rest, self._find_matches(asked.select(rest, asked.base_model)) if rest else (), strict=True)
             places_of = defaultdict[str, list[int]](list)
             for place in rest:
                 if base_model := self._narrowed(asked.pool, group[place], found[place]):
                     places_of[base_model].append(place)
             for base_model, places in places_of.items():
-                found |= zip(places, self._found(asked.part(places, base_model)), strict=True)
+                found |= zip(places, self._find_matches(asked.select(places, base_model)), strict=True)
             for place, row in enumerate(rows):
                 answers[row] = self._decide(group[place], found[place], encoded[row])
         return [answers[row] for row in range(len(requests))]
 
-    def _evident(self, asked: _Asked) -> dict[int, list[Match]]:
+    def _judge_evident(self, asked: _Asked) -> dict[int, list[Match]]:
         """Return the judged matches, by place, of requests whose best match fits and decides the base model.
 
         These are most of them, and are judged once: among the adapters of that base model. Where the best match scores
@@ -232,12 +232,12 @@ class Retriever:
                 places_of[pool.bases.name_in_plans(window[0].record.base_model)].append(place)
         found: dict[int, list[Match]] = {}
         for base_model, places in places_of.items():
-            for place, matches in zip(places, self._judged(asked.part(places, base_model)), strict=True):
+            for place, matches in zip(places, self._judged(asked.select(places, base_model)), strict=True):
                 if self._fitting(asked.requests[place], matches[:1]):
                     found[place] = matches
         return found
 
-    def _found(self, asked: _Asked) -> list[list[Match]]:
+    def _find_matches(self, asked: _Asked) -> list[list[Match]]:
         """Return the judged matches of each request."""
         found, tenant = self._judged(asked), asked.requests[0].tenant
         crowded = [
@@ -246,7 +246,7 @@ class Retriever:
             if self._least_score(request) is None and _may_be_crowded(matches, tenant)
         ]
         if crowded:
-            others = self._judged(asked.part(crowded, asked.base_model), trusted_only=True)
+            others = self._judged(asked.select(crowded, asked.base_model), trusted_only=True)
             found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
         return found
 

@@ -305,6 +305,8 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
 def _describe_load(workers: JsonObject) -> list[str]:
     """Return the replicas, the load and the memory of the workers of one base model."""
     replicas = workers["replicas"]
+    if not any(replicas.values()):
+        return ["workers:  none; the next request starts one"]
     silent = f", {replicas['silent']} silent" if replicas["silent"] else ""
     load = f"{workers['num_running']} of {workers['max_running']} rows running, {workers['num_waiting']} waiting"
     bank = f"{workers['bank_adapters']} adapters in {workers['bank_rows_occupied']} of {workers['bank_rows']} rank rows"

@@ -435,6 +435,13 @@ def test_status_shows_the_model_the_pool_and_the_load() -> None:
     assert of_user.exit_code == 0 and "shown to keys with the role admin" in words(of_user.stdout)
 
 
+def test_status_says_which_base_model_sleeps() -> None:
+    asleep = STATS["workers"] | {"replicas": {"answered": 0, "silent": 0}}
+    with scripted((200, STATS | {"models": {"awake": STATS["workers"], "sleepy": asleep}})) as server:
+        shown = words(run("status", "-u", server.url).stdout)
+    assert "awake workers: 2, 1 silent" in shown and shown.endswith("sleepy workers: none; the next request starts one")
+
+
 def test_printed_settings_hide_the_values_of_environment_variables(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     variables = {"env_vars": {"AWS_SECRET_ACCESS_KEY": "correct-horse"}}

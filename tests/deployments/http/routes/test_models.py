@@ -157,7 +157,7 @@ def test_an_unknown_model_is_not_found(name: str) -> None:
 
 
 def test_a_policy_of_a_newer_release_does_not_hide_the_other_models() -> None:
-    policy = '{"a_newer_field": 1}'
+    policy = '{"a_newer_field": 1, "lora": [1]}'
     ref = AdapterRef("local", "newer", policy_digest(policy))
     retriever = FakeRetriever()
     event = SetName(NamedPolicy(ref, policy, "me", datetime.now(UTC)))
