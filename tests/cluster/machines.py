@@ -30,9 +30,7 @@ from tests.e2e.live import eventually
 from tests.served_engine import START_S
 
 APP = "loraretriever"
-_IMPORT_PATH = "deployments.app:build_app"
 _ADDRESS = "127.0.0.{}"  # one per node; Ray 2.60 replaces 127.0.0.1 by the machine's external address
-_ROOT = Path(__file__).parent.parent.parent
 _FILE = Path(__file__).with_name("serve.yaml")
 _CPUS: dict[str, Any] = {"num_cpus": 8}
 _ACCELERATORS: dict[str, Any] = {"num_cpus": 0, "resources": {"accelerator": 2}}
@@ -109,12 +107,10 @@ class Machines:
         run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
         assert run.returncode == 0, run.stderr
 
-    def deploy_with(self, user_config: Mapping[str, Any], *, import_path: str = _IMPORT_PATH, **args: Any) -> None:
-        """Deploy the YAML file again, with this `user_config` of the Ingress, this code and these changes of `args`."""
+    def deploy_with(self, user_config: Mapping[str, Any]) -> None:
+        """Deploy the YAML file again, with this `user_config` of the Ingress."""
         config = yaml.safe_load(self._file.read_text())
-        config["applications"][0]["import_path"] = import_path
         config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
-        config["applications"][0]["args"] |= args
         self._file.write_text(yaml.safe_dump(config))
         self._deploy()
 
@@ -192,7 +188,6 @@ def own_ray() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="lr-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("PYTHONPATH", str(_ROOT), prepend=os.pathsep)  # replicas import the tests' own applications
         authentication_token_setup.enable_token_auth_by_default()
         authentication_token_setup.ensure_token_if_auth_enabled()
         try:
