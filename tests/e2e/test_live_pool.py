@@ -139,7 +139,7 @@ def test_a_dead_endpoint_affects_only_operations_that_need_it(
     live.on_all("Store", "release", [live.call("GET", f"/v1/loras/{name}").json()["weights_digest"] for name in cold])
     live.endpoint.stop()
     try:
-        deadline = time.monotonic() + scale.pick("seconds", small=6, full=60)
+        deadline = time.monotonic() + scale.pick("seconds", small=3, full=60)
         while time.monotonic() < deadline:
             assert live.text(resident) == whole
         refused = live.ask(cold[0])
