@@ -13,7 +13,7 @@ export RAY_AUTH_MODE := token
 # Some images set it. Then each of a hundred processes of the tests compiles the modules that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup serve demo bench quick test tests/servers shared-servers coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm kernels sanitize
+.PHONY: help setup serve demo bench quick test tests/servers shared-servers coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm image-test kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -124,6 +124,9 @@ sanitize: $(READY) ## run the kernels' tests with checks of addresses and undefi
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so.6; \
 		do g++ -print-file-name=$$name; done | paste -sd:)" \
 	$(BIN)/python -m pytest -s $(KERNEL_TESTS)
+
+image-test: $(READY) ## build the image with buildah, on Debian's packages, and get a completion from it: as root, 15 minutes
+	CI_REQUIRES_BUILDAH=1 $(BIN)/python -m pytest --scale full tests/k8s/test_image_build.py $(ARGS)
 
 helm: $(BIN)/helm ## install Helm, for x86-64 machines, with which tests/k8s renders the chart
 $(BIN)/helm: $(READY)

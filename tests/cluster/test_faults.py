@@ -335,7 +335,8 @@ def test_usage_equals_what_20_tenants_counted_while_every_kind_of_replica_dies(r
     asyncio.run(machines.until_full())
     scale.record("answers that a kill broke", len(counted.broken))
     assert counted.num_ended == num_requests
-    assert len(counted.complete) >= num_requests // 2, "only what a killed Ingress or Worker was answering may break"
+    most = 2 * num_kills * CLIENTS
+    assert len(counted.broken) <= most, "only what a killed Ingress or Worker was answering may break"
 
     def events() -> list[dict[str, Any]]:
         httpx.get(f"{machines.url}/v1/usage", headers=bearer(KEY), timeout=60).raise_for_status()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from deployments.cli.client import free_port
 from deployments.cli.local_server import CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
 from tests.cluster.machines import own_ray
-from tests.e2e.live import command_of, eventually
+from tests.e2e.live import command_of, eventually, eventually_equal
 from tests.served_engine import START_S, WORKER, save_served_model
 from tests.soak import Scale
 
@@ -124,6 +125,10 @@ class Site:
             return httpx.get(f"{self.url}/ready", timeout=60).status_code == 200
         return False
 
+    def is_ready_on_both(self) -> bool:
+        """Return whether both nodes' proxies, which share the port, find a ready Ingress."""
+        return all(self.is_ready() for _ in range(20))
+
     def check_answer(self) -> None:
         body = {"model": "tiny", "prompt": "The sea", "max_tokens": 4}
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
@@ -159,10 +164,11 @@ def test_the_pages_commands_start_an_application_on_two_nodes(site: Site) -> Non
             assert site.application_status() == "RUNNING"
 
 
-def test_replicas_answer_while_the_head_is_dead(site: Site, tmp_path: Path) -> None:
+def test_replicas_outlive_the_head_and_a_new_head_with_redis_finds_them(site: Site, tmp_path: Path) -> None:
     with redis(tmp_path) as address, ExitStack() as nodes:
         variables = {name: VARIABLES[name] for name in HEADS_VARIABLES} | {"RAY_REDIS_ADDRESS": address}
-        head = nodes.enter_context(running([*site.head, "--redis-password", PASSWORD], **variables))
+        start_head = partial(running, [*site.head, "--redis-password", PASSWORD], **variables)
+        head = nodes.enter_context(start_head())
         eventually(lambda: answers(site.status), within_s=START_S)
         node = nodes.enter_context(running(site.node))
         site.start_application()
@@ -177,7 +183,20 @@ def test_replicas_answer_while_the_head_is_dead(site: Site, tmp_path: Path) -> N
         assert not answers(site.status)
         for _ in range(20):
             site.check_answer()
+
+        # Ray refuses a second head while any process of the machine has its address. Here the other node is one.
+        (Path(os.environ["RAY_TMPDIR"]) / "ray" / "ray_current_cluster").unlink(missing_ok=True)
+        nodes.enter_context(start_head())
+        eventually_equal(site.application_status, "RUNNING", within_s=START_S)
+        eventually(site.is_ready_on_both, within_s=START_S)
+        site.check_answer()
         assert replicas(node) == before
+
+        [worker] = [pid for pid, name in before.items() if name == "Worker"]
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: set(replicas(node).values()) == set(before.values()) and worker not in replicas(node))
+        eventually(site.is_ready_on_both, within_s=START_S)
+        site.check_answer()
 
 
 def replicas(node: subprocess.Popen[bytes]) -> dict[int, str]:
