@@ -15,7 +15,6 @@ from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 from deployments.app import build_app
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig, RetrievalSettings
-from gpu_worker.config import NativeSettings
 from gpu_worker.model.base_model import load_base_model
 from tests.e2e.live import APP, BASE, CONTEXT, PATIENT_PROXIES, Live, eventually
 from tests.e2e.starter_pool import EXAMPLES, POOL, Heldout
@@ -31,7 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AppConfig:
         store_uri=str(tmp_path_factory.mktemp("pool")),
         preload=(POOL,),
         retrieval=RetrievalSettings(encoder_dtype="float32"),
-        worker=NativeSettings(dtype="float32", max_batch_size=16, **WORKER),
+        worker={"dtype": "float32", "max_batch_size": 16, **WORKER},  # type: ignore[arg-type]  # of either engine
     )
 
 
@@ -98,15 +97,15 @@ def live(
         store_uri=s3_endpoint.uri("live"),
         disk_cache_bytes=0,
         max_concurrent_requests=32,
-        worker=NativeSettings(
-            dtype="float32",
-            num_threads=1,
-            bank_rank_rows=32,
-            max_model_len=CONTEXT,
-            max_batch_size=16,
-            host_cache_bytes=0,
+        worker={  # type: ignore[arg-type]  # of either engine
+            "dtype": "float32",
+            "num_threads": 1,
+            "bank_rank_rows": 32,
+            "max_model_len": CONTEXT,
+            "max_batch_size": 16,
+            "host_cache_bytes": 0,
             **WORKER,
-        ),
+        },
         store_scaling={"health_check_period_s": 1},
         retriever_scaling={"num_replicas": 2, "health_check_period_s": 1},
         worker_scaling={"num_replicas": 2},
