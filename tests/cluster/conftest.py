@@ -21,8 +21,8 @@ from tests.tiny import linear_shapes, random_adapter, tiny_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run these tests first: the application that all end-to-end tests share keeps this process connected to Ray."""
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    """Run these tests and those of `servers` first: the shared application keeps this process connected to Ray."""
+    items.sort(key=lambda item: item.path.parent.name not in ("cluster", "servers"))
 
 
 @pytest.fixture(scope="module")
