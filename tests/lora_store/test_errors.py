@@ -33,6 +33,7 @@ ERRORS: list[LoraStoreError] = [
     QuotaExceeded("adapters", 6, 5),
     AdapterNotFound("poet"),
     AdapterNotFound("peot", "poet"),
+    AdapterNotFound("poet", owner="acme"),
     FileRefused("adapter_config.json", ["r must be at least 1", "no base model"]),
     BlobCorrupted("a" * 64, "b" * 64),
     PlanInvalid("no adapters"),

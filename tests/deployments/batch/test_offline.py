@@ -16,6 +16,7 @@ from deployments.batch.planning import PartPlanner
 from deployments.config.app import AppConfig, RetrievalSettings
 from deployments.retriever_factory import live_pool
 from gpu_worker.config import PACKAGED_MODEL, NativeSettings
+from gpu_worker.errors import BaseModelUnsupported
 from lora_store import LoraStore
 from retriever_svc import embed_groups
 from tests.deployments.batching import BASE, TOPICS, TOPICS_OF, VERBS, Place, prompts
@@ -80,7 +81,7 @@ def test_a_base_model_is_loaded_when_a_prompt_needs_it(two_bases: AppConfig, tmp
         [answer] = offline.generate("Tell me about the sea, please.", as_is=True, **SHORT)
         assert (answer.base_model, answer.error) == ("first", None)
         for _ in range(2):
-            with pytest.raises(ValueError, match="Unrecognized model"):
+            with pytest.raises(BaseModelUnsupported, match="Unrecognized model"):
                 offline.generate("Tell me about wild bees, please.", as_is=True, **SHORT)
         assert offline.generate("Tell me about the sea, please.", as_is=True, **SHORT) == [answer]
 

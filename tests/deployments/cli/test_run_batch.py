@@ -61,8 +61,9 @@ def test_a_run_that_cannot_begin_is_refused_with_the_reason(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    with pytest.raises(typer.Exit):
+    with pytest.raises(typer.Exit) as ended:
         run_batch(settings, address=None, concurrency=1)
+    assert ended.value.exit_code == 1
     printed = capsys.readouterr()
     assert printed.out == "" and str(tmp_path / "out") in printed.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
