@@ -10,8 +10,10 @@ VENV := .venv$(if $(filter vllm,$(ENGINE)),-vllm$(if $(filter cuda,$(DEVICE)),-c
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export RAY_AUTH_MODE := token
+# Some images set it. Then each of a hundred processes of the tests compiles the modules that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup serve demo bench quick test coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm kernels sanitize
+.PHONY: help setup serve demo bench quick test tests/servers shared-servers coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -42,9 +44,16 @@ bench: $(READY) ## other projects' load clients against this server and vLLM; AR
 
 # Named, since collecting all tests takes half a minute.
 E2E_TESTS := tests/cluster tests/servers tests/e2e
-test: $(READY) ## run every test: those without a server two at a time, then those with servers one after another
+test: $(READY) ## run every test: those without a server two at a time, then short-lived servers beside the shared ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
-	$(BIN)/python -m pytest $(E2E_TESTS)
+	$(MAKE) --jobs=2 --keep-going --output-sync tests/servers shared-servers
+
+# A server that starts and stops uses a quarter of two cores.
+tests/servers: $(READY)
+	$(BIN)/python -m pytest $@
+
+shared-servers: $(READY)
+	$(BIN)/python -m pytest $(filter-out tests/servers,$(E2E_TESTS))
 
 coverage: $(READY) ## run the tests without a running application and print which lines they reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e" --cov

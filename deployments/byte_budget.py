@@ -60,10 +60,14 @@ class ByteBudget:
         Raises: UploadMemoryFull if they do not become free within `wait_s`.
         """
         num_bytes, ticket = min(num_bytes, self.max_bytes), object()
+
+        def take_in_turn() -> bool:
+            return self._waiting[0] is ticket and self.take(tenant, num_bytes)
+
         with self._changed:
             self._waiting.append(ticket)
             try:
-                if not self._changed.wait_for(lambda: self._take_in_turn(ticket, tenant, num_bytes), wait_s):
+                if not self._changed.wait_for(take_in_turn, wait_s):
                     raise UploadMemoryFull(self.max_bytes)
             finally:
                 self._waiting.remove(ticket)
@@ -72,6 +76,3 @@ class ByteBudget:
             yield
         finally:
             self.give(tenant, num_bytes)
-
-    def _take_in_turn(self, ticket: object, tenant: str, num_bytes: int) -> bool:
-        return self._waiting[0] is ticket and self.take(tenant, num_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lora_store.error_kinds import RETRY_LATER, FieldError, Kind, ReportedError
 
@@ -67,6 +68,7 @@ class KeysUnavailable(DeploymentsError):
     remedy = "The operator restores the file."
 
 
+@dataclass(eq=False)
 class RoleMissing(DeploymentsError):
     """The key lacks the role that this call needs."""
 
@@ -74,15 +76,14 @@ class RoleMissing(DeploymentsError):
     code = "permission_denied"
     remedy = "Use a key with that role."
 
-    def __init__(self, key_id: str, role: str) -> None:
-        super().__init__(key_id, role)
-        self.key_id = key_id
-        self.role = role
+    key_id: str
+    role: str
 
     def __str__(self) -> str:
         return f"this operation needs the role {self.role!r}, which the key {self.key_id!r} does not have"
 
 
+@dataclass(eq=False)
 class SelfApproval(DeploymentsError):
     """An admin tried to approve an adapter of its own tenant."""
 
@@ -90,10 +91,8 @@ class SelfApproval(DeploymentsError):
     code = "permission_denied"
     remedy = "Ask another tenant's admin, or set `allow_self_approval`."
 
-    def __init__(self, name: str, tenant: str) -> None:
-        super().__init__(name, tenant)
-        self.name = name
-        self.tenant = tenant
+    name: str
+    tenant: str
 
     def __str__(self) -> str:
         return (
@@ -102,6 +101,7 @@ class SelfApproval(DeploymentsError):
         )
 
 
+@dataclass(eq=False)
 class RateLimited(DeploymentsError):
     """A limit of the key is used up."""
 
@@ -109,15 +109,14 @@ class RateLimited(DeploymentsError):
     code = "rate_limit_exceeded"
     remedy = RETRY_LATER
 
-    def __init__(self, limit: str, retry_after_s: float) -> None:
-        super().__init__(limit, retry_after_s)
-        self.limit = limit
-        self.retry_after_s = retry_after_s
+    limit: str
+    retry_after_s: float
 
     def __str__(self) -> str:
         return f"the key's limit of {self.limit} is exceeded; retry in {self.retry_after_s:.1f} s"
 
 
+@dataclass(eq=False)
 class ModelNotFound(DeploymentsError):
     """`model` does not exist or is not visible to the caller.
 
@@ -129,10 +128,8 @@ class ModelNotFound(DeploymentsError):
     remedy = "Use `auto`, the base model, or an adapter that `GET /v1/models` lists."
     param = "model"
 
-    def __init__(self, model: str, hint: str = "") -> None:
-        super().__init__(model, hint)
-        self.model = model
-        self.hint = hint
+    model: str
+    hint: str = ""
 
     def __str__(self) -> str:
         hint = f"; did you mean {self.hint!r}?" if self.hint else "; use 'auto', or a name that GET /v1/models lists"
@@ -177,6 +174,7 @@ class NoTrial(VersionNotKept):
         return f"{start}; name one of the kept versions: {', '.join(digest[:12] for digest in self.kept)}"
 
 
+@dataclass(eq=False)
 class RequestNotKept(DeploymentsError):
     """An outcome names a request that the server does not keep, or that another tenant sent."""
 
@@ -188,9 +186,7 @@ class RequestNotKept(DeploymentsError):
     )
     param = "request_id"
 
-    def __init__(self, request_id: str) -> None:
-        super().__init__(request_id)
-        self.request_id = request_id
+    request_id: str
 
     def __str__(self) -> str:
         return (
@@ -199,6 +195,7 @@ class RequestNotKept(DeploymentsError):
         )
 
 
+@dataclass(eq=False)
 class VersionChanged(DeploymentsError):
     """Another version is live than the one whose digest the request names."""
 
@@ -207,11 +204,9 @@ class VersionChanged(DeploymentsError):
     remedy = "Look at the live version, then name its digest."
     param = "digest"
 
-    def __init__(self, name: str, wanted: str, live: str) -> None:
-        super().__init__(name, wanted, live)
-        self.name = name
-        self.wanted = wanted
-        self.live = live
+    name: str
+    wanted: str
+    live: str
 
     def __str__(self) -> str:
         return (
@@ -220,6 +215,7 @@ class VersionChanged(DeploymentsError):
         )
 
 
+@dataclass(eq=False)
 class AdapterExists(DeploymentsError):
     """vLLM's load call names an adapter that is already live."""
 
@@ -227,14 +223,13 @@ class AdapterExists(DeploymentsError):
     code = "invalid_request"
     remedy = "Unload it first, or set `load_inplace`."
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    name: str
 
     def __str__(self) -> str:
         return f"the LoRA adapter {self.name!r} has already been loaded; set load_inplace to replace it"
 
 
+@dataclass(eq=False)
 class HostRefused(DeploymentsError):
     """Without keys, `Host` must be a loopback name, an IP address, or listed in `allowed_hosts`."""
 
@@ -242,15 +237,14 @@ class HostRefused(DeploymentsError):
     code = "permission_denied"
     remedy = "Use such an address, or add the name to `allowed_hosts`."
 
-    def __init__(self, host: str) -> None:
-        super().__init__(host)
-        self.host = host
+    host: str
 
     def __str__(self) -> str:
         given = f"the Host header {self.host!r} is" if self.host else "a missing or repeated Host header is"
         return f"{given} not allowed: use localhost, an IP address, or a name listed in allowed_hosts"
 
 
+@dataclass(eq=False)
 class OriginRefused(DeploymentsError):
     """Without keys, pages of other origins may not send requests."""
 
@@ -258,9 +252,7 @@ class OriginRefused(DeploymentsError):
     code = "permission_denied"
     remedy = "Serve the page from this server's own origin, or use keys."
 
-    def __init__(self, origin: str) -> None:
-        super().__init__(origin)
-        self.origin = origin
+    origin: str
 
     def __str__(self) -> str:
         return f"web pages of {self.origin!r} must not call this server; only its own and those of this machine may"
@@ -277,6 +269,7 @@ class PublishingDisabled(DeploymentsError):
     )
 
 
+@dataclass(eq=False)
 class SourceRefused(DeploymentsError):
     """The source URI is not below one of the tenant's `source_prefixes`."""
 
@@ -284,15 +277,14 @@ class SourceRefused(DeploymentsError):
     code = "permission_denied"
     remedy = "Publish from such a place, or ask the operator to add a prefix."
 
-    def __init__(self, source: str, reason: str) -> None:
-        super().__init__(source, reason)
-        self.source = source
-        self.reason = reason
+    source: str
+    reason: str
 
     def __str__(self) -> str:
         return f"the source {self.source[:200]!r} {self.reason}"
 
 
+@dataclass(eq=False)
 class SourceMissing(DeploymentsError):
     """No adapter is at that path or URI."""
 
@@ -300,14 +292,13 @@ class SourceMissing(DeploymentsError):
     code = "adapter_refused"
     remedy = "Name the folder that holds `adapter_config.json`."
 
-    def __init__(self, place: str) -> None:
-        super().__init__(place)
-        self.place = place
+    place: str
 
     def __str__(self) -> str:
         return f"no adapter at {self.place[:200]!r}: give a folder that contains adapter_config.json"
 
 
+@dataclass(eq=False)
 class SourceUnavailable(DeploymentsError):
     """The source does not answer.
 
@@ -318,10 +309,8 @@ class SourceUnavailable(DeploymentsError):
     code = "unavailable"
     remedy = "Retry after `Retry-After` seconds. The server's log says why."
 
-    def __init__(self, source: str, cause: str) -> None:
-        super().__init__(source, cause)
-        self.source = source
-        self.cause = cause
+    source: str
+    cause: str
 
     def __str__(self) -> str:
         return f"the source {self.source[:200]!r} cannot be read: {self.cause[:500]}"
@@ -355,6 +344,7 @@ class BodyTooSlow(DeploymentsError):
     remedy = "Send it again over a faster connection."
 
 
+@dataclass(eq=False)
 class BodyMemoryFull(DeploymentsError):
     """Request bodies in memory would exceed 256 MiB."""
 
@@ -362,14 +352,13 @@ class BodyMemoryFull(DeploymentsError):
     code = "overloaded"
     remedy = RETRY_LATER
 
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(max_bytes)
-        self.max_bytes = max_bytes
+    max_bytes: int
 
     def __str__(self) -> str:
         return f"request bodies in memory would exceed {self.max_bytes} bytes; retry later"
 
 
+@dataclass(eq=False)
 class UploadMemoryFull(DeploymentsError):
     """Uploads in progress leave no room for this one (`max_upload_total_bytes`)."""
 
@@ -377,9 +366,7 @@ class UploadMemoryFull(DeploymentsError):
     code = "overloaded"
     remedy = RETRY_LATER
 
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(max_bytes)
-        self.max_bytes = max_bytes
+    max_bytes: int
 
     def __str__(self) -> str:
         return f"uploads in progress would exceed {self.max_bytes} bytes; retry later"
@@ -396,6 +383,7 @@ class UploadDiskFull(DeploymentsError):
         return "the server has no disk space for uploads below TMPDIR; retry later"
 
 
+@dataclass(eq=False)
 class ServerOverloaded(DeploymentsError):
     """An Ingress replica works on `max_concurrent_requests` requests."""
 
@@ -403,14 +391,13 @@ class ServerOverloaded(DeploymentsError):
     code = "overloaded"
     remedy = RETRY_LATER
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self.limit = limit
+    limit: int
 
     def __str__(self) -> str:
         return f"the server is at its limit of {self.limit} concurrent requests; retry later"
 
 
+@dataclass(eq=False)
 class EncoderBusy(DeploymentsError):
     """Too many prompts wait for the encoder (`retrieval.max_waiting`)."""
 
@@ -418,9 +405,7 @@ class EncoderBusy(DeploymentsError):
     code = "overloaded"
     remedy = "Retry after `Retry-After` seconds, or name adapters, which needs no encoder."
 
-    def __init__(self, num_waiting: int) -> None:
-        super().__init__(num_waiting)
-        self.num_waiting = num_waiting
+    num_waiting: int
 
     def __str__(self) -> str:
         return f"{self.num_waiting} prompts already wait for the encoder; retry later, or name adapters in the request"
@@ -434,6 +419,7 @@ class NotReady(DeploymentsError):
     remedy = "Wait until `GET /ready` answers 200."
 
 
+@dataclass(eq=False)
 class WorkerStarting(DeploymentsError):
     """All workers were scaled to zero, and none started within `scale_from_zero_timeout_s`."""
 
@@ -441,14 +427,13 @@ class WorkerStarting(DeploymentsError):
     code = "not_ready"
     remedy = "Retry after `Retry-After` seconds. A worker is starting."
 
-    def __init__(self, waited_s: float) -> None:
-        super().__init__(waited_s)
-        self.waited_s = waited_s
+    waited_s: float
 
     def __str__(self) -> str:
         return f"a worker is still starting after {self.waited_s:.0f} s; retry later"
 
 
+@dataclass(eq=False)
 class PoisonRequest(DeploymentsError):
     """Three replicas died while they worked on this request."""
 
@@ -456,9 +441,7 @@ class PoisonRequest(DeploymentsError):
     code = "request_failed"
     remedy = "Do not repeat it. Report it with its `x-request-id`."
 
-    def __init__(self, num_deaths: int) -> None:
-        super().__init__(num_deaths)
-        self.num_deaths = num_deaths
+    num_deaths: int
 
     def __str__(self) -> str:
         return f"{self.num_deaths} replicas died in turn while they worked on this request; do not send it again"
@@ -523,12 +506,11 @@ class ReplicaStuck(DeploymentsError):
     """A health check found the engine's thread stuck or ended. Serve replaces the replica."""
 
 
+@dataclass(eq=False)
 class RayUnauthenticated(DeploymentsError):
     """Ray runs without token authentication. `mode`: the value of RAY_AUTH_MODE, if set."""
 
-    def __init__(self, mode: str | None) -> None:
-        super().__init__(mode)
-        self.mode = mode
+    mode: str | None
 
     def __str__(self) -> str:
         given = "is not set" if self.mode is None else f"is {self.mode!r}"
@@ -540,12 +522,11 @@ class RayUnauthenticated(DeploymentsError):
         )
 
 
+@dataclass(eq=False)
 class ProxyUnsafe(DeploymentsError):
     """Ray's HAProxy hides client addresses, and no keys are set."""
 
-    def __init__(self, variable: str) -> None:
-        super().__init__(variable)
-        self.variable = variable
+    variable: str
 
     def __str__(self) -> str:
         return (

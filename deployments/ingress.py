@@ -14,18 +14,19 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api.completion_responses import ChatAnswer, TextAnswer
 from deployments.api.completions import TextRequest, parse
 from deployments.api.pool_responses import Ready
-from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight, Limiter
+from deployments.auth.authenticator import LOCAL_CALLER, Authenticator, Caller, InFlight
 from deployments.auth.key_file import load_keys
 from deployments.auth.ray_token import require_token_mode
 from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
 from deployments.calls.h11_proxy import warn_if_unbounded
 from deployments.calls.serve_calls import Background, bypass_http_proxy
-from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate, Workers
+from deployments.calls.worker_client import BaseWorkers, WorkerGate, Workers, serve_worker
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
-from deployments.generation.completions import STREAM_LIMITS, CompletionService, StreamLimits
+from deployments.generation.completions import CompletionService
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import Planner, refuse_stream_options
+from deployments.generation.row_stream import STREAM_LIMITS, StreamLimits
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, MAX_BODY_TOTAL_BYTES
@@ -161,7 +162,7 @@ def _serve_workers(config: AppConfig, handles: Mapping[str, DeploymentHandle], l
     """Return the workers of every base model, with a gate for those that may be scaled to zero."""
     served: dict[str, BaseWorkers] = {}
     for name, model in config.by_model.items():
-        client = ServeWorker(handles[name], heartbeat_timeout_s=limits.silence_s)
+        client = serve_worker(handles[name], heartbeat_timeout_s=limits.silence_s)
         timeout_s = config.scale_from_zero_timeout_s if model.workers_scale_to_zero else None
         served[name] = BaseWorkers(client, WorkerGate(client, timeout_s))
     return Workers(served, config.served_models.bases)
@@ -186,9 +187,8 @@ def _build_services(
     longest_request_s = max(each.worker_scaling.graceful_shutdown_timeout_s for each in config.by_model.values())
     reclaimer = Reclaimer(store, workers, background, longest_request_s=longest_request_s)
     publisher = Publisher(store, retriever, workers, background=background, reclaimer=reclaimer, metrics=changes)
-    authenticator = Authenticator(
-        load_keys(config.api_key, config.keys_file), Limiter(config.ingress_scaling.max_replicas)
-    )
+    keys = load_keys(config.api_key, config.keys_file)
+    authenticator = Authenticator(keys, config.ingress_scaling.max_replicas)
     planner = Planner(models, config.retrieval, retriever)
     approves = has_keys or config.public_requires_approval
     preload = Preload(config.preload, publisher, bases=models.bases, approves=approves)

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from deployments.api.pool_responses import map_body
 from deployments.auth.ray_token import require_token_mode
 from deployments.config.app import AppConfig
 from deployments.encoder_queue import EncoderQueue
@@ -26,6 +27,7 @@ from deployments.observability.tracing import open_span
 from deployments.retriever_factory import live_pool, retriever_over
 from deployments.scaling.autoscaling_policy import EncoderLoad
 from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
+from lora_store.lru_cache import LruCache
 from retriever_svc import (
     AskedPrompt,
     BulkEncoding,
@@ -64,6 +66,7 @@ _LOOKUP_THREADS = 4
 _SEARCH_THREADS = 4
 _READ_EVERY_S = 0.5
 _SAMPLES_S = 5.0  # then an answer does without the samples that would explain it
+_MAPS_BYTES = 2**24  # of kept answers; the maps from which they were written take about three times as much
 _BATCH_TEXTS = 32  # texts that the encoder reads together; at most about 2,048 tokens
 _POLL_INTERVAL_S = 3.0  # how late a replica sees a commit that it was not notified of
 _CATCH_UP_S = 4.0  # below the publisher's timeout, so that each replica can report an error itself
@@ -95,6 +98,7 @@ class RetrieverDeployment:
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._searches = ThreadPoolExecutor(_SEARCH_THREADS, thread_name_prefix="search")
         self._maps = ThreadPoolExecutor(1, thread_name_prefix="map")  # of 10,000 adapters: 0.3 s
+        self._map_bodies: LruCache[str, tuple[PoolMap, bytes]] = LruCache(_MAPS_BYTES, lambda kept: len(kept[1]))
         self._encoding = ThreadPoolExecutor(
             1, thread_name_prefix="encode"
         )  # two threads would only share the same cores
@@ -199,10 +203,22 @@ class RetrieverDeployment:
         page = await _on(self._lookups, self._retriever.page, tenant, request)
         return replace(page, rows=tuple((name, _as_seen_by(tenant, record)) for name, record in page.rows))
 
-    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
-        """Return the adapters that `auto` may choose for the tenant, on a plane. Raises: StaleIndex."""
+    async def map(self, tenant: str, min_generation: int = 0) -> bytes:
+        """Return the adapters that `auto` may choose for the tenant, on a plane, as the body of the HTTP answer.
+
+        The body is written once for each state of the pool, so that clients may poll it. Raises: StaleIndex.
+        """
         await self._reach_for(tenant, min_generation)
-        return await _on(self._maps, self._retriever.map, tenant)
+        return await _on(self._maps, self._map_body, tenant)
+
+    def _map_body(self, tenant: str) -> bytes:
+        """Return the body that was written for this map, or write it. Only the thread of maps calls it."""
+        drawn, kept = self._retriever.map(tenant), self._map_bodies.get(tenant)
+        if kept is not None and kept[0] is drawn:
+            return kept[1]
+        body = map_body(drawn)
+        self._map_bodies.put(tenant, (drawn, body))
+        return body
 
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:
         """Return where a prompt and these adapters are on that plane. Raises: EncoderBusy, StaleIndex."""

@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,15 +119,8 @@ class WorkerDeployment:
             if last is None:
                 self._residency.refresh()
 
-    async def probe(self, weights_digest: str) -> float:
-        """Return how much the adapter changes the logits of a fixed prompt. Raises: AdapterUnfit, AdapterLoadFailed."""
-        [shift] = await self.probe_many([weights_digest])
-        if isinstance(shift, Exception):
-            raise shift
-        return shift
-
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
-        """Probe all adapters in one batch; return each shift or error."""
+        """Return how much each adapter changes the logits of a fixed prompt, or its error. All are in one batch."""
         return await self._engine.probe(weights_digests)
 
     async def tokenize(
@@ -156,13 +148,8 @@ class WorkerDeployment:
             await asyncio.to_thread(self._cache.discard, weights_digests)
         return is_gone
 
-    async def holdings(self) -> EngineStatus:
-        """Return the state of this replica, disk cache included."""
-        disk_cache_bytes = 0 if self._cache is None else await asyncio.to_thread(self._cache.measure)
-        return replace(await self._engine.status(), disk_cache_bytes=disk_cache_bytes)
-
     async def load(self) -> EngineStatus:
-        """Return the state without the disk cache: cheap enough for every second."""
+        """Return the state of this replica: cheap enough for every second."""
         return await self._engine.status()
 
     async def usage(self) -> Mapping[str, Usage]:

@@ -22,6 +22,7 @@ from deployments.config.loading import load_config
 from lora_store import ROUTED_STRATEGIES
 
 _MAX_TOKENS = 20
+STARTER = Path(__file__).with_name("starter.yaml")
 COMPOSITIONS: dict[str, dict[str, str]] = {
     "auto": {},  # the server's defaults
     **{name: {"strategy": name} for name in ROUTED_STRATEGIES},
@@ -115,7 +116,7 @@ def figures_of(by_name: Mapping[str, Sequence[Reply]]) -> dict[str, float]:
 
 def main(
     per_task: Annotated[int, typer.Option(help="held-out prompts of each task")] = 12,
-    config: Annotated[Path | None, typer.Option(help="YAML file of server settings")] = None,
+    config: Annotated[Path, typer.Option(help="YAML file of server settings")] = STARTER,
 ) -> None:
     """Run the comparison and write benchmarks/results/demo/results.json."""
     out = Console(width=160)

@@ -169,9 +169,6 @@ class VllmSettings(CommonSettings):
         return self.fusion_rank_rows or max(self.bank_rank_rows // 4, min(self.bank_rank_rows, _WIDEST_FUSION))
 
 
-EngineSettings = NativeSettings | VllmSettings
-
-
 @dataclass(frozen=True)
 class WorkerConfig(CommonSettings):
     """The configuration of one worker, which uses one device. Raises: WorkerConfigInvalid for a bad value."""

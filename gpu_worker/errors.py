@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora_store.error_kinds import RETRY_LATER, FieldError, Kind, ReportedError
 
 
@@ -44,6 +46,7 @@ class SamplingInvalid(GpuWorkerError, FieldError):
     remedy = "Correct that field."
 
 
+@dataclass(eq=False)
 class GrammarInvalid(GpuWorkerError):
     """The schema, regular expression or grammar of the answer cannot be compiled, or needs too much time or memory.
 
@@ -56,9 +59,9 @@ class GrammarInvalid(GpuWorkerError):
         "The message names the field, the JSON pointer inside a schema, and the reason. Remove or replace that part."
     )
 
-    def __init__(self, message: str, pointer: str = "", param: str | None = None) -> None:
-        super().__init__(message, pointer, param)
-        self.message, self.pointer, self.param = message, pointer, param
+    message: str
+    pointer: str = ""
+    param: str | None = None
 
     def __str__(self) -> str:
         place = f" at {self.pointer}" if self.pointer else ""
@@ -107,6 +110,7 @@ class LogitsNotFinite(GpuWorkerError):
     remedy = "Use smaller weights or other adapters."
 
 
+@dataclass(eq=False)
 class RequestFailed(GpuWorkerError):
     """The model failed to compute this request, also by itself."""
 
@@ -114,9 +118,7 @@ class RequestFailed(GpuWorkerError):
     code = "request_failed"
     remedy = "Change the request; repeating it fails again. The worker's log has the cause."
 
-    def __init__(self, request_id: str) -> None:
-        super().__init__(request_id)
-        self.request_id = request_id
+    request_id: str
 
     def __str__(self) -> str:
         return (
@@ -125,6 +127,7 @@ class RequestFailed(GpuWorkerError):
         )
 
 
+@dataclass(eq=False)
 class DeadlineExceeded(GpuWorkerError):
     """The answer was not complete within `timeout_s` or `max_request_s`."""
 
@@ -133,14 +136,13 @@ class DeadlineExceeded(GpuWorkerError):
     remedy = "Request fewer tokens or allow more time."
     param = "timeout_s"
 
-    def __init__(self, num_new_tokens: int) -> None:
-        super().__init__(num_new_tokens)
-        self.num_new_tokens = num_new_tokens
+    num_new_tokens: int
 
     def __str__(self) -> str:
         return f"timeout_s was reached after {self.num_new_tokens} new tokens; request fewer tokens or raise timeout_s"
 
 
+@dataclass(eq=False)
 class WaitedTooLong(GpuWorkerError):
     """The request could not start within `worker.max_wait_s`."""
 
@@ -148,9 +150,7 @@ class WaitedTooLong(GpuWorkerError):
     code = "overloaded"
     remedy = RETRY_LATER
 
-    def __init__(self, max_wait_s: float) -> None:
-        super().__init__(max_wait_s)
-        self.max_wait_s = max_wait_s
+    max_wait_s: float
 
     def __str__(self) -> str:
         return f"the request waited {self.max_wait_s:g} s in the queue without starting; retry later"

@@ -33,6 +33,11 @@ class AdapterRef:
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}@{self.digest[:12]}"
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The tenant and the name, which all versions share."""
+        return self.tenant, self.name
+
     def name_for(self, tenant: str) -> str:
         """Return the name that `tenant` uses: `name` for its own adapter, `owner/name` for another tenant's.
 

@@ -157,16 +157,15 @@ def _header_problems(header: bytes, limits: Limits) -> list[str]:
     entries.pop("__metadata__", None)
     if len(entries) > limits.max_tensors:
         return [f"has {len(entries)} tensors, at most {limits.max_tensors}"]
-    dtypes = {key: entry["dtype"] if _has_text(entry, "dtype") else "none" for key, entry in entries.items()}
+    dtypes = {}
+    for key, entry in entries.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        dtypes[key] = dtype if isinstance(dtype, str) else "none"
     return [
         f"tensor {key[:200]!r} has dtype {dtype[:20]}, must be one of {', '.join(ALLOWED_DTYPES)}"
         for key, dtype in dtypes.items()
         if dtype not in ALLOWED_DTYPES
     ]
-
-
-def _has_text(entry: object, key: str) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get(key), str)
 
 
 @contextmanager

@@ -61,13 +61,6 @@ class DiskCache:
             for digest in digests:
                 self._path(digest).unlink(missing_ok=True)
 
-    def measure(self) -> int:
-        """Return the total size of the cached blobs in bytes."""
-        num_bytes = 0
-        with self._logged("its size could not be measured"):
-            num_bytes = sum(size for _, size, _ in self._files())
-        return num_bytes
-
     def _path(self, digest: str) -> Path:
         """Return the blob's path. A malformed digest could name another path, so it gets one that never exists."""
         return self.folder / (digest if _DIGEST.fullmatch(digest) else ".no-digest")

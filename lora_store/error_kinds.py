@@ -6,6 +6,7 @@ has a status for each kind. The errors page of the documentation is made from th
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import ClassVar
 
@@ -47,19 +48,22 @@ class ReportedError(Exception):
     param: str | None = None  # the field of the request
     retry_after_s: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Take a dataclass's fields as arguments: an error is pickled with these when a replica sends it."""
+        self.args = tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
     @property
     def client_message(self) -> str:
         """Return the text for clients. It differs from the text for the log where that may quote buckets or paths."""
         return str(self)
 
 
+@dataclass(eq=False)
 class FieldError(ReportedError):
     """An error of one field of a request. `param` names it, if it is known."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)
-        self.message = message
-        self.param = param
+    message: str
+    param: str | None = None
 
     def __str__(self) -> str:
         return self.message

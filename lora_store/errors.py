@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lora_store.adapter import AdapterRef
 from lora_store.error_kinds import RETRY_LATER, Kind, ReportedError
@@ -38,6 +39,7 @@ class PublicNameTaken(AdapterRefused):
     remedy = "Publish under another name, or keep the adapter private."
 
 
+@dataclass(eq=False)
 class NameTaken(LoraStoreError):
     """An adapter, the base model or another tenant's approved model name is called like the model name."""
 
@@ -45,14 +47,14 @@ class NameTaken(LoraStoreError):
     code = "name_taken"
     remedy = "Choose another model name."
 
-    def __init__(self, name: str, owner: str) -> None:
-        super().__init__(name, owner)
-        self.name, self.owner = name, owner
+    name: str
+    owner: str
 
     def __str__(self) -> str:
         return f"name: {self.owner} is called {self.name!r} already; choose another name"
 
 
+@dataclass(eq=False)
 class QuotaExceeded(LoraStoreError):
     """The tenant would exceed the key's `max_adapters` or `max_bytes`."""
 
@@ -60,11 +62,9 @@ class QuotaExceeded(LoraStoreError):
     code = "quota_exceeded"
     remedy = "Withdraw adapters, or ask the operator for a larger quota."
 
-    def __init__(self, what: str, wanted: int, limit: int) -> None:
-        super().__init__(what, wanted, limit)
-        self.what = what
-        self.wanted = wanted
-        self.limit = limit
+    what: str
+    wanted: int
+    limit: int
 
     def __str__(self) -> str:
         return (
@@ -85,6 +85,7 @@ class FileRefused(LoraStoreError):
         return "; ".join(f"{self.file}: {problem}" for problem in self.problems)
 
 
+@dataclass(eq=False)
 class AdapterNotFound(LoraStoreError):
     """The adapter does not exist or is not visible to the caller, or no blob has this digest.
 
@@ -96,11 +97,9 @@ class AdapterNotFound(LoraStoreError):
     code = "model_not_found"
     remedy = "List what exists: `loraretriever list`, or `GET /v1/models`."
 
-    def __init__(self, wanted: str, hint: str = "", owner: str = "") -> None:
-        super().__init__(wanted, hint, owner)
-        self.wanted = wanted
-        self.hint = hint
-        self.owner = owner
+    wanted: str
+    hint: str = ""
+    owner: str = ""
 
     def __str__(self) -> str:
         if self.owner:
@@ -108,6 +107,7 @@ class AdapterNotFound(LoraStoreError):
         return f"no adapter {self.wanted!r}" + (f"; did you mean {self.hint!r}?" if self.hint else "")
 
 
+@dataclass(eq=False)
 class BlobCorrupted(LoraStoreError):
     """Stored weights do not match their digest."""
 
@@ -115,10 +115,8 @@ class BlobCorrupted(LoraStoreError):
     code = "store_damaged"
     remedy = "Publish the adapter again. `loraretriever pool verify` lists all such files."
 
-    def __init__(self, digest: str, found: str) -> None:
-        super().__init__(digest, found)
-        self.digest = digest
-        self.found = found
+    digest: str
+    found: str
 
     def __str__(self) -> str:
         return f"blob {self.digest} is corrupted: its bytes hash to {self.found}; publish the adapter again"
@@ -132,6 +130,7 @@ class PlanInvalid(LoraStoreError):
     remedy = "Send a plan exactly as the server returned it."
 
 
+@dataclass(eq=False)
 class VersionConflict(LoraStoreError):
     """Other writers of the store committed first at every attempt."""
 
@@ -139,34 +138,30 @@ class VersionConflict(LoraStoreError):
     code = "overloaded"
     remedy = RETRY_LATER
 
-    def __init__(self, attempts: int) -> None:
-        super().__init__(attempts)
-        self.attempts = attempts
+    attempts: int
 
     def __str__(self) -> str:
         times = "" if self.attempts == 1 else f", {self.attempts} times in a row"
         return f"another writer committed first{times}; retry later"
 
 
+@dataclass(eq=False)
 class GenerationGone(LoraStoreError):
     """The events up to that generation were folded and their files deleted. The newest generation can be read."""
 
-    def __init__(self, generation: int, newest: int) -> None:
-        super().__init__(generation, newest)
-        self.generation = generation
-        self.newest = newest
+    generation: int
+    newest: int
 
     def __str__(self) -> str:
         return f"generation {self.generation} of the pool is no longer stored; the newest is {self.newest}"
 
 
+@dataclass(eq=False)
 class ConditionalWritesMissing(LoraStoreError):
     """Two writers of this S3 endpoint could overwrite each other, because it accepts a write that must fail."""
 
-    def __init__(self, first: int, second: int) -> None:
-        super().__init__(first, second)
-        self.first = first
-        self.second = second
+    first: int
+    second: int
 
     def __str__(self) -> str:
         return (
@@ -176,6 +171,7 @@ class ConditionalWritesMissing(LoraStoreError):
         )
 
 
+@dataclass(eq=False)
 class StoreUnavailable(LoraStoreError):
     """The store cannot be reached. Nothing is lost.
 
@@ -187,9 +183,7 @@ class StoreUnavailable(LoraStoreError):
     remedy = RETRY_LATER
     client_message = "the adapter store cannot be reached; nothing is lost, try again later"
 
-    def __init__(self, cause: str) -> None:
-        super().__init__(cause)
-        self.cause = cause
+    cause: str
 
     def __str__(self) -> str:
         return f"the adapter store cannot be reached: {self.cause}"
@@ -232,6 +226,7 @@ class StoreDamaged(LoraStoreError):
         return f"the adapter store is damaged: {self.file} {self.problem}; {self.action}"
 
 
+@dataclass(eq=False)
 class StoreIsNewer(LoraStoreError):
     """A newer release changed the store, and this one would damage it."""
 
@@ -239,10 +234,8 @@ class StoreIsNewer(LoraStoreError):
     code = "unavailable"
     remedy = "The message names the release that can. Retry once the server is upgraded."
 
-    def __init__(self, refused: str, release: str) -> None:
-        super().__init__(refused, release)
-        self.refused = refused
-        self.release = release
+    refused: str
+    release: str
 
     def __str__(self) -> str:
         needed = f"release {self.release} or later" if self.release else "the release that changed it, or a later one"

@@ -258,11 +258,6 @@ def commits_of(table: pa.Table) -> dict[str, int]:
     return {commit: generation for generation, commit in sorted(pairs)}
 
 
-def events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[Event]:
-    """Yield the events of `dated_events_of` without their generations."""
-    return (event for _, event in dated_events_of(table, after, until))
-
-
 def dated_events_of(table: pa.Table, after: int, until: int | None = None) -> Iterator[tuple[int, Event]]:
     """Yield (generation, event) of every row above generation `after`, up to `until` if given, in order.
 

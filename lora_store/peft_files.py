@@ -170,7 +170,7 @@ def _make_config(weights: Mapping[str, ModuleWeights], experts: Collection[str])
     paths = {name: f"{name}.weight" if name.endswith(_ROUTERS) else name for name in weights}
     parameters = {*experts, *(path for name, path in paths.items() if path != name)}
     ranks = {paths[name]: module.rank for name, module in weights.items()}
-    alphas = {paths[name]: _int_if_whole(_compute_alpha(module)) for name, module in weights.items()}
+    alphas = {paths[name]: _compute_alpha(module) for name, module in weights.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
@@ -185,15 +185,12 @@ def _make_config(weights: Mapping[str, ModuleWeights], experts: Collection[str])
 
 
 def _compute_alpha(module: ModuleWeights) -> float:
-    """Return the lora_alpha that gives exactly this scaling, if there is one."""
+    """Return the lora_alpha that gives exactly this scaling, if there is one; an int as in PEFT's own configs."""
     alpha = module.scaling * module.rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((one for one in near if one / module.rank == module.scaling), alpha)
+    found = next((one for one in near if one / module.rank == module.scaling), alpha)
+    return int(found) if float(found).is_integer() else found
 
 
 def _exactly(module: str) -> str:
     return "^" + module.replace(".", r"\.")
-
-
-def _int_if_whole(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else alpha  # PEFT's own configs write 16, not 16.0

@@ -282,7 +282,7 @@ def _plan(wanted: Snapshot, store: Snapshot, on_conflict: Conflict) -> tuple[lis
 def _problem(store: Snapshot, record: AdapterRecord) -> str | None:
     """Return why this version cannot be live under its name without a change of the store's adapters, or None."""
     ref = record.ref
-    live, public = store.records.get((ref.tenant, ref.name)), store.public.get(ref.name)
+    live, public = store.records.get(ref.key), store.public.get(ref.name)
     if live is not None and live.ref != ref:
         return f"is live as another version, {live.ref.digest[:12]}"
     if live is None and store.policies(ref.tenant, ref.name):
@@ -370,7 +370,7 @@ class _Importer:
         events: list[Event] = []
         for versions, digest in moves:
             new = versions[0]
-            live = newest.records.get((new.ref.tenant, new.ref.name))
+            live = newest.records.get(new.ref.key)
             has_changed = (None if live is None else live.ref.digest) != digest
             if has_changed or (live is None and _problem(newest, new)):
                 raise ValueError(f"{new.ref} or its name was published while it was imported; import again")

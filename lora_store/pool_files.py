@@ -82,7 +82,7 @@ class PoolState:
     def named(self, names: Sequence[str]) -> PoolState:
         """Return the part with these names, as `find` takes them; all of it for none. Raises: ValueError."""
         refs = [self.find(name).ref for name in names]
-        return self._only([(ref.tenant, ref.name) for ref in refs]) if names else self
+        return self._only([ref.key for ref in refs]) if names else self
 
     def find(self, name: str) -> AdapterRecord:
         """Return the live version that is meant by `name` or `owner/name`. Raises: ValueError."""

@@ -95,7 +95,7 @@ def repair(store: Location, now: datetime) -> Repaired | None:
         return None
     if not found.rows and found.log.newest < 0:
         raise StoreDamaged(f"{location.uri}/{LOG}", MISSING, "no data file is left to repair it from; restore a copy")
-    before = _newest_generation(found)
+    before = max((pc.max(rows["generation"]).as_py() or 0 for rows in found.rows.values()), default=0)
     restored = _restore(found)
     kept = [name for name in found.live if name in found.rows]
     version = max(found.log.newest, before) + 1
@@ -300,10 +300,6 @@ def _rows_once(rows: pa.Table) -> pa.Table:
     """Return each row number once: files that replaced one another have the same rows."""
     first = {number: index for index, number in reversed(list(enumerate(rows["row"].to_pylist())))}
     return rows.take(pa.array(sorted(first.values()), pa.int64()))
-
-
-def _newest_generation(found: _Found) -> int:
-    return max((pc.max(rows["generation"]).as_py() or 0 for rows in found.rows.values()), default=0)
 
 
 def _plain(value: Any) -> Any:

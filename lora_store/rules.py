@@ -65,21 +65,24 @@ def publish_events(
     taken = keeps or {}
     if precondition == "live":
         records = [record for record in records if _kept(snapshot, record)[:1] == [record.ref]]
-    if precondition == "kept":
-        _check_kept(snapshot, records)
+    for record in records if precondition == "kept" else ():
+        if record.ref not in _kept(snapshot, record):
+            raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
     for ref, digest in (replaces or {}).items():
-        if _live_digest(snapshot, ref) not in (digest, ref.digest):
+        now = snapshot.records.get(ref.key)
+        if now is None or now.ref.digest not in (digest, ref.digest):
             raise VersionConflict(1)
     live: dict[Key, AdapterRecord] = {}
     owners: dict[str, str] = {}
     events: list[Event] = []
     for record in records:
-        key, name = (record.ref.tenant, record.ref.name), record.ref.name
+        key, name = record.ref.key, record.ref.name
         current = live.get(key, snapshot.records.get(key))
         if record.is_offered:
             _check_offer(record, current)
-        if precondition == "any" and key in snapshot.records:
-            _check_taken_over(record, snapshot.records[key], taken.get(record.ref, ()))
+        was_live = snapshot.records.get(key) if precondition == "any" else None
+        if was_live is not None and take_over(record, was_live, taken.get(record.ref, ())) != record:
+            raise VersionConflict(1)
         if current is not None:
             keeps_visibility = precondition == "live" or "visibility" in taken.get(record.ref, ())
             record = _successor(record, current, precondition, keeps_visibility=keeps_visibility)
@@ -97,24 +100,6 @@ def publish_events(
     if quota is not None:
         check_quota(snapshot, [event.record for event in events if isinstance(event, Publish)], quota)
     return events
-
-
-def _check_kept(snapshot: Snapshot, records: Iterable[AdapterRecord]) -> None:
-    """Raises: AdapterNotFound for the first version that the catalogue does not keep."""
-    for record in records:
-        if record.ref not in _kept(snapshot, record):
-            raise AdapterNotFound(f"{record.ref.name}@{record.ref.digest[:12]}")
-
-
-def _live_digest(snapshot: Snapshot, ref: AdapterRef) -> str | None:
-    live = snapshot.records.get((ref.tenant, ref.name))
-    return None if live is None else live.ref.digest
-
-
-def _check_taken_over(record: AdapterRecord, live: AdapterRecord, keeps: Collection[Kept]) -> None:
-    """Raises: VersionConflict if another publish changed what this version took over from the live one."""
-    if take_over(record, live, keeps) != record:
-        raise VersionConflict(1)
 
 
 def _successor(
@@ -187,7 +172,7 @@ def _check_claim(name: str, claimant: str, owner: str) -> None:
 
 def _kept(snapshot: Snapshot, record: AdapterRecord) -> list[AdapterRef]:
     """Return the kept versions of the record's name, the live one first."""
-    return [version.ref for version in snapshot.versions((record.ref.tenant, record.ref.name))]
+    return [version.ref for version in snapshot.versions(record.ref.key)]
 
 
 def withdraw_events(snapshot: Snapshot, keys: Iterable[Key], actor: str, at: datetime) -> list[Event]:
@@ -241,8 +226,8 @@ def approve_events(snapshot: Snapshot, refs: Iterable[AdapterRef], actor: str, a
     """
     events: list[Event] = []
     for ref in dict.fromkeys(refs):
-        record = snapshot.records.get((ref.tenant, ref.name))
-        if record is None or record.ref != ref or record.visibility != "public":
+        record = snapshot.live(ref)
+        if record is None or record.visibility != "public":
             raise AdapterNotFound(f"{ref.name}@{ref.digest[:12]}")
         if not record.approved:
             events.append(Approve(ref, actor, at))
@@ -255,7 +240,7 @@ def name_events(snapshot: Snapshot, named: NamedPolicy) -> list[Event]:
     A policy that is kept as an approved version stays approved.
     Raises: NameTaken, QuotaExceeded; AdapterNotFound for a name to remove that does not exist.
     """
-    key = (named.ref.tenant, named.ref.name)
+    key = named.ref.key
     kept = snapshot.names.get(key, ())
     if not named.policy:
         if not kept:
@@ -285,7 +270,7 @@ def approve_name_events(snapshot: Snapshot, ref: AdapterRef) -> list[Event]:
 
     Raises: AdapterNotFound for a version that is not kept; NameTaken.
     """
-    key = (ref.tenant, ref.name)
+    key = ref.key
     found = [named for named in snapshot.names.get(key, ()) if named.ref == ref]
     if not found:
         raise AdapterNotFound(f"{ref.tenant}/{ref.name}@{ref.digest[:12]}")
@@ -298,9 +283,7 @@ def embed_events(snapshot: Snapshot, embeddings: Mapping[AdapterRef, Embedding])
     return [
         Embed(ref, embedding)
         for ref, embedding in embeddings.items()
-        if (record := snapshot.records.get((ref.tenant, ref.name))) is not None
-        and record.ref == ref
-        and not _is_embedded(snapshot, record, embedding.encoder)
+        if (record := snapshot.live(ref)) is not None and not _is_embedded(snapshot, record, embedding.encoder)
     ]
 
 
@@ -346,7 +329,7 @@ def rank_events(
         or ranking.anchor in keeps
         or (
             not ranking.is_outcome
-            and (ranking.anchor.tenant, ranking.anchor.name) not in snapshot.records
+            and ranking.anchor.key not in snapshot.records
             and any(item.ref in live for item in ranking.adapters)
         )
     ]

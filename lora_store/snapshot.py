@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound
@@ -28,7 +28,6 @@ from lora_store.names import KEPT_POLICIES, NamedPolicy
 from lora_store.persistent_map import MapEditor, PersistentMap
 from lora_store.records import AdapterRecord, Embedding, Visibility
 from lora_store.tallies import Tallies, TalliesEditor
-from lora_store.trials import Trial
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -131,6 +130,11 @@ class Snapshot:
             key = self.approved_names.get(name, key)
         return tuple(named for named in self.names.get(key, ()) if named.approved or key[0] == tenant)
 
+    def live(self, ref: AdapterRef) -> AdapterRecord | None:
+        """Return the record of this version, None if it is not live."""
+        record = self.records.get(ref.key)
+        return record if record is not None and record.ref == ref else None
+
     def versions(self, key: Key) -> tuple[AdapterRecord, ...]:
         """Return the kept versions of a live name, the live one first; () for a name that is not live."""
         return (self.records[key], *self.previous.get(key, ())) if key in self.records else ()
@@ -228,7 +232,7 @@ class _State:
         """Record who can see the event's change. An embedding becomes visible when its encoder is activated."""
         match event:
             case Publish(AdapterRecord(ref=ref)) | Withdraw(ref) | SetVisibility(ref) | Approve(ref) | SetTrial(ref):
-                live = self.records.get((ref.tenant, ref.name))
+                live = self.records.get(ref.key)
                 after = event.record.visibility if isinstance(event, Publish) else getattr(event, "visibility", None)
                 is_open = after == "public" or (live is not None and _is_public(live))
                 self.visible_changes[EVERYBODY if is_open else ref.tenant] = generation
@@ -237,7 +241,7 @@ class _State:
             case Rank(tenant):
                 self.visible_changes[tenant] = max(generation, self.visible_changes.get(tenant, 0))
             case SetName(NamedPolicy(ref=ref, approved=approved)):
-                kept = self.names.get((ref.tenant, ref.name), ())
+                kept = self.names.get(ref.key, ())
                 owner = EVERYBODY if approved or any(named.approved for named in kept) else ref.tenant
                 self.visible_changes[owner] = max(generation, self.visible_changes.get(owner, 0))
             case VisibleChange(tenant, newest):
@@ -251,13 +255,13 @@ class _State:
             case Publish(record):
                 self._publish(record)
             case Withdraw(ref):
-                self._withdraw((ref.tenant, ref.name))
+                self._withdraw(ref.key)
             case SetVisibility(ref, visibility):
-                self._set_visibility((ref.tenant, ref.name), visibility)
+                self._set_visibility(ref.key, visibility)
             case Approve(ref):
-                self._approve(ref)
+                self._change(ref, approved=True)
             case SetTrial(ref, trial):
-                self._set_trial(ref, trial)
+                self._change(ref, trial=trial)
             case Embed(ref, embedding):
                 if self._is_live(ref):
                     self.pending[ref] = embedding
@@ -273,7 +277,7 @@ class _State:
                 self._restore(record, is_live=is_live)
 
     def _publish(self, record: AdapterRecord) -> None:
-        key = (record.ref.tenant, record.ref.name)
+        key = record.ref.key
         older = self._versions(key)
         kept = tuple(replace(old, trial=None) for old in older if old.ref != record.ref)[: KEPT_VERSIONS - 1]
         if record.visibility == "private":
@@ -286,7 +290,7 @@ class _State:
 
     def _offer(self, record: AdapterRecord) -> None:
         """Keep a version for a trial of the live one, in place of others that were never live."""
-        key = (record.ref.tenant, record.ref.name)
+        key = record.ref.key
         if key in self.records:
             live, *older = self._versions(key)
             was_live = any(old.ref == record.ref and not old.is_offered for old in older)
@@ -295,10 +299,11 @@ class _State:
             offered = replace(record, trial=None, is_offered=not was_live, approved=was_approved)
             self._keep(key, (replace(live, trial=record.trial), *kept, offered))
 
-    def _set_trial(self, ref: AdapterRef, trial: Trial | None) -> None:
+    def _change(self, ref: AdapterRef, **changes: Any) -> None:
+        """Change the record of this version, if it is live."""
         if self._is_live(ref):
-            live, *older = self._versions((ref.tenant, ref.name))
-            self._keep((ref.tenant, ref.name), (replace(live, trial=trial), *older))
+            live, *older = self._versions(ref.key)
+            self._keep(ref.key, (replace(live, **changes), *older))
 
     def _withdraw(self, key: Key) -> None:
         record = self.records.get(key)
@@ -314,14 +319,9 @@ class _State:
             older = [replace(old, visibility=visibility) for old in older]
         self._keep(key, (replace(live, visibility=visibility), *older))
 
-    def _approve(self, ref: AdapterRef) -> None:
-        if self._is_live(ref):
-            live, *older = self._versions((ref.tenant, ref.name))
-            self._keep((ref.tenant, ref.name), (replace(live, approved=True), *older))
-
     def _set_name(self, named: NamedPolicy) -> None:
         """Make it the newest version of its name, or end the name. An approval of a kept version leaves its place."""
-        key = (named.ref.tenant, named.ref.name)
+        key = named.ref.key
         kept = self.names.get(key, ())
         if not named.policy:
             self.names.pop(key)
@@ -335,9 +335,8 @@ class _State:
 
     def _activate(self, encoder: ActiveEncoder) -> None:
         for ref, embedding in list(self.pending.items()):
-            if embedding.encoder == encoder.identity and self._is_live(ref):
-                live, *older = self._versions((ref.tenant, ref.name))
-                self._keep((ref.tenant, ref.name), (replace(live, embedding=embedding), *older))
+            if embedding.encoder == encoder.identity:
+                self._change(ref, embedding=embedding)
         self.encoder, self.pending = encoder, PersistentMap[AdapterRef, Embedding]().edit()
 
     def _reset(self, encoder: ActiveEncoder | None) -> None:
@@ -354,7 +353,7 @@ class _State:
         """Restore a version from a fold. Reuse the existing object if it is equal, so that no index has to change."""
         known = self.replaced.get((record.ref, record.generation))
         record = known if known is not None and known == record else record
-        key = (record.ref.tenant, record.ref.name)
+        key = record.ref.key
         if is_live:
             self.records[key] = record
         else:
@@ -384,7 +383,7 @@ class _State:
         return () if record is None else (record, *self.previous.get(key, ()))
 
     def _is_live(self, ref: AdapterRef) -> bool:
-        record = self.records.get((ref.tenant, ref.name))
+        record = self.records.get(ref.key)
         return record is not None and record.ref == ref
 
 

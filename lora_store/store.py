@@ -307,7 +307,7 @@ class LoraStore:
         A version that takes over other samples has another lease. Raises: AdapterNotFound, BlobCorrupted.
         """
         snapshot = self.snapshot()
-        return [self._take_over(item, snapshot.records.get((item.ref.tenant, item.ref.name))) for item in staged]
+        return [self._take_over(item, snapshot.records.get(item.ref.key)) for item in staged]
 
     def _take_over(self, staged: Staged, live: AdapterRecord | None) -> Staged:
         record = staged.record if live is None else take_over(staged.record, live, staged.keeps)
@@ -392,12 +392,12 @@ class LoraStore:
 
         def events(snapshot: Snapshot) -> list[Event]:
             wanted = expire_events(snapshot, at)
-            keys = [(event.ref.tenant, event.ref.name) for event in wanted if isinstance(event, Withdraw)]
+            keys = [event.ref.key for event in wanted if isinstance(event, Withdraw)]
             gone[:] = [record for key in keys for record in snapshot.versions(key)]
             return wanted
 
         generation = self._commit_on_full_disk(events, commit_id)
-        for tenant, name in {(record.ref.tenant, record.ref.name) for record in gone}:
+        for tenant, name in {record.ref.key for record in gone}:
             self.feedback.delete(tenant, name)
         return Withdrawn(generation, tuple(gone))
 

@@ -97,13 +97,10 @@ def explain_other_parts(keys: Collection[str]) -> Iterator[str]:
         )
 
 
-def _without_wrappers(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
-
-
 def explain_torchtune(keys: Collection[str]) -> Iterator[str]:
     """Yield the reason why tensors in torchtune's own format are refused, if there are any."""
-    if found := [key for key in keys if _REORDERED_BY_TORCHTUNE.fullmatch(_without_wrappers(key))]:
+    plain = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in keys}
+    if found := [key for key, name in plain.items() if _REORDERED_BY_TORCHTUNE.fullmatch(name)]:
         yield (
             f"{WEIGHTS_FILE}: {len(found)} tensors have torchtune's own format ({min(found)[:200]!r}), which orders the"
             " rows of queries and keys otherwise for some models: let torchtune save the adapter in PEFT's format"

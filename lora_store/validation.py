@@ -162,7 +162,9 @@ def check_folder(
             tensors = {key: tensor for key, tensor in tensors.items() if key not in experts.keys}
         read, explained = _read_names(reasons, tensors, module_shapes)
         named = {key: tensor for key, tensor in tensors.items() if key not in explained and key not in read}
-        named |= {spelling.name: _turned(tensors[key], spelling) for key, spelling in read.items()}
+        for key, spelling in read.items():
+            is_turned = spelling.is_transposed and tensors[key].ndim == 2
+            named[spelling.name] = tensors[key].transposed() if is_turned else tensors[key]
         named |= of_experts
         paths = {spelling.module: spelling.path for spelling in read.values() if spelling.module != spelling.path}
         pairs = pairs_of(named)
@@ -176,6 +178,7 @@ def check_folder(
     if reasons or config is None:
         raise AdapterRefused(label.name[:100], _shortened(reasons, limits.max_reasons))
     described = (Sample(description),) if description else ()
+    untrained = () if any(_largest(pair["lora_b"]) for pair in pairs.values()) else (NEVER_TRAINED,)
     return CheckedFolder(
         config,
         pairs,
@@ -184,7 +187,7 @@ def check_folder(
         template,
         contract,
         is_described=bool(described and not samples),
-        warnings=(*describe_reading(read), *notes, *_find_warnings(pairs)),
+        warnings=(*describe_reading(read), *notes, *untrained),
         paths=paths,
     )
 
@@ -317,10 +320,6 @@ def _read_names(
     return read, {*(rest if torchtune else ()), *vocabulary, *others, *misnamed}
 
 
-def _turned(tensor: StoredTensor, spelling: Spelling) -> StoredTensor:
-    return tensor.transposed() if spelling.is_transposed and tensor.ndim == 2 else tensor
-
-
 def _tensor_problems(
     tensors: Mapping[str, StoredTensor], pairs: Pairs, shapes: Shapes | None, limits: Limits
 ) -> Iterator[str]:
@@ -329,19 +328,10 @@ def _tensor_problems(
             continue
         if split_key(key) is None:
             yield f"tensor {key[:200]!r} {_unsupported_kind(key)}"
-        elif not _is_finite(tensor):
+        elif not all(np.isfinite(part).all() for part in tensor.numbers()):
             yield f"tensor {key[:200]!r} contains NaN or infinity"
     for module, pair in pairs.items():
         yield from (f"module {module[:200]!r} {problem}" for problem in _pair_problems(module, pair, shapes, limits))
-
-
-def _find_warnings(pairs: Pairs) -> Iterator[str]:
-    if not any(_largest(pair["lora_b"]) for pair in pairs.values()):
-        yield NEVER_TRAINED
-
-
-def _is_finite(tensor: StoredTensor) -> bool:
-    return all(bool(np.isfinite(part).all()) for part in tensor.numbers())
 
 
 def _largest(tensor: StoredTensor) -> float:

@@ -80,6 +80,11 @@ class Judgement:
     confidences: Floats
 
 
+def least_threshold(abstain: Abstain, nearness: float) -> float:
+    """Return a score that no threshold of a prompt with this nearness to ordinary prompts is below."""
+    return nearness + MARGINS[abstain] - _SINGLE_TEXT
+
+
 def judge(candidates: Candidates, abstain: Abstain, nearness: float) -> Judgement:
     """Judge the candidates of a prompt with this nearness to ordinary prompts."""
     scores = candidates.scores

@@ -35,10 +35,6 @@ class ProjectionUnusable(RetrieverError):
     remedy = "Reindex with the projection `auto` or `none`, or publish more samples."
 
 
-class NothingToEmbed(RetrieverError):
-    """The adapter has no samples, so it has no embedding and can be used by its name only."""
-
-
 class RouteInvalid(RetrieverError):
     """An option of the retrieval is out of its range."""
 

@@ -207,26 +207,28 @@ class AdapterIndex:
             positions = positions[np.arange(max_rows) * num // max_rows]
         return num, [self._table.records[position] for position in positions], self._vectors[positions]
 
-    def search(self, vectors: Vectors, top_k: int, allowed: Allowed) -> list[list[Match]]:
+    def search(self, vectors: Vectors, top_k: int, allowed: Allowed, spare: int = 0) -> list[list[Match]]:
         """Return the best `min(top_k, allowed.num)` adapters per query, best first; ties are sorted by tenant and name.
 
-        `vectors`: (N, D) unit rows. A query with NaN has no matches.
+        Of the next best ones return those that the same scan found, at most `spare`. `vectors`: (N, D) unit rows. A
+        query with NaN has no matches.
         """
         num_wanted = min(top_k, allowed.num)
         if num_wanted == 0:
             return [[] for _ in vectors]
         queries = np.ascontiguousarray(vectors, np.float32)
-        return [self._best(query, num_wanted, allowed) if np.isfinite(query).all() else [] for query in queries]
+        return [self._best(query, num_wanted, allowed, spare) if np.isfinite(query).all() else [] for query in queries]
 
-    def _best(self, query: Vectors, num_wanted: int, allowed: Allowed) -> list[Match]:
+    def _best(self, query: Vectors, num_wanted: int, allowed: Allowed, spare: int) -> list[Match]:
         """Return the best matches. Widen the shortlist until the last wanted score exceeds all that were left out."""
-        width = num_wanted
+        width = num_wanted + spare
         while True:
             positions, left_out = self._shortlist(query, width, allowed)
             scores = np.sum(self._vectors[positions] * query.astype(np.float64), axis=-1).clip(-1, 1)
             order = np.argsort(-scores, kind="stable")
             if left_out < scores[order[num_wanted - 1]]:
-                return self._named(positions[order], scores[order], num_wanted)
+                num_certain = int(np.count_nonzero(scores > left_out))
+                return self._named(positions[order], scores[order], min(num_wanted + spare, num_certain))
             width *= 2
 
     def _shortlist(self, query: Vectors, width: int, allowed: Allowed) -> tuple[Positions, float]:
@@ -249,5 +251,6 @@ class AdapterIndex:
         num_tied = int(np.searchsorted(-scores, -scores[num_wanted - 1], side="right"))
         records = [self._table.records[position] for position in positions[:num_tied]]
         matches = [Match(record, float(score)) for record, score in zip(records, scores[:num_tied], strict=True)]
-        matches.sort(key=lambda match: (-match.score, match.record.ref.tenant, match.record.ref.name))
+        if (scores[1:num_tied] == scores[: num_tied - 1]).any():
+            matches.sort(key=lambda match: (-match.score, match.record.ref.tenant, match.record.ref.name))
         return matches[:num_wanted]

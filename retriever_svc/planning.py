@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from lora_store.adapter import AdapterRef
 from lora_store.errors import AdapterNotFound, PlanInvalid
-from lora_store.names import NamedPolicy, shorten_policy
+from lora_store.names import NamedPolicy, find_first_adapter, shorten_policy
 from lora_store.plan import Plan, PlannedAdapter
 from lora_store.records import AdapterRecord
 from lora_store.snapshot import Snapshot
@@ -207,6 +207,17 @@ def named_policies(snapshot: Snapshot, tenant: str, model: str, *, owner_names: 
     if not at:
         return list(found)
     return [named for named in found if len(digest) >= _MIN_DIGEST_CHARS and named.ref.digest.startswith(digest)]
+
+
+def with_base(snapshot: Snapshot, named: NamedPolicy, bases: ServedBases) -> NamedPolicy:
+    """Return the policy with the base model of the adapter that it names, if it names one and several are served."""
+    wanted = find_first_adapter(named.policy) if bases.are_several else ""
+    if not wanted:
+        return named
+    with suppress(AdapterNotFound):  # it may be gone
+        record = resolve_version(snapshot, named.ref.tenant, wanted)
+        return replace(named, base_model=bases.name_in_plans(record.base_model))
+    return named
 
 
 def visible_names(

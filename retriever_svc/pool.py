@@ -128,6 +128,13 @@ class Pool:
             key, lambda: self.index.allowed(tenant, wanted, trusted_only=trusted_only, base_models=names)
         )
 
+    def nearness(self, queries: Vectors) -> list[float] | None:
+        """Return the nearness of queries (N, D) to ordinary prompts, None if there are none."""
+        if self.references is None:
+            return None
+        found: list[float] = nearness(centred(queries, self.centre), self.references).tolist()
+        return found
+
     def judged(
         self, found: Sequence[list[Match]], abstain: Abstain, queries: Vectors, near: Sequence[float] | None = None
     ) -> list[list[Match]]:
@@ -135,14 +142,11 @@ class Pool:
 
         `found` has one list for each of `queries` (N, D). `near`: their nearness to ordinary prompts, if it is known.
         """
-        if self.references is None:
+        near = self.nearness(queries) if near is None else near
+        if near is None:
             return list(found)
-        asked = centred(queries, self.centre)
-        near = nearness(asked, self.references).tolist() if near is None else near
-        return [
-            self._judged(matches, abstain, query, close)
-            for matches, query, close in zip(found, asked, near, strict=True)
-        ]
+        rows = zip(found, centred(queries, self.centre), near, strict=True)
+        return [self._judged(matches, abstain, query, close) for matches, query, close in rows]
 
     def _judged(self, matches: Sequence[Match], abstain: Abstain, query: Vectors, close: float) -> list[Match]:
         """Judge the matches of a prompt: its vector (D,) from the centre, and its nearness to ordinary prompts."""
@@ -240,18 +244,33 @@ class Pool:
         *,
         trusted_only: bool = False,
         base_model: str = "",
+        windows: Sequence[list[Match]] = (),
     ) -> list[list[Match]]:
         """Return the best `top_k` adapters per query among those that `tenant` may see, or all of them if fewer.
 
         Of adapters with equal weights return only the best, since a plan cannot contain the same weights twice.
+        `windows`: the best adapters of all base models per query, if the caller has searched them already. Search only
+        where one has too few.
         """
         allowed, width = self.allowed(tenant, tags, trusted_only=trusted_only, base_model=base_model), top_k
-        while True:
-            found = self.index.search(vectors, width, allowed)
-            distinct = [_distinct_weights(matches) for matches in found]
-            if width >= allowed.num or all(len(matches) >= top_k for matches in distinct):
-                return [matches[:top_k] for matches in distinct]
+        found = [self._distinct(window, top_k, base_model) for window in windows] or [[] for _ in vectors]
+        lacking = [row for row, matches in enumerate(found) if len(matches) < top_k]
+        while lacking:
+            for row, matches in zip(lacking, self.index.search(vectors[lacking], width, allowed), strict=True):
+                found[row] = self._distinct(matches, top_k, base_model)
+            lacking = [row for row in lacking if len(found[row]) < top_k and width < allowed.num]
             width *= 2
+        return found
+
+    def _distinct(self, matches: Sequence[Match], num: int, base_model: str) -> list[Match]:
+        """Return the first `num` matches of this base model with different weights; of every one for ""."""
+        first: dict[str, Match] = {}
+        for match in matches:
+            if not base_model or self.bases.find(match.record.base_model) == base_model:
+                first.setdefault(match.record.weights_digest, match)
+                if len(first) == num:
+                    break
+        return list(first.values())
 
 
 def routable(snapshot: Snapshot, encoder: str, bases: ServedBases) -> list[AdapterRecord]:
@@ -261,13 +280,6 @@ def routable(snapshot: Snapshot, encoder: str, bases: ServedBases) -> list[Adapt
 
 def _is_routable(record: AdapterRecord, encoder: str, bases: ServedBases) -> bool:
     return record.encoder == encoder and bases.serves(record)
-
-
-def _distinct_weights(matches: list[Match]) -> list[Match]:
-    first: dict[str, Match] = {}
-    for match in matches:
-        first.setdefault(match.record.weights_digest, match)
-    return list(first.values())
 
 
 def diff_records(

@@ -84,6 +84,11 @@ class Preferences:
         bases = bases or ServedBases()
         return cls(better, tuple(regions), _stacked(vectors), outcomes, judged, centre, bases)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether they change no search result."""
+        return not self.better and not self.regions and not self.outcomes
+
     def applied(
         self, query: Vectors, matches: Sequence[Match], top_k: int, tags: Sequence[str], base_model: str = ""
     ) -> list[Match]:
@@ -94,7 +99,7 @@ class Preferences:
         The result has at most `top_k` matches, sorted by score, and contains no weights twice. `query` (D,) has length
         1.
         """
-        if not self.better and not self.regions and not self.outcomes:
+        if self.is_empty:
             return list(matches)
         found = [self._replaced(match, tags) for match in matches]
         if self.regions:

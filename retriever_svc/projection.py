@@ -35,10 +35,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class PoolMap:
-    """The adapters to which one caller may be routed, or an even selection of them, at one generation.
-
-    It has columns, as thousands of objects would hold up the event loop that receives them.
-    """
+    """The adapters to which one caller may be routed, or an even selection of them, at one generation."""
 
     generation: int
     num_adapters: int

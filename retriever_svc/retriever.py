@@ -19,13 +19,13 @@ from lora_store.records import AdapterRecord, Embedding
 from lora_store.strategies.registry import Strategy
 from retriever_svc.asked_prompts import AskedPrompt, count_answers
 from retriever_svc.bulk import BulkEncoding
-from retriever_svc.calibration import NO_THRESHOLD, Abstain
+from retriever_svc.calibration import NO_THRESHOLD, Abstain, least_threshold
 from retriever_svc.competence import Region, regions_of
 from retriever_svc.doctor import DoctorStep, examine
 from retriever_svc.draws import DrawMeasurement, Draws
 from retriever_svc.embedding import embed_groups, encoding_of
 from retriever_svc.encoder import MAX_CHARS, Vectors
-from retriever_svc.errors import NoAdapterMatched, NothingToEmbed, StaleIndex
+from retriever_svc.errors import NoAdapterMatched, StaleIndex
 from retriever_svc.index import Match
 from retriever_svc.learning import Learnt, Resampled, accept, learn
 from retriever_svc.listing import Page, PageRequest
@@ -39,6 +39,7 @@ from retriever_svc.planning import (
     resolve_version,
     routed_plan,
     visible_names,
+    with_base,
     with_trials,
 )
 from retriever_svc.pool import Pool
@@ -50,6 +51,7 @@ from retriever_svc.served_bases import BaseCounts
 from retriever_svc.views import chosen_view, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
+_SPARE = 10  # for each companion: a base model of a fifth of the adapters has two beside its best in 95 of 100 windows
 _ASKED_TOGETHER = 16  # prompts that the doctor routes at once, while other callers wait
 
 
@@ -85,6 +87,44 @@ class Encoded:
 
     pool: Pool
     vector: Vectors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """Requests of one tenant that differ in their texts and in what is made of the matches. Dims: N requests.
+
+    `near` (N,): how near the texts are to ordinary prompts. `windows` (N,): what a search found among all base models,
+    empty where one is asked for.
+    """
+
+    pool: Pool
+    requests: list[RouteRequest]
+    base_model: str
+    vectors: Vectors  # (N, D)
+    abstain: Abstain
+    near: list[float] | None
+    windows: list[list[Match]]
+
+    @classmethod
+    def of(cls, pool: Pool, requests: list[RouteRequest], rows: Sequence[Vectors], abstain: Abstain) -> _Asked:
+        """Search the windows where adapters of several base models may be found."""
+        vectors, request, windows = np.stack(rows), requests[0], list[list[Match]]()
+        if pool.bases.are_several and not request.base_model:
+            num, allowed = request.num_considered, pool.allowed(request.tenant, request.tags)
+            windows = pool.index.search(vectors, num, allowed, _SPARE * (num - 1))
+        return cls(pool, requests, request.base_model, vectors, abstain, pool.nearness(vectors), windows)
+
+    def part(self, places: list[int], base_model: str) -> _Asked:
+        """Return the requests at these places, for this base model."""
+        return _Asked(
+            self.pool,
+            [self.requests[place] for place in places],
+            base_model,
+            self.vectors[places],
+            self.abstain,
+            self.near and [self.near[place] for place in places],
+            [self.windows[place] for place in places if self.windows],
+        )
 
 
 class Retriever:
@@ -153,60 +193,81 @@ class Retriever:
         return answers
 
     def _answers(self, requests: Sequence[RouteRequest], encoded: Sequence[Encoded]) -> list[RouteAnswer]:
-        rows_of: defaultdict[tuple[int, str, tuple[str, ...], Abstain, str], list[int]] = defaultdict(list)
+        rows_of: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
         for row, (request, item) in enumerate(zip(requests, encoded, strict=True)):
-            abstain = request.abstain or self._abstain
-            rows_of[id(item.pool), request.tenant, request.tags, abstain, request.base_model].append(row)
+            asked_for = request.tenant, request.tags, request.abstain, request.base_model, request.num_considered
+            rows_of[id(item.pool), *asked_for].append(row)
         answers: dict[int, RouteAnswer] = {}
-        narrowed: dict[int, RouteRequest] = {}
-        for (_, tenant, _, abstain, _), rows in rows_of.items():
-            pool, vectors = encoded[rows[0]].pool, [encoded[row].vector for row in rows]
-            found = self._judged(pool, [requests[row] for row in rows], vectors, abstain)
-            crowded = [
-                place
-                for place, matches in enumerate(found)
-                if self._least_score(requests[rows[place]]) is None and _may_be_crowded(matches, tenant)
-            ]
-            if crowded:
-                again = [requests[rows[place]] for place in crowded]
-                others = self._judged(pool, again, [vectors[p] for p in crowded], abstain, trusted_only=True)
-                found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
-            for row, matches in zip(rows, found, strict=True):
-                if base_model := self._narrowed(pool, requests[row], matches):
-                    narrowed[row] = replace(requests[row], base_model=base_model)
-                else:
-                    answers[row] = self._decide(requests[row], matches, encoded[row])
-        if narrowed:
-            found_again = self._answers(list(narrowed.values()), [encoded[row] for row in narrowed])
-            answers |= zip(narrowed, found_again, strict=True)
+        for rows in rows_of.values():
+            group = [requests[row] for row in rows]
+            abstain = group[0].abstain or self._abstain
+            asked = _Asked.of(encoded[rows[0]].pool, group, [encoded[row].vector for row in rows], abstain)
+            found = self._evident(asked)
+            rest = [place for place in range(len(rows)) if place not in found]
+            found |= zip(rest, self._found(asked.part(rest, asked.base_model)) if rest else (), strict=True)
+            places_of = defaultdict[str, list[int]](list)
+            for place in rest:
+                if base_model := self._narrowed(asked.pool, group[place], found[place]):
+                    places_of[base_model].append(place)
+            for base_model, places in places_of.items():
+                found |= zip(places, self._found(asked.part(places, base_model)), strict=True)
+            for place, row in enumerate(rows):
+                answers[row] = self._decide(group[place], found[place], encoded[row])
         return [answers[row] for row in range(len(requests))]
 
-    def _judged(
-        self,
-        pool: Pool,
-        requests: Sequence[RouteRequest],
-        vectors: Sequence[Vectors],
-        abstain: Abstain,
-        *,
-        trusted_only: bool = False,
-    ) -> list[list[Match]]:
-        """Return the judged matches of requests of one tenant with the same tags and base model."""
-        tenant, tags, num = requests[0].tenant, requests[0].tags, max(request.num_considered for request in requests)
-        base_model = requests[0].base_model
-        rows, preferences = np.stack(vectors), pool.preferences(tenant)
+    def _evident(self, asked: _Asked) -> dict[int, list[Match]]:
+        """Return the judged matches, by place, of requests whose best match fits and decides the base model.
+
+        These are most of them, and are judged once: among the adapters of that base model. Where the best match scores
+        too low, probably nothing fits, and the matches of every base model are shown.
+        """
+        pool, places_of = asked.pool, defaultdict[str, list[int]](list)
+        if not asked.windows or not pool.preferences(asked.requests[0].tenant).is_empty:
+            return {}
+        for place, (request, window) in enumerate(zip(asked.requests, asked.windows, strict=True)):
+            least = self._least_score(request)
+            if least is None and asked.near is not None:
+                least = least_threshold(asked.abstain, asked.near[place])
+            if window and request.preferred is None and window[0].score >= (NO_THRESHOLD if least is None else least):
+                places_of[pool.bases.name_in_plans(window[0].record.base_model)].append(place)
+        found: dict[int, list[Match]] = {}
+        for base_model, places in places_of.items():
+            for place, matches in zip(places, self._judged(asked.part(places, base_model)), strict=True):
+                if self._fitting(asked.requests[place], matches[:1]):
+                    found[place] = matches
+        return found
+
+    def _found(self, asked: _Asked) -> list[list[Match]]:
+        """Return the judged matches of each request."""
+        found, tenant = self._judged(asked), asked.requests[0].tenant
+        crowded = [
+            place
+            for place, (request, matches) in enumerate(zip(asked.requests, found, strict=True))
+            if self._least_score(request) is None and _may_be_crowded(matches, tenant)
+        ]
+        if crowded:
+            others = self._judged(asked.part(crowded, asked.base_model), trusted_only=True)
+            found = _uncrowded(found, dict(zip(crowded, others, strict=True)))
+        return found
+
+    def _judged(self, asked: _Asked, *, trusted_only: bool = False) -> list[list[Match]]:
+        pool, request = asked.pool, asked.requests[0]
+        preferences = pool.preferences(request.tenant)
         if not self._applies_outcomes:
             preferences = replace(preferences, outcomes=())
-        nearest = pool.nearest(rows, num, tenant, tags, trusted_only=trusted_only, base_model=base_model)
-        found = [
-            preferences.applied(vector, matches, num, tags, base_model)[: request.num_considered]
-            for request, vector, matches in zip(requests, vectors, nearest, strict=True)
-        ]
-        return pool.judged(found, abstain, rows)
+        num, tags, base_model = request.num_considered, request.tags, asked.base_model
+        windows = () if trusted_only else asked.windows
+        nearest = pool.nearest(
+            asked.vectors, num, request.tenant, tags, trusted_only=trusted_only, base_model=base_model, windows=windows
+        )
+        rows = zip(asked.vectors, nearest, strict=True)
+        found = [preferences.applied(vector, matches, num, tags, base_model) for vector, matches in rows]
+        return pool.judged(found, asked.abstain, asked.vectors, asked.near)
 
     def _narrowed(self, pool: Pool, request: RouteRequest, matches: Sequence[Match]) -> str:
         """Return the base model of the best match that fits, if others of another base model are among the matches.
 
-        A plan has one base model: it is searched again among the adapters of that one, as if the others did not exist.
+        A plan has one base model: it is made of the adapters of that one, as if the others did not exist.
         """
         if request.base_model or not pool.bases.are_several or len({m.record.base_model for m in matches}) < 2:
             return ""
@@ -271,14 +332,17 @@ class Retriever:
 
     def policies(self, tenant: str, model: str, min_generation: int = 0, limit: int = 1) -> list[NamedPolicy]:
         """Return the newest kept policies of a model name, see `named_policies`. Raises: StaleIndex."""
-        snapshot = self._pool_at(min_generation, tenant).snapshot
-        return named_policies(snapshot, tenant, model, owner_names=self._owner_names)[:limit]
+        pool = self._pool_at(min_generation, tenant)
+        found = named_policies(pool.snapshot, tenant, model, owner_names=self._owner_names)[:limit]
+        return [with_base(pool.snapshot, named, pool.bases) for named in found]
 
     def names(
         self, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
     ) -> list[NamedPolicy]:
         """Return the newest policy of each name that `tenant` may use, see `visible_names`."""
-        return visible_names(self._pools.current.snapshot, tenant, after, limit, is_short=is_short)
+        pool = self._pools.current
+        found = visible_names(pool.snapshot, tenant, after, limit, is_short=is_short)
+        return [with_base(pool.snapshot, named, pool.bases) for named in found]
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
@@ -324,13 +388,6 @@ class Retriever:
         if found < min_generation:
             raise StaleIndex(min_generation, found)
         return pool
-
-    def embed(self, samples: Sequence[Sample]) -> Embedding:
-        """Return the embedding of an adapter with these samples. Raises: NothingToEmbed if there is no sample."""
-        [embedding] = self.embed_groups([samples])
-        if embedding is None:
-            raise NothingToEmbed("the adapter has no samples, so it cannot be embedded: add samples or a description")
-        return embedding
 
     def embed_groups(
         self, groups: Sequence[Sequence[Sample]], tenants: Sequence[str] | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.e2e)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Collect no garbage meanwhile, which took half the time, and later none of the millions of objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Save a random model of each family with a byte tokenizer, and return the folders."""
@@ -55,7 +67,7 @@ def loaded_bases() -> dict[str, BaseModel]:
     return {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_base(tiny_folders: Mapping[str, Path], loaded_bases: dict[str, BaseModel]) -> Callable[..., BaseModel]:
     """Return a maker of fresh tiny base models of a family."""
 

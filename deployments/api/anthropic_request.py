@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -219,6 +219,10 @@ class MessagesRequest(Conversation, GenerationRequest):
     """`{"format": {"type": "json_schema", "schema": {...}}}`, see structured output."""
     n: Literal[1] = 1
     """A message has one answer."""
+
+    @property
+    def set_fields(self) -> Set[str]:
+        return self.model_fields_set | ({"stop"} if self.stop_sequences is not None else set())
 
     @property
     def include_usage(self) -> bool:

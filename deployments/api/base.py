@@ -367,12 +367,8 @@ def without_unserved(data: JsonMapping, known: Passing) -> JsonMapping:
 
 
 def _asks_nothing(given: object, nothing: Sequence[object]) -> bool:
-    return any(_same(given, value) for value in nothing)
-
-
-def _same(value: object, other: Any) -> bool:
-    """Return whether both are equal and of one type: 0 is not False, and 1.0 is not 1."""
-    return type(value) is type(other) and value == other
+    """Return whether one of these is equal and of the same type: 0 is not False, and 1.0 is not 1."""
+    return any(type(given) is type(value) and given == value for value in nothing)
 
 
 class TolerantRequest(ApiRequest):

@@ -214,11 +214,10 @@ class Answer:
         """Return the first chunk of a stream: the role of every choice, and the plans before any text."""
         begun: JsonObject = {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
         indices = range(len(self.plans) * self.num_choices)
-        choices = [
-            {"index": index, "finish_reason": None, "logprobs": None} | begun | self._own_lora(index)
-            for index in indices
-        ]
-        return self._chunk(choices) | ({"lora": self._plan_of(0)} if len(self.plans) == 1 else {})
+        choices = [{"index": index, "finish_reason": None, "logprobs": None} | begun for index in indices]
+        if len(self.plans) == 1:
+            return self._chunk(choices) | {"lora": self._plan_of(0)}
+        return self._chunk([choice | {"lora": self._plan_of(index)} for index, choice in enumerate(choices)])
 
     def chunk(self, index: int, delta: Delta, *, is_first: bool = False, is_empty: bool = False) -> JsonObject:
         """Return the chunk for a delta of one choice.
@@ -293,9 +292,6 @@ class Answer:
     def _plan_of(self, index: int) -> PlanObject:
         """Return the plan of the choice's prompt."""
         return plan_object(self.plans[index // self.num_choices], self.tenant, explain=self.explain)
-
-    def _own_lora(self, index: int) -> JsonObject:
-        return {} if len(self.plans) == 1 else {"lora": self._plan_of(index)}
 
     def _usage(self, ends: Sequence[Completion] | Sequence[Delta]) -> Usage:
         """Count tokens as OpenAI does: a prompt counts once, however many answers it has.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
@@ -233,6 +233,11 @@ class GenerationRequest(TolerantRequest, PolicyFields):
         if self.prompt_logprobs is not None and self.stream:
             raise problem("prompt_logprobs", "are part of whole answers; set stream: false or remove them")
         return self
+
+    @property
+    def set_fields(self) -> Set[str]:
+        """The fields that the request sets; those that another API calls otherwise by their names here."""
+        return self.model_fields_set
 
     @property
     def include_usage(self) -> bool:

@@ -159,12 +159,12 @@ def applied_contract(
     if plan.contract is None or not question.lora.contract or (leader := plan.leader) is None:
         return None
     contract = _parse(plan.contract, leader.ref.name)
-    left_out = {name for name in SAMPLING_DEFAULTS if name not in sampling.unset}
+    left_out = {name for name in SAMPLING_DEFAULTS if name not in sampling.unset} | set(given)
     if not _takes_instruction(question.prompt, contract):
         left_out.add("instruction")
     if sampling.grammar is not None or question.tools is not None or _OWN_FORM & set(given):
         left_out.add("output_schema")
-    if sampling.stop or "stop" in given:
+    if sampling.stop:
         left_out.add("stop")
     if sampling.max_tokens is not None or sampling.min_tokens > contract.defaults.get("max_tokens", 0):
         left_out.add("max_tokens")

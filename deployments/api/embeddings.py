@@ -78,14 +78,11 @@ def embeddings_answer(
     num_dimensions = len(vectors[0])
     if request.dimensions not in (None, num_dimensions):
         raise Unsupported("dimensions", f"other vectors than those of {num_dimensions} dimensions")
-    as_base64 = request.encoding_format == "base64"
+    shown: list[list[float] | str] = [vector.tolist() for vector in vectors]
+    if request.encoding_format == "base64":
+        shown = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
     data: list[EmbeddingObject] = [
-        {"object": "embedding", "index": index, "embedding": _base64(vector) if as_base64 else vector.tolist()}
-        for index, vector in enumerate(vectors)
+        {"object": "embedding", "index": index, "embedding": embedding} for index, embedding in enumerate(shown)
     ]
     usage: EmbeddingsUsage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return {"object": "list", "data": data, "model": request.model, "usage": usage}
-
-
-def _base64(vector: NDArray[np.float32]) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal, NotRequired, Self, TypeVar
 
@@ -125,19 +125,18 @@ class BoundName:
 
         A request that names adapters or sends a plan takes none of the policy's `lora`.
         """
-        given = request.model_fields_set
+        given = request.set_fields
         names_adapters = request.merged_adapters or "lora_path" in given
         lora = request.lora if names_adapters else self._options(request.lora)
-        return _filled(request, self.policy, leaves=("model", "lora", "template", "variant", "share")).model_copy(
-            update={"lora": lora}
-        )
+        own = {*given, "model", "lora", "template", "variant", "share"}
+        return _filled(request, self.policy, own).model_copy(update={"lora": lora})
 
     def asked(self, question: Question) -> Question:
         """Return the question with the policy's model, and with its options where it sets none."""
         return replace(question, model=self.policy.model, lora=self._options(question.lora))
 
     def _options(self, own: LoraOptions) -> LoraOptions:
-        return own if own.names_adapters else _filled(own, self.policy.lora)
+        return own if own.names_adapters else _filled(own, self.policy.lora, own.model_fields_set)
 
     def questions(self, filled: GenerationRequest) -> list[Question]:
         """Return the questions of a request that was filled."""
@@ -159,10 +158,9 @@ class BoundName:
 M = TypeVar("M", bound=ApiRequest)
 
 
-def _filled(own: M, policy: ApiRequest, leaves: tuple[str, ...] = ()) -> M:
-    """Return `own` with the fields that only the policy sets, without those that `leaves` names."""
-    given = own.model_fields_set
-    taken = {*given, *leaves, *(_REPLACES[name] for name in given if name in _REPLACES)}
+def _filled(own: M, policy: ApiRequest, given: Set[str]) -> M:
+    """Return `own` with the fields that the policy sets, without those in `given`."""
+    taken = given | {_REPLACES[name] for name in given if name in _REPLACES}
     found = {name: getattr(policy, name) for name in policy.model_fields_set - taken}
     return own.model_copy(update=found) if found else own
 

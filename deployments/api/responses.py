@@ -160,16 +160,6 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
-    """Withdrawn adapters. `behind` Retriever replicas may still route to them."""
-
-    names: tuple[str, ...]
-    generation: int
-    ready: int
-    behind: int
-
-
-@dataclass(frozen=True, slots=True)
 class Settled:
     """A committed change. `behind` Retriever replicas do not know it yet."""
 
@@ -288,7 +278,7 @@ def trial_object(trial: Trial) -> TrialObject:
     return {"digest": trial.digest, "share": trial.share, "shadow": trial.is_shadow}
 
 
-def replicas_object(change: Published | Removed | Settled) -> Replicas:
+def replicas_object(change: Published | Settled) -> Replicas:
     return {"ready": change.ready, "behind": change.behind}
 
 
@@ -307,33 +297,3 @@ def batch_object(outcomes: Sequence[Published | Exception]) -> BatchAnswer:
         else:
             data.append({"status": status_of(outcome), **published_object(outcome)})
     return {"object": "list", "data": data}
-
-
-def visibility_object(name: str, visibility: str, settled: Settled) -> SettledAdapter:
-    replicas = replicas_object(settled)
-    return {"name": name, "visibility": visibility, "generation": settled.generation, "replicas": replicas}
-
-
-def approval_object(ref: AdapterRef, settled: Settled, draws: DrawsObject, *, approved: bool = True) -> SettledAdapter:
-    return {
-        "name": ref.name,
-        "digest": ref.digest,
-        "approved": approved,
-        "draws": draws,
-        "generation": settled.generation,
-        "replicas": replicas_object(settled),
-    }
-
-
-def share_object(name: str, trial: Trial | None, settled: Settled) -> SettledAdapter:
-    shown = None if trial is None else trial_object(trial)
-    return {"name": name, "trial": shown, "generation": settled.generation, "replicas": replicas_object(settled)}
-
-
-def removed_object(removed: Removed) -> RemovedAdapters:
-    return {
-        "names": list(removed.names),
-        "deleted": True,
-        "generation": removed.generation,
-        "replicas": replicas_object(removed),
-    }

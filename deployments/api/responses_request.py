@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -237,6 +237,11 @@ class ResponsesRequest(GenerationRequest):
         check_tools([tool.name for tool in self.tools or ()], self._choice, "name")
         self._check_paths(1)
         return self
+
+    @property
+    def set_fields(self) -> Set[str]:
+        has_format = self.text is not None and self.text.format is not None
+        return self.model_fields_set | ({"response_format"} if has_format else set())
 
     @property
     def include_usage(self) -> bool:

@@ -335,14 +335,15 @@ class Keys(Protocol):
         ...
 
 
-class Authenticator:
-    """Maps `Authorization` headers to callers. Each Ingress replica has one.
+class Authenticator(Limiter):
+    """Maps `Authorization` headers to callers, and enforces their limits. Each Ingress replica has one.
 
     Without keys every request belongs to the local caller.
     """
 
-    def __init__(self, keys: Keys | None, limiter: Limiter) -> None:
-        self._keys, self._limiter = keys, limiter
+    def __init__(self, keys: Keys | None, num_replicas: int) -> None:
+        super().__init__(num_replicas)
+        self._keys = keys
 
     def authenticate(self, authorization: str | None) -> Caller:
         """Return the caller of a request. Raises: KeyRefused, KeysUnavailable."""
@@ -355,21 +356,3 @@ class Authenticator:
         if caller is None:
             raise KeyRefused("the API key is not valid on this server")
         return caller
-
-    def count_request(self, caller: Caller) -> None:
-        """Count one request of the key. Raises: RateLimited."""
-        self._limiter.count_request(caller)
-
-    def rate_headers(self, caller: Caller) -> dict[str, str]:
-        """Return what is left of the key's rates, as headers."""
-        return self._limiter.rate_headers(caller)
-
-    @contextmanager
-    def running(self, caller: Caller, work: Work) -> Iterator[TokenUsage]:
-        """Reserve quota for a request that generates, routes or places prompts. Raises: RateLimited, RequestInvalid."""
-        with self._limiter.running(caller, work) as usage:
-            yield usage
-
-    def charge(self, caller: Caller, num_read: int, field: str) -> None:
-        """Charge the tokens that the encoder reads for a publish. Raises: RateLimited, RequestInvalid."""
-        self._limiter.charge(caller, num_read, field)

@@ -69,7 +69,8 @@ class KeyFile:
     def _refresh(self) -> None:
         try:
             state = self._state_now()  # before the content: a change between the two is seen next time
-            if state == self._state and not self._may_have_changed(state):
+            is_young = 0 <= self._now() - state[3] / 1e9 < _SETTLE_S
+            if state == self._state and not is_young:
                 return
             content = self._path.read_bytes()
             self._missing_since = None
@@ -95,10 +96,6 @@ class KeyFile:
         if not isinstance(error, OSError) or math.isinf(self._missing_grace_s):
             return ""
         return f"; they expire {self._missing_grace_s:.0f} s after the file went missing"
-
-    def _may_have_changed(self, state: _State) -> bool:
-        written_at = state[3] / 1e9
-        return 0 <= self._now() - written_at < _SETTLE_S
 
     def _state_now(self) -> _State:
         found = os.stat(self._path)  # follows links: a secret's `..data` leads to another folder after a swap

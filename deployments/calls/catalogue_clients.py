@@ -47,7 +47,6 @@ from retriever_svc import (
     PageRequest,
     PinnedAdapter,
     Place,
-    PoolMap,
     PoolSize,
     Region,
     ReindexStep,
@@ -259,7 +258,7 @@ class RetrieverCalls(RoutingClient, Protocol):
         is_short: bool = False,
     ) -> list[NamedPolicy]: ...
     @retry
-    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap: ...
+    async def map(self, tenant: str, min_generation: int = 0) -> bytes: ...
     @retry
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place: ...
     @retry

@@ -21,8 +21,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.serve_calls import ServeCalls, answer_or_raise
+from deployments.calls.serve_calls import answer_or_raise
 from deployments.calls.shared import Shared
+from deployments.calls.typed_client import ServeClient, retry
 from deployments.errors import WorkerStarting
 from deployments.scaling.residency import HEARD, ResidencyReport
 from gpu_worker.errors import DeadlineExceeded
@@ -94,7 +95,7 @@ class HeartbeatStream(Generic[T]):
                 raise
             raise ActorUnavailableError("the replica cancelled the call as it shut down", None) from exc
         self._silent_at = self._clock() + self._timeout_s
-        if isinstance(item, ResidencyReport):
+        if isinstance(item, tuple):  # a ResidencyReport, of this version of the server or another one
             HEARD.hear(item)
             return None
         return answer_or_raise(item)
@@ -111,10 +112,13 @@ class Usage:
 
 
 class WorkerCalls(Protocol):
-    """Calls that any one replica answers."""
+    """Calls that any one replica answers. They are repeated if it dies."""
 
+    @retry
     async def module_shapes(self) -> Shapes: ...
+    @retry
     async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]: ...
+    @retry
     async def tokenize(
         self,
         tenant: str,
@@ -124,6 +128,7 @@ class WorkerCalls(Protocol):
         with_texts: bool,
         tools: Tools | None = None,
     ) -> Tokenized: ...
+    @retry
     async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]: ...
 
 
@@ -170,48 +175,20 @@ class WorkerClient(WorkerCalls, WorkerGroup, Protocol):
         ...
 
 
-class ServeWorker(WorkerClient):
+class ServeWorker(ServeClient[WorkerReplica], WorkerClient):
     """Calls the Worker through Serve. `status` returns the state of Serve's applications; it blocks."""
 
-    def __init__(
-        self,
-        handle: DeploymentHandle,
-        *,
-        heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
-        status: Callable[[], ServeStatus] = serve.status,
-    ) -> None:
+    def __init__(self, handle: DeploymentHandle, heartbeat_timeout_s: float, status: Callable[[], ServeStatus]) -> None:
+        super().__init__(handle)
         self._handle, self._heartbeat_timeout_s, self._status = handle, heartbeat_timeout_s, status
-        self._calls: ServeCalls[WorkerReplica] = ServeCalls(handle)
-
-    async def module_shapes(self) -> Shapes:
-        return await self._calls.retry(WorkerReplica.module_shapes)
 
     async def wait_for_replica(self) -> Shapes:
-        return await self._calls.once(WorkerReplica.module_shapes)
+        return await self.calls.once(WorkerReplica.module_shapes)
 
     async def is_scaled_to_zero(self) -> bool:
         status = await asyncio.to_thread(self._status)
         worker = status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
         return worker.replica_states.get("RUNNING", 0) == 0 and worker.status in _CAN_START
-
-    async def probe_many(self, weights_digests: Sequence[str]) -> list[float | Exception]:
-        return await self._calls.retry(WorkerReplica.probe_many, weights_digests)
-
-    async def tokenize(
-        self,
-        tenant: str,
-        prompt: Prompt,
-        template: str,
-        add_special_tokens: bool | None,
-        with_texts: bool,
-        tools: Tools | None = None,
-    ) -> Tokenized:
-        return await self._calls.retry(
-            WorkerReplica.tokenize, tenant, prompt, template, add_special_tokens, with_texts, tools
-        )
-
-    async def detokenize(self, tenant: str, prompts: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
-        return await self._calls.retry(WorkerReplica.detokenize, tenant, prompts, skip_special_tokens)
 
     def stream(self, job: Job) -> DeltaStream:
         # Over gRPC, which saves work for each token and heartbeat: docs/benchmarks/index.md states how much.
@@ -219,13 +196,23 @@ class ServeWorker(WorkerClient):
         return HeartbeatStream(response, self._heartbeat_timeout_s)
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:
-        return await self._calls.broadcast(timeout_s, WorkerReplica.forget, weights_digests)
+        return await self.calls.broadcast(timeout_s, WorkerReplica.forget, weights_digests)
 
     async def broadcast_load(self, timeout_s: float) -> list[EngineStatus | BaseException]:
-        return await self._calls.broadcast(timeout_s, WorkerReplica.load)
+        return await self.calls.broadcast(timeout_s, WorkerReplica.load)
 
     async def broadcast_usage(self, timeout_s: float) -> list[Mapping[str, Usage] | BaseException]:
-        return await self._calls.broadcast(timeout_s, WorkerReplica.usage)
+        return await self.calls.broadcast(timeout_s, WorkerReplica.usage)
+
+
+def serve_worker(
+    handle: DeploymentHandle,
+    *,
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+    status: Callable[[], ServeStatus] = serve.status,
+) -> WorkerClient:
+    """Return the client of a Worker deployment."""
+    return ServeWorker(handle, heartbeat_timeout_s, status)  # type: ignore[abstract]  # as `serve_store`
 
 
 class WorkerGate:

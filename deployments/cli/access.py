@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 from functools import partial
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 from rich.console import Console
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, print_json, show_warning
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Commands,
+    Json,
+    Url,
+    call,
+    err,
+    fail,
+    lora_path,
+    out,
+    print_json,
+    report,
+    show_warning,
+)
 from deployments.cli.pool import Name
 from deployments.json_types import JsonObject
 
@@ -30,11 +42,9 @@ def private(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
 
 
 def _set_visibility(name: str, wanted: str, url: str, *, as_json: bool) -> None:
-    answer = call(url, "PATCH", f"/v1/loras/{quote(name, safe='')}", json={"visibility": wanted})
-    if as_json:
-        print_json(answer)
-        return
-    out.print(f"{answer['name']} is {answer['visibility']} at generation {answer['generation']}", markup=False)
+    answer = call(url, "PATCH", lora_path(name), json={"visibility": wanted})
+    done = f"{answer['name']} is {answer['visibility']} at generation {answer['generation']}"
+    report(answer, done, as_json=as_json)
 
 
 @commands.command()
@@ -52,7 +62,7 @@ def approve(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Let `auto` choose the live version of a public adapter for every tenant. Without --digest, ask first."""
-    path = f"/v1/loras/{quote(name, safe='')}"
+    path = lora_path(name)
     body: JsonObject = {"digest": digest, **({"confirmed": True} if confirmed else {})}
     if digest is None or dry_run:
         shown = call(url, "GET", path)
@@ -70,12 +80,8 @@ def approve(
         if checked["draws"]["needs_confirmation"]:
             body["confirmed"] = True
     answer = call(url, "POST", f"{path}/approve", json=body)
-    if as_json:
-        print_json(answer)
-        return
-    out.print(
-        f"{answer['name']} {answer['digest'][:12]} is approved at generation {answer['generation']}", markup=False
-    )
+    done = f"{answer['name']} {answer['digest'][:12]} is approved at generation {answer['generation']}"
+    report(answer, done, as_json=as_json)
 
 
 def _show_approval(shown: JsonObject, checked: JsonObject, console: Console) -> None:

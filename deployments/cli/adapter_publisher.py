@@ -26,11 +26,7 @@ from deployments.cli.client import (
     show_error,
 )
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import (
-    adapter_files,
-    linked_files,
-    open_without_links,
-)
+from deployments.publishing.adapter_folders import adapter_files, linked_files, open_without_links
 
 _BATCH = 64
 _REQUESTS_AT_ONCE = 2
@@ -124,7 +120,7 @@ class AdapterPublisher:
         adapters = [item.as_json() | self.fields | dict(item.fields) for item in items]
         response = self.client.post("/v1/loras", json={"adapters": adapters}, params=self.params)
         if response.is_error:
-            return [_refusal(response)] * len(items)
+            return [_refusal(response.status_code, message_of(response))] * len(items)
         answers: list[JsonObject] = response.json()["data"]
         return answers
 
@@ -132,16 +128,15 @@ class AdapterPublisher:
         [item] = items
         folder = Path(item.place)
         if links := linked_files(folder):
-            return [{"status": 400, "error": {"message": _link_message(links[0])}}]
+            remedy = "could point to any file: replace it by a copy of the file"
+            return [_refusal(400, f"{links[0].name} is a symbolic link, which {remedy}")]
         paths = adapter_files(folder)
         if not paths:
-            return [
-                {"status": 404, "error": {"message": "no adapter here: a folder with adapter_config.json is needed"}}
-            ]
+            return [_refusal(404, "no adapter here: a folder with adapter_config.json is needed")]
         try:
             samples = None if item.samples is None else _samples_from(item.samples)
         except ValueError as exc:
-            return [{"status": 400, "error": {"message": str(exc)}}]
+            return [_refusal(400, str(exc))]
         with ExitStack() as opened:
             files = {path.name: opened.enter_context(_Counted(path, self.sent)) for path in paths}
             parts: list[tuple[str, tuple[str, BinaryIO]]] = [("files", (name, file)) for name, file in files.items()]
@@ -154,7 +149,9 @@ class AdapterPublisher:
                 fields["contract"] = json.dumps(given["contract"], ensure_ascii=False)
             data = {"name": item.name or folder.resolve().name, **fields}
             response = self.client.post("/v1/loras", files=parts, data=data, params=self.params)
-        return [_refusal(response) if response.is_error else {"status": response.status_code, **response.json()}]
+        if response.is_error:
+            return [_refusal(response.status_code, message_of(response))]
+        return [{"status": response.status_code, **response.json()}]
 
 
 class _Counted(io.FileIO):
@@ -233,12 +230,8 @@ def _named(item: Item, message: str) -> str:
     return message if is_named else f"{item.place}: {message}"
 
 
-def _link_message(link: Path) -> str:
-    return f"{link.name} is a symbolic link, which could point to any file: replace it by a copy of the file"
-
-
-def _refusal(response: httpx.Response) -> JsonObject:
-    return {"status": response.status_code, "error": {"message": message_of(response)}}
+def _refusal(status: int, message: str) -> JsonObject:
+    return {"status": status, "error": {"message": message}}
 
 
 def _samples_from(file: Path) -> bytes:

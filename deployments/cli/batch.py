@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import JsonOutcome, Options, read_options
+from deployments.cli.client import JsonOutcome, Options, fail, read_options
 
 commands = typer.Typer()
 
@@ -35,19 +35,19 @@ def batch(
 ) -> None:
     """Answer every row of a parquet file as the server would. A second run resumes an interrupted one."""
     from deployments.batch.run import BatchSettings
-    from deployments.cli.run_batch import configured, fail, run_batch  # Ray takes seconds to import
-    from deployments.config.loading import require_base_model
+    from deployments.cli.run_batch import run_batch  # Ray takes seconds to import
+    from deployments.config.loading import load_config, require_base_model
 
     defaults = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-    retrieval = {"strategy": strategy, "strategy_options": read_options(option), "k": k, "weights": weights}
+    options = {"strategy": strategy, "strategy_options": read_options(option), "k": k, "weights": weights}
+    retrieval = {name: value for name, value in options.items() if value is not None}
     try:
-        settings = configured(config, store, {name: value for name, value in retrieval.items() if value is not None})
+        settings = load_config(config, retrieval=retrieval, **({} if store is None else {"store_uri": store}))
         if address is None:  # a cluster has files of its own
             for served in settings.served_models:
                 require_base_model(served.base)
     except (ValueError, OSError) as exc:
-        raise typer.Exit(fail(str(exc))) from exc
+        fail(str(exc))
     given = {name: value for name, value in defaults.items() if value is not None}
     run = BatchSettings(settings, source, target, part_rows, tenant, given)
-    if code := run_batch(run, address=address, concurrency=concurrency, as_json=as_json):
-        raise typer.Exit(code)
+    run_batch(run, address=address, concurrency=concurrency, as_json=as_json)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import typer
 from rich.table import Table
 
-from deployments.cli.client import counted, err, out, print_json, show_error, show_warning
+from deployments.cli.client import counted, err, fail, out, print_json, say, show_error, show_warning
 from deployments.config.loading import load_config
 from deployments.config.served_model import ServedModels
 from deployments.json_types import JsonObject
@@ -25,8 +26,8 @@ _ENOUGH_SAMPLES = 20  # more improve routing little
 
 def check_adapters(
     folders: Sequence[Path], config: Path | None, parity: bool, *, base_name: str | None = None, as_json: bool = False
-) -> int:
-    """Print whether the adapters at `folders` can be published, or every reason why not. Return the exit code.
+) -> None:
+    """Print whether the adapters at `folders` can be published, or every reason why not. Exit with 1 if one cannot.
 
     These are the ones that `publish` finds there. `parity`: also compare the log probabilities with those of PEFT.
     `as_json`: print an object for scripts.
@@ -35,35 +36,25 @@ def check_adapters(
     for folder in folders:
         found += (own := adapter_folders(folder))
         if not own:
-            return _fail(folder_problem(folder))
+            fail(folder_problem(folder))
     if parity and len(found) > 1:
-        return _fail("--parity compares one adapter: give its folder")
+        fail("--parity compares one adapter: give its folder")
     try:
         settings = load_config(config)
         limits = settings.admission.limits
         outcomes = [_outcome(adapter, base_name, settings.served_models, limits) for adapter in found]
     except (ValueError, OSError) as exc:
-        return _fail(str(exc))
-    num_refused = sum(not outcome["is_fit"] for outcome in outcomes)
+        fail(str(exc))
     if as_json:
         print_json({"data": outcomes})
-        return min(num_refused, 1)
-    refused: dict[str, list[str]] = {}  # names by reason
-    for outcome in outcomes:
-        _print(outcome)
-        for reason in outcome.get("reasons", ()):
-            refused.setdefault(reason, []).append(outcome["name"])
-    for reason, names in refused.items():
-        show_error(f"{', '.join(names)}: refused: {reason}" if len(outcomes) > 1 else f"refused: {reason}")
-    if len(outcomes) > 1:
-        err.print(f"{len(outcomes) - num_refused} fit to publish, {num_refused} refused", highlight=False)
-    if num_refused:
-        return 1
-    if not parity:
-        return 0
-    folder = found[0].path.resolve()
-    model = settings.served_models.made_for(base_name or read_base_model(folder, limits))
-    return _check_parity(folder, settings.by_model[model.name].worker_config())
+    else:
+        _print_outcomes(outcomes)
+    if not all(outcome["is_fit"] for outcome in outcomes):
+        raise typer.Exit(1)
+    if parity and not as_json:
+        folder = found[0].path.resolve()
+        model = settings.served_models.made_for(base_name or read_base_model(folder, limits))
+        _check_parity(folder, settings.by_model[model.name].worker_config())
 
 
 def folder_problem(folder: Path) -> str:
@@ -92,12 +83,15 @@ def _outcome(adapter: AdapterFolder, base_name: str | None, models: ServedModels
         )
     except AdapterRefused as exc:
         return {"name": adapter.name, "is_fit": False, "reasons": list(exc.reasons)}
-    counted = {
+    file = folder / SAMPLES_FILE
+    return {
+        "name": adapter.name,
+        "is_fit": True,
         "num_modules": len(admitted.pairs),
         "num_samples": len(admitted.samples),
-        "num_lines": _num_lines(folder),
+        "num_lines": len(sample_lines(file.read_bytes())) if file.is_file() else 0,
+        "warnings": list(admitted.warnings),
     }
-    return {"name": adapter.name, "is_fit": True, **counted, "warnings": list(admitted.warnings)}
 
 
 def _read_contract(name: str, data: bytes, context: int) -> tuple[str, tuple[str, ...]]:
@@ -106,18 +100,21 @@ def _read_contract(name: str, data: bytes, context: int) -> tuple[str, tuple[str
     return read_contract(name, data, context)
 
 
-def _print(outcome: JsonObject) -> None:
-    """Print the outcome for a folder that is fit."""
-    if outcome["is_fit"]:
-        out.print(f"{outcome['name']}: {_summary(outcome)}", markup=False, highlight=False, soft_wrap=True)
-    for warning in outcome.get("warnings", ()):
-        show_warning(f"warning: {outcome['name']}: {warning}")
-
-
-def _num_lines(folder: Path) -> int:
-    """Return the number of samples that were written for the adapter."""
-    file = folder / SAMPLES_FILE
-    return len(sample_lines(file.read_bytes())) if file.is_file() else 0
+def _print_outcomes(outcomes: Sequence[JsonObject]) -> None:
+    """Print the outcome for each folder that is fit, each reason with the adapters that it concerns, and counts."""
+    refused: dict[str, list[str]] = {}  # names by reason
+    for outcome in outcomes:
+        if outcome["is_fit"]:
+            say(f"{outcome['name']}: {_summary(outcome)}")
+        for warning in outcome.get("warnings", ()):
+            show_warning(f"warning: {outcome['name']}: {warning}")
+        for reason in outcome.get("reasons", ()):
+            refused.setdefault(reason, []).append(outcome["name"])
+    for reason, names in refused.items():
+        show_error(f"{', '.join(names)}: refused: {reason}" if len(outcomes) > 1 else f"refused: {reason}")
+    if len(outcomes) > 1:
+        num_fit = sum(outcome["is_fit"] for outcome in outcomes)
+        err.print(f"{num_fit} fit to publish, {len(outcomes) - num_fit} refused", highlight=False)
 
 
 def _summary(outcome: JsonObject) -> str:
@@ -133,28 +130,21 @@ def _summary(outcome: JsonObject) -> str:
     return f"{', '.join(parts)}, fit to publish{hint}"
 
 
-def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> int:
+def _check_parity(folder: Path, config: NativeWorkerConfig | VllmWorkerConfig) -> None:
+    """Print the differences from PEFT. Exit with 1 if one is too large."""
     from deployments.cli.peft_parity import TOLERANCE, parity_with_peft  # transformers takes seconds to import
 
     try:
         with out.status("loading the base model twice"):
             differences = parity_with_peft(folder, config)
     except AdapterRefused as exc:  # the shapes of the base model's layers were not known before
-        for reason in exc.reasons:
-            show_error(f"refused: {reason}")
-        return 1
+        fail("\n".join(f"refused: {reason}" for reason in exc.reasons))
     except GpuWorkerError as exc:
-        return _fail(str(exc))
+        fail(str(exc))
     title = f"log probabilities compared with PEFT in float32, at most {TOLERANCE:g}"
     table = Table("strategy", "largest difference", title=title)
     for strategy, difference in differences.items():
         table.add_row(strategy, f"{difference:.1e}")
     out.print(table)
-    failed = [strategy for strategy, difference in differences.items() if not difference <= TOLERANCE]
-    return _fail(f"{', '.join(failed)} differ from PEFT by more than {TOLERANCE:g}") if failed else 0
-
-
-def _fail(message: str) -> int:
-    """Print an error and return the exit code 1."""
-    show_error(message)
-    return 1
+    if failed := [strategy for strategy, difference in differences.items() if not difference <= TOLERANCE]:
+        fail(f"{', '.join(failed)} differ from PEFT by more than {TOLERANCE:g}")

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin
+from urllib.parse import quote
 
 import httpx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 from typer.core import TyperGroup
 
 from deployments.json_types import JsonObject
@@ -209,9 +211,10 @@ class KeyAnywhere(Commands):
 @contextmanager
 def client_of(url: str, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> Iterator[httpx.Client]:
     """Yield an HTTP client. If the server cannot be reached, print why and exit."""
+    key, hooks = _key.get(), {"response": [_note_ignored_key()]}
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        hooks = {"response": [_note_ignored_key()]}
-        with httpx.Client(base_url=url, timeout=timeout_s, headers=_authorization(), event_hooks=hooks) as client:
+        with httpx.Client(base_url=url, timeout=timeout_s, headers=headers, event_hooks=hooks) as client:
             yield client
     except httpx.ConnectError:
         fail(
@@ -229,11 +232,6 @@ def use_key(key: str | None) -> None:
 def has_key() -> bool:
     """Return whether this command sends a key."""
     return _key.get() is not None
-
-
-def _authorization() -> dict[str, str]:
-    key = _key.get()
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _note_ignored_key() -> Callable[[httpx.Response], None]:
@@ -274,19 +272,28 @@ def pages(url: str, path: str, params: Mapping[str, str | list[str]] | None = No
 
 def follow(url: str, path: str, body: JsonObject, title: str) -> JsonObject:
     """Send a POST that streams its progress as JSON lines, and return the result. On an error, print it and exit."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with client_of(url, timeout_s=None) as client, client.stream("POST", path, json=body) as response:
         check(response)
-        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-            task = progress.add_task(title, total=None)
+        with progress(title, MofNCompleteColumn()) as update:
             for line in map(json.loads, response.iter_lines()):
                 if "error" in line:
                     fail(name_options(line["error"]["message"]))
                 if "result" in line:
                     result: JsonObject = line["result"]
                     return result
-                progress.update(task, completed=line["done"], total=line["total"])
+                update(completed=line["done"], total=line["total"])
     fail("the server closed the connection before it was done; run the command again")
+
+
+@contextmanager
+def progress(title: str, *columns: ProgressColumn, **task: Any) -> Iterator[Callable[..., None]]:
+    """Show on a terminal how much is done. Yield rich's `Progress.update` for this task.
+
+    `columns`: what stands behind the bar. `task`: options of rich's `add_task`; by default the total is not known.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
+        yield partial(shown.update, shown.add_task(title, **{"total": None, **task}))
 
 
 def check(response: httpx.Response) -> None:
@@ -324,9 +331,27 @@ def problem_of(error: Exception) -> str:
     return f"{error.filename}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
 
 
+def lora_path(name: str) -> str:
+    """Return the path of an adapter on the server."""
+    return f"/v1/loras/{quote(name, safe='')}"
+
+
 def print_json(answer: JsonObject) -> None:
     """Print the answer of the server for scripts."""
     typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """Print a line for people as it is, however long."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def report(answer: JsonObject, text: str, *, as_json: bool) -> None:
+    """Print the answer of the server for scripts, or what it means for people."""
+    if as_json:
+        print_json(answer)
+    else:
+        say(text)
 
 
 def join_lines(text: str) -> str:

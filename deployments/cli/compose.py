@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deployments.cli.client import DEFAULT_URL, Url, out
+from deployments.cli.client import DEFAULT_URL, Url, say
 from deployments.cli.pool_upkeep import Store
 
 commands = typer.Typer()
@@ -58,7 +58,7 @@ def compose(
     said += ". It has no samples: add lora_samples.jsonl for auto"
     if len(templates) == 1 and (template := templates.pop()):
         said += f". Publish it with --template {template}, which its adapters have"
-    out.print(said, markup=False, highlight=False, soft_wrap=True)
+    say(said)
 
 
 def _weights_in(text: str) -> dict[str, float]:

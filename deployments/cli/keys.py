@@ -23,6 +23,8 @@ from deployments.cli.client import (
     out,
     print_json,
     problem_of,
+    report,
+    say,
 )
 from deployments.json_types import JsonObject
 
@@ -146,27 +148,17 @@ def expire(
     with _file_errors(file):
         expires_at = read_expiry(when, datetime.now(UTC))
         expire_entry(file, id, expires_at)
-    if as_json:
-        print_json({"id": id, "expires_at": expires_at})
-        return
-    out.print(f"{id} expires: {expires_at or 'never'}", markup=False, highlight=False, soft_wrap=True)
+    report({"id": id, "expires_at": expires_at}, f"{id} expires: {expires_at or 'never'}", as_json=as_json)
 
 
 @commands.command()
-def revoke(
-    id: KeyId,
-    file: KeysFile,
-    as_json: JsonOutcome = False,
-) -> None:
+def revoke(id: KeyId, file: KeysFile, as_json: JsonOutcome = False) -> None:
     """Remove a key from the file. A running server refuses it from its next request on."""
     from deployments.auth.key_issuing import remove_entry  # imports pydantic
 
     with _file_errors(file):
         remove_entry(file, id)
-    if as_json:
-        print_json({"id": id, "revoked": True})
-        return
-    out.print(f"{id} is revoked in {file}", markup=False, highlight=False, soft_wrap=True)
+    report({"id": id, "revoked": True}, f"{id} is revoked in {file}", as_json=as_json)
 
 
 def _show_key(key: str, entry: JsonObject, done: str, *, as_json: bool) -> None:
@@ -176,7 +168,7 @@ def _show_key(key: str, entry: JsonObject, done: str, *, as_json: bool) -> None:
         return
     if done:
         err.print(f"{done}; the key, which is not shown again:", style="dim", markup=False)
-    out.print(key, markup=False, highlight=False, soft_wrap=True)
+    say(key)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from deployments.cli.client import (
     out,
     print_json,
     read_options,
+    say,
     use_key,
 )
 from deployments.cli.client import check as check_answer
@@ -116,18 +117,18 @@ def serve(
 
         sys.stdout.write(dump_config(settings))
         return
-    if port:
-        _require_free(host, port)
-    _import_serve()
-    from deployments.private_names import check_libraries
-
     try:
+        if port:
+            check_free(host, port)
+        _import_serve()
+        from deployments.private_names import check_libraries
+
         check_libraries(of_engine=False)
-    except ImportError as exc:
+    except (ServerFailed, ImportError) as exc:
         fail(str(exc))
     from deployments.cli.run_server import run_server  # Ray takes seconds to import
 
-    _exit_with(run_server(settings, host, port, metrics_port, is_verbose=verbose))
+    run_server(settings, host, port, metrics_port, is_verbose=verbose)
 
 
 @cli.command()
@@ -271,14 +272,12 @@ def route(
     if plan["candidates"]:
         out.print(table)
     if "why" in plan:
-        out.print(plan["why"], markup=False, highlight=False)
+        say(plan["why"])
     if contract := plan.get("contract"):
-        said = f"{contract['adapter']} is asked by its contract: {', '.join(contract['applied'])}."
-        out.print(said, markup=False, highlight=False)
+        say(f"{contract['adapter']} is asked by its contract: {', '.join(contract['applied'])}.")
     for candidate in plan["candidates"]:
         for sample in candidate.get("samples", ()):
-            line = f"sample of {candidate['name']}, {sample['score']:.3f}: {sample['input']}"
-            out.print(join_lines(line), markup=False, highlight=False)
+            say(join_lines(f"sample of {candidate['name']}, {sample['score']:.3f}: {sample['input']}"))
 
 
 @cli.command()
@@ -289,20 +288,18 @@ def status(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         print_json(found)
         return
     pool_facts, workers, defaults = found["pool"], found["workers"], found["defaults"]
-    out.print(f"server:   {url}", highlight=False)
-    names = ", ".join(found.get("models", [found["base_model"]]))
-    out.print(f"model:    {names}", markup=False, highlight=False)
-    usable = f"{pool_facts['num_adapters']} adapters that you may use"
-    out.print(f"pool:     {usable}, at generation {pool_facts['generation']}", highlight=False)
-    out.print(f"routing:  {defaults['strategy']}, k = {defaults['k']}", highlight=False)
+    say(f"server:   {url}")
+    say(f"model:    {', '.join(found.get('models', [found['base_model']]))}")
+    say(f"pool:     {pool_facts['num_adapters']} adapters that you may use, at generation {pool_facts['generation']}")
+    say(f"routing:  {defaults['strategy']}, k = {defaults['k']}")
     if workers is None:
-        out.print("workers:  shown to keys with the role admin", highlight=False)
+        say("workers:  shown to keys with the role admin")
         return
     for base_model, own in found.get("models", {"": workers}).items():
         if base_model:
-            out.print(f"\n{base_model}", markup=False, highlight=False)
+            say(f"\n{base_model}")
         for line in _describe_load(own):
-            out.print(line, highlight=False)
+            say(line)
 
 
 def _describe_load(workers: JsonObject) -> list[str]:
@@ -345,25 +342,12 @@ def _options_of(**options: object) -> JsonObject:
     return {"lora": given} if given else {}
 
 
-def _require_free(host: str, port: int) -> None:
-    """Exit with the reason if the port cannot be used."""
-    try:
-        check_free(host, port)
-    except ServerFailed as exc:
-        fail(str(exc))
-
-
 def _text_of(prompt: list[str] | None) -> str:
     """Return the words as one text; `-` alone means standard input. Raises: BadParameter for an empty one."""
     text = sys.stdin.read().strip() if prompt == ["-"] else " ".join(prompt or ())
     if not text.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="TEXT")
     return text
-
-
-def _exit_with(code: int) -> None:
-    if code:
-        raise typer.Exit(code)
 
 
 def _plan_line(lora: JsonObject) -> str:

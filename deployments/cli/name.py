@@ -12,7 +12,8 @@ import typer
 from rich.table import Column, Table
 from rich.text import Text
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, pages, print_json
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, err, fail, out, pages, print_json, report
+from deployments.cli.pool import Earlier
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(cls=Commands, help="Let model names stand for policies: which adapters answer, and how.")
@@ -65,15 +66,7 @@ def list_names(
 
 
 @commands.command()
-def rollback(
-    name: Name,
-    to: Annotated[
-        str | None,
-        typer.Option(metavar="DIGEST", help="a kept version, or its beginning; default: the previous version"),
-    ] = None,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
+def rollback(name: Name, to: Earlier = None, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Make an earlier policy of a model name the newest again."""
     body = {} if to is None else {"digest": to}
     _report(call(url, "POST", f"{_path(name)}/rollback", json=body), as_json=as_json)
@@ -105,9 +98,6 @@ def _path(name: str) -> str:
 
 
 def _report(answer: JsonObject, *, as_json: bool) -> None:
-    if as_json:
-        print_json(answer)
-        return
     version = f" {answer['digest'][:12]}" if "digest" in answer else ""
     done = "approved" if answer.get("approved") else "in use" if version else "removed"
-    out.print(f"{answer['name']}{version} is {done} at generation {answer['generation']}", markup=False)
+    report(answer, f"{answer['name']}{version} is {done} at generation {answer['generation']}", as_json=as_json)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 from rich.markup import escape
@@ -19,10 +18,13 @@ from deployments.cli.client import (
     call,
     client_of,
     join_lines,
+    lora_path,
     message_of,
     out,
     pages,
     print_json,
+    report,
+    say,
     show_error,
 )
 from deployments.json_types import JsonObject
@@ -31,6 +33,10 @@ _SHOWN_SAMPLES = 3
 
 commands = typer.Typer()
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the adapter")]
+Earlier = Annotated[
+    str | None,
+    typer.Option("--to", metavar="DIGEST", help="a kept version, or its beginning; default: the previous version"),
+]
 
 
 @commands.command("list")
@@ -53,12 +59,8 @@ def list_adapters(
     if as_json:
         print_json({"generation": answer["generation"], "unserved": answer.get("unserved", []), "data": rows})
         return
-    names, digests, autos = (
-        Column("adapter", overflow="fold"),
-        Column("digest", no_wrap=True),
-        Column("auto", no_wrap=True),
-    )
-    tags = Column("tags", overflow="fold")
+    names, tags = Column("adapter", overflow="fold"), Column("tags", overflow="fold")
+    digests, autos = Column("digest", no_wrap=True), Column("auto", no_wrap=True)
     table = Table(names, digests, "ranks", "size", "samples", autos, tags, title=f"generation {answer['generation']}")
     for row in rows:
         ranks, auto = ", ".join(map(str, row["ranks"])), "yes" if row["found_by_auto"] else "by name only"
@@ -70,7 +72,7 @@ def list_adapters(
     out.print(table)
     for row in rows:
         if row.get("trial"):
-            out.print(f"{row['id']}: {share_of(row['trial'])}", markup=False, highlight=False)
+            say(f"{row['id']}: {share_of(row['trial'])}")
     for row in answer.get("unserved", []):  # a server of an earlier version has none
         show_error(row["text"])
 
@@ -78,7 +80,7 @@ def list_adapters(
 @commands.command()
 def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Show an adapter, its versions, and some of its samples if it is yours."""
-    answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}?samples={_SHOWN_SAMPLES}")
+    answer = call(url, "GET", lora_path(name), params={"samples": str(_SHOWN_SAMPLES)})
     if as_json:
         print_json(answer)
         return
@@ -103,7 +105,7 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     out.print(facts)
     out.print(versions)
     for sample in samples:
-        out.print(join_lines(f"sample: {sample['input']}"), markup=False, highlight=False)
+        say(join_lines(f"sample: {sample['input']}"))
 
 
 def show_bytes(number: int) -> str:
@@ -136,17 +138,15 @@ def withdraw(
     rows: list[JsonObject] = []
     with client_of(url) as client:
         for name in names:
-            response = client.delete(f"/v1/loras/{quote(name, safe='')}")
-            is_gone = not response.is_error
-            rows.append(
-                {"name": name, **(response.json() if is_gone else {"error": {"message": message_of(response)}})}
-            )
+            response = client.delete(lora_path(name))
+            answer = {"error": {"message": message_of(response)}} if response.is_error else response.json()
+            rows.append({"name": name, **answer})
             if as_json:
                 continue
-            if is_gone:
-                out.print(f"{name} was withdrawn at generation {rows[-1]['generation']}", markup=False)
-            else:
+            if response.is_error:
                 show_error(f"{name}: {message_of(response)}")
+            else:
+                say(f"{name} was withdrawn at generation {answer['generation']}")
     if as_json:
         print_json({"data": rows})
     if any("error" in row for row in rows):
@@ -154,20 +154,8 @@ def withdraw(
 
 
 @commands.command()
-def rollback(
-    name: Name,
-    to: Annotated[
-        str | None,
-        typer.Option(metavar="DIGEST", help="a kept version, or its beginning; default: the previous version"),
-    ] = None,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-) -> None:
+def rollback(name: Name, to: Earlier = None, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Make an earlier version of an adapter live again. If a trial runs, end it: the live version answers alone."""
-    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/rollback", json={} if to is None else {"digest": to})
-    if as_json:
-        print_json(answer)
-        return
-    out.print(
-        f"{answer['name']} is back at {answer['digest'][:12]} since generation {answer['generation']}", markup=False
-    )
+    answer = call(url, "POST", f"{lora_path(name)}/rollback", json={} if to is None else {"digest": to})
+    done = f"{answer['name']} is back at {answer['digest'][:12]} since generation {answer['generation']}"
+    report(answer, done, as_json=as_json)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import httpx
 import typer
@@ -23,7 +22,18 @@ from deployments.cli.adapter_publisher import (
     reads_paths,
     show_refusals,
 )
-from deployments.cli.client import client_of, counted, err, fail, message_of, out, pages, print_json, show_error
+from deployments.cli.client import (
+    client_of,
+    counted,
+    err,
+    fail,
+    lora_path,
+    message_of,
+    pages,
+    print_json,
+    say,
+    show_error,
+)
 from deployments.field_problems import describe_problem
 from deployments.json_types import JsonObject
 from deployments.publishing.adapter_folders import adapter_folders
@@ -84,10 +94,9 @@ def publish_file(file: Path, url: str, *, is_dry: bool, prunes: bool, upload: bo
             if change == "refused":
                 note_refusal(refused, item, answer)
             elif change != "unchanged" and not as_json:
-                note = (
-                    "" if change == "new" or answer.get("changed") else "; its weights, samples or base model changed"
-                )
-                out.print(f"{change}: {describe_outcome(answer, is_dry)}{note}", markup=False, highlight=False)
+                is_said = change == "new" or answer.get("changed")
+                note = "" if is_said else "; its weights, samples or base model changed"
+                say(f"{change}: {describe_outcome(answer, is_dry)}{note}")
         others = sorted(live.keys() - items.keys())
         goes = prunes and not is_dry and not refused
         failed = {name: problem for name in others if goes and (problem := _withdraw(client, name))}
@@ -114,23 +123,20 @@ def _change(answer: JsonObject, live: JsonObject | None) -> str:
 
 def _withdraw(client: httpx.Client, name: str) -> str | None:
     """Withdraw an adapter. Return why that failed, None if it did not."""
-    response = client.delete(f"/v1/loras/{quote(name, safe='')}")
+    response = client.delete(lora_path(name))
     return message_of(response) if response.is_error else None
 
 
 def _say(file: Path, rows: list[JsonObject], others: list[str], num_left: int, *, prunes: bool, goes: bool) -> None:
     """Print the adapters that the file does not list, and counts."""
     if others:
-        note = (
-            "withdrawn" if goes else "would be withdrawn, once none is refused" if prunes else "--prune withdraws them"
-        )
-        out.print(f"not in {file}: {', '.join(others)} ({note})", markup=False, highlight=False, soft_wrap=True)
+        later = "would be withdrawn, once none is refused" if prunes else "--prune withdraws them"
+        say(f"not in {file}: {', '.join(others)} ({'withdrawn' if goes else later})")
     if num_left:
         left = f"{counted(num_left, 'adapter')} of other owners, whose own keys publish them"
         err.print(f"left out: {left}", highlight=False)
     changes = [row["change"] for row in rows]
-    counts = [f"{changes.count(kind)} {kind}" for kind in ("new", "changed", "unchanged", "refused")]
-    out.print(", ".join(counts), highlight=False)
+    say(", ".join(f"{changes.count(kind)} {kind}" for kind in ("new", "changed", "unchanged", "refused")))
 
 
 def _read(file: Path) -> list[tuple[str | None, Item]]:

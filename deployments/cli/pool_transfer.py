@@ -12,9 +12,19 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import MofNCompleteColumn
 
-from deployments.cli.client import check, client_of, counted, err, fail, out, print_json, show_warning
+from deployments.cli.client import (
+    check,
+    client_of,
+    counted,
+    fail,
+    print_json,
+    progress,
+    report,
+    say,
+    show_warning,
+)
 from deployments.config.loading import load_config
 from deployments.json_types import JsonObject
 from lora_store import (
@@ -64,26 +74,23 @@ class ServedPool:
 
 def export_to(target: str, names: Sequence[str], store: str | None, url: str, *, as_peft: bool, as_json: bool) -> None:
     """Export to a new archive, store, or folder of PEFT folders. On an error, print it and exit."""
-    with pool_of(store, url) as source, _progress("copying") as report:
+    with pool_of(store, url) as source, _progress("copying") as copied:
         if as_peft:
             state = source.state().named(names)
             _write_peft(source, state, Path(target))
         elif target.endswith(ARCHIVE):
             with ArchiveTarget(_archive_path(target)) as archive:
-                state = export_pool(source, archive, names, report)
+                state = export_pool(source, archive, names, copied)
         else:
-            state = export_pool(source, StoreTarget(target), names, report)
+            state = export_pool(source, StoreTarget(target), names, copied)
     snapshot, num_bytes = state.snapshot, sum(size or 0 for size in state.blobs().values())
-    if as_json:
-        facts = {"target": target, "generation": snapshot.generation, "num_adapters": len(snapshot.records)}
-        print_json(facts | {"num_bytes": num_bytes})
-        return
-    if not snapshot.records and store is None:
+    if not snapshot.records and store is None and not as_json:
         show_warning(
             "a key copies the adapters of its tenant, which has none; --store STORE copies those of all tenants"
         )
+    facts = {"target": target, "generation": snapshot.generation, "num_adapters": len(snapshot.records)}
     said = f"{counted(len(snapshot.records), 'adapter')} as of generation {snapshot.generation} are in {target}"
-    out.print(said, markup=False, highlight=False, soft_wrap=True)
+    report({**facts, "num_bytes": num_bytes}, said, as_json=as_json)
 
 
 def import_from(
@@ -97,20 +104,19 @@ def import_from(
     as_json: bool,
 ) -> None:
     """Import into the store of the settings, or `store`. On an error, print it and exit."""
-    with _failures(), _progress("importing") as report:
+    with _failures(), _progress("importing") as copied:
         uri = load_config(config, **({} if store is None else {"store_uri": store})).store_uri
         pool: PoolSource = ArchivedPool(_archive_path(source)) if source.endswith(ARCHIVE) else StoredPool(source)
-        done = import_pool(pool, uri, conflict, names, is_dry=is_dry, progress=report)
+        done = import_pool(pool, uri, conflict, names, is_dry=is_dry, progress=copied)
     if as_json:
         print_json({"store": uri, **done})
         return
     for kind in ("new", "skipped", "replaced"):
         if done[kind]:
-            out.print(f"{kind}: {', '.join(done[kind])}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{kind}: {', '.join(done[kind])}")
     counts = ", ".join(f"{len(done[kind])} {kind}" for kind in ("new", "equal", "skipped", "replaced"))
     would = "would be imported into" if is_dry else "are now in"
-    said = f"{counts}; {would} {uri}, generation {done['generation']}"
-    out.print(said, markup=False, highlight=False, soft_wrap=True)
+    say(f"{counts}; {would} {uri}, generation {done['generation']}")
     if done["names_left_out"]:
         show_warning(
             f"not imported, since {uri} has something else by that name: {', '.join(done['names_left_out'])}; set these"
@@ -147,10 +153,8 @@ def _failures() -> Iterator[None]:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Report]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with progress(title, MofNCompleteColumn()) as update:
+        yield lambda done, total: update(completed=done, total=total)
 
 
 def read_modules(source: PoolSource, record: AdapterRecord) -> dict[str, ModuleWeights]:

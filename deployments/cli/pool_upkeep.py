@@ -24,6 +24,8 @@ from deployments.cli.client import (
     out,
     pages,
     print_json,
+    report,
+    say,
     show_error,
 )
 from deployments.cli.routing import Labelled, read_labelled, require_known
@@ -56,14 +58,9 @@ def repair(
         uri = load_config(config, **({} if store is None else {"store_uri": store})).store_uri
         done = repair(Location(uri), datetime.now(UTC))
     except (LoraStoreError, ValueError, OSError) as exc:
-        show_error(str(exc))
-        raise typer.Exit(1) from exc
-    if as_json:
-        print_json(_facts(done))
-    else:
-        lines = [f"the catalogue of {uri} is whole; nothing was changed"] if done is None else _lines(done)
-        for line in lines:
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        fail(str(exc))
+    lines = [f"the catalogue of {uri} is whole; nothing was changed"] if done is None else _lines(done)
+    report(_facts(done), "\n".join(lines), as_json=as_json)
     if done is not None and done.lost:
         raise typer.Exit(1)
 
@@ -157,7 +154,7 @@ def verify(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     else:
         for problem in result["problems"]:
             show_error(f"{problem['adapter']}: {problem['problem']}")
-        out.print(f"{counted(result['num_blobs'], 'blob')}, {len(result['problems'])} bad")
+        say(f"{counted(result['num_blobs'], 'blob')}, {len(result['problems'])} bad")
     if result["problems"]:
         raise typer.Exit(1)
 
@@ -170,11 +167,8 @@ def gc(
 ) -> None:
     """Delete stored blobs that no version refers to, and projections that no embedding is of."""
     answer = call(url, "POST", "/v1/pool/gc", json={"retention_s": retention})
-    if as_json:
-        print_json(answer)
-        return
     blobs, projections = counted(answer["num_blobs"], "blob"), counted(answer["num_projections"], "projection")
-    out.print(f"removed {blobs} and {projections}, {counted(answer['num_bytes'], 'byte')}")
+    report(answer, f"removed {blobs} and {projections}, {counted(answer['num_bytes'], 'byte')}", as_json=as_json)
 
 
 @commands.command()
@@ -188,12 +182,9 @@ def reindex(
 ) -> None:
     """Embed the pool with another encoder, then switch to it. The old index serves until then."""
     result = follow(url, "/v1/pool/reindex", {"encoder": encoder, "projection": projection}, "embedding")
-    if as_json:
-        print_json(result)
-        return
     behind = result["replicas"]["behind"]
     note = f" ({behind_note(behind)})" if behind else ""
-    out.print(f"the pool uses {encoder} since generation {result['generation']}{note}", markup=False)
+    report(result, f"the pool uses {encoder} since generation {result['generation']}{note}", as_json=as_json)
 
 
 @commands.command()
@@ -215,35 +206,31 @@ def doctor(
         if any(row.adapters for row in rows):
             require_known(prompts, rows, {row["id"] for page in pages(url, "/v1/loras") for row in page["data"]})
         body = {"prompts": [_asked(row) for row in rows]}
-    report = follow(url, "/v1/pool/doctor", body, "routing")
+    found = follow(url, "/v1/pool/doctor", body, "routing")
     if as_json:
-        print_json(report)
+        print_json(found)
         return
-    k = report["k"]
-    shares = f"own adapter first {report['first_share']:.1%}, among the best {k} {report['found_share']:.1%}"
-    size = f"{counted(report['num_adapters'], 'adapter')}, {counted(report['num_samples'], 'sample')}"
-    out.print(f"{size}: {shares}")
-    points = ", ".join(f"{point} {share:.1%}" for point, share in report["turned_away_share"].items())
-    out.print(f"samples that the base model would answer, each left out of its adapter: {points}", highlight=False)
-    for row in report["collisions"]:
+    k = found["k"]
+    shares = f"own adapter first {found['first_share']:.1%}, among the best {k} {found['found_share']:.1%}"
+    say(f"{counted(found['num_adapters'], 'adapter')}, {counted(found['num_samples'], 'sample')}: {shares}")
+    points = ", ".join(f"{point} {share:.1%}" for point, share in found["turned_away_share"].items())
+    say(f"samples that the base model would answer, each left out of its adapter: {points}")
+    for row in found["collisions"]:
         first, second = row["adapters"]
         swapped = " and ".join(map(str, row["num_swapped"]))
-        out.print(
-            f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped", markup=False
-        )
-    for row in report["always_shadowed"]:
-        out.print(f"{row['name']} is never chosen first: {row['by']} always scores higher", markup=False)
-    _print_rankings(report["rankings"])
-    for name, row in report.get("outcomes", {}).items():  # a server of an earlier version has none
-        counts = f"{row['positive']} positive, {row['negative']} negative"
-        out.print(f"outcomes of {name or 'the base model'}: {counts}", markup=False, highlight=False)
+        say(f"collision: {first} and {second}, cosine {row['cosine']:.3f}, {swapped} samples swapped")
+    for row in found["always_shadowed"]:
+        say(f"{row['name']} is never chosen first: {row['by']} always scores higher")
+    _print_rankings(found["rankings"])
+    for name, row in found.get("outcomes", {}).items():  # a server of an earlier version has none
+        say(f"outcomes of {name or 'the base model'}: {row['positive']} positive, {row['negative']} negative")
     for title, key in (("never chosen", "never_chosen"), ("unreadable samples", "unreadable")):
-        for name in report[key]:
-            out.print(f"{title}: {name}", markup=False)
-    if "prompts" in report:
-        _print_asked(report["prompts"])
-    for advice in report["advice"]:
-        out.print(f"advice: {advice['text']}", markup=False, highlight=False)
+        for name in found[key]:
+            say(f"{title}: {name}")
+    if "prompts" in found:
+        _print_asked(found["prompts"])
+    for advice in found["advice"]:
+        say(f"advice: {advice['text']}")
 
 
 def _asked(row: Labelled) -> JsonObject:
@@ -261,7 +248,7 @@ def _print_asked(asked: JsonObject) -> None:
         table.add_row("all", str(asked["num"]), *_shares(asked), "")
         out.print(table)
     for row in asked["unlabelled"]:
-        out.print(f"{row['name'] or 'the base model'} answers {counted(row['num'], 'other prompt')}", markup=False)
+        say(f"{row['name'] or 'the base model'} answers {counted(row['num'], 'other prompt')}")
 
 
 def _shares(row: JsonObject) -> list[str]:
@@ -276,11 +263,11 @@ def evaluate(as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         print_json(result)
         return
     num_compared, num_measurable = len(result["rankings"]), result["num_regions"]
-    out.print(f"{num_compared} of {num_measurable} adapters with sample outputs have similar ones to compare with")
+    say(f"{num_compared} of {num_measurable} adapters with sample outputs have similar ones to compare with")
     _print_rankings(result["rankings"])
     beaten = {item["name"] for ranking in result["rankings"] for item in ranking["adapters"] if item["is_beaten"]}
     if num_compared and not beaten:
-        out.print("none is clearly beaten by a similar one, so `auto` chooses as before")
+        say("none is clearly beaten by a similar one, so `auto` chooses as before")
 
 
 def _print_rankings(rankings: Sequence[JsonObject]) -> None:
@@ -290,7 +277,7 @@ def _print_rankings(rankings: Sequence[JsonObject]) -> None:
             f"{item['name']} {item['score']:.0%} of {item['num_examples']}{' (beaten)' if item['is_beaten'] else ''}"
             for item in ranking["adapters"]
         ]
-        out.print(f"right answers to the samples of {ranking['region']}: {', '.join(adapters)}", markup=False)
+        say(f"right answers to the samples of {ranking['region']}: {', '.join(adapters)}")
 
 
 @commands.command()
@@ -314,6 +301,4 @@ def train(
         fail("give either --store or --samples")
     from deployments.cli.run_training import TrainingJob, run_training  # torch takes seconds to import
 
-    job = TrainingJob(target, store, tenant, samples, share, seed, encoder, epochs)
-    if code := run_training(job, as_json=as_json):
-        raise typer.Exit(code)
+    run_training(TrainingJob(target, store, tenant, samples, share, seed, encoder, epochs), as_json=as_json)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
+from rich.progress import DownloadColumn, TransferSpeedColumn, track
 
 from deployments.cli.adapter_publisher import (
     SOURCE,
@@ -32,19 +32,15 @@ from deployments.cli.client import (
     client_of,
     err,
     fail,
-    out,
     print_json,
+    progress,
+    say,
     show_warning,
 )
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import (
-    adapter_folders,
-    folder_bytes,
-)
+from deployments.publishing.adapter_folders import adapter_folders, folder_bytes
 
 commands = typer.Typer()
-
-
 Places = Annotated[
     list[str] | None,
     typer.Argument(
@@ -139,26 +135,37 @@ def publish(
     given |= {"share": None if share is None else share / 100, "shadow": shadow or None, "base_model": base_name}
     given |= {"samples": [] if no_samples else None}
     fields: JsonObject = {key: value for key, value in given.items() if value is not None}
-    if contract is not None and no_contract:
-        raise typer.BadParameter("cannot be combined with --contract", param_hint="--no-contract")
+    has_more = bool(places or fields or samples or config or parity or contract or no_contract)
+    needs_dry = not dry_run and (config is not None or parity)
+    for is_wrong, option, problem in (
+        (prune and file is None, "--prune", "needs --file"),
+        (file is not None and has_more, "--file", "describes each adapter: leave out folders and other options"),
+        (file is None and not places, "FOLDER", "is missing; give a folder, or --file"),
+        (needs_dry, "--parity" if parity else "--config", "needs --dry-run"),
+        (contract is not None and no_contract, "--no-contract", "cannot be combined with --contract"),
+        (shadow and share is None, "--shadow", "needs --share, 100 for a copy of every request"),
+        (share == 0, "--share", "must be above 0; without --share the version becomes live"),
+        (tag and no_tags, "--no-tags", "cannot be combined with --tag"),
+        (samples and no_samples, "--no-samples", "cannot be combined with --samples"),
+    ):
+        if is_wrong:
+            raise typer.BadParameter(problem, param_hint=option)
     if contract is not None or no_contract:
         fields["contract"] = {} if contract is None else _contract_from(contract)
-    _check_places(places, file, prune=prune, has_more=bool(fields or samples or config or parity))
     if file is not None:
         from deployments.cli.pool_file import publish_file  # pydantic takes half a second to import
 
         publish_file(file, url, is_dry=dry_run, prunes=prune, upload=upload, as_json=as_json)
         return
     assert places
-    if not dry_run and (config is not None or parity):
-        raise typer.BadParameter("needs --dry-run", param_hint="--parity" if parity else "--config")
     if dry_run and (config is not None or parity or _is_alone(url)):
         _check_alone(places, config, base_name, parity=parity, as_json=as_json)
         return
     items = [item for place in places for item in _items_of(place)]
-    _require_one(items, name, samples)
-    _check_share(share, shadow)
-    _check_cleared(tag, no_tags, samples, no_samples)
+    if name is not None and len(items) != 1:
+        raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
+    if samples is not None and (len(items) != 1 or items[0].is_source):
+        raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
     params = {"dry_run": "true"} if dry_run else {}
     if samples is not None:
         items = [replace(items[0], samples=samples)]
@@ -168,16 +175,6 @@ def publish(
         failed = (_report_json if as_json else _report)(send(items), len(items), dry_run)
     if failed:
         raise typer.Exit(1)
-
-
-def _check_places(places: Sequence[str] | None, file: Path | None, *, prune: bool, has_more: bool) -> None:
-    """Check that folders or a file are given. Raises: BadParameter."""
-    if prune and file is None:
-        raise typer.BadParameter("needs --file", param_hint="--prune")
-    if file is not None and (places or has_more):
-        raise typer.BadParameter("describes each adapter: leave out folders and other options", param_hint="--file")
-    if file is None and not places:
-        raise typer.BadParameter("is missing; give a folder, or --file", param_hint="FOLDER")
 
 
 def _is_alone(url: str) -> bool:
@@ -196,33 +193,7 @@ def _check_alone(
         raise typer.BadParameter(f"only a server can read {sources[0]}; start one, or give --url", param_hint="FOLDER")
     from deployments.cli.check_adapter import check_adapters  # the store's libraries take most of a second to import
 
-    folders = [Path(place) for place in places]
-    if code := check_adapters(folders, config, parity, base_name=base_name, as_json=as_json):
-        raise typer.Exit(code)
-
-
-def _require_one(items: Sequence[Item], name: str | None, samples: Path | None) -> None:
-    """Check that a name or a training file is given for one adapter only. Raises: BadParameter."""
-    if name is not None and len(items) != 1:
-        raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
-    if samples is not None and (len(items) != 1 or items[0].is_source):
-        raise typer.BadParameter("one training file goes with one adapter folder", param_hint="--samples")
-
-
-def _check_share(share: float | None, shadow: bool) -> None:
-    """Raises: BadParameter."""
-    if shadow and share is None:
-        raise typer.BadParameter("needs --share, 100 for a copy of every request", param_hint="--shadow")
-    if share == 0:
-        raise typer.BadParameter("must be above 0; without --share the version becomes live", param_hint="--share")
-
-
-def _check_cleared(tag: list[str] | None, no_tags: bool, samples: Path | None, no_samples: bool) -> None:
-    """Raises: BadParameter for what is given and cleared."""
-    if tag and no_tags:
-        raise typer.BadParameter("cannot be combined with --tag", param_hint="--no-tags")
-    if samples and no_samples:
-        raise typer.BadParameter("cannot be combined with --samples", param_hint="--no-samples")
+    check_adapters([Path(place) for place in places], config, parity, base_name=base_name, as_json=as_json)
 
 
 def _items_of(place: str) -> list[Item]:
@@ -253,13 +224,12 @@ def _contract_from(file: Path) -> JsonObject:
 @contextmanager
 def _upload_progress(items: Sequence[Item]) -> Iterator[Callable[[int], object]]:
     """Yield a function that adds bytes to a progress bar, which appears with the first upload of a single adapter."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     if len(items) != 1 or items[0].is_source:
         yield lambda _: None
         return
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("uploading", total=folder_bytes(Path(items[0].place)), visible=False)
-        yield lambda num_bytes: progress.update(task, advance=num_bytes, visible=True)
+    total = folder_bytes(Path(items[0].place))
+    with progress("uploading", DownloadColumn(), TransferSpeedColumn(), total=total, visible=False) as update:
+        yield lambda num_bytes: update(advance=num_bytes, visible=True)
 
 
 def _report_json(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
@@ -283,7 +253,7 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
             note_refusal(refused, item, answer)
             continue
         by_name += not answer["found_by_auto"]
-        out.print(describe_outcome(answer, is_dry), markup=False)
+        say(describe_outcome(answer, is_dry))
         for warning in answer.get("warnings", ()):
             warned.setdefault(warning, []).append(answer["name"])
     for warning, named in warned.items():

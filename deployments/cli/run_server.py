@@ -7,12 +7,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from deployments.auth.key_file import load_keys
 from deployments.cli.check_adapter import folder_problem
-from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, counted, out, show_error
+from deployments.cli.client import DEFAULT_URL, KEY_VARIABLE, ServerFailed, counted, fail, out, say, show_error
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
 from deployments.config.served_model import ServedModel
@@ -26,32 +25,25 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run_server(
-    settings: AppConfig,
-    host: str,
-    port: int,
-    metrics_port: int | None = None,
-    *,
-    is_verbose: bool = False,
-) -> int:
-    """Run the server until interrupted. Return the exit code."""
+    settings: AppConfig, host: str, port: int, metrics_port: int | None = None, *, is_verbose: bool = False
+) -> None:
+    """Run the server until interrupted. If it cannot start, print why and exit."""
     level = logging.INFO if is_verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # polls of /ready are not worth a line
     try:
         for path in settings.preload:
             if not adapter_folders(path):
-                return _fail(f"preload: {folder_problem(path)}")
+                fail(f"preload: {folder_problem(path)}")
         load_keys(settings.api_key, settings.keys_file)  # an unusable keys file stops the start here
         server = Server(settings, host=host, port=port, metrics_port=metrics_port, is_verbose=is_verbose)
         _serve(server, host)
     except (ServerFailed, ProxyUnsafe, LoraStoreError, ValueError, OSError) as exc:
-        return _fail(str(exc))
-    return 0
+        fail(str(exc))
 
 
 def _serve(server: Server, host: str) -> None:
     started, settings = time.monotonic(), server.settings
-    say = partial(out.print, markup=False, highlight=False, soft_wrap=True)
     with server:
         with out.status("starting") as status:
             report: Callable[[str], None] = status.update if out.is_terminal else say  # a line for a log file
@@ -71,20 +63,11 @@ def _serve(server: Server, host: str) -> None:
             show_error(problem)
         for model in settings.served_models:
             note = template_note(model)
-            out.print(f"{model.name}: {note}" if settings.models else note, markup=False)
-        out.print(
-            access_note(
-                host,
-                keys_file=settings.keys_file,
-                has_keys=settings.has_keys,
-                allows_remote_publish=settings.allow_remote_publish,
-            ),
-            markup=False,
-        )
-        out.print(ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray), markup=False)
-        for line in next_steps(
-            url, server.ray_address, server.logs, program_of(sys.argv[0]), has_keys=settings.has_keys
-        ):
+            say(f"{model.name}: {note}" if settings.models else note)
+        say(access_note(host, settings))
+        say(ports_note(allows_unauthenticated=settings.allow_unauthenticated_ray))
+        program = program_of(sys.argv[0])
+        for line in next_steps(url, server.ray_address, server.logs, program, has_keys=settings.has_keys):
             say(line)
         interrupts.get()
         if not server.finish_requests():
@@ -128,17 +111,15 @@ def template_note(model: ServedModel) -> str:
     return f"chats use {source}"
 
 
-def access_note(
-    host: str, *, keys_file: Path | None = None, has_keys: bool = False, allows_remote_publish: bool = False
-) -> str:
+def access_note(host: str, settings: AppConfig) -> str:
     """Say who may send requests and publish."""
-    if keys_file is not None:
-        return f"keys from {keys_file}: every request needs one"
-    if has_keys:
+    if settings.keys_file is not None:
+        return f"keys from {settings.keys_file}: every request needs one"
+    if settings.has_keys:
         return "one API key, from the settings: every request needs it"
     if host in _LOOPBACK:
         return "HTTP on loopback only, no keys: any local process may send requests and publish"
-    publishing = " and publish" if allows_remote_publish else "; only this machine may publish"
+    publishing = " and publish" if settings.allow_remote_publish else "; only this machine may publish"
     return f"no keys: anyone who reaches {host} may send requests{publishing}"
 
 
@@ -151,9 +132,3 @@ def ports_note(*, allows_unauthenticated: bool) -> str:
         f"Ray also listens on all interfaces: gRPC on random ports, {guard}, and metrics without protection. "
         "Block these ports for other machines with a firewall"
     )
-
-
-def _fail(message: str) -> int:
-    """Print an error and return the exit code 1."""
-    show_error(message)
-    return 1

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from deployments.cli.client import counted, err, out, print_json, problem_of, show_error
+from deployments.cli.client import counted, fail, problem_of, progress, report
 from deployments.config.loading import load_config
 from lora_store import LoraStore, LoraStoreError
 from retriever_svc import RetrieverError, TooFewSamples, choose_tasks
@@ -33,21 +33,18 @@ class TrainingJob:
     epochs: int
 
 
-def run_training(job: TrainingJob, *, as_json: bool = False) -> int:
-    """Train the encoder. Return the exit code. `as_json`: print an object for scripts."""
+def run_training(job: TrainingJob, *, as_json: bool = False) -> None:
+    """Train the encoder. On an error, print it and exit. `as_json`: print an object for scripts."""
     try:
         texts = _texts_of(job)
         started = time.monotonic()
         _train(job, texts)
     except (RetrieverError, LoraStoreError, ValueError, OSError) as exc:
-        show_error(problem_of(exc))
-        return 1
+        fail(problem_of(exc))
     took_s = time.monotonic() - started
-    if as_json:
-        print_json({"encoder": str(job.target), "tasks": sorted(texts), "seconds": round(took_s, 1)})
-        return 0
-    out.print(f"trained {job.target} on {counted(len(texts), 'task')} in {took_s:.0f} s", markup=False, soft_wrap=True)
-    return 0
+    outcome = {"encoder": str(job.target), "tasks": sorted(texts), "seconds": round(took_s, 1)}
+    done = f"trained {job.target} on {counted(len(texts), 'task')} in {took_s:.0f} s"
+    report(outcome, done, as_json=as_json)
 
 
 def _texts_of(job: TrainingJob) -> dict[str, list[str]]:
@@ -96,14 +93,13 @@ def _read_line(line: str, place: str) -> tuple[str, str]:
 
 def _train(job: TrainingJob, texts: Mapping[str, Sequence[str]]) -> None:
     settings = TrainingSettings(num_epochs=job.epochs, seed=job.seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task(f"training on {counted(len(texts), 'task')}", total=None)
+    title = f"training on {counted(len(texts), 'task')}"
+    with progress(title, MofNCompleteColumn(), TimeRemainingColumn()) as update:
         train_encoder(
             texts,
             job.target,
             model=job.encoder or DEFAULT_MODEL,
             settings=settings,
             about={"share": job.share},
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=lambda done, total: update(completed=done, total=total),
         )

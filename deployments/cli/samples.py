@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, counted, out, print_json
+from deployments.cli.client import (
+    DEFAULT_URL,
+    Commands,
+    Json,
+    Url,
+    call,
+    counted,
+    join_lines,
+    lora_path,
+    print_json,
+    say,
+)
 from deployments.json_types import JsonObject
 
 commands = typer.Typer(
@@ -22,15 +32,14 @@ Ids = Annotated[list[str] | None, typer.Argument(help="ids that `samples list` s
 @commands.command("list")
 def list_proposed(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """List the prompts that wait for a decision, newest first."""
-    answer = call(url, "GET", f"/v1/loras/{quote(name, safe='')}", params={"proposed": "true"})
+    answer = call(url, "GET", lora_path(name), params={"proposed": "true"})
     if as_json:
         print_json({"data": answer["proposed"]})
         return
     for row in answer["proposed"]:
-        plain = "".join(char if char.isprintable() else " " for char in row["input"])  # no escape sequences
-        out.print(f"{row['id']}  {row['key_id']}: {' '.join(plain.split())}", markup=False, highlight=False)
+        say(f"{row['id']}  {row['key_id']}: {join_lines(row['input'])}")
     if not answer["proposed"]:
-        out.print(f"no prompt is proposed for {name}", markup=False, highlight=False)
+        say(f"no prompt is proposed for {name}")
 
 
 @commands.command()
@@ -53,15 +62,12 @@ def undo(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
 
 def _change(url: str, name: str, body: JsonObject, *, as_json: bool) -> None:
     given = {field: value for field, value in body.items() if value}
-    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/samples", json=given)
+    answer = call(url, "POST", f"{lora_path(name)}/samples", json=given)
     if as_json:
         print_json(answer)
     elif "num_rejected" in answer:
-        out.print(f"{counted(answer['num_rejected'], 'prompt')} rejected", markup=False, highlight=False)
+        say(f"{counted(answer['num_rejected'], 'prompt')} rejected")
     else:
-        done = f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}"
-        out.print(done, markup=False, highlight=False)
+        say(f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}")
         for text in answer["left_out"]:
-            out.print(
-                f"left out, as a near-copy or beyond a quarter of the samples: {text}", markup=False, highlight=False
-            )
+            say(f"left out, as a near-copy or beyond a quarter of the samples: {text}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 
 from deployments.cli.adapter_publisher import share_of
-from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, out, print_json
+from deployments.cli.client import DEFAULT_URL, Commands, Json, Url, call, fail, lora_path, report
 from deployments.cli.pool import Name
 from deployments.json_types import JsonObject
 
@@ -38,36 +37,26 @@ def start(
             param_hint="PERCENT",
         )
     body: JsonObject = {"share": percent / 100, "shadow": shadow, **({} if version is None else {"digest": version})}
-    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/share", json=body)
-    if as_json:
-        print_json(answer)
-        return
+    answer = call(url, "POST", f"{lora_path(name)}/share", json=body)
     done = f"{share_of(answer['trial'])} since generation {answer['generation']}"
-    out.print(f"{answer['name']}: {done}", markup=False, highlight=False)
+    report(answer, f"{answer['name']}: {done}", as_json=as_json)
 
 
 @commands.command()
 def stop(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """End the trial: the live version answers every request. The version under trial is kept."""
-    answer = call(url, "POST", f"/v1/loras/{quote(name, safe='')}/share", json={"share": 0})
-    if as_json:
-        print_json(answer)
-        return
+    answer = call(url, "POST", f"{lora_path(name)}/share", json={"share": 0})
     done = f"the live version answers every request since generation {answer['generation']}"
-    out.print(f"{answer['name']}: {done}", markup=False, highlight=False)
+    report(answer, f"{answer['name']}: {done}", as_json=as_json)
 
 
 @commands.command()
 def promote(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Make the version under trial the live one."""
-    path = f"/v1/loras/{quote(name, safe='')}"
+    path = lora_path(name)
     trial = call(url, "GET", path)["trial"]
     if trial is None:
         fail(f"no version of {name!r} is under trial: start one with `loraretriever trial start {name} PERCENT`")
     answer = call(url, "POST", f"{path}/rollback", json={"digest": trial["digest"]})
-    if as_json:
-        print_json(answer)
-        return
-    out.print(
-        f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}", markup=False
-    )
+    done = f"{answer['name']} is live as {answer['digest'][:12]} since generation {answer['generation']}"
+    report(answer, done, as_json=as_json)

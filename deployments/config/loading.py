@@ -74,12 +74,9 @@ def _with_masked_variables(value: Any, name: str = "") -> Any:
 
 
 def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:
-    groups = {name: old | changes[name] for name, old in settings.items() if _are_groups(old, changes.get(name))}
+    pairs = {name: (old, changes[name]) for name, old in settings.items() if name in changes}
+    groups = {name: old | new for name, (old, new) in pairs.items() if isinstance(old, dict) and isinstance(new, dict)}
     return settings | changes | groups
-
-
-def _are_groups(*values: object) -> bool:
-    return all(isinstance(value, dict) for value in values)
 
 
 def _read_yaml(path: Path) -> JsonObject:

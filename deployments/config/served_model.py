@@ -39,11 +39,6 @@ class ServedModel:
     max_request_s: float = 600
 
     @cached_property
-    def bases(self) -> ServedBases:
-        """The base models whose adapters are served: those that publishing accepts."""
-        return ServedBases({self.name: self.accepted_names})
-
-    @cached_property
     def template_in_use(self) -> str:
         """The template of chats: `alpaca` or `chat`, or `auto` where the model's files are not on this machine."""
         if self.template != "auto":

@@ -1,19 +1,13 @@
-"""Answer requests: plan, start one row for each choice, and stream or collect the deltas of all rows.
-
-`deployments.calls.worker_client` explains when a Worker counts as dead. If possible, the row then starts again on
-another Worker.
-"""
+"""Answer requests: plan, start one row for each choice, and stream or collect the deltas of all rows."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
-
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.api.anthropic_request import CountTokensRequest
 from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
@@ -24,60 +18,22 @@ from deployments.api.names import BoundName
 from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
-from deployments.calls.serve_calls import AttemptCounter
-from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, BaseWorkers, DeltaStream, StreamEnd, Workers
+from deployments.calls.worker_client import Workers
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
+from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits, deadline_of, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
 from deployments.observability.usage import UsageLog
-from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 from lora_store import BASE_PLAN
 
-WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
-# The server did not start the job, so its prompt is not charged.
-NO_ROOM = (EngineFull, WaitedTooLong, AdapterLoadFailed, BackPressureError, DeploymentUnavailableError)
-T = TypeVar("T")
 R = TypeVar("R", bound=GenerationRequest)
 _ONLY = "0"  # the answer of a request that generates none
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices share a seed
 _SEEDS = 2**63
-
-
-@dataclass(frozen=True, slots=True)
-class StreamLimits:
-    """`silence_s`: time without any item, after the first one. `grace_s`: tolerated delay of a Worker."""
-
-    silence_s: float = HEARTBEAT_TIMEOUT_S
-    grace_s: float = WORKER_GRACE_S
-
-
-STREAM_LIMITS = StreamLimits()
-
-
-def deadline_of(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
-    """Return the arrival plus the time that the client allows, at most the time that the server allows."""
-    return arrived_at + (max_request_s if timeout_s is None else min(timeout_s, max_request_s))
-
-
-def seconds_until(deadline: float) -> float:
-    """Return the time left, which may be negative: other machines are sent this, as no two share a clock."""
-    return deadline - time.monotonic()
-
-
-@asynccontextmanager
-async def within(deadline: float) -> AsyncIterator[None]:
-    """Bound the block by the deadline. Raises: DeadlineExceeded."""
-    try:
-        async with asyncio.timeout(seconds_until(deadline)) as limit:
-            yield
-    except TimeoutError as exc:
-        if limit.expired():
-            raise DeadlineExceeded(0) from exc
-        raise
 
 
 @contextmanager
@@ -89,70 +45,6 @@ def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
     except NO_ROOM:
         usage.not_started(_ONLY)
         raise
-
-
-@dataclass(frozen=True, slots=True)
-class RowStream:
-    """One row of a request: its job, its charge, and its time limit."""
-
-    workers: BaseWorkers
-    job: Job
-    index: int  # index of the row in the answer
-    question: int  # index of the prompt in the request
-    usage: TokenUsage
-    context: RequestContext
-    deadline: float
-    limits: StreamLimits
-
-    async def deltas(self, restart: Callable[[], None] | None = None) -> AsyncGenerator[tuple[int, Delta | None]]:
-        """Yield (index, delta), and (index, None) for each heartbeat. Leaving cancels the job at the Worker.
-
-        A job whose Worker died is sent again, and charged in place of the first. Once a delta was yielded, that needs
-        `restart`, which is called before the first delta is yielded again.
-        Raises: PoisonRequest after the third Worker died, DeadlineExceeded, WorkerStarting, and what a Worker raises.
-        """
-        failures, usage, name = AttemptCounter(), self.usage, self.job.request_id
-        last: Delta | None = None
-        while True:
-            stream: DeltaStream | None = None
-            has_ended = False
-            try:
-                usage.sent(name, self.question, prompt_tokens(self.job.prompt))
-                async with within(self.deadline):
-                    await self.workers.gate.ready()
-                stream = self.workers.client.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
-                until = self.deadline + self.limits.grace_s  # the Worker keeps the deadline unless it hangs
-                while not isinstance(delta := await stream.next(until), StreamEnd):
-                    if delta is not None:
-                        last = delta
-                        self.context.record_delta(self.index, delta)
-                    yield self.index, delta
-                has_ended = True
-                return
-            except Exception as exc:
-                if isinstance(exc, NO_ROOM):
-                    usage.not_started(name)
-                if last is not None and restart is None:
-                    raise
-                failures.add(exc)
-                if restart is not None:
-                    restart()
-            finally:
-                if stream is None:
-                    usage.not_started(name)
-                elif not has_ended:
-                    stream.cancel()
-                if last is not None:
-                    usage.saw(name, self.question, last.num_prompt_tokens, last.num_new_tokens)
-
-    async def collect(self) -> list[Delta]:
-        """Return all deltas. A job whose Worker died is sent again, wherever that happened. Raises: as `deltas`."""
-        kept: list[Delta] = []
-        async with aclosing(self.deltas(restart=kept.clear)) as deltas:
-            async for _, delta in deltas:
-                if delta is not None:
-                    kept.append(delta)
-        return kept
 
 
 def jobs_of(
@@ -180,40 +72,6 @@ def jobs_of(
 def seed_of(seed: int, choice: int) -> int:
     """Return the seed of a prompt's `choice`. The first gets the client's own, as if it had been requested alone."""
     return (seed + choice * _SEED_STEP) % _SEEDS
-
-
-def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
-    """Return one stream of the items of all, as they arrive. An error of one stream ends all; leaving closes all."""
-    return streams[0] if len(streams) == 1 else _merged(streams)
-
-
-async def _merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
-    waiting = {_next_of(stream): place for place, stream in enumerate(streams)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=waiting.__getitem__):
-                place = waiting.pop(task)
-                for item in task.result():
-                    yield item
-                    waiting[_next_of(streams[place])] = place
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        await asyncio.gather(*[stream.aclose() for stream in streams], return_exceptions=True)
-
-
-def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
-    """Start a task for the stream's next item. It returns an empty tuple at the end."""
-
-    async def step() -> tuple[T, ...]:
-        try:
-            return (await anext(stream),)
-        except StopAsyncIteration:
-            return ()
-
-    return asyncio.create_task(step())
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,7 +339,7 @@ def with_contracts(
     model: ServedModel,
 ) -> list[Planned]:
     """Return the plans with what the contracts of their leading adapters set. Raises: RequestInvalid."""
-    given, most = request.model_fields_set, model.max_new_tokens
+    given, most = request.set_fields, model.max_new_tokens
     return [
         replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
         for question, planned in zip(questions, plans, strict=True)

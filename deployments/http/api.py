@@ -100,7 +100,7 @@ def middleware_of(services: Services) -> list[Middleware]:
         Middleware(RequestContextMiddleware, metrics=services.metrics, usage_log=services.usage_log),
         *_cors(services.config.cors_origins),  # outside the others, so that a page can read refusals
         Middleware(
-            Admission, rules=services.config, authenticator=services.authenticator, in_flight=services.in_flight
+            Admission, config=services.config, authenticator=services.authenticator, in_flight=services.in_flight
         ),
         Middleware(BodyLimit, limit_of=limit_of, budget=services.bodies),
     ]

@@ -114,10 +114,13 @@ class _Body:
             if not limit.expired():
                 raise
             raise self._refuse(BodyTooSlow(f"the body did not arrive within {self._seconds:.0f} s")) from exc
-        self._seen += len(message.get("body", b""))
+        num_bytes = len(message.get("body", b""))
+        self._seen += num_bytes
         if self._seen > self._max_bytes:
             raise self._refuse(BodyTooLarge(f"the body is larger than {self._max_bytes} bytes"))
-        self._hold(len(message.get("body", b"")))
+        if not self._budget.take(self._tenant, num_bytes):
+            raise self._refuse(BodyMemoryFull(self._budget.max_bytes))
+        self._held += num_bytes
         if not message.get("more_body", False):
             self._until = None  # the next message says that the client disconnected
         return message
@@ -127,11 +130,6 @@ class _Body:
         num_bytes = min(num_bytes, self._held)
         self._budget.give(self._tenant, self._held - num_bytes)
         self._held = num_bytes
-
-    def _hold(self, num_bytes: int) -> None:
-        if not self._budget.take(self._tenant, num_bytes):
-            raise self._refuse(BodyMemoryFull(self._budget.max_bytes))
-        self._held += num_bytes
 
     def _refuse(self, refusal: Refusal) -> Refusal:
         self.refusal = refusal

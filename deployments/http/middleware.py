@@ -15,7 +15,7 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Collection
-from typing import Protocol
+from contextlib import suppress
 from urllib.parse import quote, urlsplit
 
 from fastapi import Request
@@ -23,6 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.auth.authenticator import Authenticator, InFlight
+from deployments.config.app import AppConfig
 from deployments.errors import HostRefused, OriginRefused
 from deployments.http.error_responses import error_response
 from deployments.observability.request_metrics import (
@@ -138,17 +139,6 @@ class RequestContextMiddleware:
                 self._metrics.record_request(context)
 
 
-class OriginRules(Protocol):
-    """The settings that decide from which pages and under which names this server may be used."""
-
-    @property
-    def has_keys(self) -> bool: ...
-    @property
-    def allowed_hosts(self) -> tuple[str, ...]: ...
-    @property
-    def cors_origins(self) -> tuple[str, ...]: ...
-
-
 class Admission:
     """ASGI middleware: refuse a request before its body is read, or take a place for it until its last byte.
 
@@ -161,8 +151,8 @@ class Admission:
     Answers to a key with rates say what is left of them.
     """
 
-    def __init__(self, app: ASGIApp, rules: OriginRules, authenticator: Authenticator, in_flight: InFlight) -> None:
-        self._app, self._rules, self._authenticator, self._in_flight = app, rules, authenticator, in_flight
+    def __init__(self, app: ASGIApp, config: AppConfig, authenticator: Authenticator, in_flight: InFlight) -> None:
+        self._app, self._config, self._authenticator, self._in_flight = app, config, authenticator, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -189,11 +179,11 @@ class Admission:
     def _admit(self, scope: Scope) -> str | None:
         """Return the tenant that holds a place for this request, None for a probe. Raises: the refusal."""
         headers = Headers(scope=scope)
-        check_origin(headers, self._rules)  # before a key is read
+        check_origin(headers, self._config)  # before a key is read
         context, path = context_of(scope), path_of(scope)
         if path.startswith(_GUARDED):
             authorization = headers.get("authorization")
-            context.ignores_key = authorization is not None and not self._rules.has_keys
+            context.ignores_key = authorization is not None and not self._config.has_keys
             if authorization is None and (key := headers.get("x-api-key")) is not None:  # of Anthropic's clients
                 authorization = f"Bearer {key}"
             context.caller = self._authenticator.authenticate(authorization)
@@ -221,11 +211,15 @@ def is_loopback(http: Request) -> bool:
 
 
 def _is_local_page(origin: str) -> bool:
-    try:
-        host = urlsplit(origin).hostname
-    except ValueError:  # as of `http://[evil`
-        return False
+    host = _host_of_page(origin)
     return host == "localhost" or (host is not None and is_loopback_address(host))
+
+
+def _host_of_page(origin: str) -> str | None:
+    """Return the host of an `Origin` header, None without one."""
+    with suppress(ValueError):  # as of `http://[evil`
+        return urlsplit(origin).hostname
+    return None
 
 
 def is_loopback_address(host: str) -> bool:
@@ -236,29 +230,24 @@ def is_loopback_address(host: str) -> bool:
         return False
 
 
-def check_origin(headers: Headers, rules: OriginRules) -> None:
+def check_origin(headers: Headers, config: AppConfig) -> None:
     """Check that `Host` is this server's, and the page one that may use it. Raises: HostRefused, OriginRefused.
 
     With keys neither check is needed: a page cannot send a key that it does not have, nor an `Authorization` header to
     another origin. There the host is checked only if the setting `allowed_hosts` lists any.
     """
-    has_keys = rules.has_keys
-    if has_keys and not rules.allowed_hosts:
+    has_keys = config.has_keys
+    if has_keys and not config.allowed_hosts:
         return
     hosts = headers.getlist("host")
     host = host_of(hosts[0]) if len(hosts) == 1 else None
-    if host is None or not _is_ours(host, rules.allowed_hosts):
+    if host is None or not (host == "localhost" or host in config.allowed_hosts or _is_address(host)):
         raise HostRefused(", ".join(hosts)[:_MAX_SHOWN_CHARS])
     origin = headers.get("origin")
-    if origin is None or has_keys or allows_origin(origin, rules):
+    if origin is None or has_keys or "*" in config.cors_origins or origin.lower() in config.cors_origins:
         return
-    if not _is_own_page(origin, host, rules.allowed_hosts):
+    if not _is_own_page(origin, host, config.allowed_hosts):
         raise OriginRefused(origin[:_MAX_SHOWN_CHARS])
-
-
-def allows_origin(origin: str, rules: OriginRules) -> bool:
-    """Return whether the setting `cors_origins` lists the page's origin."""
-    return "*" in rules.cors_origins or origin.lower() in rules.cors_origins
 
 
 def host_of(header: str) -> str | None:
@@ -270,19 +259,9 @@ def host_of(header: str) -> str | None:
     return host.removesuffix(".") or None
 
 
-def _is_ours(host: str, allowed: Collection[str]) -> bool:
-    return host == "localhost" or host in allowed or _is_address(host)
-
-
 def _is_own_page(origin: str, host: str, allowed: Collection[str]) -> bool:
     """Return whether the page of this `Origin` is the console, or a page served from this machine."""
-    try:
-        page = urlsplit(origin).hostname
-    except ValueError:  # as of `http://[evil`
-        return False
-    if page is None:
-        return False
-    page = page.removesuffix(".")
+    page = (_host_of_page(origin) or "").removesuffix(".")
     return page in ("localhost", host) or page in allowed or is_loopback_address(page)
 
 

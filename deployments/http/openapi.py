@@ -78,43 +78,30 @@ def _answer_text(described: Answers, media_type: str, *statuses: int) -> Answers
     return described
 
 
-CHAT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ChatAnswer))
-TEXT_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=TextAnswer))
-RESPONSES_ANSWERS = _also_events(answers(400, 404, 409, 422, 504, s200=ResponseObject))
-MESSAGES_ANSWERS = _also_events(_with_anthropic_errors(answers(400, 404, 409, 422, 504, s200=MessageObject)))
+_CHANGE = (400, 404, 409, 422)  # what a change of the pool may be refused for
+_PROMPT = (*_CHANGE, 504)
+_PUBLISHED = responses.PublishedAdapter | responses.BatchAnswer
+CHAT_ANSWERS = _also_events(answers(*_PROMPT, s200=ChatAnswer))
+TEXT_ANSWERS = _also_events(answers(*_PROMPT, s200=TextAnswer))
+RESPONSES_ANSWERS = _also_events(answers(*_PROMPT, s200=ResponseObject))
+MESSAGES_ANSWERS = _also_events(_with_anthropic_errors(answers(*_PROMPT, s200=MessageObject)))
 COUNT_ANSWERS = _with_anthropic_errors(answers(400, 404, 504, s200=CountedTokens))
 EMBEDDINGS_ANSWERS = answers(400, 404, 504, s200=EmbeddingsAnswer)
-ROUTE_ANSWERS = answers(400, 404, 409, 422, 504, s200=responses.RouteAnswer)
+ROUTE_ANSWERS = answers(*_PROMPT, s200=responses.RouteAnswer)
 MODELS_ANSWERS = answers(400, s200=pool_responses.ModelList)
 MODEL_ANSWERS = answers(400, 404, s200=pool_responses.ModelCard)
 NAMES_ANSWERS = answers(400, s200=NameList)
 NAME_ANSWERS = answers(400, 404, s200=NameShown)
-SETTLED_NAME_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+SETTLED_NAME_ANSWERS = answers(*_CHANGE, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 LORAS_ANSWERS = answers(400, s200=pool_responses.AdapterList)
 LORA_ANSWERS = answers(400, 404, s200=pool_responses.AdapterShown)
-PUBLISH_ANSWERS = answers(
-    400,
-    404,
-    409,
-    422,
-    s200=responses.PublishedAdapter | responses.BatchAnswer,
-    s201=responses.PublishedAdapter | responses.BatchAnswer,
-    s202=responses.PublishedAdapter | responses.BatchAnswer,
-    s207=responses.BatchAnswer,
-)
+PUBLISH_ANSWERS = answers(*_CHANGE, s200=_PUBLISHED, s201=_PUBLISHED, s202=_PUBLISHED, s207=responses.BatchAnswer)
 WITHDRAW_ANSWERS = answers(404, s200=responses.RemovedAdapters, s202=responses.RemovedAdapters)
-ROLLBACK_ANSWERS = answers(400, 404, 409, 422, s201=responses.PublishedAdapter, s202=responses.PublishedAdapter)
-EDIT_ANSWERS = answers(
-    400,
-    404,
-    409,
-    422,
-    s200=responses.SettledAdapter,
-    s201=responses.PublishedAdapter,
-    s202=responses.PublishedAdapter | responses.SettledAdapter,
-)
+ROLLBACK_ANSWERS = answers(*_CHANGE, s201=responses.PublishedAdapter, s202=responses.PublishedAdapter)
+_EDITED = responses.PublishedAdapter | responses.SettledAdapter
+EDIT_ANSWERS = answers(*_CHANGE, s200=responses.SettledAdapter, s201=responses.PublishedAdapter, s202=_EDITED)
 APPROVE_ANSWERS = answers(400, 404, 409, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
-SHARE_ANSWERS = answers(400, 404, 409, 422, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
+SHARE_ANSWERS = answers(*_CHANGE, s200=responses.SettledAdapter, s202=responses.SettledAdapter)
 SAMPLES_ANSWERS = answers(
     400, 404, 409, s200=responses.SamplesChanged, s201=responses.SamplesChanged, s202=responses.SamplesChanged
 )
@@ -123,7 +110,7 @@ MAP_ANSWERS = answers(400, s200=pool_responses.PoolPicture)
 PLACE_ANSWERS = answers(400, 504, s200=pool_responses.PromptPlace)
 STATS_ANSWERS = answers(s200=pool_responses.Stats)
 USAGE_ANSWERS = answers(400, s200=pool_responses.UsageReport)
-LOAD_ANSWERS = _answer_text(answers(400, 404, 409, 422), "text/plain", 200, 202)
+LOAD_ANSWERS = _answer_text(answers(*_CHANGE), "text/plain", 200, 202)
 UNLOAD_ANSWERS = _answer_text(answers(400, 404), "text/plain", 200, 202)
 TOKENIZE_ANSWERS = answers(400, 404, 504, s200=TokenizeAnswer)
 DETOKENIZE_ANSWERS = answers(400, 404, 504, s200=DetokenizeAnswer)

@@ -156,7 +156,7 @@ class RetrieverMetrics:
     def report(self, snapshot: Snapshot, num_routable: int, read_age_s: float) -> None:
         """Set every gauge. `num_routable`: how many adapters `auto` can choose."""
         if snapshot.generation != self._reported_generation:
-            self._totals.retain(_is_live_in(snapshot))
+            self._totals.retain(lambda ref: snapshot.live(ref) is not None)
             self._reported_generation = snapshot.generation
         self._generation.set(snapshot.generation)
         self._adapters.set(len(snapshot.records))
@@ -169,16 +169,7 @@ class RetrieverMetrics:
         self._plans.set(others, {"adapter": OTHER})
 
 
-def _is_live_in(snapshot: Snapshot) -> Callable[[AdapterRef], bool]:
-    def is_live(ref: AdapterRef) -> bool:
-        record = snapshot.records.get((ref.tenant, ref.name))
-        return record is not None and record.ref == ref
-
-    return is_live
-
-
 def _label_of(ref: AdapterRef, snapshot: Snapshot) -> str:
     """Return the adapter's public name, or a digest if it is private by now."""
-    record = snapshot.records.get((ref.tenant, ref.name))
-    is_public = record is not None and record.ref == ref and record.visibility == "public"
-    return ref.name if is_public else ref.digest[:_DIGEST_CHARS]
+    record = snapshot.live(ref)
+    return ref.name if record is not None and record.visibility == "public" else ref.digest[:_DIGEST_CHARS]

@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 CONFIG_FILE = "adapter_config.json"
 # The files that validation reads; the pickle is refused. Other files of a training run are never copied or uploaded.
@@ -67,11 +66,6 @@ def _adapter_at(path: Path) -> AdapterFolder | None:
 def linked_files(folder: Path) -> list[Path]:
     """Return the adapter's files in `folder` that are symbolic links, which may lead to any file of this machine."""
     return [folder / name for name in ADAPTER_FILES if (folder / name).is_symlink()]
-
-
-def open_plain(path: Path) -> BinaryIO:
-    """Open a file without following a symbolic link in its place. Raises: OSError."""
-    return open(path, "rb", opener=open_without_links)
 
 
 def open_without_links(path: str, flags: int) -> int:

@@ -99,7 +99,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise ValueError(f"is not valid YAML: {' '.join(str(exc).split())}") from exc
     except UnicodeDecodeError as exc:
         raise ValueError("is not UTF-8") from exc
-    except (TypeError, KeyError) as exc:  # PyYAML's own for `!!bool x`
+    except (TypeError, LookupError, AttributeError) as exc:  # PyYAML's own for `!!bool x`, `!!int ""`, `!!timestamp x`
         raise ValueError(f"has a value that JSON does not have ({exc}): put it in quotes") from exc
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("must be a mapping of fields, such as `instruction: ...`")

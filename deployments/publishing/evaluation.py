@@ -14,6 +14,7 @@ from deployments.api.base import LoraOptions
 from deployments.api.completions import Question
 from deployments.api.contract import applied_contract
 from deployments.api.pool_responses import ranking_object
+from deployments.api.responses import replicas_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.worker_client import StreamEnd, Workers
 from deployments.config.served_model import ServedModels
@@ -62,7 +63,8 @@ class AnswerScorer(Scorer):
         rows = (PlannedAdapter(adapter.ref, adapter.weights_digest, 1.0),)
         plan = Plan("selection", rows, template=adapter.template, contract=adapter.contract, base_model=model.name)
         question = Question((Message("user", text),), text, adapter.ref.name, LoraOptions())
-        sampling = SamplingParams(max_tokens=max_tokens_for(output), temperature=0)
+        max_tokens = min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)  # enough to compare with the output
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
         contract = applied_contract(plan, question, sampling)
         job = Job(
             request_id=f"evaluate-{next(self._numbers)}",
@@ -83,11 +85,6 @@ class AnswerScorer(Scorer):
         finally:
             stream.cancel()
         return "".join(parts)
-
-
-def max_tokens_for(output: str) -> int:
-    """Return how many tokens an answer may have to be compared with this output."""
-    return min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)
 
 
 def score_of(answer: str, output: str) -> float:
@@ -119,12 +116,12 @@ class Evaluator:
                 done += 1
                 yield {"done": done, "total": len(regions)}
         generation = await self._store.rank(tenant, rankings, actor, keeps=left_out)
-        ready, behind = await self._publisher.catch_up(generation)
+        settled = await self._publisher.catch_up(generation)
         yield {
             "result": {
                 "num_regions": len(regions),
                 "rankings": [ranking_object(ranking, tenant) for ranking in rankings],
                 "generation": generation,
-                "replicas": {"ready": ready, "behind": behind},
+                "replicas": replicas_object(settled),
             }
         }

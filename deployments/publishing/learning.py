@@ -13,7 +13,7 @@ from deployments.calls.serve_calls import Background
 from deployments.errors import RequestInvalid, RequestNotKept
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.validator import Charge
-from lora_store import AdapterNotFound, AdapterRecord, AdapterRefused, Feedback, Key
+from lora_store import AdapterRefused, Feedback, Key
 from retriever_svc.learning import OWN_PER_ACCEPTED
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Learning:
         Raises: AdapterNotFound; RequestInvalid for an unknown id; AdapterRefused if it has too few samples of its own,
         or the pool's own samples would suffer; the errors of a publish.
         """
-        live, chosen = await self._live(key), await self._proposals(key, ids)
+        [live, *_], chosen = await self._publisher.kept(key), await self._proposals(key, ids)
         resampled = await self._retriever.accept(live, [proposal.text for proposal in chosen])
         num_own = sum(not sample.is_accepted for sample in resampled.samples)
         if num_own < OWN_PER_ACCEPTED:
@@ -70,7 +70,7 @@ class Learning:
 
         Raises: AdapterNotFound; RequestInvalid for an unknown id.
         """
-        await self._live(key)
+        await self._publisher.kept(key)  # or it is not found
         chosen = await self._proposals(key, ids)
         for proposal in chosen:
             empty = Feedback(proposal.id, "", proposal.adapter, proposal.key_id)
@@ -79,7 +79,8 @@ class Learning:
 
     async def undo(self, key: Key, actor: str, charge: Charge) -> Published:
         """Publish the live version without its accepted prompts. Raises: AdapterNotFound; the errors of a publish."""
-        return await self._publisher.resample(await self._live(key), None, actor, charge)
+        [live, *_] = await self._publisher.kept(key)
+        return await self._publisher.resample(live, None, actor, charge)
 
     async def judge(self, tenant: str, outcome: tuple[str, str | None, float], key_id: str) -> None:
         """Record an outcome: the request's id, the adapter or None for the base model, and the score.
@@ -121,12 +122,6 @@ class Learning:
             logger.warning("%d outcomes of tenant %s would harm the pool's samples", learnt.num_refused, tenant)
         generation = await self._store.rank(tenant, learnt.rankings, actor, are_outcomes=True)
         await self._publisher.catch_up(generation)
-
-    async def _live(self, key: Key) -> AdapterRecord:
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
-        return kept[0]
 
     async def _proposals(self, key: Key, ids: Collection[str] | None) -> Sequence[Feedback]:
         found = await self._store.feedback(key[0], "proposed", key[1])

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from ray.exceptions import RayActorError
 
 from deployments.api.doctor_report import doctor_object
+from deployments.api.responses import replicas_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.json_types import JsonObject
 from deployments.publishing.learning import counted
@@ -84,8 +85,7 @@ async def reindex(
             ):  # another round would not embed these
                 raise
             continue
-        ready, behind = await publisher.catch_up(generation)
-        replicas = {"ready": ready, "behind": behind}
+        replicas = replicas_object(await publisher.catch_up(generation))
         yield {"result": {"encoder": model, "identity": identity, "generation": generation, "replicas": replicas}}
         return
 

@@ -7,36 +7,28 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.api.adapters import PublishItem
-from deployments.api.pool_responses import contract_object
-from deployments.api.responses import FieldChange, Published, Removed, Settled
+from deployments.api.responses import Published, Settled
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import Workers
 from deployments.errors import NoTrial, VersionChanged, VersionNotKept
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.reclaimer import Reclaimer
-from deployments.publishing.validator import (
-    AdapterValidator,
-    Charge,
-    Outcome,
-    ValidatedAdapter,
-    free_of_charge,
-    warnings_of,
-)
+from deployments.publishing.results import published_of, results_of
+from deployments.publishing.validator import AdapterValidator, Charge, Outcome, ValidatedAdapter, free_of_charge
 from lora_store import (
     AdapterNotFound,
     AdapterRecord,
     AdapterRef,
     AdapterRefused,
     Edit,
-    Kept,
     Key,
     Precondition,
     QuotaExceeded,
@@ -52,6 +44,7 @@ from lora_store.adapter import Shapes
 _MIN_DIGEST_CHARS = 8
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+P = ParamSpec("P")
 Listener = Callable[[str, str], None]  # (tenant, author)
 CATCH_UP_TIMEOUT_S = 5.0
 _STAGED_TOGETHER = 16
@@ -77,8 +70,12 @@ class Change:
 def live_already(
     staged: Sequence[Staged], older: Mapping[Key, tuple[AdapterRecord, ...]], active: str | None
 ) -> dict[AdapterRef, AdapterRecord]:
-    """Return the live versions that need no publish: embedded by the active encoder, visibility as requested."""
-    live = {kept[0].ref: kept[0] for kept in older.values() if is_embedded(kept[0], active)}
+    """Return the live versions that need no publish: visibility as requested, and embedded by the active encoder.
+
+    A version without samples needs no embedding.
+    """
+    now = [kept[0] for kept in older.values()]
+    live = {record.ref: record for record in now if not record.samples_digest or active in (None, record.encoder)}
     for item in staged:
         record = live.get(item.ref)
         if record is None:
@@ -87,11 +84,6 @@ def live_already(
         if is_changed or item.record.is_offered or record.expires_at != item.record.expires_at:
             del live[item.ref]
     return live
-
-
-def is_embedded(record: AdapterRecord, active: str | None) -> bool:
-    """Return whether the active encoder embedded it, or it has no samples."""
-    return record.samples_digest is None or active in (None, record.encoder)
 
 
 def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRecord:
@@ -106,77 +98,17 @@ def kept_version(kept: Sequence[AdapterRecord], digest: str | None) -> AdapterRe
     return matching[0]
 
 
-def compared(result: Published, staged: Staged, before: AdapterRecord | None) -> Published:
-    """Return the result with what the version kept of the one that was live before, and what differs from it."""
-    if before is None:
-        return result
-    old, new = _label_of(before), _label_of(staged.record)
-    keeps: set[Kept] = {*staged.keeps, "visibility"} if staged.record.is_offered else {*staged.keeps}
-    if "visibility" in keeps:  # decided by the commit
-        new["visibility"] = old["visibility"]
-    changed: dict[str, FieldChange] = {
-        field: {"from": old[field], "to": value}
-        for field, value in new.items()
-        if field not in keeps and value != old[field]
-    }
-    return replace(result, kept={field: value for field, value in new.items() if field in keeps}, changed=changed)
+def run_to_end(
+    method: Callable[Concatenate[Publisher, P], Coroutine[object, object, T]],
+) -> Callable[Concatenate[Publisher, P], Coroutine[object, object, T]]:
+    """Count the outcome of the method, and run it to its end even if its caller leaves."""
 
+    @wraps(method)
+    async def run(self: Publisher, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        name = "dry_run" if kwargs.get("is_dry") else method.__name__
+        return await self.background.run(self.metrics.count(name, method(self, *args, **kwargs)))
 
-def _label_of(record: AdapterRecord) -> dict[Kept, object]:
-    return {
-        "tags": list(record.tags),
-        "template": record.template,
-        "contract": contract_object(record),
-        "visibility": record.visibility,
-        "samples": record.num_samples,
-    }
-
-
-def published_of(outcome: Outcome, generation: int, ready: int, behind: int) -> Published | Exception:
-    """Return the result of one upload at this generation."""
-    if isinstance(outcome, ValidatedAdapter):
-        found = outcome.embedded is not None
-        record = outcome.staged.record
-        nearest = outcome.embedded.neighbours if outcome.embedded is not None else ()
-        own = (record.ref.tenant, record.ref.name)  # the version that this one follows says nothing
-        neighbours = tuple(near for near in nearest if (near.ref.tenant, near.ref.name) != own)
-        return Published(
-            record.ref,
-            generation,
-            ready,
-            behind,
-            found,
-            outcome.shift,
-            neighbours,
-            expires_at=record.expires_at,
-            trial=record.trial,
-        )
-    if isinstance(outcome, AdapterRecord):
-        found = outcome.encoder is not None
-        return Published(outcome.ref, outcome.generation, ready, behind, found, outcome.probe_shift, ())
-    assert isinstance(outcome, Exception)
-    return outcome
-
-
-def _results(
-    staged: Sequence[Staged | BaseException],
-    outcomes: Sequence[Outcome],
-    older: Mapping[Key, Sequence[AdapterRecord]],
-    generation: int,
-    ready: int = 0,
-    behind: int = 0,
-) -> list[Published | Exception]:
-    """Return the result of each upload. `older`: the kept versions before the commit, by name."""
-    results: list[Published | Exception] = []
-    for item, outcome in zip(staged, outcomes, strict=True):
-        result = published_of(outcome, generation, ready, behind)
-        if isinstance(result, Published):
-            new = outcome.staged if isinstance(outcome, ValidatedAdapter) else item
-            assert isinstance(new, Staged)
-            before = older.get((result.ref.tenant, result.ref.name), (None,))[0]
-            result = replace(compared(result, new, before), warnings=warnings_of(new, result.probe_shift))
-        results.append(result)
-    return results
+    return run
 
 
 class Publisher:
@@ -194,13 +126,14 @@ class Publisher:
     ) -> None:
         self._store, self._retriever, self._workers = store, retriever, workers
         self._validator = AdapterValidator(retriever, workers)
-        self._background, self._reclaimer, self._metrics = background, reclaimer, metrics or ChangeMetrics()
+        self.background, self.metrics, self._reclaimer = background, metrics or ChangeMetrics(), reclaimer
         self._listeners: list[Listener] = []
 
     def subscribe(self, listener: Listener) -> None:
         """Call `listener` with the tenant and the author of every later commit of new versions."""
         self._listeners.append(listener)
 
+    @run_to_end
     async def publish(
         self,
         uploads: Sequence[PublishItem],
@@ -218,16 +151,29 @@ class Publisher:
         Raises, without any change: the error of the Retriever or the Store for the whole batch; QuotaExceeded;
         WorkerStarting; the error of `charge`.
         """
-        change = Change(actor, quota, charge=charge, is_dry=is_dry)
-        return await self._run("dry_run" if is_dry else "publish", self._publish(uploads, change, held))
+        with held or nullcontext():
+            try:
+                active = await self._store.active_encoder()
+                staged = await self._stage_all(uploads, await self._find_shapes())
+            finally:
+                await self._delete_parts([id for upload in uploads for id in upload.sent])
+            return await self._make_live(staged, active, Change(actor, quota, charge=charge, is_dry=is_dry))
 
+    @run_to_end
     async def rollback(self, key: Key, digest: str | None, actor: str, charge: Charge = free_of_charge) -> Published:
         """Publish a kept version again: the one before the live one, or the one whose digest begins with `digest`.
 
         Raises: AdapterNotFound, VersionNotKept; the errors of `publish`.
         """
-        return await self._run("rollback", self._rollback(key, digest, actor, charge))
+        active = await self._store.active_encoder()
+        kept = await self.kept(key)
+        if digest is None and kept[0].trial is not None:
+            return await self._end_trial(kept[0], actor)
+        wanted = kept_version(kept, digest)
+        change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
+        return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
 
+    @run_to_end
     async def resample(
         self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge = free_of_charge
     ) -> Published:
@@ -235,8 +181,11 @@ class Publisher:
 
         Raises: AdapterNotFound; VersionConflict if another version is live by now; the errors of `publish`.
         """
-        return await self._run("resample", self._resample(live, samples, actor, charge))
+        active = await self._store.active_encoder()
+        stage = partial(self._store.resample, live, samples)
+        return await self._publish_staged(live.base_model, stage, active, Change(actor, charge=charge))
 
+    @run_to_end
     async def edit(
         self,
         key: Key,
@@ -251,14 +200,27 @@ class Publisher:
         Raises: AdapterNotFound; VersionChanged; VersionConflict if another version becomes live meanwhile; the errors
         of `publish`.
         """
-        return await self._run("edit", self._edit(key, edit, digest, Change(actor, quota, charge=charge)))
+        active = await self._store.active_encoder()
+        live = (await self.kept(key))[0]
+        if digest is not None and digest != live.ref.digest:
+            raise VersionChanged(key[1], digest, live.ref.digest)
+        stage = partial(self._store.edit, live, edit)
+        return await self._publish_staged(live.base_model, stage, active, Change(actor, quota, charge=charge))
 
-    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
+    @run_to_end
+    async def withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Settled:
         """Withdraw all of `names` with all their versions, or none. Free their weights and blobs in the background.
 
         Raises: AdapterNotFound, VersionConflict, StoreUnavailable.
         """
-        return await self._run("withdraw", self._withdraw(tenant, names, actor))
+        kept = await self._store.versions([(tenant, name) for name in names])
+        try:
+            withdrawn = await self._store.withdraw(tenant, names, actor, uuid4().hex)
+            settled = await self.catch_up(withdrawn.generation)
+        finally:  # after an error they may be withdrawn nevertheless; blobs still in use are not freed
+            self._reclaimer.reclaim([record for versions in kept.values() for record in versions])
+        logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
+        return settled
 
     async def expire(self) -> int:
         """Withdraw the unlisted adapters whose time to live is over, and free them. Return how many versions they had.
@@ -272,14 +234,15 @@ class Publisher:
             logger.info("withdrew %d expired versions at generation %d", len(withdrawn.records), withdrawn.generation)
         return len(withdrawn.records)
 
+    @run_to_end
     async def set_visibility(self, key: Key, visibility: Visibility, actor: str) -> Settled:
         """Make an adapter public or private.
 
         Raises: AdapterNotFound, PublicNameTaken, VersionConflict, StoreUnavailable.
         """
-        change = partial(self._store.set_visibility, *key, visibility, actor)
-        return await self._run("set_visibility", self._settle(change))
+        return await self._settle(partial(self._store.set_visibility, *key, visibility, actor))
 
+    @run_to_end
     async def set_trial(
         self, key: Key, digest: str | None, share: float, actor: str, *, is_shadow: bool = False
     ) -> tuple[Trial | None, Settled]:
@@ -288,9 +251,7 @@ class Publisher:
         `digest`: its beginning, None for the version under trial. Return the trial.
         Raises: AdapterNotFound, VersionNotKept, AdapterRefused, VersionConflict, StoreUnavailable.
         """
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
+        kept = await self.kept(key)
         trial = None
         if share:
             running = kept[0].trial
@@ -301,51 +262,42 @@ class Publisher:
             if refused := self._refuse_other_base(version, kept[0]):
                 raise refused
             trial = Trial(version.ref.digest, share, is_shadow)
-        change = partial(self._store.set_trial, *key, trial, actor)
-        return trial, await self._run("set_trial", self._settle(change))
+        return trial, await self._settle(partial(self._store.set_trial, *key, trial, actor))
 
+    @run_to_end
     async def approve(self, refs: Sequence[AdapterRef], actor: str) -> Settled:
         """Let `auto` choose these public versions for every tenant. Raises: AdapterNotFound, StoreUnavailable."""
-        return await self._run("approve", self._settle(partial(self._store.approve, refs, actor)))
+        return await self._settle(partial(self._store.approve, refs, actor))
 
     async def change_name(self, change: Callable[[], Awaitable[int]]) -> Settled:
         """Commit a change of a model name, and wait for the Retriever replicas. Raises: as `change`."""
-        return await self._run("name", self._settle(change))
+        return await self.background.run(self.metrics.count("name", self._settle(change)))
+
+    async def kept(self, key: Key) -> tuple[AdapterRecord, ...]:
+        """Return the kept versions of a name, the live one first. Raises: AdapterNotFound."""
+        kept = (await self._store.versions([key])).get(key, ())
+        if not kept:
+            raise AdapterNotFound(key[1])
+        return kept
 
     async def live(self, uploads: Sequence[PublishItem]) -> dict[Key, AdapterRecord]:
         """Return the live version of each name that has one."""
         kept = await self._store.versions([(upload.tenant, upload.adapter_name) for upload in uploads])
         return {key: versions[0] for key, versions in kept.items()}
 
-    async def catch_up(self, generation: int) -> tuple[int, int]:
-        """Return (replicas that serve `generation`, replicas that do not yet), or (0, 1) if that is unknown."""
+    async def catch_up(self, generation: int) -> Settled:
+        """Wait for the Retriever replicas to serve `generation`. If it is unknown which do, one counts as behind."""
         try:
             answers = await self._retriever.broadcast_catch_up(generation, CATCH_UP_TIMEOUT_S)
         except (TimeoutError, DeploymentUnavailableError) as exc:
             logger.warning("generation %d is committed, but not every replica serves it yet: %s", generation, exc)
-            return 0, 1
+            return Settled(generation, 0, 1)
         ready = sum(isinstance(answer, int) for answer in answers)
-        return ready, len(answers) - ready
-
-    async def _run(self, change: str, work: Coroutine[object, object, T]) -> T:
-        return await self._background.run(self._metrics.count(change, work))
+        return Settled(generation, ready, len(answers) - ready)
 
     async def _settle(self, change: Callable[[], Awaitable[int]]) -> Settled:
         await self._store.check_available()
-        generation = await change()
-        ready, behind = await self.catch_up(generation)
-        return Settled(generation, ready, behind)
-
-    async def _publish(
-        self, uploads: Sequence[PublishItem], change: Change, held: AbstractContextManager[object] | None
-    ) -> list[Published | Exception]:
-        with held or nullcontext():
-            try:
-                active = await self._store.active_encoder()
-                staged = await self._stage_all(uploads, await self._find_shapes())
-            finally:
-                await self._delete_parts([id for upload in uploads for id in upload.sent])
-            return await self._make_live(staged, active, change)
+        return await self.catch_up(await change())
 
     async def _find_shapes(self) -> dict[str, Shapes]:
         """Return the module shapes of each base model: adapters of one that does not tell them are refused.
@@ -375,34 +327,6 @@ class Publisher:
 
         return await asyncio.gather(*map(stage, uploads), return_exceptions=True)
 
-    async def _rollback(self, key: Key, digest: str | None, actor: str, charge: Charge) -> Published:
-        active = await self._store.active_encoder()
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
-        if digest is None and kept[0].trial is not None:
-            return await self._end_trial(kept[0], actor)
-        wanted = kept_version(kept, digest)
-        change = Change(actor, precondition="kept", charge=charge)  # it may have been withdrawn meanwhile
-        return await self._publish_staged(wanted.base_model, lambda: self._store.restage(wanted), active, change)
-
-    async def _resample(
-        self, live: AdapterRecord, samples: Sequence[Sample] | None, actor: str, charge: Charge
-    ) -> Published:
-        active = await self._store.active_encoder()
-        change = Change(actor, charge=charge)
-        return await self._publish_staged(live.base_model, lambda: self._store.resample(live, samples), active, change)
-
-    async def _edit(self, key: Key, edit: Edit, digest: str | None, change: Change) -> Published:
-        active = await self._store.active_encoder()
-        kept = (await self._store.versions([key])).get(key, ())
-        if not kept:
-            raise AdapterNotFound(key[1])
-        live = kept[0]
-        if digest is not None and digest != live.ref.digest:
-            raise VersionChanged(key[1], digest, live.ref.digest)
-        return await self._publish_staged(live.base_model, lambda: self._store.edit(live, edit), active, change)
-
     async def _publish_staged(
         self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
     ) -> Published:
@@ -416,19 +340,9 @@ class Publisher:
     async def _end_trial(self, live: AdapterRecord, actor: str) -> Published:
         settled = await self._settle(partial(self._store.set_trial, live.ref.tenant, live.ref.name, None, actor))
         ended = replace(live, generation=settled.generation, trial=None)
-        result = published_of(ended, settled.generation, settled.ready, settled.behind)
+        result = published_of(ended, settled)
         assert isinstance(result, Published)
         return result
-
-    async def _withdraw(self, tenant: str, names: Sequence[str], actor: str) -> Removed:
-        kept = await self._store.versions([(tenant, name) for name in names])
-        try:
-            withdrawn = await self._store.withdraw(tenant, names, actor, uuid4().hex)
-            ready, behind = await self.catch_up(withdrawn.generation)
-        finally:  # after an error they may be withdrawn nevertheless; blobs still in use are not freed
-            self._reclaimer.reclaim([record for versions in kept.values() for record in versions])
-        logger.info("withdrew %d adapters at generation %d", len(names), withdrawn.generation)
-        return Removed(tuple(names), withdrawn.generation, ready, behind)
 
     async def _make_live(
         self, staged: Sequence[Staged | BaseException], active: str | None, change: Change
@@ -442,12 +356,12 @@ class Publisher:
         committed: set[str] = set()
         is_unsure = False
         try:
-            older = await self._store.versions([(item.ref.tenant, item.ref.name) for item in held])
+            older = await self._store.versions([item.ref.key for item in held])
             staged = [self._check_trial(item, older) for item in staged]
             live = live_already(held, older, active)
             outcomes = await self._validator.validate(staged, live, change.charge)
             if change.is_dry:
-                return _results(staged, outcomes, older, generation=0)
+                return results_of(staged, outcomes, older, Settled(0, 0, 0))
             is_unsure = True
             generation, outcomes = await self._commit(outcomes, change)
             is_unsure = False
@@ -463,12 +377,12 @@ class Publisher:
                 self._reclaimer.reclaim(replaced)
         generation, outcomes = await self._follow_encoder(generation, outcomes, change)
         generation = max([generation, *[record.generation for record in live.values()]])
-        ready, behind = await self.catch_up(generation) if generation else (0, 0)
+        settled = await self.catch_up(generation) if generation else Settled(0, 0, 0)
         new = [outcome for outcome in outcomes if isinstance(outcome, ValidatedAdapter)]
         for tenant in dict.fromkeys(outcome.staged.ref.tenant for outcome in new):
             for listener in self._listeners:
                 listener(tenant, change.actor)
-        return _results(staged, outcomes, older, generation, ready, behind)
+        return results_of(staged, outcomes, older, settled)
 
     def _check_trial(
         self, item: Staged | BaseException, older: Mapping[Key, Sequence[AdapterRecord]]
@@ -476,7 +390,7 @@ class Publisher:
         """Return the error of a version that is to share the requests of one of another base model, else the item."""
         if not isinstance(item, Staged) or not item.record.is_offered:
             return item
-        kept = older.get((item.ref.tenant, item.ref.name))
+        kept = older.get(item.ref.key)
         refused = self._refuse_other_base(item.record, kept[0]) if kept else None
         return item if refused is None else refused
 

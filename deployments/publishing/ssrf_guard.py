@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from deployments.errors import SourceRefused, SourceUnavailable
-from lora_store.location import Endpoint, Location
+from lora_store.location import Location
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ def pin_public_address(uri: str, location: Location, resolve: Resolve = resolve_
     for address in addresses:
         if not _is_allowed(_plain(address), private_too=endpoint.is_named):
             raise _refused(uri, endpoint.host, address)
-    return location.at_address(str(addresses[0])) if _can_be_pinned(endpoint) else location
+    can_be_pinned = endpoint.is_named and endpoint.scheme == "http"
+    return location.at_address(str(addresses[0])) if can_be_pinned else location
 
 
 def pin_redirect(
@@ -115,7 +116,3 @@ def _plain(address: Address) -> Address:
     if address in _NAT64:
         return IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour or address
-
-
-def _can_be_pinned(endpoint: Endpoint) -> bool:
-    return endpoint.is_named and endpoint.scheme == "http"

@@ -9,17 +9,11 @@ from dataclasses import dataclass, replace
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.worker_client import Workers
 from lora_store import AdapterRecord, AdapterRef, Staged
-from lora_store.validation import NEVER_TRAINED
 from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
-from retriever_svc.shared_wording import wording_warning
 
 VALIDATED_TOGETHER = 32  # adapters per call of the encoder and per probe
 _BATCHES_AT_ONCE = 2  # so two replicas of a deployment have work, and embedding and probing overlap
-_NO_EFFECT = (
-    "it changed the base model's output for a probe by no more than rounding, so its answers may be the base model's:"
-    " was it trained too briefly, or at too small a learning rate?"
-)
 Charge = Callable[[int], None]
 """Charge the publishing key for tokens that the encoder is about to read. Raises: RateLimited, RequestInvalid."""
 
@@ -38,19 +32,6 @@ class ValidatedAdapter:
 
 
 Outcome = ValidatedAdapter | AdapterRecord | BaseException  # new and good, live already, or refused
-
-
-def warnings_of(staged: Staged, shift: float | None) -> tuple[str, ...]:
-    """Return what the publisher of a valid adapter should know.
-
-    An unlisted adapter has no warnings: a training loop publishes its first steps, which change little.
-    """
-    if staged.record.is_unlisted:
-        return ()
-    has_no_effect = shift == 0.0 and NEVER_TRAINED not in staged.warnings
-    warnings = (*staged.warnings, _NO_EFFECT) if has_no_effect else staged.warnings
-    wording = wording_warning([sample.input for sample in staged.samples])
-    return warnings if wording is None else (*warnings, wording)
 
 
 class AdapterValidator:

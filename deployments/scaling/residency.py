@@ -6,6 +6,9 @@ of that worker, with six bytes for each adapter.
 
 A report is whole and numbered, so none needs another one. A lost report leaves an older one in force, and repeated or
 late reports change nothing. A router with an old report chooses a worker that must load the adapter first.
+
+While a new version of the server is deployed, its workers answer the old version's routers too. A report therefore
+arrives as a plain tuple, of which later versions may change anything: routers ignore what they do not know.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpu_worker.errors import EngineStopped
 
@@ -36,6 +39,10 @@ class ResidencyReport(NamedTuple):
     worker: str
     number: int
     digests: bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a plain tuple: the process that reads it may have another version of this class, or none."""
+        return tuple, (tuple(self),)
 
 
 class Residency:
@@ -79,14 +86,19 @@ class HeardReports:
     def __init__(self) -> None:
         self._newest: OrderedDict[str, tuple[int, frozenset[bytes]]] = OrderedDict()
 
-    def hear(self, report: ResidencyReport) -> None:
-        """Keep the report unless a later one of that worker was heard."""
-        newest = self._newest.get(report.worker)
-        if newest is None or report.number > newest[0]:
-            starts = range(0, len(report.digests), _DIGEST_BYTES)
-            held = frozenset(report.digests[start : start + _DIGEST_BYTES] for start in starts)
-            self._newest[report.worker] = report.number, held
-        self._newest.move_to_end(report.worker)
+    def hear(self, report: tuple[object, ...]) -> None:
+        """Keep the report unless a later one of that worker was heard. Ignore fields and reports of an unknown form."""
+        match report:
+            case (str() as worker, int() as number, bytes() as digests, *_):
+                self._keep(worker, number, digests)
+
+    def _keep(self, worker: str, number: int, digests: bytes) -> None:
+        newest = self._newest.get(worker)
+        if newest is None or number > newest[0]:
+            starts = range(0, len(digests), _DIGEST_BYTES)
+            held = frozenset(digests[start : start + _DIGEST_BYTES] for start in starts)
+            self._newest[worker] = number, held
+        self._newest.move_to_end(worker)
         if len(self._newest) > _MAX_WORKERS:
             self._newest.popitem(last=False)
 

@@ -11,7 +11,7 @@ from docs.generate.error_codes import error_codes
 from docs.generate.limits import folder_limits, request_limits
 from docs.generate.markdown import Block
 from docs.generate.metrics import metrics
-from docs.generate.models import families
+from docs.generate.models import families, vllm_files
 from docs.generate.request_fields import (
     chat_fields,
     completion_fields,
@@ -47,5 +47,6 @@ BLOCKS: Mapping[str, Block] = {
     "scale-needs": scale_needs,
     "settings": settings,
     "strategies": strategies,
+    "vllm-files": vllm_files,
     "weightings": weightings,
 }

@@ -14,14 +14,37 @@ _EQUAL = "served, equal"
 _OWN_TESTS = ("gemma3_text", "llama", "mistral", "qwen3")  # of the engine, which run on them
 _VLLM_OUTCOMES = {"equal": _EQUAL, "not compared": "vLLM's class was built with adapters, not compared"}
 _NOT_STARTED = "vLLM did not start"
-_VLLM_RESULTS = RESULTS / "families" / "results.json"  # of `tests.gpu_worker.conformance.run_families`
+# Of `tests.gpu_worker.conformance.run_families`, the second one with `--files`.
+_VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
+_REASONS = {
+    "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
+        *("bagel", "bailing_moe", "bailing_moe_linear", "bailing_moe_v3", "chatglm", "deepseek_ocr", "deepseek_ocr2"),
+        *("dots_ocr", "glm4v", "internlm2", "interns1_pro", "interns2_mobius"),
+        *("interns2_preview", "isaac", "k2_horizon", "keye", "keye_vl1_5", "longcat_flash_ngram"),
+        *("minicpmo", "minicpmv", "molmo", "moss_audio", "nemotron_nas", "nemotron_vl", "opencua"),
+        *("openpangu_vl", "param2moe", "phi4mm", "plamo3", "qianfan_ocr", "solar", "telechat2"),
+        *("teleflm", "ultravox", "unlimited_ocr"),
+    ),
+    "it reads the format of Mistral's own tools only": ("mistral_large_3", "pixtral", "voxtral_realtime"),
+    "its class asks for settings that transformers names otherwise": (
+        *("molmo2", "nano_nemotron_vl", "qwen3_asr_realtime"),
+    ),
+    "its class expects tensors under other names": ("exaone",),
+    "vLLM has no CPU code for its attention": ("rnj1",),
+    "it is code for GPUs only": (
+        *("vllm.models.deepseek_v32", "vllm.models.deepseek_v4", "vllm.models.glm5next", "vllm.models.hy_v4"),
+        *("vllm.models.inkling", "vllm.models.qwen4_exp"),
+    ),
+    "an encoder-decoder architecture": ("whisper",),
+}
+_REASON_OF = {file: reason for reason, files in _REASONS.items() for file in files}
 
 
 def families() -> str:
     """Return one row a family and engine: served and equal, or refused with the words of the message."""
     rows = sorted([*_native_rows(), *_vllm_rows()], key=lambda row: (row[0].lower(), row[1]))
-    equal = Counter(engine for _, engine, seen in rows if _EQUAL in seen)
-    counts = ", ".join(f"{number} with the {engine} engine" for engine, number in sorted(equal.items()))
+    equal = Counter(engine for name, engine, seen in rows if _EQUAL in seen and not name.startswith("`quantised:"))
+    counts = ", ".join(f"{number} families with the {engine} engine" for engine, number in sorted(equal.items()))
     return f"Served and equal: {counts}.\n\n" + table(("family", "engine", "what was seen"), rows)
 
 
@@ -35,6 +58,27 @@ def _native_rows() -> Iterator[tuple[str, str, str]]:
         yield code(name), "native", f"refused: {reason}"
 
 
+def vllm_files() -> str:
+    """Return how many of vLLM's model files have a family that is served and equal, and why the others have none."""
+    seen = {family.replace("`", ""): text for family, _, text in _vllm_rows()}
+    files = json.loads(_VLLM_FILES.read_text(encoding="utf-8"))["runs"]
+    equal = [row for row in files if any(_EQUAL in seen.get(family, "") for family in row["families"])]
+    named = sum(row["names_interface"] for row in files)
+    served = sum(row["names_interface"] for row in equal)
+    others: dict[str, list[str]] = {}
+    for row in files:
+        if row not in equal:
+            tried = [f"{code(family)} {seen[family]}" for family in row["families"] if family in seen]
+            reason = "; ".join(tried) or _REASON_OF.get(row["file"], "not tried")
+            others.setdefault(reason, []).append(code(row["file"]))
+    return (
+        f"vLLM has {len(files)} files with models that generate text and take adapters: {named} name its interface for"
+        f" LoRA, and {len(files) - named} inherit it. {len(equal)} of them have a family above that is served and"
+        f" equal: {served} of the {named}, and {len(equal) - served} of the {len(files) - named}. The others:\n\n"
+        + table(("files", "why"), [(", ".join(names), reason) for reason, names in others.items()])
+    )
+
+
 def _vllm_rows() -> Iterator[tuple[str, str, str]]:
     """Yield what a run saw, nothing if there are no results."""
     if not _VLLM_RESULTS.exists():
@@ -44,4 +88,6 @@ def _vllm_rows() -> Iterator[tuple[str, str, str]]:
         is_open = row.get("reason", "").startswith(_NOT_STARTED)  # perhaps the tiny model's fault
         seen = row["reason"] if is_open else f"{row['outcome']}: {row.get('reason')}"
         seen = _VLLM_OUTCOMES.get(row["outcome"], seen)
-        yield code(row["family"]), "vllm", seen
+        family, _, variant = row["family"].partition(" ")
+        in_bfloat16 = " in bfloat16" if row.get("dtype") == "bfloat16" else ""
+        yield f"{code(family)} {variant}".rstrip(), "vllm", f"{seen}{in_bfloat16}"

@@ -66,10 +66,11 @@ class Arrangement:
         if not self.runs:
             return ()
         num_rows = max(self.ranks.values())
-        return tuple(
-            Block(run.store, _slice(run.numbers), values.view(-1, num_rows, self.layout.stores[run.store][1]))
-            for run, values in zip(self.runs, torch.split(flat, list(self.sizes)), strict=True)
-        )
+        blocks = []
+        for run, values in zip(self.runs, torch.split(flat, list(self.sizes)), strict=True):
+            numbers = slice(run.numbers.start, run.numbers.stop, run.numbers.step)
+            blocks.append(Block(run.store, numbers, values.view(-1, num_rows, self.layout.stores[run.store][1])))
+        return tuple(blocks)
 
 
 class BankLayout:
@@ -175,7 +176,3 @@ def _progressions(numbers: Sequence[int]) -> Iterator[range]:
             end += 1
         yield range(numbers[start], numbers[end - 1] + 1, step)
         start = end
-
-
-def _slice(numbers: range) -> slice:
-    return slice(numbers.start, numbers.stop, numbers.step)

@@ -32,7 +32,8 @@ def free_bytes(device: torch.device, share: float = 1.0) -> int:
     Raises: WorkerConfigInvalid if torch finds no such device.
     """
     if device.type == "cpu":
-        return min([_available_bytes(), *cgroup_bytes(_CGROUPS)])
+        available = _sizes(_PROC / "meminfo")["MemAvailable"]  # Linux's estimate, without swapping
+        return min([available, *cgroup_bytes(_CGROUPS)])
     if not torch.cuda.is_available():
         raise WorkerConfigInvalid(
             f"device is '{device.type}' but torch {torch.__version__} finds none; use 'cpu' or install torch for CUDA"
@@ -131,11 +132,6 @@ def use_huge_pages(memory: mmap.mmap) -> None:
     """Let Linux use huge pages for this mapping, where it has them."""
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-
-
-def _available_bytes() -> int:
-    """Return Linux's estimate of the memory available without swapping."""
-    return _sizes(_PROC / "meminfo")["MemAvailable"]
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -57,7 +57,6 @@ class EngineStatus:
     host_cache_bytes: int
     num_forgetting: int  # weights to drop when their last request ends
     waiting_tokens: int = 0  # prompt tokens and maximum new tokens of waiting requests
-    disk_cache_bytes: int = 0  # the machine's workers share one cache
     prefix_cache_tokens: int = field(default=0, compare=False)  # tokens in the prefix cache, in use or kept
     num_threads: int = field(default=0, compare=False)  # that compute; fewer while other processes take the cores
     counters: Counters = field(default_factory=Counters, compare=False)  # monotonic

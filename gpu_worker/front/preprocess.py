@@ -128,6 +128,7 @@ class RequestPreprocessor:
         is_raw = not isinstance(job.prompt, tuple)
         has_own_end = is_raw or grammar is not None  # a stop must not cut the grammar's text
         own_stops = () if has_own_end else template_stops(job.template, self._base.tokenizer)
+        reports_prompt = job.sampling.prompt_logprobs is not None
         return Row(
             request_id=job.request_id,
             plan=job.plan,
@@ -146,8 +147,8 @@ class RequestPreprocessor:
             tool_calls=None if job.tools is None else self._tool_parser(job, job.tools, grammar),
             capture_first_logits=capture_first_logits,
             tenant=job.tenant,
-            prompt_offsets=self._prompt_offsets(job, tokens),
-            skips_prefix_cache=job.sampling.prompt_logprobs is not None,
+            prompt_offsets=text_offsets(self._base.backend_tokenizer, tokens) if reports_prompt else (),
+            skips_prefix_cache=reports_prompt,
         )
 
     async def compile_grammar(self, job: Job) -> None:
@@ -193,11 +194,6 @@ class RequestPreprocessor:
             self._require_known(prompt.ids)
         decode = self._base.backend_tokenizer.decode_batch  # decodes one prompt at a time, on this thread only
         return [decode([prompt.ids], skip_special_tokens=skip_special_tokens)[0] for prompt in prompts]
-
-    def _prompt_offsets(self, job: Job, tokens: list[int]) -> Sequence[int]:
-        if job.sampling.prompt_logprobs is None:
-            return ()
-        return text_offsets(self._base.backend_tokenizer, tokens)
 
     def _grammar_state(self, grammar: Grammar, tenant: str, tokens: list[int]) -> GrammarState:
         if self._grammars is None:

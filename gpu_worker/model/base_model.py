@@ -14,12 +14,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import __version__ as transformers_version
 
 from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -28,6 +31,7 @@ from gpu_worker.model.checkpoint import load_whole
 from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
+from gpu_worker.model.own_families import OWN_FAMILIES
 from gpu_worker.model.packaged_model import flag_markers, packaged_folder, wants_integers
 from gpu_worker.model.packed_attention import ATTENTION_NAME, register
 from gpu_worker.model.packed_linear import NarrowLinear, load_linear_kernel
@@ -96,7 +100,12 @@ def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     """
     source = source or model_source(config)
     is_packaged = config.base_model == PACKAGED_MODEL
-    tokenizer = _packaged_tokenizer(Path(source)) if is_packaged else AutoTokenizer.from_pretrained(source)
+    load = _packaged_tokenizer if is_packaged else partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    try:
+        tokenizer = load(Path(source) if is_packaged else source)
+    except ValueError as exc:  # among others: its class is code of the checkpoint
+        reason = str(exc).partition("\n")[0]
+        raise BaseModelUnsupported(f"the base model's tokenizer cannot be loaded ({reason})") from exc
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
     backend = tokenizer.backend_tokenizer
@@ -118,7 +127,10 @@ def _packaged_tokenizer(folder: Path) -> Any:
 
 
 def load_config(source: str) -> Any:
-    """Read the model's config.json. Raises: BaseModelUnsupported for a GGUF file, or a folder of them."""
+    """Read the model's config.json.
+
+    Raises: BaseModelUnsupported for a GGUF file, for a folder of them, and for a family that transformers lacks.
+    """
     folder = Path(source)
     if folder.suffix == ".gguf" and not folder.exists():
         raise BaseModelUnsupported(f"base_model {source!r} is no file of this machine")
@@ -128,7 +140,19 @@ def load_config(source: str) -> Any:
             f"{found[0]} is a GGUF file, which engine 'vllm' does not read here: use engine 'native', or the folder of"
             " the same model that has config.json and *.safetensors"
         )
-    return AutoConfig.from_pretrained(source)
+    settings, _ = PreTrainedConfig.get_config_dict(source)
+    family = settings.get("model_type")
+    if family is not None and family not in CONFIG_MAPPING:
+        raise BaseModelUnsupported(
+            f"{family} is no family of transformers {transformers_version}, and this server runs no code of a"
+            " checkpoint: use a base model that transformers loads without trust_remote_code, or one of"
+            f" {', '.join(OWN_FAMILIES)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as exc:  # among others: its language model is of an unknown family
+        reason = str(exc).partition("\n")[0]
+        raise BaseModelUnsupported(f"the configuration of {source} cannot be read ({reason})") from exc
 
 
 def load_base_model(config: NativeWorkerConfig) -> BaseModel:

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,13 @@ def load_tensors(source: str, config: Any, tensors: dict[str, Tensor], **options
     Raises: BaseModelUnsupported, as `load_whole`.
     """
     with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
-    model = _load(model_class, None, source, config=config, state_dict=tensors, **options)
+        empty = AutoModelForCausalLM.from_config(config)
+    names = {module: f"{name}.weight" for name, module in empty.named_modules()}
+    head = names.get(empty.get_output_embeddings())
+    if getattr(config, "tie_word_embeddings", False) and head in tensors:
+        # transformers would draw random numbers for a tied embedding that is not in the file
+        tensors.setdefault(names[empty.get_input_embeddings()], tensors[head])
+    model = _load(type(empty), None, source, config=config, state_dict=tensors, **options)
     with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -129,32 +135,16 @@ def auto_class(config: Any) -> Any:
 
 
 def weight_files(source: str, *, may_download: bool = False) -> list[Path]:
-    """Return the files of weights in this folder, or in the local cache for an id of the model hub.
+    """Return the files of weights in this folder; for an id of the model hub those on this machine, none if one lacks.
 
     `may_download`: fetch those that the cache lacks.
     Raises: BaseModelUnsupported if files are missing that the folder's index names.
     """
-    if not Path(source).is_dir():
-        return _cached_weight_files(source, may_download)
     folder = Path(source)
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            files = [folder / name for name in _shards(folder / index)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise BaseModelUnsupported(
-                    f"{folder / index} names {len(files)} files, and {len(missing)} of them"
-                    f" {'is' if len(missing) == 1 else 'are'} missing ({_some(missing)}). Copy the model's files again"
-                )
-            return files
-    return sorted(folder.glob("*.safetensors"))  # vLLM accepts any name
-
-
-def _cached_weight_files(source: str, may_download: bool) -> list[Path]:
-    """Return the files of a hub's model that are on this machine, or may be fetched; none if some are not."""
 
     def find(name: str) -> Path | None:
+        if folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
         found = cached_file(
             source, name, local_files_only=not may_download, _raise_exceptions_for_missing_entries=False
         )
@@ -164,9 +154,15 @@ def _cached_weight_files(source: str, may_download: bool) -> list[Path]:
         if (file := find(single)) is not None:
             return [file]
         if (found := find(index)) is not None:
-            files = [find(name) for name in _shards(found)]
-            return [file for file in files if file is not None] if None not in files else []
-    return []
+            files = {name: find(name) for name in _shards(found)}
+            missing = [name for name, file in files.items() if file is None]
+            if missing and folder.is_dir():
+                raise BaseModelUnsupported(
+                    f"{found} names {len(files)} files, and {len(missing)} of them"
+                    f" {'is' if len(missing) == 1 else 'are'} missing ({_some(missing)}). Copy the model's files again"
+                )
+            return [] if missing else [file for file in files.values() if file is not None]
+    return sorted(folder.glob("*.safetensors"))  # vLLM accepts any name
 
 
 def _shards(index: Path) -> list[str]:
@@ -197,9 +193,11 @@ def _load(
     is_part = "key_mapping" in options  # the rest of the checkpoint is left out on purpose
     with _Report(is_shown=path is not None and not is_part) as report:
         try:
-            model, info = model_class.from_pretrained(
-                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            if path is None:  # the class's own function may ask for files beside the weights
+                load = partial(PreTrainedModel.from_pretrained.__func__, model_class)
+            else:
+                load = model_class.from_pretrained
+            model, info = load(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         except RuntimeError as exc:
             if is_quantised or not report.unconverted:
                 raise

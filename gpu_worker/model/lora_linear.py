@@ -43,12 +43,9 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
     The layers' own `forward` is not called then, except where a layer has hooks.
     """
-    if all(isinstance(layer, LoraLinear) and not _has_hooks(layer) for layer in layers):
+    has_hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    if not has_hooks and all(isinstance(layer, LoraLinear) for layer in layers):
         found = cast("Sequence[LoraLinear]", layers)
         if all(layer.bank.inputs is found[0].bank.inputs for layer in found):
             return LoraLinear.each(found, x)
     return [layer(x) for layer in layers]
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)

@@ -50,7 +50,8 @@ def load_quantized(source: str, config: Any, **options: Any) -> PreTrainedModel:
         raise BaseModelUnsupported(
             f"the scales of {alone[0].removesuffix(_VALUES)} are missing. Copy the model's files again"
         )
-    tensors |= {name + _VALUES: weight.dequantized(options["dtype"]) for name, weight in weights.items()}
+    one = torch.zeros((), dtype=options["dtype"])  # stands for all numbers of a layer until it is replaced
+    tensors |= {name + _VALUES: one.expand(weight.values.shape) for name, weight in weights.items()}
     model = load_tensors(source, config, tensors, **options)
     tensors.clear()  # so that the memory of a weight is free once its layer is replaced
     with keeping_tie(model):
@@ -79,12 +80,11 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, num_in: int) -> Tensor:
-    """Return the values (O, I) int8 of words (O, W)."""
-    per_word = _WORD_BITS // bits
-    values = torch.empty(len(words), words.shape[1] * per_word, dtype=torch.int8)
-    for place in range(per_word):
-        values[:, place::per_word] = ((words >> (bits * place)) & ((1 << bits) - 1)) - (1 << (bits - 1))
-    return values[:, :num_in].contiguous()
+    """Return the values (O, I) int8 of words (O, W), whose lowest bits are the first value: a byte holds one or two."""
+    found = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        found = torch.stack([found & 0xF, found >> 4], dim=-1).flatten(1)
+    return (found[:, :num_in] - (1 << (bits - 1))).view(torch.int8)
 
 
 def _as_mapping(quantization: Any) -> Mapping[str, Any]:

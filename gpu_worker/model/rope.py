@@ -22,9 +22,10 @@ def pin_longrope(model: nn.Module, max_len: int) -> None:
     Source: LongRoPE (ICML 2024), section 3.3; one set for all lengths, like vLLM.
     """
     for module in model.modules():
-        if getattr(module, "rope_type", None) == _LONGROPE:
+        kind = getattr(module, "rope_type", None)
+        if kind == _LONGROPE:
             _pin(module, max_len)
-        elif _is_longrope_by_layer(module):
+        elif isinstance(kind, dict) and _LONGROPE in kind.values():
             raise BaseModelUnsupported("longrope embeddings that differ between kinds of layers are not supported")
 
 
@@ -40,8 +41,3 @@ def _pin(module: Any, max_len: int) -> None:
     if "short_mscale" in parameters:  # Phi-3.5-MoE also scales cosine and sine by length
         scale = parameters["long_mscale" if is_long else "short_mscale"]
         parameters["short_mscale"] = parameters["long_mscale"] = scale
-
-
-def _is_longrope_by_layer(module: nn.Module) -> bool:
-    types = getattr(module, "rope_type", None)
-    return isinstance(types, dict) and _LONGROPE in types.values()

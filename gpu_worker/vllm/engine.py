@@ -16,6 +16,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from vllm import TokensPrompt
@@ -37,7 +38,7 @@ from gpu_worker.front.row import Row, Sink
 from gpu_worker.model.checkpoint import check_checkpoint
 from gpu_worker.model.eager_check import ADAPTER_PLAN, DIGEST
 from gpu_worker.model.lora_kernel import load_lora_kernel
-from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_len_of
+from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_len_of, sockets_folder
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
@@ -61,6 +62,7 @@ class VllmEngine(InferenceEngine):
         config: VllmWorkerConfig,
         fetch: Fetch,
         *,
+        sockets: TemporaryDirectory[str],
         executor: Executor | None,
         stream_interval_ms: float,
         niceness: int,
@@ -74,7 +76,7 @@ class VllmEngine(InferenceEngine):
             stream_interval_ms=stream_interval_ms,
             niceness=niceness,
         )
-        self._llm, self._model, self._config = llm, model, config
+        self._llm, self._model, self._config, self._sockets = llm, model, config, sockets
         self._loop = asyncio.get_running_loop()
         self._executor = executor or load_executor(config.load_threads)
         cache = llm.vllm_config.cache_config
@@ -126,6 +128,7 @@ class VllmEngine(InferenceEngine):
             load_lora_kernel(config.cache_dir)  # compiled once here, then every worker finds it
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
+        sockets = sockets_folder()
         with errors_of_children(vllm_config):
             llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
             try:
@@ -138,9 +141,17 @@ class VllmEngine(InferenceEngine):
                 model = await check_model(config, model, max_len, change, answer)
             except BaseException:
                 llm.shutdown()
+                sockets.cleanup()
                 raise
         return cls(
-            llm, model, config, fetch, executor=executor, stream_interval_ms=stream_interval_ms, niceness=niceness
+            llm,
+            model,
+            config,
+            fetch,
+            sockets=sockets,
+            executor=executor,
+            stream_interval_ms=stream_interval_ms,
+            niceness=niceness,
         )
 
     @property
@@ -180,6 +191,7 @@ class VllmEngine(InferenceEngine):
         self._grammars.close()
         self.tokenizer.close()
         self._llm.shutdown()
+        self._sockets.cleanup()
 
     def _submit(self, rows: Sequence[Row]) -> None:
         self._rows.submit(rows)

@@ -35,7 +35,6 @@ from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
-_CPU_LATENT_SIZE = 576
 _GPU_SHARE = 0.9  # share of the GPU's memory, as vLLM's default
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
@@ -66,10 +65,9 @@ def _check_class(model_config: ModelConfig, model_type: str, device: str) -> Non
         raise BaseModelUnsupported(
             f"{model_type} has layers of other kinds ({', '.join(sorted(kinds))}), for which vLLM has no class"
         )
-    if device == "cpu" and model_config.use_mla and (size := model_config.get_head_size()) != _CPU_LATENT_SIZE:
+    if device == "cpu" and model_config.use_mla:
         raise BaseModelUnsupported(
-            f"{model_type} has latent attention over {size} values (kv_lora_rank + qk_rope_head_dim), and vLLM computes"
-            f" {_CPU_LATENT_SIZE} only on the CPU"
+            f"{model_type} has latent attention, which vLLM computes on the CPU otherwise than transformers"
         )
     if not supports_lora(found):
         raise BaseModelUnsupported(
@@ -178,6 +176,13 @@ def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOC
     tokens = config.kv_tokens or config.max_batch_size * longest
     num_heads = max(model.num_kv_heads // config.tensor_parallel_size, 1)
     return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads
+
+
+def sockets_folder() -> TemporaryDirectory[str]:
+    """Make a folder for the sockets of vLLM's processes, as vLLM removes none of them; and tell vLLM where it is."""
+    folder = TemporaryDirectory(prefix="vllm-")  # short, as a socket's path has at most 107 bytes
+    os.environ["VLLM_RPC_BASE_PATH"] = folder.name
+    return folder
 
 
 def set_environment(config: VllmWorkerConfig) -> None:

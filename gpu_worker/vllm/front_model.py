@@ -32,13 +32,24 @@ _NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_siz
 # What vLLM 0.32 lacks on the CPU, and families that its classes do not read, by transformers' name.
 _NOT_ON_CPU = {
     "jamba": "layers of Mamba 1",
+    "laguna": "its choice of experts",
+    "minimax_m2": "its choice of experts",
+    "longcat_flash": "its choice of experts",
     "olmo_hybrid": "its linear attention",
 }
 _UNREAD = {
     "axk1": "its class asks for settings that transformers names otherwise",
+    "ernie4_5_vl_moe": "its class asks for settings that transformers names otherwise",
     "exaone": "its class expects tensors under other names",
+    "molmo2": "its class asks for settings that transformers names otherwise",
+    "nemotron_h_omni": "its class asks for settings that transformers names otherwise",
+    "qwen3_asr": "its class asks for settings that transformers names otherwise",
+    "sarvam_mla": "its class asks for a head size that transformers changes",
+    "voxtral": "its class reads the format of Mistral's own tools only",
 }
+_CONVOLUTIONS = {"lfm2", "lfm2_moe"}
 _BFLOAT16_ON_CPU = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
+_FAILS_WITHOUT_IMAGES = {"llama4"}  # in transformers 5.24; its text part does not
 _SEVERAL_PARTS = {"qkv_proj", "gate_up_proj", "query_key_value"}  # names of layers that hold several
 
 
@@ -77,6 +88,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     text_config = hf_config.get_text_config()
     _check_config(hf_config, text_config)
     _check_dtype(config, hf_config)
+    _check_code(config, hf_config.model_type)
     _check_code(config, text_config.model_type)
     tokenizer = load_tokenizer(config, source)
     dtype = resolve_dtype(config.dtype, config.device)
@@ -138,7 +150,9 @@ def language_part(model: PreTrainedModel) -> PreTrainedModel:
     Raises: BaseModelUnsupported if no part computes text.
     """
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+        if not isinstance(part, PreTrainedModel) or part.config.model_type in _FAILS_WITHOUT_IMAGES:
+            continue
+        if part.get_output_embeddings() is not None:
             return part
     raise BaseModelUnsupported(f"{model.config.model_type} has no part that computes text")
 
@@ -215,6 +229,10 @@ def _check_code(config: VllmWorkerConfig, model_type: str) -> None:
     if config.device == "cpu" and model_type in _NOT_ON_CPU:
         raise BaseModelUnsupported(
             f"{model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for {_NOT_ON_CPU[model_type]}"
+        )
+    if config.device == "cpu" and model_type in _CONVOLUTIONS:
+        raise BaseModelUnsupported(
+            f"{model_type} has convolutions, which vLLM computes on the CPU otherwise than transformers"
         )
     is_float32 = resolve_dtype(config.dtype, config.device) == torch.float32
     if config.device == "cpu" and is_float32 and model_type in _BFLOAT16_ON_CPU:

@@ -26,7 +26,7 @@ from ray._private.authentication import authentication_token_setup
 from ray.cluster_utils import Cluster
 
 from deployments.cli.client import free_port
-from tests.e2e.live import eventually
+from tests.e2e.live import PATIENT_PROXIES, eventually
 from tests.served_engine import START_S
 
 APP = "loraretriever"
@@ -84,6 +84,7 @@ class Machines:
     def start(self) -> None:
         """Start the nodes. Return when the application is ready."""
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": _ADDRESS.format(2)}
+        head |= {"no_monitor": True, "include_log_monitor": False}  # nobody adds machines or reads logs
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._addresses = map(_ADDRESS.format, count(3))
         self._nodes = {self._add(kind): kind for kind in self._kinds}
@@ -187,7 +188,8 @@ def own_ray() -> Iterator[None]:
     """Put Ray's files, and its record of this machine's cluster, into a separate folder with a short path."""
     folder = tempfile.mkdtemp(prefix="lr-")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
+        for name, value in {"RAY_TMPDIR": folder, **PATIENT_PROXIES}.items():
+            patch.setenv(name, value)
         authentication_token_setup.enable_token_auth_by_default()
         authentication_token_setup.ensure_token_if_auth_enabled()
         try:

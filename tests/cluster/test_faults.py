@@ -123,8 +123,8 @@ def test_no_answer_is_lost_and_every_stream_ends_well_while_workers_are_killed(
     ends = {outcome.end for outcome in streams}
     assert ends <= {"[DONE]", "replica_died"}
     assert num_kills == 1 or "replica_died" in ends  # a single kill may hit a worker without streams
-    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.on_all("Worker", "holdings")))
-    for held in machines.on_all("Worker", "holdings"):
+    eventually(lambda: all(held.num_running + held.num_waiting == 0 for held in machines.on_all("Worker", "load")))
+    for held in machines.on_all("Worker", "load"):
         assert (held.active_rows, held.free_kv_rows, held.num_forgetting) == (0, MAX_BATCH_SIZE, 0)
 
 
@@ -305,22 +305,31 @@ def test_usage_equals_what_20_tenants_counted_while_every_kind_of_replica_dies(r
     num_requests = scale.pick("requests of 20 tenants", small=100, full=10_000)
     machines, counted = running.machines, Counted()
     victims = ["Ingress", "Worker", "Retriever", "Store"] * num_kills
+    part = num_requests // len(victims)
 
     async def run() -> None:
-        waiting = iter(range(num_requests))
+        waiting, released = iter(range(num_requests)), asyncio.Semaphore(0)
+
+        def release(count: int) -> None:
+            for _ in range(count):
+                released.release()
+
         async with httpx.AsyncClient(base_url=machines.url, timeout=300) as http, asyncio.TaskGroup() as tasks:
 
             async def client() -> None:
                 for number in waiting:
+                    await released.acquire()
                     await counted.ask(http, TENANTS[number % len(TENANTS)], number)
 
             for _ in range(CLIENTS):
                 tasks.create_task(client())
             for place, victim in enumerate(victims, start=1):
-                await machines.until_full(victim)
-                while counted.num_ended < num_requests * place // (len(victims) + 1):
+                await machines.until_full(victim)  # with no request to spare: every kill is under load
+                release(part)
+                while counted.num_ended < place * part - part // 2:
                     await asyncio.sleep(0.01)
                 machines.kill(victim)
+            release(num_requests - len(victims) * part)
 
     asyncio.run(run())
     asyncio.run(machines.until_full())

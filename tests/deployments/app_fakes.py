@@ -16,7 +16,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from deployments.config.app import AppConfig
-from deployments.generation.completions import StreamLimits
+from deployments.generation.row_stream import StreamLimits
 from deployments.http.api import build_api
 from deployments.http.bodies import MAX_BODY_TOTAL_BYTES
 from deployments.http.dependencies import Services

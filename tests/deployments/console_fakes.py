@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from deployments.api.pool_responses import map_body
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta, Job
 from retriever_svc import Cluster, Place, Point, PoolMap, Retriever
@@ -46,7 +47,10 @@ HOLDINGS = EngineStatus(
 class MappedRetriever(FakeRetriever):
     """Its adapters are on a circle, a prompt is in the middle."""
 
-    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+    async def map(self, tenant: str, min_generation: int = 0) -> bytes:
+        return map_body(self.pool_map(tenant))
+
+    def pool_map(self, tenant: str) -> PoolMap:
         points = [self._point(number) for number in range(len(self.held))]
         names = tuple(record.ref.name_for(tenant) for record in self.held)
         places = tuple((point.x, point.y) for point in points)
@@ -76,7 +80,7 @@ class LaidOutRetriever(MappedRetriever):
         super().__init__(records[:2])
         self._drawn = Retriever(live_pool(FakeEncoder({}, dim=num_kinds), Source(*records))).map("local")
 
-    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+    def pool_map(self, tenant: str) -> PoolMap:
         return replace(self._drawn, generation=7)
 
 

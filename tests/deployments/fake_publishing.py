@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from deployments.api.adapters import PublishItem
-from deployments.api.responses import Published, Removed
+from deployments.api.responses import Published, Settled
 from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerClient, WorkerGate, Workers
+from deployments.calls.worker_client import BaseWorkers, WorkerClient, WorkerGate, Workers, serve_worker
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
 from gpu_worker.errors import AdapterUnfit
@@ -63,8 +63,8 @@ class Publishing:
         published: Published = self.run(lambda publisher: publisher.rollback((LOCAL_TENANT, name), digest, "tester"))
         return published
 
-    def withdraw(self, *names: str) -> Removed:
-        removed: Removed = self.run(lambda publisher: publisher.withdraw(LOCAL_TENANT, names, "tester"))
+    def withdraw(self, *names: str) -> Settled:
+        removed: Settled = self.run(lambda publisher: publisher.withdraw(LOCAL_TENANT, names, "tester"))
         return removed
 
     def run(self, change: Callable[[Publisher], Awaitable[Any]]) -> Any:
@@ -78,7 +78,7 @@ class Publishing:
         return asyncio.run(run())
 
     def publisher(self, background: Background) -> Publisher:
-        store, worker = serve_store(self.store, wait_s=self._store_wait_s), ServeWorker(self.worker)
+        store, worker = serve_store(self.store, wait_s=self._store_wait_s), serve_worker(self.worker)
         reclaimer = Reclaimer(store, worker, background, longest_request_s=1, sleep=_in_no_time)
         clients = store, serve_retriever(self.retriever), workers_of(worker)
         return Publisher(*clients, background=background, reclaimer=reclaimer)

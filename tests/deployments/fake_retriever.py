@@ -35,7 +35,6 @@ from retriever_svc import (
     PageRequest,
     PinnedAdapter,
     Place,
-    PoolMap,
     PoolSize,
     Region,
     ReindexStep,
@@ -129,7 +128,7 @@ class FakeRetriever:
         is_own = record.ref.tenant == tenant and record.num_samples > 0
         return [Sample(f"A sample of {name}."), Sample("Another one.", "Its output.")] if is_own else []
 
-    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+    async def map(self, tenant: str, min_generation: int = 0) -> bytes:
         raise NotImplementedError
 
     async def place(self, tenant: str, text: str, names: Sequence[str], min_generation: int = 0) -> Place:

@@ -71,13 +71,13 @@ class ClusteredRetriever(MappedRetriever):
 
     samples_by_kind: Mapping[str, str] = field(default_factory=dict)
 
-    async def map(self, tenant: str, min_generation: int = 0) -> PoolMap:
+    def pool_map(self, tenant: str) -> PoolMap:
         kinds = sorted({_kind(record.ref.name) for record in self.held})
         places = []
         for number, record in enumerate(self.held):
             angle = 2 * math.pi * kinds.index(_kind(record.ref.name)) / len(kinds)
             places.append((math.cos(angle) + number / 10_000, math.sin(angle)))
-        return replace(await super().map(tenant), places=tuple(places))
+        return replace(super().pool_map(tenant), places=tuple(places))
 
     async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
         kind = _kind(name)

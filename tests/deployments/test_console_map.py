@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -22,7 +21,9 @@ OVERLAPS = """(nodes) => {
   const after = (i, box) => boxes.slice(i + 1).filter(([, other]) => meet(box, other));
   return boxes.flatMap(([name, box], i) => after(i, box).map(([other]) => [name, other]));
 }"""
-NEXT_WHEEL = "() => new Promise((done) => addEventListener('wheel', (e) => done(e.defaultPrevented), { once: true }))"
+LISTEN = """() => {
+  globalThis.turned = new Promise((done) => addEventListener("wheel", (e) => done(e.defaultPrevented), { once: true }));
+}"""
 COUNT_DOTS = "(node) => node.getAttribute('d').split('M').length - 1"
 
 
@@ -108,9 +109,9 @@ def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing)
             if has_focus:
                 await map_.focus()
             await page.mouse.move(x, y)
-            turned = asyncio.create_task(page.evaluate(NEXT_WHEEL))
+            await page.evaluate(LISTEN)
             await page.mouse.wheel(0, -300)
-            assert await turned == has_focus
+            assert await page.evaluate("() => globalThis.turned") == has_focus
         await check_moved()
         await page.mouse.down()
         await page.mouse.move(x + 60, y + 30, steps=3)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deployments.api.pool_responses import map_body
 from lora_store import ActivateEncoder, AdapterNotFound, AdapterRef, Embed, Event, StoreUnavailable, Trial
-from retriever_svc import AskedPrompt, Drawn, DrawnAdapter, EncoderUnusable, PoolSize, RouteRequest, StaleIndex
+from retriever_svc import AskedPrompt, Drawn, DrawnAdapter, EncoderUnusable, PoolMap, PoolSize, RouteRequest, StaleIndex
 from retriever_svc.encoder_files import ENGLISH_MODEL, model_folder
 from tests.deployments.served_retriever import ALL, SAMPLES, Served, run
 from tests.retriever_svc.pool_fakes import record_of
@@ -43,10 +44,36 @@ def test_a_prompt_is_nearest_to_the_adapter_that_it_is_routed_to(tmp_path: Path)
         place = await here.replica.place("local", "How do you say bread in German?", ["german", "sums"])
         german, sums = (abs(point.x - place.prompt.x) for point in place.adapters)
         assert german < sums  # two adapters differ along one axis
-        drawn = await here.replica.map("local")
-        assert (drawn.num_adapters, drawn.names, drawn.groups) == (2, ("german", "sums"), (0, 0))
+        drawn = json.loads(await here.replica.map("local"))
+        assert [(point["name"], point["cluster"]) for point in drawn["points"]] == [("german", 0), ("sums", 0)]
         assert await here.replica.load("local") == PoolSize(1, 2)
 
+    run(tmp_path, scenario)
+
+
+def test_a_map_is_written_once_beside_the_event_loop_for_each_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: list[threading.Thread] = []
+
+    def write(drawn: PoolMap) -> bytes:
+        writers.append(threading.current_thread())
+        return map_body(drawn)
+
+    async def scenario(here: Served) -> None:
+        def names(body: bytes) -> list[str]:
+            return [point["name"] for point in json.loads(body)["points"]]
+
+        german, sums = await here.embedded("german", "sums")
+        await here.replica.catch_up(here.publish(german))
+        bodies = [await here.replica.map(tenant) for tenant in ("local", "acme", "local", "acme")]
+        assert list(map(names, bodies)) == 2 * [["german"], ["local/german"]]
+        assert len(writers) == 2 and threading.current_thread() not in writers
+        await here.replica.catch_up(here.publish(sums))
+        assert names(await here.replica.map("local")) == ["german", "sums"]
+        assert len(writers) == 3
+
+    monkeypatch.setattr("deployments.retriever.map_body", write)
     run(tmp_path, scenario)
 
 
@@ -126,7 +153,10 @@ def test_a_read_with_min_generation_catches_up_first(tmp_path: Path, read: str) 
                 await ask(0)
         assert (await here.replica.index_stats()).generation == 0
         answer = await ask(generation)
-        assert (answer[0] if read == "record" else answer.generation) == generation
+        if read == "map":
+            assert json.loads(answer)["generation"] == generation
+        else:
+            assert (answer[0] if read == "record" else answer.generation) == generation
         with pytest.raises(StaleIndex) as caught:
             await ask(generation + 1)
         assert (caught.value.wanted, caught.value.found) == (generation + 1, generation)

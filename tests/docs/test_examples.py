@@ -158,6 +158,20 @@ def test_make_serve_answers_without_chance_where_a_request_sets_nothing(engine: 
     assert config.worker.engine == engine
 
 
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_make_serve_has_a_variant_with_two_base_models_and_the_starter_pool(engine: str) -> None:
+    [call] = {" ".join(words) for _, words in command_lines("make") if "several_bases" in " ".join(words)}
+    command = [*shlex.split(call), "--dry-run", f"ENGINE={engine}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [line] = [line for line in printed.splitlines() if "loraretriever serve" in line]
+    serve: Any = get_command(cli).commands["serve"]  # type: ignore[attr-defined]
+    given = serve.make_context("serve", shlex.split(line)[2:]).params
+    config = load_config(ROOT / given["config"], preload=given["preload"])
+    assert [model.name for model in config.served_models] == ["gemma-3-270m", "qwen"]
+    assert config.served_models.first.sampling_defaults == {"temperature": 0, "max_repeats": 2}
+    assert config.preload == (Path("examples/starter_pool"),)
+
+
 @pytest.mark.parametrize(("engine", "changes"), [("native", {}), ("vllm", {"engine": "vllm", "step_timeout_s": 300})])
 def test_make_serve_with_a_base_model_begins_with_an_empty_pool(engine: str, changes: dict[str, object]) -> None:
     command = ["make", "--dry-run", "serve", f"ENGINE={engine}", "BASE=/models/my-base/", "ARGS=--port 8001"]

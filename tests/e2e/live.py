@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +22,15 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config.app import AppConfig
 from lora_store import Sample, write_peft_folder
 from lora_store.location import Location
+from tests.deployments.scripted import run as command
 from tests.s3 import S3Endpoint
 from tests.tiny import random_adapter
 
 APP = "live"
 BASE = "tiny"
 SETTLE_S = 120.0
+# Serve's own are 5 and 10 s, within which a proxy next to busy processes may not have answered yet.
+PATIENT_PROXIES = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
 CONTEXT = 8192  # tokens, so that answers may last seconds on fast processors too
 Seen = TypeVar("Seen")
 
@@ -134,13 +134,10 @@ class Live:
 
 
 def run(live: Live, *words: str, code: int = 0) -> str:
-    """Run a command on a wide terminal, check its exit code, and return its output."""
-    command = [str(Path(sys.executable).with_name("loraretriever")), *words, "--url", live.url]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"}
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """Run a command in this process, check its exit code, and return its output."""
+    done = command(*words, "--url", live.url)
+    assert done.exit_code == code, done.output
+    return done.output
 
 
 def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _LONG = completion(PACKAGED_MODEL, "The sea is", 1500)
 def running_and_waiting() -> int:
     async def ask() -> list[Any]:
         worker = serve.get_deployment_handle("Worker", APP_NAME)
-        answers: list[Any] = await worker.broadcast("holdings").results_async(timeout_s=120)
+        answers: list[Any] = await worker.broadcast("load").results_async(timeout_s=120)
         return answers
 
     return sum(held.num_running + held.num_waiting for held in asyncio.run(ask()))

@@ -38,7 +38,7 @@ def _in_every_bank(live: Live, name: str) -> bool:
     """Whether it is after so many requests at once that one worker's queue is too long for all of them."""
     asyncio.run(stream_texts(live, [name] * 16, 64))
     digest = live.call("GET", f"/v1/loras/{name}").json()["weights_digest"]
-    return all(digest in holdings.resident for holdings in live.on_all("Worker", "holdings"))
+    return all(digest in holdings.resident for holdings in live.on_all("Worker", "load"))
 
 
 def test_a_published_adapter_is_found_at_once_by_every_replica(live: Live, seed: int) -> None:
@@ -107,7 +107,7 @@ def test_withdrawing_and_expiring_free_everything(live: Live, seed: int, scale: 
         assert {live.ask("comet").status_code for _ in range(6)} == {404}
 
     def held() -> dict[str, object]:
-        workers = [(set(w.resident), w.host_cache_bytes, w.free_kv_rows) for w in live.on_all("Worker", "holdings")]
+        workers = [(set(w.resident), w.host_cache_bytes, w.free_kv_rows) for w in live.on_all("Worker", "load")]
         used = ray.cluster_resources()["object_store_memory"] - ray.available_resources()["object_store_memory"]
         return {"workers": workers, "blobs": live.stored("blobs"), "holds": live.stored("holds"), "used": used}
 
@@ -139,7 +139,7 @@ def test_a_dead_endpoint_affects_only_operations_that_need_it(
     live.on_all("Store", "release", [live.call("GET", f"/v1/loras/{name}").json()["weights_digest"] for name in cold])
     live.endpoint.stop()
     try:
-        deadline = time.monotonic() + scale.pick("seconds", small=6, full=60)
+        deadline = time.monotonic() + scale.pick("seconds", small=3, full=60)
         while time.monotonic() < deadline:
             assert live.text(resident) == whole
         refused = live.ask(cold[0])
@@ -157,7 +157,7 @@ def test_a_dead_endpoint_affects_only_operations_that_need_it(
 
 def _is_resident(live: Live, name: str) -> bool:
     digest = live.call("GET", f"/v1/loras/{name}").json()["weights_digest"]
-    return any(digest in holdings.resident for holdings in live.on_all("Worker", "holdings"))
+    return any(digest in holdings.resident for holdings in live.on_all("Worker", "load"))
 
 
 def test_a_dead_store_replica_fails_no_request(live: Live, seed: int) -> None:

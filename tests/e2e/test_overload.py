@@ -19,7 +19,7 @@ _LONG = completion(BASE, "The sea is", CONTEXT - 100)
 
 
 def running_and_waiting(live: Live) -> int:
-    return sum(held.num_running + held.num_waiting for held in live.on_all("Worker", "holdings"))
+    return sum(held.num_running + held.num_waiting for held in live.on_all("Worker", "load"))
 
 
 async def abandon(live: Live, count: int, body: dict[str, Any]) -> None:
@@ -36,14 +36,14 @@ async def abandon(live: Live, count: int, body: dict[str, Any]) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnected_clients_free_everything_at_once(live: Live, stream: bool) -> None:
     """Some of them wait for the whole answer."""
-    before = [held.free_kv_rows for held in live.on_all("Worker", "holdings")]
+    before = [held.free_kv_rows for held in live.on_all("Worker", "load")]
     count = 30
     if stream:
         asyncio.run(abandon_streams(live, count))
     else:
         asyncio.run(abandon(live, count, _LONG))
     eventually_equal(lambda: running_and_waiting(live), 0)
-    assert [held.free_kv_rows for held in live.on_all("Worker", "holdings")] == before
+    assert [held.free_kv_rows for held in live.on_all("Worker", "load")] == before
 
 
 async def abandon_streams(live: Live, count: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import openai
 import psutil
-import ray
 
 from deployments.cli.local_server import CHEAPER_SERVE, ENDS_AT_ONCE
 from deployments.config.app import AppConfig
@@ -124,31 +123,6 @@ def test_a_prompt_longer_than_one_step_is_answered_on_an_idle_server(config: App
     assert answer.usage.prompt_tokens > 1500 > config.worker.max_step_tokens
     assert answer.usage.completion_tokens == 4
     assert answer.choices[0].text
-
-
-HANDLE_SCRIPT = """
-import json, sys
-import ray
-from ray import serve
-
-ray.init(address=sys.argv[1], log_to_driver=False)
-handle = serve.get_app_handle("loraretriever")
-request = {"model": "gemma-3-270m", "prompt": "One, two, three, four,", "temperature": 0, "max_tokens": 4}
-whole = handle.generate.remote(request).result()
-chunks = list(handle.options(stream=True).stream.remote(request))
-print(json.dumps({"whole": whole["choices"][0]["text"], "parts": [c["choices"][0]["text"] for c in chunks]}))
-"""
-
-
-def test_another_ray_driver_calls_the_same_application(url: str, client: openai.OpenAI) -> None:
-    address = ray.get_runtime_context().gcs_address
-    run = subprocess.run(
-        [sys.executable, "-c", HANDLE_SCRIPT, address], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    said = json.loads(run.stdout.strip().splitlines()[-1])
-    over_http = client.completions.create(model=BASE, prompt="One, two, three, four,", temperature=0, max_tokens=4)
-    assert said["whole"] == "".join(said["parts"]) == over_http.choices[0].text
 
 
 def test_the_readmes_ten_lines_run(url: str) -> None:

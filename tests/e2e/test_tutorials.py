@@ -20,6 +20,7 @@ from tests.e2e.live import Live
 from tests.soak import Scale
 
 DOCS = ROOT / "docs"
+LONG_PAGES = ("how-to/evaluate-a-pool.md", "how-to/train-an-adapter.md")
 IN_TUTORIALS = "http://127.0.0.1:8000"
 NOTEBOOK = ROOT / "examples" / "demo.ipynb"
 COUNT_DRAWN = """
@@ -84,8 +85,8 @@ def folder(tmp_path: Path, url: str) -> Iterator[Path]:
 def test_every_block_of_the_page_runs(
     page: str, num_blocks: int, outputs: list[str], folder: Path, url: str, scale: Scale
 ) -> None:
-    if page == "how-to/evaluate-a-pool.md" and not scale.pick("pages that take a minute", small=0, full=1):
-        pytest.skip("`pool evaluate` of the starter pool takes a minute")
+    if page in LONG_PAGES and not scale.pick("pages that take a minute", small=0, full=len(LONG_PAGES)):
+        pytest.skip("it trains an adapter, or evaluates the starter pool, for a minute: in make soak")
     blocks = [block for block in blocks_of(DOCS / page) if block.language in ("sh", "python")]
     assert len(blocks) == num_blocks
     printed = "".join(run(block, folder, url) for block in blocks)
@@ -135,11 +136,16 @@ def test_the_ray_example_runs_in_another_driver_of_the_cluster(server: Server, t
     [block] = [block for block in blocks_of(DOCS / "how-to" / "connect-clients.md") if "import ray" in block.text]
     code = block.text.replace("127.0.0.1:6379", server.ray_address)
     printed = finished([sys.executable, "-c", code], tmp_path, server.url).stdout
-    assert "do the boys like tea" in printed and "question_formation" in printed
-    assert "'finish_reason': 'stop'" in printed
+    whole, *chunks = printed.strip().splitlines()
+    assert whole.startswith("do the boys like tea [") and "question_formation" in whole
+    choices = [ast.literal_eval(chunk)["choices"][0] for chunk in chunks]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "do the boys like tea"
+    assert choices[-1]["finish_reason"] == "stop"
 
 
-def test_the_notebook_publishes_routes_asks_mixes_and_evaluates(folder: Path, url: str) -> None:
+def test_the_notebook_publishes_routes_asks_mixes_and_evaluates(folder: Path, url: str, scale: Scale) -> None:
+    num_tasks = scale.pick("tasks of the notebook's evaluation", small=4, full=12)
+    copy_examples(folder / "examples", num_tasks)
     cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     code = "\n".join("".join(cell["source"]) for cell in cells) + COUNT_DRAWN
@@ -148,9 +154,18 @@ def test_the_notebook_publishes_routes_asks_mixes_and_evaluates(folder: Path, ur
     assert "What is the capital of France? -> the base model" in printed
     assert "'do the boys like tea'" in printed
     [right] = [ast.literal_eval(line) for line in printed.splitlines() if line.startswith("{'selection'")]
-    assert right["mixture"] > right["base model"] + 4
+    assert right["mixture"] > right["base model"] + num_tasks // 3
     drawn = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("drawn")]
     assert len(drawn) == 3 and min(drawn) > 0
+
+
+def copy_examples(examples: Path, num_tasks: int) -> None:
+    """Replace the link to the examples by a folder with the starter pool and the prompts of the last tasks."""
+    examples.unlink()
+    (examples / "starter_heldout").mkdir(parents=True)
+    (examples / "starter_pool").symlink_to(ROOT / "examples" / "starter_pool")
+    for file in sorted((ROOT / "examples" / "starter_heldout").glob("*.jsonl"))[-num_tasks:]:
+        (examples / "starter_heldout" / file.name).symlink_to(file)
 
 
 def write_training_output(adapter: Path, output: Path) -> None:

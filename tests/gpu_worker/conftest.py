@@ -77,7 +77,7 @@ def make_engine(
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shapes(tiny_base: Callable[..., BaseModel]) -> dict[str, tuple[int, int]]:
     """Return (out, in) of every module of the tiny gemma3 model that an adapter may target."""
     return linear_shapes(tiny_base())

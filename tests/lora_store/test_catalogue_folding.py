@@ -26,7 +26,7 @@ from lora_store import (
     Withdraw,
 )
 from lora_store.event_table import EventTable
-from lora_store.events import events_of, table_of
+from lora_store.events import dated_events_of, table_of
 from lora_store.files import Files
 from tests.lora_store.builders import NOON, MakeRecord, embedding
 
@@ -114,7 +114,7 @@ def test_a_folded_pool_equals_the_pool_of_all_events(
 
 def _stamped(events: Sequence[Event], generation: int) -> list[Event]:
     """Return the events as read back from their rows."""
-    return list(events_of(table_of(events, generation), after=0))
+    return [event for _, event in dated_events_of(table_of(events, generation), after=0)]
 
 
 def _read(location: Location) -> pa.Table:

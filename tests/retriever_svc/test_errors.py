@@ -9,7 +9,6 @@ from retriever_svc import (
     EncoderExists,
     EncoderUnusable,
     NoAdapterMatched,
-    NothingToEmbed,
     PlanGone,
     ProjectionUnusable,
     RetrieverError,
@@ -23,7 +22,6 @@ from retriever_svc import (
 ERRORS = [
     EncoderUnusable("some/model", "no weights"),
     ProjectionUnusable("the projection is damaged"),
-    NothingToEmbed("none"),
     AdapterIncompatible("poet", "org/old", "org/new"),
     RouteInvalid("top_k"),
     PlanGone("a", "d" * 64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +14,28 @@ from lora_store.rankings import OUTCOME
 from lora_store.trials import Trial
 from retriever_svc import (
     AdapterIncompatible,
+    IndexSettings,
+    Match,
     PageRequest,
     PinnedAdapter,
     PoolSize,
     Retriever,
+    RouteRequest,
     ServedBases,
 )
-from tests.retriever_svc.pool_fakes import BASE, FakeEncoder, Source, live_pool, names, record_of, snapshot_of
+from retriever_svc.encoder import unit_rows
+from retriever_svc.planning import led_by
+from retriever_svc.pool import Pool
+from tests.retriever_svc.pool_fakes import (
+    BASE,
+    FakeEncoder,
+    OrdinaryRows,
+    Source,
+    live_pool,
+    names,
+    record_of,
+    snapshot_of,
+)
 from tests.retriever_svc.routing import EAST, NORTH, NORTHEAST, TABLE, TEMPERATURE, route_one
 
 BASES = ServedBases({"tiny-chat": {BASE, "tiny-chat"}})
@@ -224,3 +240,118 @@ def test_rankings_stay_within_a_base() -> None:
         ("own", "own"),
         ("old", "old", "bare"),
     }
+
+
+FAMILIES = ("a", "b", "c", "d")
+SHARES = (0.5, 0.25, 0.2, 0.05)  # of the adapters, so that windows lack some of the rarest
+LISTS = IndexSettings(exact_rows=20, side_rows=0, num_probes=10_000)  # all lists are read
+
+
+def random_rows(rng: np.random.Generator, count: int) -> np.ndarray:
+    return unit_rows(rng.standard_normal((count, 4)).astype(np.float32))
+
+
+def random_record(rng: np.random.Generator, number: int, num_bases: int) -> AdapterRecord:
+    """Return an adapter of few directions and few weights, so that many tie and some have the weights of another."""
+    shares = np.asarray(SHARES[:num_bases])
+    return record_of(
+        f"r{number * 7919 % 1000:03d}",
+        unit_rows(rng.integers(-2, 3, (1, 4)).astype(np.float32) + np.asarray([[0.5, 0, 0, 0]], np.float32))[0],
+        tenant=str(rng.choice(["local", "them"])),
+        visibility="private" if rng.random() < 0.3 else "public",
+        approved=bool(rng.random() < 0.4),
+        tags=tuple(tag for tag, share in (("common", 0.7), ("rare", 0.1)) if rng.random() < share),
+        weights=None if rng.random() < 0.7 else f"shared-{rng.integers(0, 9)}",
+        own_scores=rng.uniform(0.2, 0.99, rng.integers(0, 3)).tolist(),
+        base_model=str(rng.choice([*FAMILIES[:num_bases]], p=shares / shares.sum())),
+    )
+
+
+def random_rankings(rng: np.random.Generator, records: Sequence[AdapterRecord]) -> dict[str, tuple[Rank, ...]]:
+    """Return evaluations and outcomes of the tenant, of which some beat adapters and others praise or blame them."""
+    found = []
+    for number in range(int(rng.integers(0, 4))):
+        one, other = (records[place] for place in rng.integers(0, len(records), 2))
+        items = (RankedAdapter(one.ref, 1.0, 8, False), RankedAdapter(other.ref, -1.0, 8, True))
+        is_outcome = number % 2 == 0
+        anchor = (
+            replace(one.ref, name=f"{OUTCOME}{number}") if is_outcome else replace(other.ref, name=f"gone-{number}")
+        )
+        [vector] = random_rows(rng, 1)
+        ranking = Ranking(anchor, items, "fake-encoder", vector, np.asarray([1.0], np.float32))
+        found.append(Rank("local", ranking, True, "us", one.created_at))
+    return {"local": tuple(found)}
+
+
+def slow_matches(pool: Pool, request: RouteRequest, query: np.ndarray, *, trusted_only: bool) -> list[Match]:
+    """Return the judged matches among the adapters of every base model, from a loop over all of them."""
+    usable = [
+        record
+        for record in pool.snapshot.records.values()
+        if record.is_visible_to("local")
+        and set(request.tags) <= set(record.tags)
+        and (record.ref.tenant == "local" or record.approved or not trusted_only)
+    ]
+    if not usable:
+        return []
+    scored: dict[str, Match] = {}
+    vectors = unit_rows(np.stack([record.embedding.vector for record in usable if record.embedding is not None]))
+    scores = np.sum(vectors * query.astype(np.float64), axis=-1).clip(-1, 1).tolist()
+    found = [Match(record, score) for record, score in zip(usable, scores, strict=True)]
+    for match in sorted(found, key=lambda match: (-match.score, match.record.ref.tenant, match.record.ref.name)):
+        scored.setdefault(match.record.weights_digest, match)
+    num, preferences = request.num_considered, pool.preferences("local")
+    chosen = preferences.applied(query, list(scored.values())[:num], num, request.tags)
+    [judged] = pool.judged([chosen], request.abstain or "balanced", query[np.newaxis])
+    return judged if request.min_score is None else [m._replace(threshold=request.min_score) for m in judged]
+
+
+def slow_base(pool: Pool, request: RouteRequest, query: np.ndarray) -> tuple[str, bool]:
+    """Return the base model of the best adapter that fits, "" if none does, and whether the matches are of several."""
+    matches = slow_matches(pool, request, query, trusted_only=False)
+    strangers = [match.record for match in matches if match.record.ref.tenant != "local"]
+    if request.min_score is None and not any(m.fits for m in matches) and not all(r.approved for r in strangers):
+        others = slow_matches(pool, request, query, trusted_only=True)
+        matches = others if any(match.fits for match in others) else matches
+    led = led_by(request.preferred, [match for match in matches if match.fits])
+    return led[0].record.base_model if led else "", len({match.record.base_model for match in matches}) > 1
+
+
+def random_request(rng: np.random.Generator, text: str) -> RouteRequest:
+    return RouteRequest(
+        text,
+        strategy=str(rng.choice(["mixture", "fusion", "selection"])),
+        top_k=int(rng.integers(1, 9)),
+        tags=[(), ("common",), ("rare",)][int(rng.choice(3, p=[0.6, 0.2, 0.2]))],
+        min_score=None if rng.random() < 0.7 else float(rng.uniform(0, 1)),
+        abstain="lenient" if rng.random() < 0.5 else None,
+    )
+
+
+@pytest.mark.parametrize("num_bases", [1, 2, 3, 4])
+@pytest.mark.parametrize("settings", [IndexSettings(), LISTS], ids=["exact", "lists"])
+def test_one_search_plans_what_a_search_of_each_base_model_plans(settings: IndexSettings, num_bases: int) -> None:
+    """The base model is that of the best adapter of a slow loop. The plan is that of a request that names it."""
+    rng, led, num_mixed = np.random.default_rng(num_bases), set[str](), 0
+    bases = ServedBases({name: {name} for name in FAMILIES[:num_bases]})
+    for size in (2, 30, 150, 400):
+        records = [random_record(rng, number, num_bases) for number in range(size)]
+        far = 0.25 * random_rows(rng, 16)  # so far from all that only adapters of loose samples fit
+        table = {f"q{number}": row for number, row in enumerate([*random_rows(rng, 16), *far])}
+        source = Source()
+        source.now = snapshot_of(*records, rankings=random_rankings(rng, records))
+        files = OrdinaryRows(random_rows(rng, 6))
+        options = {"settings": settings, "projections": files, "background": lambda work: work()}
+        pools = live_pool(FakeEncoder(table, dim=4), source, bases=bases, **options)
+        retriever = Retriever(pools, temperature=TEMPERATURE)
+        for text, query in table.items():
+            request = random_request(rng, text)
+            near = slow_matches(pools.current, request, query, trusted_only=False)
+            if near and rng.random() < 0.5:
+                request = replace(request, preferred=near[int(rng.integers(0, len(near)))].record.ref)
+            best, is_mixed = slow_base(pools.current, request, query)
+            expected = retriever.route([replace(request, base_model=best)])
+            assert retriever.route([request]) == expected
+            led, num_mixed = led | {best}, num_mixed + (is_mixed and best != "")
+    assert led == {*FAMILIES[:num_bases], ""}
+    assert (num_mixed > 20) == (num_bases > 1)

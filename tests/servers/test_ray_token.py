@@ -6,18 +6,16 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
 import grpc
 import httpx
 import psutil
-import pytest
 
 from deployments.auth.private_files import sessions_folder
-from tests.cluster.scaling_app import serving, settings_of
+from tests.servers.started import TOKEN, Started, in_home
 
 # One method of each gRPC server of Ray and Serve.
 METHODS = (
@@ -52,17 +50,6 @@ except RuntimeError:
 ONE_TRY = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}  # of each replica; the controller reads it
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """Return a short path, because Ray's sockets need one."""
-    with tempfile.TemporaryDirectory(prefix="lr-") as folder:
-        yield Path(folder)
-
-
-def environment(folder: Path, mode: str) -> dict[str, str]:
-    return os.environ | {"HOME": str(folder), "RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": mode}
-
-
 def listening(server: psutil.Process) -> dict[int, str]:
     """Return the name of the process by port, for all ports that listen on all interfaces."""
     found = {}
@@ -71,11 +58,6 @@ def listening(server: psutil.Process) -> dict[int, str]:
             if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("::", "0.0.0.0"):
                 found[connection.laddr.port] = process.name()
     return found
-
-
-def without_grpc(ports: Iterable[int]) -> list[int]:
-    """Return the ports where no gRPC server listens."""
-    return [port for port in ports if statuses(port) == {grpc.StatusCode.UNAVAILABLE}]
 
 
 def statuses(port: int) -> set[grpc.StatusCode]:
@@ -96,46 +78,38 @@ def open_to_others(paths: Iterable[Path]) -> list[Path]:
     return [path for path in paths if path.stat().st_mode & 0o077]
 
 
-def test_a_server_requires_the_token_on_every_port_and_writes_private_files(
-    folder: Path,
-) -> None:
-    settings = settings_of(folder, min_workers=1, max_workers=1)
-    (folder / ".ray").mkdir()
-    (folder / ".ray" / "auth_token").write_text("ab" * 32)
-    (folder / ".ray" / "auth_token").chmod(0o644)
-    with serving(folder, settings, environment(folder, "disabled")) as (_, server):
-        process = psutil.Process(server.pid)
-        ports = listening(process)
-        answered = {port: statuses(port) for port in ports}
-        metrics = without_grpc(ports)
-        guarded = {port: codes for port, codes in answered.items() if port not in metrics}
-        assert all(codes == REFUSED for codes in guarded.values()), {ports[port]: answered[port] for port in guarded}
-        assert sum(ports[port].startswith("ray::ServeReplica") for port in guarded) == 8  # two per deployment
-        assert len(guarded) >= 14
-        assert 1 <= len(metrics) <= 3  # two have fixed numbers, which another local Ray may use
-        assert all(httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200 for port in metrics)
-        sessions = sessions_folder(environment(folder, ""), os.geteuid())
-        assert stat.S_IMODE((folder / ".ray" / "auth_token").stat().st_mode) == 0o600
-        assert stat.S_IMODE(sessions.parent.stat().st_mode) == 0o700
-        logs = list((sessions / "session_latest" / "logs" / "serve").glob("replica_*.log"))
-        assert len(logs) >= 4
-        pool = list((folder / "pool").rglob("*"))
-        assert pool != []
-        assert open_to_others([*logs, *pool]) == []
+def test_a_server_requires_the_token_on_every_port_and_writes_private_files(started: Started) -> None:
+    ports = listening(psutil.Process(started.process.pid))
+    answered = {port: statuses(port) for port in ports}
+    metrics = [port for port, codes in answered.items() if codes == {grpc.StatusCode.UNAVAILABLE}]  # no gRPC
+    guarded = {port: codes for port, codes in answered.items() if port not in metrics}
+    assert all(codes == REFUSED for codes in guarded.values()), {ports[port]: answered[port] for port in guarded}
+    assert sum(ports[port].startswith("ray::ServeReplica") for port in guarded) == 8  # two per deployment
+    assert len(guarded) >= 14
+    assert 1 <= len(metrics) <= 3  # two have fixed numbers, which another local Ray may use
+    assert all(httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200 for port in metrics)
+    sessions = sessions_folder(in_home(started.folder, ""), os.geteuid())
+    assert stat.S_IMODE((started.folder / ".ray" / "auth_token").stat().st_mode) == 0o600
+    assert stat.S_IMODE(sessions.parent.stat().st_mode) == 0o700
+    logs = list((sessions / "session_latest" / "logs" / "serve").glob("replica_*.log"))
+    assert len(logs) >= 4
+    pool = list((started.folder / "pool").rglob("*"))
+    assert pool != []
+    assert open_to_others([*logs, *pool]) == []
 
 
-def test_replicas_refuse_to_start_on_a_cluster_without_token_mode(folder: Path) -> None:
+def test_replicas_refuse_to_start_on_a_cluster_without_token_mode(short_folder: Path) -> None:
     """The driver is in token mode, which such a cluster accepts too."""
     command = [sys.executable, "-c", OPEN_CLUSTER]
     outlet = subprocess.PIPE
     with subprocess.Popen(
-        command, stdin=outlet, stdout=outlet, text=True, env=environment(folder, "disabled") | ONE_TRY
+        command, stdin=outlet, stdout=outlet, text=True, env=in_home(short_folder, "disabled") | ONE_TRY
     ) as cluster:
         assert cluster.stdout is not None
         address = cluster.stdout.readline().strip()
         run = subprocess.run(
-            [sys.executable, "-c", DEPLOY, address, str(folder / "pool")],
-            env=environment(folder, "token") | {"RAY_AUTH_TOKEN": "ab" * 32},
+            [sys.executable, "-c", DEPLOY, address, str(short_folder / "pool")],
+            env=in_home(short_folder, "token") | {"RAY_AUTH_TOKEN": TOKEN},
             capture_output=True,
             text=True,
             timeout=240,

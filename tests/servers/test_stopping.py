@@ -19,12 +19,14 @@ import pytest
 import yaml
 
 from deployments.cli.client import free_port
-from deployments.cli.local_server import TRACING_VARIABLE
 from tests.cluster.scaling_app import SETTLE_S, serving, settings_of, until
 from tests.e2e.live import command_of
 from tests.served_engine import START_S
+from tests.servers.started import Started, untraced
+from tests.soak import Scale
 
-BODY = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": 8, "ignore_eos": True}).encode()
+ASKED = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "ignore_eos": True}
+BODY = json.dumps(ASKED).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
 
 
@@ -52,6 +54,74 @@ async def refusing(url: httpx.URL) -> None:
             await asyncio.sleep(0.02)
 
 
+def started_log(folder: Path) -> str:
+    """Return all that the server has printed, once it has printed the last line of its start."""
+    log = folder / "server.log"
+    until(lambda: re.search(r"^logs: .*\n", log.read_text(), re.MULTILINE) is not None)
+    return log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_the_server_without_a_line_of_rays(
+    number: int, scale: Scale, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Ctrl-C in a terminal, `timeout` and systemd send their signals to the processes of Ray too."""
+    if number == signal.SIGINT:
+        check_stop(request.getfixturevalue("scaled"), number, said=[])
+        return
+    if not scale.is_full:
+        pytest.skip("it needs a server of its own: in make soak")
+    settings = settings_of(tmp_path, min_workers=1, max_workers=1)
+    with serving(tmp_path, settings, untraced(), leads_group=True) as (url, process):
+        said = ["stopped before all requests were answered"]  # Ray's processes may end first
+        check_stop(Started(url, process, tmp_path), number, said)
+
+
+def check_stop(server: Started, number: int, said: list[str]) -> None:
+    """Send the signal to all processes of a server with a worker. It may print nothing, or what it `said`."""
+    started_log(server.folder)
+    assert httpx.post(f"{server.url}/v1/completions", json=ASKED, timeout=START_S).status_code == 200
+    printed = (server.folder / "server.log").read_text()
+    started = psutil.Process(server.process.pid).children(recursive=True)
+    os.killpg(server.process.pid, number)
+    assert server.process.wait(60) == 0
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert left == [] and processes_of_session(server.process.pid) == []
+    lines = (server.folder / "server.log").read_text().removeprefix(printed).splitlines()
+    # Ray's control plane may end before this process has read its signal. Then a thread of Ray's core prints this line.
+    lines = [line for line in lines if "task_manager.cc" not in line or "Failed to push error to driver" not in line]
+    assert lines in ([], said)
+
+
+def test_a_request_in_progress_is_answered_by_a_server_that_stops(started: Started) -> None:
+    printed = started_log(started.folder)
+    [logs] = re.findall(r"^logs: +(/.*/session_[^/]*/logs/serve)$", printed, re.MULTILINE)
+    assert len(list(Path(logs).glob("replica_*.log"))) >= 4
+    check_processes(psutil.Process(started.process.pid))
+    first_line, answer = asyncio.run(stop_during_a_request(httpx.URL(started.url), started.process))
+    assert first_line.endswith(b"200 OK"), answer
+    assert answer["usage"]["completion_tokens"] == 8
+    assert started.process.wait(60) == 0
+    assert started_log(started.folder) == printed
+
+
+def check_processes(server: psutil.Process) -> None:
+    """Check that no process runs that nobody needs, and that only those that compute hold torch."""
+    commands, with_torch = list[str](), list[str]()
+    for process in (server, *server.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            commands.append(command_of(process))
+            if any("libtorch" in each.path for each in process.memory_maps()):
+                with_torch.append(commands[-1])
+    for needless in ("dashboard.py", "monitor.py", "ProxyActor"):
+        assert not [command for command in commands if needless in command]
+    assert len([command for command in commands if "ServeReplica" in command]) == 4
+    computing = ("ServeReplica:loraretriever:Worker", "ServeReplica:loraretriever:Retriever")
+    assert any(computing[0] in command for command in with_torch)
+    # The Retriever of a first start converts its encoder with torch.
+    assert not [command for command in with_torch if not any(name in command for name in computing)]
+
+
 def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
     file, program = tmp_path / "settings.yaml", Path(sys.executable).with_name("loraretriever")
     file.write_text(yaml.safe_dump(settings_of(tmp_path, min_workers=1, max_workers=1)))
@@ -73,62 +143,6 @@ def test_a_stop_during_the_start_leaves_no_process(tmp_path: Path) -> None:
         assert left == []
 
 
-def started_log(folder: Path) -> str:
-    """Return all that the server has printed, once it has printed the last line of its start."""
-    log = folder / "server.log"
-    until(lambda: re.search(r"^logs: .*\n", log.read_text(), re.MULTILINE) is not None)
-    return log.read_text()
-
-
-def test_a_request_in_progress_is_answered_by_a_server_that_stops(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, min_workers=1, max_workers=1)
-    with serving(tmp_path, settings, untraced()) as (url, server):
-        printed = started_log(tmp_path)
-        [logs] = re.findall(r"^logs: +(/.*/session_[^/]*/logs/serve)$", printed, re.MULTILINE)
-        assert len(list(Path(logs).glob("replica_*.log"))) >= 4
-        check_processes(psutil.Process(server.pid))
-        first_line, answer = asyncio.run(stop_during_a_request(httpx.URL(url), server))
-        assert first_line.endswith(b"200 OK"), answer
-        assert answer["usage"]["completion_tokens"] == 8
-        assert server.wait(60) == 0
-    assert (tmp_path / "server.log").read_text() == printed
-
-
-def check_processes(server: psutil.Process) -> None:
-    """Check that no process runs that nobody needs, and that only those that compute hold torch."""
-    commands, with_torch = list[str](), list[str]()
-    for process in (server, *server.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            commands.append(command_of(process))
-            if any("libtorch" in each.path for each in process.memory_maps()):
-                with_torch.append(commands[-1])
-    for needless in ("dashboard.py", "monitor.py", "ProxyActor"):
-        assert not [command for command in commands if needless in command]
-    assert len([command for command in commands if "ServeReplica" in command]) == 4
-    computing = ("ServeReplica:loraretriever:Worker", "ServeReplica:loraretriever:Retriever")
-    assert any(computing[0] in command for command in with_torch)
-    # The Retriever of a first start converts its encoder with torch.
-    assert not [command for command in with_torch if not any(name in command for name in computing)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_stops_the_server_without_a_line_of_rays(tmp_path: Path, number: int) -> None:
-    """Ctrl-C in a terminal, `timeout` and systemd send their signals to the processes of Ray too."""
-    settings = settings_of(tmp_path, min_workers=1, max_workers=1)
-    with serving(tmp_path, settings, untraced(), leads_group=True) as (_, server):
-        printed = started_log(tmp_path)
-        started = psutil.Process(server.pid).children(recursive=True)
-        os.killpg(server.pid, number)
-        assert server.wait(60) == 0
-        _, left = psutil.wait_procs(started, timeout=30)
-        assert left == [] and processes_of_session(server.pid) == []
-    lines = (tmp_path / "server.log").read_text().removeprefix(printed).splitlines()
-    # Ray's control plane may end before this process has read its signal. Then a thread of Ray's core prints this line.
-    lines = [line for line in lines if "task_manager.cc" not in line or "Failed to push error to driver" not in line]
-    own = ["stopped before all requests were answered"] if number == signal.SIGTERM else []  # Ray's processes end first
-    assert lines in ([], own)
-
-
 def processes_of_session(leader: int) -> list[str]:
     """Return the commands of the processes that this leader's session still has."""
     found = []
@@ -137,8 +151,3 @@ def processes_of_session(leader: int) -> list[str]:
             if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(command_of(process))
     return found
-
-
-def untraced() -> dict[str, str]:
-    """Return this process's environment without traces: traced requests would pass Serve's proxy."""
-    return {name: value for name, value in os.environ.items() if name != TRACING_VARIABLE}

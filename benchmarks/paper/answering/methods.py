@@ -73,7 +73,9 @@ class AdapterSoup:
 
     def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
         samples = [Sample(question.item.input) for question in questions]
-        nearest = retriever.neighbours(retriever.embed(samples), self._top_k, LOCAL_TENANT)
+        [embedding] = retriever.embed_groups([samples])
+        assert embedding is not None, "there are questions"
+        nearest = retriever.neighbours(embedding, self._top_k, LOCAL_TENANT)
         choices = [(candidate.ref.name, 1 / len(nearest)) for candidate in nearest]
         return [retriever.plan_named(LOCAL_TENANT, choices, "fusion")] * len(questions)
 

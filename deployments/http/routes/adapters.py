@@ -32,14 +32,11 @@ from deployments.api.responses import (
     Published,
     SamplesChanged,
     Settled,
-    approval_object,
     batch_object,
     published_object,
-    removed_object,
     replicas_object,
-    share_object,
     status_of,
-    visibility_object,
+    trial_object,
 )
 from deployments.auth.authenticator import Caller
 from deployments.errors import RequestInvalid, RoleMissing, VersionChanged
@@ -207,8 +204,8 @@ async def change_samples(name: str, body: SamplesRequest, caller: PublishCaller,
 async def withdraw(name: str, caller: PublishCaller, services: AnyServices) -> JSONResponse:
     """Remove the adapter and all its versions from the pool. Running requests finish with the version they use."""
     async with own_key(name, caller, services) as (tenant, bare):
-        removed = await services.publisher.withdraw(tenant, [bare], caller.key_id)
-    return JSONResponse(removed_object(removed), 202 if removed.behind else 200)
+        settled = await services.publisher.withdraw(tenant, [bare], caller.key_id)
+    return answer_settled(settled, names=[bare], deleted=True)
 
 
 @router.post("/v1/loras/{name:path}/rollback", status_code=201, responses=ROLLBACK_ANSWERS, dependencies=[MAY_CHANGE])
@@ -227,7 +224,7 @@ async def share(name: str, body: ShareRequest, caller: PublishCaller, services: 
         trial, settled = await services.publisher.set_trial(
             key, body.digest, body.share, caller.key_id, is_shadow=body.shadow
         )
-    return JSONResponse(share_object(key[1], trial, settled), 202 if settled.behind else 200)
+    return answer_settled(settled, name=key[1], trial=None if trial is None else trial_object(trial))
 
 
 @router.patch("/v1/loras/{name:path}", response_model=None, responses=EDIT_ANSWERS, dependencies=[MAY_CHANGE])
@@ -240,8 +237,7 @@ async def edit(name: str, body: EditRequest, caller: PublishCaller, services: An
     async with own_key(name, caller, services) as key:
         if body.visibility is not None and not body.makes_version and body.digest is None:
             settled = await publisher.set_visibility(key, body.visibility, caller.key_id)
-            answer = visibility_object(key[1], body.visibility, settled)
-            return JSONResponse(answer, 202 if settled.behind else 200)
+            return answer_settled(settled, name=key[1], visibility=body.visibility)
         charge = charge_to(services, caller)
         published = await publisher.edit(key, body.edit(), body.digest, caller.key_id, quota, charge)
     return JSONResponse(published_object(published), status_of(published))
@@ -274,12 +270,18 @@ async def approve(
     version = f"{record.ref.tenant}/{record.ref.name}@{record.ref.digest}"
     measured = await services.retriever.draws(caller.tenant, version, generation)
     draws = draws_object(measured, record.ref, caller.tenant)
+    about = {"digest": record.ref.digest, "approved": record.approved or not dry_run, "draws": draws}
     if dry_run:
-        return JSONResponse(approval_object(record.ref, Settled(generation, 0, 0), draws, approved=record.approved))
+        return answer_settled(Settled(generation, 0, 0), name=record.ref.name, **about)
     if draws["needs_confirmation"] and not body.confirmed:
         raise RequestInvalid(f"confirmed: must be true to approve this version. {draws['text']}", "confirmed")
     settled = await services.publisher.approve([record.ref], caller.key_id)
-    answer = approval_object(record.ref, settled, draws)
+    return answer_settled(settled, name=record.ref.name, **about)
+
+
+def answer_settled(settled: Settled, **about: object) -> JSONResponse:
+    """Return the answer to a change. `about`: of what, and what it set."""
+    answer = {**about, "generation": settled.generation, "replicas": replicas_object(settled)}
     return JSONResponse(answer, 202 if settled.behind else 200)
 
 

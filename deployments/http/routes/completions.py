@@ -29,8 +29,8 @@ from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
-from deployments.generation.completions import deadline_of, within
 from deployments.generation.planner import check_texts, refuse_stream_options
+from deployments.generation.row_stream import deadline_of, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
 from deployments.http.error_responses import error_body
@@ -109,9 +109,14 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
         with services.authenticator.running(caller, work):
             planned = await planner.plan_all(asked, tenant)
     planned = [name.explained([item])[0] for name, item in zip(bound, planned, strict=True)] if bound else planned
+    sets = [name.policy.model_fields_set for name in bound] or [set[str]()] * len(asked)
+    chats = [
+        replace(question, prompt=(Message("user", prompt),))
+        for prompt, question in zip(body.prompt, asked, strict=True)
+    ]
     shown = [
-        replace(item, contract=applied_contract(item.plan, replace(question, prompt=(Message("user", prompt),))))
-        for prompt, question, item in zip(body.prompt, asked, planned, strict=True)
+        replace(item, contract=applied_contract(item.plan, chat, given=own))
+        for chat, item, own in zip(chats, planned, sets, strict=True)
     ]
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
 

@@ -9,7 +9,7 @@ from deployments.api.base import ignored_fields, refuse_ignored
 from deployments.api.embeddings import EmbeddingsRequest, embeddings_answer
 from deployments.auth.authenticator import Work
 from deployments.errors import ModelNotFound
-from deployments.generation.completions import deadline_of, within
+from deployments.generation.row_stream import deadline_of, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyContext, AnyServices, InferCaller
 from deployments.http.openapi import EMBEDDINGS_ANSWERS

@@ -107,7 +107,7 @@ class _Cards:
         name = named.ref.name_for(tenant)
         target, template, given = _shown_fields(named.policy)
         root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
-        model = self._models.named(self._models.split(target)[0])
+        model = self._models.named(named.base_model or self._models.split(target)[0])
         card = self._card(name, created, named.ref.tenant, root, model, template)
         card["sampling_defaults"] = {**model.sampling_defaults, **given}
         return card

@@ -18,7 +18,7 @@ from deployments.api.names import (
     parse_policy,
     version_object,
 )
-from deployments.api.responses import Settled, replicas_object
+from deployments.api.responses import Settled
 from deployments.auth.authenticator import Caller
 from deployments.errors import ModelNotFound, RequestInvalid, VersionNotKept
 from deployments.http.bodies import AnsweringRoute
@@ -32,6 +32,7 @@ from deployments.http.dependencies import (
     require_approver,
 )
 from deployments.http.openapi import NAME_ANSWERS, NAMES_ANSWERS, SETTLED_NAME_ANSWERS
+from deployments.http.routes.adapters import answer_settled
 from lora_store import (
     KEPT_POLICIES,
     MAX_POLICY_CHARS,
@@ -123,12 +124,12 @@ async def approve_name(
     shown = version_object(found[0], caller.tenant)
     about = {"digest": body.digest, "approved": not dry_run, "policy": shown["policy"]}
     if dry_run:
-        return _settled(name, Settled(0, 0, 0), **about)
+        return answer_settled(Settled(0, 0, 0), name=name, **about)
     try:
         settled = await services.publisher.change_name(partial(services.store.approve_name, found[0].ref))
     except AdapterNotFound as exc:
         raise ModelNotFound(name) from exc
-    return _settled(name, settled, **about)
+    return answer_settled(settled, name=name, **about)
 
 
 @router.delete(_NAME, response_model=None, responses=SETTLED_NAME_ANSWERS, dependencies=[MAY_CHANGE])
@@ -139,7 +140,7 @@ async def remove_name(name: str, caller: PublishCaller, services: AnyServices) -
         settled = await services.publisher.change_name(partial(services.store.set_name, key, "", caller.key_id))
     except AdapterNotFound as exc:
         raise ModelNotFound(name) from exc
-    return _settled(key[1], settled)
+    return answer_settled(settled, name=key[1])
 
 
 def _own_key(name: str, caller: Caller) -> Key:
@@ -160,7 +161,7 @@ async def _kept(name: str, tenant: str, services: Services, min_generation: int 
 
 async def _set(services: Services, key: Key, policy: str, caller: Caller) -> JSONResponse:
     settled = await services.publisher.change_name(partial(services.store.set_name, key, policy, caller.key_id))
-    return _settled(key[1], settled, digest=policy_digest(policy))
+    return answer_settled(settled, name=key[1], digest=policy_digest(policy))
 
 
 async def _require_public(named: NamedPolicy, services: Services) -> None:
@@ -171,8 +172,3 @@ async def _require_public(named: NamedPolicy, services: Services) -> None:
         found = [record for record in versions if record.ref.digest.startswith(pinned)]
         if not found or found[0].visibility != "public":
             raise RequestInvalid(f"name: its policy names {wanted!r}, which is private; make it public first", "name")
-
-
-def _settled(name: str, settled: Settled, **about: object) -> JSONResponse:
-    answer = {"name": name, **about, "generation": settled.generation, "replicas": replicas_object(settled)}
-    return JSONResponse(answer, 202 if settled.behind else 200)

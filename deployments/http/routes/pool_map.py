@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Query, Response
 from pydantic import Field
 
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
-from deployments.api.pool_responses import PromptPlace, map_object, place_object
+from deployments.api.pool_responses import PromptPlace, place_object
 from deployments.auth.authenticator import Work
-from deployments.generation.completions import deadline_of, within
 from deployments.generation.planner import check_texts
+from deployments.generation.row_stream import deadline_of, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
 from deployments.http.openapi import MAP_ANSWERS, PLACE_ANSWERS
@@ -35,10 +33,9 @@ class PlaceQuery(ApiRequest):
 @router.get("/v1/pool/map", response_model=None, responses=MAP_ANSWERS)
 async def pool_map(
     services: AnyServices, caller: AnyCaller, min_generation: Annotated[int, Query(ge=0, lt=2**63)] = 0
-) -> JSONResponse:
+) -> Response:
     """Return the adapters that `auto` may choose, at most 10,000, in named clusters. Near ones have similar samples."""
-    drawn = await services.retriever.map(caller.tenant, min_generation)
-    return await asyncio.to_thread(lambda: JSONResponse(map_object(drawn)))  # thousands of objects
+    return Response(await services.retriever.map(caller.tenant, min_generation), media_type="application/json")
 
 
 @router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)

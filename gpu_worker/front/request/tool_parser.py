@@ -19,10 +19,6 @@ MAX_MALFORMED = 8  # in one answer: each is searched again for others, so their 
 _HEADER = re.compile(r'\{\s*"name"\s*:\s*"(?P<name>[A-Za-z0-9_.-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
-Parsed = tuple[str, tuple[ToolCallPiece, ...], FinishReason | None]
-"""Content, pieces of calls, and why the answer ends."""
-
-
 def new_call_id() -> str:
     """Return a new id of a call."""
     return f"call_{secrets.token_hex(12)}"
@@ -261,8 +257,5 @@ def _no_constant(name: str) -> None:
 def _dumped(arguments: dict[str, object]) -> str:
     """Return JSON text, without characters that UTF-8 lacks."""
     text = json.dumps(arguments, ensure_ascii=False)
-    return text if text.isascii() or _is_utf8(text) else json.dumps(arguments)
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    has_surrogate = not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    return json.dumps(arguments) if has_surrogate else text

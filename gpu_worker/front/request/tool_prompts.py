@@ -151,12 +151,9 @@ def without_tool_turns(messages: Sequence[Message]) -> list[Message]:
 def _plain_text(message: Message) -> str:
     if message.role == "tool":
         return f"<tool_response>\n{message.content}\n</tool_response>"
-    calls = [call_text({"name": call["name"], "arguments": call["arguments"]}) for call in _called(message)]
+    called = [call["function"] for call in turn_of(message).get("tool_calls", [])]
+    calls = [call_text({"name": call["name"], "arguments": call["arguments"]}) for call in called]
     return "\n".join(filter(None, [message.content, *calls]))
-
-
-def _called(message: Message) -> list[dict[str, Any]]:
-    return [call["function"] for call in turn_of(message).get("tool_calls", [])]
 
 
 def with_system_text(messages: Sequence[Message], text: str) -> list[Message]:

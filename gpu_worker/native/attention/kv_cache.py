@@ -164,14 +164,12 @@ class KvCache(ABC):
         self._rows: dict[int, _Holder] = {}
         self._coming: set[bytes] = set()  # keys of blocks that running rows compute
         self._awaited: set[bytes] = set()  # those of them that waiting rows wait for
-        self._groups = [
-            GroupPages(group, shape, PagePool(group.num_pages, self._num_kept(group), partial(self._wipe, index)))
-            for index, group in enumerate(shape.groups)
-        ]
+        self._groups: list[GroupPages] = []
+        for index, group in enumerate(shape.groups):
+            num_kept = int(shape.kept_share * group.num_pages)
+            pool = PagePool(group.num_pages, num_kept, partial(self._wipe, index))
+            self._groups.append(GroupPages(group, shape, pool))
         self._main = self._groups[0]
-
-    def _num_kept(self, group: LayerGroup) -> int:
-        return int(self.shape.kept_share * group.num_pages)
 
     @property
     def num_free(self) -> int:

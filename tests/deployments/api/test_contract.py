@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from deployments.api.anthropic_request import MessagesRequest
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from deployments.api.contract import AppliedContract, Contract, applied_contract
+from deployments.api.responses_request import ResponsesRequest
 from deployments.errors import RequestInvalid
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import TokenIds
@@ -33,7 +35,7 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 def applied(request: GenerationRequest, contract: dict[str, Any] = WHOLE) -> AppliedContract | None:
     plan = Plan("selection", (replace(ROWS[0], weight=0.3),), contract=json.dumps(contract))
     [question] = request.questions()
-    return applied_contract(plan, question, request.sampling(), request.model_fields_set, 512)
+    return applied_contract(plan, question, request.sampling(), request.set_fields, 512)
 
 
 def test_a_contract_sets_what_the_request_does_not() -> None:
@@ -89,6 +91,17 @@ def test_what_a_request_sets_wins(fields: dict[str, Any], missing: str) -> None:
     changed = found.sampling(own)
     field = {"output_schema": "grammar", "instruction": "seed"}.get(missing, missing)
     assert getattr(changed, field) == getattr(own, field)
+
+
+def test_what_a_request_sets_under_another_apis_name_wins() -> None:
+    text = ResponsesRequest.model_validate({"input": "one", "text": {"format": {"type": "text"}}})
+    no_stops = {"messages": TURNS, "max_tokens": 3, "stop_sequences": []}
+    for request, missing in (
+        (text, {"output_schema"}),
+        (MessagesRequest.model_validate(no_stops), {"stop", "max_tokens"}),
+    ):
+        found = applied(request)
+        assert found is not None and list(found.parts) == [name for name in ALL if name not in missing]
 
 
 def test_token_ids_are_read_as_they_are() -> None:

@@ -103,7 +103,6 @@ NEVER_REACH_A_CLIENT = {
     "ProxyUnsafe": "stops the application's build",
     "RayUnauthenticated": "stops the application's build, or a replica at its start",
     "FileRefused": "becomes a reason of AdapterRefused",
-    "NothingToEmbed": "the Retriever embeds no group without samples",
     "BaseModelUnsupported": "stops a Worker at its start",
     "WarmUpFailed": "stops a Worker at its start",
     "WorkerConfigInvalid": "stops the application's build",

@@ -13,7 +13,7 @@ import pytest
 from deployments.app import application
 from deployments.calls.catalogue_clients import RetrieverReplica, StoreReplica
 from deployments.calls.serve_calls import ServeCalls, returning_refusals
-from deployments.calls.worker_client import ServeWorker, WorkerReplica
+from deployments.calls.worker_client import WorkerReplica, serve_worker
 from deployments.errors import EncoderBusy
 from gpu_worker.errors import AdapterLoadFailed, EngineFull, EngineStopped, GrammarInvalid
 from gpu_worker.front.request.request import Job
@@ -117,7 +117,7 @@ def test_a_refused_job_ends_its_stream_with_its_error() -> None:
     worker = returning_refusals(FakeWorker, WorkerReplica)(events=(DELTAS[0], refused))
 
     async def run() -> None:
-        stream = ServeWorker(FakeHandle(worker)).stream(Job("r", "hi", BASE_PLAN))  # type: ignore[arg-type]
+        stream = serve_worker(FakeHandle(worker)).stream(Job("r", "hi", BASE_PLAN))  # type: ignore[arg-type]
         deadline = asyncio.get_running_loop().time() + 60
         assert await stream.next(deadline) == DELTAS[0]
         with pytest.raises(GrammarInvalid) as raised:

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import Shapes
-from deployments.calls.worker_client import ServeWorker, StreamEnd
+from deployments.calls.worker_client import StreamEnd, serve_worker
 from gpu_worker.front.request.request import Job
 from tests.deployments.fake_worker import DELTAS, SHAPES, FakeWorker
 from tests.fakes import FakeHandle
@@ -25,7 +25,7 @@ def test_a_stream_goes_over_grpc_and_can_be_cancelled() -> None:
 
     async def main() -> None:
         deadline = time.monotonic() + 60
-        deltas = ServeWorker(handle).stream(JOB)
+        deltas = serve_worker(handle).stream(JOB)
         assert [await deltas.next(deadline) for _ in range(4)] == [*DELTAS, StreamEnd.END]
         assert handle.responses[0].num_cancels == 0
         deltas.cancel()
@@ -57,17 +57,17 @@ class Mortal(FakeWorker):
 
 def test_reads_are_repeated_and_the_call_that_starts_a_worker_is_not() -> None:
     probed, shaped, started = Mortal(), Mortal(), Mortal()
-    assert asyncio.run(ServeWorker(FakeHandle(probed)).probe_many(["d"])) == [0.5]
-    assert asyncio.run(ServeWorker(FakeHandle(shaped)).module_shapes()) == SHAPES
+    assert asyncio.run(serve_worker(FakeHandle(probed)).probe_many(["d"])) == [0.5]
+    assert asyncio.run(serve_worker(FakeHandle(shaped)).module_shapes()) == SHAPES
     with pytest.raises(RayActorError):
-        asyncio.run(ServeWorker(FakeHandle(started)).wait_for_replica())
+        asyncio.run(serve_worker(FakeHandle(started)).wait_for_replica())
     assert (len(probed.asked), len(shaped.asked), len(started.asked)) == (2, 2, 1)
 
 
 def test_a_broadcast_has_each_replicas_answer_or_error() -> None:
     handle = FakeHandle(FakeWorker(forgets=[False]), FakeWorker(forgets=[RayActorError()]), FakeWorker())
-    first, second, third = asyncio.run(ServeWorker(handle).broadcast_forget(["d"], 3.0))
+    first, second, third = asyncio.run(serve_worker(handle).broadcast_forget(["d"], 3.0))
     assert (first, type(second), third) == (False, RayActorError, True)
     assert handle.timeouts_s == [3.0]
     with pytest.raises(DeploymentUnavailableError):
-        asyncio.run(ServeWorker(FakeHandle()).broadcast_usage(3.0))
+        asyncio.run(serve_worker(FakeHandle()).broadcast_usage(3.0))

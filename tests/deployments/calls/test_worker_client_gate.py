@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.worker_client import KEPT_S, ServeWorker, WorkerGate
+from deployments.calls.worker_client import KEPT_S, WorkerGate, serve_worker
 from deployments.errors import WorkerStarting
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -42,7 +42,7 @@ class Held:
     def __init__(self, *errors: Exception, timeout_s: float | None = 5.0) -> None:
         self.now_s, self.worker = 0.0, Sleeper(errors=list(errors))
         self.handle = FakeHandle(self.worker)
-        self.gate = WorkerGate(ServeWorker(self.handle), timeout_s, clock=lambda: self.now_s)
+        self.gate = WorkerGate(serve_worker(self.handle), timeout_s, clock=lambda: self.now_s)
 
     @property
     def num_calls(self) -> int:
@@ -137,7 +137,7 @@ def test_workers_are_scaled_to_zero_if_none_runs_and_none_has_failed(
     worker = SimpleNamespace(status=status, replica_states=states)
     overview = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
     handle: Any = SimpleNamespace(app_name="app", deployment_name="Worker")
-    gate = WorkerGate(ServeWorker(handle, status=lambda: overview), 1.0)  # type: ignore[arg-type, return-value]
+    gate = WorkerGate(serve_worker(handle, status=lambda: overview), 1.0)  # type: ignore[arg-type, return-value]
     assert asyncio.run(gate.is_scaled_to_zero()) is sleeps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -46,6 +47,17 @@ def test_a_workers_report_is_a_heartbeat_that_the_router_reads() -> None:
 
     assert run_in_virtual_time(all_of(items())) == [None, "a", None]
     assert HEARD.held_by("w-of-this-test") == {b"ghijkl", b"mnopqr"}
+
+
+@pytest.mark.parametrize("report", [None, (), (2, {"digests": b""}), ("w-of-a-later-version", 1, b"abcdef", "more")])
+def test_an_answer_arrives_whatever_the_reports_of_another_version_are(report: tuple[object, ...] | None) -> None:
+    async def items() -> AsyncIterator[Any]:
+        for item in (report, "a", report, "b"):
+            yield item
+
+    assert run_in_virtual_time(all_of(items())) == [None, "a", None, "b"]
+    if report is not None and len(report) == 4:
+        assert HEARD.held_by("w-of-a-later-version") == {b"abcdef"}
 
 
 def test_heartbeats_keep_a_stream_alive() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import typer
 
 from deployments.batch.output import BatchOutput
 from deployments.batch.run import BatchSettings, begin
-from deployments.cli.run_batch import configured, run_batch
+from deployments.cli.run_batch import run_batch
 from deployments.config.app import AppConfig
+from deployments.config.loading import load_config
 from deployments.config.settings_errors import SettingsInvalid
 from lora_store import Catalogue, Location, Publish
 from tests.deployments.adapter_records import BASE, adapter
@@ -30,7 +32,7 @@ def test_a_complete_run_starts_nothing(settings: BatchSettings, capsys: pytest.C
     run = begin(settings)
     for part in run.parts:
         BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
-    assert run_batch(settings, address="no cluster is there", concurrency=1) == 0
+    run_batch(settings, address="no cluster is there", concurrency=1)
     said = words(capsys.readouterr().out)
     assert "5 rows in 3 parts, 3 of them already done; 0 adapters at generation 0" in said
     assert f"wrote all 5 rows to {settings.output_uri}" in said.replace("out ", "out")
@@ -40,7 +42,7 @@ def test_a_run_says_which_adapters_are_not_served(settings: BatchSettings, capsy
     Catalogue(Location(settings.config.store_uri).child("catalogue")).commit(lambda _: [Publish(adapter("poet"))])
     for part in begin(settings).parts:
         BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
-    assert run_batch(settings, address="no cluster is there", concurrency=1) == 0
+    run_batch(settings, address="no cluster is there", concurrency=1)
     printed = capsys.readouterr()
     assert "0 adapters at generation 1" in words(printed.out)
     assert words(printed.err).startswith(f"1 adapter was made for {BASE} and is not served: start the server with")
@@ -49,7 +51,7 @@ def test_a_run_says_which_adapters_are_not_served(settings: BatchSettings, capsy
 def test_the_outcome_is_one_json_object_on_request(settings: BatchSettings, capsys: pytest.CaptureFixture[str]) -> None:
     for part in begin(settings).parts:
         BatchOutput(settings.output_uri).write(part.number, pa.table({"text": ["x"] * (part.stop - part.start)}))
-    assert run_batch(settings, address="no cluster is there", concurrency=1, as_json=True) == 0
+    run_batch(settings, address="no cluster is there", concurrency=1, as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert (printed["output"], printed["rows"], printed["answered"]) == (settings.output_uri, 5, 0)
 
@@ -59,7 +61,8 @@ def test_a_run_that_cannot_begin_is_refused_with_the_reason(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    assert run_batch(settings, address=None, concurrency=1) == 1
+    with pytest.raises(typer.Exit):
+        run_batch(settings, address=None, concurrency=1)
     printed = capsys.readouterr()
     assert printed.out == "" and str(tmp_path / "out") in printed.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
@@ -68,12 +71,12 @@ def test_a_run_that_cannot_begin_is_refused_with_the_reason(
 def test_the_command_line_overrides_the_file_field_by_field(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("store_uri: /pools/file\ntemplate: chat\nretrieval: {k: 5, min_score: 0.25}\n")
-    config = configured(file, "/pools/given", {"k": 2})
+    config = load_config(file, store_uri="/pools/given", retrieval={"k": 2})
     assert (config.store_uri, config.template) == ("/pools/given", "chat")
     assert (config.retrieval.k, config.retrieval.min_score) == (2, 0.25)
-    assert configured(file, None, {}).store_uri == "/pools/file"
+    assert load_config(file, retrieval={}).store_uri == "/pools/file"
 
 
 def test_a_bad_value_on_the_command_line_is_named() -> None:
     with pytest.raises(SettingsInvalid, match=r"retrieval\.k"):
-        configured(None, None, {"k": 0})
+        load_config(None, retrieval={"k": 0})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+import typer
 
 from deployments.api.pool_responses import unserved_objects
 from deployments.cli.local_server import Server
@@ -34,17 +35,17 @@ from lora_store import LoraStore
         ({}, "::1", "HTTP on loopback only, no keys: any local process may send requests and publish"),
         ({}, "0.0.0.0", "no keys: anyone who reaches 0.0.0.0 may send requests; only this machine may publish"),
         (
-            {"allows_remote_publish": True},
+            {"allow_remote_publish": True},
             "0.0.0.0",
             "no keys: anyone who reaches 0.0.0.0 may send requests and publish",
         ),
         ({"keys_file": Path("/k.yaml")}, "0.0.0.0", "keys from /k.yaml: every request needs one"),
-        ({"has_keys": True}, "0.0.0.0", "one API key, from the settings: every request needs it"),
+        ({"api_key": "secret-key"}, "0.0.0.0", "one API key, from the settings: every request needs it"),
         ({"keys_file": Path("/k.yaml")}, "127.0.0.1", "keys from /k.yaml: every request needs one"),
     ],
 )
 def test_the_start_prints_who_has_access(settings: dict[str, Any], host: str, says: str) -> None:
-    assert access_note(host, **settings) == says
+    assert access_note(host, AppConfig(**settings)) == says
 
 
 def test_the_start_says_which_template_chats_use(tmp_path: Path) -> None:
@@ -71,7 +72,8 @@ def test_an_unusable_keys_file_stops_the_start(
     keys = tmp_path / "keys.yaml"
     if content is not None:
         keys.write_text(content)
-    assert run_server(AppConfig(keys_file=keys), "127.0.0.1", 0) == 1
+    with pytest.raises(typer.Exit):
+        run_server(AppConfig(keys_file=keys), "127.0.0.1", 0)
     assert "keys.yaml" in "".join(capsys.readouterr().err.split())
 
 
@@ -111,7 +113,7 @@ def test_a_start_without_a_terminal_prints_a_line_for_each_phase(
     monkeypatch.setattr("deployments.cli.run_server.Server", QuickServer)
     (tmp_path / "adapter_config.json").touch()
     settings = AppConfig(preload=(tmp_path,) if has_preload else ())
-    assert run_server(settings, "127.0.0.1", 8000) == 0
+    run_server(settings, "127.0.0.1", 8000)
     printed = capsys.readouterr().out.splitlines()
     phases = ["starting Ray and the deployments", "loading the base model", "publishing the preloaded adapters"]
     assert printed[: 2 + has_preload] == phases[: 2 + has_preload]
@@ -122,7 +124,7 @@ def test_a_start_with_keys_says_that_it_counts_public_adapters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("deployments.cli.run_server.Server", QuickServer)
-    assert run_server(AppConfig(api_key="secret-key"), "127.0.0.1", 8000) == 0
+    run_server(AppConfig(api_key="secret-key"), "127.0.0.1", 8000)
     assert "with 0 public adapters" in capsys.readouterr().out
 
 
@@ -175,7 +177,8 @@ def test_a_damaged_pool_stops_the_start_before_ray_with_its_file(
     LoraStore(str(pool), accepts_base=["far/away"])
     commit = pool / "catalogue" / "_delta_log" / f"{0:020}.json"
     commit.write_bytes(commit.read_bytes()[:50])
-    assert run_server(AppConfig(store_uri=str(pool), base_model="far/away"), "127.0.0.1", 0) == 1
+    with pytest.raises(typer.Exit):
+        run_server(AppConfig(store_uri=str(pool), base_model="far/away"), "127.0.0.1", 0)
     printed = "".join(capsys.readouterr().err.split())
     assert str(commit) in printed and "loraretrieverpoolrepair" in printed
     assert not ray.is_initialized()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
 from deployments.cli.run_training import TrainingJob, read_texts, run_training, stored_texts
 from tests.deployments.sample_stores import store_of
@@ -48,16 +49,20 @@ def test_a_bad_file_is_refused_with_the_place(
 ) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text(lines)
-    assert run_training(job_of(tmp_path / "out", file)) == 1
+    with pytest.raises(typer.Exit):
+        run_training(job_of(tmp_path / "out", file))
     assert complaint in words(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_file_or_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = job_of(tmp_path / "out", tmp_path / "none")
-    assert run_training(job) == 1
+    with pytest.raises(typer.Exit):
+        run_training(job)
     assert str(tmp_path / "none") in words(capsys.readouterr().err)
-    assert run_training(replace(job, samples=tmp_path / "nofile")) == 1
+    with pytest.raises(typer.Exit):
+        run_training(replace(job, samples=tmp_path / "nofile"))
     assert words(capsys.readouterr().err).endswith("nofile: no such file")
-    assert run_training(replace(job, samples=None, store=str(tmp_path / "nowhere"))) == 1
+    with pytest.raises(typer.Exit):
+        run_training(replace(job, samples=None, store=str(tmp_path / "nowhere")))
     assert "no samples to train on" in words(capsys.readouterr().err)

@@ -19,7 +19,7 @@ def test_the_limits_of_a_request_come_from_the_settings() -> None:
     assert (model.name, model.base, model.template) == ("away", "far/away", "auto")
     assert (model.max_model_len, model.max_new_tokens, model.max_request_s) == (77, 300, 9)
     assert model.sampling_defaults == {"top_k": 5}
-    assert model.bases.accepted == {"away": model.accepted_names}
+    assert config.served_models.bases.accepted == {"away": model.accepted_names}
 
 
 def test_the_operators_sampling_defaults_override_those_of_the_base_model(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.generation.completions import within
+from deployments.generation.row_stream import within
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from gpu_worker.front.request.request import Delta, Job
 from retriever_svc import Route, RouteRequest

@@ -9,7 +9,8 @@ import pytest
 
 from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.responses import Planned
-from deployments.generation.completions import jobs_of, merge, seed_of
+from deployments.generation.completions import jobs_of, seed_of
+from deployments.generation.row_stream import merge
 from gpu_worker.front.request.tools import Function, Tools
 from lora_store import BASE_PLAN, Plan, PlannedAdapter
 from tests.deployments.adapter_records import POOL

@@ -14,7 +14,7 @@ import pytest
 
 from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.worker_client import serve_worker
 from deployments.generation.shadows import MAX_SHADOWS, Shadows, paying_tenant, shadow_tenant
 from deployments.observability.request_metrics import RequestMetrics
 from gpu_worker.errors import EngineFull
@@ -226,7 +226,7 @@ def test_a_shadow_runs_as_the_owner_of_its_version_under_a_name_that_no_tenant_h
 
     async def run() -> None:
         background = Background()
-        shadows = Shadows(ServeWorker(worker), background, RequestMetrics(FakeMetrics()))
+        shadows = Shadows(serve_worker(worker), background, RequestMetrics(FakeMetrics()))
         shadows.start([Job("r", "Rhyme", planned.plan, tenant="acme")], [planned], time.monotonic() + 60)
         await background.idle()
 

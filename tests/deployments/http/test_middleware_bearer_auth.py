@@ -30,6 +30,7 @@ from tests.deployments.all_routes import (
 )
 from tests.deployments.app_fakes import Served, http_of, serve_plainly, with_context
 from tests.deployments.asking import ask, error_of, get, post
+from tests.deployments.console_fakes import MappedRetriever
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import DELTAS, FakeWorker
@@ -418,3 +419,13 @@ def test_answers_tell_the_rate_and_polling_the_models_uses_none_of_it(tmp_path: 
             assert not [name for name in response.headers if name.startswith("x-ratelimit")]
 
     ask(look, keys_file=keys, headers=bearer("k"))
+
+
+@pytest.mark.parametrize("path", ["/v1/loras", "/v1/pool/map"])
+def test_polling_a_list_uses_up_the_keys_requests(path: str, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json", entry("k", limits={"requests_per_minute": 1}))
+
+    async def look(client: httpx.AsyncClient, _: Served) -> None:
+        assert [(await client.get(path)).status_code for _ in range(2)] == [200, 429]
+
+    ask(look, keys_file=keys, headers=bearer("k"), retriever=MappedRetriever())

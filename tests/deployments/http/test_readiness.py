@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from deployments.api.pool_responses import Ready
 from deployments.calls.catalogue_clients import serve_retriever
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.worker_client import serve_worker
 from deployments.errors import NotReady
 from deployments.http.readiness import KEPT_S, MAX_WAITING, Readiness
 from deployments.publishing.preload import Preload
@@ -68,7 +68,7 @@ def with_readiness(
     async def run() -> Any:
         asked = Publishing(retriever=FakeHandle(FakeRetriever(held, unserved=unserved)))
         handle, background = FakeHandle(worker or FakeWorker()), Background()
-        client = ServeWorker(handle)
+        client = serve_worker(handle)
         preload = Preload(folders, asked.publisher(background))
         await preload.wait()
         readiness = Readiness(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deployments.calls.catalogue_clients import serve_retriever
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.worker_client import WorkerClient, serve_worker
 from deployments.config.app import AppConfig
 from deployments.observability.cluster_stats import KEPT_S, StatsReader
 from gpu_worker.config import VllmSettings
@@ -41,12 +41,12 @@ def reader_of(
     **settings: Any,
 ) -> StatsReader:
     handle = FakeHandle(*workers, num_silent=num_silent)
-    clients = serve_retriever(FakeHandle(*retrievers)), ServeWorker(handle)
+    clients = serve_retriever(FakeHandle(*retrievers)), serve_worker(handle)
     return reader_over(*clients, config_of(**settings), clock)
 
 
 def reader_over(
-    retriever: Any, worker: ServeWorker, config: AppConfig | None = None, clock: FakeClock | None = None
+    retriever: Any, worker: WorkerClient, config: AppConfig | None = None, clock: FakeClock | None = None
 ) -> StatsReader:
     config = config or config_of()
     return StatsReader(config, retriever, workers_of(worker), clock or FakeClock())
@@ -96,7 +96,7 @@ def test_the_pool_has_the_newest_generation_and_names_the_oldest() -> None:
 
 def test_the_pool_is_the_caller_s() -> None:
     handle = FakeHandle(FakeRetriever())
-    worker = ServeWorker(FakeHandle(CountingWorker()))
+    worker = serve_worker(FakeHandle(CountingWorker()))
     asyncio.run(reader_over(serve_retriever(handle), worker).read("them"))
     assert handle.called("load") == [("them",)]
 

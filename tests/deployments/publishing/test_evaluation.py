@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.worker_client import serve_worker
 from deployments.publishing.evaluation import AnswerScorer
 from gpu_worker.errors import AdapterLoadFailed
 from gpu_worker.front.request.prompts import Message
@@ -44,7 +44,7 @@ class Broken(FakeWorker):
 
 def scores(worker: FakeWorker, adapter=POET) -> list[float]:  # type: ignore[no-untyped-def]
     async def run() -> list[float]:
-        client = ServeWorker(FakeHandle(worker))
+        client = serve_worker(FakeHandle(worker))
         return list(await AnswerScorer(workers_of(client), CHATTING).scores(adapter, EXAMPLES))
 
     return asyncio.run(run())
@@ -63,7 +63,7 @@ def test_jobs_are_greedy_short_and_take_turns_with_tenants() -> None:
     handle = FakeHandle(Poet())
 
     async def run() -> None:
-        client = ServeWorker(handle)
+        client = serve_worker(handle)
         await AnswerScorer(workers_of(client), CHATTING).scores(POET, EXAMPLES)
 
     asyncio.run(run())
@@ -79,7 +79,7 @@ def test_an_adapter_is_measured_as_its_contract_asks_it() -> None:
     contract = '{"instruction":"Is it so? {input}","stop":["END"],"sampling":{"temperature":1.5,"max_tokens":90}}'
 
     async def run() -> None:
-        client = ServeWorker(handle)
+        client = serve_worker(handle)
         scorer = AnswerScorer(workers_of(client), CHATTING)
         await scorer.scores(replace(POET, contract=contract), EXAMPLES[:1])
 

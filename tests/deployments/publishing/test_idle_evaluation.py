@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate, Workers
+from deployments.calls.worker_client import BaseWorkers, WorkerGate, Workers, serve_worker
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.evaluation import Evaluator
 from deployments.publishing.idle_evaluation import MAX_REGIONS, POLL_S, QUIET_S, IdleEvaluations, IdleScorer
@@ -75,7 +75,7 @@ class Ones:
 @pytest.mark.parametrize(("workers", "num_polls"), [([[]], 0), ([[RUNNING, WAITING]], 2), ([[], [RUNNING]], 1)])
 def test_a_batch_begins_when_no_worker_has_a_request(workers: list[list[EngineStatus]], num_polls: int) -> None:
     sleeper = Sleeper()
-    client = ServeWorker(FakeHandle(*[Poet(states=list(states)) for states in workers]))
+    client = serve_worker(FakeHandle(*[Poet(states=list(states)) for states in workers]))
     assert asyncio.run(IdleScorer(Ones(), workers_of(client), sleeper).scores(POET, EXAMPLES)) == [1.0] * 4
     assert sleeper.slept_s == [POLL_S] * num_polls
 
@@ -87,7 +87,7 @@ def test_without_a_worker_it_waits_and_starts_none(num_silent: int) -> None:
     async def run() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1000 * POLL_S):
-                await IdleScorer(Ones(), workers_of(ServeWorker(handle))).scores(POET, EXAMPLES)
+                await IdleScorer(Ones(), workers_of(serve_worker(handle))).scores(POET, EXAMPLES)
 
     run_in_virtual_time(run())
     assert handle.called("module_shapes") == handle.called("stream") == []
@@ -95,9 +95,9 @@ def test_without_a_worker_it_waits_and_starts_none(num_silent: int) -> None:
 
 def test_of_several_base_models_one_without_workers_is_left_out() -> None:
     clients = [
-        ServeWorker(FakeHandle(Poet())),
-        ServeWorker(FakeHandle()),
-        ServeWorker(FakeHandle(Poet(), num_silent=1)),
+        serve_worker(FakeHandle(Poet())),
+        serve_worker(FakeHandle()),
+        serve_worker(FakeHandle(Poet(), num_silent=1)),
     ]
     by_model = {
         name: BaseWorkers(client, WorkerGate(client, None)) for name, client in zip("abc", clients, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deployments.api.adapters import PublishItem
-from deployments.api.responses import Published, Removed
+from deployments.api.responses import Published, Settled
 from deployments.errors import VersionNotKept
 from lora_store import AdapterNotFound, AdapterRef, Embedding, Sample, Staged, StoreUnavailable, VersionConflict
 from retriever_svc import StaleIndex
@@ -217,7 +217,7 @@ def test_a_withdrawn_adapter_is_gone_with_its_versions_and_resources() -> None:
     versions = adapter("poet", version="2"), adapter("poet", version="1")
     publishing = Publishing(*versions, adapter("bard"))
     removed = publishing.withdraw("poet")
-    assert removed == Removed(("poet",), 8, 1, 0)
+    assert removed == Settled(8, 1, 0)
     assert list(publishing.live_digests) == ["bard"]
     [(*withdrawn, _)] = publishing.store.called("withdraw")
     assert withdrawn == ["local", ("poet",), "tester"]

@@ -10,7 +10,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import serve_store
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.worker_client import serve_worker
 from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
 from lora_store import AdapterRecord, StoreUnavailable
 from tests.deployments.adapter_records import POOL, adapter, pool_of
@@ -35,7 +35,7 @@ class Reclaiming:
     def __call__(self, *records: AdapterRecord, longest_request_s: float = 600) -> None:
         async def run() -> None:
             background = Background()
-            clients = serve_store(self.store), ServeWorker(self.worker)
+            clients = serve_store(self.store), serve_worker(self.worker)
             reclaimer = Reclaimer(*clients, background, longest_request_s=longest_request_s, sleep=self._pause)
             reclaimer.reclaim(records)
             await background.idle()

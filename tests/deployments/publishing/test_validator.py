@@ -8,15 +8,15 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.calls.catalogue_clients import serve_retriever
-from deployments.calls.worker_client import ServeWorker
+from deployments.calls.worker_client import serve_worker
 from deployments.errors import PoisonRequest
+from deployments.publishing.results import warnings_of
 from deployments.publishing.validator import (
     VALIDATED_TOGETHER,
     AdapterValidator,
     Outcome,
     ValidatedAdapter,
     free_of_charge,
-    warnings_of,
 )
 from lora_store import AdapterRecord, AdapterRef, AdapterRefused, Staged
 from lora_store.validation import NEVER_TRAINED
@@ -39,7 +39,7 @@ def validate(
 ) -> tuple[list[Outcome], FakeHandle]:
     handle = FakeHandle(worker or FakeWorker())
     validator = AdapterValidator(
-        serve_retriever(FakeHandle(FakeRetriever(**retriever))), workers_of(ServeWorker(handle))
+        serve_retriever(FakeHandle(FakeRetriever(**retriever))), workers_of(serve_worker(handle))
     )
     return asyncio.run(validator.validate(items, live or {}, free_of_charge)), handle
 

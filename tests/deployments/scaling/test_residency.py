@@ -118,6 +118,17 @@ def test_workers_are_told_apart_and_the_ones_not_heard_for_longest_are_forgotten
     ]
 
 
+def test_a_report_is_read_without_its_class_and_with_fields_of_a_later_version() -> None:
+    sent = pickle.dumps(Residency("w", FakeEngine().expected).report(DIGESTS[:2]))
+    assert b"deployments" not in sent, "an older process would not find the class"
+    read = pickle.loads(sent)
+    assert type(read) is tuple
+    heard = HeardReports()
+    for report in [(*read, 0.5, "new"), (), ("w",), ("w", 9, "text"), (9, 9, b"abcdef"), ("w", {"number": 9})]:
+        heard.hear(report)
+    assert heard.held_by("w") == short(DIGESTS[:2])
+
+
 def test_a_change_costs_less_than_a_tenth_of_what_serves_controller_would_send() -> None:
     deployment = DeploymentID("Worker", "app")
 

@@ -143,3 +143,20 @@ def test_a_bad_contract_is_refused_with_its_field(tmp_path: Path) -> None:
             assert (said.status_code, error_of(said)["param"]) == (400, field)
 
     run(tmp_path, look)
+
+
+def test_the_policy_of_a_name_wins_over_the_contract_and_a_request_over_both(tmp_path: Path) -> None:
+    async def look(tenants: TwoTenants) -> None:
+        await publish(tenants, folder(tenants))
+        policy = {"model": "mood", "temperature": 1.0, "stop": ["Y"], "response_format": {"type": "json_object"}}
+        assert (await tenants.ask(OWNER, "PUT", "/v1/names/support", json=policy)).status_code == 200
+        job, lora = await ask(tenants, model="support", lora={"explain": True})
+        assert (job.sampling.temperature, job.sampling.stop) == (1.0, ("Y",)) and job.sampling.grammar is not None
+        routed = await tenants.ask(OWNER, "POST", "/v1/route", json={"prompt": TEXT, "model": "support"})
+        assert routed.json()["data"][0]["contract"] == lora["contract"] == {"adapter": "mood", "applied": APPLIED[:1]}
+        body = {"model": "support", "input": TEXT, "text": {"format": {"type": "text"}}}
+        assert (await tenants.ask(OWNER, "POST", "/v1/responses", json=body)).status_code == 200
+        [*_, (job,)] = tenants.served.worker.called("stream")
+        assert job.sampling.grammar is None
+
+    run(tmp_path, look)

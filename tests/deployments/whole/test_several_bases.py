@@ -215,10 +215,16 @@ def test_lists_cards_and_names_know_the_base_of_each_model(tmp_path: Path) -> No
     async def scenario(case: Case) -> None:
         policy = {"model": "second:auto", "temperature": 0}
         assert (await case.client.put("/v1/names/code", json=policy)).status_code == 200
+        named = {"by-model": {"model": "coder"}, "by-list": {"lora": {"adapters": [{"name": "coder"}]}}, "own": {}}
+        for name, fields in named.items():
+            assert (await case.client.put(f"/v1/names/{name}", json=fields)).status_code == 200
         taken = await case.client.put("/v1/names/second", json=policy)
         assert (taken.status_code, error_of(taken)["code"]) == (409, "name_taken")
         cards = {card["id"]: card for card in (await case.client.get("/v1/models")).json()["data"]}
-        assert list(cards) == ["auto", "first", "second", "code", "coder", "lyricist", "poet"]
+        assert list(cards) == ["auto", "first", "second", *sorted([*named, "code"]), "coder", "lyricist", "poet"]
+        for name, base_model in (("by-model", "second"), ("by-list", "second"), ("own", "first")):
+            assert cards[name]["parent"] == base_model
+            assert (await case.client.get(f"/v1/models/{name}")).json() == cards[name]
         parents = [cards[name]["parent"] for name in ("auto", "first", "second", "code", "coder", "poet")]
         assert parents == ["first", None, None, "second", "second", "first"]
         assert (cards["coder"]["template"], cards["coder"]["sampling_defaults"]) == ("chat", {"top_k": 7})

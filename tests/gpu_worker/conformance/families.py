@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.model.own_families import OWN_FAMILIES
 from gpu_worker.vllm.front_model import language_part
 from lora_store.plan import BASE_PLAN
 from tests.gpu_worker.conformance.driver import HostedEngine, job, tokens_of
@@ -36,8 +39,8 @@ _LATENT = {
     "head_dim": 64,
 }
 _DELTA = {
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,  # the only size that vLLM takes on the CPU
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_conv_kernel_dim": 4,
@@ -74,14 +77,16 @@ TEXT: dict[str, Settings] = {
     "hy_v3": {**_EXPERTS, **_HEADS, "expert_hidden_dim": 32, "route_norm": True, "num_shared_experts": 1,
               "first_k_dense_replace": 1, "qk_norm": True},
     "longcat_flash": {**_LATENT, "n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 32,
-                      "ffn_hidden_size": 96, "zero_expert_num": 2, "num_layers": 2,
+                      "ffn_hidden_size": 96, "zero_expert_num": 0, "num_layers": 2,
                       "mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "axk1": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, **_HEADS},
     "dots1": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 32},
-    "sarvam_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
+    "sarvam_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1, "embedding_dropout": 0.0, "use_bias": False,
+                   "moe_shared_expert_intermediate_size": 32, "moe_router_enable_expert_bias": True,
+                   "score_function": "sigmoid", "use_rmsnorm": True},
     "sarvam_mla": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "solar_open": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "llama4_text": {**_LOCAL_EXPERTS, **_HEADS, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1,
@@ -114,8 +119,28 @@ TEXT: dict[str, Settings] = {
     "qwen2": {}, "qwen3": _HEADS, "phi": {}, "phi3": {}, "olmo2": {}, "smollm3": {}, "starcoder2": {},
     "exaone": {}, "internlm3": {}, "iquestcoder": {}, "cohere2": _MIXED, "ministral3": _HEADS, "seed_oss": _HEADS,
     "gpt_neox": {"num_key_value_heads": 4}, "granitemoe_swa": _LOCAL_EXPERTS,
+    "ernie4_5": _HEADS, "arcee": {}, "jais2": {}, "olmo": {}, "olmo3": _MIXED, "hunyuan_v1_dense": _HEADS,
+    "cwm": {**_HEADS, **_MIXED}, "vaultgemma": {**_HEADS, **_MIXED}, "ministral": {**_HEADS, **_WINDOW},
+    "mellum": {**_EXPERTS, **_HEADS, **_MIXED, "mlp_layer_types": ["sparse"] * 3, "num_mtp_layers": 0},
+    "minicpm3": {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+                 "v_head_dim": 32, "num_key_value_heads": 4, "dim_model_base": 64},
+    "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96},
 }  # fmt: skip
+# Their checkpoints on the model hub bring code, which is never run.
+_OWN_CODE = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}}
+TEXT |= {
+    "mimo": {**_OWN_CODE, "attention_bias": True},
+    "minicpm": {**_OWN_CODE, "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 64},
+    "PanguEmbedded": {**_OWN_CODE, "bias": True},
+}
+# Variants of a family. The text in parentheses says what is other than in the family.
+TEXT |= {
+    "apertus (in bfloat16)": {},
+    # vLLM has no least time step, and transformers takes the published 0.001.
+    "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
+}
 
+_OMNI_EYES = {"image_size": 8, "apply_vit_abs_pos_embed": True}
 _GEMMA4_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _GEMMA4_VISION |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 16}
 # The settings of the language model, and of the whole.
@@ -150,7 +175,7 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "lfm2_vl": (TEXT["lfm2"], {}),
     "granite_speech": ({}, {}),
-    "qwen2_5_omni": ({}, {}),
+    "qwen2_5_omni": ({**_SECTIONS, "tie_word_embeddings": False}, {}),
     "qwen3_asr": ({}, {}),
     "voxtral": ({}, {}),
     "glmasr": ({}, {}),
@@ -160,11 +185,96 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
         {"tie_word_embeddings": True},
     ),
     "minicpmv4_6": ({**_HEADS, **_DELTA}, {}),
-    "muse_glimmer": (_HEADS, {}),
+    "muse_glimmer": (_HEADS, {"vision_config": {"output_dim": 128}}),
     "nemotron_h_omni": (TEXT["nemotron_h"], {}),
+    "audioflamingo3": ({}, {}),
+    "exaone4_5": (TEXT["exaone4"], {}),
+    "gemma4_unified": (
+        {**_HEADS, **_MIXED, "global_head_dim": 32, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0},
+        {
+            "vision_config": {
+                "model_type": "gemma4_unified_vision",
+                "patch_size": 4,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 16,
+                "output_proj_dims": 32,
+            }
+        },
+    ),
+    "glm_ocr": (
+        {**_HEADS, "rope_parameters": {**_SECTIONS["rope_parameters"], "partial_rotary_factor": 1.0}},
+        {},
+    ),
+    "granite4_vision": (
+        {},
+        {
+            "deepstack_layer_map": [[-1, 0]],
+            "spatial_target_layers": [1],
+            "downsample_rate": "1/2",
+            "vision_config": {"hidden_size": 64},
+        },
+    ),
+    "granite_speech_plus": ({}, {}),
+    "lighton_ocr": (
+        _HEADS,
+        {"projector_hidden_act": "gelu", "multimodal_projector_bias": False, "vision_feature_layer": -1},
+    ),
+    "minicpmv4_7": ({**_HEADS, **_DELTA}, {}),
+    "qwen3_omni_moe": (
+        {**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+        {"enable_audio_output": False, "thinker_config": {"vision_config": _OMNI_EYES}},
+    ),
+    "smolvlm": ({}, {}),
 }
 
+_EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_EYES |= {"patch_size": 4, "image_size": 8, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
+_EYES |= {"num_channels": 3, "initializer_factor": 0.1, "norm_type": "layer_norm", "qk_normalization": False}
+_CHAT = {
+    "vision_config": _EYES,
+    "force_image_size": 8,
+    "downsample_ratio": 0.5,
+    "ps_version": "v2",
+    "select_layer": -1,
+    **_OWN_CODE,
+}
+MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
+
+# What checkpoints on the model hub name otherwise than transformers' class of the family.
+ARCHITECTURES = {
+    "PanguEmbedded": "PanguEmbeddedForCausalLM",
+    "mimo": "MiMoForCausalLM",
+    "minicpm": "MiniCPMForCausalLM",
+    "internvl_chat": "InternVLChatModel",
+    "h2ovl_chat": "H2OVLChatModel",
+    "NVLM_D": "NVLM_D",
+    "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
+    "lighton_ocr": "LightOnOCRForConditionalGeneration",
+    "phimoe": "PhiMoEForCausalLM",
+    "sarvam_mla": "SarvamMLAForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
+}
+# Their checkpoints on the model hub have experts with inputs first, which transformers writes otherwise for tiny ones.
+INPUTS_FIRST = ("qwen3_vl_moe",)
+# vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
+IN_BFLOAT16 = (
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7"),
+    "apertus (in bfloat16)",
+)
+# vLLM makes the processor of these at its start, also without images and sounds.
+_OMNI = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 8,
+}
+PROCESSORS = {
+    "qwen2_5_omni": {**_OMNI, "processor_class": "Qwen2_5OmniProcessor"},
+    "qwen3_omni_moe": {**_OMNI, "processor_class": "Qwen3OmniMoeProcessor"},
+}
+_OMNI_TOKENS = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
+
 FAMILIES = [*TEXT, *MULTIMODAL]
+assert {*OWN_FAMILIES} <= {*FAMILIES}, "each of them is compared"
 PROMPTS = ("The parrot says " * 4, "x")
 NUM_NEW = 8
 TOLERANCE = 1e-3  # of a log probability
@@ -188,10 +298,20 @@ _TOWER: dict[str, Any] = {
 def config_of(family: str) -> PretrainedConfig:
     """Return the configuration of a tiny model of the family."""
     if family in TEXT:
-        return AutoConfig.for_model(family, **{**_TEXT, **TEXT[family]})
+        return AutoConfig.for_model(family.partition(" ")[0], **{**_TEXT, **TEXT[family]})
     text, whole = MULTIMODAL[family]
-    default = AutoConfig.for_model(family)
-    return AutoConfig.for_model(family, **{**_tiny(default, default.get_text_config(), text), **whole})
+    name = family.partition(" ")[0]
+    default = AutoConfig.for_model(name)
+    return AutoConfig.for_model(name, **_merged(_tiny(default, default.get_text_config(), text), whole))
+
+
+def _merged(settings: Settings, changes: Settings) -> dict[str, Any]:
+    """Return the settings with the changes, also within settings that are settings themselves."""
+    merged = {**settings, **changes}
+    for name in settings.keys() & changes.keys():
+        if isinstance(settings[name], dict) and isinstance(changes[name], dict):
+            merged[name] = _merged(settings[name], changes[name])
+    return merged
 
 
 def _tiny(config: PretrainedConfig, language: PretrainedConfig, text: Settings) -> dict[str, Any]:
@@ -211,8 +331,27 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     with torch.no_grad():
         language_part(model).get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    if family in ARCHITECTURES:
+        _change(folder / "config.json", {"architectures": [ARCHITECTURES[family]]})
+    if family in PROCESSORS:
+        _change(folder / "preprocessor_config.json", PROCESSORS[family])
+        _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
+        tokens = {f"{name}_token": tokenizer.pad_token for name in _OMNI_TOKENS}
+        _change(folder / "tokenizer_config.json", {"extra_special_tokens": tokens})
+        torch.save({}, folder / "spk_dict.pt")  # voices, which Qwen2.5-Omni reads with its weights
+    if family in INPUTS_FIRST:
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: each.mT.contiguous() for name, each in tensors.items() if ".experts." in name}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def _change(file: Path, settings: Settings) -> None:
+    """Write these settings into a JSON file, which keeps its others."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**kept, **settings}))
 
 
 def assert_equal(hosted: HostedEngine, folder: Path) -> float:

@@ -3,12 +3,12 @@
 Run in .venv-vllm: `python -m tests.gpu_worker.conformance.run_families [FAMILY …]`. Formats of quantised weights count
 as families, such as `quantised:int4`. The results are those of docs/reference/supported-models.md, and a run replaces
 those of its own families only. With `--build` no engine starts: vLLM's class of the model is built, and the modules are
-compared.
+compared. With `--files` it lists vLLM's files of models that take LoRA adapters, with the families of each.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -25,17 +25,27 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.results_file import write_part
+from benchmarks.results_file import write_part, write_results
 from gpu_worker.errors import GpuWorkerError
+from gpu_worker.model.checkpoint import auto_class
 from tests.gpu_worker.conformance.driver import HostedEngine
 from tests.gpu_worker.conformance.engines import ENGINES
-from tests.gpu_worker.conformance.families import FAMILIES, assert_equal, save
+from tests.gpu_worker.conformance.families import (
+    ARCHITECTURES,
+    FAMILIES,
+    IN_BFLOAT16,
+    assert_equal,
+    config_of,
+    save,
+)
 from tests.gpu_worker.conformance.reference import Reference
 from tests.gpu_worker.conformance.test_quantized_base import FORMATS, assert_within, write_folders
 from tests.tiny import gemma3_with_wide_heads, tiny_config
 
 STUDY, QUANTISED = "families", "quantised:"
+FILES, OTHER_CLASSES = "vllm_model_files", "transformers"
 PATIENCE_S = 200
+BFLOAT16_BOUND = 0.2  # of a log probability
 EQUAL, BUILT, DIFFERS, REFUSED, FAILS = "equal", "not compared", "differs", "refused", "fails"
 
 
@@ -50,20 +60,23 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
             torch.manual_seed(0)
             save(folder / "model", "gemma3_text", gemma3_with_wide_heads())
             write_folders(form, folder / "model", folder)
-    dtype = "float32" if form is None else "bfloat16"
+    bound = form.bound if form is not None else BFLOAT16_BOUND if family in IN_BFLOAT16 else None
+    dtype = "float32" if bound is None else "bfloat16"
+    kv_tokens = 100_000 if family in IN_BFLOAT16 else None  # linear attention has large states, of any length
+    settings = {"max_model_len": 96, "dtype": dtype, "kv_tokens": kv_tokens}
     try:
-        hosted = HostedEngine(ENGINES["vllm"], tiny_config(served, engine="vllm", max_model_len=96, dtype=dtype))
+        hosted = HostedEngine(ENGINES["vllm"], tiny_config(served, engine="vllm", **settings))
     except GpuWorkerError as exc:
         return {"outcome": REFUSED, "reason": str(exc)}
     try:
-        if form is None:
+        if bound is None:
             furthest = assert_equal(hosted, floats)
         else:
-            furthest = max(assert_within(form.bound, hosted, Reference(floats)))
+            furthest = max(assert_within(bound, hosted, Reference(floats)))
     except AssertionError as exc:
         return {"outcome": DIFFERS, "reason": str(exc)[:300]}
     modules = sorted({name.rpartition(".")[2] for name in hosted.engine.module_shapes})
-    return {"outcome": EQUAL, "furthest": round(furthest, 7), "modules": modules}
+    return {"outcome": EQUAL, "dtype": dtype, "furthest": round(furthest, 7), "modules": modules}
 
 
 def build(family: str, folder: Path) -> dict[str, Any]:
@@ -117,6 +130,38 @@ def build_all(families: Sequence[str], models: Path) -> None:
             write(family, {"family": family, "engine": "vllm", **build(family, models / family)})
 
 
+def list_files() -> None:
+    """Write which of vLLM's files have models that generate text and take LoRA adapters, and the families of each."""
+    from vllm.model_executor.models import registry, supports_lora
+
+    groups = registry._TEXT_GENERATION_MODELS, registry._MULTIMODAL_MODELS, registry._TRANSFORMERS_SUPPORTED_MODELS
+    rows: dict[str, dict[str, Any]] = {}
+    file_of = {}
+    for architecture in sorted({*groups[0], *groups[1], *groups[2]}):
+        registered = registry.ModelRegistry.models[architecture]
+        file = file_of[architecture] = registered.module_name.removeprefix("vllm.model_executor.models.")
+        try:
+            takes_lora = supports_lora(registered.load_model_cls())
+        except Exception as exc:  # it needs a package or a device that is not here
+            print(f"{architecture} cannot be imported: {exc}", file=sys.stderr)
+            takes_lora = False
+        if takes_lora:
+            spec = importlib.util.find_spec(registered.module_name)
+            names_interface = "SupportsLoRA" in Path(spec.origin).read_text() if spec and spec.origin else False
+            row = rows.setdefault(file, {"file": file, "names_interface": names_interface, "families": []})
+            row.setdefault("architectures", []).append(architecture)
+    for family in FAMILIES:
+        config = config_of(family)
+        with torch.device("meta"):
+            default = type(auto_class(config).from_config(config)).__name__
+        file = file_of.get(ARCHITECTURES.get(family, default), OTHER_CLASSES)
+        if file in rows:
+            rows[file]["families"].append(family)
+    found = sorted(rows.values(), key=lambda row: str(row["file"]))
+    table = "\n".join(f"{row['file']}  {', '.join(row['families'])}" for row in found)
+    write_results(FILES, figures={}, table=table, runs=found)
+
+
 def write(family: str, row: dict[str, Any]) -> None:
     """Print what was seen of a family, and keep it in the results."""
     line = "  ".join(str(value) for key, value in row.items() if key != "modules")
@@ -162,8 +207,10 @@ class Run:
         result = {"outcome": FAILS, "reason": f"it did not end within {PATIENCE_S} s"}
         if (self.folder / "result").exists():
             result = json.loads((self.folder / "result").read_text())
-        if result["outcome"] not in (EQUAL, REFUSED):
-            print((self.folder / "log").read_text()[-1500:], file=sys.stderr)
+        if result["outcome"] != EQUAL:
+            log = (self.folder / "log").read_text().splitlines()
+            errors = [line for line in log if line.startswith("(Worker") and " ERROR " in line] or log
+            print(f"--- {self.family}", *errors[-25:], sep="\n", file=sys.stderr)
         return {"family": self.family, "engine": "vllm", **result}
 
 
@@ -187,7 +234,10 @@ def run_all(families: Sequence[str], models: Path, folder: Path, at_once: int, l
 @click.option("--at-once", default=1, help="Families that run at a time.")
 @click.option("--seconds", default=float("inf"), help="Start none after this time.")
 @click.option("--build", "is_build", is_flag=True, help="Build vLLM's class only, and start no engine.")
-def main(families: tuple[str, ...], models: Path | None, at_once: int, seconds: float, is_build: bool) -> None:
+@click.option("--files", "is_list", is_flag=True, help="List vLLM's model files, and start no engine.")
+def main(
+    families: tuple[str, ...], models: Path | None, at_once: int, seconds: float, is_build: bool, is_list: bool
+) -> None:
     last_start = time.monotonic() + seconds
     torch.set_num_threads(1)  # a forked process would wait for the threads of its parent
     fork = multiprocessing.get_context("fork")
@@ -197,7 +247,9 @@ def main(families: tuple[str, ...], models: Path | None, at_once: int, seconds: 
     with TemporaryDirectory() as folder:
         names = families or [*FAMILIES, *(QUANTISED + name for name in FORMATS)]
         models = models or Path(folder) / "models"
-        if is_build:
+        if is_list:
+            list_files()
+        elif is_build:
             build_all([name for name in names if name in FAMILIES], models)
         else:
             run_all(names, models, Path(folder), at_once, last_start)

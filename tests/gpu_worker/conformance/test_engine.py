@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,17 @@ ENDLESS = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture
-def own(session_engine: HostedEngine, start_again: Callable[[HostedEngine], HostedEngine]) -> Iterator[HostedEngine]:
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a folder for temporary files; its path is short, as those of sockets must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def own(
+    session_engine: HostedEngine, start_again: Callable[[HostedEngine], HostedEngine], scratch: Path
+) -> Iterator[HostedEngine]:
     """Return a second engine of the same kind, which the test may end."""
     hosted = start_again(session_engine)
     yield hosted
@@ -61,7 +72,7 @@ def test_counters_rise_with_each_job(hosted: HostedEngine) -> None:
     assert after.num_new_tokens == before.num_new_tokens + answer.num_new_tokens
 
 
-def test_stopping_ends_every_job_and_refuses_later_ones(own: HostedEngine) -> None:
+def test_stopping_ends_every_job_and_refuses_later_ones(own: HostedEngine, scratch: Path) -> None:
     async def stop() -> list[object]:
         running = asyncio.create_task(own.engine.generate([job("running", sampling=ENDLESS)] * 12))
         while not (await own.engine.status()).num_running:
@@ -74,3 +85,4 @@ def test_stopping_ends_every_job_and_refuses_later_ones(own: HostedEngine) -> No
     assert not health.is_alive and health.failure
     with pytest.raises(EngineStopped):
         own.answers(job("late"))
+    assert not list(scratch.rglob("*")), "files are left"

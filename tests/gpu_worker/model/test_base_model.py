@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -129,6 +130,23 @@ def test_a_class_with_attention_of_its_own_is_refused_before_it_is_built(model_t
     AutoConfig.for_model(model_type, **changes).save_pretrained(tmp_path)
     with pytest.raises(BaseModelUnsupported, match=f"{model_type} does not support transformers' attention interface"):
         load_base_model(tiny_config(tmp_path))
+
+
+def test_code_of_a_checkpoint_is_refused_in_one_sentence_and_never_run(
+    tiny_folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder, ran = shutil.copytree(tiny_folders["llama"], tmp_path / "model"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')")
+    settings = json.loads((folder / "config.json").read_text())
+    own_family = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(settings | own_family))
+    with pytest.raises(BaseModelUnsupported, match=r"own is no family of transformers .* runs no code") as found:
+        load_config(str(folder))
+    own_tokenizer = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own_tokenizer))
+    with pytest.raises(BaseModelUnsupported, match="tokenizer cannot be loaded") as found_of_tokenizer:
+        load_tokenizer(tiny_config(folder))
+    assert "\n" not in f"{found.value}{found_of_tokenizer.value}" and not ran.exists()
 
 
 @pytest.mark.parametrize("is_file", [False, True])

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import check_checkpoint, load_whole
@@ -256,3 +256,15 @@ def test_loaded_weights_are_those_of_the_files(llama: Path) -> None:
     found = load_whole(str(llama), dtype=torch.float32).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_class_that_reads_more_files_than_weights_is_compared_without_them(
+    tiny_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qwen2.5-Omni does, which reads voices."""
+
+    def from_pretrained(_: type, path: str | None, **__: object) -> None:
+        raise OSError(f"{path} has no voices")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(from_pretrained))
+    assert check_checkpoint(str(tiny_folders["llama"]))

@@ -37,6 +37,7 @@ def tasks_of(names: list[str]) -> tuple[Task, ...]:
     )
 
 
+at_full_counts = pytest.mark.usefixtures("scale")  # by which `make soak` finds them
 STUDY = Study(tasks_of(NAMES[:NUM_POOL]), tasks_of(NAMES)[NUM_POOL:], shares=(0.4, 1.0), seeds=(0, 1))
 
 
@@ -51,8 +52,10 @@ def encoder(model: Path) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def experiments(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiments:
-    """Run the whole study."""
+def experiments(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiments:
+    """Run the whole study, at full counts only."""
+    if request.config.getoption("--scale") != "full":
+        pytest.skip("it trains six encoders: in make soak")
     settings = TrainingSettings(num_epochs=1, learning_rate=3e-3)
     experiments = Experiments(STUDY, Workspace(tmp_path_factory.mktemp("paper")), model, settings)
     for steps in stages(experiments):
@@ -112,6 +115,7 @@ def test_a_query_whose_own_adapter_is_not_found_still_has_neighbours() -> None:
     assert (place.own, place.cluster_of_1, place.cluster_of_3) == (0, 0, 2)
 
 
+@at_full_counts
 def test_the_best_encoder_is_the_one_that_ranks_the_choice_queries_best(experiments: Experiments) -> None:
     shares = {}
     for seed in range(2):
@@ -122,6 +126,7 @@ def test_the_best_encoder_is_the_one_that_ranks_the_choice_queries_best(experime
     assert experiments.encoder(BEST).identity == experiments.encoder(experiments.choose_best()).identity
 
 
+@at_full_counts
 def test_an_encoder_that_saw_everything_has_no_unseen_tasks(folder: Path) -> None:
     rankings = Rankings(folder)
     everything = rankings.groups()["100 %"]
@@ -130,6 +135,7 @@ def test_an_encoder_that_saw_everything_has_no_unseen_tasks(folder: Path) -> Non
     assert rankings.top([UNTRAINED], "cosine", 1, "seen") is None
 
 
+@at_full_counts
 def test_gains_count_unseen_tasks_only(folder: Path) -> None:
     rankings = Rankings(folder)
     draws = {draw.name: draw for draw in STUDY.draws()}
@@ -144,6 +150,7 @@ def test_gains_count_unseen_tasks_only(folder: Path) -> None:
     assert rankings.unseen_gains().query("draw == @trained[0]")["gain"].mean() == pytest.approx(by_hand[0])
 
 
+@at_full_counts
 def test_section_and_results_are_written_from_the_rows(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from threading import Thread, current_thread
 from typing import Any
 
 import pytest
 
-from deployments.api.pool_responses import map_object, point_object
-from deployments.http.routes import pool_map
+from deployments.api.pool_responses import point_object
 from lora_store import AdapterRef
-from retriever_svc import Point, PoolMap
+from retriever_svc import Point
 from tests.deployments.adapter_records import digest_of
 from tests.deployments.asking import ask, error_of, get, post
 from tests.deployments.console_fakes import MappedRetriever
@@ -20,22 +18,6 @@ def test_the_map_has_every_adapter_s_place() -> None:
     assert drawn["clusters"] == [{"name": "", "x": 0.0, "y": 0.0, "radius": 1.0, "num_adapters": 2}]
     points = [(point["name"], round(point["x"], 6), point["cluster"]) for point in drawn["points"]]
     assert points == [("poet", 1.0, 0), ("coder", -1.0, 0)]
-
-
-def test_a_map_is_written_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    writers: list[Thread] = []
-
-    def write(drawn: PoolMap) -> Any:
-        writers.append(current_thread())
-        return map_object(drawn)
-
-    async def question(client: Any, served: Any) -> Thread:
-        assert (await client.get("/v1/pool/map")).status_code == 200
-        return current_thread()
-
-    monkeypatch.setattr(pool_map, "map_object", write)
-    loop_thread = ask(question, retriever=MappedRetriever())
-    assert len(writers) == 1 and writers[0] is not loop_thread
 
 
 def test_a_prompt_is_placed_with_the_requested_adapters() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -16,24 +15,23 @@ from tests.cluster.scaling_app import (
     num_workers,
     on_machines,
     rise_and_fall,
-    served,
     settings_of,
     until,
     worker_replicas,
 )
+from tests.servers.started import MOST_WORKERS
 from tests.soak import Scale
-
-MOST = 3
 
 
 @pytest.fixture(scope="module")
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the address: on one machine; at full counts on several nodes, with workers on those with `accelerator`."""
-    folder: Path = tmp_path_factory.mktemp("scaling")
-    settings = settings_of(folder, min_workers=0, max_workers=MOST)
-    where = on_machines if request.config.getoption("--scale") == "full" else served
-    with where(folder, settings) as address:
-        yield address
+    if request.config.getoption("--scale") == "full":
+        folder = tmp_path_factory.mktemp("scaling")
+        with on_machines(folder, settings_of(folder, min_workers=0, max_workers=MOST_WORKERS)) as address:
+            yield address
+    else:
+        yield request.getfixturevalue("scaled").url
 
 
 def test_workers_scale_to_zero_and_the_first_request_starts_one(url: str) -> None:
@@ -48,7 +46,7 @@ def test_workers_scale_to_zero_and_the_first_request_starts_one(url: str) -> Non
 
 
 def test_workers_follow_the_load_and_removed_ones_end_their_streams(url: str, scale: Scale) -> None:
-    most = scale.pick("workers under load", small=2, full=MOST)
+    most = scale.pick("workers under load", small=2, full=MOST_WORKERS)
     high_s = scale.pick("seconds of high load", small=1, full=60)
     until(lambda: num_workers(url) <= 1)
     course = asyncio.run(rise_and_fall(url, most=most, high_s=high_s))

@@ -17,9 +17,9 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.authenticator import TokenUsage
-from deployments.calls.worker_client import BaseWorkers, ServeWorker, WorkerGate
+from deployments.calls.worker_client import BaseWorkers, WorkerGate, serve_worker
 from deployments.errors import PoisonRequest, WorkerStarting
-from deployments.generation.completions import NO_ROOM, RowStream, StreamLimits
+from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits
 from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
 from gpu_worker.front.request.request import Delta, Job
@@ -102,7 +102,7 @@ def case_of(
 ) -> Case:
     worker, usage = Scripted(script), TokenUsage()
     handle, context = FakeHandle(worker), RequestContext("r", "none")
-    client = ServeWorker(handle, heartbeat_timeout_s=silence_s)
+    client = serve_worker(handle, heartbeat_timeout_s=silence_s)
     row = RowStream(
         BaseWorkers(client, gate or WorkerGate(client, None)),
         Job("r-3", "x" * 12),

@@ -1,0 +1,117 @@
+"""Families whose checkpoints bring code of their own, though classes of transformers compute the same.
+
+This module tells transformers so when it is imported, which vLLM's processes do with the configuration. Then both
+engines read such checkpoints without running their code, and compare themselves with these classes when they start.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
+
+
+class MiMoConfig(transformers.Qwen2Config):
+    """MiMo is Qwen 2. Its layers that draft tokens are left out."""
+
+    model_type = "mimo"
+
+
+class MiniCPMConfig(transformers.GraniteConfig):
+    """MiniCPM is Granite, whose factors have other names."""
+
+    model_type = "minicpm"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.attention_multiplier = (self.hidden_size // self.num_attention_heads) ** -0.5
+        self.embedding_multiplier = self.scale_emb = getattr(self, "scale_emb", 1)
+        self.scale_depth = getattr(self, "scale_depth", 1)
+        self.residual_multiplier = self.scale_depth / math.sqrt(self.num_hidden_layers)
+        self.dim_model_base = getattr(self, "dim_model_base", 1)
+        self.logits_scaling = self.hidden_size / self.dim_model_base
+
+
+class PanguEmbeddedConfig(transformers.LlamaConfig):
+    """openPangu Embedded is Llama with biases in its attention."""
+
+    model_type = "PanguEmbedded"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.attention_bias = getattr(self, "bias", self.attention_bias)
+
+
+class ChatConfig(PreTrainedConfig):
+    """A language model, and an encoder of images that is left out."""
+
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+        "vision_config": PreTrainedConfig,
+    }
+    text_config: Any = None
+    vision_config: Any = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = self.text_config or kwargs.pop("llm_config", None)
+        super().__post_init__(**kwargs)
+
+
+class ChatModel(PreTrainedModel):
+    """The language model of such a checkpoint, under the name that it has there."""
+
+    config_class = ChatConfig
+    base_model_prefix = "language_model"
+
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__(config)
+        self.language_model = transformers.AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> Any:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> Any:
+        return self.language_model.get_decoder()
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return self.language_model(input_ids=input_ids, **kwargs)
+
+
+class InternVLChatConfig(ChatConfig):
+    model_type = "internvl_chat"
+
+
+class H2OVLChatConfig(ChatConfig):
+    model_type = "h2ovl_chat"
+
+
+class EagleVLConfig(ChatConfig):
+    model_type = "eagle_2_5_vl"
+
+
+class NVLMDConfig(ChatConfig):
+    model_type = "NVLM_D"
+
+
+_TEXT = {
+    MiMoConfig: transformers.Qwen2ForCausalLM,
+    MiniCPMConfig: transformers.GraniteForCausalLM,
+    PanguEmbeddedConfig: transformers.LlamaForCausalLM,
+}
+_MULTIMODAL = dict.fromkeys((InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel)
+OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
+
+_mappings = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+for _mapping, _models in zip(_mappings, (_TEXT, _MULTIMODAL), strict=True):
+    for _config, _model in _models.items():
+        AutoConfig.register(_config.model_type, _config, exist_ok=True)
+        _mapping.register(_config, _model, exist_ok=True)
+_mappings[1].register(  # transformers lists its own class elsewhere only
+    transformers.AudioFlamingo3Config, transformers.AudioFlamingo3ForConditionalGeneration, exist_ok=True
+)

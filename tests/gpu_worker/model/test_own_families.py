@@ -1,0 +1,47 @@
+"""Families whose checkpoints bring code are read by classes of transformers, and that code is never run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.model.base_model import load_config
+from gpu_worker.model.checkpoint import auto_class, check_checkpoint
+from gpu_worker.model.own_families import OWN_FAMILIES, MiniCPMConfig
+from gpu_worker.vllm.front_model import load_front_model
+from tests.gpu_worker.conformance.families import save
+from tests.tiny import tiny_config
+
+
+@pytest.mark.parametrize("family", OWN_FAMILIES)
+def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp_path: Path) -> None:
+    folder, ran = save(tmp_path / "model", family), tmp_path / "ran"
+    assert json.loads((folder / "config.json").read_text())["auto_map"]
+    for name in ("configuration_own.py", "modeling_own.py"):
+        (folder / name).write_text(f"open({str(ran)!r}, 'w')")
+    found = load_front_model(tiny_config(folder, engine="vllm"))
+    assert found.model_type == family and check_checkpoint(str(folder)) and not ran.exists()
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"} < set(found.shapes)
+    assert found.is_multimodal == ("vision_config" in json.loads((folder / "config.json").read_text()))
+
+
+def test_the_language_model_of_a_chat_model_answers_under_both_names_of_its_settings(tmp_path: Path) -> None:
+    folder = save(tmp_path, "internvl_chat")
+    written = json.loads((folder / "config.json").read_text())
+    written["llm_config"] = written.pop("text_config")
+    (folder / "config.json").write_text(json.dumps(written))
+    model = auto_class(config := load_config(str(folder))).from_pretrained(folder)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert config.text_config.hidden_size == 128
+    assert model(tokens).logits.equal(model.language_model(tokens).logits)
+
+
+def test_minicpm_scales_as_its_paper_says() -> None:
+    """Source: MiniCPM (arXiv 2404.06395), table of the scaling of widths and depths."""
+    settings = {"hidden_size": 2304, "num_hidden_layers": 40, "num_attention_heads": 36}
+    config = MiniCPMConfig(**settings, scale_emb=12, scale_depth=1.4, dim_model_base=256)
+    assert (config.embedding_multiplier, config.logits_scaling, config.attention_multiplier) == (12, 9, 0.125)
+    assert config.residual_multiplier == pytest.approx(1.4 / 40**0.5)

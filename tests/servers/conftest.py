@@ -1,0 +1,44 @@
+"""Two servers for the tests that only use them, until the tests of `test_stopping.py`, the last file, stop them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_store.location import DEFAULT_CACHE_DIR
+from tests.cluster.scaling_app import serving, settings_of
+from tests.servers.started import MOST_WORKERS, TOKEN, Started, in_home, untraced
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Return a folder with a short path, because Ray's sockets need one."""
+    with tempfile.TemporaryDirectory(prefix="lr-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def started() -> Iterator[Started]:
+    """Yield a server whose home has a token that others may read."""
+    with tempfile.TemporaryDirectory(prefix="lr-") as name:
+        folder = Path(name)
+        (folder / ".ray").mkdir()
+        (folder / ".ray" / "auth_token").write_text(TOKEN)
+        (folder / ".ray" / "auth_token").chmod(0o644)
+        (folder / ".cache").mkdir()
+        (folder / ".cache" / DEFAULT_CACHE_DIR.name).symlink_to(DEFAULT_CACHE_DIR)  # no kernel is compiled again
+        settings = settings_of(folder, min_workers=1, max_workers=1)
+        with serving(folder, settings, in_home(folder, "disabled")) as (url, process):
+            yield Started(url, process, folder)
+
+
+@pytest.fixture(scope="session")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    """Yield a server with workers as its load needs them, which leads a process group."""
+    folder = tmp_path_factory.mktemp("scaled")
+    settings = settings_of(folder, min_workers=0, max_workers=MOST_WORKERS)
+    with serving(folder, settings, untraced(), leads_group=True) as (url, process):
+        yield Started(url, process, folder)
