@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.paper.common.intervals import Interval, bootstrap
 from benchmarks.results_file import write_results
-from benchmarks.starter_pool import HELD_OUT, POOL
+from benchmarks.starter_pool import HELD_OUT, NUM_TRAINED, POOL
 from deployments.batch.offline import Generated, LoraRetriever
 from deployments.config.app import AppConfig
 from deployments.publishing.contract_files import read_contract
@@ -72,13 +72,18 @@ def read_rows(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def read_samples(adapter: Path) -> Rows:
+    """Return the samples in the wording of the training; the others do not have the instruction."""
+    return read_rows(adapter / "lora_samples.jsonl")[:NUM_TRAINED]
+
+
 def publish(config: AppConfig, pool: Path, folder: Path, instructions: Mapping[str, Instruction]) -> None:
     """Publish every adapter of `pool` with stripped samples and its contract. `folder`: for their copies."""
     bases, staged = config.served_model.accepted_names, []
     store = LoraStore(config.store_uri, accepts_base=bases, read_contract=read_contract)
     for name, instruction in instructions.items():
         copied = Path(shutil.copytree(pool / name, folder / name))
-        rows = read_rows(copied / "lora_samples.jsonl")
+        rows = read_samples(copied)
         lines = [json.dumps({**row, "input": instruction.strip(row["input"])}) + "\n" for row in rows]
         (copied / "lora_samples.jsonl").write_text("".join(lines), encoding="utf-8")
         staged.append(store.stage(copied, contract=instruction.contract))
@@ -94,7 +99,7 @@ def find_interval(values: Sequence[bool], num_tasks: int) -> Interval:
 def main(pool: Path = POOL, held_out: Path = HELD_OUT, per_task: int = 12) -> None:
     """Measure, print the table and write results/contracts. Both folders are as those of examples/."""
     prompts = {path.stem: read_rows(path) for path in sorted(held_out.glob("*.jsonl"))}
-    known = {name: [*rows, *read_rows(pool / name / "lora_samples.jsonl")] for name, rows in prompts.items()}
+    known = {name: [*rows, *read_samples(pool / name)] for name, rows in prompts.items()}
     instructions = {name: find_instruction([row["input"] for row in rows]) for name, rows in known.items()}
     measured = [name for name, found in instructions.items() if found.contract]
     per_task = min([per_task, *(len(prompts[name]) for name in measured)])  # intervals need as many of each

@@ -9,6 +9,7 @@ from pathlib import Path
 _EXAMPLES = Path(__file__).parents[1] / "examples"
 POOL = _EXAMPLES / "starter_pool"
 HELD_OUT = _EXAMPLES / "starter_heldout"
+NUM_TRAINED = 20  # of an adapter's samples: the first ones are training inputs. Those in other words follow them.
 
 
 @dataclass(frozen=True, slots=True)

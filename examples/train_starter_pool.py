@@ -14,6 +14,7 @@ from peft import PeftModel
 from rich.progress import Progress
 from transformers import AutoTokenizer
 
+from benchmarks.starter_pool import NUM_TRAINED, POOL
 from benchmarks.training.adapter_files import load_base, save_adapter, write_items
 from benchmarks.training.bigbench_tasks import (
     Split,
@@ -26,7 +27,6 @@ from benchmarks.training.bigbench_tasks import (
 from benchmarks.training.greedy_evaluation import percent_right
 from benchmarks.training.lora_training import Recipe, tokenize, train_adapter
 
-NUM_SAMPLES = 20
 NUM_HELDOUT = 12
 TASK_LIST = Path(__file__).with_name("starter_tasks.yaml")
 
@@ -61,9 +61,17 @@ def train_task(model: Any, tokenizer: Any, spec: TaskSpec, split: Split, output:
 
     trained = train_adapter(model, tokenize(split.train, tokenizer), recipe, show)
     save_adapter(trained, output.adapter)
-    write_items(output.samples, split.train[:NUM_SAMPLES])
+    write_items(output.samples, split.train[:NUM_TRAINED])
+    append_other_words(output.samples, POOL / spec.name / output.samples.name)
     write_items(output.heldout, split.test[:NUM_HELDOUT], spec.labels)
     return trained.unload()
+
+
+def append_other_words(samples: Path, published: Path) -> None:
+    """Append the samples that were written by hand, which only the published pool has, if it has the task."""
+    rows = published.read_text(encoding="utf-8").splitlines(keepends=True) if published.is_file() else []
+    with samples.open("a", encoding="utf-8") as file:
+        file.writelines(rows[NUM_TRAINED:])
 
 
 def score_task(base: Any, tokenizer: Any, spec: TaskSpec, split: Split, output: Output) -> None:
