@@ -138,6 +138,18 @@ class Machines:
             while any(len(self.replicas(name)) < self._sizes[name] for name in deployments or self._sizes):
                 await asyncio.sleep(0.05)
 
+    async def until_replaced(self, before: Mapping[str, set[Replica]]) -> None:
+        """Return once every deployment has all of its replicas, and none of these.
+
+        While Serve builds a new version of the application, it shows no replica for a moment.
+        """
+        async with asyncio.timeout(2 * START_S):  # they are replaced one after the other
+            while True:
+                now = self.all_replicas()
+                if all(len(now[name]) >= size and not now[name] & before[name] for name, size in self._sizes.items()):
+                    return
+                await asyncio.sleep(0.05)
+
     def all_replicas(self) -> dict[str, set[Replica]]:
         """Return the replicas that accept requests, by deployment."""
         return {name: set(self.replicas(name)) for name in self._sizes}

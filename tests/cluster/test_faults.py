@@ -32,7 +32,7 @@ from tests.cluster.load import CLIENTS, KEY, LETTERS, SAMPLING, Load, Outcome
 from tests.cluster.running import TENANTS, TOPICS, Running, asks
 from tests.deployments.key_files import bearer
 from tests.e2e.live import eventually, eventually_equal
-from tests.served_engine import ENGINE, START_S, needs_own_process
+from tests.served_engine import ENGINE, needs_own_process
 from tests.soak import Scale
 from tests.tiny import linear_shapes, random_adapter, tiny_config
 
@@ -243,15 +243,12 @@ def test_no_request_is_lost_while_adapters_nodes_code_and_settings_change(
         machines.replace_dead_nodes()
 
     async def replace_every_replica(**changes: Any) -> None:
-        before = set().union(*machines.all_replicas().values())
+        before = machines.all_replicas()
         await asyncio.to_thread(machines.deploy_with, {}, **changes)
-        async with asyncio.timeout(2 * START_S):  # one after the other
-            while before & set().union(*machines.all_replicas().values()):
-                await asyncio.sleep(0.05)
+        await machines.until_replaced(before)
 
     async def deploy_the_next_version() -> None:
         await replace_every_replica(import_path="tests.cluster.next_version:build_app")
-        await machines.until_full()
         assert all(await asyncio.to_thread(machines.on_all, "Worker", "is_of_the_next_version"))
 
     async def change_all(load: Load) -> None:
