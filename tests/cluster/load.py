@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,25 @@ class Load:
         """Let this many more requests be sent."""
         for _ in range(min(count, len(self._held))):
             self._released.put_nowait(self._held.pop())
+
+    @asynccontextmanager
+    async def kept_running(self, count: int) -> AsyncIterator[None]:
+        """Release a request whenever fewer than this many run, and none after the block."""
+
+        async def feed() -> None:
+            num_released = 0
+            while self._held:
+                missing = len(self.outcomes) + count - num_released
+                self.release(missing)
+                num_released += missing
+                await asyncio.sleep(0.05)
+
+        feeding = asyncio.create_task(feed())
+        try:
+            yield
+        finally:
+            feeding.cancel()
+            self._held.clear()
 
     async def until(self, check: Callable[[], bool]) -> None:
         async with asyncio.timeout(120):

@@ -30,7 +30,9 @@ from tests.e2e.live import PATIENT_PROXIES, eventually
 from tests.served_engine import START_S
 
 APP = "loraretriever"
+_IMPORT_PATH = "deployments.app:build_app"
 _ADDRESS = "127.0.0.{}"  # one per node; Ray 2.60 replaces 127.0.0.1 by the machine's external address
+_ROOT = Path(__file__).parent.parent.parent
 _FILE = Path(__file__).with_name("serve.yaml")
 _CPUS: dict[str, Any] = {"num_cpus": 8}
 _ACCELERATORS: dict[str, Any] = {"num_cpus": 0, "resources": {"accelerator": 2}}
@@ -108,10 +110,12 @@ class Machines:
         run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
         assert run.returncode == 0, run.stderr
 
-    def deploy_with(self, user_config: Mapping[str, Any]) -> None:
-        """Deploy the YAML file again, with this `user_config` of the Ingress."""
+    def deploy_with(self, user_config: Mapping[str, Any], *, import_path: str = _IMPORT_PATH, **args: Any) -> None:
+        """Deploy the YAML file again, with this `user_config` of the Ingress, this code and these changes of `args`."""
         config = yaml.safe_load(self._file.read_text())
+        config["applications"][0]["import_path"] = import_path
         config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
+        config["applications"][0]["args"] |= args
         self._file.write_text(yaml.safe_dump(config))
         self._deploy()
 
@@ -133,6 +137,18 @@ class Machines:
         """Return once all replicas of these deployments accept requests; of all deployments if none is named."""
         async with asyncio.timeout(START_S):
             while any(len(self.replicas(name)) < self._sizes[name] for name in deployments or self._sizes):
+                await asyncio.sleep(0.05)
+
+    async def until_replaced(self, before: Mapping[str, set[Replica]]) -> None:
+        """Return once every deployment has all of its replicas, and none of these.
+
+        While Serve builds a new version of the application, it shows no replica for a moment.
+        """
+        async with asyncio.timeout(2 * START_S):  # they are replaced one after the other
+            while True:
+                now = self.all_replicas()
+                if all(len(now[name]) >= size and not now[name] & before[name] for name, size in self._sizes.items()):
+                    return
                 await asyncio.sleep(0.05)
 
     def all_replicas(self) -> dict[str, set[Replica]]:
@@ -190,6 +206,7 @@ def own_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RAY_TMPDIR": folder, **PATIENT_PROXIES}.items():
             patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(_ROOT), prepend=os.pathsep)  # replicas import the tests' own applications
         authentication_token_setup.enable_token_auth_by_default()
         authentication_token_setup.ensure_token_if_auth_enabled()
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,18 +25,21 @@ from deployments.errors import PoisonRequest
 from deployments.scaling.residency import ResidencyReport
 from deployments.worker import WorkerDeployment
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.model.base_model import load_base_model
 from gpu_worker.native.engine import NativeEngine
+from lora_store import Sample, write_peft_folder
 from tests.cluster.load import CLIENTS, KEY, LETTERS, SAMPLING, Load, Outcome
 from tests.cluster.running import TENANTS, TOPICS, Running, asks
 from tests.deployments.key_files import bearer
 from tests.e2e.live import eventually, eventually_equal
 from tests.served_engine import ENGINE, needs_own_process
 from tests.soak import Scale
-from tests.tiny import tiny_config
+from tests.tiny import linear_shapes, random_adapter, tiny_config
 
 MAX_BATCH_SIZE = 16  # per worker: tests/cluster/serve.yaml
 STREAMING = 3  # before a worker is killed
-NUM_RESULTS = {"native": 4, "vllm": 6}  # of all tests of this file together
+MOST_REQUESTS = 10_000  # more than are asked while the cluster changes
+NUM_RESULTS = {"native": 5, "vllm": 7}  # of all tests of this file together
 
 
 @dataclass
@@ -207,6 +210,73 @@ def test_a_client_that_retries_survives_the_death_of_an_ingress_and_a_node(
     assert all(number >= 1 for number in left.values()) and len(left) == 4, left
     machines.replace_dead_nodes()
     asyncio.run(machines.until_full())
+
+
+def test_no_request_is_lost_while_adapters_nodes_code_and_settings_change(
+    running: Running, results: Results, scale: Scale, tmp_path: Path
+) -> None:
+    if not scale.is_full:
+        pytest.skip("two nodes die, and every replica is replaced twice: in make soak")
+    num_running = scale.pick("requests at once", small=0, full=3)
+    machines, new_names = running.machines, ("chess", "bridges")
+    shapes = linear_shapes(load_base_model(tiny_config(running.model)))
+    num_answered = list[int]()  # during each event
+
+    def post(path: str, **sent: Any) -> httpx.Response:
+        return httpx.post(f"{machines.url}/v1/{path}", headers=bearer(KEY), timeout=300, **sent)
+
+    def publish_and_ask() -> None:
+        for seed, name in enumerate(new_names, start=len(TOPICS)):
+            folder = tmp_path / name
+            samples = [Sample(f"{verb} {name}, please.") for verb in ("Tell me about", "Explain", "Describe")]
+            write_peft_folder(folder, random_adapter(shapes, seed).modules, base_model="tiny", samples=samples)
+            files = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+            published = post("loras", files=files, data={"name": name})
+            assert published.status_code in (201, 202), published.text  # 202: one of the Retrievers is behind
+            body = {"model": name, "prompt": "The sea", "max_tokens": 4}
+            eventually_equal(lambda body=body: post("completions", json=body).status_code, 200)
+
+    async def lose_a_node_of(deployment: str) -> None:
+        await asyncio.to_thread(machines.kill_node_of, deployment)
+        left = {name: len(replicas) for name, replicas in machines.all_replicas().items()}
+        assert all(number >= 1 for number in left.values()), left
+        machines.replace_dead_nodes()
+
+    async def replace_every_replica(**changes: Any) -> None:
+        before = machines.all_replicas()
+        await asyncio.to_thread(machines.deploy_with, {}, **changes)
+        await machines.until_replaced(before)
+
+    async def deploy_the_next_version() -> None:
+        await replace_every_replica(import_path="tests.cluster.next_version:build_app")
+        assert all(await asyncio.to_thread(machines.on_all, "Worker", "is_of_the_next_version"))
+
+    async def change_all(load: Load) -> None:
+        events: tuple[Callable[[], Awaitable[None]], ...] = (
+            lambda: asyncio.to_thread(publish_and_ask),
+            lambda: lose_a_node_of("Worker"),
+            lambda: lose_a_node_of("Ingress"),
+            deploy_the_next_version,
+            lambda: replace_every_replica(max_request_s=590),  # and back to this version
+        )
+        async with load.kept_running(num_running):
+            for event in events:
+                already = len(load.outcomes)
+                await load.until(lambda already=already: len(load.outcomes) > already)
+                await event()
+                await machines.until_full()
+                await load.until(lambda already=already: len(load.outcomes) > already + 1)
+                num_answered.append(len(load.outcomes) - already)
+
+    outcomes = asyncio.run(running.load(max_retries=2).run(asks(MOST_REQUESTS), change_all))
+    for name in new_names:
+        httpx.delete(f"{machines.url}/v1/loras/{name}", headers=bearer(KEY), timeout=300).raise_for_status()
+    whats = ("2 adapters published", "a worker's node", "an ingress's node", "new code", "a setting")
+    for event, number in zip(whats, num_answered, strict=True):
+        scale.record(f"answers during {event}", number)
+    what = "2 adapters, 2 whole nodes, code, a setting; 2 retries"
+    results.add(what, outcomes, changes_failed_with_retries=len(failed(outcomes)))
+    assert failed(outcomes) == []
 
 
 def test_a_worker_whose_step_hangs_is_replaced_and_its_request_starts_again(
