@@ -45,8 +45,9 @@ def llama(settings: dict[str, Any]) -> tuple[Generate, str]:
     def use(adapter: int | None) -> None:
         chosen = [] if adapter is None else [adapters[adapter]]
         if hasattr(lib, "llama_set_adapters_lora"):  # newer versions
-            arrays = (ctypes.c_void_p * 1)(*chosen), len(chosen), (ctypes.c_float * 1)(1.0)
-            assert lib.llama_set_adapters_lora(context, *arrays) == 0
+            pointers = (ctypes.c_void_p * 1)(*[ctypes.cast(each, ctypes.c_void_p) for each in chosen])
+            pointers = ctypes.cast(pointers, lib.llama_set_adapters_lora.argtypes[1])
+            assert lib.llama_set_adapters_lora(context, pointers, len(chosen), (ctypes.c_float * 1)(1.0)) == 0
         else:
             lib.llama_clear_adapter_lora(context)
             assert all(lib.llama_set_adapter_lora(context, each, 1.0) == 0 for each in chosen)

@@ -179,7 +179,7 @@ def write_gguf_adapter(path: Path, modules: Mapping[str, ModuleWeights]) -> str:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", RANK)
     for module, weights in modules.items():
-        for suffix, tensor in (("lora_a", weights.a), ("lora_b", weights.b)):
+        for suffix, tensor in (("lora_a", weights.lora_a), ("lora_b", weights.lora_b)):
             writer.add_tensor(f"{names.get_name(module)}.weight.{suffix}", tensor.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
