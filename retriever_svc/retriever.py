@@ -334,7 +334,7 @@ class Retriever:
         """Return the newest kept policies of a model name, see `named_policies`. Raises: StaleIndex."""
         pool = self._pool_at(min_generation, tenant)
         found = named_policies(pool.snapshot, tenant, model, owner_names=self._owner_names)[:limit]
-        return [with_base(pool.snapshot, named, pool.bases) for named in found]
+        return [with_base(pool.snapshot, tenant, named, pool.bases) for named in found]
 
     def names(
         self, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
@@ -342,7 +342,7 @@ class Retriever:
         """Return the newest policy of each name that `tenant` may use, see `visible_names`."""
         pool = self._pools.current
         found = visible_names(pool.snapshot, tenant, after, limit, is_short=is_short)
-        return [with_base(pool.snapshot, named, pool.bases) for named in found]
+        return [with_base(pool.snapshot, tenant, named, pool.bases) for named in found]
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.
