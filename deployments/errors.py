@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_store.error_kinds import RETRY_LATER, FieldError, Kind, ReportedError
 
@@ -129,7 +129,7 @@ class ModelNotFound(DeploymentsError):
     param = "model"
 
     model: str
-    hint: str = ""
+    hint: str = field(default_factory=str)  # as in AdapterNotFound
 
     def __str__(self) -> str:
         hint = f"; did you mean {self.hint!r}?" if self.hint else "; use 'auto', or a name that GET /v1/models lists"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_store.adapter import AdapterRef
 from lora_store.error_kinds import RETRY_LATER, Kind, ReportedError
@@ -98,8 +98,8 @@ class AdapterNotFound(LoraStoreError):
     remedy = "List what exists: `loraretriever list`, or `GET /v1/models`."
 
     wanted: str
-    hint: str = ""
-    owner: str = ""
+    hint: str = field(default_factory=str)  # no attribute of the class, which would hide that of Ray's error's cause
+    owner: str = field(default_factory=str)
 
     def __str__(self) -> str:
         if self.owner:

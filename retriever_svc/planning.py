@@ -209,14 +209,18 @@ def named_policies(snapshot: Snapshot, tenant: str, model: str, *, owner_names: 
     return [named for named in found if len(digest) >= _MIN_DIGEST_CHARS and named.ref.digest.startswith(digest)]
 
 
-def with_base(snapshot: Snapshot, named: NamedPolicy, bases: ServedBases) -> NamedPolicy:
-    """Return the policy with the base model of the adapter that it names, if it names one and several are served."""
+def with_base(snapshot: Snapshot, tenant: str, named: NamedPolicy, bases: ServedBases) -> NamedPolicy:
+    """Return the policy with the base model of the adapter that it names, if the tenant sees it and several are served.
+
+    The adapter is looked up as the policy's owner names it.
+    """
     wanted = find_first_adapter(named.policy) if bases.are_several else ""
     if not wanted:
         return named
     with suppress(AdapterNotFound):  # it may be gone
         record = resolve_version(snapshot, named.ref.tenant, wanted)
-        return replace(named, base_model=bases.name_in_plans(record.base_model))
+        if record.is_visible_to(tenant):
+            return replace(named, base_model=bases.name_in_plans(record.base_model))
     return named
 
 

@@ -51,7 +51,7 @@ from retriever_svc.served_bases import BaseCounts
 from retriever_svc.views import chosen_view, with_views
 
 RouteAnswer = Route | NoAdapterMatched | StaleIndex
-_SPARE = 10  # for each companion: a base model of a fifth of the adapters has two beside its best in 95 of 100 windows
+_SPARE = 10  # for each adapter after the best: then a base model with a fifth of the adapters has two more in 95 of 100
 _ASKED_TOGETHER = 16  # prompts that the doctor routes at once, while other callers wait
 
 
@@ -91,7 +91,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
-    """Requests of one tenant that differ in their texts and in what is made of the matches. Dims: N requests.
+    """Requests that share tenant, tags, base model, abstention and number of matches. Dims: N requests.
 
     `near` (N,): how near the texts are to ordinary prompts. `windows` (N,): what a search found among all base models,
     empty where one is asked for.
@@ -334,7 +334,7 @@ class Retriever:
         """Return the newest kept policies of a model name, see `named_policies`. Raises: StaleIndex."""
         pool = self._pool_at(min_generation, tenant)
         found = named_policies(pool.snapshot, tenant, model, owner_names=self._owner_names)[:limit]
-        return [with_base(pool.snapshot, named, pool.bases) for named in found]
+        return [with_base(pool.snapshot, tenant, named, pool.bases) for named in found]
 
     def names(
         self, tenant: str, after: str = "", limit: int | None = None, *, is_short: bool = False
@@ -342,7 +342,7 @@ class Retriever:
         """Return the newest policy of each name that `tenant` may use, see `visible_names`."""
         pool = self._pools.current
         found = visible_names(pool.snapshot, tenant, after, limit, is_short=is_short)
-        return [with_base(pool.snapshot, named, pool.bases) for named in found]
+        return [with_base(pool.snapshot, tenant, named, pool.bases) for named in found]
 
     def resolve(self, tenant: str, name: str, min_generation: int = 0) -> AdapterRecord:
         """Return the version that `tenant` means by `name` or `owner/name`, optionally with `@digest`.

@@ -222,7 +222,9 @@ class MessagesRequest(Conversation, GenerationRequest):
 
     @property
     def set_fields(self) -> Set[str]:
-        return self.model_fields_set | ({"stop"} if self.stop_sequences is not None else set())
+        has_format = self.output_config is not None and self.output_config.format is not None
+        own = {"stop": self.stop_sequences is not None, "response_format": has_format}
+        return self.model_fields_set | {name for name, is_set in own.items() if is_set}
 
     @property
     def include_usage(self) -> bool:

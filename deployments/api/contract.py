@@ -159,7 +159,8 @@ def applied_contract(
     if plan.contract is None or not question.lora.contract or (leader := plan.leader) is None:
         return None
     contract = _parse(plan.contract, leader.ref.name)
-    left_out = {name for name in SAMPLING_DEFAULTS if name not in sampling.unset} | set(given)
+    left_out = {name for name in SAMPLING_DEFAULTS if name not in sampling.unset}
+    left_out |= {*_SAMPLING, "stop"} & set(given)  # `given` has unknown fields too, perhaps one called `instruction`
     if not _takes_instruction(question.prompt, contract):
         left_out.add("instruction")
     if sampling.grammar is not None or question.tools is not None or _OWN_FORM & set(given):

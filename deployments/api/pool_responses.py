@@ -423,7 +423,7 @@ def map_object(drawn: PoolMap) -> PoolPicture:
 
 def map_body(drawn: PoolMap) -> bytes:
     """Return the JSON of a map."""
-    return json.dumps(map_object(drawn), ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(map_object(drawn), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def place_object(found: Place, tenant: str) -> PromptPlace:

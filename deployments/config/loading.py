@@ -74,6 +74,10 @@ def _with_masked_variables(value: Any, name: str = "") -> Any:
 
 
 def _merged(settings: JsonObject, changes: JsonObject) -> JsonObject:
+    worker, changed = settings.get("worker"), changes.get("worker") or {}
+    if isinstance(worker, dict) and ("base_model" in changes or changed.get("device") == "cuda"):
+        # it was chosen for the file's base model, on the CPU
+        settings = settings | {"worker": {name: value for name, value in worker.items() if name != "quantization"}}
     pairs = {name: (old, changes[name]) for name, old in settings.items() if name in changes}
     groups = {name: old | new for name, (old, new) in pairs.items() if isinstance(old, dict) and isinstance(new, dict)}
     return settings | changes | groups

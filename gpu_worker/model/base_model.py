@@ -16,7 +16,6 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,7 +26,7 @@ from transformers import __version__ as transformers_version
 from gpu_worker.config import PACKAGED_MODEL, NativeWorkerConfig, WorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.front.request.model_files import sampling_defaults_of_files
-from gpu_worker.model.checkpoint import load_whole
+from gpu_worker.model.checkpoint import load_whole, read_config
 from gpu_worker.model.embedding import EmbeddingRows, is_tied, keeping_tie, look_up
 from gpu_worker.model.gguf_model import find_gguf, gguf_folder
 from gpu_worker.model.inject import target_linears
@@ -142,15 +141,15 @@ def load_config(source: str) -> Any:
         )
     settings, _ = PreTrainedConfig.get_config_dict(source)
     family = settings.get("model_type")
-    if family is not None and family not in CONFIG_MAPPING:
+    if family is not None and (not isinstance(family, str) or family not in CONFIG_MAPPING):
         raise BaseModelUnsupported(
             f"{family} is no family of transformers {transformers_version}, and this server runs no code of a"
             " checkpoint: use a base model that transformers loads without trust_remote_code, or one of"
             f" {', '.join(OWN_FAMILIES)}"
         )
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except ValueError as exc:  # among others: its language model is of an unknown family
+        return read_config(source)
+    except (ValueError, TypeError, KeyError, ArithmeticError) as exc:  # such as: its language model's family is unknown
         reason = str(exc).partition("\n")[0]
         raise BaseModelUnsupported(f"the configuration of {source} cannot be read ({reason})") from exc
 

@@ -73,6 +73,13 @@ def read_tensors(source: str) -> dict[str, Tensor]:
     return _read(files, "cpu")
 
 
+def read_config(source: str) -> Any:
+    """Read the model's config.json. Run no code that it names: its own, or a hub's for attention or experts."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
 def load_tensors(source: str, config: Any, tensors: dict[str, Tensor], **options: Any) -> PreTrainedModel:
     """Make the model of this config with these tensors, and with the generation config of `source`.
 
@@ -80,7 +87,7 @@ def load_tensors(source: str, config: Any, tensors: dict[str, Tensor], **options
     Raises: BaseModelUnsupported, as `load_whole`.
     """
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names = {module: f"{name}.weight" for name, module in empty.named_modules()}
     head = names.get(empty.get_output_embeddings())
     if getattr(config, "tie_word_embeddings", False) and head in tensors:
@@ -106,12 +113,12 @@ def check_checkpoint(source: str) -> bool:
     tensors = _read(weight_files(source), "meta")
     if not tensors:
         return False
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     quantised = find_quantised(config)
     for part in quantised:
         del part.quantization_config
     with torch.device("meta"):
-        model_class = type(auto_class(config).from_config(config))
+        model_class = type(auto_class(config).from_config(config, trust_remote_code=False))
     options = {"config": config, "state_dict": tensors, "device_map": {"": "meta"}}
     try:
         _load(model_class, None, source, is_quantised=bool(quantised), **options)

@@ -25,6 +25,7 @@ class MiniCPMConfig(transformers.GraniteConfig):  # type: ignore[misc]
     """MiniCPM is Granite, whose factors have other names."""
 
     model_type = "minicpm"
+    tie_word_embeddings: bool = True  # as in the authors' class
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -40,10 +41,13 @@ class PanguEmbeddedConfig(transformers.LlamaConfig):  # type: ignore[misc]
     """openPangu Embedded is Llama with biases in its attention."""
 
     model_type = "PanguEmbedded"
+    bias: bool = True  # these three as in the authors' class
+    rms_norm_eps: float = 1e-5
+    default_theta = 16_000_000.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.attention_bias = getattr(self, "bias", False) or getattr(self, "attention_bias", False)
+        self.attention_bias = self.bias or getattr(self, "attention_bias", False)
 
 
 class ChatConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -70,7 +74,7 @@ class ChatModel(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: ChatConfig) -> None:
         super().__init__(config)
-        self.language_model = transformers.AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = transformers.AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_output_embeddings(self) -> Any:
@@ -112,8 +116,9 @@ OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
 _mappings: tuple[Any, Any] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
 for _mapping, _models in zip(_mappings, (_TEXT, _MULTIMODAL), strict=True):
     for _config, _model in _models.items():
-        AutoConfig.register(_config.model_type, _config, exist_ok=True)
-        _mapping.register(_config, _model, exist_ok=True)
+        if _config.model_type not in transformers.CONFIG_MAPPING:  # a later transformers may bring its own
+            AutoConfig.register(_config.model_type, _config)
+            _mapping.register(_config, _model)
 _mappings[1].register(  # transformers lists its own class elsewhere only
     transformers.AudioFlamingo3Config, transformers.AudioFlamingo3ForConditionalGeneration, exist_ok=True
 )

@@ -129,9 +129,10 @@ class VllmEngine(InferenceEngine):
         is_compiled = is_compiled and not config.enforce_eager
         vllm_config = build_config(config, model, free_fill=free_fill, is_compiled=is_compiled)
         sockets = sockets_folder()
+        llm: AsyncLLM | None = None
         with errors_of_children(vllm_config):
-            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
             try:
+                llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[*stat_loggers], disable_log_stats=True)
                 if not is_checked:  # vLLM has downloaded the files meanwhile
                     check_checkpoint(model.source)
                 banks = await llm.collective_rpc("describe_bank")
@@ -140,7 +141,8 @@ class VllmEngine(InferenceEngine):
                 change, answer = partial(change_banks, llm), partial(answer_check, llm)
                 model = await check_model(config, model, max_len, change, answer)
             except BaseException:
-                llm.shutdown()
+                if llm is not None:
+                    llm.shutdown()
                 sockets.cleanup()
                 raise
         return cls(

@@ -180,7 +180,9 @@ def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOC
 
 def sockets_folder() -> TemporaryDirectory[str]:
     """Make a folder for the sockets of vLLM's processes, as vLLM removes none of them; and tell vLLM where it is."""
-    folder = TemporaryDirectory(prefix="vllm-")  # short, as a socket's path has at most 107 bytes
+    folder = TemporaryDirectory(
+        prefix="vllm-", ignore_cleanup_errors=True
+    )  # short, as a socket's path has at most 107 bytes
     os.environ["VLLM_RPC_BASE_PATH"] = folder.name
     return folder
 

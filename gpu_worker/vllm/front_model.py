@@ -180,7 +180,7 @@ def _model_without_weights(hf_config: Any, dtype: torch.dtype) -> PreTrainedMode
     """Return transformers' model without memory for its weights. Raises: BaseModelUnsupported."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(hf_config).from_config(hf_config, dtype=dtype)
+            model: PreTrainedModel = auto_class(hf_config).from_config(hf_config, dtype=dtype, trust_remote_code=False)
     except Exception as exc:
         reason = str(exc).partition("\n")[0]
         raise BaseModelUnsupported(

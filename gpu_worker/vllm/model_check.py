@@ -20,12 +20,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.model.checkpoint import auto_class, read_config
 from gpu_worker.model.eager_check import (
     ADAPTED,
     DECODE_STEPS,
@@ -160,7 +160,7 @@ class EagerModel:
 
     def __init__(self, config: VllmWorkerConfig, model: FrontModel) -> None:
         try:
-            found = auto_class(AutoConfig.from_pretrained(model.source))
+            found = auto_class(read_config(model.source))
             whole: PreTrainedModel = found.from_pretrained(
                 model.source, dtype=model.dtype, attn_implementation="eager"
             ).eval()

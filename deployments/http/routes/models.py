@@ -107,7 +107,9 @@ class _Cards:
         name = named.ref.name_for(tenant)
         target, template, given = _shown_fields(named.policy)
         root, created = f"{name}@{named.ref.digest[:12]}", int(named.created_at.timestamp())
-        model = self._models.named(named.base_model or self._models.split(target)[0])
+        found = getattr(named, "base_model", "")  # a Retriever of an earlier version does not tell it
+        is_served = any(found == model.name for model in self._models)  # not while models are added or removed
+        model = self._models.named(found if is_served else self._models.split(target)[0])
         card = self._card(name, created, named.ref.tenant, root, model, template)
         card["sampling_defaults"] = {**model.sampling_defaults, **given}
         return card

@@ -95,13 +95,21 @@ def test_what_a_request_sets_wins(fields: dict[str, Any], missing: str) -> None:
 
 def test_what_a_request_sets_under_another_apis_name_wins() -> None:
     text = ResponsesRequest.model_validate({"input": "one", "text": {"format": {"type": "text"}}})
-    no_stops = {"messages": TURNS, "max_tokens": 3, "stop_sequences": []}
+    message = {"messages": TURNS, "max_tokens": 3}
+    no_stops = message | {"stop_sequences": []}
+    message_text = message | {"output_config": {"format": {"type": "text"}}}
     for request, missing in (
         (text, {"output_schema"}),
         (MessagesRequest.model_validate(no_stops), {"stop", "max_tokens"}),
+        (MessagesRequest.model_validate(message_text), {"output_schema", "max_tokens"}),
     ):
         found = applied(request)
         assert found is not None and list(found.parts) == [name for name in ALL if name not in missing]
+
+
+def test_fields_that_the_server_ignores_leave_every_part() -> None:
+    found = applied(chat(instruction="ignored", output_schema={}))
+    assert found is not None and list(found.parts) == ALL
 
 
 def test_token_ids_are_read_as_they_are() -> None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config, require_base_model, require_keys_file
 from deployments.config.settings_errors import SettingsInvalid
+from gpu_worker.config import NativeSettings
 
 
 def test_changes_override_the_file(tmp_path: Path) -> None:
@@ -33,6 +35,17 @@ def test_a_change_of_a_group_leaves_its_other_settings(tmp_path: Path) -> None:
     file.write_text("worker: {max_batch_size: 8}\nretrieval: {k: 2}\n")
     config = load_config(file, worker={"max_model_len": 512}, retrieval={"k": 4})
     assert (config.worker.max_batch_size, config.worker.max_model_len, config.retrieval.k) == (8, 512, 4)
+
+
+@pytest.mark.parametrize("changes", [{"base_model": "org/other"}, {"worker": {"device": "cuda"}}])
+def test_another_base_model_or_device_is_not_rounded_as_the_files_own(changes: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("worker: {quantization: int8, max_batch_size: 8}\n")
+    worker = load_config(file, **changes).worker
+    assert isinstance(worker, NativeSettings)
+    assert (worker.quantization, worker.max_batch_size) == ("none", 8)
+    kept = load_config(file, worker={"device": "cpu"}).worker
+    assert isinstance(kept, NativeSettings) and kept.quantization == "int8"
 
 
 @pytest.mark.parametrize("base_model", ["gemma-3-270m", "org/model", "gpt2"])

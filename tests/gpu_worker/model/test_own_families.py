@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_config
 from gpu_worker.model.checkpoint import auto_class, check_checkpoint
-from gpu_worker.model.own_families import OWN_FAMILIES, MiniCPMConfig
+from gpu_worker.model.own_families import OWN_FAMILIES, MiniCPMConfig, PanguEmbeddedConfig
 from gpu_worker.vllm.front_model import load_front_model
 from tests.gpu_worker.conformance.families import save
 from tests.tiny import tiny_config
@@ -37,6 +38,48 @@ def test_the_language_model_of_a_chat_model_answers_under_both_names_of_its_sett
     tokens = torch.tensor([[1, 2, 3]])
     assert config.text_config.hidden_size == 128
     assert model(tokens).logits.equal(model.language_model(tokens).logits)
+
+
+def test_settings_that_a_file_leaves_out_are_those_of_the_authors_class(tmp_path: Path) -> None:
+    folder = save(tmp_path / "tied", "minicpm")
+    written = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    auto_class(config := load_config(str(folder))).from_pretrained(
+        folder, config=type(config)(**written)
+    ).save_pretrained(folder)
+    written.pop("tie_word_embeddings")
+    (folder / "config.json").write_text(json.dumps(written))
+    assert check_checkpoint(str(folder))
+    pangu = PanguEmbeddedConfig(hidden_size=64)
+    assert (pangu.attention_bias, pangu.rms_norm_eps) == (True, 1e-5)
+    assert pangu.rope_parameters["rope_theta"] == 16_000_000
+    assert not PanguEmbeddedConfig(hidden_size=64, bias=False).attention_bias
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "clip_text_model", "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}},
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"hidden_size": "x"},
+    ],
+)
+def test_a_file_that_names_code_is_never_asked_about(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks on the terminal whether to run code; whoever pipes `yes` into the server would agree."""
+    folder, ran = save(tmp_path / "model", "llama"), tmp_path / "ran"
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | settings))
+    try:
+        found = load_front_model(tiny_config(folder, engine="vllm"))
+    except BaseModelUnsupported as exc:
+        assert "model_type" in settings or "hidden_size" in settings, exc
+    else:
+        assert found.model_type == "llama"
+    assert not ran.exists()
 
 
 def test_minicpm_scales_as_its_paper_says() -> None:

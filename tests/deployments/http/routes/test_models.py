@@ -156,11 +156,12 @@ def test_an_unknown_model_is_not_found(name: str) -> None:
     assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
 
 
-def test_a_policy_of_a_newer_release_does_not_hide_the_other_models() -> None:
+@pytest.mark.parametrize("base_model", ["", "a base model that is being removed"])
+def test_a_policy_of_a_newer_release_does_not_hide_the_other_models(base_model: str) -> None:
     policy = '{"a_newer_field": 1, "lora": [1]}'
     ref = AdapterRef("local", "newer", policy_digest(policy))
     retriever = FakeRetriever()
-    event = SetName(NamedPolicy(ref, policy, "me", datetime.now(UTC)))
+    event = SetName(NamedPolicy(ref, policy, "me", datetime.now(UTC), base_model=base_model))
     retriever.model_names.commit(lambda snapshot: [event])
     answer = get("/v1/models", retriever=retriever)
     assert answer.status_code == 200, answer.text
