@@ -20,6 +20,8 @@ _ROUND = {  # a key that the raw row of each round has
     "prefix_cache": "base first",
 }
 _RUNTIMES = {"server": "OpenVINO, as in the server", "bfloat16": "torch, bfloat16", "float32": "torch, float32"}
+_COMPOSED = {"base": "base model", "mixture": "mixture of 3 over 8"}
+_BITS = {"bfloat16": "bfloat16", "int8": "int8 / Q8_0", "int4": "int4 / Q4_0", "file": "the packaged Q4_K_M file"}
 _CLIENTS = {"vllm bench serve": "`vllm bench serve`, 4 adapters in turn", "guidellm": "guidellm, one adapter"}
 
 
@@ -248,6 +250,38 @@ def encoder_times() -> str:
     return table(("a new text of 40 tokens, p50", *heads), rows) + "\n" + measured("encoder") + "\n"
 
 
+def integer_weights() -> str:
+    """Return the ratios to bfloat16 in the same engine, a row for each case and a column for each kind of weights."""
+    figures = _result("integer_weights")["figures"]
+    kinds = ("the file's integers", "int8", "int4")
+    cases = [(text, f"{name} x{num}") for name, text in _COMPOSED.items() for num in (1, 8, 32)]
+    rows = [
+        (f"{text}, {_rows(int(name.rpartition('x')[2]))}", *[f"{figures[f'{kind}: {name}']:.2f}" for kind in kinds])
+        for text, name in cases
+    ]
+    kept = [f"{figures[f'{kind}: mixture against base x32']:.2f}" for kind in kinds]
+    rows.append(("mixture against the base model with the same weights, 32 rows", *kept))
+    head = ("tokens/s against bfloat16", *kinds)
+    return table(head, rows) + "\n" + measured("integer_weights") + "\n"
+
+
+def peers_by_bits() -> str:
+    """Return this engine's speed over llama.cpp's with the same weights, a row for each kind of weights."""
+    figures = _result("peers_by_bits")["figures"]
+    llama = next(name.split(": ")[1] for name in figures if "llama" in name and "," not in name)
+    cases = [(number, of) for of in ("", ", 8 adapters") for number in (1, 8, 32)]
+    rows = [
+        (text, *[f"{figures[f'{bits} x{number}: {llama}{of}']:.2f}" for number, of in cases])
+        for bits, text in _BITS.items()
+    ]
+    head = ("ours / " + llama.replace("llama ", "llama-cpp-python "), *[f"{_rows(number)}{of}" for number, of in cases])
+    return table(head, rows) + "\n" + measured("peers_by_bits") + "\n"
+
+
+def _rows(number: int) -> str:
+    return f"{number} row{'' if number == 1 else 's'}"
+
+
 def numbers_of(study: str, result: Mapping[str, Any] | None = None) -> dict[str, float]:
     """Return the numbers of the study, and for throughput the ratio to `generate` with as many rows in each round.
 
@@ -319,4 +353,6 @@ BENCHMARK_BLOCKS: Mapping[str, Block] = {
     **_TABLES,
     "load-by-clients": load_by_clients,
     "results-encoder": encoder_times,
+    "results-integers": integer_weights,
+    "results-bits": peers_by_bits,
 }
