@@ -89,7 +89,7 @@ SOURCES: tuple[Source, ...] = (
     ),
     ("starlette.requests", "Request", ('hasattr(self, "_body")', 'hasattr(self, "_json")')),
     ("transformers", "PreTrainedModel", ("_supports_attention_backend",)),
-    ("transformers", "PreTrainedConfig", ("_attn_implementation",)),
+    ("transformers", "PreTrainedConfig", ("_attn_implementation", "_experts_implementation")),
     ("transformers.utils.hub", "cached_files", ("_raise_exceptions_for_missing_entries",)),
     ("transformers.integrations.moe", "", ('experts_class, "_apply_gate"',)),
     ("transformers.modeling_utils", "", ("\nALL_ATTENTION_FUNCTIONS",)),

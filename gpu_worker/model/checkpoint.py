@@ -76,7 +76,7 @@ def read_tensors(source: str) -> dict[str, Tensor]:
 def read_config(source: str) -> Any:
     """Read the model's config.json. Run no code that it names: its own, or a hub's for attention or experts."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    config._attn_implementation = config._experts_implementation = None
+    config.update({"_attn_implementation": None, "_experts_implementation": None})
     return config
 
 
