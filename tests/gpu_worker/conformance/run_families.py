@@ -45,7 +45,7 @@ from tests.tiny import gemma3_with_wide_heads, tiny_config
 STUDY, QUANTISED = "families", "quantised:"
 FILES, OTHER_CLASSES = "vllm_model_files", "transformers"
 PATIENCE_S = 200
-BFLOAT16_BOUND = 0.2  # of a log probability
+BFLOAT16_BOUND = 0.5  # of a log probability; of Qwen 3.5 without adapters transformers' own bfloat16 differs by 0.2
 EQUAL, BUILT, DIFFERS, REFUSED, FAILS = "equal", "not compared", "differs", "refused", "fails"
 
 
