@@ -31,7 +31,7 @@ Round = dict[str, float]
 """Tokens per second by weights and case."""
 
 
-def name_of(weights: str, strategy: Strategy, num_rows: int) -> str:
+def name_case(weights: str, strategy: Strategy, num_rows: int) -> str:
     return f"{weights}: {strategy} x{num_rows}"
 
 
@@ -76,19 +76,19 @@ def run_round(engines: Mapping[str, ProcessPoolExecutor], number: int, num_new: 
     for strategy, num_rows in CASES:
         for weights in in_turn(list(engines), number):
             run = engines[weights].submit(run_case, strategy, num_rows, number, num_new)
-            found[name_of(weights, strategy, num_rows)] = run.result()
+            found[name_case(weights, strategy, num_rows)] = run.result()
     return found
 
 
-def figures_of(rounds: list[Round], kinds: list[str]) -> dict[str, list[float]]:
+def compare(rounds: list[Round], kinds: list[str]) -> dict[str, list[float]]:
     """Return ratios to bfloat16 by weights and case, one for each round, and of mixtures to the same base model."""
     figures: dict[str, list[float]] = {}
     for weights in kinds:
         for strategy, num_rows in CASES:
-            name, plain = name_of(weights, strategy, num_rows), name_of(PLAIN, strategy, num_rows)
+            name, plain = name_case(weights, strategy, num_rows), name_case(PLAIN, strategy, num_rows)
             if weights != PLAIN:
                 figures[name] = [round_[name] / round_[plain] for round_ in rounds]
-        mixed, base = name_of(weights, "mixture", 32), name_of(weights, "base", 32)
+        mixed, base = name_case(weights, "mixture", 32), name_case(weights, "base", 32)
         figures[f"{weights}: mixture against base x32"] = [round_[mixed] / round_[base] for round_ in rounds]
     return figures
 
@@ -103,11 +103,11 @@ def main(
     with processes() as engines:
         run_round(engines, 0, 4)
         found = [run_round(engines, number, num_new) for number in rounds_within(1 if quick else rounds, minutes)]
-    figures = figures_of(found, list(engines))
+    figures = compare(found, list(engines))
     table = table_of("case", "tokens/s in bfloat16", *(f"{kind}, ratio" for kind in engines if kind != PLAIN))
     for strategy, num_rows in CASES:
-        speed = statistics.median(round_[name_of(PLAIN, strategy, num_rows)] for round_ in found)
-        ratios = [with_range(figures[name_of(kind, strategy, num_rows)]) for kind in engines if kind != PLAIN]
+        speed = statistics.median(round_[name_case(PLAIN, strategy, num_rows)] for round_ in found)
+        ratios = [with_range(figures[name_case(kind, strategy, num_rows)]) for kind in engines if kind != PLAIN]
         table.add_row(f"{strategy} x{num_rows}", f"{speed:.0f}", *ratios)
     kept = [with_range(figures[f"{kind}: mixture against base x32"]) for kind in engines]
     table.add_row("mixture against base x32", *kept)

@@ -112,7 +112,7 @@ def _best(answer: Generated) -> str | None:
     return None if best is None else best["name"]
 
 
-def shares_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def count_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the shares: of the prompts for adapters, and of the others those that the base model answers."""
     own = [row for row in rows if row["task"] is not None]
     shares = {
@@ -144,13 +144,13 @@ def main(
             config = AppConfig(store_uri=f"{folder}/pool")
             publish(config, pool, Path(folder), num_samples)
             by_samples[name] = list(measure(config, prompts))
-    shares = {name: shares_of(rows) for name, rows in by_samples.items()}
+    shares = {name: count_shares(rows) for name, rows in by_samples.items()}
     table = Table("samples", *shares["all"], title=f"{len(prompts)} prompts of `{part}`")
     for name, found in shares.items():
         table.add_row(name, *(f"{value:.3f}" for value in found.values()))
     by_task = Table("task", *(f"{name}: {what}" for name in shares for what in ("right", "answer_right", "named")))
     for task in tasks:
-        own = [shares_of_task(rows, task) for rows in by_samples.values()]
+        own = [count_task_shares(rows, task) for rows in by_samples.values()]
         by_task.add_row(task, *(f"{value:.2f}" for found in own for value in found))
     with out.capture() as captured:
         out.print(table)
@@ -170,7 +170,7 @@ def main(
                 out.print(json.dumps(row, ensure_ascii=False), markup=False, highlight=False, soft_wrap=True)
 
 
-def shares_of_task(rows: Sequence[Mapping[str, Any]], task: str) -> list[float]:
+def count_task_shares(rows: Sequence[Mapping[str, Any]], task: str) -> list[float]:
     """Return the shares of a task's prompts: its adapter answers, rightly, and rightly where it is named."""
     own = [row for row in rows if row["task"] == task]
     return [

@@ -22,7 +22,7 @@ from deployments.calls.worker_client import Workers
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
-from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits, deadline_of, merge, within
+from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits, compute_deadline, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
@@ -113,7 +113,7 @@ class CompletionService:
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
-        deadline = deadline_of(context.arrived_at, request.timeout_s, self._models.first.max_request_s)
+        deadline = compute_deadline(context.arrived_at, request.timeout_s, self._models.first.max_request_s)
         async with within(deadline):
             if self._is_strict:
                 refuse_ignored(request)
@@ -183,7 +183,7 @@ class CompletionService:
         add_special_tokens: bool | None = None,
         with_texts: bool = False,
     ) -> Tokenized:
-        deadline = deadline_of(context.arrived_at, None, self._models.first.max_request_s)
+        deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
         check_tokenized(question, field, self._planner.limits(question.model))
         question, template = await self._bound(question, caller, context, deadline)
         if isinstance(question.prompt, str):
@@ -215,7 +215,7 @@ class CompletionService:
 
     async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
         """Return the text of token ids, with special tokens."""
-        deadline = deadline_of(context.arrived_at, None, self._models.first.max_request_s)
+        deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
         question, _ = await self._bound(question, caller, context, deadline)
         work = Work(num_tokens=len(request.tokens), tokens_field="tokens")

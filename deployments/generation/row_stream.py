@@ -40,7 +40,7 @@ class StreamLimits:
 STREAM_LIMITS = StreamLimits()
 
 
-def deadline_of(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
+def compute_deadline(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
     """Return the arrival plus the time that the client allows, at most the time that the server allows."""
     return arrived_at + (max_request_s if timeout_s is None else min(timeout_s, max_request_s))
 
@@ -78,8 +78,8 @@ class RowStream:
     async def deltas(self, restart: Callable[[], None] | None = None) -> AsyncGenerator[tuple[int, Delta | None]]:
         """Yield (index, delta), and (index, None) for each heartbeat. Leaving cancels the job at the Worker.
 
-        A job whose Worker died is sent again, and charged in place of the first. Once a delta was yielded, that needs
-        `restart`, which is called before the first delta is yielded again.
+        A job whose Worker died is sent to another one, and charged once. If deltas have been yielded, this happens only
+        with `restart`, which is called before the first delta is yielded again.
         Raises: PoisonRequest after the third Worker died, DeadlineExceeded, WorkerStarting, and what a Worker raises.
         """
         failures, usage, name = AttemptCounter(), self.usage, self.job.request_id
@@ -132,7 +132,7 @@ def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
 
 
 async def _merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
-    waiting = {_next_of(stream): place for place, stream in enumerate(streams)}
+    waiting = {_start_next(stream): place for place, stream in enumerate(streams)}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -140,7 +140,7 @@ async def _merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
                 place = waiting.pop(task)
                 for item in task.result():
                     yield item
-                    waiting[_next_of(streams[place])] = place
+                    waiting[_start_next(streams[place])] = place
     finally:
         for task in waiting:
             task.cancel()
@@ -148,7 +148,7 @@ async def _merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
         await asyncio.gather(*[stream.aclose() for stream in streams], return_exceptions=True)
 
 
-def _next_of(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
+def _start_next(stream: AsyncGenerator[T]) -> asyncio.Task[tuple[T, ...]]:
     """Start a task for the stream's next item. It returns an empty tuple at the end."""
 
     async def step() -> tuple[T, ...]:

@@ -30,7 +30,7 @@ from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
 from deployments.generation.planner import check_texts, refuse_stream_options
-from deployments.generation.row_stream import deadline_of, within
+from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
 from deployments.http.error_responses import error_body
@@ -101,7 +101,7 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     planner, tenant = services.planner, caller.tenant
     check_texts(body.prompt, planner.limits(body.model))
     asked = [Question(prompt, prompt, body.model, body.lora) for prompt in body.prompt]
-    async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
+    async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
         named = await planner.named(body.model, tenant, body.lora.min_generation)
         bound = [] if named is None else [BoundName.of(named, question, tenant) for question in asked]
         asked = [name.asked(question) for name, question in zip(bound, asked, strict=True)] if bound else asked

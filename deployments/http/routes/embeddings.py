@@ -9,7 +9,7 @@ from deployments.api.base import ignored_fields, refuse_ignored
 from deployments.api.embeddings import EmbeddingsRequest, embeddings_answer
 from deployments.auth.authenticator import Work
 from deployments.errors import ModelNotFound
-from deployments.generation.row_stream import deadline_of, within
+from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyContext, AnyServices, InferCaller
 from deployments.http.openapi import EMBEDDINGS_ANSWERS
@@ -33,7 +33,7 @@ async def embeddings(
     num_tokens = sum(map(tokens_read, body.input))
     work = Work(len(body.input), num_read=num_tokens, rows_field="input", tokens_field="input")
     with services.authenticator.running(caller, work):
-        async with within(deadline_of(context.arrived_at, None, config.max_request_s)):
+        async with within(compute_deadline(context.arrived_at, None, config.max_request_s)):
             vectors = await services.retriever.vectors(caller.tenant, body.input)
     context.num_read = num_tokens
     return JSONResponse(embeddings_answer(body, vectors, num_tokens))

@@ -11,7 +11,7 @@ from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
 from deployments.api.pool_responses import PromptPlace, place_object
 from deployments.auth.authenticator import Work
 from deployments.generation.planner import check_texts
-from deployments.generation.row_stream import deadline_of, within
+from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
 from deployments.http.openapi import MAP_ANSWERS, PLACE_ANSWERS
@@ -43,7 +43,7 @@ async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, co
     """Return the position of a prompt on that map, and of these adapters: a large map does not show all."""
     check_texts([body.prompt], services.config.served_models.widest)
     with services.authenticator.running(caller, Work(num_read=tokens_read(body.prompt))):
-        async with within(deadline_of(context.arrived_at, None, services.config.max_request_s)):
+        async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)
             found = await services.retriever.place(*asked)
     return place_object(found, caller.tenant)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.paper.retrieval.projected import read_everyday, read_fresh
 from benchmarks.routing.conversations import read_cases
-from benchmarks.routing.own_words import OTHERS, OwnWords, read_own_words, shares_of, shares_of_task
+from benchmarks.routing.own_words import OTHERS, OwnWords, count_shares, count_task_shares, read_own_words
 from benchmarks.starter_pool import HELD_OUT, NUM_TRAINED, POOL
 from retriever_svc.ordinary_prompts import ordinary_prompts
 from retriever_svc.shared_wording import num_wordings
@@ -95,7 +95,7 @@ def test_prompts_of_no_adapter_count_only_where_the_base_model_should_answer() -
         *others,
         row(None, None, kind="everyday"),
     ]
-    assert shares_of(rows) == {
+    assert count_shares(rows) == {
         "first": 0.5,
         "right": 0.5,
         "wrong": 0.25,
@@ -104,4 +104,4 @@ def test_prompts_of_no_adapter_count_only_where_the_base_model_should_answer() -
         "everyday_away": 2 / 3,
         "neighbour_away": 0.5,
     }
-    assert shares_of_task(rows, "a") == [0.5, 0.5, 1.0]
+    assert count_task_shares(rows, "a") == [0.5, 0.5, 1.0]
