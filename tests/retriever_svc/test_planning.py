@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,15 @@ from lora_store.snapshot import Snapshot
 from lora_store.trials import Trial
 from retriever_svc import PinnedAdapter, PlanGone, Retriever, ServedBases, StaleIndex
 from retriever_svc.index import Match
-from retriever_svc.planning import named_plan, replayed_plan, resolve, routed_plan, visible_names, with_trials
+from retriever_svc.planning import (
+    named_plan,
+    replayed_plan,
+    resolve,
+    routed_plan,
+    visible_names,
+    with_base,
+    with_trials,
+)
 from retriever_svc.route import RouteRequest, Weighting
 from tests.retriever_svc.pool_fakes import record_of
 
@@ -238,3 +247,14 @@ def test_pages_of_names_go_over_from_the_own_ones_to_those_of_others(limit: int)
         found += [named.ref.name_for("m") for named in page]
         assert len(found) <= 6
     assert found == ["a", "b", "z", "a/y", "m2/a2", "z/m"]
+
+
+@pytest.mark.parametrize(("wanted", "seen_by"), [("b/o", ["a", "b"]), ("b/s", ["b"]), ("b/gone", [])])
+def test_only_who_sees_the_adapter_of_a_name_is_told_its_base_model(wanted: str, seen_by: list[str]) -> None:
+    base_model = OTHER.base_model
+    bases = ServedBases({"first": {"first"}, "second": {base_model}})
+    policy = json.dumps({"model": wanted})
+    named = NamedPolicy(AdapterRef("b", "name", "d" * 64), policy, "", datetime.now(UTC), approved=True)
+    found = {tenant: with_base(POOL, tenant, named, bases).base_model for tenant in ("a", "b")}
+    assert found == {tenant: "second" if tenant in seen_by else "" for tenant in ("a", "b")}
+    assert with_base(POOL, "b", named, ServedBases()).base_model == ""
