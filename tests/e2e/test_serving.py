@@ -19,6 +19,7 @@ from deployments.config.app import AppConfig
 from tests.e2e.live import command_of, processes_with
 from tests.e2e.starter_pool import POOL, Heldout
 from tests.served_engine import ENGINE
+from tests.soak import Scale
 
 BASE = "gemma-3-270m"
 HELDOUT = POOL.parent / "starter_heldout"
@@ -75,7 +76,9 @@ def test_held_out_prompts_are_routed_to_their_adapters(url: str) -> None:
     assert sum(found) / len(found) >= 0.95
 
 
-def test_adapters_answer_what_the_base_model_cannot(url: str, heldout: list[Heldout]) -> None:
+def test_adapters_answer_what_the_base_model_cannot(url: str, heldout: list[Heldout], scale: Scale) -> None:
+    heldout = heldout[: scale.pick("held-out prompts", small=12, full=len(heldout))]
+
     def right(answers: list[Any]) -> int:
         texts = [(answer.choices[0].message.content or "").strip().partition("\n")[0].strip() for answer in answers]
         return sum(text.lower() == item.output.strip().lower() for text, item in zip(texts, heldout, strict=True))
