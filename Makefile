@@ -42,10 +42,16 @@ demo: $(READY) ## answer the starter pool's held-out prompts with every strategy
 bench: $(READY) ## other projects' load clients against this server and vLLM; ARGS="--vllm-python … --guidellm …"
 	$(BIN)/python -m benchmarks.load $(ARGS)
 
+# Before many processes of tests need it at once.
+FILLED := $(VENV)/.cache-filled
+$(FILLED): $(READY)
+	$(BIN)/python -m tests.fill_cache
+	touch $@
+
 # Named, since collecting all tests takes half a minute.
 E2E_TESTS := tests/servers tests/cluster tests/e2e
 # Tests with servers wait for half of their time. The others use it, with less priority since they wait for nobody.
-test: $(READY) ## run every test: those without a server, those of short-lived servers, and those of the shared one
+test: $(FILLED) ## run every test: those without a server, those of short-lived servers, and those of the shared one
 	@echo "three parts run side by side, and each is printed when it ends"
 	$(MAKE) --jobs=3 --keep-going --output-sync unit-tests own-servers shared-servers
 
