@@ -22,7 +22,7 @@ from deployments.calls.worker_client import Workers
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
-from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits, compute_deadline, merge, within
+from deployments.generation.row_stream import NO_ROOM, RowStream, compute_deadline, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
 from deployments.observability.request_metrics import RequestContext
@@ -99,7 +99,7 @@ class CompletionService:
         authenticator: Authenticator,
         planner: Planner,
         workers: Workers,
-        limits: StreamLimits,
+        grace_s: float,
         shadows: Shadows,
         notes: PromptNotes,
         usage_log: UsageLog,
@@ -108,7 +108,7 @@ class CompletionService:
     ) -> None:
         """`is_strict`: refuse unknown fields instead of ignoring them."""
         self._models, self._authenticator, self._planner, self._is_strict = models, authenticator, planner, is_strict
-        self._workers, self._limits, self._shadows = workers, limits, shadows
+        self._workers, self._grace_s, self._shadows = workers, grace_s, shadows
         self._notes, self._usage_log = notes, usage_log
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
@@ -145,14 +145,14 @@ class CompletionService:
                 ]
                 rows = [
                     RowStream(
-                        workers=self._workers.named(job.plan.base_model),
+                        workers=self._workers,
                         job=job,
                         index=index,
                         question=index // request.n,
                         usage=usage,
                         context=context,
                         deadline=deadline,
-                        limits=self._limits,
+                        grace_s=self._grace_s,
                     )
                     for index, job in enumerate(jobs)
                 ]
@@ -200,7 +200,7 @@ class CompletionService:
             base_model = planned.plan.base_model
             workers = self._workers.named(base_model)
             async with within(deadline):
-                await workers.gate.ready()
+                await workers.ready()
                 with charged(usage, work.num_tokens):
                     found = await workers.client.tokenize(
                         caller.tenant,
@@ -227,7 +227,7 @@ class CompletionService:
                 base_model = (await self._planned(question, caller, context, deadline)).plan.base_model
             workers = self._workers.named(base_model)
             async with within(deadline):
-                await workers.gate.ready()
+                await workers.ready()
                 with charged(usage, work.num_tokens):
                     [text] = await workers.client.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
                     return text
@@ -308,7 +308,7 @@ class CompletionService:
             if not prompts:
                 continue
             workers = self._workers.named(base_model)
-            await workers.gate.ready()
+            await workers.ready()
             texts = await workers.client.detokenize(tenant, list(prompts.values()), True)
             for place, text in zip(prompts, texts, strict=True):
                 found[place] = replace(found[place], text=text)

@@ -49,7 +49,7 @@ class AnswerScorer(Scorer):
 
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         """Return one score for each example. Raises: WorkerStarting, DeadlineExceeded, and what a Worker raises."""
-        await self._workers.made_for(adapter.base_model).gate.ready()
+        await self._workers.made_for(adapter.base_model).ready()
         return await asyncio.gather(*[self._score(adapter, example) for example in examples])
 
     async def _score(self, adapter: AdapterRecord, example: Sample) -> float:

@@ -304,13 +304,13 @@ class Publisher:
 
         Raises: the error of the first one if none does; WorkerStarting.
         """
-        gates = {name: workers.gate for name, workers in self._workers.by_model.items()}
-        if len(gates) == 1:
-            return {name: await gate.module_shapes() for name, gate in gates.items()}
-        asked = [asyncio.wait_for(gate.known_shapes(), _SHAPES_S) for gate in gates.values()]
+        by_model = self._workers.by_model
+        if len(by_model) == 1:
+            return {name: await workers.module_shapes() for name, workers in by_model.items()}
+        asked = [asyncio.wait_for(workers.known_shapes(), _SHAPES_S) for workers in by_model.values()]
         found = await asyncio.gather(*asked, return_exceptions=True)
         told = {
-            name: shapes for name, shapes in zip(gates, found, strict=True) if not isinstance(shapes, BaseException)
+            name: shapes for name, shapes in zip(by_model, found, strict=True) if not isinstance(shapes, BaseException)
         }
         if not told and isinstance(found[0], BaseException):
             raise found[0]
@@ -331,7 +331,7 @@ class Publisher:
         self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
     ) -> Published:
         """Publish the version that `stage` makes of stored weights; `active` is the active encoder."""
-        await self._workers.made_for(base_model).gate.ready()
+        await self._workers.made_for(base_model).ready()
         [outcome] = await self._make_live([await stage()], active, change)
         if isinstance(outcome, Exception):
             raise outcome

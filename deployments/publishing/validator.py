@@ -113,7 +113,7 @@ class AdapterValidator:
         """Probe adapters of one base model. If the whole call fails, its error applies to each of them."""
         workers = self._workers.made_for(batch[0].record.base_model)
         try:
-            await workers.gate.ready()
+            await workers.ready()
             return await workers.client.probe_many([staged.weights_digest for staged in batch])
         except Exception as exc:
             return [exc] * len(batch)

@@ -25,6 +25,7 @@ from retriever_svc.planning import named_plan, replayed_plan, with_trials
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.metric_fakes import FakeMetrics
@@ -210,7 +211,7 @@ def test_calls_that_generate_nothing_are_not_counted_for_a_version() -> None:
     assert kinds["trial_request_seconds"].seen == {}
 
 
-class UnreachableWorker:
+class UnreachableWorkers:
     """Raises before there is a stream."""
 
     def stream(self, job: Job) -> AsyncIterator[Delta]:
@@ -226,7 +227,7 @@ def test_a_shadow_runs_as_the_owner_of_its_version_under_a_name_that_no_tenant_h
 
     async def run() -> None:
         background = Background()
-        shadows = Shadows(serve_worker(worker), background, RequestMetrics(FakeMetrics()))
+        shadows = Shadows(workers_of(serve_worker(worker)), background, RequestMetrics(FakeMetrics()))
         shadows.start([Job("r", "Rhyme", planned.plan, tenant="acme")], [planned], time.monotonic() + 60)
         await background.idle()
 
@@ -243,7 +244,8 @@ def test_shadows_that_cannot_start_are_counted_and_end() -> None:
 
     async def run() -> None:
         background = Background()
-        shadows = Shadows(UnreachableWorker(), background, RequestMetrics(kinds))  # type: ignore[arg-type]
+        workers: Any = UnreachableWorkers()
+        shadows = Shadows(workers, background, RequestMetrics(kinds))
         for number in range(MAX_SHADOWS + 1):
             shadows.start([Job(f"r{number}", "Rhyme", planned.plan)], [planned], time.monotonic() + 60)
             await background.idle()
