@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from deployments.api.anthropic_request import CountTokensRequest
 from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
@@ -19,9 +18,9 @@ from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.worker_client import Workers
-from deployments.config.served_model import ServedModel, ServedModels
+from deployments.config.served_model import ServedModels
 from deployments.generation.notes import PromptNotes
-from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
+from deployments.generation.planner import AUTO, Planner, check_tokenized, prompt_tokens, tool_tokens
 from deployments.generation.row_stream import NO_ROOM, RowStream, compute_deadline, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
@@ -30,7 +29,6 @@ from deployments.observability.usage import UsageLog
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 from lora_store import BASE_PLAN
 
-R = TypeVar("R", bound=GenerationRequest)
 _ONLY = "0"  # the answer of a request that generates none
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices share a seed
 _SEEDS = 2**63
@@ -49,6 +47,7 @@ def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
 
 def jobs_of(
     request_id: str,
+    tenant: str,
     sampling: SamplingParams,
     questions: Sequence[Question],
     plans: Sequence[Planned],
@@ -65,7 +64,7 @@ def jobs_of(
             if planned.contract is not None:
                 own, prompt = planned.contract.sampling(own), planned.contract.prompt(prompt)
             plan = plan if plan.contract is None else replace(plan, contract=None)  # an engine does not read it
-            jobs.append(Job(name, prompt, plan, own, chosen, tools=question.tools))
+            jobs.append(Job(name, prompt, plan, own, chosen, tenant, tools=question.tools))
     return jobs
 
 
@@ -118,31 +117,33 @@ class CompletionService:
             if self._is_strict:
                 refuse_ignored(request)
             context.ignored, context.model, context.num_choices = ignored_fields(request), request.model, request.n
-            request, questions, bound = await bind(self._planner, request, caller.tenant)
-            sampling, include_usage = request.sampling(), request.include_usage
+            request, sampling, questions, bound = await self._planner.bind(request, caller.tenant)
             with ExitStack() as stack:
-                work = self._planner.work_of(request, questions)
+                work = self._planner.work_of(sampling, questions, request.n)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
-                for question in questions:
-                    if isinstance(question.prompt, TokenIds) and question.lora.names_adapters is None:
+                ids = [question for question in questions if isinstance(question.prompt, TokenIds)]
+                for question in ids:
+                    if question.lora.names_adapters is None:
                         self._planner.require_base(question.model)
-                if any(map(self._planner.reads, questions)):
-                    bases = [self._planner.limits(question.model).name for question in questions]
+                if any(map(self._planner.reads, ids)):
+                    bases = [self._models.limiting(question.model).name for question in questions]
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
-                if _echoes(request):
+                if isinstance(request, CompletionRequest) and request.echo:
                     bases = [planned.plan.base_model for planned in plans]
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explained(plans)
-                plans = with_contracts(request, questions, plans, sampling, self._models.first)
+                given, include_usage = request.set_fields, request.include_usage
+                most = self._models.first.max_new_tokens
+                plans = [
+                    replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
+                    for question, planned in zip(questions, plans, strict=True)
+                ]
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
                 answer = _answer_to(request, questions, plans, caller, context)
                 templates = [self._models.named(planned.plan.base_model).template for planned in plans]
-                jobs = [
-                    replace(job, tenant=caller.tenant)
-                    for job in jobs_of(answer.request_id, sampling, questions, plans, templates, request.n)
-                ]
+                jobs = jobs_of(context.request_id, caller.tenant, sampling, questions, plans, templates, request.n)
                 rows = [
                     RowStream(
                         workers=self._workers,
@@ -184,7 +185,7 @@ class CompletionService:
         with_texts: bool = False,
     ) -> Tokenized:
         deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
-        check_tokenized(question, field, self._planner.limits(question.model))
+        check_tokenized(question, field, self._models.limiting(question.model))
         question, template = await self._bound(question, caller, context, deadline)
         if isinstance(question.prompt, str):
             question = replace(question, text=question.prompt)
@@ -222,7 +223,7 @@ class CompletionService:
         with self._authenticator.running(caller, work) as usage:
             if self._planner.reads(question):
                 self._planner.require_base(question.model)
-                base_model = self._planner.limits(question.model).name
+                base_model = self._models.limiting(question.model).name
             else:
                 base_model = (await self._planned(question, caller, context, deadline)).plan.base_model
             workers = self._workers.named(base_model)
@@ -315,41 +316,6 @@ class CompletionService:
         return found
 
 
-async def bind(planner: Planner, request: R, tenant: str) -> tuple[R, Sequence[Question], BoundName | None]:
-    """Check the limits of a request. Return it and its questions by the policy of its model name, and that policy.
-
-    Raises: PromptTooLong, ModelNotFound, RequestInvalid, StaleIndex.
-    """
-    questions = request.questions()
-    check_limits(request, questions, planner.limits(request.model))  # before any call
-    named = await planner.named(request.model, tenant, request.lora.min_generation)
-    if named is None:
-        return request, questions, None
-    bound = BoundName.of(named, questions[0], tenant)
-    filled = bound.filled(request)
-    check_limits(filled, questions, planner.limits(bound.policy.model))
-    return filled, bound.questions(filled), bound
-
-
-def with_contracts(
-    request: GenerationRequest,
-    questions: Sequence[Question],
-    plans: Sequence[Planned],
-    sampling: SamplingParams,
-    model: ServedModel,
-) -> list[Planned]:
-    """Return the plans with what the contracts of their leading adapters set. Raises: RequestInvalid."""
-    given, most = request.set_fields, model.max_new_tokens
-    return [
-        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
-        for question, planned in zip(questions, plans, strict=True)
-    ]
-
-
-def _echoes(request: GenerationRequest) -> bool:
-    return isinstance(request, CompletionRequest) and request.echo
-
-
 def _text_read(question: Question, planned: Planned) -> str:
     """Return the text of a prompt as the model reads it."""
     if planned.contract is None or not isinstance(question.prompt, str):
@@ -364,6 +330,9 @@ def _answer_to(
     caller: Caller,
     context: RequestContext,
 ) -> Answer:
+    echo: tuple[str, ...] | None = None
+    if isinstance(request, CompletionRequest) and request.echo:
+        echo = tuple(map(_text_read, questions, plans))
     return Answer(
         "text" if isinstance(request, CompletionRequest) else "chat",
         request.model,
@@ -373,7 +342,7 @@ def _answer_to(
         num_choices=request.n,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.prompt_logprobs,
-        echo=tuple(map(_text_read, questions, plans)) if _echoes(request) else None,
+        echo=echo,
         request_id=context.request_id,
         created=int(time.time()),
     )

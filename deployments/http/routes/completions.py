@@ -99,7 +99,7 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
     context.model = body.model
     planner, tenant = services.planner, caller.tenant
-    check_texts(body.prompt, planner.limits(body.model))
+    check_texts(body.prompt, services.config.served_models.limiting(body.model))
     asked = [Question(prompt, prompt, body.model, body.lora) for prompt in body.prompt]
     async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
         named = await planner.named(body.model, tenant, body.lora.min_generation)
