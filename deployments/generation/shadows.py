@@ -12,25 +12,12 @@ from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
 from deployments.observability.request_metrics import DIGEST_CHARS, RequestMetrics
+from deployments.observability.worker_metrics import shadow_tenant
 from gpu_worker.front.request.request import Delta, Job
 
 logger = logging.getLogger(__name__)
 MAX_SHADOWS = 8  # at once in one Ingress replica, so that they cannot fill the workers' queues
 DROPPED = "dropped"  # instead of a status
-_PREFIX = "shadow:"  # no tenant's name has a colon
-
-
-def shadow_tenant(owner: str) -> str:
-    """Return the tenant of the shadows of this owner's versions, which no key has.
-
-    So a shadow takes no turn of a tenant, and shares no keys and values with one.
-    """
-    return _PREFIX + owner
-
-
-def paying_tenant(tenant: str) -> str:
-    """Return the tenant whose usage a job of this tenant counts for: of a shadow, the owner of the version."""
-    return tenant.removeprefix(_PREFIX)
 
 
 class Shadows:
