@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from starlette.types import Scope
@@ -86,21 +86,6 @@ class RequestContext:
         self.adapters = tuple(ref.digest[:DIGEST_CHARS] for ref in weights)
         self.used = tuple((f"{ref.tenant}/{ref.name}", ref.digest, weight) for ref, weight in weights.items())
         self.abstained = any(planned.abstained for planned in plans)
-
-    def split_by_base(self) -> list[RequestContext]:
-        """Return the request once for each base model that answers, each with its own prompts, adapters and tokens."""
-        places: dict[str, list[int]] = {}
-        for place, planned in enumerate(self.plans):
-            places.setdefault(planned.plan.base_model, []).append(place)
-        if len(places) < 2:
-            return [self]
-        parts = []
-        for own in places.values():
-            rows = {index: row for index, row in self.rows.items() if index // self.num_choices in own}
-            part = replace(self, rows=rows)
-            part.record_plans([self.plans[place] for place in own], self.plan_s or 0.0)
-            parts.append(part)
-        return parts
 
     def record_versions(self, plans: Sequence[Planned]) -> None:
         """Record the versions that generate an answer for names under trial."""
