@@ -130,13 +130,6 @@ def _returning_stream(call: Callable[..., AsyncGenerator[object]]) -> Callable[.
     return answer
 
 
-def answer_or_raise(answer: T) -> T:
-    """Return the answer of a replica. Raises: the refusal that the replica returned instead."""
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
 class ServeCalls(Generic[Replica]):
     """The calls of one handle. `Replica` is the Protocol that each replica of the deployment satisfies."""
 
@@ -152,7 +145,9 @@ class ServeCalls(Generic[Replica]):
     ) -> T:
         """Return one replica's answer. Raises: RayActorError if that replica dies; the error of the method."""
         answer: T = await getattr(self._handle, method.__name__).remote(*args, **kwargs)
-        return answer_or_raise(answer)
+        if isinstance(answer, Exception):  # a refusal, which the replica returned
+            raise answer
+        return answer
 
     async def retry(
         self, method: Callable[Concatenate[Replica, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -170,7 +165,9 @@ class ServeCalls(Generic[Replica]):
         response = getattr(self._handle.options(stream=True), method.__name__).remote(*args, **kwargs)
         try:
             async for item in response:
-                yield answer_or_raise(item)
+                if isinstance(item, Exception):
+                    raise item
+                yield item
         finally:
             response.cancel()
 

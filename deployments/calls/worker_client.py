@@ -21,7 +21,6 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.serve_calls import answer_or_raise
 from deployments.calls.shared import Shared
 from deployments.calls.typed_client import ServeClient, retry
 from deployments.errors import WorkerStarting
@@ -98,7 +97,9 @@ class HeartbeatStream(Generic[T]):
         if isinstance(item, tuple):  # a ResidencyReport, of this version of the server or another one
             HEARD.hear(item)
             return None
-        return answer_or_raise(item)
+        if isinstance(item, Exception):  # a refusal, which the replica returned
+            raise item
+        return item
 
 
 @dataclass(slots=True)
