@@ -156,7 +156,8 @@ class Publisher:
                 active = await self._store.active_encoder()
                 staged = await self._stage_all(uploads, await self._find_shapes())
             finally:
-                await self._delete_parts([id for upload in uploads for id in upload.sent])
+                if sent := [id for upload in uploads for id in upload.sent]:
+                    await _clean_up(f"the parts of {len(sent)} uploaded files", self._store.delete_parts(sent))
             return await self._make_live(staged, active, Change(actor, quota, charge=charge, is_dry=is_dry))
 
     @run_to_end
@@ -371,7 +372,8 @@ class Publisher:
             raise
         finally:
             unused = [] if is_unsure else [item for item in held if item.lease not in committed]
-            await self._discard(unused)
+            if unused:
+                await _clean_up(f"the staged files of {len(unused)} adapters", self._store.discard(unused))
             pushed_out = [record for versions in older.values() for record in versions] if committed else []
             if replaced := [*[item.record for item in unused], *pushed_out]:
                 self._reclaimer.reclaim(replaced)
@@ -459,18 +461,10 @@ class Publisher:
             logger.exception("adapters live at generation %d may lack an embedding by the new encoder", generation)
         return generation, outcomes
 
-    async def _delete_parts(self, sent: Sequence[str]) -> None:
-        if not sent:
-            return
-        try:
-            await self._store.delete_parts(sent)
-        except Exception:
-            logger.warning("the parts of %d uploaded files are left to gc", len(sent), exc_info=True)
 
-    async def _discard(self, staged: Sequence[Staged]) -> None:
-        if not staged:
-            return
-        try:
-            await self._store.discard(staged)
-        except Exception:
-            logger.warning("the staged files of %d adapters are left to gc", len(staged), exc_info=True)
+async def _clean_up(what: str, work: Awaitable[None]) -> None:
+    """Wait for `work`, and log its failure: gc deletes what it leaves."""
+    try:
+        await work
+    except Exception:
+        logger.warning("%s are left to gc", what, exc_info=True)
