@@ -9,7 +9,7 @@ from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from deployments.api.anthropic_request import CountTokensRequest
-from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
+from deployments.api.base import LoraOptions, TolerantRequest, ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
 from deployments.api.contract import applied_contract
@@ -112,11 +112,10 @@ class CompletionService:
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
+        self._note_ignored(request, context)
+        context.model, context.num_choices = request.model, request.n
         deadline = compute_deadline(context.arrived_at, request.timeout_s, self._models.first.max_request_s)
         async with within(deadline):
-            if self._is_strict:
-                refuse_ignored(request)
-            context.ignored, context.model, context.num_choices = ignored_fields(request), request.model, request.n
             request, sampling, questions, bound = await self._planner.bind(request, caller.tenant)
             with ExitStack() as stack:
                 work = self._planner.work_of(sampling, questions, request.n)
@@ -164,13 +163,21 @@ class CompletionService:
                 defaults = self._models.named(base_model).sampling_defaults | own
                 return StartedCompletion(request, defaults, answer, rows, include_usage, stack.pop_all())
 
+    def _note_ignored(self, request: TolerantRequest, context: RequestContext) -> None:
+        """Record the unknown fields. Raises: RequestInvalid for the first one, with the setting `strict_fields`."""
+        if self._is_strict:
+            refuse_ignored(request)
+        context.ignored = ignored_fields(request)
+
     async def count_tokens(self, request: CountTokensRequest, caller: Caller, context: RequestContext) -> int:
         """Return how many tokens a conversation has with its tools, as a chat would render it."""
+        self._note_ignored(request, context)
         found = await self._tokenize(request.question(), "messages", caller, context)
         return len(found.ids)
 
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
         """Return the tokens of a text, or of a conversation as a chat would render it."""
+        self._note_ignored(request, context)
         field = "prompt" if request.messages is None else "messages"
         options = request.add_special_tokens, request.return_token_strs
         return await self._tokenize(request.question(), field, caller, context, *options)
@@ -216,6 +223,7 @@ class CompletionService:
 
     async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
         """Return the text of token ids, with special tokens."""
+        self._note_ignored(request, context)
         deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
         question, _ = await self._bound(question, caller, context, deadline)
