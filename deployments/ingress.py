@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from fastapi import FastAPI
@@ -197,7 +197,9 @@ def _build_services(
     while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, workers))
     evaluation_of = None
     if config.evaluate_after_publish:
-        evaluation_of = _evaluate_after_publish(while_idle, publisher, background, changes)
+        evaluations = IdleEvaluations(while_idle, background, changes)
+        publisher.subscribe(evaluations.after_publish)
+        evaluation_of = evaluations.state_of
     one_upload = config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return Services(
         config=config,
@@ -230,12 +232,3 @@ def _build_services(
         preload=preload,
         keep_alive_s=keep_alive_s,
     )
-
-
-def _evaluate_after_publish(
-    evaluator: Evaluator, publisher: Publisher, background: Background, changes: ChangeMetrics
-) -> Callable[[str], JsonObject]:
-    """Evaluate the adapters of each tenant that publishes. Return the function that reports on it."""
-    evaluations = IdleEvaluations(evaluator, background, changes)
-    publisher.subscribe(evaluations.after_publish)
-    return evaluations.state_of

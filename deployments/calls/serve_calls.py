@@ -87,11 +87,6 @@ def bypass_http_proxy() -> None:
     os.environ.setdefault("grpc_proxy", "")
 
 
-def over_object_store(handle: DeploymentHandle) -> DeploymentHandle:
-    """Use Ray's tasks: for large arguments, and for answers with object references, which gRPC would never free."""
-    return handle.options(_by_reference=True)
-
-
 def returning_refusals(deployment: type[Replica], protocol: type) -> type[Replica]:
     """Return the deployment with calls that return refusals as values. `protocol` names these calls."""
     calls = {name: getattr(deployment, name) for name in dir(protocol) if not name.startswith("_")}
@@ -137,8 +132,8 @@ class ServeCalls(Generic[Replica]):
         self._handle = handle
 
     def over_object_store(self) -> ServeCalls[Replica]:
-        """Return the same calls over Ray's object store."""
-        return ServeCalls(over_object_store(self._handle))
+        """Return the same calls by Ray's tasks: for large arguments, and references, which gRPC would never free."""
+        return ServeCalls(self._handle.options(_by_reference=True))
 
     async def once(
         self, method: Callable[Concatenate[Replica, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
