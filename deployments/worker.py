@@ -102,11 +102,11 @@ class WorkerDeployment:
                     if delta is None:
                         yield self._residency.report([adapter.weights_digest for adapter in job.plan.adapters])
                         continue
+                    if last is None:
+                        self._residency.refresh()
+                        self._metrics.waited(delta.queued_s)
                     trace.answered()
                     count_tokens(usage, delta, last)
-                    if last is None:
-                        self._metrics.waited(delta.queued_s)
-                        self._residency.refresh()
                     last = delta
                     yield delta
         except EngineStopped:

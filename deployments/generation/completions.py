@@ -85,7 +85,6 @@ class StartedCompletion:
     sampling_defaults: Mapping[str, float]
     answer: Answer
     rows: Sequence[RowStream]
-    include_usage: bool  # at the end of a stream
     held: ExitStack
 
 
@@ -133,15 +132,15 @@ class CompletionService:
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explained(plans)
-                given, include_usage = request.set_fields, request.include_usage
-                most = self._models.first.max_new_tokens
-                plans = [
-                    replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
-                    for question, planned in zip(questions, plans, strict=True)
-                ]
+                if any(planned.plan.contract is not None for planned in plans):
+                    given, most = request.set_fields, self._models.first.max_new_tokens
+                    plans = [
+                        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
+                        for question, planned in zip(questions, plans, strict=True)
+                    ]
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
-                answer = _answer_to(request, questions, plans, caller, context)
                 templates = [self._models.named(planned.plan.base_model).template for planned in plans]
+                answer = _answer_to(request, questions, plans, caller, context)
                 jobs = jobs_of(context.request_id, caller.tenant, sampling, questions, plans, templates, request.n)
                 rows = [
                     RowStream(
@@ -161,7 +160,7 @@ class CompletionService:
                 contract, base_model = plans[0].contract, plans[0].plan.base_model
                 own = {} if contract is None else contract.defaults
                 defaults = self._models.named(base_model).sampling_defaults | own
-                return StartedCompletion(request, defaults, answer, rows, include_usage, stack.pop_all())
+                return StartedCompletion(request, defaults, answer, rows, stack.pop_all())
 
     def _note_ignored(self, request: TolerantRequest, context: RequestContext) -> None:
         """Record the unknown fields. Raises: RequestInvalid for the first one, with the setting `strict_fields`."""
@@ -297,7 +296,8 @@ class CompletionService:
                     is_empty = delta.finish_reason is not None and index not in with_text
                     yield started.answer.chunk(index, delta, is_first=is_first, is_empty=is_empty)
         self._usage_log.record(started.rows[0].context, 200)  # before the client can take the answer for complete
-        if started.include_usage:
+        options = started.request.stream_options
+        if started.request.always_shows_usage or (options is not None and options.include_usage):
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 
     async def _with_texts(

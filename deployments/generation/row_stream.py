@@ -72,13 +72,13 @@ class RowStream:
         Raises: PoisonRequest after the third Worker died, DeadlineExceeded, WorkerStarting, and what a Worker raises.
         """
         failures, usage, name = AttemptCounter(), self.usage, self.job.request_id
-        workers = self.workers.named(self.job.plan.base_model)
         last: Delta | None = None
         while True:
             stream: HeartbeatStream[Delta] | None = None
             has_ended = False
             try:
                 usage.sent(name, self.question, prompt_tokens(self.job.prompt))
+                workers = self.workers.named(self.job.plan.base_model)
                 async with within(self.deadline):
                     await workers.ready()
                 stream = workers.client.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
