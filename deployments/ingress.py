@@ -37,7 +37,8 @@ from deployments.json_types import JsonMapping, JsonObject
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory
-from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
+from deployments.observability.request_context import RequestContext
+from deployments.observability.request_metrics import ChangeMetrics, RequestMetrics
 from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import AnswerScorer, Evaluator
 from deployments.publishing.idle_evaluation import IdleEvaluations, IdleScorer

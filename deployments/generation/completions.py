@@ -24,7 +24,7 @@ from deployments.generation.planner import AUTO, Planner, check_tokenized, promp
 from deployments.generation.row_stream import NO_ROOM, RowStream, compute_deadline, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.observability.usage import UsageLog
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 from lora_store import BASE_PLAN

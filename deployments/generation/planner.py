@@ -19,7 +19,7 @@ from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.conversation import Reading, reading_of
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.observability.tracing import open_span
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.prompts import Message

@@ -19,7 +19,7 @@ from deployments.auth.authenticator import TokenUsage
 from deployments.calls.serve_calls import AttemptCounter
 from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
 from deployments.generation.planner import prompt_tokens
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Delta, Job
 

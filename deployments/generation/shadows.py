@@ -11,7 +11,8 @@ from deployments.api import error_table
 from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
-from deployments.observability.request_metrics import DIGEST_CHARS, RequestMetrics
+from deployments.observability.request_context import DIGEST_CHARS
+from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.worker_metrics import shadow_tenant
 from gpu_worker.front.request.request import Delta, Job
 

@@ -23,7 +23,8 @@ from deployments.generation.planner import Planner
 from deployments.http.middleware import is_loopback
 from deployments.http.readiness import Readiness
 from deployments.observability.cluster_stats import StatsReader
-from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
+from deployments.observability.request_context import RequestContext, context_of
+from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import Evaluator
 from deployments.publishing.learning import Learning

@@ -21,7 +21,7 @@ from pathlib import Path
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 
 logger = logging.getLogger(__name__)
 SEND_EVERY_S = 10.0

@@ -46,7 +46,7 @@ from deployments.http.openapi import (
     TEXT_ANSWERS,
 )
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.front.request.prompts import Message
 
 router = APIRouter(route_class=AnsweringRoute)

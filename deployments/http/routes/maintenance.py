@@ -16,7 +16,7 @@ from deployments.http.dependencies import MAY_CHANGE, AdminCaller, AnyContext, A
 from deployments.http.error_responses import error_body
 from deployments.http.openapi import DOCTOR_ANSWERS, EXPORT_ANSWERS, FILE_ANSWERS, GC_ANSWERS, LINES_ANSWERS
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.publishing import maintenance
 from lora_store.pool_files import PART_BYTES
 from retriever_svc.views import tokens_routed

@@ -20,7 +20,7 @@ from deployments.auth.authenticator import TokenUsage
 from deployments.calls.worker_client import BaseWorkers, Workers, serve_worker
 from deployments.errors import PoisonRequest, WorkerStarting
 from deployments.generation.row_stream import NO_ROOM, RowStream
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
 from gpu_worker.front.request.request import Delta, Job
 from tests.fakes import FakeHandle, as_ray_raises
