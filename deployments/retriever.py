@@ -106,7 +106,7 @@ class RetrieverDeployment:
         self._bulk_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
         self._prompts = EncoderQueue(
-            partial(_on, self._encoding, self._retriever.encode),
+            lambda texts: _on(self._encoding, self._retriever.encode, texts),
             batch_size=_BATCH_TEXTS,
             max_waiting=config.retrieval.max_waiting,
         )
