@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from deployments.calls.worker_client import Usage
-from deployments.observability.worker_metrics import COUNTER_METRICS, TenantUsage, WorkerMetrics
+from deployments.observability.worker_metrics import COUNTER_METRICS, TenantUsage, WorkerMetrics, count_tokens
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta
 from tests.deployments.metric_fakes import FakeMetrics
@@ -97,9 +97,10 @@ def test_some_adapters_are_named_and_all_are_counted() -> None:
 def test_tokens_count_as_they_arrive_and_a_row_runs_until_its_end() -> None:
     usages = TenantUsage()
     with usages.row("acme") as first, usages.row("acme") as second, usages.row("globex"):
-        first.count(Delta("a", 5, 1))
-        first.count(Delta("b", 5, 3))
-        second.count(Delta("c", 7, 2))
+        begun = Delta("a", 5, 1)
+        count_tokens(first, begun, None)
+        count_tokens(first, Delta("b", 5, 3), begun)
+        count_tokens(second, Delta("c", 7, 2), None)
         assert usages.read() == {"acme": Usage(2, 2, 12, 5), "globex": Usage(1, 1, 0, 0)}
     assert usages.read() == {"acme": Usage(0, 2, 12, 5), "globex": Usage(0, 1, 0, 0)}
 
