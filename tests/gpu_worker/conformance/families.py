@@ -67,7 +67,7 @@ TEXT: dict[str, Settings] = {
     "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, **_MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2,
                 "num_hidden_layers": 4},
-    "phimoe": _LOCAL_EXPERTS,
+    "phimoe": {**_LOCAL_EXPERTS, "attention_bias": True, "lm_head_bias": True},
     "minimax_m2": {**_LOCAL_EXPERTS, **_HEADS, "rotary_dim": 32, "scoring_func": "sigmoid",
                    "use_routing_bias": True},
     "afmoe": {**_EXPERTS, **_HEADS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1,
@@ -126,7 +126,7 @@ TEXT: dict[str, Settings] = {
     "mellum": {**_EXPERTS, **_HEADS, **_MIXED, "mlp_layer_types": ["sparse"] * 3, "num_mtp_layers": 0},
     "minicpm3": {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
                  "v_head_dim": 32, "num_key_value_heads": 4, "dim_model_base": 64},
-    "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96},
+    "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96, "num_key_value_heads": 1},
 }  # fmt: skip
 # Their checkpoints on the model hub bring code, which is never run.
 _OWN_CODE = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}}
@@ -225,7 +225,10 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "minicpmv4_7": ({**_HEADS, **_DELTA}, {}),
     "qwen3_omni_moe": (
-        {**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+        {
+            **{**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+            "tie_word_embeddings": False,
+        },
         {"enable_audio_output": False, "thinker_config": {"vision_config": _OMNI_EYES}},
     ),
     "smolvlm": ({}, {}),
