@@ -167,7 +167,7 @@ def test_latent_attention_keeps_one_latent_a_token_and_on_the_cpu_of_one_size(
     assert vllm_config.cache_config.kv_cache_memory_bytes == 1000 * 3 * (512 + 64) * 4
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(written | {"kv_lora_rank": 256}))
-    with pytest.raises(BaseModelUnsupported, match="deepseek_v2 needs a GPU .* = 576 only, and the model has 320"):
+    with pytest.raises(BaseModelUnsupported, match=r"deepseek_v2 needs a GPU .* = 576 only, and the model has 320"):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 
