@@ -171,6 +171,18 @@ def test_latent_attention_keeps_one_latent_a_token_and_on_the_cpu_of_one_size(
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 
+def test_a_class_that_needs_a_gpu_is_refused_before_a_process_starts(
+    tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    """Rnj-1 says that it is Gemma 3, and names another class."""
+    folder = save_of_vllm(tmp_path, "gemma3_text")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"architectures": ["Rnj1ForCausalLM"]}))
+    config = tiny_config(folder, engine="vllm")
+    with pytest.raises(BaseModelUnsupported, match="gemma3_text needs a GPU .* its class Rnj1ForCausalLM"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
