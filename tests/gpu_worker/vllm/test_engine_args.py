@@ -179,7 +179,7 @@ def test_a_class_that_needs_a_gpu_is_refused_before_a_process_starts(
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(written | {"architectures": ["Rnj1ForCausalLM"]}))
     config = tiny_config(folder, engine="vllm")
-    with pytest.raises(BaseModelUnsupported, match="gemma3_text needs a GPU .* its class Rnj1ForCausalLM"):
+    with pytest.raises(BaseModelUnsupported, match=r"gemma3_text needs a GPU .* its class Rnj1ForCausalLM"):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 
