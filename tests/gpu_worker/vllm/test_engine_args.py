@@ -137,6 +137,7 @@ def test_every_row_of_a_hybrid_model_has_blocks_for_its_states(
     keys = attention.get_kv_cache_spec(vllm_config)
     num_keys, num_states = (1, 2) if family == "qwen3_5" else (3, 3)  # of three layers
     specs = {f"keys.{place}": keys for place in range(num_keys)} | {f"s.{place}": states for place in range(num_states)}
+    cache.kv_cache_layout = "LBNHC"  # of all layouts a block has the same size
     [allocated] = get_kv_cache_configs(vllm_config, [specs], [cache.kv_cache_memory_bytes])
     assert get_max_concurrency_for_kv_cache_config(vllm_config, allocated) >= 3
 
