@@ -263,10 +263,11 @@ _PHI4_ENCODERS = {
         "audio_embd_layer": {"embedding_cls": "audio", "projection_cls": "mlp", "downsample_rate": 1},
     },
 }
-_BESIDE = {"vision_config": _EYES, **_OWN_CODE}
-MULTIMODAL |= {name: ({**_HEADS, **_SECTIONS}, _BESIDE) for name in ("Keye", "KeyeVL1_5")}
-MULTIMODAL["dots_ocr"] = ({}, {"vision_config": _DOTS_EYES, **_OWN_CODE})
-MULTIMODAL["phi4mm"] = ({}, {**_PHI4_ENCODERS, **_OWN_CODE})
+# The settings of their language models stand beside those of the encoders.
+_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": _EYES, **_OWN_CODE}
+MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
+MULTIMODAL["dots_ocr"] = ({}, {**_TEXT, "vision_config": _DOTS_EYES, **_OWN_CODE})
+MULTIMODAL["phi4mm"] = ({}, {**_TEXT, **_PHI4_ENCODERS, **_OWN_CODE})
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
