@@ -376,13 +376,8 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tokens = {f"{name}_token": tokenizer.pad_token for name in _OMNI_TOKENS}
         _change(folder / "tokenizer_config.json", {"extra_special_tokens": tokens})
         torch.save({}, folder / "spk_dict.pt")  # voices, which Qwen2.5-Omni reads with its weights
-    if family == "phi4mm":  # its files name the layers that its authors' adapters target otherwise
-        tensors = {
-            f"{name.removesuffix('_proj.weight')}_proj.base_layer.weight"
-            if name.endswith("_proj.weight")
-            else name: each
-            for name, each in load_file(folder / "model.safetensors").items()
-        }
+    if family == "phi4mm":  # the hub's files have names of PEFT, and its authors' adapters
+        tensors = {name.replace("_proj.", "_proj.base_layer."): each for name, each in model.state_dict().items()}
         tensors["model.layers.0.mlp.down_proj.lora_A.vision.weight"] = torch.ones(4, 96)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family in INPUTS_FIRST:
