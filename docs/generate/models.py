@@ -22,7 +22,7 @@ _REASONS = {
         *("glm4v", "internlm2", "interns1_pro", "interns2_mobius"),
         *("interns2_preview", "isaac", "k2_horizon", "longcat_flash_ngram"),
         *("minicpmo", "minicpmv", "molmo", "moss_audio", "nemotron_nas", "nemotron_vl", "opencua"),
-        *("openpangu_vl", "param2moe", "plamo3", "qianfan_ocr", "solar", "telechat2"),
+        *("openpangu_vl", "param2moe", "plamo3", "solar", "telechat2"),
         *("ultravox", "unlimited_ocr"),
     ),
     "it reads the format of Mistral's own tools only": ("mistral_large_3", "pixtral", "voxtral_realtime"),

@@ -269,6 +269,7 @@ MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL["dots_ocr"] = ({}, {**_TEXT, "vision_config": _DOTS_EYES, **_OWN_CODE})
 MULTIMODAL["phi4mm"] = ({}, {**_TEXT, **_PHI4_ENCODERS, **_OWN_CODE})
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
+MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
 ARCHITECTURES = {
@@ -380,6 +381,11 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tensors = {name.replace("_proj.", "_proj.base_layer."): each for name, each in model.state_dict().items()}
         tensors["model.layers.0.mlp.down_proj.lora_A.vision.weight"] = torch.ones(4, 96)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family == "qianfan_ocr":  # the hub's files have these names and numbers, which transformers does not write back
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {name.replace("model.encoder.layers", "model.layers"): each for name, each in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        _change(folder / "config.json", {"vision_config": {"image_size": 8, "patch_size": 4, "num_hidden_layers": 1}})
     if family in INPUTS_FIRST:
         tensors = load_file(folder / "model.safetensors")
         tensors |= {name: each.mT.contiguous() for name, each in tensors.items() if ".experts." in name}
