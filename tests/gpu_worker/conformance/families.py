@@ -385,7 +385,7 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tensors = load_file(folder / "model.safetensors")
         tensors = {name.replace("model.encoder.layers", "model.layers"): each for name, each in tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        _change(folder / "config.json", {"vision_config": {"image_size": 8, "patch_size": 4, "num_hidden_layers": 1}})
+        _change(folder / "config.json", {"vision_config": {"image_size": 8, "patch_size": 4}})
     if family in INPUTS_FIRST:
         tensors = load_file(folder / "model.safetensors")
         tensors |= {name: each.mT.contiguous() for name, each in tensors.items() if ".experts." in name}
@@ -396,7 +396,7 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
 def _change(file: Path, settings: Settings) -> None:
     """Write these settings into a JSON file, which keeps its others."""
     kept = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**kept, **settings}))
+    file.write_text(json.dumps(_merged(kept, settings)))
 
 
 def assert_equal(hosted: HostedEngine, folder: Path) -> float:
