@@ -136,15 +136,13 @@ def _beside_encoder(family: str, name: str, text: Any) -> Any:
     return type(text)(name, (text,), settings)
 
 
-_BESIDE: dict[Any, Any] = {
-    _beside_encoder("Keye", "KeyeConfig", transformers.Qwen3Config): transformers.Qwen3ForCausalLM,
-    _beside_encoder("KeyeVL1_5", "KeyeVL15Config", transformers.Qwen3Config): transformers.Qwen3ForCausalLM,
-    # vLLM asks for a config of this name.
-    _beside_encoder("dots_ocr", "DotsOCRConfig", transformers.Qwen2Config): transformers.Qwen2ForCausalLM,
-    _beside_encoder("phi4mm", "Phi4MMConfig", transformers.Phi3Config): transformers.Phi3ForCausalLM,
-}
-# Its language model has adapters of its authors for images and sounds, which are left out.
+KeyeConfig = _beside_encoder("Keye", "KeyeConfig", transformers.Qwen3Config)
+KeyeVL15Config = _beside_encoder("KeyeVL1_5", "KeyeVL15Config", transformers.Qwen3Config)
+DotsOCRConfig = _beside_encoder("dots_ocr", "DotsOCRConfig", transformers.Qwen2Config)  # vLLM asks for this name
+Phi4MMConfig = _beside_encoder("phi4mm", "Phi4MMConfig", transformers.Phi3Config)
+# The adapters of Phi-4-multimodal's authors, for images and sounds, are left out.
 register_checkpoint_conversion_mapping("phi4mm", [WeightRenaming(r"\.base_layer\.", ".")])
+
 _TEXT: dict[Any, Any] = {
     MiMoConfig: transformers.Qwen2ForCausalLM,
     MiniCPMConfig: transformers.GraniteForCausalLM,
@@ -152,7 +150,12 @@ _TEXT: dict[Any, Any] = {
     TeleFLMConfig: transformers.GraniteForCausalLM,
 }
 _CHATS = (InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig)
-_MULTIMODAL: dict[Any, Any] = {**dict.fromkeys(_CHATS, ChatModel), **_BESIDE}
+_MULTIMODAL: dict[Any, Any] = {
+    **dict.fromkeys(_CHATS, ChatModel),
+    **dict.fromkeys((KeyeConfig, KeyeVL15Config), transformers.Qwen3ForCausalLM),
+    DotsOCRConfig: transformers.Qwen2ForCausalLM,
+    Phi4MMConfig: transformers.Phi3ForCausalLM,
+}
 OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
 
 _mappings: tuple[Any, Any] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING

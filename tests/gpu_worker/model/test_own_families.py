@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp
     found = load_front_model(tiny_config(folder, engine="vllm"))
     assert found.model_type == family and check_checkpoint(str(folder)) and not ran.exists()
     assert {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj"} < set(found.shapes)
+    config = load_config(str(folder))
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict(), "vLLM sends it to its processes"
     assert found.is_multimodal == ("vision_config" in json.loads((folder / "config.json").read_text()))
 
 
