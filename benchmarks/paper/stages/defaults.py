@@ -50,7 +50,8 @@ def name_choice(task: str, adapters: Sequence[str], weights: Sequence[float]) ->
 def losses_table(rows: pd.DataFrame) -> str:
     """Return what `auto` loses against the own adapter, by what leads its plan."""
     auto, own = (rows[rows["run"] == run].set_index(["task", "number"]).sort_index() for run in ("auto", "own"))
-    led_by = [name_choice(task, *pair) for (task, _), pair in zip(auto.index, auto[["adapters", "weights"]].to_numpy())]
+    chosen = zip(auto.index.get_level_values("task"), auto["adapters"], auto["weights"], strict=True)
+    led_by = [name_choice(*choice) for choice in chosen]
     lost = pd.DataFrame({"led_by": led_by, "lost": (own["score"] - auto["score"]).to_numpy()})
     found = lost.groupby("led_by")["lost"]
     cells = [
@@ -63,7 +64,7 @@ def losses_table(rows: pd.DataFrame) -> str:
 STAGE = Stage(
     name="defaults",
     title="`auto` with the server's defaults",
-    note="`selection`, `second`, `third`: one of the three nearest adapters; `best of three`: the best for each question.",
+    note="`selection`, `second`, `third`: one of the three nearest adapters; `best of three`: the best of these.",
     rows=answer_defaults,
     claims=(
         Claim("`auto` is at least as good as selection.", "auto", "selection", "at least"),
