@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -29,7 +30,7 @@ from benchmarks.paper.common.workspace import Workspace
 from benchmarks.results_file import write_results
 from benchmarks.starter_pool import HELD_OUT, NUM_TRAINED, POOL
 from benchmarks.training.bigbench_tasks import Item
-from deployments.batch.offline import Generated, LoraRetriever
+from deployments.batch.offline import LoraRetriever
 from deployments.config.app import AppConfig
 from deployments.publishing.contract_files import read_contract
 from deployments.publishing.evaluation import score_of
@@ -42,10 +43,9 @@ from retriever_svc import embed_groups
 MAX_TOKENS = 40
 WHOLE, STRIPPED, CONTRACT = "whole prompt", "stripped", "stripped, contract"
 MODELS = ("the adapter", "auto")
-DIFFERENCES = ((CONTRACT, STRIPPED), (CONTRACT, WHOLE))
-Rows = Sequence[Mapping[str, Any]]
 Arm = tuple[str, str]
 """How the prompts are written, and the model."""
+ARMS: tuple[Arm, ...] = tuple(product((WHOLE, STRIPPED, CONTRACT), MODELS))
 out = Console(width=120)
 
 
@@ -90,19 +90,11 @@ class Task:
     score: Callable[[Item, str], float]
 
 
-class Answering(Protocol):
-    """The part of a LoraRetriever that is asked."""
-
-    def generate(
-        self, prompts: Sequence[str], lora: Sequence[Mapping[str, Any]], **fields: Any
-    ) -> Sequence[Generated]: ...
-
-
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def read_samples(adapter: Path) -> Rows:
+def read_samples(adapter: Path) -> list[dict[str, str]]:
     """Return the samples in the wording of the training; the others do not have the instruction."""
     return read_rows(adapter / "lora_samples.jsonl")[:NUM_TRAINED]
 
@@ -145,18 +137,30 @@ def publish(config: AppConfig, tasks: Mapping[str, Task], folder: Path) -> None:
     store.commit(staged, embeddings, [1.0] * len(staged), "benchmark")
 
 
-def ask(offline: Answering, tasks: Mapping[str, Task], arm: Arm, per_task: int) -> np.ndarray:
-    """Return the score of each answer, and whether its own adapter leads, (2, tasks, prompts)."""
-    written, model = arm
+def ask(offline: LoraRetriever, tasks: Mapping[str, Task], per_task: int) -> dict[Arm, np.ndarray]:
+    """Return for each arm the score of each answer, and whether its own adapter leads, (2, tasks, prompts)."""
     asked = [(name, item) for name, task in tasks.items() for item in task.items[:per_task]]
-    texts = [item.input if written == WHOLE else tasks[name].instruction.strip(item.input) for name, item in asked]
-    named = [{} if model == "auto" else {"adapters": [{"name": name}]} for name, _ in asked]
-    options = [{**lora, "contract": written == CONTRACT} for lora in named]
-    found = offline.generate(texts, options, max_tokens=MAX_TOKENS, temperature=0)
-    pairs = list(zip(asked, found, strict=True))
-    scores = [tasks[name].score(item, answer.text) for (name, item), answer in pairs]
-    first = [[used["name"] for used in answer.adapters][:1] == [name] for (name, _), answer in pairs]
-    return np.array([scores, first], float).reshape(2, len(tasks), per_task)
+    requests = {arm: [_request(arm, name, tasks[name], item) for name, item in asked] for arm in ARMS}
+    different = list(dict.fromkeys(request for own in requests.values() for request in own))
+    options = [json.loads(lora) for _, lora in different]
+    answers = offline.generate([text for text, _ in different], options, max_tokens=MAX_TOKENS, temperature=0)
+    assert not any(answer.error for answer in answers), "every prompt is answered"
+    answer_to, found = dict(zip(different, answers, strict=True)), dict[Arm, np.ndarray]()
+    for arm, own in requests.items():
+        pairs = list(zip(asked, [answer_to[request] for request in own], strict=True))
+        scores = [tasks[name].score(item, answer.text) for (name, item), answer in pairs]
+        first = [[used["name"] for used in answer.adapters][:1] == [name] for (name, _), answer in pairs]
+        found[arm] = np.array([scores, first], float).reshape(2, len(tasks), per_task)
+    return found
+
+
+def _request(arm: Arm, name: str, task: Task, item: Item) -> tuple[str, str]:
+    """Return the text and, as JSON, the options. Arms that ask the same have equal ones."""
+    written, model = arm
+    text = item.input if written == WHOLE else task.instruction.strip(item.input)
+    may_apply = model == "auto" or task.instruction.contract
+    lora = {} if model == "auto" else {"adapters": [{"name": name}]}
+    return text, json.dumps(lora | {"contract": bool(may_apply) and written == CONTRACT})
 
 
 def show(found: Mapping[Arm, np.ndarray], has_contract: Sequence[bool]) -> tuple[str, dict[str, Interval]]:
@@ -173,9 +177,8 @@ def show(found: Mapping[Arm, np.ndarray], has_contract: Sequence[bool]) -> tuple
 
     for (written, model), values in found.items():
         add(written, model, values)
-    for one, other in DIFFERENCES:
-        for model in MODELS:
-            add(f"{one} − {other}", model, found[one, model] - found[other, model])
+    for other, model in product((STRIPPED, WHOLE), MODELS):
+        add(f"{CONTRACT} − {other}", model, found[CONTRACT, model] - found[other, model])
     with out.capture() as captured:
         out.print(table)
     return captured.get(), figures
@@ -193,14 +196,12 @@ def main(
         config = AppConfig(store_uri=f"{folder}/pool")
         publish(config, tasks, Path(folder))
         with LoraRetriever(config) as offline:
-            arms = [(written, model) for written in (WHOLE, STRIPPED, CONTRACT) for model in MODELS]
-            found = {arm: ask(offline, tasks, arm, per_task) for arm in arms}
+            found = ask(offline, tasks, per_task)
     text, figures = show(found, has_contract)
     text += f"{sum(has_contract)} of {len(tasks)} tasks have an instruction; {per_task} prompts of each task.\n"
     out.print(text)
-    runs = [{"arm": name, "interval": interval} for name, interval in figures.items()]
-    means = {name: interval.mean for name, interval in figures.items()}
-    write_results("contracts_study" if study else "contracts", figures=means, table=text, runs=runs)
+    means = {name: share.mean for name, share in figures.items()}
+    write_results(f"contracts{'_study' * study}", figures=means, table=text, runs=[{"intervals": figures}])
 
 
 if __name__ == "__main__":

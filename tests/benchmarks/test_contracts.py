@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from benchmarks.contracts import CONTRACT, MODELS, STRIPPED, WHOLE, Instruction, Task, ask, find_instruction, show
+from benchmarks.contracts import ARMS, CONTRACT, STRIPPED, WHOLE, Instruction, Task, ask, find_instruction, show
 from benchmarks.training.bigbench_tasks import Item, is_right
-from deployments.batch.offline import Generated
+from deployments.batch.offline import Generated, LoraRetriever
 
 
 @pytest.mark.parametrize(
@@ -59,18 +59,20 @@ def test_an_arm_decides_on_the_instruction_the_contract_and_the_adapter() -> Non
         "two": make_task("c", "d", instruction=Instruction("", "")),
     }
     offline = Offline()
-    right, first = ask(offline, tasks, (WHOLE, "auto"), 2)
-    assert offline.asked == [(text, {"contract": False}) for text in ("Say a", "Say b", "c", "d")]
-    assert right.tolist() == [[1, 1], [1, 1]] and first.tolist() == [[1, 1], [0, 0]]
-    right, first = ask(offline, tasks, (CONTRACT, "the adapter"), 1)
-    names = [{"adapters": [{"name": name}], "contract": True} for name in ("one", "two")]
-    assert offline.asked == list(zip(("a", "c"), names, strict=True))
-    assert right.tolist() == [[0], [1]] and first.tolist() == [[1], [1]]
+    found = ask(cast(LoraRetriever, offline), tasks, 2)
+    named = {name: {"adapters": [{"name": name}]} for name in tasks}
+    wanted = [(text, named["one"] | {"contract": False}) for text in ("Say a", "Say b", "a", "b")]
+    wanted += [(text, named["one"] | {"contract": True}) for text in "ab"]
+    wanted += [(text, named["two"] | {"contract": False}) for text in "cd"]
+    wanted += [(text, {"contract": False}) for text in ("Say a", "Say b", "a", "b", "c", "d")]
+    wanted += [(text, {"contract": True}) for text in "abcd"]
+    assert sorted(map(repr, offline.asked)) == sorted(map(repr, wanted)), "each is asked once"
+    assert found[WHOLE, "auto"].tolist() == [[[1, 1], [1, 1]], [[1, 1], [0, 0]]]
+    assert found[STRIPPED, "the adapter"].tolist() == [[[0, 0], [1, 1]], [[1, 1], [1, 1]]]
 
 
 def test_differences_are_of_the_tasks_with_an_instruction_and_of_all() -> None:
-    arms = [(written, model) for written in (WHOLE, STRIPPED, CONTRACT) for model in MODELS]
-    found = {arm: np.zeros((2, 4, 3)) for arm in arms}
+    found = {arm: np.zeros((2, 4, 3)) for arm in ARMS}
     found[CONTRACT, "auto"][0, 0] = 1
     text, figures = show(found, [True, False, False, False])
     assert figures[f"{CONTRACT}, auto, of tasks with an instruction"].mean == 1.0

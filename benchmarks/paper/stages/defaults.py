@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import pyarrow as pa
 
+from benchmarks.paper.answering.answers import Question
 from benchmarks.paper.answering.methods import MAIN, Nearest, Perfect, Routed
+from benchmarks.paper.answering.runs import Method, pool_retriever
 from benchmarks.paper.common.markdown import percent, table
 from benchmarks.paper.common.tasks import read_task_list
+from benchmarks.paper.retrieval.projected import projected_encoders
 from benchmarks.paper.stages.answers import Claim
-from benchmarks.paper.stages.stage import PACKAGED, Context, Stage, answer_over_pool, run
+from benchmarks.paper.stages.stage import PACKAGED, Context, Loaded, Stage, answer_over_pool, run
+from lora_store import Plan
+from retriever_svc import Retriever
 
 PLACES = ("selection", "second", "third")
-ARMS = {
+ARMS: dict[str, Method] = {
     "own": Perfect(),
     "auto": Routed("mixture", weighting="evidence", abstains=True),
     "auto_always": MAIN["auto_iid"],
@@ -23,9 +29,26 @@ ARMS = {
 BEST = "best_of_three"
 
 
+@dataclass(frozen=True, slots=True)
+class Refitted:
+    """`auto` with a projection that was fitted to the pool's samples, as after `pool reindex --projection refit`."""
+
+    retriever: Retriever
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> Refitted:
+        study, asker = loaded.bench.study, loaded.bench.asker
+        samples = {name: [item.input for item in study.parts[name].samples] for name in study.specs}
+        fitted = dict(projected_encoders(loaded.encoder.projected(None), samples))["refit"]
+        return cls(pool_retriever(study, asker, fitted))
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        return ARMS["auto"].plans(self.retriever, questions)
+
+
 def answer_defaults(context: Context) -> pa.Table:
     """Return the rows of all arms."""
-    return add_best(answer_over_pool(lambda _: ARMS)(context))
+    return add_best(answer_over_pool(lambda loaded: ARMS | {"auto_refit": Refitted.of(loaded)})(context))
 
 
 def add_best(answered: pa.Table) -> pa.Table:
@@ -68,8 +91,8 @@ STAGE = Stage(
     rows=answer_defaults,
     claims=(
         Claim("`auto` is at least as good as selection.", "auto", "selection", "at least"),
-        Claim("Own adapters are better than `auto`.", "own", "auto"),
         Claim("Abstention costs no answers.", "auto", "auto_always", "at least"),
+        Claim("A projection fitted to the pool is better than the packaged one.", "auto_refit", "auto"),
         Claim("Choosing rightly among three is better than `auto`.", BEST, "auto"),
     ),
     per_task=25,

@@ -20,10 +20,9 @@ ARMS = {PLAIN: PLAIN, "file_integers": "the file's integers", "int8": "int8", "i
 def answer_with_integers(context: Context) -> pa.Table:
     """Return the rows of one arm for each kind of weights, one engine after the other."""
     tables = []
-    settings = all_settings()
     for arm, kind in ARMS.items():
         kept = "answers" if arm == PLAIN else f"answers_{arm}"
-        bench = context.load(kept=kept, **settings[kind]).bench
+        bench = context.load(kept=kept, **all_settings()[kind]).bench
         tables.append(run_all(bench, {arm: Perfect()}, context.per_task, context.folder))
     return pa.concat_tables(tables)
 
