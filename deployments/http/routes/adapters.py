@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -290,7 +291,7 @@ def answer_settled(settled: Settled, **about: object) -> JSONResponse:
 
 def charge_to(services: Services, caller: Caller) -> Charge:
     """Return a function that charges the caller's key for the samples that the encoder reads during a publish."""
-    return lambda num_tokens: services.authenticator.charge(caller, num_tokens, "samples")
+    return partial(services.authenticator.charge, caller, field="samples")
 
 
 async def publish_items(
