@@ -16,10 +16,12 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from playwright.async_api import Browser, Page, ViewportSize, async_playwright, expect
+from playwright.async_api import Route as PageRoute
 
 FOLDER = Path(__file__).parent / "console"
 STARTER_POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
@@ -122,6 +124,10 @@ def made_up_map(per_cluster: int = 50) -> dict[str, Any]:
     return {**count, "clusters": clusters, "points": points}
 
 
+async def fulfil(answer: dict[str, Any], route: PageRoute) -> None:
+    await route.fulfill(json=answer)
+
+
 async def of_map(page: Page, folder: Path) -> None:
     """Take the screenshot of the map of a large pool, in which adapters are searched by a word."""
     drawn = made_up_map()
@@ -133,7 +139,7 @@ async def of_map(page: Page, folder: Path) -> None:
         "**/v1/route": {"data": [{"candidates": alike}]},
     }
     for address, answer in answers.items():
-        await page.route(address, lambda route, answer=answer: route.fulfill(json=answer))
+        await page.route(address, partial(fulfil, answer))
     await page.reload()
     await go(page, "Ask")
     await expect(page.locator("#map .label.cluster")).to_have_count(len(KINDS))
