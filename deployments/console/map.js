@@ -174,7 +174,7 @@ function look() {
 /** Lists the adapters that the search finds, else what is in view: the clusters, or the adapters if they are few. */
 function list() {
   const isInView = viewport.sight(), searched = Boolean(hits.text);
-  const rows = searched ? [...hits.named, ...hits.alike] : [...near].sort(byName);
+  const rows = searched ? [...hits.named.slice(0, MAX_LISTED - hits.alike.length), ...hits.alike] : [...near].sort(byName);
   say("map-count", searched ? countFound() : `In view: ${whole(near.length)} of ${whole(drawn.num_adapters)}`);
   const hasClusters = !searched && rings.length > 0 && near.length > MAX_LISTED;
   const nearer = (ring) => element("button", { type: "button", class: "small", onclick: () => goTo(ring) }, ring.name);
