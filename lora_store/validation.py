@@ -220,7 +220,7 @@ def _find_contract(folder: Path, label: Label, read: ReadContract | None) -> tup
 def _suggestion(name: str) -> str:
     """Return the nearest valid name as a hint, or ""."""
     letters = unicodedata.normalize("NFKD", name[:200]).encode("ascii", "ignore").decode()
-    nearest = re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-")[:64]
+    nearest = re.sub(r"[^A-Za-z0-9._]+", "-", letters).strip("-")[:64]
     return f", such as {nearest!r}" if is_valid_name(nearest) else ""
 
 

@@ -311,6 +311,8 @@ def message_of(response: httpx.Response) -> str:
         message: str = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {response.status_code}"
+    if message.startswith("no adapter ") and "; " not in message:
+        message += "; `loraretriever list --search WORDS` finds names by a part of them"
     return message
 
 
