@@ -28,7 +28,7 @@ _WORD = re.compile(f"{_SPACE}[^{_SPACE}]*")
 _UNKNOWN_PENALTY = 10.0  # how far the score of an unknown character is below the lowest score
 _CACHED_WORDS, _CACHED_CHARS = 8192, 24  # about 2 MB
 RULES, _PIECES, _SCORES = "rules.json", "pieces.json", "scores.npy"
-_NO_PIECES = {"model": {"type": "Unigram", "unk_id": None, "vocab": []}}
+_NO_PIECES: dict[str, Any] = {"model": {"type": "Unigram", "unk_id": None, "vocab": []}}
 # What the class does, in the words of the file of `tokenizers`.
 _SPLIT = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "always", "split": True}
 _TEMPLATE = ["SpecialToken", "Sequence", "SpecialToken"]
