@@ -18,10 +18,10 @@ class _WithoutPandas:
 
 
 if "pandas" not in sys.modules:
-    sys.meta_path.insert(0, _WithoutPandas)  # type: ignore[arg-type]  # the path and the target are not read
+    sys.meta_path.insert(0, _WithoutPandas)
     try:
         with suppress(ImportError):  # `check_libraries` says what is missing
             importlib.import_module("ray.serve")
             importlib.import_module("pyarrow").array([])  # the first array looks for pandas
     finally:
-        sys.meta_path.remove(_WithoutPandas)  # type: ignore[arg-type]
+        sys.meta_path.remove(_WithoutPandas)
