@@ -113,7 +113,7 @@ def test_a_request_in_progress_is_answered_by_a_server_that_stops(started: Start
 
 
 def check_processes(server: psutil.Process) -> None:
-    """Check that no process runs that nobody needs, and that only those that compute hold torch, and none pandas."""
+    """Check that no needless process runs, that only those that compute hold torch, and no replica pandas."""
     commands, with_torch, with_pandas = list[str](), list[str](), list[str]()
     for process in (server, *server.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
@@ -123,7 +123,7 @@ def check_processes(server: psutil.Process) -> None:
             with_pandas += [commands[-1]] * ("/pandas/" in maps)
     for needless in ("dashboard.py", "monitor.py", "ProxyActor"):
         assert not [command for command in commands if needless in command]
-    assert with_pandas == []
+    assert not [command for command in with_pandas if "ray::" in command]
     assert len([command for command in commands if "ServeReplica" in command]) == 4
     computing = ("ServeReplica:loraretriever:Worker", "ServeReplica:loraretriever:Retriever")
     assert any(computing[0] in command for command in with_torch)
