@@ -43,9 +43,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Give what tests and their processes leave in the temporary folder one that is removed at the end."""
     if hasattr(session.config, "workerinput"):
         return  # a process of pytest-xdist has the environment of the one that started it
-    os.environ.setdefault(
-        "PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir()
-    )  # pytest keeps the files of failed tests there
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # of failed tests
     folder = tempfile.mkdtemp(prefix="lr-")  # short, for paths of sockets
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     session.config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

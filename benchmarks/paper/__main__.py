@@ -38,6 +38,8 @@ STEPS = (
     Step("lorahub", "stages.lorahub", 40),
     Step("sizes", "stages.sizes", 15),
     Step("second_base", "stages.second_base", 40),
+    Step("defaults", "stages.defaults", 15),
+    Step("integers", "stages.integers", 15),
 )
 QUICK_TASKS = (
     "past_tense",

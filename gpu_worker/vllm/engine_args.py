@@ -200,9 +200,9 @@ def _cache_bytes(config: VllmWorkerConfig, model: FrontModel, vllm_config: VllmC
     found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
     shapes = found.get_mamba_state_shape_from_config(vllm_config)
     dtypes = found.get_mamba_state_dtype_from_config(vllm_config)
-    state_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+    state_bytes: int = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
     # vLLM's workers will give a block as many tokens as have the keys of a layer's state.
-    block = vllm_config.cache_config.block_size
+    block: int = vllm_config.cache_config.block_size
     keys_bytes = 2 * model_config.get_num_kv_heads(parallel) * block * token_bytes  # and of the values
     block *= max(math.ceil(state_bytes / keys_bytes), 1)
     return kv_bytes(config, model, block, num_more=2) + block * model.kv_token_bytes

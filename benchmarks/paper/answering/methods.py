@@ -18,12 +18,16 @@ _NO_FLOOR = -1.0  # the paper never abstains
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Retrieval and composition. `masks_own`: the paper's OOD, in which a question's own adapter cannot be chosen."""
+    """Retrieval and composition. `masks_own`: the paper's OOD, in which a question's own adapter cannot be chosen.
+
+    `abstains`: the base model answers where no adapter fits, as in a server by default.
+    """
 
     strategy: RoutedStrategy
     top_k: int = 3
     weighting: Weighting = "uniform"
     masks_own: bool = False
+    abstains: bool = False
 
     def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
         routes = retriever.route([self._request(question) for question in questions])
@@ -33,8 +37,9 @@ class Routed:
         """Return the request. Ask for one more adapter if one may be masked, as the paper's released code does."""
         top_k = self.top_k + self.masks_own
         strategy: RoutedStrategy = "mixture" if self.masks_own else self.strategy
+        least = None if self.abstains else _NO_FLOOR
         return RouteRequest(
-            question.item.input, strategy=strategy, top_k=top_k, weighting=self.weighting, min_score=_NO_FLOOR
+            question.item.input, strategy=strategy, top_k=top_k, weighting=self.weighting, min_score=least
         )
 
     def _plan(self, retriever: Retriever, question: Question, route: object) -> Plan:
@@ -45,6 +50,18 @@ class Routed:
         matches = [Match(retriever.resolve(LOCAL_TENANT, c.ref.name), c.score, c.threshold, c.confidence) for c in left]
         request = RouteRequest(question.item.input, strategy=self.strategy, weighting=self.weighting)
         return routed_plan(request, matches, route.generation, TEMPERATURE)
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Uses the adapter at one place of the three nearest, from 0."""
+
+    place: int
+
+    def plans(self, retriever: Retriever, questions: Sequence[Question]) -> list[Plan]:
+        routes = retriever.route([RouteRequest(question.item.input, min_score=_NO_FLOOR) for question in questions])
+        names = [route.candidates[self.place].ref.name for route in routes if isinstance(route, Route)]
+        return [retriever.plan_named(LOCAL_TENANT, [(name, 1.0)], "selection") for name in names]
 
 
 class Perfect:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -59,13 +59,14 @@ class Context:
     def folder(self) -> Path:
         return self.workspace.rows / "answers"
 
-    def load(self, name: str = "pool", tasks: Sequence[str] = ()) -> Loaded:
-        """Load these tasks, or the pool's. `name`: of its store."""
+    def load(self, name: str = "", tasks: Sequence[str] = (), kept: str = "answers", **settings: Any) -> Loaded:
+        """Load these tasks, or the pool's. `name`: of its store; `settings`: of the engine; `kept`: has its answers."""
         listed, names = read_task_list().by_name, list(tasks or self.tasks)
-        config = worker_config(len(names))
+        config = worker_config(len(names), **settings)
         study = load_study([listed[each] for each in names], self.workspace, config)
-        asker, store, weights = load_asker(self.workspace, config, names)
-        retriever = pool_retriever(study, asker, self.encoder, name)
+        asker, store, weights = load_asker(self.workspace, config, names, kept)
+        is_whole = names == read_pool()
+        retriever = pool_retriever(study, asker, self.encoder, name or ("pool" if is_whole else "trial"))
         return Loaded(Bench(study, asker, retriever, self.out), store, weights, self.encoder)
 
 
@@ -76,7 +77,10 @@ Arms = Callable[[Loaded], Mapping[str, Method]]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One measurement of answers. `note`: what its table shows; `per_task`: questions of each task by default."""
+    """One measurement of answers. `note`: what its table shows; `per_task`: questions of each task by default.
+
+    `more`: return a further table of its rows.
+    """
 
     name: str
     title: str
@@ -85,14 +89,14 @@ class Stage:
     claims: Sequence[Claim]
     per_task: int
     encoder: str = TRAINED
+    more: Callable[[pd.DataFrame], str] = lambda _: ""
 
 
 def answer_over_pool(arms: Arms, *, with_guesses: bool = False) -> Rows:
     """Return the rows of these arms over one pool. `with_guesses`: and those of the better guess, `majority`."""
 
     def rows(context: Context) -> pa.Table:
-        is_whole = list(context.tasks) == read_pool()
-        loaded = context.load("pool" if is_whole else "trial")
+        loaded = context.load()
         found = run_all(loaded.bench, arms(loaded), context.per_task, context.folder)
         return pa.concat_tables([found, loaded.bench.majority(context.per_task)]) if with_guesses else found
 
@@ -117,6 +121,7 @@ def write_section(stage: Stage, rows: pd.DataFrame) -> str:
             " Intervals of arms resample the questions, those of differences also the tasks.\n",
             arms_table(answers),
             claims_table(answers, stage.claims),
+            stage.more(rows),
         ]
     )
 

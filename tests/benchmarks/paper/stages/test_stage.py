@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from benchmarks import results_file
 from benchmarks.paper.answering.methods import MAIN
 from benchmarks.paper.answering.runs import run_all
-from benchmarks.paper.stages import ablations, lorahub, main_table, second_base, sizes, stage
+from benchmarks.paper.stages import ablations, defaults, integers, lorahub, main_table, second_base, sizes, stage
 from benchmarks.paper.stages.stage import Loaded, Stage, write_stage
 
-STAGES = [module.STAGE for module in (main_table, ablations, lorahub, sizes, second_base)]
+STAGES = [module.STAGE for module in (main_table, ablations, lorahub, sizes, second_base, defaults, integers)]
 
 
 @pytest.mark.parametrize("measured", STAGES, ids=lambda each: each.name)
