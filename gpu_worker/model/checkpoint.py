@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     GenerationConfig,
     PreTrainedModel,
+    QianfanOCRConfig,
 )
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
@@ -75,6 +76,7 @@ def read_tensors(source: str) -> dict[str, Tensor]:
 
 def read_config(source: str) -> Any:
     """Read the model's config.json. Run no code that it names: its own, or a hub's for attention or experts."""
+    AutoConfig.register(QianfanOCRConfig.model_type, QianfanOCRConfig, exist_ok=True)  # vLLM puts its own class there
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config.update({"_attn_implementation": None, "_experts_implementation": None})
     return config

@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoConfig, QianfanOCRConfig
 from vllm import AsyncEngineArgs
 from vllm import logger as vllm_logger
 from vllm.config import (
@@ -50,7 +49,6 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
     args = _engine_args(config, model, free_fill, is_compiled)
     try:
         vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        AutoConfig.register("qianfan_ocr", QianfanOCRConfig, exist_ok=True)  # vLLM has put its own there
         _check_class(vllm_config.model_config, model.model_type, config.device)
         if vllm_config.cache_config.kv_cache_memory_bytes is not None:
             vllm_config.cache_config.kv_cache_memory_bytes = _cache_bytes(config, model, vllm_config)
