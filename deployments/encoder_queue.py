@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from deployments.errors import EncoderBusy
+from deployments.scaling.autoscaling_policy import BUSY, WAITING_S
 from gpu_worker.front.fair_share import FairShare
 from retriever_svc.encoder import MAX_TOKENS, tokens_read
 
@@ -31,6 +34,38 @@ class _Asked(Generic[T]):
 
 
 _Waiting: TypeAlias = tuple[_Asked[T], int, str]  # (call, position in the call, text)
+
+
+class EncoderLoad:
+    """The share of time in which a replica's encoder works, and the mean time that it takes for a text."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._read_at = clock, clock()
+        self._busy_since: float | None = None
+        self._busy_s = self._total_s = 0.0
+        self._num_texts = 0
+
+    @contextmanager
+    def encoding(self, num_texts: int) -> Iterator[None]:
+        """Count the time in this context as that of a batch. One batch runs after the other."""
+        started = self._busy_since = self._clock()
+        try:
+            yield
+        finally:
+            self._busy_s += self._clock() - self._busy_since
+            self._total_s += self._clock() - started
+            self._num_texts += num_texts
+            self._busy_since = None
+
+    def read(self, num_waiting: int) -> dict[str, float]:
+        """Return the inputs of `RetrieverScaling` since the last reading, with this many texts waiting."""
+        now = self._clock()
+        if self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+            self._busy_since = now
+        busy = self._busy_s / max(now - self._read_at, 1e-3)
+        self._read_at, self._busy_s = now, 0.0
+        return {BUSY: busy, WAITING_S: num_waiting * self._total_s / max(self._num_texts, 1)}
 
 
 class EncoderQueue(Generic[T]):
@@ -55,6 +90,7 @@ class EncoderQueue(Generic[T]):
         self._places = FairShare()
         self._numbers = itertools.count()
         self._feeding: asyncio.Task[None] | None = None
+        self._load = EncoderLoad()
 
     async def encoded(self, tenant: str, texts: Sequence[str]) -> list[T]:
         """Return the result of `encode` for each text, in order. If the caller leaves, its texts leave the queue.
@@ -80,6 +116,10 @@ class EncoderQueue(Generic[T]):
     def num_waiting(self) -> int:
         return self._places.num_held
 
+    def read_load(self) -> dict[str, float]:
+        """Return the inputs of `RetrieverScaling` since the last reading."""
+        return self._load.read(self.num_waiting)
+
     async def _feed(self) -> None:
         await asyncio.sleep(0)
         while batch := self._next_batch():
@@ -88,7 +128,8 @@ class EncoderQueue(Generic[T]):
     async def _answer(self, batch: Sequence[_Waiting[T]]) -> None:
         """Encode a batch. If that fails, encode it in parts, so that only a text that fails alone fails its call."""
         try:
-            answers = await self._encode([(asked.tenant, text) for asked, _, text in batch])
+            with self._load.encoding(len(batch)):
+                answers = await self._encode([(asked.tenant, text) for asked, _, text in batch])
             answered = list(zip(batch, answers, strict=True))
         except Exception as exc:
             parts = _parts(batch)

@@ -47,9 +47,7 @@ class ResponseNotStored(DeploymentsError):
     code = "previous_response_not_found"
     remedy = "Send the whole conversation in `input`, as clients do that know this code."
     param = "previous_response_id"
-
-    def __str__(self) -> str:
-        return f"{self.param}: this server stores no responses; send the whole conversation in input"
+    text = "{self.param}: this server stores no responses; send the whole conversation in input"
 
 
 class KeyRefused(DeploymentsError):
@@ -75,12 +73,10 @@ class RoleMissing(DeploymentsError):
     kind = Kind.FORBIDDEN
     code = "permission_denied"
     remedy = "Use a key with that role."
+    text = "this operation needs the role {self.role!r}, which the key {self.key_id!r} does not have"
 
     key_id: str
     role: str
-
-    def __str__(self) -> str:
-        return f"this operation needs the role {self.role!r}, which the key {self.key_id!r} does not have"
 
 
 @dataclass(eq=False)
@@ -90,15 +86,13 @@ class SelfApproval(DeploymentsError):
     kind = Kind.FORBIDDEN
     code = "permission_denied"
     remedy = "Ask another tenant's admin, or set `allow_self_approval`."
+    text = (
+        "the adapter {self.name!r} belongs to the key's own tenant {self.tenant!r}: "
+        "ask an admin of another tenant to approve it, or set allow_self_approval on the server"
+    )
 
     name: str
     tenant: str
-
-    def __str__(self) -> str:
-        return (
-            f"the adapter {self.name!r} belongs to the key's own tenant {self.tenant!r}: "
-            "ask an admin of another tenant to approve it, or set allow_self_approval on the server"
-        )
 
 
 @dataclass(eq=False)
@@ -108,12 +102,10 @@ class RateLimited(DeploymentsError):
     kind = Kind.LIMITED
     code = "rate_limit_exceeded"
     remedy = RETRY_LATER
+    text = "the key's limit of {self.limit} is exceeded; retry in {self.retry_after_s:.1f} s"
 
     limit: str
     retry_after_s: float
-
-    def __str__(self) -> str:
-        return f"the key's limit of {self.limit} is exceeded; retry in {self.retry_after_s:.1f} s"
 
 
 @dataclass(eq=False)
@@ -203,16 +195,14 @@ class VersionChanged(DeploymentsError):
     code = "version_changed"
     remedy = "Look at the live version, then name its digest."
     param = "digest"
+    text = (
+        "digest: {self.wanted!r} is not the live version of adapter {self.name!r}; "
+        "review {self.live!r}, then name that digest"
+    )
 
     name: str
     wanted: str
     live: str
-
-    def __str__(self) -> str:
-        return (
-            f"digest: {self.wanted!r} is not the live version of adapter {self.name!r}; "
-            f"review {self.live!r}, then name that digest"
-        )
 
 
 @dataclass(eq=False)
@@ -222,11 +212,9 @@ class AdapterExists(DeploymentsError):
     kind = Kind.INVALID
     code = "invalid_request"
     remedy = "Unload it first, or set `load_inplace`."
+    text = "the LoRA adapter {self.name!r} has already been loaded; set load_inplace to replace it"
 
     name: str
-
-    def __str__(self) -> str:
-        return f"the LoRA adapter {self.name!r} has already been loaded; set load_inplace to replace it"
 
 
 @dataclass(eq=False)
@@ -251,11 +239,9 @@ class OriginRefused(DeploymentsError):
     kind = Kind.FORBIDDEN
     code = "permission_denied"
     remedy = "Serve the page from this server's own origin, or use keys."
+    text = "web pages of {self.origin!r} must not call this server; only its own and those of this machine may"
 
     origin: str
-
-    def __str__(self) -> str:
-        return f"web pages of {self.origin!r} must not call this server; only its own and those of this machine may"
 
 
 class PublishingDisabled(DeploymentsError):
@@ -351,11 +337,9 @@ class BodyMemoryFull(DeploymentsError):
     kind = Kind.BUSY
     code = "overloaded"
     remedy = RETRY_LATER
+    text = "request bodies in memory would exceed {self.max_bytes} bytes; retry later"
 
     max_bytes: int
-
-    def __str__(self) -> str:
-        return f"request bodies in memory would exceed {self.max_bytes} bytes; retry later"
 
 
 @dataclass(eq=False)
@@ -365,11 +349,9 @@ class UploadMemoryFull(DeploymentsError):
     kind = Kind.BUSY
     code = "overloaded"
     remedy = RETRY_LATER
+    text = "uploads in progress would exceed {self.max_bytes} bytes; retry later"
 
     max_bytes: int
-
-    def __str__(self) -> str:
-        return f"uploads in progress would exceed {self.max_bytes} bytes; retry later"
 
 
 class UploadDiskFull(DeploymentsError):
@@ -378,9 +360,7 @@ class UploadDiskFull(DeploymentsError):
     kind = Kind.UNAVAILABLE
     code = "unavailable"
     remedy = "Retry once the operator has freed space."
-
-    def __str__(self) -> str:
-        return "the server has no disk space for uploads below TMPDIR; retry later"
+    text = "the server has no disk space for uploads below TMPDIR; retry later"
 
 
 @dataclass(eq=False)
@@ -390,11 +370,9 @@ class ServerOverloaded(DeploymentsError):
     kind = Kind.FULL
     code = "overloaded"
     remedy = RETRY_LATER
+    text = "the server is at its limit of {self.limit} concurrent requests; retry later"
 
     limit: int
-
-    def __str__(self) -> str:
-        return f"the server is at its limit of {self.limit} concurrent requests; retry later"
 
 
 @dataclass(eq=False)
@@ -404,11 +382,9 @@ class EncoderBusy(DeploymentsError):
     kind = Kind.BUSY
     code = "overloaded"
     remedy = "Retry after `Retry-After` seconds, or name adapters, which needs no encoder."
+    text = "{self.num_waiting} prompts already wait for the encoder; retry later, or name adapters in the request"
 
     num_waiting: int
-
-    def __str__(self) -> str:
-        return f"{self.num_waiting} prompts already wait for the encoder; retry later, or name adapters in the request"
 
 
 class NotReady(DeploymentsError):
@@ -426,11 +402,9 @@ class WorkerStarting(DeploymentsError):
     kind = Kind.UNAVAILABLE
     code = "not_ready"
     remedy = "Retry after `Retry-After` seconds. A worker is starting."
+    text = "a worker is still starting after {self.waited_s:.0f} s; retry later"
 
     waited_s: float
-
-    def __str__(self) -> str:
-        return f"a worker is still starting after {self.waited_s:.0f} s; retry later"
 
 
 @dataclass(eq=False)
@@ -440,11 +414,9 @@ class PoisonRequest(DeploymentsError):
     kind = Kind.BROKEN
     code = "request_failed"
     remedy = "Do not repeat it. Report it with its `x-request-id`."
+    text = "{self.num_deaths} replicas died in turn while they worked on this request; do not send it again"
 
     num_deaths: int
-
-    def __str__(self) -> str:
-        return f"{self.num_deaths} replicas died in turn while they worked on this request; do not send it again"
 
 
 class DeploymentBusy(DeploymentsError):
@@ -453,9 +425,7 @@ class DeploymentBusy(DeploymentsError):
     kind = Kind.BUSY
     code = "overloaded"
     remedy = RETRY_LATER
-
-    def __str__(self) -> str:
-        return "too many requests wait; retry later"
+    text = "too many requests wait; retry later"
 
 
 class DeploymentUnavailable(DeploymentsError):
@@ -464,9 +434,7 @@ class DeploymentUnavailable(DeploymentsError):
     kind = Kind.UNAVAILABLE
     code = "unavailable"
     remedy = RETRY_LATER
-
-    def __str__(self) -> str:
-        return "a component of the server is unavailable; retry later"
+    text = "a component of the server is unavailable; retry later"
 
 
 class NoAnswerInTime(DeploymentsError):
@@ -475,9 +443,7 @@ class NoAnswerInTime(DeploymentsError):
     kind = Kind.UNAVAILABLE
     code = "unavailable"
     remedy = RETRY_LATER
-
-    def __str__(self) -> str:
-        return "a component of the server did not answer in time; retry later"
+    text = "a component of the server did not answer in time; retry later"
 
 
 class ReplicaDied(DeploymentsError):
@@ -486,9 +452,7 @@ class ReplicaDied(DeploymentsError):
     kind = Kind.UNAVAILABLE
     code = "replica_died"
     remedy = "Repeat the request."
-
-    def __str__(self) -> str:
-        return "the replica that worked on this request has died; send the request again"
+    text = "the replica that worked on this request has died; send the request again"
 
 
 class Unforeseen(DeploymentsError):
@@ -497,9 +461,7 @@ class Unforeseen(DeploymentsError):
     kind = Kind.UNFORESEEN
     code = "internal_error"
     remedy = "Report it with the `x-request-id` of the answer."
-
-    def __str__(self) -> str:
-        return "the server failed to answer this request"
+    text = "the server failed to answer this request"
 
 
 class ReplicaStuck(DeploymentsError):
@@ -526,13 +488,12 @@ class RayUnauthenticated(DeploymentsError):
 class ProxyUnsafe(DeploymentsError):
     """Ray's HAProxy hides client addresses, and no keys are set."""
 
-    variable: str
+    text = (
+        "{self.variable}=1 makes every client appear local, and without keys local clients may change the pool: "
+        "set keys_file in the settings, or unset {self.variable}"
+    )
 
-    def __str__(self) -> str:
-        return (
-            f"{self.variable}=1 makes every client appear local, and without keys local clients may change the pool: "
-            f"set keys_file in the settings, or unset {self.variable}"
-        )
+    variable: str
 
 
 class BatchRefused(DeploymentsError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from fastapi import FastAPI
@@ -21,12 +21,12 @@ from deployments.byte_budget import ByteBudget
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient, serve_retriever, serve_store
 from deployments.calls.h11_proxy import warn_if_unbounded
 from deployments.calls.serve_calls import Background, bypass_http_proxy
-from deployments.calls.worker_client import BaseWorkers, WorkerGate, Workers, serve_worker
+from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, BaseWorkers, Workers, serve_worker
 from deployments.config.app import FORM_OVERHEAD_BYTES, AppConfig
 from deployments.generation.completions import CompletionService
 from deployments.generation.notes import PromptNotes
 from deployments.generation.planner import Planner, refuse_stream_options
-from deployments.generation.row_stream import STREAM_LIMITS, StreamLimits
+from deployments.generation.row_stream import WORKER_GRACE_S
 from deployments.generation.shadows import Shadows
 from deployments.http.api import build_api
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES, MAX_BODY_TOTAL_BYTES
@@ -37,7 +37,8 @@ from deployments.json_types import JsonMapping, JsonObject
 from deployments.observability.cluster_stats import StatsReader
 from deployments.observability.logs import join_serve_logs
 from deployments.observability.metrics import SERVE, MetricFactory
-from deployments.observability.request_metrics import ChangeMetrics, RequestContext, RequestMetrics
+from deployments.observability.request_context import RequestContext
+from deployments.observability.request_metrics import ChangeMetrics, RequestMetrics
 from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import AnswerScorer, Evaluator
 from deployments.publishing.idle_evaluation import IdleEvaluations, IdleScorer
@@ -64,7 +65,8 @@ class Ingress:
         store: DeploymentHandle,
         *,
         address: tuple[str, int] | None = None,
-        limits: StreamLimits = STREAM_LIMITS,
+        silence_s: float = HEARTBEAT_TIMEOUT_S,
+        grace_s: float = WORKER_GRACE_S,
         keep_alive_s: float = KEEP_ALIVE_S,
         kinds: MetricFactory = SERVE,
         max_body_total_bytes: int = MAX_BODY_TOTAL_BYTES,
@@ -77,10 +79,10 @@ class Ingress:
         bypass_http_proxy()
         clients = (
             serve_retriever(retriever),
-            _serve_workers(config, workers, limits),
+            _serve_workers(config, workers, silence_s),
             serve_store(store),
         )
-        self.services = _build_services(config, *clients, limits, keep_alive_s, kinds, max_body_total_bytes)
+        self.services = _build_services(config, *clients, grace_s, keep_alive_s, kinds, max_body_total_bytes)
         expire = withdraw_expired(self.services.publisher.expire)
         self._expiring = asyncio.get_event_loop().create_task(expire)
 
@@ -158,13 +160,13 @@ class Ingress:
         return await self.services.readiness.details()
 
 
-def _serve_workers(config: AppConfig, handles: Mapping[str, DeploymentHandle], limits: StreamLimits) -> Workers:
-    """Return the workers of every base model, with a gate for those that may be scaled to zero."""
+def _serve_workers(config: AppConfig, handles: Mapping[str, DeploymentHandle], silence_s: float) -> Workers:
+    """Return the workers of every base model. Those that may be scaled to zero hold requests until one runs."""
     served: dict[str, BaseWorkers] = {}
     for name, model in config.by_model.items():
-        client = serve_worker(handles[name], heartbeat_timeout_s=limits.silence_s)
+        client = serve_worker(handles[name], heartbeat_timeout_s=silence_s)
         timeout_s = config.scale_from_zero_timeout_s if model.workers_scale_to_zero else None
-        served[name] = BaseWorkers(client, WorkerGate(client, timeout_s))
+        served[name] = BaseWorkers(client, timeout_s)
     return Workers(served, config.served_models.bases)
 
 
@@ -173,7 +175,7 @@ def _build_services(
     retriever: RetrieverClient,
     workers: Workers,
     store: StoreClient,
-    limits: StreamLimits,
+    grace_s: float,
     keep_alive_s: float,
     kinds: MetricFactory,
     max_body_total_bytes: int,
@@ -196,7 +198,9 @@ def _build_services(
     while_idle = Evaluator(store, retriever, publisher, IdleScorer(scorer, workers))
     evaluation_of = None
     if config.evaluate_after_publish:
-        evaluation_of = _evaluate_after_publish(while_idle, publisher, background, changes)
+        evaluations = IdleEvaluations(while_idle, background, changes)
+        publisher.subscribe(evaluations.after_publish)
+        evaluation_of = evaluations.state_of
     one_upload = config.max_upload_bytes + FORM_OVERHEAD_BYTES
     return Services(
         config=config,
@@ -207,7 +211,7 @@ def _build_services(
             authenticator,
             planner,
             workers,
-            limits,
+            grace_s,
             shadows,
             notes,
             usage_log,
@@ -229,12 +233,3 @@ def _build_services(
         preload=preload,
         keep_alive_s=keep_alive_s,
     )
-
-
-def _evaluate_after_publish(
-    evaluator: Evaluator, publisher: Publisher, background: Background, changes: ChangeMetrics
-) -> Callable[[str], JsonObject]:
-    """Evaluate the adapters of each tenant that publishes. Return the function that reports on it."""
-    evaluations = IdleEvaluations(evaluator, background, changes)
-    publisher.subscribe(evaluations.after_publish)
-    return evaluations.state_of

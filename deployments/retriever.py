@@ -25,7 +25,6 @@ from deployments.observability.metrics import SERVE, MetricFactory, report_perio
 from deployments.observability.retriever_metrics import RetrieverMetrics
 from deployments.observability.tracing import open_span
 from deployments.retriever_factory import live_pool, retriever_over
-from deployments.scaling.autoscaling_policy import EncoderLoad
 from lora_store import AdapterRecord, Feedback, LoraStore, LoraStoreError, NamedPolicy, Plan, Ranking, Sample, Strategy
 from lora_store.lru_cache import LruCache
 from retriever_svc import (
@@ -106,9 +105,8 @@ class RetrieverDeployment:
         # At most one chunk of each tenant waits for the thread, so tenants take turns.
         self._bulk_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
-        self._encoder_load = EncoderLoad()
         self._prompts = EncoderQueue(
-            self._encode,
+            lambda texts: _on(self._encoding, self._retriever.encode, texts),
             batch_size=_BATCH_TEXTS,
             max_waiting=config.retrieval.max_waiting,
         )
@@ -157,10 +155,6 @@ class RetrieverDeployment:
                     shown = dict(zip(rows, nearest.shown_in(wanted, prompts), strict=True))
                     routes = [shown.get(row, route) for row, route in enumerate(routes)]
         return routes
-
-    async def _encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
-        with self._encoder_load.encoding(len(texts)):
-            return await _on(self._encoding, self._retriever.encode, texts)
 
     async def plan_named(
         self, tenant: str, choices: Sequence[tuple[str, float]], strategy: Strategy, min_generation: int = 0
@@ -287,7 +281,10 @@ class RetrieverDeployment:
 
         Raises: StaleIndex, also after `_CATCH_UP_S`; StoreUnavailable; EncoderUnusable.
         """
-        return await self._reach(generation)
+        await self._catch_up_until(lambda: self._retriever.generation >= generation, 0.0)
+        if self._retriever.generation < generation:
+            raise StaleIndex(generation, self._retriever.generation)
+        return self._retriever.generation
 
     async def prepare_encoder(self, model: str, projection: str = "auto") -> str:
         """Load the model's encoder for the generation that activates it. Return its identity.
@@ -354,7 +351,7 @@ class RetrieverDeployment:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the inputs of `RetrieverScaling`."""
-        return self._encoder_load.read(self._prompts.num_waiting)
+        return self._prompts.read_load()
 
     def check_health(self) -> None:
         if self._polling.done():
@@ -362,13 +359,6 @@ class RetrieverDeployment:
 
     def _samples(self, record: AdapterRecord) -> Sequence[Sample]:
         return () if record.samples_digest is None else self._store.samples(record.samples_digest)
-
-    async def _reach(self, generation: int) -> int:
-        """Serve `generation` or a later one, and return it. Read the catalogue only if necessary."""
-        await self._catch_up_until(lambda: self._retriever.generation >= generation, 0.0)
-        if self._retriever.generation < generation:
-            raise StaleIndex(generation, self._retriever.generation)
-        return self._retriever.generation
 
     async def _reach_for(self, tenant: str, generation: int) -> None:
         """Catch up with `generation`, as answers reported it to this tenant.

@@ -20,10 +20,9 @@ from deployments.auth.ray_token import require_token_mode
 from deployments.calls.catalogue_clients import serve_store
 from deployments.calls.worker_client import HEARTBEAT_INTERVAL_S, Usage
 from deployments.errors import ReplicaStuck
-from deployments.generation.shadows import paying_tenant
 from deployments.observability.logs import join_serve_logs, own_replica_id
 from deployments.observability.metrics import REPORT_INTERVAL_S, SERVE, MetricFactory, report_periodically
-from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics
+from deployments.observability.worker_metrics import JobTrace, TenantUsage, WorkerMetrics, count_tokens
 from deployments.private_names import check_libraries
 from deployments.scaling.autoscaling_policy import ONGOING, WAITING_TOKENS
 from deployments.scaling.residency import Residency, ResidencyReport
@@ -98,17 +97,17 @@ class WorkerDeployment:
         trace = JobTrace(job)
         last: Delta | None = None
         try:
-            with self._usage.row(paying_tenant(job.tenant)) as row:
+            with self._usage.row(job.tenant) as usage:
                 async for delta in deltas:
                     if delta is None:
                         yield self._residency.report([adapter.weights_digest for adapter in job.plan.adapters])
                         continue
-                    trace.answered()
                     if last is None:
-                        self._metrics.waited(delta.queued_s)
                         self._residency.refresh()
+                        self._metrics.waited(delta.queued_s)
+                    trace.answered()
+                    count_tokens(usage, delta, last)
                     last = delta
-                    row.count(delta)
                     yield delta
         except EngineStopped:
             self.check_health()  # an ended engine refuses fast, and would attract requests until the next health check

@@ -37,6 +37,10 @@ KINDS = {  # A pool that does not exist has these tags, and names with these wor
     "travel": ("hotel", "route"),
     "code": ("python", "review"),
 }
+ALIKE = {
+    "support-ticket-12": "My parcel came broken, I want my money back",
+    "legal-contract-07": "May the buyer end the contract and be paid back?",
+}
 ANSWER_MS = 120_000
 PROMPTS = ("Negate the statement: the chemist has used my car", "Turn the statement into a question: the boys like tea")
 SYSTEM_PROMPT = "You edit sentences."
@@ -119,14 +123,22 @@ def made_up_map(per_cluster: int = 50) -> dict[str, Any]:
 
 
 async def of_map(page: Page, folder: Path) -> None:
-    """Take the screenshot of the map of a large pool, a cluster of which is searched."""
-    await page.route("**/v1/pool/map*", lambda route: route.fulfill(json=made_up_map()))
+    """Take the screenshot of the map of a large pool, in which adapters are searched by a word."""
+    drawn = made_up_map()
+    named = [{"id": point["name"]} for point in drawn["points"] if "refund" in point["name"]]
+    alike = [{"name": name, "samples": [{"input": text}]} for name, text in ALIKE.items()]
+    answers: dict[str, Any] = {
+        "**/v1/pool/map*": drawn,
+        "**/v1/loras?search=*": {"data": named, "total": len(named)},
+        "**/v1/route": {"data": [{"candidates": alike}]},
+    }
+    for address, answer in answers.items():
+        await page.route(address, lambda route, answer=answer: route.fulfill(json=answer))
     await page.reload()
     await go(page, "Ask")
     await expect(page.locator("#map .label.cluster")).to_have_count(len(KINDS))
     await page.get_by_label("Find").fill("refund")
-    await expect(page.locator("#map-count")).to_contain_text("Found: 25")
-    await page.locator("#map-count").click()
+    await expect(page.locator("#map-count")).to_have_text("Found: 25 by name or tag, 2 by samples")
     await save(page, folder, "map", "#map-panel")
 
 

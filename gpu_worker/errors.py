@@ -117,14 +117,12 @@ class RequestFailed(GpuWorkerError):
     kind = Kind.BROKEN
     code = "request_failed"
     remedy = "Change the request; repeating it fails again. The worker's log has the cause."
+    text = (
+        "the model failed to compute this request, also without other requests; a retry would fail again. Change"
+        " the request, or search the worker's log for {self.request_id}"
+    )
 
     request_id: str
-
-    def __str__(self) -> str:
-        return (
-            "the model failed to compute this request, also without other requests; a retry would fail again. Change"
-            f" the request, or search the worker's log for {self.request_id}"
-        )
 
 
 @dataclass(eq=False)
@@ -135,11 +133,9 @@ class DeadlineExceeded(GpuWorkerError):
     code = "deadline_exceeded"
     remedy = "Request fewer tokens or allow more time."
     param = "timeout_s"
+    text = "timeout_s was reached after {self.num_new_tokens} new tokens; request fewer tokens or raise timeout_s"
 
     num_new_tokens: int
-
-    def __str__(self) -> str:
-        return f"timeout_s was reached after {self.num_new_tokens} new tokens; request fewer tokens or raise timeout_s"
 
 
 @dataclass(eq=False)
@@ -149,11 +145,9 @@ class WaitedTooLong(GpuWorkerError):
     kind = Kind.BUSY
     code = "overloaded"
     remedy = RETRY_LATER
+    text = "the request waited {self.max_wait_s:g} s in the queue without starting; retry later"
 
     max_wait_s: float
-
-    def __str__(self) -> str:
-        return f"the request waited {self.max_wait_s:g} s in the queue without starting; retry later"
 
 
 class EngineFull(GpuWorkerError):

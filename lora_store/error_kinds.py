@@ -40,17 +40,22 @@ class ReportedError(Exception):
     `kind`: None for an error that never reaches a client of the API.
     `code`: the code in the API's error object. Errors after which a client would do the same share one.
     `remedy`: the action that helps.
+    `text`: the message, with fields of the error, as in "no model {self.model!r}".
     """
 
     kind: ClassVar[Kind | None] = None
     code: ClassVar[str] = ""
     remedy: ClassVar[str] = ""
+    text: ClassVar[str] = ""
     param: str | None = None  # the field of the request
     retry_after_s: float = 1.0
 
     def __post_init__(self) -> None:
         """Take a dataclass's fields as arguments: an error is pickled with these when a replica sends it."""
         self.args = tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return self.text.format(self=self) if self.text else super().__str__()
 
     @property
     def client_message(self) -> str:

@@ -46,12 +46,10 @@ class NameTaken(LoraStoreError):
     kind = Kind.CONFLICT
     code = "name_taken"
     remedy = "Choose another model name."
+    text = "name: {self.owner} is called {self.name!r} already; choose another name"
 
     name: str
     owner: str
-
-    def __str__(self) -> str:
-        return f"name: {self.owner} is called {self.name!r} already; choose another name"
 
 
 @dataclass(eq=False)
@@ -61,16 +59,14 @@ class QuotaExceeded(LoraStoreError):
     kind = Kind.FORBIDDEN
     code = "quota_exceeded"
     remedy = "Withdraw adapters, or ask the operator for a larger quota."
+    text = (
+        "quota exceeded: the tenant may have {self.limit} {self.what}, and this publish would make it"
+        " {self.wanted}; withdraw adapters first, or ask for a larger quota"
+    )
 
     what: str
     wanted: int
     limit: int
-
-    def __str__(self) -> str:
-        return (
-            f"quota exceeded: the tenant may have {self.limit} {self.what}, and this publish would make it"
-            f" {self.wanted}; withdraw adapters first, or ask for a larger quota"
-        )
 
 
 class FileRefused(LoraStoreError):
@@ -114,12 +110,10 @@ class BlobCorrupted(LoraStoreError):
     kind = Kind.BROKEN
     code = "store_damaged"
     remedy = "Publish the adapter again. `loraretriever pool verify` lists all such files."
+    text = "blob {self.digest} is corrupted: its bytes hash to {self.found}; publish the adapter again"
 
     digest: str
     found: str
-
-    def __str__(self) -> str:
-        return f"blob {self.digest} is corrupted: its bytes hash to {self.found}; publish the adapter again"
 
 
 class PlanInvalid(LoraStoreError):
@@ -149,26 +143,24 @@ class VersionConflict(LoraStoreError):
 class GenerationGone(LoraStoreError):
     """The events up to that generation were folded and their files deleted. The newest generation can be read."""
 
+    text = "generation {self.generation} of the pool is no longer stored; the newest is {self.newest}"
+
     generation: int
     newest: int
-
-    def __str__(self) -> str:
-        return f"generation {self.generation} of the pool is no longer stored; the newest is {self.newest}"
 
 
 @dataclass(eq=False)
 class ConditionalWritesMissing(LoraStoreError):
     """Two writers of this S3 endpoint could overwrite each other, because it accepts a write that must fail."""
 
+    text = (
+        "store_uri: the S3 endpoint ignores If-None-Match: it answered two conditional writes of one new object"
+        " with {self.first} and {self.second}, but the second must be 412. Two writers could overwrite each"
+        " other's changes of the pool. Use an endpoint that honours conditional writes, or a folder"
+    )
+
     first: int
     second: int
-
-    def __str__(self) -> str:
-        return (
-            "store_uri: the S3 endpoint ignores If-None-Match: it answered two conditional writes of one new object"
-            f" with {self.first} and {self.second}, but the second must be 412. Two writers could overwrite each"
-            " other's changes of the pool. Use an endpoint that honours conditional writes, or a folder"
-        )
 
 
 @dataclass(eq=False)
@@ -181,12 +173,10 @@ class StoreUnavailable(LoraStoreError):
     kind = Kind.UNAVAILABLE
     code = "store_unavailable"
     remedy = RETRY_LATER
+    text = "the adapter store cannot be reached: {self.cause}"
     client_message = "the adapter store cannot be reached; nothing is lost, try again later"
 
     cause: str
-
-    def __str__(self) -> str:
-        return f"the adapter store cannot be reached: {self.cause}"
 
 
 class StoreFull(StoreUnavailable):
@@ -196,13 +186,11 @@ class StoreFull(StoreUnavailable):
         "Retry once the operator has freed space. `loraretriever withdraw` and `loraretriever pool gc` work on a full"
         " disk."
     )
+    text = (
+        "the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever"
+        " pool gc`, or enlarge the disk"
+    )
     client_message = "the store's disk is full; nothing is lost, try again once the operator has freed space"
-
-    def __str__(self) -> str:
-        return (
-            f"the store's disk is full: {self.cause}; free space with `loraretriever withdraw` and `loraretriever"
-            " pool gc`, or enlarge the disk"
-        )
 
 
 class StoreDamaged(LoraStoreError):
@@ -214,6 +202,7 @@ class StoreDamaged(LoraStoreError):
     kind = Kind.BROKEN
     code = "store_damaged"
     remedy = "The operator stops the server and runs `loraretriever pool repair`. A retry does not help."
+    text = "the adapter store is damaged: {self.file} {self.problem}; {self.action}"
     client_message = "the adapter store is damaged, and its operator has to repair it; the server's log names the file"
 
     def __init__(self, file: str, problem: str, remedy: str = "") -> None:
@@ -221,9 +210,6 @@ class StoreDamaged(LoraStoreError):
         self.file = file
         self.problem = problem
         self.action = remedy or "stop every server of this store and run `loraretriever pool repair`"
-
-    def __str__(self) -> str:
-        return f"the adapter store is damaged: {self.file} {self.problem}; {self.action}"
 
 
 @dataclass(eq=False)

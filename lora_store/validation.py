@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -218,7 +219,8 @@ def _find_contract(folder: Path, label: Label, read: ReadContract | None) -> tup
 
 def _suggestion(name: str) -> str:
     """Return the nearest valid name as a hint, or ""."""
-    nearest = re.sub(r"[^A-Za-z0-9._-]+", "-", name[:200]).strip("-")[:64]
+    letters = unicodedata.normalize("NFKD", name[:200]).encode("ascii", "ignore").decode()
+    nearest = re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-")[:64]
     return f", such as {nearest!r}" if is_valid_name(nearest) else ""
 
 

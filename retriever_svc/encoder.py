@@ -18,7 +18,7 @@ from lora_store.location import DEFAULT_CACHE_DIR
 from retriever_svc.encoder_files import DEFAULT_MODEL, identity_files, model_folder
 from retriever_svc.errors import EncoderUnusable
 from retriever_svc.packaged_encoder import CONVERSION, TASK_PROMPT
-from retriever_svc.saved_network import SavedEncoder, load_saved
+from retriever_svc.saved_network import SUFFIX, SavedEncoder, load_saved
 from retriever_svc.vector_cache import OwnedText, VectorCache
 from retriever_svc.whitening import Whitening, split_identity
 
@@ -106,7 +106,7 @@ class Encoder:
         folder = model_folder(model, cache_dir)
         saves = None
         if dtype == "auto" and instruction is None and max_tokens == MAX_TOKENS and (folder / CONVERSION).is_file():
-            saves = folder.with_name(f"{folder.name}.openvino"), _identity(folder, str(max_tokens))
+            saves = folder.with_name(f"{folder.name}{SUFFIX}"), _identity(folder, str(max_tokens))
         found = load_saved(*saves, instruction_of, max_tokens, num_threads) if saves else None
         if found is None and num_threads is not None:
             import torch  # imported here, since it takes seconds

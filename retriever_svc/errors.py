@@ -17,14 +17,12 @@ class EncoderUnusable(RetrieverError):
     kind = Kind.INVALID
     code = "invalid_request"
     remedy = "Name a folder with safetensors weights, or a model hub id."
+    text = "encoder {self.model!r} cannot be used: {self.reason}"
 
     def __init__(self, model: str, reason: str) -> None:
         super().__init__(model, reason)
         self.model = model
         self.reason = reason
-
-    def __str__(self) -> str:
-        return f"encoder {self.model!r} cannot be used: {self.reason}"
 
 
 class ProjectionUnusable(RetrieverError):
@@ -104,12 +102,11 @@ class TrainingUnavailable(RetrieverError):
 class EncoderExists(RetrieverError):
     """The target folder of a training exists already."""
 
+    text = "{self.folder} exists already: choose another folder, or delete it"
+
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
         self.folder = folder
-
-    def __str__(self) -> str:
-        return f"{self.folder} exists already: choose another folder, or delete it"
 
 
 class NoAdapterMatched(RetrieverError):
@@ -139,11 +136,9 @@ class StaleIndex(RetrieverError):
     kind = Kind.BUSY
     code = "stale_index"
     remedy = RETRY_LATER
+    text = "generation {self.wanted} is not served yet: this replica is at {self.found}; retry later"
 
     def __init__(self, wanted: int, found: int) -> None:
         super().__init__(wanted, found)
         self.wanted = wanted
         self.found = found
-
-    def __str__(self) -> str:
-        return f"generation {self.wanted} is not served yet: this replica is at {self.found}; retry later"

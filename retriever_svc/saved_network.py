@@ -25,6 +25,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from retriever_svc.unigram_tokenizer import RULES, Tokens, UnigramTokenizer, save_unigram
+
 logger = logging.getLogger(__name__)
 
 Run = Callable[[list[NDArray[np.int64]]], Mapping[Any, NDArray[np.float32]]]
@@ -36,6 +38,7 @@ _PROBES = ["", "Is it so?", _LONG], [20 * _LONG]  # a batch with padding, and a 
 _REASON_CHARS = 400  # of an error, on one line; OpenVINO names the place in its sources first
 _MAX_KERNELS = 1024  # that are kept: each length of a text needs its own; 1,024 take about 200 MB
 _MAKERS = ("openvino", "sentence-transformers", "tokenizers", "transformers")  # libraries that the result depends on
+SUFFIX = ".openvino-2"  # of the folder; another number makes the files again after a change of their format
 _RECORD, _FACTS, _NETWORK, _TOKENIZER, _VECTORS = "record.json", "facts.json", "network.xml", "tokenizer.json", "v.npy"
 
 
@@ -48,9 +51,8 @@ class SavedEncoder:
         self.prompts: dict[str, str] = facts["prompts"]
         self.max_seq_length: int = min(max_tokens, facts["max_seq_length"])
         self._dim, self._names = facts["dim"], facts["names"]
-        self._tokenizer = Tokenizer.from_file(str(place / _TOKENIZER))
-        self._tokenizer.enable_truncation(self.max_seq_length)
-        self._tokenizer.enable_padding(pad_id=facts["pad"])
+        load = UnigramTokenizer if (place / RULES).exists() else _OtherTokenizer
+        self._tokenizer = load(place, self.max_seq_length, facts["pad"])
         self._run = compiled(import_openvino().Core().read_model(place / _NETWORK), num_threads or _num_cpus())
 
     def get_embedding_dimension(self) -> int:
@@ -58,13 +60,25 @@ class SavedEncoder:
 
     def encode(self, texts: Sequence[str], *, prompt: str, **_: object) -> Vectors:
         """Return the mean of each text's tokens as unit rows (N, D). Other options have their values in `Encoder`."""
-        read = self._tokenizer.encode_batch([prompt + text for text in texts])
-        ids, mask = np.array([each.ids for each in read]), np.array([each.attention_mask for each in read])
+        ids, mask = self._tokenizer.encode([prompt + text for text in texts])
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         [tokens] = self._run([inputs[name] for name in self._names]).values()  # (N, T, D)
         means = np.einsum("ntd,nt->nd", tokens, mask.astype(np.float32)) / mask.sum(axis=1, keepdims=True)
         rows: Vectors = (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
         return rows
+
+
+class _OtherTokenizer:
+    """A tokenizer that is run by `tokenizers`, with the interface of `UnigramTokenizer`."""
+
+    def __init__(self, place: Path, max_tokens: int, pad: int) -> None:
+        self._tokenizer = Tokenizer.from_file(str(place / _TOKENIZER))
+        self._tokenizer.enable_truncation(max_tokens)
+        self._tokenizer.enable_padding(pad_id=pad)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        read = self._tokenizer.encode_batch(texts)
+        return np.array([each.ids for each in read]), np.array([each.attention_mask for each in read])
 
 
 def load_saved(
@@ -104,7 +118,8 @@ def save_network(
             target = Path(scratch, "saved")
             target.mkdir()
             import_openvino().save_model(network, target / _NETWORK)  # in 16 bits, which the weights came in
-            tokenizer.save(str(target / _TOKENIZER), pretty=False)
+            if not save_unigram(target, tokenizer):
+                tokenizer.save(str(target / _TOKENIZER), pretty=False)
             np.save(target / _VECTORS, expected)
             (target / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
             (target / _RECORD).write_text(json.dumps(_record(target, source)), encoding="utf-8")

@@ -13,6 +13,8 @@ FEW_WORDED = 5  # fewer samples say nothing about their wording
 # How often `auto` answers a reworded prompt with the right adapter, by what its owner gave: means of the test pools of
 # `python -m benchmarks.routing.wording`.
 RIGHT_BY_DESCRIPTION, RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE = 0.423, 0.495, 0.624
+MOST_COMPARED = 100  # texts among which the most different ones are looked for, spread over all
+_COMPARED_CHARS = 500  # of each
 _LEAST_CHARS = 12  # a shorter beginning is shared by chance
 _LEAST_REST = 8  # a text of which less would remain is kept whole
 
@@ -38,6 +40,24 @@ def num_wordings(texts: Sequence[str]) -> int:
                 old, new = group_of[other], group_of[text]
                 group_of = {key: new if group == old else group for key, group in group_of.items()}
     return len(set(group_of.values()))
+
+
+def choose_varied(texts: Sequence[str], count: int) -> list[int]:
+    """Return the places of up to `count` texts: the first one, then each time the one that shares fewest words.
+
+    Of equal ones the earlier is chosen, and the places are in the order of choice.
+    """
+    step = max(1, -(-len(texts) // MOST_COMPARED))
+    words = {place: set(texts[place][:_COMPARED_CHARS].casefold().split()) for place in range(0, len(texts), step)}
+    shared, chosen = dict.fromkeys(words, 0.0), list[int]()
+    while shared and len(chosen) < count:
+        place = min(shared, key=lambda place: shared[place])
+        del shared[place]
+        chosen.append(place)
+        for other in shared:
+            common = len(words[place] & words[other]) / max(1, len(words[place] | words[other]))
+            shared[other] = max(shared[other], common)
+    return chosen
 
 
 def has_one_wording(num_samples: int, num_wordings: int) -> bool:

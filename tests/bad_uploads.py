@@ -25,11 +25,10 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class BadFolder:
-    """`spoil` damages a valid folder. `travels`: such a folder can also be sent as a multipart form."""
+    """`spoil` damages a valid folder."""
 
     spoil: Spoil
     cause: str
-    travels: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,21 +175,18 @@ _FILES = {
         write("adapter_model.bin", _PICKLE), "adapter_model.bin is a pickle, which runs code when read"
     ),
     "pickle by another name": BadFolder(write(WEIGHTS, _PICKLE), "adapter_model.safetensors: has a header of"),
-    "link to weights": BadFolder(_link_weights, "'adapter_model.safetensors' is a symbolic link", travels=False),
-    "dangling link": BadFolder(_dangling_samples, "'lora_samples.jsonl' is a symbolic link", travels=False),
+    "link to weights": BadFolder(_link_weights, "'adapter_model.safetensors' is a symbolic link"),
+    "dangling link": BadFolder(_dangling_samples, "'lora_samples.jsonl' is a symbolic link"),
     "unread link": BadFolder(
-        lambda folder: (folder / "README.md").symlink_to("/etc/hosts"), "'README.md' is a symbolic link", travels=False
+        lambda folder: (folder / "README.md").symlink_to("/etc/hosts"), "'README.md' is a symbolic link"
     ),
-    "named pipe": BadFolder(_pipe, "adapter_config.json: is not a regular file", travels=False),
-    "folder for weights": BadFolder(
-        _folder_for(WEIGHTS), "adapter_model.safetensors: is not a regular file", travels=False
-    ),
-    "folder for samples": BadFolder(_folder_for(SAMPLES), "lora_samples.jsonl: is not a regular file", travels=False),
-    "many files": BadFolder(_many_files, "more than 1000 files", travels=False),
+    "named pipe": BadFolder(_pipe, "adapter_config.json: is not a regular file"),
+    "folder for weights": BadFolder(_folder_for(WEIGHTS), "adapter_model.safetensors: is not a regular file"),
+    "folder for samples": BadFolder(_folder_for(SAMPLES), "lora_samples.jsonl: is not a regular file"),
+    "many files": BadFolder(_many_files, "more than 1000 files"),
     "large weights": BadFolder(
         _sparse(WEIGHTS, (1 << 30) + 1),
         "has 1025 MiB; this server takes 1024 MiB (admission.max_weights_bytes). float32 weights take half as much",
-        travels=False,
     ),
     "large config": BadFolder(
         _sparse(CONFIG, (1 << 20) + 1), "adapter_config.json: has 2 MiB; this server takes 1 MiB"

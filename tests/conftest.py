@@ -7,6 +7,9 @@ import gc
 gc.disable()  # until tests are collected: half the time of that, and a third of the imports', went into it
 
 import copy
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -34,6 +37,16 @@ settings.load_profile("small")  # `make soak` loads the other one
 
 torch.set_num_threads(1)  # tiny products are slower on two threads
 ON_A_CLUSTER = ("cluster", "e2e", "servers")  # folders
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Give what tests and their processes leave in the temporary folder one that is removed at the end."""
+    if hasattr(session.config, "workerinput"):
+        return  # a process of pytest-xdist has the environment of the one that started it
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # of failed tests
+    folder = tempfile.mkdtemp(prefix="lr-")  # short, for paths of sockets
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    session.config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -28,7 +28,7 @@ EDGE_ONLY = {"ray", "fastapi", "pydantic", "starlette"}
 # Rooms of one floor do not import each other.
 FLOORS: dict[str, list[set[str]]] = {
     "deployments": [
-        {"json_types", "private_names"},
+        {"json_types", "private_names", "serve_import"},
         {"errors", "field_problems"},
         {"api", "byte_budget"},
         {"scaling"},
@@ -182,9 +182,9 @@ def test_only_packages_that_run_models_import_model_libraries() -> None:
     """Importing them takes seconds and memory, in every new replica and in the process of the command."""
     code = """
 import sys
-from deployments.cli.main import _import_serve, _settings_of_server
+from deployments.cli.main import _settings_of_server
 _settings_of_server(None, {})  # as the command begins
-_import_serve()
+import deployments.serve_import
 import deployments.cli.run_server, deployments.app  # the latter imports every deployment's module
 heavy = {"torch", "transformers", "sentence_transformers", "openvino", "peft", "sklearn", "pandas"}
 assert "ray.serve" in sys.modules

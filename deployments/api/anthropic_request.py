@@ -209,6 +209,8 @@ class Conversation(TolerantRequest):
 class MessagesRequest(Conversation, GenerationRequest):
     """`POST /v1/messages`"""
 
+    always_shows_usage: ClassVar[bool] = True
+
     max_tokens: int = Field(ge=1)
     """The most new tokens."""
     stop_sequences: Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
@@ -225,11 +227,6 @@ class MessagesRequest(Conversation, GenerationRequest):
         has_format = self.output_config is not None and self.output_config.format is not None
         own = {"stop": self.stop_sequences is not None, "response_format": has_format}
         return self.model_fields_set | {name for name, is_set in own.items() if is_set}
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the usage: `message_delta` has it always."""
-        return True
 
     @property
     def num_logprobs(self) -> int | None:

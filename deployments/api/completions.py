@@ -191,6 +191,8 @@ class GenerationRequest(TolerantRequest, PolicyFields):
     """Shared fields of chat and text completions."""
 
     model_config = ConfigDict(extra="allow")
+    always_shows_usage: ClassVar[bool] = False
+    """Whether every stream ends with the usage, without `stream_options`."""
 
     merged_adapters: MergedAdapters | None = None
     """LoRAX's spelling. `linear` is `fusion` with each adapter's own scaling; other strategies are refused."""
@@ -238,10 +240,6 @@ class GenerationRequest(TolerantRequest, PolicyFields):
     def set_fields(self) -> Set[str]:
         """The fields that the request sets; those that another API calls otherwise by their names here."""
         return self.model_fields_set
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self) -> SamplingParams:
         """Return the sampling parameters. Raises: SamplingInvalid, GrammarInvalid."""

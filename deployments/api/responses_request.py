@@ -190,6 +190,7 @@ class ResponsesRequest(GenerationRequest):
 
     not_served: ClassVar[Passing] = NOT_SERVED_IN_RESPONSES
     declines: ClassVar[Mapping[str, str]] = TOOLS_AND_CHOICES
+    always_shows_usage: ClassVar[bool] = True
 
     input: Annotated[
         list[InputItem],
@@ -242,11 +243,6 @@ class ResponsesRequest(GenerationRequest):
     def set_fields(self) -> Set[str]:
         has_format = self.text is not None and self.text.format is not None
         return self.model_fields_set | ({"response_format"} if has_format else set())
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the usage: the last event of a response has it always."""
-        return True
 
     @property
     def _choice(self) -> ToolChoice | None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from deployments.api import error_table
+from deployments.api.contract import applied_contract
 from deployments.batch.input import PartReader
 from deployments.batch.rows import Asked, bodies_of, request_of
 from deployments.batch.run import BatchRun, Part
 from deployments.calls.catalogue_clients import RoutingClient
 from deployments.config.served_model import ServedModels
-from deployments.generation.completions import bind, jobs_of, with_contracts
+from deployments.generation.completions import jobs_of
 from deployments.generation.planner import Planner
 from deployments.json_types import JsonObject
 from deployments.retriever_factory import live_pool, retriever_over
@@ -65,15 +66,17 @@ async def ask_planner(planner: Planner, models: ServedModels, tenant: str, name:
     """Plan one row as the Ingress plans the same body. An error becomes the row's error."""
     try:
         request = request_of(body)
-        request, questions, bound = await bind(planner, request, tenant)
-        sampling = request.sampling()
-        planned = await planner.plan(questions[0], tenant)
-        [planned] = [planned] if bound is None else bound.explained([planned])
-        [planned] = with_contracts(request, questions, [planned], sampling, models.first)
-        [job] = jobs_of(name, sampling, questions, [planned], [models.named(planned.plan.base_model).template])
+        request, sampling, questions, bound = await planner.bind(request, tenant)
+        plans = await planner.plan_all(questions, tenant)
+        [planned] = plans if bound is None else bound.explained(plans)
+        given, most = request.set_fields, models.first.max_new_tokens
+        contract = applied_contract(planned.plan, questions[0], sampling, given, most)
+        planned = replace(planned, contract=contract)
+        template = models.named(planned.plan.base_model).template
+        [job] = jobs_of(name, tenant, sampling, questions, [planned], [template])
     except Exception as exc:
         return Asked(error=error_table.describe(exc)[1]["error"])
-    return Asked(planned, replace(job, tenant=tenant))
+    return Asked(planned, job)
 
 
 class BatchRouting(RoutingClient):

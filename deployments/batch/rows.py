@@ -16,7 +16,7 @@ from deployments.api.responses import Planned
 from deployments.auth.authenticator import Caller
 from deployments.errors import BatchRefused, RequestInvalid
 from deployments.json_types import JsonMapping, JsonObject
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.observability.usage import encode_event
 from gpu_worker.front.request.request import Completion, Delta, Job
 

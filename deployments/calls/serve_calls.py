@@ -87,11 +87,6 @@ def bypass_http_proxy() -> None:
     os.environ.setdefault("grpc_proxy", "")
 
 
-def over_object_store(handle: DeploymentHandle) -> DeploymentHandle:
-    """Use Ray's tasks: for large arguments, and for answers with object references, which gRPC would never free."""
-    return handle.options(_by_reference=True)
-
-
 def returning_refusals(deployment: type[Replica], protocol: type) -> type[Replica]:
     """Return the deployment with calls that return refusals as values. `protocol` names these calls."""
     calls = {name: getattr(deployment, name) for name in dir(protocol) if not name.startswith("_")}
@@ -130,13 +125,6 @@ def _returning_stream(call: Callable[..., AsyncGenerator[object]]) -> Callable[.
     return answer
 
 
-def answer_or_raise(answer: T) -> T:
-    """Return the answer of a replica. Raises: the refusal that the replica returned instead."""
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
 class ServeCalls(Generic[Replica]):
     """The calls of one handle. `Replica` is the Protocol that each replica of the deployment satisfies."""
 
@@ -144,15 +132,17 @@ class ServeCalls(Generic[Replica]):
         self._handle = handle
 
     def over_object_store(self) -> ServeCalls[Replica]:
-        """Return the same calls over Ray's object store."""
-        return ServeCalls(over_object_store(self._handle))
+        """Return the same calls by Ray's tasks: for large arguments, and references, which gRPC would never free."""
+        return ServeCalls(self._handle.options(_by_reference=True))
 
     async def once(
         self, method: Callable[Concatenate[Replica, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Return one replica's answer. Raises: RayActorError if that replica dies; the error of the method."""
         answer: T = await getattr(self._handle, method.__name__).remote(*args, **kwargs)
-        return answer_or_raise(answer)
+        if isinstance(answer, Exception):  # a refusal, which the replica returned
+            raise answer
+        return answer
 
     async def retry(
         self, method: Callable[Concatenate[Replica, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -170,7 +160,9 @@ class ServeCalls(Generic[Replica]):
         response = getattr(self._handle.options(stream=True), method.__name__).remote(*args, **kwargs)
         try:
             async for item in response:
-                yield answer_or_raise(item)
+                if isinstance(item, Exception):
+                    raise item
+                yield item
         finally:
             response.cancel()
 

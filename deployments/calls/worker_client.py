@@ -21,7 +21,6 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
-from deployments.calls.serve_calls import answer_or_raise
 from deployments.calls.shared import Shared
 from deployments.calls.typed_client import ServeClient, retry
 from deployments.errors import WorkerStarting
@@ -98,7 +97,9 @@ class HeartbeatStream(Generic[T]):
         if isinstance(item, tuple):  # a ResidencyReport, of this version of the server or another one
             HEARD.hear(item)
             return None
-        return answer_or_raise(item)
+        if isinstance(item, Exception):  # a refusal, which the replica returned
+            raise item
+        return item
 
 
 @dataclass(slots=True)
@@ -141,28 +142,16 @@ class WorkerReplica(WorkerCalls, Protocol):
     async def usage(self) -> Mapping[str, Usage]: ...
 
 
-class DeltaStream(Protocol):
-    """The deltas of one job, None for a heartbeat, then the end. `cancel` ends the job at its Worker."""
-
-    def cancel(self) -> None: ...
-    async def next(self, deadline: float) -> Delta | StreamEnd | None: ...
-
-
-class WorkerGroup(Protocol):
-    """Replicas of one Worker deployment or of several. Broadcasts return the answer or error of each replica.
+class WorkerClient(WorkerCalls, Protocol):
+    """The Worker deployment of one base model. Broadcasts return the answer or error of each replica.
 
     Broadcasts raise DeploymentUnavailableError if no replica runs, and TimeoutError if one does not answer in time.
     """
 
-    def stream(self, job: Job) -> DeltaStream: ...
+    def stream(self, job: Job) -> HeartbeatStream[Delta]: ...
     async def broadcast_forget(
         self, weights_digests: Collection[str], timeout_s: float
     ) -> list[bool | BaseException]: ...
-
-
-class WorkerClient(WorkerCalls, WorkerGroup, Protocol):
-    """The Worker deployment of one base model."""
-
     async def broadcast_load(self, timeout_s: float) -> list[EngineStatus | BaseException]: ...
     async def broadcast_usage(self, timeout_s: float) -> list[Mapping[str, Usage] | BaseException]: ...
 
@@ -190,7 +179,7 @@ class ServeWorker(ServeClient[WorkerReplica], WorkerClient):
         worker = status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
         return worker.replica_states.get("RUNNING", 0) == 0 and worker.status in _CAN_START
 
-    def stream(self, job: Job) -> DeltaStream:
+    def stream(self, job: Job) -> HeartbeatStream[Delta]:
         # Over gRPC, which saves work for each token and heartbeat: docs/benchmarks/index.md states how much.
         response = self._handle.options(stream=True, _by_reference=False).stream.remote(job)
         return HeartbeatStream(response, self._heartbeat_timeout_s)
@@ -215,19 +204,20 @@ def serve_worker(
     return ServeWorker(handle, heartbeat_timeout_s, status)  # type: ignore[abstract]  # as `serve_store`
 
 
-class WorkerGate:
-    """Holds requests until a worker runs. With `timeout_s` None workers never scale to zero, and nothing is held.
+class BaseWorkers:
+    """The workers of one base model. A request passes `ready` first, which holds it until one runs.
 
-    The call that starts a worker stays in Serve's queue when its waiters have left, so the next request finds a worker.
+    With `timeout_s` None workers never scale to zero, and nothing is held. The call that starts a worker stays in
+    Serve's queue when its waiters have left, so the next request finds a worker.
     """
 
     def __init__(
-        self, worker: WorkerClient, timeout_s: float | None, *, clock: Callable[[], float] = time.monotonic
+        self, client: WorkerClient, timeout_s: float | None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._worker = worker
+        self.client = client
         self._timeout_s = timeout_s
         self._shapes: Shapes | None = None  # a base model's never change
-        self._running = Shared(worker.wait_for_replica, kept_s=KEPT_S, clock=clock)
+        self._running = Shared(client.wait_for_replica, kept_s=KEPT_S, clock=clock)
 
     async def ready(self) -> None:
         """Return when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
@@ -237,7 +227,7 @@ class WorkerGate:
     async def module_shapes(self) -> Shapes:
         """Return the module shapes when a worker runs. Raises: WorkerStarting; the error of a worker that just died."""
         if self._timeout_s is None:
-            self._shapes = await self._worker.module_shapes()
+            self._shapes = await self.client.module_shapes()
         else:
             self._shapes = await self._ask(self._timeout_s)
         return self._shapes
@@ -249,11 +239,11 @@ class WorkerGate:
     async def check(self) -> None:
         """Ask a worker, unless none runs because none is needed. Raises: the errors of the call."""
         if not await self.is_scaled_to_zero():
-            self._shapes = await self._worker.module_shapes()
+            self._shapes = await self.client.module_shapes()
 
     async def is_scaled_to_zero(self) -> bool:
         """Return whether no worker runs because none is needed: the next request starts one."""
-        return self._timeout_s is not None and await self._worker.is_scaled_to_zero()
+        return self._timeout_s is not None and await self.client.is_scaled_to_zero()
 
     async def _ask(self, timeout_s: float) -> Shapes:
         try:
@@ -265,15 +255,7 @@ class WorkerGate:
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class BaseWorkers:
-    """The workers of one base model. Requests pass their gate first."""
-
-    client: WorkerClient
-    gate: WorkerGate
-
-
-class Workers(WorkerGroup):
+class Workers:
     """The workers of every served base model. A job runs on those of its plan's base model."""
 
     def __init__(self, by_model: Mapping[str, BaseWorkers], bases: ServedBases | None = None) -> None:
@@ -292,7 +274,7 @@ class Workers(WorkerGroup):
         """Return whether two adapters that name these have one base model."""
         return first == second or self._bases.find(first) == self._bases.find(second)
 
-    def stream(self, job: Job) -> DeltaStream:
+    def stream(self, job: Job) -> HeartbeatStream[Delta]:
         return self.named(job.plan.base_model).client.stream(job)
 
     async def broadcast_forget(self, weights_digests: Collection[str], timeout_s: float) -> list[bool | BaseException]:

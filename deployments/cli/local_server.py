@@ -49,6 +49,8 @@ CHEAPER_SERVE = {
 }
 # An Ingress that no longer responds keeps its address until its process ends. Serve would give it ten minutes.
 ENDS_AT_ONCE = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+# Imported by Ray's workers as they start, while this process still prepares the application.
+_IMPORTED_BY_WORKERS = {"RAY_preload_python_modules": "deployments.serve_import"}
 _NICENESS_VARIABLE = "RAY_worker_niceness"
 _LOOPBACK = "127.0.0.1"
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -164,7 +166,8 @@ class Server:
         os.environ.update({CALLBACK_VARIABLE: CALLBACK, **_PROXY_BY_GRPC})  # inherited by Ray's processes
         os.environ.setdefault(_NICENESS_VARIABLE, "0")
         bypass_http_proxy()
-        with _inherited(CHEAPER_SERVE | ({} if self._uses_proxy else ENDS_AT_ONCE)), _fewer_processes():
+        inherited = CHEAPER_SERVE | _IMPORTED_BY_WORKERS | ({} if self._uses_proxy else ENDS_AT_ONCE)
+        with _inherited(inherited), _fewer_processes():
             context = ray.init(
                 "local",  # ignores RAY_ADDRESS
                 num_cpus=self._num_cpus,

@@ -120,7 +120,7 @@ def serve(
     try:
         if port:
             check_free(host, port)
-        _import_serve()
+        importlib.import_module("deployments.serve_import")  # before anything else imports Serve
         from deployments.private_names import check_libraries
 
         check_libraries(of_engine=False)
@@ -311,17 +311,6 @@ def _describe_load(workers: JsonObject) -> list[str]:
     load = f"{workers['num_running']} of {workers['max_running']} rows running, {workers['num_waiting']} waiting"
     bank = f"{workers['bank_adapters']} adapters in {workers['bank_rows_occupied']} of {workers['bank_rows']} rank rows"
     return [f"workers:  {replicas['answered']}{silent}; {load}", f"bank:     {bank}"]
-
-
-def _import_serve() -> None:
-    """Import Ray Serve as where pandas is not installed: it takes 40 MB of this process, which needs none of it."""
-    if "pandas" not in sys.modules:
-        sys.modules["pandas"] = None  # type: ignore[assignment]  # Python then raises ImportError
-        try:
-            with suppress(ImportError):  # `check_libraries` says what is missing
-                importlib.import_module("ray.serve")
-        finally:
-            del sys.modules["pandas"]
 
 
 def _settings_of_server(config: Path | None, changes: JsonObject) -> AppConfig:

@@ -80,7 +80,7 @@ def list_adapters(
 @commands.command()
 def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
     """Show an adapter, its versions, and some of its samples if it is yours."""
-    answer = call(url, "GET", lora_path(name), params={"samples": str(_SHOWN_SAMPLES)})
+    answer = call(url, "GET", lora_path(name), params={"samples": str(_SHOWN_SAMPLES), "varied": "true"})
     if as_json:
         print_json(answer)
         return

@@ -106,6 +106,11 @@ class ServedModels:
     def _by_name(self) -> dict[str, ServedModel]:
         return {"": self.first, **{model.name: model for model in self.models}}
 
+    def limiting(self, model: str) -> ServedModel:
+        """Return the base model whose limits hold for a request's `model`: of those that may answer the widest."""
+        base_model, _ = self.split(model)
+        return self.named(base_model) if base_model else self.widest
+
     def made_for(self, base_model: str | None) -> ServedModel:
         """Return the base model that an adapter names; the first one where it names none, or one that is not served."""
         return self.named(self.bases.find(base_model or "") or "")

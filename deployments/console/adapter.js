@@ -7,7 +7,7 @@ import { adapterLink, trialText } from "./plan.js";
 import { codeBlocks } from "./snippets.js";
 import { readUses } from "./usage.js";
 
-const NUM_SAMPLES = 8;
+const NUM_SAMPLES = 8; // those that differ most in their words
 const MAX_SAMPLES = 200; // that the server shows
 let shown = null; // the adapter, as the server describes it
 let handlers = { onAsk: () => {}, onChange: () => {}, onCompare: () => {} };
@@ -29,7 +29,7 @@ export function start(callbacks) {
 export async function open(name) {
   if (shown?.id !== name) clear(name);
   try {
-    const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}&evaluation=true`);
+    const found = await read(`v1/loras/${encodeURIComponent(name)}?samples=${NUM_SAMPLES}&varied=true&evaluation=true`);
     if (byId("adapter-title").textContent !== name) return; // another one was opened meanwhile
     show(found);
     await Promise.all([showRouted(found), showProposed(found), showUses(found)]);

@@ -57,11 +57,14 @@ export function suggested(folders) {
   const step = (folder) => Number(/^checkpoint-(\d+)$/.exec(folder.name)?.[1] ?? NaN);
   const last = (folder) => Math.max(...folders.filter((other) => other.parent === folder.parent).map(step).filter((number) => number >= 0));
   return folders.map((folder) => {
-    if (!(step(folder) >= 0) || !folder.parent) return { ...folder, as: folder.name, ticked: true };
-    const isLast = step(folder) === last(folder);
-    return { ...folder, as: isLast ? folder.parent : `${folder.parent}-${step(folder)}`, ticked: isLast };
+    if (!(step(folder) >= 0) || !folder.parent) return { ...folder, as: nearestName(folder.name), ticked: true };
+    const isLast = step(folder) === last(folder), run = nearestName(folder.parent);
+    return { ...folder, as: isLast ? run : `${run}-${step(folder)}`, ticked: isLast };
   });
 }
+
+/** Returns the valid name that is nearest to `text`, as the command line has it. */
+const nearestName = (text) => text.normalize("NFKD").replace(/[\u0300-\u036f]/g, "").replace(/[^\w.-]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 64) || text;
 
 /** Reads the configuration and the samples of a folder. `problems` prevent a publish, as the server would refuse it.
  * `bases`: the base model names that the server accepts; null if unknown. */

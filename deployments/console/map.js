@@ -1,7 +1,7 @@
 // Draws the adapters as points in named clusters, with the last prompt among them. Near ones have similar samples.
 
 import { post, read, reasonOf } from "./api.js";
-import { byId, element, say, shape, whole } from "./dom.js";
+import { byId, element, say, shape, soon, whole } from "./dom.js";
 import { Labels } from "./labels.js";
 import { adapterLink } from "./plan.js";
 import * as viewport from "./viewport.js";
@@ -9,6 +9,9 @@ import * as viewport from "./viewport.js";
 const MARGIN = 22;
 const MAX_LABELS = 60;
 const MAX_LISTED = 50;
+const MAX_FOUND = 500; // adapters with the words of a search that are marked
+const NUM_ALIKE = 5; // adapters with samples most like them
+const NOTHING = { text: "", total: 0, named: [], alike: [] };
 const MAX_STRETCH = 2;
 const MANY = 300; // points in view, of which only clusters have labels, and a click goes nearer
 let drawn = { generation: 0, num_adapters: 0, clusters: [], points: [] };
@@ -18,10 +21,11 @@ let chosen = []; // the adapters that answered it, best first
 let spots = []; // every adapter with its place on the whole map, the chosen ones last so that they are on top
 let rings = []; // the clusters with theirs
 let mark = null; // that of the prompt
-let found = new Set(); // the adapters that the search finds
+let hits = NOTHING; // of the search: names with its words, how many there are, and candidates of a prompt with them
+let found = new Set(); // those of them that are on the map, best first
 let near = []; // the adapters in view
 let current = null; // the name under the pointer or the arrow keys
-let numLoads = 0;
+let numLoads = 0, numSearches = 0;
 let onChoose = () => {};
 
 export function start(callbacks) {
@@ -37,8 +41,8 @@ export function start(callbacks) {
   for (const [id, work] of Object.entries({ "map-in": viewport.zoomIn, "map-out": viewport.zoomOut, "map-whole": viewport.showAll })) byId(id).addEventListener("click", work);
   byId("map-large").hidden = !document.fullscreenEnabled;
   byId("map-large").addEventListener("click", () => (document.fullscreenElement ? document.exitFullscreen() : byId("map-panel").requestFullscreen()));
-  byId("map-search").addEventListener("input", search);
-  byId("map-form").addEventListener("submit", (event) => { event.preventDefault(); if (found.size) viewport.showThese([...found]); });
+  byId("map-search").addEventListener("input", soon(search, 300));
+  byId("map-form").addEventListener("submit", (event) => { event.preventDefault(); goToFound(); });
 }
 
 /** Draws the pool at `generation` or later. */
@@ -51,6 +55,8 @@ export async function load(generation) {
     if (asked) await locatePrompt();
     note("");
     fit();
+    hits = NOTHING; // of another generation, or of another key
+    search();
   } catch (error) {
     if (number === numLoads) say("map-note", reasonOf(error));
   }
@@ -112,22 +118,50 @@ function fit() {
   byId("map-rings").replaceChildren(...rings.map(({ px, py, rx, ry }) => shape("ellipse", { cx: px, cy: py, rx, ry })));
   byId("map-dots").setAttribute("d", dots(others));
   byId("map").classList.toggle("many", spots.length > MANY);
-  search();
+  markFound();
 }
 
 /** Returns the path of these points: one shape for thousands, which zooming does not change. */
 const dots = (points) => points.map(({ px, py }) => `M${px.toFixed(2)} ${py.toFixed(2)}h0`).join("");
 
-/** Marks the adapters whose name, or whose cluster's name, has the words of the search field. */
-function search() {
-  const text = byId("map-search").value.trim().toLowerCase();
-  const has = (name) => name.toLowerCase().includes(text);
-  const groups = drawn.clusters.map(({ name }) => has(name));
-  found = new Set(text ? spots.filter(({ name, cluster }) => has(name) || groups[cluster]) : []);
+/** Asks the server for adapters with the words of the search field in name or tag, and for those that a prompt with them would find. */
+async function search() {
+  const text = byId("map-search").value.trim(), number = ++numSearches;
+  if (text === hits.text) return;
+  const named = text && read(`v1/loras?${new URLSearchParams({ search: text, limit: MAX_FOUND })}`);
+  const routed = text && post("v1/route", { prompt: [text], lora: { k: NUM_ALIKE, fallback: "base", explain: true } }, { quietly: true }).catch(() => ""); // a key may not ask
+  try {
+    const [{ data = [], total = 0 }, { data: [plan] = [] }] = await Promise.all([named, routed]);
+    if (number !== numSearches) return;
+    const names = data.map(({ id }) => id), isOther = ({ name }) => !names.includes(name);
+    hits = { text, total, named: names.map((name) => ({ name })), alike: (plan?.candidates ?? []).filter(isOther) };
+    if (text && !byId("map").classList.contains("searched")) byId("map-count").parentElement.open = true;
+    markFound();
+    say("map-spoken", text && countFound());
+  } catch (error) {
+    if (number === numSearches) note(reasonOf(error));
+  }
+}
+
+const countFound = () => `Found: ${whole(hits.total)} by name or tag, ${whole(hits.alike.length)} by samples`;
+
+/** Marks what the search found. */
+function markFound() {
+  const bySpot = new Map(spots.map((spot) => [spot.name, spot]));
+  found = new Set([...hits.named, ...hits.alike].map(({ name }) => bySpot.get(name)).filter(Boolean));
   byId("map-found").setAttribute("d", dots([...found].filter(({ rank }) => rank < 0)));
-  byId("map").classList.toggle("searched", Boolean(text));
-  if (text) say("map-spoken", `${whole(found.size)} found`);
+  byId("map").classList.toggle("searched", Boolean(hits.text));
   look();
+}
+
+/** Shows everything that was found, and selects the first. Then the arrow keys go on to the others. */
+async function goToFound() {
+  await search();
+  if (!found.size) return;
+  const [first] = found;
+  byId("map").focus();
+  viewport.showThese([...found]);
+  select(first);
 }
 
 /** Draws and lists what is in view now. */
@@ -137,17 +171,17 @@ function look() {
   list();
 }
 
-/** Lists what is in view: the adapters that the search finds, else the clusters, or the adapters if they are few. */
+/** Lists the adapters that the search finds, else what is in view: the clusters, or the adapters if they are few. */
 function list() {
-  const isInView = viewport.sight();
-  const searched = byId("map").classList.contains("searched"), inView = near.filter((spot) => found.has(spot)).length;
-  const rows = searched ? [...found] : near;
-  say("map-count", searched ? `Found: ${whole(found.size)}, ${whole(inView)} of them in view` : `In view: ${whole(near.length)} of ${whole(drawn.num_adapters)}`);
+  const isInView = viewport.sight(), searched = Boolean(hits.text);
+  const rows = searched ? [...hits.named, ...hits.alike] : [...near].sort(byName);
+  say("map-count", searched ? countFound() : `In view: ${whole(near.length)} of ${whole(drawn.num_adapters)}`);
   const hasClusters = !searched && rings.length > 0 && near.length > MAX_LISTED;
   const nearer = (ring) => element("button", { type: "button", class: "small", onclick: () => goTo(ring) }, ring.name);
   const clusters = () => rings.filter(isInView).map((ring) => element("li", {}, nearer(ring), " ", element("small", {}, `${whole(ring.num_adapters)} adapters`)));
-  const adapters = () => [...rows].sort((a, b) => (a.name < b.name ? -1 : 1)).slice(0, MAX_LISTED).map(({ name }) => element("li", {}, adapterLink(name)));
-  const rest = hasClusters || rows.length <= MAX_LISTED ? [] : [element("li", { class: "muted" }, `and ${whole(rows.length - MAX_LISTED)} more: zoom in, or search`)];
+  const adapters = () => rows.slice(0, MAX_LISTED).map(({ name, samples }) => element("li", {}, adapterLink(name), samples?.length ? element("small", {}, ` ${samples[0].input}`) : null));
+  const numMore = (searched ? hits.total + hits.alike.length : rows.length) - MAX_LISTED;
+  const rest = hasClusters || numMore <= 0 ? [] : [element("li", { class: "muted" }, `and ${whole(numMore)} more: zoom in, or search`)];
   byId("map-list").replaceChildren(...(hasClusters ? clusters() : adapters()), ...rest);
 }
 
@@ -230,7 +264,7 @@ function pick(spot) {
 
 function step(event) {
   if (viewport.press(event)) { event.preventDefault(); say("map-spoken", `${whole(near.length)} adapters in view`); return; }
-  const offered = [...(found.size ? found : near)].sort((a, b) => (a.name < b.name ? -1 : 1));
+  const offered = found.size ? [...found] : [...near].sort(byName);
   if (event.key === "Enter" && current) { onChoose(current); return; }
   if (event.key === "Escape") { pick(null); return; }
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
@@ -241,6 +275,12 @@ function step(event) {
   const from = at < 0 && steps[event.key] < 0 ? 0 : at;
   const next = offered[event.key in ends ? ends[event.key] : (from + steps[event.key] + offered.length) % offered.length];
   if (!near.includes(next)) viewport.showThese([next]);
-  pick(next);
-  say("map-spoken", next.rank >= 0 ? `${next.name}, chosen, rank ${next.rank + 1}` : next.name);
+  select(next);
 }
+
+function select(spot) {
+  pick(spot);
+  say("map-spoken", spot.rank >= 0 ? `${spot.name}, chosen, rank ${spot.rank + 1}` : spot.name);
+}
+
+const byName = (a, b) => (a.name < b.name ? -1 : 1);

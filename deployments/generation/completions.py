@@ -7,10 +7,9 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from deployments.api.anthropic_request import CountTokensRequest
-from deployments.api.base import LoraOptions, ignored_fields, refuse_ignored
+from deployments.api.base import LoraOptions, TolerantRequest, ignored_fields, refuse_ignored
 from deployments.api.completion_responses import Answer, ChatAnswer, TextAnswer
 from deployments.api.completions import CompletionRequest, GenerationRequest, Question
 from deployments.api.contract import applied_contract
@@ -19,18 +18,17 @@ from deployments.api.responses import Planned
 from deployments.api.tokens import DetokenizeRequest, TokenizeRequest
 from deployments.auth.authenticator import Authenticator, Caller, TokenUsage, Work
 from deployments.calls.worker_client import Workers
-from deployments.config.served_model import ServedModel, ServedModels
+from deployments.config.served_model import ServedModels
 from deployments.generation.notes import PromptNotes
-from deployments.generation.planner import AUTO, Planner, check_limits, check_tokenized, prompt_tokens, tool_tokens
-from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits, compute_deadline, merge, within
+from deployments.generation.planner import AUTO, Planner, check_tokenized, prompt_tokens, tool_tokens
+from deployments.generation.row_stream import NO_ROOM, RowStream, compute_deadline, merge, within
 from deployments.generation.shadows import Shadows
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.observability.usage import UsageLog
 from gpu_worker.front.request.request import Completion, Delta, Job, SamplingParams, TokenIds, Tokenized
 from lora_store import BASE_PLAN
 
-R = TypeVar("R", bound=GenerationRequest)
 _ONLY = "0"  # the answer of a request that generates none
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices share a seed
 _SEEDS = 2**63
@@ -49,6 +47,7 @@ def charged(usage: TokenUsage, num_tokens: int) -> Iterator[None]:
 
 def jobs_of(
     request_id: str,
+    tenant: str,
     sampling: SamplingParams,
     questions: Sequence[Question],
     plans: Sequence[Planned],
@@ -65,7 +64,7 @@ def jobs_of(
             if planned.contract is not None:
                 own, prompt = planned.contract.sampling(own), planned.contract.prompt(prompt)
             plan = plan if plan.contract is None else replace(plan, contract=None)  # an engine does not read it
-            jobs.append(Job(name, prompt, plan, own, chosen, tools=question.tools))
+            jobs.append(Job(name, prompt, plan, own, chosen, tenant, tools=question.tools))
     return jobs
 
 
@@ -86,7 +85,6 @@ class StartedCompletion:
     sampling_defaults: Mapping[str, float]
     answer: Answer
     rows: Sequence[RowStream]
-    include_usage: bool  # at the end of a stream
     held: ExitStack
 
 
@@ -99,7 +97,7 @@ class CompletionService:
         authenticator: Authenticator,
         planner: Planner,
         workers: Workers,
-        limits: StreamLimits,
+        grace_s: float,
         shadows: Shadows,
         notes: PromptNotes,
         usage_log: UsageLog,
@@ -108,51 +106,52 @@ class CompletionService:
     ) -> None:
         """`is_strict`: refuse unknown fields instead of ignoring them."""
         self._models, self._authenticator, self._planner, self._is_strict = models, authenticator, planner, is_strict
-        self._workers, self._limits, self._shadows = workers, limits, shadows
+        self._workers, self._grace_s, self._shadows = workers, grace_s, shadows
         self._notes, self._usage_log = notes, usage_log
 
     async def start(self, request: GenerationRequest, caller: Caller, context: RequestContext) -> StartedCompletion:
         """Check and plan the request. Its answer must be collected or streamed afterwards."""
+        self._note_ignored(request, context)
+        context.model, context.num_choices = request.model, request.n
         deadline = compute_deadline(context.arrived_at, request.timeout_s, self._models.first.max_request_s)
         async with within(deadline):
-            if self._is_strict:
-                refuse_ignored(request)
-            context.ignored, context.model, context.num_choices = ignored_fields(request), request.model, request.n
-            request, questions, bound = await bind(self._planner, request, caller.tenant)
-            sampling, include_usage = request.sampling(), request.include_usage
+            request, sampling, questions, bound = await self._planner.bind(request, caller.tenant)
             with ExitStack() as stack:
-                work = self._planner.work_of(request, questions)
+                work = self._planner.work_of(sampling, questions, request.n)
                 usage = stack.enter_context(self._authenticator.running(caller, work))
-                for question in questions:
-                    if isinstance(question.prompt, TokenIds) and question.lora.names_adapters is None:
+                ids = [question for question in questions if isinstance(question.prompt, TokenIds)]
+                for question in ids:
+                    if question.lora.names_adapters is None:
                         self._planner.require_base(question.model)
-                if any(map(self._planner.reads, questions)):
-                    bases = [self._planner.limits(question.model).name for question in questions]
+                if any(map(self._planner.reads, ids)):
+                    bases = [self._models.limiting(question.model).name for question in questions]
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 plans = await self._planner.plan_all(questions, caller.tenant, context)
-                if _echoes(request):
+                if isinstance(request, CompletionRequest) and request.echo:
                     bases = [planned.plan.base_model for planned in plans]
                     questions = await self._with_texts(questions, bases, caller.tenant)
                 context.record_versions(plans)
                 plans = plans if bound is None else bound.explained(plans)
-                plans = with_contracts(request, questions, plans, sampling, self._models.first)
+                if any(planned.plan.contract is not None for planned in plans):
+                    given, most = request.set_fields, self._models.first.max_new_tokens
+                    plans = [
+                        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
+                        for question, planned in zip(questions, plans, strict=True)
+                    ]
                 self._notes.note(questions[0], plans[0], caller, context.request_id)
-                answer = _answer_to(request, questions, plans, caller, context)
                 templates = [self._models.named(planned.plan.base_model).template for planned in plans]
-                jobs = [
-                    replace(job, tenant=caller.tenant)
-                    for job in jobs_of(answer.request_id, sampling, questions, plans, templates, request.n)
-                ]
+                answer = _answer_to(request, questions, plans, caller, context)
+                jobs = jobs_of(context.request_id, caller.tenant, sampling, questions, plans, templates, request.n)
                 rows = [
                     RowStream(
-                        workers=self._workers.named(job.plan.base_model),
+                        workers=self._workers,
                         job=job,
                         index=index,
                         question=index // request.n,
                         usage=usage,
                         context=context,
                         deadline=deadline,
-                        limits=self._limits,
+                        grace_s=self._grace_s,
                     )
                     for index, job in enumerate(jobs)
                 ]
@@ -161,15 +160,23 @@ class CompletionService:
                 contract, base_model = plans[0].contract, plans[0].plan.base_model
                 own = {} if contract is None else contract.defaults
                 defaults = self._models.named(base_model).sampling_defaults | own
-                return StartedCompletion(request, defaults, answer, rows, include_usage, stack.pop_all())
+                return StartedCompletion(request, defaults, answer, rows, stack.pop_all())
+
+    def _note_ignored(self, request: TolerantRequest, context: RequestContext) -> None:
+        """Record the unknown fields. Raises: RequestInvalid for the first one, with the setting `strict_fields`."""
+        if self._is_strict:
+            refuse_ignored(request)
+        context.ignored = ignored_fields(request)
 
     async def count_tokens(self, request: CountTokensRequest, caller: Caller, context: RequestContext) -> int:
         """Return how many tokens a conversation has with its tools, as a chat would render it."""
+        self._note_ignored(request, context)
         found = await self._tokenize(request.question(), "messages", caller, context)
         return len(found.ids)
 
     async def tokenize(self, request: TokenizeRequest, caller: Caller, context: RequestContext) -> Tokenized:
         """Return the tokens of a text, or of a conversation as a chat would render it."""
+        self._note_ignored(request, context)
         field = "prompt" if request.messages is None else "messages"
         options = request.add_special_tokens, request.return_token_strs
         return await self._tokenize(request.question(), field, caller, context, *options)
@@ -184,7 +191,7 @@ class CompletionService:
         with_texts: bool = False,
     ) -> Tokenized:
         deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
-        check_tokenized(question, field, self._planner.limits(question.model))
+        check_tokenized(question, field, self._models.limiting(question.model))
         question, template = await self._bound(question, caller, context, deadline)
         if isinstance(question.prompt, str):
             question = replace(question, text=question.prompt)
@@ -200,7 +207,7 @@ class CompletionService:
             base_model = planned.plan.base_model
             workers = self._workers.named(base_model)
             async with within(deadline):
-                await workers.gate.ready()
+                await workers.ready()
                 with charged(usage, work.num_tokens):
                     found = await workers.client.tokenize(
                         caller.tenant,
@@ -215,6 +222,7 @@ class CompletionService:
 
     async def detokenize(self, request: DetokenizeRequest, caller: Caller, context: RequestContext) -> str:
         """Return the text of token ids, with special tokens."""
+        self._note_ignored(request, context)
         deadline = compute_deadline(context.arrived_at, None, self._models.first.max_request_s)
         question = Question(TokenIds(tuple(request.tokens)), "", request.model, LoraOptions())
         question, _ = await self._bound(question, caller, context, deadline)
@@ -222,12 +230,12 @@ class CompletionService:
         with self._authenticator.running(caller, work) as usage:
             if self._planner.reads(question):
                 self._planner.require_base(question.model)
-                base_model = self._planner.limits(question.model).name
+                base_model = self._models.limiting(question.model).name
             else:
                 base_model = (await self._planned(question, caller, context, deadline)).plan.base_model
             workers = self._workers.named(base_model)
             async with within(deadline):
-                await workers.gate.ready()
+                await workers.ready()
                 with charged(usage, work.num_tokens):
                     [text] = await workers.client.detokenize(caller.tenant, [TokenIds(tuple(request.tokens))], False)
                     return text
@@ -288,7 +296,8 @@ class CompletionService:
                     is_empty = delta.finish_reason is not None and index not in with_text
                     yield started.answer.chunk(index, delta, is_first=is_first, is_empty=is_empty)
         self._usage_log.record(started.rows[0].context, 200)  # before the client can take the answer for complete
-        if started.include_usage:
+        options = started.request.stream_options
+        if started.request.always_shows_usage or (options is not None and options.include_usage):
             yield started.answer.usage_chunk([lasts[index] for index in range(len(started.rows))])
 
     async def _with_texts(
@@ -308,46 +317,11 @@ class CompletionService:
             if not prompts:
                 continue
             workers = self._workers.named(base_model)
-            await workers.gate.ready()
+            await workers.ready()
             texts = await workers.client.detokenize(tenant, list(prompts.values()), True)
             for place, text in zip(prompts, texts, strict=True):
                 found[place] = replace(found[place], text=text)
         return found
-
-
-async def bind(planner: Planner, request: R, tenant: str) -> tuple[R, Sequence[Question], BoundName | None]:
-    """Check the limits of a request. Return it and its questions by the policy of its model name, and that policy.
-
-    Raises: PromptTooLong, ModelNotFound, RequestInvalid, StaleIndex.
-    """
-    questions = request.questions()
-    check_limits(request, questions, planner.limits(request.model))  # before any call
-    named = await planner.named(request.model, tenant, request.lora.min_generation)
-    if named is None:
-        return request, questions, None
-    bound = BoundName.of(named, questions[0], tenant)
-    filled = bound.filled(request)
-    check_limits(filled, questions, planner.limits(bound.policy.model))
-    return filled, bound.questions(filled), bound
-
-
-def with_contracts(
-    request: GenerationRequest,
-    questions: Sequence[Question],
-    plans: Sequence[Planned],
-    sampling: SamplingParams,
-    model: ServedModel,
-) -> list[Planned]:
-    """Return the plans with what the contracts of their leading adapters set. Raises: RequestInvalid."""
-    given, most = request.set_fields, model.max_new_tokens
-    return [
-        replace(planned, contract=applied_contract(planned.plan, question, sampling, given, most))
-        for question, planned in zip(questions, plans, strict=True)
-    ]
-
-
-def _echoes(request: GenerationRequest) -> bool:
-    return isinstance(request, CompletionRequest) and request.echo
 
 
 def _text_read(question: Question, planned: Planned) -> str:
@@ -364,6 +338,9 @@ def _answer_to(
     caller: Caller,
     context: RequestContext,
 ) -> Answer:
+    echo: tuple[str, ...] | None = None
+    if isinstance(request, CompletionRequest) and request.echo:
+        echo = tuple(map(_text_read, questions, plans))
     return Answer(
         "text" if isinstance(request, CompletionRequest) else "chat",
         request.model,
@@ -373,7 +350,7 @@ def _answer_to(
         num_choices=request.n,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.prompt_logprobs,
-        echo=tuple(map(_text_read, questions, plans)) if _echoes(request) else None,
+        echo=echo,
         request_id=context.request_id,
         created=int(time.time()),
     )

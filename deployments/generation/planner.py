@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from deployments.api.base import LoraOptions, PlanGiven
 from deployments.api.completions import GenerationRequest, PolicyFields, Question
-from deployments.api.names import NamePolicy
+from deployments.api.names import BoundName, NamePolicy
 from deployments.api.responses import Planned
 from deployments.auth.authenticator import Work
 from deployments.calls.catalogue_clients import RoutingClient
@@ -19,11 +19,11 @@ from deployments.config.parts import RetrievalSettings
 from deployments.config.served_model import ServedModel, ServedModels
 from deployments.errors import ModelNotFound, RequestInvalid
 from deployments.generation.conversation import Reading, reading_of
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.observability.tracing import open_span
 from gpu_worker.errors import PromptTooLong
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, TokenIds
+from gpu_worker.front.request.request import EXPECTED_NEW_TOKENS, MAX_CHARS_PER_TOKEN, Prompt, SamplingParams, TokenIds
 from lora_store import BASE_PLAN, STRATEGIES, AdapterNotFound, AdapterRef, NamedPolicy, Plan, Strategy
 from retriever_svc import Route, RouteRequest
 from retriever_svc.encoder import MAX_CHARS, MAX_TOKENS
@@ -32,18 +32,19 @@ from retriever_svc.views import tokens_routed
 
 AUTO = "auto"
 P = TypeVar("P", bound=PolicyFields)
+R = TypeVar("R", bound=GenerationRequest)
 _CHARS_PER_TOKEN = 4  # estimate for English; the charge is settled by real usage
 _TOKENIZED_CHARS_PER_TOKEN = 8  # of the context: more than any text of a natural language has
 
 
-def check_limits(request: GenerationRequest, questions: Sequence[Question], model: ServedModel) -> None:
-    """Check the sizes of the request before it is tokenized. The Worker counts tokens exactly.
+def _check_limits(sampling: SamplingParams, questions: Sequence[Question], model: ServedModel) -> None:
+    """Check the sizes of a request before it is tokenized. The Worker counts tokens exactly.
 
     Raises: PromptTooLong, RequestInvalid.
     """
     for question in questions:
         check_prompt(question.prompt, model, _num_tool_chars(question))
-    _check_new_tokens(request.token_limit, request.min_tokens, model)
+    _check_new_tokens(sampling.max_tokens, sampling.min_tokens, model)
 
 
 def _check_new_tokens(max_tokens: int | None, min_tokens: int, model: ServedModel) -> None:
@@ -123,10 +124,21 @@ class Planner:
         self._models, self._retriever = models, retriever
         self.defaults = defaults  # for what a request leaves unset; may be replaced at any time
 
-    def limits(self, model: str) -> ServedModel:
-        """Return the served model whose limits hold for `model`: of those that may answer the one with most room."""
-        base_model, _ = self._models.split(model)
-        return self._models.named(base_model) if base_model else self._models.widest
+    async def bind(self, request: R, tenant: str) -> tuple[R, SamplingParams, Sequence[Question], BoundName | None]:
+        """Return a request, its sampling and its questions by the policy of its model name, and that policy.
+
+        Raises: PromptTooLong, ModelNotFound, RequestInvalid, SamplingInvalid, GrammarInvalid, StaleIndex.
+        """
+        sampling, questions = request.sampling(), request.questions()
+        _check_limits(sampling, questions, self._models.limiting(request.model))  # before any call
+        named = await self.named(request.model, tenant, request.lora.min_generation)
+        if named is None:
+            return request, sampling, questions, None
+        bound = BoundName.of(named, questions[0], tenant)
+        filled = bound.filled(request)
+        sampling, questions = filled.sampling(), bound.questions(filled)
+        _check_limits(sampling, questions, self._models.limiting(bound.policy.model))
+        return filled, sampling, questions, bound
 
     def require_base(self, model: str) -> None:
         """Refuse token ids where `auto` may find any base model: each has its own ids. Raises: RequestInvalid."""
@@ -171,26 +183,21 @@ class Planner:
         adapters = [choice.model_copy(update={"name": name}) for choice, name in zip(given, names, strict=True)]
         return policy.model_copy(update={"lora": policy.lora.model_copy(update={"adapters": adapters})})
 
-    def work_of(self, request: GenerationRequest, questions: Sequence[Question]) -> Work:
-        """Return how much the request asks for. Raises: ModelNotFound.
+    def work_of(self, sampling: SamplingParams, questions: Sequence[Question], num_choices: int) -> Work:
+        """Return how much a request asks for. Raises: ModelNotFound.
 
         An answer without `max_tokens` counts as `EXPECTED_NEW_TOKENS`, because few use their whole context.
         """
-        num_new = EXPECTED_NEW_TOKENS if request.token_limit is None else request.token_limit
+        num_new = EXPECTED_NEW_TOKENS if sampling.max_tokens is None else sampling.max_tokens
         num_tools = map(tool_tokens, questions)
-        num_tokens = sum(prompt_tokens(item.prompt) + request.n * num_new for item in questions)
+        num_tokens = sum(prompt_tokens(item.prompt) + num_choices * num_new for item in questions)
         return Work(
-            num_rows=len(questions) * request.n,
+            num_rows=len(questions) * num_choices,
             num_tokens=sum(num_tools) + num_tokens,
             num_read=sum(map(self.tokens_read, questions)),
-            rows_field="n" if request.n > 1 else "prompt",
+            rows_field="n" if num_choices > 1 else "prompt",
             tokens_field="max_tokens",
         )
-
-    async def plan(self, question: Question, tenant: str) -> Planned:
-        """Return the plan of one question. Raises: the errors of `plan_all`."""
-        [planned] = await self.plan_all([question], tenant)
-        return planned
 
     async def plan_all(
         self, questions: Sequence[Question], tenant: str, context: RequestContext | None = None

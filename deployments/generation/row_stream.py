@@ -17,9 +17,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.authenticator import TokenUsage
 from deployments.calls.serve_calls import AttemptCounter
-from deployments.calls.worker_client import HEARTBEAT_TIMEOUT_S, BaseWorkers, DeltaStream, StreamEnd
+from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
 from deployments.generation.planner import prompt_tokens
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import AdapterLoadFailed, DeadlineExceeded, EngineFull, WaitedTooLong
 from gpu_worker.front.request.request import Delta, Job
 
@@ -27,17 +27,6 @@ WORKER_GRACE_S = 5.0  # for a step of the engine and the transport
 # The server did not start the job, so its prompt is not charged.
 NO_ROOM = (EngineFull, WaitedTooLong, AdapterLoadFailed, BackPressureError, DeploymentUnavailableError)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class StreamLimits:
-    """`silence_s`: time without any item, after the first one. `grace_s`: tolerated delay of a Worker."""
-
-    silence_s: float = HEARTBEAT_TIMEOUT_S
-    grace_s: float = WORKER_GRACE_S
-
-
-STREAM_LIMITS = StreamLimits()
 
 
 def compute_deadline(arrived_at: float, timeout_s: float | None, max_request_s: float) -> float:
@@ -66,14 +55,14 @@ async def within(deadline: float) -> AsyncIterator[None]:
 class RowStream:
     """One row of a request: its job, its charge, and its time limit."""
 
-    workers: BaseWorkers
+    workers: Workers
     job: Job
     index: int  # index of the row in the answer
     question: int  # index of the prompt in the request
     usage: TokenUsage
     context: RequestContext
     deadline: float
-    limits: StreamLimits
+    grace_s: float  # tolerated delay of a Worker
 
     async def deltas(self, restart: Callable[[], None] | None = None) -> AsyncGenerator[tuple[int, Delta | None]]:
         """Yield (index, delta), and (index, None) for each heartbeat. Leaving cancels the job at the Worker.
@@ -85,14 +74,15 @@ class RowStream:
         failures, usage, name = AttemptCounter(), self.usage, self.job.request_id
         last: Delta | None = None
         while True:
-            stream: DeltaStream | None = None
+            stream: HeartbeatStream[Delta] | None = None
             has_ended = False
             try:
                 usage.sent(name, self.question, prompt_tokens(self.job.prompt))
+                workers = self.workers.named(self.job.plan.base_model)
                 async with within(self.deadline):
-                    await self.workers.gate.ready()
-                stream = self.workers.client.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
-                until = self.deadline + self.limits.grace_s  # the Worker keeps the deadline unless it hangs
+                    await workers.ready()
+                stream = workers.client.stream(replace(self.job, time_left_s=seconds_until(self.deadline)))
+                until = self.deadline + self.grace_s  # the Worker keeps the deadline unless it hangs
                 while not isinstance(delta := await stream.next(until), StreamEnd):
                     if delta is not None:
                         last = delta

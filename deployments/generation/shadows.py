@@ -10,27 +10,15 @@ from dataclasses import replace
 from deployments.api import error_table
 from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import DeltaStream, StreamEnd, WorkerGroup
-from deployments.observability.request_metrics import DIGEST_CHARS, RequestMetrics
-from gpu_worker.front.request.request import Job
+from deployments.calls.worker_client import HeartbeatStream, StreamEnd, Workers
+from deployments.observability.request_context import DIGEST_CHARS
+from deployments.observability.request_metrics import RequestMetrics
+from deployments.observability.worker_metrics import shadow_tenant
+from gpu_worker.front.request.request import Delta, Job
 
 logger = logging.getLogger(__name__)
 MAX_SHADOWS = 8  # at once in one Ingress replica, so that they cannot fill the workers' queues
 DROPPED = "dropped"  # instead of a status
-_PREFIX = "shadow:"  # no tenant's name has a colon
-
-
-def shadow_tenant(owner: str) -> str:
-    """Return the tenant of the shadows of this owner's versions, which no key has.
-
-    So a shadow takes no turn of a tenant, and shares no keys and values with one.
-    """
-    return _PREFIX + owner
-
-
-def paying_tenant(tenant: str) -> str:
-    """Return the tenant whose usage a job of this tenant counts for: of a shadow, the owner of the version."""
-    return tenant.removeprefix(_PREFIX)
 
 
 class Shadows:
@@ -39,8 +27,8 @@ class Shadows:
     No key is charged for it. It runs as the pseudo-tenant of the version's owner, and counts for the owner's usage.
     """
 
-    def __init__(self, worker: WorkerGroup, background: Background, metrics: RequestMetrics) -> None:
-        self._worker, self._background, self._metrics = worker, background, metrics
+    def __init__(self, workers: Workers, background: Background, metrics: RequestMetrics) -> None:
+        self._workers, self._background, self._metrics = workers, background, metrics
         self._num_running = 0
 
     def start(self, jobs: Sequence[Job], plans: Sequence[Planned], deadline: float) -> None:
@@ -67,9 +55,9 @@ class Shadows:
 
     async def _run(self, job: Job, digests: Sequence[str], deadline: float) -> None:
         began, status, has_ended = time.monotonic(), 200, False
-        stream: DeltaStream | None = None
+        stream: HeartbeatStream[Delta] | None = None
         try:
-            stream = self._worker.stream(replace(job, time_left_s=deadline - began))
+            stream = self._workers.stream(replace(job, time_left_s=deadline - began))
             while not isinstance(await stream.next(deadline), StreamEnd):
                 pass
             has_ended = True

@@ -26,7 +26,6 @@ from deployments.http.routes import (
     maintenance,
     models,
     names,
-    outcomes,
     pool_map,
     status,
     vllm,
@@ -44,7 +43,7 @@ _EXPOSED = [
     *("x-lora-strategy", "x-lora-adapters", "x-lora-generation", "x-lora-reason", "x-lora-why"),
     "x-lora-policy",
 ]
-_ROUTES = (completions, embeddings, models, names, adapters, vllm, maintenance, pool_map, status, console, outcomes)
+_ROUTES = (completions, embeddings, models, names, adapters, vllm, maintenance, pool_map, status, console)
 
 
 def build_api(services: Services) -> Api:

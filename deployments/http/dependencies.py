@@ -23,7 +23,8 @@ from deployments.generation.planner import Planner
 from deployments.http.middleware import is_loopback
 from deployments.http.readiness import Readiness
 from deployments.observability.cluster_stats import StatsReader
-from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
+from deployments.observability.request_context import RequestContext, context_of
+from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 from deployments.publishing.evaluation import Evaluator
 from deployments.publishing.learning import Learning
@@ -58,10 +59,6 @@ class Services:
     uploads: ByteBudget
     preload: Preload
     keep_alive_s: float = KEEP_ALIVE_S
-
-    @property
-    def has_keys(self) -> bool:
-        return self.config.has_keys
 
 
 async def services_of(http: Request) -> Services:
@@ -106,7 +103,7 @@ AdminCaller = Annotated[Caller, require_role("admin")]
 
 async def require_change(services: AnyServices, http: Request) -> None:
     """Check that this client may change the pool; with keys the role decides. Raises: PublishingDisabled."""
-    if not (services.has_keys or services.config.allow_remote_publish or is_loopback(http)):
+    if not (services.config.has_keys or services.config.allow_remote_publish or is_loopback(http)):
         raise PublishingDisabled(
             "only clients on the server's machine may change the pool, unless allow_remote_publish is set"
         )
@@ -122,7 +119,7 @@ def require_encoder(services: Services, encoder: str, http: Request) -> None:
     loopback client need not be the operator: `kubectl port-forward` and proxies on the machine also connect from there.
     Raises: PublishingDisabled.
     """
-    if services.has_keys:
+    if services.config.has_keys:
         if encoder not in (services.config.retrieval.encoder, *services.config.encoders):
             raise PublishingDisabled(
                 "encoder: with keys it must be one that the settings list in `encoders`; add it there"
@@ -133,7 +130,7 @@ def require_encoder(services: Services, encoder: str, http: Request) -> None:
 
 def require_approver(services: Services, ref: AdapterRef, caller: Caller) -> None:
     """Raises: SelfApproval if an admin would approve an adapter of its own tenant, unless the settings allow that."""
-    if services.has_keys and ref.tenant == caller.tenant and not services.config.allow_self_approval:
+    if services.config.has_keys and ref.tenant == caller.tenant and not services.config.allow_self_approval:
         raise SelfApproval(ref.name, ref.tenant)
 
 

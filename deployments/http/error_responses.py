@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from deployments.api.anthropic_answer import anthropic_error
 from deployments.api.error_table import describe, http_error_object, response_headers, validation_error
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext, context_of, path_of
+from deployments.observability.request_context import RequestContext, context_of, path_of
 
 _MAX_SHOWN_CHARS = 100
 _INSTEAD = {

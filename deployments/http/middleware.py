@@ -26,14 +26,8 @@ from deployments.auth.authenticator import Authenticator, InFlight
 from deployments.config.app import AppConfig
 from deployments.errors import HostRefused, OriginRefused
 from deployments.http.error_responses import error_response
-from deployments.observability.request_metrics import (
-    CLIENT_LEFT,
-    CONTEXT_KEY,
-    RequestContext,
-    RequestMetrics,
-    context_of,
-    path_of,
-)
+from deployments.observability.request_context import CLIENT_LEFT, CONTEXT_KEY, RequestContext, context_of, path_of
+from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 
 _HEADER = "x-request-id"

@@ -11,7 +11,7 @@ from deployments.api.pool_responses import ModelState, Ready, unserved_objects
 from deployments.auth.authenticator import ANONYMOUS_TENANT, LOCAL_CALLER
 from deployments.calls.catalogue_clients import RetrieverClient
 from deployments.calls.shared import Shared
-from deployments.calls.worker_client import WorkerGate, Workers
+from deployments.calls.worker_client import BaseWorkers, Workers
 from deployments.errors import NotReady
 from deployments.publishing.preload import Preload
 from retriever_svc import PoolSize
@@ -81,7 +81,7 @@ class Readiness:
         tenant = ANONYMOUS_TENANT if self._has_keys else LOCAL_CALLER.tenant  # private adapters are not counted
         try:
             async with asyncio.timeout(self._wait_s * min(len(self._workers.by_model), 2)):
-                checks = [self._check(workers.gate) for workers in self._workers.by_model.values()]
+                checks = [self._check(workers) for workers in self._workers.by_model.values()]
                 found = await asyncio.gather(*checks, return_exceptions=True)
                 if all(isinstance(state, BaseException) for state in found):
                     raise next(state for state in found if isinstance(state, BaseException))
@@ -90,8 +90,8 @@ class Readiness:
         except TimeoutError as exc:
             raise NotReady(f"the Retriever or the Worker did not answer within {self._wait_s:g} s") from exc
 
-    async def _check(self, gate: WorkerGate) -> ModelState:
+    async def _check(self, workers: BaseWorkers) -> ModelState:
         """Ask a worker, unless that would start one. One that is silent leaves time for the Retriever."""
         async with asyncio.timeout(self._wait_s):
-            await gate.check()
-        return "asleep" if await gate.is_scaled_to_zero() else "ready"
+            await workers.check()
+        return "asleep" if await workers.is_scaled_to_zero() else "ready"

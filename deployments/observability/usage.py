@@ -16,11 +16,12 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 
 logger = logging.getLogger(__name__)
 SEND_EVERY_S = 10.0
@@ -51,7 +52,7 @@ class UsageLog:
             return
         context.is_recorded = True
         status = context.status if status is None else status
-        parts = context.split_by_base()
+        parts = _split_by_base(context)
         line = b"".join(encode_event(part, part.base_model or self._base, status) for part in parts)
         # A line that the disk took in part is ended first. The segment stays open: a new one for each request would
         # fill the disk with empty files.
@@ -114,6 +115,22 @@ class UsageLog:
                 pass  # its writer lives, or another replica sends it
             finally:
                 os.close(descriptor)
+
+
+def _split_by_base(context: RequestContext) -> list[RequestContext]:
+    """Return the request once for each base model that answers, each with its own prompts, adapters and tokens."""
+    places: dict[str, list[int]] = {}
+    for place, planned in enumerate(context.plans):
+        places.setdefault(planned.plan.base_model, []).append(place)
+    if len(places) < 2:
+        return [context]
+    parts = []
+    for own in places.values():
+        rows = {index: row for index, row in context.rows.items() if index // context.num_choices in own}
+        part = replace(context, rows=rows)
+        part.record_plans([context.plans[place] for place in own], context.plan_s or 0.0)
+        parts.append(part)
+    return parts
 
 
 def _new_segment(folder: Path) -> int:

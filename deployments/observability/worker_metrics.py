@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 from opentelemetry import context
 from opentelemetry.util.types import AttributeValue
@@ -52,7 +52,16 @@ COUNTER_METRICS: dict[str, tuple[str, dict[str, str], str] | None] = {
     "num_steps": ("loraretriever_steps_total", {}, "Steps of the engine"),
     "step_s": ("loraretriever_step_seconds_total", {}, "Time spent in engine steps"),
 }
+_SHADOW = "shadow:"  # no tenant's name has a colon
 _LABELS = {"loraretriever_adapter_hits_total": ("level",)}
+
+
+def shadow_tenant(owner: str) -> str:
+    """Return the tenant of the shadows of this owner's versions, which no key has.
+
+    So a shadow takes no turn of a tenant, and shares no keys and values with one.
+    """
+    return _SHADOW + owner
 
 
 class TenantUsage:
@@ -63,8 +72,9 @@ class TenantUsage:
         self._usages: OrderedDict[str, Usage] = OrderedDict()
 
     @contextmanager
-    def row(self, tenant: str) -> Iterator[Row]:
-        """Count a row while it runs. Pass each of its deltas to the returned counter."""
+    def row(self, tenant: str) -> Iterator[Usage]:
+        """Count a row while it runs. A shadow counts for the owner of its version. Yield the usage for its tokens."""
+        tenant = tenant.removeprefix(_SHADOW)
         usage = self._usages.setdefault(tenant, Usage())
         self._usages.move_to_end(tenant)
         if len(self._usages) > self._max_tenants:
@@ -72,7 +82,7 @@ class TenantUsage:
         usage.num_requests += 1
         usage.num_running += 1
         try:
-            yield Row(usage)
+            yield usage
         finally:
             usage.num_running -= 1
 
@@ -81,19 +91,10 @@ class TenantUsage:
         return {tenant: replace(usage) for tenant, usage in self._usages.items()}
 
 
-@dataclass(slots=True)
-class Row:
-    """Counts the tokens of one row."""
-
-    usage: Usage
-    num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
-
-    def count(self, delta: Delta) -> None:
-        """Add the tokens since the last delta."""
-        self.usage.num_prompt_tokens += delta.num_prompt_tokens - self.num_prompt_tokens
-        self.usage.num_new_tokens += delta.num_new_tokens - self.num_new_tokens
-        self.num_prompt_tokens, self.num_new_tokens = delta.num_prompt_tokens, delta.num_new_tokens
+def count_tokens(usage: Usage, delta: Delta, last: Delta | None) -> None:
+    """Add the tokens of a row since its `last` delta."""
+    usage.num_prompt_tokens += delta.num_prompt_tokens - (0 if last is None else last.num_prompt_tokens)
+    usage.num_new_tokens += delta.num_new_tokens - (0 if last is None else last.num_new_tokens)
 
 
 class WorkerMetrics:

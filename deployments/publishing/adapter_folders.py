@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,7 +27,7 @@ _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # the name that transformers' 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """An adapter's folder, and its name: the folder's, or for a checkpoint that of the training run around it."""
+    """An adapter's folder, and its name: near the folder's, or for a checkpoint that of the training run around it."""
 
     path: Path
     name: str
@@ -44,12 +46,25 @@ class AdapterFolder:
 def adapter_folders(path: Path) -> list[AdapterFolder]:
     """Return `path` itself if it is an adapter or a training run's output, otherwise those in it, sorted.
 
-    Of a training run this is the last checkpoint, unless the output folder holds the final adapter itself.
+    Of a training run this is the last checkpoint, unless the output folder holds the final adapter itself. Names are
+    the nearest valid ones, but where two folders would get the same.
     """
-    if found := _adapter_at(path):
-        return [found]
-    children = sorted(path.glob("*"))
-    return [found for child in children if (found := _adapter_at(child))]
+    at = [path] if _adapter_at(path) else sorted(path.glob("*"))
+    found = [adapter for place in at if (adapter := _adapter_at(place))]
+    nearest = [nearest_name(adapter.name) for adapter in found]
+    times = Counter(nearest)
+    return [
+        replace(adapter, name=name) if times[name] == 1 else adapter
+        for adapter, name in zip(found, nearest, strict=True)
+    ]
+
+
+def nearest_name(text: str) -> str:
+    """Return the valid name that is nearest to `text`, or `text` itself if none of its letters may be in a name."""
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        return text
+    letters = unicodedata.normalize("NFKD", text[:200]).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-")[:64] or text
 
 
 def _adapter_at(path: Path) -> AdapterFolder | None:

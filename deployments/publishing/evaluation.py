@@ -14,15 +14,16 @@ from deployments.api.base import LoraOptions
 from deployments.api.completions import Question
 from deployments.api.contract import applied_contract
 from deployments.api.pool_responses import ranking_object
-from deployments.api.responses import replicas_object
+from deployments.api.responses import Planned, replicas_object
 from deployments.calls.catalogue_clients import RetrieverClient, StoreClient
 from deployments.calls.worker_client import StreamEnd, Workers
 from deployments.config.served_model import ServedModels
+from deployments.generation.completions import jobs_of
 from deployments.json_types import JsonObject
 from deployments.publishing.publisher import Publisher
 from gpu_worker.errors import AdapterLoadFailed, PromptTooLong
 from gpu_worker.front.request.prompts import Message
-from gpu_worker.front.request.request import Delta, Job, SamplingParams
+from gpu_worker.front.request.request import Delta, SamplingParams
 from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Ranking, Sample
 from retriever_svc import Region, Scorer
 from retriever_svc.competence import evaluate
@@ -49,7 +50,7 @@ class AnswerScorer(Scorer):
 
     async def scores(self, adapter: AdapterRecord, examples: Sequence[Sample]) -> Sequence[float]:
         """Return one score for each example. Raises: WorkerStarting, DeadlineExceeded, and what a Worker raises."""
-        await self._workers.made_for(adapter.base_model).gate.ready()
+        await self._workers.made_for(adapter.base_model).ready()
         return await asyncio.gather(*[self._score(adapter, example) for example in examples])
 
     async def _score(self, adapter: AdapterRecord, example: Sample) -> float:
@@ -65,17 +66,10 @@ class AnswerScorer(Scorer):
         question = Question((Message("user", text),), text, adapter.ref.name, LoraOptions())
         max_tokens = min(_MAX_TOKENS, len(output) // _CHARS_PER_TOKEN + 4)  # enough to compare with the output
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
-        contract = applied_contract(plan, question, sampling)
-        job = Job(
-            request_id=f"evaluate-{next(self._numbers)}",
-            prompt=question.prompt if contract is None else contract.prompt(question.prompt),
-            plan=replace(plan, contract=None),
-            sampling=sampling if contract is None else contract.sampling(sampling),
-            template=adapter.template or model.template,
-            tenant=_TENANT,
-            time_left_s=_ANSWER_S,
-        )
-        stream, parts = self._workers.stream(job), list[str]()
+        planned = Planned(plan, contract=applied_contract(plan, question, sampling))
+        name = f"evaluate-{next(self._numbers)}"
+        [job] = jobs_of(name, _TENANT, sampling, [question], [planned], [model.template])
+        stream, parts = self._workers.stream(replace(job, time_left_s=_ANSWER_S)), list[str]()
         deadline = time.monotonic() + _ANSWER_S
         try:
             while not isinstance(delta := await stream.next(deadline), StreamEnd):

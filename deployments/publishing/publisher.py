@@ -156,7 +156,8 @@ class Publisher:
                 active = await self._store.active_encoder()
                 staged = await self._stage_all(uploads, await self._find_shapes())
             finally:
-                await self._delete_parts([id for upload in uploads for id in upload.sent])
+                if sent := [id for upload in uploads for id in upload.sent]:
+                    await _clean_up(f"the parts of {len(sent)} uploaded files", self._store.delete_parts(sent))
             return await self._make_live(staged, active, Change(actor, quota, charge=charge, is_dry=is_dry))
 
     @run_to_end
@@ -304,13 +305,13 @@ class Publisher:
 
         Raises: the error of the first one if none does; WorkerStarting.
         """
-        gates = {name: workers.gate for name, workers in self._workers.by_model.items()}
-        if len(gates) == 1:
-            return {name: await gate.module_shapes() for name, gate in gates.items()}
-        asked = [asyncio.wait_for(gate.known_shapes(), _SHAPES_S) for gate in gates.values()]
+        by_model = self._workers.by_model
+        if len(by_model) == 1:
+            return {name: await workers.module_shapes() for name, workers in by_model.items()}
+        asked = [asyncio.wait_for(workers.known_shapes(), _SHAPES_S) for workers in by_model.values()]
         found = await asyncio.gather(*asked, return_exceptions=True)
         told = {
-            name: shapes for name, shapes in zip(gates, found, strict=True) if not isinstance(shapes, BaseException)
+            name: shapes for name, shapes in zip(by_model, found, strict=True) if not isinstance(shapes, BaseException)
         }
         if not told and isinstance(found[0], BaseException):
             raise found[0]
@@ -331,7 +332,7 @@ class Publisher:
         self, base_model: str, stage: Callable[[], Awaitable[Staged]], active: str | None, change: Change
     ) -> Published:
         """Publish the version that `stage` makes of stored weights; `active` is the active encoder."""
-        await self._workers.made_for(base_model).gate.ready()
+        await self._workers.made_for(base_model).ready()
         [outcome] = await self._make_live([await stage()], active, change)
         if isinstance(outcome, Exception):
             raise outcome
@@ -371,7 +372,8 @@ class Publisher:
             raise
         finally:
             unused = [] if is_unsure else [item for item in held if item.lease not in committed]
-            await self._discard(unused)
+            if unused:
+                await _clean_up(f"the staged files of {len(unused)} adapters", self._store.discard(unused))
             pushed_out = [record for versions in older.values() for record in versions] if committed else []
             if replaced := [*[item.record for item in unused], *pushed_out]:
                 self._reclaimer.reclaim(replaced)
@@ -459,18 +461,10 @@ class Publisher:
             logger.exception("adapters live at generation %d may lack an embedding by the new encoder", generation)
         return generation, outcomes
 
-    async def _delete_parts(self, sent: Sequence[str]) -> None:
-        if not sent:
-            return
-        try:
-            await self._store.delete_parts(sent)
-        except Exception:
-            logger.warning("the parts of %d uploaded files are left to gc", len(sent), exc_info=True)
 
-    async def _discard(self, staged: Sequence[Staged]) -> None:
-        if not staged:
-            return
-        try:
-            await self._store.discard(staged)
-        except Exception:
-            logger.warning("the staged files of %d adapters are left to gc", len(staged), exc_info=True)
+async def _clean_up(what: str, work: Awaitable[None]) -> None:
+    """Wait for `work`, and log its failure: gc deletes what it leaves."""
+    try:
+        await work
+    except Exception:
+        logger.warning("%s are left to gc", what, exc_info=True)

@@ -11,7 +11,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.calls.catalogue_clients import StoreClient
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import WorkerGroup
+from deployments.calls.worker_client import Workers
 from lora_store import AdapterRecord, LoraStoreError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -44,13 +44,13 @@ class Reclaimer:
     def __init__(
         self,
         store: StoreClient,
-        worker: WorkerGroup,
+        workers: Workers,
         background: Background,
         *,
         longest_request_s: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._store, self._worker, self._background = store, worker, background
+        self._store, self._workers, self._background = store, workers, background
         self._max_rounds = max(1, int(longest_request_s / _ROUND_S))
         self._sleep = sleep
 
@@ -93,7 +93,7 @@ class Reclaimer:
 
     async def _forget_everywhere(self, digests: Sequence[str]) -> bool:
         """Return whether no Worker holds any of these weights. True if no Worker runs."""
-        return await _all_true("forget", self._worker.broadcast_forget, digests, without_replica=True)
+        return await _all_true("forget", self._workers.broadcast_forget, digests, without_replica=True)
 
     async def _release_everywhere(self, digests: Sequence[str]) -> bool:
         """Return whether no Store replica keeps any of these in Ray's object store."""

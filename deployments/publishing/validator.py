@@ -55,7 +55,7 @@ class AdapterValidator:
         charge(sum(tokens_read(sample.input) for item in new for sample in item.samples))
         slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
         batches = [new[start : start + VALIDATED_TOGETHER] for start in range(0, len(new), VALIDATED_TOGETHER)]
-        answers = await asyncio.gather(*[self._validate_in(slots, batch) for batch in batches], return_exceptions=True)
+        answers = await asyncio.gather(*[self._validate_batch(slots, part) for part in batches], return_exceptions=True)
         outcomes: list[Outcome] = []
         for answer in answers:  # every batch has ended before one fails the whole
             if isinstance(answer, BaseException):
@@ -83,16 +83,15 @@ class AdapterValidator:
         embedded = dict(zip([item.ref for item in anew], await self._embed(anew) if anew else [], strict=True))
         return {id(old): replace(old, staged=new, embedded=embedded.get(new.ref, old.embedded)) for old, new in changed}
 
-    async def _validate_in(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
+    async def _validate_batch(self, slots: asyncio.Semaphore, batch: Sequence[Staged]) -> list[Outcome]:
         async with slots:
-            return await self._validate_batch(batch)
-
-    async def _validate_batch(self, batch: Sequence[Staged]) -> list[Outcome]:
-        probing = asyncio.gather(self._probe(batch))
-        embedded = await self._embed(batch)
-        [shifts] = await probing
-        triples = zip(batch, embedded, shifts, strict=True)
-        return [_outcome(item, embedding, shift) for item, embedding, shift in triples]
+            probing = asyncio.gather(self._probe(batch))
+            embedded = await self._embed(batch)
+            [shifts] = await probing
+        return [
+            shift if isinstance(shift, Exception) else ValidatedAdapter(item, embedding, shift)
+            for item, embedding, shift in zip(batch, embedded, shifts, strict=True)
+        ]
 
     async def _embed(self, batch: Sequence[Staged]) -> list[Embedded | None]:
         samples, tenants = [item.samples for item in batch], [item.ref.tenant for item in batch]
@@ -113,16 +112,10 @@ class AdapterValidator:
         """Probe adapters of one base model. If the whole call fails, its error applies to each of them."""
         workers = self._workers.made_for(batch[0].record.base_model)
         try:
-            await workers.gate.ready()
+            await workers.ready()
             return await workers.client.probe_many([staged.weights_digest for staged in batch])
         except Exception as exc:
             return [exc] * len(batch)
-
-
-def _outcome(staged: Staged, embedded: Embedded | None, shift: float | Exception) -> Outcome:
-    if isinstance(shift, Exception):
-        return shift
-    return ValidatedAdapter(staged, embedded, shift)
 
 
 def free_of_charge(num_tokens: int) -> None:

@@ -5,10 +5,6 @@ Ray pickles this module into Serve's controller: keep imports small.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 from ray.serve.config import AutoscalingContext
 
 from deployments.json_types import JsonObject
@@ -58,35 +54,3 @@ class RetrieverScaling:
             return context.target_num_replicas, {}
         work = sum(stats.get(BUSY, {}).values()) + sum(stats.get(WAITING_S, {}).values()) / DRAIN_S
         return work / self._target_busy, {}
-
-
-class EncoderLoad:
-    """The share of time in which a replica's encoder works, and the mean time that it takes for a text."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._read_at = clock, clock()
-        self._busy_since: float | None = None
-        self._busy_s = self._total_s = 0.0
-        self._num_texts = 0
-
-    @contextmanager
-    def encoding(self, num_texts: int) -> Iterator[None]:
-        """Count the time in this context as that of a batch. One batch runs after the other."""
-        started = self._busy_since = self._clock()
-        try:
-            yield
-        finally:
-            self._busy_s += self._clock() - self._busy_since
-            self._total_s += self._clock() - started
-            self._num_texts += num_texts
-            self._busy_since = None
-
-    def read(self, num_waiting: int) -> dict[str, float]:
-        """Return the inputs of `RetrieverScaling` since the last reading, with this many texts waiting."""
-        now = self._clock()
-        if self._busy_since is not None:
-            self._busy_s += now - self._busy_since
-            self._busy_since = now
-        busy = self._busy_s / max(now - self._read_at, 1e-3)
-        self._read_at, self._busy_s = now, 0.0
-        return {BUSY: busy, WAITING_S: num_waiting * self._total_s / max(self._num_texts, 1)}

@@ -19,11 +19,11 @@ _VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("fa
 _REASONS = {
     "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
         *("bagel", "bailing_moe", "bailing_moe_linear", "bailing_moe_v3", "chatglm", "deepseek_ocr", "deepseek_ocr2"),
-        *("dots_ocr", "glm4v", "internlm2", "interns1_pro", "interns2_mobius"),
-        *("interns2_preview", "isaac", "k2_horizon", "keye", "keye_vl1_5", "longcat_flash_ngram"),
+        *("glm4v", "internlm2", "interns1_pro", "interns2_mobius"),
+        *("interns2_preview", "isaac", "k2_horizon", "longcat_flash_ngram"),
         *("minicpmo", "minicpmv", "molmo", "moss_audio", "nemotron_nas", "nemotron_vl", "opencua"),
-        *("openpangu_vl", "param2moe", "phi4mm", "plamo3", "qianfan_ocr", "solar", "telechat2"),
-        *("teleflm", "ultravox", "unlimited_ocr"),
+        *("openpangu_vl", "param2moe", "plamo3", "solar", "telechat2"),
+        *("ultravox", "unlimited_ocr"),
     ),
     "it reads the format of Mistral's own tools only": ("mistral_large_3", "pixtral", "voxtral_realtime"),
     "its class asks for settings that transformers names otherwise": (

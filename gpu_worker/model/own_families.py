@@ -13,6 +13,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 
 class MiMoConfig(transformers.Qwen2Config):  # type: ignore[misc]
@@ -35,6 +37,19 @@ class MiniCPMConfig(transformers.GraniteConfig):  # type: ignore[misc]
         self.residual_multiplier = self.scale_depth / math.sqrt(self.num_hidden_layers)
         self.dim_model_base = getattr(self, "dim_model_base", 1)
         self.logits_scaling = self.hidden_size / self.dim_model_base
+
+
+class TeleFLMConfig(transformers.GraniteConfig):  # type: ignore[misc]
+    """Tele-FLM is Granite, whose factors have other names."""
+
+    model_type = "TeleFLM"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.attention_multiplier = (self.hidden_size // self.num_attention_heads) ** -0.5
+        if getattr(self, "use_mup", False):
+            self.embedding_multiplier = self.input_mult
+            self.logits_scaling = self.mup_scale_factor / self.output_mult
 
 
 class PanguEmbeddedConfig(transformers.LlamaConfig):  # type: ignore[misc]
@@ -103,14 +118,44 @@ class NVLMDConfig(ChatConfig):
     model_type = "NVLM_D"
 
 
+def _beside_encoder(family: str, name: str, text: Any) -> Any:
+    """Return the class of a config in which the settings of a language model stand beside those of an encoder."""
+
+    def get_text_config(self: Any, *_: Any, **__: Any) -> Any:
+        others = ("architectures", "auto_map", "model_type", "vision_config")
+        return text(**{name: value for name, value in self.to_dict().items() if name not in others})
+
+    settings = {
+        "__module__": __name__,
+        "__annotations__": {"vision_config": Any},
+        "model_type": family,
+        "sub_configs_defaults": {"vision_config": PreTrainedConfig},
+        "vision_config": None,
+        "get_text_config": get_text_config,
+    }
+    return type(text)(name, (text,), settings)
+
+
+KeyeConfig = _beside_encoder("Keye", "KeyeConfig", transformers.Qwen3Config)
+KeyeVL15Config = _beside_encoder("KeyeVL1_5", "KeyeVL15Config", transformers.Qwen3Config)
+DotsOCRConfig = _beside_encoder("dots_ocr", "DotsOCRConfig", transformers.Qwen2Config)  # vLLM asks for this name
+Phi4MMConfig = _beside_encoder("phi4mm", "Phi4MMConfig", transformers.Phi3Config)
+# The adapters of Phi-4-multimodal's authors, for images and sounds, are left out.
+register_checkpoint_conversion_mapping("phi4mm", [WeightRenaming(r"\.base_layer\.", ".")])
+
 _TEXT: dict[Any, Any] = {
     MiMoConfig: transformers.Qwen2ForCausalLM,
     MiniCPMConfig: transformers.GraniteForCausalLM,
     PanguEmbeddedConfig: transformers.LlamaForCausalLM,
+    TeleFLMConfig: transformers.GraniteForCausalLM,
 }
-_MULTIMODAL: dict[Any, Any] = dict.fromkeys(
-    (InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig), ChatModel
-)
+_CHATS = (InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig)
+_MULTIMODAL: dict[Any, Any] = {
+    **dict.fromkeys(_CHATS, ChatModel),
+    **dict.fromkeys((KeyeConfig, KeyeVL15Config), transformers.Qwen3ForCausalLM),
+    DotsOCRConfig: transformers.Qwen2ForCausalLM,
+    Phi4MMConfig: transformers.Phi3ForCausalLM,
+}
 OWN_FAMILIES = tuple(config.model_type for config in (*_TEXT, *_MULTIMODAL))
 
 _mappings: tuple[Any, Any] = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING

@@ -42,9 +42,10 @@ from gpu_worker.vllm.engine_args import build_config, errors_of_children, max_le
 from gpu_worker.vllm.front_model import FrontModel, load_front_model, narrowed
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
 from gpu_worker.vllm.model_check import CheckedAnswer, CheckedPrompt, check_model
+from gpu_worker.vllm.packing import Change
 from gpu_worker.vllm.plan_path import PlanIds, path_of
 from gpu_worker.vllm.processes import kill_descendants
-from gpu_worker.vllm.remote_bank import Change, RemoteBank
+from gpu_worker.vllm.remote_bank import RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from gpu_worker.vllm.sampling import check_params, probed_ids, prompt_scores, sampling_params, scored
 from gpu_worker.vllm.settings import check_device, check_gpus, check_vllm

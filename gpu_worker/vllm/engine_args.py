@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +36,9 @@ from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
 _WORKER_CLASS = "gpu_worker.vllm.worker.PlanWorker"
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's default on the CPU
+_CPU_LATENT = 576  # values of a token that latent attention keeps, in vLLM's code for the CPU
+_CLASSES_FOR_GPUS = {"Rnj1ForCausalLM"}
+_ROTATES_BY_HEAD = {"lfm2", "lfm2_moe"}  # beside latent attention
 _GPU_SHARE = 0.9  # share of the GPU's memory, as vLLM's default
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # that vLLM's class for any model of transformers computes
 
@@ -46,14 +50,23 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
     try:
         vllm_config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
         _check_class(vllm_config.model_config, model.model_type, config.device)
-        cache = vllm_config.cache_config
-        if vllm_config.model_config.is_hybrid and cache.kv_cache_memory_bytes is not None:
-            # vLLM has given blocks the size of a layer's state, and every row needs some for that too.
-            cache.kv_cache_memory_bytes = kv_bytes(config, model, cache.block_size)
+        if vllm_config.cache_config.kv_cache_memory_bytes is not None:
+            vllm_config.cache_config.kv_cache_memory_bytes = _cache_bytes(config, model, vllm_config)
     except ValueError as exc:  # pydantic's too
         raise BaseModelUnsupported(f"vLLM refuses {model.model_type}: {_reason(exc)}") from exc
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
+    _set_rotation(vllm_config, config.device)
     return vllm_config
+
+
+def _set_rotation(vllm_config: VllmConfig, device: str) -> None:
+    """Let torch rotate the heads where vLLM's operation for the CPU would rotate some of them only.
+
+    It takes the second last dimension of its input for the tokens, so it needs all heads of a token in one dimension.
+    """
+    model_config = vllm_config.model_config
+    if device == "cpu" and (model_config.use_mla or model_config.hf_text_config.model_type in _ROTATES_BY_HEAD):
+        vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
 
 
 def _check_class(model_config: ModelConfig, model_type: str, device: str) -> None:
@@ -65,9 +78,14 @@ def _check_class(model_config: ModelConfig, model_type: str, device: str) -> Non
         raise BaseModelUnsupported(
             f"{model_type} has layers of other kinds ({', '.join(sorted(kinds))}), for which vLLM has no class"
         )
-    if device == "cpu" and model_config.use_mla:
+    if device == "cpu" and model_config.use_mla and model_config.get_head_size() != _CPU_LATENT:
         raise BaseModelUnsupported(
-            f"{model_type} has latent attention, which vLLM computes on the CPU otherwise than transformers"
+            f"{model_type} needs a GPU with the vLLM engine: vLLM's CPU code for latent attention has kv_lora_rank +"
+            f" qk_rope_head_dim = {_CPU_LATENT} only, and the model has {model_config.get_head_size()}"
+        )
+    if device == "cpu" and name in _CLASSES_FOR_GPUS:
+        raise BaseModelUnsupported(
+            f"{model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for the attention of its class {name}"
         )
     if not supports_lora(found):
         raise BaseModelUnsupported(
@@ -154,6 +172,8 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         worker_cls=_WORKER_CLASS,
         additional_config=plugin.as_additional_config(),
         enable_prefix_caching=config.prefix_cache,
+        # The other one for the CPU needs a processor with AMX and bfloat16, and is compared nowhere.
+        attention_backend="CPU_MLA" if config.device == "cpu" and model.has_latents else None,
         enforce_eager=not is_compiled,
         disable_log_stats=True,
         seed=0,
@@ -166,13 +186,33 @@ def max_len_of(config: VllmWorkerConfig, model: FrontModel) -> int:
     return min(config.max_model_len, model.max_position)
 
 
-def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOCK) -> int:
+def _cache_bytes(config: VllmWorkerConfig, model: FrontModel, vllm_config: VllmConfig) -> int:
+    """Return the bytes of the cache in one process, of keys and of the states of layers with linear attention."""
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    token_bytes = model_config.get_head_size() * model_config.dtype.itemsize  # of a head in a layer
+    if model_config.use_mla:  # each process keeps the one latent from which all heads are computed
+        num_layers = model_config.get_num_layers(parallel)
+        return kv_bytes(config, replace(model, num_kv_heads=1, kv_token_bytes=num_layers * token_bytes))
+    if not model_config.is_hybrid:
+        return kv_bytes(config, model)
+    found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    shapes = found.get_mamba_state_shape_from_config(vllm_config)
+    dtypes = found.get_mamba_state_dtype_from_config(vllm_config)
+    state_bytes: int = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+    # vLLM's workers will give a block as many tokens as have the keys of a layer's state.
+    block: int = vllm_config.cache_config.block_size
+    keys_bytes = 2 * model_config.get_num_kv_heads(parallel) * block * token_bytes  # and of the values
+    block *= max(math.ceil(state_bytes / keys_bytes), 1)
+    return kv_bytes(config, model, block, num_more=2) + block * model.kv_token_bytes
+
+
+def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOCK, num_more: int = 1) -> int:
     """Return the bytes of the KV cache in one process. By default every row may reach its longest length.
 
-    `block`: tokens of a block, of which a row has one more than its tokens fill.
+    `block`: tokens of a block. `num_more`: blocks that a row has beyond those that its tokens fill.
     Processes divide the heads of keys among them. Where there are more processes than heads, several have the same one.
     """
-    longest = (math.ceil(max_len_of(config, model) / block) + 1) * block
+    longest = (math.ceil(max_len_of(config, model) / block) + num_more) * block
     tokens = config.kv_tokens or config.max_batch_size * longest
     num_heads = max(model.num_kv_heads // config.tensor_parallel_size, 1)
     return max(tokens, longest) * model.kv_token_bytes * num_heads // model.num_kv_heads

@@ -47,7 +47,6 @@ _UNREAD = {
     "sarvam_mla": "its class asks for a head size that transformers changes",
     "voxtral": "its class reads the format of Mistral's own tools only",
 }
-_CONVOLUTIONS = {"lfm2", "lfm2_moe"}
 _BFLOAT16_ON_CPU = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
 _FAILS_WITHOUT_IMAGES = {"llama4"}  # in transformers 5.24; its text part does not
 _SEVERAL_PARTS = {"qkv_proj", "gate_up_proj", "query_key_value"}  # names of layers that hold several
@@ -72,6 +71,7 @@ class FrontModel:
     is_multimodal: bool  # vLLM serves its language model only
     num_parameters: int
     is_quantized: bool
+    has_latents: bool = False  # from which keys and values are computed
     window: int | None = None  # some layers see only this many last tokens
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for what a request leaves unset
 
@@ -116,6 +116,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
         is_multimodal=text_config is not hf_config,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_quantized=bool(find_quantised(hf_config)),
+        has_latents=config_setting(text_config, "kv_lora_rank") is not None,
         window=config_setting(text_config, "sliding_window"),
         sampling_defaults=sampling_defaults(config, source),
     )
@@ -229,10 +230,6 @@ def _check_code(config: VllmWorkerConfig, model_type: str) -> None:
     if config.device == "cpu" and model_type in _NOT_ON_CPU:
         raise BaseModelUnsupported(
             f"{model_type} needs a GPU with the vLLM engine: vLLM has no CPU code for {_NOT_ON_CPU[model_type]}"
-        )
-    if config.device == "cpu" and model_type in _CONVOLUTIONS:
-        raise BaseModelUnsupported(
-            f"{model_type} has convolutions, which vLLM computes on the CPU otherwise than transformers"
         )
     is_float32 = resolve_dtype(config.dtype, config.device) == torch.float32
     if config.device == "cpu" and is_float32 and model_type in _BFLOAT16_ON_CPU:

@@ -44,7 +44,7 @@ from gpu_worker.model.eager_check import (
 )
 from gpu_worker.vllm.front_model import FrontModel, language_linears, language_part
 from gpu_worker.vllm.packing import packed
-from gpu_worker.vllm.remote_bank import Send, encoded_put
+from gpu_worker.vllm.remote_bank import Send
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ async def check_model(
 
         async def compare(prompts: Sequence[CheckedPrompt], modules: Collection[str]) -> _Problem | None:
             eager.adapt(modules)
-            if refusals := await change([encoded_put(packed(eager.adapter))]):
+            if refusals := await change([packed(eager.adapter)]):
                 raise _unsupported(model, f"its workers refuse an adapter of every module ({refusals[DIGEST]})")
             answers = await asyncio.gather(*map(answer, prompts))
             await change([("drop", DIGEST)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,32 +12,22 @@ from gpu_worker.bank.device_layout import DeviceAdapter, DeviceModule
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU = torch.device("cpu")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+Change = tuple[Any, ...]
+"""A change of the workers' banks as plain values, which vLLM's message encoder accepts."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """An adapter as plain values, which vLLM's message encoder accepts.
+def packed(adapter: DeviceAdapter) -> Change:
+    """Return the change that brings the adapter into the workers' banks: its tensors, copied into one buffer.
 
-    `modules`: (module path, rank, in, out) in the order of the buffer. `values`: for each module a (R, I), then bt
-    (R, O), both of `dtype`.
+    It is ("put", digest, dtype, modules, values). `modules`: (module path, rank, in, out) in the order of the buffer.
+    `values`: for each module a (R, I), then bt (R, O), both of `dtype`.
     """
-
-    digest: str
-    dtype: str
-    modules: list[tuple[str, int, int, int]]
-    values: bytes
-
-
-def packed(adapter: DeviceAdapter) -> PackedAdapter:
-    """Copy the adapter's tensors into one buffer."""
     modules, parts = [], []
     for name, module in adapter.modules.items():
         modules.append((name, module.rank, module.a.shape[1], module.bt.shape[1]))
         parts += [module.a.reshape(-1), module.bt.reshape(-1)]
-    values = torch.cat(parts).cpu()
-    return PackedAdapter(
-        adapter.weights_digest, _NAMES[values.dtype], modules, values.view(torch.uint8).numpy().tobytes()
-    )
+    flat = torch.cat(parts).cpu()
+    return "put", adapter.weights_digest, _NAMES[flat.dtype], modules, flat.view(torch.uint8).numpy().tobytes()
 
 
 def unpacked(

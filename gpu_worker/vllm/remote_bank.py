@@ -6,17 +6,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gpu_worker.bank.device_layout import DeviceAdapter
 from gpu_worker.bank.residency import RowAssignment
 from gpu_worker.errors import AdapterUnfit, PlanTooLarge
 from gpu_worker.vllm.fusions import adapters_of, contains_any, parts_of
-from gpu_worker.vllm.packing import PackedAdapter, packed
+from gpu_worker.vllm.packing import Change, packed
 
 logger = logging.getLogger(__name__)
 
-Change = tuple[Any, ...]
 Send = Callable[[list[Change]], Awaitable[Mapping[str, str]]]
 """Applies changes in all workers between two of their steps. Returns why adapters are unfit, by weights digest."""
 
@@ -178,9 +176,4 @@ def _end(put: _Put, unfit: Mapping[str, str]) -> None:
 
 def _encoded(changes: Sequence[_Put | str]) -> list[Change]:
     """Return the changes as plain values."""
-    return [("drop", change) if isinstance(change, str) else encoded_put(packed(change.adapter)) for change in changes]
-
-
-def encoded_put(adapter: PackedAdapter) -> Change:
-    """Return the change that brings the adapter into the workers' banks."""
-    return "put", adapter.digest, adapter.dtype, adapter.modules, adapter.values
+    return [("drop", change) if isinstance(change, str) else packed(change.adapter) for change in changes]

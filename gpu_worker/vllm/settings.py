@@ -73,6 +73,7 @@ LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
 """The attributes that `plan_layers` reads of the layers that it wraps."""
 FIELDS = (
     (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
+    (CompilationConfig, "custom_ops"),
     (CompilationConfig, "mode"),
     (CompilationConfig, "cudagraph_mode"),
     (MultiModalConfig, "language_model_only"),

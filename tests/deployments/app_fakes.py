@@ -16,7 +16,6 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from deployments.config.app import AppConfig
-from deployments.generation.row_stream import StreamLimits
 from deployments.http.api import build_api
 from deployments.http.bodies import MAX_BODY_TOTAL_BYTES
 from deployments.http.dependencies import Services
@@ -93,14 +92,14 @@ def serve_plainly(
         ),
     ]
     config = config_of(worker=engine or NativeSettings(), **settings)
-    limits = StreamLimits(silence_s, worker_grace_s)
     retriever_handle, worker_handle, store_handle = handles
     ingress = Ingress(
         config,
         retriever_handle,
         dict.fromkeys(config.by_model, worker_handle),
         store_handle,
-        limits=limits,
+        silence_s=silence_s,
+        grace_s=worker_grace_s,
         keep_alive_s=keep_alive_s,
         kinds=kinds,
         max_body_total_bytes=max_body_total_bytes,

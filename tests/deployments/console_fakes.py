@@ -13,7 +13,9 @@ import numpy as np
 from deployments.api.pool_responses import map_body
 from gpu_worker.front.engine_status import Counters, EngineStatus
 from gpu_worker.front.request.request import Delta, Job
-from retriever_svc import Cluster, Place, Point, PoolMap, Retriever
+from lora_store import Snapshot
+from retriever_svc import Cluster, NearSample, Page, PageRequest, Place, Point, PoolMap, Retriever
+from retriever_svc.listing import Listings
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.retriever_svc.pool_fakes import FakeEncoder, Source, live_pool, record_of
@@ -66,7 +68,10 @@ class MappedRetriever(FakeRetriever):
 
 
 class LaidOutRetriever(MappedRetriever):
-    """Draws `count` adapters of `num_kinds` kinds by the real layout. A kind is a tag and the first word of names."""
+    """Draws `count` adapters of `num_kinds` kinds by the real layout. A kind is a tag and the first word of names.
+
+    Every prompt finds the first two.
+    """
 
     def __init__(self, count: int, num_kinds: int) -> None:
         rng = np.random.default_rng(0)
@@ -77,11 +82,15 @@ class LaidOutRetriever(MappedRetriever):
         self.names = [f"{kind}-{number:05}" for number, kind in enumerate(kinds)]
         rows = zip(self.names, vectors, kinds, strict=True)
         records = [record_of(name, vector, tags=(kind,)) for name, vector, kind in rows]
-        super().__init__(records[:2])
+        super().__init__(records[:2], near=(NearSample("Rhyme on rain.", 0.8),))
+        self._listings = Listings(Snapshot(7, {("local", record.ref.name): record for record in records}))
         self._drawn = Retriever(live_pool(FakeEncoder({}, dim=num_kinds), Source(*records))).map("local")
 
     def pool_map(self, tenant: str) -> PoolMap:
         return replace(self._drawn, generation=7)
+
+    async def page(self, tenant: str, request: PageRequest, min_generation: int = 0) -> Page:
+        return self._listings.page(tenant, request)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from deployments.api.adapters import PublishItem
 from deployments.api.responses import Published, Settled
 from deployments.calls.catalogue_clients import WAIT_S, serve_retriever, serve_store
 from deployments.calls.serve_calls import Background
-from deployments.calls.worker_client import BaseWorkers, WorkerClient, WorkerGate, Workers, serve_worker
+from deployments.calls.worker_client import BaseWorkers, WorkerClient, Workers, serve_worker
 from deployments.publishing.publisher import Publisher
 from deployments.publishing.reclaimer import Reclaimer
 from gpu_worker.errors import AdapterUnfit
@@ -79,9 +79,9 @@ class Publishing:
 
     def publisher(self, background: Background) -> Publisher:
         store, worker = serve_store(self.store, wait_s=self._store_wait_s), serve_worker(self.worker)
-        reclaimer = Reclaimer(store, worker, background, longest_request_s=1, sleep=_in_no_time)
-        clients = store, serve_retriever(self.retriever), workers_of(worker)
-        return Publisher(*clients, background=background, reclaimer=reclaimer)
+        workers = workers_of(worker)
+        reclaimer = Reclaimer(store, workers, background, longest_request_s=1, sleep=_in_no_time)
+        return Publisher(store, serve_retriever(self.retriever), workers, background=background, reclaimer=reclaimer)
 
     @property
     def live_digests(self) -> dict[str, list[str]]:
@@ -90,7 +90,7 @@ class Publishing:
 
 def workers_of(client: WorkerClient) -> Workers:
     """Return the workers of one base model, which never scale to zero."""
-    return Workers({BASE: BaseWorkers(client, WorkerGate(client, None))})
+    return Workers({BASE: BaseWorkers(client, None)})
 
 
 def live(outcomes: Sequence[Published | Exception]) -> list[Published]:

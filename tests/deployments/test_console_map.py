@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from playwright.async_api import Page, expect
 
+from retriever_svc import NoAdapterMatched
 from tests.browsing import Browsing
 from tests.deployments.app_fakes import Served
 from tests.deployments.console_fakes import LaidOutRetriever
@@ -53,18 +54,17 @@ def test_an_adapter_is_found_on_the_map_of_a_large_pool(browsing: Browsing, coun
         assert sorted(await listed.get_by_role("button").all_inner_texts()) == retriever.kinds
 
         await page.get_by_label("Find").fill(name)
-        await expect(summary).to_have_text("Found: 1, 1 of them in view")
-        await expect(page.locator("#map-spoken")).to_have_text("1 found")
-        assert await page.locator("#map-found").evaluate(COUNT_DOTS) == 1
+        await expect(summary).to_have_text("Found: 1 by name or tag, 2 by samples")
+        await expect(page.locator("#map-spoken")).to_have_text("Found: 1 by name or tag, 2 by samples")
+        assert await page.locator("#map-found").evaluate(COUNT_DOTS) == 3
         await page.get_by_label("Find").press("Enter")
         await expect(page.locator("#map")).to_have_class("many searched zoomed" if count > 300 else "searched zoomed")
-        await expect(page.locator("#map .label.other").first).to_have_text(name)
-        await expect(listed.get_by_role("link")).to_have_text([name])
+        await expect(page.locator("#map .label.current")).to_have_text(name)
+        await expect(listed.get_by_role("link")).to_have_text([name, *retriever.names[:2]])
         await page.get_by_label("Find").fill(retriever.kinds[2])  # the name of a cluster
-        await expect(summary).to_contain_text(f"Found: {len(retriever.names[2::num_kinds]):,}, ")
-        await page.get_by_label("Find").fill("nothing like it")
-        await expect(summary).to_have_text("Found: 0, 0 of them in view")
+        await expect(summary).to_contain_text(f"Found: {len(retriever.names[2::num_kinds]):,} by name or tag, ")
         await page.get_by_label("Find").fill("")
+        await expect(summary).to_contain_text("In view: ")
 
         await page.get_by_role("button", name="Whole map").click()
         await expect(summary).to_have_text(f"In view: {count:,} of {count:,}")
@@ -90,6 +90,37 @@ def test_an_adapter_is_found_on_the_map_of_a_large_pool(browsing: Browsing, coun
         await expect(page.locator("#adapter-title")).to_have_text(min(retriever.names))
 
     look(browsing, question, context=WIDE, retriever=retriever)
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_an_adapter_is_found_by_what_it_does_with_the_keyboard(browsing: Browsing, width: int) -> None:
+    retriever = LaidOutRetriever(300, 12)
+    first, second = retriever.names[:2]
+
+    async def question(page: Page, served: Served) -> None:
+        spoken = page.locator("#map-spoken")
+        await expect(page.locator("#map-count")).to_have_text("In view: 300 of 300")
+        await page.get_by_label("Find").focus()
+        await page.keyboard.type("a verse on the weather")  # which is in no name or tag
+        await expect(spoken).to_have_text("Found: 0 by name or tag, 2 by samples")
+        await expect(page.locator("#map-list li")).to_have_text([f"{name} Rhyme on rain." for name in (first, second)])
+        assert await page.locator("#map-found").evaluate(COUNT_DOTS) == 2
+        assert await page.evaluate("document.documentElement.scrollWidth") == width
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#map")).to_be_focused()
+        await expect(spoken).to_have_text(first)
+        await page.keyboard.press("ArrowRight")
+        await expect(spoken).to_have_text(second)
+        await expect(page.locator("#map .label.current")).to_have_text(second)
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#adapter-title")).to_have_text(second)
+
+        retriever.failure = NoAdapterMatched(0.0, 1.0)  # as for a key that may not ask
+        await page.go_back()
+        await page.get_by_label("Find").fill(first)
+        await expect(page.locator("#map-count")).to_have_text("Found: 1 by name or tag, 0 by samples")
+
+    look(browsing, question, context={"viewport": {"width": width, "height": 1000}}, retriever=retriever)
 
 
 def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing) -> None:

@@ -478,10 +478,10 @@ def test_tags_and_template_of_a_new_version_are_cleared_by_choice(browsing: Brow
 
 def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Browsing, tmp_path: Path) -> None:
     for step in (50, 100, 1000):
-        folder_of(tmp_path / "my-run", f"checkpoint-{step}")
+        folder_of(tmp_path / "my run (v2)", f"checkpoint-{step}")
 
     async def question(page: Page, served: Served) -> None:
-        await drop_folder(page, tmp_path / "my-run")
+        await drop_folder(page, tmp_path / "my run (v2)")
         for step, ticked in ((50, False), (100, False), (1000, True)):
             await expect(page.get_by_label(f"Publish checkpoint-{step}", exact=True)).to_be_checked(checked=ticked)
         for samples in await page.get_by_label("Sample prompts").all():
@@ -489,7 +489,7 @@ def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Br
         await page.get_by_role("button", name="Publish 1 adapter").click()
         await expect(page.locator("#previews .good")).to_have_count(1)
         [(upload, _)] = served.store.called("stage")
-        assert upload.name == "my-run"
+        assert upload.name == "my-run-v2"
         assert upload.files["lora_samples.jsonl"] == b'{"input":"First prompt"}\n{"input":"Second prompt"}\n'
 
     look(browsing, question)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.encoder_queue import BATCH_TOKENS, TURN_TOKENS, EncoderQueue
+from deployments.encoder_queue import BATCH_TOKENS, TURN_TOKENS, EncoderLoad, EncoderQueue
 from deployments.errors import EncoderBusy
 from retriever_svc.encoder import tokens_read
 
@@ -289,3 +289,19 @@ def test_a_caller_that_left_is_not_encoded_again() -> None:
         assert encoder.batches[1:] == [[("b", "2")]]
 
     run(scenario)
+
+
+def test_the_load_of_an_encoder_is_its_busy_time_and_the_cost_of_waiting_texts() -> None:
+    now_s = 100.0
+    load = EncoderLoad(lambda: now_s)
+    assert load.read(9) == {"busy": 0, "waiting_s": 0}
+    with load.encoding(4):
+        now_s += 2
+        assert load.read(0) == {"busy": 1, "waiting_s": 0}  # a batch that lasts longer than a period
+        now_s += 1
+    now_s += 3
+    assert load.read(8) == {"busy": 0.25, "waiting_s": 6}
+    with pytest.raises(ValueError, match="bad text"), load.encoding(2):
+        now_s += 3
+        raise ValueError("bad text")
+    assert load.read(10) == {"busy": 1, "waiting_s": 10}

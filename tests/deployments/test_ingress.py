@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from deployments.api.completions import ChatCompletionRequest
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.errors import ModelNotFound, RequestInvalid
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import PromptTooLong, SamplingInvalid
 from gpu_worker.front.request.prompts import Message
 from gpu_worker.front.request.request import Delta, Job, SamplingParams

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from deployments.calls.worker_client import Usage
 from deployments.errors import ReplicaStuck
-from deployments.generation.shadows import shadow_tenant
 from deployments.observability.metrics import SERVE
+from deployments.observability.worker_metrics import shadow_tenant
 from deployments.scaling.residency import ResidencyReport
 from deployments.worker import WorkerDeployment
 from gpu_worker.errors import AdapterLoadFailed, EngineStopped, WarmUpFailed

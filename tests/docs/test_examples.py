@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 import yaml
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
-from typer.main import get_command
 
 from deployments.api.names import NamePolicy
-from deployments.cli.main import cli
 from deployments.cli.pool_file import PoolFile
 from deployments.config.app import AppConfig
 from deployments.config.loading import load_config
 from deployments.publishing.contract_files import read_contract
 from lora_store.contract_files import CONTRACT_FILE
 from tests.conftest import ON_A_CLUSTER
+from tests.deployments.scripted import COMMAND
 from tests.docs.pages import ROOT, CodeBlock, blocks_of, pages
 
 BLOCKS = [block for page in pages() for block in blocks_of(page)]
@@ -127,7 +126,7 @@ def command_lines(program: str) -> Iterator[tuple[str, list[str]]]:
 
 def exists(words: list[str]) -> bool:
     """Return whether the command and all its options exist."""
-    command: Any = get_command(cli)
+    command = COMMAND
     position = 1
     while position < len(words) and (children := getattr(command, "commands", None)):
         word = words[position]
@@ -164,7 +163,7 @@ def test_make_serve_has_a_variant_with_two_base_models_and_the_starter_pool(engi
     command = [*shlex.split(*calls), "--dry-run", f"ENGINE={engine}"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     [line] = [line for line in printed.splitlines() if "loraretriever serve" in line]
-    serve: Any = get_command(cli).commands["serve"]  # type: ignore[attr-defined]
+    serve = COMMAND.commands["serve"]
     given = serve.make_context("serve", shlex.split(line)[2:]).params
     config = load_config(ROOT / given["config"], preload=given["preload"])
     assert [model.name for model in config.served_models] == ["gemma-3-270m", "qwen"]

@@ -53,7 +53,7 @@ def tokens_slowly(logits: Tensor, draw: Draw) -> set[int | None]:
     values = adjusted_slowly(logits, draw)
     if max(values) == -math.inf:
         return {None}
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)  # equal ones by their ids
     if draw.params.temperature < GREEDY_BELOW:
         return {ranked[0]}
     best = values[ranked[0]]
@@ -93,6 +93,6 @@ def scored_slowly(logits: Tensor, token: int, count: int) -> tuple[float, list[t
     values = logits.double().tolist()
     best = max(values)
     mass = math.log(math.fsum(math.exp(value - best) for value in values))  # it would be lost if added to a huge `best`
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:count]
     scores = [max(value - best - mass, -9999.0) for value in values]
     return scores[token], [(i, scores[i]) for i in ranked]

@@ -1,3 +1,10 @@
+"""A pool that follows its catalogue while it answers.
+
+The encoder changes together with the index, at one generation.
+
+Failures below a LivePool cost time, but no adapter.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -8,10 +15,12 @@ import numpy as np
 import pytest
 
 from lora_store.errors import StoreUnavailable
-from lora_store.snapshot import Snapshot
-from retriever_svc import IndexSettings, StaleIndex
+from lora_store.snapshot import ActiveEncoder, Snapshot
+from retriever_svc import EncoderUnusable, IndexSettings, LivePool, SavedIndexes, StaleIndex
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.live_pool import in_thread
+from retriever_svc.pool import Pool
+from retriever_svc.saved_index import SavedLists
 from tests.retriever_svc.live_pools import DIM, ENCODER, TINY, assert_finds_exactly, names_found, records_of, saved_in
 from tests.retriever_svc.pool_fakes import FakeEncoder, Later, Source, live_pool, record_of, snapshot_of
 
@@ -281,3 +290,129 @@ def test_an_unreachable_location_costs_only_a_training(tmp_path: Path, caplog: p
     assert pools.stats().has_lists
     assert "cannot save the trained index" in caplog.text
     assert_finds_exactly(pools, records)
+
+
+NEW = ActiveEncoder("new-model", "new")
+
+
+class Models:
+    """Loads the old encoder under any name except `new-model`, which exists once the test adds it."""
+
+    def __init__(self) -> None:
+        self.new: FakeEncoder | None = None
+
+    def __call__(self, model: str) -> FakeEncoder:
+        if model != NEW.model:
+            return ENCODER
+        if self.new is None:
+            raise EncoderUnusable(model, "there is none")
+        return self.new
+
+
+def test_encoder_and_index_change_at_one_generation() -> None:
+    models, source = Models(), Source(*records_of(5))
+    models.new = FakeEncoder({}, dim=3, identity="new")
+    pools = LivePool(models, source)
+    old = pools.current
+    renewed = [record_of(f"a{n}", vector, encoder="new") for n, vector in enumerate(np.eye(3, dtype=np.float32))]
+    source.commit(*renewed, encoder=NEW)
+    assert pools.catch_up() == 2
+    new = pools.current
+    assert (new.snapshot.generation, new.encoder, new.index.num_live) == (2, models.new, 3)
+    assert [m.record.ref.name for m in new.nearest(np.eye(3, dtype=np.float32)[1:2], 1, "local")[0]] == ["a1"]
+    assert (old.snapshot.generation, old.encoder, old.index.num_live) == (
+        1,
+        ENCODER,
+        5,
+    )  # its searches end with the encoder they began with
+
+
+def test_the_old_generation_stays_in_service_until_the_new_encoder_loads() -> None:
+    models, records = Models(), records_of(5)
+    source = Source(*records)
+    pools = LivePool(models, source)
+    source.commit(*records_of(4, encoder="new"), encoder=NEW)
+    for _ in range(2):
+        with pytest.raises(EncoderUnusable, match="new-model"):
+            pools.catch_up()
+    assert pools.stats().generation == 1
+    assert_finds_exactly(pools, records)
+    models.new = FakeEncoder({}, dim=DIM, identity="new")
+    assert pools.catch_up() == 2
+    assert (pools.stats().encoder, pools.stats().num_live) == ("new", 4)
+
+
+def test_a_prepared_encoder_is_used_after_activation() -> None:
+    models, source = Models(), Source(*records_of(5))
+    models.new = FakeEncoder({}, dim=DIM, identity="new")
+    pools = LivePool(models, source)
+    assert pools.prepare_encoder("new-model") is models.new
+    assert pools.current.encoder is ENCODER
+    models.new = None
+    source.commit(encoder=NEW)
+    pools.catch_up()
+    assert pools.stats().encoder == "new"
+
+
+def test_a_training_that_ends_after_its_encoder_was_replaced_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, later = Models(), Later()
+    models.new = FakeEncoder({}, dim=DIM, identity="new")
+    source = Source(*records_of(60))
+    pools = LivePool(models, source, settings=TINY, background=later)
+    renewed = records_of(60, seed=1, encoder="new")
+    train = InvertedLists.train
+
+    def overtaken(vectors: np.ndarray) -> InvertedLists:
+        source.commit(*renewed, encoder=NEW)
+        pools.catch_up()
+        return train(vectors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InvertedLists, "train", overtaken)
+        later.waiting.pop(0)()
+    assert not pools.stats().has_lists
+    assert_finds_exactly(pools, renewed)
+    later.run()  # that of the new encoder
+    assert pools.stats().has_lists
+    assert_finds_exactly(pools, renewed)
+
+
+def test_the_start_uses_the_active_encoder() -> None:
+    loaded: list[str] = []
+
+    def load(model: str) -> FakeEncoder:
+        loaded.append(model)
+        return FakeEncoder({}, dim=DIM, identity="new")
+
+    source = Source()
+    source.commit(*records_of(3, encoder="new"), encoder=NEW)
+    pools = LivePool(load, source, model="the config's")
+    assert (loaded, pools.stats().num_live) == (["new-model"], 3)
+
+
+def test_a_generation_that_cannot_be_derived_is_built_from_scratch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*_: object) -> Pool:
+        raise MemoryError
+
+    records = records_of(6)
+    source = Source(*records[:3])
+    pools = live_pool(ENCODER, source)
+    monkeypatch.setattr(Pool, "after", no_memory)
+    source.commit(*records[1:])
+    assert pools.catch_up() == 2
+    assert_finds_exactly(pools, records[1:])
+    assert "building a new one" in caplog.text
+
+
+def test_a_saved_index_of_another_release_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Unreadable(SavedIndexes):
+        def newest(self, encoder: str) -> SavedLists | None:
+            raise RuntimeError("index type not recognized")
+
+    records, later = records_of(70), Later()
+    unreadable = Unreadable(saved_in(tmp_path)._files)
+    pools = live_pool(ENCODER, Source(*records), settings=TINY, background=later, saved=unreadable)
+    assert_finds_exactly(pools, records)
+    assert "cannot use the saved index" in caplog.text

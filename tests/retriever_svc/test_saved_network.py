@@ -14,7 +14,7 @@ import pytest
 from retriever_svc import saved_network
 from retriever_svc.encoder import Encoder
 from retriever_svc.packaged_encoder import CONVERSION
-from retriever_svc.saved_network import SavedEncoder
+from retriever_svc.saved_network import SUFFIX, SavedEncoder
 from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 TEXTS = ["", "漢字", *topic_texts(2, seed=0)["boat"], "boat1 cake2 " * 60, "Is it so? goat3"]
@@ -38,7 +38,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 def place_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.openvino")
+    return folder.with_name(f"{folder.name}{SUFFIX}")
 
 
 def is_saved(encoder: Encoder) -> bool:

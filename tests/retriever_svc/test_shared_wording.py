@@ -12,6 +12,7 @@ from retriever_svc.shared_wording import (
     RIGHT_BY_DESCRIPTION,
     RIGHT_BY_ONE_WORDING,
     RIGHT_BY_THREE,
+    choose_varied,
     num_wordings,
     without_shared_wording,
     wording_warning,
@@ -49,6 +50,17 @@ def test_short_common_beginnings_are_chance() -> None:
 def test_words_are_not_cut() -> None:
     texts = ["Summarise the following article about winter", "Summarise the following artistic statement"]
     assert without_shared_wording(texts) == ["article about winter", "artistic statement"]
+
+
+def test_the_texts_are_chosen_that_share_fewest_words_with_those_before() -> None:
+    texts = [*(BEFORE + review for review in REVIEWS), "Is it worth seeing?", "WORTH SEEING? Say it.", "ja oder nein"]
+    assert choose_varied(texts, 4) == [0, 3, 5, 4]  # 3 and 5 share no word with 0, and 3 is earlier; 4 shares with 3
+    assert choose_varied(texts, 1) == [0]
+    assert sorted(choose_varied(texts, 100)) == list(range(6))
+    assert choose_varied([], 3) == [] and choose_varied(["a"], 0) == []
+    many = ["the same words"] * 950 + ["quite another text"] * 50
+    assert [many[place] for place in choose_varied(many, 2)] == ["the same words", "quite another text"]
+    assert len(choose_varied(many, 1000)) == 100
 
 
 def test_one_text_or_none_shares_nothing() -> None:

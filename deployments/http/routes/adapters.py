@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -69,6 +70,7 @@ from lora_store import VISIBILITIES, Feedback
 from lora_store.contract_files import MAX_CONTRACT_BYTES
 from retriever_svc import PageRequest
 from retriever_svc.listing import Sort
+from retriever_svc.shared_wording import choose_varied
 
 router = APIRouter(route_class=AnsweringRoute)
 MAX_PAGE = 1000
@@ -155,17 +157,19 @@ async def show(
     services: AnyServices,
     caller: AnyCaller,
     samples: Annotated[int, Query(ge=0, le=MAX_SHOWN_SAMPLES, description="how many samples to include")] = 0,
+    varied: Annotated[bool, Query(description="choose samples that differ most in their words")] = False,
     evaluation: Annotated[bool, Query(description="include what the last evaluation measured")] = False,
     proposed: Annotated[bool, Query(description="include prompts that may become samples; role publish")] = False,
 ) -> AdapterShown:
     """Return one adapter and its kept versions, the live one first.
 
-    With `samples` also this many samples of the live version. Other tenants' adapters show none. With `evaluation` what
-    the tenant's last evaluation measured on the examples of the live version.
+    With `samples` also this many samples of the live version, the first ones or `varied` ones. Other tenants' adapters
+    show none. With `evaluation` what the tenant's last evaluation measured on the examples of the live version.
     """
     generation, versions = await services.retriever.record(caller.tenant, name)
     # Older samples than those of this version would overwrite newer ones if a client edits them.
     found = await services.retriever.samples(caller.tenant, name, generation) if samples else []
+    places = choose_varied([sample.input for sample in found], samples) if varied else range(len(found))[:samples]
     measured = await services.retriever.evaluation(caller.tenant, name) if evaluation else None
     waiting: list[Feedback] = []
     if proposed:
@@ -173,7 +177,7 @@ async def show(
             raise RoleMissing(caller.key_id, "publish")
         async with own_key(name, caller, services) as (tenant, bare):
             waiting = await services.store.feedback(tenant, "proposed", bare)
-    return shown_object(versions, caller.tenant, generation, found[:samples], waiting, measured)
+    return shown_object(versions, caller.tenant, generation, [found[place] for place in places], waiting, measured)
 
 
 @router.post("/v1/loras/{name:path}/samples", response_model=None, responses=SAMPLES_ANSWERS, dependencies=[MAY_CHANGE])
@@ -287,7 +291,7 @@ def answer_settled(settled: Settled, **about: object) -> JSONResponse:
 
 def charge_to(services: Services, caller: Caller) -> Charge:
     """Return a function that charges the caller's key for the samples that the encoder reads during a publish."""
-    return lambda num_tokens: services.authenticator.charge(caller, num_tokens, "samples")
+    return partial(services.authenticator.charge, caller, field="samples")
 
 
 async def publish_items(

@@ -1,4 +1,4 @@
-"""The routes that answer prompts, and `/v1/route`, which only shows the plans."""
+"""The routes that answer prompts, `/v1/route`, which only shows the plans, and `/v1/outcomes`, which judges them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from deployments.api.adapters import OutcomeRequest
 from deployments.api.anthropic_answer import CountedTokens, MessageForm
 from deployments.api.anthropic_request import CountTokensRequest, MessagesRequest
 from deployments.api.completion_responses import plan_object
@@ -24,6 +25,7 @@ from deployments.api.completions import (
 )
 from deployments.api.contract import applied_contract
 from deployments.api.names import BoundName
+from deployments.api.pool_responses import Outcome
 from deployments.api.responses import RouteAnswer
 from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
@@ -38,13 +40,13 @@ from deployments.http.openapi import (
     CHAT_ANSWERS,
     COUNT_ANSWERS,
     MESSAGES_ANSWERS,
+    OUTCOME_ANSWERS,
     RESPONSES_ANSWERS,
     ROUTE_ANSWERS,
     TEXT_ANSWERS,
 )
-from deployments.http.routes.vllm import note_ignored
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.front.request.prompts import Message
 
 router = APIRouter(route_class=AnsweringRoute)
@@ -90,7 +92,6 @@ async def count_tokens(
     body: CountTokensRequest, caller: InferCaller, services: AnyServices, context: AnyContext
 ) -> CountedTokens:
     """Return how many tokens the prompt of such a message has, with its tools."""
-    note_ignored(body, services, context)
     return {"input_tokens": await services.completions.count_tokens(body, caller, context)}
 
 
@@ -99,7 +100,7 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
     context.model = body.model
     planner, tenant = services.planner, caller.tenant
-    check_texts(body.prompt, planner.limits(body.model))
+    check_texts(body.prompt, services.config.served_models.limiting(body.model))
     asked = [Question(prompt, prompt, body.model, body.lora) for prompt in body.prompt]
     async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
         named = await planner.named(body.model, tenant, body.lora.min_generation)
@@ -119,6 +120,14 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
         for chat, item, own in zip(chats, planned, sets, strict=True)
     ]
     return {"object": "list", "data": [plan_object(item, caller.tenant, explain=True) for item in shown]}
+
+
+@router.post("/v1/outcomes", status_code=201, response_model=None, responses=OUTCOME_ANSWERS)
+async def record_outcome(body: OutcomeRequest, caller: InferCaller, services: AnyServices) -> Outcome:
+    """Record how well an adapter, or the base model, answered a request to `auto` of the caller's tenant."""
+    await services.learning.judge(caller.tenant, (body.request_id, body.adapter, body.score), caller.key_id)
+    applies = services.config.learning == "apply"
+    return {"request_id": body.request_id, "adapter": body.adapter, "score": body.score, "applies": applies}
 
 
 async def _respond(

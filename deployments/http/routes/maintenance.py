@@ -16,7 +16,7 @@ from deployments.http.dependencies import MAY_CHANGE, AdminCaller, AnyContext, A
 from deployments.http.error_responses import error_body
 from deployments.http.openapi import DOCTOR_ANSWERS, EXPORT_ANSWERS, FILE_ANSWERS, GC_ANSWERS, LINES_ANSWERS
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.publishing import maintenance
 from lora_store.pool_files import PART_BYTES
 from retriever_svc.views import tokens_routed
@@ -77,14 +77,14 @@ async def gc(body: GcRequest, _: AdminCaller, services: AnyServices) -> Collecte
 @router.get("/v1/pool/export", response_class=Response, responses=EXPORT_ANSWERS)
 async def export(caller: AdminCaller, services: AnyServices) -> Response:
     """Return what the catalogue says of the caller's adapters, as one Parquet file. Without keys: of all adapters."""
-    state = await services.store.pool_state(caller.tenant if services.has_keys else None)
+    state = await services.store.pool_state(caller.tenant if services.config.has_keys else None)
     return Response(state, media_type=_PARQUET)
 
 
 @router.get("/v1/pool/files/{name:path}", response_class=StreamingResponse, responses=FILE_ANSWERS)
 async def file(name: str, caller: AdminCaller, services: AnyServices) -> StreamingResponse:
     """Stream a file that an export needs, such as the weights of a kept version."""
-    tenant = caller.tenant if services.has_keys else None
+    tenant = caller.tenant if services.config.has_keys else None
     opening = await services.store.pool_part(tenant, name, 0)
 
     async def parts() -> AsyncGenerator[bytes]:

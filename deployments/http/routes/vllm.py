@@ -6,7 +6,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from deployments.api.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from deployments.api.base import TolerantRequest, ignored_fields, refuse_ignored
 from deployments.api.tokens import DetokenizeAnswer, DetokenizeRequest, TokenizeRequest, tokenize_answer
 from deployments.auth.authenticator import Caller
 from deployments.errors import AdapterExists
@@ -23,7 +22,6 @@ from deployments.http.dependencies import (
 )
 from deployments.http.openapi import DETOKENIZE_ANSWERS, LOAD_ANSWERS, TOKENIZE_ANSWERS, UNLOAD_ANSWERS
 from deployments.http.routes.adapters import publish_items
-from deployments.observability.request_metrics import RequestContext
 from lora_store import AdapterNotFound
 
 router = APIRouter(route_class=AnsweringRoute, default_response_class=PlainTextResponse)
@@ -58,7 +56,6 @@ async def unload_lora_adapter(
 @router.post("/tokenize", response_class=JSONResponse, response_model=None, responses=TOKENIZE_ANSWERS)
 async def tokenize(body: TokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext) -> Response:
     """Return the token ids of a text, or of a conversation as a chat with this model would render it."""
-    note_ignored(body, services, context)
     found = await services.completions.tokenize(body, caller, context)
     return JSONResponse(tokenize_answer(body, found))
 
@@ -68,16 +65,8 @@ async def detokenize(
     body: DetokenizeRequest, caller: InferCaller, services: AnyServices, context: AnyContext
 ) -> Response:
     """Return the text of token ids."""
-    note_ignored(body, services, context)
     answer: DetokenizeAnswer = {"prompt": await services.completions.detokenize(body, caller, context)}
     return JSONResponse(answer)
-
-
-def note_ignored(body: TolerantRequest, services: Services, context: RequestContext) -> None:
-    """Record the unknown fields. Raises: RequestInvalid for the first one, with the setting `strict_fields`."""
-    if services.config.strict_fields:
-        refuse_ignored(body)
-    context.ignored = ignored_fields(body)
 
 
 async def _is_live(services: Services, caller: Caller, name: str) -> bool:

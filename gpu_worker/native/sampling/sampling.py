@@ -15,7 +15,6 @@ from gpu_worker.front.logprobs import Scored
 from gpu_worker.model.transfer import to_device
 from gpu_worker.native.sampling import sampling_torch
 from gpu_worker.native.sampling.argmax import argmax
-from gpu_worker.native.sampling.masks import with_masks
 from gpu_worker.native.sampling.penalties import adjust
 from gpu_worker.native.sampling.sampling_kernel import WANTED, SamplingKernel
 
@@ -149,3 +148,26 @@ def _with_adjusted(logits: Tensor, draws: Sequence[Draw], rows: list[int]) -> Te
     copy = logits.to(torch.float32, copy=True)
     adjust(copy, draws)
     return copy
+
+
+def with_masks(logits: Tensor, draws: Sequence[Draw], *, is_copy: bool) -> Tensor:
+    """Return the logits with -inf for every id that its row's mask excludes, in place if they are a copy already.
+
+    NaN and +inf stay, so that an unsound row stays unsound. Without masks the logits are returned as they are.
+    Dims: logits (B, V), one draw per row.
+    """
+    masks = [(row, draw.allowed) for row, draw in enumerate(draws) if draw.allowed is not None]
+    if not masks:
+        return logits
+    masked = logits if is_copy else logits.clone()
+    mask_bytes = np.stack([allowed for _, allowed in masks]).astype("<u4", copy=False).view(np.uint8)
+    is_allowed = _expanded(to_device(torch.from_numpy(mask_bytes), logits.device), logits.shape[1])
+    rows = to_device(torch.tensor([row for row, _ in masks]), logits.device)
+    chosen = masked.index_select(0, rows)
+    return masked.index_copy_(0, rows, torch.where(is_allowed | ~(chosen < torch.inf), chosen, -torch.inf))
+
+
+def _expanded(mask_bytes: Tensor, vocabulary: int) -> Tensor:
+    """Return the bits (R, V) of the bytes (R, W), the lowest first."""
+    bits = mask_bytes[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=mask_bytes.device)
+    return (bits & 1).flatten(1)[:, :vocabulary].bool()

@@ -1,7 +1,11 @@
-"""The shared parts of request bodies: null and unknown keys, bounds, and the options of `lora`."""
+"""The shared parts of request bodies: null and unknown keys, bounds, and the options of `lora`.
+
+Fields that are not served are refused by name, fields that ask for nothing are accepted, others are ignored.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +13,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from deployments.api.base import (
+    HARMLESS,
     MAX_ADAPTERS,
+    NOT_SERVED_IN_CHAT,
+    NOT_SERVED_IN_COMPLETIONS,
     AdapterChoice,
     ApiRequest,
     LoraOptions,
@@ -19,7 +26,10 @@ from deployments.api.base import (
     at_most,
     options_of_path,
 )
+from deployments.api.completions import parse
+from deployments.errors import Unsupported
 from retriever_svc import PinnedAdapter
+from tests.deployments.asking import error_of, post, request
 
 ROW: dict[str, Any] = {"name": "poet", "digest": "d" * 64, "weight": 0.5}
 
@@ -117,3 +127,176 @@ def test_a_path_is_one_adapter_and_null_is_the_base_model() -> None:
 def test_a_plan_that_is_sent_back_may_leave_out_its_circumstances() -> None:
     plan = PlanGiven(strategy="mixture", adapters=[PlanRow(**ROW)])
     assert (plan.generation, plan.abstained, plan.candidates, plan.reason) == (0, False, [], None)
+
+
+USER = {"role": "user", "content": "Hi"}
+CHAT = {"messages": [USER]}
+TEXT = {"prompt": "Once"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+ASKED: dict[str, Any] = {
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "modalities": ["text", "audio"],
+    "store": True,
+    "use_beam_search": True,
+    "echo": True,
+    "suffix": "end",
+    "best_of": 2,
+    "include_stop_str_in_output": True,
+    "detokenize": False,
+    "bad_words": ["x"],
+    "allowed_token_ids": [1],
+    "truncate_prompt_tokens": 5,
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+}
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SERVED_IN_CHAT))
+def test_a_chat_field_that_is_not_served_is_refused_by_name(name: str) -> None:
+    response = post("/v1/chat/completions", CHAT | {name: ASKED.get(name, {"some": "thing"})})
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (400, "unsupported", name)
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SERVED_IN_COMPLETIONS))
+def test_a_completions_field_that_is_not_served_is_refused_by_name(name: str) -> None:
+    response = post("/v1/completions", TEXT | {name: ASKED.get(name, {"some": "thing"})})
+    assert (response.status_code, error_of(response)["code"], error_of(response)["param"]) == (400, "unsupported", name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{name: nothing} for name, values in (NOT_SERVED_IN_CHAT | HARMLESS).items() for nothing in (*values, None)],
+    ids=str,
+)
+def test_a_chat_field_without_effect_is_accepted(fields: dict[str, Any]) -> None:
+    assert parse(CHAT | fields) == parse(CHAT)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{name: nothing} for name, values in NOT_SERVED_IN_COMPLETIONS.items() for nothing in (*values, None)],
+    ids=str,
+)
+def test_a_completions_field_without_effect_is_accepted(fields: dict[str, Any]) -> None:
+    assert parse(TEXT | fields) == parse(TEXT)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "u"},
+        {"metadata": {"a": "b"}},
+        {"safety_identifier": "s"},
+        {"prompt_cache_key": "k"},
+        {"parallel_tool_calls": False},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"top_logprobs": 0},
+    ],
+    ids=str,
+)
+def test_fields_without_effect_on_the_answer_are_accepted(fields: dict[str, Any]) -> None:
+    response = post("/v1/chat/completions", CHAT | fields)
+    assert response.status_code == 200
+    assert "x-ignored-fields" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages.0.content.0"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}]},
+            "messages.0.content.1",
+        ),
+        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "messages.0.function_call"),
+        ({"role": "assistant", "content": "", "refusal": "no"}, "messages.0.refusal"),
+        ({"role": "function", "content": "x", "name": "f"}, "messages.0.role"),
+    ],
+    ids=str,
+)
+def test_messages_of_other_kinds_are_refused_by_their_position(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        parse({"messages": [message, USER]})
+    assert caught.value.param == param
+
+
+def test_unsupported_fields_are_reported_before_other_problems() -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}], "temperature": 9}
+    with pytest.raises(Unsupported):
+        parse(body)
+
+
+def test_values_of_different_types_are_not_equal() -> None:
+    assert error_of(post("/v1/completions", TEXT | {"best_of": True}))["param"] == "best_of"
+    assert error_of(post("/v1/completions", TEXT | {"suffix": 0}))["param"] == "suffix"
+
+
+IGNORED: list[tuple[dict[str, Any], str]] = [
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ({"reasoning_effort": "high", "session_id": "s"}, "reasoning_effort, session_id"),
+    ({"temprature": 1}, "temprature"),
+    ({"messages": [USER | {"id": "1"}, USER | {"id": "2"}]}, "messages[].id"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {}}]}]},
+        "messages[].content[].cache_control",
+    ),
+    ({"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}, "stream_options"),
+    ({"\ud800": 1}, "%5Cud800"),
+    ({"a\r\nb": 1}, "a%0D%0Ab"),
+]
+
+
+@pytest.mark.parametrize(("fields", "listed"), IGNORED, ids=lambda value: str(value)[:40])
+def test_an_unknown_field_is_ignored_and_listed(fields: dict[str, Any], listed: str) -> None:
+    content = json.dumps(CHAT | fields).encode()
+    headers = {"content-type": "application/json"}
+    response = request("POST", "/v1/chat/completions", sent={"content": content, "headers": headers})
+    assert response.status_code == 200
+    assert response.headers["x-ignored-fields"].startswith(listed)
+
+
+def test_many_unknown_fields_are_listed_in_a_bounded_header() -> None:
+    response = post("/v1/completions", TEXT | {f"field{number}" * 50: number for number in range(1000)})
+    listed = response.headers["x-ignored-fields"].split(", ")
+    assert (response.status_code, len(listed), listed[-1]) == (200, 17, "...")
+    assert max(map(len, listed)) <= 64
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "hint"),
+    [
+        ({"temprature": 1}, "temprature", "; did you mean 'temperature'?"),
+        ({"messages": [USER | {"rule": "x"}]}, "messages.0.rule", "; did you mean 'role'?"),
+        (
+            {"stream_options": {"include_usages": True}, "stream": True},
+            "stream_options.include_usages",
+            "'include_usage'",
+        ),
+        ({"zzz": 1}, "zzz", "zzz: unknown field"),
+    ],
+)
+def test_in_strict_mode_an_unknown_field_is_refused_with_the_nearest_name(
+    fields: dict[str, Any], param: str, hint: str
+) -> None:
+    response = post("/v1/chat/completions", CHAT | fields, strict_fields=True)
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+    assert hint in error["message"]
+
+
+def test_strict_mode_accepts_fields_that_ask_for_nothing() -> None:
+    fields = {name: values[0] for name, values in HARMLESS.items() if values}
+    assert len(fields) > 8
+    assert post("/v1/chat/completions", CHAT | fields, strict_fields=True).status_code == 200
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_unknown_lora_option_is_always_refused_with_the_nearest_name(strict: bool) -> None:
+    response = post("/v1/chat/completions", CHAT | {"lora": {"explian": True}}, strict_fields=strict)
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, "lora.explian")
+    assert error["message"] == "lora.explian: unknown field; did you mean 'explain'?"

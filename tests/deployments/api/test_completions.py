@@ -213,9 +213,9 @@ def test_developer_is_system_and_parts_are_joined() -> None:
 
 
 def test_usage_is_included_on_request() -> None:
-    assert not chat(stream=True).include_usage
-    assert not chat(stream=True, stream_options={}).include_usage
-    assert chat(stream=True, stream_options={"include_usage": True}).include_usage
+    for given, is_included in ((None, False), ({}, False), ({"include_usage": True}, True)):
+        options = chat(stream=True, stream_options=given).stream_options
+        assert (options is not None and options.include_usage) == is_included
 
 
 def test_null_counts_as_unset_at_every_level() -> None:

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.worker_client import KEPT_S, WorkerGate, serve_worker
+from deployments.calls.worker_client import KEPT_S, BaseWorkers, serve_worker
 from deployments.errors import WorkerStarting
 from tests.deployments.adapter_records import BASE, POOL, adapter, pool_of
 from tests.deployments.app_fakes import Served
@@ -37,12 +37,12 @@ class Sleeper(FakeWorker):
 
 
 class Held:
-    """A WorkerGate over one sleeper; `now_s` is its clock."""
+    """BaseWorkers over one sleeper; `now_s` is its clock."""
 
     def __init__(self, *errors: Exception, timeout_s: float | None = 5.0) -> None:
         self.now_s, self.worker = 0.0, Sleeper(errors=list(errors))
         self.handle = FakeHandle(self.worker)
-        self.gate = WorkerGate(serve_worker(self.handle), timeout_s, clock=lambda: self.now_s)
+        self.workers = BaseWorkers(serve_worker(self.handle), timeout_s, clock=lambda: self.now_s)
 
     @property
     def num_calls(self) -> int:
@@ -56,7 +56,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 def test_all_waiting_calls_continue_when_a_worker_answers() -> None:
     async def main() -> None:
         held = Held()
-        waiting = [asyncio.create_task(held.gate.ready()) for _ in range(5)]
+        waiting = [asyncio.create_task(held.workers.ready()) for _ in range(5)]
         await asyncio.wait(waiting, timeout=0.01)
         assert not any(task.done() for task in waiting)
         held.worker.awake.set()
@@ -71,15 +71,15 @@ def test_the_starting_call_continues_after_its_waiters_have_left() -> None:
         held = Held(timeout_s=0.01)
         for _ in range(3):
             with pytest.raises(WorkerStarting):
-                await held.gate.ready()
-        leaving = asyncio.create_task(held.gate.ready())
+                await held.workers.ready()
+        leaving = asyncio.create_task(held.workers.ready())
         await asyncio.sleep(0)
         leaving.cancel()
         await asyncio.wait([leaving])
         assert held.num_calls == 1 and held.handle.responses[0].num_cancels == 0
         held.worker.awake.set()
-        held.gate._timeout_s = 120
-        await held.gate.ready()
+        held.workers._timeout_s = 120
+        await held.workers.ready()
         assert held.num_calls == 1
 
     run(main())
@@ -91,7 +91,7 @@ def test_a_worker_that_answered_is_not_asked_again_for_a_while() -> None:
         held.worker.awake.set()
         for now_s, num_calls in ((0, 1), (KEPT_S * 0.9, 1), (KEPT_S * 1.1, 2), (KEPT_S * 2, 2)):
             held.now_s = now_s
-            await held.gate.ready()
+            await held.workers.ready()
             assert held.num_calls == num_calls
 
     run(main())
@@ -102,8 +102,8 @@ def test_a_worker_that_dies_while_answering_is_reported_and_another_is_started()
         held = Held(RayActorError())
         held.worker.awake.set()
         with pytest.raises(RayActorError):
-            await held.gate.ready()
-        await held.gate.ready()
+            await held.workers.ready()
+        await held.workers.ready()
         assert held.num_calls == 2
 
     run(main())
@@ -112,8 +112,8 @@ def test_a_worker_that_dies_while_answering_is_reported_and_another_is_started()
 def test_workers_that_never_scale_to_zero_are_not_called() -> None:
     async def main() -> None:
         held = Held(timeout_s=None)
-        await held.gate.ready()
-        assert not await held.gate.is_scaled_to_zero()
+        await held.workers.ready()
+        assert not await held.workers.is_scaled_to_zero()
         assert held.num_calls == 0
 
     run(main())
@@ -137,8 +137,8 @@ def test_workers_are_scaled_to_zero_if_none_runs_and_none_has_failed(
     worker = SimpleNamespace(status=status, replica_states=states)
     overview = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Worker": worker})})
     handle: Any = SimpleNamespace(app_name="app", deployment_name="Worker")
-    gate = WorkerGate(serve_worker(handle, status=lambda: overview), 1.0)  # type: ignore[arg-type, return-value]
-    assert asyncio.run(gate.is_scaled_to_zero()) is sleeps
+    workers = BaseWorkers(serve_worker(handle, status=lambda: overview), 1.0)  # type: ignore[arg-type, return-value]
+    assert asyncio.run(workers.is_scaled_to_zero()) is sleeps
 
 
 def completion(worker: Sleeper, model: str, **settings: Any) -> tuple[httpx.Response, Served]:

@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.main import get_command
 
 from deployments.cli.client import MOVED
-from deployments.cli.main import cli
 from lora_store import ROUTED_STRATEGIES
 from tests.deployments.listening import listener
-from tests.deployments.scripted import run, scripted, words
+from tests.deployments.scripted import COMMAND, run, scripted, words
 
 
 def events_of(*events: dict[str, Any], done: bool = True) -> str:
@@ -352,16 +350,15 @@ def test_help_has_a_short_option_and_no_command_is_no_mistake() -> None:
 
 
 def test_the_commands_are_eighteen_on_two_levels() -> None:
-    root = get_command(cli)
-    assert list(root.commands) == [
+    assert list(COMMAND.commands) == [
         *("serve", "ask", "route", "status", "publish", "list", "show", "withdraw", "rollback", "compose", "batch"),
         *("usage", "trial", "access", "name", "pool", "keys", "samples"),
     ]
-    assert list(root.commands["samples"].commands) == ["list", "accept", "reject", "undo"]
-    assert list(root.commands["trial"].commands) == ["start", "stop", "promote"]
-    assert list(root.commands["access"].commands) == ["public", "private", "approve"]
-    assert list(root.commands["keys"].commands) == ["new", "list", "rotate", "expire", "revoke"]
-    assert sorted(root.commands["pool"].commands) == sorted(
+    assert list(COMMAND.commands["samples"].commands) == ["list", "accept", "reject", "undo"]
+    assert list(COMMAND.commands["trial"].commands) == ["start", "stop", "promote"]
+    assert list(COMMAND.commands["access"].commands) == ["public", "private", "approve"]
+    assert list(COMMAND.commands["keys"].commands) == ["new", "list", "rotate", "expire", "revoke"]
+    assert sorted(COMMAND.commands["pool"].commands) == sorted(
         ["verify", "repair", "gc", "doctor", "evaluate", "reindex", "train", "export", "import"]
     )
 
@@ -374,10 +371,9 @@ def test_an_old_or_foreign_name_is_answered_with_the_one_to_type(old: str) -> No
 
 
 def test_every_hint_names_a_command_that_exists() -> None:
-    root = get_command(cli)
     for hint in MOVED.values():
         for typed in re.findall(r"`loraretriever ([a-z]+)(?: ([a-z]+)\b)?", hint):
-            command = root.commands[typed[0]]
+            command = COMMAND.commands[typed[0]]
             assert not getattr(command, "commands", None) or typed[1] in command.commands, hint
 
 

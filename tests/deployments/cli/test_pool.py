@@ -96,7 +96,7 @@ def test_show_prints_an_adapter_and_its_versions() -> None:
     answer = {**ROW, "trial": None, "tags": ["fun"], "versions": versions, "samples": samples}
     with scripted((200, answer)) as server:
         result = run("show", "local/poet", "--url", server.url)
-    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/local%2Fpoet?samples=3")])
+    assert (result.exit_code, server.asked) == (0, [("GET", "/v1/loras/local%2Fpoet?samples=3&varied=true")])
     assert "\nsample: Write a [poem]. Of [31mrain\n" in result.stdout
     live, kept = [line for line in result.stdout.splitlines() if "tester" in line]
     assert ("d" * 12 in live and "live" in live, "e" * 12 in kept and "kept" in kept) == (True, True)

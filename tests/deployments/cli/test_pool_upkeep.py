@@ -5,8 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from lora_store import Catalogue, Location, Publish
+from retriever_svc import Encoder
+from tests.deployments.sample_stores import store_of
 from tests.deployments.scripted import lines, refusal, run, scripted, words
+from tests.lora_store.builders import MakeRecord
+from tests.lora_store.conftest import make_record  # noqa: F401  a fixture
+from tests.tiny_encoder import save_tiny_encoder, topic_texts
 
 
 def test_verify_prints_the_number_of_intact_blobs() -> None:
@@ -193,3 +200,115 @@ def test_an_invalid_prompt_for_the_doctor_is_named_by_its_line(row: Any, tmp_pat
         result = run("pool", "doctor", "--prompts", file, "--url", server.url)
     assert (result.exit_code, server.asked) == (1, [])
     assert "prompts.jsonl:1: must be" in words(result.stderr)
+
+
+@pytest.fixture
+def pool(tmp_path: Path, make_record: MakeRecord) -> Path:  # noqa: F811
+    """Return the folder of a pool with two adapters."""
+    catalogue = Catalogue(Location(str(tmp_path / "pool")).child("catalogue"))
+    for name in ("poet", "coder"):
+        catalogue.commit(lambda _, name=name: [Publish(make_record(name))])
+    return tmp_path / "pool"
+
+
+def test_a_whole_catalogue_is_left_alone(pool: Path) -> None:
+    result = run("pool", "repair", "--store", pool)
+    assert result.exit_code == 0
+    assert result.stdout == f"the catalogue of {pool} is whole; nothing was changed\n"
+
+
+def test_a_repair_says_what_was_damaged_restored_and_where_it_is(pool: Path, tmp_path: Path) -> None:
+    commit = pool / "catalogue" / "_delta_log" / f"{2:020}.json"
+    commit.write_bytes(b"")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump({"store_uri": str(pool)}))
+    result = run("pool", "repair", "--config", settings)
+    assert result.exit_code == 0, result.output
+    (aside,) = pool.glob("damaged-*")
+    assert result.stdout.splitlines() == [
+        f"damaged: _delta_log/{2:020}.json is empty",
+        "restored generations: 2",
+        "nothing is lost",
+        f"the damaged files are in {aside}",
+        "the pool has 2 adapters at generation 3",
+    ]
+
+
+def test_a_loss_is_named_and_ends_with_exit_code_1(pool: Path) -> None:
+    newest = max((pool / "catalogue").glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:100])
+    result = run("pool", "repair", "--store", pool, "--json")
+    done = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert list(done["damaged"]) == [newest.name] and (done["num_adapters"], done["generation"]) == (1, 3)
+    assert len(done["lost"]) == 1 and done["lost"][0].startswith(f"the change of generation 2: {newest.name}")
+    assert json.loads(run("pool", "repair", "--store", pool, "--json").stdout) == {
+        "damaged": {},
+        "restored": [],
+        "lost": [],
+    }
+
+
+def test_a_location_without_a_pool_is_named_and_stays_empty(tmp_path: Path) -> None:
+    result = run("pool", "repair", "--store", tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert "_delta_log is missing" in " ".join(result.output.split())
+    assert not (tmp_path / "nowhere").exists()
+
+
+TEXTS = topic_texts(3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoders") / "tiny")
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    file = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"task": topic, "text": text}) for topic, own in TEXTS.items() for text in own]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def record_of(encoder: Path) -> dict[str, object]:
+    record: dict[str, object] = json.loads((encoder / "training.json").read_text())
+    return record
+
+
+def test_an_encoder_is_trained_on_a_file(samples: Path, tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    options = ("--samples", samples, "--encoder", tiny, "--epochs", 1, "--share", 0.5, "--seed", 4)
+    result = run("pool", "train", target, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "on 2 tasks in" in words(result.stdout)
+    record = record_of(target)
+    assert record["num_texts_of_task"] == {"cake": 3, "goat": 3}
+    assert (record["share"], record["seed"], record["num_epochs"]) == (0.5, 4, 1)
+    assert Encoder(target).identity != Encoder(tiny).identity
+
+
+def test_an_encoder_is_trained_on_the_adapters_that_a_tenant_sees(tiny: Path, tmp_path: Path) -> None:
+    store = store_of(tmp_path, TEXTS)
+    options = ("--store", store, "--encoder", tiny, "--epochs", 1)
+    printed = json.loads(run("pool", "train", tmp_path / "local", *options, "--json").stdout)
+    assert (printed["encoder"], printed["tasks"]) == (str(tmp_path / "local"), ["cake", "debt", "goat"])
+    assert record_of(tmp_path / "local")["num_texts_of_task"] == {"cake": 3, "debt": 3, "goat": 3}
+    assert run("pool", "train", tmp_path / "other", *options, "--tenant", "other").exit_code == 0
+    assert record_of(tmp_path / "other")["num_texts_of_task"] == {
+        "boat": 3,
+        "local/cake": 3,
+        "local/debt": 3,
+        "local/goat": 3,
+    }
+
+
+def test_a_missing_file_an_empty_store_and_no_source_are_reported(tmp_path: Path, samples: Path) -> None:
+    out = tmp_path / "out"
+    assert "no such file" in words(run("pool", "train", out, "--samples", tmp_path / "none").stderr)
+    assert "no samples to train on" in words(run("pool", "train", out, "--store", tmp_path / "none").stderr)
+    assert "either --store or --samples" in words(run("pool", "train", out).stderr)
+    assert "neither modules.json nor config.json" in words(
+        run("pool", "train", out, "--samples", samples, "--encoder", tmp_path).stderr
+    )

@@ -69,15 +69,6 @@ def test_a_run_that_cannot_begin_is_refused_with_the_reason(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
 
 
-def test_the_command_line_overrides_the_file_field_by_field(tmp_path: Path) -> None:
-    file = tmp_path / "settings.yaml"
-    file.write_text("store_uri: /pools/file\ntemplate: chat\nretrieval: {k: 5, min_score: 0.25}\n")
-    config = load_config(file, store_uri="/pools/given", retrieval={"k": 2})
-    assert (config.store_uri, config.template) == ("/pools/given", "chat")
-    assert (config.retrieval.k, config.retrieval.min_score) == (2, 0.25)
-    assert load_config(file, retrieval={}).store_uri == "/pools/file"
-
-
 def test_a_bad_value_on_the_command_line_is_named() -> None:
     with pytest.raises(SettingsInvalid, match=r"retrieval\.k"):
         load_config(None, retrieval={"k": 0})

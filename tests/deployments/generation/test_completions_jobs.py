@@ -20,7 +20,9 @@ CODER = Planned(Plan("selection", (PlannedAdapter(POOL[1].ref, "w", 1.0),), temp
 
 def test_jobs_are_ordered_by_prompt_with_their_own_plans_and_names() -> None:
     request = CompletionRequest.model_validate({"prompt": ["a", "b"], "n": 2, "seed": 5, "max_tokens": 3})
-    jobs = jobs_of("r", request.sampling(), request.questions(), [Planned(BASE_PLAN), CODER], ["alpaca"] * 2, 2)
+    jobs = jobs_of(
+        "r", "local", request.sampling(), request.questions(), [Planned(BASE_PLAN), CODER], ["alpaca"] * 2, 2
+    )
     assert [job.prompt for job in jobs] == ["a", "a", "b", "b"]
     assert [job.request_id for job in jobs] == ["r", "r-1", "r-2", "r-3"]
     assert [job.plan for job in jobs] == [BASE_PLAN, BASE_PLAN, CODER.plan, CODER.plan]
@@ -34,13 +36,13 @@ def test_every_choice_of_a_chat_gets_its_tools() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     for fields, expected in (({"tools": tools}, Tools((Function("f"),))), ({}, None)):
         request = ChatCompletionRequest.model_validate(body | fields)
-        jobs = jobs_of("r", request.sampling(), request.questions(), [Planned(BASE_PLAN)], ["alpaca"], 2)
+        jobs = jobs_of("r", "local", request.sampling(), request.questions(), [Planned(BASE_PLAN)], ["alpaca"], 2)
         assert [job.tools for job in jobs] == [expected] * 2
 
 
 def test_without_a_seed_every_row_has_its_own() -> None:
     request = CompletionRequest.model_validate({"prompt": "a", "n": 3})
-    jobs = jobs_of("r", request.sampling(), request.questions(), [Planned(BASE_PLAN)], ["alpaca"], 3)
+    jobs = jobs_of("r", "local", request.sampling(), request.questions(), [Planned(BASE_PLAN)], ["alpaca"], 3)
     assert [job.sampling.seed for job in jobs] == [None, None, None]
 
 

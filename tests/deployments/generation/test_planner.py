@@ -26,7 +26,7 @@ def plan(handle: FakeHandle, model: str = "auto", lora: dict[str, Any] | None = 
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora or {}}
     planner = Planner(config_of().served_models, RetrievalSettings(**retrieval), serve_retriever(handle))
     [question] = ChatCompletionRequest.model_validate(body).questions()
-    return asyncio.run(planner.plan(question, "local"))
+    return asyncio.run(planner.plan_all([question], "local"))[0]
 
 
 def planner_over(handle: FakeHandle) -> Planner:
@@ -232,7 +232,7 @@ def test_an_abstention_is_reported() -> None:
 def plan_turns(handle: FakeHandle, *turns: str, lora: dict[str, Any] | None = None) -> Planned:
     messages = [{"role": "user", "content": turn} for turn in turns]
     [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora or {}}).questions()
-    return asyncio.run(planner_over(handle).plan(question, "local"))
+    return asyncio.run(planner_over(handle).plan_all([question], "local"))[0]
 
 
 def test_a_conversation_prefers_the_adapter_of_its_previous_turn() -> None:
@@ -374,9 +374,9 @@ def test_a_plan_without_adapters_is_replayed_on_its_base(
     body = {"messages": [{"role": "user", "content": "Rhyme"}], "model": model, "lora": lora}
     [question] = ChatCompletionRequest.model_validate(body).questions()
     if said is None:
-        planned = asyncio.run(planner.plan(question, "local"))
+        planned = asyncio.run(planner.plan_all([question], "local"))[0]
         assert planned.plan.base_model == ("b" if names == "ab" else "")
     else:
         with pytest.raises(RequestInvalid) as refused:
-            asyncio.run(planner.plan(question, "local"))
+            asyncio.run(planner.plan_all([question], "local"))[0]
         assert said in str(refused.value)

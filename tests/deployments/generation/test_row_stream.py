@@ -17,10 +17,10 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.auth.authenticator import TokenUsage
-from deployments.calls.worker_client import BaseWorkers, WorkerGate, serve_worker
+from deployments.calls.worker_client import BaseWorkers, Workers, serve_worker
 from deployments.errors import PoisonRequest, WorkerStarting
-from deployments.generation.row_stream import NO_ROOM, RowStream, StreamLimits
-from deployments.observability.request_metrics import RequestContext
+from deployments.generation.row_stream import NO_ROOM, RowStream
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineFull, EngineStopped, PromptTooLong, RequestFailed
 from gpu_worker.front.request.request import Delta, Job
 from tests.fakes import FakeHandle, as_ray_raises
@@ -98,20 +98,20 @@ def case_of(
     silence_s: float = 30.0,
     time_s: float = 60.0,
     grace_s: float = 5.0,
-    gate: WorkerGate | None = None,
+    workers: BaseWorkers | None = None,
 ) -> Case:
     worker, usage = Scripted(script), TokenUsage()
     handle, context = FakeHandle(worker), RequestContext("r", "none")
     client = serve_worker(handle, heartbeat_timeout_s=silence_s)
     row = RowStream(
-        BaseWorkers(client, gate or WorkerGate(client, None)),
+        Workers({"": workers or BaseWorkers(client, None)}),
         Job("r-3", "x" * 12),
         index=3,
         question=1,
         usage=usage,
         context=context,
         deadline=time.monotonic() + time_s,
-        limits=StreamLimits(silence_s, grace_s),
+        grace_s=grace_s,
     )
     return Case(worker, handle, row, usage)
 
@@ -207,7 +207,7 @@ def test_leaving_cancels_the_job_at_once() -> None:
     asyncio.run(main())
 
 
-class ClosedGate(WorkerGate):
+class ClosedWorkers(BaseWorkers):
     """No worker starts in time."""
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class ClosedGate(WorkerGate):
 
 @pytest.mark.parametrize("way", WAYS, ids=name)
 def test_without_a_worker_nothing_is_sent_or_charged(way: Way) -> None:
-    case = case_of((A, B), gate=ClosedGate())
+    case = case_of((A, B), workers=ClosedWorkers())
     [error] = run(way, case)
     assert isinstance(error, WorkerStarting)
     assert (case.worker.jobs, case.usage.num_tokens) == ([], 0)

@@ -15,8 +15,9 @@ import pytest
 from deployments.api.responses import Planned
 from deployments.calls.serve_calls import Background
 from deployments.calls.worker_client import serve_worker
-from deployments.generation.shadows import MAX_SHADOWS, Shadows, paying_tenant, shadow_tenant
+from deployments.generation.shadows import MAX_SHADOWS, Shadows
 from deployments.observability.request_metrics import RequestMetrics
+from deployments.observability.worker_metrics import TenantUsage, shadow_tenant
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta, Job
 from lora_store import AdapterRecord, AdapterRef, Plan, PlannedAdapter, Snapshot, Strategy, Trial, is_valid_name
@@ -25,6 +26,7 @@ from retriever_svc.planning import named_plan, replayed_plan, with_trials
 from tests.deployments.adapter_records import adapter
 from tests.deployments.app_fakes import Served
 from tests.deployments.asking import ask
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_retriever import FakeRetriever
 from tests.deployments.fake_worker import FakeWorker
 from tests.deployments.metric_fakes import FakeMetrics
@@ -210,7 +212,7 @@ def test_calls_that_generate_nothing_are_not_counted_for_a_version() -> None:
     assert kinds["trial_request_seconds"].seen == {}
 
 
-class UnreachableWorker:
+class UnreachableWorkers:
     """Raises before there is a stream."""
 
     def stream(self, job: Job) -> AsyncIterator[Delta]:
@@ -226,14 +228,16 @@ def test_a_shadow_runs_as_the_owner_of_its_version_under_a_name_that_no_tenant_h
 
     async def run() -> None:
         background = Background()
-        shadows = Shadows(serve_worker(worker), background, RequestMetrics(FakeMetrics()))
+        shadows = Shadows(workers_of(serve_worker(worker)), background, RequestMetrics(FakeMetrics()))
         shadows.start([Job("r", "Rhyme", planned.plan, tenant="acme")], [planned], time.monotonic() + 60)
         await background.idle()
 
     asyncio.run(run())
     [(job,)] = worker.called("stream")
     assert job.tenant == shadow_tenant("globex") and not is_valid_name(job.tenant)
-    assert (paying_tenant(job.tenant), paying_tenant("acme")) == ("globex", "acme")
+    usages = TenantUsage()
+    with usages.row(job.tenant), usages.row("acme"):
+        assert usages.read().keys() == {"globex", "acme"}
 
 
 def test_shadows_that_cannot_start_are_counted_and_end() -> None:
@@ -243,7 +247,8 @@ def test_shadows_that_cannot_start_are_counted_and_end() -> None:
 
     async def run() -> None:
         background = Background()
-        shadows = Shadows(UnreachableWorker(), background, RequestMetrics(kinds))  # type: ignore[arg-type]
+        workers: Any = UnreachableWorkers()
+        shadows = Shadows(workers, background, RequestMetrics(kinds))
         for number in range(MAX_SHADOWS + 1):
             shadows.start([Job(f"r{number}", "Rhyme", planned.plan)], [planned], time.monotonic() + 60)
             await background.idle()

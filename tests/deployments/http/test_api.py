@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.http.api import middleware_of, send_usage
 from deployments.http.bodies import DEFAULT_MAX_BODY_BYTES
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from deployments.observability.usage import UsageLog
 from retriever_svc import NoAdapterMatched
 from tests.deployments.app_fakes import http_of, serve_plainly

@@ -28,7 +28,7 @@ from deployments.http.dependencies import (
     require_role,
     services_of,
 )
-from deployments.observability.request_metrics import context_of
+from deployments.observability.request_context import context_of
 from lora_store import AdapterNotFound, AdapterRecord, Key
 from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.all_routes import ROLES_OF, mounted

@@ -16,7 +16,7 @@ from deployments.auth.authenticator import ROLES
 from deployments.errors import KeyRefused
 from deployments.http.dependencies import caller_of
 from deployments.http.middleware import Admission
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import DeadlineExceeded, EngineStopped
 from tests.deployments.adapter_records import POOL, adapter
 from tests.deployments.all_routes import (

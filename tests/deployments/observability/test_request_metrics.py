@@ -13,7 +13,6 @@ import pytest
 
 from deployments.api.error_table import HTTP_ERROR, reported_errors
 from deployments.errors import RequestInvalid
-from deployments.observability.request_metrics import RequestContext
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta
 from tests.deployments.app_fakes import POOL, FakeRetriever, FakeWorker, Served, serve_plainly
@@ -205,10 +204,3 @@ def test_only_the_first_tenants_have_counters_of_their_own(caplog: pytest.LogCap
     assert [counts["a", kind] for kind in ("prompt", "cached", "new")] == [10, 8, 4]
     kinds, _ = recorded(send, caplog, keys_file=keys)
     assert kinds["tenant_usage_total"].counts == {}
-
-
-def test_a_prompt_counts_once_with_the_answer_that_found_the_fewest_cached_tokens() -> None:
-    context = RequestContext("r", "/v1/completions", num_choices=2)
-    for index, (num_prompt, num_cached, num_new) in enumerate([(5, 4, 1), (5, 2, 2), (7, 1, 3), (7, 3, 4)]):
-        context.record_delta(index, Delta("", num_prompt, num_new, num_cached_tokens=num_cached))
-    assert context.num_tokens == (12, 3, 10)

@@ -20,7 +20,8 @@ from deployments.auth.authenticator import LOCAL_CALLER
 from deployments.http.middleware import RequestContextMiddleware
 from deployments.http.routes import status
 from deployments.json_types import JsonObject
-from deployments.observability.request_metrics import RequestContext, RequestMetrics, context_of
+from deployments.observability.request_context import RequestContext, context_of
+from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.usage import UsageLog
 from gpu_worker.errors import EngineFull
 from gpu_worker.front.request.request import Delta

@@ -18,6 +18,7 @@ from lora_store.contract_files import CONTRACT_FILE, INTRINSIC_FILE
 from lora_store.peft_config import CONFIG_FILE
 from lora_store.peft_files import MLX_WEIGHTS_FILE, PICKLE_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE
+from lora_store.validation import Label
 
 
 def test_the_adapters_files_are_those_that_validation_reads(tmp_path: Path) -> None:
@@ -59,6 +60,18 @@ def test_the_last_checkpoint_stands_for_a_training_run(tmp_path: Path) -> None:
     assert adapter_folders(tmp_path / "run" / "checkpoint-9") == [
         AdapterFolder(tmp_path / "run" / "checkpoint-9", "run")
     ]
+
+
+def test_a_folder_whose_name_is_none_gets_the_nearest_one(tmp_path: Path) -> None:
+    names = {"my run (v2)": "my-run-v2", "émotion FR": "emotion-FR", "-x": "-x", "x" * 70: "x" * 64, "日本": "日本"}
+    for name in (*names, "a b", "a-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG_FILE).touch()
+    found = {adapter.path.name: adapter.name for adapter in adapter_folders(tmp_path)}
+    assert found == {**names, "a b": "a b", "a-b": "a-b"}  # two would be called a-b
+    for name, nearest in names.items():
+        said = [f"{problem}." for problem in Label(name).problems() if name != nearest]
+        assert all(f"such as {nearest!r}." in problem for problem in said)  # what a refusal proposes
 
 
 def test_links_are_listed_and_count_with_their_own_size(tmp_path: Path) -> None:

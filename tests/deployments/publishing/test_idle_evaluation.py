@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deployments.api.adapters import PublishItem
-from deployments.calls.worker_client import BaseWorkers, WorkerGate, Workers, serve_worker
+from deployments.calls.worker_client import BaseWorkers, Workers, serve_worker
 from deployments.observability.request_metrics import ChangeMetrics
 from deployments.publishing.evaluation import Evaluator
 from deployments.publishing.idle_evaluation import MAX_REGIONS, POLL_S, QUIET_S, IdleEvaluations, IdleScorer
@@ -99,9 +99,7 @@ def test_of_several_base_models_one_without_workers_is_left_out() -> None:
         serve_worker(FakeHandle()),
         serve_worker(FakeHandle(Poet(), num_silent=1)),
     ]
-    by_model = {
-        name: BaseWorkers(client, WorkerGate(client, None)) for name, client in zip("abc", clients, strict=True)
-    }
+    by_model = {name: BaseWorkers(client, None) for name, client in zip("abc", clients, strict=True)}
     scorer = IdleScorer(Ones(), Workers(by_model, ServedBases({name: {name} for name in "abc"})))
     found = [asyncio.run(scorer.can_score(replace(POET, base_model=name))) for name in "abc"]
     assert found == [True, False, True], "a busy one is waited for"

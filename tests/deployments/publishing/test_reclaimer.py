@@ -14,6 +14,7 @@ from deployments.calls.worker_client import serve_worker
 from deployments.publishing.reclaimer import Reclaimer, withdraw_expired
 from lora_store import AdapterRecord, StoreUnavailable
 from tests.deployments.adapter_records import POOL, adapter, pool_of
+from tests.deployments.fake_publishing import workers_of
 from tests.deployments.fake_store import FakeStore
 from tests.deployments.fake_worker import FakeWorker
 from tests.fakes import FakeHandle
@@ -35,7 +36,7 @@ class Reclaiming:
     def __call__(self, *records: AdapterRecord, longest_request_s: float = 600) -> None:
         async def run() -> None:
             background = Background()
-            clients = serve_store(self.store), serve_worker(self.worker)
+            clients = serve_store(self.store), workers_of(serve_worker(self.worker))
             reclaimer = Reclaimer(*clients, background, longest_request_s=longest_request_s, sleep=self._pause)
             reclaimer.reclaim(records)
             await background.idle()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from deployments.scaling.autoscaling_policy import EncoderLoad, RetrieverScaling, WorkerScaling
+from deployments.scaling.autoscaling_policy import RetrieverScaling, WorkerScaling
 
 TARGET_REQUESTS, TARGET_TOKENS = 10, 1000
 
@@ -83,19 +83,3 @@ def test_retrievers_that_have_not_reported_are_not_idle(stats: dict[str, Any] | 
     context = context_of(target=3)
     context.__dict__["aggregated_metrics"] = stats
     assert RetrieverScaling()(context) == (3, {})
-
-
-def test_the_load_of_an_encoder_is_its_busy_time_and_the_cost_of_waiting_texts() -> None:
-    now_s = 100.0
-    load = EncoderLoad(lambda: now_s)
-    assert load.read(9) == {"busy": 0, "waiting_s": 0}
-    with load.encoding(4):
-        now_s += 2
-        assert load.read(0) == {"busy": 1, "waiting_s": 0}  # a batch that lasts longer than a period
-        now_s += 1
-    now_s += 3
-    assert load.read(8) == {"busy": 0.25, "waiting_s": 6}
-    with pytest.raises(ValueError, match="bad text"), load.encoding(2):
-        now_s += 3
-        raise ValueError("bad text")
-    assert load.read(10) == {"busy": 1, "waiting_s": 10}

@@ -47,6 +47,8 @@ _DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32, "beta_slow": 1}
+_YARN |= {"original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0}
 _SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [4, 6, 6]}}
 _HALF_SECTIONS = {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
@@ -65,7 +67,7 @@ TEXT: dict[str, Settings] = {
     "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, **_MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2,
                 "num_hidden_layers": 4},
-    "phimoe": _LOCAL_EXPERTS,
+    "phimoe": {**_LOCAL_EXPERTS, "attention_bias": True, "lm_head_bias": True},
     "minimax_m2": {**_LOCAL_EXPERTS, **_HEADS, "rotary_dim": 32, "scoring_func": "sigmoid",
                    "use_routing_bias": True},
     "afmoe": {**_EXPERTS, **_HEADS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1,
@@ -124,7 +126,7 @@ TEXT: dict[str, Settings] = {
     "mellum": {**_EXPERTS, **_HEADS, **_MIXED, "mlp_layer_types": ["sparse"] * 3, "num_mtp_layers": 0},
     "minicpm3": {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
                  "v_head_dim": 32, "num_key_value_heads": 4, "dim_model_base": 64},
-    "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96},
+    "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96, "num_key_value_heads": 1},
 }  # fmt: skip
 # Their checkpoints on the model hub bring code, which is never run.
 _OWN_CODE = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}}
@@ -132,10 +134,12 @@ TEXT |= {
     "mimo": {**_OWN_CODE, "attention_bias": True},
     "minicpm": {**_OWN_CODE, "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 64},
     "PanguEmbedded": {**_OWN_CODE, "bias": True},
+    "TeleFLM": {**_OWN_CODE, "use_mup": True, "input_mult": 1.0, "output_mult": 2.0, "mup_scale_factor": 4},
 }
 # Variants of a family. The text in parentheses says what is other than in the family.
 TEXT |= {
     "apertus (in bfloat16)": {},
+    "deepseek_v3 (with YaRN)": {**TEXT["deepseek_v3"], "rope_parameters": _YARN},
     # vLLM has no least time step, and transformers takes the published 0.001.
     "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
 }
@@ -221,7 +225,10 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "minicpmv4_7": ({**_HEADS, **_DELTA}, {}),
     "qwen3_omni_moe": (
-        {**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+        {
+            **{**_HEADS, **_SECTIONS, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+            "tie_word_embeddings": False,
+        },
         {"enable_audio_output": False, "thinker_config": {"vision_config": _OMNI_EYES}},
     ),
     "smolvlm": ({}, {}),
@@ -238,7 +245,31 @@ _CHAT = {
     "select_layer": -1,
     **_OWN_CODE,
 }
+_DOTS_EYES = {**_EYES, "embed_dim": 32, "spatial_merge_size": 2, "temporal_patch_size": 1, "rms_norm_eps": 1e-5}
+_DOTS_EYES |= {"use_bias": False, "post_norm": True}
+_EARS: dict[str, Any] = {
+    "attention_dim": 32,
+    "attention_heads": 2,
+    "num_blocks": 1,
+    "linear_units": 32,
+    "input_size": 80,
+}
+_EARS |= {"chunk_size": -1, "left_chunk": 18, "time_reduction": 8, "nemo_conv_settings": {"conv_channels": 32}}
+_PHI4_ENCODERS = {
+    "img_processor": None,
+    "audio_processor": {"name": "cascades", "config": _EARS},
+    "embd_layer": {
+        "embedding_cls": "image_audio",
+        "audio_embd_layer": {"embedding_cls": "audio", "projection_cls": "mlp", "downsample_rate": 1},
+    },
+}
+# The settings of their language models stand beside those of the encoders.
+_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": _EYES, **_OWN_CODE}
+MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
+MULTIMODAL["dots_ocr"] = ({}, {**_TEXT, "vision_config": _DOTS_EYES, **_OWN_CODE})
+MULTIMODAL["phi4mm"] = ({}, {**_TEXT, **_PHI4_ENCODERS, **_OWN_CODE})
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
+MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
 ARCHITECTURES = {
@@ -247,6 +278,11 @@ ARCHITECTURES = {
     "minicpm": "MiniCPMForCausalLM",
     "internvl_chat": "InternVLChatModel",
     "h2ovl_chat": "H2OVLChatModel",
+    "Keye": "KeyeForConditionalGeneration",
+    "KeyeVL1_5": "KeyeVL1_5ForConditionalGeneration",
+    "dots_ocr": "DotsOCRForCausalLM",
+    "phi4mm": "Phi4MMForCausalLM",
+    "TeleFLM": "TeleFLMForCausalLM",
     "NVLM_D": "NVLM_D",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
@@ -341,6 +377,15 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         tokens = {f"{name}_token": tokenizer.pad_token for name in _OMNI_TOKENS}
         _change(folder / "tokenizer_config.json", {"extra_special_tokens": tokens})
         torch.save({}, folder / "spk_dict.pt")  # voices, which Qwen2.5-Omni reads with its weights
+    if family == "phi4mm":  # the hub's files have names of PEFT, and its authors' adapters
+        tensors = {name.replace("_proj.", "_proj.base_layer."): each for name, each in model.state_dict().items()}
+        tensors["model.layers.0.mlp.down_proj.lora_A.vision.weight"] = torch.ones(4, 96)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family == "qianfan_ocr":  # the hub's files have these names and numbers, which transformers does not write back
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {name.replace("model.encoder.layers", "model.layers"): each for name, each in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        _change(folder / "config.json", {"vision_config": {"image_size": 8, "patch_size": 4}})
     if family in INPUTS_FIRST:
         tensors = load_file(folder / "model.safetensors")
         tensors |= {name: each.mT.contiguous() for name, each in tensors.items() if ".experts." in name}
@@ -351,7 +396,7 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
 def _change(file: Path, settings: Settings) -> None:
     """Write these settings into a JSON file, which keeps its others."""
     kept = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**kept, **settings}))
+    file.write_text(json.dumps(_merged(kept, settings)))
 
 
 def assert_equal(hosted: HostedEngine, folder: Path) -> float:

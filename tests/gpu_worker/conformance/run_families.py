@@ -44,7 +44,7 @@ from tests.tiny import gemma3_with_wide_heads, tiny_config
 
 STUDY, QUANTISED = "families", "quantised:"
 FILES, OTHER_CLASSES = "vllm_model_files", "transformers"
-PATIENCE_S = 200
+PATIENCE_S = 300
 BFLOAT16_BOUND = 0.5  # of a log probability; of Qwen 3.5 without adapters transformers' own bfloat16 differs by 0.2
 EQUAL, BUILT, DIFFERS, REFUSED, FAILS = "equal", "not compared", "differs", "refused", "fails"
 
@@ -62,8 +62,7 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
             write_folders(form, folder / "model", folder)
     bound = form.bound if form is not None else BFLOAT16_BOUND if family in IN_BFLOAT16 else None
     dtype = "float32" if bound is None else "bfloat16"
-    kv_tokens = 100_000 if family in IN_BFLOAT16 else None  # linear attention has large states, of any length
-    settings = {"max_model_len": 96, "dtype": dtype, "kv_tokens": kv_tokens}
+    settings = {"max_model_len": 96, "dtype": dtype}
     try:
         hosted = HostedEngine(ENGINES["vllm"], tiny_config(served, engine="vllm", **settings))
     except GpuWorkerError as exc:

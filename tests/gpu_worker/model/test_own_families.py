@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Phi3Config
 
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.base_model import load_config
 from gpu_worker.model.checkpoint import auto_class, check_checkpoint
-from gpu_worker.model.own_families import OWN_FAMILIES, MiniCPMConfig, PanguEmbeddedConfig
+from gpu_worker.model.own_families import OWN_FAMILIES, MiniCPMConfig, PanguEmbeddedConfig, TeleFLMConfig
 from gpu_worker.vllm.front_model import load_front_model
 from tests.gpu_worker.conformance.families import save
 from tests.tiny import tiny_config
@@ -25,7 +28,9 @@ def test_a_checkpoint_with_code_is_read_and_its_code_is_not_run(family: str, tmp
         (folder / name).write_text(f"open({str(ran)!r}, 'w')")
     found = load_front_model(tiny_config(folder, engine="vllm"))
     assert found.model_type == family and check_checkpoint(str(folder)) and not ran.exists()
-    assert {"model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"} < set(found.shapes)
+    assert {"model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj"} < set(found.shapes)
+    config = load_config(str(folder))
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict(), "vLLM sends it to its processes"
     assert found.is_multimodal == ("vision_config" in json.loads((folder / "config.json").read_text()))
 
 
@@ -80,6 +85,22 @@ def test_a_file_that_names_code_is_never_asked_about(
     else:
         assert found.model_type == "llama"
     assert not ran.exists()
+
+
+def test_the_adapters_of_phi_4_multimodals_authors_are_left_out(tmp_path: Path) -> None:
+    folder = save(tmp_path, "phi4mm")
+    written = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    model = auto_class(config := load_config(str(folder))).from_pretrained(folder)
+    assert model.get_parameter(f"{name}.weight").equal(written[f"{name}.base_layer.weight"])
+    assert isinstance(config.get_text_config(), Phi3Config) and config.get_text_config().hidden_size == 128
+
+
+def test_tele_flm_scales_as_its_report_says() -> None:
+    """Source: Tele-FLM technical report (arXiv 2404.16645), section on hyperparameters."""
+    config = TeleFLMConfig(hidden_size=256, use_mup=True, input_mult=1.5, output_mult=4, mup_scale_factor=16)
+    assert (config.embedding_multiplier, config.logits_scaling) == (1.5, 4)
+    assert TeleFLMConfig(hidden_size=256, use_mup=False, input_mult=2.0).embedding_multiplier == 1
 
 
 def test_minicpm_scales_as_its_paper_says() -> None:

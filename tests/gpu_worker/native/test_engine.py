@@ -1,4 +1,9 @@
-"""The engine on its own thread, with asyncio callers."""
+"""The engine on its own thread, with asyncio callers.
+
+Commands that run on the engine's thread between two steps: forgetting weights and reading the state.
+
+Clients that leave, and the end of the engine's thread.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +17,18 @@ from typing import Any
 
 import pytest
 
+from gpu_worker.errors import EngineStopped
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.engine import NativeEngine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
 from tests.gpu_worker.engine_driver import (
     PATIENCE_S,
+    Gate,
     Gated,
     MakeEngine,
     Shapes,
+    assert_nothing_held,
     by_digest,
     complete,
     greedy,
@@ -215,3 +223,91 @@ def test_the_engines_thread_alone_is_nice(make_engine: MakeEngine) -> None:
     run(complete(native, greedy("x", num_new=1)))
     native.stop()
     assert seen == [own + 3] and os.nice(0) == own
+
+
+def test_weights_are_forgotten_from_another_thread(shapes: Shapes, gated: Gated) -> None:
+    weights = random_adapter(shapes, 1)
+    _, gate, native = gated(by_digest(weights))
+
+    async def main() -> None:
+        empty = await native.status()
+        task = asyncio.create_task(complete(native, greedy("x", plan_of("selection", (weights, 1.0)), num_new=20)))
+        await asyncio.to_thread(gate.wait_for_step)
+        forgetting = asyncio.create_task(native.forget([weights.weights_digest]))
+        await asyncio.sleep(0)  # it is queued after the current step
+        gate.open()
+        assert await forgetting is False
+        assert (await task)[0].num_new_tokens == 20
+        assert await native.forget([weights.weights_digest]) is True
+        assert await native.status() == empty
+
+    run(main())
+
+
+def test_a_caller_that_leaves_does_not_end_the_engine(gated: Gated) -> None:
+    _, gate, native = gated({})
+
+    async def main() -> None:
+        task = asyncio.create_task(complete(native, greedy("x")))
+        await asyncio.to_thread(gate.wait_for_step)
+        leaving = [asyncio.create_task(native.forget(["a"])), asyncio.create_task(native.status())]
+        await asyncio.sleep(0)
+        for asker in leaving:
+            asker.cancel()
+        gate.open()
+        assert (await task)[0].num_new_tokens == 8
+        assert (await native.status()).num_running == 0
+
+    run(main())
+
+
+def test_a_stopped_loop_forgets_nothing_more(make_engine: MakeEngine, start: Callable[..., NativeEngine]) -> None:
+    native = start(make_engine({}))
+    native.stop()
+    with pytest.raises(EngineStopped):
+        run(native.forget(["a"]))
+
+
+def test_leaving_the_iterator_cancels_at_the_next_step(gated: Gated) -> None:
+    engine, gate, native = gated({}, max_batch_size=1)
+
+    async def main() -> None:
+        async with aclosing(stream_text(native, greedy("leaves", BASE_PLAN, "leaves", num_new=100))) as stream:
+            gate.permits.release()
+            await anext(stream)
+        gate.open()
+        completion, _ = await complete(native, greedy("stays", BASE_PLAN, "stays", num_new=4))
+        assert completion.num_new_tokens == 4
+
+    run(main())
+    native.stop()
+    assert engine.num_steps <= 1 + 1 + 4, "one step may have begun before the cancel arrived"
+    assert_nothing_held(engine)
+
+
+async def stop_while_blocked(native: NativeEngine, gate: Gate) -> None:
+    """Stop the thread during a step; it ends after that step."""
+    stopper = threading.Thread(target=native.stop)
+    stopper.start()
+    while native.health().is_alive:
+        gate.permits.release()
+        await asyncio.sleep(0)
+    stopper.join()
+
+
+def test_a_request_during_the_stop_gets_an_error(gated: Gated) -> None:
+    """Its submission is queued after the last step."""
+    _, gate, native = gated({})
+
+    async def main() -> list[Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # prepared in order of arrival
+        running = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "running", num_new=150))))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(gate.wait_for_step)  # the first step is in progress
+        late = asyncio.create_task(collect(stream_text(native, greedy("x", BASE_PLAN, "late", num_new=150))))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(int)  # prepared and queued
+        await stop_while_blocked(native, gate)
+        return await asyncio.gather(running, late, return_exceptions=True)
+
+    assert [type(error) for error in run(main())] == [EngineStopped] * 2

@@ -16,7 +16,8 @@ from gpu_worker.front.request.request import Delta, Job
 from gpu_worker.front.row import Row
 from gpu_worker.model.base_model import BaseModel
 from gpu_worker.vllm.fusions import FusionLoader, with_fusion
-from gpu_worker.vllm.remote_bank import Change, RemoteBank
+from gpu_worker.vllm.packing import Change
+from gpu_worker.vllm.remote_bank import RemoteBank
 from gpu_worker.vllm.row_runner import NewToken, RowRunner
 from lora_store.adapter import AdapterWeights
 from tests.gpu_worker.engine_driver import PATIENCE_S

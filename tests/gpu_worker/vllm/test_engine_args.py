@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+import torch
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_max_concurrency_for_kv_cache_config
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
@@ -101,22 +109,78 @@ def test_each_process_has_room_for_the_keys_of_its_heads(
     assert kv_bytes(config, model) == share * 1000 * model.kv_token_bytes
 
 
-def test_every_row_of_a_hybrid_model_has_blocks_for_its_states(tmp_path: Path, environment: Mapping[str, str]) -> None:
-    config = tiny_config(save_of_vllm(tmp_path, "qwen3_5"), engine="vllm", max_model_len=96, dtype="bfloat16")
-    model = load_front_model(config)
-    vllm_config = build_config(config, model, free_fill=0.0, is_compiled=False)
-    cache = vllm_config.cache_config
-    assert cache.block_size > 96, "a block is as large as a layer's state"
-    assert cache.kv_cache_memory_bytes == config.max_batch_size * 2 * cache.block_size * model.kv_token_bytes
-    assert vllm_config.model_config.multimodal_config.language_model_only
+@pytest.mark.parametrize("max_model_len", [96, 400])
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1"])
+def test_every_row_of_a_hybrid_model_has_blocks_for_its_states(
+    family: str, max_model_len: int, tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    """vLLM's workers enlarge the blocks after the cache's size is set. What they do is done here with its functions."""
+    config = tiny_config(
+        save_of_vllm(tmp_path, family), engine="vllm", max_model_len=max_model_len, dtype="bfloat16", max_batch_size=3
+    )
+    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    cache, model_config = vllm_config.cache_config, vllm_config.model_config
+    assert model_config.multimodal_config is None or model_config.multimodal_config.language_model_only
+    heads = {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2}
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
+        attention = Attention(**heads, cache_config=cache, prefix="layers.0")
+    current_platform.update_block_size_for_backend(vllm_config)
+    found, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    states = MambaSpec(
+        block_size=cache.mamba_block_size,
+        shapes=found.get_mamba_state_shape_from_config(vllm_config),
+        dtypes=found.get_mamba_state_dtype_from_config(vllm_config),
+        page_size_padded=cache.mamba_page_size_padded,
+        mamba_cache_mode=cache.mamba_cache_mode,
+    )
+    assert cache.block_size > 128 or states.state_content_size_bytes <= 128 * 256, "larger states than vLLM's default"
+    keys = attention.get_kv_cache_spec(vllm_config)
+    num_keys, num_states = (1, 2) if family == "qwen3_5" else (3, 3)  # of three layers
+    specs = {f"keys.{place}": keys for place in range(num_keys)} | {f"s.{place}": states for place in range(num_states)}
+    cache.kv_cache_layout = "LBNHC"  # of all layouts a block has the same size
+    [allocated] = get_kv_cache_configs(vllm_config, [specs], [cache.kv_cache_memory_bytes])
+    assert get_max_concurrency_for_kv_cache_config(vllm_config, allocated) >= 3
 
 
-def test_latent_attention_is_refused_on_the_cpu_before_a_process_starts(
+def test_a_part_of_each_head_is_rotated_as_in_the_paper(tmp_path: Path, environment: Mapping[str, str]) -> None:
+    """vLLM's operation for the CPU rotates heads only if they follow one another, as they do not in DeepSeek's.
+
+    Source: RoFormer (arXiv 2104.09864), equation 34.
+    """
+    config = tiny_config(save_of_vllm(tmp_path, "deepseek_v2"), engine="vllm")
+    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    heads, positions = torch.randn(5, 4, 96), torch.arange(5)
+    angles = positions[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+    turned = torch.view_as_complex(heads[..., 32:].unflatten(-1, (32, 2)).contiguous())
+    expected = torch.view_as_real(turned * torch.polar(torch.ones(5, 32), angles)[:, None]).flatten(-2)
+    with set_current_vllm_config(vllm_config):
+        rotate = get_rope(64, 512, is_neox_style=False, rope_parameters={"rope_type": "default", "rope_theta": 10000})
+    found, _ = rotate(positions, heads[..., 32:], None)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_latent_attention_keeps_one_latent_a_token_and_on_the_cpu_of_one_size(
     tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
-    """Tiny models of three families had other answers than in transformers."""
-    config = tiny_config(save_of_vllm(tmp_path, "deepseek_v2"), engine="vllm")
-    with pytest.raises(BaseModelUnsupported, match="deepseek_v2 has latent attention, which vLLM computes on the CPU"):
+    folder = save_of_vllm(tmp_path, "deepseek_v2")
+    config = tiny_config(folder, engine="vllm", kv_tokens=1000)
+    vllm_config = build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+    assert vllm_config.cache_config.kv_cache_memory_bytes == 1000 * 3 * (512 + 64) * 4
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"kv_lora_rank": 256}))
+    with pytest.raises(BaseModelUnsupported, match=r"deepseek_v2 needs a GPU .* = 576 only, and the model has 320"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+
+
+def test_a_class_that_needs_a_gpu_is_refused_before_a_process_starts(
+    tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    """Rnj-1 says that it is Gemma 3, and names another class."""
+    folder = save_of_vllm(tmp_path, "gemma3_text")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"architectures": ["Rnj1ForCausalLM"]}))
+    config = tiny_config(folder, engine="vllm")
+    with pytest.raises(BaseModelUnsupported, match=r"gemma3_text needs a GPU .* its class Rnj1ForCausalLM"):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 

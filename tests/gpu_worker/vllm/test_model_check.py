@@ -24,7 +24,7 @@ from gpu_worker.vllm.model_check import (
     check_model,
     reason_to_skip,
 )
-from gpu_worker.vllm.remote_bank import Change
+from gpu_worker.vllm.packing import Change
 from tests.tiny import tiny_config
 
 NUM_IDS = 20  # of each answer's log probabilities

@@ -16,13 +16,13 @@ SHAPES = {"q_proj": (6, 5), "k_proj": (3, 5), "down_proj": (5, 7)}
 def test_every_value_and_shape_survives(dtype: torch.dtype) -> None:
     weights = random_adapter(SHAPES, 1, rank_of=lambda name: {"q_proj": 1, "k_proj": 4}.get(name, 2))
     adapter = to_device_layout(weights, SHAPES, dtype)
-    parts = packed(adapter)
-    assert parts.values.__len__() == adapter.num_bytes
-    found = unpacked(parts.digest, parts.dtype, [tuple(module) for module in parts.modules], parts.values)
+    kind, digest, dtype_name, modules, values = packed(adapter)
+    assert (kind, len(values)) == ("put", adapter.num_bytes)
+    found = unpacked(digest, dtype_name, [tuple(module) for module in modules], values)
     assert (found.weights_digest, found.max_rank) == (weights.weights_digest, 4)
     assert found.modules.keys() == adapter.modules.keys()
     for name, module in adapter.modules.items():
         assert torch.equal(found.modules[name].a, module.a)
         assert torch.equal(found.modules[name].bt, module.bt)
-    on_device = unpacked(parts.digest, parts.dtype, parts.modules, parts.values, device=torch.device("meta"))
+    on_device = unpacked(digest, dtype_name, modules, values, device=torch.device("meta"))
     assert {tensor.device.type for module in on_device.modules.values() for tensor in (module.a, module.bt)} == {"meta"}

@@ -12,7 +12,8 @@ import torch
 from gpu_worker.bank.device_layout import DeviceAdapter, to_device_layout
 from gpu_worker.errors import AdapterUnfit, PlanTooLarge
 from gpu_worker.vllm.fusions import composed, with_fusion
-from gpu_worker.vllm.remote_bank import Change, PlannedResidency, RemoteBank
+from gpu_worker.vllm.packing import Change
+from gpu_worker.vllm.remote_bank import PlannedResidency, RemoteBank
 from lora_store.adapter import AdapterRef
 from lora_store.plan import Plan, PlannedAdapter
 from tests.gpu_worker.engine_driver import run

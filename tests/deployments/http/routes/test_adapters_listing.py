@@ -93,3 +93,14 @@ def test_samples_are_shown_as_many_as_asked_for() -> None:
     assert get("/v1/loras/poet").json()["samples"] == []
     response = get("/v1/loras/poet?samples=201")
     assert (response.status_code, error_of(response)["param"]) == (400, "samples")
+
+
+def test_samples_that_differ_most_are_shown_if_asked_for() -> None:
+    class Reworded(FakeRetriever):
+        async def samples(self, tenant: str, name: str, min_generation: int = 0) -> list[Sample]:
+            return [Sample("Negate: a cat sleeps"), Sample("Negate: a dog sleeps"), Sample("say not for me", "No.")]
+
+    shown = get("/v1/loras/poet?samples=2&varied=true", retriever=Reworded()).json()["samples"]
+    assert shown == [{"input": "Negate: a cat sleeps", "output": None}, {"input": "say not for me", "output": "No."}]
+    first = get("/v1/loras/poet?samples=2", retriever=Reworded()).json()["samples"]
+    assert [sample["input"] for sample in first] == ["Negate: a cat sleeps", "Negate: a dog sleeps"]

@@ -13,7 +13,7 @@ from deployments.errors import RequestInvalid
 from deployments.http.middleware import PROXY_HEADERS, is_loopback
 from deployments.http.routes.completions import events
 from deployments.http.routes.maintenance import json_lines
-from deployments.observability.request_metrics import RequestContext
+from deployments.observability.request_context import RequestContext
 from gpu_worker.errors import EngineStopped
 
 CONTEXT = RequestContext("r", "none")

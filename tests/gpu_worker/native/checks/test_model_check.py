@@ -134,8 +134,10 @@ def test_weights_that_show_nothing_are_refused(
     [{}, {"max_batch_size": 1}, {"max_batch_size": 3, "kv_tokens": 160}, {"bank_rank_rows": 1}, {"max_model_len": 2}],
     ids=str,
 )
-def test_the_check_fits_any_worker_and_leaves_no_state(changes: dict[str, object], make_engine: MakeEngine) -> None:
-    engine = make_engine({}, **changes)
+def test_the_check_fits_any_worker_and_leaves_no_state(
+    changes: dict[str, object], make_engine: MakeEngine, tiny_base: Callable[..., BaseModel]
+) -> None:
+    engine = make_engine({}, base=tiny_base(), **changes)
     assert_nothing_held(engine)
     assert engine.residency.resident == frozenset()
     assert engine.residency.occupied_rows == 0

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_worker.front.draw import table_of
 from gpu_worker.front.request.request import SamplingParams
 from gpu_worker.native.sampling import sampling_torch
-from gpu_worker.native.sampling.masks import with_masks
+from gpu_worker.native.sampling.sampling import with_masks
 from tests.gpu_worker.random_draws import random_batch, random_draw
 
 

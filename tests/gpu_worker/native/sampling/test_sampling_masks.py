@@ -11,8 +11,7 @@ import torch
 
 from gpu_worker.front.draw import Draw
 from gpu_worker.front.request.request import SamplingParams
-from gpu_worker.native.sampling.masks import with_masks
-from gpu_worker.native.sampling.sampling import Sampler
+from gpu_worker.native.sampling.sampling import Sampler, with_masks
 from gpu_worker.native.sampling.sampling_kernel import load_sampling_kernel
 from tests.gpu_worker.engine_driver import compiled
 from tests.gpu_worker.random_draws import random_mask
