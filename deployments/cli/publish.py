@@ -159,14 +159,14 @@ def publish(
         publish_file(file, url, is_dry=dry_run, prunes=prune, upload=upload, as_json=as_json)
         return
     assert places
-    if dry_run and (config is not None or parity or _is_alone(url)):
-        _check_alone(places, config, base_name, parity=parity, as_json=as_json)
-        return
     items = [item for place in places for item in _items_of(place)]
     names = Counter(item.label for item in items)
     if twice := next((label for label, count in names.items() if count > 1), None):
         problem = f"{twice!r} would be the name of {names[twice]} adapters; --name gives one of them another name"
         raise typer.BadParameter(problem, param_hint="FOLDER")
+    if dry_run and (config is not None or parity or _is_alone(url)):
+        _check_alone(places, config, base_name, parity=parity, as_json=as_json)
+        return
     if name is not None and len(items) != 1:
         raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
     if samples is not None and (len(items) != 1 or items[0].is_source):

@@ -275,10 +275,11 @@ def test_a_nearest_name_that_is_live_already_is_warned_of(tmp_path: Path) -> Non
     assert "`loraretriever rollback my-run`" in words(done.stderr) and "live already" not in words(new.stderr)
 
 
-def test_folders_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [[], ["--dry-run"]])
+def test_folders_that_would_share_a_name_are_refused(tmp_path: Path, said: list[str]) -> None:
     folders = [*adapters(tmp_path / "first", "a b"), *adapters(tmp_path / "second", "a-b")]
     with scripted((500, {})) as server:
-        result = run("publish", *folders, "--url", server.url)
+        result = run("publish", *folders, *said, "--url", server.url)
     assert (result.exit_code, server.asked) == (2, []) and "'a-b' would be the name of 2" in words(result.stderr)
 
 
