@@ -162,7 +162,7 @@ def publish(
     items = [item for place in places for item in _items_of(place)]
     names = Counter(item.label for item in items)
     if twice := next((label for label, count in names.items() if count > 1), None):
-        problem = f"{twice!r} would be the name of {names[twice]} adapters; --name gives one of them another name"
+        problem = f"{twice!r} would be the name of {names[twice]} adapters: publish them one by one, with --name"
         raise typer.BadParameter(problem, param_hint="FOLDER")
     if dry_run and (config is not None or parity or _is_alone(url)):
         _check_alone(places, config, base_name, parity=parity, as_json=as_json)
