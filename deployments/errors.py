@@ -124,7 +124,11 @@ class ModelNotFound(DeploymentsError):
     hint: str = field(default_factory=str)  # as in AdapterNotFound
 
     def __str__(self) -> str:
-        hint = f"; did you mean {self.hint!r}?" if self.hint else "; use 'auto', or a name that GET /v1/models lists"
+        hint = (
+            f"; did you mean {self.hint!r}?"
+            if self.hint
+            else "; use 'auto', or a name of `loraretriever list` or GET /v1/models"
+        )
         return f"no model or adapter {self.model!r}{hint}"
 
 

@@ -16,10 +16,12 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from playwright.async_api import Browser, Page, ViewportSize, async_playwright, expect
+from playwright.async_api import Route as PageRoute
 
 FOLDER = Path(__file__).parent / "console"
 STARTER_POOL = Path(__file__).parents[1] / "examples" / "starter_pool"
@@ -37,8 +39,11 @@ KINDS = {  # A pool that does not exist has these tags, and names with these wor
     "travel": ("hotel", "route"),
     "code": ("python", "review"),
 }
-ALIKE = {
-    "support-ticket-12": "My parcel came broken, I want my money back",
+SEARCHED = "give me my money back"
+ALIKE = {  # adapters that it finds, by a sample
+    "support-refund-21": "The shoes do not fit, I want my money back",
+    "support-refund-05": "When will I get the money for the parcel that I sent back?",
+    "support-ticket-12": "I paid twice for one order",
     "legal-contract-07": "May the buyer end the contract and be paid back?",
 }
 ANSWER_MS = 120_000
@@ -122,23 +127,28 @@ def made_up_map(per_cluster: int = 50) -> dict[str, Any]:
     return {**count, "clusters": clusters, "points": points}
 
 
+async def fulfil(answer: dict[str, Any], route: PageRoute) -> None:
+    await route.fulfill(json=answer)
+
+
 async def of_map(page: Page, folder: Path) -> None:
-    """Take the screenshot of the map of a large pool, in which adapters are searched by a word."""
+    """Take the screenshot of the map of a large pool, in which adapters are searched by what they do."""
     drawn = made_up_map()
-    named = [{"id": point["name"]} for point in drawn["points"] if "refund" in point["name"]]
     alike = [{"name": name, "samples": [{"input": text}]} for name, text in ALIKE.items()]
     answers: dict[str, Any] = {
         "**/v1/pool/map*": drawn,
-        "**/v1/loras?search=*": {"data": named, "total": len(named)},
+        "**/v1/loras?search=*": {"data": [], "total": 0},
         "**/v1/route": {"data": [{"candidates": alike}]},
     }
     for address, answer in answers.items():
-        await page.route(address, lambda route, answer=answer: route.fulfill(json=answer))
+        await page.route(address, partial(fulfil, answer))
     await page.reload()
     await go(page, "Ask")
     await expect(page.locator("#map .label.cluster")).to_have_count(len(KINDS))
-    await page.get_by_label("Find").fill("refund")
-    await expect(page.locator("#map-count")).to_have_text("Found: 25 by name or tag, 2 by samples")
+    await page.get_by_label("Find").fill(SEARCHED)
+    await page.get_by_label("Find").press("Enter")
+    await expect(page.locator("#map-spoken")).to_have_text(next(iter(ALIKE)))
+    await page.locator("#map-whole").click()
     await save(page, folder, "map", "#map-panel")
 
 

@@ -113,7 +113,7 @@ def read_tensors(path: Path, limits: Limits, *, is_private: bool = False) -> dic
     try:
         return {key: tensor.without_float64() for key, tensor in tensors_in(entries, data).items()}
     except ValueError as exc:
-        raise FileRefused(path.name, [f"is not a valid safetensors file: {exc}"]) from exc
+        raise FileRefused(path.name, [f"is not a valid safetensors file, so copy or save it again: {exc}"]) from exc
 
 
 def _rest_of(file: BinaryIO, max_bytes: int, *, is_private: bool) -> NDArray[np.uint8]:

@@ -76,9 +76,9 @@ class DoctorReport:
 
     `never_chosen`: adapters in the top_k of no sample of the pool. `unreadable`: adapters whose samples could not be
     read. `rankings`: the results of the tenant's last evaluation. `refit`: what a projection fitted to these samples
-    would change. `unserved`: adapters that were made for another base model, by its name. `asked`: who answers the
-    prompts that the caller gave. Samples contribute to their adapter's embedding, so the shares are higher than for
-    unseen prompts.
+    would change. `unserved`: adapters that were made for another base model, by its name. `by_name_only`: the tenant's
+    adapters without samples. `asked`: who answers the prompts that the caller gave. Samples contribute to their
+    adapter's embedding, so the shares are higher than for unseen prompts.
     """
 
     generation: int
@@ -90,6 +90,7 @@ class DoctorReport:
     rankings: tuple[Ranking, ...] = ()
     refit: RefitGain | None = None
     unserved: Mapping[str, tuple[AdapterRef, ...]] = field(default_factory=dict)
+    by_name_only: tuple[AdapterRef, ...] = ()
     asked: AskedReport | None = None
 
     @property
@@ -260,7 +261,14 @@ class _Examination:
             rankings=tuple(rank.ranking for rank in ranks if not rank.ranking.is_outcome),
             refit=refit,
             unserved=self._unserved(),
+            by_name_only=self._by_name_only(),
         )
+
+    def _by_name_only(self) -> tuple[AdapterRef, ...]:
+        """Return the tenant's served adapters that have no samples, without those that no list shows."""
+        served = filter(self.pool.bases.serves, self.pool.snapshot.visible_to(self.tenant))
+        own = (record for record in served if record.ref.tenant == self.tenant and not record.is_unlisted)
+        return tuple(record.ref for record in own if record.embedding is None and not record.num_samples)
 
     def _unserved(self) -> dict[str, tuple[AdapterRef, ...]]:
         """Return the adapters that the tenant sees and that are not served, by the name of their base model."""

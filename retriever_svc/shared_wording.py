@@ -14,7 +14,7 @@ FEW_WORDED = 5  # fewer samples say nothing about their wording
 # `python -m benchmarks.routing.wording`.
 RIGHT_BY_DESCRIPTION, RIGHT_BY_ONE_WORDING, RIGHT_BY_THREE = 0.423, 0.495, 0.624
 MOST_COMPARED = 100  # texts among which the most different ones are looked for, spread over all
-_COMPARED_CHARS = 500  # of each
+_CHARS_PER_TEXT = 500
 _LEAST_CHARS = 12  # a shorter beginning is shared by chance
 _LEAST_REST = 8  # a text of which less would remain is kept whole
 
@@ -48,7 +48,7 @@ def choose_varied(texts: Sequence[str], count: int) -> list[int]:
     Of equal ones the earlier is chosen, and the places are in the order of choice.
     """
     step = max(1, -(-len(texts) // MOST_COMPARED))
-    words = {place: set(texts[place][:_COMPARED_CHARS].casefold().split()) for place in range(0, len(texts), step)}
+    words = {place: set(texts[place][:_CHARS_PER_TEXT].casefold().split()) for place in range(0, len(texts), step)}
     shared, chosen = dict.fromkeys(words, 0.0), list[int]()
     while shared and len(chosen) < count:
         place = min(shared, key=lambda place: shared[place])

@@ -197,20 +197,33 @@ _WEIGHTS_FILE = {
     "header bomb": BadFolder(header(b"{}", claimed=1 << 62), f"has a header of {1 << 62} bytes, at most 4194304"),
     "header past the end": BadFolder(header(b"{}", claimed=1 << 20), "adapter_model.safetensors: has a broken header"),
     "empty weights": BadFolder(write(WEIGHTS, b""), "has a header of 0 bytes"),
-    "truncated weights": BadFolder(_cut, "adapter_model.safetensors: is not a valid safetensors file"),
-    "trailing bytes": BadFolder(_lengthen, "adapter_model.safetensors: is not a valid safetensors file"),
+    "truncated weights": BadFolder(
+        _cut, "adapter_model.safetensors: is not a valid safetensors file, so copy or save it again"
+    ),
+    "trailing bytes": BadFolder(
+        _lengthen, "adapter_model.safetensors: is not a valid safetensors file, so copy or save it again"
+    ),
     "nested header": BadFolder(header(b'{"a":' + b"[" * 100_000), "has a broken header: it nests too deep"),
     "duplicate tensors": BadFolder(header(b'{"k": %b, "k": %b}' % (_ONE, _ONE)), "repeats the keys ['k']"),
-    "overlapping tensors": BadFolder(header(_entries(a=(0, 12), b=(4, 16))), "is not a valid safetensors file"),
-    "tensors with a gap": BadFolder(header(_entries(a=(0, 4), b=(8, 16))), "is not a valid safetensors file"),
-    "offsets backwards": BadFolder(header(_entries(a=(16, 0))), "is not a valid safetensors file"),
-    "offsets past the end": BadFolder(header(_entries(a=(0, 396))), "is not a valid safetensors file"),
+    "overlapping tensors": BadFolder(
+        header(_entries(a=(0, 12), b=(4, 16))), "is not a valid safetensors file, so copy or save it again"
+    ),
+    "tensors with a gap": BadFolder(
+        header(_entries(a=(0, 4), b=(8, 16))), "is not a valid safetensors file, so copy or save it again"
+    ),
+    "offsets backwards": BadFolder(
+        header(_entries(a=(16, 0))), "is not a valid safetensors file, so copy or save it again"
+    ),
+    "offsets past the end": BadFolder(
+        header(_entries(a=(0, 396))), "is not a valid safetensors file, so copy or save it again"
+    ),
     "size of another shape": BadFolder(
-        header(b'{"k": {"dtype": "F32", "shape": [3], "data_offsets": [0, 16]}}'), "is not a valid safetensors file"
+        header(b'{"k": {"dtype": "F32", "shape": [3], "data_offsets": [0, 16]}}'),
+        "is not a valid safetensors file, so copy or save it again",
     ),
     "shape that overflows": BadFolder(
         header(b'{"k": {"dtype": "F32", "shape": [%d, %d], "data_offsets": [0, 16]}}' % (1 << 62, 1 << 62)),
-        "is not a valid safetensors file",
+        "is not a valid safetensors file, so copy or save it again",
     ),
     "header is a list": BadFolder(header(b"[]"), "must be a JSON object, got list"),
     "header is not text": BadFolder(header(b"\xff\xfe{}"), "adapter_model.safetensors: has a broken header"),

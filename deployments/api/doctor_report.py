@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from typing_extensions import TypedDict
@@ -16,12 +16,13 @@ from retriever_svc.shared_wording import wording_cost
 MAX_NAMED = 10  # adapters in the text of one piece of advice; `adapters` has all of them
 MAX_PAIRS = 20  # of adapters that are not separable; `collisions` has all of them
 Name = Callable[[AdapterRef], str]
+Problem = Literal["no_samples", "few_samples", "unlike_samples", "one_wording", "inseparable", "refit", "unserved"]
 
 
 class Advice(TypedDict):
     """A problem of some adapters, or of the pool, with the remedy."""
 
-    problem: Literal["few_samples", "unlike_samples", "one_wording", "inseparable", "refit", "unserved"]
+    problem: Problem
     adapters: list[str]
     text: str
 
@@ -123,31 +124,38 @@ def _of_a_pair(collision: Collision, first: str, second: str) -> str:
 
 
 def _of_samples(report: DoctorReport, name: Name) -> Iterator[Advice]:
-    if few := report.with_few_samples:
-        text = (
-            f"{_listed(few, name)} {_have(few)} few samples, and prompts find an adapter better with more of them. "
-            "Publish again with 20 samples of the kind that clients send."
-        )
-        yield {"problem": "few_samples", "adapters": [name(finding.ref) for finding in few], "text": text}
-    if unlike := report.with_unlike_samples:
-        text = (
-            f"{_listed(unlike, name)} {_have(unlike)} samples that are unlike each other: a quarter of them or "
-            "more would go to the base model. Remove samples of other tasks. If the adapter has several tasks, publish "
-            "it once for each of them, with the samples of that task."
-        )
-        yield {"problem": "unlike_samples", "adapters": [name(finding.ref) for finding in unlike], "text": text}
-    if alike := report.with_one_wording:
-        text = f"{_listed(alike, name)} {_have(alike)} samples of one wording: {wording_cost()}, and publish again."
-        yield {"problem": "one_wording", "adapters": [name(finding.ref) for finding in alike], "text": text}
+    yield from _advise(
+        "no_samples",
+        map(name, report.by_name_only),
+        "no samples, so only their names find them. For auto, publish again with description.txt, lora_samples.jsonl "
+        "or --samples.",
+    )
+    yield from _advise(
+        "few_samples",
+        _names(report.with_few_samples, name),
+        "few samples, and prompts find an adapter better with more of them. Publish again with 20 samples of the kind "
+        "that clients send.",
+    )
+    yield from _advise(
+        "unlike_samples",
+        _names(report.with_unlike_samples, name),
+        "samples that are unlike each other: a quarter of them or more would go to the base model. Remove samples of "
+        "other tasks. If the adapter has several tasks, publish it once for each of them, with the samples of that "
+        "task.",
+    )
+    alike = f"samples of one wording: {wording_cost()}, and publish again."
+    yield from _advise("one_wording", _names(report.with_one_wording, name), alike)
 
 
-def _listed(findings: Sequence[AdapterFinding], name: Name) -> str:
-    names = [name(finding.ref) for finding in findings[:MAX_NAMED]]
-    rest = len(findings) - len(names)
-    if rest:
-        return f"{', '.join(names)} and {rest} more"
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def _names(findings: Sequence[AdapterFinding], name: Name) -> Iterator[str]:
+    return (name(finding.ref) for finding in findings)
 
 
-def _have(findings: Sequence[AdapterFinding]) -> str:
-    return "has" if len(findings) == 1 else "have"
+def _advise(problem: Problem, adapters: Iterable[str], what: str) -> Iterator[Advice]:
+    """Yield that these adapters have `what`, if there are any."""
+    if not (names := list(adapters)):
+        return
+    shown, rest = names[:MAX_NAMED], len(names) - MAX_NAMED
+    last = f"{rest} more" if rest > 0 else shown.pop()
+    listed = " and ".join(filter(None, (", ".join(shown), last)))
+    yield {"problem": problem, "adapters": names, "text": f"{listed} {'has' if len(names) == 1 else 'have'} {what}"}

@@ -311,6 +311,8 @@ def message_of(response: httpx.Response) -> str:
         message: str = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {response.status_code}"
+    if message.startswith("no adapter ") and "; " not in message:
+        message += "; `loraretriever list --search WORDS` finds names by a part of them"
     return message
 
 
@@ -393,6 +395,11 @@ def is_this_machine(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def reads_paths(url: str, *, upload: bool) -> bool:
+    """Return whether the server reads folders itself. With keys it does not by default."""
+    return is_this_machine(url) and not upload and not has_key()
 
 
 class ServerFailed(Exception):

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import httpx
 import typer
 from rich.table import Table
 
@@ -212,10 +213,19 @@ def _stream(url: str, body: JsonObject, *, is_quiet: bool = False) -> str:
                 parts.append(choice["delta"].get("content") or "")
                 if not is_quiet:
                     out.print(parts[-1], end="", markup=False, highlight=False)
-    if not is_quiet:
-        out.print()
-        err.print(_plan_line(lora), style="dim")
+        if not is_quiet:
+            out.print()
+            nearest = _find_nearest(client, body) if lora.get("abstained") else []
+            err.print(_plan_line(lora, nearest), style="dim")
     return "".join(parts)
+
+
+def _find_nearest(client: httpx.Client, body: JsonObject) -> list[str]:
+    """Return the adapters that are nearest to the last message, although none fits."""
+    prompt, options = body["messages"][-1]["content"], {**body.get("lora", {}), "k": 3, "fallback": "base"}
+    response = client.post("/v1/route", json={"prompt": prompt, "model": body["model"], "lora": options})
+    candidates = [] if response.is_error else response.json()["data"][0]["candidates"]
+    return [candidate["name"] for candidate in candidates]
 
 
 @cli.command()
@@ -341,12 +351,13 @@ def _text_of(prompt: list[str] | None) -> str:
     return text
 
 
-def _plan_line(lora: JsonObject) -> str:
+def _plan_line(lora: JsonObject, nearest: list[str]) -> str:
     parts = [f"{row['name']} × {row['weight']:.2f}" for row in lora["adapters"]]
     base_model = f" on {lora['base_model']}" if "base_model" in lora else ""
     none = "no adapter"
     if lora.get("abstained"):
-        none += " fits. `loraretriever route` with the same prompt says why, and --model NAME asks one adapter"
+        none += f" fits; the nearest are {', '.join(nearest)}" if nearest else " fits"
+        none += ". `loraretriever route` with the same prompt says why, and --model NAME asks one adapter"
     return f"{lora['strategy']}{base_model}: {', '.join(parts) or none}"
 
 

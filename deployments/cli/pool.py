@@ -30,6 +30,7 @@ from deployments.cli.client import (
 from deployments.json_types import JsonObject
 
 _SHOWN_SAMPLES = 3
+_ONLY_JSON = ("weights_digest", "probe_shift", "catalogue_generation")  # nothing that a person looks for
 
 commands = typer.Typer()
 Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the adapter")]
@@ -98,8 +99,10 @@ def show(name: Name, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
         cells = (row["digest"][:12], row["state"], row["generation"], published, row["actor"], row["source"])
         versions.add_row(*map(str, cells))
     facts = Table(Column(), Column(overflow="fold"), show_header=False)
+    if "num_bytes" in answer:
+        answer["size"] = show_bytes(answer.pop("num_bytes"))
     for key, value in answer.items():
-        if value is None:
+        if value in (None, []) or key in _ONLY_JSON or (key == "id" and value == answer.get("name")):
             continue
         facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     out.print(facts)

@@ -64,7 +64,7 @@ export function suggested(folders) {
 }
 
 /** Returns the valid name that is nearest to `text`, as the command line has it. */
-const nearestName = (text) => text.normalize("NFKD").replace(/[\u0300-\u036f]/g, "").replace(/[^\w.-]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 64) || text;
+const nearestName = (text) => text.normalize("NFKD").replace(/[\u0300-\u036f]/g, "").replace(/[^\w.]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 64) || text;
 
 /** Reads the configuration and the samples of a folder. `problems` prevent a publish, as the server would refuse it.
  * `bases`: the base model names that the server accepts; null if unknown. */
@@ -85,7 +85,7 @@ export async function inspected(folder, bases) {
 function baseProblems(base, accepted) {
   if (accepted.includes(base)) return [];
   const given = base ? `its base model is ${base}` : `${CONFIG} names no base model`;
-  return [`${given}; this server accepts ${accepted.join(", ")}. If they are the same weights, set base_model_name_or_path in ${CONFIG} to one of these names`];
+  return [`${given}; this server accepts ${accepted.join(", ")}. If they are the same weights, publish with \`loraretriever publish --base-name\`, or set base_model_name_or_path in ${CONFIG} to one of these names`];
 }
 
 async function configOf(file, problems) {

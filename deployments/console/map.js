@@ -25,7 +25,8 @@ let hits = NOTHING; // of the search: names with its words, how many there are, 
 let found = new Set(); // those of them that are on the map, best first
 let near = []; // the adapters in view
 let current = null; // the name under the pointer or the arrow keys
-let numLoads = 0, numSearches = 0;
+let numLoads = 0;
+let last = null; // the last search: its text, and a promise that it is done
 let onChoose = () => {};
 
 export function start(callbacks) {
@@ -55,7 +56,7 @@ export async function load(generation) {
     if (asked) await locatePrompt();
     note("");
     fit();
-    hits = NOTHING; // of another generation, or of another key
+    last = null; // of another generation, or of another key
     search();
   } catch (error) {
     if (number === numLoads) say("map-note", reasonOf(error));
@@ -125,21 +126,25 @@ function fit() {
 const dots = (points) => points.map(({ px, py }) => `M${px.toFixed(2)} ${py.toFixed(2)}h0`).join("");
 
 /** Asks the server for adapters with the words of the search field in name or tag, and for those that a prompt with them would find. */
-async function search() {
-  const text = byId("map-search").value.trim(), number = ++numSearches;
-  if (text === hits.text) return;
+function search() {
+  const text = byId("map-search").value.trim();
+  if (text !== last?.text) last = { text, done: find(text) };
+  return last.done;
+}
+
+async function find(text) {
   const named = text && read(`v1/loras?${new URLSearchParams({ search: text, limit: MAX_FOUND })}`);
   const routed = text && post("v1/route", { prompt: [text], lora: { k: NUM_ALIKE, fallback: "base", explain: true } }, { quietly: true }).catch(() => ""); // a key may not ask
   try {
     const [{ data = [], total = 0 }, { data: [plan] = [] }] = await Promise.all([named, routed]);
-    if (number !== numSearches) return;
+    if (text !== last?.text) return;
     const names = data.map(({ id }) => id), isOther = ({ name }) => !names.includes(name);
     hits = { text, total, named: names.map((name) => ({ name })), alike: (plan?.candidates ?? []).filter(isOther) };
     if (text && !byId("map").classList.contains("searched")) byId("map-count").parentElement.open = true;
     markFound();
-    say("map-spoken", text && countFound());
+    if (text) say("map-spoken", countFound());
   } catch (error) {
-    if (number === numSearches) note(reasonOf(error));
+    if (text === last?.text) { note(reasonOf(error)); last = null; }
   }
 }
 
@@ -174,7 +179,7 @@ function look() {
 /** Lists the adapters that the search finds, else what is in view: the clusters, or the adapters if they are few. */
 function list() {
   const isInView = viewport.sight(), searched = Boolean(hits.text);
-  const rows = searched ? [...hits.named, ...hits.alike] : [...near].sort(byName);
+  const rows = searched ? [...hits.named.slice(0, MAX_LISTED - hits.alike.length), ...hits.alike] : [...near].sort(byName);
   say("map-count", searched ? countFound() : `In view: ${whole(near.length)} of ${whole(drawn.num_adapters)}`);
   const hasClusters = !searched && rings.length > 0 && near.length > MAX_LISTED;
   const nearer = (ring) => element("button", { type: "button", class: "small", onclick: () => goTo(ring) }, ring.name);

@@ -64,7 +64,7 @@ def nearest_name(text: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
         return text
     letters = unicodedata.normalize("NFKD", text[:200]).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-")[:64] or text
+    return re.sub(r"[^A-Za-z0-9._]+", "-", letters).strip("-")[:64] or text
 
 
 def _adapter_at(path: Path) -> AdapterFolder | None:

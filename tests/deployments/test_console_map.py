@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from retriever_svc import NoAdapterMatched
 from tests.browsing import Browsing
@@ -121,6 +122,25 @@ def test_an_adapter_is_found_by_what_it_does_with_the_keyboard(browsing: Browsin
         await expect(page.locator("#map-count")).to_have_text("Found: 1 by name or tag, 0 by samples")
 
     look(browsing, question, context={"viewport": {"width": width, "height": 1000}}, retriever=retriever)
+
+
+def test_enter_waits_for_a_search_that_has_not_come_back(browsing: Browsing) -> None:
+    retriever, answers = LaidOutRetriever(300, 12), asyncio.Event()
+
+    async def answer_later(route: Route) -> None:
+        await answers.wait()
+        await route.continue_()
+
+    async def question(page: Page, served: Served) -> None:
+        await page.route("**/v1/route", answer_later)
+        await page.clock.install()
+        await page.get_by_label("Find").fill("a verse on the weather")
+        await page.get_by_label("Find").press("Enter")
+        await page.clock.run_for(1000)  # what the field does some time after the last key
+        answers.set()
+        await expect(page.locator("#map-spoken")).to_have_text(retriever.names[0])
+
+    look(browsing, question, context=WIDE, retriever=retriever)
 
 
 def test_the_map_is_zoomed_and_moved_by_mouse_touch_and_keys(browsing: Browsing) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -93,7 +94,10 @@ def test_adapters_without_embedding_are_skipped_and_unreadable_ones_are_named() 
             raise BlobCorrupted("x", "y")
         return source(record)
 
-    report = report_on(E, N, record_of("bare", None), record_of("foreign", EAST, encoder="another"), source=broken)
+    bare, hidden = record_of("bare", None), replace(record_of("hidden", None), expires_at=datetime.now(UTC))
+    others = (record_of("theirs", None, tenant="b"), record_of("foreign", EAST, encoder="another", num_samples=2))
+    report = report_on(E, N, bare, hidden, *others, source=broken)
+    assert report.by_name_only == (bare.ref,)
     assert [adapter.ref.name for adapter in report.adapters] == ["e"]
     assert report.unreadable == (N.ref,)
 

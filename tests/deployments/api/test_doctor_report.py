@@ -75,6 +75,14 @@ def test_adapters_of_another_tenant_have_their_unambiguous_names() -> None:
     assert [item["adapters"] for item in reported["advice"]] == [["poet", "local/poet"], ["poet"]]
 
 
+def test_adapters_without_samples_are_named_with_the_remedy() -> None:
+    report = DoctorReport(7, 3, (), (), (), (), by_name_only=(POET.ref, CODER.ref))
+    [advised] = doctor_object(report, "local")["advice"]
+    assert (advised["problem"], advised["adapters"]) == ("no_samples", ["poet", "coder"])
+    assert advised["text"].startswith("poet and coder have no samples, so only their names find them.")
+    assert "lora_samples.jsonl" in advised["text"]
+
+
 def test_a_healthy_pool_gets_no_advice() -> None:
     apart = Collision(POET.ref, CODER.ref, 0.3, 1, 1)
     assert advice(finding("a"), finding("b", num_below=4), collisions=(apart,), refit=RefitGain(100, 90, 1, 1)) == []

@@ -123,7 +123,11 @@ def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
         (("list", "--tag", "a b"), "tag.0: must be shorter", "--tag: must be shorter"),
         (("route", "Hi", "-o", "x=1"), "lora.strategy_options: no option 'x'", "--option: no option 'x'"),
         (("show", "poet"), "digest: has no option here", "digest: has no option here"),
-        (("show", "poet"), "no adapter 'poet'", "no adapter 'poet'"),
+        (
+            ("show", "poet"),
+            "no adapter 'poet'",
+            "no adapter 'poet'; `loraretriever list --search WORDS` finds names by a part of them",
+        ),
     ],
 )
 def test_an_error_names_the_option_that_was_typed(command: tuple[str, ...], message: str, said: str) -> None:

@@ -77,9 +77,14 @@ def test_serve_names_a_preloaded_folder_that_holds_no_adapter(config: Path, tmp_
 
 def test_ask_says_how_to_go_on_where_no_adapter_fits() -> None:
     lora = {"strategy": "base", "adapters": [], "abstained": True}
-    with scripted((200, events_of(delta("Hi", lora=lora)))) as server:
-        said = words(run("ask", "Hi", "--url", server.url).stderr)
-    assert said.startswith("base: no adapter fits. `loraretriever route`") and "--model NAME" in said
+    answer = events_of(delta("Hi", lora=lora))
+    plan = {"data": [{"candidates": [{"name": "poet", "score": 0.2}, {"name": "bard", "score": 0.1}]}]}
+    with scripted((200, answer), (200, plan), (200, answer), (429, {})) as server:
+        near, unknown = (words(run("ask", "Hi", "--strategy", "fusion", "--url", server.url).stderr) for _ in range(2))
+    assert near.startswith("base: no adapter fits; the nearest are poet, bard. `loraretriever route`")
+    assert unknown.startswith("base: no adapter fits. `loraretriever route`") and "--model NAME" in unknown
+    options = {"strategy": "fusion", "k": 3, "fallback": "base"}
+    assert server.sent[1] == {"prompt": "Hi", "model": "auto", "lora": options}
 
 
 def test_ask_and_route_say_which_of_several_base_models_answers() -> None:

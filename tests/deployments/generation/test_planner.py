@@ -75,7 +75,7 @@ def test_an_unknown_model_is_reported_under_the_clients_name(model: str) -> None
     status, body = describe(caught.value)
     assert status == 404
     assert body["error"] == {
-        "message": f"no model or adapter {model!r}; use 'auto', or a name that GET /v1/models lists",
+        "message": f"no model or adapter {model!r}; use 'auto', or a name of `loraretriever list` or GET /v1/models",
         "type": "not_found_error",
         "param": "model",
         "code": "model_not_found",

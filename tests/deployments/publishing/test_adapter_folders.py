@@ -63,7 +63,7 @@ def test_the_last_checkpoint_stands_for_a_training_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_name_is_none_gets_the_nearest_one(tmp_path: Path) -> None:
-    names = {"my run (v2)": "my-run-v2", "émotion FR": "emotion-FR", "-x": "-x", "x" * 70: "x" * 64, "日本": "日本"}
+    names = {"my run - (v2)": "my-run-v2", "émotion FR": "emotion-FR", "-x": "-x", "x" * 70: "x" * 64, "日本": "日本"}
     for name in (*names, "a b", "a-b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / CONFIG_FILE).touch()
