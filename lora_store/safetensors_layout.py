@@ -28,6 +28,7 @@ _DTYPES = {
     "F16": (float(np.finfo(np.float16).max), 2),
 }
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NAMES = {f"torch.{name}": key for key, name in _TORCH_NAMES.items()} | {key: key for key in _DTYPES}
 _RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
 ALIGNMENT = 8
 _NUMBERS_AT_ONCE = 1 << 20
@@ -44,6 +45,10 @@ class StoredTensor:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
 
     @property
     def largest_finite(self) -> float:
@@ -96,6 +101,19 @@ class StoredTensor:
         return torch.from_numpy(data).view(dtype).reshape(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredModule:
+    """As `ModuleWeights`, with the tensors of a file."""
+
+    lora_a: StoredTensor
+    lora_b: StoredTensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[-2]
+
+
 def tensors_in(entries: Mapping[str, Any], data: NDArray[np.uint8]) -> dict[str, StoredTensor]:
     """Return each tensor of a header's `entries` as a view of `data`, the bytes after the header.
 
@@ -116,15 +134,12 @@ def tensors_in(entries: Mapping[str, Any], data: NDArray[np.uint8]) -> dict[str,
     return found
 
 
-def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+def pieces_of(tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
     """Yield the bytes that `safetensors.torch.save` writes for these, without copying contiguous tensors.
 
     `metadata` must have one item: safetensors writes several in no fixed order.
     """
-    import torch  # imported here, since it takes seconds
-
-    names = {getattr(torch, name): key for key, name in _TORCH_NAMES.items()}
-    dtypes = {name: names[tensor.dtype] for name, tensor in tensors.items()}
+    dtypes = {name: _NAMES[str(tensor.dtype)] for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (_RANKS[dtypes[name]], name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -136,8 +151,15 @@ def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
     header += b" " * (-len(header) % ALIGNMENT)
     yield memoryview(len(header).to_bytes(PREFIX_BYTES, "little") + header)
     for name in order:
-        plain = tensors[name].detach().cpu().contiguous().flatten()
-        yield plain.view(torch.uint8).numpy().data
+        tensor = tensors[name]
+        yield (tensor.data if isinstance(tensor, StoredTensor) else _bytes_of(tensor)).data
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    import torch  # imported here, since it takes seconds
+
+    found: NDArray[np.uint8] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return found
 
 
 def _read_offsets(name: str, entry: Any) -> tuple[int, int]:

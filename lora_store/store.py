@@ -199,7 +199,7 @@ class LoraStore:
     ) -> Staged:
         """`kept_samples`: the live version whose samples it takes over."""
         label = replace(label, template=checked.template, contract=checked.contract or None)
-        weights = WeightsBlob(checked.modules)
+        weights = WeightsBlob(checked.stored)
         weights_digest = weights.digest()
         samples = write_samples(checked.samples) if checked.samples and kept_samples is None else None
         record = staged_record(

@@ -32,7 +32,7 @@ from lora_store.peft_files import (
     split_key,
 )
 from lora_store.records import VISIBILITIES, Visibility
-from lora_store.safetensors_layout import StoredTensor
+from lora_store.safetensors_layout import StoredModule, StoredTensor
 from lora_store.sample_files import read_description, read_samples
 from lora_store.tensor_names import (
     Spelling,
@@ -110,10 +110,15 @@ class CheckedFolder:
     paths: Mapping[str, str] = field(default_factory=dict)  # in the model that was trained, of modules with another one
 
     @property
+    def stored(self) -> dict[str, StoredModule]:
+        """The LoRA pairs by module path. A server that publishes them needs no torch."""
+        return pair_modules(StoredModule, self.config, self.pairs, self.paths)
+
+    @property
     def modules(self) -> dict[str, ModuleWeights]:
-        """The LoRA pairs by module path, as tensors of torch."""
+        """The same pairs as tensors of torch."""
         tensors = {name: {side: item.tensor() for side, item in pair.items()} for name, pair in self.pairs.items()}
-        return pair_modules(self.config, tensors, self.paths)
+        return pair_modules(ModuleWeights, self.config, tensors, self.paths)
 
 
 def check_folder(

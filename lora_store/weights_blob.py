@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lora_store.adapter import AdapterWeights, ModuleWeights
 from lora_store.errors import BlobCorrupted
-from lora_store.safetensors_layout import ALIGNMENT, PREFIX_BYTES, pieces_of, tensors_in
+from lora_store.safetensors_layout import ALIGNMENT, PREFIX_BYTES, StoredModule, StoredTensor, pieces_of, tensors_in
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +33,14 @@ def digest_of(data: bytes | memoryview) -> str:
 class WeightsBlob:
     """The canonical bytes of some modules, produced piece by piece and never all in memory."""
 
-    modules: Mapping[str, ModuleWeights]
+    modules: Mapping[str, ModuleWeights | StoredModule]
 
     def pieces(self) -> Iterator[memoryview]:
         """Yield the bytes in order: a safetensors file with every module's scaling in its metadata.
 
         Its tensors are `<module>.lora_a` and `<module>.lora_b`, each in its own dtype.
         """
-        tensors = {}
+        tensors: dict[str, torch.Tensor | StoredTensor] = {}
         for name, module in self.modules.items():
             tensors[f"{name}.lora_a"] = module.lora_a
             tensors[f"{name}.lora_b"] = module.lora_b

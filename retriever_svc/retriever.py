@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,16 +55,8 @@ _SPARE = 10  # for each adapter after the best: then a base model with a fifth o
 _ASKED_TOGETHER = 16  # prompts that the doctor routes at once, while other callers wait
 
 
-class Timings(Protocol):
-    """Receives the duration of each part of the work, on any thread."""
-
-    def encoded(self, seconds: float) -> None: ...
-
-    def searched(self, seconds: float) -> None: ...
-
-
-class NoTimings:
-    """The default: ignores timings."""
+class Timings:
+    """Receives the duration of each part of the work, on any thread. This one ignores them."""
 
     def encoded(self, seconds: float) -> None:
         pass
@@ -150,7 +142,7 @@ class Retriever:
     ) -> None:
         self._pools, self._min_score, self._abstain, self._temperature = pools, min_score, abstain, temperature
         self._owner_names, self._applies_outcomes = owner_names, applies_outcomes
-        self._timings = timings or NoTimings()
+        self._timings = timings or Timings()
 
     @property
     def generation(self) -> int:

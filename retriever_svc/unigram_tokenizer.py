@@ -103,7 +103,6 @@ class UnigramTokenizer:
             if token == unknown:  # several in a row are one
                 while start and ids[start] == unknown:
                     start = starts[start]
-                token = known.get(word[start:end], unknown)
             found.append(token)
             end = start
         return found[::-1]

@@ -35,7 +35,7 @@ settings.register_profile("small", deadline=None, max_examples=40)  # a slow mac
 settings.register_profile("full", deadline=None, max_examples=1000)
 settings.load_profile("small")  # `make soak` loads the other one
 
-torch.set_num_threads(1)  # tiny products are slower on two threads
+torch.set_num_threads(1)  # tiny products are slower on two threads, which wait for each other busily
 ON_A_CLUSTER = ("cluster", "e2e", "servers")  # folders
 
 
@@ -62,6 +62,13 @@ def pytest_collection() -> Iterator[object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """End the use of several threads with the test that needs them."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -188,8 +188,12 @@ import deployments.serve_import
 import deployments.cli.run_server, deployments.app  # the latter imports every deployment's module
 heavy = {"torch", "transformers", "sentence_transformers", "openvino", "peft", "sklearn", "pandas"}
 assert "ray.serve" in sys.modules
+import pyarrow
+pyarrow.array(["x"])
 print(sorted(heavy & set(sys.modules)))
 import pandas  # what needs it can still import it
+assert pyarrow.table({"a": [1]}).to_pandas().equals(pandas.DataFrame({"a": [1]}))
+assert pyarrow.array(pandas.Series([1, 2])).to_pylist() == [1, 2]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -67,8 +67,8 @@ async def chosen(planner: Planner, case: Case, *, whole: bool) -> str | None:
     messages = case.messages if whole else case.messages[-1:]
     lora = {} if whole else {"query": messages[0]["content"]}
     [question] = ChatCompletionRequest.model_validate({"messages": messages, "lora": lora}).questions()
-    plan = (await planner.plan(question, "local")).plan
-    return plan.adapters[0].ref.name if plan.adapters else None
+    [planned] = await planner.plan_all([question], "local")
+    return planned.plan.adapters[0].ref.name if planned.plan.adapters else None
 
 
 async def measure(planner: Planner, cases: Sequence[Case]) -> list[dict[str, str | None]]:

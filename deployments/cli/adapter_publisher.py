@@ -19,8 +19,6 @@ from deployments.cli.client import (
     behind_note,
     counted,
     err,
-    has_key,
-    is_this_machine,
     message_of,
     name_options,
     show_error,
@@ -165,11 +163,6 @@ class _Counted(io.FileIO):
         data = super().read(size) or b""
         self._sent(len(data))
         return data
-
-
-def reads_paths(url: str, *, upload: bool) -> bool:
-    """Return whether the server reads folders itself. With keys it does not by default."""
-    return is_this_machine(url) and not upload and not has_key()
 
 
 def note_refusal(refused: Refused, item: Item, answer: JsonObject) -> None:

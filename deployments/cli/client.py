@@ -397,6 +397,11 @@ def is_this_machine(url: str) -> bool:
         return False
 
 
+def reads_paths(url: str, *, upload: bool) -> bool:
+    """Return whether the server reads folders itself. With keys it does not by default."""
+    return is_this_machine(url) and not upload and not has_key()
+
+
 class ServerFailed(Exception):
     """The server could not start."""
 

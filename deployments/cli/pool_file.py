@@ -19,7 +19,6 @@ from deployments.cli.adapter_publisher import (
     Refused,
     describe_outcome,
     note_refusal,
-    reads_paths,
     show_refusals,
 )
 from deployments.cli.client import (
@@ -31,6 +30,7 @@ from deployments.cli.client import (
     message_of,
     pages,
     print_json,
+    reads_paths,
     say,
     show_error,
 )

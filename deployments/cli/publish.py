@@ -21,7 +21,6 @@ from deployments.cli.adapter_publisher import (
     Refused,
     describe_outcome,
     note_refusal,
-    reads_paths,
     show_refusals,
 )
 from deployments.cli.client import (
@@ -34,6 +33,7 @@ from deployments.cli.client import (
     fail,
     print_json,
     progress,
+    reads_paths,
     say,
     show_warning,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -43,7 +43,12 @@ def _check_limits(sampling: SamplingParams, questions: Sequence[Question], model
     Raises: PromptTooLong, RequestInvalid.
     """
     for question in questions:
-        check_prompt(question.prompt, model, _num_tool_chars(question))
+        if not isinstance(question.prompt, TokenIds):
+            check_chars(_num_tool_chars(question) + _num_chars(question.prompt), model)
+        elif (num_tokens := len(question.prompt.ids)) >= model.max_model_len:
+            raise PromptTooLong(
+                f"a prompt of {num_tokens} tokens does not fit a context of {model.max_model_len} tokens"
+            )
     _check_new_tokens(sampling.max_tokens, sampling.min_tokens, model)
 
 
@@ -51,11 +56,6 @@ def _check_new_tokens(max_tokens: int | None, min_tokens: int, model: ServedMode
     for field, wanted in (("max_tokens", max_tokens), ("min_tokens", min_tokens)):
         if wanted is not None and wanted > model.max_new_tokens:
             raise RequestInvalid(f"{field}: at most {model.max_new_tokens}, got {wanted}", field)
-
-
-def check_texts(texts: Iterable[str], model: ServedModel) -> None:
-    """Refuse texts that are too long for a prompt. Raises: PromptTooLong."""
-    _check_chars(max(map(len, texts)), model)
 
 
 def refuse_stream_options(request: GenerationRequest) -> None:
@@ -78,19 +78,11 @@ def tool_tokens(question: Question) -> int:
     return math.ceil(_num_tool_chars(question) / _CHARS_PER_TOKEN)
 
 
-def _check_chars(num_chars: int, model: ServedModel) -> None:
+def check_chars(num_chars: int, model: ServedModel) -> None:
+    """Refuse a text of this length as a prompt. Raises: PromptTooLong."""
     context = model.max_model_len
     if num_chars > context * MAX_CHARS_PER_TOKEN:
         raise PromptTooLong(f"a prompt of {num_chars} characters does not fit a context of {context} tokens")
-
-
-def check_prompt(prompt: Prompt, model: ServedModel, num_tool_chars: int = 0) -> None:
-    """Refuse a prompt that is too long together with its tools. Raises: PromptTooLong."""
-    context = model.max_model_len
-    if not isinstance(prompt, TokenIds):
-        _check_chars(num_tool_chars + _num_chars(prompt), model)
-    elif len(prompt.ids) >= context:
-        raise PromptTooLong(f"a prompt of {len(prompt.ids)} tokens does not fit a context of {context} tokens")
 
 
 def check_tokenized(question: Question, field: str, model: ServedModel) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from deployments.observability.metrics import OTHER, SERVE, SHORT_SECONDS, MetricFactory
 from lora_store import AdapterRef, Snapshot
 from retriever_svc import NoAdapterMatched, Route
-from retriever_svc.retriever import RouteAnswer
+from retriever_svc.retriever import RouteAnswer, Timings
 from retriever_svc.route import Counted
 
 _WINDOW_S = 1800.0
@@ -82,7 +82,7 @@ class RoutingTotals:
         return sum(times >= _MIN_TIMES_SEEN and ref not in self._came_first for ref, times in seen)
 
 
-class RetrieverMetrics:
+class RetrieverMetrics(Timings):
     """Labels public adapters by name and all others by digest. All methods but the timings run on the event loop."""
 
     def __init__(self, factory: MetricFactory = SERVE, recent: RecentPlans | None = None) -> None:

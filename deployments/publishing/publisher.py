@@ -449,10 +449,10 @@ class Publisher:
         """
         try:
             for _ in range(_MAX_SWAPS):
-                valid = [item for item in outcomes if isinstance(item, ValidatedAdapter)]
-                embedded = [item for item in valid if item.embedded is not None]
-                active = await self._store.active_encoder() if embedded else None
-                if all(active in (None, item.encoder) for item in embedded):
+                found = [item.embedded for item in outcomes if isinstance(item, ValidatedAdapter)]
+                encoders = {embedded.embedding.encoder for embedded in found if embedded is not None}
+                active = await self._store.active_encoder() if encoders else None
+                if active is None or encoders == {active}:
                     break
                 await self.catch_up(generation)
                 again = await self._validator.embed_again(outcomes)

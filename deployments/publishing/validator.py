@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.calls.catalogue_clients import RetrieverClient
-from deployments.calls.worker_client import Workers
+from deployments.calls.worker_client import BaseWorkers, Workers
 from lora_store import AdapterRecord, AdapterRef, Staged
 from retriever_svc.embedded import Embedded
 from retriever_svc.encoder import tokens_read
@@ -25,10 +25,6 @@ class ValidatedAdapter:
     staged: Staged
     embedded: Embedded | None
     shift: float
-
-    @property
-    def encoder(self) -> str | None:
-        return None if self.embedded is None else self.embedded.embedding.encoder
 
 
 Outcome = ValidatedAdapter | AdapterRecord | BaseException  # new and good, live already, or refused
@@ -99,23 +95,23 @@ class AdapterValidator:
 
     async def _probe(self, batch: Sequence[Staged]) -> list[float | Exception]:
         """Return each shift or error, from the workers of each one's base model."""
-        by_workers: dict[int, list[int]] = {}
+        by_workers: dict[BaseWorkers, list[int]] = {}
         for place, staged in enumerate(batch):
-            by_workers.setdefault(id(self._workers.made_for(staged.record.base_model)), []).append(place)
+            by_workers.setdefault(self._workers.made_for(staged.record.base_model), []).append(place)
         groups = [[batch[place] for place in places] for places in by_workers.values()]
-        answers = await asyncio.gather(*map(self._probe_alike, groups))
+        answers = await asyncio.gather(*map(_probe_alike, by_workers, groups))
         places = [place for own in by_workers.values() for place in own]
         shifts = dict(zip(places, [shift for own in answers for shift in own], strict=True))
         return [shifts[place] for place in range(len(batch))]
 
-    async def _probe_alike(self, batch: Sequence[Staged]) -> list[float | Exception]:
-        """Probe adapters of one base model. If the whole call fails, its error applies to each of them."""
-        workers = self._workers.made_for(batch[0].record.base_model)
-        try:
-            await workers.ready()
-            return await workers.client.probe_many([staged.weights_digest for staged in batch])
-        except Exception as exc:
-            return [exc] * len(batch)
+
+async def _probe_alike(workers: BaseWorkers, batch: Sequence[Staged]) -> list[float | Exception]:
+    """Probe adapters of one base model. If the whole call fails, its error applies to each of them."""
+    try:
+        await workers.ready()
+        return await workers.client.probe_many([staged.weights_digest for staged in batch])
+    except Exception as exc:
+        return [exc] * len(batch)
 
 
 def free_of_charge(num_tokens: int) -> None:

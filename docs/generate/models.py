@@ -30,6 +30,7 @@ _REASONS = {
         *("molmo2", "nano_nemotron_vl", "qwen3_asr_realtime"),
     ),
     "its class expects tensors under other names": ("exaone",),
+    "its class reads weights from the folders of Diffusers' format, which transformers does not": ("cosmos3",),
     "vLLM has no CPU code for its attention": ("rnj1",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.deepseek_v4", "vllm.models.glm5next", "vllm.models.hy_v4"),

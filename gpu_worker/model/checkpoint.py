@@ -40,7 +40,6 @@ from gpu_worker.errors import BaseModelUnsupported
 logger = logging.getLogger(__name__)
 
 _NUM_SHOWN = 3
-_REPLACED = {"qianfan_ocr": QianfanOCRConfig}  # vLLM tells transformers of a class of its own
 _REMEDY = "Copy the model's files again, and check that config.json belongs to these weights"
 _LOADER = "transformers.modeling_utils"  # the logger of its report
 _MISTRAL_FILES = "consolidated*.safetensors"  # vLLM prefers them to the other files; transformers does not read them
@@ -77,9 +76,8 @@ def read_tensors(source: str) -> dict[str, Tensor]:
 
 def read_config(source: str) -> Any:
     """Read the model's config.json. Run no code that it names: its own, or a hub's for attention or experts."""
+    AutoConfig.register(QianfanOCRConfig.model_type, QianfanOCRConfig, exist_ok=True)  # vLLM puts its own class there
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type in _REPLACED:
-        config = _REPLACED[config.model_type].from_pretrained(source)
     config.update({"_attn_implementation": None, "_experts_implementation": None})
     return config
 

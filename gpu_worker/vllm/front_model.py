@@ -47,6 +47,8 @@ _UNREAD = {
     "sarvam_mla": "its class asks for a head size that transformers changes",
     "voxtral": "its class reads the format of Mistral's own tools only",
 }
+# transformers does not read these, and always does what they say.
+_CHOICE_OF_EXPERTS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
 _BFLOAT16_ON_CPU = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
 _FAILS_WITHOUT_IMAGES = {"llama4"}  # in transformers 5.24; its text part does not
 _SEVERAL_PARTS = {"qkv_proj", "gate_up_proj", "query_key_value"}  # names of layers that hold several
@@ -135,6 +137,12 @@ def _check_config(hf_config: Any, text_config: Any) -> None:
         raise BaseModelUnsupported(
             f"{hf_config.model_type} has {', '.join(problems)}, which the vLLM engine does not support"
         )
+    for name, value in _CHOICE_OF_EXPERTS.get(text_config.model_type, {}).items():
+        if config_setting(text_config, name) != value:
+            raise BaseModelUnsupported(
+                f"{text_config.model_type} needs {name} {value!r} in config.json with the vLLM engine, because vLLM"
+                f" chooses experts in another way without it; got {config_setting(text_config, name)!r}"
+            )
 
 
 def _head_dim(text_config: Any) -> int:

@@ -10,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-from click.testing import CliRunner, Result
 from typer.main import get_command
+from typer.testing import CliRunner, Result
 
 from deployments.cli.main import cli
 
-COMMAND: Any = get_command(cli)  # once: it takes longer than what most tests do with it
+COMMAND: Any = get_command(cli)  # to look at; a runner builds its own
 Answer = tuple[int, Any]  # status; JSON body, text body, or a function of the JSON that was sent
 
 
@@ -78,7 +78,7 @@ def scripted(*answers: Answer) -> Iterator[Script]:
 
 def run(*arguments: object, input: str | None = None) -> Result:
     """Run the command and return the outcome. Its error must be a message, no traceback. `input`: the user's input."""
-    result = CliRunner().invoke(COMMAND, [str(argument) for argument in arguments], terminal_width=400, input=input)
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], terminal_width=400, input=input)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     return result
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Collection
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -48,6 +51,19 @@ def test_a_staged_adapter_is_seen_only_after_commit(
     assert (record.actor, record.source, record.generation) == ("tester", "poet", 1)
     assert record.created_at == clock.at
     assert record.num_bytes == len(store.load(record.weights_digest))
+
+
+def test_a_publish_needs_no_torch(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """It takes a second and 130 MB, in the process that every worker's weights come from."""
+    code = f"""
+import sys
+from pathlib import Path
+from lora_store import LoraStore
+print(LoraStore({str(tmp_path / "pool")!r}, accepts_base=[{BASE!r}]).stage(Path({str(make_folder())!r})).ref.name)
+print(sorted({{"torch", "safetensors"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["poet", "[]"]
 
 
 def test_the_template_that_the_folder_brings_is_recorded(make_folder: MakeFolder, folder_uri: str) -> None:

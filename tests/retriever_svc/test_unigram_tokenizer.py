@@ -101,9 +101,9 @@ def test_random_texts_have_the_same_tokens(differing: Callable[[Sequence[str]], 
 
 
 def small_tokenizer() -> Tokenizer:
-    """Return a tokenizer with ties, with a name that another one begins with, and with pieces below the unknown's."""
+    """Return a tokenizer with ties, with a name that another one begins with, and with unknown characters in pieces."""
     scored = [("<unk>", 0.0), ("<pad>", 0.0), ("<a>", 0.0), ("<a>b", 0.0), ("▁", -1.0), ("x", -1.0), ("xx", -2.0)]
-    scored += [("y", -1.5), ("xy", -2.5), ("yx", -2.5), ("zz", -30.0), ("▁x", -2.0), ("xxx", -3.0)]
+    scored += [("y", -1.5), ("xy", -2.5), ("yx", -2.5), ("zz", -30.0), ("▁x", -2.0), ("xxx", -3.0), ("zy", -1.0)]
     tokenizer = Tokenizer(models.Unigram(scored, unk_id=0))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_store.location import DEFAULT_CACHE_DIR
 from tests.cluster.scaling_app import serving, settings_of
+from tests.e2e.starter_pool import EXAMPLES
+from tests.served_engine import ENGINE
 from tests.servers.started import MOST_WORKERS, TOKEN, Started, in_home, untraced
 
 
@@ -22,7 +25,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def started() -> Iterator[Started]:
-    """Yield a server whose home has a token that others may read."""
+    """Yield a server with the settings of `make serve`, whose home has a token that others may read."""
     with tempfile.TemporaryDirectory(prefix="lr-") as name:
         folder = Path(name)
         (folder / ".ray").mkdir()
@@ -31,6 +34,8 @@ def started() -> Iterator[Started]:
         (folder / ".cache").mkdir()
         (folder / ".cache" / DEFAULT_CACHE_DIR.name).symlink_to(DEFAULT_CACHE_DIR)  # no kernel is compiled again
         settings = settings_of(folder, min_workers=1, max_workers=1)
+        starter = yaml.safe_load((EXAMPLES / ("starter.yaml" if ENGINE == "native" else "vllm.yaml")).read_text())
+        settings = starter | settings | {"worker": starter["worker"] | settings["worker"]}
         with serving(folder, settings, in_home(folder, "disabled")) as (url, process):
             yield Started(url, process, folder)
 

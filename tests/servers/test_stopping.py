@@ -93,6 +93,13 @@ def check_stop(server: Started, number: int, said: list[str]) -> None:
     assert lines in ([], said)
 
 
+def test_a_server_with_the_settings_of_make_serve_gives_equal_answers(started: Started) -> None:
+    """They start a server, and their temperature of 0 is used where a request names none."""
+    answers = [httpx.post(f"{started.url}/v1/completions", json=ASKED, timeout=START_S).json() for _ in range(2)]
+    [first, second] = [answer["choices"][0]["text"] for answer in answers]
+    assert len(first) == ASKED["max_tokens"] and first == second
+
+
 def test_a_request_in_progress_is_answered_by_a_server_that_stops(started: Started) -> None:
     printed = started_log(started.folder)
     [logs] = re.findall(r"^logs: +(/.*/session_[^/]*/logs/serve)$", printed, re.MULTILINE)
@@ -106,15 +113,17 @@ def test_a_request_in_progress_is_answered_by_a_server_that_stops(started: Start
 
 
 def check_processes(server: psutil.Process) -> None:
-    """Check that no process runs that nobody needs, and that only those that compute hold torch."""
-    commands, with_torch = list[str](), list[str]()
+    """Check that no needless process runs, that only those that compute hold torch, and no replica pandas."""
+    commands, with_torch, with_pandas = list[str](), list[str](), list[str]()
     for process in (server, *server.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             commands.append(command_of(process))
-            if any("libtorch" in each.path for each in process.memory_maps()):
-                with_torch.append(commands[-1])
+            maps = " ".join(each.path for each in process.memory_maps())
+            with_torch += [commands[-1]] * ("libtorch" in maps)
+            with_pandas += [commands[-1]] * ("/pandas/" in maps)
     for needless in ("dashboard.py", "monitor.py", "ProxyActor"):
         assert not [command for command in commands if needless in command]
+    assert not [command for command in with_pandas if "ray::" in command]
     assert len([command for command in commands if "ServeReplica" in command]) == 4
     computing = ("ServeReplica:loraretriever:Worker", "ServeReplica:loraretriever:Retriever")
     assert any(computing[0] in command for command in with_torch)

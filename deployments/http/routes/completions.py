@@ -31,7 +31,7 @@ from deployments.api.responses_answer import ResponseForm
 from deployments.api.responses_request import ResponsesRequest
 from deployments.auth.authenticator import Caller, Work
 from deployments.errors import ResponseNotStored
-from deployments.generation.planner import check_texts, refuse_stream_options
+from deployments.generation.planner import check_chars, refuse_stream_options
 from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import KEEP_ALIVE_S, AnyContext, AnyServices, InferCaller, Services
@@ -100,7 +100,7 @@ async def route(body: RouteQuery, caller: InferCaller, services: AnyServices, co
     """Return the plans for these prompts, with candidates, without generating. Each can be sent as `lora.plan`."""
     context.model = body.model
     planner, tenant = services.planner, caller.tenant
-    check_texts(body.prompt, services.config.served_models.limiting(body.model))
+    check_chars(max(map(len, body.prompt)), services.config.served_models.limiting(body.model))
     asked = [Question(prompt, prompt, body.model, body.lora) for prompt in body.prompt]
     async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
         named = await planner.named(body.model, tenant, body.lora.min_generation)

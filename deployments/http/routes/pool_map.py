@@ -10,7 +10,7 @@ from pydantic import Field
 from deployments.api.base import MAX_TEXT_CHARS, ApiRequest
 from deployments.api.pool_responses import PromptPlace, place_object
 from deployments.auth.authenticator import Work
-from deployments.generation.planner import check_texts
+from deployments.generation.planner import check_chars
 from deployments.generation.row_stream import compute_deadline, within
 from deployments.http.bodies import AnsweringRoute
 from deployments.http.dependencies import AnyCaller, AnyContext, AnyServices, InferCaller
@@ -41,7 +41,7 @@ async def pool_map(
 @router.post("/v1/pool/map", response_model=None, responses=PLACE_ANSWERS)
 async def place(body: PlaceQuery, services: AnyServices, caller: InferCaller, context: AnyContext) -> PromptPlace:
     """Return the position of a prompt on that map, and of these adapters: a large map does not show all."""
-    check_texts([body.prompt], services.config.served_models.widest)
+    check_chars(len(body.prompt), services.config.served_models.widest)
     with services.authenticator.running(caller, Work(num_read=tokens_read(body.prompt))):
         async with within(compute_deadline(context.arrived_at, None, services.config.max_request_s)):
             asked = (caller.tenant, body.prompt[:MAX_CHARS], body.adapters, body.min_generation)

@@ -46,7 +46,8 @@ def test_every_strategy_agrees_with_peft(
 ) -> None:
     model = tiny_folders["gemma3"]
     differences = parity_with_peft(
-        trained(model, tmp_path / "adapter", **settings), tiny_config(model, dtype="bfloat16", quantization="int8")
+        trained(model, tmp_path / "adapter", **settings),
+        tiny_config(model, num_threads=1, dtype="bfloat16", quantization="int8"),
     )
     assert list(differences) == ["selection", "mixture", "fusion"]
     assert max(differences.values()) < TOLERANCE / 10
@@ -68,7 +69,7 @@ def test_a_wrong_scaling_is_detected_in_every_strategy(
             }
 
     monkeypatch.setattr(peft_parity, "read_peft_folder", Misread)  # the point where both sides diverge
-    differences = parity_with_peft(folder, tiny_config(model))
+    differences = parity_with_peft(folder, tiny_config(model, num_threads=1))
     assert differences["selection"] > TOLERANCE
     assert differences["mixture"] > TOLERANCE
 
@@ -79,7 +80,7 @@ def test_other_names_are_compared_as_pefts(tiny_folders: Mapping[str, Path], tmp
     folder = trained(model, tmp_path / "adapter", r=4, lora_alpha=8)
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file({key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}, folder / WEIGHTS_FILE)
-    assert max(parity_with_peft(folder, tiny_config(model)).values()) < TOLERANCE / 10
+    assert max(parity_with_peft(folder, tiny_config(model, num_threads=1)).values()) < TOLERANCE / 10
 
 
 def test_an_adapter_on_experts_and_routers_agrees_with_peft(tmp_path: Path) -> None:
@@ -88,13 +89,13 @@ def test_an_adapter_on_experts_and_routers_agrees_with_peft(tmp_path: Path) -> N
     adapter = trained(
         folder, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=parameters
     )
-    assert max(parity_with_peft(adapter, tiny_config(folder)).values()) < TOLERANCE / 10
+    assert max(parity_with_peft(adapter, tiny_config(folder, num_threads=1)).values()) < TOLERANCE / 10
 
 
 def test_an_adapter_of_a_whole_multimodal_model_agrees_with_peft(tmp_path: Path) -> None:
     folder = save_multimodal(tmp_path / "base", "gemma3")
     adapter = trained(folder, tmp_path / "adapter", r=4, lora_alpha=8, exclude_modules=r".*vision_tower.*")
-    assert max(parity_with_peft(adapter, tiny_config(folder)).values()) < TOLERANCE / 10
+    assert max(parity_with_peft(adapter, tiny_config(folder, num_threads=1)).values()) < TOLERANCE / 10
 
 
 def test_a_quantised_base_is_refused_in_one_sentence(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:

@@ -20,15 +20,14 @@ CODER = Planned(Plan("selection", (PlannedAdapter(POOL[1].ref, "w", 1.0),), temp
 
 def test_jobs_are_ordered_by_prompt_with_their_own_plans_and_names() -> None:
     request = CompletionRequest.model_validate({"prompt": ["a", "b"], "n": 2, "seed": 5, "max_tokens": 3})
-    jobs = jobs_of(
-        "r", "local", request.sampling(), request.questions(), [Planned(BASE_PLAN), CODER], ["alpaca"] * 2, 2
-    )
+    plans = [Planned(BASE_PLAN), CODER]
+    jobs = jobs_of("r", "acme", request.sampling(), request.questions(), plans, ["alpaca"] * 2, 2)
     assert [job.prompt for job in jobs] == ["a", "a", "b", "b"]
     assert [job.request_id for job in jobs] == ["r", "r-1", "r-2", "r-3"]
     assert [job.plan for job in jobs] == [BASE_PLAN, BASE_PLAN, CODER.plan, CODER.plan]
     assert [job.template for job in jobs] == ["alpaca", "alpaca", "chat", "chat"]
     assert [job.sampling.seed for job in jobs] == [5, seed_of(5, 1), 5, seed_of(5, 1)]
-    assert {job.sampling.max_tokens for job in jobs} == {3}
+    assert {(job.tenant, job.sampling.max_tokens) for job in jobs} == {("acme", 3)}
 
 
 def test_every_choice_of_a_chat_gets_its_tools() -> None:

@@ -62,7 +62,8 @@ TEXT: dict[str, Settings] = {
     "granitemoe": _LOCAL_EXPERTS,
     "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 64},
     "deepseek_v2": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
-    "deepseek_v3": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1, "topk_method": "noaux_tc"},
+    "deepseek_v3": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1, "topk_method": "noaux_tc",
+                    "scoring_func": "sigmoid"},
     "glm4_moe": {**_ROUTED, **_HEADS, **_GROUPS, "n_shared_experts": 1},
     "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS, "n_shared_experts": 1},
     "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, **_MIXED, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -255,6 +256,7 @@ _EARS: dict[str, Any] = {
     "input_size": 80,
 }
 _EARS |= {"chunk_size": -1, "left_chunk": 18, "time_reduction": 8, "nemo_conv_settings": {"conv_channels": 32}}
+_EARS |= {"relative_attention_bias_args": {"type": "t5"}, "encoder_embedding_config": {"input_size": 80}}
 _PHI4_ENCODERS = {
     "img_processor": None,
     "audio_processor": {"name": "cascades", "config": _EARS},
@@ -264,7 +266,7 @@ _PHI4_ENCODERS = {
     },
 }
 # The settings of their language models stand beside those of the encoders.
-_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": _EYES, **_OWN_CODE}
+_KEYE = {**_TEXT, **_HEADS, **_SECTIONS, "vision_config": {**_EYES, "spatial_merge_size": 2}, **_OWN_CODE}
 MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL["dots_ocr"] = ({}, {**_TEXT, "vision_config": _DOTS_EYES, **_OWN_CODE})
 MULTIMODAL["phi4mm"] = ({}, {**_TEXT, **_PHI4_ENCODERS, **_OWN_CODE})

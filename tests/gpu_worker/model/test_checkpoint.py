@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, QianfanOCRConfig
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gpu_worker.errors import BaseModelUnsupported
-from gpu_worker.model.checkpoint import check_checkpoint, load_whole, read_config
+from gpu_worker.model.checkpoint import check_checkpoint, load_whole
 from tests.gpu_worker.families import EQUAL, save
 from tests.soak import Scale
 from tests.tiny import FAMILIES
@@ -268,12 +268,3 @@ def test_a_class_that_reads_more_files_than_weights_is_compared_without_them(
 
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(from_pretrained))
     assert check_checkpoint(str(tiny_folders["llama"]))
-
-
-def test_a_family_that_vllm_registers_anew_is_read_with_transformers_class(tmp_path: Path) -> None:
-    QianfanOCRConfig().save_pretrained(tmp_path)
-    try:
-        AutoConfig.register("qianfan_ocr", type("OtherConfig", (LlamaConfig,), {"model_type": "qianfan_ocr"}), True)
-        assert type(read_config(str(tmp_path))) is QianfanOCRConfig
-    finally:
-        AutoConfig.register("qianfan_ocr", QianfanOCRConfig, exist_ok=True)

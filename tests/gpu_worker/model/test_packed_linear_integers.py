@@ -166,7 +166,7 @@ def test_a_row_of_integers_does_not_depend_on_other_rows(kind: str, kernel: Line
         for more in range(1, 15):
             assert torch.equal(y[number], layer(x[number : number + more])[0])
     torch.set_num_threads(2)
-    assert torch.equal(layer(x), y) or y[7].isnan().all()
+    assert torch.equal(layer(x).nan_to_num(), y.nan_to_num())
 
 
 @pytest.mark.parametrize("kind", KINDS)
