@@ -44,7 +44,7 @@ bench: $(READY) ## other projects' load clients against this server and vLLM; AR
 
 # Before many processes of tests need it at once.
 FILLED := $(VENV)/.cache-filled
-$(FILLED): $(READY)
+$(FILLED): $(READY) $(wildcard gpu_worker/native/kernels/*.cpp gpu_worker/native/kernels/*.h)
 	$(BIN)/python -m tests.fill_cache
 	touch $@
 
