@@ -84,8 +84,7 @@ class UnigramTokenizer:
     def _split(self, word: str) -> list[int]:
         """Return the word's tokens with the largest sum of scores; among equals, those that begin first.
 
-        Of a long word only the first ones, where the rest cannot change these and no more are kept. It is a prompt of a
-        language that writes no spaces, or one that is meant to take long.
+        A long word, as in a language without spaces, is read only until the tokens that are kept are known.
         Source: Kudo, Subword Regularization (2018), section 3.2: the Viterbi algorithm.
         """
         known, scores, unknown, num = self._ids, self._scores, self._unknown, len(word)
