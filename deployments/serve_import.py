@@ -28,7 +28,8 @@ class _Pandas:
             def load_and_tell(module: ModuleType) -> None:
                 load(module)
                 # pyarrow has looked for pandas already, and looks again only where it needs it, as here.
-                importlib.import_module("pyarrow").array([]).to_pandas()
+                with suppress(ImportError):  # of an older pandas than it needs
+                    importlib.import_module("pyarrow").array([]).to_pandas()
 
             spec.loader.exec_module = load_and_tell  # type: ignore[method-assign]
         return spec
