@@ -44,7 +44,7 @@ bench: $(READY) ## other projects' load clients against this server and vLLM; AR
 
 # Before many processes of tests need it at once.
 FILLED := $(VENV)/.cache-filled
-$(FILLED): $(READY)
+$(FILLED): $(READY) $(wildcard gpu_worker/native/kernels/*.cpp gpu_worker/native/kernels/*.h)
 	$(BIN)/python -m tests.fill_cache
 	touch $@
 
@@ -55,8 +55,10 @@ test: $(FILLED) ## run every test: those without a server, those of short-lived 
 	@echo "three parts run side by side, and each is printed when it ends"
 	$(MAKE) --jobs=3 --keep-going --output-sync unit-tests own-servers shared-servers
 
+# All parts together take up to 15 GB with three of these processes, so smaller machines get two.
 unit-tests: $(READY)
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not e2e"
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest --dist worksteal -m "not e2e" \
+		-n $(if $(shell awk '/^MemTotal/ && $$2 < 20000000' /proc/meminfo),2,3)
 
 own-servers: $(READY)
 	$(BIN)/python -m pytest $(filter-out tests/e2e,$(E2E_TESTS))
