@@ -6,8 +6,9 @@ contents say more about their prompts than the shared words do.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 FEW_WORDED = 5  # fewer samples say nothing about their wording
 # How often `auto` answers a reworded prompt with the right adapter, by what its owner gave: means of the test pools of
@@ -43,12 +44,17 @@ def num_wordings(texts: Sequence[str]) -> int:
 
 
 def choose_varied(texts: Sequence[str], count: int) -> list[int]:
-    """Return the places of up to `count` texts: the first one, then each time the one that shares fewest words.
+    """Return the places of `count` texts, or of all: the first one, then each time the one that shares fewest words.
 
-    Of equal ones the earlier is chosen, and the places are in the order of choice.
+    Of equal ones the earlier is chosen, and the places are in the order of choice. If more texts are wanted than are
+    compared, the others follow in their order.
     """
-    step = max(1, -(-len(texts) // MOST_COMPARED))
-    words = {place: set(texts[place][:_CHARS_PER_TEXT].casefold().split()) for place in range(0, len(texts), step)}
+    size = min(len(texts), MOST_COMPARED)
+    bounds = [part * len(texts) // max(1, size) for part in range(size + 1)]
+    # By chance in each part: every third text, say, might have the same one of three wordings.
+    chance = random.Random(len(texts))
+    compared = [part and chance.randrange(*part_bounds) for part, part_bounds in enumerate(pairwise(bounds))]
+    words = {place: set(texts[place][:_CHARS_PER_TEXT].casefold().split()) for place in compared}
     shared, chosen = dict.fromkeys(words, 0.0), list[int]()
     while shared and len(chosen) < count:
         place = min(shared, key=lambda place: shared[place])
@@ -57,7 +63,8 @@ def choose_varied(texts: Sequence[str], count: int) -> list[int]:
         for other in shared:
             common = len(words[place] & words[other]) / max(1, len(words[place] | words[other]))
             shared[other] = max(shared[other], common)
-    return chosen
+    others = (place for place in range(len(texts)) if place not in words)
+    return [*chosen, *islice(others, count - len(chosen))]
 
 
 def has_one_wording(num_samples: int, num_wordings: int) -> bool:

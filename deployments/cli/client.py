@@ -7,6 +7,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,7 +312,7 @@ def message_of(response: httpx.Response) -> str:
         message: str = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {response.status_code}"
-    if message.startswith("no adapter ") and "; " not in message:
+    if re.fullmatch(r"no adapter '[^']*'", message):
         message += "; `loraretriever list --search WORDS` finds names by a part of them"
     return message
 

@@ -356,7 +356,8 @@ def _plan_line(lora: JsonObject, nearest: list[str]) -> str:
     base_model = f" on {lora['base_model']}" if "base_model" in lora else ""
     none = "no adapter"
     if lora.get("abstained"):
-        none += f" fits; the nearest are {', '.join(nearest)}" if nearest else " fits"
+        verb = "is" if len(nearest) == 1 else "are"
+        none += f" fits; the nearest {verb} {', '.join(nearest)}" if nearest else " fits"
         none += ". `loraretriever route` with the same prompt says why, and --model NAME asks one adapter"
     return f"{lora['strategy']}{base_model}: {', '.join(parts) or none}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +39,7 @@ from deployments.cli.client import (
     show_warning,
 )
 from deployments.json_types import JsonObject
-from deployments.publishing.adapter_folders import adapter_folders, folder_bytes
+from deployments.publishing.adapter_folders import AdapterFolder, adapter_folders, folder_bytes
 
 commands = typer.Typer()
 Places = Annotated[
@@ -158,10 +159,14 @@ def publish(
         publish_file(file, url, is_dry=dry_run, prunes=prune, upload=upload, as_json=as_json)
         return
     assert places
+    items = [item for place in places for item in _items_of(place)]
+    names = Counter(item.label for item in items)
+    if twice := next((label for label, count in names.items() if count > 1), None):
+        problem = f"{twice!r} would be the name of {names[twice]} adapters: publish them one by one, with --name"
+        raise typer.BadParameter(problem, param_hint="FOLDER")
     if dry_run and (config is not None or parity or _is_alone(url)):
         _check_alone(places, config, base_name, parity=parity, as_json=as_json)
         return
-    items = [item for place in places for item in _items_of(place)]
     if name is not None and len(items) != 1:
         raise typer.BadParameter(f"one name cannot be used for {len(items)} adapters", param_hint="--name")
     if samples is not None and (len(items) != 1 or items[0].is_source):
@@ -254,7 +259,7 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
             continue
         by_name += not answer["found_by_auto"]
         say(describe_outcome(answer, is_dry))
-        for warning in answer.get("warnings", ()):
+        for warning in (*answer.get("warnings", ()), *_replaced(item, answer, is_dry)):
             warned.setdefault(warning, []).append(answer["name"])
     for warning, named in warned.items():
         show_warning(f"warning: {', '.join(named)}: {warning}")
@@ -270,3 +275,11 @@ def _report(answers: Iterable[Answered], total: int, is_dry: bool) -> int:
         if names:
             err.print(f"refused: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
     return len(names)
+
+
+def _replaced(item: Item, answer: JsonObject, is_dry: bool) -> Iterator[str]:
+    """Yield that an adapter with this name was live, if no person gave the folder this name."""
+    is_known = "kept" in answer or "changed" in answer
+    if is_known and isinstance(item.place, Path) and answer["name"] == item.name != AdapterFolder.of(item.place).name:
+        back = "" if is_dry else f"; `loraretriever rollback {item.name}` makes the version before live again"
+        yield f"this name was live already, and is only near {str(item.place)!r}: --name gives another one{back}"

@@ -56,15 +56,21 @@ export function chosenFolders(files) {
 export function suggested(folders) {
   const step = (folder) => Number(/^checkpoint-(\d+)$/.exec(folder.name)?.[1] ?? NaN);
   const last = (folder) => Math.max(...folders.filter((other) => other.parent === folder.parent).map(step).filter((number) => number >= 0));
-  return folders.map((folder) => {
-    if (!(step(folder) >= 0) || !folder.parent) return { ...folder, as: nearestName(folder.name), ticked: true };
-    const isLast = step(folder) === last(folder), run = nearestName(folder.parent);
-    return { ...folder, as: isLast ? run : `${run}-${step(folder)}`, ticked: isLast };
+  const named = folders.map((folder) => {
+    if (!(step(folder) >= 0) || !folder.parent) return { ...folder, own: folder.name, as: nearestName(folder.name), ticked: true };
+    const isLast = step(folder) === last(folder), end = isLast ? "" : `-${step(folder)}`;
+    return { ...folder, own: folder.parent + end, as: nearestName(folder.parent) + end, ticked: isLast };
   });
+  const isTaken = ({ as }) => named.filter((other) => other.as === as).length > 1;
+  return named.map((folder) => (isTaken(folder) ? { ...folder, as: folder.own } : folder));
 }
 
 /** Returns the valid name that is nearest to `text`, as the command line has it. */
-const nearestName = (text) => text.normalize("NFKD").replace(/[\u0300-\u036f]/g, "").replace(/[^\w.]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 64) || text;
+export function nearestName(text) {
+  if (/^[\w.-]{1,64}$/.test(text)) return text;
+  const letters = text.normalize("NFKD").replace(/[^\0-\x7f]/g, "");
+  return letters.replace(/[^\w.]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 64) || text;
+}
 
 /** Reads the configuration and the samples of a folder. `problems` prevent a publish, as the server would refuse it.
  * `bases`: the base model names that the server accepts; null if unknown. */

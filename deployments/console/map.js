@@ -11,6 +11,7 @@ const MAX_LABELS = 60;
 const MAX_LISTED = 50;
 const MAX_FOUND = 500; // adapters with the words of a search that are marked
 const NUM_ALIKE = 5; // adapters with samples most like them
+const MAY_NOT = 403; // a key without the role that asks finds names only
 const MAX_STRETCH = 2;
 const MANY = 300; // points in view, of which only clusters have labels, and a click goes nearer
 let drawn = { generation: 0, num_adapters: 0, clusters: [], points: [] };
@@ -26,6 +27,7 @@ let near = []; // the adapters in view
 let current = null; // the name under the pointer or the arrow keys
 let numLoads = 0;
 let last = null; // the last search: its text, and a promise that it is done
+let hasFailed = false; // it, or a part of it, so that the note says why
 let onChoose = () => {};
 
 export function start(callbacks) {
@@ -132,8 +134,10 @@ function search() {
 }
 
 async function find(text) {
+  let problem = "";
   const named = text && read(`v1/loras?${new URLSearchParams({ search: text, limit: MAX_FOUND })}`);
-  const routed = text && post("v1/route", { prompt: [text], lora: { k: NUM_ALIKE, fallback: "base", explain: true } }, { quietly: true }).catch(() => ""); // a key may not ask
+  const routed = text && post("v1/route", { prompt: [text], lora: { k: NUM_ALIKE, fallback: "base", explain: true } }, { quietly: true })
+    .catch((error) => { problem = error.status === MAY_NOT ? "" : reasonOf(error); return ""; });
   try {
     const [{ data = [], total = 0 }, { data: [plan] = [] }] = await Promise.all([named, routed]);
     if (text !== last?.text) return;
@@ -142,9 +146,15 @@ async function find(text) {
     if (text && !byId("map").classList.contains("searched")) byId("map-count").parentElement.open = true;
     markFound();
     if (text) say("map-spoken", countFound());
+    noteSearch(problem);
   } catch (error) {
-    if (text === last?.text) { note(reasonOf(error)); last = null; }
+    if (text === last?.text) { noteSearch(reasonOf(error)); last = null; }
   }
+}
+
+function noteSearch(problem) {
+  if (problem || hasFailed) note(problem);
+  hasFailed = Boolean(problem);
 }
 
 const countFound = () => `Found: ${whole(hits.total)} by name or tag, ${whole(hits.alike.length)} by samples`;
@@ -161,7 +171,7 @@ function markFound() {
 /** Shows everything that was found, and selects the first. Then the arrow keys go on to the others. */
 async function goToFound() {
   await search();
-  if (!found.size) return;
+  if (!found.size || hits.text !== byId("map-search").value.trim()) return; // another search goes on, or this one failed
   const [first] = found;
   byId("map").focus();
   viewport.showThese([...found]);
@@ -185,7 +195,7 @@ function list() {
   const clusters = () => rings.filter(isInView).map((ring) => element("li", {}, nearer(ring), " ", element("small", {}, `${whole(ring.num_adapters)} adapters`)));
   const adapters = () => rows.slice(0, MAX_LISTED).map(({ name, samples }) => element("li", {}, adapterLink(name), samples?.length ? element("small", {}, ` ${samples[0].input}`) : null));
   const numMore = (searched ? hits.total + hits.alike.length : rows.length) - MAX_LISTED;
-  const rest = hasClusters || numMore <= 0 ? [] : [element("li", { class: "muted" }, `and ${whole(numMore)} more: zoom in, or search`)];
+  const rest = hasClusters || numMore <= 0 ? [] : [element("li", { class: "muted" }, `and ${whole(numMore)} more: ${searched ? "search for more words" : "zoom in, or search"}`)];
   byId("map-list").replaceChildren(...(hasClusters ? clusters() : adapters()), ...rest);
 }
 

@@ -87,7 +87,7 @@ function show({ data, total, last_id, has_more }) {
   byId("pool-rows").replaceChildren(...data.map(row));
   lastId = last_id;
   const first = before.length * PAGE;
-  say("pool-count", total ? `${whole(first + 1)}–${whole(first + data.length)} of ${whole(total)}` : `no adapters found${byId("search").value ? "; Find on the map of Ask looks at samples too" : ""}`);
+  say("pool-count", total ? `${whole(first + 1)}–${whole(first + data.length)} of ${whole(total)}` : `no adapters found${byId("search").value ? "; under Ask, Find on the map also searches samples" : ""}`);
   byId("page-back").disabled = !before.length;
   byId("page-on").disabled = !has_more;
 }

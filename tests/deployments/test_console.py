@@ -219,7 +219,7 @@ def test_a_large_pool_is_searched_and_paged(browsing: Browsing) -> None:
         await expect(page.get_by_role("button", name="Next page")).to_be_disabled()
         await page.get_by_label("Search").fill("nothing like it")
         await expect(page.locator("#pool-count")).to_have_text(
-            "no adapters found; Find on the map of Ask looks at samples too"
+            "no adapters found; under Ask, Find on the map also searches samples"
         )
 
     look(browsing, question, retriever=MappedRetriever(adapters_of([f"task-{number:02}" for number in range(40)])))

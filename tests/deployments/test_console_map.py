@@ -120,6 +120,10 @@ def test_an_adapter_is_found_by_what_it_does_with_the_keyboard(browsing: Browsin
         await page.go_back()
         await page.get_by_label("Find").fill(first)
         await expect(page.locator("#map-count")).to_have_text("Found: 1 by name or tag, 0 by samples")
+        await expect(page.locator("#map-note")).to_contain_text("no adapter")
+        retriever.failure = None
+        await page.get_by_label("Find").fill(second)
+        await expect(page.locator("#map-note")).to_have_text("300 adapters in 12 clusters.")
 
     look(browsing, question, context={"viewport": {"width": width, "height": 1000}}, retriever=retriever)
 

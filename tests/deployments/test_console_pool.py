@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from playwright.async_api import Page, Route, expect
 
+from deployments.publishing.adapter_folders import nearest_name
 from lora_store import AdapterRecord, Edit, RankedAdapter, Ranking, Sample, Trial
 from retriever_svc import Drawn, DrawnAdapter, Draws
 from tests.browsing import Browsing, drop_folder
@@ -491,6 +492,23 @@ def test_the_last_checkpoint_is_published_under_the_name_of_its_run(browsing: Br
         [(upload, _)] = served.store.called("stage")
         assert upload.name == "my-run-v2"
         assert upload.files["lora_samples.jsonl"] == b'{"input":"First prompt"}\n{"input":"Second prompt"}\n'
+
+    look(browsing, question)
+
+
+def test_a_folder_gets_the_name_that_the_command_line_gives(browsing: Browsing) -> None:
+    names = ["a--b", "-x", "x-", "my run - (v2)", "émotion FR", "Straße 3", "x" * 70, "日本"]
+
+    async def question(page: Page, served: Served) -> None:
+        found = await page.evaluate(
+            """async (names) => {
+              const { src } = document.querySelector("script[type=module]");
+              const { suggested } = await import(new URL("folders.js", src));
+              return suggested(names.map((name) => ({ name, parent: "" }))).map((folder) => folder.as);
+            }""",
+            [*names, "a b", "a-b"],
+        )
+        assert found == [*map(nearest_name, names), "a b", "a-b"]  # two would be called a-b
 
     look(browsing, question)
 

@@ -60,7 +60,12 @@ def test_the_texts_are_chosen_that_share_fewest_words_with_those_before() -> Non
     assert choose_varied([], 3) == [] and choose_varied(["a"], 0) == []
     many = ["the same words"] * 950 + ["quite another text"] * 50
     assert [many[place] for place in choose_varied(many, 2)] == ["the same words", "quite another text"]
-    assert len(choose_varied(many, 1000)) == 100
+    in_turn = [
+        f"{wording} number {place}" for place in range(100) for wording in ("say", "please repeat", "what about")
+    ]
+    assert len({in_turn[place].split()[0] for place in choose_varied(in_turn, 3)}) == 3
+    assert sorted(choose_varied(in_turn, 150)) == sorted(set(choose_varied(in_turn, 150))), "as many as asked for"
+    assert len(choose_varied(in_turn, 150)) == 150 and sorted(choose_varied(in_turn, 999)) == list(range(300))
 
 
 def test_one_text_or_none_shares_nothing() -> None:

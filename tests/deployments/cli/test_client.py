@@ -128,6 +128,7 @@ def test_a_problem_of_a_file_names_it(tmp_path: Path) -> None:
             "no adapter 'poet'",
             "no adapter 'poet'; `loraretriever list --search WORDS` finds names by a part of them",
         ),
+        (("publish", "."), "no adapter at '/a': give a folder", "no adapter at '/a': give a folder"),
     ],
 )
 def test_an_error_names_the_option_that_was_typed(command: tuple[str, ...], message: str, said: str) -> None:

@@ -79,8 +79,11 @@ def test_ask_says_how_to_go_on_where_no_adapter_fits() -> None:
     lora = {"strategy": "base", "adapters": [], "abstained": True}
     answer = events_of(delta("Hi", lora=lora))
     plan = {"data": [{"candidates": [{"name": "poet", "score": 0.2}, {"name": "bard", "score": 0.1}]}]}
-    with scripted((200, answer), (200, plan), (200, answer), (429, {})) as server:
-        near, unknown = (words(run("ask", "Hi", "--strategy", "fusion", "--url", server.url).stderr) for _ in range(2))
+    one = {"data": [{"candidates": plan["data"][0]["candidates"][:1]}]}
+    with scripted((200, answer), (200, plan), (200, answer), (429, {}), (200, answer), (200, one)) as server:
+        said = ("ask", "Hi", "--strategy", "fusion", "--url", server.url)
+        near, unknown, only = (words(run(*said).stderr) for _ in range(3))
+    assert only.startswith("base: no adapter fits; the nearest is poet. ")
     assert near.startswith("base: no adapter fits; the nearest are poet, bard. `loraretriever route`")
     assert unknown.startswith("base: no adapter fits. `loraretriever route`") and "--model NAME" in unknown
     options = {"strategy": "fusion", "k": 3, "fallback": "base"}

@@ -265,6 +265,24 @@ def test_the_line_of_a_new_version_says_what_it_keeps_and_changes(tmp_path: Path
     assert words(result.stdout) == f"poet is live at generation 4; {expected}"
 
 
+def test_a_nearest_name_that_is_live_already_is_warned_of(tmp_path: Path) -> None:
+    [folder] = adapters(tmp_path, "my run")
+    updated = answer("my-run", kept={"visibility": "public"})
+    with scripted((201, batch(updated)), (201, batch(updated)), (201, batch(answer("my-run")))) as server:
+        dry, done, new = (run("publish", folder, *said, "--url", server.url) for said in (["--dry-run"], [], []))
+    assert server.sent[0] == {"adapters": [{"path": str(folder), "name": "my-run"}]}
+    assert "my-run: this name was live already" in words(dry.stderr) and "rollback" not in words(dry.stderr)
+    assert "`loraretriever rollback my-run`" in words(done.stderr) and "live already" not in words(new.stderr)
+
+
+@pytest.mark.parametrize("said", [[], ["--dry-run"]])
+def test_folders_that_would_share_a_name_are_refused(tmp_path: Path, said: list[str]) -> None:
+    folders = [*adapters(tmp_path / "first", "a b"), *adapters(tmp_path / "second", "a-b")]
+    with scripted((500, {})) as server:
+        result = run("publish", *folders, *said, "--url", server.url)
+    assert (result.exit_code, server.asked) == (2, []) and "'a-b' would be the name of 2" in words(result.stderr)
+
+
 def test_a_warning_is_printed_with_the_adapters_name(tmp_path: Path) -> None:
     [poet] = adapters(tmp_path, "poet")
     with scripted((201, batch(answer("poet", warnings=["was it trained?"])))) as server:
