@@ -208,10 +208,10 @@ def _cache_bytes(config: VllmWorkerConfig, model: FrontModel, vllm_config: VllmC
 def count_latent_bytes(model_config: ModelConfig) -> int:
     """Return the bytes of a token that latent attention keeps in a layer, with those by which an indexer selects it."""
     text_config = model_config.hf_text_config
-    size = model_config.get_head_size()
+    size: int = model_config.get_head_size()
     if model_config.using_transformers_backend():  # for which vLLM's head size is another one
         size = text_config.kv_lora_rank + (config_setting(text_config, "qk_rope_head_dim") or 0)
-    index_size = config_setting(text_config, "index_head_dim") or 0
+    index_size: int = config_setting(text_config, "index_head_dim") or 0
     return size * model_config.dtype.itemsize + index_size + index_size // 128 * 4  # bytes, with a scale for each 128
 
 
