@@ -212,7 +212,8 @@ def count_latent_bytes(model_config: ModelConfig) -> int:
     if model_config.using_transformers_backend():  # for which vLLM's head size is another one
         size = text_config.kv_lora_rank + (config_setting(text_config, "qk_rope_head_dim") or 0)
     index_size: int = config_setting(text_config, "index_head_dim") or 0
-    return size * model_config.dtype.itemsize + index_size + index_size // 128 * 4  # bytes, with a scale for each 128
+    latent_bytes: int = size * model_config.dtype.itemsize
+    return latent_bytes + index_size + index_size // 128 * 4  # bytes, with a scale for each 128
 
 
 def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOCK, num_more: int = 1) -> int:
