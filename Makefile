@@ -13,7 +13,7 @@ export RAY_AUTH_MODE := token
 # Some images set it. Then each of a hundred processes of the tests compiles the modules that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup serve demo bench quick test unit-tests own-servers shared-servers coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm image-test kernels sanitize
+.PHONY: help setup serve demo bench quick test tests/servers shared-servers coverage test-clients test-e2e test-vllm docs gpu paper soak check lint types helm image-test kernels sanitize
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -44,25 +44,23 @@ bench: $(READY) ## other projects' load clients against this server and vLLM; AR
 
 # Before many processes of tests need it at once.
 FILLED := $(VENV)/.cache-filled
-$(FILLED): $(READY)
+$(FILLED): $(READY) $(wildcard gpu_worker/native/kernels/*.cpp gpu_worker/native/kernels/*.h)
 	$(BIN)/python -m tests.fill_cache
 	touch $@
 
 # Named, since collecting all tests takes half a minute.
-E2E_TESTS := tests/servers tests/cluster tests/e2e
-# Tests with servers wait for half of their time. The others use it, with less priority since they wait for nobody.
-test: $(FILLED) ## run every test: those without a server, those of short-lived servers, and those of the shared one
-	@echo "three parts run side by side, and each is printed when it ends"
-	$(MAKE) --jobs=3 --keep-going --output-sync unit-tests own-servers shared-servers
+E2E_TESTS := tests/cluster tests/servers tests/e2e
+# With all three at once two cores start servers too slowly.
+test: $(FILLED) ## run every test: those without a server two at a time, then short-lived servers beside the shared ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e"
+	$(MAKE) --jobs=2 --keep-going --output-sync tests/servers shared-servers
 
-unit-tests: $(READY)
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not e2e"
-
-own-servers: $(READY)
-	$(BIN)/python -m pytest $(filter-out tests/e2e,$(E2E_TESTS))
+# A server that starts and stops uses a quarter of two cores.
+tests/servers: $(READY)
+	$(BIN)/python -m pytest $@
 
 shared-servers: $(READY)
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest $(filter-out tests/servers,$(E2E_TESTS))
 
 coverage: $(READY) ## run the tests without a running application and print which lines they reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not e2e" --cov

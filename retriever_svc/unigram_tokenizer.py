@@ -27,6 +27,8 @@ _SPACE = "\u2581"  # what a space becomes; each word begins with it
 _WORD = re.compile(f"{_SPACE}[^{_SPACE}]*")
 _UNKNOWN_PENALTY = 10.0  # how far the score of an unknown character is below the lowest score
 _CACHED_WORDS, _CACHED_CHARS = 8192, 24  # about 2 MB
+_FIRST_CHECK = 1024  # characters of a word, before it is checked whether the rest matters
+_LOOKED_BACK = 256  # characters, by one check
 RULES, _PIECES, _SCORES = "rules.json", "pieces.json", "scores.npy"
 _NO_PIECES: dict[str, Any] = {"model": {"type": "Unigram", "unk_id": None, "vocab": []}}
 # What the class does, in the words of the file of `tokenizers`.
@@ -51,6 +53,7 @@ class UnigramTokenizer:
         self._longest = dict[str, int]()  # the length of the longest piece by its first character
         for piece in pieces:
             self._longest[piece[:1]] = max(len(piece), self._longest.get(piece[:1], 1))
+        self._longest_of_all = max(self._longest.values())
         self._scores = array("d", np.load(place / _SCORES).tobytes())
         self._unknown_score = min(self._scores) - _UNKNOWN_PENALTY
         self._max_tokens, self._pad = max_tokens, pad
@@ -81,12 +84,18 @@ class UnigramTokenizer:
     def _split(self, word: str) -> list[int]:
         """Return the word's tokens with the largest sum of scores; among equals, those that begin first.
 
+        A long word, as in a language without spaces, is read only until the tokens that are kept are known.
         Source: Kudo, Subword Regularization (2018), section 3.2: the Viterbi algorithm.
         """
         known, scores, unknown, num = self._ids, self._scores, self._unknown, len(word)
         best, starts, ids = [-math.inf] * (num + 1), [0] * (num + 1), [0] * (num + 1)  # of the last token to each end
-        best[0] = 0.0
+        best[0], check = 0.0, _FIRST_CHECK
         for start in range(num):
+            if start == check:
+                found = self._found(starts, ids, _last_common(starts, start, self._longest_of_all))
+                if len(found) >= self._max_tokens:
+                    return found
+                check *= 2
             for end in range(start + 1, min(start + self._longest.get(word[start], 1), num) + 1):
                 token = known.get(word[start:end])
                 if token is not None:
@@ -97,15 +106,34 @@ class UnigramTokenizer:
                     continue
                 if score > best[end]:
                     best[end], starts[end], ids[end] = score, start, token
-        found, end = list[int](), num
+        return self._found(starts, ids, num)
+
+    def _found(self, starts: Sequence[int], ids: Sequence[int], end: int) -> list[int]:
+        """Return the tokens up to `end`. `starts`, `ids`: of the last token to each end."""
+        found = list[int]()
         while end:
             start, token = starts[end], ids[end]
-            if token == unknown:  # several in a row are one
-                while start and ids[start] == unknown:
+            if token == self._unknown:  # several in a row are one
+                while start and ids[start] == token:
                     start = starts[start]
             found.append(token)
             end = start
         return found[::-1]
+
+
+def _last_common(starts: Sequence[int], end: int, longest: int) -> int:
+    """Return the last end that the best splits of a word have in common, whatever comes after `end`; 0 if it is far.
+
+    Each has one of the last `longest` ends, and before it the best tokens to this end.
+    """
+    ends = set(range(max(end - longest, 0) + 1, end + 1))
+    while len(ends) > 1:
+        last = max(ends)
+        if last < end - _LOOKED_BACK:  # of "....": how many there are decides where the first token ends
+            return 0
+        ends.remove(last)
+        ends.add(starts[last])
+    return ends.pop()
 
 
 def save_unigram(place: Path, tokenizer: Tokenizer) -> bool:

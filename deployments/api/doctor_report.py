@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from typing_extensions import TypedDict
@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from deployments.api.pool_responses import ranking_object, unserved_text
 from deployments.json_types import JsonObject
 from lora_store import AdapterRef
-from retriever_svc import AdapterFinding, AskedReport, Collision, DoctorReport
+from retriever_svc import AskedReport, Collision, DoctorReport
 from retriever_svc.shared_wording import wording_cost
 
 MAX_NAMED = 10  # adapters in the text of one piece of advice; `adapters` has all of them
@@ -132,23 +132,19 @@ def _of_samples(report: DoctorReport, name: Name) -> Iterator[Advice]:
     )
     yield from _advise(
         "few_samples",
-        _names(report.with_few_samples, name),
+        (name(finding.ref) for finding in report.with_few_samples),
         "few samples, and prompts find an adapter better with more of them. Publish again with 20 samples of the kind "
         "that clients send.",
     )
     yield from _advise(
         "unlike_samples",
-        _names(report.with_unlike_samples, name),
+        (name(finding.ref) for finding in report.with_unlike_samples),
         "samples that are unlike each other: a quarter of them or more would go to the base model. Remove samples of "
         "other tasks. If the adapter has several tasks, publish it once for each of them, with the samples of that "
         "task.",
     )
     alike = f"samples of one wording: {wording_cost()}, and publish again."
-    yield from _advise("one_wording", _names(report.with_one_wording, name), alike)
-
-
-def _names(findings: Sequence[AdapterFinding], name: Name) -> Iterator[str]:
-    return (name(finding.ref) for finding in findings)
+    yield from _advise("one_wording", (name(finding.ref) for finding in report.with_one_wording), alike)
 
 
 def _advise(problem: Problem, adapters: Iterable[str], what: str) -> Iterator[Advice]:

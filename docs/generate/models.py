@@ -44,8 +44,10 @@ _REASON_OF = {file: reason for reason, files in _REASONS.items() for file in fil
 def families() -> str:
     """Return one row a family and engine: served and equal, or refused with the words of the message."""
     rows = sorted([*_native_rows(), *_vllm_rows()], key=lambda row: (row[0].lower(), row[1]))
-    equal = Counter(engine for name, engine, seen in rows if _EQUAL in seen and not name.startswith("`quantised:"))
-    counts = ", ".join(f"{number} families with the {engine} engine" for engine, number in sorted(equal.items()))
+    # A family counts once, whatever its variants in parentheses.
+    equal = {(name.partition(" (")[0], engine) for name, engine, seen in rows if _EQUAL in seen}
+    numbers = Counter(engine for name, engine in equal if not name.startswith("`quantised:"))
+    counts = ", ".join(f"{number} families with the {engine} engine" for engine, number in sorted(numbers.items()))
     return f"Served and equal: {counts}.\n\n" + table(("family", "engine", "what was seen"), rows)
 
 

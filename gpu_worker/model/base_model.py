@@ -103,7 +103,7 @@ def load_tokenizer(config: WorkerConfig, source: str | None = None) -> Any:
     try:
         tokenizer = load(Path(source) if is_packaged else source)
     except ValueError as exc:  # among others: its class is code of the checkpoint
-        reason = str(exc).partition("\n")[0]
+        reason = first_line(exc)
         raise BaseModelUnsupported(f"the base model's tokenizer cannot be loaded ({reason})") from exc
     if not tokenizer.is_fast:
         raise BaseModelUnsupported("the base model needs a fast tokenizer (tokenizer.json)")
@@ -150,8 +150,7 @@ def load_config(source: str) -> Any:
     try:
         return read_config(source)
     except Exception as exc:  # its checks have no common class, and its language model may be of an unknown family
-        reason = str(exc).partition("\n")[0]
-        raise BaseModelUnsupported(f"the configuration of {source} cannot be read ({reason})") from exc
+        raise BaseModelUnsupported(f"the configuration of {source} cannot be read ({first_line(exc)})") from exc
 
 
 def load_base_model(config: NativeWorkerConfig) -> BaseModel:
@@ -315,6 +314,12 @@ def _window_layers(config: Any) -> frozenset[int]:
     layers = frozenset(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
     has_window = isinstance(config_setting(config, "sliding_window"), int)
     return layers if has_window and len(layers) < config.num_hidden_layers else frozenset()
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, with the next one if that says what the first one announces."""
+    lines = [line.strip() for line in str(error).splitlines()[:2]]
+    return " ".join(lines if lines and lines[0].endswith(":") else lines[:1])
 
 
 def config_setting(config: Any, name: str) -> Any:

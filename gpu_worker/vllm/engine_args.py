@@ -52,21 +52,14 @@ def build_config(config: VllmWorkerConfig, model: FrontModel, *, free_fill: floa
         _check_class(vllm_config.model_config, model.model_type, config.device)
         if vllm_config.cache_config.kv_cache_memory_bytes is not None:
             vllm_config.cache_config.kv_cache_memory_bytes = _cache_bytes(config, model, vllm_config)
-    except ValueError as exc:  # pydantic's too
+    except (ValueError, AssertionError) as exc:  # of pydantic, and of a state that the processes cannot share evenly
         raise BaseModelUnsupported(f"vLLM refuses {model.model_type}: {_reason(exc)}") from exc
     set_compilation(vllm_config.compilation_config, config, is_compiled=is_compiled)
-    _set_rotation(vllm_config, config.device)
-    return vllm_config
-
-
-def _set_rotation(vllm_config: VllmConfig, device: str) -> None:
-    """Let torch rotate the heads where vLLM's operation for the CPU would rotate some of them only.
-
-    It takes the second last dimension of its input for the tokens, so it needs all heads of a token in one dimension.
-    """
-    model_config = vllm_config.model_config
-    if device == "cpu" and (model_config.use_mla or model_config.hf_text_config.model_type in _ROTATES_BY_HEAD):
+    text_config = vllm_config.model_config.hf_text_config
+    if config.device == "cpu" and (model.has_latents or text_config.model_type in _ROTATES_BY_HEAD):
+        # vLLM's operation takes the second last dimension of its input for the tokens: it would rotate some heads only.
         vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
+    return vllm_config
 
 
 def _check_class(model_config: ModelConfig, model_type: str, device: str) -> None:
@@ -77,6 +70,11 @@ def _check_class(model_config: ModelConfig, model_type: str, device: str) -> Non
     if kinds and model_config.using_transformers_backend():
         raise BaseModelUnsupported(
             f"{model_type} has layers of other kinds ({', '.join(sorted(kinds))}), for which vLLM has no class"
+        )
+    if device == "cpu" and model_config.use_mla and model_config.using_transformers_backend():
+        raise BaseModelUnsupported(
+            f"{model_type} needs a GPU with the vLLM engine: vLLM has no class of its own for its latent attention,"
+            " and the one for any model of transformers was not compared on the CPU"
         )
     if device == "cpu" and model_config.use_mla and model_config.get_head_size() != _CPU_LATENT:
         raise BaseModelUnsupported(
@@ -93,7 +91,7 @@ def _check_class(model_config: ModelConfig, model_type: str, device: str) -> Non
         )
 
 
-def _reason(error: ValueError) -> str:
+def _reason(error: Exception) -> str:
     """Return what the error says, without the inputs that pydantic lists and the architectures that vLLM lists."""
     list_errors: Callable[[], list[dict[str, str]]] | None = getattr(error, "errors", None)  # pydantic's have it
     text = str(error)
@@ -191,6 +189,7 @@ def _cache_bytes(config: VllmWorkerConfig, model: FrontModel, vllm_config: VllmC
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     token_bytes = model_config.get_head_size() * model_config.dtype.itemsize  # of a head in a layer
     if model_config.use_mla:  # each process keeps the one latent from which all heads are computed
+        token_bytes = count_latent_bytes(model_config)
         num_layers = model_config.get_num_layers(parallel)
         return kv_bytes(config, replace(model, num_kv_heads=1, kv_token_bytes=num_layers * token_bytes))
     if not model_config.is_hybrid:
@@ -204,6 +203,17 @@ def _cache_bytes(config: VllmWorkerConfig, model: FrontModel, vllm_config: VllmC
     keys_bytes = 2 * model_config.get_num_kv_heads(parallel) * block * token_bytes  # and of the values
     block *= max(math.ceil(state_bytes / keys_bytes), 1)
     return kv_bytes(config, model, block, num_more=2) + block * model.kv_token_bytes
+
+
+def count_latent_bytes(model_config: ModelConfig) -> int:
+    """Return the bytes of a token that latent attention keeps in a layer, with those by which an indexer selects it."""
+    text_config = model_config.hf_text_config
+    size: int = model_config.get_head_size()
+    if model_config.using_transformers_backend():  # for which vLLM's head size is another one
+        size = text_config.kv_lora_rank + (config_setting(text_config, "qk_rope_head_dim") or 0)
+    index_size: int = config_setting(text_config, "index_head_dim") or 0
+    latent_bytes: int = size * model_config.dtype.itemsize
+    return latent_bytes + index_size + index_size // 128 * 4  # bytes, with a scale for each 128
 
 
 def kv_bytes(config: VllmWorkerConfig, model: FrontModel, block: int = _CPU_BLOCK, num_more: int = 1) -> int:

@@ -17,6 +17,7 @@ from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, WorkerConfigInvalid
 from gpu_worker.model.base_model import (
     config_setting,
+    first_line,
     load_config,
     load_tokenizer,
     model_source,
@@ -87,7 +88,7 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     """Read the model's configuration and tokenizer. Raises: BaseModelUnsupported, WorkerConfigInvalid."""
     source = model_source(config)
     hf_config = load_config(source)
-    text_config = hf_config.get_text_config()
+    text_config = _read_text_config(source, hf_config)
     _check_config(hf_config, text_config)
     _check_dtype(config, hf_config)
     _check_code(config, hf_config.model_type)
@@ -124,15 +125,23 @@ def load_front_model(config: VllmWorkerConfig) -> FrontModel:
     )
 
 
+def _read_text_config(source: str, hf_config: Any) -> Any:
+    """Return the settings of the language model, which own families make only now. Raises: BaseModelUnsupported."""
+    try:
+        return hf_config.get_text_config()
+    except Exception as exc:
+        raise BaseModelUnsupported(f"the configuration of {source} cannot be read ({first_line(exc)})") from exc
+
+
 def _check_config(hf_config: Any, text_config: Any) -> None:
     """Raise BaseModelUnsupported for a model that this engine cannot describe to prompts and adapters."""
     problems = []
     if config_setting(hf_config, "is_encoder_decoder"):
         problems.append("an encoder-decoder architecture")
     else:
-        problems += [
-            f"a config without {name}" for name in _NEEDED if not isinstance(config_setting(text_config, name), int)
-        ]
+        found = {name: config_setting(text_config, name) for name in _NEEDED}
+        problems += [f"a config without {name}" for name, value in found.items() if not isinstance(value, int)]
+        problems += [f"{name} {value}" for name, value in found.items() if isinstance(value, int) and value < 1]
     if problems:
         raise BaseModelUnsupported(
             f"{hf_config.model_type} has {', '.join(problems)}, which the vLLM engine does not support"
@@ -191,9 +200,8 @@ def _model_without_weights(hf_config: Any, dtype: torch.dtype) -> PreTrainedMode
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(hf_config).from_config(hf_config, dtype=dtype, trust_remote_code=False)
     except Exception as exc:
-        reason = str(exc).partition("\n")[0]
         raise BaseModelUnsupported(
-            f"{hf_config.model_type} has no language model that transformers can build ({reason})"
+            f"{hf_config.model_type} has no language model that transformers can build ({first_line(exc)})"
         ) from exc
     return model
 

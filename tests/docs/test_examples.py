@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,12 @@ def test_make_runs_the_tests_of_every_folder_that_starts_a_server() -> None:
     [listed] = re.findall(r"^E2E_TESTS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     marked = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name in ON_A_CLUSTER}
     assert {ROOT / folder for folder in listed.split()} == marked != set()
+
+
+def test_the_files_of_failed_tests_outlive_the_parts_of_make_test_that_end_later() -> None:
+    [num_parts] = re.findall(r"--jobs=(\d+) --keep-going", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    assert settings["tmp_path_retention_count"] >= int(num_parts)
 
 
 def test_modules_that_are_run_exist() -> None:

@@ -16,7 +16,7 @@ from deployments.api.completions import ChatCompletionRequest, CompletionRequest
 from deployments.api.error_table import reported_errors
 from deployments.api.responses_request import ResponsesRequest
 from deployments.config.app import AppConfig
-from docs.generate import clients, error_codes, metrics, request_fields, settings_files
+from docs.generate import clients, error_codes, metrics, models, request_fields, settings_files
 from docs.generate.__main__ import DOCS, stale_pages
 from docs.generate.blocks import BLOCKS
 from docs.generate.markdown import block_names, filled, pages_with_blocks, table
@@ -42,6 +42,14 @@ def test_a_block_is_replaced_and_the_rest_of_the_page_stays() -> None:
 
 def test_a_cell_with_a_bar_stays_one_cell() -> None:
     assert table(("a", "b"), [("x|y", "two\nlines")]).splitlines()[2] == r"| x\|y | two lines |"
+
+
+def test_a_family_counts_once_however_many_variants_were_tried() -> None:
+    text = models.families()
+    rows = re.findall(r"^\| `(?!quantised:)(\S+)`.* \| (native|vllm) \| .*served, equal", text, re.MULTILINE)
+    counts = {engine: int(number) for number, engine in re.findall(r"(\d+) families with the (\w+) engine", text)}
+    assert counts == {of: len({name for name, engine in rows if engine == of}) for of in ("native", "vllm")}
+    assert len(rows) > sum(counts.values())
 
 
 def test_every_error_has_a_row_with_its_cause_and_remedy() -> None:

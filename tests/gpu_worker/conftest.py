@@ -26,6 +26,7 @@ from tests.gpu_worker.engine_driver import Answer, Gate, always_says, compiled, 
 from tests.tiny import InlineExecutor, linear_shapes, random_adapter, tiny_config
 
 share_openmp_once = cache(kernel_loading.share_openmp)
+PASSED: set[str] = set()  # configurations whose saved model has passed the check at the start in this process
 
 
 @pytest.fixture(scope="session")
@@ -47,17 +48,10 @@ class Passed:
         """Compare nothing again."""
 
 
-@pytest.fixture(scope="session")
-def passed() -> set[str]:
-    """Return the configurations whose saved model has passed the check at the start."""
-    return set()
-
-
 @pytest.fixture
 def make_engine(
     tiny_folders: Mapping[str, Path],
     tiny_base: Callable[..., BaseModel],
-    passed: set[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Engine]:
     """Return a factory of engines over a tiny model, with given adapters or a `get`; free bank rows hold NaN.
@@ -85,7 +79,7 @@ def make_engine(
         config = tiny_config(tiny_folders[family], **changes)
         is_saved = base is None and build_kv_cache is None
         with monkeypatch.context() as patched:
-            if is_saved and repr(config) in passed:
+            if is_saved and repr(config) in PASSED:
                 patched.setattr(loop, "ModelCheck", lambda *model: Passed())
             engine = Engine(
                 config,
@@ -97,7 +91,7 @@ def make_engine(
                 build_kv_cache=build_kv_cache,
             )
         if is_saved:
-            passed.add(repr(config))
+            PASSED.add(repr(config))
         return engine
 
     return make

@@ -70,7 +70,10 @@ def folder_of(path: Path, tensors: Tensors, **config: object) -> Path:
 
 
 def check(folder: Path, shapes: Shapes | None = SHAPES, **limits: int) -> dict[str, ModuleWeights]:
-    return check_folder(folder, accepts_base={BASE}, module_shapes=shapes, limits=Limits(**limits)).modules
+    checked = check_folder(folder, accepts_base={BASE}, module_shapes=shapes, limits=Limits(**limits))
+    modules = checked.modules
+    assert WeightsBlob(checked.stored).digest() == WeightsBlob(modules).digest(), "a publish copies them without torch"
+    return modules
 
 
 AS_STACKED = {

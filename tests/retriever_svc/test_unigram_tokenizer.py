@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from retriever_svc import unigram_tokenizer
 from retriever_svc.packaged_encoder import PackedEncoder, _packaged_file
 from retriever_svc.unigram_tokenizer import UnigramTokenizer, save_unigram
 from tests.soak import Scale
@@ -33,6 +34,8 @@ HARD = [
     "\ue000\ue001 \ue000a\ue000\ue001",
     "a" * 16_384,
     "".join(chr(0x4E00 + 7919 * place % 20_000) for place in range(4000)),
+    "\u3316" * 4000 + "\u2026" * 1000,
+    "\ue000" * 3000 + "猫" * 3000 + "\ue001" * 3000,
     "word " * 400,
     "0123456789" * 40,
     "-=" * 300 + " end",
@@ -52,8 +55,10 @@ def differing(packaged: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
     return find_differing(packaged, UnigramTokenizer(place, MAX_TOKENS, PAD))
 
 
-def find_differing(expected: Tokenizer, found: UnigramTokenizer) -> Callable[[Sequence[str]], list[str]]:
-    expected.enable_truncation(MAX_TOKENS)
+def find_differing(
+    expected: Tokenizer, found: UnigramTokenizer, max_tokens: int = MAX_TOKENS
+) -> Callable[[Sequence[str]], list[str]]:
+    expected.enable_truncation(max_tokens)
     expected.enable_padding(pad_id=PAD)
 
     def differing(texts: Sequence[str]) -> list[str]:
@@ -100,6 +105,21 @@ def test_random_texts_have_the_same_tokens(differing: Callable[[Sequence[str]], 
         assert differing(texts) == []
 
 
+def test_a_long_word_is_read_until_its_first_tokens_are_known(packaged: Tokenizer, tmp_path: Path) -> None:
+    """One caller's long texts would hold the interpreter's lock in the process that serves all."""
+    assert save_unigram(tmp_path, packaged)
+    tokenizer, asked = UnigramTokenizer(tmp_path, MAX_TOKENS, PAD), list[str]()
+
+    class Pieces(dict[str, int]):
+        def get(self, piece: str, default: object = None) -> int | None:  # type: ignore[override]
+            asked.append(piece)
+            return super().get(piece)
+
+    tokenizer._ids = Pieces(tokenizer._ids)
+    ids, _ = tokenizer.encode(["\u3316" * 16_384])  # normalized to six characters each
+    assert ids.shape == (1, MAX_TOKENS) and 1024 < len(asked) < 16_384
+
+
 def small_tokenizer() -> Tokenizer:
     """Return a tokenizer with ties, with a name that another one begins with, and with unknown characters in pieces."""
     scored = [("<unk>", 0.0), ("<pad>", 0.0), ("<a>", 0.0), ("<a>b", 0.0), ("▁", -1.0), ("x", -1.0), ("xx", -2.0)]
@@ -114,10 +134,14 @@ def small_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def test_ties_and_unknown_characters_are_decided_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first_check", "max_tokens"), [(1024, MAX_TOKENS), (1, 4), (3, 6)])
+def test_ties_and_unknown_characters_are_decided_alike(
+    first_check: int, max_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unigram_tokenizer, "_FIRST_CHECK", first_check)
     tokenizer = small_tokenizer()
     assert save_unigram(tmp_path, tokenizer)
-    differing = find_differing(tokenizer, UnigramTokenizer(tmp_path, MAX_TOKENS, PAD))
+    differing = find_differing(tokenizer, UnigramTokenizer(tmp_path, max_tokens, PAD), max_tokens)
     rng = random.Random(1)
     texts = ["".join(rng.choices(["x", "y", "z", " ", "q", "<a>", "b", "▁"], k=rng.randrange(20))) for _ in range(400)]
     assert differing(texts) == []

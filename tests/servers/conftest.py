@@ -19,14 +19,14 @@ from tests.servers.started import MOST_WORKERS, TOKEN, Started, in_home, untrace
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
     """Return a folder with a short path, because Ray's sockets need one."""
-    with tempfile.TemporaryDirectory(prefix="lr-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp") as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="session")
 def started() -> Iterator[Started]:
     """Yield a server with the settings of `make serve`, whose home has a token that others may read."""
-    with tempfile.TemporaryDirectory(prefix="lr-") as name:
+    with tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp") as name:
         folder = Path(name)
         (folder / ".ray").mkdir()
         (folder / ".ray" / "auth_token").write_text(TOKEN)

@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import QianfanOCRConfig
+from transformers import QianfanOCRConfig, YoutuConfig
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -22,12 +23,19 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported
 from gpu_worker.model.checkpoint import read_config
-from gpu_worker.vllm.engine_args import build_config, kv_bytes, set_compilation, set_environment, thread_variables
+from gpu_worker.vllm.engine_args import (
+    build_config,
+    count_latent_bytes,
+    kv_bytes,
+    set_compilation,
+    set_environment,
+    thread_variables,
+)
 from gpu_worker.vllm.front_model import load_front_model
 from gpu_worker.vllm.settings import FRONT_PID
 from tests.gpu_worker.conformance.families import save as save_of_vllm
 from tests.gpu_worker.families import save
-from tests.tiny import tiny_config
+from tests.tiny import byte_tokenizer, tiny_config
 
 BIND, COUNT = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 
@@ -171,6 +179,51 @@ def test_latent_attention_keeps_one_latent_a_token_and_on_the_cpu_of_one_size(
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(written | {"kv_lora_rank": 256}))
     with pytest.raises(BaseModelUnsupported, match=r"deepseek_v2 needs a GPU .* = 576 only, and the model has 320"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "is_generic", "more", "expected"),
+    [
+        (576, False, {}, 576 * 2),  # DeepSeek V3
+        (576, False, {"index_head_dim": 128}, 576 * 2 + 128 + 4),  # DeepSeek V3.2: its indexer's key, with a scale
+        (64, True, {}, 576 * 2),  # Youtu-LLM, by vLLM's class for any model of transformers
+    ],
+)
+def test_latents_are_counted_with_the_keys_of_an_indexer(
+    head_size: int, is_generic: bool, more: dict[str, int], expected: int
+) -> None:
+    model_config: Any = SimpleNamespace(
+        hf_text_config=SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64, **more),
+        dtype=torch.bfloat16,
+        get_head_size=lambda: head_size,
+        using_transformers_backend=lambda: is_generic,
+    )
+    assert count_latent_bytes(model_config) == expected
+
+
+def test_latents_without_a_class_of_vllms_own_are_refused_on_the_cpu(
+    tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 32}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    YoutuConfig(architectures=["YoutuForCausalLM"], **sizes, **heads, **ids).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = tiny_config(tmp_path, engine="vllm")
+    with pytest.raises(BaseModelUnsupported, match=r"youtu needs a GPU .* no class of its own"):
+        build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
+
+
+def test_states_that_processes_cannot_share_are_refused_before_a_process_starts(
+    tmp_path: Path, environment: Mapping[str, str]
+) -> None:
+    folder = save_of_vllm(tmp_path, "qwen3_5_text")
+    written = json.loads((folder / "config.json").read_text())
+    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
+    (folder / "config.json").write_text(json.dumps(written | heads))
+    config = tiny_config(folder, engine="vllm", dtype="bfloat16", tensor_parallel_size=2)
+    with pytest.raises(BaseModelUnsupported, match="vLLM refuses qwen3_5_text: 1 is not divisible by 2"):
         build_config(config, load_front_model(config), free_fill=0.0, is_compiled=False)
 
 

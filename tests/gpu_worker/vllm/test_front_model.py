@@ -100,6 +100,7 @@ def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place
         ("qwen3_5_moe", {}, "qwen3_5_moe_text has linear attention, which vLLM computes on the CPU in bfloat16 only"),
         ("qwen3_next", {}, "on the CPU in bfloat16 only: set worker.dtype to 'bfloat16', got 'float32'"),
         ("blip-2", {}, "blip-2 takes no prompt without an image"),
+        ("Keye", {"num_attention_heads": 0}, "Keye has num_attention_heads 0, which the vLLM engine does not support"),
         (
             "vit",
             {"vocab_size": 8, "max_position_embeddings": 8},
@@ -115,6 +116,14 @@ def test_a_model_that_the_front_end_cannot_describe_is_refused_in_one_sentence(
     with pytest.raises(BaseModelUnsupported, match=reason) as found:
         load_front_model(tiny_config(tmp_path, engine="vllm"))
     assert "\n" not in str(found.value)
+
+
+def test_a_language_model_whose_settings_transformers_refuses_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """Phi-4-multimodal's are read when its language model is, after the rest of config.json."""
+    scaling = {"type": "longrope", "short_factor": [1], "long_factor": [1]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi4mm", "rope_scaling": scaling}))
+    with pytest.raises(BaseModelUnsupported, match=r"cannot be read \(.*short_factor field must have length 48, got 1"):
+        load_front_model(tiny_config(tmp_path, engine="vllm"))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "idefics3", "llava"])

@@ -8,6 +8,7 @@ import pickle
 import pytest
 
 from gpu_worker.errors import SamplingInvalid
+from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import (
     MAX_BIASED_IDS,
     MAX_LOGPROBS,
@@ -17,8 +18,9 @@ from gpu_worker.front.request.request import (
     Delta,
     Job,
     SamplingParams,
+    TokenLogprob,
 )
-from gpu_worker.front.request.tools import ToolCall, ToolCallPiece
+from gpu_worker.front.request.tools import Function, ToolCall, ToolCallPiece, Tools
 
 
 @pytest.mark.parametrize(
@@ -91,9 +93,13 @@ def test_the_base_models_values_replace_only_what_the_client_left_unset() -> Non
     assert asked.with_defaults({}) is asked and SamplingParams().with_defaults(own) == SamplingParams()
 
 
-def test_a_job_survives_pickling() -> None:
-    job = Job("1", "text", sampling=SamplingParams(stop=("a",), seed=3))
-    assert pickle.loads(pickle.dumps(job)) == job
+def test_a_job_and_its_answer_survive_pickling() -> None:
+    """They travel between replicas with everything that a request may ask for."""
+    sampling = SamplingParams(stop=("a",), seed=3, logprobs=1, grammar=Grammar("regex", "a+"))
+    job = Job("1", "text", sampling=sampling, tools=Tools((Function("f", "", "{}"),), required=True))
+    tokens = (TokenLogprob(b"\xc3", -0.5, ((b"\xc3", -0.5),), 0),)
+    delta = Delta("a", 5, 3, "tool_calls", logprobs=tokens, tool_calls=(ToolCallPiece(0, "{}", "c1", "f"),), stop="a")
+    assert pickle.loads(pickle.dumps((job, delta))) == (job, delta)
 
 
 def test_an_answer_has_the_calls_of_all_its_deltas() -> None:
