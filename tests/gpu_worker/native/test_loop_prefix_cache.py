@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from gpu_worker.front.request.grammar import Grammar
 from gpu_worker.front.request.request import Delta, Job, SamplingParams
 from gpu_worker.native.attention.kv_cache import KvShape
-from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
+from gpu_worker.native.attention.kv_pages import DeviceKvCache
 from gpu_worker.native.loop import Engine
 from lora_store.adapter import AdapterWeights
 from lora_store.plan import BASE_PLAN, Plan
@@ -28,6 +27,7 @@ from tests.gpu_worker.engine_driver import (
     only,
     run_together,
 )
+from tests.gpu_worker.poisoned_cache import Poisoned
 from tests.gpu_worker.slow_varlen_attention import slow_varlen_attn
 from tests.soak import Scale
 from tests.tiny import plan_of, random_adapter
@@ -37,18 +37,6 @@ PROMPT = "a system prompt that all of these requests begin with, of eighty token
 QUESTIONS = ["", "what?", "where is it, and why is it unknown?", "what? and when?"]
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
-
-
-class Poisoned(HostKvCache):
-    """A cache in host memory without the compiled kernel, in which free pages hold NaN."""
-
-    def __init__(self, shape: KvShape) -> None:
-        super().__init__(shape)
-        for store in self.stores:
-            store.fill_(torch.nan)
-
-    def _wipe(self, group: int, pages: Sequence[int]) -> None:
-        self.stores[group][:, :, :, list(pages)] = torch.nan
 
 
 def on_device(shape: KvShape) -> DeviceKvCache:

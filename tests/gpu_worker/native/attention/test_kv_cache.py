@@ -19,6 +19,7 @@ from gpu_worker.model.attention_plan import Segment
 from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.attention.kv_pages import DeviceKvCache, HostKvCache
 from tests.gpu_worker.engine_driver import kv_shape
+from tests.gpu_worker.poisoned_cache import Poisoned
 
 Build = Callable[[KvShape], KvCache]
 BUILDS: list[Build] = [HostKvCache, lambda shape: DeviceKvCache(shape, torch.device("cpu"))]
@@ -88,18 +89,6 @@ def test_its_size_is_that_of_its_pages(build: Build) -> None:
 PAGE, MAX_LEN, ROWS, WINDOW = 2, 16, 4, 5
 WINDOWS = {"window": WINDOW, "window_layers": frozenset({0, 2})}
 PLANS = ("", "x", "xy")  # namespaces, and the weights that compute them
-
-
-class Poisoned(HostKvCache):
-    """A cache in which pages hold NaN unless a row has written them."""
-
-    def __init__(self, shape: KvShape) -> None:
-        super().__init__(shape)
-        for store in self.stores:
-            store.fill_(torch.nan)
-
-    def _wipe(self, group: int, pages: Sequence[int]) -> None:
-        self.stores[group][:, :, :, list(pages)] = torch.nan
 
 
 def small_cache(num_tokens: int, *, num_window_tokens: int = 0, **changes: object) -> Poisoned:
