@@ -28,9 +28,9 @@ class Variant:
 
 _VNNI = ("-march=x86-64-v4", "-mavx512vnni")  # 8-bit integers
 _BF16 = (*_VNNI, "-mavx512bf16")
-_TILES = ("-mamx-tile", "-mamx-bf16")
+_TILES = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 VARIANTS = (  # the fastest first
-    Variant("x86-64-v4-amx", "x86_64", _V4_BF16 | {"amx_tile", "amx_bf16"}, (*_BF16, *_TILES)),
+    Variant("x86-64-v4-amx", "x86_64", _V4_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}, (*_BF16, *_TILES)),
     Variant("x86-64-v4-bf16", "x86_64", _V4_BF16, _BF16),
     Variant("x86-64-v4-vnni", "x86_64", _V4_VNNI, _VNNI),
     Variant("x86-64-v3", "x86_64", _V3, ("-march=x86-64-v3",)),

@@ -3,7 +3,8 @@
 // rounded but the sums.
 //
 // Dims: N rows, I in (even), O out. Every output is summed over the inputs in one order, so a row does not depend on the
-// others or on their number. Tiles (AMX) have another order than vectors, so a layer uses one of them for all rows.
+// others or on their number. Tiles (AMX) sum bfloat16 numbers in another order than vectors, so a layer of those uses one
+// of them for all rows.
 // A packed weight has panels of kBlock outputs, padded with zeros: (panels, I / 2, kBlock, 2), so a vector has the two
 // weights of adjacent inputs in each lane. A panel is read once for all rows.
 #include <algorithm>
@@ -12,15 +13,11 @@
 
 #include "quantized_linear.h"
 #include "structs.h"
+#include "tiles.h"
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define HAS_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -125,28 +122,15 @@ void multiply_wide(const T* x, int64_t num_in, const bf16* panel, const float* b
 }
 
 #ifdef HAS_TILES
-constexpr int kTileRows = 16, kTileInputs = 32;
+constexpr int kTileInputs = 32;
 
-// Asks Linux once to let this process use tiles. Returns false if it refuses, or if the processor has none.
-bool request_tiles() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return may;
-}
-
-// The tiles of one thread. 0 to 3: sums of the upper and the lower rows, 16 outputs each; 4, 5: inputs; 6, 7: weights.
+// The products of one thread by tiles.
 class Tiles {
  public:
-  Tiles() = default;
-  Tiles(const Tiles&) = delete;
-  ~Tiles() {
-    if (configured_rows_ != 0) _tile_release();
-  }
-
   // y[rows[r]][0 .. 32) = x[r] . panel + bias for up to 32 rows, with num_in a multiple of kTileInputs
   void multiply(int64_t num_rows, const bf16* x, int64_t num_in, const bf16* panel, const float* bias, bf16* y,
                 Rows rows, int64_t left) {
-    configure(num_rows);
+    shapes_.set(num_rows, kTileInputs * sizeof(bf16));
     alignas(64) float sums[2 * kTileRows][kBlock];
     if (num_rows <= kTileRows) {
       sum<false>(x, num_in, panel, sums);
@@ -162,24 +146,7 @@ class Tiles {
   }
 
  private:
-  int64_t configured_rows_ = 0;
-
-  void configure(int64_t num_rows) {
-    if (configured_rows_ == num_rows) return;
-    configured_rows_ = num_rows;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t num_rows[16] = {};
-    } config;
-    const uint8_t upper = std::min<int64_t>(num_rows, kTileRows);
-    const uint8_t lower = std::max<int64_t>(num_rows - upper, 1);  // a tile must have a row, also one that is not used
-    for (int tile : {0, 1, 4}) config.num_rows[tile] = upper;
-    for (int tile : {2, 3, 5}) config.num_rows[tile] = lower;
-    for (int tile : {6, 7}) config.num_rows[tile] = kTileInputs / 2;
-    asm volatile("" ::"r"(&config) : "memory");  // older compilers believe that only eight bytes are read (PR 114098)
-    _tile_loadconfig(&config);
-  }
+  TileShapes shapes_;
 
   template <bool kHasLower>
   static void sum(const bf16* x, int64_t num_in, const bf16* panel, float (*sums)[kBlock]) {
@@ -286,10 +253,11 @@ void linear_integers(const Linear& layer, const void* x, const int32_t* numbers,
                      int32_t num_threads) {
   const int64_t num_out = layer.num_out, num_panels = (num_out + kBlock - 1) / kBlock;
   const int64_t chunk = std::max<int64_t>(1, num_panels / (kTasksPerThread * num_threads));
-  const int64_t num_groups = (num_rows + quantized::most_rows(layer) - 1) / quantized::most_rows(layer);
   quantized::Inputs inputs(layer, num_rows);
 #pragma omp parallel num_threads(num_threads)
   {
+    quantized::Products products(layer, num_rows);
+    const int64_t num_groups = (num_rows + products.most_rows() - 1) / products.most_rows();
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < num_rows; ++r) inputs.set_row(r, static_cast<const bf16*>(x) + r * layer.num_in);
 #pragma omp for schedule(dynamic, chunk) nowait
@@ -298,9 +266,9 @@ void linear_integers(const Linear& layer, const void* x, const int32_t* numbers,
         const int64_t first = num_rows * g / num_groups, num = num_rows * (g + 1) / num_groups - first;
         const Rows rows = {numbers == nullptr ? nullptr : numbers + first, num_out};
         bf16* target = static_cast<bf16*>(y) + p * kBlock + (numbers == nullptr ? first * num_out : 0);
-        bf16* places[quantized::kMostRows];
+        bf16* places[quantized::kMostPlaces];
         for (int64_t r = 0; r < num; ++r) places[r] = target + rows.place(r);
-        quantized::multiply_panel(layer, inputs, first, num, p, places);
+        products.multiply_panel(inputs, first, num, p, places);
       }
   }
 }
@@ -313,12 +281,13 @@ void parts_of_integers(const Linear& layer, const void* x, const Part* parts, in
   quantized::Inputs inputs(layer, num_rows);
 #pragma omp parallel num_threads(num_threads) if (num_parts > kPartsPerTask)
   {
+    quantized::Products products(layer, 1);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < num_rows; ++r) inputs.set_row(r, static_cast<const bf16*>(x) + r * layer.num_in);
 #pragma omp for schedule(dynamic, kPartsPerTask) nowait
     for (int64_t i = 0; i < num_parts; ++i) {
       bf16* place = static_cast<bf16*>(y) + parts[i].row * layer.num_out + parts[i].panel * kBlock;
-      quantized::multiply_panel(layer, inputs, parts[i].row, 1, parts[i].panel, &place);
+      products.multiply_panel(inputs, parts[i].row, 1, parts[i].panel, &place);
     }
   }
 }

@@ -7,7 +7,8 @@
 // A packed weight has panels of 32 outputs. A group of a panel: the outputs' scales as halves, if groups have scales,
 // and their offsets; then for each kStep inputs the weights of 32 outputs, as bytes (32, kStep), or with 4 bits as 64
 // bytes (16, kStep) with outputs 0 to 15 in the lower halves. A weight is stored as an unsigned number, kZero more than
-// its value. Inputs are padded to kBlock with weights of value 0.
+// its value. Inputs are padded to kBlock with weights of value 0. A step's bytes are what a row of a tile of weights (AMX)
+// has, so tiles read the same panels.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "structs.h"
+#include "tiles.h"
 #include "vectors.h"
 
 #if defined(__AVX2__)
@@ -30,6 +32,16 @@ constexpr int64_t kPanel = 2 * kLanes, kStep = 4, kBlock = 64, kScaleBytes = kPa
 
 template <int kBits>
 constexpr int kZero = 1 << (kBits - 1);
+
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using i32x8 = int32_t __attribute__((vector_size(32)));
+using i32x4 = int32_t __attribute__((vector_size(16)));
+using i8x16 = int8_t __attribute__((vector_size(16)));
+
+inline int32_t sum_of(i32x16 v) {
+  const i32x4 four = halved<i32x4>(halved<i32x8>(v));
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
 
 // Sums: 16 int32 sums. Weights<kBits>: a step's weights of 32 outputs. add: sum += w . x for the 4 inputs at x.
 #if defined(__AVX512VNNI__)
@@ -157,7 +169,6 @@ struct Weights {
 };
 #else
 constexpr int kMostRows = 2, kMostGroupRows = 2;
-using i32x16 = int32_t __attribute__((vector_size(64)));
 
 struct Sums {
   i32x16 of;
@@ -206,15 +217,17 @@ inline f32x16 load_halves(const uint8_t* p) {  // of finite numbers
 #endif
 }
 
-// Rows of x as integers, in blocks of one scale. The memory is the calling thread's, until it makes others.
+// Rows of x as integers, in blocks of one scale. The rows' parts of a block are adjacent, as tiles read them. The memory is
+// the calling thread's, until it makes others.
 struct Inputs {
-  int64_t num_in, block, num_blocks, padded;
-  int8_t* codes;  // (N, padded)
-  int32_t* sums;  // (N, blocks): of each block's codes
-  float* scales;  // (N, blocks), NaN for a block that is not finite
+  int64_t num_rows, num_in, block, num_blocks, padded;
+  int8_t* codes;  // (blocks, N, block)
+  int32_t* sums;  // (blocks, N): of each block's codes
+  float* scales;  // (blocks, N), NaN for a block that is not finite
 
   Inputs(const Linear& layer, int64_t num_rows)
-      : num_in(layer.num_in),
+      : num_rows(num_rows),
+        num_in(layer.num_in),
         block(layer.group == 0 ? kBlock : layer.group),
         padded((num_in + kBlock - 1) / kBlock * kBlock) {
     static thread_local std::vector<int64_t> memory;  // aligned for all parts
@@ -234,7 +247,7 @@ struct Inputs {
   // The inverse of a scale has 16 bits, so that its products with bfloat16 numbers are exact on every processor.
   void set_block(int64_t r, int64_t b, const bf16* x, int64_t num) {
     constexpr uint16_t kNotFinite = 0x7f80;
-    int8_t* target = codes + r * padded + b * block;
+    int8_t* target = codes + (b * num_rows + r) * block;
     uint16_t most = 0;
     for (int64_t i = 0; i < num; ++i) most = std::max<uint16_t>(most, x[i].bits & 0x7fff);
     const bool is_finite = most < kNotFinite;
@@ -246,19 +259,17 @@ struct Inputs {
     std::memcpy(&inverse_bits, &exact, sizeof exact);
     inverse_bits &= 0xffffff00u;
     std::memcpy(&inverse, &inverse_bits, sizeof inverse);
-    int32_t sum = 0;
+    i32x16 sum = {};
     for (int64_t i = 0; i < block; i += kLanes) {
       const f32x16 values = is_finite ? load_part(x + i, num - i) * inverse : f32x16{};
       const f32x16 shifted = values + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-      int32_t whole[kLanes];
-      std::memcpy(whole, &shifted, sizeof whole);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        target[i + lane] = static_cast<int8_t>(whole[lane] - 0x4b400000);
-        sum += target[i + lane];
-      }
+      const i32x16 whole = (i32x16)shifted - 0x4b400000;
+      const i8x16 bytes = __builtin_convertvector(whole, i8x16);
+      std::memcpy(target + i, &bytes, sizeof bytes);
+      sum += whole;
     }
-    sums[r * num_blocks + b] = sum;
-    scales[r * num_blocks + b] = is_finite ? 1.0f / inverse : __builtin_nanf("");
+    sums[b * num_rows + r] = sum_of(sum);
+    scales[b * num_rows + r] = is_finite ? 1.0f / inverse : __builtin_nanf("");
   }
 };
 
@@ -273,39 +284,42 @@ template <int R, int kBits, int kGroup, bool kHasOffsets>
 void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float* scales, const float* bias,
               bf16* const* y, int64_t left) {
   constexpr int64_t kStepBytes = kPanel * kStep * kBits / 8, kInputs = kGroup == 0 ? kBlock : kGroup;
+  constexpr int64_t kBlockBytes = kInputs / kStep * kStepBytes + (kGroup == 0 ? 0 : kHasOffsets ? 2 : 1) * kScaleBytes;
   constexpr int kOffset = kBits == 8 && kLoadsSigned ? 0 : -kZero<kBits>;
-  const int64_t num_blocks = x.num_blocks, padded = x.padded;
-  const int8_t* codes = x.codes + first * padded;
-  const int32_t* sums = x.sums + first * num_blocks;
-  const float* row_scales = x.scales + first * num_blocks;
+  const int8_t* codes = x.codes + first * kInputs;
+  const int32_t* sums = x.sums + first;
+  const float* row_scales = x.scales + first;
   f32x16 low_total[R], high_total[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) low_total[r] = high_total[r] = f32x16{};
-  for (int64_t b = 0; b < num_blocks; ++b) {
+  for (int64_t b = 0; b < x.num_blocks; ++b) {
+#ifdef HAS_TILES  // processors with tiles read ahead too late by themselves
+    for (int64_t j = 0; j < kBlockBytes; j += 64) __builtin_prefetch(panel + 3 * kBlockBytes + j);
+#endif
     const uint8_t* group_scales = panel;
     if (kGroup != 0) panel += kHasOffsets ? 2 * kScaleBytes : kScaleBytes;
     Sums low[R], high[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(kOffset * sums[r * num_blocks + b]);
+    for (int r = 0; r < R; ++r) low[r] = high[r] = Sums::all(kOffset * sums[r]);
 #pragma GCC unroll 1  // more steps at once need more registers than there are
-    for (int64_t i = b * kInputs; i < (b + 1) * kInputs; i += kStep, panel += kStepBytes) {
+    for (int64_t i = 0; i < kInputs; i += kStep, panel += kStepBytes) {
       const Weights<kBits> weights(panel);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) weights.add(codes + r * padded + i, low[r], high[r]);
+      for (int r = 0; r < R; ++r) weights.add(codes + r * kInputs + i, low[r], high[r]);
     }
     if constexpr (kGroup != 0) {
       const f32x16 scale_low = load_halves(group_scales), scale_high = load_halves(group_scales + kScaleBytes / 2);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        low_total[r] += low[r].floats() * (scale_low * row_scales[r * num_blocks + b]);
-        high_total[r] += high[r].floats() * (scale_high * row_scales[r * num_blocks + b]);
+        low_total[r] += low[r].floats() * (scale_low * row_scales[r]);
+        high_total[r] += high[r].floats() * (scale_high * row_scales[r]);
       }
       if constexpr (kHasOffsets) {
         const f32x16 offset_low = load_halves(group_scales + kScaleBytes);
         const f32x16 offset_high = load_halves(group_scales + kScaleBytes * 3 / 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const float sum = row_scales[r * num_blocks + b] * static_cast<float>(sums[r * num_blocks + b]);
+          const float sum = row_scales[r] * static_cast<float>(sums[r]);
           low_total[r] += offset_low * sum;
           high_total[r] += offset_high * sum;
         }
@@ -313,10 +327,13 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
     } else {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        low_total[r] += low[r].floats() * row_scales[r * num_blocks + b];
-        high_total[r] += high[r].floats() * row_scales[r * num_blocks + b];
+        low_total[r] += low[r].floats() * row_scales[r];
+        high_total[r] += high[r].floats() * row_scales[r];
       }
     }
+    codes += x.num_rows * kInputs;
+    sums += x.num_rows;
+    row_scales += x.num_rows;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -325,36 +342,174 @@ void multiply(const Inputs& x, int64_t first, const uint8_t* panel, const float*
   }
 }
 
+template <int kBits, int kGroup, bool kHasOffsets>
+struct Kind {
+  static constexpr int kRows = kGroup == 0 ? kMostRows : kMostGroupRows;
+};
+
+// Calls multiply<R> with R = num_rows.
 template <int R, int kBits, int kGroup, bool kHasOffsets, class... Args>
-void multiply_rows(int64_t num_rows, Args... args) {
+void multiply_by_vectors(Kind<kBits, kGroup, kHasOffsets> kind, int64_t num_rows, Args... args) {
   if constexpr (R > 0) {
     if (num_rows == R) return multiply<R, kBits, kGroup, kHasOffsets>(args...);
-    multiply_rows<R - 1, kBits, kGroup, kHasOffsets>(num_rows, args...);
+    multiply_by_vectors<R - 1>(kind, num_rows, args...);
   }
 }
 
-// Sets the panel's outputs of rows first to first + num of x; y has one pointer per row, to their places.
-inline void multiply_panel(const Linear& layer, const Inputs& x, int64_t first, int64_t num, int64_t panel,
-                           bf16* const* y) {
-  const int64_t scale_bytes = layer.group == 0 ? 0 : x.num_blocks * kScaleBytes * (layer.has_offsets ? 2 : 1);
-  const int64_t panel_bytes = x.padded * kPanel * layer.bits / 8 + scale_bytes;
-  const uint8_t* weights = static_cast<const uint8_t*>(layer.panels) + panel * panel_bytes;
-  const float *scales = layer.scales + panel * kPanel, *bias = layer.bias + panel * kPanel;
-  const int64_t left = layer.num_out - panel * kPanel;
+#ifdef HAS_TILES
+constexpr int kMostTileRows = 2 * kTileRows;
+
+// Sets sums[r] to x[r] . weights of one block, as unsigned numbers. `weights` has a panel's steps, with a byte a weight.
+template <bool kHasLower>
+inline void sum_by_tiles(const int8_t* x, int64_t stride, const uint8_t* weights, int32_t (*sums)[kPanel]) {
+  constexpr int64_t kSumStride = sizeof sums[0];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_loadd(6, weights, kPanel * kStep);
+  _tile_loadd(7, weights + kLanes * kStep, kPanel * kStep);
+  _tile_loadd(4, x, stride);
+  _tile_dpbsud(0, 4, 6);
+  _tile_dpbsud(1, 4, 7);
+  if constexpr (kHasLower) {
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(5, x + kTileRows * stride, stride);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_stored(0, sums[0], kSumStride);
+  _tile_stored(1, sums[0] + kLanes, kSumStride);
+  if constexpr (kHasLower) {
+    _tile_stored(2, sums[kTileRows], kSumStride);
+    _tile_stored(3, sums[kTileRows] + kLanes, kSumStride);
+  }
+}
+
+// As `multiply`, bit for bit, for up to 32 rows.
+template <int kBits, int kGroup, bool kHasOffsets>
+void multiply_by_tiles(TileShapes& shapes, Kind<kBits, kGroup, kHasOffsets>, int64_t num_rows, const Inputs& x,
+                       int64_t first, const uint8_t* panel, const float* scales, const float* bias, bf16* const* y,
+                       int64_t left) {
+  constexpr int64_t kInputs = kGroup == 0 ? kBlock : kGroup;
+  constexpr int64_t kNumScaleBytes = kGroup == 0 ? 0 : kHasOffsets ? 2 * kScaleBytes : kScaleBytes;
+  constexpr int64_t kBytes = kNumScaleBytes + kPanel * kInputs * kBits / 8;
+  alignas(64) int32_t sums[2][kMostTileRows][kPanel];  // of a block and, meanwhile, of the next one
+  alignas(64) uint8_t unpacked[kPanel * kInputs];      // weights of 4 bits
+  alignas(64) float totals[kMostTileRows][kPanel];
+  const auto sum_block = [&](int64_t b, const uint8_t* weights) {
+    if constexpr (kBits == 4) {
+      for (int64_t i = 0; i < kInputs / kStep; ++i) {
+        const Weights<4> step(weights + 64 * i);
+        _mm512_store_si512(unpacked + 128 * i, step.low);
+        _mm512_store_si512(unpacked + 128 * i + 64, step.high);
+      }
+      weights = unpacked;
+    }
+    const int8_t* codes = x.codes + (b * x.num_rows + first) * kInputs;
+    if (num_rows > kTileRows) {
+      sum_by_tiles<true>(codes, kInputs, weights, sums[b % 2]);
+    } else {
+      sum_by_tiles<false>(codes, kInputs, weights, sums[b % 2]);
+    }
+  };
+  std::memset(totals, 0, num_rows * sizeof totals[0]);
+  shapes.set(num_rows, kInputs);
+  sum_block(0, panel + kNumScaleBytes);
+  for (int64_t b = 0; b < x.num_blocks; ++b, panel += kBytes) {
+    for (int64_t j = 0; j < kBytes; j += 64) __builtin_prefetch(panel + 3 * kBytes + j);
+    if (b + 1 < x.num_blocks) sum_block(b + 1, panel + kBytes + kNumScaleBytes);
+    f32x16 scale[2], offset[2];
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kGroup != 0) scale[half] = load_halves(panel + half * kScaleBytes / 2);
+      if constexpr (kHasOffsets) offset[half] = load_halves(panel + kScaleBytes + half * kScaleBytes / 2);
+    }
+    const float* row_scales = x.scales + b * x.num_rows + first;
+    const int32_t* row_sums = x.sums + b * x.num_rows + first;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const __m512i above = _mm512_set1_epi32(-kZero<kBits> * row_sums[r]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const Sums sum = {_mm512_add_epi32(above, _mm512_load_si512(sums[b % 2][r] + half * kLanes))};
+        f32x16 total = load(totals[r] + half * kLanes);
+        if constexpr (kGroup != 0) {
+          total += sum.floats() * (scale[half] * row_scales[r]);
+        } else {
+          total += sum.floats() * row_scales[r];
+        }
+        if constexpr (kHasOffsets) total += offset[half] * (row_scales[r] * static_cast<float>(row_sums[r]));
+        store(totals[r] + half * kLanes, total);
+      }
+    }
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    store_row(y[r], load(totals[r]) * load(scales) + load(bias),
+              load(totals[r] + kLanes) * load(scales + kLanes) + load(bias + kLanes), left);
+  }
+}
+#endif
+
+// Calls `multiply_of` with the Kind of the layer's weights.
+template <class Multiply>
+void by_kind(const Linear& layer, const Multiply& multiply_of) {
   if (layer.group == 0) {
-    multiply_rows<kMostRows, 8, 0, false>(num, x, first, weights, scales, bias, y, left);
+    multiply_of(Kind<8, 0, false>{});
   } else if (layer.group == 16) {
-    multiply_rows<kMostGroupRows, 8, 16, false>(num, x, first, weights, scales, bias, y, left);
+    multiply_of(Kind<8, 16, false>{});
   } else if (layer.bits == 8) {
-    multiply_rows<kMostGroupRows, 8, 32, false>(num, x, first, weights, scales, bias, y, left);
+    multiply_of(Kind<8, 32, false>{});
   } else if (layer.has_offsets) {
-    multiply_rows<kMostGroupRows, 4, 32, true>(num, x, first, weights, scales, bias, y, left);
+    multiply_of(Kind<4, 32, true>{});
   } else {
-    multiply_rows<kMostGroupRows, 4, 32, false>(num, x, first, weights, scales, bias, y, left);
+    multiply_of(Kind<4, 32, false>{});
   }
 }
 
-inline int64_t most_rows(const Linear& layer) { return layer.group == 0 ? kMostRows : kMostGroupRows; }
+#ifdef HAS_TILES
+constexpr int kMostPlaces = kMostTileRows;
+#else
+constexpr int kMostPlaces = kMostRows;
+#endif
+
+// The products of one thread, by vectors or, for many rows, by tiles.
+class Products {
+ public:
+  // `num_rows`: of the step
+  Products(const Linear& layer, [[maybe_unused]] int64_t num_rows) : layer_(layer) {
+#ifdef HAS_TILES
+    const int64_t most_by_vectors = layer.group == 0 ? 2 : layer.group == 16 ? 2 * kMostGroupRows : kMostGroupRows;
+    uses_tiles_ = num_rows > most_by_vectors && request_tiles();  // both give the same bits
+#endif
+  }
+
+  int64_t most_rows() const {
+#ifdef HAS_TILES
+    if (uses_tiles_) return kMostTileRows;
+#endif
+    return layer_.group == 0 ? kMostRows : kMostGroupRows;
+  }
+
+  // Sets the panel's outputs of rows first to first + num of x; y has one pointer per row, to their places.
+  void multiply_panel(const Inputs& x, int64_t first, int64_t num, int64_t panel, bf16* const* y) {
+    const int64_t scale_bytes = layer_.group == 0 ? 0 : x.num_blocks * kScaleBytes * (layer_.has_offsets ? 2 : 1);
+    const int64_t panel_bytes = x.padded * kPanel * layer_.bits / 8 + scale_bytes;
+    const uint8_t* weights = static_cast<const uint8_t*>(layer_.panels) + panel * panel_bytes;
+    const float *scales = layer_.scales + panel * kPanel, *bias = layer_.bias + panel * kPanel;
+    const int64_t left = layer_.num_out - panel * kPanel;
+    by_kind(layer_, [&](auto kind) {
+#ifdef HAS_TILES
+      if (uses_tiles_) return multiply_by_tiles(shapes_, kind, num, x, first, weights, scales, bias, y, left);
+#endif
+      multiply_by_vectors<decltype(kind)::kRows>(kind, num, x, first, weights, scales, bias, y, left);
+    });
+  }
+
+ private:
+  const Linear& layer_;
+#ifdef HAS_TILES
+  bool uses_tiles_;
+  TileShapes shapes_;
+#endif
+};
 
 }  // namespace quantized
 }  // namespace

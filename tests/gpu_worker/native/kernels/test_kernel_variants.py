@@ -10,7 +10,7 @@ _HASWELL = "fpu sse2 avx avx2 bmi1 bmi2 f16c fma abm movbe"
 _SKYLAKE_X = f"{_HASWELL} avx512f avx512bw avx512cd avx512dq avx512vl"
 _ICE_LAKE = f"{_SKYLAKE_X} avx512_vnni"
 _ZEN_4 = f"{_ICE_LAKE} avx512_bf16"
-_SAPPHIRE_RAPIDS = f"{_ZEN_4} amx_tile amx_bf16"
+_SAPPHIRE_RAPIDS = f"{_ZEN_4} amx_tile amx_bf16 amx_int8"
 
 
 def cpuinfo(*flags: str, key: str = "flags") -> str:
