@@ -37,6 +37,7 @@ from gpu_worker.native.attention.kv_cache import KvCache, KvShape
 from gpu_worker.native.checks.device_check import NOTHING_COMPUTED, DeviceCheck
 from gpu_worker.native.checks.isolation import compute_isolated
 from gpu_worker.native.checks.model_check import ModelCheck
+from gpu_worker.native.checks.passed_check import PassedCheck
 from gpu_worker.native.forward import ForwardPass
 from gpu_worker.native.memory_plan import load_planned
 from gpu_worker.native.next_tokens import Chosen, choose, grammars_of, masks_of
@@ -75,7 +76,9 @@ class Engine:
         self.max_len = self.memory.kv.max_len
         context = StepContext()
         found = Adaptable.of(self.base.model)
-        check = ModelCheck(self.base, found, self.max_len, config.bank_rank_rows)
+        passed = PassedCheck.of(config, self.base.source) if base is None else None
+        is_known = passed is not None and passed.is_noted
+        check = None if is_known else ModelCheck(self.base, found, self.max_len, config.bank_rank_rows)
         device_parts.fuse_where_compiled(self.base.model, config)
         self.bank = device_parts.make_bank(config, found.linears, free_fill, expert_shapes(found.experts))
         device_parts.inject_adapters(self.base.model, self.bank, context, config)
@@ -89,7 +92,12 @@ class Engine:
         )
         self.kv_cache = (build_kv_cache or partial(device_parts.make_kv_cache, config))(self.memory.kv)
         self._forward = ForwardPass(self.base, self.residency, self.kv_cache, context, kernel, device)
-        check.run(self._forward, self.residency, self.kv_cache)
+        if check is None:
+            logger.info("%s agreed with transformers at an earlier start and is not compared again", config.base_model)
+        else:
+            check.run(self._forward, self.residency, self.kv_cache)
+            if passed is not None:
+                passed.note()
         self.grammars = grammar_compiler(self.base, config.tool_parser)
         self.prepare = RequestPreprocessor.of(config, self.base, self.max_len, self.grammars, clock)
         state = self.bank, self.residency, self.kv_cache
