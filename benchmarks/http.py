@@ -60,16 +60,18 @@ CPU = "CPU ms for 1,000 tokens"
 OWN = "its engine's own"
 _ENDED = re.compile(r"job (\S+) ended \(length\) after (\S+) s")
 
+POOL_NAMES = [f"adapter-{number}" for number in range(NUM_ADAPTERS)]
+
 Ask = Callable[[int, Prompt, int], Awaitable[None]]
 """Takes (row, prompt, new tokens) and returns after the last token."""
 
 
 def write_pool(folder: Path, loaded: Loaded, base: str) -> None:
     """Write the engine's random adapters as PEFT folders, with random words as samples."""
-    for number in range(NUM_ADAPTERS):
+    for number, name in enumerate(POOL_NAMES):
         samples = [Sample(prompt.text) for prompt in loaded.prompts(10_000 + number, NUM_SAMPLES)]
         modules = random_modules(number, loaded.engine.bank.shapes)
-        write_peft_folder(folder / f"adapter-{number}", modules, base_model=base, samples=samples)
+        write_peft_folder(folder / name, modules, base_model=base, samples=samples)
 
 
 class Bench:
@@ -81,7 +83,7 @@ class Bench:
         self._loop = NativeEngine(loaded.engine, niceness=config.worker.niceness)
         self._ways: dict[str, Ask] = {
             ENGINE_ONE: self._engine("selection"),
-            HTTP_ONE: lambda row, prompt, num_new: self._post(prompt, num_new, model=f"adapter-{row % NUM_ADAPTERS}"),
+            HTTP_ONE: lambda row, prompt, num_new: self._post(prompt, num_new, model=POOL_NAMES[row % NUM_ADAPTERS]),
             ENGINE_MIX: self._engine("mixture"),
             HTTP_AUTO: self._auto,
             HTTP_KNOWN: self._auto,

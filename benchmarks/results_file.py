@@ -53,23 +53,30 @@ def _suffix(study: str) -> str:
 
 
 def write_part(
-    study: str, part: str, *, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]
+    study: str,
+    part: str,
+    *,
+    figures: Mapping[str, float],
+    table: str,
+    runs: Sequence[Mapping[str, Any]],
+    keeps_other_vendors: bool = False,
 ) -> Path:
     """Write one part of a study that several scripts share, and keep the other parts.
 
     The file's `figures` are those of all parts. Its `runs` have one entry for each part with the circumstances, numbers
-    and rows of that part. The circumstances at the top level are those of the last writer.
+    and rows of that part. The circumstances at the top level are those of the last writer. `keeps_other_vendors`: see
+    `write_results`.
     Raises: ValueError if another part has a number of the same name.
     """
     (RESULTS / study).mkdir(parents=True, exist_ok=True)
     with FileLock(RESULTS / study / ".lock"):
-        return _write_part(study, part, figures, table, runs)
+        return _write_part(study, part, figures, table, runs, _suffix(study) if keeps_other_vendors else "")
 
 
 def _write_part(
-    study: str, part: str, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]]
+    study: str, part: str, figures: Mapping[str, float], table: str, runs: Sequence[Mapping[str, Any]], suffix: str
 ) -> Path:
-    path = RESULTS / study / "results.json"
+    path = RESULTS / study / f"results{suffix}.json"
     entries = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
     now = _circumstances()
     entry = {"part": part} | now | {"figures": dict(figures), "table": table.rstrip().split("\n"), "rows": list(runs)}
@@ -79,7 +86,8 @@ def _write_part(
         if taken := together.keys() & item["figures"].keys():
             raise ValueError(f"{item['part']} and another part of {study} both write {', '.join(sorted(taken))}")
         together |= item["figures"]
-    return _write(study, now | {"figures": together, "runs": entries}, ["\n".join(item["table"]) for item in entries])
+    tables = ["\n".join(item["table"]) for item in entries]
+    return _write(study, now | {"figures": together, "runs": entries}, tables, suffix)
 
 
 def _circumstances() -> dict[str, str]:

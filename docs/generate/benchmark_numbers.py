@@ -22,6 +22,7 @@ _ROUND = {  # a key that the raw row of each round has
 _RUNTIMES = {"server": "OpenVINO, as in the server", "bfloat16": "torch, bfloat16", "float32": "torch, float32"}
 _COMPOSED = {"base": "base model", "mixture": "mixture of 3 over 8"}
 _BITS = {"bfloat16": "bfloat16", "int8": "int8 / Q8_0", "int4": "int4 / Q4_0", "file": "the packaged Q4_K_M file"}
+HTTP = ", ours over HTTP"
 _CLIENTS = {"vllm bench serve": "`vllm bench serve`, 4 adapters in turn", "guidellm": "guidellm, one adapter"}
 
 
@@ -252,30 +253,45 @@ def encoder_times() -> str:
 
 def integer_weights() -> str:
     """Return the ratios to bfloat16 in the same engine, a row for each case and a column for each kind of weights."""
-    figures = _result("integer_weights")["figures"]
-    kinds = ("the file's integers", "int8", "int4")
-    cases = [(text, f"{name} x{num}") for name, text in _COMPOSED.items() for num in (1, 8, 32)]
+    results, kinds = results_of("integer_weights"), ("the file's integers", "int8", "int4")
+    cases = {f"{text}, {_rows(num)}": f"{name} x{num}" for name, text in _COMPOSED.items() for num in (1, 8, 32)}
+    cases["mixture against the base model with the same weights, 32 rows"] = "mixture against base x32"
     rows = [
-        (f"{text}, {_rows(int(name.rpartition('x')[2]))}", *[f"{figures[f'{kind}: {name}']:.2f}" for kind in kinds])
-        for text, name in cases
+        (text, *[f"{result['figures'][f'{kind}: {case}']:.2f}" for result in results for kind in kinds])
+        for text, case in cases.items()
     ]
-    kept = [f"{figures[f'{kind}: mixture against base x32']:.2f}" for kind in kinds]
-    rows.append(("mixture against the base model with the same weights, 32 rows", *kept))
-    head = ("tokens/s against bfloat16", *kinds)
+    head = ("tokens/s against bfloat16", *[f"{kind} {_on(result)}" for result in results for kind in kinds])
     return table(head, rows) + "\n" + measured("integer_weights") + "\n"
 
 
 def peers_by_bits() -> str:
-    """Return this engine's speed over llama.cpp's with the same weights, a row for each kind of weights."""
-    figures = _result("peers_by_bits")["figures"]
+    """Return this engine's speed over llama.cpp's with the same weights, a table for each vendor of processors."""
+    return "\n".join(map(_peers_by_bits, results_of("peers_by_bits"))) + "\n" + measured("peers_by_bits") + "\n"
+
+
+def _peers_by_bits(result: Mapping[str, Any]) -> str:
+    figures = result["figures"]
     llama = next(name.split(": ")[1] for name in figures if "llama" in name and "," not in name)
     cases = [(number, of) for of in ("", ", 8 adapters") for number in (1, 8, 32)]
     rows = [
-        (text, *[f"{figures[f'{bits} x{number}: {llama}{of}']:.2f}" for number, of in cases])
+        (text, *[_ratio(figures, f"{bits} x{number}: {llama}{of}") for number, of in cases])
         for bits, text in _BITS.items()
     ]
-    head = ("ours / " + llama.replace("llama ", "llama-cpp-python "), *[f"{_rows(number)}{of}" for number, of in cases])
-    return table(head, rows) + "\n" + measured("peers_by_bits") + "\n"
+    over_http = [f"{bits} x{number}: {llama}{of}{HTTP}" for bits in _BITS for number, of in cases]
+    if any(name in figures for name in over_http):
+        rows += [
+            (
+                f"{text}, ours over HTTP",
+                *[_ratio(figures, f"{bits} x{number}: {llama}{of}{HTTP}") for number, of in cases],
+            )
+            for bits, text in _BITS.items()
+        ]
+    own = f"ours / {llama.replace('llama ', 'llama-cpp-python ')} {_on(result)}"
+    return table((own, *[f"{_rows(number)}{of}" for number, of in cases]), rows)
+
+
+def _ratio(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.2f}" if name in figures else "–"
 
 
 def _rows(number: int) -> str:
