@@ -51,7 +51,7 @@ from benchmarks.results_file import write_part, write_results
 from benchmarks.vllm_process import Peer, Vllm
 from deployments.cli.local_server import Server
 from deployments.config.app import AppConfig
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import PACKAGED_MODEL, WorkerConfig
 from gpu_worker.model.base_model import model_source
 from gpu_worker.model.packaged_model import assemble, packaged_folder
 from lora_store import ModuleWeights, Strategy, write_peft_folder
@@ -228,8 +228,9 @@ def measure_bits(bits: str, pythons: Mapping[str, Path], rounds: int, minutes: f
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_pool(scratch / "pool", loaded, folder)
-        settings = options | {"bank_rank_rows": RANK * NUM_ADAPTERS, "prefix_cache": False}
-        config = AppConfig(store_uri=f"{scratch}/store", preload=(scratch / "pool",), worker=settings)
+        base = {"base_model": options.get("base_model", PACKAGED_MODEL)}
+        worker = {"quantization": options["quantization"], "prefix_cache": False}
+        config = AppConfig(store_uri=f"{scratch}/store", preload=(scratch / "pool",), **base, worker=worker)
         server = stack.enter_context(Server(config, port=0))
         server.prepare(console.print)
         url = server.start()
