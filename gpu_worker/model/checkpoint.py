@@ -36,6 +36,7 @@ from transformers.utils import (
 )
 
 from gpu_worker.errors import BaseModelUnsupported
+from gpu_worker.model.own_families import OWN_CONFIGS
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def read_tensors(source: str) -> dict[str, Tensor]:
 
 def read_config(source: str) -> Any:
     """Read the model's config.json. Run no code that it names: its own, or a hub's for attention or experts."""
-    AutoConfig.register(QianfanOCRConfig.model_type, QianfanOCRConfig, exist_ok=True)  # vLLM puts its own class there
+    for each in (QianfanOCRConfig, *OWN_CONFIGS):  # vLLM puts classes of its own there
+        AutoConfig.register(each.model_type, each, exist_ok=True)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config.update({"_attn_implementation": None, "_experts_implementation": None})
     return config

@@ -186,7 +186,7 @@ def language_linears(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict
     part = language_part(model)
     decoder = part.get_decoder()
     prefix = next(path for path, module in model.named_modules() if module is decoder)
-    own = [part for part in prefix.split(".") if part in ("model", "decoder")] or ["model"]
+    own = [part for part in prefix.split(".") if part in ("model", "decoder", "transformer")] or ["model"]
     linears, paths = {}, {}
     for path, linear in target_linears(decoder, part.get_output_embeddings()).items():
         name = ".".join([*own, path])

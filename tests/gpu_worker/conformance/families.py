@@ -129,12 +129,26 @@ TEXT: dict[str, Settings] = {
                  "v_head_dim": 32, "num_key_value_heads": 4, "dim_model_base": 64},
     "gpt_bigcode": {"n_positions": 256, "multi_query": True, "n_inner": 96, "num_key_value_heads": 1},
 }  # fmt: skip
+_CHATGLM = {"num_layers": 3, "padded_vocab_size": 300, "ffn_hidden_size": 96, "kv_channels": 32, "seq_length": 256}
+_CHATGLM |= {"layernorm_epsilon": 1e-5, "add_qkv_bias": True, "multi_query_group_num": 2, "original_rope": True}
+_CHATGLM |= {"multi_query_attention": True, "rope_ratio": 500, "rmsnorm": True, "post_layer_norm": True}
 # Their checkpoints on the model hub bring code, which is never run.
 _OWN_CODE = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}}
 TEXT |= {
     "mimo": {**_OWN_CODE, "attention_bias": True},
     "minicpm": {**_OWN_CODE, "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 64},
     "PanguEmbedded": {**_OWN_CODE, "bias": True},
+    "internlm2": {**_OWN_CODE, "bias": False},
+    "chatglm": {**_OWN_CODE, **_CHATGLM},
+    "telechat": {**_OWN_CODE, "num_key_value_heads": 4, "n_layer": 3, "n_head": 4, "ffn_hidden_size": 96},
+    "solar": {**_OWN_CODE, "bskcn_1": [1], "bskcn_2": [1], "bskcn_3": [2], "bskcn_4": [2], "bskcn_tv": [0.9, 0.8]},
+    "bailing_moe": {
+        **TEXT["sarvam_moe"],
+        **_OWN_CODE,
+        "partial_rotary_factor": 0.5,
+        "rotary_dim": 16,
+        "use_qk_norm": True,
+    },
     "TeleFLM": {**_OWN_CODE, "use_mup": True, "input_mult": 1.0, "output_mult": 2.0, "mup_scale_factor": 4},
 }
 # Variants of a family. The text in parentheses says what is other than in the family.
@@ -271,10 +285,44 @@ MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL["dots_ocr"] = ({}, {**_TEXT, "vision_config": _DOTS_EYES, **_OWN_CODE})
 MULTIMODAL["phi4mm"] = ({}, {**_TEXT, **_PHI4_ENCODERS, **_OWN_CODE})
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
+MULTIMODAL["opencua"] = ({}, {**_OWN_CODE, "vision_config": {"out_hidden_size": 128}})
+_RADIO = {"vit_hidden_size": 32, "projector_hidden_size": 32, "vision_config": {"image_size": 8, "patch_size": 4}}
+MULTIMODAL["Llama_Nemotron_Nano_VL"] = ({}, {**_CHAT, **_RADIO})
+_NORMS = {"qk_norm": True, "num_key_value_heads": 2}
+MULTIMODAL["bagel"] = ({**_NORMS, "model_type": "qwen2"}, {"vit_config": _EYES, "visual_und": True, **_OWN_CODE})
+MULTIMODAL["ultravox"] = ({}, {"vocab_size": _TEXT["vocab_size"], "hidden_size": 32, **_OWN_CODE})
+MULTIMODAL["isaac"] = ({}, {**_TEXT, **_HEADS, **_OWN_CODE})
+_MINICPMV = {**_TEXT, **_HEADS, "vision_config": _EYES, **_OWN_CODE}
+MULTIMODAL |= {f"minicpmv (version {version})": ({}, {**_MINICPMV, "version": version}) for version in (2.5, 2.6, 4.5)}
+_WHISPER = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+MULTIMODAL["minicpmo"] = ({}, {**_MINICPMV, "version": "2.6", "audio_config": _WHISPER})
+_WITHOUT_LATENTS = {**_ROUTED, **_GROUPS, "n_shared_experts": 1, "num_key_value_heads": 4, "topk_method": "greedy"}
+_WITHOUT_LATENTS |= {"qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0, "kv_lora_rank": None}
+_WITHOUT_LATENTS |= {"architectures": ["DeepseekV2ForCausalLM"], "use_mla": False, "q_lora_rank": None}
+_DEEPSEEK_EYES = {"tile_tag": "2D", "projector_config": {"n_embed": 32}, "vision_config": {"image_size": 8}}
+_DEEPSEEK = (_WITHOUT_LATENTS, {**_DEEPSEEK_EYES, **_OWN_CODE})
+MULTIMODAL |= {f"deepseek_vl_v2 ({name})": _DEEPSEEK for name in ("OCR", "OCR 2")}
+_EVA = {**_EYES, "num_heads": 2, "num_positions": 5, "in_channels": 3, "dropout_prob": 0.0, "scaling_factor": 8.0}
+_GLM4V = {"vision_config": _EVA, "architectures": ["GLM4VForCausalLM"]}
+TEXT["chatglm (with images)"] = {**TEXT["chatglm"], **_GLM4V}
+MULTIMODAL["intern_s2_preview"] = (TEXT["qwen3_5_moe_text"], _OWN_CODE)
 MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
 ARCHITECTURES = {
+    "chatglm": "ChatGLMModel",
+    "chatglm (with images)": "GLM4VForCausalLM",
+    "intern_s2_preview": "InternS2PreviewForConditionalGeneration",
+    "bailing_moe": "BailingMoeV2ForCausalLM",
+    "opencua": "OpenCUAForConditionalGeneration",
+    "Llama_Nemotron_Nano_VL": "Llama_Nemotron_Nano_VL",
+    "bagel": "BagelForConditionalGeneration",
+    "ultravox": "UltravoxModel",
+    "isaac": "IsaacForConditionalGeneration",
+    "minicpmv": "MiniCPMV",
+    "minicpmo": "MiniCPMO",
+    "deepseek_vl_v2 (OCR)": "DeepseekOCRForCausalLM",
+    "deepseek_vl_v2 (OCR 2)": "DeepseekOCR2ForCausalLM",
     "PanguEmbedded": "PanguEmbeddedForCausalLM",
     "mimo": "MiMoForCausalLM",
     "minicpm": "MiniCPMForCausalLM",
@@ -292,11 +340,13 @@ ARCHITECTURES = {
     "sarvam_mla": "SarvamMLAForCausalLM",
     "sarvam_moe": "SarvamMoEForCausalLM",
 }
+TEXT_NAMES = {"bagel": "llm_config", "Llama_Nemotron_Nano_VL": "llm_config", "deepseek_vl_v2": "language_config"}
 # Their checkpoints on the model hub have experts with inputs first, which transformers writes otherwise for tiny ones.
 INPUTS_FIRST = ("qwen3_vl_moe",)
 # vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
 IN_BFLOAT16 = (
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7"),
+    "intern_s2_preview",
     "apertus (in bfloat16)",
 )
 # vLLM makes the processor of these at its start, also without images and sounds.
@@ -312,7 +362,7 @@ PROCESSORS = {
 _OMNI_TOKENS = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 
 FAMILIES = [*TEXT, *MULTIMODAL]
-assert {*OWN_FAMILIES} <= {*FAMILIES}, "each of them is compared"
+assert {*OWN_FAMILIES} <= {family.partition(" ")[0] for family in FAMILIES}, "each of them is compared"
 PROMPTS = ("The parrot says " * 4, "x")
 NUM_NEW = 8
 TOLERANCE = 1e-3  # of a log probability
@@ -371,8 +421,18 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
-    if family in ARCHITECTURES:
-        _change(folder / "config.json", {"architectures": [ARCHITECTURES[family]]})
+    name = family.partition(" ")[0]
+    if (architecture := ARCHITECTURES.get(family, ARCHITECTURES.get(name))) is not None:
+        _change(folder / "config.json", {"architectures": [architecture]})
+    if name == "chatglm":  # transformers writes its own names of these
+        _change(folder / "config.json", _CHATGLM)
+    if name in TEXT_NAMES:  # the hub's files have the settings of the language model under this name
+        written = json.loads((folder / "config.json").read_text())
+        del written["text_config"]
+        text = {**_TEXT, **MULTIMODAL[family][0]}
+        (folder / "config.json").write_text(json.dumps(written | {TEXT_NAMES[name]: text}))
+    if name == "deepseek_vl_v2":  # vLLM asks for this token
+        _change(folder / "tokenizer_config.json", {"extra_special_tokens": {"image_token": "<image>"}})
     if family in PROCESSORS:
         _change(folder / "preprocessor_config.json", PROCESSORS[family])
         _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})

@@ -153,7 +153,8 @@ def list_files() -> None:
         config = config_of(family)
         with torch.device("meta"):
             default = type(auto_class(config).from_config(config)).__name__
-        file = file_of.get(ARCHITECTURES.get(family, default), OTHER_CLASSES)
+        named = ARCHITECTURES.get(family, ARCHITECTURES.get(family.partition(" ")[0], default))
+        file = file_of.get(named, OTHER_CLASSES)
         if file in rows:
             rows[file]["families"].append(family)
     found = sorted(rows.values(), key=lambda row: str(row["file"]))

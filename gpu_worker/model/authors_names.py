@@ -1,0 +1,284 @@
+"""Classes of transformers with the layers and names of authors' own classes, whose adapters they then take.
+
+Authors fuse queries, keys and values, or name layers otherwise. vLLM's classes have the authors' layers and names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.models.glm.modeling_glm import GlmAttention
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+
+class AuthorsNames(PreTrainedModel):  # type: ignore[misc]
+    """A model of transformers whose parts have the names of the authors' class, in files and in adapters.
+
+    `names`: for the class of each module, the paths that its parts have there, by their names in transformers.
+    """
+
+    names: ClassVar[dict[str, dict[str, str]]]
+
+    def post_init(self) -> None:
+        for module in list(self.modules()):
+            self.change(module)
+            names = self.names.get(type(module).__name__, {})
+            _rename(module, {name: path for name, path in names.items() if name in module._modules})
+        super().post_init()
+
+    def change(self, module: Any) -> None:
+        """Give the module the layers of the authors' class."""
+
+
+def _rename(module: nn.Module, names: dict[str, str]) -> None:
+    for name, path in names.items():
+        *parents, leaf = path.split(".")
+        parent = module
+        for each in parents:
+            parent.add_module(each, parent._modules.get(each) or nn.Module())
+            parent = parent.get_submodule(each)
+        parent.add_module(leaf, module._modules.pop(name))
+    found = {name: property(lambda self, path=path: self.get_submodule(path)) for name, path in names.items()}
+    module.__class__ = type(type(module).__name__, (type(module),), found)
+
+
+class _Columns(nn.Module):
+    """Some outputs of a layer that computes several at once."""
+
+    def __init__(self, whole: Callable[[], nn.Module], columns: list[int]) -> None:
+        super().__init__()
+        self._whole, self._columns = whole, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self._whole()(x)
+        return found[..., self._columns]
+
+
+def _fuse(attention: Any, name: str, heads: dict[str, int]) -> None:
+    """Give the attention one layer `name` for several. `heads`: how many each of them has in every group of outputs."""
+    parts = [attention.get_submodule(part) for part in heads]
+    width = sum(part.out_features for part in parts)
+    fused = nn.Linear(parts[0].in_features, width, bias=parts[0].bias is not None, dtype=parts[0].weight.dtype)
+    attention.add_module(name, fused)
+    start, group = 0, sum(heads.values()) * attention.head_dim
+    for part, count in heads.items():
+        size = count * attention.head_dim
+        columns = [first + place for first in range(start, width, group) for place in range(size)]
+        attention.add_module(part, _Columns(lambda: attention.get_submodule(name), columns))
+        start += size
+
+
+def _all_heads(config: Any) -> dict[str, int]:
+    num_keys = config.num_key_value_heads
+    return {"q_proj": config.num_attention_heads, "k_proj": num_keys, "v_proj": num_keys}
+
+
+def _require(config: Any, needed: dict[str, Any], **absent: Any) -> None:
+    """Raise ValueError unless the settings have these values. `absent`: those of settings that the file lacks."""
+    for name, value in needed.items():
+        if (found := getattr(config, name, absent.get(name, value))) != value:
+            raise ValueError(f"{name} must be {value!r}, got {found!r}")
+
+
+class InternLM2Config(transformers.LlamaConfig):  # type: ignore[misc]
+    """InternLM 2 is Llama with one layer for queries, keys and values."""
+
+    model_type = "internlm2"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _require(self, {"bias": False})
+
+
+class InternLM2ForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"output.weight": "model.tok_embeddings.weight"}
+    names: ClassVar[dict[str, dict[str, str]]] = {
+        "InternLM2ForCausalLM": {"lm_head": "output"},
+        "LlamaModel": {"embed_tokens": "tok_embeddings"},
+        "LlamaDecoderLayer": {
+            "self_attn": "attention",
+            "mlp": "feed_forward",
+            "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "ffn_norm",
+        },
+        "LlamaAttention": {"o_proj": "wo"},
+        "LlamaMLP": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    }
+
+    def change(self, module: Any) -> None:
+        if isinstance(module, LlamaAttention):
+            _fuse(module, "wqkv", {"q_proj": module.num_key_value_groups, "k_proj": 1, "v_proj": 1})
+
+
+class BailingMoeConfig(transformers.SarvamMoEConfig):  # type: ignore[misc]
+    """Ling 2.0 and Ring 2.0 are GLM 4 MoE with one layer for queries, keys and values."""
+
+    model_type = "bailing_moe"
+    routed_scaling_factor: float = 1.0  # these three as in the authors' class
+    use_qk_norm: bool = False
+    default_theta = 10_000.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        needed = {"score_function": "sigmoid", "moe_router_enable_expert_bias": True, "use_rmsnorm": True}
+        _require(self, needed, **dict.fromkeys(needed))
+        rotary_dim = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+        needed = {"moe_shared_expert_intermediate_size": self.moe_intermediate_size, "rotary_dim": rotary_dim}
+        _require(self, {**needed, "use_bias": False, "norm_head": False})
+
+
+class BailingMoeForCausalLM(AuthorsNames, transformers.Glm4MoeForCausalLM):  # type: ignore[misc]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.word_embeddings.weight"}
+    names: ClassVar[dict[str, dict[str, str]]] = {
+        "Glm4MoeModel": {"embed_tokens": "word_embeddings"},
+        "Glm4MoeDecoderLayer": {"self_attn": "attention"},
+        "Glm4MoeAttention": {"o_proj": "dense", "q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+    }
+
+    def change(self, module: Any) -> None:
+        if isinstance(module, Glm4MoeAttention):
+            _fuse(module, "query_key_value", _all_heads(self.config))
+
+
+class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
+    """ChatGLM 2 to GLM-4 and GLM-4V are GLM with one layer for queries, keys and values."""
+
+    model_type = "chatglm"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_layers": "num_hidden_layers",
+        "padded_vocab_size": "vocab_size",
+        "ffn_hidden_size": "intermediate_size",
+        "kv_channels": "head_dim",
+        "seq_length": "max_position_embeddings",
+        "layernorm_epsilon": "rms_norm_eps",
+        "add_qkv_bias": "attention_bias",
+        "multi_query_group_num": "num_key_value_heads",
+    }
+    attention_bias: bool = False
+    rms_norm_eps: float = 1e-5
+    vision_config: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in self.attribute_map:
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
+        kwargs["rope_theta"] = 10_000.0 * kwargs.get("rope_ratio", 1.0)
+        super().__post_init__(**kwargs)
+        needed = {"original_rope": True, "multi_query_attention": True, "tie_word_embeddings": False}
+        _require(self, needed, **dict.fromkeys(needed))
+        needed = dict.fromkeys(("add_bias_linear", "apply_residual_connection_post_layernorm"), False)
+        needed |= {"rmsnorm": True, "post_layer_norm": True, "pre_seq_len": None, "quantization_bit": 0}
+        _require(self, {**needed, "kv_channels": self.hidden_size // self.num_attention_heads})
+        if self.vision_config is not None:  # vLLM has another class for GLM-4V, which the published files do not name
+            _require(self, {"architectures": ["GLM4VForCausalLM"]})
+
+    def get_text_config(self, *_: Any, **__: Any) -> Any:
+        if self.vision_config is None:
+            return self
+        return type(self)(**{**self.to_dict(), "vision_config": None})
+
+
+class ChatGLMForConditionalGeneration(AuthorsNames, transformers.GlmForCausalLM):  # type: ignore[misc]
+    base_model_prefix = "transformer"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    names: ClassVar[dict[str, dict[str, str]]] = {
+        "ChatGLMForConditionalGeneration": {"model": "transformer", "lm_head": "transformer.output_layer"},
+        "GlmModel": {
+            "embed_tokens": "embedding.word_embeddings",
+            "layers": "encoder.layers",
+            "norm": "encoder.final_layernorm",
+        },
+        "GlmDecoderLayer": {"self_attn": "self_attention"},
+        "GlmAttention": {"o_proj": "dense"},
+        "GlmMLP": {"gate_up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h"},
+    }
+
+    def change(self, module: Any) -> None:
+        if isinstance(module, GlmAttention):
+            _fuse(module, "query_key_value", _all_heads(self.config))
+
+
+class TeleChat2Config(transformers.LlamaConfig):  # type: ignore[misc]
+    """TeleChat 2 is Llama with one layer for keys and values, and biases behind attention and MLP."""
+
+    model_type = "telechat"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "ffn_hidden_size",
+        "rms_norm_eps": "layer_norm_epsilon",
+    }
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in self.attribute_map.values():
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
+        super().__post_init__(**kwargs)
+        lengths = (getattr(self, name, None) for name in ("seq_length", "base_seqlen", "training_seqlen"))
+        self.max_position_embeddings = min(
+            (length for length in lengths if length), default=self.max_position_embeddings
+        )
+        needed = dict.fromkeys(("embed_layernorm", "apply_residual_connection_post_layernorm", "logn"), False)
+        _require(self, {**needed, "num_key_value_heads": self.num_attention_heads})
+
+
+class TeleChat2ForCausalLM(AuthorsNames, transformers.LlamaForCausalLM):  # type: ignore[misc]
+    base_model_prefix = "transformer"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    names: ClassVar[dict[str, dict[str, str]]] = {
+        "TeleChat2ForCausalLM": {"model": "transformer"},
+        "LlamaModel": {"embed_tokens": "word_embeddings", "layers": "h", "norm": "ln_f"},
+        "LlamaDecoderLayer": {"self_attn": "self_attention"},
+        "LlamaAttention": {"q_proj": "query", "o_proj": "dense"},
+    }
+
+    def change(self, module: Any) -> None:
+        if isinstance(module, LlamaAttention):
+            _fuse(module, "key_value", {"k_proj": 1, "v_proj": 1})
+            module.o_proj = nn.Linear(module.o_proj.in_features, module.o_proj.out_features)
+        elif isinstance(module, LlamaMLP):
+            module.down_proj = nn.Linear(module.down_proj.in_features, module.down_proj.out_features)
+
+
+class SolarConfig(transformers.LlamaConfig):  # type: ignore[misc]
+    """Solar Pro is Llama, some of whose layers read a part of what earlier ones have read."""
+
+    model_type = "solar"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        window = getattr(self, "sliding_window", None) or self.max_position_embeddings
+        self.max_position_embeddings = min(self.max_position_embeddings, window)
+        _require(self, {"logit_scale": 1.0})
+
+
+class SolarForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        kept: dict[int, Tensor] = {}
+
+        def mix(number: int, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, *others = inputs
+            for place in (1, 2):
+                if number in getattr(config, f"bskcn_{place}"):
+                    kept[place] = hidden
+            for place in (1, 2):
+                if number in getattr(config, f"bskcn_{place + 2}"):
+                    hidden = kept[place] * config.bskcn_tv[1] + hidden * (1 - config.bskcn_tv[1])
+            return hidden, *others
+
+        for number, layer in enumerate(self.model.layers):
+            layer.register_forward_pre_hook(partial(mix, number))
+
+
+_BIAS = WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias")
+_EXPERTS = get_checkpoint_conversion_mapping("qwen2_moe") or []
+register_checkpoint_conversion_mapping("bailing_moe", [*_EXPERTS, _BIAS])
