@@ -159,10 +159,10 @@ class BagelConfig(ChatConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         text = kwargs.pop("llm_config", None) or self.text_config
         if isinstance(text, dict) and text.get("qk_norm"):
-            dense = {"first_k_dense_replace": text["num_hidden_layers"], "partial_rotary_factor": 1.0}
-            norms = {"attention_bias": True, "use_qk_norm": True}
-            head_dim = text["hidden_size"] // text["num_attention_heads"]
-            text = {"head_dim": head_dim, **text, "model_type": "glm4_moe", **dense, **norms}
+            qwen = transformers.Qwen2Config(**text)
+            text = qwen.to_dict() | {"model_type": "glm4_moe", "attention_bias": True, "use_qk_norm": True}
+            text |= {"first_k_dense_replace": qwen.num_hidden_layers, "partial_rotary_factor": 1.0}
+            text["head_dim"] = qwen.hidden_size // qwen.num_attention_heads
         self.text_config = text
         super().__post_init__(**kwargs)
 
@@ -194,7 +194,7 @@ class DeepSeekOCRConfig(ChatConfig):
         text = kwargs.pop("language_config", None) or self.text_config
         if isinstance(text, dict):
             needed = {"qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "norm_topk_prob": False, "moe_layer_freq": 1}
-            needed |= {"topk_method": "greedy", "scoring_func": "softmax"}
+            needed |= {"topk_method": "greedy", "scoring_func": "softmax", "n_group": 1, "attention_bias": False}
             for name, value in needed.items():
                 if text.get(name, value) != value:
                     raise ValueError(f"{name} must be {value!r} in language_config, got {text[name]!r}")
