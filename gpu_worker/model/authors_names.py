@@ -164,7 +164,6 @@ class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
     }
     attention_bias: bool = False
     rms_norm_eps: float = 1e-5
-    vision_config: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in self.attribute_map:
@@ -177,13 +176,13 @@ class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
         needed = dict.fromkeys(("add_bias_linear", "apply_residual_connection_post_layernorm"), False)
         needed |= {"rmsnorm": True, "post_layer_norm": True, "pre_seq_len": None, "quantization_bit": 0}
         _require(self, {**needed, "kv_channels": self.hidden_size // self.num_attention_heads})
-        if self.vision_config is not None:  # vLLM has another class for GLM-4V, which the published files do not name
+        if hasattr(self, "vision_config"):  # vLLM has another class for GLM-4V, which the published files do not name
             _require(self, {"architectures": ["GLM4VForCausalLM"]})
 
     def get_text_config(self, *_: Any, **__: Any) -> Any:
-        if self.vision_config is None:
+        if not hasattr(self, "vision_config"):
             return self
-        return type(self)(**{**self.to_dict(), "vision_config": None})
+        return type(self)(**{name: value for name, value in self.to_dict().items() if name != "vision_config"})
 
 
 class ChatGLMForConditionalGeneration(AuthorsNames, transformers.GlmForCausalLM):  # type: ignore[misc]

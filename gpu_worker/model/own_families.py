@@ -195,9 +195,10 @@ class DeepSeekOCRConfig(ChatConfig):
         if isinstance(text, dict):
             needed = {"qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "norm_topk_prob": False, "moe_layer_freq": 1}
             needed |= {"topk_method": "greedy", "scoring_func": "softmax", "n_group": 1, "attention_bias": False}
+            absent = needed | dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"))
             for name, value in needed.items():
-                if text.get(name, value) != value:
-                    raise ValueError(f"{name} must be {value!r} in language_config, got {text[name]!r}")
+                if (found := text.get(name, absent[name])) != value:
+                    raise ValueError(f"{name} must be {value!r} in language_config, got {found!r}")
             num_dense = text.get("first_k_dense_replace", 0)
             kinds = ["dense"] * num_dense + ["sparse"] * (text["num_hidden_layers"] - num_dense)
             text = {"mlp_layer_types": kinds, **text}

@@ -431,8 +431,11 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         del written["text_config"]
         text = {**_TEXT, **MULTIMODAL[family][0]}
         (folder / "config.json").write_text(json.dumps(written | {TEXT_NAMES[name]: text}))
-    if name == "deepseek_vl_v2":  # vLLM asks for this token
+    if name == "deepseek_vl_v2":  # vLLM asks for this token, and for these of the tensors for images
         _change(folder / "tokenizer_config.json", {"extra_special_tokens": {"image_token": "<image>"}})
+        marks = ("view_seperator",) if family.endswith("2)") else ("view_seperator", "image_newline")
+        tensors = load_file(folder / "model.safetensors") | {f"model.{mark}": torch.ones(32) for mark in marks}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family in PROCESSORS:
         _change(folder / "preprocessor_config.json", PROCESSORS[family])
         _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
