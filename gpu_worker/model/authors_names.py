@@ -46,7 +46,7 @@ def _rename(module: nn.Module, names: dict[str, str]) -> None:
             parent.add_module(each, parent._modules.get(each) or nn.Module())
             parent = parent.get_submodule(each)
         parent.add_module(leaf, module._modules.pop(name))
-    found = {name: property(lambda self, path=path: self.get_submodule(path)) for name, path in names.items()}
+    found = {name: property(partial(nn.Module.get_submodule, target=path)) for name, path in names.items()}
     module.__class__ = type(type(module).__name__, (type(module),), found)
 
 
@@ -171,7 +171,7 @@ class ChatGLMConfig(transformers.GlmConfig):  # type: ignore[misc]
                 setattr(self, name, kwargs.pop(name))
         kwargs["rope_theta"] = 10_000.0 * kwargs.get("rope_ratio", 1.0)
         super().__post_init__(**kwargs)
-        needed = {"original_rope": True, "multi_query_attention": True, "tie_word_embeddings": False}
+        needed: dict[str, Any] = {"original_rope": True, "multi_query_attention": True, "tie_word_embeddings": False}
         _require(self, needed, **dict.fromkeys(needed))
         needed = dict.fromkeys(("add_bias_linear", "apply_residual_connection_post_layernorm"), False)
         needed |= {"rmsnorm": True, "post_layer_norm": True, "pre_seq_len": None, "quantization_bit": 0}
@@ -215,6 +215,7 @@ class TeleChat2Config(transformers.LlamaConfig):  # type: ignore[misc]
         "intermediate_size": "ffn_hidden_size",
         "rms_norm_eps": "layer_norm_epsilon",
     }
+    max_position_embeddings: int = 2048
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in self.attribute_map.values():
@@ -251,6 +252,7 @@ class SolarConfig(transformers.LlamaConfig):  # type: ignore[misc]
     """Solar Pro is Llama, some of whose layers read a part of what earlier ones have read."""
 
     model_type = "solar"
+    max_position_embeddings: int = 2048
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -193,7 +193,12 @@ class DeepSeekOCRConfig(ChatConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         text = kwargs.pop("language_config", None) or self.text_config
         if isinstance(text, dict):
-            needed = {"qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "norm_topk_prob": False, "moe_layer_freq": 1}
+            needed: dict[str, Any] = {
+                "qk_nope_head_dim": 0,
+                "qk_rope_head_dim": 0,
+                "norm_topk_prob": False,
+                "moe_layer_freq": 1,
+            }
             needed |= {"topk_method": "greedy", "scoring_func": "softmax", "n_group": 1, "attention_bias": False}
             absent = needed | dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"))
             for name, value in needed.items():
@@ -317,8 +322,10 @@ _TEXT: dict[Any, Any] = {
     PanguEmbeddedConfig: transformers.LlamaForCausalLM,
     TeleFLMConfig: transformers.GraniteForCausalLM,
 }
-_CHATS = (InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig)
-_CHATS += (OpenCUAConfig, LlamaNemotronVLConfig, BagelConfig, UltravoxConfig)
+_CHATS = (
+    *(InternVLChatConfig, H2OVLChatConfig, EagleVLConfig, NVLMDConfig),
+    *(OpenCUAConfig, LlamaNemotronVLConfig, BagelConfig, UltravoxConfig),
+)
 _MULTIMODAL: dict[Any, Any] = {
     **dict.fromkeys(_CHATS, ChatModel),
     **dict.fromkeys((KeyeConfig, KeyeVL15Config, IsaacConfig), transformers.Qwen3ForCausalLM),
