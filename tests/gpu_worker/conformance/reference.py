@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gpu_worker.front.text.token_bytes import TokenBytes
-from gpu_worker.model.checkpoint import auto_class
+from gpu_worker.model.checkpoint import auto_class, read_config
 from gpu_worker.model.inject import Adaptable
 from gpu_worker.vllm.front_model import language_linears, language_part
 from lora_store.adapter import AdapterWeights
@@ -31,7 +31,7 @@ class Reference:
     """A model whose weights are changed for one plan at a time."""
 
     def __init__(self, folder: Path) -> None:
-        whole = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        whole = auto_class(read_config(str(folder))).from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
         )
         self._model = language_part(whole)
