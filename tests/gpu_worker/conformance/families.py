@@ -368,6 +368,9 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     model = model or auto_class(config := config_of(family)).from_config(config)
     with torch.no_grad():
         language_part(model).get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
+        for name, bias in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("correction_bias", "expert_bias")):  # zeros at first, which would choose as none
+                bias.uniform_(-0.1, 0.1)
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
