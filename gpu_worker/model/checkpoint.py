@@ -25,6 +25,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     QianfanOCRConfig,
+    Qwen3ASRConfig,
 )
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
@@ -76,7 +77,8 @@ def read_tensors(source: str) -> dict[str, Tensor]:
 
 def read_config(source: str) -> Any:
     """Read the model's config.json. Run no code that it names: its own, or a hub's for attention or experts."""
-    AutoConfig.register(QianfanOCRConfig.model_type, QianfanOCRConfig, exist_ok=True)  # vLLM puts its own class there
+    for family in (QianfanOCRConfig, Qwen3ASRConfig):
+        AutoConfig.register(family.model_type, family, exist_ok=True)  # vLLM puts its own class there
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config.update({"_attn_implementation": None, "_experts_implementation": None})
     return config

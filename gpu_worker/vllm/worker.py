@@ -14,6 +14,7 @@ from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
 from gpu_worker.model.lora_kernel import load_lora_kernel
+from gpu_worker.vllm.language_model import LanguageModelLoader  # noqa: F401  (vLLM finds it once it is imported)
 from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings, check_vllm

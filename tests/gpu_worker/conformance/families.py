@@ -143,6 +143,7 @@ TEXT |= {
     "deepseek_v3 (with YaRN)": {**TEXT["deepseek_v3"], "rope_parameters": _YARN},
     # vLLM has no least time step, and transformers takes the published 0.001.
     "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
+    "gemma3_text (as Rnj-1)": {**_HEADS, "layer_types": ["full_attention"] * 3},
 }
 
 _OMNI_EYES = {"image_size": 8, "apply_vit_abs_pos_embed": True}
@@ -191,7 +192,11 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "minicpmv4_6": ({**_HEADS, **_DELTA}, {}),
     "muse_glimmer": (_HEADS, {"vision_config": {"output_dim": 128}}),
-    "nemotron_h_omni": (TEXT["nemotron_h"], {}),
+    "nemotron_h_omni": (TEXT["nemotron_h (without a least time step)"], {}),
+    "molmo2": (
+        {**_HEADS, "additional_vocab_size": 8},
+        {"vision_config": {"image_size": [8, 8]}, "adapter_config": {"vision_feature_layer": [0]}},
+    ),
     "audioflamingo3": ({}, {}),
     "exaone4_5": (TEXT["exaone4"], {}),
     "gemma4_unified": (
@@ -271,6 +276,7 @@ MULTIMODAL |= {name: ({}, _KEYE) for name in ("Keye", "KeyeVL1_5")}
 MULTIMODAL["dots_ocr"] = ({}, {**_TEXT, "vision_config": _DOTS_EYES, **_OWN_CODE})
 MULTIMODAL["phi4mm"] = ({}, {**_TEXT, **_PHI4_ENCODERS, **_OWN_CODE})
 MULTIMODAL |= {name: ({}, _CHAT) for name in ("internvl_chat", "h2ovl_chat", "eagle_2_5_vl", "NVLM_D")}
+MULTIMODAL["qwen3_asr (realtime)"] = MULTIMODAL["qwen3_asr"]
 MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
@@ -286,12 +292,25 @@ ARCHITECTURES = {
     "phi4mm": "Phi4MMForCausalLM",
     "TeleFLM": "TeleFLMForCausalLM",
     "NVLM_D": "NVLM_D",
+    "exaone": "ExaoneForCausalLM",
+    "gemma3_text (as Rnj-1)": "Rnj1ForCausalLM",
+    "qwen3_asr (realtime)": "Qwen3ASRRealtimeGeneration",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
     "phimoe": "PhiMoEForCausalLM",
     "sarvam_mla": "SarvamMLAForCausalLM",
     "sarvam_moe": "SarvamMoEForCausalLM",
 }
+# Settings of config.json that transformers renames when it reads it.
+PUBLISHED: dict[str, Settings] = {
+    "axk1": {"first_k_dense_replace": 1},
+    "molmo2": {
+        "vit_config": {**_EYES, "head_dim": 16, "num_key_value_heads": 2, "image_default_input_size": [8, 8],
+                       "image_patch_size": 4, "image_num_pos": 16},
+        "adapter_config": {"vit_layers": [0], "pooling_attention_mask": True},
+        "text_config": {"use_qk_norm": True, "rope_theta": 10000.0},
+    },
+}  # fmt: skip
 # Their checkpoints on the model hub have experts with inputs first, which transformers writes otherwise for tiny ones.
 INPUTS_FIRST = ("qwen3_vl_moe",)
 # vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
@@ -376,6 +395,8 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     tokenizer.save_pretrained(folder)
     if family in ARCHITECTURES:
         _change(folder / "config.json", {"architectures": [ARCHITECTURES[family]]})
+    if family in PUBLISHED:
+        _change(folder / "config.json", PUBLISHED[family])
     if family in PROCESSORS:
         _change(folder / "preprocessor_config.json", PROCESSORS[family])
         _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
@@ -385,6 +406,10 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     if family == "phi4mm":  # the hub's files have names of PEFT, and its authors' adapters
         tensors = {name.replace("_proj.", "_proj.base_layer."): each for name, each in model.state_dict().items()}
         tensors["model.layers.0.mlp.down_proj.lora_A.vision.weight"] = torch.ones(4, 96)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family == "axk1":  # the hub's files have this norm in dense layers too, which do not use it
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(128)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family == "qianfan_ocr":  # the hub's files have these names and numbers, which transformers does not write back
         tensors = load_file(folder / "model.safetensors")
