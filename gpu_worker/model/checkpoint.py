@@ -25,6 +25,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     QianfanOCRConfig,
+    Qwen3ASRConfig,
 )
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
@@ -77,7 +78,7 @@ def read_tensors(source: str) -> dict[str, Tensor]:
 
 def read_config(source: str) -> Any:
     """Read the model's config.json. Run no code that it names: its own, or a hub's for attention or experts."""
-    for each in (QianfanOCRConfig, *OWN_CONFIGS):  # vLLM puts classes of its own there
+    for each in (QianfanOCRConfig, Qwen3ASRConfig, *OWN_CONFIGS):  # vLLM puts classes of its own there
         AutoConfig.register(each.model_type, each, exist_ok=True)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config.update({"_attn_implementation": None, "_experts_implementation": None})

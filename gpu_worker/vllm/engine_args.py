@@ -31,6 +31,7 @@ from gpu_worker.config import VllmWorkerConfig
 from gpu_worker.errors import BaseModelUnsupported, GpuWorkerError, WarmUpFailed
 from gpu_worker.model.base_model import config_setting
 from gpu_worker.vllm.front_model import FrontModel
+from gpu_worker.vllm.language_model import arguments_of
 from gpu_worker.vllm.processes import ErrorFile, read_errors
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings
 
@@ -152,6 +153,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         memory["kv_cache_memory_bytes"] = kv_bytes(config, model)
     else:
         memory["gpu_memory_utilization"] = _GPU_SHARE * config.device_share
+    classes = {"language_model_only": model.is_multimodal} | arguments_of(model.source, model.model_type)
     return AsyncEngineArgs(
         model=model.source,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -159,7 +161,6 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         max_num_seqs=config.max_batch_size,
         max_num_batched_tokens=config.max_step_tokens,
         enable_lora=True,
-        language_model_only=model.is_multimodal,
         max_loras=config.max_batch_size,  # plans of a step: as many as rows
         max_lora_rank=1,  # vLLM's own buffers stay unused
         tensor_parallel_size=config.tensor_parallel_size,
@@ -176,6 +177,7 @@ def _engine_args(config: VllmWorkerConfig, model: FrontModel, free_fill: float, 
         disable_log_stats=True,
         seed=0,
         **memory,
+        **classes,
     )
 
 

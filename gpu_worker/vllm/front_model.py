@@ -34,19 +34,16 @@ _NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_siz
 _NOT_ON_CPU = {
     "jamba": "layers of Mamba 1",
     "laguna": "its choice of experts",
-    "minimax_m2": "its choice of experts",
     "longcat_flash": "its choice of experts",
     "olmo_hybrid": "its linear attention",
 }
 _UNREAD = {
     "axk1": "its class asks for settings that transformers names otherwise",
     "ernie4_5_vl_moe": "its class asks for settings that transformers names otherwise",
-    "exaone": "its class expects tensors under other names",
     "molmo2": "its class asks for settings that transformers names otherwise",
     "nemotron_h_omni": "its class asks for settings that transformers names otherwise",
     "qwen3_asr": "its class asks for settings that transformers names otherwise",
     "sarvam_mla": "its class asks for a head size that transformers changes",
-    "voxtral": "its class reads the format of Mistral's own tools only",
 }
 # transformers does not read these, and always does what they say.
 _CHOICE_OF_EXPERTS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}

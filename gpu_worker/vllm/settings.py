@@ -21,7 +21,9 @@ from vllm.lora.layers import (
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -45,6 +47,8 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     (BaseLinearLayerWithLoRA, "_apply_lora_to_output", ("self", "x", "output")),
     (WeightsMapper, "get_rename_mapper", ("self",)),
     (WeightsMapper, "map_name", ("self", "key")),
+    (DefaultModelLoader, "get_all_weights", ("self", "model_config", "model")),
+    (DefaultModelLoader, "track_weights_loading", ("self", "model", "loaded_weights", "quantized")),
     (vllm_logger, "configure_logging_if_needed", ("config",)),
     (GPUModelRunner, "load_lora_model", ("self", "model", "vllm_config", "device")),
     (
@@ -69,8 +73,9 @@ LAYER_ATTRIBUTES: tuple[LayerAttributes, ...] = (
     (MergedColumnParallelLinearWithLoRA, "create_lora_weights", ("lora_a_stacked", "lora_b_stacked")),
     (MergedQKVParallelLinearWithLoRA, "__init__", ("n_slices", "output_ids")),
     (MLAAttention, "__init__", ("kv_b_proj",)),
+    (CPURouter, "__init__", ("use_grouped_topk", "num_expert_group", "topk_group", "e_score_correction_bias")),
 )
-"""The attributes that `plan_layers` reads of the layers that it wraps."""
+"""The attributes that `plan_layers` reads of the layers that it wraps, and `worker` of a choice of experts."""
 FIELDS = (
     (LoRAMapping, "index_mapping"),  # the argument of `PlanLayers.set_active_adapters`
     (CompilationConfig, "custom_ops"),

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
 from gpu_worker.model.lora_kernel import load_lora_kernel
+from gpu_worker.vllm.language_model import LanguageModelLoader  # noqa: F401  (vLLM finds it once it is imported)
 from gpu_worker.vllm.plan_layers import PlanLayers, StepTables
 from gpu_worker.vllm.processes import end_with
 from gpu_worker.vllm.settings import FRONT_PID, PluginSettings, check_vllm
@@ -46,6 +48,8 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             raise ValueError(f"{type(model).__name__} does not support LoRA in vLLM")
         settings = PluginSettings.of(vllm_config.additional_config)
         is_cpu = device.type == "cpu"
+        if is_cpu:
+            complete_routers(model)
         tiles: StepTables | None = None
         if not is_cpu and settings.use_kernel:
             from gpu_worker.vllm.tiled_plans import TiledPlans  # imports Triton, which a CPU does not need
@@ -84,3 +88,18 @@ class PlanWorker(VllmWorker):  # type: ignore[misc]
             "resident": sorted(layers.residency.resident),
             "has_kernel": layers.has_kernel,
         }
+
+
+def complete_routers(model: nn.Module) -> None:
+    """Let vLLM's choice of experts for the CPU score by sigmoid, and heed the bias of the choice.
+
+    It does so for groups of experts only, so all experts become one group.
+    """
+    for module in model.modules():
+        router = getattr(module, "router", None)
+        if not isinstance(router, CPURouter) or router.use_grouped_topk or router.custom_routing_function is not None:
+            continue
+        if router.scoring_func == "sigmoid" or (
+            router.scoring_func == "softmax" and router.e_score_correction_bias is not None
+        ):
+            router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1

@@ -157,6 +157,7 @@ TEXT |= {
     "deepseek_v3 (with YaRN)": {**TEXT["deepseek_v3"], "rope_parameters": _YARN},
     # vLLM has no least time step, and transformers takes the published 0.001.
     "nemotron_h (without a least time step)": {**TEXT["nemotron_h"], "time_step_min": 1e-9},
+    "gemma3_text (as Rnj-1)": {**_HEADS, "layer_types": ["full_attention"] * 3},
 }
 
 _OMNI_EYES = {"image_size": 8, "apply_vit_abs_pos_embed": True}
@@ -205,7 +206,11 @@ MULTIMODAL: dict[str, tuple[Settings, Settings]] = {
     ),
     "minicpmv4_6": ({**_HEADS, **_DELTA}, {}),
     "muse_glimmer": (_HEADS, {"vision_config": {"output_dim": 128}}),
-    "nemotron_h_omni": (TEXT["nemotron_h"], {}),
+    "nemotron_h_omni": (TEXT["nemotron_h (without a least time step)"], {}),
+    "molmo2": (
+        {**_HEADS, "additional_vocab_size": 8},
+        {"vision_config": {"image_size": [8, 8]}, "adapter_config": {"vision_feature_layer": [0]}},
+    ),
     "audioflamingo3": ({}, {}),
     "exaone4_5": (TEXT["exaone4"], {}),
     "gemma4_unified": (
@@ -306,6 +311,7 @@ _EVA = {**_EYES, "num_heads": 2, "num_positions": 5, "in_channels": 3, "dropout_
 _GLM4V = {"vision_config": _EVA, "architectures": ["GLM4VForCausalLM"]}
 TEXT["chatglm (with images)"] = {**TEXT["chatglm"], **_GLM4V}
 MULTIMODAL["intern_s2_preview"] = (TEXT["qwen3_5_moe_text"], _OWN_CODE)
+MULTIMODAL["qwen3_asr (realtime)"] = MULTIMODAL["qwen3_asr"]
 MULTIMODAL["qianfan_ocr"] = (_HEADS, {"vision_config": {"image_size": 8, "patch_size": 4}, "force_image_size": 8})
 
 # What checkpoints on the model hub name otherwise than transformers' class of the family.
@@ -334,6 +340,9 @@ ARCHITECTURES = {
     "phi4mm": "Phi4MMForCausalLM",
     "TeleFLM": "TeleFLMForCausalLM",
     "NVLM_D": "NVLM_D",
+    "exaone": "ExaoneForCausalLM",
+    "gemma3_text (as Rnj-1)": "Rnj1ForCausalLM",
+    "qwen3_asr (realtime)": "Qwen3ASRRealtimeGeneration",
     "eagle_2_5_vl": "Eagle2_5_VLForConditionalGeneration",
     "lighton_ocr": "LightOnOCRForConditionalGeneration",
     "phimoe": "PhiMoEForCausalLM",
@@ -341,6 +350,16 @@ ARCHITECTURES = {
     "sarvam_moe": "SarvamMoEForCausalLM",
 }
 TEXT_NAMES = {"bagel": "llm_config", "Llama_Nemotron_Nano_VL": "llm_config", "deepseek_vl_v2": "language_config"}
+# Settings of config.json that transformers renames when it reads it.
+PUBLISHED: dict[str, Settings] = {
+    "axk1": {"first_k_dense_replace": 1},
+    "molmo2": {
+        "vit_config": {**_EYES, "head_dim": 16, "num_key_value_heads": 2, "image_default_input_size": [8, 8],
+                       "image_patch_size": 4, "image_num_pos": 16},
+        "adapter_config": {"vit_layers": [0], "pooling_attention_mask": True},
+        "text_config": {"use_qk_norm": True, "rope_theta": 10000.0},
+    },
+}  # fmt: skip
 # Their checkpoints on the model hub have experts with inputs first, which transformers writes otherwise for tiny ones.
 INPUTS_FIRST = ("qwen3_vl_moe",)
 # vLLM computes linear attention on the CPU in bfloat16 only, and a part of Apertus in bfloat16 always.
@@ -418,6 +437,9 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     model = model or auto_class(config := config_of(family)).from_config(config)
     with torch.no_grad():
         language_part(model).get_output_embeddings().weight[256:] = 0  # no special token is ever chosen
+        for name, bias in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("correction_bias", "expert_bias")):  # zeros at first, which would choose as none
+                bias.uniform_(-0.1, 0.1)
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -436,6 +458,8 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
         marks = ("view_seperator",) if family.endswith("2)") else ("view_seperator", "image_newline")
         tensors = load_file(folder / "model.safetensors") | {f"model.{mark}": torch.ones(32) for mark in marks}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family in PUBLISHED:
+        _change(folder / "config.json", PUBLISHED[family])
     if family in PROCESSORS:
         _change(folder / "preprocessor_config.json", PROCESSORS[family])
         _change(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"})
@@ -445,6 +469,10 @@ def save(folder: Path, family: str, model: PreTrainedModel | None = None) -> Pat
     if family == "phi4mm":  # the hub's files have names of PEFT, and its authors' adapters
         tensors = {name.replace("_proj.", "_proj.base_layer."): each for name, each in model.state_dict().items()}
         tensors["model.layers.0.mlp.down_proj.lora_A.vision.weight"] = torch.ones(4, 96)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if family == "axk1":  # the hub's files have this norm in dense layers too, which do not use it
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(128)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if family == "qianfan_ocr":  # the hub's files have these names and numbers, which transformers does not write back
         tensors = load_file(folder / "model.safetensors")

@@ -95,8 +95,6 @@ def test_quantized_weights_of_a_multimodal_model_are_found_in_both_configs(place
         ("molmo2", {}, "vLLM 0.32 cannot load molmo2: its class asks for settings that transformers names otherwise"),
         ("qwen3_asr", {}, "vLLM 0.32 cannot load qwen3_asr: its class asks for settings"),
         ("sarvam_mla", {}, "sarvam_mla: its class asks for a head size that transformers changes"),
-        ("voxtral", {}, "vLLM 0.32 cannot load voxtral: its class reads the format of Mistral's own tools only"),
-        ("exaone", {}, "vLLM 0.32 cannot load exaone: its class expects tensors under other names"),
         ("qwen3_5_moe", {}, "qwen3_5_moe_text has linear attention, which vLLM computes on the CPU in bfloat16 only"),
         ("qwen3_next", {}, "on the CPU in bfloat16 only: set worker.dtype to 'bfloat16', got 'float32'"),
         ("blip-2", {}, "blip-2 takes no prompt without an image"),

@@ -18,7 +18,7 @@ from gpu_worker.vllm.settings import (
 
 
 def test_the_installed_vllm_has_every_extension_point() -> None:
-    assert len(EXTENSION_POINTS) == 12 and len(LAYER_ATTRIBUTES) == 12
+    assert len(EXTENSION_POINTS) == 14 and len(LAYER_ATTRIBUTES) == 13
     check_vllm()
 
 
