@@ -18,7 +18,7 @@ _NOT_STARTED = "vLLM did not start"
 _VLLM_RESULTS, _VLLM_FILES = (RESULTS / study / "results.json" for study in ("families", "vllm_model_files"))
 _REASONS = {
     "its checkpoints have a configuration that only their own code reads, and this server runs no such code": (
-        *("bailing_moe_linear", "bailing_moe_v3", "glm4v", "interns1_pro", "interns2_mobius", "k2_horizon"),
+        *("bailing_moe_linear", "bailing_moe_v3", "interns1_pro", "interns2_mobius", "k2_horizon"),
         *("longcat_flash_ngram", "molmo", "nemotron_nas", "plamo3", "unlimited_ocr"),
     ),
     "its class needs its encoder of sounds, which this server leaves out": ("moss_audio",),
@@ -28,9 +28,7 @@ _REASONS = {
     "its class asks for settings that transformers names otherwise": (
         *("molmo2", "nano_nemotron_vl", "qwen3_asr_realtime"),
     ),
-    "its class expects tensors under other names": ("exaone",),
     "its class reads weights from the folders of Diffusers' format, which transformers does not": ("cosmos3",),
-    "vLLM has no CPU code for its attention": ("rnj1",),
     "it is code for GPUs only": (
         *("vllm.models.deepseek_v32", "vllm.models.deepseek_v4", "vllm.models.glm5next", "vllm.models.hy_v4"),
         *("vllm.models.inkling", "vllm.models.qwen4_exp"),
