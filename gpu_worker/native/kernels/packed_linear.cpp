@@ -347,7 +347,7 @@ int32_t has_bf16_products() {
 #endif
 }
 
-// Whether the products use tiles (AMX), in layers whose number of inputs is a multiple of 32.
+// Whether the products use tiles (AMX): those of bfloat16 numbers in layers whose number of inputs is a multiple of 32.
 int32_t has_tiles() {
 #ifdef HAS_TILES
   return request_tiles();

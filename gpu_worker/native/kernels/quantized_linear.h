@@ -403,6 +403,7 @@ void multiply_by_tiles(TileShapes& shapes, Kind<kBits, kGroup, kHasOffsets>, int
         _mm512_store_si512(unpacked + 128 * i, step.low);
         _mm512_store_si512(unpacked + 128 * i + 64, step.high);
       }
+      asm volatile("" ::"r"(unpacked) : "memory");  // compilers do not see that tiles read it
       weights = unpacked;
     }
     const int8_t* codes = x.codes + (b * x.num_rows + first) * kInputs;

@@ -1,7 +1,8 @@
 // Tiles (AMX): the permission to use them, and the shapes of a thread's tiles.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && \
+    defined(__linux__)
 #define HAS_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
