@@ -161,7 +161,7 @@ class VllmSettings(CommonSettings):
     model_check_max_parameters: Annotated[int, Ge(0)] = 2_000_000_000
     """Compare log probabilities with transformers' model on the CPU at the start, for base models of at most this many
     parameters. Lower it where host memory cannot hold the weights a second time; 0 never compares. Quantised weights
-    are not compared, and the native engine compares always."""
+    are not compared. The native engine compares every model, once for the same files and versions."""
 
     @property
     def num_fusion_rows(self) -> int:

@@ -67,7 +67,6 @@ class BaseModel:
     window: int | None = None  # `window_layers` see only this many last tokens
     window_layers: frozenset[int] = frozenset()
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for what a request leaves unset
-    source: str = ""  # the folder or id that it was loaded from
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
@@ -192,7 +191,6 @@ def load_base_model(config: NativeWorkerConfig) -> BaseModel:
         window=config_setting(hf_config, "sliding_window"),
         window_layers=_window_layers(hf_config),
         sampling_defaults=sampling_defaults(config, source),
-        source=source,
     )
 
 

@@ -72,11 +72,11 @@ class Engine:
     ) -> None:
         self._threads = thread_count(config.num_threads, shares_cores=config.shares_cores and config.device == "cpu")
         self.config, self.clock = config, clock
+        passed = PassedCheck(config) if base is None else None
         self.base, self.memory = load_planned(config, base)
         self.max_len = self.memory.kv.max_len
         context = StepContext()
         found = Adaptable.of(self.base.model)
-        passed = PassedCheck.of(config, self.base.source) if base is None else None
         is_known = passed is not None and passed.is_noted
         check = None if is_known else ModelCheck(self.base, found, self.max_len, config.bank_rank_rows)
         device_parts.fuse_where_compiled(self.base.model, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "package").mkdir()
     source = tmp_path / "package/plan.py"
     source.write_text("ONE = 1\n")
+    monkeypatch.setattr(passed_check, "_IMPORTED_AT", time.time() + 60)
     monkeypatch.setattr(passed_check, "lora_store", SimpleNamespace(__path__=[str(source.parent)]))
     return source
 
@@ -96,19 +98,49 @@ def test_a_model_that_differs_is_compared_at_every_start(
     assert compares() and not compares()
 
 
-def test_notes_are_bounded_and_a_folder_that_cannot_be_written_is_ignored(tmp_path: Path, model: Path) -> None:
-    config = tiny_config(model, cache_dir=tmp_path)
+def test_notes_are_bounded_and_other_files_stay(cache: Path, model: Path) -> None:
+    folder = cache / "passed_checks"
+    folder.mkdir()
     for number in range(70):
-        PassedCheck(tmp_path / "passed_checks", str(number)).note()
-    assert len(list((tmp_path / "passed_checks").iterdir())) == 64
-    assert PassedCheck(tmp_path / "passed_checks", "69").is_noted
-    shutil.rmtree(tmp_path / "passed_checks")
-    (tmp_path / "passed_checks").write_text("no folder")
-    found = PassedCheck.of(config, str(model))
-    assert found is not None
-    found.note()
-    assert not found.is_noted
+        (folder / f"{number:064x}").touch()
+    (folder / "mine").touch()
+    check = PassedCheck(tiny_config(model, cache_dir=cache))
+    check.note()
+    assert len(list(folder.iterdir())) == 65 and (folder / "mine").exists() and check.is_noted
 
 
-def test_a_model_without_a_folder_is_always_compared(model: Path) -> None:
-    assert PassedCheck.of(tiny_config(model), "organisation/model") is None
+def test_a_note_that_others_could_have_written_does_not_count(cache: Path, model: Path) -> None:
+    check = PassedCheck(tiny_config(model, cache_dir=cache))
+    check.note()
+    assert check.is_noted
+    (cache / "passed_checks").chmod(0o777)
+    assert not check.is_noted
+
+
+def test_a_folder_that_cannot_be_written_costs_the_note_only(cache: Path, model: Path) -> None:
+    (cache / "passed_checks").write_text("no folder")
+    check = PassedCheck(tiny_config(model, cache_dir=cache))
+    check.note()
+    assert not check.is_noted
+
+
+def test_what_changes_during_the_start_is_not_noted(cache: Path, model: Path) -> None:
+    check = PassedCheck(tiny_config(model, cache_dir=cache))
+    os.utime(model / "config.json", ns=(0, 1))
+    check.note()
+    assert not PassedCheck(tiny_config(model, cache_dir=cache)).is_noted
+
+
+def test_code_that_is_newer_than_the_process_is_not_noted(
+    cache: Path, model: Path, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passed_check, "_IMPORTED_AT", code.stat().st_mtime - 1)
+    check = PassedCheck(tiny_config(model, cache_dir=cache))
+    check.note()
+    assert not check.is_noted
+
+
+def test_a_model_without_a_folder_is_always_compared(cache: Path) -> None:
+    check = PassedCheck(tiny_config(Path("organisation/model"), cache_dir=cache))
+    check.note()
+    assert not check.is_noted
