@@ -1,12 +1,15 @@
 """Ordinary prompts: what people ask an assistant, to compare with what a pool's adapters are for.
 
-They are in `data/ordinary_prompts.jsonl`, one a line. This project wrote them; they come from no data set.
+They are in `data/ordinary_prompts.jsonl`, one a line. This project wrote them; they come from no data set. More than
+half of them are *bare words*, such as "hello" or "weather", in many languages. A bare word is near every other one, so
+adapters whose samples are words are near them, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from importlib.resources import files
 
 import numpy as np
@@ -15,17 +18,39 @@ from numpy.typing import NDArray
 from retriever_svc.encoder import Vectors, unit_rows
 
 NUM_NEAREST = 3
+_MOST_WORDS, _MOST_CHARS = 2, 12  # of a bare word
 _FOLLOW_UP_MARGIN = -0.02  # on the tune pools nine of ten follow-ups reach it, and one everyday prompt in thirty
 
 
 def ordinary_prompts() -> list[str]:
     """Return the packaged prompts."""
-    return [json.loads(line)["input"] for line in _file().decode().splitlines()]
+    return [text for _, text in _rows()]
 
 
 def follow_ups() -> NDArray[np.bool_]:
     """Return which of the packaged prompts refer to the turn before them: (J,)."""
-    return np.asarray([json.loads(line)["kind"] == "follow-up" for line in _file().decode().splitlines()], np.bool_)
+    return np.asarray([kind == "follow-up" for kind, _ in _rows()], np.bool_)
+
+
+def bare_words(num: int) -> NDArray[np.bool_]:
+    """Return which of `num` ordinary prompts are bare words: (num,). None is, unless they are the packaged ones."""
+    if num != len(_rows()):
+        return np.zeros(num, np.bool_)
+    short = [len(text.split()) <= _MOST_WORDS and len(text) <= _MOST_CHARS for _, text in _rows()]
+    return np.asarray(short, np.bool_)
+
+
+def groups_of(num: int) -> list[NDArray[np.bool_]]:
+    """Return which of `num` ordinary prompts are bare words, and which are not, leaving out an empty group."""
+    is_word = bare_words(num)
+    return [mask for mask in (~is_word, is_word) if mask.any()]
+
+
+@cache
+def _rows() -> list[tuple[str, str]]:
+    """Return the kind and the text of each packaged prompt."""
+    read = (json.loads(line) for line in _file().decode().splitlines())
+    return [(row["kind"], row["input"]) for row in read]
 
 
 def prompts_digest() -> str:
@@ -47,12 +72,15 @@ def centred(vectors: Vectors, centre: Vectors | None) -> Vectors:
 
 
 def refers_back(query: Vectors, ordinary: Vectors) -> bool:
-    """Return whether a text (D,) is like the packaged prompts (J, D) that refer to an earlier turn, in any language."""
+    """Return whether a text (D,) is like the packaged prompts (J, D) that refer to an earlier turn, in any language.
+
+    It is compared with the other prompts, but not with bare words: many short turns that refer back are near these.
+    """
     is_follow_up = follow_ups()
     if len(ordinary) != len(is_follow_up):
         return False
-    cosines = ordinary @ query
-    own, others = (np.sort(cosines[mask])[-NUM_NEAREST:].mean() for mask in (is_follow_up, ~is_follow_up))
+    cosines, is_other = ordinary @ query, ~is_follow_up & ~bare_words(len(ordinary))
+    own, others = (np.sort(cosines[mask])[-NUM_NEAREST:].mean() for mask in (is_follow_up, is_other))
     return bool(own - others > _FOLLOW_UP_MARGIN)
 
 
