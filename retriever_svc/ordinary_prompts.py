@@ -32,6 +32,7 @@ def follow_ups() -> NDArray[np.bool_]:
     return np.asarray([kind == "follow-up" for kind, _ in _rows()], np.bool_)
 
 
+@cache
 def bare_words(num: int) -> NDArray[np.bool_]:
     """Return which of `num` ordinary prompts are bare words: (num,). None is, unless they are the packaged ones."""
     if num != len(_rows()):
@@ -87,27 +88,40 @@ def refers_back(query: Vectors, ordinary: Vectors) -> bool:
 def nearness(queries: Vectors, ordinary: Vectors) -> NDArray[np.float64]:
     """Return the nearness of each query (N, D) to ordinary prompts (J, D): (N,). It is -1 for too few prompts.
 
-    The nearness is the cosine to the mean of the 3 nearest ordinary prompts. An adapter is a mean of texts too, so
-    both cosines can be compared. A row does not depend on the other rows.
+    The nearness is the cosine to the mean of the 3 nearest bare words, or of the 3 nearest others, if that is larger.
+    An adapter is a mean of texts too, so both cosines can be compared. A row does not depend on the other rows.
     """
-    if len(ordinary) <= NUM_NEAREST:
-        return np.full(len(queries), -1.0)
-    return np.asarray([_nearness(query, ordinary) for query in queries], np.float64)
+    return np.maximum(*nearness_by_group(queries, ordinary))
+
+
+def nearness_by_group(queries: Vectors, ordinary: Vectors) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the nearness of each query (N, D) to ordinary prompts (J, D) that are no bare words, and to bare words."""
+    is_word = bare_words(len(ordinary))
+    groups = [np.flatnonzero(mask) for mask in (~is_word, is_word)]
+    found = np.full((2, len(queries)), -1.0)
+    for row, query in enumerate(queries):
+        cosines = np.einsum("jd,d->j", ordinary, query)  # BLAS would round by alignment
+        for number, places in enumerate(groups):
+            if len(places) > NUM_NEAREST:
+                nearest = np.argpartition(cosines[places], -NUM_NEAREST)[-NUM_NEAREST:]
+                found[number, row] = _cosine_to_mean(query, ordinary[places[np.sort(nearest)]])
+    return found[0], found[1]
 
 
 def nearness_to_others(ordinary: Vectors) -> NDArray[np.float64]:
     """Return the nearness of each ordinary prompt (J, D) to the others, as `nearness` measures it: (J,)."""
-    if len(ordinary) <= NUM_NEAREST:
-        return np.full(len(ordinary), -1.0)
+    found = np.full(len(ordinary), -1.0)
     cosines = ordinary @ ordinary.T
     np.fill_diagonal(cosines, -1)
-    nearest = np.argpartition(cosines, -NUM_NEAREST, axis=1)[:, -NUM_NEAREST:]
-    means = unit_rows(ordinary[nearest].mean(axis=1, dtype=np.float64))
-    return np.asarray(np.sum(means * ordinary, axis=1), np.float64)
+    for group in groups_of(len(ordinary)):
+        places = np.flatnonzero(group)
+        if len(places) > NUM_NEAREST:
+            nearest = places[np.argpartition(cosines[:, places], -NUM_NEAREST, axis=1)[:, -NUM_NEAREST:]]
+            means = unit_rows(ordinary[nearest].mean(axis=1, dtype=np.float64))
+            found = np.maximum(found, np.sum(means * ordinary, axis=1))
+    return found
 
 
-def _nearness(query: Vectors, ordinary: Vectors) -> float:
-    cosines = np.einsum("jd,d->j", ordinary, query)  # BLAS would round by alignment
-    nearest = np.sort(np.argpartition(cosines, -NUM_NEAREST)[-NUM_NEAREST:])
-    mean = ordinary[nearest].sum(axis=0, dtype=np.float64)
+def _cosine_to_mean(query: Vectors, rows: Vectors) -> float:
+    mean = rows.sum(axis=0, dtype=np.float64)
     return float(mean @ query / np.linalg.norm(mean))

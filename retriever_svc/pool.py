@@ -22,7 +22,7 @@ from retriever_svc.index import AdapterIndex, Allowed, IndexSettings, Match
 from retriever_svc.inverted_lists import InvertedLists
 from retriever_svc.listing import Listings, listed
 from retriever_svc.map_layout import MAX_NAME_CHARS, MAX_POINTS, Layout
-from retriever_svc.ordinary_prompts import bare_words, centred, nearness, refers_back
+from retriever_svc.ordinary_prompts import centred, nearness, nearness_by_group, refers_back
 from retriever_svc.planning import resolve
 from retriever_svc.preferences import Preferences
 from retriever_svc.projection import PoolMap
@@ -180,12 +180,11 @@ class Pool:
         assert self.references is not None
         keys = [hash(vector.tobytes()) for vector in given]
         new = [row for row, key in enumerate(keys) if key not in self._near_ordinary]
-        if new:
-            is_word = bare_words(len(self.references))
-            found = [nearness(vectors[new], self.references[mask]).tolist() for mask in (~is_word, is_word)]
-            self._near_ordinary.update(zip([keys[row] for row in new], zip(*found, strict=True), strict=True))
-        others, words = zip(*(self._near_ordinary[key] for key in keys), strict=True)
-        return np.asarray(others, np.float64), np.asarray(words, np.float64)
+        others, words = nearness_by_group(vectors[new], self.references)
+        for row, *near in zip(new, others.tolist(), words.tolist(), strict=True):
+            self._near_ordinary[keys[row]] = near[0], near[1]
+        rows = np.asarray([self._near_ordinary[key] for key in keys], np.float64)
+        return rows[:, 0], rows[:, 1]
 
     def refers_back(self, query: Vectors) -> bool:
         """Return whether a text (D,) is like the ordinary prompts that refer to an earlier turn."""

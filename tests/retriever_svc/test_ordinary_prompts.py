@@ -14,6 +14,7 @@ from retriever_svc.ordinary_prompts import (
     follow_ups,
     groups_of,
     nearness,
+    nearness_by_group,
     nearness_to_others,
     ordinary_prompts,
     prompts_digest,
@@ -82,6 +83,19 @@ def test_the_nearness_of_a_query_does_not_depend_on_its_batch() -> None:
     ordinary, queries = rows_of(50), rows_of(9, seed=2)
     alone = [nearness(queries[n : n + 1], ordinary)[0] for n in range(9)]
     np.testing.assert_array_equal(nearness(queries, ordinary), alone)
+
+
+def test_bare_words_and_other_prompts_are_compared_apart() -> None:
+    rows, queries = rows_of(len(ordinary_prompts())), rows_of(6, seed=3)
+    others, words = groups_of(len(rows))
+    for query, near, *apart in zip(queries, nearness(queries, rows), *nearness_by_group(queries, rows), strict=True):
+        slow = [slow_nearness(query, [*rows[group]]) for group in (others, words)]
+        assert apart == pytest.approx(slow, abs=1e-5)
+        assert near == pytest.approx(max(slow), abs=1e-5)
+    found = nearness_to_others(rows)
+    for place in (0, len(rows) - 1):
+        rest = [[*rows[group & (np.arange(len(rows)) != place)]] for group in (others, words)]
+        assert found[place] == pytest.approx(max(slow_nearness(rows[place], group) for group in rest), abs=1e-5)
 
 
 def test_nothing_is_near_to_very_few_ordinary_prompts() -> None:
