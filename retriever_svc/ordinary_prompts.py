@@ -1,7 +1,7 @@
 """Ordinary prompts: what people ask an assistant, to compare with what a pool's adapters are for.
 
 They are in `data/ordinary_prompts.jsonl`, one a line. This project wrote them; they come from no data set. More than
-half of them are *bare words*, such as "hello" or "weather", in many languages. A bare word is near every other one, so
+half of them are *bare words*, such as "ok" or "weather", in many languages. A bare word is near every other one, so
 adapters whose samples are words are near them, too.
 """
 
@@ -91,7 +91,8 @@ def nearness(queries: Vectors, ordinary: Vectors) -> NDArray[np.float64]:
     The nearness is the cosine to the mean of the 3 nearest bare words, or of the 3 nearest others, if that is larger.
     An adapter is a mean of texts too, so both cosines can be compared. A row does not depend on the other rows.
     """
-    return np.maximum(*nearness_by_group(queries, ordinary))
+    nearer: NDArray[np.float64] = np.maximum(*nearness_by_group(queries, ordinary))
+    return nearer
 
 
 def nearness_by_group(queries: Vectors, ordinary: Vectors) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -181,8 +181,8 @@ class Pool:
         keys = [hash(vector.tobytes()) for vector in given]
         new = [row for row, key in enumerate(keys) if key not in self._near_ordinary]
         others, words = nearness_by_group(vectors[new], self.references)
-        for row, *near in zip(new, others.tolist(), words.tolist(), strict=True):
-            self._near_ordinary[keys[row]] = near[0], near[1]
+        for row, near, near_words in zip(new, others.tolist(), words.tolist(), strict=True):
+            self._near_ordinary[keys[row]] = near, near_words
         rows = np.asarray([self._near_ordinary[key] for key in keys], np.float64)
         return rows[:, 0], rows[:, 1]
 

@@ -2,10 +2,10 @@
 
 Each pool of `benchmarks/routing/pools` is published to a Retriever with samples of one wording, of three wordings, a
 description, or both, and is asked with prompts in the samples' wording, reworded, and wrapped in other text. Nothing is
-generated. `--part tune` is for choosing constants; results are those of `test`. `--abstain` chooses another operating
-point, and `--no-projected` plain vectors. The pools of `tune_words` and `test_words` have samples of one wording only:
-bare words. With `--semantic-router PYTHON`, a Python that has Aurelio's package of that
-name, the same vectors are ranked by it too, each at the same rate of everyday prompts.
+generated. `--part tune` is for choosing constants; results are those of `test`. The pools of `tune_words` and
+`test_words` have samples of one wording only: bare words. `--abstain` chooses another operating point, and
+`--no-projected` plain vectors. With `--semantic-router PYTHON`, a Python that has Aurelio's package of that name, the
+same vectors are ranked by it too, each at the same rate of everyday prompts.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def main(
     plain = Encoder(max_cached_texts=100_000)
     encoder = plain.projected(ProjectionFiles().shipped(plain.identity)) if projected else plain
     pools, everyday = read_pools(part), read_everyday(part)
-    conditions = ("one",) if part.endswith("_words") else CONDITIONS
+    conditions: Sequence[Samples] = ("one",) if part.endswith("_words") else CONDITIONS
     outcomes = list(_outcomes(pools, everyday, encoder, abstain, conditions))
     names = [field.name for field in fields(Outcome)]
     table = Table(*names, title=f"{part} pools at {abstain}; shares of prompts")

@@ -154,7 +154,7 @@ def test_ordinary_prompts_are_compared_with_the_others() -> None:
     assert measurement.result("balanced", min_score=0.3).ordinary == Drawn(4, 0, 0)
 
 
-@pytest.mark.parametrize(("axis", "num"), [(0, 619), (1, 517)])
+@pytest.mark.parametrize(("axis", "num"), [(0, 616), (1, 517)])
 def test_the_share_of_ordinary_prompts_is_that_of_bare_words_or_of_the_rest(axis: int, num: int) -> None:
     rows = np.eye(6, dtype=np.float32)
     ordinary = np.where(bare_words(len(ordinary_prompts()))[:, np.newaxis], rows[0], rows[1])

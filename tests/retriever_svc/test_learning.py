@@ -151,7 +151,7 @@ def test_ordinary_prompts_that_an_adapter_would_answer_are_counted() -> None:
 def test_bare_words_and_other_ordinary_prompts_are_bounded_apart() -> None:
     is_word = bare_words(len(ordinary_prompts()))
     small = record_of("poet", near(0, 0.0), num_samples=6)
-    for mask, num in ((is_word, 619), (~is_word, 517)):
+    for mask, num in ((is_word, 616), (~is_word, 517)):
         ordinary = np.where(mask[:, np.newaxis], near(0, 0.0), near(2, 0.0))
         pool = Pool.of(snapshot_of(small), ENCODER, IndexSettings(), ordinary=ordinary)
         effect = accept(pool, small, ["poem 1"], lambda r: SAMPLES[r.ref.name], "balanced", min_score=0.5).effect
