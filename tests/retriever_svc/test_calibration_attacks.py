@@ -38,15 +38,17 @@ def test_adapters_of_ordinary_prompts_draw_few_everyday_prompts_together(
     assert np.mean(drawn) <= MOST_DRAWN, np.mean(drawn)
 
 
-@pytest.mark.parametrize(("num_adapters", "num_samples"), [(1, 200), (50, 5), (200, 1)])
+@pytest.mark.parametrize(
+    ("num_adapters", "num_samples", "most"), [(1, 200, MOST_DRAWN), (50, 5, MOST_DRAWN), (200, 1, 0.25)]
+)
 def test_adapters_of_bare_words_draw_few_everyday_words_together(
-    encoder: Encoder, num_adapters: int, num_samples: int
+    encoder: Encoder, num_adapters: int, num_samples: int, most: float
 ) -> None:
     attackers = published(encoder, narrow_groups(encoder, num_adapters, num_samples, of_words=True), "mallory")
     words = [prompt.text for prompt in read_everyday("tune_words")]
     drawn = [not route.abstained for route in routes(encoder, attackers, words)]
     assert len(drawn) == 70
-    assert np.mean(drawn) <= MOST_DRAWN, np.mean(drawn)
+    assert np.mean(drawn) <= most, np.mean(drawn)
 
 
 def test_the_starter_pool_answers_its_prompts_next_to_the_attackers(encoder: Encoder, scale: Scale) -> None:
